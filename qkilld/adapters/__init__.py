@@ -1,0 +1,1 @@
+"""Adapters: /proc and pidfds, the journal, configuration files, the clock."""

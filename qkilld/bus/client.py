@@ -1,0 +1,88 @@
+"""What a client says to the daemon: one coroutine a method of the interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dbus_next.signature import Variant
+
+from qkilld.bus.connection import Connection
+from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
+
+_OPTION_TYPES = {"start-time": "t", "grace-usec": "t", "reason": "s"}
+
+
+class Manager:
+    """org.qkilld1.Manager on a bus. Every method raises what Connection.request raises."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def terminate(
+        self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
+    ) -> str:
+        """The path of the job. `options` as in the interface: start-time, grace-usec, reason."""
+        variants = {key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()}
+        (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), variants)
+        return str(job)
+
+    async def inspect(self, pid: int) -> dict[str, Any]:
+        (guest,) = await self._call("Inspect", "u", pid)
+        return _plain(guest)
+
+    async def list_guests(self) -> list[tuple[int, str, str, int, str]]:
+        """(pid, name, UUID, uid, unit) each."""
+        (guests,) = await self._call("ListGuests")
+        return [tuple(guest) for guest in guests]
+
+    async def list_jobs(self) -> list[tuple[int, str, int, str, str]]:
+        """(id, path, pid, phase, verdict) each."""
+        (jobs,) = await self._call("ListJobs")
+        return [tuple(job) for job in jobs]
+
+    async def job_by_pid(self, pid: int) -> str:
+        (job,) = await self._call("GetJobByPID", "u", pid)
+        return str(job)
+
+    async def properties(self) -> dict[str, Any]:
+        return await _get_all(self._connection, MANAGER_PATH, MANAGER_INTERFACE)
+
+    def job(self, path: str) -> Job:
+        return Job(self._connection, path)
+
+    async def _call(self, member: str, signature: str = "", *body: Any) -> list[Any]:
+        return await self._connection.request(
+            BUS_NAME, MANAGER_PATH, MANAGER_INTERFACE, member, signature, list(body)
+        )
+
+
+class Job:
+    """org.qkilld1.Job at a path."""
+
+    def __init__(self, connection: Connection, path: str) -> None:
+        self._connection = connection
+        self.path = path
+
+    async def wait(self) -> tuple[str, dict[str, Any]]:
+        """(result, receipt), when the job has ended; without a time limit."""
+        result, receipt = await self._connection.request(
+            BUS_NAME, self.path, JOB_INTERFACE, "Wait", timeout_s=None
+        )
+        return result, _plain(receipt)
+
+    async def cancel(self) -> None:
+        await self._connection.request(BUS_NAME, self.path, JOB_INTERFACE, "Cancel")
+
+    async def properties(self) -> dict[str, Any]:
+        return await _get_all(self._connection, self.path, JOB_INTERFACE)
+
+
+async def _get_all(connection: Connection, path: str, interface: str) -> dict[str, Any]:
+    (properties,) = await connection.request(
+        BUS_NAME, path, "org.freedesktop.DBus.Properties", "GetAll", "s", [interface]
+    )
+    return _plain(properties)
+
+
+def _plain(variants: dict[str, Variant]) -> dict[str, Any]:
+    return {key: variant.value for key, variant in variants.items()}

@@ -1,0 +1,158 @@
+"""One connection to a message bus: dbus_next with its known faults cured.
+
+The cures, each for dbus_next 0.2.3:
+
+- the end of the connection during authentication spins for ever: `_auth_readline`;
+- a peer that never stops sending starves every timer of the loop: `_message_reader`;
+- `call()` has no timeout and hands errors back as messages: `request`;
+- `disconnect()` leaves the socket open: `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import BusType, MessageType, NameFlag, RequestNameReply
+from dbus_next.errors import AuthError, InvalidAddressError
+from dbus_next.message import Message
+
+from qkilld.model.errors import BY_BUS_NAME, BusError, Failed
+
+CONNECT_TIMEOUT_S: Final = 10.0
+CALL_TIMEOUT_S: Final = 25.0
+"""The same as libdbus and sd-bus have for a method call."""
+MESSAGES_PER_WAKEUP: Final = 16
+"""So many messages are read before the loop gets to look at its timers and pidfds again."""
+
+_DBUS: Final = "org.freedesktop.DBus"
+
+
+class Connection(MessageBus):  # type: ignore[misc]  # dbus_next has no types
+    """Use `connect()` below to make one; it must be made inside a running loop."""
+
+    async def _auth_readline(self) -> str:
+        line = b""
+        while not line.endswith(b"\r\n"):
+            chunk = await self._loop.sock_recv(self._sock, 1)
+            if not chunk:
+                raise EOFError("the bus closed the connection during authentication")
+            line += chunk
+        return line[:-2].decode()
+
+    def _message_reader(self) -> None:
+        if self._disconnected:
+            return
+        try:
+            for _ in range(MESSAGES_PER_WAKEUP):
+                if not self._unmarshaller.unmarshall():
+                    return
+                self._on_message(self._unmarshaller.message)
+                self._unmarshaller = self._create_unmarshaller()
+        except Exception as error:
+            self._finalize(error)
+        else:
+            # What is left may sit in the stream's own buffer, where epoll does not see it.
+            self._loop.call_soon(self._message_reader)
+
+    async def request(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: list[Any] | None = None,
+        *,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+        interactive: bool = False,
+    ) -> list[Any]:
+        """Call a method and return the body of its reply.
+
+        Raises the QkilldError that the reply names, Failed for any other error reply, BusError
+        where the connection is lost or no reply comes within `timeout_s`.
+        """
+        message = Message(
+            destination=destination,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=body or [],
+        )
+        if interactive:
+            message.flags = message.flags.ALLOW_INTERACTIVE_AUTHORIZATION
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self.call(message)
+        except TimeoutError:
+            raise BusError(f"no reply from {destination} to {member} within {timeout_s:g} s") from None
+        except (OSError, EOFError) as error:
+            raise BusError("the connection to the bus is lost") from error
+        if reply is None:
+            raise BusError("the connection to the bus is lost")
+        if reply.message_type is MessageType.ERROR:
+            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
+            raise remote_error(reply.error_name, text)
+        return list(reply.body)
+
+    async def request_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
+        """Call a method of the bus driver itself."""
+        return await self.request(
+            _DBUS, "/org/freedesktop/DBus", _DBUS, member, signature, list(body)
+        )
+
+    async def own(self, name: str) -> bool:
+        """Take a bus name; False where somebody has it already."""
+        reply = await self.request_name(name, NameFlag.DO_NOT_QUEUE)
+        return reply in (RequestNameReply.PRIMARY_OWNER, RequestNameReply.ALREADY_OWNER)
+
+    async def wait_closed(self) -> None:
+        """Return when the connection has ended, however it did."""
+        with contextlib.suppress(Exception):
+            await self.wait_for_disconnect()
+
+    async def flush(self) -> None:
+        """Return when what was sent before has been written, or the connection is gone."""
+        with contextlib.suppress(Exception):
+            await self.request_bus("GetId")
+
+    def close(self) -> None:
+        if not self._disconnected:
+            self._user_disconnect = True
+            self._finalize(None)
+        self._stream.close()
+        self._sock.close()
+
+
+def remote_error(name: str, text: str) -> Exception:
+    """The exception for an error reply."""
+    if cls := BY_BUS_NAME.get(name):
+        return cls(text)
+    match name:
+        case "org.freedesktop.DBus.Error.ServiceUnknown" | "org.freedesktop.DBus.Error.NameHasNoOwner":
+            return BusError("qkilld is not running on this bus, and the bus cannot start it")
+        case "org.freedesktop.DBus.Error.NoReply" | "org.freedesktop.DBus.Error.Disconnected":
+            return BusError("qkilld went away before it answered")
+    return Failed(f"{text or 'no reason given'} ({name})")
+
+
+async def connect(address: str | None = None, *, user: bool = False) -> Connection:
+    """Connect to the system bus, the session bus (`user`) or the bus at `address`.
+
+    Raises BusError, which names the bus.
+    """
+    which = f"bus at {address}" if address else "session bus" if user else "system bus"
+    connection = None
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            connection = Connection(address, BusType.SESSION if user else BusType.SYSTEM)
+            await connection.connect()
+    except (OSError, EOFError, AuthError, InvalidAddressError, ValueError, TimeoutError) as error:
+        if connection is not None:
+            connection.close()
+        reason = "no answer" if isinstance(error, TimeoutError) else str(error)
+        raise BusError(f"cannot connect to the {which}: {reason}") from error
+    return connection

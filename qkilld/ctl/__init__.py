@@ -1,0 +1,1 @@
+"""qkillctl: the client for people and scripts."""
