@@ -29,7 +29,7 @@ ERROR_PREFIX: Final = "org.qkilld1.Error."
 
 
 class QkilldError(Exception):
-    """The root of the tree. `bus_name` is the D-Bus error name, `exit_code` what a client exits with."""
+    """The root. `bus_name` is the D-Bus error name, `exit_code` what a client exits with."""
 
     bus_name: ClassVar[str] = ERROR_PREFIX + "Failed"
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
