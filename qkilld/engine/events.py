@@ -1,0 +1,204 @@
+"""Everything that is worth a journal entry, each with a MESSAGE_ID of its own.
+
+The catalogue that explains them to `journalctl -x` is packaging/qkilld.catalog.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from signal import SIGKILL, Signals
+from typing import TYPE_CHECKING
+
+from qkilld.model.guest import Guest
+from qkilld.model.words import USEC_PER_SEC, Flag, Result
+
+if TYPE_CHECKING:
+    from qkilld.engine.job import Job, Request, Rung
+
+
+class Priority(IntEnum):
+    """syslog(3)."""
+
+    ERR = 3
+    WARNING = 4
+    NOTICE = 5
+    INFO = 6
+
+
+class MessageId(Enum):
+    """sd_journal_print(3), sd-id128(3): 128 bits, the same for ever."""
+
+    JOB_STARTED = "93375c572f1241ecb4db7298ec382174"
+    SIGNAL_SENT = "ccad3eab18e747ca8bd4d129b46e422b"
+    SIGNAL_REFUSED = "62abee31bee64db4a88fd9002b90364c"
+    JOB_JOINED = "c8c755af4e2845c19090e03b3e3a13f9"
+    JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
+    SURVIVOR_GONE = "510528c7fbaf4685a07faadc86df8447"
+    DAEMON_STARTED = "880a8eefeebd4e2aaa3c6396bda9897d"
+    DAEMON_STOPPING = "032598709f0d4d6cae7cfd4082fc0502"
+    BUS_LOST = "60d83e4c547c45cfacf4e19d579c9823"
+    INTERNAL_ERROR = "d633f10750c743be8ac731e94b8805a9"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    id: MessageId
+    priority: Priority
+    message: str
+    """One line, printable."""
+    guest: Guest | None = None
+    gone: bool = False
+    """The guest's process has exited: journald can no longer look up its unit by OBJECT_PID=."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Further journal fields."""
+
+
+def job_started(job: Job) -> Event:
+    request = job.request
+    reason = f': "{request.reason}"' if request.reason else ""
+    return _of_job(
+        job,
+        MessageId.JOB_STARTED,
+        Priority.INFO,
+        f"Stopping {job.guest.title} for uid {request.uid}, {_ladder(job.flags)}{reason}.",
+        QKILLD_FLAGS=str(int(job.flags)),
+        QKILLD_REQUESTED_BY=str(request.uid),
+        QKILLD_REASON=request.reason,
+    )
+
+
+def signal_sent(job: Job, rung: Rung) -> Event:
+    return _of_job(
+        job,
+        MessageId.SIGNAL_SENT,
+        Priority.NOTICE if rung.signal is SIGKILL else Priority.INFO,
+        f"Sent {rung.signal.name} to {job.guest.title} after {_seconds(rung.at - job.started)}.",
+        QKILLD_PHASE=rung.phase.value,
+        QKILLD_SIGNAL=rung.signal.name,
+    )
+
+
+def signal_refused(job: Job, number: Signals) -> Event:
+    return _of_job(
+        job,
+        MessageId.SIGNAL_REFUSED,
+        Priority.ERR,
+        f"The kernel does not let qkilld send {number.name} to {job.guest.title}.",
+        QKILLD_SIGNAL=number.name,
+    )
+
+
+def job_joined(job: Job, request: Request) -> Event:
+    return _of_job(
+        job,
+        MessageId.JOB_JOINED,
+        Priority.INFO,
+        f"Uid {request.uid} joined the stop of {job.guest.title}, now {_ladder(job.flags)}.",
+        QKILLD_FLAGS=str(int(job.flags)),
+        QKILLD_REQUESTED_BY=str(request.uid),
+    )
+
+
+def job_ended(job: Job) -> Event:
+    """The receipt."""
+    assert job.result is not None
+    after = _seconds(job.elapsed)
+    priority, text = {
+        Result.EXITED: (Priority.INFO, f"exited after {after}"),
+        Result.KILLED: (Priority.WARNING, f"was killed, gone after {after}: data may be lost"),
+        Result.SURVIVED: (
+            Priority.WARNING,
+            f"is still there after {after}: qkilld gave up and watches it",
+        ),
+        Result.SIGNALLED: (Priority.INFO, "got its one signal, unsupervised"),
+        Result.CANCELLED: (Priority.NOTICE, f"is left alone after {after}: the stop was cancelled"),
+        Result.FAILED: (Priority.ERR, f"could not be stopped: {job.error}"),
+    }[job.result]
+    return _of_job(
+        job,
+        MessageId.JOB_ENDED,
+        priority,
+        f"{_capitalised(job.guest.title)} {text}.",
+        QKILLD_RESULT=job.result.value,
+        QKILLD_ELAPSED_USEC=str(job.elapsed),
+    )
+
+
+def survivor_gone(job: Job, now: int) -> Event:
+    return _of_job(
+        job,
+        MessageId.SURVIVOR_GONE,
+        Priority.NOTICE,
+        f"{_capitalised(job.guest.title)} is gone at last, {_seconds(now - job.started)} after its "
+        "stop began.",
+        gone=True,
+        QKILLD_ELAPSED_USEC=str(now - job.started),
+    )
+
+
+def daemon_started(version: str, where: str) -> Event:
+    return Event(MessageId.DAEMON_STARTED, Priority.INFO, f"qkilld {version} serves the {where}.")
+
+
+def daemon_stopping(running: int) -> Event:
+    left = f"; {running} jobs are cancelled, their guests left alone" if running else ""
+    return Event(
+        MessageId.DAEMON_STOPPING,
+        Priority.WARNING if running else Priority.INFO,
+        f"qkilld is stopping{left}.",
+    )
+
+
+def bus_lost(running: int) -> Event:
+    then = f"{running} jobs go on to their end first" if running else "no job is running"
+    return Event(
+        MessageId.BUS_LOST, Priority.ERR, f"The connection to the bus is lost: qkilld ends; {then}."
+    )
+
+
+def internal_error(doing: str, error: BaseException) -> Event:
+    """A fault of the program itself: the only place where a traceback goes."""
+    trace = "".join(traceback.format_exception(error))
+    return Event(
+        MessageId.INTERNAL_ERROR,
+        Priority.ERR,
+        f"Internal error while {doing}: {type(error).__name__}.",
+        fields={"QKILLD_TRACEBACK": trace},
+    )
+
+
+def _of_job(
+    job: Job, id: MessageId, priority: Priority, message: str, gone: bool = False, **fields: str
+) -> Event:
+    return Event(
+        id,
+        priority,
+        message,
+        guest=job.guest,
+        gone=gone or job.result in (Result.EXITED, Result.KILLED),
+        fields={
+            "QKILLD_JOB": str(job.number),
+            "QKILLD_PHASE": job.phase.value,
+            "QKILLD_VERDICT": job.verdict.value,
+            "QKILLD_GUEST": job.guest.label.name,
+            **fields,
+        },
+    )
+
+
+def _ladder(flags: Flag) -> str:
+    """The flags in words."""
+    if Flag.NOWAIT in flags:
+        return "with SIGKILL at once" if Flag.FORCE in flags else "with SIGTERM and no supervision"
+    return "by force if need be" if Flag.FORCE in flags else "without force"
+
+
+def _seconds(usec: int) -> str:
+    return f"{usec / USEC_PER_SEC:.3f} s"
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,84 @@
+"""What the engine needs of the outside. Adapters implement these, tests fake them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from signal import Signals
+from typing import TYPE_CHECKING, Protocol
+
+from qkilld.model.guest import Guest, Identity, Label
+
+if TYPE_CHECKING:
+    from qkilld.engine.events import Event
+    from qkilld.engine.job import Job
+
+
+class Process(Protocol):
+    """A process that is held by a pidfd: whatever becomes of its pid, this is the same process."""
+
+    @property
+    def guest(self) -> Guest: ...
+
+    def identify(self) -> Identity:
+        """Read again who it is: it may have executed another program by now.
+
+        Raises NoSuchProcess, NotQemu, Failed.
+        """
+
+    def set_label(self, label: Label) -> None:
+        """Say what it is called."""
+
+    def signal(self, number: Signals) -> None:
+        """Raises ProcessLookupError where the process is gone, PermissionError where refused."""
+
+    def exited(self) -> bool:
+        """Whether it has exited, collected by its parent or not. Does not block."""
+
+    def collected(self) -> bool:
+        """After it has exited: whether its parent has collected it, so that it is no zombie."""
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call back once, as soon as it exits."""
+
+    def close(self) -> None:
+        """Let go of it; no call back comes after this. May be called twice."""
+
+
+class Host(Protocol):
+    """The processes of this system."""
+
+    def open(self, pid: int) -> Process:
+        """Take hold of a process. Raises NoSuchProcess, NotQemu, Failed."""
+
+    async def label(self, identity: Identity) -> Label:
+        """What it is called. Never takes long; an empty name where the kernel does not answer."""
+
+    def identities(self) -> list[Identity]:
+        """Of every process whose executable can be seen."""
+
+
+class Timer(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """CLOCK_MONOTONIC in µs."""
+
+    def now(self) -> int: ...
+
+    def call_at(self, when: int, callback: Callable[[], None]) -> Timer: ...
+
+
+class Journal(Protocol):
+    def write(self, event: Event) -> None:
+        """Note an event. Never blocks and never raises."""
+
+
+class Observer(Protocol):
+    """Who wants to hear of jobs: the bus. Nothing that it raises may reach a job."""
+
+    def job_new(self, job: Job) -> None: ...
+
+    def job_changed(self, job: Job) -> None: ...
+
+    def job_ended(self, job: Job) -> None: ...

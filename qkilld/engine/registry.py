@@ -1,0 +1,144 @@
+"""The jobs of the daemon: at most one running for a process, and the finished ones for a while."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from qkilld.engine import events
+from qkilld.engine.job import Job, Request
+from qkilld.engine.ports import Clock, Journal, Observer, Process
+from qkilld.model.errors import Busy, NoSuchJob
+from qkilld.model.policy import Config
+from qkilld.model.words import USEC_PER_SEC, Result
+
+KEEP_ENDED: Final = 60 * USEC_PER_SEC
+"""A job's object outlives its end by so long (µs), so that a late Wait still gets its answer."""
+MAX_JOBS_PER_UID: Final = 2048
+"""Jobs, running and finished, that one user may have here: a flood must not fill the memory. Root
+may have any number."""
+
+
+class Registry:
+    """Starts jobs, joins them, and finds them again by number or by process."""
+
+    def __init__(
+        self, config: Config, clock: Clock, journal: Journal, observer: Observer | None = None
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._journal = journal
+        self.observer = observer
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[tuple[int, int], Job] = {}
+        self._survivors: dict[tuple[int, int], Job] = {}
+        self._per_uid: Counter[int] = Counter()
+        self._last = 0
+        self._idle: list[Callable[[], None]] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        """All of them, oldest first."""
+        return iter(list(self._jobs.values()))
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def terminate(self, process: Process, request: Request) -> Job:
+        """The job that stops this process: the running one, or a new one, its first signal sent.
+
+        Takes the process over. Raises what Job.start raises, and Busy.
+        """
+        key = process.guest.identity.key
+        if job := self._running.get(key):
+            process.close()
+            job.join(request)
+            return job
+        if request.uid != 0 and self._per_uid[request.uid] >= MAX_JOBS_PER_UID:
+            process.close()
+            raise Busy(
+                f"You have {MAX_JOBS_PER_UID} jobs here, running or just finished; "
+                "try again in a minute"
+            )
+        job = Job(
+            self._last + 1,
+            process,
+            request,
+            self._config.policy_for(process.guest.label.name),
+            self._clock,
+            self._journal,
+            on_change=self._changed,
+            on_end=self._ended,
+            on_survivor_gone=self._survivor_gone,
+        )
+        job.start()
+        self._last += 1
+        self._jobs[job.number] = self._running[key] = job
+        self._per_uid[request.uid] += 1
+        if older := self._survivors.pop(key, None):
+            older.let_go()
+        self._tell(lambda observer: observer.job_new(job))
+        job.follow()
+        return job
+
+    def get(self, number: int) -> Job:
+        try:
+            return self._jobs[number]
+        except KeyError:
+            raise NoSuchJob(
+                f"There is no job {number}: there never was, or it ended over a minute ago"
+            ) from None
+
+    def by_pid(self, pid: int) -> Job:
+        """The running job of that process, else its newest finished one."""
+        found = [job for job in self._jobs.values() if job.guest.identity.pid == pid]
+        if not found:
+            raise NoSuchJob(f"There is no job for process {pid}")
+        return max(found, key=lambda job: (job.running, job.number))
+
+    def running_for(self, key: tuple[int, int]) -> Job | None:
+        """The running job of that process, if there is one."""
+        return self._running.get(key)
+
+    def cancel_all(self) -> None:
+        for job in list(self._running.values()):
+            job.cancel()
+
+    def when_idle(self, callback: Callable[[], None]) -> None:
+        """Call back once, as soon as no job is running; at once where none is."""
+        if self._running:
+            self._idle.append(callback)
+        else:
+            callback()
+
+    def _changed(self, job: Job) -> None:
+        self._tell(lambda observer: observer.job_changed(job))
+
+    def _ended(self, job: Job) -> None:
+        key = job.guest.identity.key
+        del self._running[key]
+        if job.result is Result.SURVIVED:
+            self._survivors[key] = job
+        self._tell(lambda observer: observer.job_ended(job))
+        self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
+        if not self._running:
+            callbacks, self._idle = self._idle, []
+            for callback in callbacks:
+                callback()
+
+    def _survivor_gone(self, job: Job) -> None:
+        del self._survivors[job.guest.identity.key]
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.number]
+        self._per_uid -= Counter((job.request.uid,))
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
+        """Tell the observer; whatever goes wrong there must not touch a job."""
+        if self.observer is None:
+            return
+        try:
+            what(self.observer)
+        except Exception as error:
+            self._journal.write(events.internal_error("telling the bus of a job", error))
