@@ -1,0 +1,7 @@
+"""`python -m qkilld` is the daemon."""
+
+import sys
+
+from qkilld.daemon import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+"""The interfaces as the XML files under dbus/ describe them: the source of truth for every call."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from qkilld.model.words import JOB_INTERFACE, MANAGER_INTERFACE
+
+_DIRECTORIES: Final = (
+    Path(__file__).parents[1] / "interfaces",  # installed
+    Path(__file__).parents[2] / "dbus",  # in a checkout
+)
+
+_STANDARD: Final = """
+<node>
+  <interface name="org.freedesktop.DBus.Introspectable">
+    <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
+  </interface>
+  <interface name="org.freedesktop.DBus.Peer">
+    <method name="GetMachineId"><arg name="machine_uuid" type="s" direction="out"/></method>
+    <method name="Ping"/>
+  </interface>
+  <interface name="org.freedesktop.DBus.Properties">
+    <method name="Get">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="property" type="s" direction="in"/>
+      <arg name="value" type="v" direction="out"/>
+    </method>
+    <method name="GetAll">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="properties" type="a{sv}" direction="out"/>
+    </method>
+    <method name="Set">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="property" type="s" direction="in"/>
+      <arg name="value" type="v" direction="in"/>
+    </method>
+    <signal name="PropertiesChanged">
+      <arg name="interface" type="s"/>
+      <arg name="changed" type="a{sv}"/>
+      <arg name="invalidated" type="as"/>
+    </signal>
+  </interface>
+</node>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """D-Bus type strings of a method."""
+
+    takes: str
+    gives: str
+    shown: str
+    """The arguments with their names, for an error text: `u pid, t flags`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    name: str
+    element: ET.Element
+    methods: dict[str, Signature]
+    signals: dict[str, str]
+    """Name → type string."""
+    properties: dict[str, str]
+    """Name → type string."""
+
+
+@cache
+def manager() -> Interface:
+    return _load(MANAGER_INTERFACE)
+
+
+@cache
+def job() -> Interface:
+    return _load(JOB_INTERFACE)
+
+
+def introspection(interface: Interface | None, children: list[str]) -> str:
+    """The answer to Introspect for an object with this interface and these child nodes."""
+    node = ET.fromstring(_STANDARD)
+    if interface is not None:
+        node.append(interface.element)
+    for child in children:
+        ET.SubElement(node, "node", name=child)
+    return ET.tostring(node, encoding="unicode")
+
+
+def _load(name: str) -> Interface:
+    path = next(p for d in _DIRECTORIES if (p := d / f"{name}.xml").exists())
+    element = ET.parse(path).getroot().find(f"interface[@name='{name}']")
+    assert element is not None
+    return Interface(
+        name,
+        element,
+        methods={m.attrib["name"]: _signature(m) for m in element.iterfind("method")},
+        signals={
+            s.attrib["name"]: "".join(a.attrib["type"] for a in s.iterfind("arg"))
+            for s in element.iterfind("signal")
+        },
+        properties={p.attrib["name"]: p.attrib["type"] for p in element.iterfind("property")},
+    )
+
+
+def _signature(method: ET.Element) -> Signature:
+    takes = [a for a in method.iterfind("arg") if a.get("direction") != "out"]
+    gives = [a for a in method.iterfind("arg") if a.get("direction") == "out"]
+    return Signature(
+        "".join(a.attrib["type"] for a in takes),
+        "".join(a.attrib["type"] for a in gives),
+        ", ".join(f"{a.attrib['type']} {a.attrib['name']}" for a in takes),
+    )

@@ -1,0 +1,100 @@
+"""/org/qkilld1/job/N: the interface org.qkilld1.Job."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from dbus_next.signature import Variant
+
+from qkilld.bus import interfaces
+from qkilld.bus.server import Caller, Method, Server
+from qkilld.engine.job import Job
+from qkilld.engine.service import Service
+from qkilld.model.words import JOB_PATH_PREFIX, UNKNOWN
+
+
+class JobObject:
+    """Implements bus.server.BusObject; made anew for each call, the job itself has the state."""
+
+    def __init__(self, job: Job, service: Service, server: Server) -> None:
+        self.interface = interfaces.job()
+        self._job = job
+        self._service = service
+        self._server = server
+        self.methods: Mapping[str, Method] = {"Wait": self._wait, "Cancel": self._cancel}
+
+    def property(self, name: str) -> Any:
+        return properties(self._job)[name]
+
+    async def _wait(self, caller: Caller) -> list[Any]:
+        job = self._job
+        if job.running:
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            job.when_ended(functools.partial(_settle, ended))
+            await self._server.notice_disconnect(caller)
+            await ended
+        assert job.result is not None
+        return [job.result.value, receipt(job)]
+
+    async def _cancel(self, caller: Caller) -> list[Any]:
+        await self._service.cancel(self._job, functools.partial(self._server.uid_of, caller))
+        return []
+
+
+def job_path(job: Job) -> str:
+    return f"{JOB_PATH_PREFIX}{job.number}"
+
+
+def properties(job: Job) -> dict[str, Any]:
+    """Every property of the interface."""
+    identity, label = job.guest.identity, job.guest.label
+    return {
+        "Id": job.number,
+        "PID": identity.pid,
+        "StartTime": identity.start_time,
+        "Name": label.name,
+        "UUID": label.uuid,
+        "Unit": label.unit.name,
+        "UID": identity.uid,
+        "StartedUSec": job.started,
+        **changing(job),
+    }
+
+
+def changing(job: Job) -> dict[str, Any]:
+    """The properties that PropertiesChanged tells of."""
+    return {
+        "Flags": int(job.flags),
+        "Phase": job.phase.value,
+        "Verdict": job.verdict.value,
+        "Result": job.result.value if job.result else "",
+        "DeadlineUSec": job.deadline,
+        "LastProgressUSec": 0,
+        "BytesWritten": UNKNOWN,
+        "BytesPending": UNKNOWN,
+        "Held": False,
+    }
+
+
+def receipt(job: Job) -> dict[str, Variant]:
+    """The receipt of a job that has ended, as Wait gives it."""
+    rungs = [[r.phase.value, r.signal.name, r.at - job.started] for r in job.rungs]
+    found = {
+        "elapsed-usec": Variant("t", job.elapsed),
+        "rungs": Variant("a(sst)", rungs),
+        "verdict": Variant("s", job.verdict.value),
+        "requested-by": Variant("u", job.request.uid),
+    }
+    if job.request.reason:
+        found["reason"] = Variant("s", job.request.reason)
+    if job.error:
+        found["error"] = Variant("s", job.error)
+    return found
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,148 @@
+"""/org/qkilld1: the interface org.qkilld1.Manager, and the tree of objects below it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from dbus_next.signature import Variant
+
+from qkilld import __version__
+from qkilld.bus import interfaces
+from qkilld.bus.job import JobObject, job_path
+from qkilld.bus.server import BusObject, Caller, Method, Server
+from qkilld.engine.service import CallerUid, Option, Service
+from qkilld.model.errors import NoSuchJob
+from qkilld.model.text import printable
+from qkilld.model.words import JOB_PATH_PREFIX, MANAGER_PATH
+
+
+class ManagerObject:
+    """Implements bus.server.BusObject."""
+
+    def __init__(self, service: Service) -> None:
+        self.interface = interfaces.manager()
+        self.server: Server
+        self._service = service
+        self.methods: Mapping[str, Method] = {
+            "Terminate": self._terminate,
+            "TerminateWithOptions": self._terminate,
+            "Inspect": self._inspect,
+            "ListGuests": self._list_guests,
+            "ListJobs": self._list_jobs,
+            "GetJobByPID": self._get_job_by_pid,
+        }
+
+    def property(self, name: str) -> Any:
+        policy = self._service.config.policy
+        match name:
+            case "Version":
+                return __version__
+            case "NJobs":
+                return self._service.registry.running
+            case "GraceUSec":
+                return policy.grace
+            case "StallUSec":
+                return policy.stall
+            case "StorageStallUSec":
+                return policy.storage_stall
+            case "MaxUSec":
+                return policy.max
+            case "ReapUSec":
+                return policy.reap
+        raise KeyError(name)
+
+    async def _terminate(
+        self, caller: Caller, pid: int, flags: int, options: dict[str, Variant] | None = None
+    ) -> list[Any]:
+        given = {name: Option(v.signature, v.value) for name, v in (options or {}).items()}
+        job = await self._service.terminate(pid, flags, given, self._uid_of(caller))
+        return [job_path(job)]
+
+    async def _inspect(self, caller: Caller, pid: int) -> list[Any]:
+        guest = await self._service.inspect(pid, self._uid_of(caller))
+        identity, label = guest.identity, guest.label
+        found = {
+            "pid": Variant("u", identity.pid),
+            "start-time": Variant("t", identity.start_time),
+            "uid": Variant("u", identity.uid),
+            "command": Variant("s", identity.command),
+            "executable": Variant("s", printable(identity.executable, 4096)),
+            "executable-deleted": Variant("b", identity.executable_deleted),
+            "state": Variant("s", identity.state),
+            "name": Variant("s", label.name),
+            "uuid": Variant("s", label.uuid),
+            "unit": Variant("s", label.unit.name),
+            "verdict": Variant("s", "unknown"),
+        }
+        if job := self._service.registry.running_for(identity.key):
+            found["job"] = Variant("o", job_path(job))
+            found["verdict"] = Variant("s", job.verdict.value)
+        return [found]
+
+    async def _list_guests(self, caller: Caller) -> list[Any]:
+        return [
+            [
+                [
+                    guest.identity.pid,
+                    guest.label.name,
+                    guest.label.uuid,
+                    guest.identity.uid,
+                    guest.label.unit.name,
+                ]
+                for guest in await self._service.guests()
+            ]
+        ]
+
+    async def _list_jobs(self, caller: Caller) -> list[Any]:
+        return [
+            [
+                [
+                    job.number,
+                    job_path(job),
+                    job.guest.identity.pid,
+                    job.phase.value,
+                    job.verdict.value,
+                ]
+                for job in self._service.registry
+            ]
+        ]
+
+    async def _get_job_by_pid(self, caller: Caller, pid: int) -> list[Any]:
+        return [job_path(self._service.registry.by_pid(pid))]
+
+    def _uid_of(self, caller: Caller) -> CallerUid:
+        return functools.partial(self.server.uid_of, caller)
+
+
+class Tree:
+    """Implements bus.server.Tree."""
+
+    def __init__(self, manager: ManagerObject, service: Service) -> None:
+        self._manager = manager
+        self._service = service
+
+    def find(self, path: str) -> BusObject | None:
+        if path == MANAGER_PATH:
+            return self._manager
+        if not path.startswith(JOB_PATH_PREFIX):
+            return None
+        number = path.removeprefix(JOB_PATH_PREFIX)
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise NoSuchJob("A job's path ends in its number")
+        return JobObject(
+            self._service.registry.get(int(number)), self._service, self._manager.server
+        )
+
+    def children(self, path: str) -> list[str]:
+        match path:
+            case "/":
+                return ["org"]
+            case "/org":
+                return ["qkilld1"]
+            case "/org/qkilld1":
+                return ["job"]
+            case "/org/qkilld1/job":
+                return [str(job.number) for job in self._service.registry]
+        return []
