@@ -1,0 +1,204 @@
+"""Jobs under a fake clock: the exact sequence of phases and signals."""
+
+from __future__ import annotations
+
+from signal import SIGKILL, SIGTERM
+
+import pytest
+
+from qkilld.engine.events import MessageId, Priority
+from qkilld.model.errors import Failed, NoSuchProcess
+from qkilld.model.words import INFINITY, Flag, Result, Verdict
+
+from .conftest import FakeProcess, S, World
+
+FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
+
+
+def test_a_guest_that_exits_on_sigterm(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    assert process.sent == [SIGTERM]
+    assert job.deadline == job.started + 10 * S
+    world.clock.advance(0.004)
+    process.die()
+    assert (job.result, job.verdict, job.elapsed) == (Result.EXITED, Verdict.GONE, 4_000)
+    assert world.observer.seen == ["terminate", "done", "exited"]
+    assert process.sent == [SIGTERM]
+    assert process.closed
+    assert job.deadline == INFINITY
+
+
+@pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
+def test_force_kills_at_ten_seconds(world: World, flags: Flag) -> None:
+    process = FakeProcess()
+    job = world.stop(process, flags)
+    world.clock.advance(9.999999)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(0.000001)
+    assert process.sent == [SIGTERM, SIGKILL]
+    process.wake()
+    assert job.result is Result.KILLED
+    assert job.elapsed == 10 * S
+    assert world.observer.seen == ["terminate", "kill", "reap", "done", "killed"]
+
+
+def test_force_gives_up_five_seconds_after_sigkill(world: World) -> None:
+    process = FakeProcess(dies_of=())
+    job = world.stop(process, FORCE)
+    world.clock.advance(14.999999)
+    assert job.running
+    assert job.deadline == job.started + 15 * S
+    world.clock.advance(0.000001)
+    assert job.result is Result.SURVIVED
+    assert process.sent == [SIGTERM, SIGKILL]
+    assert world.observer.seen == ["terminate", "kill", "reap", "done", "survived"]
+
+
+@pytest.mark.parametrize("flags", [Flag(0), FIXED])
+def test_without_force_never_a_sigkill(world: World, flags: Flag) -> None:
+    process = FakeProcess()
+    job = world.stop(process, flags)
+    world.clock.advance(14.999999)
+    assert job.running
+    world.clock.advance(0.000001)
+    assert job.result is Result.SURVIVED
+    world.clock.advance(3600)
+    assert process.sent == [SIGTERM]
+    assert world.observer.seen == ["terminate", "done", "survived"]
+
+
+def test_a_survivor_stays_watched_and_its_end_is_logged(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process)
+    world.clock.advance(20)
+    assert not process.closed
+    process.die()
+    assert process.closed
+    assert job.result is Result.SURVIVED
+    event = world.journal.events[-1]
+    assert event.id is MessageId.SURVIVOR_GONE
+    assert event.fields["QKILLD_ELAPSED_USEC"] == str(20 * S)
+
+
+def test_nowait_is_one_sigterm(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, NOWAIT)
+    assert process.sent == [SIGTERM]
+    assert job.result is Result.SIGNALLED
+    assert process.closed
+    assert world.observer.seen == ["terminate", "done", "signalled"]
+
+
+def test_nowait_with_force_is_one_sigkill_even_if_that_ends_it_at_once(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, NOWAIT | FORCE)
+    assert process.sent == [SIGKILL]
+    assert job.result is Result.SIGNALLED
+    assert world.observer.seen == ["kill", "done", "signalled"]
+
+
+def test_no_sigkill_for_a_process_that_exited_with_the_deadline(world: World) -> None:
+    """The timer comes first in the loop, the pidfd says otherwise."""
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    process.dead = True
+    world.clock.advance(10)
+    assert process.sent == [SIGTERM]
+    assert job.result is Result.EXITED
+
+
+def test_a_zombie_has_exited(world: World) -> None:
+    process = FakeProcess(zombie=True)
+    job = world.stop(process, FORCE)
+    process.die()
+    assert (job.result, job.verdict) == (Result.EXITED, Verdict.ZOMBIE)
+
+
+def test_refused_first_signal_is_an_error_and_no_job(world: World) -> None:
+    process = FakeProcess(refuses=(SIGTERM,))
+    with pytest.raises(Failed, match="4711"):
+        world.stop(process)
+    assert process.closed
+    assert list(world.registry) == []
+    assert world.journal.ids == [MessageId.SIGNAL_REFUSED]
+    assert world.observer.seen == []
+
+
+def test_gone_before_the_first_signal_is_an_error_and_no_job(world: World) -> None:
+    process = FakeProcess(dead=True)
+    with pytest.raises(NoSuchProcess, match="4711"):
+        world.stop(process)
+    assert process.closed
+    assert list(world.registry) == []
+
+
+def test_refused_sigkill_fails_the_job(world: World) -> None:
+    process = FakeProcess(refuses=(SIGKILL,))
+    job = world.stop(process, FORCE)
+    world.clock.advance(10)
+    assert job.result is Result.FAILED
+    assert "SIGKILL" in job.error
+    assert process.closed
+    assert MessageId.SIGNAL_REFUSED in world.journal.ids
+
+
+def test_cancel(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(3)
+    job.cancel()
+    world.clock.advance(60)
+    assert job.result is Result.CANCELLED
+    assert job.elapsed == 3 * S
+    assert process.sent == [SIGTERM]
+    assert process.closed
+    job.cancel()
+    assert job.result is Result.CANCELLED
+
+
+def test_grace_option(world: World) -> None:
+    process = FakeProcess()
+    world.stop(process, FORCE, grace=2 * S)
+    world.clock.advance(1.999999)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(0.000001)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_who_waits_is_told_before_the_journal(world: World) -> None:
+    order: list[str] = []
+    process = FakeProcess()
+    job = world.stop(process)
+    job.when_ended(lambda: order.append(f"answer after {len(world.journal.events)} events"))
+    before = len(world.journal.events)
+    process.die()
+    assert order == [f"answer after {before} events"]
+    assert len(world.journal.events) == before + 1
+
+
+def test_the_story_in_the_journal(world: World) -> None:
+    process = FakeProcess()
+    world.stop(process, FORCE, reason="host upgrade", uid=1000)
+    world.clock.advance(10)
+    process.wake()
+    assert [(e.id, e.priority) for e in world.journal.events] == [
+        (MessageId.JOB_STARTED, Priority.INFO),
+        (MessageId.SIGNAL_SENT, Priority.INFO),
+        (MessageId.SIGNAL_SENT, Priority.NOTICE),
+        (MessageId.JOB_ENDED, Priority.WARNING),
+    ]
+    started, term, kill, receipt = world.journal.events
+    assert started.fields["QKILLD_REASON"] == "host upgrade"
+    assert started.fields["QKILLD_REQUESTED_BY"] == "1000"
+    assert (term.fields["QKILLD_SIGNAL"], term.fields["QKILLD_PHASE"]) == ("SIGTERM", "terminate")
+    assert (kill.fields["QKILLD_SIGNAL"], kill.fields["QKILLD_PHASE"]) == ("SIGKILL", "kill")
+    assert receipt.fields["QKILLD_RESULT"] == "killed"
+    assert receipt.fields["QKILLD_ELAPSED_USEC"] == str(10 * S)
+    assert receipt.gone
+    for event in world.journal.events:
+        assert event.guest is not None
+        assert event.fields["QKILLD_JOB"] == "1"
+        assert event.fields["QKILLD_GUEST"] == "web"
+        assert event.fields["QKILLD_VERDICT"]
+        assert "\n" not in event.message
