@@ -1,0 +1,408 @@
+"""A private bus, the daemon on it, and three ways to talk to it: busctl, gdbus, jeepney.
+
+Nothing here touches the machine's own bus: every program that is started gets the private
+address for the system bus and the session bus alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from jeepney import (  # type: ignore[import-untyped]
+    DBusAddress,
+    HeaderFields,
+    Message,
+    MessageType,
+    new_method_call,
+)
+from jeepney.io.blocking import open_dbus_connection  # type: ignore[import-untyped]
+
+from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH
+from tests.lab import needs
+from tests.lab.guest import fake_glob
+from tests.lab.log import Log
+from tests.lab.notify import NotifySocket
+from tests.lab.process import TOP, end, run, spawn, wait_gone
+from tests.lab.scratch import scratch
+
+_CONFIG: Final = """\
+<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>custom</type>
+  <listen>unix:path={socket}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow user="*"/>
+    <allow own="*"/>
+    <allow send_type="method_call"/>
+    <allow send_type="signal"/>
+    <allow send_requested_reply="true" send_type="method_return"/>
+    <allow send_requested_reply="true" send_type="error"/>
+    <allow receive_type="method_call"/>
+    <allow receive_type="method_return"/>
+    <allow receive_type="error"/>
+    <allow receive_type="signal"/>
+  </policy>
+</busconfig>
+"""
+# Limits are dbus-daemon's own defaults: those of a system bus.
+
+
+def environment(address: str) -> dict[str, str]:
+    """This process's environment with no bus in it but that one."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("DBUS_") and key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")
+    }
+    return kept | {
+        "DBUS_SYSTEM_BUS_ADDRESS": address,
+        "DBUS_SESSION_BUS_ADDRESS": address,
+        "DBUS_STARTER_ADDRESS": address,
+        "PYTHONPATH": str(TOP),
+    }
+
+
+@dataclass
+class Bus:
+    """A running dbus-daemon. Any user may connect, own a name, and send."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def busctl(
+        self, *args: str, uid: int | None = None, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """systemd's client, e.g. `busctl("call", NAME, PATH, INTERFACE, "Inspect", "u", "17")`.
+
+        With `check` an error becomes an AssertionError with busctl's own words.
+        """
+        busctl = needs.program("busctl", "systemd")
+        return run(
+            [busctl, f"--address={self.address}", "--no-pager", *args],
+            uid=uid,
+            timeout=timeout,
+            check=check,
+            env=environment(self.address),
+        )
+
+    def gdbus(
+        self, *args: str, uid: int | None = None, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """GLib's client, e.g. `gdbus("call", "-d", NAME, "-o", PATH, "-m", MEMBER, "17")`."""
+        gdbus = needs.program("gdbus", "libglib2.0-bin")
+        return run(
+            [gdbus, args[0], "--address", self.address, *args[1:]],
+            uid=uid,
+            timeout=timeout,
+            check=check,
+            env=environment(self.address),
+        )
+
+    def client(self, uid: int | None = None) -> Client:
+        """A connection of its own; a context manager."""
+        return Client(self.address, uid)
+
+    def stop(self) -> None:
+        """The bus goes away, with every connection to it."""
+        end(self.process)
+
+
+@contextlib.contextmanager
+def private_bus() -> Iterator[Bus]:
+    """A dbus-daemon with a socket of its own, there at once."""
+    program = needs.program("dbus-daemon", "dbus-daemon")
+    with scratch("b") as directory:
+        socket, config = directory / "bus", directory / "conf"
+        config.write_text(_CONFIG.format(socket=socket))
+        read, write = os.pipe()
+        try:
+            argv = [str(program), f"--config-file={config}", f"--print-address={write}"]
+            argv += ["--nofork", "--nopidfile", "--nosyslog"]
+            with (directory / "stderr").open("wb") as stderr:
+                process = spawn(argv, pass_fds=(write,), stderr=stderr)
+        finally:
+            os.close(write)
+        try:
+            with os.fdopen(read) as announced:  # ends when it does
+                address = announced.readline().strip()
+            assert address, f"dbus-daemon: {(directory / 'stderr').read_text()}"
+            yield Bus(address, process)
+        finally:
+            end(process)
+
+
+@dataclass
+class Daemon:
+    """A running qkilld."""
+
+    bus: Bus
+    root: Path
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    stderr: Log
+    notify: NotifySocket = field(repr=False)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
+        """The first match of `pattern` (re.MULTILINE) in what it writes to stderr."""
+        return self.stderr.wait_for(pattern, timeout, pidfd=self.pidfd)
+
+    def wait_ready(self, timeout: float = 30) -> None:
+        """Until it has sent READY=1."""
+        try:
+            self.notify.wait_for("READY", timeout, pidfd=self.pidfd)
+        except AssertionError as error:
+            raise AssertionError(f"qkilld: {error}; it says:\n{self.stderr.text()}") from None
+
+    def wait_gone(self, timeout: float = 30) -> int:
+        """Its exit code, when it has ended."""
+        assert wait_gone(self.pidfd, timeout), f"qkilld is still there after {timeout} s"
+        return self.process.wait()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
+        """Sends the signal and returns the exit code."""
+        signal.pidfd_send_signal(self.pidfd, number)
+        return self.wait_gone(timeout)
+
+
+def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") -> Path:
+    """A configuration file below a daemon's --root."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def lab_config(policy: str = "") -> str:
+    """A qkilld.conf under which this machine's QEMU and every fake_qemu is a target.
+
+    `policy` are lines of [Policy].
+    """
+    qemus = "/usr/bin/qemu-system-* /usr/local/bin/qemu-system-* " + fake_glob()
+    return f"[Target]\nExecutables={qemus}\n[Policy]\n{policy}\n"
+
+
+@contextlib.contextmanager
+def daemon(
+    bus: Bus,
+    *arguments: str,
+    config: str | None = None,
+    root: Path | None = None,
+    uid: int | None = None,
+    before: Callable[[], None] | None = None,
+    ready: bool = True,
+) -> Iterator[Daemon]:
+    """`python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`, and with `ready` up at entry.
+
+    `config` is its qkilld.conf (lab_config() by default), `root` a directory with the caller's own
+    configuration instead. Afterwards it is gone, if need be by SIGKILL: to see how it ends, call
+    stop(), which returns its exit code.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("d"))
+        if root is None:
+            root = directory / "root"
+            write_config(root, lab_config() if config is None else config)
+        stderr = Log(directory / "stderr")
+        notify = stack.enter_context(NotifySocket(directory))
+        with stderr.path.open("wb") as written:
+            process = spawn(
+                [sys.executable, "-m", "qkilld", "--bus", bus.address, "--root", root, *arguments],
+                stdout=written,
+                stderr=written,
+                cwd=directory,
+                uid=uid,
+                before=before,
+                env=environment(bus.address) | {"NOTIFY_SOCKET": str(notify.path)},
+            )
+        stack.callback(end, process)
+        pidfd = os.pidfd_open(process.pid)
+        stack.callback(os.close, pidfd)
+        running = Daemon(bus, root, process, pidfd, stderr, notify)
+        if ready:
+            running.wait_ready()
+        yield running
+
+
+class CallError(Exception):
+    """An error reply. `name` is its D-Bus name; the text is the message."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name = name
+        self.text = text
+
+
+class Client:
+    """A blocking client of the daemon, with a D-Bus library that the daemon does not use.
+
+    Bodies come as jeepney gives them: a variant is a pair (signature, value); plain() undoes that.
+    """
+
+    def __init__(self, address: str, uid: int | None = None) -> None:
+        """`uid`: the bus takes us for that user (OTHER_UID, one of /etc/passwd); needs root."""
+        self._replies: dict[int, Message] = {}
+        self._signals: list[Message] = []
+        with _effective_uid(uid):  # what the kernel notes at connect is what the bus believes
+            self._connection = open_dbus_connection(address, auth_timeout=30)
+
+    @property
+    def unique_name(self) -> str:
+        return str(self._connection.unique_name)
+
+    def send(
+        self,
+        member: str,
+        signature: str = "",
+        *body: Any,
+        path: str = MANAGER_PATH,
+        interface: str = MANAGER_INTERFACE,
+        destination: str = BUS_NAME,
+    ) -> int:
+        """Sends a call and does not wait; returns its serial, for reply()."""
+        address = DBusAddress(path, destination, interface)
+        serial: int = next(self._connection.outgoing_serial)
+        message = new_method_call(address, member, signature or None, body)
+        self._connection.send(message, serial=serial)
+        return serial
+
+    def reply(self, serial: int, timeout: float = 60) -> tuple[Any, ...]:
+        """The body of the reply to that call; what comes before it is kept.
+
+        Raises CallError for an error reply, TimeoutError after so many seconds, and
+        ConnectionResetError when the bus goes away.
+        """
+        deadline = time.monotonic() + timeout
+        while serial not in self._replies:
+            self._receive(deadline)
+        message = self._replies.pop(serial)
+        if message.header.message_type is MessageType.error:
+            name = message.header.fields[HeaderFields.error_name]
+            raise CallError(str(name), " ".join(map(str, message.body)))
+        return tuple(message.body)
+
+    def call(
+        self,
+        member: str,
+        signature: str = "",
+        *body: Any,
+        path: str = MANAGER_PATH,
+        interface: str = MANAGER_INTERFACE,
+        destination: str = BUS_NAME,
+        timeout: float = 60,
+    ) -> tuple[Any, ...]:
+        """send() and reply(). A variant argument is a pair (signature, value)."""
+        serial = self.send(
+            member, signature, *body, path=path, interface=interface, destination=destination
+        )
+        return self.reply(serial, timeout)
+
+    def terminate(self, pid: int, flags: int = 0, **options: tuple[str, Any]) -> str:
+        """The path of the job. Options by their name with _ for -: start_time=("t", 17)."""
+        if not options:
+            return str(self.call("Terminate", "ut", pid, flags)[0])
+        named = {name.replace("_", "-"): value for name, value in options.items()}
+        return str(self.call("TerminateWithOptions", "uta{sv}", pid, flags, named)[0])
+
+    def wait(self, job: str, timeout: float = 60) -> tuple[str, dict[str, Any]]:
+        """(result, receipt) of the job, when it has ended."""
+        result, receipt = self.call("Wait", path=job, interface=JOB_INTERFACE, timeout=timeout)
+        return result, plain(receipt)
+
+    def cancel(self, job: str) -> None:
+        self.call("Cancel", path=job, interface=JOB_INTERFACE)
+
+    def properties(
+        self, path: str = MANAGER_PATH, interface: str = MANAGER_INTERFACE
+    ) -> dict[str, Any]:
+        """GetAll, in plain values."""
+        (values,) = self.call(
+            "GetAll", "s", interface, path=path, interface="org.freedesktop.DBus.Properties"
+        )
+        return dict(plain(values))
+
+    def subscribe(self, rule: str = f"type='signal',sender='{BUS_NAME}'") -> None:
+        """From now on signals of that match rule are kept for signal()."""
+        self.call(
+            "AddMatch",
+            "s",
+            rule,
+            path="/org/freedesktop/DBus",
+            interface="org.freedesktop.DBus",
+            destination="org.freedesktop.DBus",
+        )
+
+    def signal(
+        self, member: str, timeout: float = 60, *, path: str | None = None
+    ) -> tuple[str, tuple[Any, ...]]:
+        """(path, body) of the oldest signal of that name not yet taken, when it comes.
+
+        Needs subscribe(). TimeoutError after so many seconds.
+        """
+        deadline = time.monotonic() + timeout
+        seen = 0
+        while True:
+            for message in self._signals[seen:]:
+                fields = message.header.fields
+                where = str(fields[HeaderFields.path])
+                if fields[HeaderFields.member] == member and path in (None, where):
+                    self._signals.remove(message)
+                    return where, tuple(message.body)
+            seen = len(self._signals)
+            self._receive(deadline)
+
+    def _receive(self, deadline: float) -> None:
+        message = self._connection.receive(timeout=max(0.0, deadline - time.monotonic()))
+        reply_to = message.header.fields.get(HeaderFields.reply_serial)
+        if reply_to is not None:
+            self._replies[reply_to] = message
+        elif message.header.message_type is MessageType.signal:
+            self._signals.append(message)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def plain(value: Any) -> Any:
+    """A value of jeepney's without the signatures of its variants."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return plain(value[1])
+    return value
+
+
+@contextlib.contextmanager
+def _effective_uid(uid: int | None) -> Iterator[None]:
+    if uid is None:
+        yield
+        return
+    needs.root("to connect as another user")
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

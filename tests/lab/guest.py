@@ -1,0 +1,334 @@
+"""Processes to stop: a guest that runs Linux, a QEMU without one, and a cheap stand-in.
+
+    boot_guest    a real QEMU that boots a kernel, whose job writes, computes or idles
+    start_qemu    a real QEMU with nothing in it (-M none), up in 0.1 s
+    fake_qemu     a static busybox under QEMU's name, for numbers; `stubborn` ignores SIGTERM
+
+Each returns a running Guest, to be used as a context manager: afterwards the process is gone,
+whatever state it was in, and so is everything that was written for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import uuid as uuid_module
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.lab import needs
+from tests.lab.image import BUSYBOX, guest_image
+from tests.lab.log import Log, wait_for_path
+from tests.lab.process import Orphan, end, run, spawn, wait_gone
+from tests.lab.scratch import run_directory, scratch
+
+QEMU: Final = "qemu-system-x86_64"
+
+
+def fake_glob() -> str:
+    """For `Executables=`: where every fake_qemu of this run has its executable."""
+    return f"{run_directory()}/*/{QEMU}"
+
+
+@functools.cache
+def _busybox() -> Path:
+    """One copy a run; every fake_qemu has a link to it under a name of its own."""
+    if not BUSYBOX.exists():
+        raise needs.Missing(
+            f"{BUSYBOX} is not installed: apt-get install busybox-static, or `make setup`"
+        )
+    return Path(shutil.copy(BUSYBOX, run_directory() / "busybox"))
+
+
+@dataclass
+class Guest:
+    """A running target. `stack` undoes what was made for it."""
+
+    pid: int
+    name: str
+    uuid: str
+    pidfd: int
+    """Ours, readable when the process has ended."""
+    directory: Path
+    """Its own, gone with it. Holds serial, qmp, pid and disks."""
+    executable: Path
+    process: subprocess.Popen[bytes] | None = None
+    """None where QEMU made itself a daemon (`daemonize`)."""
+    serial: Log | None = None
+    qmp: Path | None = None
+    pidfile: Path | None = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
+
+    @property
+    def start_time(self) -> int:
+        """Field 22 of /proc/PID/stat, in clock ticks since boot."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        return int(stat[stat.rindex(")") + 2 :].split()[19])
+
+    def wait_for(self, pattern: str, timeout: float = 60) -> str:
+        """Waits for a line with that pattern (re) on the serial line; returns what matched.
+
+        AssertionError if the guest ends or the time (seconds) runs out before.
+        """
+        assert self.serial is not None, f"{self.name} has no serial line"
+        return self.serial.wait_for(pattern, timeout, pidfd=self.pidfd)[0]
+
+    def wait_gone(self, timeout: float = 30) -> int | None:
+        """Waits for the end. The exit code (-N: by signal N), or None where it is not our child.
+
+        AssertionError if it is still there after `timeout` seconds.
+        """
+        assert wait_gone(self.pidfd, timeout), f"{self.name} is still there after {timeout} s"
+        return None if self.process is None else self.process.wait()
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU said."""
+        path = self.directory / "stderr"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def alive(self) -> bool:
+        """False from the moment it ended, reaped or not."""
+        return not wait_gone(self.pidfd, 0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Through the pidfd; raises ProcessLookupError when it is gone."""
+        signal.pidfd_send_signal(self.pidfd, number)
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_disk(path: Path, size: str = "1G", format: str = "qcow2") -> Path:
+    """An empty image. `size` as qemu-img takes it."""
+    run(
+        [needs.program("qemu-img", "qemu-utils"), "create", "-q", "-f", format, path, size],
+        check=True,
+    )
+    return path
+
+
+def boot_guest(
+    *,
+    name: str = "lab",
+    uuid: str | None = None,
+    job: str = "idle",
+    disk: Path | str | None = None,
+    disk_format: str = "qcow2",
+    disk_options: str = "cache=writeback",
+    records: int = 0,
+    stride: int = 4096,
+    passes: int = 1,
+    memory: int = 96,
+    qmp: bool = False,
+    pidfile: bool = False,
+    daemonize: bool = False,
+    arguments: Sequence[str] = (),
+    uid: int | None = None,
+    wait: bool = True,
+) -> Guest:
+    """Boots Linux in a real QEMU (tcg) and, with `wait`, returns when its job is under way (2 s).
+
+    job      idle; busy (one processor in full); writer: `records` records of 4 KiB with O_DIRECT,
+             see initramfs/writer.c for `stride` (bytes) and `passes`. It says ACK N after each.
+    disk     a file or what -drive file= takes (nbd://...); the guest sees it as NVMe. A writer
+             without one gets a fresh qcow2 of 1 GiB in the guest's directory (disk.qcow2).
+    memory   MiB
+    uid      as that user; needs root
+
+    Raises needs.Missing where set-up has not run, AssertionError where the guest does not come up.
+    """
+    image = guest_image()
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("g"))
+        if disk is None and job == "writer":
+            disk = make_disk(directory / "disk.qcow2")
+        serial = Log(directory / "serial")
+        command_line = f"console=ttyS0 quiet panic=-1 nokaslr lab.job={job}"
+        if job == "writer":
+            command_line += f" lab.records={records} lab.stride={stride} lab.passes={passes}"
+        machine = [
+            *("-M", "pc", "-accel", "tcg", "-m", str(memory), "-no-reboot"),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
+            *("-append", command_line, "-serial", f"file:{serial.path}"),
+        ]
+        if disk is not None:
+            where = os.fspath(disk).replace(",", ",,")
+            machine += ["-drive", f"file={where},if=none,id=d0,format={disk_format},{disk_options}"]
+            machine += ["-device", "nvme,drive=d0,serial=lab"]
+        guest = _start(
+            stack,
+            directory,
+            [*machine, *arguments],
+            _Names(name, uuid, qmp, pidfile, daemonize),
+            uid,
+        )
+        guest.serial = serial
+        if wait:
+            try:
+                matched = guest.wait_for(r"^GUEST (READY|ERROR).*$")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{guest.stderr}") from None
+            assert matched.startswith("GUEST READY"), f"the guest {name!r} says: {matched}"
+        guest.stack = stack.pop_all()
+        return guest
+
+
+def start_qemu(
+    *,
+    name: str = "lab",
+    uuid: str | None = None,
+    qmp: bool = True,
+    pidfile: bool = False,
+    daemonize: bool = False,
+    arguments: Sequence[str] = (),
+    uid: int | None = None,
+) -> Guest:
+    """A real QEMU with no machine in it.
+
+    With `qmp` (or `daemonize`) it returns when QEMU's main loop runs, so that SIGTERM meets QEMU's
+    own handler; without, as soon as the program is started.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("q"))
+        names = _Names(name, uuid, qmp, pidfile, daemonize)
+        guest = _start(stack, directory, ["-M", "none", *arguments], names, uid)
+        if guest.qmp is not None:
+            _greet(guest)
+        guest.stack = stack.pop_all()
+        return guest
+
+
+def fake_qemu(
+    *,
+    name: str = "lab",
+    uuid: str | None = None,
+    stubborn: bool = False,
+    arguments: Sequence[str] | None = None,
+    uid: int | None = None,
+) -> Guest:
+    """A process that does nothing, for ever, and whose executable has QEMU's name (fake_glob).
+
+    Its command line ends in `-name NAME -uuid UUID`, or in `arguments`. `stubborn`: it ignores
+    SIGTERM and SIGINT. Nothing need be waited for: what it ignores, it ignores at return.
+    """
+    uuid = uuid or str(uuid_module.uuid4())
+    if arguments is None:
+        arguments = ["-name", name, "-uuid", uuid]
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("f"))
+        executable = directory / QEMU
+        executable.hardlink_to(_busybox())
+        # It reads from a pipe whose writing end is its own.
+        os.mkfifo(directory / "never")
+        never = os.open(directory / "never", os.O_RDWR)
+        try:
+            process = spawn(
+                # busybox goes by argv[0]; the words after the script are its $0, $1, ...
+                ["sh", "-c", "read nothing", QEMU, *arguments],
+                executable=executable,
+                stdin=never,
+                uid=uid,
+                before=_ignore_polite_signals if stubborn else None,
+            )
+        finally:
+            os.close(never)
+        stack.callback(end, process)
+        guest = Guest(process.pid, name, uuid, os.pidfd_open(process.pid), directory, executable)
+        guest.process = process
+        stack.callback(os.close, guest.pidfd)
+        guest.stack = stack.pop_all()
+        return guest
+
+
+def _ignore_polite_signals() -> None:
+    # What a process ignores it goes on ignoring over exec.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What a QEMU of any kind is known and reached by."""
+
+    name: str
+    uuid: str | None
+    qmp: bool
+    pidfile: bool
+    daemonize: bool
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    directory: Path,
+    more: Sequence[str],
+    names: _Names,
+    uid: int | None,
+) -> Guest:
+    """Starts QEMU; `stack` will end it."""
+    executable = needs.program(QEMU, "qemu-system-x86").resolve()
+    uuid = names.uuid or str(uuid_module.uuid4())
+    qmp = directory / "qmp" if names.qmp else None
+    pidfile = directory / "pid" if names.pidfile or names.daemonize else None
+    argv: list[str] = [str(executable), "-name", f"guest={names.name.replace(',', ',,')}"]
+    argv += ["-uuid", uuid, "-nodefaults", "-no-user-config", "-display", "none"]
+    if qmp:
+        argv += ["-qmp", f"unix:{qmp},server=on,wait=off"]
+    if pidfile:
+        argv += ["-pidfile", str(pidfile)]
+    if names.daemonize:
+        argv += ["-daemonize"]
+    if uid is not None:
+        os.chown(directory, uid, uid)
+        for path in directory.iterdir():
+            os.chown(path, uid, uid)
+    with (directory / "stderr").open("wb") as stderr:
+        process = spawn([*argv, *more], stdout=stderr, stderr=stderr, uid=uid)
+    stack.callback(end, process)
+    pid = process.pid
+    if names.daemonize:
+        # Its first process goes when the guest runs, or when it cannot.
+        assert process.wait(30) == 0, (directory / "stderr").read_text()
+        assert pidfile is not None
+        orphan = Orphan(int(pidfile.read_text()))
+        stack.callback(orphan.kill)
+        pid = orphan.pid
+    guest = Guest(pid, names.name, uuid, os.pidfd_open(pid), directory, executable)
+    stack.callback(os.close, guest.pidfd)
+    guest.process = None if names.daemonize else process
+    guest.qmp, guest.pidfile = qmp, pidfile
+    return guest
+
+
+def _greet(guest: Guest) -> None:
+    """Has one QMP command answered, which QEMU's main loop does."""
+    assert guest.qmp is not None
+    wait_for_path(guest.qmp, 30, pidfd=guest.pidfd)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        while True:
+            try:
+                connection.connect(str(guest.qmp))
+                break
+            except ConnectionRefusedError:  # bound, and in a moment it listens
+                assert guest.alive, guest.stderr
+        connection.sendall(b'{"execute": "qmp_capabilities"}')
+        answer = b""
+        while b'"return"' not in answer:
+            received = connection.recv(4096)
+            assert received, f"QEMU closed its QMP socket: {answer!r}\n{guest.stderr}"
+            answer += received

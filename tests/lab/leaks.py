@@ -1,0 +1,103 @@
+"""What a test must not leave behind: processes, descriptors, threads, asyncio tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What this process has at one moment."""
+
+    children: frozenset[tuple[int, float]]
+    """(pid, start) of each child. Orphans are among them: see process.become_subreaper()."""
+    descriptors: frozenset[tuple[int, str]]
+    """(number, what it refers to)."""
+    threads: frozenset[int]
+
+    @classmethod
+    def take(cls) -> Snapshot:
+        return cls(
+            frozenset((child.pid, child.create_time()) for child in _children()),
+            frozenset(_descriptors()),
+            frozenset(thread.ident or 0 for thread in threading.enumerate()),
+        )
+
+    def leaks_since(self, before: Snapshot) -> list[str]:
+        """One line for each thing that was not there before."""
+        return [
+            *(f"a process: {_describe(pid)}" for pid, _ in self.children - before.children),
+            *(f"descriptor {n}: {what}" for n, what in self.descriptors - before.descriptors),
+            *(f"a thread: {name}" for name in _thread_names(self.threads - before.threads)),
+        ]
+
+
+@contextlib.contextmanager
+def unfinished_tasks() -> Iterator[list[str]]:
+    """Collects the tasks that were still under way when an asyncio.run() came to its end.
+
+    asyncio cancels them without a word. Loops that are not closed show as open descriptors.
+    """
+    left: list[str] = []
+    cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]
+
+    def note_and_cancel(loop: asyncio.AbstractEventLoop) -> None:
+        left.extend(repr(task) for task in asyncio.all_tasks(loop))
+        cancel_all(loop)
+
+    asyncio.runners._cancel_all_tasks = note_and_cancel  # type: ignore[attr-defined]
+    try:
+        yield left
+    finally:
+        asyncio.runners._cancel_all_tasks = cancel_all  # type: ignore[attr-defined]
+
+
+def end_processes(before: Snapshot) -> None:
+    """Kills and reaps the children that were not there before: one test's leak is only its own."""
+    known = {pid for pid, _ in before.children}
+    for child in _children():
+        if child.pid not in known:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, 0)
+
+
+def _children() -> list[psutil.Process]:
+    """The direct ones, zombies aside: init would reap those, and subprocess tells of its own."""
+    pids: list[int] = []
+    with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+        for task in Path("/proc/self/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child = psutil.Process(pid)
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
+def _describe(pid: int) -> str:
+    try:
+        return f"{pid} {psutil.Process(pid).cmdline()}"
+    except psutil.Error:
+        return f"{pid}, gone by now"
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208 - one descriptor, closed at return
+        with contextlib.suppress(FileNotFoundError):
+            yield int(entry), str(Path("/proc/self/fd", entry).readlink())
+
+
+def _thread_names(idents: frozenset[int]) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if (thread.ident or 0) in idents]
