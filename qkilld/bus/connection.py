@@ -2,6 +2,7 @@
 
 The cures, each for dbus_next 0.2.3:
 
+- a full socket buffer while it writes ends the connection: `_Writer`;
 - the end of the connection during authentication spins for ever: `_auth_readline`;
 - a message that it cannot parse ends the connection, a flood of them starves every timer of the
   loop, and one of 100 MiB is parsed in one go: `_message_reader`;
@@ -18,7 +19,7 @@ import logging
 from typing import Any, Final
 
 from dbus_next._private.unmarshaller import Unmarshaller
-from dbus_next.aio.message_bus import MessageBus
+from dbus_next.aio.message_bus import MessageBus, _MessageWriter
 from dbus_next.constants import BusType, MessageFlag, MessageType, NameFlag, RequestNameReply
 from dbus_next.errors import AuthError, InvalidAddressError
 from dbus_next.message import Message
@@ -36,11 +37,33 @@ _log = logging.getLogger(__name__)
 _DBUS: Final = "org.freedesktop.DBus"
 
 
+class _Writer(_MessageWriter):
+    """Without file descriptors, which nobody here sends."""
+
+    def write_callback(self) -> None:
+        try:
+            while self.buf is not None or self.messages.qsize():
+                if self.buf is None:
+                    data, _, self.fut = self.messages.get_nowait()
+                    self.buf, self.offset = memoryview(data), 0
+                self.offset += self.sock.send(self.buf[self.offset :])
+                if self.offset >= len(self.buf):
+                    self.buf = None
+                    if self.fut is not None and not self.fut.done():
+                        self.fut.set_result(None)
+            self.loop.remove_writer(self.fd)
+        except (BlockingIOError, InterruptedError):
+            return  # the loop calls again when there is room
+        except OSError as error:
+            self.bus._finalize(error)
+
+
 class Connection(MessageBus):
     """Use `connect()` below to make one; it must be made inside a running loop."""
 
     def __init__(self, address: str | None, bus_type: BusType) -> None:
         super().__init__(address, bus_type)  # type: ignore[arg-type]  # None is its default
+        self._writer = _Writer(self)
         self._frames = Frames()
 
     async def _auth_readline(self) -> str:
@@ -92,6 +115,8 @@ class Connection(MessageBus):
         Raises the QkilldError that the reply names, Failed for any other error reply, BusError
         where the connection is lost or no reply comes within `timeout_s`.
         """
+        if not self.connected:
+            raise BusError("the connection to the bus is lost")
         message = Message(
             destination=destination,
             path=path,
