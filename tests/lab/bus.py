@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +42,7 @@ _CONFIG: Final = """\
   <type>custom</type>
   <listen>unix:path={socket}</listen>
   <auth>EXTERNAL</auth>
+  {limits}
   <policy context="default">
     <allow user="*"/>
     <allow own="*"/>
@@ -56,7 +57,6 @@ _CONFIG: Final = """\
   </policy>
 </busconfig>
 """
-# Limits are dbus-daemon's own defaults: those of a system bus.
 
 
 def environment(address: str) -> dict[str, str]:
@@ -120,12 +120,16 @@ class Bus:
 
 
 @contextlib.contextmanager
-def private_bus() -> Iterator[Bus]:
-    """A dbus-daemon with a socket of its own, there at once."""
+def private_bus(limits: Mapping[str, int] | None = None) -> Iterator[Bus]:
+    """A dbus-daemon with a socket of its own, there at once.
+
+    Its limits are dbus-daemon's own defaults, those of a system bus, but for `limits`.
+    """
     program = needs.program("dbus-daemon", "dbus-daemon")
     with scratch("b") as directory:
         socket, config = directory / "bus", directory / "conf"
-        config.write_text(_CONFIG.format(socket=socket))
+        named = [f'<limit name="{key}">{value}</limit>' for key, value in (limits or {}).items()]
+        config.write_text(_CONFIG.format(socket=socket, limits="\n  ".join(named)))
         read, write = os.pipe()
         try:
             argv = [str(program), f"--config-file={config}", f"--print-address={write}"]

@@ -1,0 +1,255 @@
+"""What callers should not send, and what they get for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.lab import needs
+from tests.lab.bus import CallError, Client, Daemon, private_bus
+from tests.lab.bus import daemon as daemon_on
+from tests.lab.guest import Guest
+from tests.lab.process import OTHER_UID
+
+Make = Callable[..., Guest]
+
+OURS = "org.qkilld1.Error."
+DBUS = "org.freedesktop.DBus.Error."
+INSIDE = re.compile(r"Traceback|File \"|\.py|/usr/|/proc|/home|qkilld\.(?!conf)|object at 0x")
+
+
+def refused(client: Client, member: str, signature: str, *body: Any, **where: Any) -> CallError:
+    """The error that a call gets; it tells nothing of the program's inside."""
+    with pytest.raises(CallError) as caught:
+        client.call(member, signature, *body, **where)
+    text = caught.value.text
+    assert text
+    assert not re.search(
+        r"Traceback|File \"|\.py|/usr/|/proc|/home|qkilld\.(?!conf)|object at 0x", text
+    )
+    return caught.value
+
+
+def kernel_thread() -> int:
+    return next(p.pid for p in psutil.process_iter() if p.pid != 2 and p.ppid() == 2)
+
+
+@pytest.fixture
+def thread_id() -> Iterator[int]:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    assert thread.native_id is not None
+    yield thread.native_id
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("member", ["Terminate", "Inspect"])
+def test_pids_that_are_no_guest(
+    daemon: Daemon, client: Client, thread_id: int, member: str
+) -> None:
+    more = ("ut", 1) if member == "Terminate" else ("u",)
+
+    def error(pid: int) -> str:
+        return refused(client, member, more[0], pid, *more[1:]).name.removeprefix(OURS)
+
+    assert error(0) == "InvalidArgs"
+    assert error(1) == "NotQemu"
+    assert error(2**32 - 1) == "NoSuchProcess"
+    assert error(2**31 - 1) == "NoSuchProcess"
+    assert error(thread_id) == "NoSuchProcess"
+    assert error(daemon.pid) == "NotQemu"
+    assert error(os.getpid()) == "NotQemu"
+
+
+def test_a_kernel_thread(client: Client) -> None:
+    try:
+        pid = kernel_thread()
+    except StopIteration:
+        raise needs.Missing("no kernel thread can be seen from a pid namespace") from None
+    assert refused(client, "Terminate", "ut", pid, 1).name == OURS + "NotQemu"
+
+
+def test_a_process_of_another_user(daemon: Daemon, fake_qemu: Make) -> None:
+    roots = fake_qemu(name="secret")
+    own = fake_qemu(uid=OTHER_UID)
+    with daemon.bus.client(uid=OTHER_UID) as client, daemon.bus.client() as root:
+        denied = DBUS + "AccessDenied"
+        assert refused(client, "Terminate", "ut", roots.pid, 1).name == denied
+        assert refused(client, "Inspect", "u", roots.pid).name == denied
+        # What is no QEMU is denied alike: the answer does not tell the two apart.
+        assert refused(client, "Terminate", "ut", os.getpid(), 1).name == denied
+        job = root.terminate(roots.pid, 0)
+        job2 = root.terminate(own.pid, 0)
+        error = refused(client, "Cancel", "", path=job, interface="org.qkilld1.Job")
+        assert error.name == denied
+        assert root.wait(job)[0] == root.wait(job2)[0] == "exited"
+
+
+def test_a_user_may_stop_their_own(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(uid=OTHER_UID, stubborn=True)
+    with daemon.bus.client(uid=OTHER_UID) as client:
+        assert client.call("Inspect", "u", guest.pid)[0]["uid"] == ("u", OTHER_UID)
+        job = client.terminate(guest.pid, 1, grace_usec=("t", 100_000))
+        result, receipt = client.wait(job)
+    assert result == "killed"
+    assert receipt["requested-by"] == OTHER_UID
+
+
+@pytest.mark.parametrize("flags", [16, 1 | 32, 1 << 63, 2**64 - 1])
+def test_unknown_flags(client: Client, fake_qemu: Make, flags: int) -> None:
+    guest = fake_qemu()
+    error = refused(client, "Terminate", "ut", guest.pid, flags)
+    assert error.name == OURS + "InvalidArgs"
+    assert hex(flags & ~15) in error.text
+    assert guest.alive
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"start_time": ("t", 1)}, 'Unknown option "start_time"'),
+        ({"stall-usec": ("t", 1)}, 'Unknown option "stall-usec"'),
+        ({"qmp-socket": ("s", "/run/x")}, 'Unknown option "qmp-socket"'),
+        ({"evil\n\x1b[2J": ("s", "")}, 'Unknown option "evil'),
+        ({"start-time": ("u", 1)}, 'Option "start-time" is of type t, not u'),
+        ({"start-time": ("s", "1")}, 'Option "start-time" is of type t, not s'),
+        ({"grace-usec": ("x", -1)}, 'Option "grace-usec" is of type t, not x'),
+        ({"reason": ("t", 1)}, 'Option "reason" is of type s, not t'),
+        ({"reason": ("as", ["a"])}, 'Option "reason" is of type s, not as'),
+        ({"reason": ("s", "x" * 257)}, 'Option "reason" is longer than 256 characters'),
+    ],
+)
+def test_wrong_options(client: Client, fake_qemu: Make, options: Any, text: str) -> None:
+    guest = fake_qemu()
+    error = refused(client, "TerminateWithOptions", "uta{sv}", guest.pid, 1, options)
+    assert error.name == OURS + "InvalidArgs"
+    assert error.text.startswith(text)
+    assert error.text.isprintable()
+    assert guest.alive
+
+
+def test_wrong_calls(client: Client) -> None:
+    properties = "org.freedesktop.DBus.Properties"
+    manager = "org.qkilld1.Manager"
+    wrong = refused(client, "Terminate", "s", "1")
+    assert (wrong.name, wrong.text) == (
+        OURS + "InvalidArgs",
+        "Terminate takes (u pid, t flags), not (s)",
+    )
+    assert refused(client, "ListGuests", "u", 1).name == OURS + "InvalidArgs"
+    assert refused(client, "Kill", "").name == DBUS + "UnknownMethod"
+    for path in ("/", "/org", "/org/qkilld2", "/org/qkilld1/job"):
+        assert refused(client, "ListJobs", "", path=path).name == DBUS + "UnknownObject"
+    for path in ("/org/qkilld1/job/77", "/org/qkilld1/job/x", "/org/qkilld1/job/1/2"):
+        error = refused(client, "Wait", "", path=path, interface="org.qkilld1.Job")
+        assert error.name == OURS + "NoSuchJob"
+    assert refused(client, "GetJobByPID", "u", 1).name == OURS + "NoSuchJob"
+    error = refused(client, "Wait", "", interface="org.qkilld1.Job")
+    assert error.name == DBUS + "UnknownInterface"
+    for member, signature, body, name in (
+        ("Get", "ss", (manager, "Nothing"), "UnknownProperty"),
+        ("Get", "ss", ("org.other", "Version"), "UnknownInterface"),
+        ("GetAll", "s", ("org.other",), "UnknownInterface"),
+        ("Set", "ssv", (manager, "NJobs", ("u", 1)), "PropertyReadOnly"),
+        ("Steal", "", (), "UnknownMethod"),
+    ):
+        error = refused(client, member, signature, *body, interface=properties)
+        assert error.name == DBUS + name
+    assert refused(client, "Get", "s", "x", interface=properties).name == OURS + "InvalidArgs"
+
+
+def test_a_hostile_guest_name_is_defused(client: Client, daemon: Daemon, fake_qemu: Make) -> None:
+    name = 'x" [job 7]\n\x1b]0;owned\x07\N{RIGHT-TO-LEFT OVERRIDE}' + "y" * 5000
+    guest = fake_qemu(name=name)
+    row = next(row for row in client.call("ListGuests")[0] if row[0] == guest.pid)
+    assert row[1].isprintable()
+    assert len(row[1]) == 256
+    assert client.wait(client.terminate(guest.pid))[0] == "exited"
+    daemon.wait_for(r"exited after")
+    log = daemon.stderr.text()
+    assert "\x1b" not in log
+    assert all(not line.startswith("owned") for line in log.splitlines())
+
+
+def test_a_name_that_is_no_utf8(client: Client, fake_qemu: Make) -> None:
+    guest = fake_qemu(arguments=[os.fsdecode(b"-name"), os.fsdecode(b"\xff\xfeweb")])
+    row = next(row for row in client.call("ListGuests")[0] if row[0] == guest.pid)
+    assert row[1] == "\N{REPLACEMENT CHARACTER}" * 2 + "web"
+
+
+@pytest.fixture
+def roomy_daemon() -> Iterator[Daemon]:
+    """On a bus with a session bus's limit: a system bus stops a client at 128 calls by itself."""
+    with private_bus(limits={"max_replies_per_connection": 50_000}) as bus, daemon_on(bus) as up:
+        yield up
+
+
+def test_a_hundred_thousand_calls_in_a_row(roomy_daemon: Daemon, fake_qemu: Make) -> None:
+    """One client floods; another is served all the while, and nothing is left of it."""
+    daemon = roomy_daemon
+    guest = fake_qemu(stubborn=True)
+    with daemon.bus.client() as client, daemon.bus.client() as flood:
+        job = client.terminate(guest.pid, grace_usec=("t", 600_000_000))
+        rss = psutil.Process(daemon.pid).memory_info().rss
+        rest = 100_000
+        while rest:
+            batch = [flood.send("Terminate", "ut", 2**31 - 1 - i % 7, 1) for i in range(1_000)]
+            assert client.call("GetJobByPID", "u", guest.pid, timeout=5) == (job,)
+            for serial in batch:
+                with pytest.raises(CallError, match="No process has the id"):
+                    flood.reply(serial)
+            rest -= len(batch)
+        rows = [tuple(row) for row in client.call("ListJobs")[0]]
+        assert rows == [(1, job, guest.pid, "terminate", "unknown")]
+    assert psutil.Process(daemon.pid).memory_info().rss - rss < 8 << 20
+
+
+def test_a_client_that_disconnects_during_wait(
+    daemon: Daemon, client: Client, fake_qemu: Make
+) -> None:
+    guest = fake_qemu(stubborn=True)
+    job = client.terminate(guest.pid)
+    descriptors = psutil.Process(daemon.pid).num_fds()
+    for _ in range(20):
+        with daemon.bus.client() as other:
+            serial = other.send("Wait", path=job, interface="org.qkilld1.Job")
+            assert other.call("ListJobs")  # so Wait has come in before we go
+            assert serial
+    assert client.properties()["NJobs"] == 1
+    guest.signal(signal.SIGKILL)
+    assert client.wait(job)[0] == "exited"
+    assert psutil.Process(daemon.pid).num_fds() < descriptors
+    assert "error" not in daemon.stderr.text().lower()
+
+
+def test_too_many_waits_of_one_client(roomy_daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(stubborn=True)
+    with roomy_daemon.bus.client() as client, roomy_daemon.bus.client() as greedy:
+        job = client.terminate(guest.pid)
+        serials = [greedy.send("Wait", path=job, interface="org.qkilld1.Job") for _ in range(4097)]
+        with pytest.raises(CallError) as caught:
+            greedy.reply(serials[-1])
+        assert caught.value.name == OURS + "Busy"
+        guest.signal(signal.SIGKILL)
+        assert greedy.reply(serials[0])[0] == "exited"
+        assert greedy.reply(serials[4095])[0] == "exited"
+        assert client.wait(job)[0] == "exited"
+
+
+def test_a_message_that_is_too_long(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
+    """It is passed over; what comes after it is answered."""
+    guest = fake_qemu()
+    with daemon.bus.client() as other:
+        options = {"reason": ("s", "x" * (3 << 20))}
+        other.send("TerminateWithOptions", "uta{sv}", guest.pid, 1, options)
+        assert other.properties()["NJobs"] == 0
+    assert guest.alive

@@ -1,0 +1,215 @@
+"""The daemon's own life: its name, its bus, its configuration, its end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkilld import __version__
+from tests.lab.bus import Bus, CallError, Client, Daemon, environment, lab_config, write_config
+from tests.lab.guest import Guest
+from tests.lab.process import TOP, run
+
+Make = Callable[..., Guest]
+Start = Callable[..., Daemon]
+PYTHON = [str(TOP / ".venv/bin/python")]
+
+
+def test_introspection_is_the_xml(client: Client, fake_qemu: Make) -> None:
+    """What the daemon tells of itself, member by member, is what stands under dbus/."""
+    guest = fake_qemu()
+    job = client.terminate(guest.pid)
+    for path, name in (("/org/qkilld1", "org.qkilld1.Manager"), (job, "org.qkilld1.Job")):
+        (text,) = client.call(
+            "Introspect", path=path, interface="org.freedesktop.DBus.Introspectable"
+        )
+        assert interface_of(ET.fromstring(text), name) == interface_of(
+            ET.parse(TOP / "dbus" / f"{name}.xml").getroot(), name
+        )
+
+
+def interface_of(node: ET.Element, name: str) -> list[tuple[str, ...]]:
+    """Every element of an interface with its attributes, sorted, comments left out."""
+    interface = node.find(f"interface[@name='{name}']")
+    assert interface is not None
+    return sorted(
+        (member.tag, member.attrib["name"], *(str(sorted(e.attrib.items())) for e in member.iter()))
+        for member in interface
+    )
+
+
+def test_every_member_answers(client: Client, fake_qemu: Make) -> None:
+    """No method or property of the XML is missing behind it, and each has the type it says."""
+    guest = fake_qemu(stubborn=True)
+    job = client.terminate(guest.pid)
+    bodies: dict[str, list[Any]] = {"u": [1], "ut": [1, 0], "uta{sv}": [1, 0, {}], "": []}
+    for path, name in (("/org/qkilld1", "org.qkilld1.Manager"), (job, "org.qkilld1.Job")):
+        interface = ET.parse(TOP / "dbus" / f"{name}.xml").getroot().find("interface")
+        assert interface is not None
+        (values,) = client.call(
+            "GetAll", "s", name, path=path, interface="org.freedesktop.DBus.Properties"
+        )
+        assert {key: kind for key, (kind, _) in values.items()} == {
+            p.attrib["name"]: p.attrib["type"] for p in interface.iterfind("property")
+        }
+        for method in interface.iterfind("method"):
+            takes = "".join(
+                a.attrib["type"] for a in method.iterfind("arg") if a.attrib["direction"] == "in"
+            )
+            try:
+                if method.attrib["name"] != "Wait":
+                    client.call(
+                        method.attrib["name"], takes, *bodies[takes], path=path, interface=name
+                    )
+            except CallError as error:
+                assert error.name.startswith("org.qkilld1.Error."), error
+
+
+def test_the_tree_can_be_walked(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
+    client.terminate(fake_qemu().pid)
+    tree = daemon.bus.busctl("tree", "--list", "org.qkilld1").stdout.split()
+    assert tree == ["/", "/org", "/org/qkilld1", "/org/qkilld1/job", "/org/qkilld1/job/1"]
+
+
+def test_version_and_ping(client: Client) -> None:
+    assert client.properties()["Version"] == __version__
+    peer = "org.freedesktop.DBus.Peer"
+    assert client.call("Ping", interface=peer) == ()
+    assert len(client.call("GetMachineId", interface=peer)[0]) == 32
+
+
+def test_it_ends_in_good_order(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
+    guest = fake_qemu(stubborn=True)
+    job = client.terminate(guest.pid, 1)
+    serial = client.send("Wait", path=job, interface="org.qkilld1.Job")
+    assert client.call("ListJobs")[0]
+    assert daemon.stop() == 0
+    # Whoever waits is told, and the guest is left alone.
+    assert client.reply(serial)[0] == "cancelled"
+    assert guest.alive
+    daemon.wait_for("qkilld is stopping; 1 jobs are cancelled")
+
+
+def test_the_bus_goes_away_during_a_job(
+    private_bus: Bus, start_daemon: Start, fake_qemu: Make
+) -> None:
+    daemon = start_daemon()
+    guest = fake_qemu(stubborn=True, name="web")
+    with private_bus.client() as client:
+        client.terminate(guest.pid, 1, grace_usec=("t", 1_000_000))
+        private_bus.stop()
+    # The job goes on to its end, and only then does the daemon end too.
+    assert guest.wait_gone() == -9
+    assert daemon.wait_gone() == 1
+    daemon.wait_for(r"^error: The connection to the bus is lost: qkilld ends; 1 jobs go on")
+    daemon.wait_for(r'^warning: Guest "web" .* was killed, gone after 1\.\d+ s')
+
+
+def test_the_bus_goes_away_without_a_job(private_bus: Bus, start_daemon: Start) -> None:
+    daemon = start_daemon()
+    private_bus.stop()
+    assert daemon.wait_gone() == 1
+    daemon.wait_for("no job is running")
+
+
+def test_a_second_daemon_says_so_and_ends(daemon: Daemon, start_daemon: Start) -> None:
+    second = start_daemon(ready=False)
+    assert second.wait_gone() == 1
+    second.wait_for("another process has the name org.qkilld1 on this bus already")
+    with daemon.bus.client() as client:
+        assert client.properties()["Version"] == __version__
+
+
+def test_no_bus_there(lab_dir: Path) -> None:
+    address = f"unix:path={lab_dir}/nothing"
+    done = run([*PYTHON, "-m", "qkilld", "--bus", address], env=environment(address))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"qkilld: cannot connect to the bus at {address}: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def rude_bus(lab_dir: Path) -> Iterator[str]:
+    """A socket that hangs up during authentication."""
+    path = lab_dir / "rude"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1)
+            connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        yield f"unix:path={path}"
+        thread.join()
+
+
+def test_a_bus_that_hangs_up(rude_bus: str) -> None:
+    done = run([*PYTHON, "-m", "qkilld", "--bus", rude_bus], env=environment(rude_bus), timeout=20)
+    assert done.returncode == 1
+    assert "cannot connect" in done.stderr
+
+
+def test_a_bad_address() -> None:
+    done = run([*PYTHON, "-m", "qkilld", "--bus", "nonsense"], env=environment("nonsense"))
+    assert done.returncode == 1
+    assert "cannot connect to the bus at nonsense" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BROKEN = "[Policy]\nGraceSec=10s\nGarceSec=5s\nReapSec=soon\n"
+
+
+def test_a_broken_configuration(private_bus: Bus, start_daemon: Start, lab_dir: Path) -> None:
+    path = write_config(lab_dir, BROKEN)
+    daemon = start_daemon(root=lab_dir, ready=False)
+    assert daemon.wait_gone() == 2
+    daemon.wait_for(rf"^{path}:3: .*GarceSec.*GraceSec")
+    daemon.wait_for(rf"^{path}:4: .*ReapSec")
+    with private_bus.client() as client, pytest.raises(CallError, match="ServiceUnknown"):
+        client.properties()
+
+
+def test_check_config(lab_dir: Path) -> None:
+    check = [*PYTHON, "-m", "qkilld", "--check-config", "--root", str(lab_dir)]
+    write_config(lab_dir, lab_config())
+    done = run(check)
+    assert (done.returncode, done.stdout) == (0, "The configuration is good.\n")
+    write_config(lab_dir, BROKEN)
+    done = run(check)
+    assert done.returncode == 2
+    assert ":3:" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["--user", "--bus", "x"], ["stray"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = run([*PYTHON, "-m", "qkilld", *arguments])
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: qkilld")
+
+
+def test_help_teaches() -> None:
+    done = run([*PYTHON, "-m", "qkilld", "--help"])
+    assert done.returncode == 0
+    assert "busctl call org.qkilld1" in done.stdout
+
+
+def test_user_is_the_session_bus(private_bus: Bus, lab_dir: Path) -> None:
+    """--user takes DBUS_SESSION_BUS_ADDRESS, and nothing else the machine has."""
+    address = f"unix:path={lab_dir}/session"
+    env = environment("unix:path=/nonexistent/system") | {"DBUS_SESSION_BUS_ADDRESS": address}
+    done = run([*PYTHON, "-m", "qkilld", "--user"], env=env)
+    assert done.returncode == 1
+    assert "cannot connect to the session bus" in done.stderr
+    env["DBUS_SYSTEM_BUS_ADDRESS"] = f"unix:path={lab_dir}/system"
+    done = run([*PYTHON, "-m", "qkilld"], env=env)
+    assert "cannot connect to the system bus" in done.stderr

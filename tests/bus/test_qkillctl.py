@@ -1,0 +1,584 @@
+"""qkillctl against the real daemon: its output, its JSON, and every exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkilld import __version__
+from tests.lab import bus as lab_bus
+from tests.lab import needs
+from tests.lab.bus import Bus, Client, Daemon, lab_config
+from tests.lab.guest import Guest
+from tests.lab.log import Log
+from tests.lab.process import OTHER_UID, end, run, spawn
+
+Make = Callable[..., Guest]
+Start = Callable[..., Daemon]
+HOSTILE = "\x1b[2J\n[bold]\u202ex"
+
+
+def argv(bus: Bus, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, *arguments]
+
+
+def ctl(
+    bus: Bus, *arguments: str, code: int = 0, uid: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs qkillctl to its end, which must be with this exit code."""
+    done = run(argv(bus, *arguments), env=lab_bus.environment(bus.address), uid=uid)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def ctl_json(bus: Bus, *arguments: str, code: int = 0, uid: int | None = None) -> Any:
+    """The same with --json: the document that it prints."""
+    return json.loads(ctl(bus, "--json", *arguments, code=code, uid=uid).stdout)
+
+
+@dataclass
+class Running:
+    """A qkillctl that has not ended yet."""
+
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    out: Log
+    err: Log
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """In its standard output, as soon as it is there."""
+        return self.out.wait_for(pattern, 30, pidfd=self.pidfd)
+
+    def wait(self) -> int:
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., Running]]:
+    """A function: starts qkillctl with these arguments, its output in a file."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> Running:
+            out, err = Log(lab_dir / "out"), Log(lab_dir / "err")
+            with out.path.open("wb") as stdout, err.path.open("wb") as stderr:
+                process = spawn(
+                    argv(private_bus, *arguments),
+                    stdout=stdout,
+                    stderr=stderr,
+                    env=lab_bus.environment(private_bus.address),
+                )
+            stack.callback(end, process)
+            pidfd = os.pidfd_open(process.pid)
+            stack.callback(os.close, pidfd)
+            return Running(process, pidfd, out, err)
+
+        yield start
+
+
+StartCtl = Callable[..., Running]
+
+
+# Looking
+
+
+def test_nothing_there(start_daemon: Start) -> None:
+    daemon = start_daemon(config="[Target]\nExecutables=/nonexistent/qemu\n")
+    assert ctl(daemon.bus, "list").stdout == "No QEMU guests found.\n"
+    assert ctl(daemon.bus, "jobs").stdout == "No jobs.\n"
+    assert ctl_json(daemon.bus, "list") == ctl_json(daemon.bus, "jobs") == []
+
+
+def test_list(daemon: Daemon, fake_qemu: Make) -> None:
+    web, hostile = fake_qemu(name="web"), fake_qemu(name=HOSTILE)
+    text = ctl(daemon.bus, "list").stdout
+    assert text.split("\n")[0].split() == ["PID", "NAME", "UUID", "USER", "UNIT"]
+    assert re.search(rf"^{web.pid} +web +{web.uuid} +\S", text, re.MULTILINE)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "[bold]" in text
+
+    rows = {row["pid"]: row for row in ctl_json(daemon.bus, "list")}
+    assert rows[web.pid].keys() == {"pid", "name", "uuid", "uid", "user", "unit"}
+    assert (rows[web.pid]["name"], rows[web.pid]["uid"]) == ("web", os.getuid())
+    assert hostile.pid in rows
+
+
+def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
+    bus = start_daemon(config=lab_config("GraceSec=90s\nReapSec=7s")).bus
+    text = ctl(bus, "status").stdout
+    assert f"qkilld {__version__} on the bus {bus.address}" in text
+    assert re.search(r"^  grace: +1min 30s ", text, re.MULTILINE)
+    assert re.search(r"^  max: +infinity ", text, re.MULTILINE)
+    assert "No job is running." in text
+
+    guest = fake_qemu(name="web", stubborn=True)
+    ctl(bus, "terminate", "web")
+    assert re.search(rf"^1 +{guest.pid} +web +terminate +unknown$", ctl(bus, "status").stdout, re.M)
+    document = ctl_json(bus, "status")
+    assert document["version"] == __version__
+    assert document["policy"]["reap_usec"] == 7_000_000
+    assert document["policy"]["max_usec"] is None
+    job = {"id": 1, "path": "/org/qkilld1/job/1", "pid": guest.pid, "name": "web"}
+    assert document["jobs"] == [job | {"phase": "terminate", "verdict": "unknown"}]
+    assert ctl_json(bus, "jobs") == document["jobs"]
+
+
+def test_status_of_a_guest_and_of_its_job(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    text = ctl(daemon.bus, "status", "web").stdout
+    assert text.startswith(f"web (pid {guest.pid})\n")
+    assert re.search(r"^  job: +none$", text, re.MULTILINE)
+    assert ctl_json(daemon.bus, "status", str(guest.pid))["job"] is None
+
+    ctl(daemon.bus, "terminate", "--force", "web")
+    text = ctl(daemon.bus, "status", guest.uuid).stdout
+    assert re.search(r"^  flags: +force$", text, re.MULTILINE)
+    assert re.search(r"^  next: +SIGKILL in \d+s$", text, re.MULTILINE)
+    document = ctl_json(daemon.bus, "status", "job:1")
+    assert document["guest"]["name"] == "web"
+    assert document["job"]["flags"] == ["force"]
+    assert document["job"]["pid"] == guest.pid
+    assert document == ctl_json(daemon.bus, "status", "/org/qkilld1/job/1")
+    ctl(daemon.bus, "status", "job:2", code=7)
+
+
+def test_inspect(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web")
+    document = ctl_json(daemon.bus, "inspect", "web")
+    assert document["start_time"] == guest.start_time
+    assert document["executable"] == str(guest.executable)
+    assert document["executable_deleted"] is False
+    text = ctl(daemon.bus, "inspect", f"pid:{guest.pid}").stdout
+    assert re.search(rf"^  executable: +{guest.executable}$", text, re.MULTILINE)
+    assert re.search(r"^  executable deleted: +no$", text, re.MULTILINE)
+
+
+def test_look_at_another_users_guest(daemon: Daemon, fake_qemu: Make) -> None:
+    needs.root("to be another user")
+    guest = fake_qemu(name="web", uuid="5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5")
+    ctl(daemon.bus, "inspect", "web", code=6, uid=OTHER_UID)
+    # What the list tells to all, status tells too.
+    document = ctl_json(daemon.bus, "status", str(guest.pid), uid=OTHER_UID)
+    assert (document["guest"]["name"], document["guest"]["user"]) == ("web", "root")
+
+
+# Stopping
+
+
+def test_a_real_guest(daemon: Daemon, linux_guest: Make) -> None:
+    guest = linux_guest(name="web", pidfile=True)
+    (order,) = ctl_json(daemon.bus, "terminate", "--wait", "web", "--reason", "maintenance")
+    assert guest.wait_gone() == 0
+    receipt = order.pop("receipt")
+    assert order == {
+        "target": "web",
+        "pid": guest.pid,
+        "job": "/org/qkilld1/job/1",
+        "result": "exited",
+        "error": None,
+        "exit_code": 0,
+    }
+    assert receipt["reason"] == "maintenance"
+    (rung,) = receipt["rungs"]
+    assert (rung["phase"], rung["signal"]) == ("terminate", "SIGTERM")
+    assert receipt["requested_by"] == os.getuid()
+    assert receipt["error"] is None
+
+
+@pytest.mark.parametrize("kind", ["pid", "name", "uuid", "pidfile"])
+def test_each_kind_of_target(daemon: Daemon, qemu: Make, kind: str) -> None:
+    guest = qemu(name="web", pidfile=True)
+    guest.pidfile.chmod(0o644)  # type: ignore[union-attr]
+    target = {"pid": guest.pid, "name": "web", "uuid": guest.uuid, "pidfile": guest.pidfile}[kind]
+    done = ctl(daemon.bus, "terminate", "--wait", str(target))
+    assert guest.wait_gone() == 0
+    assert re.search(
+        rf"^web \(pid {guest.pid}\): gone after \S+, without SIGKILL$", done.stdout, re.MULTILINE
+    )
+    assert done.stderr == ""
+
+
+def test_without_wait_it_says_how_to_follow(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    text = ctl(daemon.bus, "terminate", "web").stdout
+    assert text.startswith(f"web (pid {guest.pid}): /org/qkilld1/job/1 is stopping it.")
+    (follow, call_off) = re.findall(r"`(qkillctl --bus [^`]*)`", text)
+    assert follow.endswith(f"{daemon.bus.address} status job:1")
+    assert call_off.endswith(f"{daemon.bus.address} cancel job:1")
+    (order,) = ctl_json(daemon.bus, "terminate", "web")
+    assert (order["job"], order["result"], order["receipt"]) == ("/org/qkilld1/job/1", None, None)
+
+
+def test_killed(start_daemon: Start, fake_qemu: Make) -> None:
+    bus = start_daemon().bus
+    guest = fake_qemu(name="web", stubborn=True)
+    done = ctl(bus, "terminate", "--wait", "--force", "--grace", "100ms", "web", code=3)
+    assert guest.wait_gone() == -signal.SIGKILL
+    first, *_, last = done.stdout.splitlines()
+    assert re.fullmatch(rf"web \(pid {guest.pid}\): terminate, unknown; SIGKILL (in 1s|now)", first)
+    assert re.fullmatch(r".*: gone after \S+, but only by SIGKILL: data may be lost", last)
+
+
+def test_survived(start_daemon: Start, fake_qemu: Make) -> None:
+    bus = start_daemon(config=lab_config("GraceSec=100ms\nReapSec=100ms")).bus
+    guest = fake_qemu(name="web", stubborn=True)
+    done = ctl(bus, "terminate", "--wait", "web", code=4)
+    assert "still there after 200ms" in done.stdout
+    assert "--force" in done.stdout
+    assert guest.alive
+
+
+def test_cancelled(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
+    fake_qemu(name="web", stubborn=True)
+    running = start_ctl("terminate", "--wait", "web")
+    running.wait_for("terminate, unknown")
+    assert "job 1 cancelled" in ctl(daemon.bus, "cancel", "web").stdout
+    assert running.wait() == 4
+    assert "cancelled after" in running.out.text()
+    for target in ("web", "job:1"):
+        done = ctl(daemon.bus, "cancel", target, code=7)
+        assert "Job 1 has ended already (cancelled)" in done.stderr
+    ctl(daemon.bus, "cancel", "job:99", code=7)
+    (order,) = ctl_json(daemon.bus, "cancel", "job:1", code=7)
+    assert order["error"]["name"] == "org.qkilld1.Error.NoSuchJob"
+
+
+def test_cancel_as_json(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    ctl(daemon.bus, "terminate", "web")
+    (order,) = ctl_json(daemon.bus, "cancel", "web")
+    assert (order["pid"], order["job"], order["error"]) == (guest.pid, "/org/qkilld1/job/1", None)
+
+
+@pytest.mark.parametrize(("flags", "fate"), [((), 0), (("--force",), -signal.SIGKILL)])
+def test_no_wait(daemon: Daemon, qemu: Make, flags: tuple[str, ...], fate: int) -> None:
+    guest = qemu(name="web")
+    done = ctl(daemon.bus, "terminate", "--no-wait", *flags, "web")
+    assert guest.wait_gone() == fate
+    sent = "SIGKILL" if flags else "SIGTERM"
+    assert f"web (pid {guest.pid}): {sent} was sent" in done.stdout
+
+
+def test_no_wait_as_json(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(stubborn=True)
+    (order,) = ctl_json(daemon.bus, "terminate", "--no-wait", str(guest.pid))
+    assert order["result"] == "signalled"
+    assert [rung["signal"] for rung in order["receipt"]["rungs"]] == ["SIGTERM"]
+
+
+def test_no_wait_that_joins_a_job_does_not_wait_for_it(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(stubborn=True)
+    ctl(daemon.bus, "terminate", str(guest.pid))
+    (order,) = ctl_json(daemon.bus, "terminate", "--no-wait", str(guest.pid))
+    assert (order["job"], order["result"]) == ("/org/qkilld1/job/1", None)
+
+
+# Errors
+
+
+def test_not_a_qemu(daemon: Daemon) -> None:
+    (order,) = ctl_json(daemon.bus, "terminate", "--wait", str(os.getpid()), code=5)
+    assert order["error"]["name"] == "org.qkilld1.Error.NotQemu"
+    assert order["exit_code"] == 5
+
+
+def test_another_process_than_the_pidfile_was_written_for(
+    daemon: Daemon, fake_qemu: Make, lab_dir: Path
+) -> None:
+    guest = fake_qemu()
+    pidfile = lab_dir / "pid"
+    pidfile.write_text(str(guest.pid))
+    pidfile.chmod(0o644)
+    old = time.time() - 3600
+    os.utime(pidfile, (old, old))
+    done = ctl(daemon.bus, "terminate", "--force", "--no-wait", str(pidfile), code=5)
+    assert f"Process {guest.pid} is not the one that pidfile {pidfile}" in done.stderr
+    assert guest.alive
+
+
+def test_not_permitted(daemon: Daemon, fake_qemu: Make) -> None:
+    needs.root("to be another user")
+    guest = fake_qemu(name="web")
+    for target in ("web", str(guest.pid)):
+        (order,) = ctl_json(daemon.bus, "terminate", target, code=6, uid=OTHER_UID)
+        assert order["error"]["name"] == "org.freedesktop.DBus.Error.AccessDenied"
+    assert guest.alive
+
+
+def test_ones_own_guest(daemon: Daemon, fake_qemu: Make) -> None:
+    needs.root("to be another user")
+    guest = fake_qemu(name="web", uid=OTHER_UID)
+    ctl(daemon.bus, "terminate", "--wait", "web", uid=OTHER_UID)
+    assert guest.wait_gone() == -signal.SIGTERM
+
+
+def test_not_found(daemon: Daemon, fake_qemu: Make) -> None:
+    done = ctl(daemon.bus, "terminate", "nobody", "nobody.service", HOSTILE, code=7)
+    assert len(done.stderr.splitlines()) == 3
+    assert all(line.isprintable() for line in done.stderr.split("\n"))
+    assert "qkillctl: nobody: No running guest has" in done.stderr
+    assert "`qkillctl list`" in done.stderr
+    guest = fake_qemu()
+    guest.signal(signal.SIGKILL)
+    guest.wait_gone()
+    ctl(daemon.bus, "terminate", str(guest.pid), code=7)
+
+
+def test_ambiguous(daemon: Daemon, fake_qemu: Make) -> None:
+    twins = [fake_qemu(name="web") for _ in range(2)]
+    done = ctl(daemon.bus, "terminate", "--force", "--no-wait", "web", code=7)
+    for twin in twins:
+        assert str(twin.pid) in done.stderr
+        assert twin.alive
+
+
+def test_malformed_target_among_good_ones(daemon: Daemon, qemu: Make) -> None:
+    guest = qemu(name="web")
+    orders = ctl_json(daemon.bus, "terminate", "--wait", "pid:x", "web", "nobody", code=7)
+    assert [order["exit_code"] for order in orders] == [2, 0, 7]
+    assert guest.wait_gone() == 0
+
+
+def test_several_end_as_the_worst_of_them(daemon: Daemon, qemu: Make, fake_qemu: Make) -> None:
+    """All are under way at once: together they take no longer than the slowest."""
+    stubborn = [fake_qemu(name=f"stubborn{i}", stubborn=True) for i in range(3)]
+    polite = qemu(name="polite")
+    names = [guest.name for guest in (*stubborn, polite)]
+    began = time.monotonic()
+    orders = ctl_json(daemon.bus, "terminate", "--wait", "--force", "--grace", "2s", *names, code=3)
+    assert time.monotonic() - began < 4
+    assert [order["result"] for order in orders] == ["killed"] * 3 + ["exited"]
+    assert polite.wait_gone() == 0
+
+
+def test_more_targets_than_a_bus_allows_calls_on_a_connection(
+    daemon: Daemon, fake_qemu: Make
+) -> None:
+    guests = [fake_qemu(name=f"g{i}", stubborn=True) for i in range(140)]
+    orders = ctl_json(
+        daemon.bus,
+        *("terminate", "--wait", "--force", "--grace", "1s"),
+        *(str(guest.pid) for guest in guests),
+        code=3,
+    )
+    assert {order["result"] for order in orders} == {"killed"}
+
+
+def test_no_daemon(private_bus: Bus) -> None:
+    done = ctl(private_bus, "list", code=1)
+    assert "qkilld is not running on this bus" in done.stderr
+    assert private_bus.address in done.stderr
+    assert done.stderr.count("\n") == 1
+    (order,) = ctl_json(private_bus, "terminate", "--wait", "web", code=1)
+    assert order["error"]["name"] == "org.qkilld1.Client.BusError"
+
+
+def test_the_daemon_dies_half_way(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    running = start_ctl("terminate", "--wait", "web")
+    running.wait_for("terminate, unknown")
+    daemon.stop(signal.SIGKILL)
+    assert running.wait() == 1
+    (line,) = running.err.lines()
+    assert line.startswith(f"qkillctl: web (pid {guest.pid}): job:1 could not be followed")
+    assert "may still be running" in line
+
+
+def test_the_bus_dies_half_way(
+    daemon: Daemon, client: Client, fake_qemu: Make, start_ctl: StartCtl
+) -> None:
+    fake_qemu(name="web", stubborn=True)
+    client.subscribe()
+    running = start_ctl("terminate", "--wait", "--json", "web")
+    client.signal("JobNew")
+    daemon.bus.stop()
+    assert running.wait() == 1
+    (order,) = json.loads(running.out.text())
+    assert order["exit_code"] == 1
+    assert "connection to the bus is lost" in running.err.text()
+
+
+def test_the_daemon_is_stopped_half_way(
+    daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl
+) -> None:
+    fake_qemu(name="web", stubborn=True)
+    running = start_ctl("terminate", "--wait", "web")
+    running.wait_for("terminate, unknown")
+    assert daemon.stop() == 0
+    assert running.wait() == 4
+    assert "cancelled after" in running.out.text()
+
+
+def test_ctrl_c_ends_the_waiting_and_not_the_job(
+    daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl
+) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    running = start_ctl("terminate", "--wait", "web", "nobody")
+    running.wait_for("terminate, unknown")
+    signal.pidfd_send_signal(running.pidfd, signal.SIGINT)
+    assert running.wait() == 130
+    missing, interrupted = running.err.lines()
+    assert "nobody" in missing
+    assert f"interrupted: web (pid {guest.pid}): job:1 goes on" in interrupted
+    assert "cancel job:1`" in interrupted
+    assert [job["phase"] for job in ctl_json(daemon.bus, "jobs")] == ["terminate"]
+
+
+def test_plain_lines_are_one_for_each_change(
+    daemon: Daemon, client: Client, fake_qemu: Make, start_ctl: StartCtl
+) -> None:
+    """Nor do signals of another peer count, which anyone on the bus may send."""
+    guest = fake_qemu(name="web", stubborn=True)
+    others = set(_names(client))
+    running = start_ctl("terminate", "--wait", "web")
+    running.wait_for("terminate, unknown")
+    (waiting,) = (name for name in _names(client) if name[0] == ":" and name not in others)
+    _send_forged_change(daemon.bus, waiting, "/org/qkilld1/job/1")
+    ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # joins, and kills it at once
+    assert running.wait() == 3
+    lines = running.out.lines()
+    assert not any("forged" in line for line in lines)
+    assert len(lines) == len(set(lines))
+    assert all(line.startswith(f"web (pid {guest.pid}): ") for line in lines)
+
+
+def _names(client: Client) -> list[str]:
+    (names,) = client.call(
+        "ListNames",
+        path="/org/freedesktop/DBus",
+        interface="org.freedesktop.DBus",
+        destination="org.freedesktop.DBus",
+    )
+    return list(names)
+
+
+def _send_forged_change(bus: Bus, to: str, path: str) -> None:
+    change = ["org.qkilld1.Job", "1", "Phase", "s", "forged", "0"]
+    bus.busctl(
+        *("emit", f"--destination={to}", path, "org.freedesktop.DBus.Properties"),
+        *("PropertiesChanged", "sa{sv}as", *change),
+    )
+
+
+# On a terminal
+
+
+class Screen:
+    """What a program writes to the other end of a pseudo-terminal."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.text = ""
+
+    def wait_for(self, pattern: str, timeout: float = 30) -> None:
+        deadline = time.monotonic() + timeout
+        while not re.search(pattern, self.text):
+            assert self._read(max(0.0, deadline - time.monotonic())), self.text
+
+    def read_to_end(self, timeout: float = 30) -> None:
+        while self._read(timeout):
+            pass
+
+    def _read(self, timeout: float) -> bool:
+        ready, _, _ = select.select([self._fd], [], [], timeout)
+        assert ready, self.text
+        try:
+            data = os.read(self._fd, 65536)
+        except OSError:  # EIO: nobody has the other end open any more
+            return False
+        self.text += data.decode()
+        return bool(data)
+
+
+@contextlib.contextmanager
+def on_terminal(
+    bus: Bus, *arguments: str, env: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
+    """qkillctl with a terminal of 100 by 24 for its output."""
+    ours, theirs = os.openpty()
+    try:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        process = spawn(
+            argv(bus, *arguments),
+            stdout=theirs,
+            stderr=theirs,
+            env=lab_bus.environment(bus.address) | {"NO_COLOR": "", "COLUMNS": "100"} | env,
+        )
+    finally:
+        os.close(theirs)
+    try:
+        yield process, Screen(ours)
+    finally:
+        end(process)
+        os.close(ours)
+
+
+def test_the_live_line(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name=f"web{HOSTILE}", stubborn=True)
+    command = ("terminate", "--wait", "--force", "--grace", "30s", str(guest.pid))
+    with on_terminal(daemon.bus, *command, env={"TERM": "xterm-256color"}) as (process, screen):
+        screen.wait_for(rf"\(pid {guest.pid}\).*terminate.*unknown.*SIGKILL in 30s")
+        # Its clock goes on though nothing is announced.
+        screen.wait_for(r"SIGKILL in 28s")
+        ctl(daemon.bus, "cancel", str(guest.pid))
+        screen.read_to_end()
+        assert process.wait(30) == 4
+    last = screen.text.rpartition("cancelled after")
+    assert f"(pid {guest.pid}): " in last[0]
+    assert "\x1b[?25h" in screen.text  # the cursor is there again
+    assert "\x1b[2J" not in screen.text
+    assert "\u202e" not in screen.text
+    assert "[bold]" in screen.text
+
+
+def test_ctrl_c_on_a_terminal(daemon: Daemon, fake_qemu: Make) -> None:
+    fake_qemu(name="web", stubborn=True)
+    command = ("terminate", "--wait", "web")
+    with on_terminal(daemon.bus, *command, env={"TERM": "xterm"}) as (process, screen):
+        screen.wait_for("gives up in")
+        process.send_signal(signal.SIGINT)
+        screen.read_to_end()
+        assert process.wait(30) == 130
+    assert "\x1b[?25h" in screen.text
+    assert "goes on without this program" in screen.text
+
+
+@pytest.mark.parametrize(
+    ("env", "styled", "coloured"),
+    [
+        ({"TERM": "xterm-256color"}, True, True),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+    ],
+)
+def test_terminals(
+    daemon: Daemon, fake_qemu: Make, env: dict[str, str], styled: bool, coloured: bool
+) -> None:
+    fake_qemu(name="web", stubborn=True)
+    with on_terminal(daemon.bus, "list", env=env) as (process, screen):
+        screen.read_to_end()
+        assert process.wait(30) == 0
+    assert "web" in screen.text
+    assert ("\x1b[" in screen.text) is styled
+    command = ("terminate", "--wait", "--force", "--grace", "1s", "web")
+    with on_terminal(daemon.bus, *command, env=env) as (process, screen):
+        screen.read_to_end()
+        assert process.wait(30) == 3
+    assert ("\x1b[?25l" in screen.text) is styled
+    assert (re.search(r"\x1b\[(\d+;)*3\dm", screen.text) is not None) is coloured
