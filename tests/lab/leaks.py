@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests.lab import process
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,16 @@ def unfinished_tasks() -> Iterator[list[str]]:
 def end_processes(before: Snapshot) -> None:
     """Kills and reaps the children that were not there before: one test's leak is only its own."""
     known = {pid for pid, _ in before.children}
-    for child in _children():
-        if child.pid not in known:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(child.pid, 0)
+    for pid in process.children(os.getpid()):
+        if pid not in known:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def _children() -> list[psutil.Process]:
-    """The direct ones, zombies aside: init would reap those, and subprocess tells of its own."""
-    pids: list[int] = []
-    with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
-        for task in Path("/proc/self/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
+    """The direct ones, zombies aside: those were orphans, whom init would have reaped."""
     found = []
-    for pid in pids:
+    for pid in process.children(os.getpid()):
         with contextlib.suppress(psutil.NoSuchProcess):
             child = psutil.Process(pid)
             if child.status() != psutil.STATUS_ZOMBIE:

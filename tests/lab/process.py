@@ -101,28 +101,39 @@ def run(
         uid=uid,
     )
     try:
-        out, err = process.communicate(None if input is None else input.encode(), timeout)
+        return communicate(process, input=input, timeout=timeout, check=check)
     finally:
         end(process)
+
+
+def communicate(
+    process: subprocess.Popen[bytes], *, input: str | None, timeout: float, check: bool
+) -> subprocess.CompletedProcess[str]:
+    """What it says until it ends, from a process whose stdout and stderr are pipes."""
+    out, err = process.communicate(None if input is None else input.encode(), timeout)
     done = subprocess.CompletedProcess(
         process.args, process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
     )
     if check and done.returncode:
+        words = [str(word) for word in done.args]
         raise AssertionError(
-            f"{argv[0]} exited with {done.returncode}: {' '.join(map(str, argv))}\n"
+            f"{words[0]} exited with {done.returncode}: {' '.join(words)}\n"
             f"{done.stdout}{done.stderr}"
         )
     return done
 
 
-def is_gone(pidfd: int) -> bool:
-    """Whether the process has ended (a zombie has)."""
-    return bool(select.select([pidfd], [], [], 0)[0])
-
-
 def wait_gone(pidfd: int, timeout: float) -> bool:
     """Waits for the end, at most `timeout` seconds; False if the time ran out."""
     return bool(select.select([pidfd], [], [], timeout)[0])
+
+
+def children(pid: int) -> list[int]:
+    """The direct ones of its main thread, zombies among them; none where it is gone."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
@@ -135,6 +146,14 @@ def end(process: subprocess.Popen[bytes]) -> int:
         if pipe is not None:
             pipe.close()
     return process.returncode
+
+
+def close_and_reap(pidfds: Mapping[int, int]) -> None:
+    """Closes the pidfds (pid: descriptor) and reaps those of the processes that became ours."""
+    for pid, pidfd in pidfds.items():
+        os.close(pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 class Orphan:
@@ -163,9 +182,7 @@ class Orphan:
         os.close(self._write)
         self._guard.wait()
         wait_gone(self.pidfd, 30)
-        os.close(self.pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        close_and_reap({self.pid: self.pidfd})
 
 
 _GUARD: Final = """

@@ -226,15 +226,14 @@ def test_nothing_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Sign
         stdout=subprocess.DEVNULL,
         env=dict(os.environ) | {"PYTHONPATH": str(process.TOP)},
     )
-    pidfds = []
+    pidfds = {runner.pid: os.pidfd_open(runner.pid)}
     try:
-        log.wait_for(" up$")
-        pidfds = [os.pidfd_open(int(pid)) for pid in log.text().split()[:-1]]
+        up = log.wait_for("^(.*) up$", pidfd=pidfds[runner.pid])
+        # Among its children is also what guards the daemonized one.
+        for pid in {*map(int, up[1].split()), *process.children(runner.pid)}:
+            pidfds[pid] = os.pidfd_open(pid)
         runner.send_signal(number)
-        runner.wait(30)
-        for pidfd in pidfds:
-            assert process.wait_gone(pidfd, 30)
+        assert all(process.wait_gone(pidfd, 30) for pidfd in pidfds.values())
     finally:
-        for pidfd in pidfds:
-            os.close(pidfd)
         process.end(runner)
+        process.close_and_reap(pidfds)

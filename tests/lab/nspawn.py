@@ -1,0 +1,97 @@
+"""A program, run as `python -m tests.lab.nspawn`: becomes systemd-nspawn on a throwaway system.
+
+    nspawn MOUNTPOINT UPPER -- SYSTEMD-NSPAWN ARGUMENT...
+
+The system is an overlay: this machine's root below, the tree UPPER and whatever is written later
+above it in memory. All mounts are in a mount namespace of this process's own: nothing is there to
+unmount, whichever way it ends. UPPER is copied; MOUNTPOINT is an empty directory, `{root}` in the
+arguments stands for the finished tree.
+
+Works where / is no mount point (a plain chroot) as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Final
+
+_CLONE_NEWNS: Final = 0x00020000
+_MS_BIND: Final = 0x1000
+_MS_REC: Final = 0x4000
+_MS_PRIVATE: Final = 1 << 18
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    mountpoint, upper, dashes, *command = sys.argv[1:]
+    assert dashes == "--", sys.argv
+    _private_mounts(mountpoint)
+    root = _system(Path(mountpoint), Path(upper))
+    # What nspawn keeps under /run is of no use to this machine, and would be left there.
+    of_systemd = Path("/run/systemd")
+    _mount("tmpfs", str(of_systemd if of_systemd.is_dir() else "/run"), "tmpfs", 0, "mode=0755")
+    command = [argument.replace("{root}", str(root)) for argument in command]
+    os.execv(command[0], command)
+
+
+def _private_mounts(mountpoint: str) -> None:
+    _check(_libc.unshare(_CLONE_NEWNS), "a mount namespace")
+    try:
+        _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+        return
+    except OSError:  # / is not a mount point: this process is in a chroot
+        pass
+    # Entering one's own mount namespace once more leads to its real root, where the mounts can be
+    # made private; then back, and a mount point for a root, which nspawn wants as well.
+    inside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    _check(_libc.setns(namespace, _CLONE_NEWNS), "the mount namespace")
+    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+    os.fchdir(inside)
+    os.chroot(".")
+    _mount("/", mountpoint, None, _MS_BIND | _MS_REC)
+    os.chroot(mountpoint)
+    os.chdir("/")
+
+
+def _system(mountpoint: Path, upper: Path) -> Path:
+    _mount("tmpfs", str(mountpoint), "tmpfs", 0, "mode=0755")
+    shutil.copytree(upper, mountpoint / "upper", symlinks=True)
+    for hidden in (mountpoint / "upper").rglob(".hide"):
+        # Overlayfs's own word for: nothing of the directory below shows.
+        hidden.unlink()
+        os.setxattr(hidden.parent, "trusted.overlay.opaque", b"y")
+    (mountpoint / "work").mkdir()
+    root = mountpoint / "root"
+    root.mkdir()
+    layers = f"lowerdir=/,upperdir={mountpoint}/upper,workdir={mountpoint}/work"
+    _mount("overlay", str(root), "overlay", 0, layers)
+    return root
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    done = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        None if kind is None else kind.encode(),
+        ctypes.c_ulong(flags),
+        os.fsencode(data),
+    )
+    _check(done, f"{kind or 'a mount'} at {target}")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as failure:
+        sys.exit(f"no throwaway system here: {failure}")

@@ -1,0 +1,16 @@
+"""Fixtures of the layer that runs on a real systemd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import container as lab_container
+
+
+@pytest.fixture(scope="session")
+def container() -> Iterator[lab_container.Container]:
+    """One throwaway system for all tests of a run; each test uses units and names of its own."""
+    with lab_container.boot() as booted:
+        yield booted
