@@ -1,0 +1,98 @@
+"""Time spans as people write them. Source: systemd.time(7); systemd, src/basic/time-util.c."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from qkilld.model.words import INFINITY
+
+_US: Final = {
+    "us": 1,
+    "ms": 1_000,
+    "s": 1_000_000,
+    "min": 60 * 1_000_000,
+    "h": 3_600 * 1_000_000,
+    "d": 86_400 * 1_000_000,
+    "w": 7 * 86_400 * 1_000_000,
+    "month": 2_629_800 * 1_000_000,
+    "y": 31_557_600 * 1_000_000,
+}
+"""µs in each unit; a year has 365.25 days, a month a twelfth of that."""
+
+_SPELLINGS: Final = {
+    "us": ("usec", "us", "µs", "μs"),
+    "ms": ("msec", "ms"),
+    "s": ("seconds", "second", "sec", "s"),
+    "min": ("minutes", "minute", "min", "m"),
+    "h": ("hours", "hour", "hr", "h"),
+    "d": ("days", "day", "d"),
+    "w": ("weeks", "week", "w"),
+    "month": ("months", "month", "M"),
+    "y": ("years", "year", "y"),
+}
+_BY_SPELLING: Final = {
+    spelling: _US[unit] for unit, spellings in _SPELLINGS.items() for spelling in spellings
+}
+_UNIT: Final = "|".join(sorted(_BY_SPELLING, key=len, reverse=True))
+_PART: Final = re.compile(
+    rf"(?P<whole>\+?[0-9]+)?(?:\.(?P<fraction>[0-9]+))?(?P<space>[ \t\r\n]*)(?P<unit>{_UNIT})?"
+)
+_BLANKS: Final = " \t\r\n"
+
+
+def parse(text: str) -> int:
+    """The span in µs: `10`, `1.5s`, `2h 30min`, `infinity`. A number without a unit is seconds.
+
+    Raises ValueError, whose text says what was expected.
+    """
+    rest = text.strip(_BLANKS)
+    if rest == "infinity":
+        return INFINITY
+    total = 0
+    if not rest:
+        raise _wrong(text)
+    while rest:
+        part = _PART.match(rest)
+        assert part is not None  # every piece of the pattern may be empty
+        whole, fraction, unit = part["whole"], part["fraction"], part["unit"]
+        after = rest[part.end() :]
+        if whole is None and fraction is None:
+            raise _wrong(text)
+        if unit is None and not part["space"] and after:
+            raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`
+        size = _BY_SPELLING[unit] if unit else _US["s"]
+        total += int(whole or 0) * size
+        # Below 1 µs it is cut, digit by digit as systemd does.
+        for place, digit in enumerate((fraction or "")[:20], 1):
+            total += int(digit) * (size // 10**place)
+        if total >= INFINITY:
+            raise ValueError(f'"{text}" is too long a time span')
+        rest = after.lstrip(_BLANKS)
+    return total
+
+
+def format_usec(usec: int) -> str:
+    """`1min 30s`, `1.5s`, `infinity`, `0`: as systemd shows it but for zeros at the end."""
+    if usec == INFINITY:
+        return "infinity"
+    if usec == 0:
+        return "0"
+    words = []
+    left = usec
+    for unit in reversed(_US):
+        size = _US[unit]
+        whole, rest = divmod(left, size)
+        if not whole:
+            continue
+        if left < _US["min"] and rest:
+            digits = len(str(size)) - 1
+            words.append(f"{whole}.{rest:0{digits}d}".rstrip("0") + unit)
+            break
+        words.append(f"{whole}{unit}")
+        left = rest
+    return " ".join(words)
+
+
+def _wrong(text: str) -> ValueError:
+    return ValueError(f'"{text}" is not a time span; write 10, 1.5s, "2min 30s" or infinity')
