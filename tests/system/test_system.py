@@ -1,0 +1,191 @@
+"""The daemon as a service of a real system, the guest as a unit of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qkilld.engine.events import MessageId
+from tests.lab.container import CHECKOUT, PYTHON, Container
+from tests.lab.process import OTHER_UID, TOP
+
+TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
+_DROP_IN = f"""\
+[Service]
+ExecStart=
+ExecStart={PYTHON} -m qkilld
+Environment=PYTHONPATH={CHECKOUT} PYTHONDONTWRITEBYTECODE=1
+"""
+
+_numbers = itertools.count(1)
+StartGuest = Callable[..., tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def system(container: Container) -> Iterator[Container]:
+    """With the daemon installed and up."""
+    container.copy_in(TOP / "dbus/org.qkilld1.conf", "/etc/dbus-1/system.d/org.qkilld1.conf")
+    container.copy_in(TOP / "units/qkilld.service", "/etc/systemd/system/qkilld.service")
+    container.copy_in(TOP / "packaging/qkilld.catalog", "/usr/lib/systemd/catalog/qkilld.catalog")
+    container.write("/etc/systemd/system/qkilld.service.d/checkout.conf", _DROP_IN)
+    container.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=30s\n")
+    container.write("/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\n")
+    container.run("journalctl", "--update-catalog")
+    container.run("systemctl", "daemon-reload")
+    container.run("systemctl", "reload", "dbus.service")
+    container.run("systemctl", "start", "qkilld.service")
+    yield container
+    container.run("systemctl", "stop", "qkilld.service")
+
+
+@pytest.fixture
+def start_guest(system: Container) -> Iterator[StartGuest]:
+    """A function: a QEMU as a unit; gives the unit's name and the pid."""
+    started = []
+
+    def start(*properties: str, uid: int | None = None) -> tuple[str, int]:
+        unit = f"guest{next(_numbers)}.service"
+        user = [] if uid is None else [f"--uid={uid}"]
+        system.run(
+            *("systemd-run", f"--unit={unit}", *user, *(f"--property={p}" for p in properties)),
+            *("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"),
+            *("-name", unit.removesuffix(".service")),
+        )
+        started.append(unit)
+        # SIGTERM before QEMU's main loop runs would be the kernel's default: no matter here.
+        return unit, int(system.property(unit, "MainPID"))
+
+    yield start
+    for unit in started:
+        system.run("systemctl", "kill", "--signal=KILL", unit, check=False)
+
+
+def call(system: Container, member: str, *arguments: str, uid: int | None = None) -> str:
+    done = system.run("busctl", "call", *TARGET, member, *arguments, uid=uid)
+    return done.stdout.strip()
+
+
+def wait(system: Container, answer: str) -> str:
+    """The result of the job in `o "/org/qkilld1/job/1"`."""
+    job = answer.split('"')[1]
+    done = system.run(
+        *("busctl", "--json=short", "--timeout=60"),
+        *("call", "org.qkilld1", job, "org.qkilld1.Job", "Wait"),
+    )
+    return str(json.loads(done.stdout)["data"][0])
+
+
+def test_systemd_has_it_ready(system: Container) -> None:
+    assert system.property("qkilld.service", "ActiveState") == "active"
+    names = system.run("busctl", "list", "--acquired", "--no-legend").stdout
+    (line,) = [line for line in names.splitlines() if line.startswith("org.qkilld1 ")]
+    assert "qkilld.service" in line.split()
+    # Drop-ins lie over the main file, in the real directories.
+    grace = system.run("busctl", "get-property", *TARGET, "GraceUSec").stdout
+    assert grace == "t 700000\n"
+
+
+def test_a_guest_that_is_a_unit_and_its_story_in_the_journal(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    assert f'{pid} "{unit.removesuffix(".service")}" "" 0 "{unit}"' in call(system, "ListGuests")
+    assert wait(system, call(system, "Terminate", "ut", str(pid), "0")) == "exited"
+    receipt = system.wait_journal(
+        f"OBJECT_SYSTEMD_UNIT={unit}", f"MESSAGE_ID={MessageId.JOB_ENDED.value}"
+    )
+    assert receipt["QKILLD_RESULT"] == "exited"
+    assert receipt["QKILLD_PHASE"] == "done"
+    assert receipt["QKILLD_VERDICT"] in ("gone", "zombie")
+    assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
+    assert int(receipt["QKILLD_ELAPSED_USEC"]) > 0
+    assert receipt["OBJECT_PID"] == str(pid)
+    assert receipt["PRIORITY"] == "6"
+    assert receipt["_SYSTEMD_UNIT"] == "qkilld.service"
+    # `journalctl -u` of the guest's own unit tells the whole story, though the process is gone.
+    story = [
+        entry["MESSAGE_ID"]
+        for entry in system.journal("-u", unit)
+        if entry.get("SYSLOG_IDENTIFIER") == "qkilld"
+    ]
+    assert story == [
+        MessageId.JOB_STARTED.value,
+        MessageId.SIGNAL_SENT.value,
+        MessageId.JOB_ENDED.value,
+    ]
+
+
+def test_a_stuck_guest_is_killed_and_the_catalogue_explains_it(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    system.run("systemctl", "kill", "--signal=STOP", unit)
+    assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "killed"
+    kill = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGKILL")
+    assert (kill["QKILLD_PHASE"], kill["PRIORITY"]) == ("kill", "5")
+    text = system.run("journalctl", "-x", "--no-pager", "-u", unit).stdout
+    assert "Subject: The stop of a QEMU guest has ended: killed" in text
+    assert "what it had not written is lost, so check its disk images" in text
+    assert f"(process {pid})" in text
+
+
+def test_the_units_of_users_and_who_may_stop_them(
+    system: Container, start_guest: StartGuest
+) -> None:
+    _, roots = start_guest()
+    unit, own = start_guest(uid=OTHER_UID)
+    refused = system.run(
+        "busctl", "call", *TARGET, "Terminate", "ut", str(roots), "1", check=False, uid=OTHER_UID
+    )
+    assert refused.returncode != 0
+    assert "Access denied" in refused.stderr
+    answer = call(system, "Terminate", "ut", str(own), "0", uid=OTHER_UID)
+    assert wait(system, answer) == "exited"
+    assert system.property(unit, "MainPID") == "0"
+
+
+def test_the_bus_policy_denies_what_is_not_ours(system: Container) -> None:
+    script = (
+        "import asyncio\n"
+        "from qkilld.bus.connection import connect\n"
+        "async def main():\n"
+        "    connection = await connect()\n"
+        "    try:\n"
+        "        await connection.request_bus('RequestName', 'su', 'org.qkilld1', 4)\n"
+        "    finally:\n"
+        "        connection.close()\n"
+        "asyncio.run(main())\n"
+    )
+    done = system.python("-c", script, check=False, uid=OTHER_UID)
+    assert "AccessDenied" in done.stderr
+    done = system.run(
+        *("busctl", "set-property", *TARGET, "NJobs", "u", "1"), check=False, uid=OTHER_UID
+    )
+    assert "Access denied" in done.stderr or "rejected" in done.stderr
+
+
+def test_qkillctl_on_the_system_bus(system: Container, start_guest: StartGuest) -> None:
+    unit, pid = start_guest()
+    listed = json.loads(system.python("-m", "qkilld.ctl", "--json", "list").stdout)
+    assert pid in [guest["pid"] for guest in listed]
+    done = system.python("-m", "qkilld.ctl", "terminate", "--wait", unit)
+    assert done.returncode == 0
+    assert system.property(unit, "MainPID") == "0"
+
+
+def test_it_stops_in_good_order_and_starts_again(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    system.run("systemctl", "kill", "--signal=STOP", unit)
+    call(system, "Terminate", "ut", str(pid), "1")
+    system.run("systemctl", "restart", "qkilld.service")
+    assert system.property("qkilld.service", "Result") == "success"
+    # The stop that ran is cancelled, and the guest left alone.
+    receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=cancelled")
+    assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
+    assert system.property(unit, "MainPID") == str(pid)
+    assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "killed"
