@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from qkilld.bus.connection import Connection
+from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
 
+_PROPERTIES = "org.freedesktop.DBus.Properties"
 _OPTION_TYPES = {"start-time": "t", "grace-usec": "t", "reason": "s"}
 
 
@@ -22,7 +28,9 @@ class Manager:
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> str:
         """The path of the job. `options` as in the interface: start-time, grace-usec, reason."""
-        variants = {key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()}
+        variants = {
+            key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()
+        }
         (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), variants)
         return str(job)
 
@@ -65,6 +73,9 @@ class Job:
 
     async def wait(self) -> tuple[str, dict[str, Any]]:
         """(result, receipt), when the job has ended; without a time limit."""
+        if not self._connection.connected:
+            # There would be nothing to end the wait: a lost connection is announced only once.
+            raise BusError("the connection to the bus is lost")
         result, receipt = await self._connection.request(
             BUS_NAME, self.path, JOB_INTERFACE, "Wait", timeout_s=None
         )
@@ -76,10 +87,57 @@ class Job:
     async def properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, self.path, JOB_INTERFACE)
 
+    @contextlib.asynccontextmanager
+    async def watch(self, changed: Callable[[dict[str, Any]], None]) -> AsyncIterator[None]:
+        """While entered, `changed` is called with properties by name: once with all of them, before
+        the body runs, then with those that changed, each time some do.
+
+        Only signals of the daemon itself count: any peer may send a signal that looks like it.
+        """
+        (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
+        rule = (
+            f"type='signal',sender='{BUS_NAME}',path='{self.path}',"
+            f"interface='{_PROPERTIES}',member='PropertiesChanged',arg0='{JOB_INTERFACE}'"
+        )
+        complete = stale = False
+
+        def on_message(message: Message) -> None:
+            nonlocal stale
+            if not (
+                message.message_type is MessageType.SIGNAL
+                and message.sender == owner
+                and message.path == self.path
+                and message.member == "PropertiesChanged"
+                and message.signature == "sa{sv}as"
+                and message.body[0] == JOB_INTERFACE
+            ):
+                return
+            if complete:
+                changed(_plain(message.body[1]))
+            else:
+                stale = True
+
+        await self._connection.request_bus("AddMatch", "s", rule)
+        self._connection.add_message_handler(on_message)
+        try:
+            properties = await self.properties()
+            while stale:
+                # Whether the change came before that reply or right behind it cannot be told.
+                stale = False
+                properties = await self.properties()
+            complete = True
+            changed(properties)
+            yield
+        finally:
+            self._connection.remove_message_handler(on_message)
+            if self._connection.connected:
+                with contextlib.suppress(QkilldError):
+                    await self._connection.request_bus("RemoveMatch", "s", rule)
+
 
 async def _get_all(connection: Connection, path: str, interface: str) -> dict[str, Any]:
     (properties,) = await connection.request(
-        BUS_NAME, path, "org.freedesktop.DBus.Properties", "GetAll", "s", [interface]
+        BUS_NAME, path, _PROPERTIES, "GetAll", "s", [interface]
     )
     return _plain(properties)
 

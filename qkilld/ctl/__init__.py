@@ -1,1 +1,1 @@
-"""qkillctl: the client for people and scripts."""
+"""qkillctl: the client for people and scripts. Entry point: `main.main`."""

@@ -122,7 +122,7 @@ def test_list(daemon: Daemon, fake_qemu: Make) -> None:
 def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
     bus = start_daemon(config=lab_config("GraceSec=90s\nReapSec=7s")).bus
     text = ctl(bus, "status").stdout
-    assert f"qkilld {__version__} on the bus {bus.address}" in text
+    assert f"qkilld {__version__} on the bus at {bus.address}" in text
     assert re.search(r"^  grace: +1min 30s ", text, re.MULTILINE)
     assert re.search(r"^  max: +infinity ", text, re.MULTILINE)
     assert "No job is running." in text
@@ -239,7 +239,7 @@ def test_survived(start_daemon: Start, fake_qemu: Make) -> None:
     bus = start_daemon(config=lab_config("GraceSec=100ms\nReapSec=100ms")).bus
     guest = fake_qemu(name="web", stubborn=True)
     done = ctl(bus, "terminate", "--wait", "web", code=4)
-    assert "still there after 200ms" in done.stdout
+    assert re.search(r"still there after [2-9]\d\dms", done.stdout)
     assert "--force" in done.stdout
     assert guest.alive
 
@@ -362,7 +362,7 @@ def test_several_end_as_the_worst_of_them(daemon: Daemon, qemu: Make, fake_qemu:
     names = [guest.name for guest in (*stubborn, polite)]
     began = time.monotonic()
     orders = ctl_json(daemon.bus, "terminate", "--wait", "--force", "--grace", "2s", *names, code=3)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 6
     assert [order["result"] for order in orders] == ["killed"] * 3 + ["exited"]
     assert polite.wait_gone() == 0
 
@@ -533,9 +533,9 @@ def test_the_live_line(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(name=f"web{HOSTILE}", stubborn=True)
     command = ("terminate", "--wait", "--force", "--grace", "30s", str(guest.pid))
     with on_terminal(daemon.bus, *command, env={"TERM": "xterm-256color"}) as (process, screen):
-        screen.wait_for(rf"\(pid {guest.pid}\).*terminate.*unknown.*SIGKILL in 30s")
+        screen.wait_for(rf"\(pid {guest.pid}\).*terminate.*unknown.*SIGKILL in \d\ds")
         # Its clock goes on though nothing is announced.
-        screen.wait_for(r"SIGKILL in 28s")
+        screen.wait_for(r"SIGKILL in (\d+)s(?s:.*)SIGKILL in (?!\1)\d+s")
         ctl(daemon.bus, "cancel", str(guest.pid))
         screen.read_to_end()
         assert process.wait(30) == 4

@@ -1,0 +1,10 @@
+"""`python -m qkilld.ctl` is qkillctl."""
+
+from __future__ import annotations
+
+import sys
+
+from qkilld.ctl.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One run of qkillctl: which bus, the connection to it, and where the output goes."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qkilld.bus.client import Manager
+from qkilld.bus.connection import Connection, connect
+from qkilld.ctl.output import Output
+from qkilld.model.errors import BusError
+
+BUS_ERROR_NAME: Final = "org.qkilld1.Client.BusError"
+
+
+@dataclass(frozen=True, slots=True)
+class Bus:
+    """Which bus the daemon is to be found on: the system bus unless something else is said."""
+
+    user: bool = False
+    address: str = ""
+
+    @property
+    def title(self) -> str:
+        if self.address:
+            return f"bus at {self.address}"
+        return "session bus" if self.user else "system bus"
+
+    @property
+    def command(self) -> str:
+        """`qkillctl` with what another run of it needs to get to the same bus."""
+        if self.address:
+            return f"qkillctl --bus {shlex.quote(self.address)}"
+        return "qkillctl --user" if self.user else "qkillctl"
+
+    @property
+    def advice(self) -> str:
+        """What to do where the daemon cannot be reached."""
+        if self.address:
+            return "Check the address, and that a `qkilld --bus` runs there"
+        if self.user:
+            return (
+                "Check `systemctl --user status qkilld`; "
+                "without --user it is looked for on the system bus"
+            )
+        return "Check `systemctl status qkilld`; use --user or --bus where it runs on another bus"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    bus: Bus
+    output: Output
+    json: bool
+    connection: Connection
+
+    @property
+    def manager(self) -> Manager:
+        return Manager(self.connection)
+
+
+@contextlib.asynccontextmanager
+async def open_connection(bus: Bus) -> AsyncIterator[Connection]:
+    """A connection, closed in the end. Raises BusError."""
+    connection = await connect(bus.address or None, user=bus.user)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def explain(error: Exception, bus: Bus) -> str:
+    """The text of an error for people; for one of the bus, which bus and what to do."""
+    text = str(error) or type(error).__name__
+    if not isinstance(error, BusError):
+        return text
+    which = "" if bus.title in text else f" ({bus.title})"
+    return f"{text}{which}. {bus.advice}"
+
+
+def error_as_json(error: Exception, bus: Bus) -> dict[str, Any]:
+    """{name, message}: the name is the error's D-Bus name, or one of org.qkilld1.Client.*."""
+    name = BUS_ERROR_NAME if isinstance(error, BusError) else getattr(error, "bus_name", "")
+    return {"name": name, "message": explain(error, bus)}

@@ -1,0 +1,220 @@
+"""Targets: what kind a word is, and which guest it stands for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import pytest
+
+from qkilld.bus.client import Manager
+from qkilld.ctl import pidfile
+from qkilld.ctl.targets import AmbiguousTarget, Found, Guest, Kind, Resolver, find, parse
+from qkilld.model.errors import (
+    AccessDenied,
+    InvalidArgs,
+    NoSuchProcess,
+    NoSuchUnit,
+    ProcessChanged,
+    QkilldError,
+)
+from qkilld.model.words import ExitCode
+
+UUID = "5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5"
+OTHER_UUID = "00000000-0000-4000-8000-000000000001"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("4711", Kind.PID, "4711"),
+        ("007", Kind.PID, "7"),
+        ("0", Kind.PID, "0"),
+        ("4294967295", Kind.PID, "4294967295"),
+        ("pid:4711", Kind.PID, "4711"),
+        ("web", Kind.WORD, "web"),
+        ("web 1", Kind.WORD, "web 1"),
+        ("-1", Kind.WORD, "-1"),
+        ("4711a", Kind.WORD, "4711a"),
+        ("٤٧", Kind.WORD, "٤٧"),  # digits, but none that a pid is written with
+        ("name:4711", Kind.NAME, "4711"),
+        ("name:a/b", Kind.NAME, "a/b"),
+        ("name:name:x", Kind.NAME, "name:x"),
+        ("colour:red", Kind.WORD, "colour:red"),
+        ("word:x", Kind.WORD, "word:x"),
+        (UUID, Kind.WORD, UUID),
+        (f"uuid:{UUID.upper()}", Kind.UUID, UUID),
+        (f"uuid:{UUID.replace('-', '')}", Kind.UUID, UUID),
+        ("/run/web.pid", Kind.PIDFILE, "/run/web.pid"),
+        ("./4711", Kind.PIDFILE, "./4711"),
+        ("pidfile:web.pid", Kind.PIDFILE, "web.pid"),
+        ("pidfile:\udcff", Kind.PIDFILE, "\udcff"),  # a path may be any bytes
+        ("web.service", Kind.UNIT, "web.service"),
+        ("machine-qemu\\x2d1.scope", Kind.UNIT, "machine-qemu\\x2d1.scope"),
+        ("unit:web", Kind.UNIT, "web.service"),
+        ("unit:4711.scope", Kind.UNIT, "4711.scope"),
+        ("job:3", Kind.WORD, "job:3"),  # not where a guest is wanted
+        ("/org/qkilld1/job/3", Kind.PIDFILE, "/org/qkilld1/job/3"),
+    ],
+)
+def test_kind(text: str, kind: Kind, value: str) -> None:
+    target = parse(text)
+    assert (target.kind, target.value) == (kind, value)
+
+
+@pytest.mark.parametrize("text", ["job:3", "job:003", "/org/qkilld1/job/3"])
+def test_job(text: str) -> None:
+    target = parse(text, jobs=True)
+    assert (target.kind, target.value) == (Kind.JOB, "3")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "name:", "pidfile:", "unit:"),
+        *("pid:", "pid:x", "pid:-1", "pid:1.0", "pid: 1", "pid:0x10", "pid:٤٧"),
+        *("4294967296", "9" * 5000),  # 5000 digits: int() itself refuses from 4300 on
+        *("uuid:", "uuid:1234", f"uuid:{UUID}0"),
+        *("web\udcff", "name:\udcff"),
+    ],
+)
+def test_malformed(text: str) -> None:
+    with pytest.raises(InvalidArgs) as caught:
+        parse(text)
+    assert str(caught.value).isprintable()
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("text", ["job:", "job:x", "/org/qkilld1/job/", "/org/qkilld1/job/3/4"])
+def test_malformed_job(text: str) -> None:
+    with pytest.raises(InvalidArgs, match=r"a job's number|empty"):
+        parse(text, jobs=True)
+
+
+WEB = Guest(10, "web", UUID, 0, "web-vm.service")
+DB = Guest(11, "db", OTHER_UUID, 1000, "db.service")
+TWIN = Guest(12, "web", "", 1000, "")
+NAMELESS = Guest(13, "", "", 0, "")
+IMPOSTOR = Guest(14, "db.service", "", 1000, "")
+NUMBER = Guest(15, "4711", "", 0, "")
+DB_BY_NAME = Guest(16, "db", "", 1000, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "guests", "pid"),
+    [
+        ("web", [WEB, DB, NAMELESS], 10),
+        ("name:web", [WEB, DB], 10),
+        ("WEB", [WEB, Guest(9, "WEB", "", 0, "")], 9),
+        (UUID, [WEB, DB], 10),
+        (UUID.upper(), [WEB, DB], 10),
+        (f"uuid:{UUID}", [WEB, DB], 10),
+        ("web-vm", [WEB, DB], 10),
+        ("unit:web-vm", [WEB, DB], 10),
+        ("db.service", [DB, IMPOSTOR], 11),  # a guest's name cannot pass for a unit
+        ("name:db.service", [DB, IMPOSTOR], 14),
+        ("db", [WEB, DB], 11),  # by its name and by its unit: one guest all the same
+        ("unit:db", [DB, DB_BY_NAME], 11),
+        ("name:4711", [WEB, NUMBER], 15),
+    ],
+)
+def test_found(text: str, guests: list[Guest], pid: int) -> None:
+    assert find(parse(text), guests).pid == pid
+
+
+@pytest.mark.parametrize(
+    ("text", "guests", "pids"),
+    [
+        ("web", [WEB, DB, TWIN], (10, 12)),
+        ("name:web", [WEB, TWIN], (10, 12)),
+        ("db", [DB, DB_BY_NAME], (11, 16)),  # one has the unit, the other took the name
+        (UUID, [WEB, Guest(17, UUID, "", 1000, "")], (10, 17)),
+    ],
+)
+def test_ambiguous(text: str, guests: list[Guest], pids: tuple[int, int]) -> None:
+    with pytest.raises(AmbiguousTarget) as caught:
+        find(parse(text), guests)
+    assert caught.value.exit_code == ExitCode.NOT_FOUND
+    for pid in pids:
+        assert f"{pid} (" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("nobody", NoSuchProcess),
+        ("name:nobody", NoSuchProcess),
+        ("name:web-vm", NoSuchProcess),
+        ("name:10", NoSuchProcess),
+        (f"uuid:{OTHER_UUID}", NoSuchProcess),
+        ("nobody.service", NoSuchUnit),
+        ("unit:web", NoSuchUnit),
+        ("name:\x1b[2J", NoSuchProcess),
+    ],
+)
+def test_not_found(text: str, error: type[QkilldError]) -> None:
+    with pytest.raises(error) as caught:
+        find(parse(text), [WEB, NAMELESS])
+    assert caught.value.exit_code == ExitCode.NOT_FOUND
+    assert "`qkillctl list`" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_candidates_are_printable_and_not_without_end() -> None:
+    crowd = [Guest(pid, "x\x1b]0;owned\x07\n\u202e", "", 0, "x.service") for pid in range(100, 150)]
+    with pytest.raises(AmbiguousTarget) as caught:
+        find(parse("unit:x"), crowd)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert "100 (" in text
+    assert "109 (" in text
+    assert "110 (" not in text
+    assert "and 40 more" in text
+
+
+class Answers(Manager):
+    """A daemon whose guests change between two questions, which no real one does on demand."""
+
+    def __init__(self, lists: list[list[Guest]], seen: Guest | QkilldError | None = None) -> None:
+        self.lists = lists
+        self.seen = seen
+
+    async def list_guests(self) -> list[tuple[int, str, str, int, str]]:
+        return [*self.lists.pop(0)]
+
+    async def inspect(self, pid: int) -> dict[str, Any]:
+        assert self.seen is not None, "a process named by its pid needs no second look"
+        if isinstance(self.seen, QkilldError):
+            raise self.seen
+        return self.seen._asdict() | {"start-time": 77}
+
+
+def pin(text: str, daemon: Answers) -> Found:
+    return asyncio.run(Resolver(daemon).pin(parse(text)))
+
+
+def test_pin_holds_the_process_by_its_start() -> None:
+    assert pin("web", Answers([[WEB, DB]], WEB)) == Found(10, "web", 77)
+    assert pin("10", Answers([])) == Found(10)
+
+
+@pytest.mark.parametrize("text", ["web", f"uuid:{UUID}", "unit:web-vm"])
+def test_pin_notices_a_pid_that_changed_hands(text: str) -> None:
+    successor = DB._replace(pid=WEB.pid)
+    with pytest.raises(ProcessChanged, match="Process 10"):
+        pin(text, Answers([[WEB]], successor))
+
+
+def test_pin_where_a_look_is_denied() -> None:
+    """Then the start comes from /proc, and the list tells whether it still belongs to the name."""
+    me = WEB._replace(pid=os.getpid())
+    denied = AccessDenied("not yours")
+    found = pin("web", Answers([[me], [DB, me]], denied))
+    assert found == Found(me.pid, "web", pidfile.start_time_of(me.pid))
+    for later in ([DB._replace(pid=me.pid)], []):
+        with pytest.raises(ProcessChanged):
+            pin("web", Answers([[me], later], denied))
+    gone = WEB._replace(pid=2**22 + 1)  # beyond the kernel's own limit for a pid
+    with pytest.raises(NoSuchProcess, match="has just gone"):
+        pin("web", Answers([[gone]], denied))
