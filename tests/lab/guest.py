@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.lab import needs
-from tests.lab.image import BUSYBOX, guest_image
+from tests.lab.image import busybox, guest_image
 from tests.lab.log import Log, wait_for_path
 from tests.lab.process import Orphan, end, run, spawn, wait_gone
 from tests.lab.scratch import run_directory, scratch
@@ -40,11 +40,7 @@ def fake_glob() -> str:
 @functools.cache
 def _busybox() -> Path:
     """One copy a run; every fake_qemu has a link to it under a name of its own."""
-    if not BUSYBOX.exists():
-        raise needs.Missing(
-            f"{BUSYBOX} is not installed: apt-get install busybox-static, or `make setup`"
-        )
-    return Path(shutil.copy(BUSYBOX, run_directory() / "busybox"))
+    return Path(shutil.copy(busybox(), run_directory() / "busybox"))
 
 
 @dataclass

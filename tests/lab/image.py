@@ -14,8 +14,8 @@ from tests.lab import needs
 from tests.lab.process import TOP, run
 from tests.lab.scratch import run_directory
 
-BUSYBOX: Final = Path("/bin/busybox")
 CACHE: Final = TOP / ".lab"
+"""What set-up fetched and what was built from it. Not part of the project."""
 _SOURCES: Final = Path(__file__).with_name("initramfs")
 
 
@@ -30,17 +30,25 @@ def guest_image() -> Image:
 
     Two processes may build at once: each builds aside and renames. Raises needs.Missing.
     """
-    kernels = sorted(CACHE.glob("kernel/boot/vmlinuz-*"))
+    kernels = sorted(CACHE.glob("guest/boot/vmlinuz-*"))
     if not kernels:
-        raise needs.Missing(f"there is no kernel for a guest in {CACHE}/kernel: run `make setup`")
+        raise needs.Missing("there is no kernel for a guest in .lab/guest: run `make setup`")
     return Image(kernels[-1], _initramfs())
 
 
+def busybox() -> Path:
+    """A static one. Raises needs.Missing."""
+    for path in (CACHE / "guest/bin/busybox", Path("/bin/busybox")):
+        if path.exists():
+            return path
+    raise needs.Missing("there is no busybox in .lab/guest: run `make setup`")
+
+
 def _initramfs() -> Path:
-    busybox = needs.program(str(BUSYBOX), "busybox-static")
+    static = busybox()
     cpio = needs.program("cpio", "cpio")
     gcc = needs.program("gcc", "gcc libc6-dev")
-    inputs = [busybox, _SOURCES / "init", _SOURCES / "writer.c", Path(__file__)]
+    inputs = [static, _SOURCES / "init", _SOURCES / "writer.c", Path(__file__)]
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in inputs))
     name = f"initramfs-{digest.hexdigest()[:16]}.cpio"
     # A checkout that belongs to somebody else may be read and not written.
@@ -51,7 +59,7 @@ def _initramfs() -> Path:
     with tempfile.TemporaryDirectory(prefix="build-", dir=home) as work:
         root = Path(work) / "root"
         (root / "bin").mkdir(parents=True)
-        shutil.copy(busybox, root / "bin/busybox")
+        shutil.copy(static, root / "bin/busybox")
         shutil.copy(_SOURCES / "init", root / "init")
         (root / "init").chmod(0o755)
         run([gcc, "-O2", "-static", "-o", root / "bin/writer", _SOURCES / "writer.c"], check=True)

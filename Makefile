@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# Everything starts here; `make` alone tells what there is. Each target does the set-up that it
+# needs (packaging/setup), which costs nothing once it is done.
+
+PYTHON := .venv/bin/python
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+define LINT
+$(PYTHON) -m ruff check .
+$(PYTHON) -m ruff format --check .
+$(PYTHON) -m mypy
+endef
+
+.PHONY: help
+help: ## Tell what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: setup ## Stop a real guest over D-Bus and watch it (about a minute)
+	@$(PYTHON) -m tests.demo
+
+.PHONY: test
+test: setup ## Check the code and run every test
+	$(LINT)
+	$(PYTHON) -m pytest
+
+.PHONY: lint
+lint: venv ## Check the code: ruff, its format, mypy --strict
+	$(LINT)
+
+.PHONY: bench
+bench: ## Measure, beside libvirt, and print a table
+	@packaging/setup build lab bench guest venv
+	@$(PYTHON) -m tests.bench
+
+.PHONY: setup
+setup: ## Install Debian packages, fetch a kernel for guests, make .venv
+	@packaging/setup build lab guest venv
+
+.PHONY: venv
+venv: ## Make .venv alone, with qkilld and qkillctl in .venv/bin
+	@packaging/setup build venv
+
+.PHONY: clean
+clean: ## Remove all that was made in this checkout, not the Debian packages
+	rm -rf .venv .lab .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
