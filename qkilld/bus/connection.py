@@ -7,7 +7,8 @@ The cures, each for dbus_next 0.2.3:
 - a message that it cannot parse ends the connection, a flood of them starves every timer of the
   loop, and one of 100 MiB is parsed in one go: `_message_reader`;
 - `call()` has no timeout and hands errors back as messages: `request`;
-- `disconnect()` leaves the socket open: `close`.
+- `disconnect()` leaves the socket open, and so does a failure to connect: `close`,
+  `_setup_socket`.
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ class Connection(MessageBus):
         super().__init__(address, bus_type)  # type: ignore[arg-type]  # None is its default
         self._writer = _Writer(self)
         self._frames = Frames()
+
+    def _setup_socket(self) -> None:
+        try:
+            super()._setup_socket()
+        except BaseException:
+            # It is left open where it could not be connected, or not be made non-blocking.
+            if hasattr(self, "_sock"):
+                self._stream.close()
+                self._sock.close()
+            raise
 
     async def _auth_readline(self) -> str:
         line = b""

@@ -198,6 +198,7 @@ class Job:
         now = self._clock.now()
         if number == SIGKILL:
             self._kill_at = now
+            self.deadline = INFINITY
             self.phase = Phase.KILL
         else:
             self._term_at = now
