@@ -1,0 +1,66 @@
+"""A command line that the kernel does not give: reading it must hold up nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from qkilld.adapters import host as host_module
+from qkilld.adapters.host import LocalHost
+from qkilld.model.guest import Identity
+
+QEMU = Identity(17, 99, 0, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
+
+
+@pytest.fixture
+def never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BinaryIO]:
+    """What writes process 17's command line in tmp_path: reading it blocks until this closes."""
+    monkeypatch.setattr(host_module, "LABEL_TIMEOUT_S", 0.05)
+    (tmp_path / "17").mkdir()
+    os.mkfifo(tmp_path / "17/cmdline")
+    before = set(threading.enumerate())
+    # For reading too: to open a FIFO for writing alone waits for a reader.
+    with os.fdopen(os.open(tmp_path / "17/cmdline", os.O_RDWR), "wb") as writer:
+        yield writer
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+
+
+def test_a_blocked_read_costs_a_moment_and_one_thread(never_ends: BinaryIO, tmp_path: Path) -> None:
+    async def ask() -> None:
+        host = LocalHost(tmp_path)
+        threads = threading.active_count()
+        for _ in range(5):
+            assert (await host.label(QEMU)).name == ""
+        assert threading.active_count() == threads + 1
+        # What it says in the end is remembered.
+        waiting = asyncio.create_task(host.label(QEMU))
+        await asyncio.sleep(0)
+        never_ends.write(b"qemu\0-name\0web\0")
+        never_ends.close()
+        assert (await waiting).name == "web"
+        (tmp_path / "17/cmdline").unlink()
+        assert (await host.label(QEMU)).name == "web"
+
+    asyncio.run(ask())
+
+
+def test_another_program_of_the_process_is_read_anew(tmp_path: Path) -> None:
+    async def ask() -> list[str]:
+        host = LocalHost(tmp_path)
+        (tmp_path / "17").mkdir()
+        (tmp_path / "17/cmdline").write_bytes(b"qemu\0-name\0one\0")
+        names = [(await host.label(QEMU)).name]
+        (tmp_path / "17/cmdline").write_bytes(b"qemu\0-name\0two\0")
+        names.append((await host.label(QEMU)).name)
+        other = Identity(17, 99, 0, "qemu", "S", "/usr/bin/qemu-kvm", False)
+        names.append((await host.label(other)).name)
+        return names
+
+    assert asyncio.run(ask()) == ["one", "one", "two"]
