@@ -1,0 +1,141 @@
+"""What can be seen of a process from outside, at one moment. Raw counters, no opinion.
+
+None is always "could not be read" and never "nothing": unknown is not idle. Counters only ever count
+up from somewhere; what they mean lies in the difference of two samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Io:
+    """/proc/PID/io of all threads, bytes and calls (kernel Documentation/filesystems/proc.rst)."""
+
+    rchar: int
+    wchar: int
+    """Bytes through write(2) and its like: neither sendmsg, io_submit nor io_uring."""
+    syscr: int
+    syscw: int
+    read_bytes: int
+    write_bytes: int
+    """Bytes dirtied or written past the page cache: not those that reached the disk."""
+    cancelled_write_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """One thread that stands in an I/O call or in uninterruptible sleep."""
+
+    tid: int
+    name: str
+    """Printable."""
+    state: str
+    """proc(5): R, S, D, T, t, Z, …"""
+    syscall: int | None
+    """The number of the system call that it stands in, of this architecture; -1 for none."""
+    io_call: bool | None
+    """It stands in a call that reads, writes or syncs a file."""
+    wchan: str | None
+    """The kernel function that it sleeps in; "" where it sleeps in none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A disk that does the work under an image file; shared with whoever else uses it."""
+
+    number: str
+    """MAJOR:MINOR."""
+    name: str
+    """As under /sys/block, printable."""
+    writes: int
+    """Completed: writes and flushes. /sys/dev/block/*/stat, kernel Documentation/block/stat.rst."""
+    sectors_written: int
+    """Of 512 bytes."""
+    reads: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """The control group that the process is in."""
+
+    own: bool
+    """Nothing but this guest is in it (as far as its name and its processes tell)."""
+    dirty: int | None
+    """Bytes of page cache not yet written."""
+    writeback: int | None
+    """Bytes on their way to a disk."""
+    written: int | None
+    """Bytes written to disks (io.stat, blkio.throttle.io_service_bytes)."""
+    writes: int | None
+    frozen: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """/proc/meminfo: the whole host's, bytes."""
+
+    dirty: int
+    writeback: int
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A connected stream socket of the process, by sock_diag(7)."""
+
+    inode: int
+    family: str
+    """unix or tcp."""
+    client: bool
+    """The process connected it, as QEMU does to a storage server, and did not accept it."""
+    send_queue: int
+    """Bytes. May be 0 all the time while a request waits for its answer."""
+    receive_queue: int
+    unacked: int | None = None
+    """TCP: segments sent and not acknowledged."""
+    acked: int | None = None
+    """TCP: bytes acknowledged so far, tcp_info."""
+    received: int | None = None
+    """TCP: bytes received so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A network file system under an image file, /proc/self/mountstats."""
+
+    kind: str
+    """nfs, nfs4, …"""
+    operations: int
+    """Answered, or bytes moved, whatever this mount counts: it moves when the server answers."""
+    written: int | None
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+    state: str
+    """Of the main thread, proc(5)."""
+    term_pending: bool | None = None
+    """SIGTERM was sent and not yet taken (ShdPnd in /proc/PID/status)."""
+    tracer: int | None = None
+    """The process id of a debugger, 0 for none."""
+    cpu: int | None = None
+    """Clock ticks of all threads."""
+    switches: int | None = None
+    """Voluntary context switches of all threads: somebody was woken."""
+    io: Io | None = None
+    threads: tuple[Thread, ...] | None = None
+    """() where no thread stands in an I/O call or in uninterruptible sleep."""
+    rings: int | None = None
+    """Requests in flight on its io_urings; 0 where it has none."""
+    direct: bool | None = None
+    """It has a file or device open with O_DIRECT together with an AIO context."""
+    devices: tuple[Device, ...] | None = None
+    mounts: tuple[Mount, ...] | None = None
+    sockets: tuple[Socket, ...] | None = None
+    cgroup: Cgroup | None = None
+    host: Memory | None = None
