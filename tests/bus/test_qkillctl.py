@@ -38,11 +38,26 @@ def argv(bus: Bus, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, *arguments]
 
 
+def as_user(uid: int | None) -> list[str]:
+    """What makes a command that user's, who may read files all the same: the checkout may be root's."""
+    if uid is None:
+        return []
+    needs.root("to be another user")
+    ids = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--pdeathsig=KILL"]
+    return [
+        "setpriv",
+        *ids,
+        *(f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")),
+        "--",
+    ]
+
+
 def ctl(
     bus: Bus, *arguments: str, code: int = 0, uid: int | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs qkillctl to its end, which must be with this exit code."""
-    done = run(argv(bus, *arguments), env=lab_bus.environment(bus.address), uid=uid)
+    command = as_user(uid) + argv(bus, *arguments)
+    done = run(command, env=lab_bus.environment(bus.address))
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
