@@ -7,9 +7,13 @@ PYTHON := .venv/bin/python
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 
+# A checkout may be another user's; mypy does not run where it cannot write its cache.
+export MYPY_CACHE_DIR := $(shell test -w .mypy_cache -o ! -e .mypy_cache -a -w . \
+	&& echo .mypy_cache || echo /dev/null)
+
 define LINT
-$(PYTHON) -m ruff check .
-$(PYTHON) -m ruff format --check .
+$(PYTHON) -m ruff check --no-cache .
+$(PYTHON) -m ruff format --no-cache --check .
 $(PYTHON) -m mypy
 endef
 

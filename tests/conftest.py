@@ -28,6 +28,7 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure() -> None:
     scratch.remove_run_directory()
+    scratch.sweep()  # of what the tests themselves have killed
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
