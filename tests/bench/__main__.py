@@ -1,0 +1,130 @@
+"""The benchmark: `make bench`, or `python -m tests.bench` where set-up has run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+from tests.bench import answer, beside_libvirt, figures, progress, rest
+from tests.bench.figures import Figure
+from tests.lab import needs
+from tests.lab.process import run
+from tests.lab.scratch import remove_run_directory, run_directory
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    libvirt: int
+    libvirt_reaped_late: int
+    guests: int
+    """Of each kind of company."""
+    rest_s: int
+    jobs: int
+
+
+FULL: Final = Rounds(libvirt=10, libvirt_reaped_late=3, guests=200, rest_s=30, jobs=1000)
+QUICK: Final = Rounds(libvirt=2, libvirt_reaped_late=1, guests=20, rest_s=5, jobs=50)
+
+EPILOG: Final = """\
+What is not measured says why; for libvirt it takes root. A target that is missed is told in the
+table and is no failure. Exit codes: 0 done, 1 something went wrong, 130 interrupted.
+"""
+
+
+def main() -> int:
+    arguments = _parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    rounds = QUICK if arguments.quick else FULL
+    began, load = time.monotonic(), os.getloadavg()[0]
+    try:
+        run_directory()
+        found, failed = _measure(rounds)
+    except KeyboardInterrupt:
+        progress.show("")
+        print("interrupted: nothing of the benchmark is left", file=sys.stderr)
+        return 130
+    finally:
+        remove_run_directory()
+    progress.show("")
+    about = _about() | {
+        "load average before": round(load, 1),
+        "seconds": round(time.monotonic() - began),
+    }
+    if arguments.json:
+        print(json.dumps({"about": about, "figures": [f.as_json() for f in found]}, indent=2))
+    else:
+        print(figures.table(found))
+        print("\n" + ", ".join(f"{key}: {value}" for key, value in about.items()))
+    return 1 if failed else 0
+
+
+def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
+    """The figures, and whether one of them went wrong for another reason than something missing."""
+    parts: list[tuple[str, Callable[[], list[Figure]]]] = [
+        (
+            "Beside libvirt",
+            lambda: beside_libvirt.measure(rounds.libvirt, rounds.libvirt_reaped_late),
+        ),
+        ("From a guest's exit to the answer", lambda: [answer.measure(rounds.guests)]),
+        ("At rest", lambda: rest.measure(rounds.rest_s, rounds.jobs)),
+    ]
+    found: list[Figure] = []
+    failed = False
+    for title, measure in parts:
+        try:
+            found += measure()
+        except needs.Missing as missing:
+            found.append(Figure(title, not_measured=str(missing)))
+        except Exception as error:
+            found.append(Figure(title, not_measured=f"it failed: {error}"))
+            failed = True
+    return found, failed
+
+
+def _about() -> dict[str, Any]:
+    """What a reader needs to judge the figures by."""
+    return {
+        "kernel": platform.release(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "qemu": _version("qemu-system-x86_64", "--version"),
+        "libvirt": _version("virsh", "--version"),
+    }
+
+
+def _version(program: str, option: str) -> str:
+    try:
+        said = run([needs.program(program, program), option], check=True).stdout
+    except needs.Missing:
+        return "none"
+    return said.split("version ")[-1].split()[0]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description="Measure qkilld beside what else stops a guest, and print a table.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
+    parser.add_argument("--json", action="store_true", help="print JSON and no table")
+    return parser.parse_args()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"by {signal.Signals(number).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""From the request to the answer that a guest has gone, beside libvirt on the same guests.
+
+The stopping itself is tests.bench.stops, in a throwaway system: nothing of this machine's libvirt
+is touched, and nothing that was started there outlives it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from typing import Final
+
+from tests.bench import peer, progress
+from tests.bench.figures import Figure, Row, at_least, shown
+from tests.bench.stops import REAP_LATE_S, Series, Way
+from tests.lab import container, needs
+from tests.lab.image import guest_image
+
+TIMES_FASTER: Final = 50
+_TITLES: Final = {
+    Series.REAPED_AT_ONCE: (
+        "From the request to the answer that the guest has gone: idle Linux guests of libvirt's,\n"
+        "one way after the other; PID 1 is systemd, which collects a zombie at once"
+    ),
+    Series.REAPED_LATE: (
+        "The same where the guest's new parent collects its zombie only after "
+        f"{REAP_LATE_S:g} s,\nas PID 1 of some containers and virtual machines does"
+    ),
+}
+_WHY: Final = {
+    Series.REAPED_AT_ONCE: "libvirt looks every 200 ms whether the process is gone.",
+    Series.REAPED_LATE: "libvirt takes a zombie for a process that is still there.",
+}
+
+Samples = dict[Series, dict[Way, list[float]]]
+
+
+def measure(rounds: int, late_rounds: int) -> list[Figure]:
+    """Stops a guest in every way in each round.
+
+    Raises needs.Missing where there is no libvirt, no container or no root, AssertionError where
+    something goes wrong.
+    """
+    peer.programs()
+    guest_image()  # built here, for the checkout cannot be written to inside
+    progress.show("beside libvirt: boots a throwaway system")
+    with container.boot() as system:
+        samples = _stop_guests(system, rounds, late_rounds)
+    return [_figure(series, ways) for series, ways in samples.items()]
+
+
+def _stop_guests(system: container.Container, rounds: int, late_rounds: int) -> Samples:
+    samples: Samples = {series: {way: [] for way in Way} for series in Series}
+    program = (container.PYTHON, "-m", "tests.bench.stops", str(rounds), str(late_rounds))
+    with (
+        tempfile.TemporaryFile() as stderr,
+        system.spawn(*program, stderr=stderr) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            said = json.loads(line)
+            if "progress" in said:
+                progress.show(said["progress"])
+            elif "missing" in said:
+                raise needs.Missing(said["missing"])
+            else:
+                series, way, milliseconds = said["sample"]
+                samples[Series(series)][Way(way)].append(milliseconds)
+        if process.wait() != 0:
+            stderr.seek(0)
+            raise AssertionError(stderr.read().decode(errors="replace"))
+    return samples
+
+
+def _figure(series: Series, ways: dict[Way, list[float]]) -> Figure:
+    rows = {way: Row(way.value, "ms", found) for way, found in ways.items() if found}
+    figure = Figure(_TITLES[series], list(rows.values()))
+    floor, ours, virsh = (rows[way].median for way in (Way.KILL, Way.QKILLD, Way.VIRSH_GRACEFUL))
+    what = "virsh destroy --graceful to qkilld, medians"
+    figure.targets.append(at_least(what, virsh / ours, TIMES_FASTER, "times"))
+    figure.notes += [
+        f"virsh destroy --graceful to the floor, which is kill(2) and QEMU's own end: "
+        f"{shown(virsh / floor)} times.",
+        f"Beyond the floor: qkilld {shown(ours - floor)} ms, virsh destroy --graceful "
+        f"{shown(virsh - floor)} ms.",
+        _WHY[series],
+    ]
+    return figure

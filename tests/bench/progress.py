@@ -1,0 +1,14 @@
+"""What is being done, on stderr where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+_CLEAR_LINE: Final = "\r\x1b[K"
+
+
+def show(text: str) -> None:
+    """Replaces the line that was shown before; with "" there is none."""
+    if sys.stderr.isatty():
+        print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,42 @@
+"""What a process has had of the processors. Source: Documentation/scheduler/sched-stats.rst."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """By all threads of a process since they began."""
+
+    switches: int
+    """Context switches, voluntary ones and others."""
+    processor_ms: float
+    kept_waiting_ms: float
+    """Ready to run while other processes had the processors."""
+
+    @classmethod
+    def of(cls, pid: int) -> Spent:
+        """Raises OSError where there is no such process."""
+        switches, ran, waited = 0, 0, 0
+        for thread in threads(pid):
+            status = (thread / "status").read_text()
+            switches += sum(map(int, re.findall(r"^\w+_ctxt_switches:\s+(\d+)$", status, re.M)))
+            times = (thread / "schedstat").read_text().split()
+            ran += int(times[0])
+            waited += int(times[1])
+        return cls(switches, ran / 1e6, waited / 1e6)
+
+    def __sub__(self, earlier: Spent) -> Spent:
+        return Spent(
+            self.switches - earlier.switches,
+            self.processor_ms - earlier.processor_ms,
+            self.kept_waiting_ms - earlier.kept_waiting_ms,
+        )
+
+
+def threads(pid: int) -> list[Path]:
+    """Their directories in /proc."""
+    return list(Path(f"/proc/{pid}/task").iterdir())
