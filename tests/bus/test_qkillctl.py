@@ -39,17 +39,13 @@ def argv(bus: Bus, *arguments: str) -> list[str]:
 
 
 def as_user(uid: int | None) -> list[str]:
-    """What makes a command that user's, who may read files all the same: the checkout may be root's."""
+    """What makes a command that user's, with the right to read a checkout of root's."""
     if uid is None:
         return []
     needs.root("to be another user")
     ids = [f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--pdeathsig=KILL"]
-    return [
-        "setpriv",
-        *ids,
-        *(f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")),
-        "--",
-    ]
+    may_read = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
+    return ["setpriv", *ids, *may_read, "--"]
 
 
 def ctl(
