@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import process
+from tests.lab import needs, process
 from tests.lab.container import Container
 from tests.lab.log import Log
 
@@ -47,6 +47,7 @@ def test_a_command_that_is_given_up_is_gone_inside_too(container: Container) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_of_it_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Signals) -> None:
+    needs.root("a container")
     script = f"""
         import pathlib, signal
         from tests.lab import container, scratch
