@@ -1,6 +1,6 @@
 """What can be seen of a process from outside, at one moment. Raw counters, no opinion.
 
-None is always "could not be read" and never "nothing": unknown is not idle. Counters only ever count
+None is always "could not be read" and never "nothing": unknown is not idle. Counters only count
 up from somewhere; what they mean lies in the difference of two samples.
 """
 
@@ -43,18 +43,31 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A disk that does the work under an image file; shared with whoever else uses it."""
+    """A block device under an image, host-wide: whoever else uses it moves its counters too.
+
+    Every layer is one, from the logical volume, partition or loop device that the image is or lies
+    on down to the disks; so the same write may be counted by several.
+    """
 
     number: str
     """MAJOR:MINOR."""
     name: str
     """As under /sys/block, printable."""
     writes: int
-    """Completed: writes and flushes. /sys/dev/block/*/stat, kernel Documentation/block/stat.rst."""
+    """Completed: writes, flushes, discards. /sys/dev/block/*/stat, kernel
+    Documentation/block/stat.rst."""
     sectors_written: int
     """Of 512 bytes."""
     reads: int
     in_flight: int
+    depth: int = 0
+    """Layers above it. The deeper, the more others use it; but one below may work where one above
+    stands still, as a loop device does while it waits for one flush."""
+    own: bool = False
+    """The process has the device itself open, with no file system between, so hardly anybody else
+    does."""
+    writable: bool = True
+    """An image on it is open for writing; else for reading alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +116,16 @@ class Socket:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A network file system under an image file, /proc/self/mountstats."""
+    """A file system under an image that has no block device to be watched: a network's, FUSE, …
+
+    One without any counters (only NFS has some, /proc/PID/mountstats) says that there is storage
+    of which nothing can be seen.
+    """
 
     kind: str
-    """nfs, nfs4, …"""
-    operations: int
-    """Answered, or bytes moved, whatever this mount counts: it moves when the server answers."""
+    """nfs, nfs4, fuse.sshfs, 9p, ceph, cifs, zfs, … Printable."""
+    operations: int | None
+    """Answered by the server with success. None: not counted, or not to be read."""
     written: int | None
     """Bytes."""
 
