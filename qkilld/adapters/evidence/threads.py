@@ -1,8 +1,9 @@
 """What the threads of a process do: /proc/PID/task/TID/{schedstat,status,syscall,wchan}.
 
-Cost, measured on kernel 6.18: see THE_COST below. Rights: schedstat and status none; syscall and
-wchan the ptrace right (proc(5): PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). Nothing
-here takes the memory lock of the target, so nothing blocks with it.
+Cost, measured on kernel 6.18: 2 µs a thread that has not run since the last read, 40 µs one that
+has (64 threads: 0.14 ms asleep, 2.7 ms if each was awake; 3 ms the first time). Rights: schedstat
+and status none; syscall and wchan the ptrace right (proc(5): PTRACE_MODE_ATTACH_FSCREDS and
+PTRACE_MODE_READ_FSCREDS). Nothing here takes the memory lock of the target: nothing blocks with it.
 
 schedstat (kernel Documentation/scheduler/sched-stats.rst) has the nanoseconds that the thread ran
 and how often it was put on a processor. As long as its text stays the same, a thread that slept

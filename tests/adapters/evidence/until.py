@@ -1,0 +1,21 @@
+"""Waiting for what the kernel shows in /proc and /sys: nothing there tells that it changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+def until(
+    read: Callable[[], _T], wanted: Callable[[_T], object], timeout: float = 30, every: float = 0.01
+) -> _T:
+    """The first reading that is wanted. AssertionError with the last one when the time is over."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if wanted(found := read()):
+            return found
+        assert time.monotonic() < deadline, f"still not after {timeout} s: {found}"
+        time.sleep(every)
