@@ -2,7 +2,7 @@
 
 Sources: kernel Documentation/ABI/stable/sysfs-block (partitions, slaves), ABI/testing/sysfs-block-
 loop, Documentation/block/stat.rst. sysfs answers from memory, whatever state a disk is in. Needs
-no rights. Cost: 30 to 60 µs to describe a device, 9 µs to read its counters.
+no rights. Cost: 30 to 100 µs to describe a device, 15 µs to read its counters.
 """
 
 from __future__ import annotations
