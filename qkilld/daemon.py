@@ -83,6 +83,7 @@ async def _run(
     configuration: Config, address: str | None, user: bool, journal: QueuedJournal
 ) -> int:
     from qkilld.adapters.clock import LoopClock
+    from qkilld.adapters.evidence.sampler import EvidenceSampler
     from qkilld.adapters.host import LocalHost
     from qkilld.bus.announcer import Announcer
     from qkilld.bus.connection import connect
@@ -98,8 +99,9 @@ async def _run(
         loop.add_signal_handler(number, stop.set)
 
     connection = await connect(address, user=user)
-    registry = Registry(configuration, LoopClock(), journal)
-    service = Service(configuration, LocalHost(), registry)
+    clock, sampler = LoopClock(), EvidenceSampler()
+    registry = Registry(configuration, clock, journal, sampler=sampler)
+    service = Service(configuration, LocalHost(), registry, clock, sampler)
     manager = ManagerObject(service)
     server = Server(
         connection,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Mapping
+from signal import SIGKILL
 from typing import Any
 
 from dbus_next.signature import Variant
@@ -66,15 +67,16 @@ def properties(job: Job) -> dict[str, Any]:
 
 def changing(job: Job) -> dict[str, Any]:
     """The properties that PropertiesChanged tells of."""
+    evidence = job.assessment
     return {
         "Flags": int(job.flags),
         "Phase": job.phase.value,
         "Verdict": job.verdict.value,
         "Result": job.result.value if job.result else "",
         "DeadlineUSec": job.deadline,
-        "LastProgressUSec": 0,
-        "BytesWritten": UNKNOWN,
-        "BytesPending": UNKNOWN,
+        "LastProgressUSec": (evidence and evidence.progress_at) or 0,
+        "BytesWritten": _known(evidence.written if evidence else None),
+        "BytesPending": _known(evidence.pending if evidence else None),
         "Held": False,
     }
 
@@ -88,11 +90,27 @@ def receipt(job: Job) -> dict[str, Variant]:
         "verdict": Variant("s", job.verdict.value),
         "requested-by": Variant("u", job.request.uid),
     }
+    evidence = job.assessment
+    if evidence is not None:
+        turns = [[t.verdict.value, t.at - job.started, list(t.reasons)] for t in job.history]
+        found["verdicts"] = Variant("a(stas)", turns)
+        if evidence.written is not None:
+            found["bytes-written"] = Variant("t", evidence.written)
+        if evidence.pending is not None:
+            found["bytes-pending"] = Variant("t", evidence.pending)
+        if evidence.progress_at is not None:
+            found["last-progress-usec"] = Variant("t", evidence.progress_at)
+    if job.rungs and job.rungs[-1].signal is SIGKILL and job.standing.by_evidence:
+        found["data-at-risk"] = Variant("b", job.data_at_risk)
     if job.request.reason:
         found["reason"] = Variant("s", job.request.reason)
     if job.error:
         found["error"] = Variant("s", job.error)
     return found
+
+
+def _known(number: int | None) -> int:
+    return UNKNOWN if number is None else number
 
 
 def _settle(future: asyncio.Future[None]) -> None:

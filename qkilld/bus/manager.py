@@ -10,10 +10,12 @@ from dbus_next.signature import Variant
 
 from qkilld import __version__
 from qkilld.bus import interfaces
+from qkilld.bus.evidence import evidence_dict
 from qkilld.bus.job import JobObject, job_path
 from qkilld.bus.server import BusObject, Caller, Method, Server
 from qkilld.engine.service import CallerUid, Option, Service
 from qkilld.model.errors import NoSuchJob
+from qkilld.model.guest import Guest
 from qkilld.model.text import printable
 from qkilld.model.words import JOB_PATH_PREFIX, MANAGER_PATH
 
@@ -29,6 +31,7 @@ class ManagerObject:
             "Terminate": self._terminate,
             "TerminateWithOptions": self._terminate,
             "Inspect": self._inspect,
+            "Plan": self._plan,
             "ListGuests": self._list_guests,
             "ListJobs": self._list_jobs,
             "GetJobByPID": self._get_job_by_pid,
@@ -56,30 +59,35 @@ class ManagerObject:
     async def _terminate(
         self, caller: Caller, pid: int, flags: int, options: dict[str, Variant] | None = None
     ) -> list[Any]:
-        given = {name: Option(v.signature, v.value) for name, v in (options or {}).items()}
+        given = _given(options or {})
         job = await self._service.terminate(pid, flags, given, self._uid_of(caller))
         return [job_path(job)]
 
     async def _inspect(self, caller: Caller, pid: int) -> list[Any]:
-        guest = await self._service.inspect(pid, self._uid_of(caller))
-        identity, label = guest.identity, guest.label
-        found = {
-            "pid": Variant("u", identity.pid),
-            "start-time": Variant("t", identity.start_time),
-            "uid": Variant("u", identity.uid),
-            "command": Variant("s", identity.command),
-            "executable": Variant("s", printable(identity.executable, 4096)),
-            "executable-deleted": Variant("b", identity.executable_deleted),
-            "state": Variant("s", identity.state),
-            "name": Variant("s", label.name),
-            "uuid": Variant("s", label.uuid),
-            "unit": Variant("s", label.unit.name),
-            "verdict": Variant("s", "unknown"),
-        }
-        if job := self._service.registry.running_for(identity.key):
-            found["job"] = Variant("o", job_path(job))
-            found["verdict"] = Variant("s", job.verdict.value)
-        return [found]
+        found = await self._service.inspect(pid, self._uid_of(caller))
+        shown = _identity(found.guest)
+        if found.evidence is not None:
+            shown |= evidence_dict(found.evidence)
+        else:
+            shown["verdict"] = Variant("s", "unknown")
+            shown["reasons"] = Variant("as", ["looking at it did not come to an end"])
+        if found.job is not None:
+            shown["job"] = Variant("o", job_path(found.job))
+        return [shown]
+
+    async def _plan(
+        self, caller: Caller, pid: int, flags: int, options: dict[str, Variant]
+    ) -> list[Any]:
+        guest, plan = await self._service.plan(pid, flags, _given(options), self._uid_of(caller))
+        rungs = [[rung.phase.value, rung.signal.name, rung.after] for rung in plan.rungs]
+        return [
+            {
+                **_identity(guest),
+                "rungs": Variant("a(sst)", rungs),
+                "gives-up-usec": Variant("t", plan.gives_up_after),
+                "warnings": Variant("as", list(plan.warnings)),
+            }
+        ]
 
     async def _list_guests(self, caller: Caller) -> list[Any]:
         return [
@@ -146,3 +154,23 @@ class Tree:
             case "/org/qkilld1/job":
                 return [str(job.number) for job in self._service.registry]
         return []
+
+
+def _given(options: dict[str, Variant]) -> dict[str, Option]:
+    return {name: Option(v.signature, v.value) for name, v in options.items()}
+
+
+def _identity(guest: Guest) -> dict[str, Variant]:
+    identity, label = guest.identity, guest.label
+    return {
+        "pid": Variant("u", identity.pid),
+        "start-time": Variant("t", identity.start_time),
+        "uid": Variant("u", identity.uid),
+        "command": Variant("s", identity.command),
+        "executable": Variant("s", printable(identity.executable, 4096)),
+        "executable-deleted": Variant("b", identity.executable_deleted),
+        "state": Variant("s", identity.state),
+        "name": Variant("s", label.name),
+        "uuid": Variant("s", label.uuid),
+        "unit": Variant("s", label.unit.name),
+    }

@@ -11,7 +11,7 @@ from qkilld.ctl.jobview import JobView, flag_names, known, label
 from qkilld.ctl.output import user_name
 from qkilld.ctl.session import Session
 from qkilld.ctl.targets import Guest, Kind, Resolver, Target
-from qkilld.model.errors import AccessDenied, NoSuchJob, QkilldError
+from qkilld.model.errors import NoSuchJob, QkilldError
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 from qkilld.model.words import ExitCode, Phase
@@ -122,14 +122,11 @@ def guest_as_json(guest: Guest) -> dict[str, Any]:
 
 
 async def _who(manager: Manager, resolver: Resolver, pid: int) -> Guest:
-    try:
-        seen = await manager.inspect(pid)
-    except AccessDenied:
-        # The list is open to all; it lacks only what Inspect alone tells.
-        for guest in await resolver.guests():
-            if guest.pid == pid:
-                return guest
-        raise
+    for guest in await resolver.guests():
+        if guest.pid == pid:
+            return guest
+    # Why it is not listed, the daemon says best.
+    seen = await manager.inspect(pid)
     return Guest(pid, seen["name"], seen["uuid"], seen["uid"], seen["unit"])
 
 

@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 from qkilld.bus.client import Manager
 from qkilld.ctl import pidfile
 from qkilld.model.errors import (
-    AccessDenied,
     InvalidArgs,
     NoSuchJob,
     NoSuchProcess,
@@ -228,19 +227,12 @@ class Resolver:
         if target.kind in (Kind.PID, Kind.PIDFILE):
             return found
         try:
-            seen = await self._manager.inspect(found.pid)
-            start_time = int(seen["start-time"])
-            guest = Guest(found.pid, seen["name"], seen["uuid"], int(seen["uid"]), seen["unit"])
-        except AccessDenied:
-            # Only a look at it is denied; whether it may be stopped is the daemon's to say.
-            try:
-                start_time = pidfile.start_time_of(found.pid)
-            except OSError:
-                raise NoSuchProcess(
-                    f'"{target.shown}", process {found.pid}, has just gone'
-                ) from None
-            guests = [Guest(*row) for row in await self._manager.list_guests()]
-            guest = next((g for g in guests if g.pid == found.pid), Guest(found.pid, "", "", 0, ""))
+            # Read before it is listed again: a pid that changes hands in between no longer matches.
+            start_time = pidfile.start_time_of(found.pid)
+        except OSError:
+            raise NoSuchProcess(f'"{target.shown}", process {found.pid}, has just gone') from None
+        guests = [Guest(*row) for row in await self._manager.list_guests()]
+        guest = next((g for g in guests if g.pid == found.pid), Guest(found.pid, "", "", 0, ""))
         if not matches(target, guest):
             raise ProcessChanged(
                 f'Process {found.pid} was "{target.shown}" a moment ago and is another one by now: '

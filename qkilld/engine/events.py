@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from signal import SIGKILL, Signals
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qkilld.model.guest import Guest
-from qkilld.model.words import USEC_PER_SEC, Flag, Result
+from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.job import Job, Request, Rung
+    from qkilld.engine.job import Job, Request, Rung, Turn
 
 
 class Priority(IntEnum):
@@ -35,6 +35,7 @@ class MessageId(Enum):
     SIGNAL_SENT = "ccad3eab18e747ca8bd4d129b46e422b"
     SIGNAL_REFUSED = "62abee31bee64db4a88fd9002b90364c"
     JOB_JOINED = "c8c755af4e2845c19090e03b3e3a13f9"
+    VERDICT_TURNED = "b5f7ec2ec2a74611bdca05783a342ee5"
     JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
     SURVIVOR_GONE = "510528c7fbaf4685a07faadc86df8447"
     DAEMON_STARTED = "880a8eefeebd4e2aaa3c6396bda9897d"
@@ -54,6 +55,20 @@ class Event:
     """The guest's process has exited: journald can no longer look up its unit by OBJECT_PID=."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Further journal fields."""
+
+
+_WORRYING: Final = (Verdict.STORAGE_WAIT, Verdict.BLOCKED, Verdict.STOPPED)
+_IN_WORDS: Final = {
+    Verdict.UNKNOWN: "cannot be judged",
+    Verdict.GUEST_SHUTDOWN: "is shutting down",
+    Verdict.FLUSHING: "is making progress",
+    Verdict.STORAGE_WAIT: "waits for storage that does not move",
+    Verdict.BLOCKED: "cannot be interrupted",
+    Verdict.STOPPED: "is held still",
+    Verdict.IDLE: "has nothing to do and does not exit",
+    Verdict.ZOMBIE: "has exited",
+    Verdict.GONE: "is gone",
+}
 
 
 def job_started(job: Job) -> Event:
@@ -102,16 +117,36 @@ def job_joined(job: Job, request: Request) -> Event:
     )
 
 
+def verdict_turned(job: Job, turn: Turn) -> Event:
+    why = "; ".join(turn.reasons)
+    return _of_job(
+        job,
+        MessageId.VERDICT_TURNED,
+        Priority.NOTICE if turn.verdict in _WORRYING else Priority.INFO,
+        f"{_capitalised(job.guest.title)} {_IN_WORDS[turn.verdict]}: {why}.",
+        QKILLD_REASONS="\n".join(turn.reasons),
+    )
+
+
 def job_ended(job: Job) -> Event:
     """The receipt."""
     assert job.result is not None
     after = _seconds(job.elapsed)
+    evidence = job.assessment
+    why = f" ({'; '.join(evidence.reasons)})" if evidence is not None else ""
+    lost = (
+        "it still wrote or waited for storage, so data is at risk"
+        if job.data_at_risk
+        else "nothing of it was outstanding"
+        if evidence is not None
+        else "data may be lost"
+    )
     priority, text = {
         Result.EXITED: (Priority.INFO, f"exited after {after}"),
-        Result.KILLED: (Priority.WARNING, f"was killed, gone after {after}: data may be lost"),
+        Result.KILLED: (Priority.WARNING, f"was killed, gone after {after}: {lost}"),
         Result.SURVIVED: (
             Priority.WARNING,
-            f"is still there after {after}: qkilld gave up and watches it",
+            f"is still there after {after}{why}: qkilld gave up and watches it",
         ),
         Result.SIGNALLED: (Priority.INFO, "got its one signal, unsupervised"),
         Result.CANCELLED: (Priority.NOTICE, f"is left alone after {after}: the stop was cancelled"),
@@ -124,7 +159,19 @@ def job_ended(job: Job) -> Event:
         f"{_capitalised(job.guest.title)} {text}.",
         QKILLD_RESULT=job.result.value,
         QKILLD_ELAPSED_USEC=str(job.elapsed),
+        more=_measured(job),
     )
+
+
+def _measured(job: Job) -> dict[str, str]:
+    """What the evidence says in numbers, where it says something."""
+    evidence = job.assessment
+    numbers = {
+        "QKILLD_DATA_AT_RISK": 1 if job.data_at_risk else None,
+        "QKILLD_BYTES_WRITTEN": evidence.written if evidence else None,
+        "QKILLD_LAST_PROGRESS_USEC": evidence.progress_at if evidence else None,
+    }
+    return {name: str(number) for name, number in numbers.items() if number is not None}
 
 
 def survivor_gone(job: Job, now: int) -> Event:
@@ -171,7 +218,14 @@ def internal_error(doing: str, error: BaseException) -> Event:
 
 
 def _of_job(
-    job: Job, id: MessageId, priority: Priority, message: str, gone: bool = False, **fields: str
+    job: Job,
+    id: MessageId,
+    priority: Priority,
+    message: str,
+    *,
+    gone: bool = False,
+    more: Mapping[str, str] | None = None,
+    **fields: str,
 ) -> Event:
     return Event(
         id,
@@ -185,6 +239,7 @@ def _of_job(
             "QKILLD_VERDICT": job.verdict.value,
             "QKILLD_GUEST": job.guest.label.name,
             **fields,
+            **(more or {}),
         },
     )
 

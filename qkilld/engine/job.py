@@ -1,24 +1,32 @@
 """One guest being stopped: the ladder climbed with real signals.
 
-A job is driven by three things only: its start, the exit of its process, and the deadline of its
-last decision. Each leads to `_advance`, which asks the judgement what to do until that is to wait.
+A job is driven by four things only: its start, the exit of its process, the time that its last
+decision named, and a sample that was asked for. Each leads to `_advance`, which asks the judgement
+what to do until that is to wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from signal import SIGKILL, SIGTERM, Signals
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from signal import SIGCONT, SIGKILL, SIGTERM, Signals
+from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
-from qkilld.judgement.ladder import Action, Standing, decide, policy_for
+from qkilld.judgement.ladder import Action, Standing, decide, lengthened, policy_for
+from qkilld.judgement.verdict import Assessment, assess
 from qkilld.model.errors import Failed, NoSuchProcess
+from qkilld.model.evidence import Sample
 from qkilld.model.policy import Policy
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import Clock, Journal, Process, Timer
+    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Watch
+
+LOOK_TIMEOUT: Final = 1_000_000
+"""A sample that takes longer (µs) is one that blocks: nothing is known then, and that is known."""
+MAX_HISTORY: Final = 100
+"""Changes of the verdict that a receipt tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +34,8 @@ class Request:
     """What a caller asked for."""
 
     flags: Flag
-    grace: int | None = None
-    """µs, in place of the policy's."""
+    spans: Mapping[str, int] = field(default_factory=dict)
+    """Fields of Policy in µs, in place of the configured ones."""
     reason: str = ""
     """Printable."""
     uid: int = 0
@@ -40,6 +48,16 @@ class Rung:
 
     phase: Phase
     signal: Signals
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A change of the verdict."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
     at: int
     """CLOCK_MONOTONIC, µs."""
 
@@ -59,7 +77,9 @@ class Job:
         policy: Policy,
         clock: Clock,
         journal: Journal,
+        sampler: Sampler | None,
         *,
+        load: Callable[[], int],
         on_change: Callable[[Job], None],
         on_end: Callable[[Job], None],
         on_survivor_gone: Callable[[Job], None],
@@ -74,15 +94,24 @@ class Job:
         self.error = ""
         """With `failed`: what the kernel refused."""
         self.rungs: list[Rung] = []
+        self.history: list[Turn] = []
+        self.assessment: Assessment | None = None
+        self.data_at_risk = False
+        """SIGKILL was sent while I/O was outstanding or moving, or none of that could be seen."""
         self.started = clock.now()
         self.ended: int | None = None
         self.deadline = INFINITY
         """When the next rung is due or the job gives up; CLOCK_MONOTONIC, µs."""
 
         self._process = process
-        self._policy = policy_for(request.flags, policy, request.grace)
+        self._policy = policy_for(request.flags, policy, request.spans)
         self._term_at: int | None = None
         self._kill_at: int | None = None
+        self._continued_at: int | None = None
+        self._sampler = sampler
+        self._watch: Watch | None = None
+        self._looking: Timer | None = None
+        self._load = load
         self._clock = clock
         self._journal = journal
         self._on_change = on_change
@@ -99,6 +128,24 @@ class Job:
     def elapsed(self) -> int:
         """µs from the start to the end, or to now."""
         return (self._clock.now() if self.ended is None else self.ended) - self.started
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def standing(self) -> Standing:
+        """What the next step is decided on."""
+        return Standing(
+            self.flags,
+            self._policy,
+            self._term_at,
+            self._kill_at,
+            self._continued_at,
+            sum(rung.signal == SIGCONT for rung in self.rungs),
+            self.assessment,
+            self._load(),
+        )
 
     def start(self) -> None:
         """Send the first signal.
@@ -127,13 +174,12 @@ class Job:
         self._advance()
 
     def join(self, request: Request) -> None:
-        """Let a further request take part: it may add FORCE and lengthen the grace, never less.
+        """Let a further request take part: it may add FORCE and lengthen spans, never less.
 
         FORCE with NOWAIT asks for SIGKILL now, and gets it.
         """
         self.flags |= request.flags & Flag.FORCE
-        if request.grace is not None:
-            self._policy = replace(self._policy, grace=max(self._policy.grace, request.grace))
+        self._policy = lengthened(self._policy, request.spans)
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags
         if at_once and self._kill_at is None and not self._process.exited():
             self._climb(SIGKILL)
@@ -156,17 +202,20 @@ class Job:
 
     def _advance(self) -> None:
         while self.running:
-            decision = decide(
-                Standing(self.flags, self._policy, self._term_at, self._kill_at), self._clock.now()
-            )
+            decision = decide(self.standing, self._clock.now())
             # Looked at right before a signal: the deadline and the exit may have come together.
             if decision.action is not Action.LEAVE and self._process.exited():
                 self._gone()
                 return
             match decision.action:
                 case Action.WAIT:
-                    self._wait_until(decision.deadline)
+                    self._wait_until(decision.deadline, decision.wake)
                     return
+                case Action.LOOK:
+                    self._look()
+                    return
+                case Action.CONTINUE:
+                    self._climb(SIGCONT)
                 case Action.TERMINATE:
                     self._climb(SIGTERM)
                 case Action.KILL:
@@ -200,16 +249,63 @@ class Job:
             self._kill_at = now
             self.deadline = INFINITY
             self.phase = Phase.KILL
+            self.data_at_risk = self._at_risk(now)
+        elif number == SIGCONT:
+            self._continued_at = now
         else:
             self._term_at = now
         self.rungs.append(Rung(self.phase, number, now))
 
-    def _wait_until(self, deadline: int) -> None:
+    def _at_risk(self, now: int) -> bool:
+        evidence = self.assessment
+        if evidence is None or not self.standing.by_evidence:
+            return False
+        moved = evidence.progress_at is not None and now - evidence.progress_at < self._policy.stall
+        return moved or evidence.outstanding is not False
+
+    def _look(self) -> None:
+        """Ask for a sample; what comes of it, or that none comes, leads to `_advance`."""
+        if self._looking is not None:
+            return
+        if self._watch is None and self._sampler is not None:
+            self._watch = self._sampler.watch(self._process)
+        self._looking = self._clock.call_at(self._clock.now() + LOOK_TIMEOUT, self._not_seen)
+        if self._watch is not None:
+            self._watch.look(self._seen)
+        else:
+            self._not_seen()
+
+    def _not_seen(self) -> None:
+        self._seen(Sample(self._clock.now(), "?"))
+
+    def _seen(self, sample: Sample) -> None:
+        if not self.running:
+            return
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        before = self.assessment
+        # One that comes after its time was up may be older than what was put in its place.
+        if before is None or sample.at >= before.last.at:
+            self.assessment = evidence = assess(before, sample)
+            if evidence.verdict is not self.verdict:
+                self.verdict = evidence.verdict
+                self._turned(evidence)
+            self._on_change(self)
+        self._advance()
+
+    def _turned(self, evidence: Assessment) -> None:
+        turn = Turn(evidence.verdict, evidence.reasons[:4], evidence.last.at)
+        if len(self.history) < MAX_HISTORY:
+            self.history.append(turn)
+        self._journal.write(events.verdict_turned(self, turn))
+
+    def _wait_until(self, deadline: int, wake: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if deadline != INFINITY:
-            self._timer = self._clock.call_at(deadline, self._advance)
+        if wake != INFINITY:
+            self._timer = self._clock.call_at(wake, self._advance)
         if deadline != self.deadline:
             self.deadline = deadline
             self._on_change(self)
@@ -219,9 +315,13 @@ class Job:
         self._finish(Result.EXITED if self._kill_at is None else Result.KILLED)
 
     def _finish(self, result: Result) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._looking):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._looking = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self.ended = self._clock.now()
         self.result = result
         self.phase = Phase.DONE

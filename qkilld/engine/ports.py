@@ -6,6 +6,7 @@ from collections.abc import Callable
 from signal import Signals
 from typing import TYPE_CHECKING, Protocol
 
+from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest, Identity, Label
 
 if TYPE_CHECKING:
@@ -55,6 +56,20 @@ class Host(Protocol):
 
     def identities(self) -> list[Identity]:
         """Of every process whose executable can be seen."""
+
+
+class Watch(Protocol):
+    """Somebody who looks at one process."""
+
+    def look(self, callback: Callable[[Sample], None]) -> None:
+        """Take a sample and call back with it, in the loop; perhaps late, perhaps never."""
+
+    def close(self) -> None:
+        """Look no more; no call back comes after this."""
+
+
+class Sampler(Protocol):
+    def watch(self, process: Process) -> Watch: ...
 
 
 class Timer(Protocol):

@@ -8,7 +8,7 @@ from typing import Final
 
 from qkilld.engine import events
 from qkilld.engine.job import Job, Request
-from qkilld.engine.ports import Clock, Journal, Observer, Process
+from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler
 from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.policy import Config
 from qkilld.model.words import USEC_PER_SEC, Result
@@ -24,12 +24,18 @@ class Registry:
     """Starts jobs, joins them, and finds them again by number or by process."""
 
     def __init__(
-        self, config: Config, clock: Clock, journal: Journal, observer: Observer | None = None
+        self,
+        config: Config,
+        clock: Clock,
+        journal: Journal,
+        observer: Observer | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._journal = journal
         self.observer = observer
+        self._sampler = sampler
         self._jobs: dict[int, Job] = {}
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
@@ -68,6 +74,8 @@ class Registry:
             self._config.policy_for(process.guest.label.name),
             self._clock,
             self._journal,
+            self._sampler,
+            load=lambda: len(self._running),
             on_change=self._changed,
             on_end=self._ended,
             on_survivor_gone=self._survivor_gone,

@@ -111,7 +111,7 @@ def test_unknown_flags(client: Client, fake_qemu: Make, flags: int) -> None:
     ("options", "text"),
     [
         ({"start_time": ("t", 1)}, 'Unknown option "start_time"'),
-        ({"stall-usec": ("t", 1)}, 'Unknown option "stall-usec"'),
+        ({"powerdown-usec": ("t", 1)}, 'Unknown option "powerdown-usec"'),
         ({"qmp-socket": ("s", "/run/x")}, 'Unknown option "qmp-socket"'),
         ({"evil\n\x1b[2J": ("s", "")}, 'Unknown option "evil'),
         ({"start-time": ("u", 1)}, 'Option "start-time" is of type t, not u'),
@@ -203,7 +203,7 @@ def test_a_hundred_thousand_calls_in_a_row(roomy_daemon: Daemon, fake_qemu: Make
                     flood.reply(serial)
             rest -= len(batch)
         rows = [tuple(row) for row in client.call("ListJobs")[0]]
-        assert rows == [(1, job, guest.pid, "terminate", "unknown")]
+        assert rows == [(1, job, guest.pid, "terminate", "idle")]
     assert psutil.Process(daemon.pid).memory_info().rss - rss < 8 << 20
 
 

@@ -139,7 +139,7 @@ def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
     assert "No job is running." in text
 
     guest = fake_qemu(name="web", stubborn=True)
-    ctl(bus, "terminate", "web")
+    ctl(bus, "terminate", "--fixed", "web")
     assert re.search(rf"^1 +{guest.pid} +web +terminate +unknown$", ctl(bus, "status").stdout, re.M)
     document = ctl_json(bus, "status")
     assert document["version"] == __version__

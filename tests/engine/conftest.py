@@ -5,14 +5,16 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from signal import SIGKILL, Signals
 
 import pytest
 
 from qkilld.engine.events import Event, MessageId
 from qkilld.engine.job import Job, Request
+from qkilld.engine.ports import Process
 from qkilld.engine.registry import Registry
+from qkilld.model.evidence import Io, Sample
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.policy import Config
 from qkilld.model.words import Flag
@@ -151,12 +153,59 @@ class FakeObserver:
         self._note(job.result.value)
 
 
+IDLE = Sample(
+    at=0,
+    state="S",
+    term_pending=False,
+    tracer=0,
+    cpu=0,
+    switches=0,
+    io=Io(0, 0, 0, 0, 0, 0, 0),
+    threads=(),
+    rings=0,
+    direct=False,
+    devices=(),
+    mounts=(),
+    sockets=(),
+)
+"""A process that has nothing to do, all of it read."""
+
+
+class FakeSampler:
+    """Sees what `shows` says at that time: None is a look that never comes back."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.looks = 0
+        self.closed = 0
+        self.shows: Callable[[int], Sample | None] = lambda now: IDLE
+        self.late: list[Callable[[Sample], None]] = []
+        """Those that were not called back."""
+
+    def watch(self, process: Process) -> FakeSampler:
+        return self
+
+    def look(self, callback: Callable[[Sample], None]) -> None:
+        self.looks += 1
+        sample = self.shows(self._clock.now())
+        if sample is None:
+            self.late.append(callback)
+        else:
+            callback(replace(sample, at=self._clock.now()))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 class World:
     def __init__(self, config: Config | None = None) -> None:
         self.clock = FakeClock()
         self.journal = FakeJournal()
         self.observer = FakeObserver()
-        self.registry = Registry(config or Config(), self.clock, self.journal, self.observer)
+        self.sampler = FakeSampler(self.clock)
+        self.registry = Registry(
+            config or Config(), self.clock, self.journal, self.observer, self.sampler
+        )
 
     def stop(self, process: FakeProcess, flags: Flag = NO_FLAGS, **request: object) -> Job:
         return self.registry.terminate(process, Request(flags, **request))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
 
 def test_a_guest_that_exits_on_sigterm(world: World) -> None:
     process = FakeProcess()
-    job = world.stop(process, FORCE)
+    job = world.stop(process, FORCE | FIXED)
     assert process.sent == [SIGTERM]
     assert job.deadline == job.started + 10 * S
     world.clock.advance(0.004)
@@ -159,7 +159,7 @@ def test_cancel(world: World) -> None:
 
 def test_grace_option(world: World) -> None:
     process = FakeProcess()
-    world.stop(process, FORCE, grace=2 * S)
+    world.stop(process, FORCE | FIXED, spans={"grace": 2 * S})
     world.clock.advance(1.999999)
     assert process.sent == [SIGTERM]
     world.clock.advance(0.000001)
@@ -185,10 +185,13 @@ def test_the_story_in_the_journal(world: World) -> None:
     assert [(e.id, e.priority) for e in world.journal.events] == [
         (MessageId.JOB_STARTED, Priority.INFO),
         (MessageId.SIGNAL_SENT, Priority.INFO),
+        (MessageId.VERDICT_TURNED, Priority.INFO),
         (MessageId.SIGNAL_SENT, Priority.NOTICE),
         (MessageId.JOB_ENDED, Priority.WARNING),
     ]
-    started, term, kill, receipt = world.journal.events
+    started, term, verdict, kill, receipt = world.journal.events
+    assert verdict.fields["QKILLD_VERDICT"] == "idle"
+    assert verdict.fields["QKILLD_REASONS"] == "nothing moves and nothing is outstanding"
     assert started.fields["QKILLD_REASON"] == "host upgrade"
     assert started.fields["QKILLD_REQUESTED_BY"] == "1000"
     assert (term.fields["QKILLD_SIGNAL"], term.fields["QKILLD_PHASE"]) == ("SIGTERM", "terminate")

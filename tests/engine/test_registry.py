@@ -51,7 +51,7 @@ def test_joining_never_takes_force_away(world: World) -> None:
 def test_joining_can_only_lengthen_the_grace(world: World, asked: int, kill_at: int) -> None:
     process = FakeProcess()
     world.stop(process, FORCE)
-    world.stop(FakeProcess(), FORCE, grace=asked * S)
+    world.stop(FakeProcess(), FORCE, spans={"grace": asked * S})
     world.clock.advance(kill_at - 0.001)
     assert process.sent == [SIGTERM]
     world.clock.advance(0.001)

@@ -55,7 +55,8 @@ async def stranger() -> int:
 
 def make_service(world: World, *processes: FakeProcess) -> tuple[Service, FakeHost]:
     host = FakeHost(*processes)
-    return Service(Config(), host, world.registry), host
+    service = Service(Config(), host, world.registry, world.clock, world.sampler)
+    return service, host
 
 
 def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
@@ -156,5 +157,5 @@ def test_guests_are_those_that_match(world: World) -> None:
 def test_inspect_lets_go_of_the_process(world: World) -> None:
     process = FakeProcess()
     service, _ = make_service(world, process)
-    assert run(service.inspect(4711, root)).label.name == "web"
+    assert run(service.inspect(4711, root)).guest.label.name == "web"
     assert process.closed

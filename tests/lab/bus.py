@@ -195,10 +195,10 @@ def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") ->
 def lab_config(policy: str = "") -> str:
     """A qkilld.conf under which this machine's QEMU and every fake_qemu is a target.
 
-    `policy` are lines of [Policy].
+    What is idle goes as soon as its grace is over. `policy` are further lines of [Policy].
     """
     qemus = "/usr/bin/qemu-system-* /usr/local/bin/qemu-system-* " + fake_glob()
-    return f"[Target]\nExecutables={qemus}\n[Policy]\n{policy}\n"
+    return f"[Target]\nExecutables={qemus}\n[Policy]\nStallSec=0\n{policy}\n"
 
 
 @contextlib.contextmanager

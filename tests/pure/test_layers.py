@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "judgement": {"model", "judgement"},
     "engine": {"model", "judgement", "engine"},
     "adapters": {"model", "engine", "adapters"},
-    "bus": {"model", "engine", "bus"},
-    "ctl": {"model", "bus", "ctl"},
+    "bus": {"model", "judgement", "engine", "bus"},
+    "ctl": {"model", "judgement", "bus", "ctl"},
 }
 """The entry points (daemon.py, __main__.py) may import everything. `engine` has the Protocols that
 adapters and bus implement."""

@@ -13,6 +13,9 @@ from tests.lab.container import CHECKOUT, PYTHON, Container
 from tests.lab.process import OTHER_UID, TOP
 
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
+FIXED_SOON = ("TerminateWithOptions", "uta{sv}")
+ITS_OPTIONS = ("9", "1", "grace-usec", "t", "700000")
+"""FORCE and FIXED, with a grace that is shorter than ten seconds."""
 _DROP_IN = f"""\
 [Service]
 ExecStart=
@@ -32,7 +35,9 @@ def system(container: Container) -> Iterator[Container]:
     container.copy_in(TOP / "packaging/qkilld.catalog", "/usr/lib/systemd/catalog/qkilld.catalog")
     container.write("/etc/systemd/system/qkilld.service.d/checkout.conf", _DROP_IN)
     container.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=30s\n")
-    container.write("/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\n")
+    container.write(
+        "/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\nStallSec=0\n"
+    )
     container.run("journalctl", "--update-catalog")
     container.run("systemctl", "daemon-reload")
     container.run("systemctl", "reload", "dbus.service")
@@ -123,7 +128,7 @@ def test_a_stuck_guest_is_killed_and_the_catalogue_explains_it(
 ) -> None:
     unit, pid = start_guest()
     system.run("systemctl", "kill", "--signal=STOP", unit)
-    assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "killed"
+    assert wait(system, call(system, *FIXED_SOON, str(pid), *ITS_OPTIONS)) == "killed"
     kill = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGKILL")
     assert (kill["QKILLD_PHASE"], kill["PRIORITY"]) == ("kill", "5")
     text = system.run("journalctl", "-x", "--no-pager", "-u", unit).stdout
@@ -181,11 +186,14 @@ def test_it_stops_in_good_order_and_starts_again(
 ) -> None:
     unit, pid = start_guest()
     system.run("systemctl", "kill", "--signal=STOP", unit)
-    call(system, "Terminate", "ut", str(pid), "1")
+    call(system, "Terminate", "ut", str(pid), "9")
     system.run("systemctl", "restart", "qkilld.service")
     assert system.property("qkilld.service", "Result") == "success"
     # The stop that ran is cancelled, and the guest left alone.
     receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=cancelled")
     assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
     assert system.property(unit, "MainPID") == str(pid)
-    assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "killed"
+    # By evidence it is merely continued, and takes the SIGTERM that has been waiting for it.
+    assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "exited"
+    turn = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGCONT")
+    assert turn["QKILLD_VERDICT"] == "stopped"

@@ -1,0 +1,52 @@
+"""Evidence as callers see it: the keys of Inspect beyond the identity."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dbus_next.signature import Variant
+
+from qkilld.judgement.verdict import Assessment, blind_to
+from qkilld.model.words import UNKNOWN
+
+
+def evidence_dict(evidence: Assessment) -> dict[str, Variant]:
+    """Keys as the XML describes them; what could not be read is left out and named in `unseen`."""
+    sample = evidence.last
+    found: dict[str, tuple[str, Any]] = {
+        "verdict": ("s", evidence.verdict.value),
+        "reasons": ("as", list(evidence.reasons)),
+        "unseen": ("as", blind_to(sample)),
+        "term-pending": ("b", sample.term_pending),
+        "tracer": ("u", sample.tracer),
+        "switches": ("t", sample.switches),
+        "io-uring-requests": ("u", sample.rings),
+        "bytes-pending": ("t", evidence.pending),
+    }
+    if sample.io is not None:
+        found["io"] = ("a{st}", asdict(sample.io))
+    if sample.threads is not None:
+        rows = [[t.tid, t.name, t.state, t.wchan or ""] for t in sample.threads]
+        found["waiting-threads"] = ("a(usss)", rows)
+    if sample.devices is not None:
+        devices = [[d.name, d.number, d.sectors_written * 512, d.in_flight] for d in sample.devices]
+        found["devices"] = ("a(sstu)", devices)
+    if sample.sockets is not None:
+        sockets = [[s.family, s.client, s.send_queue, s.unacked or 0] for s in sample.sockets]
+        found["sockets"] = ("a(sbtu)", sockets)
+    if sample.mounts is not None:
+        mounts = [
+            [m.kind, UNKNOWN if m.operations is None else m.operations] for m in sample.mounts
+        ]
+        found["mounts"] = ("a(st)", mounts)
+    cgroup = sample.cgroup
+    if cgroup is not None:
+        numbers = {"dirty": cgroup.dirty, "writeback": cgroup.writeback, "written": cgroup.written}
+        known = {name: number for name, number in numbers.items() if number is not None}
+        found["cgroup"] = ("a{st}", known)
+        found["cgroup-own"] = ("b", cgroup.own)
+        found["frozen"] = ("b", cgroup.frozen)
+    if sample.host is not None:
+        found["host"] = ("a{st}", asdict(sample.host))
+    return {key: Variant(kind, value) for key, (kind, value) in found.items() if value is not None}

@@ -1,0 +1,208 @@
+"""Jobs that go by evidence, under a fake clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from signal import SIGCONT, SIGKILL, SIGTERM
+
+import pytest
+
+from qkilld.engine.events import MessageId, Priority
+from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.model.policy import Config, Policy
+from qkilld.model.words import Flag, Result, Verdict
+
+from .conftest import IDLE, FakeProcess, S, World, make_guest
+
+FORCE, FIXED, NOWAIT = Flag.FORCE, Flag.FIXED, Flag.NOWAIT
+SYNC = Thread(7, "worker", "D", 75, True, "folio_wait_bit")
+WAITING = replace(IDLE, threads=(SYNC,))
+
+
+def flushing(now: int) -> Sample:
+    """Writes a byte every µs."""
+    return replace(WAITING, io=Io(0, 0, 0, 0, 0, now, 0))
+
+
+def test_a_flushing_guest_is_waited_for_however_long_it_takes(world: World) -> None:
+    world.sampler.shows = flushing
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(600)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.FLUSHING)
+    process.die()
+    assert job.result is Result.EXITED
+    assert job.assessment is not None
+    assert job.assessment.written == pytest.approx(600 * S, abs=2 * S)
+    assert [turn.verdict for turn in job.history] == [Verdict.STORAGE_WAIT, Verdict.FLUSHING]
+
+
+def test_a_stuck_guest_with_nothing_outstanding_goes_after_the_grace(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(9.999)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.IDLE)
+    world.clock.advance(0.001)
+    assert process.sent == [SIGTERM, SIGKILL]
+    process.wake()
+    assert not job.data_at_risk
+
+
+def test_dead_storage_is_given_up_and_said_so(world: World) -> None:
+    world.sampler.shows = lambda now: WAITING
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(59.9)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.STORAGE_WAIT)
+    world.clock.advance(0.1)
+    assert process.sent == [SIGTERM, SIGKILL]
+    process.wake()
+    assert job.data_at_risk
+    receipt = world.journal.events[-1]
+    assert receipt.priority is Priority.WARNING
+    assert receipt.fields["QKILLD_DATA_AT_RISK"] == "1"
+    assert "data is at risk" in receipt.message
+
+
+def test_storage_that_comes_back_in_time(world: World) -> None:
+    back = world.clock.now() + 50 * S
+    world.sampler.shows = lambda now: WAITING if now < back else flushing(now)
+    process = FakeProcess()
+    world.stop(process, FORCE)
+    world.clock.advance(300)
+    assert process.sent == [SIGTERM]
+
+
+def test_what_cannot_be_seen_is_not_idle(world: World) -> None:
+    world.sampler.shows = lambda now: Sample(now, "S")
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(59.9)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.UNKNOWN)
+    world.clock.advance(0.2)
+    assert process.sent == [SIGTERM, SIGKILL]
+    assert job.data_at_risk
+
+
+def test_a_look_that_never_comes_back_delays_nothing_for_good(world: World) -> None:
+    world.sampler.shows = lambda now: None
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(59)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.UNKNOWN)
+    world.clock.advance(3)
+    assert process.sent == [SIGTERM, SIGKILL]
+    # What comes back from a look after the end is nobody's business any more.
+    process.die()
+    for callback in world.sampler.late:
+        callback(IDLE)
+    assert job.result is Result.KILLED
+
+
+def test_progress_seen_by_the_last_look_holds_sigkill_back(world: World) -> None:
+    """Between two looks it is idle; at the very deadline it is seen to move."""
+    deadline = world.clock.now() + 10 * S
+
+    def shows(now: int) -> Sample:
+        return IDLE if now < deadline else replace(IDLE, io=Io(0, 0, 0, 0, 0, 4096, 0))
+
+    world.sampler.shows = shows
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(10)
+    assert process.sent == [SIGTERM]
+    assert job.deadline == deadline + 10 * S
+    world.clock.advance(10)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_a_stopped_guest_is_continued_and_its_time_starts_again(world: World) -> None:
+    stopped_until = world.clock.now() + 100_000
+    world.sampler.shows = lambda now: replace(IDLE, state="T") if now <= stopped_until else IDLE
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.1)
+    assert process.sent == [SIGTERM, SIGCONT]
+    world.clock.advance(9.95)
+    assert process.sent == [SIGTERM, SIGCONT]
+    world.clock.advance(0.05)
+    assert process.sent == [SIGTERM, SIGCONT, SIGKILL]
+    assert [rung.phase.value for rung in job.rungs] == ["terminate", "terminate", "kill"]
+
+
+def test_fixed_and_nowait_do_not_look(world: World) -> None:
+    world.sampler.shows = flushing
+    fixed, nowait = FakeProcess(), FakeProcess()
+    world.stop(fixed, FORCE | FIXED)
+    world.clock.advance(10)
+    assert fixed.sent == [SIGTERM, SIGKILL]
+    fixed.wake()
+    world.stop(nowait, NOWAIT)
+    world.clock.advance(10)
+    assert world.sampler.looks == 0
+
+
+def test_an_idle_guest_that_goes_at_once_costs_no_look(world: World) -> None:
+    process = FakeProcess()
+    world.stop(process, FORCE)
+    world.clock.advance(0.05)
+    process.die()
+    assert world.sampler.looks == 0
+
+
+def test_max_caps_even_progress() -> None:
+    world = World(Config(Policy(max=30 * S)))
+    world.sampler.shows = flushing
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(29.9)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(0.1)
+    assert process.sent == [SIGTERM, SIGKILL]
+    assert job.data_at_risk
+
+
+def test_without_force_it_gives_up_but_never_kills(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process)
+    world.clock.advance(15)
+    assert job.result is Result.SURVIVED
+    assert process.sent == [SIGTERM]
+    world.sampler.shows = flushing
+    patient = FakeProcess()
+    job = world.stop(patient)
+    world.clock.advance(300)
+    assert job.running
+
+
+def test_what_holds_a_process_after_sigkill_is_said(world: World) -> None:
+    stuck = replace(IDLE, threads=(replace(SYNC, wchan="nfs_wait_bit_killable"),))
+    world.sampler.shows = lambda now: stuck
+    process = FakeProcess(dies_of=())
+    job = world.stop(process, FORCE, spans={"storage_stall": 20 * S})
+    world.clock.advance(25)
+    assert job.result is Result.SURVIVED
+    assert "nfs_wait_bit_killable" in world.journal.events[-1].message
+    process.die()
+    assert world.journal.events[-1].id is MessageId.SURVIVOR_GONE
+
+
+def test_the_watch_is_closed_with_the_job(world: World) -> None:
+    process = FakeProcess()
+    world.stop(process, FORCE)
+    world.clock.advance(1)
+    process.die()
+    assert world.sampler.closed == 1
+    assert world.clock.pending == 1  # to forget the job
+    world.clock.advance(60)
+    assert world.clock.pending == 0
+
+
+def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
+    world.sampler.shows = flushing
+    for pid in range(1000):
+        world.stop(FakeProcess(make_guest(pid=pid)), FORCE)
+    world.clock.advance(10)
+    looks = world.sampler.looks
+    world.clock.advance(20)
+    assert 9_000 <= world.sampler.looks - looks <= 11_000
