@@ -39,6 +39,11 @@ bench: ## Measure, beside libvirt, and print a table
 	@packaging/setup build lab bench guest venv
 	@$(PYTHON) -m tests.bench
 
+.PHONY: bench-safety
+bench-safety: ## Stop guests on storage of every kind in every way, and print a table
+	@packaging/setup build lab bench guest venv
+	@$(PYTHON) -m tests.safety
+
 .PHONY: setup
 setup: ## Install Debian packages, fetch a kernel for guests, make .venv
 	@packaging/setup build lab guest venv

@@ -48,7 +48,8 @@ def _initramfs() -> Path:
     static = busybox()
     cpio = needs.program("cpio", "cpio")
     gcc = needs.program("gcc", "gcc libc6-dev")
-    inputs = [static, _SOURCES / "init", _SOURCES / "writer.c", Path(__file__)]
+    programs = sorted(_SOURCES.glob("*.c"))
+    inputs = [static, _SOURCES / "init", *programs, Path(__file__)]
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in inputs))
     name = f"initramfs-{digest.hexdigest()[:16]}.cpio"
     # A checkout that belongs to somebody else may be read and not written.
@@ -62,7 +63,8 @@ def _initramfs() -> Path:
         shutil.copy(static, root / "bin/busybox")
         shutil.copy(_SOURCES / "init", root / "init")
         (root / "init").chmod(0o755)
-        run([gcc, "-O2", "-static", "-o", root / "bin/writer", _SOURCES / "writer.c"], check=True)
+        for source in programs:
+            run([gcc, "-O2", "-static", "-o", root / "bin" / source.stem, source], check=True)
         # /dev/console, which the first process is given, is in the kernel's own initramfs.
         archive = Path(work) / "cpio"
         pack = 'cd "$1" && find . | "$2" -o -H newc -R 0:0 --quiet >"$3"'

@@ -1,0 +1,222 @@
+"""The safety matrix: `make bench-safety`, or `python -m tests.safety` where set-up has run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Final, NoReturn
+
+from tests.bench import progress
+from tests.lab.image import CACHE
+from tests.lab.process import TOP, spawn
+from tests.safety import table
+from tests.safety.cases import CASES, REVISION, Case
+from tests.safety.cell import Cell, wrong
+from tests.safety.policies import COLUMNS, OURS, Column
+
+AT_ONCE: Final = 2
+"""The cells mostly wait; what they need of a processor is to boot a guest and to count."""
+_KEPT: Final = CACHE / "safety"
+
+EPILOG: Final = """\
+What was measured with this qkilld is kept in .lab/safety and not measured again but with --fresh.
+Exit codes: 0 done, 1 a cell could not be measured or one of qkilld's is not as expected,
+130 interrupted.
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one cell: a measurement, or why there is none."""
+
+    cell: Cell | None = None
+    missing: str = ""
+    failed: str = ""
+
+
+Key = tuple[str, str]
+
+
+def main() -> int:
+    arguments = _parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    rows = [CASES[name] for name in arguments.rows or CASES]
+    columns = [COLUMNS[name] for name in arguments.columns or COLUMNS]
+    began = time.monotonic()
+    try:
+        found = _measure(rows, columns, arguments.jobs, arguments.fresh, arguments.traces)
+    except KeyboardInterrupt:
+        progress.show("")
+        print("interrupted: what is measured is kept, the same command goes on", file=sys.stderr)
+        return 130
+    progress.show("")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_as_json(found), indent=2) + "\n")
+    cells = {key: one.cell for key, one in found.items() if one.cell}
+    print(table.table(rows, columns, cells))
+    print(f"\n{len(found)} cells in {time.monotonic() - began:.0f} s")
+    for (row, column), one in found.items():
+        if one.cell is None:
+            print(f"{row}, {column}: not measured: {one.missing or one.failed}")
+    bad = any(one.failed or (one.cell and one.cell.wrong) for one in found.values())
+    return 1 if bad else 0
+
+
+@dataclass(frozen=True)
+class _Running:
+    row: Case
+    column: Column
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    said: IO[bytes]
+
+    @classmethod
+    def start(cls, row: Case, column: Column, traces: Path | None) -> _Running:
+        """In a process of its own: what fails there, fails alone."""
+        more = [str(traces)] if traces else []
+        said = tempfile.TemporaryFile()  # noqa: SIM115
+        process = spawn(
+            [sys.executable, "-m", "tests.safety.cell", row.name, column.name, *more],
+            stdout=said,
+            stderr=said,
+            cwd=TOP,
+        )
+        return cls(row, column, process, os.pidfd_open(process.pid), said)
+
+    def close(self) -> None:
+        """By SIGTERM it takes down its guest and its disks."""
+        self.process.terminate()
+        self.process.wait()
+        os.close(self.pidfd)
+        self.said.close()
+
+    def result(self) -> Found:
+        self.said.seek(0)
+        text = self.said.read().decode(errors="replace").strip()
+        with contextlib.suppress(ValueError):
+            value = json.loads(text.splitlines()[-1] if text else "")
+            if "cell" in value:
+                return Found(Cell.from_json(value["cell"]))
+            return Found(missing=value["missing"])
+        return Found(failed=text[-2000:] or "it ended without a word")
+
+
+def _measure(
+    rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
+) -> dict[Key, Found]:
+    """Measures what is not kept, the long cells first."""
+    # In the order of the table, whatever comes first.
+    found = {(row.name, column.name): Found() for row in rows for column in columns}
+    todo: list[tuple[Case, Column]] = []
+    for row in rows:
+        for column in columns:
+            if not fresh and (kept := _kept(row, column)):
+                found[row.name, column.name] = Found(kept)
+            else:
+                todo.append((row, column))
+    todo.sort(key=lambda cell: -cell[0].weight)
+    total = len(todo)
+    running: list[_Running] = []
+    try:
+        while todo or running:
+            while todo and len(running) < at_once:
+                running.append(_Running.start(*todo.pop(0), traces))
+            names = ", ".join(f"{one.row.name}/{one.column.name}" for one in running)
+            progress.show(f"{total - len(todo) - len(running)} of {total} cells; now {names}")
+            ended = select.select([one.pidfd for one in running], [], [])[0]
+            for one in [one for one in running if one.pidfd in ended]:
+                running.remove(one)
+                result = one.result()
+                one.close()
+                found[one.row.name, one.column.name] = result
+                if result.cell is not None:
+                    _keep(one.row, one.column, result.cell)
+    finally:
+        for one in running:
+            one.close()
+    return found
+
+
+def _kept(row: Case, column: Column) -> Cell | None:
+    try:
+        cell = Cell.from_json(json.loads(_path(row, column).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if column.name == OURS:
+        cell.wrong = wrong(row, cell)  # the expectation may be another by now
+    return cell
+
+
+def _keep(row: Case, column: Column, cell: Cell) -> None:
+    path = _path(row, column)
+    with contextlib.suppress(OSError):  # a checkout that may be read alone
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(cell)))
+
+
+def _path(row: Case, column: Column) -> Path:
+    """Named after all that the cell depends on and that may change from one run to the next."""
+    of = _qkilld() if column.of_qkilld else "peer"
+    return _KEPT / f"{row.name}.{column.name}.{REVISION}.{of}.json"
+
+
+@functools.cache
+def _qkilld() -> str:
+    """What stands in qkilld's source, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted((TOP / "qkilld").rglob("*.py")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _as_json(found: Mapping[Key, Found]) -> list[dict[str, Any]]:
+    return [
+        {"row": row, "column": column} | dataclasses.asdict(one)
+        for (row, column), one in found.items()
+    ]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.safety",
+        description="Stop real guests on storage of every kind in every way, and print a table.",
+        epilog=f"rows: {' '.join(CASES)}\ncolumns: {' '.join(COLUMNS)}\n\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", nargs="+", choices=CASES, metavar="ROW", help="these alone")
+    parser.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help="these alone"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=AT_ONCE, metavar="N", help=f"cells at once (default {AT_ONCE})"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure all of it again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
+    parser.add_argument(
+        "--traces", type=Path, metavar="DIR", help="have qkilld record its samples there"
+    )
+    return parser.parse_args()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"by {signal.Signals(number).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,599 @@
+"""The rows: storage and states in which a guest is stopped, what is right there, and why.
+
+Each case is a context manager that makes the storage and yields a Scene. The order in a cell: the
+scene's machine is started and has said that it is done, `started` is called, then `strike`; at once
+the guest is stopped; each of `later` happens so many seconds after that. When the policy has given
+its answer, `recover` brings storage and process back, so that what is on the disks can be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qkilld.model.words import Verdict
+from tests.lab import needs
+from tests.lab.groups import temporary_group
+from tests.lab.process import end, run, spawn
+from tests.lab.scratch import scratch
+from tests.lab.storage import NbdServer, SlowDisk, nbd_server, slow_disk
+from tests.safety.machine import Machine, Target
+
+REVISION: Final = 1
+"""To be raised where a change makes cells that were measured before worthless."""
+
+MIB: Final = 1 << 20
+GRACE_S: Final = 10
+STORAGE_STALL_S: Final = 60
+REAP_S: Final = 5
+"""The defaults of qkilld.conf."""
+_SETTLED_S: Final = 8
+"""After a change of the storage: so long may the verdict be that of the time before."""
+
+_MOVES: Final = frozenset({Verdict.FLUSHING})
+_WAITS: Final = frozenset({Verdict.STORAGE_WAIT})
+_EITHER: Final = _MOVES | _WAITS
+_STANDS: Final = frozenset({Verdict.STOPPED})
+_IDLES: Final = frozenset({Verdict.IDLE})
+
+
+def _nothing(target: Target) -> None:
+    pass
+
+
+@dataclass
+class Scene:
+    machine: Machine
+    images: Sequence[Path]
+    """Where the records are, in qcow2; to be read when nobody has them open."""
+    started: Callable[[Target], None] = _nothing
+    strike: Callable[[Target], None] = _nothing
+    later: Sequence[tuple[float, Callable[[], None]]] = ()
+    recover: Callable[[], None] = lambda: None
+
+
+Network = Callable[[], contextlib.AbstractContextManager[None]]
+"""Enters the network in which the guest will be, for whoever listens there."""
+Make = Callable[[Network], contextlib.AbstractContextManager[Scene]]
+
+
+@dataclass(frozen=True)
+class Right:
+    """Which verdicts are right from `since` seconds after the request on, to the next Right."""
+
+    since: float
+    verdicts: frozenset[Verdict]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of qkilld with FORCE and its default settings."""
+
+    result: frozenset[str]
+    within: float
+    """Seconds from the request to the result."""
+    not_before: float = 0
+    nothing_lost: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    title: str
+    make: Make
+    right: Sequence[Right]
+    expected: Expected
+    note: str = ""
+    """Why a row cannot have what the others have."""
+    weight: float = 60
+    """About how long it takes at worst, s: the long ones are started first."""
+
+
+_EXITED: Final = frozenset({"exited"})
+_KILLED: Final = frozenset({"killed"})
+_DEAD_STORAGE: Final = Expected(
+    frozenset({"killed", "survived"}),
+    within=STORAGE_STALL_S + 1,
+    not_before=STORAGE_STALL_S - 1,
+    nothing_lost=False,
+)
+_STUCK: Final = Expected(_KILLED, within=GRACE_S + 1, not_before=GRACE_S)
+
+
+def _records(count: int, passes: int, stride: int = 32 * MIB) -> str:
+    return f"lab.job=disks lab.records={count} lab.passes={passes} lab.stride={stride}"
+
+
+MANY: Final = _records(900, 3)
+"""The later passes leave 300 L2 tables of 4 KiB that a clean exit writes: 24 s at 400 kbit/s."""
+FEW: Final = _records(90, 3)
+ONE_TABLE: Final = f"{_records(90, 3, 2 * MIB)} lab.at={256 * MIB}"
+"""With clusters of 64 KiB one L2 table has all of it, which is made with the first record: no later
+write of the guest's has QEMU flush."""
+TWO_TABLES: Final = _records(80, 40)
+"""Two L2 tables and a refcount block, a request of 4 KiB each."""
+
+
+def _file(where: Path | str, options: str = "cache=writeback") -> str:
+    return f"file={where},format=qcow2,{options}"
+
+
+def _qcow2(path: Path, cluster: str = "4K") -> Path:
+    """With clusters of one record each later passes need new ones, in L2 tables that are there."""
+    qemu_img = str(needs.program("qemu-img", "qemu-utils"))
+    options = f"cluster_size={cluster}"
+    run([qemu_img, "create", "-q", "-f", "qcow2", "-o", options, path, "10G"], check=True)
+    return path
+
+
+@contextlib.contextmanager
+def _fast(
+    network: Network, job: str = MANY, started: Callable[[Target], None] = _nothing
+) -> Iterator[Scene]:
+    with scratch("m") as directory:
+        image = _qcow2(directory / "disk.qcow2")
+        yield Scene(Machine(directory, [_file(image)], job), [image], started)
+
+
+@contextlib.contextmanager
+def _idle(network: Network) -> Iterator[Scene]:
+    """Nothing outstanding: no disk at all."""
+    with scratch("m") as directory:
+        yield Scene(Machine(directory, [], "lab.job=disks"), [])
+
+
+def _page_cache(mebibytes: int) -> Make:
+    """The slow disk takes the image's pages when the last flush asks for them."""
+
+    @contextlib.contextmanager
+    def make(network: Network) -> Iterator[Scene]:
+        with _slow_image("cache=writeback", f"{ONE_TABLE} lab.fill={mebibytes * MIB}") as (
+            disk,
+            scene,
+        ):
+            scene.strike = lambda target: disk.slow(2_000_000)
+            yield scene
+
+    return make
+
+
+def _queue(aio: str) -> Make:
+    """Writes of the guest's own wait in a long queue, past the page cache."""
+    job = f"{ONE_TABLE} lab.load=write lab.bytes={MIB} lab.depth=40"
+
+    @contextlib.contextmanager
+    def make(network: Network) -> Iterator[Scene]:
+        with _slow_image(f"cache=none,aio={aio}", job) as (disk, scene):
+
+            def strike(target: Target) -> None:
+                disk.slow(2_000_000)
+                time.sleep(1)  # by now all of them wait
+
+            scene.strike = strike
+            yield scene
+
+    return make
+
+
+@contextlib.contextmanager
+def _slow_image(options: str, job: str, memory: int = 256) -> Iterator[tuple[SlowDisk, Scene]]:
+    """A guest whose image is on a disk that is not slow yet."""
+    with scratch("m") as directory, slow_disk(mebibytes=1024) as disk:
+        assert disk.directory is not None
+        image = _qcow2(disk.directory / "disk.qcow2", cluster="64K")
+        machine = Machine(directory, [_file(image, options)], job, memory)
+        yield (
+            disk,
+            Scene(
+                machine, [image], started=lambda target: disk.join(target.pid), recover=disk.fast
+            ),
+        )
+
+
+def _nbd(
+    *,
+    tcp: bool = False,
+    rate: str | None = None,
+    freeze: bool = False,
+    thaw_after: float | None = None,
+    job: str = MANY,
+) -> Make:
+    @contextlib.contextmanager
+    def make(network: Network) -> Iterator[Scene]:
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(scratch("m"))
+            image = _qcow2(directory / "disk.qcow2")
+            with network():
+                server = stack.enter_context(nbd_server(image, tcp=tcp, room=64 * MIB))
+
+            def strike(target: Target) -> None:
+                if rate:
+                    server.rate(rate)
+                if freeze:
+                    server.freeze()
+
+            yield Scene(
+                Machine(directory, [_file(server.uri)], job),
+                [image],
+                strike=strike,
+                later=[] if thaw_after is None else [(thaw_after, server.thaw)],
+                recover=lambda: _restore(server),
+            )
+
+    return make
+
+
+def _restore(server: NbdServer) -> None:
+    server.rate("10G")
+    server.thaw()
+
+
+@contextlib.contextmanager
+def _sigstopped(network: Network) -> Iterator[Scene]:
+    stopped: list[Target] = []
+
+    def strike(target: Target) -> None:
+        stopped.append(target)
+        target.signal(signal.SIGSTOP)
+        _wait_for_state(target, "T")
+
+    def recover() -> None:
+        for target in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                target.signal(signal.SIGCONT)
+
+    with _fast(network) as scene:
+        scene.strike, scene.recover = strike, recover
+        yield scene
+
+
+def _wait_for_state(target: Target, state: str) -> None:
+    deadline = time.monotonic() + 30
+    while target.state() != state:
+        assert time.monotonic() < deadline, f"QEMU is in state {target.state()} and not {state}"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _debugger(network: Network) -> Iterator[Scene]:
+    gdb = needs.program("gdb", "gdb")
+    with contextlib.ExitStack() as stack, _idle(network) as scene:
+        debuggers: list[subprocess.Popen[bytes]] = []
+
+        def strike(target: Target) -> None:
+            quick = ["-iex", "set auto-solib-add off", "-iex", "set debuginfod enabled off"]
+            debugger = spawn(
+                [gdb, "-nx", "-q", *quick, "-p", str(target.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            debuggers.append(debugger)
+            stack.callback(end, debugger)
+            assert debugger.stdin is not None and debugger.stdout is not None
+            # It is at its prompt, with every thread in its hands, when it says so.
+            debugger.stdin.write(b"echo attached\\n\n")
+            debugger.stdin.flush()
+            while b"attached" not in (line := debugger.stdout.readline()):
+                assert line, "gdb ended"
+            assert target.state() == "t", f"QEMU is in state {target.state()}"
+
+        def recover() -> None:
+            for debugger in debuggers:
+                end(debugger)
+
+        scene.strike, scene.recover = strike, recover
+        yield scene
+
+
+def _frozen_cgroup(version: int) -> Make:
+    @contextlib.contextmanager
+    def make(network: Network) -> Iterator[Scene]:
+        parent = _hierarchy(version, "freezer")
+        with contextlib.ExitStack() as stack, _idle(network) as scene:
+            group = stack.enter_context(temporary_group(parent))
+            control, frozen, thawed = (
+                (group / "freezer.state", "FROZEN", "THAWED")
+                if version == 1
+                else (group / "cgroup.freeze", "1", "0")
+            )
+
+            def strike(target: Target) -> None:
+                (group / "cgroup.procs").write_text(str(target.pid))
+                control.write_text(frozen)
+                deadline = time.monotonic() + 30
+                while not _is_frozen(group):
+                    assert time.monotonic() < deadline, "the control group does not freeze"
+                    time.sleep(0.01)
+
+            scene.strike = strike
+            scene.recover = lambda: _write(control, thawed)
+            yield scene
+
+    return make
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _is_frozen(group: Path) -> bool:
+    state = group / "freezer.state"
+    if state.exists():
+        return state.read_text() == "FROZEN\n"
+    return "frozen 1" in (group / "cgroup.events").read_text()
+
+
+def _hierarchy(version: int, controller: str) -> Path:
+    """Where that controller's hierarchy of v1 is mounted, or that of v2. Raises needs.Missing."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, after = (part.split() for part in line.split(" - ", 1))
+        if version == 1 and after[0] == "cgroup" and controller in after[-1].split(","):
+            return Path(before[4])
+        if version == 2 and after[0] == "cgroup2":
+            return Path(before[4])
+    raise needs.Missing(
+        f"there is no cgroup v{version} hierarchy with {controller} on this machine"
+    )
+
+
+@contextlib.contextmanager
+def _neighbour(network: Network) -> Iterator[Scene]:
+    """The image's own file system stands still; the disk below it is busy with somebody else.
+
+    The guest is in control groups of its own, as libvirt and systemd have it.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("m"))
+        outer = stack.enter_context(slow_disk(mebibytes=1024))
+        assert outer.directory is not None
+        inner = stack.enter_context(_file_system(outer.directory / "inner", 512))
+        image = _qcow2(inner / "disk.qcow2")
+        groups = [stack.enter_context(temporary_group(p)) for p in _own_group_parents()]
+        frozen = threading.Event()
+
+        def started(target: Target) -> None:
+            for group in groups:
+                (group / "cgroup.procs").write_text(str(target.pid))
+
+        def strike(target: Target) -> None:
+            run(["sync", "-f", inner], check=True)
+            run([needs.program("fsfreeze", "util-linux"), "-f", inner], check=True)
+            frozen.set()
+            busy = f"file={outer.directory}/busy; while :; do dd if=/dev/zero of=$file bs=64K"
+            busy += " count=16 oflag=direct conv=notrunc status=none; sleep 0.2; done"
+            stack.callback(end, spawn(["sh", "-c", busy]))
+
+        def recover() -> None:
+            if frozen.is_set():
+                frozen.clear()
+                run([needs.program("fsfreeze", "util-linux"), "-u", inner], check=True)
+
+        stack.callback(recover)
+        machine = Machine(directory, [_file(image)], FEW)
+        yield Scene(machine, [image], started, strike, recover=recover)
+
+
+def _own_group_parents() -> list[Path]:
+    """The hierarchies that account for writing."""
+    parents = []
+    for controller in ("memory", "blkio"):
+        with contextlib.suppress(needs.Missing):
+            parents.append(_hierarchy(1, controller))
+    return parents or [_hierarchy(2, "io")]
+
+
+@contextlib.contextmanager
+def _file_system(image: Path, mebibytes: int) -> Iterator[Path]:
+    """ext4 on a loop device on a file of another file system."""
+    with contextlib.ExitStack() as stack:
+        image.touch()
+        os.truncate(image, mebibytes * MIB)
+        mounted = image.with_suffix(".mnt")
+        mounted.mkdir()
+        run([needs.program("mkfs.ext4", "e2fsprogs"), "-q", image], check=True)
+        run(["mount", "-o", "loop", image, mounted], check=True)
+        stack.callback(run, ["umount", "--lazy", mounted])
+        yield mounted
+
+
+@contextlib.contextmanager
+def _failing(network: Network) -> Iterator[Scene]:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("m"))
+        image = _qcow2(directory / "disk.qcow2")
+        trigger = directory / "fail"
+        parameters = ["error-pwrite=EIO", "error-pwrite-rate=100%"]
+        parameters.append(f"error-pwrite-file={trigger}")
+        with network():
+            server = stack.enter_context(
+                nbd_server(image, room=64 * MIB, filters=["error"], parameters=parameters)
+            )
+        yield Scene(
+            Machine(directory, [_file(server.uri)], MANY),
+            [image],
+            strike=lambda target: trigger.touch(),
+            recover=lambda: trigger.unlink(missing_ok=True),
+        )
+
+
+@contextlib.contextmanager
+def _sixteen(network: Network) -> Iterator[Scene]:
+    """One after the other they are flushed, each by a server of its own."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("m"))
+        images = [_qcow2(directory / f"disk{n}.qcow2") for n in range(16)]
+        with network():
+            servers = [stack.enter_context(nbd_server(image, room=8 * MIB)) for image in images]
+
+        def rate(limit: str) -> None:
+            for server in servers:
+                server.rate(limit)
+
+        yield Scene(
+            Machine(directory, [_file(s.uri) for s in servers], _records(60, 3), 256),
+            images,
+            strike=lambda target: rate("400K"),
+            recover=lambda: rate("10G"),
+        )
+
+
+_READ: Final = f"{MANY} lab.load=read lab.at=0 lab.bytes=65536 lab.depth=16"
+
+CASES: Final[Mapping[str, Case]] = {
+    case.name: case
+    for case in (
+        Case("fast", "fast disk", _fast, (), Expected(_EXITED, within=2), weight=5),
+        Case(
+            "cache-30",
+            "page cache to a 2 MB/s disk, 30 s",
+            _page_cache(60),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "cache-90",
+            "page cache to a 2 MB/s disk, 90 s",
+            _page_cache(180),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=150),
+            weight=120,
+        ),
+        Case(
+            "queue-threads",
+            "cache=none, a deep queue, aio=threads",
+            _queue("threads"),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "queue-native",
+            "cache=none, a deep queue, Linux AIO",
+            _queue("native"),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "queue-uring",
+            "cache=none, a deep queue, io_uring",
+            _queue("io_uring"),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "nbd-unix",
+            "NBD on a unix socket, 400 kbit/s",
+            _nbd(rate="400K"),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "nbd-tcp",
+            "NBD on TCP, 400 kbit/s",
+            _nbd(tcp=True, rate="400K"),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=60),
+        ),
+        Case(
+            "nbd-unix-gaps",
+            "NBD on a unix socket, 25 s a request",
+            _nbd(rate="1300", job=TWO_TABLES),
+            (Right(2, _EITHER),),
+            Expected(_EXITED, within=200),
+            weight=150,
+        ),
+        Case(
+            "nbd-tcp-gaps",
+            "NBD on TCP, 25 s a request",
+            _nbd(tcp=True, rate="1300", job=TWO_TABLES),
+            (Right(2, _EITHER),),
+            Expected(_EXITED, within=200),
+            weight=150,
+        ),
+        Case(
+            "nbd-back",
+            "NBD that freezes for 30 s and comes back",
+            _nbd(freeze=True, thaw_after=30),
+            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS), Right(30, _EITHER)),
+            Expected(_EXITED, within=35),
+        ),
+        Case(
+            "nbd-dead",
+            "NBD frozen for good",
+            _nbd(freeze=True),
+            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS)),
+            _DEAD_STORAGE,
+            note="what a dead storage never took is lost, whoever stops the guest",
+            weight=80,
+        ),
+        Case(
+            "debugger",
+            "idle, stopped under a debugger",
+            _debugger,
+            (Right(2, _STANDS),),
+            _STUCK,
+        ),
+        Case("sigstop", "SIGSTOPped", _sigstopped, (), Expected(_EXITED, within=2)),
+        Case(
+            "frozen-v2",
+            "idle, in a frozen cgroup (v2)",
+            _frozen_cgroup(2),
+            (Right(2, _STANDS),),
+            _STUCK,
+        ),
+        Case(
+            "frozen-v1",
+            "idle, in a frozen cgroup (v1)",
+            _frozen_cgroup(1),
+            (Right(2, _STANDS),),
+            Expected(frozenset({"survived"}), GRACE_S + REAP_S + 1, GRACE_S + REAP_S),
+            note="the freezer of cgroup v1 keeps SIGKILL itself waiting",
+        ),
+        Case(
+            "neighbour",
+            "hangs on a disk that a neighbour keeps busy",
+            _neighbour,
+            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS)),
+            Expected(
+                frozenset({"killed", "survived"}),
+                STORAGE_STALL_S + REAP_S + 1,
+                STORAGE_STALL_S - 1,
+                nothing_lost=False,
+            ),
+            note="as dead as a storage can be; SIGKILL waits for the file system as well",
+            weight=80,
+        ),
+        Case(
+            "eio",
+            "error (EIO) on the last flush",
+            _failing,
+            (),
+            Expected(_EXITED, within=2, nothing_lost=False),
+            note="the storage refuses the data and QEMU exits without a word",
+            weight=5,
+        ),
+        Case(
+            "read-load",
+            "under full read load",
+            lambda network: _fast(network, _READ),
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=5),
+            weight=10,
+        ),
+        Case(
+            "disks-16",
+            "16 disks on NBD, 400 kbit/s each",
+            _sixteen,
+            (Right(2, _MOVES),),
+            Expected(_EXITED, within=90),
+        ),
+    )
+}

@@ -1,0 +1,126 @@
+"""The QEMU of a cell: its command line, and hold of the process once somebody has started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.lab import needs
+from tests.lab.guest import QEMU
+from tests.lab.image import guest_image
+from tests.lab.log import Log, TimedOut
+from tests.lab.process import wait_gone
+
+BOOT_TIMEOUT_S: Final = 180
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A Linux guest with these disks, which it sees as NVMe."""
+
+    directory: Path
+    """Its own. Holds the serial line's log."""
+    drives: Sequence[str]
+    """Each as -drive takes it, without if= and id=."""
+    job: str
+    """`lab.KEY=VALUE` words for the kernel command line."""
+    memory: int = 128
+    """MiB."""
+    name: str = "lab"
+    uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    @property
+    def serial(self) -> Path:
+        return self.directory / "serial"
+
+    @property
+    def command_line(self) -> str:
+        """The kernel's."""
+        return f"console=ttyS0 quiet panic=-1 nokaslr {self.job}"
+
+    def said(self) -> str:
+        """QEMU's own messages, where its starter kept them in the directory."""
+        path = self.directory / "stderr"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def disks(self) -> list[str]:
+        """QEMU's arguments for the disks alone."""
+        arguments = []
+        for number, drive in enumerate(self.drives):
+            arguments += ["-drive", f"{drive},if=none,id=d{number}"]
+            arguments += ["-device", f"nvme,drive=d{number},serial=lab{number}"]
+        return arguments
+
+    def argv(self) -> list[str]:
+        """The whole command. Raises needs.Missing."""
+        image = guest_image()
+        return [
+            *(str(needs.program(QEMU, "qemu-system-x86").resolve()), "-name", f"guest={self.name}"),
+            *("-uuid", self.uuid, "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-M", "pc", "-accel", "tcg", "-m", str(self.memory), "-no-reboot"),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
+            *("-append", self.command_line, "-serial", f"file:{self.serial}"),
+            *self.disks(),
+        ]
+
+
+@dataclass
+class Target:
+    """A running QEMU, whoever's child it is."""
+
+    machine: Machine
+    pid: int
+    """As this process counts, whatever namespace it is in."""
+    pidfd: int
+
+    @classmethod
+    def find(cls, machine: Machine, timeout: float = 30) -> Target:
+        """The process with the machine's UUID among its arguments, when it is there."""
+        deadline = time.monotonic() + timeout
+        wanted = f"\0{machine.uuid}\0".encode()
+        while True:
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit() and (pid := int(entry.name)) != os.getpid():
+                    try:
+                        name = (entry / "comm").read_text()
+                        words = (entry / "cmdline").read_bytes()
+                    except OSError:
+                        continue
+                    if name.startswith("qemu-system") and wanted in words:
+                        return cls(machine, pid, os.pidfd_open(pid))
+            assert time.monotonic() < deadline, f"there is no QEMU with the UUID {machine.uuid}"
+            # Nobody tells of a process in another namespace.
+            time.sleep(0.05)
+
+    def wait_for(self, pattern: str) -> None:
+        """A line on the serial line. AssertionError where it does not come, or an error does."""
+        try:
+            found = Log(self.machine.serial).wait_for(
+                f"{pattern}|^GUEST ERROR.*$", BOOT_TIMEOUT_S, pidfd=self.pidfd
+            )[0]
+        except TimedOut as error:
+            raise AssertionError(f"{error}\nQEMU says: {self.machine.said()}") from None
+        assert not found.startswith("GUEST ERROR"), found
+
+    def acknowledged(self) -> int:
+        """How many records its disks have acknowledged."""
+        return Log(self.machine.serial).text().count("ACK ")
+
+    @property
+    def alive(self) -> bool:
+        return not wait_gone(self.pidfd, 0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Raises ProcessLookupError where it is gone."""
+        signal.pidfd_send_signal(self.pidfd, number)
+
+    def state(self) -> str:
+        """Of the main thread, proc(5)."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        return stat[stat.rindex(")") + 2]
