@@ -137,6 +137,7 @@ async def _run(
         lost.cancel()
         return code
     finally:
+        sampler.close()
         connection.close()
 
 

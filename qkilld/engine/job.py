@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
 from qkilld.judgement.ladder import Action, Standing, decide, lengthened, policy_for
-from qkilld.judgement.verdict import Assessment, assess
+from qkilld.judgement.verdict import Assessment, assess, is_dead
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.evidence import Sample
 from qkilld.model.policy import Policy
@@ -292,6 +292,9 @@ class Job:
                 self.verdict = evidence.verdict
                 self._turned(evidence)
             self._on_change(self)
+            if self._kill_at is not None and is_dead(sample):
+                self._gone()
+                return
         self._advance()
 
     def _turned(self, evidence: Assessment) -> None:

@@ -91,6 +91,8 @@ def _verdict(
     waits: list[str],
     progress_at: int | None,
 ) -> tuple[Verdict, list[str]]:
+    if is_dead(sample):
+        return Verdict.ZOMBIE, ["it has exited, and only its debugger or parent still holds it"]
     if held := standstill(sample):
         return Verdict.STOPPED, [held]
     if moves:
@@ -106,6 +108,12 @@ def _verdict(
     if before is None:
         return Verdict.UNKNOWN, ["one look says nothing of what moves"]
     return Verdict.IDLE, ["nothing moves and nothing is outstanding"]
+
+
+def is_dead(sample: Sample) -> bool:
+    """It has exited, whatever its pidfd says: that waits for the last thread to be collected, and
+    a debugger that sits at its prompt collects none."""
+    return sample.state in ("Z", "X") and sample.threads == ()
 
 
 def standstill(sample: Sample) -> str:

@@ -130,6 +130,14 @@ def test_a_stopped_guest_is_continued_and_its_time_starts_again(world: World) ->
     assert [rung.phase.value for rung in job.rungs] == ["terminate", "terminate", "kill"]
 
 
+def test_a_dead_process_that_its_debugger_does_not_collect_is_gone(world: World) -> None:
+    process = FakeProcess(dies_of=(), zombie=True)
+    job = world.stop(process, FORCE)
+    world.sampler.shows = lambda now: replace(IDLE, state="Z") if SIGKILL in process.sent else IDLE
+    world.clock.advance(10.5)
+    assert (job.result, job.verdict) == (Result.KILLED, Verdict.ZOMBIE)
+
+
 def test_fixed_and_nowait_do_not_look(world: World) -> None:
     world.sampler.shows = flushing
     fixed, nowait = FakeProcess(), FakeProcess()

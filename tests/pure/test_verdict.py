@@ -122,6 +122,9 @@ MORE = {
         ({"state": "T"}, MORE["wrote"], Verdict.STOPPED),
         ({"state": "t", "tracer": 9}, {}, Verdict.STOPPED),
         ({"cgroup": replace(OWN, frozen=True)}, {}, Verdict.STOPPED),
+        # Dead, and held by a debugger that does not collect it
+        ({"state": "Z"}, {}, Verdict.ZOMBIE),
+        ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
         # In uninterruptible sleep, not for storage
         ({"threads": (Thread(7, "qemu", "D", 1, False, "usb_kill_urb"),)}, {}, Verdict.BLOCKED),
         # Not to be seen

@@ -93,6 +93,9 @@ class EvidenceSampler:
     def watch(self, process: Process) -> TargetWatch:
         return TargetWatch(process.guest.identity.pid, self._workers, self._tables)
 
+    def close(self) -> None:
+        self._workers.close()
+
 
 class TargetWatch:
     """Implements engine.ports.Watch.

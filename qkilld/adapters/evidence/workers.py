@@ -19,7 +19,7 @@ class Workers:
     """One thread does it all as long as no call blocks. Idle, they wait without waking up."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0
         self._busy_since: dict[int, float] = {}
@@ -40,12 +40,19 @@ class Workers:
             target=self._work, args=(number,), name=f"sampler-{number}", daemon=True
         ).start()
 
+    def close(self) -> None:
+        """Let the threads end once they are idle; one that is blocked is left to itself."""
+        with self._lock:
+            for _ in range(self._count):
+                self._queue.put(None)
+
     def _work(self, number: int) -> None:
         while True:
             with self._lock:
                 self._busy_since.pop(number, None)
                 self._idle += 1
-            call = self._queue.get()
+            if (call := self._queue.get()) is None:
+                return
             with self._lock:
                 self._idle -= 1
                 self._busy_since[number] = time.monotonic()
