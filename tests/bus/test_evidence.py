@@ -1,0 +1,147 @@
+"""Stops by evidence, on real guests with real storage that is slow, frozen or gone."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkilld.model.words import INFINITY
+from tests.lab import needs
+from tests.lab.bus import Client, plain
+from tests.lab.guest import Guest, make_disk
+from tests.lab.process import end, spawn
+from tests.lab.storage import nbd_server
+
+FORCE, FIXED = 1, 8
+Make = Callable[..., Guest]
+S = 1_000_000
+
+
+def signals(receipt: dict[str, Any]) -> list[str]:
+    return [name for _, name, _ in receipt["rungs"]]
+
+
+def verdicts(receipt: dict[str, Any]) -> list[str]:
+    return [verdict for verdict, _, _ in receipt["verdicts"]]
+
+
+def test_a_guest_that_was_merely_stopped_is_continued(client: Client, qemu: Make) -> None:
+    guest = qemu()
+    guest.signal(signal.SIGSTOP)
+    result, receipt = client.wait(client.terminate(guest.pid, FORCE))
+    assert (result, signals(receipt)) == ("exited", ["SIGTERM", "SIGCONT"])
+    assert verdicts(receipt) == ["stopped"]
+    assert guest.wait_gone() == 0
+
+
+def test_a_guest_that_a_debugger_holds_is_named_and_killed(client: Client, qemu: Make) -> None:
+    gdb = str(needs.program("gdb", "gdb"))
+    guest = qemu()
+    debugger = spawn(
+        [gdb, "-q", "-nx", "-p", str(guest.pid), "-ex", "echo HELD\\n"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert debugger.stdout is not None
+        for line in debugger.stdout:
+            if b"HELD" in line:
+                break
+        job = client.terminate(guest.pid, FORCE, grace_usec=("t", 1 * S))
+        result, receipt = client.wait(job)
+    finally:
+        end(debugger)
+    assert (result, signals(receipt)) == ("killed", ["SIGTERM", "SIGKILL"])
+    assert verdicts(receipt)[0] == "stopped"
+    assert f"process {debugger.pid}" in receipt["verdicts"][0][2][0]
+    assert receipt["data-at-risk"] is False
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_storage_that_stands_still_and_then_is_given_up(
+    client: Client, linux_guest: Make, lab_dir: Path, tcp: bool
+) -> None:
+    """An NBD server that answers no more: nothing moves at all, and yet it is no idle process."""
+    image = make_disk(lab_dir / "disk")
+    with nbd_server(image, tcp=tcp, room=1 << 30) as server:
+        guest = linux_guest(job="writer", disk=server.uri, records=100_000, stride=4096)
+        guest.wait_for(r"\b20\b", 60)
+        server.freeze()
+        spans = {"storage_stall_usec": ("t", 4 * S), "grace_usec": ("t", 0)}
+        job = client.terminate(guest.pid, FORCE, **spans)
+        result, receipt = client.wait(job)
+        server.thaw()
+    assert (result, signals(receipt)) == ("killed", ["SIGTERM", "SIGKILL"])
+    assert "storage-wait" in verdicts(receipt)
+    assert "idle" not in verdicts(receipt)
+    assert receipt["data-at-risk"] is True
+    assert 4 * S <= receipt["elapsed-usec"] < 12 * S
+
+
+def test_storage_that_comes_back_in_time_loses_nothing(
+    client: Client, linux_guest: Make, lab_dir: Path
+) -> None:
+    image = make_disk(lab_dir / "disk")
+    client.subscribe()
+    with nbd_server(image, room=1 << 30) as server:
+        guest = linux_guest(job="writer", disk=server.uri, records=100_000, stride=4096)
+        guest.wait_for(r"\b20\b", 60)
+        server.freeze()
+        job = client.terminate(guest.pid, FORCE, grace_usec=("t", 0), stall_usec=("t", 1 * S))
+        # By the clock it would be dead by the time that this is said.
+        while True:
+            _, (_, changed, _) = client.signal("PropertiesChanged", path=job)
+            if changed.get("Verdict") == ("s", "storage-wait"):
+                break
+        server.thaw()
+        result, receipt = client.wait(job)
+    assert (result, signals(receipt)) == ("exited", ["SIGTERM"])
+    assert guest.wait_gone() == 0
+
+
+def test_inspect_shows_what_is_seen(client: Client, linux_guest: Make, lab_dir: Path) -> None:
+    image = make_disk(lab_dir / "disk")
+    with nbd_server(image, tcp=True, room=1 << 30) as server:
+        guest = linux_guest(job="writer", disk=server.uri, records=100_000, stride=4096)
+        guest.wait_for(r"\b20\b", 60)
+        found = plain(client.call("Inspect", "u", guest.pid)[0])
+        assert found["verdict"] == "flushing"
+        assert found["unseen"] == []
+        assert ("tcp", True) in [(family, its) for family, its, _, _ in found["sockets"]]
+        server.freeze()
+        found = plain(client.call("Inspect", "u", guest.pid)[0])
+        server.thaw()
+    assert found["reasons"]
+
+
+def test_plan_says_what_would_be_done_and_does_nothing(client: Client, qemu: Make) -> None:
+    guest = qemu()
+
+    def plan(flags: int, **options: Any) -> dict[str, Any]:
+        (found,) = client.call("Plan", "uta{sv}", guest.pid, flags, options)
+        return dict(plain(found))
+
+    found = plan(FORCE, **{"stall-usec": ("t", 3 * S), "grace-usec": ("t", 2 * S)})
+    assert found["pid"] == guest.pid
+    assert [tuple(r) for r in found["rungs"]] == [
+        ("terminate", "SIGTERM", 0),
+        ("kill", "SIGKILL", 3 * S),
+    ]
+    assert found["gives-up-usec"] == 8 * S
+    found = plan(0)
+    assert [tuple(r) for r in found["rungs"]] == [("terminate", "SIGTERM", 0)]
+    assert found["warnings"] == ["without FORCE no SIGKILL is sent: a guest that is stuck stays"]
+    found = plan(FORCE | FIXED)
+    assert [r[2] for r in found["rungs"]] == [0, 10 * S]
+    found = plan(FORCE, **{"grace-usec": ("t", INFINITY)})
+    assert (len(found["rungs"]), found["gives-up-usec"]) == (1, INFINITY)
+    guest.signal(signal.SIGSTOP)
+    assert any("SIGSTOP" in warning for warning in plan(FORCE)["warnings"])
+    assert client.call("ListJobs") == ([],)
+    assert guest.alive
