@@ -8,9 +8,11 @@ import os
 import platform
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
@@ -45,7 +47,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     rounds = QUICK if arguments.quick else FULL
-    began, load = time.monotonic(), os.getloadavg()[0]
+    began, stalled = time.monotonic(), _stalled_s()
     try:
         run_directory()
         found, failed = _measure(rounds)
@@ -56,15 +58,18 @@ def main() -> int:
     finally:
         remove_run_directory()
     progress.show("")
-    about = _about() | {
-        "load average before": round(load, 1),
-        "seconds": round(time.monotonic() - began),
-    }
+    took = time.monotonic() - began
+    about = _about() | {"seconds": round(took)}
+    stalled_now = _stalled_s()
+    if stalled is not None and stalled_now is not None:
+        share = (stalled_now - stalled) / took
+        about["time in which something was kept waiting for a processor"] = f"{share:.0%}"
     if arguments.json:
         print(json.dumps({"about": about, "figures": [f.as_json() for f in found]}, indent=2))
     else:
         print(figures.table(found))
-        print("\n" + ", ".join(f"{key}: {value}" for key, value in about.items()))
+        told = ", ".join(f"{key}: {value}" for key, value in about.items())
+        print("\n" + textwrap.fill(told, 100))
     return 1 if failed else 0
 
 
@@ -100,6 +105,19 @@ def _about() -> dict[str, Any]:
         "qemu": _version("qemu-system-x86_64", "--version"),
         "libvirt": _version("virsh", "--version"),
     }
+
+
+def _stalled_s() -> float | None:
+    """For how many seconds since boot some task was ready to run and had no processor.
+
+    Of a machine that does other things at the same time this is much, and the figures are no good.
+    Source: Documentation/accounting/psi.rst. None where the kernel does not tell.
+    """
+    try:
+        some, *_ = Path("/proc/pressure/cpu").read_text().splitlines()
+    except OSError:
+        return None
+    return int(some.rpartition("total=")[2]) / 1e6
 
 
 def _version(program: str, option: str) -> str:
