@@ -78,13 +78,14 @@ def test_a_disk_goes_with_the_one_who_asked_for_it(number: signal.Signals) -> No
     try:
         assert asking.stdout is not None
         name = Path(asking.stdout.readline().decode().strip()).name
-        (keeper,) = process.children(asking.pid)
-        pidfd = os.pidfd_open(keeper)
+        # Who keeps the disk, and in cgroup v2 who keeps the group.
+        keepers = {pid: os.pidfd_open(pid) for pid in process.children(asking.pid)}
+        assert keepers
         try:
             asking.send_signal(number)
-            assert process.wait_gone(pidfd, 30)
+            assert all(process.wait_gone(pidfd, 30) for pidfd in keepers.values())
         finally:
-            process.close_and_reap({keeper: pidfd})
+            process.close_and_reap(keepers)
     finally:
         process.end(asking)
     assert not Path("/sys/block", name, "loop").exists()
