@@ -85,19 +85,20 @@ class _Running:
     process: subprocess.Popen[bytes]
     pidfd: int
     said: IO[bytes]
+    errors: IO[bytes]
 
     @classmethod
     def start(cls, row: Case, column: Column, traces: Path | None) -> _Running:
         """In a process of its own: what fails there, fails alone."""
         more = [str(traces)] if traces else []
-        said = tempfile.TemporaryFile()  # noqa: SIM115
+        said, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         process = spawn(
             [sys.executable, "-m", "tests.safety.cell", row.name, column.name, *more],
             stdout=said,
-            stderr=said,
+            stderr=errors,
             cwd=TOP,
         )
-        return cls(row, column, process, os.pidfd_open(process.pid), said)
+        return cls(row, column, process, os.pidfd_open(process.pid), said, errors)
 
     def close(self) -> None:
         """By SIGTERM it takes down its guest and its disks."""
@@ -105,16 +106,18 @@ class _Running:
         self.process.wait()
         os.close(self.pidfd)
         self.said.close()
+        self.errors.close()
 
     def result(self) -> Found:
-        self.said.seek(0)
-        text = self.said.read().decode(errors="replace").strip()
-        with contextlib.suppress(ValueError):
-            value = json.loads(text.splitlines()[-1] if text else "")
+        for file in (self.said, self.errors):
+            file.seek(0)
+        if text := self.said.read():
+            value = json.loads(text)
             if "cell" in value:
                 return Found(Cell.from_json(value["cell"]))
             return Found(missing=value["missing"])
-        return Found(failed=text[-2000:] or "it ended without a word")
+        errors = self.errors.read().decode(errors="replace").strip()
+        return Found(failed=errors[-2000:] or "it ended without a word")
 
 
 def _measure(

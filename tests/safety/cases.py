@@ -299,26 +299,43 @@ def _frozen_cgroup(version: int) -> Make:
     def make(network: Network) -> Iterator[Scene]:
         parent = _hierarchy(version, "freezer")
         with contextlib.ExitStack() as stack, _idle(network) as scene:
-            group = stack.enter_context(temporary_group(parent))
-            control, frozen, thawed = (
-                (group / "freezer.state", "FROZEN", "THAWED")
-                if version == 1
-                else (group / "cgroup.freeze", "1", "0")
-            )
+            thawed: list[Callable[[], None]] = []
 
             def strike(target: Target) -> None:
-                (group / "cgroup.procs").write_text(str(target.pid))
-                control.write_text(frozen)
+                group = _own_group(target.pid, parent)
+                if group == parent:
+                    group = stack.enter_context(temporary_group(parent))
+                    (group / "cgroup.procs").write_text(str(target.pid))
+                control, freeze, thaw = (
+                    (group / "freezer.state", "FROZEN", "THAWED")
+                    if version == 1
+                    else (group / "cgroup.freeze", "1", "0")
+                )
+                thawed.append(lambda: _write(control, thaw))
+                control.write_text(freeze)
                 deadline = time.monotonic() + 30
                 while not _is_frozen(group):
                     assert time.monotonic() < deadline, "the control group does not freeze"
                     time.sleep(0.01)
 
-            scene.strike = strike
-            scene.recover = lambda: _write(control, thawed)
+            def recover() -> None:
+                for thaw in thawed:
+                    thaw()
+
+            scene.strike, scene.recover = strike, recover
             yield scene
 
     return make
+
+
+def _own_group(pid: int, hierarchy: Path) -> Path:
+    """The process's group in the hierarchy that is mounted there."""
+    controller = "" if (hierarchy / "cgroup.controllers").exists() else "freezer"
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == controller:
+            return hierarchy / path.lstrip("/")
+    return hierarchy
 
 
 def _write(path: Path, text: str) -> None:

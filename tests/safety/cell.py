@@ -23,7 +23,8 @@ from tests.lab.records import records
 from tests.lab.scratch import remove_run_directory, run_directory
 from tests.safety.cases import CASES, Case, Scene
 from tests.safety.machine import Target
-from tests.safety.policies import COLUMNS, OURS, Column, Outcome, Stopper
+from tests.safety.outcome import Outcome, Stopper
+from tests.safety.policies import COLUMNS, OURS, Column
 
 RECOVERY_S: Final = 120
 

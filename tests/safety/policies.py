@@ -10,49 +10,21 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 
 from qkilld.model.words import JOB_INTERFACE, Flag, Verdict
 from tests.lab.bus import Client, daemon, plain, private_bus
 from tests.lab.process import end, spawn, wait_gone
+from tests.safety import contained
 from tests.safety.machine import Machine, Target
+from tests.safety.outcome import Outcome, Policy, Stopper
 
 TICK_S: Final = 0.5
 PATIENCE_S: Final = 400
 """Longer than any policy takes over any case."""
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
-
-
-@dataclass
-class Outcome:
-    result: str
-    """exited (before any SIGKILL), killed, or survived: it is still there, and was given up."""
-    seconds: float
-    """From the request to the answer."""
-    said: str = ""
-    """What the policy told its caller, where it was no success."""
-    ticks: list[tuple[float, str]] = field(default_factory=list)
-    """(seconds, verdict) twice a second, of qkilld alone."""
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-class Stopper(Protocol):
-    """A policy that is ready to run."""
-
-    def network(self) -> contextlib.AbstractContextManager[None]:
-        """What listens for the guest on TCP is to be started in it."""
-
-    def launch(self, machine: Machine) -> contextlib.AbstractContextManager[Target]:
-        """A running guest. Afterwards it is gone, by SIGKILL if need be."""
-
-    def stop(self, target: Target) -> Outcome:
-        """Stops it and returns when the policy says that it is over."""
-
-
-Policy = Callable[[Path | None], contextlib.AbstractContextManager[Stopper]]
-"""Gets a directory for traces, where some are wanted."""
 
 
 class Direct:
@@ -165,6 +137,9 @@ OURS: Final = "qkilld"
 COLUMNS: Final[Mapping[str, Column]] = {
     column.name: column
     for column in (
+        Column("virsh", "virsh destroy", contained.libvirt()),
+        Column("virsh-graceful", "virsh destroy --graceful", contained.libvirt("--graceful")),
+        Column("systemd", "systemd, TimeoutStopSec=10", contained.systemd),
         Column("fixed", "2012 clock (FIXED)", _qkilld(Flag.FORCE | Flag.FIXED, traced=False), True),
         Column("wchar", "wchar alone", _one_counter),
         Column(OURS, "qkilld, FORCE", _qkilld(Flag.FORCE, traced=True), True),

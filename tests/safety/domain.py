@@ -1,0 +1,96 @@
+"""A program, run as `python -m tests.safety.domain XML NAME`: a guest of libvirt's, and its end.
+
+It is for a throwaway system (tests.lab.container). It starts libvirtd and the guest and says so by
+a line, takes the options of `virsh destroy` as a line of JSON, stops the guest and says how that
+went: {"seconds", "said", "status"}, the last the guest's exit code (-N: by signal N; null where it
+is still there). At the end of its input it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Final
+
+from tests.bench import peer
+from tests.lab import needs
+from tests.lab.image import guest_image
+from tests.lab.process import become_subreaper, run
+from tests.lab.scratch import remove_run_directory
+from tests.safety.machine import Machine
+
+_TIMEOUT_S: Final = 120
+_ARGUMENTS: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+
+
+def description(machine: Machine) -> str:
+    """libvirt's XML of it; the disks are given to QEMU as they are."""
+    ET.register_namespace("qemu", _ARGUMENTS)
+    image = guest_image()
+    top = ET.Element("domain", type="qemu")
+    ET.SubElement(top, "name").text = machine.name
+    ET.SubElement(top, "uuid").text = machine.uuid
+    ET.SubElement(top, "memory", unit="MiB").text = str(machine.memory)
+    ET.SubElement(top, "vcpu").text = "1"
+    system = ET.SubElement(top, "os")
+    ET.SubElement(system, "type", arch="x86_64", machine="pc").text = "hvm"
+    ET.SubElement(system, "kernel").text = str(image.kernel)
+    ET.SubElement(system, "initrd").text = str(image.initramfs)
+    ET.SubElement(system, "cmdline").text = machine.command_line
+    devices = ET.SubElement(top, "devices")
+    ET.SubElement(devices, "emulator").text = "/usr/bin/qemu-system-x86_64"
+    ET.SubElement(devices, "controller", type="usb", model="none")
+    port = ET.SubElement(devices, "serial", type="file")
+    ET.SubElement(port, "source", path=str(machine.serial))
+    ET.SubElement(devices, "memballoon", model="none")
+    arguments = ET.SubElement(top, f"{{{_ARGUMENTS}}}commandline")
+    for argument in machine.disks():
+        ET.SubElement(arguments, f"{{{_ARGUMENTS}}}arg", value=argument)
+    return ET.tostring(top, encoding="unicode")
+
+
+def main() -> int:
+    xml, name = sys.argv[1:]
+    # A zombie counts as a living process for libvirt, so this collects the guest at once.
+    become_subreaper()
+    try:
+        with peer.libvirtd():
+            peer.virsh("create", xml)
+            _stop(name, int(Path(f"/run/libvirt/qemu/{name}.pid").read_text()))
+    finally:
+        remove_run_directory()
+    return 0
+
+
+def _stop(name: str, pid: int) -> None:
+    status: list[int] = []
+    ended = threading.Event()
+
+    def collect() -> None:
+        status.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        ended.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    _say(up=pid)
+    options = json.loads(sys.stdin.readline())
+    virsh = needs.program("virsh", peer.PACKAGES)
+    began = time.monotonic()
+    done = run([virsh, f"--connect={peer.URI}", "destroy", *options, name], timeout=_TIMEOUT_S)
+    seconds = time.monotonic() - began
+    ended.wait(0.5 if done.returncode else 5)
+    said = f"virsh exits with {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    _say(seconds=seconds, said=said, status=status[0] if status else None)
+    sys.stdin.read()
+
+
+def _say(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
