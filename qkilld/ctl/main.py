@@ -7,7 +7,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld import __version__
 from qkilld.ctl import commands, stopping
@@ -18,6 +18,9 @@ from qkilld.ctl.targets import parse
 from qkilld.model import timespan
 from qkilld.model.errors import QkilldError
 from qkilld.model.words import ExitCode, Flag
+
+if TYPE_CHECKING:
+    from qkilld.judgement.replay import Terms
 
 MAX_REASON: Final = 256
 
@@ -57,12 +60,26 @@ examples
   qkillctl terminate --force --grace 2min web  but give it two minutes before that
   qkillctl status web                          what is being done to it
   qkillctl cancel web                          send it no more signals
+  qkillctl trace web                           look at it, and stop nothing
+  qkillctl replay --grace 2s job7-….jsonl      what another policy would have done
   qkillctl --json list                         for scripts
 """
 _TERMINATE: Final = """\
 Stop guests. All jobs are started first; one that cannot be started stops no other.
 Without --wait the program returns as soon as they run; qkilld goes on by itself.
 """
+_REPLAY: Final = """\
+Put a trace that `qkilld --trace-dir` has recorded through the judgement once more: what would
+have been done when. Options stand in place of what the job was recorded with. Nothing is asked
+of the daemon, and nothing is stopped.
+"""
+_SPANS: Final = (
+    ("grace", "least time between SIGTERM and SIGKILL"),
+    ("stall", "no progress and nothing outstanding for so long before SIGKILL"),
+    ("storage-stall", "storage not moving for so long before SIGKILL"),
+    ("max", "SIGKILL after so long in any case"),
+    ("reap", "time to go after SIGKILL"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: list[Order]) -> int:
+    if arguments.command == "replay":
+        # The whole judgement, which no other command needs.
+        from qkilld.ctl import replay
+
+        return replay.run(output, arguments.file, _terms(arguments), json=arguments.json)
     target = None
     if getattr(arguments, "target", None) is not None:
         target = parse(arguments.target, jobs=arguments.command == "status")
@@ -112,6 +134,11 @@ async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: 
             case "inspect":
                 assert target is not None
                 return await commands.inspect(session, target)
+            case "trace":
+                from qkilld.ctl import trace
+
+                assert target is not None
+                return await trace.trace(session, target)
             case "terminate":
                 return await stopping.terminate(session, orders, _how(arguments))
             case _:
@@ -132,6 +159,19 @@ def _how(arguments: argparse.Namespace) -> How:
     if arguments.reason is not None:
         options["reason"] = arguments.reason
     return How(flags, arguments.wait, options)
+
+
+def _terms(arguments: argparse.Namespace) -> Terms:
+    """What a trace is replayed with. An option that is not given leaves what was recorded."""
+    from qkilld.judgement.replay import Terms
+
+    add = remove = Flag(0)
+    for flag, wanted in ((Flag.FORCE, arguments.force), (Flag.FIXED, arguments.fixed)):
+        if wanted is not None:
+            add, remove = (add | flag, remove) if wanted else (add, remove | flag)
+    spans = {name.replace("-", "_") for name, _ in _SPANS}
+    given = {name: span for name in spans if (span := getattr(arguments, name)) is not None}
+    return Terms(add, remove, given)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -184,7 +224,26 @@ def _parser() -> argparse.ArgumentParser:
         f"{_TARGETS}A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n",
     )
     cancel.add_argument("targets", nargs="+", metavar="TARGET|JOB")
+    look = add(
+        "trace",
+        "look at a guest once a second, and stop nothing",
+        "Look at a guest once a second and print a line for each change, until it is gone.\n"
+        "With --json each line is an object. Nothing is stopped.",
+        _TARGETS,
+    )
+    look.add_argument("target", metavar="TARGET")
+    _add_replay(add("replay", "judge a recorded job again, under another policy", _REPLAY))
     return parser
+
+
+def _add_replay(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE")
+    for name, text in (("force", "SIGKILL is allowed"), ("fixed", "go by the clock alone")):
+        command.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
+        )
+    for name, text in _SPANS:
+        command.add_argument(f"--{name}", type=_span, metavar="SPAN", help=text)
 
 
 def _add_terminate(command: argparse.ArgumentParser) -> None:
@@ -209,7 +268,7 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--grace",
-        type=_grace,
+        type=_span,
         metavar="SPAN",
         help="least time between SIGTERM and SIGKILL, such as 90s, 2min or infinity",
     )
@@ -254,7 +313,7 @@ def _address(text: str) -> Bus:
     return Bus(address=text)
 
 
-def _grace(text: str) -> int:
+def _span(text: str) -> int:
     try:
         return timespan.parse(text)
     except ValueError as error:

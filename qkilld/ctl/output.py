@@ -39,6 +39,8 @@ class Output:
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
+        self.abandoned = False
+        """What is printed on standard output goes nowhere any more."""
         for stream in (self._out, self._err):
             # A locale that cannot show a character is no reason to fail.
             if reconfigure := getattr(stream, "reconfigure", None):
@@ -108,6 +110,7 @@ class Output:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
+        self.abandoned = True
         if not isinstance(error, BrokenPipeError):
             self.failure = error
         _silence(self._out)

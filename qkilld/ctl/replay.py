@@ -1,0 +1,202 @@
+"""The command replay: what would have been done in a recorded job, and when. Needs no bus."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from qkilld.ctl.jobview import flag_names, known, label, rounded
+from qkilld.ctl.output import Output
+from qkilld.judgement.ladder import Action
+from qkilld.judgement.replay import Recorded, Replay, Step, Terms, replay
+from qkilld.model import trace
+from qkilld.model.errors import InvalidArgs
+from qkilld.model.policy import Policy
+from qkilld.model.text import printable
+from qkilld.model.timespan import format_usec
+from qkilld.model.trace import Trace
+from qkilld.model.words import USEC_PER_SEC, ExitCode, Flag, Result
+
+
+def run(output: Output, path: str, terms: Terms, *, json: bool) -> int:
+    """Replay the trace at `path` and print it. Raises InvalidArgs for what is no such file."""
+    recording = read(path)
+    replayed = replay(recording, terms)
+    if json:
+        output.json(as_json(recording, replayed))
+        return ExitCode.OK
+    header = recording.header
+    output.line(f"{label(header.pid, header.name)}, job {header.job}")
+    output.fields(
+        [
+            ("recorded with", _terms(header.flags, header.policy)),
+            ("replayed with", _terms(replayed.flags, replayed.policy)),
+        ]
+    )
+    rows = _story(replayed)
+    if rows:
+        output.line()
+        output.table(("AFTER", "VERDICT", "DONE", "WHY"), rows)
+        output.line()
+    for line in _summary(replayed):
+        output.line(line)
+    return ExitCode.OK
+
+
+def read(path: str) -> Trace:
+    """The trace in a file. Raises InvalidArgs, which says why it cannot be had."""
+    shown = printable(path)
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123  a path may be any bytes
+            data = file.read(trace.MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "this is no path"
+        raise InvalidArgs(f"The trace {shown} cannot be read: {why}") from None
+    try:
+        if len(data) > trace.MAX_BYTES:
+            raise ValueError(f"it is longer than {trace.MAX_BYTES} bytes")
+        return trace.decode(data.decode(errors="replace"))
+    except ValueError as error:
+        raise InvalidArgs(f"{shown} is not a trace that can be replayed: {error}") from None
+
+
+def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
+    """Times in µs since the job's start; null for what is unknown or never comes."""
+    header, recorded = recording.header, replayed.recorded
+    last = replayed.steps[-1] if replayed.steps else None
+    evidence = last.assessment if last else None
+    return {
+        "guest": {
+            "pid": header.pid,
+            "start_time": header.start_time,
+            "command": header.command,
+            "name": header.name,
+        },
+        "recorded": {
+            "flags": flag_names(header.flags),
+            "policy": _spans(header.policy),
+            "result": recorded.result,
+            "ended_usec": _since(recorded, recorded.ended),
+            "sigkill_usec": _since(recorded, recorded.killed),
+        },
+        "replayed": {
+            "flags": flag_names(replayed.flags),
+            "policy": _spans(replayed.policy),
+            "result": replayed.result,
+            "ended_usec": _since(recorded, replayed.at),
+            "sigkill_usec": (
+                _since(recorded, replayed.at) if replayed.result is Result.KILLED else None
+            ),
+            "verdict": evidence.verdict if evidence else None,
+            "reasons": list(evidence.reasons) if evidence else [],
+            "unseen_usec": last.unseen if last else None,
+            "data_at_risk": replayed.data_at_risk,
+            "bytes_written": evidence.written if evidence else None,
+            "bytes_written_later": replayed.written_later,
+        },
+        "steps": [_step(recorded, step) for step in replayed.steps],
+    }
+
+
+def _step(recorded: Recorded, step: Step) -> dict[str, Any]:
+    evidence = step.assessment
+    deadline = known(step.decision.deadline)
+    return {
+        "at_usec": _since(recorded, step.at),
+        "action": step.decision.action.name.lower().replace("_", "-"),
+        "deadline_usec": _since(recorded, deadline),
+        "verdict": evidence.verdict if evidence else None,
+        "reasons": list(evidence.reasons) if evidence else [],
+        "outstanding": evidence.outstanding if evidence else None,
+        "last_progress_usec": _since(recorded, evidence.progress_at) if evidence else None,
+        "bytes_written": evidence.written if evidence else None,
+        "bytes_pending": evidence.pending if evidence else None,
+        "bytes_per_second": evidence.rate if evidence else None,
+    }
+
+
+def _story(replayed: Replay) -> list[tuple[str, str, str, str]]:
+    """A row for each change of the verdict and each thing that would have been done."""
+    done = {Action.KILL: "SIGKILL", Action.CONTINUE: "SIGCONT", Action.GIVE_UP: "gave up"}
+    rows = []
+    before = None
+    for step in replayed.steps:
+        evidence = step.assessment
+        verdict = evidence.verdict if evidence else None
+        if verdict is not before or step.decision.action in done:
+            rows.append(
+                (
+                    f"{(step.at - replayed.recorded.started) / USEC_PER_SEC:.3f} s",
+                    verdict or "",
+                    done.get(step.decision.action, ""),
+                    "; ".join(evidence.reasons) if evidence else "nothing was seen of it yet",
+                )
+            )
+        before = verdict
+    return rows
+
+
+def _summary(replayed: Replay) -> list[str]:
+    recorded = replayed.recorded
+    after = _span(replayed.at - recorded.started)
+    match replayed.result:
+        case Result.EXITED:
+            return [f"It exits by itself after {after}, before anything more would have been done."]
+        case Result.SIGNALLED:
+            return ["One signal, and nobody would have watched what comes of it."]
+        case Result.SURVIVED:
+            return [
+                f"It would have been given up after {after}, without SIGKILL.",
+                _truth(recorded),
+            ]
+        case Result.KILLED:
+            risk = "with data at risk" if replayed.data_at_risk else "with nothing outstanding"
+            lines = [f"SIGKILL would have been sent after {after}, {risk}."]
+            unseen = replayed.steps[-1].unseen
+            if unseen:
+                lines.append(
+                    f"The last sample is from {_span(unseen)} before that: what one more look "
+                    "would have shown is not in the trace."
+                )
+            if replayed.written_later:
+                lines.append(f"The guest wrote {replayed.written_later} bytes after that.")
+            return [*lines, _truth(recorded)]
+        case _:
+            return [
+                f"The trace ends after {after}, before anything more would have been done.",
+                _truth(recorded),
+            ]
+
+
+def _truth(recorded: Recorded) -> str:
+    """What really came of it."""
+    if recorded.ended is None:
+        return "How it really ended is not in the trace."
+    after = _span(recorded.ended - recorded.started)
+    killed = (
+        f", SIGKILL having been sent after {_span(recorded.killed - recorded.started)}"
+        if recorded.killed is not None
+        else ""
+    )
+    return f"The job really ended as {recorded.result} after {after}{killed}."
+
+
+def _terms(flags: Flag, policy: Policy) -> str:
+    spans = [f"{name.replace('_', ' ')} {format_usec(usec)}" for name, usec in _fields(policy)]
+    return ", ".join([*flag_names(flags), *spans])
+
+
+def _spans(policy: Policy) -> dict[str, int | None]:
+    return {f"{name}_usec": known(usec) for name, usec in _fields(policy)}
+
+
+def _fields(policy: Policy) -> list[tuple[str, int]]:
+    return list(asdict(policy).items())
+
+
+def _since(recorded: Recorded, at: int | None) -> int | None:
+    return None if at is None else at - recorded.started
+
+
+def _span(usec: int) -> str:
+    return format_usec(rounded(usec))

@@ -1,0 +1,90 @@
+"""A live look at a guest, through the real daemon: it shows, it ends, and it stops nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.lab import bus as lab_bus
+from tests.lab.bus import Bus, Daemon
+from tests.lab.guest import Guest
+from tests.lab.process import TOP, end
+
+Make = Callable[..., Guest]
+
+
+@contextmanager
+def trace(bus: Bus, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, "trace", *arguments],
+        cwd=TOP,
+        env=lab_bus.environment(bus.address),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        end(process)  # type: ignore[arg-type]
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_until_it_is_gone(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="\x1b[2Jweb")
+    with trace(daemon.bus, str(guest.pid)) as looking:
+        assert next_line(looking) == f"\ufffd[2Jweb (pid {guest.pid}), looked at every second\n"
+        assert re.match(r" +0\.\d s  idle: nothing moves", next_line(looking))
+        assert guest.alive
+        guest.signal(signal.SIGKILL)
+        assert re.match(r" +\d+\.\d s  gone$", next_line(looking))
+        assert looking.wait(30) == 0
+
+
+def test_what_changes_is_a_line(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu()
+    with trace(daemon.bus, "--json", str(guest.pid)) as looking:
+        assert json.loads(next_line(looking))["verdict"] == "idle"
+        guest.signal(signal.SIGSTOP)
+        stopped = json.loads(next_line(looking))
+        assert stopped["verdict"] == "stopped"
+        assert stopped["reasons"] == ["it is stopped (SIGSTOP)"]
+        assert stopped["at_usec"] > 500_000
+        guest.signal(signal.SIGCONT)
+        assert json.loads(next_line(looking))["verdict"] == "idle"
+        looking.send_signal(signal.SIGINT)
+        assert looking.wait(30) == 130
+    assert guest.alive
+
+
+def test_it_ends_with_its_reader(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu()
+    with trace(daemon.bus, str(guest.pid)) as looking:
+        next_line(looking)
+        next_line(looking)
+        assert looking.stdout is not None
+        looking.stdout.close()
+        guest.signal(signal.SIGSTOP)  # which it wants to tell
+        assert looking.wait(30) == 0
+    assert guest.alive
+
+
+@pytest.mark.parametrize(("target", "code"), [("4194304", 7), ("no-such-guest", 7)])
+def test_what_cannot_be_looked_at(daemon: Daemon, target: str, code: int) -> None:
+    with trace(daemon.bus, target) as looking:
+        assert looking.wait(30) == code
+        assert next_line(looking) == ""
