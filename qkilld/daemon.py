@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -47,6 +48,9 @@ def main() -> int:
         return ExitCode.OK
     # dbus_next logs what concerns only its maintainers, tracebacks among it.
     logging.getLogger().addHandler(logging.NullHandler())
+    _take_descriptors()
+    # The threads that take samples must not keep the loop from a signal that is due.
+    sys.setswitchinterval(0.001)
     journal = open_journal()
     try:
         return asyncio.run(_run(configuration, arguments.bus, arguments.user, journal))
@@ -77,6 +81,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--check-config", action="store_true", help="check it and exit")
     parser.add_argument("--version", action="version", version=f"qkilld {__version__}")
     return parser.parse_args(arguments)
+
+
+def _take_descriptors() -> None:
+    """As many as we may: a guest that is held and looked at costs about a dozen."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _run(

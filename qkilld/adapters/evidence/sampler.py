@@ -18,7 +18,7 @@ from qkilld.adapters.evidence.workers import Workers
 from qkilld.engine.ports import Process
 from qkilld.model.evidence import Memory, Sample
 
-REFRESH_S: Final = 10.0
+REFRESH_S: Final = 30.0
 """How long it is believed which files and sockets a process has open."""
 TABLES_AGE_S: Final = 0.05
 """How long one look at the whole host serves everybody."""
