@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -15,6 +16,8 @@ from typing import Final
 from qkilld import __version__
 from qkilld.adapters import config
 from qkilld.adapters.journal import QueuedJournal, open_journal
+from qkilld.adapters.tracefile import TraceDirectory
+from qkilld.engine import events
 from qkilld.model.errors import BusError, ConfigError
 from qkilld.model.policy import Config
 from qkilld.model.words import BUS_NAME, ExitCode
@@ -53,7 +56,11 @@ def main() -> int:
     sys.setswitchinterval(0.001)
     journal = open_journal()
     try:
-        return asyncio.run(_run(configuration, arguments.bus, arguments.user, journal))
+        with _traces(arguments.trace_dir, journal) as traces:
+            return asyncio.run(_run(configuration, arguments.bus, arguments.user, journal, traces))
+    except ConfigError as error:
+        print(f"qkilld: {error}", file=sys.stderr)
+        return ExitCode.USAGE
     except BusError as error:
         print(f"qkilld: {error}", file=sys.stderr)
         return ExitCode.FAILURE
@@ -78,6 +85,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="read the configuration below this directory instead of /",
     )
+    parser.add_argument(
+        "--trace-dir",
+        type=Path,
+        metavar="DIR",
+        help="record each job in a file there, for qkillctl replay",
+    )
     parser.add_argument("--check-config", action="store_true", help="check it and exit")
     parser.add_argument("--version", action="version", version=f"qkilld {__version__}")
     return parser.parse_args(arguments)
@@ -89,8 +102,28 @@ def _take_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _traces(
+    directory: Path | None, journal: QueuedJournal
+) -> contextlib.AbstractContextManager[TraceDirectory | None]:
+    """Where jobs are recorded, if they are to be. Raises ConfigError."""
+    if directory is None:
+        return contextlib.nullcontext()
+    try:
+        traces = TraceDirectory(directory, lambda text: journal.write(events.traces_failed(text)))
+    except OSError as error:
+        raise ConfigError(
+            f"traces cannot be written to {directory}: {error.strerror}; "
+            "--trace-dir must be a directory that exists"
+        ) from None
+    return contextlib.closing(traces)
+
+
 async def _run(
-    configuration: Config, address: str | None, user: bool, journal: QueuedJournal
+    configuration: Config,
+    address: str | None,
+    user: bool,
+    journal: QueuedJournal,
+    traces: TraceDirectory | None,
 ) -> int:
     from qkilld.adapters.clock import LoopClock
     from qkilld.adapters.evidence.sampler import EvidenceSampler
@@ -99,7 +132,6 @@ async def _run(
     from qkilld.bus.connection import connect
     from qkilld.bus.manager import ManagerObject, Tree
     from qkilld.bus.server import Server
-    from qkilld.engine import events
     from qkilld.engine.registry import Registry
     from qkilld.engine.service import Service
 
@@ -110,7 +142,7 @@ async def _run(
 
     connection = await connect(address, user=user)
     clock, sampler = LoopClock(), EvidenceSampler()
-    registry = Registry(configuration, clock, journal, sampler=sampler)
+    registry = Registry(configuration, clock, journal, sampler=sampler, traces=traces)
     service = Service(configuration, LocalHost(), registry, clock, sampler)
     manager = ManagerObject(service)
     server = Server(

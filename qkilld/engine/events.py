@@ -41,6 +41,7 @@ class MessageId(Enum):
     DAEMON_STARTED = "880a8eefeebd4e2aaa3c6396bda9897d"
     DAEMON_STOPPING = "032598709f0d4d6cae7cfd4082fc0502"
     BUS_LOST = "60d83e4c547c45cfacf4e19d579c9823"
+    TRACES_FAILED = "c6c3ace9256b422fb10fff9c5c2c71b3"
     INTERNAL_ERROR = "d633f10750c743be8ac731e94b8805a9"
 
 
@@ -204,6 +205,10 @@ def bus_lost(running: int) -> Event:
     return Event(
         MessageId.BUS_LOST, Priority.ERR, f"The connection to the bus is lost: qkilld ends; {then}."
     )
+
+
+def traces_failed(text: str) -> Event:
+    return Event(MessageId.TRACES_FAILED, Priority.WARNING, f"{text}. The jobs themselves go on.")
 
 
 def internal_error(doing: str, error: BaseException) -> Event:

@@ -18,10 +18,20 @@ from qkilld.judgement.verdict import Assessment, assess, is_dead
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.evidence import Sample
 from qkilld.model.policy import Policy
+from qkilld.model.trace import Changed, Ended, Gone, Header, Record, Sent, Turned
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Watch
+    from qkilld.engine.ports import (
+        Clock,
+        Journal,
+        Process,
+        Recorder,
+        Sampler,
+        Timer,
+        Traces,
+        Watch,
+    )
 
 LOOK_TIMEOUT: Final = 1_000_000
 """A sample that takes longer (µs) is one that blocks: nothing is known then, and that is known."""
@@ -78,6 +88,7 @@ class Job:
         clock: Clock,
         journal: Journal,
         sampler: Sampler | None,
+        traces: Traces | None,
         *,
         load: Callable[[], int],
         on_change: Callable[[Job], None],
@@ -119,6 +130,7 @@ class Job:
         self._on_survivor_gone = on_survivor_gone
         self._timer: Timer | None = None
         self._waiters: list[Callable[[], None]] = []
+        self._recorder: Recorder | None = traces.begin(self._header()) if traces else None
 
     @property
     def running(self) -> bool:
@@ -184,6 +196,7 @@ class Job:
         if at_once and self._kill_at is None and not self._process.exited():
             self._climb(SIGKILL)
         self._journal.write(events.job_joined(self, request))
+        self._record(Changed(self._clock.now(), self.flags, self._policy))
         self._advance()
         self._on_change(self)
 
@@ -199,6 +212,7 @@ class Job:
     def let_go(self) -> None:
         """Stop watching a process that survived: a newer job has taken it over."""
         self._process.close()
+        self._end_trace()
 
     def _advance(self) -> None:
         while self.running:
@@ -255,6 +269,7 @@ class Job:
         else:
             self._term_at = now
         self.rungs.append(Rung(self.phase, number, now))
+        self._record(Sent(now, self.phase, number.name))
 
     def _at_risk(self, now: int) -> bool:
         evidence = self.assessment
@@ -288,6 +303,7 @@ class Job:
         # One that comes after its time was up may be older than what was put in its place.
         if before is None or sample.at >= before.last.at:
             self.assessment = evidence = assess(before, sample)
+            self._record(sample)
             if evidence.verdict is not self.verdict:
                 self.verdict = evidence.verdict
                 self._turned(evidence)
@@ -301,6 +317,7 @@ class Job:
         turn = Turn(evidence.verdict, evidence.reasons[:4], evidence.last.at)
         if len(self.history) < MAX_HISTORY:
             self.history.append(turn)
+        self._record(Turned(turn.at, turn.verdict, turn.reasons))
         self._journal.write(events.verdict_turned(self, turn))
 
     def _wait_until(self, deadline: int, wake: int) -> None:
@@ -339,8 +356,35 @@ class Job:
             callback()
         self._on_end(self)
         self._journal.write(events.job_ended(self))
+        self._record(Ended(self.ended, result))
+        if result is not Result.SURVIVED:
+            self._end_trace()
 
     def _survivor_gone(self) -> None:
         self._process.close()
         self._journal.write(events.survivor_gone(self, self._clock.now()))
+        self._record(Gone(self._clock.now()))
+        self._end_trace()
         self._on_survivor_gone(self)
+
+    def _header(self) -> Header:
+        identity = self.guest.identity
+        return Header(
+            job=self.number,
+            started=self.started,
+            pid=identity.pid,
+            start_time=identity.start_time,
+            command=identity.command,
+            name=self.guest.label.name,
+            flags=self.flags,
+            policy=self._policy,
+        )
+
+    def _record(self, record: Record) -> None:
+        if self._recorder is not None:
+            self._recorder.record(record)
+
+    def _end_trace(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.trace import Header, Record
 
 if TYPE_CHECKING:
     from qkilld.engine.events import Event
@@ -87,6 +88,23 @@ class Clock(Protocol):
 class Journal(Protocol):
     def write(self, event: Event) -> None:
         """Note an event. Never blocks and never raises."""
+
+
+class Recorder(Protocol):
+    """The trace of one job."""
+
+    def record(self, record: Record) -> None:
+        """Note it. Never blocks and never raises."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class Traces(Protocol):
+    """Where traces go."""
+
+    def begin(self, header: Header) -> Recorder:
+        """For one job. Nothing is made before its first record."""
 
 
 class Observer(Protocol):

@@ -8,7 +8,7 @@ from typing import Final
 
 from qkilld.engine import events
 from qkilld.engine.job import Job, Request
-from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler
+from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler, Traces
 from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.policy import Config
 from qkilld.model.words import USEC_PER_SEC, Result
@@ -30,12 +30,14 @@ class Registry:
         journal: Journal,
         observer: Observer | None = None,
         sampler: Sampler | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._journal = journal
         self.observer = observer
         self._sampler = sampler
+        self._traces = traces
         self._jobs: dict[int, Job] = {}
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
@@ -75,6 +77,7 @@ class Registry:
             self._clock,
             self._journal,
             self._sampler,
+            self._traces,
             load=lambda: len(self._running),
             on_change=self._changed,
             on_end=self._ended,
