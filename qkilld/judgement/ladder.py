@@ -29,6 +29,8 @@ FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max
 15 s in all."""
 FRESH: Final = 200_000
 """A sample no older than this (µs) is good enough to send SIGKILL on."""
+GRID: Final = 100_000
+"""Looks are taken at multiples of this (µs)."""
 MAX_CONTINUES: Final = 3
 """Who is stopped again and again is stopped by somebody who means it."""
 
@@ -162,7 +164,9 @@ def next_look(standing: Standing, began: int) -> int:
         # An idle guest is gone in a few ms: it costs no sample at all.
         return began + 100_000
     interval = 250_000 if looked - began < 2 * USEC_PER_SEC else USEC_PER_SEC
-    return looked + max(interval, standing.jobs * 2_000)
+    due = looked + max(interval, standing.jobs * 2_000)
+    # On a grid that all jobs share: those who look together share what they see of the host.
+    return -(-due // GRID) * GRID
 
 
 def _fixed_due(standing: Standing) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from tests.bench import answer, beside_libvirt, figures, progress, rest
+from tests.bench import answer, beside_libvirt, evidence, figures, progress, rest
 from tests.bench.figures import Figure
 from tests.lab import needs
 from tests.lab.process import run
@@ -31,10 +31,28 @@ class Rounds:
     """Of each kind of company."""
     rest_s: int
     jobs: int
+    samples: int
+    at_once: int
 
 
-FULL: Final = Rounds(libvirt=10, libvirt_reaped_late=3, guests=200, rest_s=30, jobs=1000)
-QUICK: Final = Rounds(libvirt=2, libvirt_reaped_late=1, guests=20, rest_s=5, jobs=50)
+FULL: Final = Rounds(
+    libvirt=10,
+    libvirt_reaped_late=3,
+    guests=200,
+    rest_s=30,
+    jobs=1000,
+    samples=200,
+    at_once=1000,
+)
+QUICK: Final = Rounds(
+    libvirt=2,
+    libvirt_reaped_late=1,
+    guests=20,
+    rest_s=5,
+    jobs=50,
+    samples=20,
+    at_once=100,
+)
 
 EPILOG: Final = """\
 What is not measured says why; for libvirt it takes root. A target that is missed is told in the
@@ -82,6 +100,7 @@ def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
         ),
         ("From a guest's exit to the answer", lambda: [answer.measure(rounds.guests)]),
         ("At rest", lambda: rest.measure(rounds.rest_s, rounds.jobs)),
+        ("Looking", lambda: evidence.measure(rounds.samples, rounds.at_once)),
     ]
     found: list[Figure] = []
     failed = False

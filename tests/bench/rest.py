@@ -69,7 +69,7 @@ def _wakeups(running: Daemon, seconds: int) -> Figure:
 
 def _memory(running: Daemon, jobs: int) -> Figure:
     figure = Figure("Memory, and the processor time of a job (polite stand-ins for QEMU)")
-    resident = _resident(running.pid)
+    at_rest = resident(running.pid)
     figure.rows += _memory_rows(running.pid, "with no job since its start")
     before = Spent.of(running.pid)
     with running.bus.client() as client:
@@ -81,18 +81,19 @@ def _memory(running: Daemon, jobs: int) -> Figure:
     spent = Spent.of(running.pid) - before
     figure.rows += _memory_rows(running.pid, f"after {jobs} jobs in a row")
     figure.rows.append(Row("processor time for one job", "ms", [spent.processor_ms / jobs]))
-    figure.targets.append(at_most("resident at rest (VmRSS)", resident, RESIDENT_MB, "MB"))
+    figure.targets.append(at_most("resident at rest (VmRSS)", at_rest, RESIDENT_MB, "MB"))
     return figure
 
 
 def _memory_rows(pid: int, when: str) -> list[Row]:
     return [
-        Row(f"resident (VmRSS) {when}", "MB", [_resident(pid)]),
+        Row(f"resident (VmRSS) {when}", "MB", [resident(pid)]),
         Row(f"its share (Pss) {when}", "MB", [_kilobytes(pid, "smaps_rollup", "Pss")]),
     ]
 
 
-def _resident(pid: int) -> float:
+def resident(pid: int) -> float:
+    """VmRSS in MB."""
     return _kilobytes(pid, "status", "VmRSS")
 
 

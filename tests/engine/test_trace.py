@@ -69,15 +69,15 @@ def test_the_story_of_a_job(recorded: World, traces: FakeTraces) -> None:
     process = FakeProcess()
     start = recorded.clock.now()
     job = recorded.stop(process, FORCE)
-    recorded.clock.advance(0.4)
+    recorded.clock.advance(0.45)
     process.die()
     assert kinds(traces) == ["Sent", "Sample", "Sample", "Turned", "Ended"]
     assert traces.closed == 1
     assert traces.header == Header(1, start, 4711, 99, "qemu", "web", FORCE, job.policy)
     assert traces.records[0] == Sent(start, Phase.TERMINATE, "SIGTERM")
     (turn,) = traces.trace.of(Turned)
-    assert (turn.verdict, turn.at) == (Verdict.IDLE, start + 350_000)
-    assert traces.records[-1] == Ended(start + 400_000, Result.EXITED)
+    assert (turn.verdict, turn.at) == (Verdict.IDLE, start + 400_000)
+    assert traces.records[-1] == Ended(start + 450_000, Result.EXITED)
 
 
 def test_who_joins_is_recorded(recorded: World, traces: FakeTraces) -> None:

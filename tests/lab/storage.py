@@ -57,11 +57,12 @@ class SlowDisk:
     def join(self, pid: int) -> None:
         """Makes the writes of this process slow.
 
-        In cgroup v1 those of every process are, and nothing happens here; in v2 only those of the
-        processes that join, and of what they start from then on.
+        In cgroup v1 those of every process are that is in no blkio group of its own, and this takes
+        it out of one; in v2 only those of the processes that join, and of what they start from then
+        on.
         """
-        if self._v2 is not None:
-            (self._v2 / "cgroup.procs").write_text(str(pid))
+        for group in self._v1 if self._v2 is None else [self._v2]:
+            (group / "cgroup.procs").write_text(str(pid))
 
     def _set(self, rate: int) -> None:
         for group in self._v1:

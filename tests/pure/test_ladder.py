@@ -203,8 +203,8 @@ def test_without_force_it_gives_up_when_the_time_for_sigkill_and_reaping_is_over
     ("evidence", "jobs", "look"),
     [
         (None, 1, 0.1),
-        (seen(0.1), 1, 0.35),
-        (seen(1.9), 1, 2.15),
+        (seen(0.1), 1, 0.4),
+        (seen(1.9), 1, 2.2),
         (seen(2.1), 1, 3.1),
         (seen(2.1), 1000, 4.1),
     ],
@@ -241,6 +241,6 @@ def test_what_somebody_else_holds_is_not_continued(change: dict[str, Any]) -> No
 def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
     standing = Standing(FORCE, Policy(), term_at=T0, kill_at=T0 + 10 * S, assessment=seen(10))
     killed_at = T0 + 10 * S
-    assert decide(standing, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 250_000)
-    assert decide(standing, killed_at + 250_000).action is Action.LOOK
+    assert decide(standing, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 300_000)
+    assert decide(standing, killed_at + 300_000).action is Action.LOOK
     assert decide(standing, T0 + 15 * S).action is Action.GIVE_UP

@@ -24,7 +24,7 @@ from qkilld.adapters.evidence.hierarchies import Group, Hierarchies, hierarchies
 from qkilld.adapters.evidence.keptfile import KeptFile, number_after, open_directory
 from qkilld.model.evidence import Cgroup
 
-REFRESH_S: Final = 10.0
+REFRESH_S: Final = 30.0
 
 _Pair = tuple[int | None, int | None]
 _UNKNOWN: Final[_Pair] = (None, None)

@@ -414,6 +414,7 @@ def test_what_a_process_writes_in_groups_of_its_own(read_group: ReadGroup) -> No
                 assert direct.written is not None and direct.written >= 1 << 20
                 assert direct.writes
                 disk.slow(2 << 20)
+                disk.join(process.pid)
                 tell(b"buffered\n")
                 dirty = read_group(process.pid)
                 assert dirty.dirty is not None and dirty.dirty >= 4 << 20
