@@ -15,7 +15,8 @@ from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
-_OPTION_TYPES = {"start-time": "t", "grace-usec": "t", "reason": "s"}
+_SPANS = ("grace-usec", "stall-usec", "storage-stall-usec", "max-usec")
+_OPTION_TYPES = {"start-time": "t", "reason": "s", **dict.fromkeys(_SPANS, "t")}
 
 
 class Manager:
@@ -28,11 +29,16 @@ class Manager:
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> str:
         """The path of the job. `options` as in the interface: start-time, grace-usec, reason."""
-        variants = {
-            key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()
-        }
-        (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), variants)
+        given = _variants(options)
+        (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), given)
         return str(job)
+
+    async def plan(
+        self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
+    ) -> dict[str, Any]:
+        """What `terminate` would do."""
+        (plan,) = await self._call("Plan", "uta{sv}", pid, int(flags), _variants(options))
+        return _plain(plan)
 
     async def inspect(self, pid: int) -> dict[str, Any]:
         (guest,) = await self._call("Inspect", "u", pid)
@@ -140,6 +146,10 @@ async def _get_all(connection: Connection, path: str, interface: str) -> dict[st
         BUS_NAME, path, _PROPERTIES, "GetAll", "s", [interface]
     )
     return _plain(properties)
+
+
+def _variants(options: dict[str, int | str] | None) -> dict[str, Variant]:
+    return {key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()}
 
 
 def _plain(variants: dict[str, Variant]) -> dict[str, Any]:

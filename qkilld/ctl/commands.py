@@ -176,6 +176,13 @@ def _job_fields(view: JobView) -> list[tuple[str, str]]:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case dict():
+            return ", ".join(f"{key.replace('_', ' ')} {number}" for key, number in value.items())
+        case list():
+            return "; ".join(_value(item) for item in value) or "none"
+        case tuple():
+            return " ".join(_value(item) for item in value)
     return str(value)

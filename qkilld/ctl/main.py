@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from qkilld import __version__
-from qkilld.ctl import commands, stopping
+from qkilld.ctl import commands, planning, stopping
 from qkilld.ctl.output import Output
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
 from qkilld.ctl.stopping import INTERRUPTED, How, Order
@@ -80,6 +80,8 @@ _SPANS: Final = (
     ("max", "SIGKILL after so long in any case"),
     ("reap", "time to go after SIGKILL"),
 )
+_JOB_SPANS: Final = _SPANS[:-1]
+"""Those that a job can have of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,6 +142,8 @@ async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: 
                 assert target is not None
                 return await trace.trace(session, target)
             case "terminate":
+                if arguments.dry_run:
+                    return await planning.plan(session, orders, _how(arguments))
                 return await stopping.terminate(session, orders, _how(arguments))
             case _:
                 return await stopping.cancel(session, orders)
@@ -154,8 +158,9 @@ def _how(arguments: argparse.Namespace) -> How:
     if arguments.no_wait:
         flags |= Flag.NOWAIT
     options: dict[str, int | str] = {}
-    if arguments.grace is not None:
-        options["grace-usec"] = arguments.grace
+    for name, _ in _JOB_SPANS:
+        if (span := getattr(arguments, name.replace("-", "_"))) is not None:
+            options[f"{name}-usec"] = span
     if arguments.reason is not None:
         options["reason"] = arguments.reason
     return How(flags, arguments.wait, options)
@@ -267,11 +272,10 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
         help="send one signal and watch nothing: SIGTERM, or with --force SIGKILL at once",
     )
     command.add_argument(
-        "--grace",
-        type=_span,
-        metavar="SPAN",
-        help="least time between SIGTERM and SIGKILL, such as 90s, 2min or infinity",
+        "--dry-run", action="store_true", help="tell what would be done, and send nothing"
     )
+    for name, text in _JOB_SPANS:
+        command.add_argument(f"--{name}", type=_span, metavar="SPAN", help=text)
     command.add_argument(
         "--reason",
         type=_reason,

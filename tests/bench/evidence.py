@@ -57,7 +57,7 @@ def _sample_cost(rounds: int) -> Figure:
             median = statistics.median(in_a_row)
             figure.targets.append(at_most(f"median in a row, {label}", median, limit, "µs"))
     figure.notes += [
-        "In a row: as with many jobs, which share one look at the host's sockets, disks and memory.",
+        "In a row: as with many jobs, which share a look at the host's sockets, disks and memory.",
         "Alone: with a look of its own, and whatever the processor has forgotten meanwhile.",
         "The first finds out which files, disks and sockets there are; so does one every 30 s.",
     ]

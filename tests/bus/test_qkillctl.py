@@ -593,3 +593,22 @@ def test_terminals(
         assert process.wait(30) == 3
     assert ("\x1b[?25l" in screen.text) is styled
     assert (re.search(r"\x1b\[(\d+;)*3\dm", screen.text) is not None) is coloured
+
+
+def test_dry_run(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web")
+    forced = ["terminate", "--dry-run", "--force", "--stall", "20s", "web"]
+    text = ctl(daemon.bus, *forced).stdout
+    assert text.splitlines() == [
+        f"web (pid {guest.pid})",
+        "  SIGTERM at once (terminate)",
+        "  SIGKILL after 20s at the soonest (kill)",
+        "  gives up: after 25s at the soonest",
+    ]
+    (document,) = ctl_json(daemon.bus, *forced)
+    assert document["pid"] == guest.pid
+    assert document["rungs"][1] == ["kill", "SIGKILL", 20_000_000]
+    assert "without FORCE" in ctl(daemon.bus, "terminate", "--dry-run", "web").stdout
+    ctl(daemon.bus, "terminate", "--dry-run", "web", "nobody", code=7)
+    assert guest.alive
+    assert ctl_json(daemon.bus, "jobs") == []
