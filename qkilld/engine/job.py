@@ -13,7 +13,7 @@ from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
-from qkilld.judgement.ladder import Action, Standing, decide, lengthened, policy_for
+from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthened, policy_for
 from qkilld.judgement.verdict import Assessment, assess, is_dead
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.evidence import Sample
@@ -263,20 +263,14 @@ class Job:
             self._kill_at = now
             self.deadline = INFINITY
             self.phase = Phase.KILL
-            self.data_at_risk = self._at_risk(now)
+            by_evidence = self.standing.by_evidence
+            self.data_at_risk = by_evidence and at_risk(self.assessment, self._policy, now)
         elif number == SIGCONT:
             self._continued_at = now
         else:
             self._term_at = now
         self.rungs.append(Rung(self.phase, number, now))
         self._record(Sent(now, self.phase, number.name))
-
-    def _at_risk(self, now: int) -> bool:
-        evidence = self.assessment
-        if evidence is None or not self.standing.by_evidence:
-            return False
-        moved = evidence.progress_at is not None and now - evidence.progress_at < self._policy.stall
-        return moved or evidence.outstanding is not False
 
     def _look(self) -> None:
         """Ask for a sample; what comes of it, or that none comes, leads to `_advance`."""

@@ -154,6 +154,14 @@ def kill_due(standing: Standing) -> int:
     return min(due, _add(standing.term_at, policy.max))
 
 
+def at_risk(evidence: Assessment | None, policy: Policy, now: int) -> bool:
+    """Whether a SIGKILL at `now` meets I/O that is outstanding or moving, or cannot be seen."""
+    if evidence is None:
+        return True
+    moved = evidence.progress_at is not None and now - evidence.progress_at < policy.stall
+    return moved or evidence.outstanding is not False
+
+
 def next_look(standing: Standing, began: int) -> int:
     """When to take the next sample: closely at first, once a second then, rarely for many jobs.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from qkilld.judgement.ladder import Action, Decision, Standing, decide, policy_for
+from qkilld.judgement.ladder import Action, Decision, Standing, at_risk, decide, policy_for
 from qkilld.judgement.verdict import Assessment, assess
 from qkilld.model.evidence import Sample
 from qkilld.model.policy import Policy
@@ -126,7 +126,7 @@ def replay(trace: Trace, terms: Terms | None = None) -> Replay:
         steps=tuple(walk.steps),
         result=result,
         at=at,
-        data_at_risk=killed and _at_risk(evidence, walk.standing.policy, at),
+        data_at_risk=killed and at_risk(evidence, walk.standing.policy, at),
         written_later=_written_later(trace, evidence, recorded.until) if killed else None,
     )
 
@@ -200,13 +200,6 @@ def _seen_again(standing: Standing, now: int) -> Standing:
     if evidence is None:
         return replace(standing, assessment=assess(None, Sample(now, "?")))
     return replace(standing, assessment=replace(evidence, last=replace(evidence.last, at=now)))
-
-
-def _at_risk(evidence: Assessment | None, policy: Policy, now: int) -> bool:
-    if evidence is None:
-        return True
-    moved = evidence.progress_at is not None and now - evidence.progress_at < policy.stall
-    return moved or evidence.outstanding is not False
 
 
 def _written_later(trace: Trace, evidence: Assessment | None, until: int) -> int | None:

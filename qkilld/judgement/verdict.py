@@ -37,6 +37,8 @@ class Assessment:
 
     first: Sample
     last: Sample
+    seen: Sample
+    """The newest that told anything: what comes next is compared with it."""
     verdict: Verdict
     reasons: tuple[str, ...]
     """In words, the strongest first."""
@@ -60,7 +62,7 @@ class Assessment:
 def assess(before: Assessment | None, sample: Sample) -> Assessment:
     """What is known after one more sample; None stands for "nothing yet"."""
     waits = waiting(sample)
-    moves = moving(before.last, sample, bool(waits)) if before else []
+    moves = moving(before.seen, sample, bool(waits)) if before else []
     outstanding = bool(waits) or (None if blind_to(sample) else False)
     progress_at = sample.at if moves else before.progress_at if before else None
     outstanding_at = (
@@ -74,6 +76,7 @@ def assess(before: Assessment | None, sample: Sample) -> Assessment:
     return Assessment(
         first=before.first if before else sample,
         last=sample,
+        seen=before.seen if before and _tells_nothing(sample) else sample,
         verdict=verdict,
         reasons=tuple(reasons),
         progress_at=progress_at,
@@ -248,6 +251,11 @@ def blind_to(sample: Sample) -> list[str]:
         )
         if value is None
     ]
+
+
+def _tells_nothing(sample: Sample) -> bool:
+    """Of a look that did not come back, or that nobody was allowed."""
+    return sample.io is None and sample.threads is None and sample.sockets is None
 
 
 def _waits_for_storage(thread: Thread) -> bool:

@@ -138,6 +138,13 @@ def test_a_dead_process_that_its_debugger_does_not_collect_is_gone(world: World)
     assert (job.result, job.verdict) == (Result.KILLED, Verdict.ZOMBIE)
 
 
+def test_sigkill_at_once_without_a_look_puts_data_at_risk(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process)
+    world.stop(FakeProcess(), FORCE | NOWAIT)
+    assert (process.sent, job.data_at_risk) == ([SIGTERM, SIGKILL], True)
+
+
 def test_fixed_and_nowait_do_not_look(world: World) -> None:
     world.sampler.shows = flushing
     fixed, nowait = FakeProcess(), FakeProcess()

@@ -138,6 +138,7 @@ def seen(
     return Assessment(
         first=sample,
         last=sample,
+        seen=sample,
         verdict=Verdict.UNKNOWN,
         reasons=(),
         progress_at=point(progress),

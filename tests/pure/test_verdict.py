@@ -172,6 +172,16 @@ def test_when_something_was_outstanding_last() -> None:
     assert (now.outstanding, now.outstanding_at) == (None, 3 * S)
 
 
+def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
+    """On a host that is so slow that every other look comes too late."""
+    now = assess(None, replace(IDLE, threads=(FDATASYNC,)))
+    for second in range(1, 20):
+        now = assess(now, Sample(second * S - 1, "?"))
+        io = replace(NO_IO, write_bytes=5_000_000 + second)
+        now = assess(now, replace(IDLE, at=second * S, threads=(FDATASYNC,), io=io))
+        assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, second * S)
+
+
 def test_bytes_and_rate() -> None:
     first = assess(None, replace(IDLE, cgroup=OWN))
     later = replace(OWN, written=4_007_000, dirty=500_000, writeback=0)
