@@ -265,6 +265,8 @@ def boot() -> Iterator[Container]:
             raise needs.Missing(
                 f"systemd does not boot in a container here: {error}:\n{said}"
             ) from None
+        # Its systemd goes on sending its status, and would stand still on a socket nobody reads.
+        notify.close()
         yield Container(name, leader, console)
 
 
