@@ -212,7 +212,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure all of it again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
     parser.add_argument(
-        "--traces", type=Path, metavar="DIR", help="have qkilld record its samples there"
+        "--traces", type=Path, metavar="DIR", help="have qkilld record its samples in DIR/ROW"
     )
     return parser.parse_args()
 

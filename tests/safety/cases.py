@@ -119,8 +119,8 @@ ONE_TABLE: Final = f"{_records(90, 3, 2 * MIB)} lab.at={256 * MIB}"
 """With clusters of 64 KiB one L2 table has all of it, which is made with the first record: no later
 write of the guest's has QEMU flush."""
 GAPS: Final = "3600"
-"""nbdkit lets 4 KiB pass after 25 s at that rate: it waits in ever shorter turns for what its bucket,
-which holds what comes in 2 s, does not hold."""
+"""At that rate nbdkit lets 4 KiB pass after 25 s: it waits in ever shorter turns for what its
+bucket, which holds what comes in 2 s, does not hold."""
 TWO_TABLES: Final = _records(80, 40)
 """Two L2 tables and a refcount block, a request of 4 KiB each."""
 

@@ -1,7 +1,7 @@
 """A program, run as `python -m tests.safety.cell ROW COLUMN [TRACES]`: one cell of the matrix.
 
-Prints one line of JSON, {"cell": ...} or {"missing": TEXT}. TRACES is a directory for traces of
-qkilld's.
+Prints one line of JSON, {"cell": ...} or {"missing": TEXT}. Traces of
+qkilld's go to TRACES/ROW.
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ def main() -> int:
         signal.signal(number, _interrupt)
     try:
         run_directory()
-        cell = measure(CASES[row], COLUMNS[column], Path(traces[0]) if traces else None)
+        directory = Path(traces[0]) / row if traces else None
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        cell = measure(CASES[row], COLUMNS[column], directory)
         print(json.dumps({"cell": dataclasses.asdict(cell)}), flush=True)
     except needs.Missing as missing:
         print(json.dumps({"missing": str(missing)}), flush=True)
