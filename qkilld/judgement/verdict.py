@@ -190,9 +190,17 @@ def _disk_moves(before: Sample, now: Sample) -> list[str]:
     # Others' traffic says something of this process only while it waits for that disk itself.
     waits = any(_waits_for_storage(thread) for thread in now.threads or ())
     old_devices = {device.number: device for device in before.devices or ()}
+    # A layer below works for it only while the one that its image lies on has handed something
+    # down; else that is a neighbour. What a throttle holds back shows in none: then the top moves.
+    handed_down = any(
+        device.depth == 0 and device.writable and device.in_flight
+        for device in (*(before.devices or ()), *(now.devices or ()))
+    )
     for device in now.devices or ():
         old_device = old_devices.get(device.number)
         if not (old_device and device.writable and (waits or device.own)):
+            continue
+        if device.depth and not handed_down:
             continue
         if (done := device.writes - old_device.writes) > 0:
             return [f"the disk {device.name} completed {done} writes"]
@@ -217,9 +225,10 @@ def waiting(sample: Sample) -> list[str]:
     for socket in sample.sockets or ():
         if socket.client and (queued := socket.send_queue + (socket.unacked or 0)):
             found.append(f"{queued} bytes or segments wait on a {socket.family} connection")
-    busy = [d.name for d in sample.devices or () if d.writable and d.in_flight]
-    if sample.direct and busy:
-        found.append(f"requests are in flight on {', '.join(busy)}, which it writes to directly")
+    if sample.direct:
+        # The kernel tells nobody how many; and those that a throttled control group holds back are
+        # not even in flight on the disk.
+        found.append("it has asynchronous requests to a disk, or may have them")
     if not found and any(socket.client for socket in sample.sockets or ()):
         # A request whose answer is awaited may leave no trace in any queue.
         found.append("a connection to a server is open, which may owe it an answer")

@@ -35,6 +35,8 @@ UNIX = Socket(11, "unix", client=True, send_queue=0, receive_queue=0)
 TCP = Socket(12, "tcp", True, 0, 0, unacked=0, acked=1_000, received=500)
 QMP = Socket(13, "unix", client=False, send_queue=0, receive_queue=0)
 OWN = Cgroup(True, 1_000_000, 50_000, 7_000, 70, False)
+TOP = Device("7:0", "loop0", 10, 0, 0, 0, depth=0)
+BELOW = Device("8:0", "sda", 100, 0, 0, 3, depth=1)
 BUSY_DISK = (Device("8:0", "sda", 1_900, 99_000, 900, 4),)
 
 
@@ -112,12 +114,29 @@ MORE = {
         ({"sockets": (TCP,)}, {"sockets": (replace(TCP, acked=2_000),)}, Verdict.FLUSHING),
         ({"sockets": (TCP,)}, {"sockets": (replace(TCP, received=600),)}, Verdict.FLUSHING),
         ({"sockets": (replace(TCP, unacked=3),)}, {}, Verdict.STORAGE_WAIT),
+        # Layers: those below work for it while the one on top has handed something down
+        (
+            {"threads": (FDATASYNC,), "devices": (TOP, BELOW)},
+            {"devices": (TOP, replace(BELOW, writes=200))},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"threads": (FDATASYNC,), "devices": (replace(TOP, in_flight=1), BELOW)},
+            {"devices": (replace(TOP, in_flight=1), replace(BELOW, writes=200))},
+            Verdict.FLUSHING,
+        ),
+        (
+            {"threads": (FDATASYNC,), "devices": (TOP, BELOW)},
+            {"devices": (replace(TOP, writes=11), BELOW)},
+            Verdict.FLUSHING,
+        ),
         # Asynchronous I/O
         ({"rings": 3}, {}, Verdict.STORAGE_WAIT),
         ({"rings": 3}, {"switches": 101}, Verdict.FLUSHING),
-        ({"direct": True}, {}, Verdict.IDLE),
-        ({"direct": True, "devices": BUSY_DISK}, {}, Verdict.STORAGE_WAIT),
-        ({"direct": True, "devices": BUSY_DISK}, {"switches": 101}, Verdict.FLUSHING),
+        # of AIO nothing shows but that there may be some
+        ({"direct": True}, {}, Verdict.STORAGE_WAIT),
+        ({"direct": True}, {"switches": 101}, Verdict.FLUSHING),
+        ({"direct": True}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
         # Held
         ({"state": "T"}, MORE["wrote"], Verdict.STOPPED),
         ({"state": "t", "tracer": 9}, {}, Verdict.STOPPED),
