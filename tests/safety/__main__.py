@@ -70,7 +70,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(_as_json(found), indent=2) + "\n")
     cells = {key: one.cell for key, one in found.items() if one.cell}
     print(table.table(rows, columns, cells))
-    print(f"\n{len(found)} cells in {time.monotonic() - began:.0f} s")
+    print(f"\n{len(found)} cells, those not measured before in {time.monotonic() - began:.0f} s")
     for (row, column), one in found.items():
         if one.cell is None:
             print(f"{row}, {column}: not measured: {one.missing or one.failed}")

@@ -326,7 +326,8 @@ def _frozen_cgroup(version: int) -> Make:
 
             def recover() -> None:
                 for thaw in thawed:
-                    thaw()
+                    with contextlib.suppress(FileNotFoundError):  # gone with the guest
+                        thaw()
 
             scene.strike, scene.recover = strike, recover
             yield scene

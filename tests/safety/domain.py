@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -80,10 +81,14 @@ def _stop(name: str, pid: int) -> None:
     options = json.loads(sys.stdin.readline())
     virsh = needs.program("virsh", peer.PACKAGES)
     began = time.monotonic()
-    done = run([virsh, f"--connect={peer.URI}", "destroy", *options, name], timeout=_TIMEOUT_S)
+    try:
+        done = run([virsh, f"--connect={peer.URI}", "destroy", *options, name], timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        said = "virsh does not return"
+    else:
+        said = f"virsh exits with {done.returncode}: {done.stderr}" if done.returncode else ""
     seconds = time.monotonic() - began
-    ended.wait(0.5 if done.returncode else 5)
-    said = f"virsh exits with {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    ended.wait(0.5 if said else 5)
     _say(seconds=seconds, said=said, status=status[0] if status else None)
     sys.stdin.read()
 
