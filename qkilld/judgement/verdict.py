@@ -23,6 +23,9 @@ NOISE: Final = 512
 """Bytes through read(2) and write(2) below which two samples are alike: the eventfds of an event
 loop move 8 to 16 bytes a second."""
 
+CACHE_NOISE: Final = 16 * 1024
+"""Bytes by which a page cache may fall without telling anything: a page of some log, written."""
+
 _STORAGE_WCHAN: Final = (
     *("folio", "page", "bio", "blk", "io_sched", "rq_qos", "wbt", "throttle", "balance_dirty"),
     *("jbd2", "ext4", "xfs", "btrfs", "nfs", "rpc", "fuse", "ceph", "cifs", "sync", "writeback"),
@@ -149,10 +152,21 @@ def moving(before: Sample, now: Sample, waits: bool) -> list[str]:
     found += _socket_moves(before, now)
     found += _disk_moves(before, now)
     woken = _difference(before.switches, now.switches)
-    if woken and waits and not found:
+    if woken and waits and not found and not _all_on_disks(now):
         # Completions wake its threads. By itself that could be any timer of its own.
         found.append(f"its threads were woken {woken} times")
     return found
+
+
+def _all_on_disks(sample: Sample) -> bool:
+    """What it waits for are calls on disks whose counters are known, and nothing else: those would
+    have moved, and a thread that was woken then is another one."""
+    return (
+        any(_waits_for_storage(thread) for thread in sample.threads or ())
+        and any(device.depth == 0 and device.writable for device in sample.devices or ())
+        and not (sample.mounts or sample.rings or sample.direct)
+        and not any(socket.client for socket in sample.sockets or ())
+    )
 
 
 def _socket_moves(before: Sample, now: Sample) -> list[str]:
@@ -183,7 +197,7 @@ def _disk_moves(before: Sample, now: Sample) -> list[str]:
         left, old = _sum(own.dirty, own.writeback), _sum(was.dirty, was.writeback)
         if written:
             return [f"its control group wrote {written} bytes to disk"]
-        if left is not None and old is not None and left < old:
+        if left is not None and old is not None and old - left >= CACHE_NOISE:
             return [f"its control group's page cache fell by {old - left} bytes"]
         if written is not None:
             return []

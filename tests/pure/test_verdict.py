@@ -34,7 +34,8 @@ FDATASYNC = Thread(7, "worker", "D", 75, True, "folio_wait_bit")
 UNIX = Socket(11, "unix", client=True, send_queue=0, receive_queue=0)
 TCP = Socket(12, "tcp", True, 0, 0, unacked=0, acked=1_000, received=500)
 QMP = Socket(13, "unix", client=False, send_queue=0, receive_queue=0)
-OWN = Cgroup(True, 1_000_000, 50_000, 7_000, 70, False)
+OWN_DIRTY = 1_000_000
+OWN = Cgroup(True, OWN_DIRTY, 50_000, 7_000, 70, False)
 TOP = Device("7:0", "loop0", 10, 0, 0, 0, depth=0)
 BELOW = Device("8:0", "sda", 100, 0, 0, 3, depth=1)
 BUSY_DISK = (Device("8:0", "sda", 1_900, 99_000, 900, 4),)
@@ -114,6 +115,18 @@ MORE = {
         ({"sockets": (TCP,)}, {"sockets": (replace(TCP, acked=2_000),)}, Verdict.FLUSHING),
         ({"sockets": (TCP,)}, {"sockets": (replace(TCP, received=600),)}, Verdict.FLUSHING),
         ({"sockets": (replace(TCP, unacked=3),)}, {}, Verdict.STORAGE_WAIT),
+        # A page of some log, and some thread of its pool, are no progress of a disk that stands
+        (
+            {"threads": (FDATASYNC,), "cgroup": replace(OWN, written=None)},
+            {"cgroup": replace(OWN, written=None, dirty=OWN_DIRTY - 4096), "switches": 101},
+            Verdict.STORAGE_WAIT,
+        ),
+        ({"threads": (FDATASYNC,), "devices": ()}, {"switches": 101}, Verdict.FLUSHING),
+        (
+            {"threads": (FDATASYNC,), "mounts": (Mount("fuse", None, None),)},
+            {"switches": 101},
+            Verdict.FLUSHING,
+        ),
         # Layers: those below work for it while the one on top has handed something down
         (
             {"threads": (FDATASYNC,), "devices": (TOP, BELOW)},
