@@ -56,11 +56,17 @@ def _play(stack: contextlib.ExitStack) -> None:
     _busctl(bus, "call org.qkilld1 /org/qkilld1/job/1 org.qkilld1.Job Wait")
     print(f"   QEMU's own exit code: {web.wait_gone()}")
 
-    _say("4. A guest that cannot take its SIGTERM (it is stopped), with force: SIGKILL after 10 s.")
-    stuck = stack.enter_context(lab_guest.start_qemu(name="stuck", uuid=_uuid(2)))
-    stuck.signal(signal.SIGSTOP)
-    _qkillctl(bus, "terminate --force --wait stuck")
-    print(f"   QEMU was ended by signal {-(stuck.wait_gone() or 0)}")
+    _say("4. One that cannot take its SIGTERM, for it is stopped: the evidence says what to do.")
+    stopped = stack.enter_context(lab_guest.start_qemu(name="stopped", uuid=_uuid(2)))
+    stopped.signal(signal.SIGSTOP)
+    _qkillctl(bus, "terminate --force --wait stopped")
+    print(f"   QEMU's own exit code: {stopped.wait_gone()}")
+
+    _say("   Another one by the clock of 2012, which does not look: SIGKILL after 10 s.")
+    other = stack.enter_context(lab_guest.start_qemu(name="other", uuid=_uuid(3)))
+    other.signal(signal.SIGSTOP)
+    _qkillctl(bus, "terminate --force --fixed --wait other")
+    print(f"   QEMU was ended by signal {-(other.wait_gone() or 0)}")
 
     _say("5. What is no QEMU is not touched, whoever asks.")
     with _sleeper() as pid:
