@@ -261,7 +261,7 @@ class Job:
         now = self._clock.now()
         if number == SIGKILL:
             self._kill_at = now
-            self.deadline = INFINITY
+            self.deadline = min(now + self._policy.reap, INFINITY)
             self.phase = Phase.KILL
             by_evidence = self.standing.by_evidence
             self.data_at_risk = by_evidence and at_risk(self.assessment, self._policy, now)
