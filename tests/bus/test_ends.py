@@ -119,9 +119,15 @@ def test_a_stale_start_time(client: Client, fake_qemu: Make) -> None:
     assert client.wait(client.terminate(guest.pid, start_time=("t", guest.start_time)))
 
 
-def recycled(pid: int, make: Callable[[], Guest]) -> Guest:
-    """A new process with that id, which must be free: the kernel is told to count on from there."""
+def recycled(first: Guest, make: Callable[[], Guest]) -> Guest:
+    """Ends it and gives a new process its id: the kernel is told to count on from there."""
     last = Path("/proc/sys/kernel/ns_last_pid")
+    pid, started = first.pid, first.start_time
+    first.close()
+    # In the same clock tick the two could not be told apart by their start times, by nobody.
+    tick = os.sysconf("SC_CLK_TCK")
+    while int(time.clock_gettime(time.CLOCK_BOOTTIME) * tick) <= started:
+        time.sleep(1 / tick)
     for _ in range(200):
         last.write_text(str(pid - 1))
         guest = make()
@@ -137,8 +143,7 @@ def test_a_recycled_id_is_not_the_process_that_was_meant(
     needs.root("to have the kernel give out a certain process id")
     first = fake_qemu()
     pid, start_time = first.pid, first.start_time
-    first.close()
-    second = recycled(pid, fake_qemu)
+    second = recycled(first, fake_qemu)
     with pytest.raises(CallError) as caught:
         client.terminate(pid, FORCE, start_time=("t", start_time))
     assert caught.value.name == "org.qkilld1.Error.ProcessChanged"
@@ -153,8 +158,7 @@ def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qe
     deadline = client.properties(job, "org.qkilld1.Job")["DeadlineUSec"]
     signal.pidfd_send_signal(daemon.pidfd, signal.SIGSTOP)
     pid = first.pid
-    first.close()
-    second = recycled(pid, lambda: fake_qemu(stubborn=True))
+    second = recycled(first, lambda: fake_qemu(stubborn=True))
     while (left := deadline - time.monotonic_ns() // 1000) > 0:
         assert not wait_gone(second.pidfd, left / 1e6)
     signal.pidfd_send_signal(daemon.pidfd, signal.SIGCONT)
