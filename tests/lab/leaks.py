@@ -10,10 +10,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import psutil
 
 from tests.lab import process
+
+ENDING_S: Final = 1.0
+"""A thread that does no more than end is given so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +101,8 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 
 
 def _thread_names(idents: frozenset[int]) -> list[str]:
-    return [thread.name for thread in threading.enumerate() if (thread.ident or 0) in idents]
+    """Of those that go on: one that has done its work may yet be on its way out."""
+    found = [thread for thread in threading.enumerate() if (thread.ident or 0) in idents]
+    for thread in found:
+        thread.join(ENDING_S)
+    return [thread.name for thread in found if thread.is_alive()]
