@@ -6,9 +6,11 @@ own parser, for every complaint names its line and no library of Python's keeps 
 
 from __future__ import annotations
 
-import difflib
+import errno
 import os
+import re
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -17,10 +19,17 @@ from typing import Final
 from qkilld.model import timespan
 from qkilld.model.errors import ConfigError
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Config, Policy
+from qkilld.model.text import printable
 
 DIRECTORIES: Final = ("etc/qkilld", "run/qkilld", "usr/local/lib/qkilld", "usr/lib/qkilld")
 """Highest precedence first."""
 MAX_BYTES: Final = 1 << 20
+
+_BLANKS: Final = " \t\n\r"
+_MASK: Final = Path("/dev/null")
+_MAX_LINKS: Final = 40
+"""As many as Linux follows on the way to one file."""
+_WILDCARD: Final = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
 
 _POLICY_KEYS: Final = {
     "GraceSec": "grace",
@@ -55,7 +64,8 @@ class _Settings:
     wrong: list[str] = field(default_factory=list)
 
     def complain(self, place: _Place, text: str) -> None:
-        self.wrong.append(f"{place}: {text}")
+        # Names of files and what stands in them may hold anything; a complaint stays one line.
+        self.wrong.append(f"{printable(str(place), 4096)}: {printable(text, 512)}")
 
 
 def load(root: Path = Path("/")) -> Config:
@@ -76,29 +86,35 @@ def _files(root: Path, settings: _Settings) -> Iterator[Path]:
     """The main file of the highest directory that has one, then the drop-ins by file name."""
     directories = [root / name for name in DIRECTORIES]
     for directory in directories:
-        if os.path.lexists(directory / "qkilld.conf"):
-            yield directory / "qkilld.conf"
+        try:
+            (_real(directory, root) / "qkilld.conf").lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            settings.complain(_Place(directory / "qkilld.conf"), _reason(error))
             break
+        yield directory / "qkilld.conf"
+        break
     drop_ins: dict[str, Path] = {}
     for directory in directories:
         try:
-            found = sorted((directory / "qkilld.conf.d").iterdir())
+            found = [path.name for path in _real(directory / "qkilld.conf.d", root).iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             settings.complain(_Place(directory / "qkilld.conf.d"), _reason(error))
             continue
-        for path in found:
-            if path.name.endswith(".conf") and not path.name.startswith("."):
+        for name in found:
+            if name.endswith(".conf") and not name.startswith("."):
                 # Of equal names the highest directory's counts, be it only to mask the others.
-                drop_ins.setdefault(path.name, path)
-    for name in sorted(drop_ins):
+                drop_ins.setdefault(name, directory / "qkilld.conf.d" / name)
+    for name in sorted(drop_ins, key=os.fsencode):
         yield drop_ins[name]
 
 
 def _read(path: Path, root: Path, settings: _Settings) -> None:
     try:
-        text = _text(path, root)
+        raw = _content(path, root)
     except OSError as error:
         settings.complain(_Place(path), _reason(error))
         return
@@ -106,25 +122,57 @@ def _read(path: Path, root: Path, settings: _Settings) -> None:
         settings.complain(_Place(path), str(error))
         return
     section = ""
-    for number, line in _logical_lines(text):
-        place = _Place(path, number)
+    for place, line, sound in _logical_lines(raw, path, settings):
         if line.startswith("["):
-            section = _section(line, place, settings)
+            section = _section(line, place, settings) if sound else "X-"
+        elif not sound:
+            continue
         elif "=" not in line:
             settings.complain(place, f'"{line[:80]}" is not Key=Value, nor a [Section]')
         else:
             key, _, value = line.partition("=")
-            _assign(section, key.rstrip(), value.strip(), place, settings)
+            _assign(section, key.rstrip(_BLANKS), value.strip(_BLANKS), place, settings)
 
 
-def _text(path: Path, root: Path) -> str:
+def _real(path: Path, root: Path) -> Path:
+    """Where `path` leads, with `root` taken for / by every link on the way; _MASK for /dev/null.
+
+    Raises OSError, FileNotFoundError also where a link leads nowhere.
+    """
+    ahead = list(reversed(path.relative_to(root).parts))
+    behind: list[str] = []
+    links = 0
+    while ahead:
+        part = ahead.pop()
+        if part == "..":
+            del behind[-1:]
+            continue
+        behind.append(part)
+        if [*behind, *reversed(ahead)] == ["dev", "null"]:
+            return _MASK  # which a tree that is not booted need not have
+        try:
+            target = root.joinpath(*behind).readlink()
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which says that it is no link
+                raise
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        behind.pop()
+        if target.is_absolute():
+            behind.clear()
+        ahead.extend(reversed(target.parts[target.is_absolute() :]))
+    return root.joinpath(*behind)
+
+
+def _content(path: Path, root: Path) -> bytes:
     """Raises OSError, and ValueError with a text for what is no configuration at all."""
-    if path.is_symlink() and str(path.readlink()) == "/dev/null":
-        return ""
-    if path.is_symlink() and root != Path("/") and path.readlink().is_absolute():
-        path = root / path.readlink().relative_to("/")
+    real = _real(path, root)
+    if real == _MASK:
+        return b""
     # Not to wait for a writer where the file is a FIFO.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("is not a regular file")
@@ -134,31 +182,46 @@ def _text(path: Path, root: Path) -> str:
         os.close(descriptor)
     if len(raw) > MAX_BYTES:
         raise ValueError("is larger than 1 MiB")
-    if b"\0" in raw:
-        raise ValueError("has a NUL byte")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"line {line} is not UTF-8") from None
+    return raw
 
 
-def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number of its first line, line), comments and blanks left out, continuations joined."""
-    start, joined = 0, ""
-    for number, line in enumerate(text.split("\n"), 1):
-        bare = line.strip()
+def _logical_lines(
+    raw: bytes, path: Path, settings: _Settings
+) -> Iterator[tuple[_Place, str, bool]]:
+    """(place of its first line, line, whether it is text), continuations joined.
+
+    Comments and blanks are left out. Complains of every line that is no text.
+    Source: systemd, src/shared/conf-parser.c, config_parse().
+    """
+    start, joined, sound = 0, "", True
+    for number, line in enumerate(raw.removeprefix(BOM_UTF8).splitlines(), 1):
+        bare = line.decode(errors="replace").lstrip(_BLANKS)
+        if fault := _fault(line):
+            settings.complain(_Place(path, number), fault)
         # A comment within a continued line is left out, and the line goes on after it.
-        if bare.startswith(("#", ";")) or (not bare and not start):
+        if bare.startswith(("#", ";")):
             continue
-        start = start or number
-        if bare.endswith("\\"):
+        start, sound = start or number, sound and not fault
+        # A backslash that another one escapes, or that blanks follow, continues nothing.
+        if (len(bare) - len(bare.rstrip("\\"))) % 2:
             joined += bare[:-1] + " "
             continue
-        yield start, (joined + bare).strip()
-        start, joined = 0, ""
-    if joined.strip():
-        yield start, joined.strip()
+        if text := (joined + bare).strip(_BLANKS):
+            yield _Place(path, start), text, sound
+        start, joined, sound = 0, "", True
+    if text := joined.strip(_BLANKS):
+        yield _Place(path, start), text, sound
+
+
+def _fault(line: bytes) -> str:
+    """What makes the line no text, or ""."""
+    if b"\0" in line:
+        return "has a NUL byte; write UTF-8 text"
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 from byte {error.start + 1} of the line on; write UTF-8 text"
+    return ""
 
 
 def _section(line: str, place: _Place, settings: _Settings) -> str:
@@ -189,7 +252,9 @@ def _assign(section: str, key: str, value: str, place: _Place, settings: _Settin
         return
     known = ("Executables",) if section == "Target" else tuple(_POLICY_KEYS)
     if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
+        import difflib  # here, for a start without complaints needs none of it
+
+        near = difflib.get_close_matches(key[:80], known, 1)
         hint = f"did you mean {near[0]}=?" if near else f"known are {'= '.join(known)}="
         settings.complain(place, f"unknown key {key}= in [{section}]; {hint}")
         return
@@ -217,7 +282,9 @@ def _assign_executables(value: str, place: _Place, settings: _Settings) -> None:
         last = PurePosixPath(glob).name
         if not glob.startswith("/"):
             settings.complain(place, f"Executables={glob} is not an absolute path")
-        elif not last.strip("*?"):
+        elif glob.startswith("//"):
+            settings.complain(place, f'Executables={glob} begins with "//", which never matches')
+        elif not _WILDCARD.sub("", last):
             settings.complain(
                 place, f"Executables={glob} matches any program; name the file, as in qemu-system-*"
             )

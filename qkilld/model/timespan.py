@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from qkilld.model.text import printable
 from qkilld.model.words import INFINITY
 
 _US: Final = {
@@ -35,40 +36,52 @@ _BY_SPELLING: Final = {
     spelling: _US[unit] for unit, spellings in _SPELLINGS.items() for spelling in spellings
 }
 _UNIT: Final = "|".join(sorted(_BY_SPELLING, key=len, reverse=True))
-_PART: Final = re.compile(
-    rf"(?P<whole>\+?[0-9]+)?(?:\.(?P<fraction>[0-9]+))?(?P<space>[ \t\r\n]*)(?P<unit>{_UNIT})?"
-)
 _BLANKS: Final = " \t\r\n"
+_PART: Final = re.compile(
+    rf"(?P<whole>\+?[0-9]+)?(?:\.(?P<fraction>[0-9]+))?"
+    rf"(?P<space>[{_BLANKS}]*)(?:(?P<unit>{_UNIT})[{_BLANKS}]*)?"
+)
+_LONG_MAX: Final = 2**63 - 1
+"""systemd reads the number before the unit with strtoll(3)."""
+_SHOWN: Final = 80
+"""Characters of a wrong text that are told again."""
 
 
 def parse(text: str) -> int:
     """The span in µs: `10`, `1.5s`, `2h 30min`, `infinity`. A number without a unit is seconds.
 
-    Raises ValueError, whose text says what was expected.
+    Raises ValueError, whose text is fit to be shown and says what was expected.
     """
-    rest = text.strip(_BLANKS)
-    if rest == "infinity":
+    bare = text.strip(_BLANKS)
+    if bare == "infinity":
         return INFINITY
     total = 0
-    if not rest:
+    if not bare:
         raise _wrong(text)
-    while rest:
-        part = _PART.match(rest)
+    position = 0
+    while position < len(bare):
+        part = _PART.match(bare, position)
         assert part is not None  # every piece of the pattern may be empty
         whole, fraction, unit = part["whole"], part["fraction"], part["unit"]
-        after = rest[part.end() :]
+        position = part.end()
         if whole is None and fraction is None:
             raise _wrong(text)
-        if unit is None and not part["space"] and after:
+        if unit is None and not part["space"] and position < len(bare):
             raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`
         size = _BY_SPELLING[unit] if unit else _US["s"]
-        total += int(whole or 0) * size
+        digits = (whole or "").lstrip("+0") or "0"
+        # int() refuses very long numbers with a text of its own.
+        if len(digits) > len(str(_LONG_MAX)):
+            raise _too_long(text)
+        number = int(digits)
+        if number > _LONG_MAX or number >= INFINITY // size:
+            raise _too_long(text)
+        total += number * size
         # Below 1 µs it is cut, digit by digit as systemd does.
         for place, digit in enumerate((fraction or "")[:20], 1):
             total += int(digit) * (size // 10**place)
         if total >= INFINITY:
-            raise ValueError(f'"{text}" is too long a time span')
-        rest = after.lstrip(_BLANKS)
+            raise _too_long(text)
     return total
 
 
@@ -95,4 +108,12 @@ def format_usec(usec: int) -> str:
 
 
 def _wrong(text: str) -> ValueError:
-    return ValueError(f'"{text}" is not a time span; write 10, 1.5s, "2min 30s" or infinity')
+    return ValueError(
+        f'"{printable(text, _SHOWN)}" is not a time span; write 10, 1.5s, "2min 30s" or infinity'
+    )
+
+
+def _too_long(text: str) -> ValueError:
+    return ValueError(
+        f'"{printable(text, _SHOWN)}" is too long a time span; write infinity for no limit'
+    )

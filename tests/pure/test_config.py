@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.adapters.config import load
+from qkilld.adapters.config import _real, load
 from qkilld.model.errors import ConfigError
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Config, Policy
 from qkilld.model.words import INFINITY
+from tests.lab import needs
+from tests.lab.process import run
 
 S = 1_000_000
 ETC, RUN = "etc/qkilld/qkilld.conf", "run/qkilld/qkilld.conf"
@@ -85,11 +87,64 @@ def test_a_drop_in_can_be_masked(tmp_path: Path, how: str) -> None:
     assert load(tmp_path) == Config()
 
 
-def test_links_stay_below_the_root(tmp_path: Path) -> None:
-    write(tmp_path, "usr/share/mine.conf", grace(8))
-    (tmp_path / "etc/qkilld").mkdir(parents=True)
-    (tmp_path / ETC).symlink_to("/usr/share/mine.conf")
+@pytest.mark.parametrize(
+    "target", ["../../../dev/null", "../../../../../../../../../dev/null", "../mask", "/etc/mask"]
+)
+def test_a_mask_may_be_any_link_that_ends_at_dev_null(tmp_path: Path, target: str) -> None:
+    write(tmp_path, LIB + ".d/50-x.conf", grace(7))
+    mask = write(tmp_path, ETC + ".d/50-x.conf", "")
+    mask.unlink()
+    mask.symlink_to(target)
+    for name in ("etc/mask", "etc/qkilld/mask"):
+        (tmp_path / name).symlink_to("/dev/null")
+    assert load(tmp_path) == Config()
+
+
+def test_a_relative_link_to_the_real_dev_null_masks(tmp_path: Path) -> None:
+    """As `ln -sr` writes it, and read as the daemon does: with / for the root."""
+    mask = tmp_path / "50-x.conf"
+    mask.symlink_to(os.path.relpath("/dev/null", tmp_path))
+    assert _real(mask, Path("/")) == Path("/dev/null")
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {ETC: "/usr/share/qkilld.conf"},
+        {ETC: "../../usr/share/qkilld.conf"},
+        {ETC: "/one", "one": "/usr/share/qkilld.conf"},
+        {"etc/qkilld": "/usr/share"},
+        {"etc": "/elsewhere/etc", "elsewhere/etc/qkilld": "../../../../../../usr/share"},
+    ],
+)
+def test_links_stay_below_the_root(tmp_path: Path, links: dict[str, str]) -> None:
+    write(tmp_path, "usr/share/qkilld.conf", grace(8))
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(target)
     assert load(tmp_path).policy.grace == 8 * S
+
+
+def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+    (tmp_path / "etc/qkilld").mkdir(parents=True)
+    (tmp_path / ETC).symlink_to("qkilld.conf")
+    assert complaints(tmp_path) == [f"{ETC}: cannot be read: Too many levels of symbolic links"]
+
+
+def test_files_are_read_in_the_order_in_which_systemd_reads_them(tmp_path: Path) -> None:
+    program = str(needs.program("systemd-analyze", "systemd"))
+    names = [RUN, LOCAL, LIB]
+    names += [LIB + ".d/" + name for name in ("10-a.conf", "20-b.conf", "20-B.conf", "9.conf")]
+    names += [LOCAL + ".d/10-a.conf", RUN + ".d/10-a.conf", RUN + ".d/30-é.conf"]
+    names += [ETC + ".d/30-z.conf", ETC + ".d/.hidden.conf", ETC + ".d/30-z.conf~"]
+    for name in names:
+        write(tmp_path, name, f"[Target]\nExecutables=/{name}\n")
+    (tmp_path / ETC).with_name("qkilld.conf.d").joinpath("20-b.conf").symlink_to("/dev/null")
+    done = run([program, "cat-config", f"--root={tmp_path}", "qkilld/qkilld.conf"])
+    assert done.returncode == 0, done.stderr
+    theirs = re.findall(r"^Executables=(.+)$", done.stdout, flags=re.M)
+    assert len(theirs) == 6
+    assert list(load(tmp_path).executables) == theirs
 
 
 def test_what_is_no_drop_in_is_left_alone(tmp_path: Path) -> None:
@@ -112,6 +167,41 @@ def test_syntax(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert found.policy == Policy(grace=90 * S, reap=2 * S)
     assert found.executables == ("/a/qemu-*", "/b/qemu-*", "/c/qemu-*")
+
+
+@pytest.mark.parametrize(
+    ("text", "grace_s"),
+    [
+        ("\N{BYTE ORDER MARK}[Policy]\nGraceSec=7\n", 7),
+        ("[Policy]\r\nGraceSec=7\r\n", 7),
+        ("[Policy]\nX-Path=C:\\\\\nGraceSec=7\n", 7),
+        ("[Policy]\nX-Path=C:\\ \nGraceSec=7\n", 7),
+        ("[Policy]\nX-Path=C:\\\nGraceSec=7\n", 10),
+        ("[Policy]\n# a comment \\\nGraceSec=7\n", 7),
+        ("[Policy]\nGraceSec=1min \\\n\nStallSec=9\n", 60),
+        ("[Policy]\nGraceSec=7\\", 7),
+    ],
+)
+def test_where_lines_end(tmp_path: Path, text: str, grace_s: int) -> None:
+    write(tmp_path, ETC, text)
+    assert load(tmp_path).policy.grace == grace_s * S
+
+
+@pytest.mark.parametrize(
+    "glob",
+    ["/*", "/**", "/usr/bin/?*", "/usr/bin/[a-z]*", "/usr/bin/[!x]*", "/usr/bin/[]x]", "/"],
+)
+def test_a_glob_must_name_the_file(tmp_path: Path, glob: str) -> None:
+    write(tmp_path, ETC, f"[Target]\nExecutables={glob}\n")
+    assert complaints(tmp_path) == [
+        f"{ETC}:2: Executables={glob} matches any program; name the file, as in qemu-system-*"
+    ]
+
+
+@pytest.mark.parametrize("glob", ["/opt/*/qemu-[a-z]*", "/opt/[q]emu", "/opt/qemu-?", "/opt/q[emu"])
+def test_a_glob_may_have_wildcards_beside_a_name(tmp_path: Path, glob: str) -> None:
+    write(tmp_path, ETC, f"[Target]\nExecutables={glob}\n")
+    assert load(tmp_path).executables == (glob,)
 
 
 def test_an_empty_assignment_takes_a_list_back(tmp_path: Path) -> None:
@@ -170,6 +260,10 @@ def test_guests_lie_over_the_policy_whatever_the_order(tmp_path: Path) -> None:
             '2: Executables=/usr/../bin/qemu has a "..", which never matches',
         ),
         (
+            "[Target]\nExecutables=//usr/bin/qemu\n",
+            '2: Executables=//usr/bin/qemu begins with "//", which never matches',
+        ),
+        (
             "[Policy]\nGraceSec=20\nMaxSec=10\n",
             "3: MaxSec=10s is less than GraceSec=20s: no SIGKILL can keep both",
         ),
@@ -189,8 +283,12 @@ def test_complaints(tmp_path: Path, text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        (b"[Policy]\n\xff\n", f"{ETC}: line 2 is not UTF-8"),
-        (b"[Policy]\0\n", f"{ETC}: has a NUL byte"),
+        (
+            b"[Policy]\nGraceSec=\xff\n",
+            f"{ETC}:2: is not UTF-8 from byte 10 of the line on; write UTF-8 text",
+        ),
+        (b"# caf\xe9\n", f"{ETC}:1: is not UTF-8 from byte 6 of the line on; write UTF-8 text"),
+        (b"[Policy]\0\nFoo=1\n", f"{ETC}:1: has a NUL byte; write UTF-8 text"),
         (b"#" * ((1 << 20) + 1), f"{ETC}: is larger than 1 MiB"),
     ],
 )
@@ -208,6 +306,48 @@ def test_all_that_is_wrong_in_all_files_is_told_at_once(tmp_path: Path) -> None:
         f"{ETC}:3:",
         f"{LIB}.d/1.conf:1:",
     ]
+
+
+def test_bytes_that_are_no_text_hide_no_other_complaint(tmp_path: Path) -> None:
+    write(tmp_path, ETC, b"[Policy]\nGraceSec=\xff\nReapSec=soon\n")
+    assert [line.partition(" ")[0] for line in complaints(tmp_path)] == [f"{ETC}:2:", f"{ETC}:3:"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Po\x1b[2Jlicy]\n",
+        "[Policy]\nFoo\x1b[2J=1\n",
+        "[Policy]\nFoo\u2028\n",
+        "[Policy]\nGraceSec=\x1b[2J" + "x" * 5000,
+        "[Target]\nExecutables=\x1b[2J" + "x" * 5000,
+        "[" + "x" * 5000,
+    ],
+)
+def test_a_complaint_is_one_line_and_fit_to_be_shown(tmp_path: Path, text: str) -> None:
+    write(tmp_path, ETC, text)
+    write(tmp_path, LIB + ".d/a\nb\x1b.conf", "[Nope]\n")
+    first, second = complaints(tmp_path)
+    assert first.isprintable()
+    assert second.isprintable()
+    assert len(first) < 1000
+
+
+def test_a_directory_closed_to_the_reader_is_told(tmp_path: Path) -> None:
+    """Rather than that the next directory's file counts, which was not meant to."""
+    write(tmp_path, LIB, grace(1))
+    closed = write(tmp_path, ETC, grace(2)).parent
+    closed.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path)
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o755)
+    assert f"{tmp_path / ETC}: cannot be read: Permission denied" in str(caught.value).split("\n")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
