@@ -27,6 +27,7 @@ from dbus_next.message import Message
 
 from qkilld.bus.framing import Frames
 from qkilld.model.errors import BY_BUS_NAME, BusError, Failed
+from qkilld.model.words import BUS_NAME
 
 CONNECT_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 25.0
@@ -151,7 +152,7 @@ class Connection(MessageBus):
             raise BusError("the connection to the bus is lost")
         if reply.message_type is MessageType.ERROR:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
-            raise remote_error(reply.error_name, text)
+            raise remote_error(destination, reply.error_name, text)
         return list(reply.body)
 
     async def request_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
@@ -209,19 +210,28 @@ class Connection(MessageBus):
         self._sock.close()
 
 
-def remote_error(name: str, text: str) -> Exception:
+class CallFailed(Failed):
+    """Somebody else's error; `name` is the D-Bus name of it."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{text or 'no reason given'} ({name})")
+        self.name = name
+
+
+def remote_error(destination: str, name: str, text: str) -> Exception:
     """The exception for an error reply."""
     if cls := BY_BUS_NAME.get(name):
         return cls(text)
+    who = "qkilld" if destination == BUS_NAME else destination
     match name:
         case (
             "org.freedesktop.DBus.Error.ServiceUnknown"
             | "org.freedesktop.DBus.Error.NameHasNoOwner"
         ):
-            return BusError("qkilld is not running on this bus, and the bus cannot start it")
+            return BusError(f"{who} is not running on this bus, and the bus cannot start it")
         case "org.freedesktop.DBus.Error.NoReply" | "org.freedesktop.DBus.Error.Disconnected":
-            return BusError("qkilld went away before it answered")
-    return Failed(f"{text or 'no reason given'} ({name})")
+            return BusError(f"{who} went away before it answered")
+    return CallFailed(name, text)
 
 
 async def connect(address: str | None = None, *, user: bool = False) -> Connection:

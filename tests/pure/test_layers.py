@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "adapters": {"model", "engine", "adapters"},
     "bus": {"model", "judgement", "engine", "bus"},
     "ctl": {"model", "judgement", "bus", "ctl"},
+    "stop": {"model", "judgement", "engine", "adapters", "bus", "stop"},
 }
 """The entry points (daemon.py, __main__.py) may import everything. `engine` has the Protocols that
 adapters and bus implement."""

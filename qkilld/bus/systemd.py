@@ -1,0 +1,160 @@
+"""What we ask of systemd: org.freedesktop.systemd1(5) on the bus of its manager.
+
+The system's manager answers on the system bus, a user's own on the session bus.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from qkilld.bus.connection import CallFailed, Connection
+from qkilld.model.errors import InvalidArgs, NoSuchUnit
+from qkilld.model.text import printable
+from qkilld.model.unit import Command, UnitFacts, UnitProcess
+from qkilld.model.words import INFINITY
+
+NAME: Final = "org.freedesktop.systemd1"
+TIMEOUT_S: Final = 5.0
+"""systemd answers in milliseconds; one that does not answer is not waited for."""
+KINDS: Final = {".service": "Service", ".scope": "Scope"}
+"""Suffixes of the units that processes are in, with the interface that tells of them."""
+
+_PATH: Final = "/org/freedesktop/systemd1"
+_MANAGER: Final = "org.freedesktop.systemd1.Manager"
+_UNIT: Final = "org.freedesktop.systemd1.Unit"
+_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+_NO_SUCH_UNIT: Final = frozenset(
+    f"{NAME}.{name}" for name in ("NoSuchUnit", "NoUnitForPID", "LoadFailed", "UnitMasked")
+)
+
+
+class Systemd:
+    """A manager of systemd. Every method raises BusError where it cannot be reached, and Failed
+    where it refuses."""
+
+    def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._connection = connection
+        self._timeout_s = timeout_s
+
+    async def unit(self, name: str) -> UnitFacts:
+        """Everything of one unit, loaded from its file where it does not run.
+
+        Raises InvalidArgs for what is not the name of a service or scope, NoSuchUnit.
+        """
+        if not name.endswith(tuple(KINDS)):
+            raise InvalidArgs(f'"{printable(name)}" is neither a .service nor a .scope')
+        try:
+            path = await self._manager("LoadUnit", "s", name)
+        except CallFailed as error:
+            if error.name in _NO_SUCH_UNIT:
+                raise _no_such(name) from None
+            if error.name == "org.freedesktop.DBus.Error.InvalidArgs":
+                raise InvalidArgs(f'"{printable(name)}" cannot be the name of a unit') from None
+            raise
+        facts = await self._facts(path)
+        if facts.load_state == "not-found":
+            raise _no_such(name)
+        return facts
+
+    async def unit_of(self, pid: int) -> UnitFacts:
+        """Of the unit that a process is in; 0 for our own. Raises NoSuchUnit."""
+        try:
+            path = await self._manager("GetUnitByPID", "u", pid)
+        except CallFailed as error:
+            if error.name in _NO_SUCH_UNIT:
+                raise NoSuchUnit(f"Process {pid} is in no unit of systemd") from None
+            raise
+        return await self._facts(path)
+
+    async def processes(self, name: str) -> list[UnitProcess]:
+        """Everything that runs in the control group of a unit. Raises NoSuchUnit."""
+        try:
+            found = await self._manager("GetUnitProcesses", "s", name)
+        except CallFailed as error:
+            if error.name in _NO_SUCH_UNIT:
+                raise _no_such(name) from None
+            raise
+        return [UnitProcess(int(pid), group, command) for group, pid, command in found]
+
+    async def list_units(self, *patterns: str) -> list[str]:
+        """Names of the loaded units that match one of the globs and are active or on the way."""
+        states = ["active", "activating", "deactivating", "reloading"]
+        found = await self._manager("ListUnitsByPatterns", "asas", states, list(patterns))
+        return [str(unit[0]) for unit in found]
+
+    async def start(self, name: str) -> None:
+        """Ask for a unit to be started, and do not wait until it is. Raises NoSuchUnit."""
+        await self._act("StartUnit", name)
+
+    async def stop(self, name: str) -> None:
+        """Ask for a unit to be stopped, and do not wait until it is. Raises NoSuchUnit."""
+        await self._act("StopUnit", name)
+
+    async def reload(self) -> None:
+        """Read the unit files anew: `systemctl daemon-reload`."""
+        # It answers only when it is done, which takes long with many units.
+        await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
+
+    async def _act(self, member: str, name: str) -> None:
+        try:
+            await self._manager(member, "ss", name, "replace")
+        except CallFailed as error:
+            if error.name in _NO_SUCH_UNIT:
+                raise _no_such(name) from None
+            raise
+
+    async def _manager(self, member: str, signature: str, *body: Any) -> Any:
+        (answer,) = await self._connection.request(
+            NAME, _PATH, _MANAGER, member, signature, list(body), timeout_s=self._timeout_s
+        )
+        return answer
+
+    async def _facts(self, path: str) -> UnitFacts:
+        unit = await self._properties(path, _UNIT)
+        name = str(unit["Id"])
+        interface = next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+        # Of a unit of another kind (a mount, say) only the general part is read.
+        own = await self._properties(path, f"{NAME}.{interface}") if interface else {}
+        return _facts(unit, own)
+
+    async def _properties(self, path: str, interface: str) -> dict[str, Any]:
+        (properties,) = await self._connection.request(
+            NAME, path, _PROPERTIES, "GetAll", "s", [interface], timeout_s=self._timeout_s
+        )
+        return {key: variant.value for key, variant in properties.items()}
+
+
+def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
+    return UnitFacts(
+        id=str(unit["Id"]),
+        load_state=str(unit["LoadState"]),
+        active_state=str(unit["ActiveState"]),
+        sub_state=str(unit.get("SubState", "")),
+        job=int(unit.get("Job", (0, "/"))[0]),
+        fragment=str(unit.get("FragmentPath", "")),
+        drop_ins=tuple(unit.get("DropInPaths", ())),
+        transient=bool(unit.get("Transient", False)),
+        after=tuple(unit.get("After", ())),
+        control_group=str(own.get("ControlGroup", "")),
+        kill_mode=str(own.get("KillMode", "control-group")),
+        kill_signal=int(own.get("KillSignal", 15)),
+        sends_sigkill=bool(own.get("SendSIGKILL", True)),
+        timeout_stop=int(own.get("TimeoutStopUSec", INFINITY)),
+        type=str(own.get("Type", "")),
+        main_pid=int(own.get("MainPID", 0)),
+        control_pid=int(own.get("ControlPID", 0)),
+        notify_access=str(own.get("NotifyAccess", "none")),
+        user=str(own.get("User", "")),
+        exec_start=_commands(own.get("ExecStart", ())),
+        exec_stop=_commands(own.get("ExecStop", ())),
+        runtime_max=int(own.get("RuntimeMaxUSec", INFINITY)),
+    )
+
+
+def _commands(lines: Any) -> tuple[Command, ...]:
+    """Of the type a(sasbttttuii): path, argv, whether failure is ignored, and its last run."""
+    return tuple(Command(line[0], tuple(line[1]), bool(line[2])) for line in lines)
+
+
+def _no_such(name: str) -> NoSuchUnit:
+    return NoSuchUnit(f'systemd knows no unit "{printable(name)}"')
