@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from qkilld.bus.client import Manager
 from qkilld.ctl.follow import monotonic_usec
-from qkilld.ctl.jobview import JobView, flag_names, known, label
 from qkilld.ctl.output import user_name
 from qkilld.ctl.session import Session
 from qkilld.ctl.targets import Guest, Kind, Resolver, Target
 from qkilld.model.errors import NoSuchJob, QkilldError
+from qkilld.model.jobview import JobView, flag_names, known, label
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 from qkilld.model.words import ExitCode, Phase

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkilld.bus.client import Job
-from qkilld.ctl.jobview import JobView, label
 from qkilld.ctl.output import Output, width
 from qkilld.model.errors import QkilldError
+from qkilld.model.jobview import JobView, label
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -13,10 +13,11 @@ from qkilld import __version__
 from qkilld.ctl import commands, planning, stopping
 from qkilld.ctl.output import Output
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
-from qkilld.ctl.stopping import INTERRUPTED, How, Order
+from qkilld.ctl.stopping import How, Order
 from qkilld.ctl.targets import parse
 from qkilld.model import timespan
 from qkilld.model.errors import QkilldError
+from qkilld.model.exits import INTERRUPTED
 from qkilld.model.words import ExitCode, Flag
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from qkilld.ctl.jobview import label
 from qkilld.ctl.session import Session, explain
-from qkilld.ctl.stopping import How, Order, worst
+from qkilld.ctl.stopping import How, Order
 from qkilld.ctl.targets import Resolver, parse
 from qkilld.model.errors import QkilldError
+from qkilld.model.exits import worst
+from qkilld.model.jobview import label
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 from qkilld.model.words import INFINITY, Flag

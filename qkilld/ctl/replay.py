@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from qkilld.ctl.jobview import flag_names, known, label, rounded
 from qkilld.ctl.output import Output
 from qkilld.judgement.ladder import Action
 from qkilld.judgement.replay import Recorded, Replay, Step, Terms, replay
 from qkilld.model import trace
 from qkilld.model.errors import InvalidArgs
+from qkilld.model.jobview import flag_names, known, label, rounded
 from qkilld.model.policy import Policy
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,28 +12,12 @@ from qkilld.bus.client import Manager
 from qkilld.bus.connection import Connection
 from qkilld.ctl.commands import MAX_CALLS
 from qkilld.ctl.follow import Display, display_on, follow
-from qkilld.ctl.jobview import JobView, ending, exit_code_of, label, receipt_as_json
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
 from qkilld.ctl.targets import Resolver, parse
 from qkilld.model.errors import BusError, NoSuchJob, QkilldError
+from qkilld.model.exits import INTERRUPTED, worst
+from qkilld.model.jobview import JobView, ending, exit_code_of, label, receipt_as_json
 from qkilld.model.words import JOB_PATH_PREFIX, ExitCode, Flag
-
-INTERRUPTED: Final = 128 + 2
-"""What a shell makes of a program that SIGINT ended."""
-
-WORST_FIRST: Final = (
-    INTERRUPTED,
-    ExitCode.FAILURE,
-    ExitCode.SURVIVED,
-    ExitCode.NOT_PERMITTED,
-    ExitCode.NOT_QEMU,
-    ExitCode.NOT_FOUND,
-    ExitCode.USAGE,
-    ExitCode.KILLED,
-    ExitCode.OK,
-)
-"""Of several targets the first of these counts: whatever may still be running comes before what is
-gone at a price."""
 
 WAITS_PER_CONNECTION: Final = 64
 """The system bus allows 128 unanswered calls for each connection."""
@@ -91,11 +75,6 @@ class How:
     wait: bool
     options: dict[str, int | str]
     """As for TerminateWithOptions, without start-time."""
-
-
-def worst(codes: Sequence[int]) -> int:
-    """The exit code that stands for all."""
-    return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)
 
 
 async def terminate(session: Session, orders: list[Order], how: How) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from qkilld.adapters import pidfile
 from qkilld.bus.client import Manager
-from qkilld.ctl import pidfile
 from qkilld.model.errors import (
     InvalidArgs,
     NoSuchJob,

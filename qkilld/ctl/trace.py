@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from qkilld.ctl.jobview import known, label
 from qkilld.ctl.session import Session
 from qkilld.ctl.targets import Resolver, Target
 from qkilld.model.errors import NoSuchProcess, NotQemu
+from qkilld.model.jobview import known, label
 from qkilld.model.text import printable
 from qkilld.model.words import UNKNOWN, ExitCode, Verdict
 

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from qkilld.adapters import pidfile
 from qkilld.bus.client import Manager
-from qkilld.ctl import pidfile
 from qkilld.ctl.targets import AmbiguousTarget, Found, Guest, Kind, Resolver, find, parse
 from qkilld.model.errors import (
     InvalidArgs,

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "engine": {"model", "judgement", "engine"},
     "adapters": {"model", "engine", "adapters"},
     "bus": {"model", "judgement", "engine", "bus"},
-    "ctl": {"model", "judgement", "bus", "ctl"},
+    "ctl": {"model", "judgement", "adapters", "bus", "ctl"},
     "stop": {"model", "judgement", "engine", "adapters", "bus", "stop"},
 }
 """The entry points (daemon.py, __main__.py) may import everything. `engine` has the Protocols that

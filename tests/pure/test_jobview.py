@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qkilld.ctl.jobview import (
+from qkilld.model.exits import WORST_FIRST, worst
+from qkilld.model.jobview import (
     JobView,
     ending,
     exit_code_of,
@@ -16,7 +17,6 @@ from qkilld.ctl.jobview import (
     receipt_as_json,
     rounded,
 )
-from qkilld.ctl.stopping import WORST_FIRST, worst
 from qkilld.model.words import INFINITY, UNKNOWN, ExitCode, Flag, Phase, Result, Verdict
 
 S = 1_000_000

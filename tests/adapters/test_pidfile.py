@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.ctl import pidfile
-from qkilld.ctl.pidfile import Content
+from qkilld.adapters import pidfile
+from qkilld.adapters.pidfile import Content
 from qkilld.model.errors import AccessDenied, InvalidArgs, NoSuchProcess, ProcessChanged
 
 

@@ -1,0 +1,30 @@
+"""Exit codes of several targets made one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from qkilld.model.words import ExitCode
+
+INTERRUPTED: Final = 128 + 2
+"""What a shell makes of a program that SIGINT ended."""
+
+WORST_FIRST: Final = (
+    INTERRUPTED,
+    ExitCode.FAILURE,
+    ExitCode.SURVIVED,
+    ExitCode.NOT_PERMITTED,
+    ExitCode.NOT_QEMU,
+    ExitCode.NOT_FOUND,
+    ExitCode.USAGE,
+    ExitCode.KILLED,
+    ExitCode.OK,
+)
+"""Of several targets the first of these counts: whatever may still be running comes before what is
+gone at a price."""
+
+
+def worst(codes: Sequence[int]) -> int:
+    """The exit code that stands for all."""
+    return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)
