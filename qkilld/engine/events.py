@@ -16,7 +16,8 @@ from qkilld.model.guest import Guest
 from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.job import Job, Request, Rung, Turn
+    from qkilld.engine.job import Job
+    from qkilld.model.job import Request, Rung, Turn
 
 
 class Priority(IntEnum):

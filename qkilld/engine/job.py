@@ -7,69 +7,28 @@ what to do until that is to wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
+from qkilld.engine.tracing import JobTrace
 from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthened, policy_for
 from qkilld.judgement.verdict import Assessment, assess, is_dead
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.evidence import Sample
+from qkilld.model.job import Request, Rung, Turn
 from qkilld.model.policy import Policy
-from qkilld.model.trace import Changed, Ended, Gone, Header, Record, Sent, Turned
+from qkilld.model.trace import Changed, Ended, Gone, Sent, Turned
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import (
-        Clock,
-        Journal,
-        Process,
-        Recorder,
-        Sampler,
-        Timer,
-        Traces,
-        Watch,
-    )
+    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Traces, Watch
 
 LOOK_TIMEOUT: Final = 1_000_000
 """A sample that takes longer (µs) is one that blocks: nothing is known then, and that is known."""
 MAX_HISTORY: Final = 100
 """Changes of the verdict that a receipt tells."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a caller asked for."""
-
-    flags: Flag
-    spans: Mapping[str, int] = field(default_factory=dict)
-    """Fields of Policy in µs, in place of the configured ones."""
-    reason: str = ""
-    """Printable."""
-    uid: int = 0
-    """Whose request it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """A signal that was sent."""
-
-    phase: Phase
-    signal: Signals
-    at: int
-    """CLOCK_MONOTONIC, µs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A change of the verdict."""
-
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    at: int
-    """CLOCK_MONOTONIC, µs."""
 
 
 class Job:
@@ -130,7 +89,7 @@ class Job:
         self._on_survivor_gone = on_survivor_gone
         self._timer: Timer | None = None
         self._waiters: list[Callable[[], None]] = []
-        self._recorder: Recorder | None = traces.begin(self._header()) if traces else None
+        self._trace = JobTrace(self, traces)
 
     @property
     def running(self) -> bool:
@@ -196,7 +155,7 @@ class Job:
         if at_once and self._kill_at is None and not self._process.exited():
             self._climb(SIGKILL)
         self._journal.write(events.job_joined(self, request))
-        self._record(Changed(self._clock.now(), self.flags, self._policy))
+        self._trace.record(Changed(self._clock.now(), self.flags, self._policy))
         self._advance()
         self._on_change(self)
 
@@ -212,7 +171,7 @@ class Job:
     def let_go(self) -> None:
         """Stop watching a process that survived: a newer job has taken it over."""
         self._process.close()
-        self._end_trace()
+        self._trace.end()
 
     def _advance(self) -> None:
         while self.running:
@@ -270,7 +229,7 @@ class Job:
         else:
             self._term_at = now
         self.rungs.append(Rung(self.phase, number, now))
-        self._record(Sent(now, self.phase, number.name))
+        self._trace.record(Sent(now, self.phase, number.name))
 
     def _look(self) -> None:
         """Ask for a sample; what comes of it, or that none comes, leads to `_advance`."""
@@ -297,7 +256,7 @@ class Job:
         # One that comes after its time was up may be older than what was put in its place.
         if before is None or sample.at >= before.last.at:
             self.assessment = evidence = assess(before, sample)
-            self._record(sample)
+            self._trace.record(sample)
             if evidence.verdict is not self.verdict:
                 self.verdict = evidence.verdict
                 self._turned(evidence)
@@ -311,7 +270,7 @@ class Job:
         turn = Turn(evidence.verdict, evidence.reasons[:4], evidence.last.at)
         if len(self.history) < MAX_HISTORY:
             self.history.append(turn)
-        self._record(Turned(turn.at, turn.verdict, turn.reasons))
+        self._trace.record(Turned(turn.at, turn.verdict, turn.reasons))
         self._journal.write(events.verdict_turned(self, turn))
 
     def _wait_until(self, deadline: int, wake: int) -> None:
@@ -350,35 +309,13 @@ class Job:
             callback()
         self._on_end(self)
         self._journal.write(events.job_ended(self))
-        self._record(Ended(self.ended, result))
+        self._trace.record(Ended(self.ended, result))
         if result is not Result.SURVIVED:
-            self._end_trace()
+            self._trace.end()
 
     def _survivor_gone(self) -> None:
         self._process.close()
         self._journal.write(events.survivor_gone(self, self._clock.now()))
-        self._record(Gone(self._clock.now()))
-        self._end_trace()
+        self._trace.record(Gone(self._clock.now()))
+        self._trace.end()
         self._on_survivor_gone(self)
-
-    def _header(self) -> Header:
-        identity = self.guest.identity
-        return Header(
-            job=self.number,
-            started=self.started,
-            pid=identity.pid,
-            start_time=identity.start_time,
-            command=identity.command,
-            name=self.guest.label.name,
-            flags=self.flags,
-            policy=self._policy,
-        )
-
-    def _record(self, record: Record) -> None:
-        if self._recorder is not None:
-            self._recorder.record(record)
-
-    def _end_trace(self) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None

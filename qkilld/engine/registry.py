@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from qkilld.engine import events
-from qkilld.engine.job import Job, Request
+from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler, Traces
 from qkilld.model.errors import Busy, NoSuchJob
+from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from qkilld.model.words import USEC_PER_SEC, Result
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from qkilld.engine.job import Job, Request
+from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock, Host, Process, Sampler, Watch
 from qkilld.engine.registry import Registry
 from qkilld.judgement.ladder import policy_for
@@ -21,6 +21,7 @@ from qkilld.judgement.verdict import Assessment, assess
 from qkilld.model.errors import InvalidArgs
 from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest
+from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from qkilld.model.text import MAX_TEXT, printable
 from qkilld.model.words import KNOWN_FLAGS, Flag

@@ -11,11 +11,12 @@ from signal import SIGKILL, Signals
 import pytest
 
 from qkilld.engine.events import Event, MessageId
-from qkilld.engine.job import Job, Request
+from qkilld.engine.job import Job
 from qkilld.engine.ports import Process
 from qkilld.engine.registry import Registry
 from qkilld.model.evidence import Io, Sample
 from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from qkilld.model.words import Flag
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from qkilld.engine.job import Job, Request
+from qkilld.engine.job import Job
 from qkilld.engine.registry import Registry
 from qkilld.judgement.replay import replay
 from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from qkilld.model.trace import Changed, Ended, Gone, Header, Record, Sent, Trace, Turned
 from qkilld.model.words import Flag, Phase, Result, Verdict
