@@ -36,6 +36,7 @@ class MessageId(Enum):
     SIGNAL_SENT = "ccad3eab18e747ca8bd4d129b46e422b"
     SIGNAL_REFUSED = "62abee31bee64db4a88fd9002b90364c"
     JOB_JOINED = "c8c755af4e2845c19090e03b3e3a13f9"
+    JOB_RESUMED = "575356985b7542e3a54687417a1c5574"
     VERDICT_TURNED = "b5f7ec2ec2a74611bdca05783a342ee5"
     JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
     SURVIVOR_GONE = "510528c7fbaf4685a07faadc86df8447"
@@ -116,6 +117,20 @@ def job_joined(job: Job, request: Request) -> Event:
         f"Uid {request.uid} joined the stop of {job.guest.title}, now {_ladder(job.flags)}.",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(request.uid),
+    )
+
+
+def job_resumed(job: Job) -> Event:
+    sent = ", ".join(rung.signal.name for rung in job.rungs)
+    return _of_job(
+        job,
+        MessageId.JOB_RESUMED,
+        Priority.NOTICE,
+        f"Going on with the stop of {job.guest.title} for uid {job.request.uid}, "
+        f"{_ladder(job.flags)}, after {_seconds(job.elapsed)}; sent so far: {sent}.",
+        QKILLD_FLAGS=str(int(job.flags)),
+        QKILLD_REQUESTED_BY=str(job.request.uid),
+        QKILLD_ELAPSED_USEC=str(job.elapsed),
     )
 
 

@@ -12,6 +12,7 @@ from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
+from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.tracing import JobTrace
 from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthened, policy_for
 from qkilld.judgement.verdict import Assessment, assess, is_dead
@@ -140,9 +141,51 @@ class Job:
         self._journal.write(events.signal_sent(self, self.rungs[-1]))
         self._process.watch(self._advance)
 
+    def resume(self, past: Snapshot) -> None:
+        """Take up what another has begun, in place of `start`. No signal is sent here."""
+        self.guest, self.phase, self.verdict = past.guest, past.phase, past.verdict
+        self.flags, self._policy = past.flags, past.policy
+        self.started, self.ended = past.started, past.ended
+        self.result, self.error, self.data_at_risk = past.result, past.error, past.data_at_risk
+        self.rungs, self.history = list(past.rungs), list(past.history)
+        self.assessment = past.assessment_at(self._clock.now())
+        self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
+        self._continued_at = past.sent_at(SIGCONT)
+        if self.running:
+            if self._kill_at is not None:
+                self.phase = Phase.REAP
+            self._journal.write(events.job_resumed(self))
+            for rung in self.rungs:
+                self._trace.record(Sent(rung.at, rung.phase, rung.signal.name))
+            self._process.watch(self._advance)
+        elif self.result is Result.SURVIVED:
+            self._process.watch(self._survivor_gone)
+
     def follow(self) -> None:
-        """Go on from the first signal; to be called once, after `start`."""
+        """Go on from the first signal; to be called once, after `start` or `resume`."""
+        if self.result is Result.SURVIVED and self._process.exited():
+            self._survivor_gone()
         self._advance()
+
+    def snapshot(self) -> Snapshot:
+        """The job as it is now."""
+        return Snapshot(
+            number=self.number,
+            guest=self.guest,
+            request=self.request,
+            flags=self.flags,
+            policy=self._policy,
+            phase=self.phase,
+            verdict=self.verdict,
+            result=self.result,
+            error=self.error,
+            data_at_risk=self.data_at_risk,
+            rungs=tuple(self.rungs),
+            history=tuple(self.history),
+            assessment=self.assessment,
+            started=self.started,
+            ended=self.ended,
+        )
 
     def join(self, request: Request) -> None:
         """Let a further request take part: it may add FORCE and lengthen spans, never less.

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from qkilld.engine import events
+from qkilld.engine.departed import Departed
 from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler, Traces
+from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.job import Request
-from qkilld.model.policy import Config
+from qkilld.model.policy import Config, Policy
 from qkilld.model.words import USEC_PER_SEC, Result
 
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
@@ -70,27 +72,40 @@ class Registry:
                 f"You have {MAX_JOBS_PER_UID} jobs here, running or just finished; "
                 "try again in a minute"
             )
-        job = Job(
-            self._last + 1,
-            process,
-            request,
-            self._config.policy_for(process.guest.label.name),
-            self._clock,
-            self._journal,
-            self._sampler,
-            self._traces,
-            load=lambda: len(self._running),
-            on_change=self._changed,
-            on_end=self._ended,
-            on_survivor_gone=self._survivor_gone,
-        )
+        policy = self._config.policy_for(process.guest.label.name)
+        job = self._job(self._last + 1, process, request, policy)
         job.start()
-        self._last += 1
-        self._jobs[job.number] = self._running[key] = job
-        self._per_uid[request.uid] += 1
-        if older := self._survivors.pop(key, None):
-            older.let_go()
+        self._add(job)
         self._tell(lambda observer: observer.job_new(job))
+        job.follow()
+        return job
+
+    def resume(self, process: Process | None, past: Snapshot) -> Job:
+        """Go on with a job that began elsewhere: the same number, rungs, flags, policy and times.
+
+        Takes the process over, which must be the one of the snapshot; None where it is gone: a
+        running job ends as exited or killed then. Raises SnapshotError where the job cannot be
+        added to those that are here, or has times that have not come.
+        """
+        now, key = self._clock.now(), past.guest.identity.key
+        process = process or Departed(past.guest)
+        running = past.result is None
+        if past.latest > now:
+            problem = "it has points in time that have not come"
+        elif past.number in self._jobs:
+            problem = "there is a job of that number already"
+        elif running and key in self._running:
+            problem = "there is a running job for that process already"
+        else:
+            problem = ""
+        if problem:
+            process.close()
+            raise SnapshotError(problem)
+        job = self._job(past.number, process, past.request, past.policy)
+        job.resume(past)
+        self._add(job)
+        if past.ended is not None:
+            self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
         job.follow()
         return job
 
@@ -123,6 +138,32 @@ class Registry:
             self._idle.append(callback)
         else:
             callback()
+
+    def _job(self, number: int, process: Process, request: Request, policy: Policy) -> Job:
+        return Job(
+            number,
+            process,
+            request,
+            policy,
+            self._clock,
+            self._journal,
+            self._sampler,
+            self._traces,
+            load=lambda: len(self._running),
+            on_change=self._changed,
+            on_end=self._ended,
+            on_survivor_gone=self._survivor_gone,
+        )
+
+    def _add(self, job: Job) -> None:
+        self._last = max(self._last, job.number)
+        self._jobs[job.number] = job
+        key = job.guest.identity.key
+        if job.running or job.result is Result.SURVIVED:
+            if older := self._survivors.pop(key, None):
+                older.let_go()
+            (self._running if job.running else self._survivors)[key] = job
+        self._per_uid[job.request.uid] += 1
 
     def _changed(self, job: Job) -> None:
         self._tell(lambda observer: observer.job_changed(job))

@@ -14,16 +14,13 @@ default: what cannot be understood that way comes with a higher version, and onl
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from qkilld.model import timespan
+from qkilld.model.codec import from_json, to_json
 from qkilld.model.evidence import Sample
 from qkilld.model.policy import Policy
 from qkilld.model.words import Flag, Phase, Result, Verdict
@@ -131,12 +128,12 @@ class Trace:
 
 def header_line(header: Header) -> str:
     """The first line of a trace, with its line break."""
-    return _line({"format": FORMAT, "version": VERSION, **_to_json(header)})
+    return _line({"format": FORMAT, "version": VERSION, **to_json(header)})
 
 
 def record_line(header: Header, record: Record) -> str:
     """Any other line, with its line break."""
-    document = _to_json(record)
+    document = to_json(record)
     at = document.pop("at") - header.started
     return _line({"at": at, "kind": _KIND_OF[type(record)], **document})
 
@@ -164,7 +161,7 @@ def _header(line: str) -> Header:
             raise ValueError(
                 f"the version of its format is not one that this program knows (1 to {VERSION})"
             )
-        return typing.cast(Header, _from_json(Header, document, "the header"))
+        return typing.cast(Header, from_json(Header, document, "the header"))
     except ValueError as error:
         raise ValueError(f"line 1: {error}") from None
 
@@ -177,7 +174,7 @@ def _records(header: Header, lines: list[str]) -> Iterator[Record]:
             cls = _KINDS.get(kind) if isinstance(kind, str) else None
             if cls is None:
                 continue
-            record = _from_json(cls, document, f"a record of the kind {kind}")
+            record = from_json(cls, document, f"a record of the kind {kind}")
             yield dataclasses.replace(record, at=record.at + header.started)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
@@ -195,86 +192,3 @@ def _parsed(line: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError("it is not a JSON object")
     return document
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Policy):
-        return {f.name: timespan.format_usec(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Flag):
-        return [str(flag.name).lower() for flag in Flag if flag in value]
-    if is_dataclass(value):
-        return {field.name: _to_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
-
-
-def _from_json(hint: Any, value: Any, where: str) -> Any:
-    """The value of that type. Raises ValueError, which tells the place by `where`."""
-    if typing.get_origin(hint) is types.UnionType:
-        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
-        return None if value is None else _from_json(hint, value, where)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is not a list")
-        return tuple(_from_json(typing.get_args(hint)[0], item, where) for item in value)
-    if hint is Policy:
-        return _policy(value, where)
-    if hint is Flag:
-        return _flags(value, where)
-    if is_dataclass(hint):
-        return _dataclass(hint, value, where)
-    if issubclass(hint, Enum):
-        for member in hint:
-            if value == member.value:
-                return member
-        raise ValueError(f"{where} is not one of {', '.join(member.value for member in hint)}")
-    # A bool is an int to Python and not to anybody else.
-    if type(value) is not hint:
-        raise ValueError(f"{where} is not of the type {hint.__name__}")
-    return value
-
-
-def _dataclass(cls: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object")
-    hints = _hints(cls)
-    known = {
-        field.name: _from_json(hints[field.name], value[field.name], f"{where}, {field.name},")
-        for field in fields(cls)
-        if field.name in value
-    }
-    for field in fields(cls):
-        if field.name not in known and field.default is dataclasses.MISSING:
-            raise ValueError(f"{where} lacks {field.name}")
-    return cls(**known)
-
-
-def _policy(value: Any, where: str) -> Policy:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object")
-    spans = {}
-    for field in fields(Policy):
-        if field.name in value:
-            try:
-                spans[field.name] = timespan.parse(str(value[field.name]))
-            except ValueError:
-                raise ValueError(f"{where} {field.name}, is not a time span") from None
-    return Policy(**spans)
-
-
-def _flags(value: Any, where: str) -> Flag:
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is not a list")
-    names = {str(flag.name).lower(): flag for flag in Flag}
-    flags = Flag(0)
-    for name in value:
-        if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{where} has a flag that is not one of {', '.join(names)}")
-        flags |= names[name]
-    return flags
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)

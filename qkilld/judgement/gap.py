@@ -1,0 +1,46 @@
+"""What is known of a process after a time in which nobody looked at it.
+
+Pure. Whoever takes up a job of another's goes on from this. Nothing that may have happened unseen
+is held against the data: what moved may have moved, and what was outstanding may have been so,
+until now. Nothing else changes: a span that ran goes on, and counters are compared across the gap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qkilld.judgement.verdict import Assessment
+from qkilld.model.evidence import Sample
+from qkilld.model.words import Verdict
+
+
+def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
+    """What is known at `now`, before the next look; CLOCK_MONOTONIC, µs.
+
+    `began` is when the job began; None stands for "nobody has ever looked".
+    """
+    if before is None:
+        return unseen(began, Verdict.UNKNOWN, now)
+    return replace(
+        before,
+        progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
+        outstanding_at=before.outstanding_at if before.outstanding is False else now,
+    )
+
+
+def unseen(began: int, verdict: Verdict, progress_at: int) -> Assessment:
+    """Of a process that others have looked at, who left no more than a verdict and a time."""
+    # As old as the job, so that nothing is decided on it but to look.
+    nothing = Sample(began, "?")
+    return Assessment(
+        first=nothing,
+        last=nothing,
+        seen=nothing,
+        verdict=verdict,
+        reasons=("not looked at yet",),
+        progress_at=progress_at,
+        outstanding=None,
+        outstanding_at=progress_at,
+        pending=None,
+        rate=None,
+    )

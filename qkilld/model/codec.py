@@ -1,0 +1,124 @@
+"""Our dataclasses as plain JSON types and back, driven by their type hints.
+
+A Flag is the list of its names, a Policy an object of time spans as in systemd.time(7), any other
+Enum its value, a tuple a list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from qkilld.model import timespan
+from qkilld.model.policy import Policy
+from qkilld.model.words import Flag
+
+
+def to_json(value: Any) -> Any:
+    if isinstance(value, Policy):
+        return {f.name: timespan.format_usec(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Flag):
+        return [str(flag.name).lower() for flag in Flag if flag in value]
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any:
+    """The value of that type. Raises ValueError, which tells the place by `where`.
+
+    A field that is missing has its default and one that is not known is passed over; with `strict`
+    both are wrong.
+    """
+    decode = functools.partial(from_json, strict=strict)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        (hint,) = (one for one in arguments if one is not types.NoneType)
+        return None if value is None else decode(hint, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is not a list")
+        return tuple(decode(arguments[0], item, where) for item in value)
+    if origin is Mapping:
+        return {key: decode(arguments[1], i, where) for key, i in _object(value, where).items()}
+    if hint is Policy:
+        return _policy(value, where, strict)
+    if hint is Flag:
+        return _flags(value, where)
+    if is_dataclass(hint):
+        return _dataclass(hint, value, where, strict)
+    if issubclass(hint, Enum):
+        for member in hint:
+            if type(value) is type(member.value) and value == member.value:
+                return member
+        raise ValueError(f"{where} is not one of {', '.join(str(m.value) for m in hint)}")
+    # A bool is an int to Python and not to anybody else.
+    if type(value) is not hint:
+        raise ValueError(f"{where} is not of the type {hint.__name__}")
+    return value
+
+
+def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:
+    given, hints = _object(value, where), _hints(cls)
+    if strict and not given.keys() <= hints.keys():
+        raise ValueError(f"{where} has a field that is not known")
+    known = {
+        name: from_json(hint, given[name], f"{where}, {name},", strict=strict)
+        for name, hint in hints.items()
+        if name in given
+    }
+    for field in fields(cls):
+        optional = not strict and (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if field.name not in known and not optional:
+            raise ValueError(f"{where} lacks {field.name}")
+    return cls(**known)
+
+
+def _policy(value: Any, where: str, strict: bool) -> Policy:
+    given = _object(value, where)
+    spans = {}
+    for field in fields(Policy):
+        if field.name in given:
+            try:
+                spans[field.name] = timespan.parse(str(given[field.name]))
+            except ValueError:
+                raise ValueError(f"{where} {field.name}, is not a time span") from None
+    if strict and spans.keys() != given.keys() | {field.name for field in fields(Policy)}:
+        raise ValueError(f"{where} lacks a time span, or has one that is not known")
+    return Policy(**spans)
+
+
+def _flags(value: Any, where: str) -> Flag:
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is not a list")
+    names = {str(flag.name).lower(): flag for flag in Flag}
+    flags = Flag(0)
+    for name in value:
+        if not isinstance(name, str) or name not in names:
+            raise ValueError(f"{where} has a flag that is not one of {', '.join(names)}")
+        flags |= names[name]
+    return flags
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object")
+    return value
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)

@@ -1,0 +1,347 @@
+"""A job that is taken up by another registry: the same decisions, and nothing against the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from signal import SIGCONT, SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+
+from qkilld.engine.events import MessageId
+from qkilld.engine.job import Job
+from qkilld.engine.snapshot import Snapshot, SnapshotError, decode
+from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.model.job import Request
+from qkilld.model.policy import Policy
+from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
+
+from .conftest import IDLE, FakeProcess, S, World, make_guest
+
+FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
+WAITING = replace(IDLE, threads=(Thread(7, "worker", "D", 75, True, "folio_wait_bit"),))
+
+Shows = Callable[[int], Sample | None]
+START = 1_000 * S
+IDLES: Shows = lambda now: IDLE  # noqa: E731
+WAITS: Shows = lambda now: WAITING  # noqa: E731
+BLIND: Shows = lambda now: Sample(now, "S")  # noqa: E731
+
+
+def flushes_for(seconds: float) -> Shows:
+    """It waits for storage, and writes until so long after its start."""
+    end = START + int(seconds * S)
+    return lambda now: replace(WAITING, io=Io(0, 0, 0, 0, 0, min(now, end), 0))
+
+
+def passed_on(past: Snapshot) -> Snapshot:
+    return decode(json.loads(json.dumps(past.to_json())))
+
+
+def crash(world: World, job: Job, process: FakeProcess, down: float = 0) -> tuple[World, Job]:
+    """The world after a crash of the daemon and so many seconds, and the job in it."""
+    after = World()
+    after.clock.advance((world.clock.now() - START) / S + down)
+    after.sampler.shows = world.sampler.shows
+    process._callback = None
+    return after, after.registry.resume(process, passed_on(job.snapshot()))
+
+
+def ends(world: World, process: FakeProcess) -> tuple[int | None, int]:
+    """When SIGKILL comes, and when the job ends, in µs since the start."""
+    (job,) = world.registry
+    while job.running and world.clock.now() < START + 400 * S:
+        world.clock.advance(0.05)
+    killed = [rung.at - START for rung in job.rungs if rung.signal is SIGKILL]
+    assert job.ended is not None
+    return (killed[0] if killed else None), job.ended - START
+
+
+@pytest.mark.parametrize("flags", [FORCE, Flag(0), FORCE | FIXED, FIXED])
+@pytest.mark.parametrize("cut", [0.02, 0.3, 4.7, 9.99, 10.01, 12, 14.99, 40, 64.9])
+@pytest.mark.parametrize("shows", [IDLES, WAITS, BLIND, flushes_for(7), flushes_for(35)])
+def test_a_crash_at_any_time_ends_as_none_at_all(flags: Flag, cut: float, shows: Shows) -> None:
+    """With the daemon back at once: the same rungs. Later ones only where it was making progress,
+    or nobody had looked yet."""
+    world, process = World(), FakeProcess(dies_of=())
+    world.sampler.shows = shows
+    job = world.stop(process, flags, spans={"stall": 8 * S})
+    unbroken = World()
+    unbroken.sampler.shows = shows
+    unbroken.stop(FakeProcess(dies_of=()), flags, spans={"stall": 8 * S})
+    kill, end = ends(unbroken, process)
+    world.clock.advance(cut)
+    if not job.running:
+        return
+    unsure = (job.assessment is None or job.verdict is Verdict.FLUSHING) and FIXED not in flags
+    sent = list(process.sent)
+    after, resumed = crash(world, job, process)
+    assert process.sent[: len(sent)] == sent
+    assert resumed.number == job.number
+    if not unsure:
+        assert resumed.deadline == job.deadline
+    kill_after, end_after = ends(after, process)
+    assert process.sent.count(SIGTERM) == 1
+    assert process.sent.count(SIGKILL) == (kill is not None)
+    assert (kill_after is None) == (kill is None)
+    if unsure:
+        # Never sooner, but that its looks may come to lie otherwise; and later by no more than the
+        # span of what may have happened unseen.
+        assert (kill or 0) - S < (kill_after or 0)
+        assert end - S < end_after <= end + int(cut * S) + 60 * S
+    else:
+        assert (kill_after, end_after) == (kill, end)
+
+
+def test_what_moved_while_nobody_looked_is_progress() -> None:
+    world, process = World(), FakeProcess()
+    world.sampler.shows = WAITS
+    job = world.stop(process, FORCE)
+    world.clock.advance(50)
+    assert job.verdict is Verdict.STORAGE_WAIT
+    moved = replace(WAITING, io=Io(0, 0, 0, 0, 0, 4096, 0))
+    world.sampler.shows = lambda now: moved
+    after, resumed = crash(world, job, process, down=30)
+    after.clock.advance(0.2)
+    assert process.sent == [SIGTERM]
+    assert resumed.verdict is Verdict.FLUSHING
+    assert resumed.deadline >= after.clock.now() + 59 * S
+
+
+def test_no_sigkill_on_one_look_after_a_long_absence() -> None:
+    """Nobody had looked before the crash: what was not seen may have been progress."""
+    world, process = World(), FakeProcess()
+    job = world.stop(process, FORCE)
+    after, _ = crash(world, job, process, down=120)
+    after.clock.advance(9.9)
+    assert process.sent == [SIGTERM]
+    after.clock.advance(1)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_right_before_sigkill_it_looks_once_more() -> None:
+    world, process = World(), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(5)
+    after, _ = crash(world, job, process, down=60)
+    assert after.sampler.looks == 1
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_a_job_goes_on_reaping() -> None:
+    world, process = World(), FakeProcess(dies_of=())
+    job = world.stop(process, FORCE | FIXED)
+    world.clock.advance(12)
+    after, resumed = crash(world, job, process, down=1)
+    assert (resumed.phase, resumed.deadline) == (Phase.REAP, START + 15 * S)
+    assert after.journal.ids == [MessageId.JOB_RESUMED]
+    process.die()
+    assert resumed.result is Result.KILLED
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_one_that_was_killed_meanwhile_reaps_though_its_phase_was_not_noted() -> None:
+    world, process = World(), FakeProcess(dies_of=())
+    job = world.stop(process, FORCE | FIXED)
+    world.clock.advance(10)
+    past = replace(job.snapshot(), phase=Phase.KILL)
+    after = World()
+    after.clock.advance(11)
+    assert after.registry.resume(process, past).phase is Phase.REAP
+
+
+@pytest.mark.parametrize(("at", "result"), [(3, Result.EXITED), (11, Result.KILLED)])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_process_that_went_meanwhile(at: int, result: Result, held: bool) -> None:
+    world, process = World(), FakeProcess(dies_of=())
+    job = world.stop(process, FORCE | FIXED)
+    world.clock.advance(at)
+    process.dead = True
+    after = World()
+    after.clock.advance(at + 2)
+    resumed = after.registry.resume(process if held else None, passed_on(job.snapshot()))
+    assert (resumed.result, resumed.ended) == (result, after.clock.now())
+    assert after.journal.ids == [MessageId.JOB_RESUMED, MessageId.JOB_ENDED]
+    assert after.registry.running == 0
+    after.clock.advance(61)
+    assert list(after.registry) == []
+
+
+def test_everything_of_a_job_comes_through() -> None:
+    world, process = World(), FakeProcess(dies_of=())
+    world.sampler.shows = lambda now: replace(flushes_for(40)(now) or IDLE, state="T")
+    job = world.stop(process, reason="host upgrade", uid=1000, spans={"grace": 3 * S})
+    world.clock.advance(2)
+    job.join(Request(FORCE, {"max": 50 * S}))
+    world.sampler.shows = WAITS
+    world.clock.advance(2)
+    past = job.snapshot()
+    assert {rung.signal for rung in past.rungs} == {SIGTERM, SIGCONT}
+    assert len(past.history) >= 2
+    assert past.flags == FORCE
+    again = passed_on(past)
+    assert past.assessment is not None
+    assert again.assessment is not None
+    assert again.assessment.written == past.assessment.written
+    first = past.assessment.first
+    assert replace(again, assessment=replace(again.assessment, first=first)) == past
+    _, resumed = crash(world, job, process)
+    assert resumed.standing.term_at == START
+    assert resumed.standing.continued_at == past.sent_at(SIGCONT)
+    assert (resumed.request, resumed.policy) == (job.request, job.policy)
+
+
+def test_a_finished_job_is_kept_for_the_rest_of_its_minute() -> None:
+    world, process = World(), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    process.die()
+    world.clock.advance(20)
+    after = World()
+    after.clock.advance(25)
+    resumed = after.registry.resume(None, passed_on(job.snapshot()))
+    assert (resumed.result, resumed.elapsed, resumed.rungs) == (Result.EXITED, 1 * S, job.rungs)
+    assert after.journal.ids == []
+    assert after.registry.running == 0
+    after.clock.advance(35)
+    assert after.registry.get(job.number) is resumed
+    after.clock.advance(2)
+    assert list(after.registry) == []
+    assert after.stop(FakeProcess()).number == 2
+
+
+def test_a_survivor_stays_watched() -> None:
+    world, process = World(), FakeProcess()
+    job = world.stop(process)
+    world.clock.advance(20)
+    assert job.result is Result.SURVIVED
+    after, _ = crash(world, job, process, down=200)
+    after.clock.advance(1)
+    assert list(after.registry) == []
+    process.die()
+    assert after.journal.ids == [MessageId.SURVIVOR_GONE]
+    after, _ = crash(world, job, FakeProcess(dead=True))
+    assert after.journal.ids == [MessageId.SURVIVOR_GONE]
+
+
+def test_a_newer_job_has_a_survivor_taken_over() -> None:
+    world, process = World(), FakeProcess()
+    survived = world.stop(process)
+    world.clock.advance(20)
+    past = survived.snapshot()
+    newer = world.stop(FakeProcess(), FORCE | FIXED)
+    after, first, second = World(), FakeProcess(), FakeProcess()
+    after.clock.advance(21)
+    after.registry.resume(first, past)
+    after.registry.resume(second, newer.snapshot())
+    assert first.closed
+    second.die()
+    assert after.journal.ids == [MessageId.JOB_RESUMED, MessageId.JOB_ENDED]
+
+
+def test_numbers_and_processes_are_not_taken_twice(world: World) -> None:
+    past = world.stop(FakeProcess()).snapshot()
+    for wrong, why in (
+        (past, "number"),
+        (replace(past, number=7), "process"),
+        (replace(past, number=7, started=START + S), "have not come"),
+    ):
+        process = FakeProcess()
+        with pytest.raises(SnapshotError, match=why):
+            world.registry.resume(process, wrong)
+        assert process.closed
+    world.registry.resume(
+        FakeProcess(make_guest(pid=5)), replace(past, number=7, guest=make_guest(5))
+    )
+    assert world.stop(FakeProcess(make_guest(pid=6))).number == 8
+
+
+@pytest.mark.parametrize("progress", [None, 65])
+def test_a_job_of_which_only_its_signals_are_known(progress: int | None) -> None:
+    """As a client that the daemon has left alone knows it: no SIGTERM again, and patience."""
+    after, process = World(), FakeProcess()
+    after.clock.advance(70)
+    after.sampler.shows = WAITS
+    past = Snapshot.of_signals(
+        make_guest(),
+        Request(FORCE),
+        Policy(),
+        number=3,
+        term_at=START,
+        progress_at=progress and START + progress * S,
+    )
+    job = after.registry.resume(process, passed_on(past))
+    last = 70 if progress is None else progress
+    after.clock.advance(last + 60 - 70 - 0.1)
+    assert process.sent == []
+    assert job.deadline == START + (last + 60) * S
+    after.clock.advance(0.2)
+    assert process.sent == [SIGKILL]
+    killed = Snapshot.of_signals(
+        make_guest(1), Request(FORCE), Policy(), number=4, term_at=START, kill_at=START + 60 * S
+    )
+    assert after.registry.resume(None, killed).result is Result.KILLED
+
+
+def good() -> dict[str, Any]:
+    world = World()
+    job = world.stop(FakeProcess(), FORCE)
+    world.clock.advance(1)
+    document: dict[str, Any] = json.loads(json.dumps(job.snapshot().to_json()))
+    return document
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    document = at = good()
+    *way, last = path.split("/")
+    for key in way:
+        at = at[int(key)] if isinstance(at, list) else at[key]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    return document
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        [],
+        {},
+        changed("version", 2),
+        changed("version", True),
+        changed("format", "qkilld-trace"),
+        changed("number", 0),
+        changed("number", 10**9),
+        changed("number", "1"),
+        changed("guest/identity/pid", -1),
+        changed("guest/identity/executable", None),
+        changed("guest/label/unit/user", None),
+        changed("request/spans", {"grace": "x"}),
+        changed("flags", ["force", "murder"]),
+        changed("policy/grace", None),
+        changed("policy/grace", "soon"),
+        changed("policy/more", "1s"),
+        changed("phase", "done"),
+        changed("result", "exited"),
+        changed("rungs", []),
+        changed("rungs/0/at", -1),
+        changed("rungs/0/signal", "SIGTERM"),
+        changed("history/0/reasons", "x"),
+        changed("assessment/seen/io", None),
+        changed("assessment/outstanding", 0),
+        changed("assessment/progress_at", INFINITY),
+        changed("unknown", 1),
+    ],
+)
+def test_what_is_no_snapshot_is_refused(wrong: object) -> None:
+    with pytest.raises(SnapshotError) as refused:
+        decode(wrong)
+    assert "murder" not in str(refused.value)
+
+
+def test_a_good_one_is_not_refused() -> None:
+    assert decode(good()).to_json() == good()
