@@ -7,6 +7,7 @@ bounded queue to a thread of its own, and a full queue drops and counts instead 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import sys
@@ -58,19 +59,23 @@ class QueuedJournal:
                 self._sink(event)
 
 
-def open_journal() -> QueuedJournal:
-    """journald where standard error is connected to it (JOURNAL_STREAM, systemd.exec(5))."""
-    return QueuedJournal(to_journald if _stderr_is_journal() else to_stderr)
+def open_journal(identifier: str = "qkilld") -> QueuedJournal:
+    """journald where standard error is connected to it (JOURNAL_STREAM, systemd.exec(5)).
+
+    `identifier` is the name of the program there.
+    """
+    journald = functools.partial(to_journald, identifier=identifier)
+    return QueuedJournal(journald if stderr_is_journal() else to_stderr)
 
 
-def to_journald(event: Event) -> None:
+def to_journald(event: Event, *, identifier: str = "qkilld") -> None:
     from systemd import journal
 
     journal.send(
         event.message,
         MESSAGE_ID=event.id.value,
         PRIORITY=int(event.priority),
-        SYSLOG_IDENTIFIER="qkilld",
+        SYSLOG_IDENTIFIER=identifier,
         **event.fields,
         **(_object_fields(event.guest, event.gone) if event.guest else {}),
     )
@@ -107,7 +112,7 @@ def _object_fields(guest: Guest, gone: bool) -> dict[str, str]:
     return fields
 
 
-def _stderr_is_journal() -> bool:
+def stderr_is_journal() -> bool:
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
     try:
         status = os.fstat(sys.stderr.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,7 +12,7 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from qkilld.bus.connection import Connection
-from qkilld.model.errors import BusError, QkilldError
+from qkilld.model.errors import BusError
 from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -60,6 +61,38 @@ class Manager:
 
     async def properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, MANAGER_PATH, MANAGER_INTERFACE)
+
+    async def appears(self, timeout_s: float) -> bool:
+        """Whether a daemon is there, now or within that time. Starts none."""
+        there = asyncio.Event()
+
+        def on_message(message: Message) -> None:
+            if (
+                message.message_type is MessageType.SIGNAL
+                and message.sender == "org.freedesktop.DBus"
+                and message.member == "NameOwnerChanged"
+                and message.body[0] == BUS_NAME
+                and message.body[2]
+            ):
+                there.set()
+
+        rule = (
+            "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
+            f"member='NameOwnerChanged',arg0='{BUS_NAME}'"
+        )
+        self._connection.add_message_handler(on_message)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connection.request_bus("AddMatch", "s", rule)
+                (owned,) = await self._connection.request_bus("NameHasOwner", "s", BUS_NAME)
+                if not owned:
+                    await there.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._connection.remove_message_handler(on_message)
+            self._connection.tell_bus("RemoveMatch", "s", rule)
+        return True
 
     def job(self, path: str) -> Job:
         return Job(self._connection, path)
@@ -136,9 +169,7 @@ class Job:
             yield
         finally:
             self._connection.remove_message_handler(on_message)
-            if self._connection.connected:
-                with contextlib.suppress(QkilldError):
-                    await self._connection.request_bus("RemoveMatch", "s", rule)
+            self._connection.tell_bus("RemoveMatch", "s", rule)
 
 
 async def _get_all(connection: Connection, path: str, interface: str) -> dict[str, Any]:

@@ -234,7 +234,9 @@ def remote_error(destination: str, name: str, text: str) -> Exception:
     return CallFailed(name, text)
 
 
-async def connect(address: str | None = None, *, user: bool = False) -> Connection:
+async def connect(
+    address: str | None = None, *, user: bool = False, timeout_s: float = CONNECT_TIMEOUT_S
+) -> Connection:
     """Connect to the system bus, the session bus (`user`) or the bus at `address`.
 
     Raises BusError, which names the bus.
@@ -242,7 +244,7 @@ async def connect(address: str | None = None, *, user: bool = False) -> Connecti
     which = f"bus at {address}" if address else "session bus" if user else "system bus"
     connection = None
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             connection = Connection(address, BusType.SESSION if user else BusType.SYSTEM)
             await connection.connect()
     except (OSError, EOFError, AuthError, InvalidAddressError, ValueError, TimeoutError) as error:

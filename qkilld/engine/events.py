@@ -39,6 +39,10 @@ class MessageId(Enum):
     JOB_RESUMED = "575356985b7542e3a54687417a1c5574"
     VERDICT_TURNED = "b5f7ec2ec2a74611bdca05783a342ee5"
     JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
+    WAITER_GONE = "1f5ff25c6abd4224b9ae4c60a4145f06"
+    STOP_ALONE = "c1f0507f40cf4584baa4ffa57f19fca8"
+    STOP_LIMITED = "93527dfc2b7c4c21b6169eafece6a83b"
+    STOP_LEFT = "ef381959bfb844e5834fb0c03d6fe765"
     SURVIVOR_GONE = "510528c7fbaf4685a07faadc86df8447"
     DAEMON_STARTED = "880a8eefeebd4e2aaa3c6396bda9897d"
     DAEMON_STOPPING = "032598709f0d4d6cae7cfd4082fc0502"
@@ -61,7 +65,7 @@ class Event:
 
 
 _WORRYING: Final = (Verdict.STORAGE_WAIT, Verdict.BLOCKED, Verdict.STOPPED)
-_IN_WORDS: Final = {
+VERDICTS_IN_WORDS: Final = {
     Verdict.UNKNOWN: "cannot be judged",
     Verdict.GUEST_SHUTDOWN: "is shutting down",
     Verdict.FLUSHING: "is making progress",
@@ -140,7 +144,7 @@ def verdict_turned(job: Job, turn: Turn) -> Event:
         job,
         MessageId.VERDICT_TURNED,
         Priority.NOTICE if turn.verdict in _WORRYING else Priority.INFO,
-        f"{_capitalised(job.guest.title)} {_IN_WORDS[turn.verdict]}: {why}.",
+        f"{_capitalised(job.guest.title)} {VERDICTS_IN_WORDS[turn.verdict]}: {why}.",
         QKILLD_REASONS="\n".join(turn.reasons),
     )
 
@@ -163,7 +167,7 @@ def job_ended(job: Job) -> Event:
         Result.KILLED: (Priority.WARNING, f"was killed, gone after {after}: {lost}"),
         Result.SURVIVED: (
             Priority.WARNING,
-            f"is still there after {after}{why}: qkilld gave up and watches it",
+            f"is still there after {after}{why}: no more signals will be sent",
         ),
         Result.SIGNALLED: (Priority.INFO, "got its one signal, unsupervised"),
         Result.CANCELLED: (Priority.NOTICE, f"is left alone after {after}: the stop was cancelled"),
@@ -200,6 +204,48 @@ def survivor_gone(job: Job, now: int) -> Event:
         "stop began.",
         gone=True,
         QKILLD_ELAPSED_USEC=str(now - job.started),
+    )
+
+
+def waiter_gone(job: Job) -> Event:
+    return _of_job(
+        job,
+        MessageId.WAITER_GONE,
+        Priority.WARNING,
+        f"Nobody waits for the stop of {job.guest.title} any more. It goes on; but where systemd "
+        "asked for it, systemd's own time limits may end the guest now.",
+    )
+
+
+def stop_alone(guest: Guest, why: str) -> Event:
+    """Of qkilld-stop, as the two below."""
+    return Event(
+        MessageId.STOP_ALONE,
+        Priority.NOTICE,
+        f"qkilld-stop stops {guest.title} by itself: {why}.",
+        guest=guest,
+        fields={"QKILLD_GUEST": guest.label.name},
+    )
+
+
+def stop_limited(guest: Guest, warning: str) -> Event:
+    return Event(
+        MessageId.STOP_LIMITED,
+        Priority.WARNING,
+        f"{_capitalised(guest.title)} may be ended before it has written everything: {warning}.",
+        guest=guest,
+        fields={"QKILLD_GUEST": guest.label.name},
+    )
+
+
+def stop_left(guest: Guest, why: str) -> Event:
+    return Event(
+        MessageId.STOP_LEFT,
+        Priority.WARNING,
+        f"qkilld-stop leaves {guest.title}, which is still there: {why}. What happens to it now is "
+        "up to systemd.",
+        guest=guest,
+        fields={"QKILLD_GUEST": guest.label.name},
     )
 
 

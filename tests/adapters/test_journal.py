@@ -98,4 +98,4 @@ def test_the_unit_is_named_where_journald_cannot_look_it_up(
 def test_journald_only_where_stderr_is_connected_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("", "1:2", "nonsense", ":"):
         monkeypatch.setenv("JOURNAL_STREAM", value)
-        assert not journal._stderr_is_journal()
+        assert not journal.stderr_is_journal()

@@ -1,0 +1,1 @@
+"""qkilld-stop: the helper for ExecStop=. Entry point: `main.main`."""

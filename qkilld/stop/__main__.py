@@ -1,0 +1,10 @@
+"""`python -m qkilld.stop` is qkilld-stop."""
+
+from __future__ import annotations
+
+import sys
+
+from qkilld.stop.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

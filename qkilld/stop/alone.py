@@ -1,0 +1,111 @@
+"""The stop of processes without the daemon: its engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from qkilld.adapters import config
+from qkilld.adapters.clock import LoopClock
+from qkilld.adapters.evidence.sampler import EvidenceSampler
+from qkilld.adapters.host import LocalHost
+from qkilld.bus.job import properties
+from qkilld.engine import events
+from qkilld.engine.registry import Registry
+from qkilld.engine.service import SPANS, Service
+from qkilld.judgement.target import check_caller, check_qemu, check_same
+from qkilld.model.errors import ConfigError
+from qkilld.model.job import Request
+from qkilld.model.jobview import JobView
+from qkilld.model.policy import Config
+from qkilld.stop.log import say
+
+if TYPE_CHECKING:
+    from qkilld.engine.job import Job
+    from qkilld.stop.log import Log
+    from qkilld.stop.order import Order
+
+
+class Alone:
+    """Must be made in a running loop; to be closed."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.config = _configuration()
+        self._host = LocalHost()
+        self._clock = LoopClock()
+        self._sampler = EvidenceSampler()
+        self._registry = Registry(self.config, self._clock, log, self, self._sampler)
+        self._orders: dict[int, Order] = {}
+        # The threads that take samples must not keep the loop from a signal that is due.
+        sys.setswitchinterval(0.001)
+
+    @property
+    def service(self) -> Service:
+        """For what sends nothing."""
+        return Service(self.config, self._host, self._registry, self._clock, self._sampler)
+
+    async def start(self, order: Order, spans: Mapping[str, int], reason: str, why: str) -> Job:
+        """Stop a process; where it was being stopped elsewhere, go on with that.
+
+        Raises NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Failed.
+        """
+        target = order.target
+        process = self._host.open(target.pid)
+        try:
+            identity = process.guest.identity
+            check_caller(os.geteuid(), identity)
+            check_qemu(identity, self.config.executables, os.getpid())
+            if target.start_time is not None:
+                check_same(identity, target.start_time)
+            process.set_label(await self._host.label(identity))
+            # Time has passed: it may have executed another program.
+            check_qemu(process.identify(), self.config.executables, os.getpid())
+        except BaseException:
+            process.close()
+            raise
+        self._log.write(events.stop_alone(process.guest, why))
+        fields = {SPANS[name]: usec for name, usec in spans.items()}
+        self._orders[target.pid] = order
+        return self._registry.terminate(process, Request(order.flags, fields, reason, os.geteuid()))
+
+    def force(self, order: Order, reason: str) -> None:
+        """Add FORCE to a job."""
+        if order.job is not None and order.job.running:
+            order.job.join(Request(order.flags, {}, reason, os.geteuid()))
+
+    async def ended(self, job: Job) -> str:
+        """Its result, as soon as there is one."""
+        if job.running:
+            ended = asyncio.Event()
+            job.when_ended(ended.set)
+            await ended.wait()
+        assert job.result is not None
+        return job.result.value
+
+    def close(self) -> None:
+        """Send nothing more to anybody."""
+        self._registry.cancel_all()
+        self._sampler.close()
+
+    # engine.ports.Observer
+
+    def job_new(self, job: Job) -> None:
+        self.job_changed(job)
+
+    def job_changed(self, job: Job) -> None:
+        self._orders[job.guest.identity.pid].changed(JobView("", properties(job)))
+
+    def job_ended(self, job: Job) -> None: ...
+
+
+def _configuration() -> Config:
+    """qkilld.conf; where that is wrong the defaults, for a guest has to be stopped all the same."""
+    try:
+        return config.load()
+    except ConfigError as error:
+        say(f"the configuration is wrong, so the defaults are used instead:\n{error}")
+        return Config()

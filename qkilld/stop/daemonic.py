@@ -1,0 +1,175 @@
+"""The stop of one process through the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable
+from typing import Any, Final
+
+from qkilld.bus.client import Job, Manager
+from qkilld.bus.connection import Connection
+from qkilld.model.errors import BusError, NoSuchJob, QkilldError
+from qkilld.model.jobview import JobView
+from qkilld.model.words import Flag, Phase, Result
+from qkilld.stop.target import Target
+
+ANSWER_TIMEOUT_S: Final = 3.0
+"""The daemon answers in milliseconds, and where it has to be started first within a second."""
+RETURN_TIMEOUT_S: Final = 3.0
+"""systemd has a daemon that died back within a second."""
+LOOK_AFTER_S: Final = 0.15
+"""An idle guest is gone before: nothing need be known of its job then."""
+SILENCE_S: Final = 5.0
+"""A running job tells something new every second; a daemon that is silent for so long is asked
+whether it still lives."""
+CHECK_TIMEOUT_S: Final = 2.0
+ENDING_S: Final = 1.0
+"""A daemon that ends has left the bus so long after its last answer."""
+
+
+class Lost(Exception):
+    """The daemon cannot be reached, or not any more; the text says why, to go after a colon."""
+
+
+class DaemonJob:
+    """The job of one target. Every method may raise Lost."""
+
+    def __init__(
+        self, connection: Connection, target: Target, on_change: Callable[[JobView], None]
+    ) -> None:
+        self._connection = connection
+        self._manager = Manager(connection)
+        self._target = target
+        self._on_change = on_change
+        self._path = ""
+        self.view: JobView | None = None
+        """What was last heard of it."""
+
+    async def start(self, flags: Flag, options: dict[str, int | str]) -> None:
+        """Have the daemon stop it. Raises what it refuses with: NotQemu, AccessDenied, …"""
+        given = dict(options)
+        if self._target.start_time is not None:
+            given["start-time"] = self._target.start_time
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                self._path = await self._manager.terminate(self._target.pid, flags, given)
+        except TimeoutError:
+            raise Lost(f"qkilld does not answer within {ANSWER_TIMEOUT_S:g} s") from None
+        except BusError as error:
+            raise Lost(str(error)) from None
+
+    async def follow(self) -> str:
+        """The result of the job, when it has ended."""
+        gone = asyncio.create_task(self._gone())
+        try:
+            while True:
+                with contextlib.suppress(BusError):
+                    return await self._wait(gone)
+                # A new daemon goes on with the jobs of the old one.
+                await self._find_again()
+        finally:
+            gone.cancel()
+
+    async def _wait(self, gone: asyncio.Task[None]) -> str:
+        """Raises BusError where the daemon goes away."""
+        job = self._manager.job(self._path)
+        ended = asyncio.create_task(_result(job))
+        watching: asyncio.Task[None] | None = None
+        try:
+            await asyncio.wait((ended, gone), timeout=LOOK_AFTER_S, return_when=FIRST_COMPLETED)
+            if not ended.done() and not gone.done():
+                watching = asyncio.create_task(self._watch(job))
+                await asyncio.wait((ended, gone, watching), return_when=FIRST_COMPLETED)
+            if watching is not None and watching.done():
+                watching.result()  # raises
+            if not ended.done():
+                # Gone: the daemon sees it too, and says how it came about, if it still lives.
+                await asyncio.wait((ended,), timeout=CHECK_TIMEOUT_S)
+            if not ended.done():
+                return self._guess()
+            result = ended.result()
+            if (
+                result == Result.CANCELLED
+                and not self._target.exited()
+                and await self._daemon_ends()
+            ):
+                raise Lost("qkilld was stopped")
+            return result
+        finally:
+            for task in (ended, watching):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+
+    async def _watch(self, job: Job) -> None:
+        """Keeps the view fresh; ends only with BusError or Lost."""
+        heard = asyncio.Event()
+
+        def on_change(changes: dict[str, Any]) -> None:
+            self._hear(changes)
+            heard.set()
+
+        async with job.watch(on_change):
+            while True:
+                heard.clear()
+                try:
+                    async with asyncio.timeout(SILENCE_S):
+                        await heard.wait()
+                except TimeoutError:
+                    self._hear(await self._ask(job))
+
+    async def _ask(self, job: Job) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await job.properties()
+        except TimeoutError:
+            raise Lost("qkilld does not answer any more") from None
+
+    async def _find_again(self) -> None:
+        if not self._connection.connected:
+            raise Lost("the connection to the bus is lost")
+        try:
+            if not await self._manager.appears(RETURN_TIMEOUT_S):
+                raise Lost("qkilld went away")
+            self._path = await self._running_path()
+        except QkilldError as error:
+            raise Lost(f"qkilld went away, and the new one says: {error}") from None
+
+    async def _running_path(self) -> str:
+        """Of the new daemon's job for the process. Raises NoSuchJob where it has none."""
+        path = await self._manager.job_by_pid(self._target.pid)
+        properties = await self._ask(self._manager.job(path))
+        if self._target.start_time not in (None, properties["StartTime"]):
+            raise NoSuchJob("it has no job for the guest")
+        return path
+
+    async def _daemon_ends(self) -> bool:
+        """A daemon that is being stopped cancels its jobs, which nobody asked for."""
+        await asyncio.sleep(ENDING_S)
+        return not await self._manager.appears(0.2)
+
+    async def _gone(self) -> None:
+        gone = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._target.pidfd, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(self._target.pidfd)
+
+    def _guess(self) -> str:
+        """How a process ended that is gone, where the daemon does not say."""
+        phase = self.view.phase if self.view is not None else ""
+        return Result.KILLED if phase in (Phase.KILL, Phase.REAP) else Result.EXITED
+
+    def _hear(self, changes: dict[str, Any]) -> None:
+        before = self.view or JobView(self._path, {})
+        self.view = before.updated(changes)
+        self._on_change(self.view)
+
+
+async def _result(job: Job) -> str:
+    result, _ = await job.wait()
+    return result
