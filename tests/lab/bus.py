@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -210,6 +210,7 @@ def daemon(
     uid: int | None = None,
     before: Callable[[], None] | None = None,
     ready: bool = True,
+    program: Sequence[str | Path] = (sys.executable, "-m", "qkilld"),
 ) -> Iterator[Daemon]:
     """`python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`, and with `ready` up at entry.
 
@@ -226,7 +227,7 @@ def daemon(
         notify = stack.enter_context(NotifySocket(directory))
         with stderr.path.open("wb") as written:
             process = spawn(
-                [sys.executable, "-m", "qkilld", "--bus", bus.address, "--root", root, *arguments],
+                [*program, "--bus", bus.address, "--root", root, *arguments],
                 stdout=written,
                 stderr=written,
                 cwd=directory,

@@ -270,6 +270,16 @@ def boot() -> Iterator[Container]:
         yield Container(name, leader, console)
 
 
+def install(container: Container, *variables: str) -> None:
+    """`make install` in it, with these variables of make (`PREFIX=/usr/local`), and what an
+    administrator does after it. The programs run by the checkout's python."""
+    make = ("make", "-C", CHECKOUT, "install")
+    container.run(*make, f"PYTHON={PYTHON}", *variables)
+    container.run("systemctl", "daemon-reload")
+    container.run("journalctl", "--update-catalog")
+    container.run("systemctl", "reload", "dbus.service")
+
+
 def _power_off(leader_pidfd: int, nspawn_pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(leader_pidfd, signal.SIGKILL)

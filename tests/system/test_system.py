@@ -9,41 +9,28 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qkilld.engine.events import MessageId
-from tests.lab.container import CHECKOUT, PYTHON, Container
-from tests.lab.process import OTHER_UID, TOP
+from tests.lab.container import Container
+from tests.lab.process import OTHER_UID
 
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 FIXED_SOON = ("TerminateWithOptions", "uta{sv}")
 ITS_OPTIONS = ("9", "1", "grace-usec", "t", "700000")
 """FORCE and FIXED, with a grace that is shorter than ten seconds."""
-_DROP_IN = f"""\
-[Service]
-ExecStart=
-ExecStart={PYTHON} -m qkilld
-Environment=PYTHONPATH={CHECKOUT} PYTHONDONTWRITEBYTECODE=1
-"""
 
 _numbers = itertools.count(1)
 StartGuest = Callable[..., tuple[str, int]]
 
 
 @pytest.fixture(scope="module")
-def system(container: Container) -> Iterator[Container]:
-    """With the daemon installed and up."""
-    container.copy_in(TOP / "dbus/org.qkilld1.conf", "/etc/dbus-1/system.d/org.qkilld1.conf")
-    container.copy_in(TOP / "units/qkilld.service", "/etc/systemd/system/qkilld.service")
-    container.copy_in(TOP / "packaging/qkilld.catalog", "/usr/lib/systemd/catalog/qkilld.catalog")
-    container.write("/etc/systemd/system/qkilld.service.d/checkout.conf", _DROP_IN)
-    container.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=30s\n")
-    container.write(
+def system(installed: Container) -> Iterator[Container]:
+    """With the daemon up."""
+    installed.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=30s\n")
+    installed.write(
         "/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\nStallSec=0\n"
     )
-    container.run("journalctl", "--update-catalog")
-    container.run("systemctl", "daemon-reload")
-    container.run("systemctl", "reload", "dbus.service")
-    container.run("systemctl", "start", "qkilld.service")
-    yield container
-    container.run("systemctl", "stop", "qkilld.service")
+    installed.run("systemctl", "start", "qkilld.service")
+    yield installed
+    installed.run("systemctl", "stop", "qkilld.service")
 
 
 @pytest.fixture
@@ -174,9 +161,9 @@ def test_the_bus_policy_denies_what_is_not_ours(system: Container) -> None:
 
 def test_qkillctl_on_the_system_bus(system: Container, start_guest: StartGuest) -> None:
     unit, pid = start_guest()
-    listed = json.loads(system.python("-m", "qkilld.ctl", "--json", "list").stdout)
+    listed = json.loads(system.run("qkillctl", "--json", "list").stdout)
     assert pid in [guest["pid"] for guest in listed]
-    done = system.python("-m", "qkilld.ctl", "terminate", "--wait", unit)
+    done = system.run("qkillctl", "terminate", "--wait", unit)
     assert done.returncode == 0
     assert system.property(unit, "MainPID") == "0"
 

@@ -1,0 +1,292 @@
+"""`make install` and `make uninstall`: puts every file where systemd, D-Bus, polkit and the message
+catalogue look for it, and takes exactly those away again.
+
+The package goes, byte-compiled, to a directory of its own, so that nothing else on the machine
+imports it by chance; the programs are short scripts that find it there. What lies in units/, dbus/
+and packaging/ under the patterns below is installed. The files there are written for PREFIX=/usr:
+a program of ours that they name becomes the one that is installed.
+
+Needs no network and nothing beside Python: it runs under the interpreter that the programs will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import py_compile
+import re
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+TOP: Final = Path(__file__).resolve().parents[1]
+PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+
+PRIVATE_PROGRAMS: Final[dict[str, str]] = {}
+"""Started by our units alone, from PREFIX/lib/qkilld. Name → module:function."""
+
+DEBIAN: Final = {
+    "dbus-next": "python3-dbus-next",
+    "psutil": "python3-psutil",
+    "rich": "python3-rich",
+    "systemd-python": "python3-systemd",
+}
+"""What the project depends on → the Debian package that has it."""
+
+_SCRIPT: Final = """\
+#!{python} -I
+# Isolated (-I): nothing in the environment of who runs this leads to other modules.
+import sys
+
+sys.path.insert(0, {package!r})
+from {module} import {function}
+
+sys.exit({function}())
+"""
+
+
+class Refused(Exception):
+    """The text says what is wrong, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Absolute directories of the finished system, without DESTDIR."""
+
+    bindir: str
+    libdir: str
+    """PREFIX/lib: qkilld/ in it is ours."""
+    mandir: str
+    docdir: str
+    unitdir: str
+    userunitdir: str
+    catalogdir: str
+    dbusdatadir: str
+    """Where dbus-1/ is."""
+    polkitdir: str
+    """Of actions."""
+
+    @property
+    def private(self) -> str:
+        return f"{self.libdir}/qkilld"
+
+    @property
+    def package(self) -> str:
+        return f"{self.private}/python"
+
+    @property
+    def manifest(self) -> str:
+        """What was installed: a path a line, of directories that were made for it with a slash."""
+        return f"{self.private}/installed-files"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    content: bytes
+    mode: int = 0o644
+
+
+def files(places: Places, python: str) -> Iterator[tuple[str, File]]:
+    """The path and the content of everything that is installed; what is compiled comes on top."""
+    public = {f"{places.bindir}/{name}": entry for name, entry in PROJECT["scripts"].items()}
+    private = {f"{places.private}/{name}": entry for name, entry in PRIVATE_PROGRAMS.items()}
+    for path, entry in (public | private).items():
+        yield path, File(_script(python, places.package, entry), 0o755)
+    for source in sorted((TOP / "qkilld").rglob("*.py")):
+        yield f"{places.package}/{source.relative_to(TOP)}", File(source.read_bytes())
+    moved = {f"/usr/bin/{Path(path).name}": path for path in public}
+    moved |= {f"/usr/lib/qkilld/{Path(path).name}": path for path in private}
+    dbus = f"{places.dbusdatadir}/dbus-1"
+    for pattern, directory in (
+        ("dbus/*.xml", f"{places.package}/qkilld/interfaces"),
+        ("dbus/*.xml", f"{dbus}/interfaces"),
+        ("dbus/*.conf", f"{dbus}/system.d"),
+        ("dbus/*.service", f"{dbus}/system-services"),
+        ("dbus/user/*.service", f"{dbus}/services"),
+        ("units/*.service", places.unitdir),
+        ("units/*.d/*.conf", places.unitdir),
+        ("units/user/*.service", places.userunitdir),
+        ("units/user/*.d/*.conf", places.userunitdir),
+        ("packaging/*.policy", places.polkitdir),
+        ("packaging/*.catalog", places.catalogdir),
+        ("packaging/qkilld.conf", places.private),
+        ("packaging/guest-example.conf", places.docdir),
+        ("packaging/man/*.[1-8]", places.mandir),
+        ("README.md", places.docdir),
+        ("NEWS.md", places.docdir),
+        ("LICENSE", places.docdir),
+    ):
+        for source in sorted(TOP.glob(pattern)):
+            section = f"man{source.suffix[1:]}/" if directory == places.mandir else ""
+            unit = f"{source.parent.name}/" if source.parent.suffix == ".d" else ""
+            content = _relocated(source.read_text(), moved)
+            yield f"{directory}/{section}{unit}{source.name}", File(content.encode())
+
+
+def install(root: str, places: Places, python: str) -> None:
+    """`root` is DESTDIR, "" for this system. Raises Refused, OSError."""
+    before = _read_manifest(root, places)
+    made = {line for line in before if line.endswith("/")}
+    written = set()
+    for path, file in files(places, python):
+        made |= _make_directories(root, path)
+        _write(root + path, file)
+        written.add(path)
+    for source in sorted(path for path in written if path.endswith(".py")):
+        compiled = importlib.util.cache_from_source(source)
+        made |= _make_directories(root, compiled)
+        # By the hash of the source, unchecked: the same bytes in every build, and no look at the
+        # source when a program starts.
+        py_compile.compile(
+            root + source,
+            cfile=root + compiled,
+            dfile=source,
+            doraise=True,
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+        written.add(compiled)
+    manifest = sorted(made | written | {places.manifest})
+    _write(root + places.manifest, File("".join(f"{line}\n" for line in manifest).encode()))
+    # Of a version that had other files.
+    _remove(root, set(before) - set(manifest))
+
+
+def uninstall(root: str, places: Places) -> bool:
+    """False where nothing of ours is there. Raises Refused, OSError."""
+    manifest = _read_manifest(root, places)
+    _remove_links(root, {line for line in manifest if line.endswith(".service")})
+    # Another interpreter than that of the installation has compiled for itself.
+    for compiled in Path(root + places.package).rglob("__pycache__/*.pyc"):
+        compiled.unlink()
+    _remove(root, manifest)
+    return bool(manifest)
+
+
+def _script(python: str, package: str, entry: str) -> bytes:
+    module, _, function = entry.partition(":")
+    script = _SCRIPT.format(python=python, package=package, module=module, function=function)
+    return script.encode()
+
+
+def _relocated(text: str, moved: dict[str, str]) -> str:
+    # The longest first: one name begins with another.
+    names = "|".join(re.escape(name) for name in sorted(moved, key=len, reverse=True))
+    return re.sub(rf"(?:{names})(?![\w-])", lambda found: moved[found[0]], text)
+
+
+def _make_directories(root: str, path: str) -> set[str]:
+    """Those above the file that were not there, as the manifest has them."""
+    made = set()
+    for directory in reversed(Path(path).parents):
+        with contextlib.suppress(FileExistsError):
+            Path(f"{root}{directory}").mkdir()
+            made.add(f"{directory}/")
+    return made
+
+
+def _write(target: str, file: File) -> None:
+    """In one step: a program that starts meanwhile gets the old or the new one."""
+    handle, new = tempfile.mkstemp(dir=Path(target).parent, prefix=".qkilld-")
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(file.content)
+            os.fchmod(opened.fileno(), file.mode)
+        Path(new).replace(target)
+    except BaseException:
+        Path(new).unlink(missing_ok=True)
+        raise
+
+
+def _read_manifest(root: str, places: Places) -> list[str]:
+    """Empty where there is none."""
+    try:
+        lines = Path(root + places.manifest).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        if not line.startswith("/") or ".." in line.split("/"):
+            raise Refused(
+                f"{root}{places.manifest} is no list of what was installed: {line!r} is no path; "
+                "install again to have it written anew, after removing it"
+            )
+    return lines
+
+
+def _remove(root: str, lines: Iterable[str]) -> None:
+    """Files, then the directories that nothing else is in, the deepest first."""
+    for line in lines:
+        if not line.endswith("/"):
+            Path(root + line).unlink(missing_ok=True)
+    for line in sorted((line for line in lines if line.endswith("/")), key=len, reverse=True):
+        with contextlib.suppress(OSError):
+            Path(root + line).rmdir()
+
+
+def _remove_links(root: str, units: set[str]) -> None:
+    """What `systemctl enable` has made for these units."""
+    for link in Path(f"{root}/etc/systemd").glob("*/*.*/*"):
+        if link.is_symlink():
+            target = Path(root + str(link.readlink()))
+            if f"{target.parent.resolve()}/{target.name}".removeprefix(root) in units:
+                link.unlink()
+
+
+def missing() -> list[str]:
+    """The Debian packages of what this interpreter lacks, with the version where it is another."""
+    lacking = []
+    for wanted in PROJECT["dependencies"]:
+        name, relation, version = re.split("(==|>=)", wanted)
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(DEBIAN[name])
+            continue
+        if found != version and (relation == "==" or _number(found) < _number(version)):
+            lacking.append(f"{DEBIAN[name]} ({found} is there, {relation} {version} is needed)")
+    return lacking
+
+
+def _number(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("action", choices=("install", "uninstall"))
+    parser.add_argument("--destdir", default="")
+    parser.add_argument("--python", required=True)
+    for field in fields(Places):
+        parser.add_argument(f"--{field.name}", required=True)
+    arguments = parser.parse_args()
+    root = str(Path(arguments.destdir).resolve()).rstrip("/") if arguments.destdir else ""
+    directories = {field.name: getattr(arguments, field.name) for field in fields(Places)}
+    os.umask(0o022)
+    try:
+        for name, path in [*directories.items(), ("python", arguments.python)]:
+            if not re.fullmatch(r"/[\w./+@%~-]+", path):
+                raise Refused(f"{name.upper()}={path} is not an absolute path of plain characters")
+        places = Places(**{name: os.path.normpath(path) for name, path in directories.items()})
+        if arguments.action == "install":
+            install(root, places, arguments.python)
+            lacking = missing()
+            if lacking:
+                print(f"It runs when this is there too: apt-get install {', '.join(lacking)}")
+        elif not uninstall(root, places):
+            print(f"qkilld is not installed there: there is no {root}{places.manifest}")
+    except OSError as error:
+        sys.exit(f"make {arguments.action}: {error.filename}: {error.strerror}")
+    except Refused as refused:
+        sys.exit(f"make {arguments.action}: {refused}")
+    if not root:
+        print("Now, as root: systemctl daemon-reload; journalctl --update-catalog")
+
+
+if __name__ == "__main__":
+    main()

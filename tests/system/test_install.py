@@ -1,0 +1,134 @@
+"""`make install` and `make uninstall`, in the container and below a DESTDIR."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import bus, guest, needs
+from tests.lab.process import TOP, run
+
+PYTHON = "/usr/bin/python3"
+"""Debian's own, with Debian's packages."""
+PROGRAMS = ("qkilld", "qkillctl")
+
+
+def make(action: str, *variables: str, check: bool = True) -> str:
+    done = subprocess.run(
+        ["make", action, *variables], cwd=TOP, capture_output=True, text=True, timeout=60
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout if check else done.stderr
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Of everything below: what it is, and what is in it."""
+    return {
+        str(path.relative_to(root)): (
+            f"-> {path.readlink()}"
+            if path.is_symlink()
+            else f"{path.stat().st_mode:o} "
+            + ("" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest())
+        )
+        for path in root.rglob("*")
+    }
+
+
+def test_what_was_installed_is_taken_away_and_nothing_else(lab_dir: Path) -> None:
+    kept = {
+        "etc/qkilld/qkilld.conf": "[Policy]\n",
+        "usr/lib/qkilld/qkilld.conf.d/50-vendor.conf": "[Policy]\n",
+        "usr/lib/systemd/system/other.service": "[Unit]\n",
+    }
+    for path, text in kept.items():
+        (lab_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        (lab_dir / path).write_text(text)
+    wants = lab_dir / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "other.service").symlink_to("/usr/lib/systemd/system/other.service")
+    before = tree(lab_dir)
+    destination = f"DESTDIR={lab_dir}"
+    assert "daemon-reload" not in make("install", destination)
+    installed = tree(lab_dir)
+    assert all(installed[path] == before[path] for path in before)
+    for path in (
+        *(f"usr/bin/{name}" for name in PROGRAMS),
+        "usr/lib/qkilld/qkilld.conf",
+        "usr/lib/qkilld/python/qkilld/interfaces/org.qkilld1.Manager.xml",
+        "usr/lib/systemd/system/qkilld.service",
+        "usr/lib/systemd/catalog/qkilld.catalog",
+        "usr/share/dbus-1/system.d/org.qkilld1.conf",
+        "usr/share/man/man8/qkilld.8",
+    ):
+        assert path in installed, path
+    # The same again, to the byte, as an upgrade would do it, with a module that is no more.
+    manifest = lab_dir / "usr/lib/qkilld/installed-files"
+    gone = "usr/lib/qkilld/python/qkilld/of_an_older_version.py"
+    (lab_dir / gone).touch()
+    manifest.write_text(manifest.read_text() + f"/{gone}\n")
+    make("install", destination)
+    assert tree(lab_dir) == installed
+    # What systemctl enable and another interpreter make goes too.
+    (wants / "qkilld.service").symlink_to("/usr/lib/systemd/system/qkilld.service")
+    (lab_dir / "usr/lib/qkilld/python/qkilld/__pycache__/x.cpython-399.pyc").touch()
+    make("uninstall", destination)
+    assert tree(lab_dir) == before
+    assert "not installed" in make("uninstall", destination)
+
+
+def test_other_places(lab_dir: Path) -> None:
+    variables = (
+        f"DESTDIR={lab_dir}",
+        "PREFIX=/opt/q",
+        "UNITDIR=/etc/systemd/system",
+        "POLKITDIR=/opt/q/actions",
+        f"PYTHON={PYTHON}",
+    )
+    make("install", *variables)
+    script = (lab_dir / "opt/q/bin/qkilld").read_text()
+    assert script.startswith("#!/usr/bin/python3 -I\n")
+    unit = (lab_dir / "etc/systemd/system/qkilld.service").read_text()
+    assert "ExecStart=/opt/q/bin/qkilld" in unit
+    assert "/usr/bin/qkill" not in unit
+    # The policy of the bus is read from there alone.
+    assert (lab_dir / "usr/share/dbus-1/system.d/org.qkilld1.conf").exists()
+    make("uninstall", *variables)
+    assert tree(lab_dir) == {}
+
+
+@pytest.mark.parametrize("variable", ["PREFIX=usr", "BINDIR=/usr/b in", "PYTHON=python3"])
+def test_a_wrong_place_is_refused(lab_dir: Path, variable: str) -> None:
+    said = make("install", f"DESTDIR={lab_dir}", variable, check=False)
+    assert "is not an absolute path of plain characters" in said
+    assert tree(lab_dir) == {}
+
+
+@pytest.fixture
+def on_debian(lab_dir: Path) -> Iterator[Path]:
+    """A prefix on this machine itself that everything is in, for Debian's own Python."""
+    places = ("UNITDIR", "USERUNITDIR", "CATALOGDIR", "DBUSDATADIR", "POLKITDIR")
+    variables = (f"PREFIX={lab_dir}", *(f"{place}={lab_dir}/{place.lower()}" for place in places))
+    said = make("install", f"PYTHON={PYTHON}", *variables)
+    if "apt-get install" in said:
+        raise needs.Missing(said.splitlines()[0])
+    assert "systemctl daemon-reload; journalctl --update-catalog" in said
+    yield lab_dir
+    make("uninstall", *variables)
+    assert tree(lab_dir) == {}
+
+
+def test_it_runs_on_what_debian_has(
+    on_debian: Path, private_bus: bus.Bus, qemu: Callable[..., guest.Guest]
+) -> None:
+    target = qemu(name="web")
+    with bus.daemon(private_bus, program=[on_debian / "bin/qkilld"]):
+        ctl = str(on_debian / "bin/qkillctl")
+        stop = ("--json", "terminate", "--wait", str(target.pid))
+        done = run([ctl, "--bus", private_bus.address, *stop])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)[0]["result"] == "exited"
