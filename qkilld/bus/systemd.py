@@ -95,6 +95,11 @@ class Systemd:
         # It answers only when it is done, which takes long with many units.
         await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
 
+    async def search_path(self) -> list[str]:
+        """The directories that it reads unit files and drop-ins from, by precedence."""
+        found = await self._properties(_PATH, _MANAGER)
+        return [str(path) for path in found["UnitPath"]]
+
     async def _act(self, member: str, name: str) -> None:
         try:
             await self._manager(member, "ss", name, "replace")
@@ -127,6 +132,7 @@ class Systemd:
 def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
     return UnitFacts(
         id=str(unit["Id"]),
+        names=tuple(unit.get("Names", ())),
         load_state=str(unit["LoadState"]),
         active_state=str(unit["ActiveState"]),
         sub_state=str(unit.get("SubState", "")),
@@ -135,25 +141,44 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         drop_ins=tuple(unit.get("DropInPaths", ())),
         transient=bool(unit.get("Transient", False)),
         after=tuple(unit.get("After", ())),
+        default_dependencies=bool(unit.get("DefaultDependencies", True)),
+        job_timeout=min(
+            int(unit.get("JobTimeoutUSec", INFINITY)),
+            int(unit.get("JobRunningTimeoutUSec", INFINITY)),
+        ),
         control_group=str(own.get("ControlGroup", "")),
         kill_mode=str(own.get("KillMode", "control-group")),
         kill_signal=int(own.get("KillSignal", 15)),
         sends_sigkill=bool(own.get("SendSIGKILL", True)),
+        final_kill_signal=int(own.get("FinalKillSignal", 9)),
         timeout_stop=int(own.get("TimeoutStopUSec", INFINITY)),
         type=str(own.get("Type", "")),
+        timeout_failure_mode=str(own.get("TimeoutStopFailureMode", "terminate")),
+        restart=str(own.get("Restart", "no")),
+        remain_after_exit=bool(own.get("RemainAfterExit", False)),
+        pid_file=str(own.get("PIDFile", "")),
+        root=str(own.get("RootDirectory", "") or own.get("RootImage", "")),
         main_pid=int(own.get("MainPID", 0)),
         control_pid=int(own.get("ControlPID", 0)),
         notify_access=str(own.get("NotifyAccess", "none")),
         user=str(own.get("User", "")),
-        exec_start=_commands(own.get("ExecStart", ())),
-        exec_stop=_commands(own.get("ExecStop", ())),
+        exec_start=_commands(own.get("ExecStartEx", ())),
+        exec_stop=_commands(own.get("ExecStopEx", ())),
         runtime_max=int(own.get("RuntimeMaxUSec", INFINITY)),
     )
 
 
 def _commands(lines: Any) -> tuple[Command, ...]:
-    """Of the type a(sasbttttuii): path, argv, whether failure is ignored, and its last run."""
-    return tuple(Command(line[0], tuple(line[1]), bool(line[2])) for line in lines)
+    """Of the type a(sasasttttuii): path, argv, flags of its prefixes, and its last run."""
+    return tuple(
+        Command(
+            path,
+            tuple(arguments),
+            "ignore-failure" in flags,
+            tuple(flag for flag in flags if flag != "ignore-failure"),
+        )
+        for path, arguments, flags, *_ in lines
+    )
 
 
 def _no_such(name: str) -> NoSuchUnit:

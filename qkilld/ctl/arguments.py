@@ -31,8 +31,9 @@ exit codes
   5  not a QEMU, or another process by now
   6  not permitted
   7  no such process, guest, unit or job, or more than one
+  8  check-unit, adopt: a unit loses data, or may
   130  interrupted; the jobs go on
-Of several targets the worst counts: 1, 4, 6, 5, 7, 2, 3, 0 in this order.
+Of several targets the worst counts: 1, 4, 6, 5, 7, 2, 3, 8, 0 in this order.
 """
 _DESCRIPTION: Final = """\
 Stop QEMU guests through qkilld, and see what it is doing.
@@ -50,11 +51,28 @@ examples
   qkillctl cancel web                          send it no more signals
   qkillctl trace web                           look at it, and stop nothing
   qkillctl replay --grace 2s job7-….jsonl      what another policy would have done
+  qkillctl check-unit web.service              would a stop of this unit lose data?
+  qkillctl adopt web.service                   make it safe; --undo takes it back
   qkillctl --json list                         for scripts
 """
 _TERMINATE: Final = """\
 Stop guests. All jobs are started first; one that cannot be started stops no other.
 Without --wait the program returns as soon as they run; qkilld goes on by itself.
+"""
+_CHECK_UNIT: Final = """\
+Ask systemd how it stops a unit, and tell what in that loses a guest's data and which lines mend
+it. Without UNIT: every unit that a QEMU runs in. qkilld need not run, and nothing is changed.
+The exit code is 8 where a unit loses data, or may. With --user: units of your own manager.
+"""
+_ADOPT: Final = """\
+Write the drop-in UNIT.d/50-qkilld.conf that makes a unit safe, have systemd read it, and check the
+unit again. It has only the lines that the unit needs; the unit itself is not touched and a guest
+in it runs on. A scope, which has no ExecStop=, gets qkilld-scope@.service for a guard instead.
+With --user: units of your own manager.
+"""
+_UNITS: Final = """\
+a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (the
+template, and so all its instances), run-1234.scope
 """
 _REPLAY: Final = """\
 Put a trace that `qkilld --trace-dir` has recorded through the judgement once more: what would
@@ -133,7 +151,23 @@ def _build() -> argparse.ArgumentParser:
     )
     look.add_argument("target", metavar="TARGET")
     _add_replay(add("replay", "judge a recorded job again, under another policy", _REPLAY))
+    check = add(
+        "check-unit",
+        "tell what in a unit loses data when it is stopped",
+        _CHECK_UNIT,
+        _UNITS,
+    )
+    check.add_argument("units", nargs="*", metavar="UNIT")
+    _add_adopt(add("adopt", "make a unit safe by a drop-in, or take that back", _ADOPT, _UNITS))
     return parser
+
+
+def _add_adopt(command: argparse.ArgumentParser) -> None:
+    command.add_argument("units", nargs="+", metavar="UNIT")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show what would be written, and write nothing"
+    )
+    command.add_argument("--undo", action="store_true", help="take back what adopt has written")
 
 
 def _add_replay(command: argparse.ArgumentParser) -> None:

@@ -78,6 +78,16 @@ async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: 
 
                 assert target is not None
                 return await trace.trace(session, target)
+            case "check-unit":
+                from qkilld.ctl import units
+
+                return await units.check_units(session, arguments.units)
+            case "adopt":
+                from qkilld.ctl import adopt
+
+                return await adopt.adopt(
+                    session, arguments.units, dry_run=arguments.dry_run, undo=arguments.undo
+                )
             case "terminate":
                 if arguments.dry_run:
                     return await planning.plan(session, orders, _how(arguments))

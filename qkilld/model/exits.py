@@ -19,6 +19,7 @@ WORST_FIRST: Final = (
     ExitCode.NOT_FOUND,
     ExitCode.USAGE,
     ExitCode.KILLED,
+    ExitCode.UNSAFE,
     ExitCode.OK,
 )
 """Of several targets the first of these counts: whatever may still be running comes before what is

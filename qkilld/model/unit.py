@@ -16,6 +16,9 @@ class Command:
     """With argv[0] first."""
     ignores_failure: bool = False
     """The line begins with `-`."""
+    flags: tuple[str, ...] = ()
+    """Of the other prefixes, as systemd names them: privileged (`+`), no-setuid (`!`), ambient
+    (`!!`), no-env-expand (`:`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class UnitFacts:
 
     id: str
     """The primary name, with its suffix."""
+    names: tuple[str, ...] = ()
+    """All its names, aliases among them."""
     load_state: str = "loaded"
     """loaded, not-found, bad-setting, error, masked, …"""
     active_state: str = "inactive"
@@ -40,16 +45,30 @@ class UnitFacts:
     transient: bool = False
     after: tuple[str, ...] = ()
     """Names of the units that this one is ordered after, so that it is stopped before them."""
+    default_dependencies: bool = True
+    """DefaultDependencies=."""
+    job_timeout: int = INFINITY
+    """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
     control_group: str = ""
     """Below the cgroup root; "" while it runs nothing."""
     kill_mode: str = "control-group"
     kill_signal: int = 15
     sends_sigkill: bool = True
     """SendSIGKILL=."""
+    final_kill_signal: int = 9
+    """What is sent in place of SIGKILL."""
     timeout_stop: int = INFINITY
     """TimeoutStopUSec, µs; INFINITY for never."""
     type: str = ""
     """Type= of a service: simple, exec, forking, oneshot, notify, …; "" of a scope."""
+    timeout_failure_mode: str = "terminate"
+    """TimeoutStopFailureMode=: terminate, abort or kill."""
+    restart: str = "no"
+    remain_after_exit: bool = False
+    pid_file: str = ""
+    """PIDFile=, "" for none."""
+    root: str = ""
+    """RootDirectory= or RootImage=, "" for the system's own."""
     main_pid: int = 0
     """0 for none."""
     control_pid: int = 0

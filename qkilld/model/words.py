@@ -99,3 +99,5 @@ class ExitCode(IntEnum):
     NOT_PERMITTED = 6
     NOT_FOUND = 7
     """No such process, guest, unit or job."""
+    UNSAFE = 8
+    """qkillctl check-unit and adopt: a unit loses data, or may."""

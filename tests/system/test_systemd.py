@@ -42,8 +42,10 @@ def test_everything_of_a_service(container: Container) -> None:
     container.write(
         "/etc/systemd/system/facts.service",
         "[Unit]\nAfter=basic.target\n[Service]\nUser=nobody\nNotifyAccess=exec\nKillMode=mixed\n"
-        "ExecStart=/bin/sleep infinity\nExecStop=-/bin/true one 'two three'\nTimeoutStopSec=7\n"
-        "SendSIGKILL=no\nKillSignal=SIGINT\nRuntimeMaxSec=1h\n",
+        "ExecStart=/bin/sleep infinity\nExecStop=-+/bin/true one 'two three'\nTimeoutStopSec=7\n"
+        "SendSIGKILL=no\nKillSignal=SIGINT\nRuntimeMaxSec=1h\nFinalKillSignal=SIGABRT\n"
+        "Restart=on-failure\nTimeoutStopFailureMode=abort\nPIDFile=/run/facts.pid\n"
+        "[Unit]\nJobTimeoutSec=1min\n",
     )
     container.run("systemctl", "daemon-reload")
     container.run("systemctl", "start", "facts.service")
@@ -68,6 +70,13 @@ def test_everything_of_a_service(container: Container) -> None:
             "notify_access": "exec",
             "user": "nobody",
             "runtime_max": 3_600_000_000,
+            "default_dependencies": True,
+            "job_timeout": 60_000_000,
+            "final_kill_signal": 6,
+            "timeout_failure_mode": "abort",
+            "restart": "on-failure",
+            "pid_file": "/run/facts.pid",
+            "names": ["facts.service"],
         }
         == facts
     )
@@ -76,6 +85,7 @@ def test_everything_of_a_service(container: Container) -> None:
             "path": "/bin/true",
             "arguments": ["/bin/true", "one", "two three"],
             "ignores_failure": True,
+            "flags": ["privileged"],
         }
     ]
     assert "basic.target" in facts["after"]

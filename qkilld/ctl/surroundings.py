@@ -1,0 +1,156 @@
+"""What is to be known beside a unit to judge it: the daemon's policy, what runs in it, its disks.
+
+What cannot be read is left out: only root sees the processes of others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from qkilld.bus.systemd import Systemd
+from qkilld.ctl.session import Session
+from qkilld.judgement.stopcommand import HELPER
+from qkilld.judgement.target import is_qemu
+from qkilld.judgement.unitcheck import Surroundings
+from qkilld.judgement.unitstorage import (
+    REMOTE_TYPES,
+    Storage,
+    escaped,
+    image_paths,
+    mount_unit,
+    servers,
+)
+from qkilld.model.errors import NoSuchUnit, QkilldError
+from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy
+from qkilld.model.unit import UnitFacts
+from qkilld.model.words import BUS_NAME
+
+MAX_COMMAND_LINE: Final = 1 << 20
+_USUAL_HELPER: Final = Path("/usr/bin") / HELPER
+_OCTAL: Final = re.compile(r"\\([0-7]{3})")
+
+
+async def policy_of(session: Session) -> Policy:
+    """The daemon's, the default one where it does not run: it is not started for this."""
+    try:
+        (running,) = await session.connection.request_bus("NameHasOwner", "s", BUS_NAME)
+        if not running:
+            return Policy()
+        said = await session.manager.properties()
+        return Policy(
+            *(said[f"{key}USec"] for key in ("Grace", "Stall", "StorageStall", "Max", "Reap"))
+        )
+    except QkilldError:
+        return Policy()
+
+
+async def gather(systemd: Systemd, facts: UnitFacts, policy: Policy, *, user: bool) -> Surroundings:
+    """`user`: it is a unit of a user's own manager."""
+    guests: list[int] = []
+    if facts.control_group:
+        with contextlib.suppress(QkilldError):
+            guests = [
+                process.pid
+                for process in await systemd.processes(facts.id)
+                if is_qemu(executable(process.pid), DEFAULT_EXECUTABLES)
+            ]
+    guard = guard_of(facts.id) if facts.is_scope else ""
+    return Surroundings(
+        policy=policy,
+        helper=str(find_helper() or _USUAL_HELPER),
+        main_executable=executable(facts.main_pid) if facts.main_pid else "",
+        # All of a user's units are stopped before user@.service, which is ordered after these.
+        storage=() if user else tuple(_storage(facts, guests)),
+        guard=guard,
+        is_guarded=bool(guard) and await _is_active(systemd, guard),
+    )
+
+
+def guard_of(scope: str) -> str:
+    """The unit that stops the guest of a scope before systemd stops the scope."""
+    return f"qkilld-scope@{escaped(scope)}.service"
+
+
+def executable(pid: int) -> str:
+    """The path of what a process executes, "" where that cannot be read."""
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink()).removesuffix(" (deleted)")
+    except OSError:
+        return ""
+
+
+def find_helper() -> Path | None:
+    """qkilld-stop, as it was installed with this program; else from PATH."""
+    places = [Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent]
+    found = next((place / HELPER for place in places if os.access(place / HELPER, os.X_OK)), None)
+    if found is None and (path := shutil.which(HELPER)):
+        found = Path(path).resolve()
+    return found
+
+
+async def _is_active(systemd: Systemd, unit: str) -> bool:
+    try:
+        return (await systemd.unit(unit)).active_state == "active"
+    except NoSuchUnit:
+        return False
+
+
+def _storage(facts: UnitFacts, guests: list[int]) -> Iterator[Storage]:
+    words = [word for command in facts.exec_start for word in command.arguments]
+    points = {point for point, _ in _mounts("self").values()}
+    remote = {point for point, kind in _mounts("self").values() if kind in REMOTE_TYPES}
+    used = set()
+    for pid in guests:
+        words += _command_line(pid)
+        mounts = _mounts(str(pid))
+        used |= {
+            mounts[number][0]
+            for number in _open_mounts(pid)
+            if number in mounts and mounts[number][1] in REMOTE_TYPES
+        }
+    for path in image_paths(words):
+        parents = [path, *map(str, Path(path).parents)]
+        used |= {next((point for point in parents if point in points), "/")} & remote
+    for point in sorted(used):
+        yield Storage(mount_point=point, unit=mount_unit(point))
+    yield from servers(words)
+
+
+def _mounts(pid: str) -> dict[str, tuple[str, str]]:
+    """Number → (mount point, file system): proc(5), mountinfo."""
+    found = {}
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/mountinfo").read_text(errors="surrogateescape")
+        for line in text.splitlines():
+            before, _, after = line.partition(" - ")
+            fields = before.split(" ")
+            point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
+            found[fields[0]] = point, after.split(" ")[0]
+    return found
+
+
+def _open_mounts(pid: int) -> set[str]:
+    """The mounts that its open files are on; no file system is asked, as one may hang."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with contextlib.suppress(OSError):
+                if match := re.search(r"^mnt_id:\s*(\d+)$", entry.read_text(), re.MULTILINE):
+                    found.add(match[1])
+    return found
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            raw = file.read(MAX_COMMAND_LINE)
+    except OSError:
+        return []
+    return raw.decode(errors="surrogateescape").split("\0")

@@ -1,0 +1,113 @@
+"""The drop-in that makes a unit safe: which lines it has, and its text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qkilld.judgement.finding import Finding, Line
+from qkilld.model.text import printable
+
+FILE_NAME: Final = "50-qkilld.conf"
+_WIDTH: Final = 96
+_MARK: Final = "# Written by `qkillctl adopt`"
+_CHECKSUM: Final = "# Checksum of the rest: sha256:"
+_HEADER: Final = re.compile(
+    re.escape(_MARK) + r"[^\n]*\n(?:#[^\n]*\n)*?" + re.escape(_CHECKSUM) + r"([0-9a-f]{64})\n"
+)
+_KEPT: Final = (
+    "The lines of ExecStop= run one after the other, each when the one before has ended. What was"
+    " there stays first, with a - so that its failure keeps qkilld-stop from nothing; qkilld-stop"
+    " returns only when the guest is gone."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Lines that belong together, and why they are there."""
+
+    why: str
+    lines: tuple[Line, ...]
+
+
+def changes(findings: Iterable[Finding]) -> list[Change]:
+    """What adopt writes for them: for all that is unsafe, without what its owner has to judge."""
+    found: list[Change] = []
+    seen: set[Line] = set()
+    for finding in findings:
+        if not finding.is_unsafe:
+            continue
+        lines = tuple(line for line in finding.mends if not line.by_hand)
+        if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, seen)):
+            # ExecStop= is a list: each of them gives the whole of it.
+            lines = tuple(line for line in lines if not _sets_stop(line))
+        if lines := tuple(line for line in lines if line not in seen):
+            found.append(Change(f"{finding.what}: {finding.why}", lines))
+            seen.update(lines)
+    return found
+
+
+def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: str = "") -> str:
+    """The file. `old` is an earlier one of ours, whose lines stay; `undo` the command that takes
+    it back."""
+    body = ""
+    for section in ("Unit", "Service", "Scope"):
+        kept = [line.text for line in _lines(old) if line.section == section]
+        parts = ["\n".join(kept)] if kept else []
+        for change in wanted:
+            lines = [line.text for line in change.lines if line.section == section]
+            if not lines:
+                continue
+            reason = f"{change.why}."
+            if "ExecStop=" in lines and len([line for line in lines if "ExecStop=" in line]) > 2:
+                reason += f" {_KEPT}"
+            parts.append("\n".join([*_comment(reason), *lines]))
+        if parts:
+            body += f"\n[{section}]\n" + "\n\n".join(parts) + "\n"
+    head = [
+        f"{_MARK}, of qkilld {version}, for {printable(unit)}, so that",
+        "# a guest in it is not stopped by the clock. To take it back:",
+        f"#     {printable(undo)}",
+        "# To change something, write a drop-in of your own with a name that sorts after this one.",
+        f"{_CHECKSUM}{_checksum(body)}",
+    ]
+    return "\n".join(head) + "\n" + body
+
+
+def is_ours(text: str) -> bool:
+    """Whether adopt has written it."""
+    return _HEADER.match(text) is not None
+
+
+def is_unchanged(text: str) -> bool:
+    """Whether nobody has edited it since."""
+    header = _HEADER.match(text)
+    return header is not None and header[1] == _checksum(text[header.end() :])
+
+
+def _checksum(body: str) -> str:
+    return hashlib.sha256(body.encode(errors="surrogateescape")).hexdigest()
+
+
+def _sets_stop(line: Line) -> bool:
+    return line.text.startswith("ExecStop=")
+
+
+def _comment(reason: str) -> list[str]:
+    # A backslash at the end of a line would carry on into the next.
+    text = printable(reason, 2000).replace("\\", "/")
+    return [f"# {line}" for line in textwrap.wrap(text[:1].upper() + text[1:], _WIDTH)]
+
+
+def _lines(text: str) -> list[Line]:
+    section, found = "", []
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line[1:-1]
+        elif line and not line.startswith("#"):
+            found.append(Line(section, line))
+    return found

@@ -1,0 +1,309 @@
+"""What a check of a unit finds: a unit that is safe, and each thing that makes it unsafe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qkilld.judgement.finding import Severity
+from qkilld.judgement.stopcommand import Kind, kind_of, line_of, quoted
+from qkilld.judgement.unitcheck import Surroundings, check
+from qkilld.judgement.unitstorage import Storage, escaped, image_paths, mount_unit, servers
+from qkilld.model.policy import Policy
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.model.words import INFINITY
+
+S = 1_000_000
+LOSES, MAY, ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
+QEMU = Command("/usr/bin/qemu-system-x86_64", ("/usr/bin/qemu-system-x86_64", "-M", "pc"))
+SHELL = Command("/bin/sh", ("/bin/sh", "-c", "qemu-system-x86_64; true"))
+STOP = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop",))
+AROUND = Surroundings()
+SAFE = UnitFacts(
+    "web.service",
+    after=("basic.target",),
+    timeout_stop=90 * S,
+    type="simple",
+    notify_access="exec",
+    exec_start=(QEMU,),
+    exec_stop=(STOP,),
+)
+SCOPE = UnitFacts("run-1.scope", timeout_stop=90 * S)
+GUARD = "qkilld-scope@run\\x2d1.scope.service"
+NFS = Storage(mount_point="/srv/vm images", unit="srv-vm\\x20images.mount")
+
+
+def line(text: str) -> Command:
+    """An ExecStop= of one shell line."""
+    return Command("/bin/sh", ("/bin/sh", "-c", text))
+
+
+def found(facts: UnitFacts, around: Surroundings = AROUND) -> dict[str, tuple[Severity, list[str]]]:
+    return {
+        finding.key: (finding.severity, [str(mend) for mend in finding.mends])
+        for finding in check(facts, around)
+    }
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        SAFE,
+        replace(SAFE, notify_access="all"),
+        replace(SAFE, notify_access="none", timeout_stop=INFINITY),
+        replace(SAFE, kill_mode="mixed"),
+        replace(SAFE, kill_signal=2),
+        replace(SAFE, kill_signal=1),
+        replace(SAFE, exec_start=(SHELL,)),
+        replace(SAFE, exec_stop=(replace(line("echo x | socat - x"), ignores_failure=True), STOP)),
+        replace(SAFE, type="forking", pid_file="/run/web.pid"),
+        replace(SAFE, type="oneshot", remain_after_exit=True),
+        replace(SAFE, restart="on-failure"),
+        replace(SAFE, exec_stop=(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")),)),
+    ],
+)
+def test_nothing_is_wrong(facts: UnitFacts) -> None:
+    assert found(facts) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "severity", "mends"),
+    [
+        (
+            {"exec_stop": (), "notify_access": "main"},
+            "no-exec-stop",
+            LOSES,
+            ["[Service] ExecStop=/usr/bin/qkilld-stop", "[Service] NotifyAccess=exec"],
+        ),
+        (
+            {"exec_stop": (), "timeout_stop": INFINITY},
+            "no-exec-stop",
+            ADVICE,
+            ["[Service] ExecStop=/usr/bin/qkilld-stop"],
+        ),
+        (
+            {"exec_stop": (line("echo quit | nc -U /run/m"),), "timeout_stop": 5 * S},
+            "exec-stop-early",
+            LOSES,
+            [
+                "[Service] ExecStop=",
+                '[Service] ExecStop=-/bin/sh -c "echo quit | nc -U /run/m"',
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] TimeoutStopSec=90s",
+            ],
+        ),
+        (
+            {"exec_stop": (Command("/opt/vm-stop", ("/opt/vm-stop", "100%"), True),)},
+            "exec-stop-early",
+            MAY,
+            ["[Service] ExecStop=/usr/bin/qkilld-stop"],
+        ),
+        (
+            {"exec_stop": (Command("/bin/kill", ("/bin/kill", "-9", "$MAINPID")),)},
+            "exec-stop-kills",
+            LOSES,
+            ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
+        ),
+        (
+            {"exec_stop": (Command("/bin/kill", ("/bin/kill", "-s", "KILL", "$MAINPID")), STOP)},
+            "exec-stop-kills",
+            LOSES,
+            ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
+        ),
+        (
+            {"exec_stop": (line("socat x y"), STOP)},
+            "exec-stop-order",
+            MAY,
+            [
+                "[Service] ExecStop=",
+                '[Service] ExecStop=-/bin/sh -c "socat x y"',
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+            ],
+        ),
+        ({"notify_access": "none"}, "notify-access", LOSES, ["[Service] NotifyAccess=exec"]),
+        ({"notify_access": "main"}, "notify-access", LOSES, ["[Service] NotifyAccess=exec"]),
+        ({"timeout_stop": 5 * S}, "timeout-stop", MAY, ["[Service] TimeoutStopSec=90s"]),
+        ({"kill_mode": "none"}, "kill-mode", LOSES, ["[Service] KillMode=control-group"]),
+        ({"kill_mode": "process"}, "kill-mode", ADVICE, ["[Service] KillMode=control-group"]),
+        (
+            {"kill_mode": "process", "exec_start": (SHELL,)},
+            "kill-mode",
+            LOSES,
+            ["[Service] KillMode=control-group"],
+        ),
+        (
+            {"kill_mode": "mixed", "exec_start": (SHELL,)},
+            "kill-mode",
+            MAY,
+            ["[Service] KillMode=control-group"],
+        ),
+        ({"sends_sigkill": False}, "send-sigkill", MAY, ["[Service] SendSIGKILL=yes"]),
+        ({"kill_signal": 9}, "kill-signal", LOSES, ["[Service] KillSignal=SIGTERM"]),
+        ({"kill_signal": 3}, "kill-signal", LOSES, ["[Service] KillSignal=SIGTERM"]),
+        ({"kill_signal": 40}, "kill-signal", LOSES, ["[Service] KillSignal=SIGTERM"]),
+        (
+            {"final_kill_signal": 6},
+            "final-kill-signal",
+            ADVICE,
+            ["[Service] FinalKillSignal=SIGKILL"],
+        ),
+        (
+            {"timeout_failure_mode": "kill"},
+            "timeout-failure-mode",
+            MAY,
+            ["[Service] TimeoutStopFailureMode=terminate"],
+        ),
+        ({"runtime_max": 3600 * S}, "runtime-max", ADVICE, ["[Service] RuntimeMaxSec=infinity"]),
+        (
+            {"default_dependencies": False},
+            "default-dependencies",
+            LOSES,
+            ["[Unit] DefaultDependencies=yes"],
+        ),
+        (
+            {"job_timeout": 60 * S},
+            "job-timeout",
+            MAY,
+            ["[Unit] JobTimeoutSec=infinity", "[Unit] JobRunningTimeoutSec=infinity"],
+        ),
+        ({"type": "oneshot"}, "type-oneshot", LOSES, ["[Service] Type=exec"]),
+        (
+            {"type": "forking"},
+            "forking-pid-file",
+            ADVICE,
+            ["[Service] PIDFile=/run/… (and the same with -pidfile)"],
+        ),
+        ({"restart": "always"}, "restart", ADVICE, ["[Service] Restart=on-failure"]),
+        (
+            {"root": "/srv/root"},
+            "root-directory",
+            LOSES,
+            ["[Service] ExecStop=", "[Service] ExecStop=+/usr/bin/qkilld-stop"],
+        ),
+    ],
+)
+def test_each_by_itself(
+    change: dict[str, Any], key: str, severity: Severity, mends: list[str]
+) -> None:
+    findings = found(replace(SAFE, **change))
+    assert findings == {key: (severity, mends)}
+
+
+def test_mixed_kills_the_guest_behind_a_shell_at_once_without_a_helper() -> None:
+    unit = replace(SAFE, kill_mode="mixed", exec_start=(SHELL,), exec_stop=())
+    assert found(unit)["kill-mode"][0] is LOSES
+    # The shell may have become the QEMU, and then it is the main process that runs.
+    running = replace(AROUND, main_executable="/usr/bin/qemu-system-x86_64")
+    assert "kill-mode" not in found(unit, running)
+
+
+def test_the_texts_have_the_units_own_values() -> None:
+    (finding,) = check(replace(SAFE, exec_stop=(), timeout_stop=7 * S), AROUND)
+    assert finding.what == "it has no ExecStop=, and TimeoutStopSec=7s"
+    (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), AROUND)
+    assert "less than the 1min 5s that storage may stand still" in finding.what
+    quick = replace(AROUND, policy=Policy(grace=S, stall=S, storage_stall=S, reap=S))
+    (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), quick)
+    assert finding.what == "it has NotifyAccess=none, and TimeoutStopSec=5s"
+
+
+def test_a_scope_needs_a_guard() -> None:
+    around = replace(AROUND, guard=GUARD)
+    assert found(SCOPE, around) == {
+        "no-guard": (LOSES, [f"[Scope] systemctl start {GUARD}"]),
+    }
+    assert found(SCOPE, replace(around, is_guarded=True)) == {}
+    assert found(replace(SCOPE, timeout_stop=INFINITY), around) == {}
+    guarded = replace(around, is_guarded=True)
+    assert found(replace(SCOPE, runtime_max=S), guarded)["runtime-max"][0] is MAY
+
+
+@pytest.mark.parametrize(
+    ("storage", "after", "expected"),
+    [
+        (NFS, (), {"storage-order": (LOSES, ['[Unit] RequiresMountsFor="/srv/vm images"'])}),
+        (NFS, ("network-online.target",), {"storage-order"}),
+        (NFS, ("remote-fs.target",), set()),
+        (NFS, (NFS.unit,), set()),
+        (
+            Storage(protocol="nbd"),
+            (),
+            {"network-order": (LOSES, ["[Unit] After=network.target network-online.target"])},
+        ),
+        (Storage(protocol="nbd"), ("network-online.target",), set()),
+        (Storage(protocol="nbd"), ("network.target",), set()),
+    ],
+)
+def test_the_order_after_network_storage(
+    storage: Storage, after: tuple[str, ...], expected: object
+) -> None:
+    findings = found(replace(SAFE, after=after), replace(AROUND, storage=(storage,)))
+    assert (findings if isinstance(expected, dict) else set(findings)) == expected
+
+
+def test_the_worst_comes_first() -> None:
+    facts = replace(SAFE, restart="always", kill_mode="none", sends_sigkill=False)
+    assert [finding.severity for finding in check(facts, AROUND)] == [LOSES, MAY, ADVICE]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (STOP, Kind.HELPER),
+        (line("kill -KILL $MAINPID"), Kind.KILLS),
+        (line("pkill --signal=KILL qemu"), Kind.KILLS),
+        (line("kill -TERM $MAINPID"), Kind.SENDS),
+        (line("echo system_powerdown | socat - unix:/run/m"), Kind.SENDS),
+        (Command("/usr/bin/virsh", ("virsh", "shutdown", "web")), Kind.SENDS),
+        (line("read line; echo quit"), Kind.READS),
+        (line("cat > /run/m"), Kind.READS),
+        (Command("/usr/bin/socat", ("socat", "STDIO", "unix:/run/m")), Kind.READS),
+        (line("/opt/wait-for-it"), Kind.UNKNOWN),
+        (Command("/opt/vm-stop", ("/opt/vm-stop",)), Kind.UNKNOWN),
+    ],
+)
+def test_what_a_stop_command_is(command: Command, kind: Kind) -> None:
+    assert kind_of(command) is kind
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("plain-word_1.x", "plain-word_1.x"),
+        ("two words", '"two words"'),
+        ('a"b\\c', '"a\\"b\\\\c"'),
+        ("100%", "100%%"),
+        ("${MAINPID}", "${MAINPID}"),
+        (";", '";"'),
+        ("", '""'),
+        ("a\n[Service]\nExecStart=/bin/evil", '"a\\x0a[Service]\\x0aExecStart=/bin/evil"'),
+        ("ü\udcff", '"\\xc3\\xbc\\xff"'),
+    ],
+)
+def test_words_of_unit_files(word: str, expected: str) -> None:
+    assert quoted(word) == expected
+
+
+def test_a_command_as_a_line() -> None:
+    command = Command("/bin/sh", ("sh", "-c", "x y"), True, ("privileged",))
+    assert line_of(command) == '-+@/bin/sh sh -c "x y"'
+
+
+def test_disks_on_a_command_line() -> None:
+    words = ["qemu", "-drive", "file=/srv/a.qcow2,if=none", "-hda", "/srv/b", "-blockdev"]
+    words += ['{"driver": "file", "filename": "/srv/c"}', "-drive", "file=nbd://host:1/x"]
+    assert image_paths(words) == ["/srv/a.qcow2", "/srv/b", "/srv/c"]
+    assert [place.protocol for place in servers(words)] == ["nbd"]
+    assert servers(["-drive", "file=nbd+unix:///?socket=/run/s", "file=nbd://127.0.0.1:1"]) == []
+    assert servers(["-drive", "file=nbd:unix:/run/s", "-name", "nbd"]) == []
+    (place,) = servers(["-drive", "file=iscsi://10.0.0.1/iqn/1"])
+    assert place.protocol == "iscsi"
+
+
+def test_names_as_systemd_escapes_them() -> None:
+    assert mount_unit("/srv/vm images") == "srv-vm\\x20images.mount"
+    assert mount_unit("/") == "-.mount"
+    assert escaped("run-r1.scope") == "run\\x2dr1.scope"
+    assert escaped(".x") == "\\x2ex"
