@@ -34,9 +34,15 @@ class JobObject:
         job = self._job
         if job.running:
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            job.when_ended(functools.partial(_settle, ended))
-            await self._server.notice_disconnect(caller)
-            await ended
+            settle = functools.partial(_settle, ended)
+            job.when_ended(settle)
+            try:
+                await self._server.notice_disconnect(caller)
+                await ended
+            except asyncio.CancelledError:
+                if not self._server.draining:
+                    job.no_longer(settle)
+                raise
         assert job.result is not None
         return [job.result.value, receipt(job)]
 

@@ -76,6 +76,8 @@ class Server:
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._uids: dict[str, int] = {}
         self._noticed: set[str] = set()
+        self.draining = False
+        """It is the daemon that ends the calls, and not those who called."""
         connection.add_message_handler(self._on_message)
 
     async def uid_of(self, caller: Caller) -> int:
@@ -118,6 +120,7 @@ class Server:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for the replies under way to be sent, then end what is left."""
+        self.draining = True
         tasks = [task for group in self._tasks.values() for task in group]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)

@@ -211,6 +211,13 @@ class Job:
         """Call back once when the job ends; to be asked for only while it runs."""
         self._waiters.append(callback)
 
+    def no_longer(self, callback: Callable[[], None]) -> None:
+        """Whoever wanted that call back does not wait any more."""
+        if self.running:
+            self._waiters.remove(callback)
+            if not self._waiters:
+                self._journal.write(events.waiter_gone(self))
+
     def let_go(self) -> None:
         """Stop watching a process that survived: a newer job has taken it over."""
         self._process.close()

@@ -7,7 +7,16 @@ from typing import Any, Final
 
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
-from qkilld.model.words import INFINITY, UNKNOWN, USEC_PER_SEC, ExitCode, Flag, Phase, Result
+from qkilld.model.words import (
+    INFINITY,
+    UNKNOWN,
+    USEC_PER_SEC,
+    ExitCode,
+    Flag,
+    Phase,
+    Result,
+    Verdict,
+)
 
 RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
     Result.EXITED: ExitCode.OK,
@@ -131,6 +140,11 @@ def flag_names(flags: int) -> list[str]:
 def exit_code_of(result: str) -> ExitCode:
     """Of a job's result. One that only a newer daemon knows says nothing good."""
     return RESULT_EXIT_CODES.get(result, ExitCode.FAILURE)
+
+
+def verdict_of(word: str) -> Verdict:
+    """One that only a newer daemon knows says nothing."""
+    return Verdict(word) if word in set(Verdict) else Verdict.UNKNOWN
 
 
 def label(pid: int, name: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qkilld.adapters import config
@@ -16,11 +17,15 @@ from qkilld.bus.job import properties
 from qkilld.engine import events
 from qkilld.engine.registry import Registry
 from qkilld.engine.service import SPANS, Service
+from qkilld.engine.snapshot import Snapshot, SnapshotError
+from qkilld.judgement.ladder import policy_for
 from qkilld.judgement.target import check_caller, check_qemu, check_same
 from qkilld.model.errors import ConfigError
+from qkilld.model.guest import Guest
 from qkilld.model.job import Request
-from qkilld.model.jobview import JobView
+from qkilld.model.jobview import JobView, verdict_of
 from qkilld.model.policy import Config
+from qkilld.model.words import INFINITY, KNOWN_FLAGS, Flag, Phase
 from qkilld.stop.log import say
 
 if TYPE_CHECKING:
@@ -69,8 +74,37 @@ class Alone:
             raise
         self._log.write(events.stop_alone(process.guest, why))
         fields = {SPANS[name]: usec for name, usec in spans.items()}
+        request = Request(order.flags, fields, reason, os.geteuid())
+        past = self._past(process.guest, request, order.view)
         self._orders[target.pid] = order
-        return self._registry.terminate(process, Request(order.flags, fields, reason, os.geteuid()))
+        try:
+            if past is not None:
+                return self._registry.resume(process, past)
+            return self._registry.terminate(process, request)
+        except SnapshotError:
+            # The daemon told of something that cannot be; nothing is lost by beginning anew.
+            order.view = None
+            return await self.start(order, spans, reason, why)
+
+    def _past(self, guest: Guest, request: Request, view: JobView | None) -> Snapshot | None:
+        """What the daemon has done so far; None where nothing is known of that."""
+        if view is None:
+            return None
+        told = view.properties
+        request = replace(request, flags=request.flags | Flag(told["Flags"]) & KNOWN_FLAGS)
+        configured = self.config.policy_for(guest.label.name)
+        policy = policy_for(request.flags, configured, request.spans)
+        killed = view.phase in (Phase.KILL, Phase.REAP) and told["DeadlineUSec"] != INFINITY
+        return Snapshot.of_signals(
+            guest,
+            request,
+            policy,
+            number=view.id,
+            term_at=told["StartedUSec"],
+            kill_at=told["DeadlineUSec"] - policy.reap if killed else None,
+            verdict=verdict_of(view.verdict),
+            progress_at=told["LastProgressUSec"] or None,
+        )
 
     def force(self, order: Order, reason: str) -> None:
         """Add FORCE to a job."""

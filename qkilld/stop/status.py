@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from qkilld.engine.events import VERDICTS_IN_WORDS
-from qkilld.model.jobview import JobView, known, label
-from qkilld.model.words import Phase, Verdict
+from qkilld.model.jobview import JobView, known, label, verdict_of
+from qkilld.model.words import Phase
 
 NAMED: Final = 3
 """Of several guests so many are told of."""
@@ -25,8 +25,7 @@ def status(views: Sequence[JobView], now: int) -> str:
 
 
 def _standing(view: JobView, now: int) -> str:
-    verdict = Verdict(view.verdict) if view.verdict in set(Verdict) else Verdict.UNKNOWN
-    said = [f"{label(view.pid, view.name)} {VERDICTS_IN_WORDS[verdict]}"]
+    said = [f"{label(view.pid, view.name)} {VERDICTS_IN_WORDS[verdict_of(view.verdict)]}"]
     for key, words in (("BytesWritten", "written"), ("BytesPending", "to go")):
         if (count := known(view.properties[key])) is not None:
             said.append(f"{megabytes(count)} {words}")

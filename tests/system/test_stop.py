@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import shlex
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qkilld.engine.events import MessageId
+from tests.lab import needs
 from tests.lab.container import CHECKOUT, PYTHON, Container
-from tests.lab.process import TOP
+from tests.lab.process import TOP, run
+from tests.lab.records import records
+from tests.lab.scratch import scratch
+from tests.lab.storage import NbdServer, nbd_server
+from tests.safety.contained import Contained
+from tests.safety.machine import Machine, Target
 
 HELPER = f"{PYTHON} -m qkilld.stop"
 QEMU = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
-_ENVIRONMENT = f"Environment=PYTHONPATH={CHECKOUT} PYTHONDONTWRITEBYTECODE=1"
+ENVIRONMENT = f"Environment=PYTHONPATH={CHECKOUT} PYTHONDONTWRITEBYTECODE=1"
+MIB = 1 << 20
 
 _numbers = itertools.count(1)
 StartUnit = Callable[..., str]
@@ -26,26 +40,28 @@ def system(container: Container) -> Iterator[Container]:
     container.copy_in(TOP / "units/qkilld.service", "/etc/systemd/system/qkilld.service")
     container.write(
         "/etc/systemd/system/qkilld.service.d/checkout.conf",
-        f"[Service]\nExecStart=\nExecStart={PYTHON} -m qkilld\n{_ENVIRONMENT}\n",
+        f"[Service]\nExecStart=\nExecStart={PYTHON} -m qkilld\n{ENVIRONMENT}\n",
     )
+    container.write("/etc/qkilld/qkilld.conf", "")
     container.run("systemctl", "daemon-reload")
     container.run("systemctl", "reload", "dbus.service")
-    container.run("systemctl", "start", "qkilld.service")
+    container.run("systemctl", "restart", "qkilld.service")
     yield container
     container.run("systemctl", "stop", "qkilld.service")
 
 
 @pytest.fixture
 def start_unit(system: Container) -> Iterator[StartUnit]:
-    """A function: starts a QEMU as a unit with the helper, with these lines more in [Service]."""
+    """A function: starts a guest as a unit with the helper, with these lines more in [Service]."""
     started = []
 
-    def start(*lines: str, command: str = "", helper: str = HELPER, notify: bool = True) -> str:
-        unit = f"stopped{next(_numbers)}.service"
+    def start(
+        *lines: str, command: str = "", helper: str = HELPER, notify: str = "exec", name: str = ""
+    ) -> str:
+        unit = f"{name or f'stopped{next(_numbers)}'}.service"
         command = command or f"{QEMU} -name {unit.removesuffix('.service')}"
-        text = [f"ExecStart={command}", f"ExecStop={helper}", _ENVIRONMENT, *lines]
-        if notify:
-            text.append("NotifyAccess=exec")
+        text = [f"ExecStart={command}", f"ExecStop={helper}", f"NotifyAccess={notify}"]
+        text += [ENVIRONMENT, *lines]
         system.write(f"/run/systemd/system/{unit}", "[Service]\n" + "\n".join(text) + "\n")
         system.run("systemctl", "daemon-reload")
         system.run("systemctl", "start", unit)
@@ -57,33 +73,132 @@ def start_unit(system: Container) -> Iterator[StartUnit]:
         system.run("systemctl", "kill", "--signal=KILL", unit, check=False)
 
 
+@dataclass
+class Slow:
+    """A guest with records that its disk has acknowledged and whose storage is slow by now."""
+
+    unit: str
+    target: Target
+    image: Path
+    server: NbdServer
+
+    def lost(self) -> int:
+        """Records that are not there any more, the guest being gone."""
+        acknowledged = self.target.acknowledged()
+        assert acknowledged > 0
+        return acknowledged - len(records(self.image))
+
+
+@pytest.fixture
+def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..., Slow]]:
+    """A function: a guest that takes `seconds` to flush, in a unit with these lines."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*lines: str, seconds: int, **options: Any) -> Slow:
+            directory = stack.enter_context(scratch("m"))
+            image = directory / "disk.qcow2"
+            qemu_img = str(needs.program("qemu-img", "qemu-utils"))
+            create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", str(image), "11G")
+            run([qemu_img, *create], check=True)
+            server = stack.enter_context(nbd_server(image, room=64 * MIB))
+            stack.callback(server.rate, "10G")
+            # A table of 4 KiB for each three records that a clean exit writes: 12 in a second.
+            count = seconds * 36
+            machine = Machine(
+                directory,
+                [f"file={server.uri},format=qcow2,cache=writeback"],
+                f"lab.job=disks lab.records={count} lab.passes=3 lab.stride={32 * MIB}",
+            )
+            Contained(system).show_storage()
+            script = shlex.join(machine.argv()).replace(str(TOP), CHECKOUT)
+            (directory / "run").write_text(f"exec {script}\n")
+            command = f"/bin/sh {directory}/run"
+            unit = start_unit(*lines, command=command, **options)
+            target = Target.find(machine)
+            stack.callback(os.close, target.pidfd)
+            target.wait_for("^GUEST DONE")
+            server.rate("400K")
+            return Slow(unit, target, image, server)
+
+        yield start
+
+
 def story(system: Container, unit: str) -> list[str]:
-    """The names of the events that the journal has of the unit."""
+    """The names of the events that the journal has of the unit, without changes of the verdict."""
     names = {message.value: message.name for message in MessageId}
     entries = system.journal("-u", unit)
-    return [names[e["MESSAGE_ID"]] for e in entries if e.get("MESSAGE_ID") in names]
+    found = [names[e["MESSAGE_ID"]] for e in entries if e.get("MESSAGE_ID") in names]
+    return [name for name in found if name != "VERDICT_TURNED"]
+
+
+def said(system: Container, unit: str) -> str:
+    return "\n".join(str(entry["MESSAGE"]) for entry in system.journal("-u", unit))
 
 
 def stop(system: Container, unit: str) -> None:
-    system.run("systemctl", "stop", unit)
-    assert system.property(unit, "Result") == "success", "\n".join(
-        e["MESSAGE"] for e in system.journal("-u", unit)
-    )
+    """Stops it, which goes well."""
+    system.run("systemctl", "stop", unit, timeout=120)
+    assert system.property(unit, "Result") == "success", said(system, unit)
     assert system.property(unit, "ActiveState") == "inactive"
+    system.wait_journal("-u", unit, f"MESSAGE_ID={MessageId.JOB_ENDED.value}")
+
+
+@contextlib.contextmanager
+def stopping(system: Container, unit: str) -> Iterator[None]:
+    """The same while the body runs, from the first signal on."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            stop(system, unit)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        system.wait_journal("-u", unit, f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
+        yield
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def no_daemon(system: Container) -> Iterator[None]:
+    system.run("systemctl", "stop", "qkilld.service")
+    try:
+        yield
+    finally:
+        system.run("systemctl", "start", "qkilld.service")
 
 
 def test_an_idle_guest_by_the_daemon(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit()
     stop(system, unit)
-    system.wait_journal("-u", unit, f"MESSAGE_ID={MessageId.JOB_ENDED.value}")
     assert story(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    assert f'"ExecStop of {unit}"' in said(system, unit)
 
 
-def test_without_the_daemon(system: Container, start_unit: StartUnit) -> None:
+def test_an_idle_guest_without_the_daemon(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit()
-    system.run("systemctl", "stop", "qkilld.service")
-    try:
+    with no_daemon(system):
         stop(system, unit)
-    finally:
-        system.run("systemctl", "start", "qkilld.service")
     assert story(system, unit) == ["STOP_ALONE", "JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    (alone, *_) = system.journal("-u", unit, f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
+    assert alone["SYSLOG_IDENTIFIER"] == "qkilld-stop"
+
+
+def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
+    system: Container, slow_guest: Callable[..., Slow]
+) -> None:
+    guest = slow_guest("TimeoutStopSec=5", seconds=28)
+    with stopping(system, guest.unit):
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
+        status = system.property(guest.unit, "StatusText")
+        assert guest.target.machine.name in status, status
+    assert guest.lost() == 0
+    # FORCE is allowed where systemd would have killed it, and was not needed.
+    assert story(system, guest.unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_JOINED", "JOB_ENDED"]
+    assert "Stopping timed out" not in said(system, guest.unit)
