@@ -29,7 +29,7 @@ from typing import Any, Final
 TOP: Final = Path(__file__).resolve().parents[1]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 
-PRIVATE_PROGRAMS: Final[dict[str, str]] = {}
+PRIVATE_PROGRAMS: Final = {"qemu-guest": "qkilld.guest.main:main"}
 """Started by our units alone, from PREFIX/lib/qkilld. Name → module:function."""
 
 DEBIAN: Final = {

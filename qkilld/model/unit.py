@@ -87,8 +87,19 @@ class UnitFacts:
         return self.load_state == "loaded"
 
     @property
+    def cares_for_guests(self) -> bool:
+        """It has an ExecStop= of its own, which systemd waits for before it signals what is in the
+        unit. The manager of a user takes care of its units and not of what is in them."""
+        return bool(self.exec_stop) and not is_user_manager(self.id)
+
+    @property
     def is_scope(self) -> bool:
         return self.id.endswith(".scope")
+
+
+def is_user_manager(name: str) -> bool:
+    """Whether this is the name of a unit with a systemd in it that has units of its own."""
+    return name.startswith("user@") and name.endswith(".service")
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,13 @@ def parse(argv: Sequence[str]) -> Options:
     target.add_argument("--pid", type=_pid, metavar="PID", help="stop this process")
     target.add_argument("--pidfile", metavar="FILE", help="stop the process that it names")
     target.add_argument("--unit", metavar="NAME", help="stop every QEMU of this service or scope")
+    target.add_argument(
+        "--all",
+        dest="everyone",
+        action="store_true",
+        help="stop every QEMU that no ExecStop= of its own unit takes care of, as "
+        "qkilld-guests.service does at shutdown",
+    )
     force = parser.add_mutually_exclusive_group()
     force.add_argument(
         "--force",
@@ -81,6 +88,7 @@ def parse(argv: Sequence[str]) -> Options:
         given.pid,
         given.pidfile,
         given.unit,
+        given.everyone,
         given.force,
         spans,
         given.reason,

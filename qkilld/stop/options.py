@@ -11,6 +11,8 @@ class Options:
     pid: int | None = None
     pidfile: str | None = None
     unit: str | None = None
+    everyone: bool = False
+    """Every guest whose own unit does not take care of it."""
     force: bool | None = None
     """None: only where systemd would send SIGKILL too."""
     spans: Mapping[str, int] = field(default_factory=dict)

@@ -79,12 +79,24 @@ class Stopping:
     async def targets(self) -> list[Target]:
         if (named := self._finder.named()) is not None:
             return [named]
+        if self.options.everyone:
+            return await self._everyone()
         found = self._in_unit()
         if found:
             return found
         if self.options.unit is not None:
             await self._check_unit(self.options.unit)
         raise NoSuchProcess("no QEMU runs in the unit")
+
+    async def _everyone(self) -> list[Target]:
+        from qkilld.stop.everyone import without_care
+
+        found = self._finder.of_manager(self.engine().config.executables)
+        connection = await self._connection(bool(self._finder.unit.user))
+        targets = await without_care(found, connection)
+        if not targets:
+            raise NoSuchProcess("no QEMU runs that its own unit does not take care of")
+        return targets
 
     def _in_unit(self) -> list[Target]:
         return self._finder.in_unit(self.engine().config.executables)

@@ -74,15 +74,15 @@ class Finder:
         """The target is the main process of our own unit, or what it stands for."""
         options = self._options
         named = (options.pid, options.pidfile, options.unit)
-        return self.by_systemd and all(one is None for one in named)
+        return self.by_systemd and not options.everyone and all(one is None for one in named)
 
     def named(self) -> Target | None:
-        """The one process that is named; None where it is a unit that is.
+        """The one process that is named; None where it is a unit that is, or everyone.
 
         Raises NoSuchProcess where the process is gone, InvalidArgs where nothing is named, and what
         reading a pidfile raises.
         """
-        if self._options.unit is not None:
+        if self._options.unit is not None or self._options.everyone:
             return None
         if self._options.pid is not None:
             return hold(self._options.pid)
@@ -112,6 +112,18 @@ class Finder:
             units = [Unit(name), Unit(self.unit.system, name)]
         found = (_qemu(pid, globs) for pid in procfs.pids() if procfs.read_unit(pid) in units)
         return [target for target in found if target is not None]
+
+    def of_manager(self, globs: Iterable[str]) -> list[tuple[Target, str]]:
+        """Every QEMU that can be seen, with its unit, "" for none: those of the whole system, or
+        where our own manager is a user's, those of that manager."""
+        found = []
+        for pid in procfs.pids():
+            unit = procfs.read_unit(pid)
+            if self.unit.user and unit.system != self.unit.system:
+                continue
+            if (target := _qemu(pid, globs)) is not None:
+                found.append((target, unit.user if self.unit.user else unit.system))
+        return found
 
 
 def ran_for_s() -> float:

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "adapters": {"model", "engine", "adapters"},
     "bus": {"model", "judgement", "engine", "bus"},
     "ctl": {"model", "judgement", "adapters", "bus", "ctl"},
+    "guest": {"model", "guest"},
     "stop": {"model", "judgement", "engine", "adapters", "bus", "stop"},
 }
 """The entry points (daemon.py, __main__.py) may import everything. `engine` has the Protocols that

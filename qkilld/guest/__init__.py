@@ -1,0 +1,1 @@
+"""The launcher of qemu-guest@.service. Entry point: `main.main`."""

@@ -1,0 +1,10 @@
+"""`python -m qkilld.guest NAME` runs the guest of that name."""
+
+from __future__ import annotations
+
+import sys
+
+from qkilld.guest.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""From the name of a guest to its QEMU, which takes the place of this process."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Final
+
+from qkilld.guest.options import command, parse
+from qkilld.model.errors import ConfigError
+from qkilld.model.words import ExitCode
+
+DIRECTORY: Final = Path("/etc/qkilld/guests")
+MAX_BYTES: Final = 1 << 20
+_NAME: Final = re.compile(r"[A-Za-z0-9:_\\@-][A-Za-z0-9:_.\\@-]{0,200}")
+"""What the name of a unit may hold, systemd.unit(5), and no file's that is hidden."""
+
+
+def main() -> int:
+    """Returns only where it fails; QEMU's exit code is the process's own otherwise."""
+    if len(sys.argv) != 2 or not _NAME.fullmatch(sys.argv[1]):
+        print("usage: qemu-guest NAME, for qemu-guest@NAME.service", file=sys.stderr)
+        return ExitCode.USAGE
+    name = sys.argv[1]
+    path = DIRECTORY / f"{name}.conf"
+    # systemd makes RuntimeDirectory= and says where; a drop-in may add others after ours.
+    runtime = os.environ.get("RUNTIME_DIRECTORY", f"/run/qemu-guest/{name}").partition(":")[0]
+    try:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: is it the right file?")
+        argv = command(
+            parse(os.fsdecode(content), str(path)),
+            name=name,
+            machine=os.uname().machine,
+            qmp=f"{runtime}/qmp",
+        )
+    except OSError as error:
+        print(f"qemu-guest: {path}: {error.strerror}", file=sys.stderr)
+        return ExitCode.USAGE
+    except ConfigError as error:
+        print(f"qemu-guest: {error}", file=sys.stderr)
+        return ExitCode.USAGE
+    try:
+        os.execv(argv[0], argv)
+    except OSError as error:
+        print(f"qemu-guest: {argv[0]}: {error.strerror}", file=sys.stderr)
+    return ExitCode.FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
