@@ -22,7 +22,6 @@ from qkilld.judgement.unitcheck import Surroundings
 from qkilld.judgement.unitstorage import (
     REMOTE_TYPES,
     Storage,
-    escaped,
     image_paths,
     mount_unit,
     servers,
@@ -75,7 +74,8 @@ async def gather(systemd: Systemd, facts: UnitFacts, policy: Policy, *, user: bo
 
 def guard_of(scope: str) -> str:
     """The unit that stops the guest of a scope before systemd stops the scope."""
-    return f"qkilld-scope@{escaped(scope)}.service"
+    # Not escaped: of its specifiers systemd knows only %i, the name as it is, in BindsTo=.
+    return f"qkilld-scope@{scope}.service"
 
 
 def executable(pid: int) -> str:

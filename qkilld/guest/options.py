@@ -31,15 +31,16 @@ _NOT_OURS: Final = {
 class GuestFile:
     program: str
     """"" where the file names none."""
-    arguments: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    """An option and, where it has one, its value."""
 
     def has(self, *options: str) -> bool:
-        return any(a.lstrip("-") in options for a in self.arguments if a.startswith("-"))
+        return any(line[0].lstrip("-") in options for line in self.lines)
 
 
 def parse(text: str, path: str) -> GuestFile:
     """`path`: for complaints. Raises ConfigError with a line for everything that is wrong."""
-    program, arguments, wrong = "", [], []
+    program, lines, wrong = "", [], []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split(maxsplit=1)
         if not words or words[0].startswith("#"):
@@ -60,14 +61,14 @@ def parse(text: str, path: str) -> GuestFile:
         elif option in _NOT_OURS:
             complaint = f"leave -{option} out: {_NOT_OURS[option]}"
         else:
-            arguments += [words[0], *(value.rstrip() for value in words[1:])]
+            lines.append((words[0], *(value.rstrip() for value in words[1:])))
         if complaint:
             wrong.append(f"{printable(path, 4096)}:{number}: {complaint}")
-    if not arguments and not wrong:
+    if not lines and not wrong:
         wrong.append(f"{printable(path, 4096)}: there is no option in it")
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return GuestFile(program, tuple(arguments))
+    return GuestFile(program, tuple(lines))
 
 
 def command(file: GuestFile, *, name: str, machine: str, qmp: str) -> list[str]:
@@ -81,7 +82,8 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str) -> list[str]:
     if not file.has(*_DISPLAYS):
         # Without it QEMU would open a window, or a VNC server where it cannot.
         argv += ["-display", "none"]
-    return [*argv, "-qmp", f"unix:{_escaped(qmp)},server=on,wait=off", *file.arguments]
+    argv += ["-qmp", f"unix:{_escaped(qmp)},server=on,wait=off"]
+    return argv + [word for line in file.lines for word in line]
 
 
 _ARCHITECTURES: Final = {

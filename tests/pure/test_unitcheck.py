@@ -31,7 +31,7 @@ SAFE = UnitFacts(
     exec_stop=(STOP,),
 )
 SCOPE = UnitFacts("run-1.scope", timeout_stop=90 * S)
-GUARD = "qkilld-scope@run\\x2d1.scope.service"
+GUARD = "qkilld-scope@run-1.scope.service"
 NFS = Storage(mount_point="/srv/vm images", unit="srv-vm\\x20images.mount")
 
 

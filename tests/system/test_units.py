@@ -1,0 +1,115 @@
+"""The units as they are installed, on a real systemd."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.container import Container
+
+INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
+"""Of the templates. verify knows no scope, but it is all the same to it what is guarded."""
+QEMU = "-machine none\n-nodefaults\n"
+
+
+@pytest.fixture
+def system(installed: Container) -> Iterator[Container]:
+    """With the daemon up and a guest file `web`."""
+    installed.run("systemctl", "start", "qkilld.service")
+    # Where udev is installed the group is there.
+    installed.run("groupadd", "--system", "--force", "kvm")
+    text = f"# A guest.\n{QEMU}-name web one,debug-threads=on\n"
+    installed.write("/etc/qkilld/guests/web.conf", text)
+    yield installed
+    installed.run("systemctl", "stop", "qemu-guest@web.service", check=False)
+
+
+@pytest.mark.parametrize("manager", ["system", "user"])
+def test_systemd_finds_nothing_wrong_with_them(installed: Container, manager: str) -> None:
+    files = installed.run("cat", "/usr/lib/qkilld/installed-files").stdout.splitlines()
+    names = [
+        path.rpartition("/")[2].replace("@.service", f"@{instance}.service")
+        for path in files
+        if path.endswith(".service") and f"/systemd/{manager}/" in path
+        for instance in [INSTANCES.get(path.rpartition("/")[2].removesuffix(".service"), "")]
+    ]
+    assert "qkilld-guests.service" in names
+    installed.run("mkdir", "-p", "/run/lab-user")
+    done = installed.run(
+        *("systemd-analyze", f"--{manager}", "--man=no", "verify", *names),
+        env={"XDG_RUNTIME_DIR": "/run/lab-user"},
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_guest_runs_from_its_file(system: Container) -> None:
+    unit = "qemu-guest@web.service"
+    system.run("systemctl", "start", unit)
+    pid = system.property(unit, "MainPID")
+    # Its QMP socket is where the manual page says, and QEMU answers.
+    script = (
+        "import json, socket, time\n"
+        "end = time.monotonic() + 30\n"
+        "while True:\n"
+        "    s = socket.socket(socket.AF_UNIX); s.settimeout(30)\n"
+        "    try: s.connect('/run/qemu-guest/web/qmp'); break\n"
+        "    except OSError:\n"
+        "        if time.monotonic() > end: raise\n"
+        "    time.sleep(0.05)\n"
+        "print(json.loads(s.makefile().readline())['QMP']['version']['qemu']['major'])\n"
+    )
+    assert int(system.python("-c", script).stdout) >= 7
+    # The main process is QEMU itself, as a user of its own.
+    assert system.run("cat", f"/proc/{pid}/comm").stdout == "qemu-system-x86\n"
+    listed = json.loads(system.run("qkillctl", "--json", "list").stdout)
+    (guest,) = [one for one in listed if one["pid"] == int(pid)]
+    assert (guest["name"], guest["unit"]) == ("web one", unit)
+    assert system.run("stat", "-c", "%u", f"/proc/{pid}").stdout != "0\n"
+    system.run("systemctl", "stop", unit)
+    assert system.property(unit, "ActiveState") == "inactive"  # and not failed
+    receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=exited")
+    assert receipt["QKILLD_GUEST"] == "web one"
+    assert system.run("ls", "/run/qemu-guest", check=False).stdout == ""
+
+
+def test_a_wrong_guest_file_is_told_with_its_line(system: Container) -> None:
+    system.write("/etc/qkilld/guests/wrong.conf", f"{QEMU}drive file=x\n-daemonize\n")
+    system.run("systemctl", "start", "qemu-guest@wrong.service", check=False)
+    matches = ("_SYSTEMD_UNIT=qemu-guest@wrong.service", "_TRANSPORT=stdout")
+    system.wait_journal(*matches, "--grep=daemonize")
+    entries = system.journal(*matches)
+    assert [entry["MESSAGE"] for entry in entries] == [
+        'qemu-guest: /etc/qkilld/guests/wrong.conf:3: "drive" is no option: each line begins '
+        "with one of QEMU's, with its dash",
+        "/etc/qkilld/guests/wrong.conf:4: leave -daemonize out: systemd keeps the process",
+    ]
+
+
+def test_nobody_stops_all_guests_by_mistake(installed: Container) -> None:
+    installed.run("systemctl", "start", "qkilld-guests.service")
+    for verb in ("stop", "restart"):
+        done = installed.run("systemctl", verb, "qkilld-guests.service", check=False)
+        assert "may be requested by dependency only" in done.stderr
+    assert installed.property("qkilld-guests.service", "ActiveState") == "active"
+
+
+def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
+    # What needs an escape in the name of a unit is in it.
+    scope = r"lab-guarded\x2done.scope"
+    guard = f"qkilld-scope@{scope}.service"
+    qemu = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-S")
+    options = (f"--unit={scope}", "--property=SendSIGHUP=yes")
+    with system.spawn("systemd-run", "--scope", *options, *qemu, "-name", "guarded") as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # Running scope as unit: ...
+        system.run("systemctl", "start", guard)
+        assert system.property(guard, "ActiveState") == "active"
+        system.run("systemctl", "stop", scope)
+        process.wait(30)
+    system.run("systemctl", "stop", guard)  # returns when it has been stopped
+    receipt = system.wait_journal("QKILLD_GUEST=guarded", "QKILLD_RESULT=exited")
+    assert receipt["OBJECT_SYSTEMD_UNIT"] == scope
+    # The guard is gone with it, and has not failed.
+    assert system.property(guard, "ActiveState") == "inactive"
