@@ -17,9 +17,9 @@ import pytest
 from qkilld.engine.events import MessageId
 from tests.lab import needs
 from tests.lab.container import CHECKOUT, PYTHON, Container
-from tests.lab.process import TOP, run
+from tests.lab.process import OTHER_UID, TOP, run
 from tests.lab.records import records
-from tests.lab.scratch import scratch
+from tests.lab.scratch import run_directory, scratch
 from tests.lab.storage import NbdServer, nbd_server
 from tests.safety.contained import Contained
 from tests.safety.machine import Machine, Target
@@ -94,7 +94,7 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
     """A function: a guest that takes `seconds` to flush, in a unit with these lines."""
     with contextlib.ExitStack() as stack:
 
-        def start(*lines: str, seconds: int, **options: Any) -> Slow:
+        def start(*lines: str, seconds: int, uid: int = 0, **options: Any) -> Slow:
             directory = stack.enter_context(scratch("m"))
             image = directory / "disk.qcow2"
             qemu_img = str(needs.program("qemu-img", "qemu-utils"))
@@ -112,6 +112,10 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
             Contained(system).show_storage()
             script = shlex.join(machine.argv()).replace(str(TOP), CHECKOUT)
             (directory / "run").write_text(f"exec {script}\n")
+            socket = Path(server.uri.partition("socket=")[2])
+            machine.serial.touch()
+            for path in (directory, image, machine.serial, socket.parent, socket):
+                os.chown(path, uid, uid)
             command = f"/bin/sh {directory}/run"
             unit = start_unit(*lines, command=command, **options)
             target = Target.find(machine)
@@ -202,3 +206,162 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
     # FORCE is allowed where systemd would have killed it, and was not needed.
     assert story(system, guest.unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_JOINED", "JOB_ENDED"]
     assert "Stopping timed out" not in said(system, guest.unit)
+
+
+def test_the_daemon_is_killed_while_the_guest_flushes(
+    system: Container, slow_guest: Callable[..., Slow]
+) -> None:
+    guest = slow_guest("TimeoutStopSec=3", seconds=12)
+    # Nothing starts it again: the helper is alone from then on.
+    system.write(
+        "/run/systemd/system/qkilld.service.d/once.conf", "[Service]\nRestart=no\nBusName=\n"
+    )
+    system.run("systemctl", "daemon-reload")
+    try:
+        with stopping(system, guest.unit):
+            system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
+            system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
+    finally:
+        system.run("rm", "/run/systemd/system/qkilld.service.d/once.conf")
+        system.run("systemctl", "daemon-reload")
+        system.run("systemctl", "restart", "qkilld.service")
+    assert guest.lost() == 0
+    told = story(system, guest.unit)
+    # What the daemon had sent is not sent again.
+    assert told.count("SIGNAL_SENT") == 1, told
+    assert told[-3:] == ["STOP_ALONE", "JOB_RESUMED", "JOB_ENDED"]
+
+
+def test_the_daemon_is_killed_and_comes_back(
+    system: Container, slow_guest: Callable[..., Slow]
+) -> None:
+    guest = slow_guest("TimeoutStopSec=3", seconds=10)
+    with stopping(system, guest.unit):
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
+        system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
+    assert guest.lost() == 0
+
+
+def test_a_daemon_that_does_not_answer(system: Container, slow_guest: Callable[..., Slow]) -> None:
+    guest = slow_guest("TimeoutStopSec=2", seconds=8)
+    system.run("systemctl", "kill", "--signal=STOP", "qkilld.service")
+    try:
+        with stopping(system, guest.unit):
+            pass
+    finally:
+        system.run("systemctl", "kill", "--signal=CONT", "qkilld.service")
+    assert guest.lost() == 0
+    assert story(system, guest.unit)[0] == "STOP_ALONE"
+    assert "qkilld does not answer" in said(system, guest.unit)
+
+
+def test_without_a_bus(system: Container, slow_guest: Callable[..., Slow]) -> None:
+    guest = slow_guest("TimeoutStopSec=3", seconds=8)
+    units = ("dbus.socket", "dbus.service")
+    system.run("systemctl", "stop", *units)
+    try:
+        with stopping(system, guest.unit):
+            pass
+    finally:
+        system.run("systemctl", "start", *units)
+        # Without a bus it has been started too often.
+        system.run("systemctl", "reset-failed", "qkilld.service", check=False)
+        system.run("systemctl", "restart", "qkilld.service")
+    assert guest.lost() == 0
+    assert story(system, guest.unit)[0] == "STOP_ALONE"
+
+
+def test_the_helper_is_killed(system: Container, slow_guest: Callable[..., Slow]) -> None:
+    guest = slow_guest("TimeoutStopSec=20", seconds=8)
+    with system.spawn("systemctl", "stop", guest.unit) as stopping:
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
+        helper = system.property(guest.unit, "ControlPID")
+        system.run("kill", "-KILL", helper)
+        # Said at once, while systemd's own clock runs and the daemon goes on.
+        gone = system.wait_journal(
+            f"OBJECT_SYSTEMD_UNIT={guest.unit}", f"MESSAGE_ID={MessageId.WAITER_GONE.value}"
+        )
+        assert gone["PRIORITY"] == "4"
+        stopping.wait(60)
+    assert guest.lost() == 0
+    assert system.property(guest.unit, "Result") == "signal"
+    assert story(system, guest.unit)[-2:] == ["WAITER_GONE", "JOB_ENDED"]
+
+
+def test_a_unit_that_does_not_listen(system: Container, slow_guest: Callable[..., Slow]) -> None:
+    guest = slow_guest("TimeoutStopSec=5", seconds=7, notify="none")
+    system.run("systemctl", "stop", guest.unit)
+    warning = system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.STOP_LIMITED.value}")
+    assert "Add NotifyAccess=exec to [Service]" in warning["MESSAGE"]
+    assert warning["PRIORITY"] == "4"
+    # It leaves before systemd's limit and kills nothing, so the guest has that time once more.
+    assert "STOP_LEFT" in story(system, guest.unit)
+    assert "Stopping timed out" not in said(system, guest.unit)
+    assert system.property(guest.unit, "ExecMainStatus") == "0"
+    assert guest.lost() == 0
+
+
+def test_a_sandbox_of_another_user_with_a_second_to_stop(
+    system: Container, slow_guest: Callable[..., Slow]
+) -> None:
+    guest = slow_guest(
+        *(f"User={OTHER_UID}", "TimeoutStopSec=1", "ProtectProc=invisible", "ProtectSystem=strict"),
+        *(
+            "PrivateTmp=yes",
+            f"BindPaths={run_directory()}",
+            "NoNewPrivileges=yes",
+            "ProtectHome=yes",
+        ),
+        seconds=6,
+        uid=OTHER_UID,
+    )
+    with stopping(system, guest.unit):
+        pass
+    assert guest.lost() == 0
+
+
+def test_a_shell_around_the_guest(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit(
+        "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",
+        command=f"/bin/sh -c '{QEMU} -name inner; exit 0'",
+    )
+    stop(system, unit)
+    assert story(system, unit)[-1] == "JOB_ENDED"
+
+
+def test_a_guest_that_made_itself_a_daemon(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit("Type=forking", command=f"{QEMU} -daemonize")
+    stop(system, unit)
+    assert story(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+
+
+def test_a_guest_that_is_gone_already(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit("RemainAfterExit=yes", command="/bin/true")
+    system.run("systemctl", "stop", unit)
+    assert system.property(unit, "Result") == "success"
+    assert "there is nothing to stop" in said(system, unit)
+
+
+def test_what_is_no_qemu(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit(command="/bin/sleep infinity")
+    system.run("systemctl", "stop", unit)
+    assert "nor is another of its unit" in said(system, unit)
+    status = system.property(unit, "ExecStop")
+    assert "status=5" in status, status
+
+
+def test_a_hundred_idle_guests_at_once(system: Container) -> None:
+    text = (
+        f"[Service]\nExecStart={QEMU} -name many%i\n"
+        f"ExecStop={HELPER}\nNotifyAccess=exec\n{ENVIRONMENT}\n"
+    )
+    system.write("/run/systemd/system/many@.service", text)
+    system.run("systemctl", "daemon-reload")
+    units = [f"many@{number}.service" for number in range(100)]
+    system.run("systemctl", "start", *units, timeout=120)
+    system.run("systemctl", "stop", "many@*", timeout=120)
+    results = system.run("systemctl", "show", "--property=Result", "--value", *units).stdout
+    assert set(results.split()) == {"success"}
+    ended = system.journal(f"MESSAGE_ID={MessageId.JOB_ENDED.value}", "QKILLD_RESULT=exited")
+    names = {entry["QKILLD_GUEST"] for entry in ended}
+    assert {f"many{number}" for number in range(100)} <= names
