@@ -162,6 +162,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         control_pid=int(own.get("ControlPID", 0)),
         notify_access=str(own.get("NotifyAccess", "none")),
         user=str(own.get("User", "")),
+        environment_files=tuple(str(path) for path, _ in own.get("EnvironmentFiles", ())),
         exec_start=_commands(own.get("ExecStartEx", ())),
         exec_stop=_commands(own.get("ExecStopEx", ())),
         runtime_max=int(own.get("RuntimeMaxUSec", INFINITY)),

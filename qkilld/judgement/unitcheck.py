@@ -72,9 +72,14 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def helper_line(facts: UnitFacts, around: Surroundings) -> Line:
-    """The ExecStop= of a service. It finds the guest by $MAINPID or in the unit; what has a root
-    directory of its own does not have the helper in there, which `+` runs outside of it."""
-    return Line("Service", f"ExecStop={'+' if facts.root else ''}{quoted(around.helper)}")
+    """The ExecStop= of a service.
+
+    `+` runs it outside of the unit's user, root directory and sandbox, which may hide the guest or
+    the bus from it; not where a file that the unit's user may write sets its environment, and with
+    that what a program of root's loads.
+    """
+    confined = facts.root or (facts.user and not facts.environment_files)
+    return Line("Service", f"ExecStop={'+' if confined else ''}{quoted(around.helper)}")
 
 
 def _check_killing(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:

@@ -77,6 +77,8 @@ class UnitFacts:
     """none, main, exec or all."""
     user: str = ""
     """User=, "" for the manager's own."""
+    environment_files: tuple[str, ...] = ()
+    """EnvironmentFile=: each a file with variables for every command of the unit."""
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     runtime_max: int = INFINITY

@@ -191,6 +191,13 @@ def test_each_by_itself(
     assert findings == {key: (severity, mends)}
 
 
+def test_the_helper_runs_outside_of_a_sandbox_but_not_on_a_users_environment() -> None:
+    own = replace(SAFE, exec_stop=(), user="vm")
+    assert found(own)["no-exec-stop"][1] == ["[Service] ExecStop=+/usr/bin/qkilld-stop"]
+    theirs = replace(own, environment_files=("/home/vm/env",))
+    assert found(theirs)["no-exec-stop"][1] == ["[Service] ExecStop=/usr/bin/qkilld-stop"]
+
+
 def test_mixed_kills_the_guest_behind_a_shell_at_once_without_a_helper() -> None:
     unit = replace(SAFE, kill_mode="mixed", exec_start=(SHELL,), exec_stop=())
     assert found(unit)["kill-mode"][0] is LOSES

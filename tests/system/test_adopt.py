@@ -1,0 +1,430 @@
+"""Units from the wild: checked, adopted, stopped while the guest flushes slowly, and taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qkilld.judgement.stopcommand import quoted
+from tests.lab import needs
+from tests.lab.container import CHECKOUT, Container
+from tests.lab.image import guest_image
+from tests.lab.process import OTHER_UID, TOP, run, wait_gone
+from tests.lab.records import records
+from tests.lab.scratch import scratch
+from tests.lab.storage import NbdServer, nbd_server
+from tests.safety.contained import Contained
+from tests.safety.machine import Machine, Target
+
+UID = 4242
+USER_ENV = {
+    "HOME": "/home/labuser",
+    "XDG_RUNTIME_DIR": f"/run/user/{UID}",
+    "DBUS_SESSION_BUS_ADDRESS": f"unix:path=/run/user/{UID}/bus",
+}
+IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
+TIMEOUT_S = 4
+"""Of every unit here: TimeoutStopSec=, and again after it was adopted."""
+RATE = "1M"
+"""Of the storage at the stop, bits per second: what is left to write takes some 10 s."""
+JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
+OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
+"""So that nothing but an extension of the timeout can keep the guest."""
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Manager:
+    """A manager of systemd in the container: the system's, or a user's own."""
+
+    system: Container
+    user: bool = False
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        if not self.user:
+            return self.system.run(*command, check=check, timeout=90)
+        return self.system.run(*command, check=check, timeout=90, uid=UID, env=USER_ENV)
+
+    def systemctl(self, *words: str, check: bool = True) -> str:
+        where = ["--user"] if self.user else []
+        return self.run("systemctl", *where, *words, check=check).stdout.strip()
+
+    def ctl(self, *words: str, code: int = 0) -> str:
+        where = ["--user"] if self.user else []
+        done = self.run("qkillctl", *where, *words, check=False)
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def check(self, unit: str) -> dict[str, str]:
+        """Key → severity of each finding."""
+        where = ["--user"] if self.user else []
+        done = self.run("qkillctl", *where, "--json", "check-unit", unit, check=False)
+        (document,) = json.loads(done.stdout)
+        found: dict[str, str] = {f["key"]: f["severity"] for f in document["findings"]}
+        unsafe = set(found.values()) & {"loses", "may-lose"}
+        assert document["safe"] is not bool(unsafe)
+        assert done.returncode == document["exit_code"] == (8 if unsafe else 0)
+        return found
+
+    @property
+    def directory(self) -> str:
+        """Of unit files."""
+        return f"{USER_ENV['HOME']}/.config/systemd/user" if self.user else "/etc/systemd/system"
+
+    def write(self, name: str, text: str) -> None:
+        self.system.write(f"{self.directory}/{name}", text)
+        if self.user:
+            self.system.run("chown", "-R", f"{UID}:{UID}", f"{USER_ENV['HOME']}/.config")
+        self.systemctl("daemon-reload")
+
+    def tree(self) -> str:
+        """Everything that adopt may write to."""
+        places = [self.directory, "/run/systemd/system", f"/run/user/{UID}/systemd/user"]
+        return self.system.run(
+            *("find", *places, "-printf", "%p %M %u %s %l\\n"), check=False
+        ).stdout
+
+
+@pytest.fixture(scope="module")
+def manager(installed: Container) -> Iterator[Manager]:
+    installed.run("systemctl", "start", "qkilld.service")
+    yield Manager(installed)
+    installed.run("systemctl", "stop", "qkilld.service")
+
+
+@pytest.fixture(scope="module")
+def users(manager: Manager) -> Iterator[Manager]:
+    """A user with a manager and a session bus."""
+    for file, package in (
+        ("/usr/lib/systemd/user/dbus.socket", "dbus-user-session"),
+        ("/usr/share/pam-configs/systemd", "libpam-systemd"),
+    ):
+        if not Path(file).exists():
+            raise needs.Missing(f"a user's manager needs {package}: apt-get install {package}")
+    system = manager.system
+    system.run("useradd", "--create-home", f"--uid={UID}", "labuser")
+    system.run("systemctl", "start", f"user@{UID}.service")
+    own = Manager(system, user=True)
+    own.run("mkdir", "-p", own.directory)
+    own.systemctl("start", "dbus.service")
+    yield own
+    system.run("systemctl", "stop", f"user@{UID}.service")
+
+
+@dataclass
+class Flushing:
+    """A guest whose last writes go to an NBD server that will be slow."""
+
+    machine: Machine
+    image: Path
+    server: NbdServer
+    target: Target | None = None
+
+    def command(self, *more: str) -> str:
+        """For ExecStart=."""
+        words = [*self.machine.argv(), *more]
+        return " ".join(quoted(word.replace(str(TOP), CHECKOUT)) for word in words)
+
+    def wait(self) -> None:
+        """Until everything is acknowledged."""
+        self.target = Target.find(self.machine)
+        self.target.wait_for("^GUEST DONE")
+
+    def lost(self) -> int:
+        """Records that were acknowledged and are not there, when the guest has gone."""
+        assert self.target is not None
+        self.server.rate(None)
+        assert wait_gone(self.target.pidfd, 60)
+        acknowledged = self.target.acknowledged()
+        assert acknowledged >= 900
+        return acknowledged - len(records(self.image))
+
+    def close(self) -> None:
+        if self.target is not None:
+            os.close(self.target.pidfd)
+
+
+@pytest.fixture
+def flushing(manager: Manager) -> Iterator[list[Flushing]]:
+    """Six of them, not yet started; their files show inside."""
+    guest_image()
+    with contextlib.ExitStack() as stack:
+        guests = []
+        for number in range(6):
+            directory = stack.enter_context(scratch("m"))
+            image = directory / "disk.qcow2"
+            run(
+                [
+                    *(needs.program("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2"),
+                    *("-o", "cluster_size=4K", image, "10G"),
+                ],
+                check=True,
+            )
+            server = stack.enter_context(nbd_server(image, room=64 << 20))
+            # For the one that is a user's.
+            Path(server.uri.partition("socket=")[2]).chmod(0o777)
+            directory.chmod(0o777)
+            drive = f"file={server.uri},format=qcow2,cache=writeback"
+            machine = Machine(directory, [drive], JOB, 96, f"wild{number}")
+            guests.append(Flushing(machine, image, server))
+            stack.callback(guests[-1].close)
+        Contained(manager.system).show_storage()
+        yield guests
+
+
+def service(*lines: str) -> str:
+    return "[Service]\n" + "\n".join([*lines, f"TimeoutStopSec={TIMEOUT_S}"]) + "\n"
+
+
+def test_a_slow_flush_is_lost_before_and_not_after(
+    manager: Manager, users: Manager, flushing: list[Flushing]
+) -> None:
+    control, plain, forking, shell, scope, users_own = flushing
+    before = manager.tree(), users.tree()
+    manager.write("wild-control.service", service(f"ExecStart={control.command()}"))
+    manager.write("wild-plain.service", service(f"ExecStart={plain.command()}"))
+    manager.write(
+        "wild-forking.service",
+        service("Type=forking", f"ExecStart={forking.command('-daemonize')}"),
+    )
+    script = shell.machine.directory / "run"
+    script.write_text(f"{shell.command()}; true\n")
+    manager.write("wild-shell.service", service("KillMode=mixed", f"ExecStart=/bin/sh {script}"))
+    users.write("wild-user.service", service(f"ExecStart={users_own.command()}"))
+    in_scope = ("systemd-run", "--scope", "--unit=wild-1", f"--property=TimeoutStopSec={TIMEOUT_S}")
+    words = [word.replace(str(TOP), CHECKOUT) for word in scope.machine.argv()]
+    system = ["wild-plain.service", "wild-forking.service", "wild-shell.service"]
+    names = [*system, "wild-1.scope"]
+    with manager.system.spawn(*in_scope, *words, stderr=subprocess.DEVNULL):
+        manager.systemctl("start", "wild-control.service", *system)
+        users.systemctl("start", "wild-user.service")
+        for guest in flushing:
+            guest.wait()
+        # What is wrong with them.
+        assert manager.check("wild-plain.service") == {"no-exec-stop": "loses"}
+        assert manager.check("wild-forking.service") == {
+            "no-exec-stop": "loses",
+            "forking-pid-file": "advice",
+        }
+        assert manager.check("wild-shell.service") == {
+            "no-exec-stop": "loses",
+            "kill-mode": "loses",
+        }
+        assert manager.check("wild-1.scope") == {"no-guard": "loses"}
+        assert users.check("wild-user.service") == {"no-exec-stop": "loses"}
+        # Without a name it is every unit that a QEMU runs in.
+        everyone = manager.ctl("check-unit", code=8)
+        assert all(f"{name}: loses data" in everyone for name in [*names, "wild-control.service"])
+        manager.ctl("adopt", *names)
+        users.ctl("adopt", "wild-user.service")
+        for name in names:
+            assert set(manager.check(name).values()) <= {"advice"}, name
+        assert users.check("wild-user.service") == {}
+        for name in system:
+            manager.write(f"{name}.d/60-lab.conf", OVERRIDE)
+        users.write("wild-user.service.d/60-lab.conf", OVERRIDE)
+        for guest in flushing:
+            guest.server.rate(RATE)
+        began = time.monotonic()
+        with manager.system.spawn(
+            *("systemctl", "--user", "stop", "wild-user.service"), uid=UID, env=USER_ENV
+        ) as stopping:
+            manager.systemctl("stop", "wild-control.service", *names)
+            took = time.monotonic() - began
+            assert stopping.wait(60) == 0
+        lost = {guest.machine.name: guest.lost() for guest in flushing}
+    assert lost.pop(control.machine.name) > 0, "the storage was not slow enough to show anything"
+    assert set(lost.values()) == {0}, lost
+    assert took > 2 * TIMEOUT_S, "the flush was over before the timeout"
+    for name in system:
+        assert manager.systemctl("show", "--value", "-p", "Result", name) == "success"
+    assert users.systemctl("show", "--value", "-p", "Result", "wild-user.service") == "success"
+    # Nothing is left when it is taken back.
+    manager.ctl("adopt", "--undo", *system)
+    users.ctl("adopt", "--undo", "wild-user.service")
+    remove = ("rm", "-r", *(f"{manager.directory}/{name}.d" for name in system))
+    manager.run(*remove, f"{users.directory}/wild-user.service.d")
+    units = [f"{manager.directory}/{name}" for name in ["wild-control.service", *system]]
+    manager.run("rm", *units, f"{users.directory}/wild-user.service")
+    manager.systemctl("daemon-reload")
+    assert (manager.tree(), users.tree()) == before
+
+
+@contextlib.contextmanager
+def idle(manager: Manager, *lines: str, unit: str = "") -> Iterator[str]:
+    """A unit with a QEMU that does nothing."""
+    unit = unit or f"wild-idle{next(_numbers)}.service"
+    manager.write(unit, service(*(lines or (f"ExecStart={IDLE}",))))
+    manager.systemctl("start", unit)
+    try:
+        yield unit
+    finally:
+        manager.systemctl("kill", "--signal=KILL", unit, check=False)
+        manager.systemctl("stop", unit, check=False)
+        manager.systemctl("reset-failed", unit, check=False)
+        manager.run("rm", "-rf", f"{manager.directory}/{unit}", f"{manager.directory}/{unit}.d")
+        manager.systemctl("daemon-reload")
+
+
+def shown(manager: Manager, unit: str, name: str) -> str:
+    return manager.systemctl("show", "--value", f"--property={name}", unit)
+
+
+def test_a_stop_command_that_reads_what_is_not_there(manager: Manager) -> None:
+    reads = "/bin/sh -c 'read answer; echo quit'"
+    with idle(manager, f"ExecStart={IDLE}", f"ExecStop={reads}") as unit:
+        assert manager.check(unit) == {"exec-stop-early": "loses"}
+        before = manager.tree()
+        manager.ctl("adopt", unit)
+        assert manager.check(unit) == {}
+        text = manager.run("cat", f"{manager.directory}/{unit}.d/50-qkilld.conf").stdout
+        assert 'ExecStop=-/bin/sh -c "read answer; echo quit"\nExecStop=/usr/bin/qkilld' in text
+        pid = int(shown(manager, unit, "MainPID"))
+        assert pid > 0
+        manager.ctl("adopt", "--undo", unit)
+        assert manager.tree() == before
+        assert manager.check(unit) == {"exec-stop-early": "loses"}
+        assert int(shown(manager, unit, "MainPID")) == pid, "the guest ran on"
+        manager.ctl("adopt", unit)
+        manager.systemctl("stop", unit)
+        assert shown(manager, unit, "Result") == "success"
+        ended = manager.system.journal("-u", unit, "QKILLD_RESULT=exited")
+        assert len(ended) == 1
+
+
+def test_kill_mode_none(manager: Manager) -> None:
+    with idle(manager, f"ExecStart={IDLE}", "KillMode=none") as unit:
+        assert manager.check(unit) == {"kill-mode": "loses", "no-exec-stop": "loses"}
+        manager.ctl("adopt", unit)
+        assert manager.check(unit) == {}
+        assert shown(manager, unit, "KillMode") == "control-group"
+        manager.systemctl("stop", unit)
+        assert shown(manager, unit, "Result") == "success"
+
+
+def test_a_user_of_its_own_in_a_sandbox(manager: Manager) -> None:
+    sandbox = ("ProtectProc=invisible", "RestrictAddressFamilies=AF_INET", "PrivateUsers=yes")
+    with idle(manager, f"ExecStart={IDLE}", "User=nobody", *sandbox) as unit:
+        assert manager.check(unit) == {"no-exec-stop": "loses"}
+        assert "+ ExecStop=+/usr/bin/qkilld-stop" in manager.ctl("adopt", unit)
+        assert manager.check(unit) == {}
+        manager.systemctl("stop", unit)
+        assert shown(manager, unit, "Result") == "success"
+        assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
+
+
+def test_disks_on_the_network(manager: Manager) -> None:
+    disk = "-drive file=nbd://storage.example/disk"
+    with idle(manager, f"ExecStart=-{IDLE} {disk}") as unit:
+        found = {"no-exec-stop": "loses", "network-order": "loses"}
+        assert manager.check(unit) == found
+        manager.ctl("adopt", unit)
+        assert manager.check(unit) == {}
+        assert "network.target" in shown(manager, unit, "After").split()
+
+
+def test_the_template_of_our_own_is_safe(manager: Manager) -> None:
+    assert manager.check("qemu-guest@any.service") == {}
+
+
+def test_a_transient_service(manager: Manager) -> None:
+    unit = "wild-run.service"
+    before = manager.tree()
+    limit = f"--property=TimeoutStopSec={TIMEOUT_S}"
+    manager.run("systemd-run", f"--unit={unit}", limit, *IDLE.split())
+    assert manager.check(unit) == {"no-exec-stop": "loses"}
+    said = manager.ctl("adopt", unit)
+    assert f"/run/systemd/system/{unit}.d/50-qkilld.conf" in said
+    assert manager.check(unit) == {}
+    manager.systemctl("stop", unit)
+    assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
+    # The unit has gone with its guest.
+    manager.ctl("adopt", "--undo", unit)
+    assert manager.tree() == before
+
+
+def test_a_guard_is_taken_from_a_scope_without_a_stop(manager: Manager) -> None:
+    before = manager.tree()
+    with manager.system.spawn(
+        *("systemd-run", "--scope", "--unit=wild-2", *IDLE.split()), stderr=subprocess.DEVNULL
+    ):
+        deadline = time.monotonic() + 30
+        while shown(manager, "wild-2.scope", "ActiveState") != "active":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        said = manager.ctl("adopt", "--dry-run", "wild-2.scope")
+        assert "Would start qkilld-scope@wild-2.scope.service" in said
+        assert manager.check("wild-2.scope") == {"no-guard": "loses"}
+        manager.ctl("adopt", "wild-2.scope")
+        assert manager.check("wild-2.scope") == {}
+        manager.ctl("adopt", "--undo", "wild-2.scope")
+        assert manager.check("wild-2.scope") == {"no-guard": "loses"}
+        assert shown(manager, "wild-2.scope", "ActiveState") == "active"
+        assert "nothing to take back" in manager.ctl("adopt", "--undo", "wild-2.scope", code=1)
+        manager.systemctl("kill", "--signal=KILL", "wild-2.scope")
+    assert manager.tree() == before
+
+
+def test_dry_run_templates_instances_and_aliases(manager: Manager) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback(manager.systemctl, "daemon-reload")
+        path = f"{manager.directory}/wild-t@.service"
+        stack.callback(manager.run, "rm", "-rf", path, f"{path}.d")
+        manager.write("wild-t@.service", service(f"ExecStart={IDLE} -name %i"))
+        before = manager.tree()
+        said = manager.ctl("adopt", "--dry-run", "wild-t@.service")
+        assert f"Would write {path}.d/50-qkilld.conf" in said
+        assert "+ ExecStop=/usr/bin/qkilld-stop" in said
+        assert manager.tree() == before
+        manager.ctl("adopt", "wild-t@1")
+        assert manager.check("wild-t@1.service") == {}
+        assert manager.check("wild-t@2.service")["no-exec-stop"] == "loses"
+        manager.ctl("adopt", "--undo", "wild-t@1.service")
+        assert manager.tree() == before
+        manager.ctl("adopt", "wild-t@.service")
+        assert manager.check("wild-t@2.service") == {}
+        assert manager.check("wild-t@.service") == {}
+        # Once more there is nothing to do, and nothing is done.
+        adopted = manager.tree()
+        assert "is safe" in manager.ctl("adopt", "wild-t@.service")
+        assert manager.tree() == adopted
+        manager.ctl("adopt", "--undo", "wild-t@.service")
+        assert manager.tree() == before
+    with idle(manager) as unit:
+        alias = f"{manager.directory}/wild-alias.service"
+        manager.run("ln", "-s", f"{manager.directory}/{unit}", alias)
+        manager.systemctl("daemon-reload")
+        assert f"{unit}.d/50-qkilld.conf" in manager.ctl("adopt", "wild-alias")
+        assert manager.check(unit) == {}
+        manager.run("rm", alias)
+
+
+def test_what_is_refused(manager: Manager) -> None:
+    assert 'knows no unit "wild-no.service"' in manager.ctl("adopt", "wild-no", code=7)
+    assert 'knows no unit "wild-no@.service"' in manager.ctl("check-unit", "wild-no@", code=7)
+    assert "not the name of a unit" in manager.ctl("check-unit", "/etc/passwd", code=2)
+    manager.systemctl("mask", "wild-masked.service")
+    assert "unmask" in manager.ctl("adopt", "wild-masked.service", code=1)
+    manager.systemctl("unmask", "wild-masked.service")
+    with idle(manager) as unit:
+        assert "was not adopted" in manager.ctl("adopt", "--undo", unit, code=1)
+        foreign = f"{unit}.d/50-qkilld.conf"
+        manager.write(foreign, "[Service]\nNice=1\n")
+        assert "left alone" in manager.ctl("adopt", unit, code=1)
+        assert "left alone" in manager.ctl("adopt", "--undo", unit, code=1)
+        assert manager.run("cat", f"{manager.directory}/{foreign}").stdout.endswith("Nice=1\n")
+        manager.run("rm", f"{manager.directory}/{foreign}")
+        refused = manager.system.run("qkillctl", "adopt", unit, check=False, uid=OTHER_UID)
+        assert refused.returncode == 6
+        assert re.search("as root, or with --user", refused.stderr)
