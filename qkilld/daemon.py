@@ -6,24 +6,21 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import os
 import resource
-import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Final
 
 from qkilld import __version__
 from qkilld.adapters import config
 from qkilld.adapters.journal import QueuedJournal, open_journal
+from qkilld.adapters.memory import STACK_BYTES
 from qkilld.adapters.tracefile import TraceDirectory
 from qkilld.engine import events
+from qkilld.model import timespan
 from qkilld.model.errors import BusError, ConfigError
-from qkilld.model.policy import Config
-from qkilld.model.words import BUS_NAME, ExitCode
-
-DRAIN_TIMEOUT_S: Final = 2.0
-"""For the last replies to be sent."""
+from qkilld.model.words import USEC_PER_SEC, ExitCode
 
 _EPILOG: Final = """\
 examples:
@@ -54,10 +51,15 @@ def main() -> int:
     _take_descriptors()
     # The threads that take samples must not keep the loop from a signal that is due.
     sys.setswitchinterval(0.001)
+    threading.stack_size(STACK_BYTES)
     journal = open_journal()
     try:
         with _traces(arguments.trace_dir, journal) as traces:
-            return asyncio.run(_run(configuration, arguments.bus, arguments.user, journal, traces))
+            # Not before: a wrong configuration is told of sooner without.
+            from qkilld.life import Where, live
+
+            where = Where(arguments.bus, arguments.user, arguments.exit_idle)
+            return asyncio.run(live(configuration, where, journal, traces))
     except ConfigError as error:
         print(f"qkilld: {error}", file=sys.stderr)
         return ExitCode.USAGE
@@ -91,9 +93,20 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="record each job in a file there, for qkillctl replay",
     )
+    parser.add_argument(
+        "--exit-idle",
+        type=_seconds,
+        metavar="SPAN",
+        help="end when there was nothing to do for so long, as 60s; the bus must start it again",
+    )
     parser.add_argument("--check-config", action="store_true", help="check it and exit")
     parser.add_argument("--version", action="version", version=f"qkilld {__version__}")
     return parser.parse_args(arguments)
+
+
+def _seconds(text: str) -> float:
+    """Of a time span as in systemd.time(7)."""
+    return timespan.parse(text) / USEC_PER_SEC
 
 
 def _take_descriptors() -> None:
@@ -116,79 +129,6 @@ def _traces(
             "--trace-dir must be a directory that exists"
         ) from None
     return contextlib.closing(traces)
-
-
-async def _run(
-    configuration: Config,
-    address: str | None,
-    user: bool,
-    journal: QueuedJournal,
-    traces: TraceDirectory | None,
-) -> int:
-    from qkilld.adapters.clock import LoopClock
-    from qkilld.adapters.evidence.sampler import EvidenceSampler
-    from qkilld.adapters.host import LocalHost
-    from qkilld.bus.announcer import Announcer
-    from qkilld.bus.connection import connect
-    from qkilld.bus.manager import ManagerObject, Tree
-    from qkilld.bus.server import Server
-    from qkilld.engine.registry import Registry
-    from qkilld.engine.service import Service
-
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-
-    connection = await connect(address, user=user)
-    clock, sampler = LoopClock(), EvidenceSampler()
-    registry = Registry(configuration, clock, journal, sampler=sampler, traces=traces)
-    service = Service(configuration, LocalHost(), registry, clock, sampler)
-    manager = ManagerObject(service)
-    server = Server(
-        connection,
-        Tree(manager, service),
-        on_fault=lambda doing, error: journal.write(events.internal_error(doing, error)),
-    )
-    manager.server = server
-    registry.observer = Announcer(server)
-    try:
-        if not await connection.own(BUS_NAME):
-            raise BusError(
-                f"another process has the name {BUS_NAME} on this bus already: "
-                "is qkilld running here? See `qkillctl status`"
-            )
-        where = "session bus" if user else f"bus at {address}" if address else "system bus"
-        journal.write(events.daemon_started(__version__, where))
-        _notify("READY=1")
-        lost = asyncio.create_task(connection.wait_closed())
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set():
-            journal.write(events.bus_lost(registry.running))
-            registry.when_idle(stop.set)
-            await stopped
-            code = ExitCode.FAILURE
-        else:
-            code = ExitCode.OK
-        _notify("STOPPING=1")
-        journal.write(events.daemon_stopping(registry.running))
-        registry.cancel_all()
-        await server.drain(DRAIN_TIMEOUT_S)
-        await connection.flush()
-        lost.cancel()
-        return code
-    finally:
-        sampler.close()
-        connection.close()
-
-
-def _notify(state: str) -> None:
-    """Tell the service manager, sd_notify(3)."""
-    if "NOTIFY_SOCKET" in os.environ:
-        from systemd import daemon
-
-        daemon.notify(state)
 
 
 if __name__ == "__main__":

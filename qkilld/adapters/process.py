@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qkilld.adapters import procfs
-from qkilld.model.errors import Failed, NoSuchProcess, NotQemu
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
 from qkilld.model.guest import Guest, Identity, Label
 
 
@@ -64,6 +64,10 @@ class PidfdProcess:
         loop.add_reader(self._pidfd, exited)
         self._watched_by = loop
 
+    def fileno(self) -> int:
+        """The pidfd, while it is held."""
+        return self._pidfd
+
     def close(self) -> None:
         self._unwatch()
         if self._pidfd >= 0:
@@ -103,6 +107,38 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
         os.close(pidfd)
         raise
     return PidfdProcess(pidfd, Guest(identity, Label()), proc)
+
+
+def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
+    """Take over a pidfd that was kept of a guest's process; it may have exited since.
+
+    Raises ProcessChanged where it is no pidfd or one of another process; the descriptor stays the
+    caller's own then.
+    """
+    pid = _pid_of(pidfd)
+    if pid is None:
+        raise ProcessChanged("it is no pidfd")
+    try:
+        # Not there or -1: it has been collected. Then no signal can reach anybody through it.
+        if pid > 0 and (
+            pid != guest.identity.pid
+            or procfs.read_stat(pid, proc).start_time != guest.identity.start_time
+        ):
+            raise ProcessChanged("it is a pidfd of another process")
+    except OSError:
+        if not _exited(pidfd):
+            raise ProcessChanged("what process it is of cannot be told") from None
+    return PidfdProcess(pidfd, guest, proc)
+
+
+def _pid_of(pidfd: int) -> int | None:
+    """From the line "Pid:" of its fdinfo, pidfd_open(2); None where it is no pidfd."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("Pid:")]
+    return int(found[0]) if found else None
 
 
 def _identify(pid: int, pidfd: int, proc: Path) -> Identity:

@@ -22,8 +22,12 @@ class Announcer:
         """What callers know of each running job."""
         self._pending: dict[int, asyncio.TimerHandle] = {}
 
-    def job_new(self, job: Job) -> None:
+    def adopt(self, job: Job) -> None:
+        """Tell from now on of a running job that was announced elsewhere."""
         self._told[job.number] = changing(job)
+
+    def job_new(self, job: Job) -> None:
+        self.adopt(job)
         self._emit("JobNew", job)
 
     def job_changed(self, job: Job) -> None:

@@ -192,6 +192,10 @@ class Connection(MessageBus):
         reply = await self.request_name(name, NameFlag.DO_NOT_QUEUE)
         return reply in (RequestNameReply.PRIMARY_OWNER, RequestNameReply.ALREADY_OWNER)
 
+    async def disown(self, name: str) -> None:
+        """Give a bus name up. Calls that came for it have come in when this returns."""
+        await self.request_bus("ReleaseName", "s", name)
+
     async def wait_closed(self) -> None:
         """Return when the connection has ended, however it did."""
         with contextlib.suppress(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 from dbus_next.signature import Variant
 
 from qkilld.bus import interfaces
-from qkilld.bus.server import Caller, Method, Server
+from qkilld.bus.server import Caller, Method, Server, Unanswered
 from qkilld.engine.job import Job
 from qkilld.engine.service import Service
 from qkilld.model.words import JOB_PATH_PREFIX, UNKNOWN
@@ -43,7 +43,8 @@ class JobObject:
                 if not self._server.draining:
                     job.no_longer(settle)
                 raise
-        assert job.result is not None
+        if job.result is None:
+            raise Unanswered
         return [job.result.value, receipt(job)]
 
     async def _cancel(self, caller: Caller) -> list[Any]:

@@ -7,6 +7,7 @@ purpose (QkilldError) goes to the caller by its D-Bus name, anything else to the
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -53,6 +54,11 @@ class Tree(Protocol):
     def children(self, path: str) -> list[str]: ...
 
 
+class Unanswered(Exception):
+    """A call that gets no answer of ours: the daemon leaves the bus with it open, and the bus tells
+    the caller so, as it would after a crash (org.freedesktop.DBus.Error.NoReply)."""
+
+
 class _NoSuch(Exception):
     """An object, interface, method or property that is not there; `name` without its prefix."""
 
@@ -78,6 +84,8 @@ class Server:
         self._noticed: set[str] = set()
         self.draining = False
         """It is the daemon that ends the calls, and not those who called."""
+        self.last_call = time.monotonic()
+        """When a call came in last, time.monotonic()."""
         connection.add_message_handler(self._on_message)
 
     async def uid_of(self, caller: Caller) -> int:
@@ -118,6 +126,11 @@ class Server:
             )
         )
 
+    @property
+    def busy(self) -> bool:
+        """Calls are in work."""
+        return bool(self._tasks)
+
     async def drain(self, timeout_s: float) -> None:
         """Wait for the replies under way to be sent, then end what is left."""
         self.draining = True
@@ -127,6 +140,7 @@ class Server:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        self.draining = False
 
     def _on_message(self, message: Message) -> Message | bool:
         if message.message_type is MessageType.SIGNAL:
@@ -137,6 +151,7 @@ class Server:
             return False
         if message.message_type is not MessageType.METHOD_CALL:
             return False
+        self.last_call = time.monotonic()
         sender = message.sender or ""
         group = self._tasks.setdefault(sender, set())
         if len(group) >= MAX_CALLS_PER_SENDER:
@@ -151,6 +166,8 @@ class Server:
         try:
             signature, body = await self._call(message)
             self._reply(message, Message.new_method_return(message, signature, body))
+        except Unanswered:
+            pass
         except QkilldError as error:
             self._reply_error(message, error)
         except _NoSuch as error:

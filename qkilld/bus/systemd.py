@@ -82,6 +82,20 @@ class Systemd:
         found = await self._manager("ListUnitsByPatterns", "asas", states, list(patterns))
         return [str(unit[0]) for unit in found]
 
+    async def own_job(self) -> str:
+        """What systemd is about to do with the unit of this process: stop, restart, …; "" for
+        nothing. Raises NoSuchUnit."""
+        try:
+            path = await self._manager("GetUnitByPID", "u", 0)
+        except CallFailed as error:
+            if error.name in _NO_SUCH_UNIT:
+                raise NoSuchUnit("This process is in no unit of systemd") from None
+            raise
+        number, job = (await self._properties(path, _UNIT))["Job"]
+        if not number:
+            return ""
+        return str((await self._properties(job, f"{NAME}.Job"))["JobType"])
+
     async def start(self, name: str) -> None:
         """Ask for a unit to be started, and do not wait until it is. Raises NoSuchUnit."""
         await self._act("StartUnit", name)

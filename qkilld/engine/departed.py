@@ -32,4 +32,7 @@ class Departed:
     def watch(self, callback: Callable[[], None]) -> None:
         """Nothing comes any more: who asks `exited` first has the answer."""
 
+    def fileno(self) -> None:
+        return None
+
     def close(self) -> None: ...

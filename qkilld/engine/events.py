@@ -13,6 +13,7 @@ from signal import SIGKILL, Signals
 from typing import TYPE_CHECKING, Final
 
 from qkilld.model.guest import Guest
+from qkilld.model.text import printable
 from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class MessageId(Enum):
     DAEMON_STOPPING = "032598709f0d4d6cae7cfd4082fc0502"
     BUS_LOST = "60d83e4c547c45cfacf4e19d579c9823"
     TRACES_FAILED = "c6c3ace9256b422fb10fff9c5c2c71b3"
+    STATE_SET_ASIDE = "d92afc3557914f139c26cb181452269e"
+    STATE_FAILED = "3c8417b2ed8447dcbd17c90d388a29a8"
+    MEMORY_NOT_LOCKED = "69983a44334c4f53b5ca8811a33f4297"
     INTERNAL_ERROR = "d633f10750c743be8ac731e94b8805a9"
 
 
@@ -253,24 +257,69 @@ def daemon_started(version: str, where: str) -> Event:
     return Event(MessageId.DAEMON_STARTED, Priority.INFO, f"qkilld {version} serves the {where}.")
 
 
-def daemon_stopping(running: int) -> Event:
-    left = f"; {running} jobs are cancelled, their guests left alone" if running else ""
+def daemon_stopping(running: int, *, to_go_on: bool = False) -> Event:
+    if not running:
+        left = ""
+    elif to_go_on:
+        left = f"; {running} jobs go on when it is started again"
+    else:
+        left = f"; {running} jobs are cancelled, their guests left alone"
     return Event(
         MessageId.DAEMON_STOPPING,
-        Priority.WARNING if running else Priority.INFO,
+        Priority.WARNING if running and not to_go_on else Priority.INFO,
         f"qkilld is stopping{left}.",
     )
 
 
-def bus_lost(running: int) -> Event:
-    then = f"{running} jobs go on to their end first" if running else "no job is running"
-    return Event(
-        MessageId.BUS_LOST, Priority.ERR, f"The connection to the bus is lost: qkilld ends; {then}."
+def daemon_idle() -> Event:
+    return Event(MessageId.DAEMON_STOPPING, Priority.INFO, "qkilld has nothing to do and ends.")
+
+
+def bus_lost(running: int, why: str) -> Event:
+    then = (
+        f"{running} jobs go on, and it ends after them unless the bus comes back"
+        if running
+        else "it ends, for no job is running"
     )
+    return Event(MessageId.BUS_LOST, Priority.ERR, f"qkilld has lost the bus ({why}): {then}.")
 
 
 def traces_failed(text: str) -> Event:
     return Event(MessageId.TRACES_FAILED, Priority.WARNING, f"{text}. The jobs themselves go on.")
+
+
+def state_set_aside(name: str, why: str) -> Event:
+    return Event(
+        MessageId.STATE_SET_ASIDE,
+        Priority.WARNING,
+        f"{name} in the runtime directory is set aside: {why}. If a stop was running there, it "
+        "does not go on.",
+    )
+
+
+def descriptor_rejected(name: str, why: str) -> Event:
+    return Event(
+        MessageId.STATE_SET_ASIDE,
+        Priority.WARNING,
+        f'The descriptor "{printable(name)}" that the service manager kept is let go of: {why}.',
+    )
+
+
+def state_failed(why: str) -> Event:
+    return Event(
+        MessageId.STATE_FAILED,
+        Priority.WARNING,
+        f"Stops cannot be written to the runtime directory: {why}. They go on, but would not "
+        "outlive qkilld.",
+    )
+
+
+def memory_not_locked(why: str) -> Event:
+    return Event(
+        MessageId.MEMORY_NOT_LOCKED,
+        Priority.NOTICE,
+        f"Memory cannot be locked: {why}. Stops go on, but a disk that stalls may hold them up.",
+    )
 
 
 def internal_error(doing: str, error: BaseException) -> Event:

@@ -63,7 +63,7 @@ class Job:
         self.verdict = Verdict.UNKNOWN
         self.result: Result | None = None
         self.error = ""
-        """With `failed`: what the kernel refused."""
+        """With `failed`: what the kernel refused. With `cancelled`: why, where nobody asked."""
         self.rungs: list[Rung] = []
         self.history: list[Turn] = []
         self.assessment: Assessment | None = None
@@ -202,21 +202,29 @@ class Job:
         self._advance()
         self._on_change(self)
 
-    def cancel(self) -> None:
+    def cancel(self, why: str = "") -> None:
         """Send nothing more and end as `cancelled`; nothing where the job has ended."""
         if self.running:
+            self.error = why
             self._finish(Result.CANCELLED)
 
     def when_ended(self, callback: Callable[[], None]) -> None:
-        """Call back once when the job ends; to be asked for only while it runs."""
+        """Call back once when the job ends; to be asked for only while it runs. It still runs then
+        where nobody will be told of its end."""
         self._waiters.append(callback)
 
     def no_longer(self, callback: Callable[[], None]) -> None:
         """Whoever wanted that call back does not wait any more."""
-        if self.running:
+        if callback in self._waiters:
             self._waiters.remove(callback)
             if not self._waiters:
                 self._journal.write(events.waiter_gone(self))
+
+    def interrupt_waits(self) -> None:
+        """Call back whoever waits, though the job has not ended."""
+        waiters, self._waiters = self._waiters, []
+        for callback in waiters:
+            callback()
 
     def let_go(self) -> None:
         """Stop watching a process that survived: a newer job has taken it over."""
@@ -354,9 +362,7 @@ class Job:
         else:
             self._process.close()
         # Who waits comes first: the journal is not on the way from the exit to the answer.
-        waiters, self._waiters = self._waiters, []
-        for callback in waiters:
-            callback()
+        self.interrupt_waits()
         self._on_end(self)
         self._journal.write(events.job_ended(self))
         self._trace.record(Ended(self.ended, result))

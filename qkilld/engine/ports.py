@@ -13,6 +13,7 @@ from qkilld.model.trace import Header, Record
 if TYPE_CHECKING:
     from qkilld.engine.events import Event
     from qkilld.engine.job import Job
+    from qkilld.engine.snapshot import Snapshot
 
 
 class Process(Protocol):
@@ -41,6 +42,9 @@ class Process(Protocol):
 
     def watch(self, callback: Callable[[], None]) -> None:
         """Call back once, as soon as it exits."""
+
+    def fileno(self) -> int | None:
+        """The pidfd, for who keeps a copy; None where there is none."""
 
     def close(self) -> None:
         """Let go of it; no call back comes after this. May be called twice."""
@@ -105,6 +109,22 @@ class Traces(Protocol):
 
     def begin(self, header: Header) -> Recorder:
         """For one job. Nothing is made before its first record."""
+
+
+class Store(Protocol):
+    """Where jobs are kept over the end of this program. Nothing here blocks or raises."""
+
+    def hold(self, number: int, process: Process) -> None:
+        """Keep hold of the process of that job."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """In place of what was saved of that job before."""
+
+    def release(self, number: int) -> None:
+        """Its process need not be held any more."""
+
+    def forget(self, number: int) -> None:
+        """Nobody asks for that job any more."""
 
 
 class Observer(Protocol):

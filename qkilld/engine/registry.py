@@ -9,6 +9,7 @@ from typing import Final
 from qkilld.engine import events
 from qkilld.engine.departed import Departed
 from qkilld.engine.job import Job
+from qkilld.engine.keeper import Keeper
 from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler, Traces
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.model.errors import Busy, NoSuchJob
@@ -34,6 +35,7 @@ class Registry:
         observer: Observer | None = None,
         sampler: Sampler | None = None,
         traces: Traces | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -41,12 +43,14 @@ class Registry:
         self.observer = observer
         self._sampler = sampler
         self._traces = traces
+        self.keeper = keeper
         self._jobs: dict[int, Job] = {}
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
         self._per_uid: Counter[int] = Counter()
         self._last = 0
-        self._idle: list[Callable[[], None]] = []
+        self.on_busy: Callable[[bool], None] = lambda busy: None
+        """Called when the first job runs, and when none runs any more."""
 
     def __iter__(self) -> Iterator[Job]:
         """All of them, oldest first."""
@@ -75,7 +79,7 @@ class Registry:
         policy = self._config.policy_for(process.guest.label.name)
         job = self._job(self._last + 1, process, request, policy)
         job.start()
-        self._add(job)
+        self._add(job, process)
         self._tell(lambda observer: observer.job_new(job))
         job.follow()
         return job
@@ -103,7 +107,7 @@ class Registry:
             raise SnapshotError(problem)
         job = self._job(past.number, process, past.request, past.policy)
         job.resume(past)
-        self._add(job)
+        self._add(job, process)
         if past.ended is not None:
             self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
         job.follow()
@@ -128,16 +132,29 @@ class Registry:
         """The running job of that process, if there is one."""
         return self._running.get(key)
 
-    def cancel_all(self) -> None:
-        for job in list(self._running.values()):
-            job.cancel()
+    def count_from(self, last: int) -> None:
+        """Give no number up to this one: they were given before."""
+        self._last = max(self._last, last)
 
-    def when_idle(self, callback: Callable[[], None]) -> None:
-        """Call back once, as soon as no job is running; at once where none is."""
-        if self._running:
-            self._idle.append(callback)
-        else:
-            callback()
+    @property
+    def last(self) -> int:
+        """The last number given."""
+        return self._last
+
+    @property
+    def empty(self) -> bool:
+        """Nothing runs, nobody is watched and nobody can ask for anything."""
+        return not self._jobs and not self._survivors
+
+    def cancel_all(self, why: str = "") -> None:
+        """Cancel what is running; receipts tell why."""
+        for job in list(self._running.values()):
+            job.cancel(why)
+
+    def interrupt_waits(self) -> None:
+        """Let go of whoever waits for the end of a running job: it will not be told here."""
+        for job in list(self._running.values()):
+            job.interrupt_waits()
 
     def _job(self, number: int, process: Process, request: Request, policy: Policy) -> Job:
         return Job(
@@ -155,17 +172,24 @@ class Registry:
             on_survivor_gone=self._survivor_gone,
         )
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: Job, process: Process) -> None:
         self._last = max(self._last, job.number)
         self._jobs[job.number] = job
         key = job.guest.identity.key
         if job.running or job.result is Result.SURVIVED:
             if older := self._survivors.pop(key, None):
                 older.let_go()
+                self._released(older)
             (self._running if job.running else self._survivors)[key] = job
+            if job.running and len(self._running) == 1:
+                self.on_busy(True)
         self._per_uid[job.request.uid] += 1
+        if self.keeper is not None:
+            self.keeper.began(job, process)
 
     def _changed(self, job: Job) -> None:
+        if self.keeper is not None:
+            self.keeper.changed(job)
         self._tell(lambda observer: observer.job_changed(job))
 
     def _ended(self, job: Job) -> None:
@@ -174,17 +198,29 @@ class Registry:
         if job.result is Result.SURVIVED:
             self._survivors[key] = job
         self._tell(lambda observer: observer.job_ended(job))
+        if self.keeper is not None:
+            self.keeper.changed(job)
+            if job.result is not Result.SURVIVED:
+                self.keeper.let_go(job)
         self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
         if not self._running:
-            callbacks, self._idle = self._idle, []
-            for callback in callbacks:
-                callback()
+            self.on_busy(False)
 
     def _survivor_gone(self, job: Job) -> None:
         del self._survivors[job.guest.identity.key]
+        self._released(job)
+
+    def _released(self, job: Job) -> None:
+        """Its process, a survivor, is gone or taken over."""
+        if self.keeper is not None:
+            self.keeper.let_go(job)
+            if job.number not in self._jobs:
+                self.keeper.forget(job)
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.number]
+        if self.keeper is not None and self._survivors.get(job.guest.identity.key) is not job:
+            self.keeper.forget(job)
         self._per_uid -= Counter((job.request.uid,))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:

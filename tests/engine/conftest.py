@@ -104,6 +104,9 @@ class FakeProcess:
         assert not self.closed
         self._callback = callback
 
+    def fileno(self) -> None:
+        return None
+
     def close(self) -> None:
         self.closed = True
         self._callback = None

@@ -191,21 +191,20 @@ def test_a_broken_observer_does_not_touch_the_ladder(world: World) -> None:
     assert MessageId.INTERNAL_ERROR in world.journal.ids
 
 
-def test_when_idle(world: World) -> None:
-    told: list[str] = []
-    world.registry.when_idle(lambda: told.append("at once"))
-    assert told == ["at once"]
+def test_it_tells_when_it_is_busy(world: World) -> None:
+    told: list[bool] = []
+    world.registry.on_busy = told.append
     first, second = FakeProcess(make_guest(pid=1)), FakeProcess(make_guest(pid=2))
     world.stop(first)
     world.stop(second)
-    world.registry.when_idle(lambda: told.append("later"))
     first.die()
-    assert told == ["at once"]
+    assert told == [True]
     second.die()
-    assert told == ["at once", "later"]
+    assert told == [True, False]
 
 
 def test_cancel_all(world: World) -> None:
     jobs = [world.stop(FakeProcess(make_guest(pid=pid)), FORCE) for pid in range(3)]
-    world.registry.cancel_all()
+    world.registry.cancel_all("qkilld was stopped")
     assert [job.result for job in jobs] == [Result.CANCELLED] * 3
+    assert {job.error for job in jobs} == {"qkilld was stopped"}

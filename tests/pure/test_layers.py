@@ -24,7 +24,7 @@ adapters and bus implement."""
 
 ONLY_IN = {
     "dbus_next": ("bus/",),
-    "systemd": ("adapters/journal.py", "daemon.py"),
+    "systemd": ("adapters/journal.py", "adapters/manager.py"),
     "rich": ("ctl/",),
     "psutil": ("adapters/",),
 }
