@@ -49,8 +49,6 @@ def main() -> int:
     # dbus_next logs what concerns only its maintainers, tracebacks among it.
     logging.getLogger().addHandler(logging.NullHandler())
     _take_descriptors()
-    # The threads that take samples must not keep the loop from a signal that is due.
-    sys.setswitchinterval(0.001)
     threading.stack_size(STACK_BYTES)
     journal = open_journal()
     try:

@@ -18,6 +18,7 @@ from qkilld import __version__
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.evidence.sampler import EvidenceSampler
 from qkilld.adapters.host import LocalHost
+from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.adapters.manager import ServiceManager, stored_descriptors
 from qkilld.adapters.memory import MemoryLock
 from qkilld.adapters.statedir import StateDirectory
@@ -73,6 +74,7 @@ class Where:
 
 async def live(config: Config, where: Where, journal: Journal, traces: Traces | None) -> int:
     """The exit code. Raises BusError where there is neither a bus nor a job."""
+    favour_the_loop()
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(contextlib.closing(ServiceManager()))
         survival = _survival(manager, journal)

@@ -10,11 +10,17 @@ from qkilld.model.words import USEC_PER_SEC
 
 
 class LoopClock:
-    """Implements engine.ports.Clock. asyncio's own clock is CLOCK_MONOTONIC too, in seconds."""
+    """Implements engine.ports.Clock. asyncio's own clock is CLOCK_MONOTONIC too, in seconds.
+
+    Make it in the running loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
 
     def now(self) -> int:
         return time.monotonic_ns() // 1000
 
     def call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
         # Rounded up: a timer that fires early would find its deadline not yet come.
-        return asyncio.get_running_loop().call_at((when + 1) / USEC_PER_SEC, callback)
+        return self._loop.call_at((when + 1) / USEC_PER_SEC, callback)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from qkilld.adapters import config
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.evidence.sampler import EvidenceSampler
 from qkilld.adapters.host import LocalHost
+from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.bus.job import properties
 from qkilld.engine import events
 from qkilld.engine.registry import Registry
@@ -45,8 +45,7 @@ class Alone:
         self._sampler = EvidenceSampler()
         self._registry = Registry(self.config, self._clock, log, self, self._sampler)
         self._orders: dict[int, Order] = {}
-        # The threads that take samples must not keep the loop from a signal that is due.
-        sys.setswitchinterval(0.001)
+        favour_the_loop()
 
     @property
     def service(self) -> Service:

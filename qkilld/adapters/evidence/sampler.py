@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from qkilld.adapters.evidence.cgroup import CgroupReader
 from qkilld.adapters.evidence.files import read_descriptors
+from qkilld.adapters.evidence.handover import Handover
 from qkilld.adapters.evidence.host import read_memory
 from qkilld.adapters.evidence.process import ProcessReader
 from qkilld.adapters.evidence.sockets import SocketReader, SocketTable
@@ -88,13 +88,16 @@ class EvidenceSampler:
 
     def __init__(self) -> None:
         self._workers = Workers()
+        self._handover = Handover()
         self._tables = Tables()
 
     def watch(self, process: Process) -> TargetWatch:
-        return TargetWatch(process.guest.identity.pid, self._workers, self._tables)
+        pid = process.guest.identity.pid
+        return TargetWatch(pid, self._workers, self._handover, self._tables)
 
     def close(self) -> None:
         self._workers.close()
+        self._handover.close()
 
 
 class TargetWatch:
@@ -103,12 +106,11 @@ class TargetWatch:
     A look that blocks holds its thread, and this watch: further looks wait for the same answer.
     """
 
-    def __init__(self, pid: int, workers: Workers, tables: Tables) -> None:
+    def __init__(self, pid: int, workers: Workers, handover: Handover, tables: Tables) -> None:
         self._reader: Reader | None = None
         self._pid, self._tables = pid, tables
-        self._workers = workers
+        self._workers, self._handover = workers, handover
         self._callback: Callable[[Sample], None] | None = None
-        self._loop = asyncio.get_running_loop()
         self._busy = False
         self._closed = False
 
@@ -117,6 +119,7 @@ class TargetWatch:
         if not self._busy:
             self._busy = True
             self._workers.submit(self._work)
+            self._handover.expect()
 
     def close(self) -> None:
         self._closed = True
@@ -131,8 +134,7 @@ class TargetWatch:
                 self._reader = Reader(self._pid, self._tables)
             sample = self._reader.read()
         finally:
-            with contextlib.suppress(RuntimeError):  # the loop is gone
-                self._loop.call_soon_threadsafe(self._done, sample)
+            self._handover.put(partial(self._done, sample), more=self._workers.waiting)
 
     def _done(self, sample: Sample | None) -> None:
         self._busy = False

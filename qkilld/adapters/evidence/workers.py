@@ -40,6 +40,11 @@ class Workers:
             target=self._work, args=(number,), name=f"sampler-{number}", daemon=True
         ).start()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether calls wait for a thread."""
+        return not self._queue.empty()
+
     def close(self) -> None:
         """Let the threads end once they are idle; one that is blocked is left to itself."""
         with self._lock:
