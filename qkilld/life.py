@@ -26,6 +26,7 @@ from qkilld.adapters.survival import Survival
 from qkilld.bus.announcer import Announcer
 from qkilld.bus.connection import Connection, connect
 from qkilld.bus.manager import ManagerObject, Tree
+from qkilld.bus.polkit import Polkit
 from qkilld.bus.server import Server
 from qkilld.bus.systemd import Systemd
 from qkilld.engine import events
@@ -64,6 +65,10 @@ class Where:
     user: bool
     exit_idle_s: float | None
     """None for ever."""
+
+    @property
+    def is_system_bus(self) -> bool:
+        return not self.user and not self.address
 
     @property
     def bus(self) -> str:
@@ -185,11 +190,13 @@ class Life:
                     return None if running else ExitCode.FAILURE
 
     def _server(self, connection: Connection) -> Server:
+        self._service.units = Systemd(connection)
         manager = ManagerObject(self._service)
         server = Server(
             connection,
             Tree(manager, self._service),
             on_fault=lambda doing, error: self._journal.write(events.internal_error(doing, error)),
+            authority=Polkit(connection) if self._where.is_system_bus else None,
         )
         manager.server = server
         announcer = Announcer(server)

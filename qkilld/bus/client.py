@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from qkilld.bus.connection import Connection
+from qkilld.bus.connection import CALL_TIMEOUT_S, Connection
 from qkilld.model.errors import BusError
 from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
+
+INTERACTIVE_CALL_TIMEOUT_S: Final = 150.0
+"""More than the daemon gives whoever is asked for a password (bus.polkit)."""
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _SPANS = ("grace-usec", "stall-usec", "storage-stall-usec", "max-usec")
@@ -23,8 +26,10 @@ _OPTION_TYPES = {"start-time": "t", "reason": "s", **dict.fromkeys(_SPANS, "t")}
 class Manager:
     """org.qkilld1.Manager on a bus. Every method raises what Connection.request raises."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
+        """`interactive`: polkit may ask somebody for a password, which takes its time."""
         self._connection = connection
+        self._interactive = interactive
 
     async def terminate(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
@@ -33,6 +38,18 @@ class Manager:
         given = _variants(options)
         (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), given)
         return str(job)
+
+    async def terminate_unit(self, unit: str, flags: Flag) -> str:
+        """The path of the job."""
+        (job,) = await self._call("TerminateUnit", "st", unit, int(flags))
+        return str(job)
+
+    async def terminate_all(
+        self, flags: Flag, options: dict[str, int | str]
+    ) -> list[tuple[int, str]]:
+        """(pid, path of the job) each."""
+        (jobs,) = await self._call("TerminateAll", "ta{sv}", int(flags), _variants(options))
+        return [tuple(job) for job in jobs]
 
     async def plan(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
@@ -95,19 +112,27 @@ class Manager:
         return True
 
     def job(self, path: str) -> Job:
-        return Job(self._connection, path)
+        return Job(self._connection, path, interactive=self._interactive)
 
     async def _call(self, member: str, signature: str = "", *body: Any) -> list[Any]:
         return await self._connection.request(
-            BUS_NAME, MANAGER_PATH, MANAGER_INTERFACE, member, signature, list(body)
+            BUS_NAME,
+            MANAGER_PATH,
+            MANAGER_INTERFACE,
+            member,
+            signature,
+            list(body),
+            timeout_s=INTERACTIVE_CALL_TIMEOUT_S if self._interactive else CALL_TIMEOUT_S,
+            interactive=self._interactive,
         )
 
 
 class Job:
     """org.qkilld1.Job at a path."""
 
-    def __init__(self, connection: Connection, path: str) -> None:
+    def __init__(self, connection: Connection, path: str, *, interactive: bool = False) -> None:
         self._connection = connection
+        self._interactive = interactive
         self.path = path
 
     async def wait(self) -> tuple[str, dict[str, Any]]:
@@ -121,7 +146,14 @@ class Job:
         return result, _plain(receipt)
 
     async def cancel(self) -> None:
-        await self._connection.request(BUS_NAME, self.path, JOB_INTERFACE, "Cancel")
+        await self._connection.request(
+            BUS_NAME,
+            self.path,
+            JOB_INTERFACE,
+            "Cancel",
+            timeout_s=INTERACTIVE_CALL_TIMEOUT_S if self._interactive else CALL_TIMEOUT_S,
+            interactive=self._interactive,
+        )
 
     async def properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, self.path, JOB_INTERFACE)

@@ -163,16 +163,28 @@ class Connection(MessageBus):
 
     def tell_bus(self, member: str, signature: str, *body: Any) -> None:
         """Call a method of the bus driver and want no reply."""
+        self.tell(_DBUS, "/org/freedesktop/DBus", _DBUS, member, signature, *body)
+
+    def tell(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        *body: Any,
+    ) -> None:
+        """Call a method and want no reply."""
         if self.connected:
             self.send(
                 Message(
-                    destination=_DBUS,
-                    path="/org/freedesktop/DBus",
-                    interface=_DBUS,
+                    destination=destination,
+                    path=path,
+                    interface=interface,
                     member=member,
                     signature=signature,
                     body=list(body),
-                    flags=MessageFlag.NO_REPLY_EXPECTED,
+                    flags=MessageFlag.NO_REPLY_EXPECTED | MessageFlag.NO_AUTOSTART,
                 )
             )
 

@@ -11,6 +11,7 @@ from typing import Any
 from dbus_next.signature import Variant
 
 from qkilld.bus import interfaces
+from qkilld.bus.requester import Requester
 from qkilld.bus.server import Caller, Method, Server, Unanswered
 from qkilld.engine.job import Job
 from qkilld.engine.service import Service
@@ -48,7 +49,7 @@ class JobObject:
         return [job.result.value, receipt(job)]
 
     async def _cancel(self, caller: Caller) -> list[Any]:
-        await self._service.cancel(self._job, functools.partial(self._server.uid_of, caller))
+        await self._service.cancel(self._job, Requester(self._server, caller))
         return []
 
 

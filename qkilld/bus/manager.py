@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from qkilld import __version__
 from qkilld.bus import interfaces
 from qkilld.bus.evidence import evidence_dict
 from qkilld.bus.job import JobObject, job_path
+from qkilld.bus.requester import Requester
 from qkilld.bus.server import BusObject, Caller, Method, Server
-from qkilld.engine.service import CallerUid, Option, Service
+from qkilld.engine.service import Option, Service
 from qkilld.model.errors import NoSuchJob
 from qkilld.model.guest import Guest
 from qkilld.model.text import printable
@@ -30,6 +30,8 @@ class ManagerObject:
         self.methods: Mapping[str, Method] = {
             "Terminate": self._terminate,
             "TerminateWithOptions": self._terminate,
+            "TerminateUnit": self._terminate_unit,
+            "TerminateAll": self._terminate_all,
             "Inspect": self._inspect,
             "Plan": self._plan,
             "ListGuests": self._list_guests,
@@ -60,11 +62,20 @@ class ManagerObject:
         self, caller: Caller, pid: int, flags: int, options: dict[str, Variant] | None = None
     ) -> list[Any]:
         given = _given(options or {})
-        job = await self._service.terminate(pid, flags, given, self._uid_of(caller))
+        job = await self._service.terminate(pid, flags, given, self._from(caller))
         return [job_path(job)]
 
+    async def _terminate_unit(self, caller: Caller, unit: str, flags: int) -> list[Any]:
+        return [job_path(await self._service.terminate_unit(unit, flags, self._from(caller)))]
+
+    async def _terminate_all(
+        self, caller: Caller, flags: int, options: dict[str, Variant]
+    ) -> list[Any]:
+        jobs = await self._service.terminate_all(flags, _given(options), self._from(caller))
+        return [[[job.guest.identity.pid, job_path(job)] for job in jobs]]
+
     async def _inspect(self, caller: Caller, pid: int) -> list[Any]:
-        found = await self._service.inspect(pid, self._uid_of(caller))
+        found = await self._service.inspect(pid, self._from(caller))
         shown = _identity(found.guest)
         if found.evidence is not None:
             shown |= evidence_dict(found.evidence)
@@ -78,7 +89,7 @@ class ManagerObject:
     async def _plan(
         self, caller: Caller, pid: int, flags: int, options: dict[str, Variant]
     ) -> list[Any]:
-        guest, plan = await self._service.plan(pid, flags, _given(options), self._uid_of(caller))
+        guest, plan = await self._service.plan(pid, flags, _given(options), self._from(caller))
         rungs = [[rung.phase.value, rung.signal.name, rung.after] for rung in plan.rungs]
         return [
             {
@@ -120,8 +131,8 @@ class ManagerObject:
     async def _get_job_by_pid(self, caller: Caller, pid: int) -> list[Any]:
         return [job_path(self._service.registry.by_pid(pid))]
 
-    def _uid_of(self, caller: Caller) -> CallerUid:
-        return functools.partial(self.server.uid_of, caller)
+    def _from(self, caller: Caller) -> Requester:
+        return Requester(self.server, caller)
 
 
 class Tree:

@@ -15,9 +15,10 @@ from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from qkilld.bus.connection import Connection
+from qkilld.bus.connection import CallFailed, Connection
 from qkilld.bus.interfaces import Interface, introspection
-from qkilld.model.errors import Busy, Failed, InvalidArgs, QkilldError
+from qkilld.model.access import Action, Answer
+from qkilld.model.errors import BusError, Busy, Failed, InvalidArgs, QkilldError
 
 MAX_CALLS_PER_SENDER: Final = 4096
 """Calls of one connection that may be in work at once, most of them Waits."""
@@ -43,6 +44,21 @@ class BusObject(Protocol):
 
     def property(self, name: str) -> Any:
         """The value in the interface's type."""
+
+
+class Authority(Protocol):
+    """Who lets a caller do what is not theirs by right: polkit."""
+
+    async def check(
+        self,
+        sender: str,
+        uid: int,
+        action: Action,
+        details: Mapping[str, str],
+        *,
+        interactive: bool,
+    ) -> Answer:
+        """Raises Busy. `uid` is that of the owner of the bus name `sender`."""
 
 
 class Tree(Protocol):
@@ -75,10 +91,13 @@ class Server:
         connection: Connection,
         tree: Tree,
         on_fault: Callable[[str, BaseException], None],
+        authority: Authority | None = None,
     ) -> None:
         self._connection = connection
         self._tree = tree
         self._on_fault = on_fault
+        self.authority = authority
+        """None where polkit has no say: on every bus but the system's."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._uids: dict[str, int] = {}
         self._noticed: set[str] = set()
@@ -168,6 +187,12 @@ class Server:
             self._reply(message, Message.new_method_return(message, signature, body))
         except Unanswered:
             pass
+        except CallFailed as error:
+            # Another service's own words, which are not for our callers.
+            self._on_fault(f"answering {message.member}", error)
+            self._reply_error(message, _elsewhere())
+        except BusError:
+            self._reply_error(message, _elsewhere())
         except QkilldError as error:
             self._reply_error(message, error)
         except _NoSuch as error:
@@ -277,6 +302,10 @@ class Server:
     def _send(self, message: Message) -> None:
         if self._connection.connected:
             self._connection.send(message)
+
+
+def _elsewhere() -> Failed:
+    return Failed("Another service that qkilld needs for this did not do its part; try again")
 
 
 def _gone_rule(sender: str) -> str:

@@ -47,6 +47,7 @@ examples
   qkillctl terminate --wait web                stop it, without SIGKILL, and wait
   qkillctl terminate --wait --force web db     SIGKILL those that do not go in time
   qkillctl terminate --force --grace 2min web  but give it two minutes before that
+  qkillctl terminate --all --dry-run           what would be stopped, and how
   qkillctl status web                          what is being done to it
   qkillctl cancel web                          send it no more signals
   qkillctl trace web                           look at it, and stop nothing
@@ -181,7 +182,13 @@ def _add_replay(command: argparse.ArgumentParser) -> None:
 
 
 def _add_terminate(command: argparse.ArgumentParser) -> None:
-    command.add_argument("targets", nargs="+", metavar="TARGET")
+    command.add_argument("targets", nargs="*", metavar="TARGET")
+    command.add_argument(
+        "--all",
+        action="store_true",
+        help="every guest of this host that you may stop: root all of them, others their own, and "
+        "all where polkit allows it",
+    )
     command.add_argument(
         "--force", action="store_true", help="allow SIGKILL, once it has had its grace period"
     )
@@ -233,6 +240,13 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
         help="the daemon on the bus at this D-Bus address",
     )
     parser.add_argument(
+        "--no-ask-password",
+        dest="ask_password",
+        action="store_false",
+        default=True if top else argparse.SUPPRESS,
+        help="do not ask for a password on the terminal for what is not yours",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         default=False if top else argparse.SUPPRESS,
@@ -267,5 +281,7 @@ def _reason(text: str) -> str:
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """What argparse cannot say of the options by itself. Exits with 2."""
+    if arguments.command == "terminate" and arguments.all == bool(arguments.targets):
+        parser.error("either TARGETs or --all are needed, to say what is to be stopped")
     if arguments.command == "terminate" and arguments.no_wait and arguments.grace is not None:
         parser.error("--grace has no meaning with --no-wait: there is only one signal")

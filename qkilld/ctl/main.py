@@ -7,9 +7,10 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qkilld.ctl import commands, planning, stopping
+from qkilld.ctl.agent import may_ask, password_agent
 from qkilld.ctl.arguments import JOB_SPANS, SPANS, parse_arguments
 from qkilld.ctl.output import Output
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
@@ -22,6 +23,8 @@ from qkilld.model.words import ExitCode, Flag
 if TYPE_CHECKING:
     from qkilld.judgement.replay import Terms
 
+_MAY_NEED_A_PASSWORD: Final = ("terminate", "cancel", "inspect", "trace", "status")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run qkillctl and return its exit code. Raises SystemExit for usage errors and --help."""
@@ -31,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output()
     bus = arguments.bus or Bus()
     orders = [Order(text) for text in getattr(arguments, "targets", [])]
+    interactive = arguments.ask_password and may_ask()
+    # On another bus than the system's polkit has no say.
+    wanted = interactive and bus == Bus() and arguments.command in _MAY_NEED_A_PASSWORD
     try:
-        code = asyncio.run(_run(arguments, bus, output, orders))
+        with password_agent(wanted):
+            code = asyncio.run(_run(arguments, bus, output, orders, interactive))
     except KeyboardInterrupt:
         code = INTERRUPTED
         output.error("interrupted")
@@ -50,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(code)
 
 
-async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: list[Order]) -> int:
+async def _run(
+    arguments: argparse.Namespace,
+    bus: Bus,
+    output: Output,
+    orders: list[Order],
+    interactive: bool,
+) -> int:
     if arguments.command == "replay":
         # The whole judgement, which no other command needs.
         from qkilld.ctl import replay
@@ -60,7 +73,7 @@ async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: 
     if getattr(arguments, "target", None) is not None:
         target = parse(arguments.target, jobs=arguments.command == "status")
     async with open_connection(bus) as connection:
-        session = Session(bus, output, arguments.json, connection)
+        session = Session(bus, output, arguments.json, connection, interactive)
         match arguments.command:
             case "list":
                 return await commands.list_guests(session)
@@ -88,6 +101,11 @@ async def _run(arguments: argparse.Namespace, bus: Bus, output: Output, orders: 
                 return await adopt.adopt(
                     session, arguments.units, dry_run=arguments.dry_run, undo=arguments.undo
                 )
+            case "terminate" if arguments.all:
+                from qkilld.ctl import everything
+
+                act = everything.plan if arguments.dry_run else everything.terminate
+                return await act(session, _how(arguments))
             case "terminate":
                 if arguments.dry_run:
                     return await planning.plan(session, orders, _how(arguments))

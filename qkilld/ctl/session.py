@@ -11,7 +11,7 @@ from typing import Any, Final
 from qkilld.bus.client import Manager
 from qkilld.bus.connection import Connection, connect
 from qkilld.ctl.output import Output
-from qkilld.model.errors import BusError
+from qkilld.model.errors import AccessDenied, BusError
 
 BUS_ERROR_NAME: Final = "org.qkilld1.Client.BusError"
 
@@ -55,10 +55,12 @@ class Session:
     output: Output
     json: bool
     connection: Connection
+    interactive: bool = False
+    """Polkit may ask for a password."""
 
     @property
     def manager(self) -> Manager:
-        return Manager(self.connection)
+        return Manager(self.connection, interactive=self.interactive)
 
 
 @contextlib.asynccontextmanager
@@ -74,10 +76,21 @@ async def open_connection(bus: Bus) -> AsyncIterator[Connection]:
 def explain(error: Exception, bus: Bus) -> str:
     """The text of an error for people; for one of the bus, which bus and what to do."""
     text = str(error) or type(error).__name__
+    if isinstance(error, AccessDenied):
+        return f"{text}. {_how_to_be_let(bus)}"
     if not isinstance(error, BusError):
         return text
     which = "" if bus.title in text else f" ({bus.title})"
     return f"{text}{which}. {bus.advice}"
+
+
+def _how_to_be_let(bus: Bus) -> str:
+    if bus.user or bus.address:
+        return "Only its own user may do that on this bus; on the system bus polkit can allow it"
+    return (
+        "It needs authorization as an administrator: run it as root, or in a session with a polkit "
+        "agent, or on a terminal without --no-ask-password"
+    )
 
 
 def error_as_json(error: Exception, bus: Bus) -> dict[str, Any]:

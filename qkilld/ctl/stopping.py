@@ -13,8 +13,8 @@ from qkilld.bus.connection import Connection
 from qkilld.ctl.commands import MAX_CALLS
 from qkilld.ctl.follow import Display, display_on, follow
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
-from qkilld.ctl.targets import Resolver, parse
-from qkilld.model.errors import BusError, NoSuchJob, QkilldError
+from qkilld.ctl.targets import Kind, Resolver, parse
+from qkilld.model.errors import BusError, NoSuchJob, NoSuchUnit, QkilldError
 from qkilld.model.exits import INTERRUPTED, worst
 from qkilld.model.jobview import JobView, ending, exit_code_of, label, receipt_as_json
 from qkilld.model.words import JOB_PATH_PREFIX, ExitCode, Flag
@@ -82,19 +82,42 @@ async def terminate(session: Session, orders: list[Order], how: How) -> int:
     resolver = Resolver(session.manager)
 
     async def start(order: Order) -> None:
-        found = await resolver.pin(parse(order.text))
+        target = parse(order.text)
+        try:
+            found = await resolver.pin(target)
+        except NoSuchUnit:
+            if target.kind is not Kind.UNIT or how.options:
+                raise
+            # It may be another name of the unit (Alias=), and systemd says best what is wrong.
+            order.job = await session.manager.terminate_unit(target.value, how.flags)
+            return
         order.pid, order.name = found.pid, found.name
         options = dict(how.options)
         if found.start_time is not None:
             options["start-time"] = found.start_time
         order.job = await session.manager.terminate(found.pid, how.flags, options)
+
+    return await carry_out(session, orders, how, start)
+
+
+async def carry_out(
+    session: Session,
+    orders: list[Order],
+    how: How,
+    start: Callable[[Order], Awaitable[None]],
+) -> int:
+    """`start` each order, which gives it its job, and show what becomes of them."""
+
+    async def begin(order: Order) -> None:
+        await start(order)
+        assert order.job is not None
         with contextlib.suppress(QkilldError):
             # It has started, and that is what counts; this is for the lines about it.
             order.view = JobView(order.job, await session.manager.job(order.job).properties())
-            order.name = order.view.name
+            order.pid, order.name = order.view.pid, order.view.name
 
     try:
-        await _each(session, orders, start)
+        await _each(session, orders, begin)
         started = [order for order in orders if order.error is None]
         if how.wait or Flag.NOWAIT in how.flags:
             await _follow_all(session, [o for o in started if how.wait or _ends_at_once(o)])

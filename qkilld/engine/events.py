@@ -12,6 +12,7 @@ from enum import Enum, IntEnum
 from signal import SIGKILL, Signals
 from typing import TYPE_CHECKING, Final
 
+from qkilld.model.errors import NoSuchProcess, QkilldError
 from qkilld.model.guest import Guest
 from qkilld.model.text import printable
 from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
@@ -52,6 +53,7 @@ class MessageId(Enum):
     STATE_SET_ASIDE = "d92afc3557914f139c26cb181452269e"
     STATE_FAILED = "3c8417b2ed8447dcbd17c90d388a29a8"
     MEMORY_NOT_LOCKED = "69983a44334c4f53b5ca8811a33f4297"
+    NOT_STOPPED = "f27725a9e32549bc841e54b783885a6e"
     INTERNAL_ERROR = "d633f10750c743be8ac731e94b8805a9"
 
 
@@ -250,6 +252,18 @@ def stop_left(guest: Guest, why: str) -> Event:
         "up to systemd.",
         guest=guest,
         fields={"QKILLD_GUEST": guest.label.name},
+    )
+
+
+def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
+    """One of many that were to be stopped with one call."""
+    return Event(
+        MessageId.NOT_STOPPED,
+        Priority.WARNING,
+        f"Could not stop {guest.title}, one of all for uid {uid}: {error}.",
+        guest=guest,
+        gone=isinstance(error, NoSuchProcess),
+        fields={"QKILLD_GUEST": guest.label.name, "QKILLD_REQUESTED_BY": str(uid)},
     )
 
 

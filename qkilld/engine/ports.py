@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from signal import Signals
 from typing import TYPE_CHECKING, Protocol
 
+from qkilld.model.access import Action, Answer
 from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.trace import Header, Record
+from qkilld.model.unit import UnitFacts
 
 if TYPE_CHECKING:
     from qkilld.engine.events import Event
@@ -61,6 +63,27 @@ class Host(Protocol):
 
     def identities(self) -> list[Identity]:
         """Of every process whose executable can be seen."""
+
+
+class Caller(Protocol):
+    """Who calls."""
+
+    async def uid(self) -> int:
+        """Asked only once the process is held, so that its id cannot change hands meanwhile."""
+
+    async def may(self, action: Action, details: Mapping[str, str], *, ask: bool) -> Answer:
+        """Whether an administrator lets the caller do that, which may take minutes.
+
+        `details` are for whoever is asked for a password; without `ask` nobody is. Raises Busy
+        where the caller has too many such questions open. Never answers from memory.
+        """
+
+
+class Units(Protocol):
+    """The manager of systemd whose units TerminateUnit names. What it raises is a QkilldError."""
+
+    async def unit(self, name: str) -> UnitFacts:
+        """Raises InvalidArgs, NoSuchUnit."""
 
 
 class Watch(Protocol):

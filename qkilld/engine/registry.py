@@ -136,6 +136,10 @@ class Registry:
         """Give no number up to this one: they were given before."""
         self._last = max(self._last, last)
 
+    def note(self, event: events.Event) -> None:
+        """Write what concerns jobs that could not begin to the journal, too."""
+        self._journal.write(event)
+
     @property
     def last(self) -> int:
         """The last number given."""

@@ -6,28 +6,35 @@ Every method checks the process and the caller itself; nothing here trusts an ar
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from qkilld.engine import events
+from qkilld.engine.access import Access, Held
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Clock, Host, Process, Sampler, Watch
+from qkilld.engine.ports import Caller, Clock, Host, Process, Sampler, Units, Watch
 from qkilld.engine.registry import Registry
 from qkilld.judgement.ladder import policy_for
 from qkilld.judgement.plan import Plan, make_plan
-from qkilld.judgement.target import check_caller, check_qemu, check_same, is_qemu
+from qkilld.judgement.target import (
+    action_for,
+    check_answer,
+    check_same,
+    details_of_all,
+    is_free,
+    is_qemu,
+)
+from qkilld.judgement.unit import check_unit_name, choose_guest
 from qkilld.judgement.verdict import Assessment, assess
-from qkilld.model.errors import InvalidArgs
+from qkilld.model.access import Action, Answer
+from qkilld.model.errors import BusError, Failed, InvalidArgs, NoSuchUnit, QkilldError
 from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from qkilld.model.text import MAX_TEXT, printable
 from qkilld.model.words import KNOWN_FLAGS, Flag
-
-CallerUid = Callable[[], Awaitable[int]]
-"""Who calls. Asked only once the process is held, so that its id cannot change hands meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ SPANS: Final = {
 """Options that are fields of Policy."""
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
+MAX_AT_ONCE: Final = 64
+"""Processes that TerminateAll takes hold of at a time: each may wait for a thread of its own."""
 OPTION_TYPES: Final = {"start-time": "t", "reason": "s", **dict.fromkeys(SPANS, "t")}
 
 
@@ -67,15 +76,19 @@ class Service:
         registry: Registry,
         clock: Clock,
         sampler: Sampler | None = None,
+        units: Units | None = None,
     ) -> None:
         self.config = config
         self.registry = registry
         self._host = host
+        self._access = Access(config, host)
+        self.units = units
+        """None where there is nobody to ask; another one with each bus that we are on."""
         self._clock = clock
         self._sampler = sampler
 
     async def terminate(
-        self, pid: int, flags: int, options: Mapping[str, Option], caller_uid: CallerUid
+        self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> Job:
         """Start or join the job that stops a process.
 
@@ -83,34 +96,88 @@ class Service:
         """
         asked = _parse_flags(flags)
         given = _parse_options(options)
-        process = self._open(pid)
-        try:
-            uid = await caller_uid()
-            self._check(process, uid, given.get("start-time"))
-            process.set_label(await self._host.label(process.guest.identity))
-            # Time has passed: it may have executed another program.
-            process.identify()
-            self._check(process, uid, given.get("start-time"))
-        except BaseException:
-            process.close()
-            raise
-        reason = printable(str(given.get("reason", "")))
-        return self.registry.terminate(process, Request(asked, _spans(given), reason, uid))
+        start_time = _number(given, "start-time")
+        return self._start(
+            await self._access.hold(pid, caller, asked, start_time=start_time), asked, given
+        )
 
-    async def cancel(self, job: Job, caller_uid: CallerUid) -> None:
-        """Raises AccessDenied. Nothing happens where the job has ended."""
-        check_caller(await caller_uid(), job.guest.identity)
+    async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
+        """The same for the main process of a unit, or where that is no QEMU, for the one in it.
+
+        Which QEMUs are in it is the kernel's word (their control groups); systemd is asked for the
+        main process and for the unit's primary name alone. Raises NoSuchUnit as well.
+        """
+        asked = _parse_flags(flags)
+        check_unit_name(name)
+        facts, known = None, True
+        if self.units is not None:
+            try:
+                facts = await self.units.unit(name)
+            except NoSuchUnit:
+                known = False
+            except (BusError, Failed):
+                pass  # it does not answer, or not to us: the control groups tell enough
+        guest = choose_guest(name, facts, await self.guests(), known=known)
+        held = await self._access.hold(
+            guest.identity.pid,
+            caller,
+            asked,
+            start_time=guest.identity.start_time,
+            unit=guest.label.unit,
+        )
+        return self._start(held, asked, {})
+
+    async def terminate_all(
+        self, flags: int, options: Mapping[str, Option], caller: Caller
+    ) -> list[Job]:
+        """The same for every QEMU that the caller may stop, as of now.
+
+        Polkit is asked once, and only where there are guests of others. One that cannot be stopped
+        is told in the journal. Raises InvalidArgs, and where there is nothing of the caller's own
+        AccessDenied, Busy.
+        """
+        asked = _parse_flags(flags)
+        given = _parse_options(options)
+        if "start-time" in given:
+            raise InvalidArgs('Option "start-time" is of one process: leave it out here')
+        uid = await caller.uid()
+        guests = await self.guests()
+        own = [guest for guest in guests if is_free(uid, guest.identity)]
+        answer = Answer.DENIED
+        if len(own) < len(guests):
+            answer = await caller.may(action_for(asked), details_of_all(asked), ask=True)
+            if not own:
+                check_answer(answer, "The QEMU guests of this host are")
+        wanted = guests if answer is Answer.GRANTED else own
+        slots = asyncio.Semaphore(MAX_AT_ONCE)
+
+        async def one(guest: Guest) -> Job | None:
+            pid, start_time = guest.identity.key
+            try:
+                async with slots:
+                    held = await self._access.hold(
+                        pid, caller, asked, start_time=start_time, answer=answer
+                    )
+                    return self._start(held, asked, given)
+            except QkilldError as error:
+                self.registry.note(events.not_stopped(guest, uid, error))
+            return None
+
+        jobs = await asyncio.gather(*(one(guest) for guest in wanted))
+        return [job for job in jobs if job is not None]
+
+    async def cancel(self, job: Job, caller: Caller) -> None:
+        """Raises AccessDenied, Busy. Nothing happens where the job has ended."""
+        await self._access.permit(caller, job.guest, Action.TERMINATE)
         job.cancel()
 
-    async def inspect(self, pid: int, caller_uid: CallerUid) -> Inspection:
+    async def inspect(self, pid: int, caller: Caller) -> Inspection:
         """Who a process is and what is to be seen of it. Sends nothing.
 
-        Raises InvalidArgs, NoSuchProcess, NotQemu, AccessDenied.
+        Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
-        process = self._open(pid)
+        process, _ = await self._access.hold(pid, caller, Flag(0), action=Action.INSPECT)
         try:
-            self._check(process, await caller_uid(), None)
-            process.set_label(await self._host.label(process.guest.identity))
             job = self.registry.running_for(process.guest.identity.key)
             evidence = job.assessment if job is not None else None
             return Inspection(process.guest, evidence or await self._look_twice(process), job)
@@ -118,14 +185,14 @@ class Service:
             process.close()
 
     async def plan(
-        self, pid: int, flags: int, options: Mapping[str, Option], caller_uid: CallerUid
+        self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> tuple[Guest, Plan]:
         """What `terminate` would do. Sends nothing. Raises what `terminate` raises but Busy."""
         asked = _parse_flags(flags)
         given = _parse_options(options)
-        found = await self.inspect(pid, caller_uid)
+        found = await self.inspect(pid, caller)
         identity = found.guest.identity
-        if isinstance(start_time := given.get("start-time"), int):
+        if (start_time := _number(given, "start-time")) is not None:
             check_same(identity, start_time)
         configured = self.config.policy_for(found.guest.label.name)
         policy = policy_for(asked, configured, _spans(given))
@@ -156,18 +223,11 @@ class Service:
             watch.close()
         return evidence
 
-    def _open(self, pid: int) -> Process:
-        if pid == 0:
-            raise InvalidArgs("0 is not the id of a process")
-        return self._host.open(pid)
-
-    def _check(self, process: Process, caller_uid: int, start_time: object) -> None:
-        identity = process.guest.identity
-        # The caller first: who may not touch a process does not learn what it is either.
-        check_caller(caller_uid, identity)
-        check_qemu(identity, self.config.executables, os.getpid())
-        if isinstance(start_time, int):
-            check_same(identity, start_time)
+    def _start(self, held: Held, flags: Flag, given: Mapping[str, object]) -> Job:
+        """Takes the process over."""
+        reason = printable(str(given.get("reason", "")))
+        request = Request(flags, _spans(given), reason, held.uid)
+        return self.registry.terminate(held.process, request)
 
 
 async def _look(watch: Watch) -> Sample:
@@ -182,6 +242,11 @@ def _parse_flags(flags: int) -> Flag:
     if flags & Flag.POWERDOWN:
         raise InvalidArgs("POWERDOWN (4) is not available in this version; leave it out")
     return Flag(flags)
+
+
+def _number(given: Mapping[str, object], name: str) -> int | None:
+    value = given.get(name)
+    return value if isinstance(value, int) else None
 
 
 def _spans(given: Mapping[str, object]) -> dict[str, int]:

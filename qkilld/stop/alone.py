@@ -15,17 +15,18 @@ from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.bus.job import properties
 from qkilld.engine import events
+from qkilld.engine.access import Access
 from qkilld.engine.registry import Registry
 from qkilld.engine.service import SPANS, Service
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.judgement.ladder import policy_for
-from qkilld.judgement.target import check_caller, check_qemu, check_same
 from qkilld.model.errors import ConfigError
 from qkilld.model.guest import Guest
 from qkilld.model.job import Request
 from qkilld.model.jobview import JobView, verdict_of
 from qkilld.model.policy import Config
 from qkilld.model.words import INFINITY, KNOWN_FLAGS, Flag, Phase
+from qkilld.stop.caller import OwnUser
 from qkilld.stop.log import say
 
 if TYPE_CHECKING:
@@ -58,22 +59,13 @@ class Alone:
         Raises NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Failed.
         """
         target = order.target
-        process = self._host.open(target.pid)
-        try:
-            identity = process.guest.identity
-            check_caller(os.geteuid(), identity)
-            check_qemu(identity, self.config.executables, os.getpid())
-            if target.start_time is not None:
-                check_same(identity, target.start_time)
-            process.set_label(await self._host.label(identity))
-            # Time has passed: it may have executed another program.
-            check_qemu(process.identify(), self.config.executables, os.getpid())
-        except BaseException:
-            process.close()
-            raise
+        access = Access(self.config, self._host)
+        process, uid = await access.hold(
+            target.pid, OwnUser(), order.flags, start_time=target.start_time
+        )
         self._log.write(events.stop_alone(process.guest, why))
         fields = {SPANS[name]: usec for name, usec in spans.items()}
-        request = Request(order.flags, fields, reason, os.geteuid())
+        request = Request(order.flags, fields, reason, uid)
         past = self._past(process.guest, request, order.view)
         self._orders[target.pid] = order
         try:

@@ -14,6 +14,7 @@ from qkilld.model.jobview import known
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 from qkilld.model.words import INFINITY, ExitCode, Flag
+from qkilld.stop.caller import OwnUser
 from qkilld.stop.limits import limits_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ async def _rehearsed(stopping: Stopping, target: Target, facts: UnitFacts | None
     force = stopping.forced(target.pid)
     options = {name: Option("t", usec) for name, usec in stopping.options.spans.items()}
     guest, plan = await stopping.engine().service.plan(
-        target.pid, Flag.FORCE if force else Flag(0), options, _own_uid
+        target.pid, Flag.FORCE if force else Flag(0), options, OwnUser()
     )
     limits = limits_of(facts, os.getpid()) if facts is not None else None
     return Rehearsed(
@@ -88,7 +89,3 @@ async def _rehearsed(stopping: Stopping, target: Target, facts: UnitFacts | None
         None if limits is None or limits.stay == INFINITY else limits.stay,
         (*(limits.warnings if limits else ()), *plan.warnings),
     )
-
-
-async def _own_uid() -> int:
-    return os.geteuid()

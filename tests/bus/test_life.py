@@ -48,7 +48,15 @@ def test_every_member_answers(client: Client, fake_qemu: Make) -> None:
     """No method or property of the XML is missing behind it, and each has the type it says."""
     guest = fake_qemu(stubborn=True)
     job = client.terminate(guest.pid)
-    bodies: dict[str, list[Any]] = {"u": [1], "ut": [1, 0], "uta{sv}": [1, 0, {}], "": []}
+    bodies: dict[str, list[Any]] = {
+        "u": [1],
+        "ut": [1, 0],
+        "uta{sv}": [1, 0, {}],
+        "": [],
+        # No such unit, and an option that is refused: nothing is to be stopped here.
+        "st": ["nosuch.service", 0],
+        "ta{sv}": [0, {"start-time": ("t", 1)}],
+    }
     for path, name in (("/org/qkilld1", "org.qkilld1.Manager"), (job, "org.qkilld1.Job")):
         interface = ET.parse(TOP / "dbus" / f"{name}.xml").getroot().find("interface")
         assert interface is not None

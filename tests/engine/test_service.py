@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from dataclasses import replace
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
 from signal import SIGTERM
 from typing import Any, TypeVar
 
 import pytest
 
+from qkilld.engine.events import MessageId
 from qkilld.engine.ports import Process
 from qkilld.engine.service import Option, Service
-from qkilld.model.errors import AccessDenied, InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged
-from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.access import Action, Answer
+from qkilld.model.errors import (
+    AccessDenied,
+    BusError,
+    Failed,
+    InvalidArgs,
+    NoSuchProcess,
+    NoSuchUnit,
+    NotQemu,
+    ProcessChanged,
+    QkilldError,
+)
+from qkilld.model.guest import Guest, Identity, Label, Unit
 from qkilld.model.policy import Config
-from qkilld.model.words import Flag
+from qkilld.model.unit import UnitFacts
+from qkilld.model.words import Flag, Result
 
 from .conftest import FakeProcess, World, make_guest
 
@@ -26,6 +39,7 @@ class FakeHost:
     def __init__(self, *processes: FakeProcess) -> None:
         self.processes = {p.guest.identity.pid: p for p in processes}
         self.asked: list[str] = []
+        self.unit = Unit()
 
     def open(self, pid: int) -> Process:
         self.asked.append("open")
@@ -35,7 +49,7 @@ class FakeHost:
 
     async def label(self, identity: Identity) -> Label:
         self.asked.append("label")
-        return Label("web")
+        return Label("web", unit=self.unit)
 
     def identities(self) -> list[Identity]:
         return [process.guest.identity for process in self.processes.values()]
@@ -45,12 +59,27 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
 
 
-async def root() -> int:
-    return 0
+@dataclass
+class FakeCaller:
+    """`answer` is what polkit says of them; `meanwhile` happens while it is asked."""
+
+    number: int
+    answer: Answer = Answer.DENIED
+    meanwhile: Callable[[], None] = lambda: None
+    asked: list[tuple[Action, bool]] = field(default_factory=list)
+
+    async def uid(self) -> int:
+        return self.number
+
+    async def may(self, action: Action, details: Mapping[str, str], *, ask: bool) -> Answer:
+        self.asked.append((action, ask))
+        await asyncio.sleep(0)
+        self.meanwhile()
+        return self.answer
 
 
-async def stranger() -> int:
-    return 1001
+ROOT = FakeCaller(0)
+STRANGER = 1001
 
 
 def make_service(world: World, *processes: FakeProcess) -> tuple[Service, FakeHost]:
@@ -62,22 +91,169 @@ def make_service(world: World, *processes: FakeProcess) -> tuple[Service, FakeHo
 def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
     service, host = make_service(world, FakeProcess())
 
-    async def uid() -> int:
-        host.asked.append("uid")
-        return 0
+    class Noting(FakeCaller):
+        async def uid(self) -> int:
+            host.asked.append("uid")
+            return 0
 
-    run(service.terminate(4711, 0, {}, uid))
+    run(service.terminate(4711, 0, {}, Noting(0)))
     assert host.asked == ["open", "uid", "label"]
 
 
 def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
     shell = Guest(replace(make_guest().identity, executable="/bin/sh"), Label())
-    for process in (FakeProcess(), FakeProcess(shell)):
-        service, _ = make_service(world, process)
-        with pytest.raises(AccessDenied, match="4711 is not yours"):
-            run(service.terminate(4711, 0, {}, stranger))
-        assert process.closed
-        assert process.sent == []
+    for answer in (Answer.DENIED, Answer.CHALLENGE):
+        said = set()
+        for process in (FakeProcess(), FakeProcess(shell)):
+            service, _ = make_service(world, process)
+            caller = FakeCaller(STRANGER, answer)
+            for options in ({}, {"start-time": Option("t", 98)}):
+                with pytest.raises(AccessDenied, match="4711 is not yours") as caught:
+                    run(service.terminate(4711, 0, options, caller))
+                said.add((type(caught.value), str(caught.value)))
+            assert process.closed
+            assert process.sent == []
+            # Nobody types a password for what is no QEMU, or another one than was meant.
+            is_qemu = process.guest.identity.executable != "/bin/sh"
+            assert caller.asked == [(Action.TERMINATE, is_qemu), (Action.TERMINATE, False)]
+        assert len(said) == 1
+
+
+def test_who_is_authorized_is_told_more(world: World) -> None:
+    shell = Guest(replace(make_guest().identity, executable="/bin/sh"), Label())
+    process = FakeProcess(shell)
+    service, _ = make_service(world, process)
+    with pytest.raises(NotQemu):
+        run(service.terminate(4711, 0, {}, FakeCaller(STRANGER, Answer.GRANTED)))
+    assert process.closed
+    assert process.sent == []
+
+
+def test_what_each_call_needs(world: World) -> None:
+    service, _ = make_service(world, FakeProcess())
+    caller = FakeCaller(STRANGER, Answer.GRANTED)
+    run(service.inspect(4711, caller))
+    service, _ = make_service(world, FakeProcess())
+    job = run(service.terminate(4711, 0, {}, caller))
+    assert job.request.uid == STRANGER
+    service, _ = make_service(world, FakeProcess())
+    assert run(service.terminate(4711, Flag.FORCE, {}, caller)) is job  # joins it
+    run(service.cancel(job, caller))
+    assert [action.value.removeprefix("org.qkilld1.") for action, _ in caller.asked] == [
+        *("inspect", "terminate", "force", "terminate")
+    ]
+    assert job.result is Result.CANCELLED
+
+
+def test_joining_with_force_is_denied(world: World) -> None:
+    service, _ = make_service(world, FakeProcess())
+    job = run(service.terminate(4711, 0, {}, FakeCaller(STRANGER, Answer.GRANTED)))
+    service, _ = make_service(world, FakeProcess())
+    with pytest.raises(AccessDenied):
+        run(service.terminate(4711, Flag.FORCE, {}, FakeCaller(STRANGER)))
+    with pytest.raises(AccessDenied):
+        run(service.cancel(job, FakeCaller(STRANGER)))
+    assert job.flags == Flag(0)
+    assert job.running
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"executable": "/bin/sh"}, NotQemu),
+        ({"uid": 0}, ProcessChanged),
+        ({"uid": STRANGER}, ProcessChanged),
+    ],
+)
+def test_a_process_that_changes_while_polkit_is_asked(
+    world: World, change: dict[str, Any], error: type[Exception]
+) -> None:
+    process = FakeProcess()
+    service, _ = make_service(world, process)
+
+    def swap() -> None:
+        process.guest = Guest(replace(process.guest.identity, **change), process.guest.label)
+
+    with pytest.raises(error):
+        run(service.terminate(4711, 1, {}, FakeCaller(STRANGER, Answer.GRANTED, swap)))
+    assert process.closed
+    assert process.sent == []
+
+
+def test_all_of_ones_own_and_of_others_where_polkit_says_so(world: World) -> None:
+    for uid, answer, expected, questions in (
+        (0, Answer.DENIED, [1, 2, 3], 0),
+        (8, Answer.DENIED, [2, 3], 1),
+        (8, Answer.CHALLENGE, [2, 3], 1),
+        (8, Answer.GRANTED, [1, 2, 3], 1),
+    ):
+        processes = [FakeProcess(make_guest(pid, uid=u)) for pid, u in ((11, 7), (12, 8), (13, 8))]
+        service, _ = make_service(World(), *processes)
+        caller = FakeCaller(uid, answer)
+        jobs = run(service.terminate_all(1, {}, caller))
+        assert [job.guest.identity.pid - 10 for job in jobs] == expected
+        assert caller.asked == [(Action.FORCE, True)] * questions
+        assert [bool(process.sent) for process in processes] == [n in expected for n in (1, 2, 3)]
+    service, _ = make_service(world, FakeProcess(make_guest(11, uid=7)))
+    with pytest.raises(AccessDenied):
+        run(service.terminate_all(0, {}, FakeCaller(8)))
+    assert run(make_service(world)[0].terminate_all(0, {}, FakeCaller(8))) == []
+    with pytest.raises(InvalidArgs, match="start-time"):
+        run(service.terminate_all(0, {"start-time": Option("t", 1)}, ROOT))
+
+
+def test_one_of_all_that_fails_stops_no_other(world: World) -> None:
+    gone, stays = FakeProcess(make_guest(11), dead=True), FakeProcess(make_guest(12))
+    service, _ = make_service(world, gone, stays)
+    (job,) = run(service.terminate_all(0, {}, ROOT))
+    assert job.guest.identity.pid == 12
+    (event,) = [event for event in world.journal.events if event.id is MessageId.NOT_STOPPED]
+    assert event.guest is not None
+    assert event.guest.identity.pid == 11
+
+
+class FakeUnits:
+    def __init__(self, facts: UnitFacts | QkilldError) -> None:
+        self.facts = facts
+
+    async def unit(self, name: str) -> UnitFacts:
+        if isinstance(self.facts, QkilldError):
+            raise self.facts
+        return self.facts
+
+
+def test_a_unit_that_its_process_leaves(world: World) -> None:
+    """It was moved to another unit while polkit was asked."""
+    process = FakeProcess()
+    service, host = make_service(world, process)
+    host.unit = Unit("web.service")
+    service = Service(
+        Config(),
+        host,
+        world.registry,
+        world.clock,
+        units=FakeUnits(UnitFacts("web.service", main_pid=4711, control_group="/x/web.service")),
+    )
+
+    def move() -> None:
+        host.unit = Unit("other.service")
+
+    with pytest.raises(ProcessChanged, match=r"web\.service"):
+        caller = FakeCaller(STRANGER, Answer.GRANTED, move)
+        run(service.terminate_unit("web.service", 0, caller))
+    assert process.closed
+    assert process.sent == []
+
+
+@pytest.mark.parametrize("error", [BusError("x"), Failed("y")])
+def test_a_unit_where_systemd_does_not_answer(world: World, error: QkilldError) -> None:
+    process = FakeProcess()
+    host = FakeHost(process)
+    host.unit = Unit("web.service")
+    service = Service(Config(), host, world.registry, world.clock, units=FakeUnits(error))
+    assert run(service.terminate_unit("web.service", 0, ROOT)).guest.label.unit == host.unit
+    with pytest.raises(NoSuchUnit):
+        run(service.terminate_unit("db.service", 0, ROOT))
 
 
 @pytest.mark.parametrize("change", [{"executable": "/bin/sh"}, {"uid": 0}])
@@ -92,11 +268,8 @@ def test_a_process_that_changes_while_it_is_looked_at(world: World, change: dict
     process = Changing()
     service, _ = make_service(world, process)
 
-    async def its_user() -> int:
-        return 1000
-
-    with pytest.raises((NotQemu, AccessDenied)):
-        run(service.terminate(4711, Flag.FORCE | Flag.NOWAIT, {}, its_user))
+    with pytest.raises((NotQemu, ProcessChanged)):
+        run(service.terminate(4711, Flag.FORCE | Flag.NOWAIT, {}, FakeCaller(1000)))
     assert process.closed
     assert process.sent == []
 
@@ -105,11 +278,12 @@ def test_a_caller_that_cannot_be_named_gets_nothing(world: World) -> None:
     process = FakeProcess()
     service, _ = make_service(world, process)
 
-    async def gone() -> int:
-        raise ConnectionError
+    class Gone(FakeCaller):
+        async def uid(self) -> int:
+            raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        run(service.terminate(4711, 0, {}, gone))
+        run(service.terminate(4711, 0, {}, Gone(0)))
     assert process.closed
     assert process.sent == []
 
@@ -123,9 +297,9 @@ def test_arguments_are_checked_before_a_process_is_touched(world: World) -> None
         (0, {"start-time": Option("s", "x")}),
     ):
         with pytest.raises(InvalidArgs):
-            run(service.terminate(4711, flags, options, root))
+            run(service.terminate(4711, flags, options, ROOT))
     with pytest.raises(InvalidArgs):
-        run(service.terminate(0, 0, {}, root))
+        run(service.terminate(0, 0, {}, ROOT))
     assert host.asked == []
 
 
@@ -133,18 +307,18 @@ def test_start_time(world: World) -> None:
     process = FakeProcess()
     service, _ = make_service(world, process)
     with pytest.raises(ProcessChanged):
-        run(service.terminate(4711, 0, {"start-time": Option("t", 98)}, root))
+        run(service.terminate(4711, 0, {"start-time": Option("t", 98)}, ROOT))
     assert process.closed
     again = FakeProcess()
     service, _ = make_service(world, again)
-    run(service.terminate(4711, 0, {"start-time": Option("t", 99)}, root))
+    run(service.terminate(4711, 0, {"start-time": Option("t", 99)}, ROOT))
     assert again.sent == [SIGTERM]
 
 
 def test_a_reason_is_made_printable(world: World) -> None:
     service, _ = make_service(world, FakeProcess())
     options = {"reason": Option("s", "two\nlines\x1b[2J")}
-    job = run(service.terminate(4711, 0, options, root))
+    job = run(service.terminate(4711, 0, options, ROOT))
     assert job.request.reason == "two\N{REPLACEMENT CHARACTER}lines\N{REPLACEMENT CHARACTER}[2J"
 
 
@@ -157,5 +331,5 @@ def test_guests_are_those_that_match(world: World) -> None:
 def test_inspect_lets_go_of_the_process(world: World) -> None:
     process = FakeProcess()
     service, _ = make_service(world, process)
-    assert run(service.inspect(4711, root)).guest.label.name == "web"
+    assert run(service.inspect(4711, ROOT)).guest.label.name == "web"
     assert process.closed

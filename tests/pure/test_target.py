@@ -6,10 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from qkilld.judgement.target import check_caller, check_qemu, check_same, is_qemu
-from qkilld.model.errors import AccessDenied, NotQemu, ProcessChanged
-from qkilld.model.guest import Identity
+from qkilld.judgement.target import (
+    action_for,
+    check_answer,
+    check_free,
+    check_qemu,
+    check_same,
+    details_of,
+    details_of_all,
+    is_free,
+    is_qemu,
+)
+from qkilld.model.access import Action, Answer
+from qkilld.model.errors import (
+    AccessDenied,
+    InteractiveAuthorizationRequired,
+    NotQemu,
+    ProcessChanged,
+)
+from qkilld.model.guest import Guest, Identity, Label, Unit
 from qkilld.model.policy import DEFAULT_EXECUTABLES
+from qkilld.model.words import Flag
 
 QEMU = Identity(
     pid=4711,
@@ -75,13 +92,46 @@ def test_another_process_by_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "allowed"), [(0, True), (1000, True), (1001, False), (65534, False)]
+    ("uid", "expected"), [(0, True), (1000, True), (1001, False), (65534, False)]
 )
-def test_callers(uid: int, allowed: bool) -> None:
-    if allowed:
-        check_caller(uid, QEMU)
-        return
-    with pytest.raises(AccessDenied) as caught:
-        check_caller(uid, QEMU)
-    # Who may not touch it does not learn what it is.
+def test_who_needs_no_permission(uid: int, expected: bool) -> None:
+    assert is_free(uid, QEMU) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(Answer.DENIED, AccessDenied), (Answer.CHALLENGE, InteractiveAuthorizationRequired)],
+)
+def test_a_denial_tells_nothing(answer: Answer, error: type[AccessDenied]) -> None:
+    with pytest.raises(error) as caught:
+        check_answer(answer, "Process 4711 is")
     assert "qemu" not in str(caught.value).lower()
+    check_answer(Answer.GRANTED, "Process 4711 is")
+
+
+def test_sigkill_needs_an_action_of_its_own() -> None:
+    assert action_for(Flag(0)) is action_for(Flag.NOWAIT) is Action.TERMINATE
+    assert action_for(Flag.FORCE) is action_for(Flag.FORCE | Flag.FIXED) is Action.FORCE
+
+
+def test_another_user_by_now() -> None:
+    changed = replace(QEMU, uid=0)
+    check_free(0, QEMU, changed)
+    for uid in (1000, 1001):
+        check_free(uid, QEMU, QEMU)
+        with pytest.raises(ProcessChanged, match="4711"):
+            check_free(uid, QEMU, changed)
+
+
+def test_what_a_dialog_shows_is_harmless() -> None:
+    name = 'web</b>" of root\n$(pid)' + "x" * 100
+    details = details_of(Guest(QEMU, Label(name, unit=Unit("a\\x2db.service"))), Flag.FORCE)
+    for value in details.values():
+        assert value.isprintable()
+        assert not set(value) & set("<>&$\"'\\")
+    assert len(details["guest"]) == 64
+    assert details["target"].startswith("the QEMU guest web")
+    assert details["target"].endswith("(process 4711)")
+    assert (details["uid"], details["flags"]) == ("1000", "1")
+    assert details.keys() == details_of_all(Flag.FORCE).keys()
+    assert details_of(Guest(QEMU, Label()), Flag(0))["target"] == "the QEMU process 4711"

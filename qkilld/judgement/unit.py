@@ -1,0 +1,64 @@
+"""Judgement of a unit's name: which of the guests it stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, NoSuchUnit, NotQemu
+from qkilld.model.guest import Guest
+from qkilld.model.text import printable
+from qkilld.model.unit import UnitFacts
+
+MAX_NAMED: Final = 10
+_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,247}\.(service|scope)")
+"""systemd.unit(5): at most 255 characters with the suffix."""
+
+
+def check_unit_name(name: str) -> None:
+    """Raise InvalidArgs unless it can be the name of a service or scope."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgs(f'"{printable(name)}" is not the name of a .service or .scope')
+
+
+def choose_guest(
+    name: str, facts: UnitFacts | None, guests: Sequence[Guest], *, known: bool
+) -> Guest:
+    """The guest that runs in a unit: its main process, or else the only one.
+
+    A unit of the system comes before those of the same name of users' own managers, which the
+    system's manager knows nothing of: a user may call a unit what he likes. Where the manager that
+    we ask is a user's own, all that can be seen are that user's.
+
+    facts   what systemd says of the unit, None where it does not answer
+    known   False where systemd says that there is no such unit
+    Raises NoSuchUnit, NoSuchProcess, NotQemu, Failed where there are several.
+    """
+    primary = facts.id if facts is not None else name
+    inside = [guest for guest in guests if guest.label.unit.name == primary]
+    of_system = [guest for guest in inside if not guest.label.unit.user]
+    if (facts is not None and "/user@" not in facts.control_group) or of_system:
+        inside = of_system
+    if facts is not None:
+        for guest in inside:
+            if guest.identity.pid == facts.main_pid:
+                return guest
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        named = " ".join(str(guest.identity.pid) for guest in inside[:MAX_NAMED])
+        more = " …" if len(inside) > MAX_NAMED else ""
+        raise Failed(
+            f"{primary} has {len(inside)} QEMUs, and none of them is its main process: name those "
+            f"that you mean, of the processes {named}{more}, as with `qkillctl terminate PID`"
+        )
+    if not known:
+        raise NoSuchUnit(f'systemd knows no unit "{name}", and no QEMU runs in one of that name')
+    if facts is None:
+        raise NoSuchUnit(
+            f'No QEMU runs in a unit "{name}", and systemd does not say whether there is one'
+        )
+    if not facts.control_group:
+        raise NoSuchProcess(f"{primary} does not run just now")
+    raise NotQemu(f"No QEMU runs in {primary}")
