@@ -40,9 +40,9 @@ bench: ## Measure, beside libvirt, and print a table
 	@$(VENV) -m tests.bench
 
 .PHONY: bench-safety
-bench-safety: ## Stop guests on storage of every kind in every way, and print a table
+bench-safety: ## Stop guests on storage of every kind in every way, and print a table (OPTIONS=--help)
 	@packaging/setup build lab bench guest venv
-	@$(VENV) -m tests.safety
+	@$(VENV) -m tests.safety $(OPTIONS)
 
 .PHONY: setup
 setup: ## Install Debian packages, fetch a kernel for guests, make .venv

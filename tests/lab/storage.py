@@ -54,6 +54,10 @@ class SlowDisk:
         """As fast as the machine can."""
         self._set(_UNLIMITED)
 
+    def written(self) -> int:
+        """Bytes so far. /sys/dev/block/*/stat, kernel Documentation/block/stat.rst."""
+        return 512 * int(Path(f"/sys/dev/block/{self.number}/stat").read_text().split()[6])
+
     def join(self, pid: int) -> None:
         """Makes the writes of this process slow.
 

@@ -34,6 +34,7 @@ AT_ONCE: Final = 2
 _KEPT: Final = CACHE / "safety"
 
 EPILOG: Final = """\
+A cell whose storage was not as its row has it is measured again, three times at most.
 What was measured with this qkilld is kept in .lab/safety and not measured again but with --fresh.
 Exit codes: 0 done, 1 a cell could not be measured or one of qkilld's is not as expected,
 130 interrupted.
@@ -115,7 +116,7 @@ class _Running:
             value = json.loads(text)
             if "cell" in value:
                 return Found(Cell.from_json(value["cell"]))
-            return Found(missing=value["missing"])
+            return Found(**value)
         errors = self.errors.read().decode(errors="replace").strip()
         return Found(failed=errors[-2000:] or "it ended without a word")
 
@@ -199,7 +200,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.safety",
         description="Stop real guests on storage of every kind in every way, and print a table.",
-        epilog=f"rows: {' '.join(CASES)}\ncolumns: {' '.join(COLUMNS)}\n\n{EPILOG}",
+        epilog=f"rows:\n{_listed(CASES)}\n\ncolumns:\n{_listed(COLUMNS)}\n\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", nargs="+", choices=CASES, metavar="ROW", help="these alone")
@@ -215,6 +216,11 @@ def _parse() -> argparse.Namespace:
         "--traces", type=Path, metavar="DIR", help="have qkilld record its samples in DIR/ROW"
     )
     return parser.parse_args()
+
+
+def _listed(what: Mapping[str, Case] | Mapping[str, Column]) -> str:
+    """Names and titles, one a line."""
+    return "\n".join(f"  {name:<16}{one.title}" for name, one in what.items())
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

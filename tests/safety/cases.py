@@ -27,7 +27,7 @@ from tests.lab.scratch import scratch
 from tests.lab.storage import NbdServer, SlowDisk, nbd_server, slow_disk
 from tests.safety.machine import Machine, Target
 
-REVISION: Final = 1
+REVISION: Final = 2
 """To be raised where a change makes cells that were measured before worthless."""
 
 MIB: Final = 1 << 20
@@ -58,6 +58,10 @@ class Scene:
     strike: Callable[[Target], None] = _nothing
     later: Sequence[tuple[float, Callable[[], None]]] = ()
     recover: Callable[[], None] = lambda: None
+
+
+class Unlike(Exception):
+    """The storage was not as its row has it, so nothing was measured."""
 
 
 Network = Callable[[], contextlib.AbstractContextManager[None]]
@@ -93,6 +97,9 @@ class Case:
     expected: Expected
     note: str = ""
     """Why a row cannot have what the others have."""
+    busy: float = 0
+    """Seconds that the storage needs at least for what it owes the guest: whoever ends sooner, and
+    not by SIGKILL, had nothing slow to wait for."""
     weight: float = 60
     """About how long it takes at worst, s: the long ones are started first."""
 
@@ -121,6 +128,8 @@ write of the guest's has QEMU flush."""
 GAPS: Final = "3600"
 """At that rate nbdkit lets 4 KiB pass after 25 s: it waits in ever shorter turns for what its
 bucket, which holds what comes in 2 s, does not hold."""
+_RATE: Final = 2_000_000
+"""Of a slow disk, bytes a second."""
 TWO_TABLES: Final = _records(80, 40)
 """Two L2 tables and a refcount block, a request of 4 KiB each."""
 
@@ -162,7 +171,7 @@ def _page_cache(mebibytes: int) -> Make:
             disk,
             scene,
         ):
-            scene.strike = lambda target: disk.slow(2_000_000)
+            scene.strike = lambda target: disk.slow(_RATE)
             yield scene
 
     return make
@@ -180,8 +189,13 @@ def _queue(aio: str) -> Make:
                 # First each of them has what it writes to; from then on none of QEMU's threads
                 # waits for Linux AIO any more.
                 time.sleep(3)
-                disk.slow(2_000_000)
+                disk.slow(_RATE)
                 time.sleep(1)  # by now all of them are in the queue
+                before = disk.written()
+                time.sleep(2)
+                took = disk.written() - before
+                if not _RATE // 2 <= took <= 4 * _RATE:
+                    raise Unlike(f"the disk took {took} bytes in 2 s and not {2 * _RATE}")
 
             scene.strike = strike
             yield scene
@@ -482,6 +496,7 @@ CASES: Final[Mapping[str, Case]] = {
             _page_cache(60),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=20,
         ),
         Case(
             "cache-90",
@@ -490,6 +505,7 @@ CASES: Final[Mapping[str, Case]] = {
             (Right(2, _MOVES),),
             Expected(_EXITED, within=150),
             weight=120,
+            busy=60,
         ),
         Case(
             "queue-threads",
@@ -497,6 +513,7 @@ CASES: Final[Mapping[str, Case]] = {
             _queue("threads"),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=8,
         ),
         Case(
             "queue-native",
@@ -504,6 +521,7 @@ CASES: Final[Mapping[str, Case]] = {
             _queue("native"),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=8,
         ),
         Case(
             "queue-uring",
@@ -511,6 +529,7 @@ CASES: Final[Mapping[str, Case]] = {
             _queue("io_uring"),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=8,
         ),
         Case(
             "nbd-unix",
@@ -518,6 +537,7 @@ CASES: Final[Mapping[str, Case]] = {
             _nbd(rate="400K"),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=15,
         ),
         Case(
             "nbd-tcp",
@@ -525,6 +545,7 @@ CASES: Final[Mapping[str, Case]] = {
             _nbd(tcp=True, rate="400K"),
             (Right(2, _MOVES),),
             Expected(_EXITED, within=60),
+            busy=15,
         ),
         Case(
             "nbd-unix-gaps",
@@ -533,6 +554,7 @@ CASES: Final[Mapping[str, Case]] = {
             (Right(2, _EITHER),),
             Expected(_EXITED, within=200),
             weight=150,
+            busy=40,
         ),
         Case(
             "nbd-tcp-gaps",
@@ -541,6 +563,7 @@ CASES: Final[Mapping[str, Case]] = {
             (Right(2, _EITHER),),
             Expected(_EXITED, within=200),
             weight=150,
+            busy=40,
         ),
         Case(
             "nbd-back",
@@ -548,6 +571,7 @@ CASES: Final[Mapping[str, Case]] = {
             _nbd(freeze=True, thaw_after=30),
             (Right(2, _EITHER), Right(_SETTLED_S, _WAITS), Right(30, _EITHER)),
             Expected(_EXITED, within=35),
+            busy=29,
         ),
         Case(
             "nbd-dead",
@@ -557,6 +581,7 @@ CASES: Final[Mapping[str, Case]] = {
             _DEAD_STORAGE,
             note="what a dead storage never took is lost, whoever stops the guest",
             weight=80,
+            busy=STORAGE_STALL_S - 1,
         ),
         Case(
             "debugger",
@@ -594,6 +619,7 @@ CASES: Final[Mapping[str, Case]] = {
             ),
             note="as dead as a storage can be; SIGKILL waits for the file system as well",
             weight=80,
+            busy=STORAGE_STALL_S - 1,
         ),
         Case(
             "eio",
@@ -618,6 +644,7 @@ CASES: Final[Mapping[str, Case]] = {
             _sixteen,
             (Right(2, _MOVES),),
             Expected(_EXITED, within=90),
+            busy=25,
         ),
     )
 }
