@@ -22,16 +22,16 @@ UNSAFE: Final = frozenset({Severity.LOSES, Severity.MAY_LOSE})
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a unit file."""
+    """A line of a unit file, or where it has no section a command to be run."""
 
     section: str
-    """Unit, Service or Scope."""
+    """Unit, Service, Scope or ""."""
     text: str
     by_hand: bool = False
     """It changes how the unit runs, which only its owner can judge: adopt does not write it."""
 
     def __str__(self) -> str:
-        return f"[{self.section}] {self.text}"
+        return f"[{self.section}] {self.text}" if self.section else self.text
 
 
 @dataclass(frozen=True, slots=True)

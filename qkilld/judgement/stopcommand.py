@@ -41,6 +41,7 @@ _SENDERS: Final = frozenset(
 )
 """They send something and end, or end at once."""
 _SHELLS: Final = frozenset(["sh", "bash", "dash", "zsh", "ksh", "busybox", "env"])
+_POWERDOWN: Final = re.compile(r"powerdown|guest-shutdown|\bshutdown\b|\bpoweroff\b")
 _WORD: Final = re.compile(r"[\w./+-]+")
 _KILL: Final = re.compile(
     r"\b(?:p?kill|killall)\b[^;&|\n]*"
@@ -90,6 +91,11 @@ def is_helper(command: Command) -> bool:
     return PurePosixPath(command.path).name == HELPER or any(
         pair == ("-m", "qkilld.stop") for pair in pairwise(words)
     )
+
+
+def asks_guest(command: Command) -> bool:
+    """Whether it seems to ask the guest's own system to shut down."""
+    return _POWERDOWN.search(" ".join(command.arguments)) is not None
 
 
 def line_of(command: Command, *, ignore_failure: bool = False) -> str:

@@ -13,7 +13,15 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from qkilld.judgement.finding import Finding, Line, Severity
-from qkilld.judgement.stopcommand import HELPER, Kind, is_helper, kind_of, line_of, quoted
+from qkilld.judgement.stopcommand import (
+    HELPER,
+    Kind,
+    asks_guest,
+    is_helper,
+    kind_of,
+    line_of,
+    quoted,
+)
 from qkilld.judgement.target import is_qemu
 from qkilld.judgement.unitstorage import Storage, check_storage
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy
@@ -187,9 +195,7 @@ def _check_scope(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"it is a scope, which cannot have an ExecStop=, {_clock(facts)}",
             "systemd sends SIGTERM, and what QEMU has not written by then is lost by SIGKILL;"
             " another unit that is stopped before the scope can wait in its place",
-            (Line("Scope", f"systemctl start {around.guard}", by_hand=True),)
-            if around.guard
-            else (),
+            (Line("", f"systemctl start {around.guard}", by_hand=True),) if around.guard else (),
         )
 
 
@@ -230,6 +236,22 @@ def _check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"where it fails systemd does not run {HELPER} but sends SIGTERM, and SIGKILL by the"
             " clock",
             (Line("Service", "ExecStop="), *map(_repeated, before), helper_line(facts, around)),
+        )
+    if any(kind_of(command) is Kind.SENDS and asks_guest(command) for command in before):
+        yield Finding(
+            "powerdown-cut",
+            _ADVICE,
+            f"an ExecStop= before {HELPER} asks the guest to shut down and does not wait for it",
+            f"{HELPER} follows with SIGTERM at once: what the disks have acknowledged is kept, what"
+            " the guest's system still holds in its memory is not",
+        )
+    if any(kind_of(command) is Kind.UNKNOWN for command in before) and _is_cut(facts):
+        yield Finding(
+            "exec-stop-slow",
+            _ADVICE,
+            f"an ExecStop= before {HELPER} has to end by itself, {_clock(facts)}",
+            f"where it takes longer systemd does not run {HELPER} any more and goes by the clock",
+            (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
     if facts.notify_access not in ("exec", "all") and _is_cut(facts):
         ladder = max(policy.grace, policy.stall, policy.storage_stall) + policy.reap

@@ -44,6 +44,8 @@ def exit_code(*arguments: str) -> int:
         (["list", "--user", "--bus", NOWHERE], "--bus"),
         (["list", "--bus", ""], "--bus"),
         (["list", "web"], "web"),
+        (["adopt"], "UNIT"),
+        (["adopt", "--force", "web"], "--force"),
     ],
 )
 def test_usage_errors(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +60,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"qkillctl {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["list", "status", "inspect", "jobs", "terminate", "cancel"])
+@pytest.mark.parametrize(
+    "command",
+    ["list", "status", "inspect", "jobs", "terminate", "cancel", "check-unit", "adopt"],
+)
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
     assert f"qkillctl {command}" in capsys.readouterr().out
@@ -135,10 +140,11 @@ def test_manual_page_has_every_option_and_exit_code() -> None:
     text = (TOP / "packaging/man/qkillctl.1").read_text().replace("\\-", "-")
     for word in (
         *("list", "status", "inspect", "jobs", "terminate", "cancel"),
+        *("check-unit", "adopt", "--dry-run", "--undo"),
         *("--user", "--system", "--bus", "--json", "--version", "--force", "--fixed", "--wait"),
         *("--no-wait", "--grace", "--reason"),
         *("pid:", "name:", "uuid:", "pidfile:", "unit:", "job:"),
     ):
         assert word in text, word
-    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 8, 130):
         assert f"\n.B {code}\n" in text, code

@@ -47,6 +47,9 @@ def found(facts: UnitFacts, around: Surroundings = AROUND) -> dict[str, tuple[Se
     }
 
 
+POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
+
+
 @pytest.mark.parametrize(
     "facts",
     [
@@ -121,6 +124,18 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
                 '[Service] ExecStop=-/bin/sh -c "socat x y"',
                 "[Service] ExecStop=/usr/bin/qkilld-stop",
             ],
+        ),
+        (
+            {"exec_stop": (replace(POWERDOWN, ignores_failure=True), STOP)},
+            "powerdown-cut",
+            ADVICE,
+            [],
+        ),
+        (
+            {"exec_stop": (Command("/opt/vm-stop", ("/opt/vm-stop",), True), STOP)},
+            "exec-stop-slow",
+            ADVICE,
+            ["[Service] TimeoutStopSec=… (more than it ever takes)"],
         ),
         ({"notify_access": "none"}, "notify-access", LOSES, ["[Service] NotifyAccess=exec"]),
         ({"notify_access": "main"}, "notify-access", LOSES, ["[Service] NotifyAccess=exec"]),
@@ -219,7 +234,7 @@ def test_the_texts_have_the_units_own_values() -> None:
 def test_a_scope_needs_a_guard() -> None:
     around = replace(AROUND, guard=GUARD)
     assert found(SCOPE, around) == {
-        "no-guard": (LOSES, [f"[Scope] systemctl start {GUARD}"]),
+        "no-guard": (LOSES, [f"systemctl start {GUARD}"]),
     }
     assert found(SCOPE, replace(around, is_guarded=True)) == {}
     assert found(replace(SCOPE, timeout_stop=INFINITY), around) == {}
