@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from qkilld import __version__
 from qkilld.bus.systemd import Systemd
-from qkilld.ctl.dropin import DropIn
+from qkilld.ctl.dropin import DropIn, is_writable_by_others
 from qkilld.ctl.session import Session
 from qkilld.ctl.surroundings import find_helper, guard_of, policy_of
 from qkilld.ctl.units import Checked, check_unit, failed, full_name, load, show
@@ -75,8 +75,11 @@ class _Adopter:
         try:
             after = await self._check(name)
         except QkilldError:
-            # systemd does not load the unit with it: then better without.
-            drop_in.remove()
+            # systemd does not load the unit with it: then better as it was.
+            if old:
+                drop_in.write(old)
+            else:
+                drop_in.remove()
             await self._systemd.reload()
             raise
         return self._told(after, drop_in, text)
@@ -148,11 +151,16 @@ class _Adopter:
         return ExitCode.OK, document
 
     async def _wait_state(self, unit: str, state: str) -> None:
-        async with asyncio.timeout(GUARD_TIMEOUT_S):
-            while (now := (await self._systemd.unit(unit)).active_state) != state:
-                if now == "failed":
-                    raise Failed(f"{unit} failed: see `systemctl status {unit}`")
-                await asyncio.sleep(_POLL_S)
+        try:
+            async with asyncio.timeout(GUARD_TIMEOUT_S):
+                while (now := (await self._systemd.unit(unit)).active_state) != state:
+                    if now == "failed":
+                        raise Failed(f"{unit} failed: see `systemctl status {unit}`")
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            raise Failed(
+                f"{unit} is not {state} after {GUARD_TIMEOUT_S:g} s: see `systemctl status {unit}`"
+            ) from None
 
     async def _check(self, name: str) -> Checked:
         return await check_unit(self._session, self._systemd, name, self._policy)
@@ -192,7 +200,7 @@ class _Adopter:
         trusted = {0, os.geteuid()} if self._session.bus.user else {0}
         for path in (helper, *helper.parents):
             found = path.stat()
-            writable = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+            writable = is_writable_by_others(found) and not found.st_mode & stat.S_ISVTX
             if found.st_uid not in trusted or writable:
                 raise Failed(f"{path} can be changed by others, so no unit can be made to run it")
 

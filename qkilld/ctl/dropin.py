@@ -120,7 +120,7 @@ class DropIn:
             return
         try:
             found = os.fstat(descriptor)
-            if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            if found.st_uid not in (0, os.geteuid()) or is_writable_by_others(found):
                 raise Failed(f"{self.directory} can be written to by others: see to that first")
             yield descriptor
         finally:
@@ -142,3 +142,9 @@ class DropIn:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise Failed(f"{self.directory} is a link or no directory: see to it") from None
             raise Failed(f"{self.path}: {os.strerror(error.errno or 0)}") from None
+
+
+def is_writable_by_others(found: os.stat_result) -> bool:
+    """A user's own group, which on many systems may write to all that they make, is no other."""
+    own_group = os.geteuid() != 0 and found.st_gid == os.getegid()
+    return bool(found.st_mode & (0o002 if own_group else 0o022))

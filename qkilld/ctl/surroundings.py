@@ -17,8 +17,8 @@ from typing import Final
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.session import Session
 from qkilld.judgement.stopcommand import HELPER
+from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
-from qkilld.judgement.unitcheck import Surroundings
 from qkilld.judgement.unitstorage import (
     REMOTE_TYPES,
     Storage,

@@ -11,8 +11,9 @@ from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.session import Session, error_as_json, explain
 from qkilld.ctl.surroundings import executable, gather, policy_of
 from qkilld.judgement.finding import Finding, Severity
+from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
-from qkilld.judgement.unitcheck import Surroundings, check
+from qkilld.judgement.unitcheck import check
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy

@@ -9,7 +9,8 @@ import pytest
 
 from qkilld.judgement.finding import Severity
 from qkilld.judgement.stopcommand import Kind, kind_of, line_of, quoted
-from qkilld.judgement.unitcheck import Surroundings, check
+from qkilld.judgement.surroundings import Surroundings
+from qkilld.judgement.unitcheck import check
 from qkilld.judgement.unitstorage import Storage, escaped, image_paths, mount_unit, servers
 from qkilld.model.policy import Policy
 from qkilld.model.unit import Command, UnitFacts
