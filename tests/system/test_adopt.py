@@ -35,7 +35,7 @@ USER_ENV = {
 IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
 TIMEOUT_S = 4
 """Of every unit here: TimeoutStopSec=, and again after it was adopted."""
-RATE = "1M"
+RATE = "800K"
 """Of the storage at the stop, bits per second: what is left to write takes some 10 s."""
 JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
 OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
@@ -246,7 +246,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
         lost = {guest.machine.name: guest.lost() for guest in flushing}
     assert lost.pop(control.machine.name) > 0, "the storage was not slow enough to show anything"
     assert set(lost.values()) == {0}, lost
-    assert took > 2 * TIMEOUT_S, "the flush was over before the timeout"
+    assert took > TIMEOUT_S + 1, "the flush was over before the timeout"
     for name in system:
         assert manager.systemctl("show", "--value", "-p", "Result", name) == "success"
     assert users.systemctl("show", "--value", "-p", "Result", "wild-user.service") == "success"
