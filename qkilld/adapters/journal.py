@@ -13,15 +13,16 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from qkilld.engine.events import Event, Priority
-from qkilld.model.guest import Guest
+if TYPE_CHECKING:
+    from qkilld.engine.events import Event
+    from qkilld.model.guest import Guest
 
 QUEUE_LENGTH: Final = 4096
 FLUSH_TIMEOUT_S: Final = 2.0
 
-Sink = Callable[[Event], None]
+Sink = Callable[["Event"], None]
 
 
 class QueuedJournal:
@@ -82,6 +83,8 @@ def to_journald(event: Event, *, identifier: str = "qkilld") -> None:
 
 
 def to_stderr(event: Event) -> None:
+    from qkilld.engine.events import Priority
+
     mark = {Priority.ERR: "error: ", Priority.WARNING: "warning: "}.get(event.priority, "")
     details = [f"{key.removeprefix('QKILLD_').lower()}={value}" for key, value in _shown(event)]
     line = f"{mark}{event.message}" + (f" [{' '.join(details)}]" if details else "")

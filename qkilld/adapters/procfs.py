@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -108,6 +107,8 @@ def read_unit(pid: int, proc: Path = PROC) -> Unit:
 
 
 def _canonical_uuid(text: str) -> str:
+    import uuid  # here, for a guest's own name alone is worth it
+
     try:
         return str(uuid.UUID(text)) if len(text) == 36 else ""
     except ValueError:

@@ -15,8 +15,8 @@ from qkilld.ctl.follow import Display, display_on, follow
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
 from qkilld.ctl.targets import Kind, Resolver, parse
 from qkilld.model.errors import BusError, NoSuchJob, NoSuchUnit, QkilldError
-from qkilld.model.exits import INTERRUPTED, worst
-from qkilld.model.jobview import JobView, ending, exit_code_of, label, receipt_as_json
+from qkilld.model.exits import INTERRUPTED, exit_code_of, worst
+from qkilld.model.jobview import JobView, ending, label, receipt_as_json
 from qkilld.model.words import JOB_PATH_PREFIX, ExitCode, Flag
 
 WAITS_PER_CONNECTION: Final = 64

@@ -11,21 +11,12 @@ from qkilld.model.words import (
     INFINITY,
     UNKNOWN,
     USEC_PER_SEC,
-    ExitCode,
     Flag,
     Phase,
     Result,
     Verdict,
 )
 
-RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
-    Result.EXITED: ExitCode.OK,
-    Result.SIGNALLED: ExitCode.OK,
-    Result.KILLED: ExitCode.KILLED,
-    Result.SURVIVED: ExitCode.SURVIVED,
-    Result.CANCELLED: ExitCode.SURVIVED,
-    Result.FAILED: ExitCode.FAILURE,
-}
 _BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 
 
@@ -135,11 +126,6 @@ def flag_names(flags: int) -> list[str]:
     named = [str(flag.name).lower() for flag in Flag if flags & flag]
     rest = flags & ~sum(Flag)
     return [*named, hex(rest)] if rest else named
-
-
-def exit_code_of(result: str) -> ExitCode:
-    """Of a job's result. One that only a newer daemon knows says nothing good."""
-    return RESULT_EXIT_CODES.get(result, ExitCode.FAILURE)
 
 
 def verdict_of(word: str) -> Verdict:

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus.client import Job, Manager
 from qkilld.bus.connection import Connection
 from qkilld.model.errors import BusError, NoSuchJob, QkilldError
-from qkilld.model.jobview import JobView
 from qkilld.model.words import Flag, Phase, Result
 from qkilld.stop.target import Target
+
+if TYPE_CHECKING:
+    from qkilld.model.jobview import JobView
 
 ANSWER_TIMEOUT_S: Final = 3.0
 """The daemon answers in milliseconds, and where it has to be started first within a second."""
@@ -165,6 +167,8 @@ class DaemonJob:
         return Result.KILLED if phase in (Phase.KILL, Phase.REAP) else Result.EXITED
 
     def _hear(self, changes: dict[str, Any]) -> None:
+        from qkilld.model.jobview import JobView
+
         before = self.view or JobView(self._path, {})
         self.view = before.updated(changes)
         self._on_change(self.view)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.model.timespan import format_usec
-from qkilld.model.unit import UnitFacts
 from qkilld.model.words import INFINITY, USEC_PER_SEC
+
+if TYPE_CHECKING:
+    from qkilld.model.unit import UnitFacts
 
 FIRST: Final = 10 * USEC_PER_SEC
 """The first extension, sent before anything is known: enough to ask the daemon and be refused."""

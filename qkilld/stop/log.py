@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from qkilld.adapters.journal import QueuedJournal, open_journal, stderr_is_journal
-from qkilld.engine.events import Event
+
+if TYPE_CHECKING:
+    from qkilld.engine.events import Event
 
 
 class Log:

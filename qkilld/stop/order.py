@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qkilld.model.guest import Guest, Identity, Label, Unit
-from qkilld.model.jobview import JobView, label
 from qkilld.model.words import Flag
 
 if TYPE_CHECKING:
     from qkilld.engine.job import Job
+    from qkilld.model.jobview import JobView
     from qkilld.stop.daemonic import DaemonJob
     from qkilld.stop.target import Target
 
@@ -35,6 +35,8 @@ class Order:
 
     @property
     def title(self) -> str:
+        from qkilld.model.jobview import label
+
         return label(self.target.pid, self.view.name if self.view else "")
 
     @property

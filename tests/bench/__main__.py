@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from tests.bench import answer, beside_libvirt, evidence, figures, progress, rest
+from tests.bench import answer, beside_libvirt, beside_systemd, evidence, figures, progress, rest
 from tests.bench.figures import Figure
 from tests.lab import needs
 from tests.lab.process import run
@@ -27,6 +27,7 @@ from tests.lab.scratch import remove_run_directory, run_directory
 class Rounds:
     libvirt: int
     libvirt_reaped_late: int
+    units: int
     guests: int
     """Of each kind of company."""
     rest_s: int
@@ -38,6 +39,7 @@ class Rounds:
 FULL: Final = Rounds(
     libvirt=10,
     libvirt_reaped_late=3,
+    units=20,
     guests=200,
     rest_s=30,
     jobs=1000,
@@ -47,6 +49,7 @@ FULL: Final = Rounds(
 QUICK: Final = Rounds(
     libvirt=2,
     libvirt_reaped_late=1,
+    units=3,
     guests=20,
     rest_s=5,
     jobs=50,
@@ -98,6 +101,7 @@ def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
             "Beside libvirt",
             lambda: beside_libvirt.measure(rounds.libvirt, rounds.libvirt_reaped_late),
         ),
+        ("Beside systemd", lambda: [beside_systemd.measure(rounds.units)]),
         ("From a guest's exit to the answer", lambda: [answer.measure(rounds.guests)]),
         ("At rest", lambda: rest.measure(rounds.rest_s, rounds.jobs)),
         ("Looking", lambda: evidence.measure(rounds.samples, rounds.at_once)),

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from qkilld.model.exits import WORST_FIRST, worst
+from qkilld.model.exits import WORST_FIRST, exit_code_of, worst
 from qkilld.model.jobview import (
     JobView,
     ending,
-    exit_code_of,
     flag_names,
     label,
     receipt_as_json,
