@@ -25,7 +25,7 @@ def status(views: Sequence[JobView], now: int) -> str:
 
 
 def _standing(view: JobView, now: int) -> str:
-    said = [f"{label(view.pid, view.name)} {VERDICTS_IN_WORDS[verdict_of(view.verdict)]}"]
+    said = [f"{label(view.pid, view.name)}, which {VERDICTS_IN_WORDS[verdict_of(view.verdict)]}"]
     for key, words in (("BytesWritten", "written"), ("BytesPending", "to go")):
         if (count := known(view.properties[key])) is not None:
             said.append(f"{megabytes(count)} {words}")
