@@ -110,6 +110,8 @@ class _Adopter:
 
     async def _guard(self, checked: Checked) -> tuple[int, dict[str, Any]]:
         guard = checked.around.guard
+        if not guard:
+            raise _no_users_guard(checked.name)
         if not checked.around.is_guarded:
             try:
                 await self._systemd.unit(guard)
@@ -128,6 +130,8 @@ class _Adopter:
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:
         """Stopping the guard is what stops the guest: its ExecStop= is taken from it before."""
+        if self._session.bus.user:
+            raise _no_users_guard(scope)
         guard = guard_of(scope)
         document = {"unit": scope, "guard": guard, "error": None, "exit_code": 0}
         if (await self._systemd.unit(guard)).active_state != "active":
@@ -223,3 +227,10 @@ class _Adopter:
     def _say(self, text: str) -> None:
         if not self._session.json:
             self._session.output.line(printable(text, _SHOWN))
+
+
+def _no_users_guard(scope: str) -> Failed:
+    return Failed(
+        f"{printable(scope)} belongs to your own manager, whose scopes cannot be guarded: start the"
+        " guest as a service, with `systemd-run --user` without --scope"
+    )

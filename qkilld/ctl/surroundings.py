@@ -60,7 +60,8 @@ async def gather(systemd: Systemd, facts: UnitFacts, policy: Policy, *, user: bo
                 for process in await systemd.processes(facts.id)
                 if is_qemu(executable(process.pid), DEFAULT_EXECUTABLES)
             ]
-    guard = guard_of(facts.id) if facts.is_scope else ""
+    # The guard is a unit of the system's: there is none for the scopes of a user's manager.
+    guard = guard_of(facts.id) if facts.is_scope and not user else ""
     return Surroundings(
         policy=policy,
         helper=str(find_helper() or _USUAL_HELPER),

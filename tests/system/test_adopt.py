@@ -376,6 +376,18 @@ def test_a_guard_is_taken_from_a_scope_without_a_stop(manager: Manager) -> None:
     assert manager.tree() == before
 
 
+def test_a_users_scope_is_told_what_to_do_instead(users: Manager) -> None:
+    in_scope = ("systemd-run", "--user", "--scope", "--unit=wild-3", *IDLE.split())
+    with users.system.spawn(*in_scope, stderr=subprocess.DEVNULL, uid=UID, env=USER_ENV):
+        deadline = time.monotonic() + 30
+        while shown(users, "wild-3.scope", "ActiveState") != "active":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert users.check("wild-3.scope") == {"no-guard": "loses"}
+        assert "start the guest as a service" in users.ctl("adopt", "wild-3.scope", code=1)
+        users.systemctl("kill", "--signal=KILL", "wild-3.scope")
+
+
 def test_dry_run_templates_instances_and_aliases(manager: Manager) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(manager.systemctl, "daemon-reload")
