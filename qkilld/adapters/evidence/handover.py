@@ -10,7 +10,7 @@ from typing import Final
 
 LATEST_S: Final = 0.02
 """Within so long each is handed over, even if the sample after it blocks."""
-AT_ONCE: Final = 16
+AT_ONCE: Final = 4
 """So many are dealt with before the loop gets to look at its timers and pidfds again."""
 
 
