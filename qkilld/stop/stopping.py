@@ -37,6 +37,15 @@ FIRST_TICK_S: Final = 0.2
 TICK_S: Final = 1.0
 """How often systemd is told how it goes, and for how much longer it may."""
 
+_ENDINGS: Final = {
+    "exited": "is gone, without SIGKILL",
+    "killed": "is gone, but only by SIGKILL: data may be lost",
+    "survived": "is still there, and gets no more signals",
+    "cancelled": "is still there: its stop was called off",
+    "failed": "could not be stopped, see the journal",
+}
+"""By a job's result."""
+
 
 class Stopping:
     def __init__(self, options: Options, notifier: Notifier, log: Log) -> None:
@@ -146,7 +155,7 @@ class Stopping:
             return error.exit_code
         finally:
             order.running = False
-        say_ending(f"{order.title}: {result}")
+        say_ending(f"{order.title} {_ENDINGS.get(result, result)}")
         return exit_code_of(result)
 
     async def _instead_of(self, error: NotQemu) -> int:
@@ -158,6 +167,7 @@ class Stopping:
     async def _by_daemon(self, order: Order) -> str:
         """The result. By itself where there is no daemon that does it."""
         why = ""
+        denied: AccessDenied | None = None
         # The system's may stop everybody's guests, a user's own only those of the user.
         for user in (False, True) if self._finder.unit.user else (False,):
             connection = await self._connection(user)
@@ -170,14 +180,20 @@ class Stopping:
                 return await job.follow()
             except (NoSuchProcess, NotQemu):
                 raise
-            except (Lost, AccessDenied) as error:
+            except AccessDenied as error:
+                why, denied = str(error), error
+            except Lost as error:
                 why = str(error)
             except QkilldError as error:
                 why = f"qkilld says: {error}"
             order.daemon = None
             if order.view is not None:
                 break  # it was under way there
-        return await self._by_itself(order, why)
+        try:
+            return await self._by_itself(order, why)
+        except NotQemu as error:
+            # Who may not touch a process is not shown either what it runs.
+            raise (denied or error) from None
 
     async def _by_itself(self, order: Order, why: str) -> str:
         engine = self.engine()
