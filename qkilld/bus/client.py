@@ -79,6 +79,15 @@ class Manager:
     async def properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, MANAGER_PATH, MANAGER_INTERFACE)
 
+    async def owner(self) -> str:
+        """The daemon's own name on the bus, another one in each of its lives; "" where there is
+        none."""
+        try:
+            (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
+        except BusError:
+            return ""
+        return str(owner)
+
     async def appears(self, timeout_s: float) -> bool:
         """Whether a daemon is there, now or within that time. Starts none."""
         there = asyncio.Event()

@@ -46,6 +46,7 @@ class DaemonJob:
         self._target = target
         self._on_change = on_change
         self._path = ""
+        self._owner = ""
         self.view: JobView | None = None
         """What was last heard of it."""
 
@@ -80,6 +81,7 @@ class DaemonJob:
         ended = asyncio.create_task(_result(job))
         watching: asyncio.Task[None] | None = None
         try:
+            self._owner = await self._manager.owner()
             await asyncio.wait((ended, gone), timeout=LOOK_AFTER_S, return_when=FIRST_COMPLETED)
             if not ended.done() and not gone.done():
                 watching = asyncio.create_task(self._watch(job))
@@ -148,9 +150,9 @@ class DaemonJob:
         return path
 
     async def _daemon_ends(self) -> bool:
-        """A daemon that is being stopped cancels its jobs, which nobody asked for."""
+        """A daemon that is being stopped may cancel its jobs, which nobody asked for."""
         await asyncio.sleep(ENDING_S)
-        return not await self._manager.appears(0.2)
+        return await self._manager.owner() != self._owner
 
     async def _gone(self) -> None:
         gone = asyncio.Event()
