@@ -10,6 +10,7 @@ It has a network, process ids and a bus of its own. The checkout is at /opt/qkil
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -33,6 +34,9 @@ from tests.lab.scratch import scratch
 CHECKOUT: Final = "/opt/qkilld"
 """Where the checkout is inside."""
 PYTHON: Final = f"{CHECKOUT}/.venv/bin/python"
+
+_CLONE_NEWNET: Final = 0x40000000
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -128,6 +132,7 @@ class Container:
         self,
         *command: str,
         stdin: Stream = subprocess.DEVNULL,
+        stdout: Stream = subprocess.PIPE,
         stderr: Stream = subprocess.STDOUT,
         uid: int | None = None,
         env: dict[str, str] | None = None,
@@ -136,7 +141,7 @@ class Container:
         process = spawn(
             self._enter(command, uid),
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
             env=_ENVIRONMENT | (env or {}),
         )
@@ -165,6 +170,19 @@ class Container:
     def copy_in(self, source: Path, path: str, mode: int = 0o644) -> None:
         """A text file of this machine, at `path` inside."""
         self.write(path, source.read_text(), mode)
+
+    @contextlib.contextmanager
+    def network(self) -> Iterator[None]:
+        """What is started herein is outside of it, and in its network: it outlives a shutdown."""
+        outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        inside = os.open(f"/proc/{self.leader}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _set_network(inside)
+            yield
+        finally:
+            _set_network(outside)
+            os.close(inside)
+            os.close(outside)
 
     def property(self, unit: str, name: str) -> str:
         """A property of a unit, as `systemctl show` has it: MainPID, ActiveState, Result, ..."""
@@ -268,6 +286,12 @@ def boot() -> Iterator[Container]:
         # Its systemd goes on sending its status, and would stand still on a socket nobody reads.
         notify.close()
         yield Container(name, leader, console)
+
+
+def _set_network(namespace: int) -> None:
+    """Of this thread."""
+    if _libc.setns(namespace, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def install(container: Container, *variables: str) -> None:

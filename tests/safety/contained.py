@@ -38,7 +38,6 @@ _OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 _SYS_OPEN_TREE: Final = 428
 _SYS_MOVE_MOUNT: Final = 429
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
-_CLONE_NEWNET: Final = 0x40000000
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _ATTACH: Final = f"""
@@ -57,17 +56,8 @@ class Contained:
     def __init__(self, system: container.Container) -> None:
         self._system = system
 
-    @contextlib.contextmanager
-    def network(self) -> Iterator[None]:
-        outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        inside = os.open(f"/proc/{self._system.leader}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _set_network(inside)
-            yield
-        finally:
-            _set_network(outside)
-            os.close(inside)
-            os.close(outside)
+    def network(self) -> contextlib.AbstractContextManager[None]:
+        return self._system.network()
 
     def show_storage(self) -> None:
         """The scratch directory, with what is mounted below it, from now on inside as well."""
@@ -93,12 +83,6 @@ class Contained:
             )
         finally:
             os.close(tree)
-
-
-def _set_network(namespace: int) -> None:
-    """Of this thread."""
-    if _libc.setns(namespace, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 class Systemd(Contained):

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.container import Container
+from tests.lab.process import OTHER_UID
 
 INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
 """Of the templates. verify knows no scope, but it is all the same to it what is guarded."""
 QEMU = "-machine none\n-nodefaults\n"
+QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none")
 
 
 @pytest.fixture
@@ -99,9 +101,8 @@ def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
     # What needs an escape in the name of a unit is in it.
     scope = r"lab-guarded\x2done.scope"
     guard = f"qkilld-scope@{scope}.service"
-    qemu = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none", "-S")
-    options = (f"--unit={scope}", "--property=SendSIGHUP=yes")
-    with system.spawn("systemd-run", "--scope", *options, *qemu, "-name", "guarded") as process:
+    run = ("systemd-run", "--scope", f"--unit={scope}")
+    with system.spawn(*run, *QEMU_COMMAND, "-name", "guarded") as process:
         assert process.stdout is not None
         process.stdout.readline()  # Running scope as unit: ...
         system.run("systemctl", "start", guard)
@@ -113,3 +114,18 @@ def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
     assert receipt["OBJECT_SYSTEMD_UNIT"] == scope
     # The guard is gone with it, and has not failed.
     assert system.property(guard, "ActiveState") == "inactive"
+
+
+def test_guests_of_a_user_are_stopped_when_the_users_manager_ends(system: Container) -> None:
+    manager = f"user@{OTHER_UID}.service"
+    system.run("systemctl", "start", manager)
+    own = {"XDG_RUNTIME_DIR": f"/run/user/{OTHER_UID}", "HOME": "/tmp"}
+    system.run("systemctl", "--user", "start", "qkilld-guests.service", uid=OTHER_UID, env=own)
+    scope = ("systemd-run", "--user", "--scope", "--unit=lab-users.scope")
+    with system.spawn(*scope, *QEMU_COMMAND, "-name", "in-a-scope", uid=OTHER_UID, env=own) as one:
+        assert one.stdout is not None
+        one.stdout.readline()  # Running scope as unit: ...
+        system.run("systemctl", "stop", manager)
+        one.wait(30)
+    receipt = system.wait_journal("QKILLD_GUEST=in-a-scope", "QKILLD_RESULT=exited")
+    assert receipt["OBJECT_SYSTEMD_USER_UNIT"] == "lab-users.scope"
