@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 from qkilld.bus.client import Job, Manager
 from qkilld.bus.connection import Connection
 from qkilld.model.errors import BusError, NoSuchJob, QkilldError
-from qkilld.model.words import Flag, Phase, Result
+from qkilld.model.words import (
+    INFINITY,
+    JOB_PATH_PREFIX,
+    UNKNOWN,
+    Flag,
+    Phase,
+    Result,
+    Verdict,
+)
 from qkilld.stop.target import Target
 
 if TYPE_CHECKING:
@@ -46,6 +55,9 @@ class DaemonJob:
         self._target = target
         self._on_change = on_change
         self._path = ""
+        self._flags = Flag(0)
+        self._started = 0
+        """When the daemon had sent SIGTERM at the latest; CLOCK_MONOTONIC, µs."""
         self._owner = ""
         self.view: JobView | None = None
         """What was last heard of it."""
@@ -58,10 +70,39 @@ class DaemonJob:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 self._path = await self._manager.terminate(self._target.pid, flags, given)
+            self._flags |= flags
+            self._started = self._started or time.monotonic_ns() // 1000
         except TimeoutError:
             raise Lost(f"qkilld does not answer within {ANSWER_TIMEOUT_S:g} s") from None
         except BusError as error:
             raise Lost(str(error)) from None
+
+    def last_known(self) -> JobView | None:
+        """The job at its last sign of life; None where there is none that we know of.
+
+        One that was lost before it was looked at has at least sent its SIGTERM.
+        """
+        if self.view is not None or not self._path:
+            return self.view
+        from qkilld.model.jobview import JobView
+
+        properties = {
+            "Id": int(self._path.removeprefix(JOB_PATH_PREFIX)),
+            "PID": self._target.pid,
+            "Name": "",
+            "UID": 0,
+            "Flags": int(self._flags),
+            "Phase": Phase.TERMINATE,
+            "Verdict": Verdict.UNKNOWN,
+            "Result": "",
+            "StartedUSec": self._started,
+            "DeadlineUSec": INFINITY,
+            "LastProgressUSec": 0,
+            "BytesWritten": UNKNOWN,
+            "BytesPending": UNKNOWN,
+            "Held": False,
+        }
+        return JobView(self._path, properties)
 
     async def follow(self) -> str:
         """The result of the job, when it has ended."""

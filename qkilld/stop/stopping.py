@@ -186,7 +186,7 @@ class Stopping:
                 why = str(error)
             except QkilldError as error:
                 why = f"qkilld says: {error}"
-            order.daemon = None
+            order.daemon, order.view = None, job.last_known()
             if order.view is not None:
                 break  # it was under way there
         try:

@@ -135,6 +135,11 @@ def story(system: Container, unit: str) -> list[str]:
     return [name for name in found if name != "VERDICT_TURNED"]
 
 
+def story_of_an_idle_one(system: Container, unit: str) -> list[str]:
+    """On a busy machine it may live long enough for its unit's settings to be asked for."""
+    return [name for name in story(system, unit) if name != "JOB_JOINED"]
+
+
 def said(system: Container, unit: str) -> str:
     return "\n".join(str(entry["MESSAGE"]) for entry in system.journal("-u", unit))
 
@@ -181,7 +186,7 @@ def no_daemon(system: Container) -> Iterator[None]:
 def test_an_idle_guest_by_the_daemon(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit()
     stop(system, unit)
-    assert story(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    assert story_of_an_idle_one(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
     assert f'"ExecStop of {unit}"' in said(system, unit)
 
 
@@ -189,7 +194,12 @@ def test_an_idle_guest_without_the_daemon(system: Container, start_unit: StartUn
     unit = start_unit()
     with no_daemon(system):
         stop(system, unit)
-    assert story(system, unit) == ["STOP_ALONE", "JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    assert story_of_an_idle_one(system, unit) == [
+        "STOP_ALONE",
+        "JOB_STARTED",
+        "SIGNAL_SENT",
+        "JOB_ENDED",
+    ]
     (alone, *_) = system.journal("-u", unit, f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
     assert alone["SYSLOG_IDENTIFIER"] == "qkilld-stop"
 
@@ -340,7 +350,7 @@ def test_a_shell_around_the_guest(system: Container, start_unit: StartUnit) -> N
 def test_a_guest_that_made_itself_a_daemon(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit("Type=forking", command=f"{QEMU} -daemonize")
     stop(system, unit)
-    assert story(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    assert story_of_an_idle_one(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
 
 
 def test_a_guest_that_is_gone_already(system: Container, start_unit: StartUnit) -> None:
