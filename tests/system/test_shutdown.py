@@ -177,5 +177,14 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(host: Container, lab_dir: Pa
         assert records(one.image) == set(range(RECORDS)), f"{one.name}\n{said}"
         took = re.search(rf'Guest "{one.name}" \(process \d+\) exited after ([\d.]+) s', said)
         assert took and float(took[1]) > 5, said
+    # Each by its own unit, where that has an ExecStop=.
+    for name, unit in (
+        ("templated", "qemu-guest@templated.service"),
+        ("adopted", "adopted.service"),
+        ("scoped", "qkilld-guests.service"),
+        (stuck, "qkilld-guests.service"),
+    ):
+        told = rf'Stopping guest "{name}" \(process \d+\) .*"ExecStop of {unit}"'
+        assert len(re.findall(told, said)) == 1, said
     assert said.count("Sent SIGKILL to") == 1
     assert re.search(rf'Guest "{stuck}" \(process \d+\) was killed, gone after', said)

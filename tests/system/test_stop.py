@@ -34,20 +34,12 @@ StartUnit = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def system(container: Container) -> Iterator[Container]:
-    """With the daemon installed and up."""
-    container.copy_in(TOP / "dbus/org.qkilld1.conf", "/etc/dbus-1/system.d/org.qkilld1.conf")
-    container.copy_in(TOP / "units/qkilld.service", "/etc/systemd/system/qkilld.service")
-    container.write(
-        "/etc/systemd/system/qkilld.service.d/checkout.conf",
-        f"[Service]\nExecStart=\nExecStart={PYTHON} -m qkilld\n{ENVIRONMENT}\n",
-    )
-    container.write("/etc/qkilld/qkilld.conf", "")
-    container.run("systemctl", "daemon-reload")
-    container.run("systemctl", "reload", "dbus.service")
-    container.run("systemctl", "restart", "qkilld.service")
-    yield container
-    container.run("systemctl", "stop", "qkilld.service")
+def system(installed: Container) -> Iterator[Container]:
+    """With the daemon up."""
+    installed.write("/etc/qkilld/qkilld.conf", "")
+    installed.run("systemctl", "restart", "qkilld.service")
+    yield installed
+    installed.run("systemctl", "stop", "qkilld.service")
 
 
 @pytest.fixture
