@@ -111,6 +111,7 @@ def files(places: Places, python: str) -> Iterator[tuple[str, File]]:
         ("dbus/*.service", f"{dbus}/system-services"),
         ("dbus/user/*.service", f"{dbus}/services"),
         ("units/*.service", places.unitdir),
+        ("units/*.socket", places.unitdir),
         ("units/*.d/*.conf", places.unitdir),
         ("units/user/*.service", places.userunitdir),
         ("units/user/*.d/*.conf", places.userunitdir),

@@ -109,8 +109,9 @@ def _seconds(text: str) -> float:
 
 def _take_descriptors() -> None:
     """As many as we may: a guest that is held and looked at costs about a dozen."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _traces(

@@ -17,6 +17,7 @@ from typing import Final
 from qkilld import __version__
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.evidence.sampler import EvidenceSampler
+from qkilld.adapters.evidence.sockdiag import ask_through
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.adapters.manager import ServiceManager, stored_descriptors
@@ -38,6 +39,8 @@ from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.policy import Config
 from qkilld.model.words import BUS_NAME, ExitCode
 
+SOCK_DIAG: Final = "sock-diag"
+"""The descriptor from units/qkilld.socket."""
 DRAIN_TIMEOUT_S: Final = 2.0
 """For the last replies to be sent."""
 ASK_TIMEOUT_S: Final = 1.0
@@ -92,6 +95,11 @@ async def live(config: Config, where: Where, journal: Journal, traces: Traces | 
 def _survival(manager: ServiceManager, journal: Journal) -> Survival | None:
     """What jobs outlive us in; None where nobody gave us a place for it."""
     stored = stored_descriptors()
+    if (diag := stored.pop(SOCK_DIAG, None)) is not None:
+        try:
+            ask_through(diag)
+        except ValueError as error:
+            journal.write(events.descriptor_rejected(SOCK_DIAG, str(error)))
     path = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if not path:
         return None

@@ -26,7 +26,7 @@ MAX_BYTES: Final = 4 << 20
 """Of a file. A job has a few KiB."""
 MAX_BAD: Final = 16
 """Files that are kept aside; further ones are removed."""
-RESERVE: Final = 64
+RESERVE: Final = 16
 """Numbers of jobs that are taken in advance: a job whose file was not written before a crash has
 used one nevertheless."""
 FLUSH_TIMEOUT_S: Final = 2.0

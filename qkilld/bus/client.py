@@ -154,6 +154,11 @@ class Job:
         )
         return result, _plain(receipt)
 
+    async def returns(self, timeout_s: float) -> bool:
+        """After the daemon went away: whether one that goes on with its jobs is there within that
+        time. Starts none."""
+        return self._connection.connected and await Manager(self._connection).appears(timeout_s)
+
     async def cancel(self) -> None:
         await self._connection.request(
             BUS_NAME,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkilld.bus.client import Job
 from qkilld.ctl.output import Output, width
-from qkilld.model.errors import QkilldError
+from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.jobview import JobView, label
 
 if TYPE_CHECKING:
@@ -25,6 +25,25 @@ MIN_NAME: Final = 20
 """Terminal columns that a guest's name and pid have at least."""
 
 
+RETURN_TIMEOUT_S: Final = 5.0
+"""A daemon that died or is restarted is back within a second, and goes on with its jobs."""
+AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to go on"
+
+
+class Outages:
+    """Tells many jobs' news of one absence of the daemon from that of the next."""
+
+    def __init__(self) -> None:
+        self._told_at = -RETURN_TIMEOUT_S
+
+    def new(self) -> bool:
+        now = time.monotonic()
+        if now - self._told_at < RETURN_TIMEOUT_S:
+            return False
+        self._told_at = now
+        return True
+
+
 class Display(Protocol):
     """Shows jobs while they run."""
 
@@ -34,6 +53,9 @@ class Display(Protocol):
 
     def changed(self, view: JobView) -> None:
         """The first look at a job, and every change after that."""
+
+    def away(self) -> None:
+        """The daemon went away, and is given some time to come back."""
 
     def ended(self, path: str, line: str) -> None:
         """The end of a job; `line` says how, printable."""
@@ -46,6 +68,8 @@ class Quiet:
 
     def changed(self, view: JobView) -> None: ...
 
+    def away(self) -> None: ...
+
     def ended(self, path: str, line: str) -> None: ...
 
 
@@ -57,6 +81,7 @@ class Plain:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._last: dict[str, tuple[str, str]] = {}
+        self._outages = Outages()
 
     def changed(self, view: JobView) -> None:
         standing = (view.phase, view.verdict)
@@ -69,6 +94,10 @@ class Plain:
             f"{label(view.pid, view.name)}: {view.phase}, {view.verdict}"
             + (f"; {outlook}" if outlook else "")
         )
+
+    def away(self) -> None:
+        if self._outages.new():
+            self._output.line(AWAY)
 
     def ended(self, path: str, line: str) -> None:
         self._output.line(line)
@@ -83,11 +112,16 @@ class Lively:
         self._live = live
         self._views: dict[str, JobView] = {}
         self._dirty = asyncio.Event()
+        self._outages = Outages()
 
     def changed(self, view: JobView) -> None:
         if not view.result:
             self._views[view.path] = view
             self._dirty.set()
+
+    def away(self) -> None:
+        if self._outages.new():
+            self._live.console.print(AWAY, style="yellow")
 
     def ended(self, path: str, line: str) -> None:
         from rich.text import Text
@@ -163,8 +197,19 @@ async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
 async def follow(job: Job, display: Display) -> tuple[str, dict[str, Any]]:
     """(result, receipt) of the job when it has ended, shown on the way there.
 
-    Raises what the wait for the end raises. That something cannot be shown is no reason to fail.
+    The job outlives a restart of the daemon, which is waited for. Raises what the wait for the end
+    raises. That something cannot be shown is no reason to fail.
     """
+    while True:
+        try:
+            return await _follow(job, display)
+        except BusError:
+            display.away()
+            if not await job.returns(RETURN_TIMEOUT_S):
+                raise
+
+
+async def _follow(job: Job, display: Display) -> tuple[str, dict[str, Any]]:
     watching = asyncio.create_task(_watch(job, display.changed)) if display.watches else None
     try:
         return await job.wait()

@@ -104,6 +104,8 @@ def signal_sent(job: Job, rung: Rung) -> Event:
         MessageId.SIGNAL_SENT,
         Priority.NOTICE if rung.signal is SIGKILL else Priority.INFO,
         f"Sent {rung.signal.name} to {job.guest.title} after {_seconds(rung.at - job.started)}.",
+        # It may well be gone before journald looks.
+        gone=rung.signal is SIGKILL,
         QKILLD_PHASE=rung.phase.value,
         QKILLD_SIGNAL=rung.signal.name,
     )

@@ -124,20 +124,21 @@ def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> tuple[
 
 
 class _Tables:
-    """The mounts of the process and, for descriptors that were handed to it, our own."""
+    """The mounts of the process and, for descriptors that were handed to it, those of the system
+    (systemd opens /dev/null before the process has mounts of its own) and our own."""
 
     def __init__(self, pid: int, proc: Path) -> None:
-        self._pid, self._proc = pid, proc
-        self._target: Mounts | None = None
-        self._own: Mounts | None = None
+        self._pids = (pid, "1", "self")
+        self._proc = proc
+        self._read: dict[int | str, Mounts] = {}
 
     def filesystem(self, mount: int) -> Filesystem | None:
-        self._target = self._target or Mounts(self._pid, self._proc)
-        found = self._target.get(mount)
-        if found is None:
-            self._own = self._own or Mounts("self", self._proc)
-            found = self._own.get(mount)
-        return found
+        for pid in self._pids:
+            if pid not in self._read:
+                self._read[pid] = Mounts(pid, self._proc)
+            if (found := self._read[pid].get(mount)) is not None:
+                return found
+        return None
 
 
 def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | None:

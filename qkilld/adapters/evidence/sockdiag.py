@@ -66,6 +66,27 @@ _Place = tuple[bytes, int, int]
 """(buffer, start, end) of a message's body."""
 
 
+namespace_of = "self"
+"""The process, as under /proc, whose network namespace is told about."""
+_given: socket.socket | None = None
+_given_lock: Final = threading.Lock()
+
+
+def ask_through(fd: int) -> None:
+    """Ask through this netlink socket of process 1's from now on, about the network namespace of
+    that: our own may be an empty one (PrivateNetwork= in qkilld.service). It is taken over.
+
+    Raises ValueError where it is no such socket; it is closed then.
+    """
+    global _given, namespace_of
+    kernel = socket.socket(fileno=fd)
+    if kernel.family != socket.AF_NETLINK or kernel.proto != _NETLINK_SOCK_DIAG:
+        kernel.close()
+        raise ValueError("it is no netlink socket for sock_diag")
+    kernel.setblocking(True)
+    _given, namespace_of = kernel, "1"
+
+
 class Unreadable(Exception):
     """Nothing is known of any socket."""
 
@@ -192,12 +213,27 @@ def _request(request: bytes, flags: int) -> Iterator[_Place]:
 
     ENOENT: there is no such socket, or no such family in this kernel.
     """
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as kernel:
+    with _kernel() as kernel:
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
         length = _HEADER.size + len(request)
         kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
         yield from _answers(kernel, flags)
+
+
+@contextlib.contextmanager
+def _kernel() -> Iterator[socket.socket]:
+    """A socket to ask through. Raises OSError."""
+    if _given is None:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as kernel:
+            yield kernel
+        return
+    with _given_lock:
+        # Of an answer that was not read to its end; the kernel begins no other before that.
+        with contextlib.suppress(BlockingIOError):
+            while _given.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
+                pass
+        yield _given
 
 
 def _answers(kernel: socket.socket, flags: int) -> Iterator[_Place]:

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qkilld.adapters.evidence import files
+from qkilld.adapters.evidence import files, sockdiag
 from qkilld.adapters.evidence.files import Descriptors
 from qkilld.adapters.evidence.mountinfo import read_bounded
 from qkilld.adapters.evidence.sockdiag import SocketTable, Unreadable
@@ -64,7 +64,7 @@ class SocketReader:
         if descriptors is None or descriptors.too_many:
             return
         try:
-            ours = Path(f"{self._proc}/self/ns/net").readlink()
+            ours = Path(f"{self._proc}/{sockdiag.namespace_of}/ns/net").readlink()
             its = Path(f"{self._proc}/{self._pid}/ns/net").readlink()
             found = {i: known.get(i) or self._protocol(n) for n, i in descriptors.sockets}
         except OSError:

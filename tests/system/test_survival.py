@@ -1,0 +1,441 @@
+"""Jobs that outlive the daemon, as the service that is installed, on a real systemd."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from qkilld.engine.events import MessageId
+from tests.lab.container import CHECKOUT, Container
+from tests.lab.image import busybox
+from tests.lab.process import TOP
+
+TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
+JOB = "org.qkilld1.Job"
+FORCE, FIXED = 1, 8
+STAND_IN = "/usr/local/bin/qemu-system-x86_64"
+STUBBORN = "trap '' TERM; while :; do sleep 1000; done"
+WRITING = (
+    "trap '' TERM; x=$$(printf %%01000d 7); while :; do echo $$x$$x >/run/written; sleep 0.1; done"
+)
+"""Passes 2 kB to write(2) every 100 ms, for ever."""
+
+_numbers = itertools.count(1)
+StartGuest = Callable[..., tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def system(installed: Container) -> Iterator[Container]:
+    installed.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", STAND_IN)
+    installed.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=2s\nStallSec=2s\n")
+    installed.run("systemctl", "restart", "qkilld.service")
+    yield installed
+    installed.run("systemctl", "stop", "qkilld.service")
+    installed.run("rm", STAND_IN)
+
+
+@pytest.fixture
+def start_guest(system: Container) -> Iterator[StartGuest]:
+    """A function: a stand-in for QEMU as a unit, whose script ignores SIGTERM; gives the unit's
+    name and the pid."""
+    started = []
+
+    def start(script: str = STUBBORN) -> tuple[str, int]:
+        unit = f"outlives{next(_numbers)}.service"
+        text = f'[Service]\nExecStart=@{STAND_IN} sh -c "{script}"\n'
+        # The journal's socket would be a connection that may owe it an answer.
+        text += "StandardOutput=null\nStandardError=null\n"
+        system.write(f"/run/systemd/system/{unit}", text)
+        system.run("systemctl", "start", unit)
+        started.append(unit)
+        return unit, int(system.property(unit, "MainPID"))
+
+    yield start
+    for unit in started:
+        system.run("systemctl", "kill", "--signal=KILL", unit, check=False)
+
+
+@pytest.fixture
+def drop_in(system: Container) -> Iterator[Callable[[str], None]]:
+    """A function: has the daemon's unit run with these lines of [Service] too."""
+    path = "/run/systemd/system/qkilld.service.d/survival.conf"
+
+    def apply(lines: str) -> None:
+        system.write(path, f"[Service]\n{lines}\n")
+        system.run("systemctl", "daemon-reload")
+        system.run("systemctl", "restart", "qkilld.service")
+
+    yield apply
+    system.run("rm", "-f", path)
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "restart", "qkilld.service")
+
+
+def call(system: Container, member: str, *arguments: str) -> Any:
+    done = system.run("busctl", "--json=short", "call", *TARGET, member, *arguments)
+    return json.loads(done.stdout)["data"]
+
+
+def terminate(system: Container, pid: int, flags: int, **spans_s: float) -> str:
+    options = [
+        word
+        for name, span in spans_s.items()
+        for word in (f"{name.replace('_', '-')}-usec", "t", str(int(span * 1e6)))
+    ]
+    (path,) = call(
+        system, "TerminateWithOptions", "uta{sv}", str(pid), str(flags), str(len(spans_s)), *options
+    )
+    return str(path)
+
+
+def properties(system: Container, job: str) -> dict[str, Any]:
+    done = system.run(
+        *("busctl", "--json=short", "call", "org.qkilld1", job),
+        *("org.freedesktop.DBus.Properties", "GetAll", "s", JOB),
+    )
+    return {name: value["data"] for name, value in json.loads(done.stdout)["data"][0].items()}
+
+
+def wait(system: Container, job: str) -> tuple[str, dict[str, Any]]:
+    done = system.run(
+        "busctl", "--json=short", "--timeout=60", "call", "org.qkilld1", job, JOB, "Wait"
+    )
+    result, receipt = json.loads(done.stdout)["data"]
+    return result, {name: value["data"] for name, value in receipt.items()}
+
+
+def wait_verdict(system: Container, job: str, verdict: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 30
+    while (seen := properties(system, job))["Verdict"] != verdict:
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.1)
+    return seen
+
+
+def main_pid(system: Container) -> int:
+    return int(system.property("qkilld.service", "MainPID"))
+
+
+def kill_daemon(system: Container) -> int:
+    """When, in µs of CLOCK_MONOTONIC."""
+    pid = main_pid(system)
+    now = time.monotonic_ns() // 1000
+    system.run("kill", "-KILL", str(pid))
+    return now
+
+
+def resumed(system: Container, unit: str, since: int) -> float:
+    """Seconds from then until the job of that unit's guest ran again."""
+    entry = system.wait_journal(
+        f"OBJECT_SYSTEMD_UNIT={unit}", f"MESSAGE_ID={MessageId.JOB_RESUMED.value}"
+    )
+    return (int(entry["__MONOTONIC_TIMESTAMP"]) - since) / 1e6
+
+
+def signals(system: Container, unit: str) -> list[str]:
+    """What was sent to that unit's guest, once its job has ended."""
+    matches = (f"OBJECT_SYSTEMD_UNIT={unit}", "SYSLOG_IDENTIFIER=qkilld")
+    system.wait_journal(*matches, f"MESSAGE_ID={MessageId.JOB_ENDED.value}")
+    entries = system.journal(*matches, f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
+    return [entry["QKILLD_SIGNAL"] for entry in entries]
+
+
+def test_it_is_hardened(system: Container) -> None:
+    text = system.run("systemd-analyze", "security", "--no-pager", "qkilld.service").stdout
+    found = re.search(r"Overall exposure level for qkilld.service: ([0-9.]+)", text)
+    assert found is not None
+    print(f"exposure {found[1]}")
+    assert float(found[1]) <= 1.5
+
+
+def test_hardened_it_sees_as_much_as_without(
+    system: Container, drop_in: Callable[[str], None]
+) -> None:
+    """Another user's real QEMU with mounts of its own: all that is read is read in spite of it."""
+    system.run(
+        *("systemd-run", "--unit=seen", "--property=PrivateTmp=yes", "--uid=65534"),
+        *(
+            "/usr/bin/qemu-system-x86_64",
+            "-M",
+            "none",
+            "-nodefaults",
+            "-display",
+            "none",
+            "-name",
+            "seen",
+        ),
+    )
+    pid = system.property("seen.service", "MainPID")
+    time.sleep(0.5)
+
+    def seen() -> dict[str, Any]:
+        (found,) = call(system, "Inspect", "u", pid)
+        return {key: value["data"] for key, value in found.items()}
+
+    hardened = seen()
+    assert hardened.get("unseen", []) == []
+    drop_in(
+        "ProtectSystem=no\nProtectHome=no\nPrivateTmp=no\nPrivateDevices=no\nProtectProc=default\n"
+        "ProtectControlGroups=no\nProtectKernelTunables=no\nPrivateNetwork=no\nPrivateMounts=no\n"
+        "ProtectKernelLogs=no\nProtectKernelModules=no\nProtectHostname=no\nProtectClock=no\n"
+        "RestrictAddressFamilies=\nSystemCallFilter=\nPrivateIPC=no\n"
+        "CapabilityBoundingSet=~\nNoNewPrivileges=no\n"
+    )
+    plain = seen()
+    system.run("systemctl", "kill", "--signal=KILL", "seen.service")
+    assert hardened.keys() == plain.keys()
+    for key in ("mounts", "devices", "sockets", "verdict", "reasons", "unit"):
+        assert hardened.get(key) == plain.get(key), key
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "flags"),
+    [(STUBBORN, "idle", FORCE), (WRITING, "flushing", FORCE), (STUBBORN, "unknown", FORCE | FIXED)],
+)
+def test_the_daemon_is_killed(
+    system: Container, start_guest: StartGuest, script: str, verdict: str, flags: int
+) -> None:
+    """The same job goes on, with the same deadline unless the guest was making progress."""
+    unit, pid = start_guest(script)
+    job = terminate(system, pid, flags, grace=6, stall=6, max=9)
+    before = wait_verdict(system, job, verdict)
+    gap = resumed(system, unit, kill_daemon(system))
+    after = properties(system, job)
+    print(f"from SIGKILL of the daemon to the job running again: {gap * 1000:.0f} ms")
+    for name in ("PID", "StartTime", "StartedUSec", "Flags", "Phase", "Name", "Unit", "UID"):
+        assert after[name] == before[name], name
+    if verdict == "flushing":
+        assert after["DeadlineUSec"] >= before["DeadlineUSec"]
+    else:
+        assert after["DeadlineUSec"] == before["DeadlineUSec"]
+    # The kernel starts the new one, Python loads; this machine may be busy with others.
+    assert gap < 5
+    result, receipt = wait(system, job)
+    assert result == "killed"
+    assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
+def test_killed_again_and_again_until_right_before_the_deadline(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=6)
+    deadline = properties(system, job)["DeadlineUSec"]
+    times = 0
+    while time.monotonic_ns() // 1000 < deadline - 500_000:
+        kill_daemon(system)
+        assert properties(system, job)["DeadlineUSec"] == deadline
+        times += 1
+    kill_daemon(system)
+    result, receipt = wait(system, job)
+    assert (result, times > 1) == ("killed", True)
+    assert receipt["rungs"][1][2] >= 6_000_000
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
+def test_a_guest_that_goes_while_nobody_looks(system: Container, start_guest: StartGuest) -> None:
+    unit, pid = start_guest()
+    job = terminate(system, pid, 0, grace=60)
+    daemon = main_pid(system)
+    system.run("kill", "-STOP", str(daemon))
+    system.run("kill", "-KILL", str(pid))
+    system.run("kill", "-KILL", str(daemon))
+    assert wait(system, job)[0] == "exited"
+    # And the answer is there for whoever asks late, of yet another daemon.
+    kill_daemon(system)
+    assert wait(system, job)[0] == "exited"
+    assert properties(system, job)["Result"] == "exited"
+    assert signals(system, unit) == ["SIGTERM"]
+
+
+def test_a_restart_and_those_who_wait(system: Container, start_guest: StartGuest) -> None:
+    unit, pid = start_guest()
+    with system.spawn(
+        *("qkillctl", "terminate", "--wait", "--force", "--fixed", "--grace", "6s", str(pid))
+    ) as ctl:
+        assert ctl.stdout is not None
+        assert b"terminate" in ctl.stdout.readline()
+        job = call(system, "GetJobByPID", "u", str(pid))[0]
+        before = properties(system, job)
+        system.run("systemctl", "restart", "qkilld.service")
+        after = properties(system, job)
+        assert system.property("qkilld.service", "Result") == "success"
+        assert system.property("qkilld.service", "NRestarts") == "0"
+        assert after["DeadlineUSec"] == before["DeadlineUSec"]
+        said = ctl.stdout.read().decode()
+        assert ctl.wait(30) == 3
+    assert "qkilld went away; waiting" in said
+    assert "gone after 6." in said
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+    assert call(system, "ListJobs")[0][-1][1] == job
+
+
+def test_stopped_for_good_it_cancels(system: Container, start_guest: StartGuest) -> None:
+    _, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=2)
+    system.run("systemctl", "stop", "qkilld.service")
+    time.sleep(2.5)
+    # The next one, which this call starts, knows of it and leaves the guest alone.
+    result, receipt = wait(system, job)
+    assert (result, receipt["error"]) == ("cancelled", "qkilld was stopped")
+    assert system.run("kill", "-0", str(pid)).returncode == 0
+
+
+def test_a_loop_that_stands_still_is_noticed(
+    system: Container, start_guest: StartGuest, drop_in: Callable[[str], None]
+) -> None:
+    drop_in("WatchdogSec=1s")
+    unit, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=5)
+    stalled = main_pid(system)
+    time.sleep(1.5)
+    assert main_pid(system) == stalled, "it is fed while the loop runs"
+    system.run("kill", "-STOP", str(stalled))
+    assert resumed(system, unit, 0)
+    assert main_pid(system) != stalled
+    assert wait(system, job)[0] == "killed"
+
+
+def test_state_that_is_torn_or_not_its_own(system: Container, start_guest: StartGuest) -> None:
+    _, pid = start_guest()
+    unit, good = start_guest()
+    bad = terminate(system, pid, FORCE | FIXED, grace=30).rsplit("/", 1)[1]
+    job = terminate(system, good, FORCE | FIXED, grace=5)
+    time.sleep(0.3)
+    daemon = main_pid(system)
+    path = f"/run/qkilld/jobs/job-{bad}.json"
+    system.run("kill", "-STOP", str(daemon))
+    system.run("truncate", "--size=100", path)
+    system.write("/run/qkilld/jobs/job-99999.json", "{}", 0o600)
+    system.run("chown", "nobody", "/run/qkilld/jobs/job-99999.json")
+    system.run("kill", "-KILL", str(daemon))
+    resumed(system, unit, 0)
+    assert system.property("qkilld.service", "ActiveState") == "active"
+    aside = system.run("ls", "/run/qkilld/jobs").stdout.split()
+    assert {f"job-{bad}.json.bad", "job-99999.json.bad"} <= set(aside)
+    entries = system.journal(f"MESSAGE_ID={MessageId.STATE_SET_ASIDE.value}")
+    said = "\n".join(entry["MESSAGE"] for entry in entries)
+    assert f"job-{bad}.json in the runtime directory is set aside: it is not whole" in said
+    assert "job-99999.json in the runtime directory is set aside: others own it" in said
+    # Nobody knows any more what was to become of that guest: it is left alone.
+    assert f'The descriptor "job-{bad}"' in said
+    assert wait(system, job)[0] == "killed"
+    assert system.run("kill", "-0", str(pid)).returncode == 0
+    # Its number is not given again.
+    assert int(terminate(system, pid, 2).rsplit("/", 1)[1]) > int(bad)
+    system.run("sh", "-c", "rm /run/qkilld/jobs/*.bad")
+
+
+def test_the_bus_is_restarted(system: Container, start_guest: StartGuest) -> None:
+    unit, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=6)
+    daemon = main_pid(system)
+    system.run("systemctl", "restart", "dbus.service")
+    system.wait_journal(f"MESSAGE_ID={MessageId.BUS_LOST.value}")
+    deadline = time.monotonic() + 20
+    while "org.qkilld1" not in system.run("busctl", "list", "--acquired").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert wait(system, job)[0] == "killed"
+    assert main_pid(system) == daemon
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
+def test_a_hundred_jobs(system: Container) -> None:
+    script = f"""
+        for i in $(seq 100); do
+            (exec -a sh {STAND_IN} -c "trap '' TERM; read x <>/run/never") </dev/null &
+        done
+        wait
+    """
+    system.run("sh", "-c", "rm -f /run/never; mkfifo /run/never")
+    system.write("/run/hundred", script)
+    system.run("systemd-run", "--unit=hundred", "bash", "/run/hundred")
+    deadline = time.monotonic() + 30
+    while len(guests := call(system, "ListGuests")[0]) < 100:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    pids = [str(guest[0]) for guest in guests]
+    since = system.run("date", "+%s.%N").stdout.strip()
+    try:
+        system.run("qkillctl", "terminate", "--force", "--fixed", "--grace", "10s", *pids)
+        before = {job[1]: job[2] for job in call(system, "ListJobs")[0] if job[3] != "done"}
+        assert len(before) == 100
+        killed = kill_daemon(system)
+        ready = system.wait_journal(
+            f"--since=@{since}", f"MESSAGE_ID={MessageId.JOB_RESUMED.value}", timeout=30
+        )
+        gap = int(ready["__MONOTONIC_TIMESTAMP"]) - killed
+        print(f"a hundred jobs run again after {gap / 1000:.0f} ms")
+        after = {job[1]: job[2] for job in call(system, "ListJobs")[0] if job[3] != "done"}
+        assert after == before
+        for job in before:
+            assert wait(system, job)[0] == "killed"
+    finally:
+        system.run("systemctl", "kill", "--signal=KILL", "hundred.service", check=False)
+    entries = system.journal(f"--since=@{since}", f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
+    sent = [(entry["OBJECT_PID"], entry["QKILLD_SIGNAL"]) for entry in entries]
+    assert len(sent) == len(set(sent)) == 200
+
+
+_HAMMER = """
+import asyncio, random, sys, time
+from qkilld.bus.client import Manager
+from qkilld.bus.connection import connect
+
+async def main():
+    seen = set()
+    connection = await connect()
+    end = time.monotonic() + 12
+    while time.monotonic() < end:
+        # Around the moment at which it ends.
+        await asyncio.sleep(random.uniform(0.45, 0.7))
+        calls = [asyncio.create_task(Manager(connection).list_jobs()) for _ in range(3)]
+        for _ in range(30):
+            calls.append(asyncio.create_task(Manager(connection).list_jobs()))
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*calls)
+        seen.add((await connection.request_bus("GetNameOwner", "s", "org.qkilld1"))[0])
+    print(len(seen))
+    connection.close()
+
+asyncio.run(main())
+"""
+
+
+def test_no_call_is_lost_around_its_end_for_lack_of_work(
+    system: Container, drop_in: Callable[[str], None]
+) -> None:
+    drop_in("ExecStart=\nExecStart=/usr/bin/qkilld --exit-idle 500ms\nStartLimitIntervalSec=0")
+    system.run("sh", "-c", "systemctl stop qkilld; rm -f /run/qkilld/jobs/job-*")
+    done = system.python("-c", _HAMMER, timeout=90)
+    lives = int(done.stdout)
+    print(f"{lives} lives of the daemon, no call lost")
+    assert lives > 2
+    assert system.property("qkilld.service", "Result") == "success"
+
+
+def test_it_ends_for_lack_of_work_and_is_started_by_a_call(
+    system: Container, start_guest: StartGuest, drop_in: Callable[[str], None]
+) -> None:
+    drop_in("ExecStart=\nExecStart=/usr/bin/qkilld --exit-idle 500ms")
+    system.run("sh", "-c", "systemctl stop qkilld; rm -f /run/qkilld/jobs/job-*")
+    assert call(system, "ListJobs") == [[]]
+    deadline = time.monotonic() + 20
+    while system.property("qkilld.service", "ActiveState") != "inactive":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # A job keeps it, and so does one that has just ended.
+    _, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=1)
+    daemon = main_pid(system)
+    assert wait(system, job)[0] == "killed"
+    time.sleep(2)
+    assert main_pid(system) == daemon
