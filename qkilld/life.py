@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import time
+import uuid  # noqa: F401  # adapters.procfs would import it with the first guest that has one
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path

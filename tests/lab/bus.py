@@ -209,6 +209,7 @@ def daemon(
     root: Path | None = None,
     uid: int | None = None,
     before: Callable[[], None] | None = None,
+    env: Mapping[str, str] | None = None,
     ready: bool = True,
     program: Sequence[str | Path] = (sys.executable, "-m", "qkilld"),
 ) -> Iterator[Daemon]:
@@ -233,7 +234,9 @@ def daemon(
                 cwd=directory,
                 uid=uid,
                 before=before,
-                env=environment(bus.address) | {"NOTIFY_SOCKET": str(notify.path)},
+                env=environment(bus.address)
+                | {"NOTIFY_SOCKET": str(notify.path)}
+                | dict(env or {}),
             )
         stack.callback(end, process)
         pidfd = os.pidfd_open(process.pid)

@@ -180,7 +180,8 @@ def test_it_is_stopped_for_good_and_starts_again(
     receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=cancelled")
     assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
     assert system.property(unit, "MainPID") == str(pid)
-    # The bus starts it again. By evidence it is merely continued, and takes the SIGTERM that has been waiting for it.
+    # The bus starts it again. By evidence the guest is merely continued, and takes the SIGTERM that
+    # has been waiting for it.
     assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "exited"
     turn = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGCONT")
     assert turn["QKILLD_VERDICT"] == "stopped"
