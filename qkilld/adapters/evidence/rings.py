@@ -7,6 +7,10 @@ AIO the kernel tells nobody; that the process can have such requests shows by an
 mapping of "/[aio]") together with a file opened with O_DIRECT, without which io_submit(2) is
 synchronous.
 
+The ring in that mapping is not read: its head and tail (kernel fs/aio.c) tell what was completed,
+which shows as switches of the thread that is woken, and not what is in flight; the process can
+write to it; and to read it takes the memory lock of the target.
+
 Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs a ring at each read; every REFRESH_S,
 or when the number of descriptors changes, 3 µs a descriptor and 9 µs more a file (0.6 ms for 100),
 and 40 to 400 µs for the mappings, which are read only where there is a file with O_DIRECT and some
