@@ -6,10 +6,12 @@ manager listens (NOTIFY_SOCKET).
 
 from __future__ import annotations
 
+import array  # noqa: F401  # socket.send_fds would import it with the first job
 import asyncio
 import contextlib
 import os
 import queue
+import socket
 import threading
 from typing import Final
 
@@ -22,9 +24,6 @@ class ServiceManager:
         self._pinging = False
         self._thread: threading.Thread | None = None
         if "NOTIFY_SOCKET" in os.environ:
-            # Now, and not with the first job: a disk that stalls then is not to be read.
-            import systemd.daemon  # noqa: F401
-
             self._thread = threading.Thread(target=self._work, name="notify", daemon=True)
             self._thread.start()
 
@@ -88,16 +87,24 @@ class ServiceManager:
             os.close(fd)
 
     def _work(self) -> None:
-        from systemd import daemon
-
         while (item := self._queue.get()) is not None:
             state, fd = item
             if state == "WATCHDOG=1":
                 self._pinging = False
-            with contextlib.suppress(Exception):
-                daemon.notify(state, fds=[] if fd is None else [fd])
+            with contextlib.suppress(OSError):
+                _send(state, fd)
             if fd is not None:
                 os.close(fd)
+
+
+def _send(state: str, fd: int | None) -> None:
+    """Written out, as sd_notify(3) allows: systemd-python's notify() keeps Python's lock while it
+    waits for room in the socket, and with it every other thread. Raises OSError."""
+    address = os.environ["NOTIFY_SOCKET"]
+    address = "\0" + address[1:] if address[0] == "@" else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.connect(os.fsencode(address))
+        socket.send_fds(sender, [state.encode()], [] if fd is None else [fd])
 
 
 def stored_descriptors() -> dict[str, int]:
