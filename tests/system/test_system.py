@@ -110,6 +110,17 @@ def test_a_guest_that_is_a_unit_and_its_story_in_the_journal(
     ]
 
 
+def test_its_output_to_the_journal_is_no_storage(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    system.run("systemctl", "kill", "--signal=STOP", unit)
+    answer = system.run("busctl", "--json=short", "call", *TARGET, "Inspect", "u", str(pid)).stdout
+    (guest,) = json.loads(answer)["data"]
+    assert guest["sockets"]["data"] == []
+    assert guest["verdict"]["data"] == "stopped"
+
+
 def test_a_stuck_guest_is_killed_and_the_catalogue_explains_it(
     system: Container, start_guest: StartGuest
 ) -> None:

@@ -51,7 +51,7 @@ _UNIX_REQUEST: Final = struct.Struct("=BBHIIIII")
 _UNIX_SHOW: Final = 0x01 | 0x04 | 0x10  # name, peer, queues
 _UNIX_MESSAGE: Final = struct.Struct("=BBBxI8x")  # family, type, state, inode, cookie
 _UNIX_NAME, _UNIX_PEER, _UNIX_QUEUES, _UNIX_SHUTDOWN = 0, 2, 4, 6
-_BOTH_WAYS: Final = 3
+_RECEIVE_SHUT: Final = 1  # RCV_SHUTDOWN, net/sock.h
 
 # struct inet_diag_req_v2: family, protocol, extensions, pad, states, socket id (48 bytes)
 _TCP_REQUEST: Final = struct.Struct("=BBBxI48s")
@@ -99,7 +99,9 @@ class UnixSocket(NamedTuple):
     peer: int
     """The inode of the other end; 0 where that was not yet accepted, or is closed."""
     shut: bool
-    """Nothing comes or goes any more: the other end is closed."""
+    """Nothing comes any more: the other end is closed, or this one listens no longer, as systemd
+    has it for a service's output to the journal (src/core/execute.c, connect_logger_as). So nobody
+    waits here for an answer."""
     send_queue: int
     receive_queue: int
 
@@ -280,7 +282,7 @@ def _unix(buffer: bytes, start: int, end: int) -> UnixSocket:
         elif kind == _UNIX_QUEUES:
             receive, send = _U32_U32.unpack_from(buffer, at)
         elif kind == _UNIX_SHUTDOWN:
-            shut = buffer[at] == _BOTH_WAYS
+            shut = bool(buffer[at] & _RECEIVE_SHUT)
     return UnixSocket(named, peer, shut, send, receive)
 
 

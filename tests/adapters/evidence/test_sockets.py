@@ -155,6 +155,21 @@ def test_who_connected_on_unix(lab_dir: Path) -> None:
         assert inode(client) not in own()
 
 
+def test_output_to_a_log(lab_dir: Path) -> None:
+    """As systemd connects a service's standard output to the journal: nothing can come back."""
+    path = str(lab_dir / "s")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(path)
+        server.listen()
+        client.connect(path)
+        accepted, _ = server.accept()
+        with accepted:
+            client.shutdown(socket.SHUT_WR)
+            assert own()[inode(client)].client
+            client.shutdown(socket.SHUT_RD)
+            assert inode(client) not in own()
+
+
 def test_a_pair_and_what_is_no_stream() -> None:
     one, other = socket.socketpair()
     datagrams = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
