@@ -127,16 +127,17 @@ class StateDirectory:
             self._directory = -1
 
     def _put(self, number: int, snapshot: Snapshot | None) -> None:
-        waiting = number in self._pending
+        # Queued each time: whether the thread has just taken the one before cannot be known.
         self._pending[number] = snapshot
-        if not waiting:
-            self._queue.put(number)
+        self._queue.put(number)
 
     def _work(self) -> None:
         while (number := self._queue.get()) is not None:
             try:
                 if number == 0:
                     self._reserve(self._reserved - RESERVE)
+                elif number not in self._pending:
+                    continue  # written with an earlier one
                 elif (snapshot := self._pending.pop(number)) is not None:
                     self._write(_name(number), {"job": snapshot.to_json()})
                 else:
