@@ -11,6 +11,7 @@ import pytest
 
 from tests.lab import needs
 from tests.lab.bus import Bus, CallError, Daemon
+from tests.lab.groups import temporary_group
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID
 
@@ -60,6 +61,31 @@ def test_a_job_goes_on_with_no_descriptor_kept(
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
     assert receipt["elapsed-usec"] >= 3_000_000
+
+
+def test_killed_after_its_sigkill_and_before_the_process_went(
+    private_bus: Bus, start: Start, fake_qemu: Make
+) -> None:
+    """A frozen process of cgroup v1 takes its SIGKILL when it is thawed."""
+    freezer = Path("/sys/fs/cgroup/freezer")
+    if not os.access(freezer, os.W_OK):
+        raise needs.Missing("the freezer of cgroup v1, as root: what it holds outlives SIGKILL")
+    guest = fake_qemu(stubborn=True)
+    first = start()
+    with temporary_group(freezer) as group, private_bus.client() as client:
+        (group / "cgroup.procs").write_text(str(guest.pid))
+        (group / "freezer.state").write_text("FROZEN")
+        job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 300_000))
+        first.wait_for("Sent SIGKILL")
+        time.sleep(0.2)
+        kill(first)
+        start().wait_for('Going on with the stop of guest "lab"')
+        assert client.properties(job, JOB)["Phase"] == "reap"
+        assert guest.alive
+        (group / "freezer.state").write_text("THAWED")
+        result, receipt = client.wait(job)
+    assert result == "killed"
+    assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
 
 
 def test_sigterm_without_a_manager_to_ask_leaves_the_jobs(
