@@ -133,7 +133,10 @@ def wait_for_process(words: bytes) -> int:
     raise AssertionError("it was not started")
 
 
-def test_nothing_is_lost_and_the_stuck_one_is_named(host: Container, lab_dir: Path) -> None:
+@pytest.mark.parametrize("how", ["poweroff", "reboot"])
+def test_nothing_is_lost_and_the_stuck_one_is_named(
+    host: Container, lab_dir: Path, how: str
+) -> None:
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(writer(host, lab_dir, name))
@@ -168,7 +171,7 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(host: Container, lab_dir: Pa
                 started.wait(30)
         leader = os.pidfd_open(host.leader)
         stack.callback(os.close, leader)
-        host.run("systemctl", "--no-block", "poweroff")
+        host.run("systemctl", "--no-block", how)
         journal.wait_for(f'Sent SIGKILL to guest "{stuck}"', 60, pidfd=leader)
         end(debugger)
         assert wait_gone(leader, 120), f"it is still up:\n{journal.text()}"
