@@ -1,0 +1,64 @@
+"""Recorded jobs of the safety matrix, judged again: each row's verdicts at every sample."""
+
+from __future__ import annotations
+
+import pytest
+
+from qkilld.judgement.replay import Replay, Terms, replay
+from qkilld.model.trace import Sent, Trace, decode
+from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
+from tests.pure.test_replay import TRACES
+from tests.safety.cases import CASES, Case
+from tests.safety.cell import Cell, wrong
+from tests.safety.outcome import Outcome
+from tests.safety.policies import OURS
+
+DIRECTORY = TRACES / "matrix"
+CLOCK_USEC = 10 * USEC_PER_SEC
+"""FIXED sends SIGKILL so long after SIGTERM."""
+
+
+def trace_of(case: Case) -> Trace:
+    return decode((DIRECTORY / f"{case.name}.jsonl").read_text())
+
+
+def ticks(replayed: Replay) -> list[tuple[float, str]]:
+    """At each sample what was known by then, as a caller would have seen it."""
+    started = replayed.recorded.started
+    return [
+        ((step.at - started) / USEC_PER_SEC, step.assessment.verdict.value)
+        for step in replayed.steps
+        if step.assessment is not None
+    ]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_verdict_of_a_row_is_right(case: Case) -> None:
+    replayed = replay(trace_of(case))
+    recorded = replayed.recorded
+    assert recorded.ended is not None
+    assert recorded.result is not None
+    seconds = (recorded.ended - recorded.started) / USEC_PER_SEC
+    outcome = Outcome(recorded.result.value, seconds, ticks=ticks(replayed))
+    assert wrong(case, Cell(case.name, OURS, 0, 0, 0, outcome, wrong=[])) == []
+    # What would be done now is what was done then.
+    exited = recorded.result is Result.EXITED
+    assert replayed.result is (Result.EXITED if exited else Result.KILLED)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_the_clock_would_have_done(case: Case) -> None:
+    trace = trace_of(case)
+    replayed = replay(trace, Terms(add=Flag.FIXED))
+    due = min(rung.at for rung in trace.of(Sent)) + CLOCK_USEC
+    if replayed.recorded.until < due:
+        assert replayed.result is Result.EXITED
+        return
+    assert replayed.result is Result.KILLED
+    assert due <= replayed.at <= due + 10_000
+    stands = all(rule.verdicts == {Verdict.STOPPED} for rule in case.right)
+    assert replayed.data_at_risk is not stands
+
+
+def test_there_is_a_trace_of_each_row_and_no_other() -> None:
+    assert {path.name for path in DIRECTORY.iterdir()} == {f"{name}.jsonl" for name in CASES}
