@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from qkilld import __version__
+from qkilld.adapters import cmdline
 from qkilld.ctl.session import Bus
-from qkilld.model import timespan
-
-MAX_REASON: Final = 256
+from qkilld.model.text import MAX_TEXT
 
 _TARGETS: Final = """\
 a target is one of
@@ -178,7 +177,7 @@ def _add_replay(command: argparse.ArgumentParser) -> None:
             f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
         )
     for name, text in SPANS:
-        command.add_argument(f"--{name}", type=_span, metavar="SPAN", help=text)
+        command.add_argument(f"--{name}", type=cmdline.span, metavar="SPAN", help=text)
 
 
 def _add_terminate(command: argparse.ArgumentParser) -> None:
@@ -211,12 +210,12 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="tell what would be done, and send nothing"
     )
     for name, text in JOB_SPANS:
-        command.add_argument(f"--{name}", type=_span, metavar="SPAN", help=text)
+        command.add_argument(f"--{name}", type=cmdline.span, metavar="SPAN", help=text)
     command.add_argument(
         "--reason",
-        type=_reason,
+        type=cmdline.reason,
         metavar="TEXT",
-        help=f"why, for the journal; at most {MAX_REASON} characters",
+        help=f"why, for the journal; at most {MAX_TEXT} characters",
     )
 
 
@@ -258,25 +257,6 @@ def _address(text: str) -> Bus:
     if not text:
         raise argparse.ArgumentTypeError("a D-Bus address is needed, such as unix:path=/run/bus")
     return Bus(address=text)
-
-
-def _span(text: str) -> int:
-    try:
-        return timespan.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _reason(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
-    if len(text) > MAX_REASON:
-        raise argparse.ArgumentTypeError(
-            f"it has {len(text)} characters, at most {MAX_REASON} are allowed"
-        )
-    return text
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

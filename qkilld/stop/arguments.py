@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from qkilld import __version__
-from qkilld.model import timespan
-from qkilld.model.text import MAX_TEXT
+from qkilld.adapters import cmdline
 from qkilld.stop.options import Options
 
 SPANS: Final = {
@@ -69,8 +68,10 @@ def parse(argv: Sequence[str]) -> Options:
     force.add_argument("--no-force", dest="force", action="store_false", help="never send SIGKILL")
     for name, (_, text) in SPANS.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=_span, metavar="TIME", help=f"{text}, as 1min 30s")
-    parser.add_argument("--reason", type=_reason, metavar="TEXT", help="why, for the journal")
+        parser.add_argument(option, type=cmdline.span, metavar="TIME", help=f"{text}, as 1min 30s")
+    parser.add_argument(
+        "--reason", type=cmdline.reason, metavar="TEXT", help="why, for the journal"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done, and do nothing"
     )
@@ -101,16 +102,3 @@ def _pid(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text[:11]) < 2**31):
         raise argparse.ArgumentTypeError(f'"{text[:80]}" is not the id of a process')
     return int(text)
-
-
-def _span(text: str) -> int:
-    try:
-        return timespan.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _reason(text: str) -> str:
-    if len(text) > MAX_TEXT:
-        raise argparse.ArgumentTypeError(f"it is longer than {MAX_TEXT} characters")
-    return text
