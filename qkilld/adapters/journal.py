@@ -78,7 +78,7 @@ def to_journald(event: Event, *, identifier: str = "qkilld") -> None:
         PRIORITY=int(event.priority),
         SYSLOG_IDENTIFIER=identifier,
         **event.fields,
-        **(_object_fields(event.guest, event.gone) if event.guest else {}),
+        **(_object_fields(event.guest) if event.guest else {}),
     )
 
 
@@ -99,17 +99,18 @@ def _shown(event: Event) -> list[tuple[str, str]]:
     return [(key, event.fields[key]) for key in keys if key in event.fields]
 
 
-def _object_fields(guest: Guest, gone: bool) -> dict[str, str]:
+def _object_fields(guest: Guest) -> dict[str, str]:
     """OBJECT_PID=, from which journald itself adds the unit (systemd.journal-fields(7)).
 
-    It cannot where the process is gone, so the unit is named here; `journalctl -u UNIT` takes
-    OBJECT_SYSTEMD_UNIT= from a sender that is root.
+    It cannot where the process is gone by the time it looks, so the unit is named here as well;
+    `journalctl -u UNIT` takes OBJECT_SYSTEMD_UNIT= from a sender that is root, and journald keeps
+    of two alike one.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit
-    if gone and unit.system:
+    if unit.system:
         fields["OBJECT_SYSTEMD_UNIT"] = unit.system
-    if gone and unit.user:
+    if unit.user:
         fields["OBJECT_SYSTEMD_USER_UNIT"] = unit.user
         fields["OBJECT_UID"] = str(guest.identity.uid)
     return fields

@@ -12,7 +12,7 @@ from enum import Enum, IntEnum
 from signal import SIGKILL, Signals
 from typing import TYPE_CHECKING, Final
 
-from qkilld.model.errors import NoSuchProcess, QkilldError
+from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Guest
 from qkilld.model.text import printable
 from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
@@ -64,8 +64,6 @@ class Event:
     message: str
     """One line, printable."""
     guest: Guest | None = None
-    gone: bool = False
-    """The guest's process has exited: journald can no longer look up its unit by OBJECT_PID=."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Further journal fields."""
 
@@ -104,8 +102,6 @@ def signal_sent(job: Job, rung: Rung) -> Event:
         MessageId.SIGNAL_SENT,
         Priority.NOTICE if rung.signal is SIGKILL else Priority.INFO,
         f"Sent {rung.signal.name} to {job.guest.title} after {_seconds(rung.at - job.started)}.",
-        # It may well be gone before journald looks.
-        gone=rung.signal is SIGKILL,
         QKILLD_PHASE=rung.phase.value,
         QKILLD_SIGNAL=rung.signal.name,
     )
@@ -210,7 +206,6 @@ def survivor_gone(job: Job, now: int) -> Event:
         Priority.NOTICE,
         f"{_capitalised(job.guest.title)} is gone at last, {_seconds(now - job.started)} after its "
         "stop began.",
-        gone=True,
         QKILLD_ELAPSED_USEC=str(now - job.started),
     )
 
@@ -264,7 +259,6 @@ def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
         Priority.WARNING,
         f"Could not stop {guest.title}, one of all for uid {uid}: {error}.",
         guest=guest,
-        gone=isinstance(error, NoSuchProcess),
         fields={"QKILLD_GUEST": guest.label.name, "QKILLD_REQUESTED_BY": str(uid)},
     )
 
@@ -355,7 +349,6 @@ def _of_job(
     priority: Priority,
     message: str,
     *,
-    gone: bool = False,
     more: Mapping[str, str] | None = None,
     **fields: str,
 ) -> Event:
@@ -364,7 +357,6 @@ def _of_job(
         priority,
         message,
         guest=job.guest,
-        gone=gone or job.result in (Result.EXITED, Result.KILLED),
         fields={
             "QKILLD_JOB": str(job.number),
             "QKILLD_PHASE": job.phase.value,

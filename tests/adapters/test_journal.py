@@ -68,18 +68,15 @@ def test_stderr_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "gone", "expected"),
+    ("unit", "expected"),
     [
-        (Unit(), True, {"OBJECT_PID": "17"}),
-        (Unit("web.service"), False, {"OBJECT_PID": "17"}),
+        (Unit(), {"OBJECT_PID": "17"}),
         (
             Unit("web.service"),
-            True,
             {"OBJECT_PID": "17", "OBJECT_SYSTEMD_UNIT": "web.service"},
         ),
         (
             Unit("user@1000.service", "web.service"),
-            True,
             {
                 "OBJECT_PID": "17",
                 "OBJECT_SYSTEMD_UNIT": "user@1000.service",
@@ -89,10 +86,10 @@ def test_stderr_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_the_unit_is_named_where_journald_cannot_look_it_up(
-    unit: Unit, gone: bool, expected: dict[str, str]
+def test_the_unit_is_named_for_journald_cannot_always_look_it_up(
+    unit: Unit, expected: dict[str, str]
 ) -> None:
-    assert journal._object_fields(Guest(IDENTITY, Label("web", unit=unit)), gone) == expected
+    assert journal._object_fields(Guest(IDENTITY, Label("web", unit=unit))) == expected
 
 
 def test_journald_only_where_stderr_is_connected_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import container as lab_container
 from tests.lab import needs, process
 from tests.lab.container import Container
 from tests.lab.log import Log
 
 
-def test_its_systemd_is_up_and_a_guest_is_a_unit_of_it(container: Container) -> None:
-    assert container.run("systemctl", "is-system-running").stdout == "running\n"
+def test_its_systemd_comes_up_with_nothing_failed() -> None:
+    with lab_container.boot() as fresh:
+        assert fresh.run("systemctl", "is-system-running").stdout == "running\n"
+
+
+def test_a_guest_is_a_unit_of_it(container: Container) -> None:
     container.run(
         *("systemd-run", "--unit=lab-guest", "qemu-system-x86_64"),
         *("-M", "none", "-nodefaults", "-display", "none"),

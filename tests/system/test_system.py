@@ -98,12 +98,9 @@ def test_a_guest_that_is_a_unit_and_its_story_in_the_journal(
     assert receipt["PRIORITY"] == "6"
     assert receipt["_SYSTEMD_UNIT"] == "qkilld.service"
     # `journalctl -u` of the guest's own unit tells the whole story, though the process is gone.
-    story = [
-        entry["MESSAGE_ID"]
-        for entry in system.journal("-u", unit)
-        if entry.get("SYSLOG_IDENTIFIER") == "qkilld"
-    ]
-    assert story == [
+    entries = [e for e in system.journal("-u", unit) if e.get("SYSLOG_IDENTIFIER") == "qkilld"]
+    assert {str(entry["OBJECT_SYSTEMD_UNIT"]) for entry in entries} == {unit}
+    assert [entry["MESSAGE_ID"] for entry in entries] == [
         MessageId.JOB_STARTED.value,
         MessageId.SIGNAL_SENT.value,
         MessageId.JOB_ENDED.value,
