@@ -5,6 +5,7 @@ The stopping itself is tests.bench.unit_stops, in a throwaway system.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -22,13 +23,12 @@ def measure(rounds: int) -> Figure:
     """Raises needs.Missing where there is no container, AssertionError where something fails."""
     progress.show("units: boots a throwaway system")
     samples: dict[str, list[float]] = {way: [] for way in Way}
-    with (
-        container.boot() as system,
-        tempfile.TemporaryFile() as stderr,
-        system.spawn(
-            container.PYTHON, "-m", "tests.bench.unit_stops", str(rounds), stderr=stderr
-        ) as process,
-    ):
+    command = (container.PYTHON, "-m", "tests.bench.unit_stops", str(rounds))
+    with contextlib.ExitStack() as stack:
+        system = stack.enter_context(container.boot())
+        container.install(system)
+        stderr = stack.enter_context(tempfile.TemporaryFile())
+        process = stack.enter_context(system.spawn(*command, stderr=stderr))
         assert process.stdout is not None
         for line in process.stdout:
             said = json.loads(line)
