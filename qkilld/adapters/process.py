@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qkilld.adapters import procfs
-from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
+from qkilld.model.errors import Exiting, Failed, NoSuchProcess, NotQemu, ProcessChanged
 from qkilld.model.guest import Guest, Identity, Label
 
 
@@ -83,8 +83,8 @@ class PidfdProcess:
 def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     """Take hold of a process and read who it is; close it when done.
 
-    Raises NoSuchProcess (also for a thread's id and for a zombie), NotQemu where the kernel does
-    not show what it runs, Failed where no descriptor is to be had.
+    Raises NoSuchProcess (also for a thread's id and for a zombie), Exiting, NotQemu where the
+    kernel does not show what it runs, Failed where no descriptor is to be had.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -144,6 +144,7 @@ def _pid_of(pidfd: int) -> int | None:
 def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
     try:
         identity = procfs.read_identity(pid, proc)
+        exiting = not identity.executable and procfs.read_stat(pid, proc).exiting
     except PermissionError:
         if _exited(pidfd):
             raise _already_gone(pid) from None
@@ -154,6 +155,9 @@ def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
         raise NoSuchProcess(f"Process {pid} has just exited") from None
     if _exited(pidfd):
         raise _already_gone(pid)
+    if exiting:
+        # The kernel takes a guest's memory apart, or waits for its I/O: that may last.
+        raise Exiting(identity.key)
     return identity
 
 

@@ -20,6 +20,8 @@ from qkilld.model.text import printable
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 1 << 20
 """Bytes read of a command line; a process can make its own as long as it likes."""
+_PF_EXITING: Final = 0x4
+"""In the flags of stat: include/linux/sched.h."""
 _UNIT_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
 
@@ -27,6 +29,8 @@ class Stat(NamedTuple):
     command: str
     state: str
     start_time: int
+    exiting: bool
+    """It has begun to end: what it ran is gone, and no signal changes anything any more."""
 
 
 def pids(proc: Path = PROC) -> list[int]:
@@ -43,7 +47,8 @@ def read_stat(pid: int, proc: Path = PROC) -> Stat:
     head, _, tail = (proc / str(pid) / "stat").read_bytes().rpartition(b")")
     fields = tail.split()
     command = head.partition(b"(")[2].decode("utf-8", "surrogateescape")
-    return Stat(printable(command), fields[0].decode(), int(fields[19]))
+    exiting = bool(int(fields[6]) & _PF_EXITING)
+    return Stat(printable(command), fields[0].decode(), int(fields[19]), exiting)
 
 
 def read_uid(pid: int, proc: Path = PROC) -> int:
@@ -57,7 +62,8 @@ def read_uid(pid: int, proc: Path = PROC) -> int:
 def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """What exe points to, and whether it is deleted; ("", False) where there is none.
 
-    Kernel threads and zombies have none. Raises PermissionError where the kernel does not show it.
+    Kernel threads have none, nor has what is exiting. Raises PermissionError where the kernel does
+    not show it.
     """
     try:
         path = str((proc / str(pid) / "exe").readlink())

@@ -98,11 +98,13 @@ class Access:
             raise
         return Held(process, uid)
 
-    async def permit(self, caller: Caller, guest: Guest, action: Action) -> None:
-        """For what has no process to be held. Raises as `hold` does for the caller."""
-        if not is_free(await caller.uid(), guest.identity):
+    async def permit(self, caller: Caller, guest: Guest, action: Action) -> int:
+        """For what has no process to be held. The caller's uid; raises as `hold` does for it."""
+        uid = await caller.uid()
+        if not is_free(uid, guest.identity):
             answer = await caller.may(action, details_of(guest, Flag(0)), ask=True)
             check_answer(answer, f"Process {guest.identity.pid} is")
+        return uid
 
     def _check(self, identity: Identity, start_time: int | None) -> None:
         check_qemu(identity, self._config.executables, os.getpid())

@@ -56,7 +56,7 @@ class Host(Protocol):
     """The processes of this system."""
 
     def open(self, pid: int) -> Process:
-        """Take hold of a process. Raises NoSuchProcess, NotQemu, Failed."""
+        """Take hold of a process. Raises NoSuchProcess, Exiting, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
         """What it is called. Never takes long; an empty name where the kernel does not answer."""

@@ -28,7 +28,7 @@ from qkilld.judgement.target import (
 from qkilld.judgement.unit import check_unit_name, choose_guest
 from qkilld.judgement.verdict import Assessment, assess
 from qkilld.model.access import Action, Answer
-from qkilld.model.errors import BusError, Failed, InvalidArgs, NoSuchUnit, QkilldError
+from qkilld.model.errors import BusError, Exiting, Failed, InvalidArgs, NoSuchUnit, QkilldError
 from qkilld.model.evidence import Sample
 from qkilld.model.guest import Guest
 from qkilld.model.job import Request
@@ -97,9 +97,19 @@ class Service:
         asked = _parse_flags(flags)
         given = _parse_options(options)
         start_time = _number(given, "start-time")
-        return self._start(
-            await self._access.hold(pid, caller, asked, start_time=start_time), asked, given
-        )
+        try:
+            held = await self._access.hold(pid, caller, asked, start_time=start_time)
+        except Exiting as error:
+            # What it was cannot be seen any more; but if we stop it, it has been seen.
+            job = self.registry.running_for(error.key)
+            if job is None or start_time not in (None, error.key[1]):
+                raise
+            uid = await self._access.permit(caller, job.guest, action_for(asked))
+            if not job.running:
+                raise
+            job.join(_request(asked, given, uid))
+            return job
+        return self._start(held, asked, given)
 
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
         """The same for the main process of a unit, or where that is no QEMU, for the one in it.
@@ -225,9 +235,7 @@ class Service:
 
     def _start(self, held: Held, flags: Flag, given: Mapping[str, object]) -> Job:
         """Takes the process over."""
-        reason = printable(str(given.get("reason", "")))
-        request = Request(flags, _spans(given), reason, held.uid)
-        return self.registry.terminate(held.process, request)
+        return self.registry.terminate(held.process, _request(flags, given, held.uid))
 
 
 async def _look(watch: Watch) -> Sample:
@@ -242,6 +250,10 @@ def _parse_flags(flags: int) -> Flag:
     if flags & Flag.POWERDOWN:
         raise InvalidArgs("POWERDOWN (4) is not available in this version; leave it out")
     return Flag(flags)
+
+
+def _request(flags: Flag, given: Mapping[str, object], uid: int) -> Request:
+    return Request(flags, _spans(given), printable(str(given.get("reason", ""))), uid)
 
 
 def _number(given: Mapping[str, object], name: str) -> int | None:

@@ -7,6 +7,7 @@ the caller may not know.
     QkilldError
     ├── InvalidArgs          a wrong argument, flag or option
     ├── NoSuchProcess        no process has that id (any more)
+    │   └── Exiting          it has begun to end: what it ran cannot be told any more
     ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
     ├── ProcessChanged       the process id belongs to another process by now
     ├── NoSuchUnit
@@ -43,6 +44,14 @@ class InvalidArgs(QkilldError):
 class NoSuchProcess(QkilldError):
     bus_name = ERROR_PREFIX + "NoSuchProcess"
     exit_code = ExitCode.NOT_FOUND
+
+
+class Exiting(NoSuchProcess):
+    """On the bus a NoSuchProcess as any other. `key` is (pid, start time)."""
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        super().__init__(f"Process {key[0]} is exiting: no signal reaches it any more")
+        self.key = key
 
 
 class NotQemu(QkilldError):

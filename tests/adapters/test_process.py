@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from signal import SIGKILL, SIGSTOP
+from signal import SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 
 from qkilld.adapters.process import open_process
-from qkilld.model.errors import Failed, NoSuchProcess, NotQemu
+from qkilld.model.errors import Exiting, Failed, NoSuchProcess, NotQemu
 from tests.lab import needs
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID, wait_gone
@@ -42,6 +42,22 @@ def test_identity_of_a_real_qemu(qemu: Make) -> None:
     finally:
         process.close()
         process.close()
+
+
+def test_a_qemu_that_exits_is_never_taken_for_something_else(qemu: Make) -> None:
+    """The kernel takes its memory apart, and what tells it for a QEMU, before it is gone."""
+    for _ in range(20):
+        guest = qemu()
+        guest.signal(SIGTERM)
+        with pytest.raises(NoSuchProcess) as caught:
+            while True:
+                process = open_process(guest.pid)
+                assert process.identity.executable == str(guest.executable)
+                process.close()
+        if isinstance(caught.value, Exiting):
+            assert caught.value.key == (guest.pid, guest.start_time)
+            return
+    pytest.fail("none was looked at while it exited")
 
 
 def test_out_of_descriptors(fake_qemu: Make) -> None:

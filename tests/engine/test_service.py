@@ -17,6 +17,7 @@ from qkilld.model.access import Action, Answer
 from qkilld.model.errors import (
     AccessDenied,
     BusError,
+    Exiting,
     Failed,
     InvalidArgs,
     NoSuchProcess,
@@ -40,9 +41,12 @@ class FakeHost:
         self.processes = {p.guest.identity.pid: p for p in processes}
         self.asked: list[str] = []
         self.unit = Unit()
+        self.exiting = False
 
     def open(self, pid: int) -> Process:
         self.asked.append("open")
+        if self.exiting:
+            raise Exiting((pid, 99))
         if pid not in self.processes:
             raise NoSuchProcess(f"No process has the id {pid}")
         return self.processes[pid]
@@ -155,6 +159,30 @@ def test_joining_with_force_is_denied(world: World) -> None:
         run(service.cancel(job, FakeCaller(STRANGER)))
     assert job.flags == Flag(0)
     assert job.running
+
+
+def test_a_process_that_is_exiting(world: World) -> None:
+    """What it was cannot be seen any more: only a job that has seen it can be joined."""
+    service, host = make_service(world, FakeProcess())
+    host.exiting = True
+    with pytest.raises(NoSuchProcess, match="4711 is exiting"):
+        run(service.terminate(4711, 0, {}, ROOT))
+    host.exiting = False
+    job = run(service.terminate(4711, 0, {}, ROOT))
+    host.exiting = True
+    with pytest.raises(NoSuchProcess):
+        run(service.terminate(4711, Flag.FORCE, {"start-time": Option("t", 98)}, ROOT))
+    with pytest.raises(AccessDenied):
+        run(service.terminate(4711, Flag.FORCE, {}, FakeCaller(STRANGER)))
+    with pytest.raises(NoSuchProcess):
+        caller = FakeCaller(STRANGER, Answer.GRANTED, job.cancel)
+        run(service.terminate(4711, Flag.FORCE, {}, caller))
+    assert job.flags == Flag(0)
+    service, host = make_service(World(), FakeProcess())
+    job = run(service.terminate(4711, 0, {}, ROOT))
+    host.exiting = True
+    assert run(service.terminate(4711, Flag.FORCE, {"start-time": Option("t", 99)}, ROOT)) is job
+    assert job.flags == Flag.FORCE
 
 
 @pytest.mark.parametrize(
