@@ -48,34 +48,53 @@ class DaemonJob:
     """The job of one target. Every method may raise Lost."""
 
     def __init__(
-        self, connection: Connection, target: Target, on_change: Callable[[JobView], None]
+        self,
+        connection: Connection,
+        target: Target,
+        options: dict[str, int | str],
+        on_change: Callable[[JobView], None],
     ) -> None:
+        """`options` are those of TerminateWithOptions."""
         self._connection = connection
         self._manager = Manager(connection)
         self._target = target
+        self._options = options
+        if target.start_time is not None:
+            options["start-time"] = target.start_time
         self._on_change = on_change
         self._path = ""
         self._flags = Flag(0)
+        """Those that the daemon has taken."""
+        self._wanted = Flag(0)
         self._started = 0
         """When the daemon had sent SIGTERM at the latest; CLOCK_MONOTONIC, µs."""
         self._owner = ""
         self.view: JobView | None = None
         """What was last heard of it."""
 
-    async def start(self, flags: Flag, options: dict[str, int | str]) -> None:
+    async def start(self, flags: Flag) -> None:
         """Have the daemon stop it. Raises what it refuses with: NotQemu, AccessDenied, …"""
-        given = dict(options)
-        if self._target.start_time is not None:
-            given["start-time"] = self._target.start_time
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                self._path = await self._manager.terminate(self._target.pid, flags, given)
+                self._path = await self._manager.terminate(self._target.pid, flags, self._options)
             self._flags |= flags
             self._started = self._started or time.monotonic_ns() // 1000
         except TimeoutError:
             raise Lost(f"qkilld does not answer within {ANSWER_TIMEOUT_S:g} s") from None
         except BusError as error:
             raise Lost(str(error)) from None
+
+    async def add(self, flags: Flag) -> None:
+        """Add flags to the job: at once where it runs, else when it has run for a moment.
+
+        Asked for twice before there is a job, the daemon may answer the first call when the second
+        has had its effect: by refusing what is gone.
+        """
+        self._wanted |= flags
+        if self._path and self._wanted & ~self._flags:
+            # Whoever waits for the job hears of what goes wrong with it.
+            with contextlib.suppress(QkilldError, Lost):
+                await self.start(self._wanted)
 
     def last_known(self) -> JobView | None:
         """The job at its last sign of life; None where there is none that we know of.
@@ -106,7 +125,7 @@ class DaemonJob:
 
     async def follow(self) -> str:
         """The result of the job, when it has ended."""
-        gone = asyncio.create_task(self._gone())
+        gone = asyncio.create_task(self._target.gone())
         try:
             while True:
                 with contextlib.suppress(BusError):
@@ -125,6 +144,7 @@ class DaemonJob:
             self._owner = await self._manager.owner()
             await asyncio.wait((ended, gone), timeout=LOOK_AFTER_S, return_when=FIRST_COMPLETED)
             if not ended.done() and not gone.done():
+                await self.add(Flag(0))
                 watching = asyncio.create_task(self._watch(job))
                 await asyncio.wait((ended, gone, watching), return_when=FIRST_COMPLETED)
             if watching is not None and watching.done():
@@ -194,15 +214,6 @@ class DaemonJob:
         """A daemon that is being stopped may cancel its jobs, which nobody asked for."""
         await asyncio.sleep(ENDING_S)
         return await self._manager.owner() != self._owner
-
-    async def _gone(self) -> None:
-        gone = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._target.pidfd, gone.set)
-        try:
-            await gone.wait()
-        finally:
-            loop.remove_reader(self._target.pidfd)
 
     def _guess(self) -> str:
         """How a process ended that is gone, where the daemon does not say."""

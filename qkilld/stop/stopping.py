@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qkilld.stop.alone import Alone
 
 CONNECT_TIMEOUT_S: Final = 2.0
+EXITING_TIMEOUT_S: Final = 60.0
+"""The kernel waits for the I/O of a process that exits, and takes its memory apart."""
 FACTS_AFTER_S: Final = 0.05
 """An idle guest is gone before: its unit need not be asked for."""
 FIRST_TICK_S: Final = 0.2
@@ -145,8 +147,7 @@ class Stopping:
         try:
             result = await self._by_daemon(order)
         except NoSuchProcess:
-            say_ending(f"{order.title} is gone already")
-            return ExitCode.OK
+            return await self._gone(order)
         except NotQemu as error:
             order.running = False
             return await self._instead_of(error)
@@ -157,6 +158,17 @@ class Stopping:
             order.running = False
         say_ending(f"{order.title} {_ENDINGS.get(result, result)}")
         return exit_code_of(result)
+
+    async def _gone(self, order: Order) -> int:
+        """Of what is gone already, or on its way: exiting, where no signal is of any use."""
+        try:
+            async with asyncio.timeout(EXITING_TIMEOUT_S):
+                await order.target.gone()
+        except TimeoutError:
+            say(f"{order.title} is exiting, but still there after {EXITING_TIMEOUT_S:g} s")
+            return ExitCode.SURVIVED
+        say_ending(f"{order.title} is gone already")
+        return ExitCode.OK
 
     async def _instead_of(self, error: NotQemu) -> int:
         if not (found := self.instead()):
@@ -174,9 +186,10 @@ class Stopping:
             if isinstance(connection, str):
                 why = why or connection
                 continue
-            job = order.daemon = DaemonJob(connection, order.target, order.changed)
+            job = DaemonJob(connection, order.target, self._given(), order.changed)
+            order.daemon = job
             try:
-                await job.start(order.flags, self._given())
+                await job.start(order.flags)
                 return await job.follow()
             except (NoSuchProcess, NotQemu):
                 raise
@@ -261,9 +274,7 @@ class Stopping:
         if order.job is not None:
             self.engine().force(order, self._reason())
         elif order.daemon is not None:
-            # Whoever waits for that job hears of what goes wrong with it.
-            with contextlib.suppress(QkilldError, Lost):
-                await order.daemon.start(order.flags, self._given())
+            await order.daemon.add(order.flags)
 
     async def _tell(self) -> None:
         """Keep systemd informed, until cancelled."""

@@ -30,6 +30,18 @@ class Target:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
+    async def gone(self) -> None:
+        """Return when it has exited. For one at a time."""
+        import asyncio
+
+        gone = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.pidfd, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(self.pidfd)
+
     def close(self) -> None:
         os.close(self.pidfd)
 

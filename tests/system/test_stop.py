@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import pytest
@@ -182,6 +183,27 @@ def test_an_idle_guest_by_the_daemon(system: Container, start_unit: StartUnit) -
     stop(system, unit)
     assert story_of_an_idle_one(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
     assert f'"ExecStop of {unit}"' in said(system, unit)
+
+
+def test_a_daemon_that_has_yet_to_start(system: Container, start_unit: StartUnit) -> None:
+    """Its unit's settings are known before the daemon is; it is asked for the stop once only."""
+    unit = start_unit()
+    late = "/run/systemd/system/qkilld.service.d/late.conf"
+    system.write(late, "[Service]\nExecStartPre=/bin/sleep 0.5\n")
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "stop", "qkilld.service")
+    try:
+        with system.spawn("busctl", "monitor", "org.qkilld1") as monitor:
+            assert monitor.stdout is not None
+            assert b"Monitoring" in monitor.stdout.readline()
+            stop(system, unit)
+            monitor.send_signal(SIGINT)
+            calls = monitor.stdout.read().decode()
+    finally:
+        system.run("rm", late)
+        system.run("systemctl", "daemon-reload")
+    assert story(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    assert calls.count("Member=TerminateWithOptions") == 1
 
 
 def test_an_idle_guest_without_the_daemon(system: Container, start_unit: StartUnit) -> None:
