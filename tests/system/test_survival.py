@@ -120,6 +120,33 @@ def main_pid(system: Container) -> int:
     return int(system.property("qkilld.service", "MainPID"))
 
 
+def memory_kb(system: Container, name: str) -> int:
+    """A line of the daemon's status, proc(5)."""
+    status = system.run("cat", f"/proc/{main_pid(system)}/status").stdout
+    return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0])
+
+
+def test_memory_is_locked_while_jobs_run(
+    system: Container, start_guest: StartGuest, drop_in: Callable[[str], None]
+) -> None:
+    """In the sandbox of the unit that is shipped, with all that it forbids."""
+    limits = system.run("cat", f"/proc/{main_pid(system)}/limits").stdout
+    if not re.search(r"^Max locked memory +unlimited", limits, re.MULTILINE):
+        # This machine lets nobody raise it as LimitMEMLOCK= wants. Root may do without.
+        drop_in("CapabilityBoundingSet=CAP_IPC_LOCK")
+    assert memory_kb(system, "VmLck") == 0
+    _, pid = start_guest()
+    job = terminate(system, pid, FORCE, grace=3)
+    deadline = time.monotonic() + 10
+    while not memory_kb(system, "VmLck") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # All that there is, reserved but unused memory with it; that takes no room.
+    resident = memory_kb(system, "VmRSS")
+    assert memory_kb(system, "VmLck") >= resident
+    assert resident < 64_000
+    assert wait(system, job)[0] == "killed"
+
+
 def kill_daemon(system: Container) -> int:
     """When, in µs of CLOCK_MONOTONIC."""
     pid = main_pid(system)
