@@ -22,16 +22,11 @@ from tests.lab.image import guest_image
 from tests.lab.process import OTHER_UID, TOP, run, wait_gone
 from tests.lab.records import records
 from tests.lab.scratch import scratch
+from tests.lab.session import ENVIRONMENT, HOME, UID, UNITS, session
 from tests.lab.storage import NbdServer, nbd_server
 from tests.safety.contained import Contained
 from tests.safety.machine import Machine, Target
 
-UID = 4242
-USER_ENV = {
-    "HOME": "/home/labuser",
-    "XDG_RUNTIME_DIR": f"/run/user/{UID}",
-    "DBUS_SESSION_BUS_ADDRESS": f"unix:path=/run/user/{UID}/bus",
-}
 IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
 TIMEOUT_S = 4
 """Of every unit here: TimeoutStopSec=, and again after it was adopted."""
@@ -54,7 +49,7 @@ class Manager:
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         if not self.user:
             return self.system.run(*command, check=check, timeout=90)
-        return self.system.run(*command, check=check, timeout=90, uid=UID, env=USER_ENV)
+        return self.system.run(*command, check=check, timeout=90, uid=UID, env=ENVIRONMENT)
 
     def systemctl(self, *words: str, check: bool = True) -> str:
         where = ["--user"] if self.user else []
@@ -80,12 +75,12 @@ class Manager:
     @property
     def directory(self) -> str:
         """Of unit files."""
-        return f"{USER_ENV['HOME']}/.config/systemd/user" if self.user else "/etc/systemd/system"
+        return UNITS if self.user else "/etc/systemd/system"
 
     def write(self, name: str, text: str) -> None:
         self.system.write(f"{self.directory}/{name}", text)
         if self.user:
-            self.system.run("chown", "-R", f"{UID}:{UID}", f"{USER_ENV['HOME']}/.config")
+            self.system.run("chown", "-R", f"{UID}:{UID}", f"{HOME}/.config")
         self.systemctl("daemon-reload")
 
     def tree(self) -> str:
@@ -106,20 +101,8 @@ def manager(installed: Container) -> Iterator[Manager]:
 @pytest.fixture(scope="module")
 def users(manager: Manager) -> Iterator[Manager]:
     """A user with a manager and a session bus."""
-    for file, package in (
-        ("/usr/lib/systemd/user/dbus.socket", "dbus-user-session"),
-        ("/usr/share/pam-configs/systemd", "libpam-systemd"),
-    ):
-        if not Path(file).exists():
-            raise needs.Missing(f"a user's manager needs {package}: apt-get install {package}")
-    system = manager.system
-    system.run("useradd", "--create-home", f"--uid={UID}", "labuser")
-    system.run("systemctl", "start", f"user@{UID}.service")
-    own = Manager(system, user=True)
-    own.run("mkdir", "-p", own.directory)
-    own.systemctl("start", "dbus.service")
-    yield own
-    system.run("systemctl", "stop", f"user@{UID}.service")
+    with session(manager.system):
+        yield Manager(manager.system, user=True)
 
 
 @dataclass
@@ -238,7 +221,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
             guest.server.rate(RATE)
         began = time.monotonic()
         with manager.system.spawn(
-            *("systemctl", "--user", "stop", "wild-user.service"), uid=UID, env=USER_ENV
+            *("systemctl", "--user", "stop", "wild-user.service"), uid=UID, env=ENVIRONMENT
         ) as stopping:
             manager.systemctl("stop", "wild-control.service", *names)
             took = time.monotonic() - began
@@ -378,7 +361,7 @@ def test_a_guard_is_taken_from_a_scope_without_a_stop(manager: Manager) -> None:
 
 def test_a_users_scope_is_told_what_to_do_instead(users: Manager) -> None:
     in_scope = ("systemd-run", "--user", "--scope", "--unit=wild-3", *IDLE.split())
-    with users.system.spawn(*in_scope, stderr=subprocess.DEVNULL, uid=UID, env=USER_ENV):
+    with users.system.spawn(*in_scope, stderr=subprocess.DEVNULL, uid=UID, env=ENVIRONMENT):
         deadline = time.monotonic() + 30
         while shown(users, "wild-3.scope", "ActiveState") != "active":
             assert time.monotonic() < deadline
