@@ -12,6 +12,7 @@ from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
+from qkilld.engine.looking import Looking
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.tracing import JobTrace
 from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthened, policy_for
@@ -24,10 +25,8 @@ from qkilld.model.trace import Changed, Ended, Gone, Sent, Turned
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
 if TYPE_CHECKING:
-    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Traces, Watch
+    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Traces
 
-LOOK_TIMEOUT: Final = 1_000_000
-"""A sample that takes longer (µs) is one that blocks: nothing is known then, and that is known."""
 MAX_HISTORY: Final = 100
 """Changes of the verdict that a receipt tells."""
 
@@ -79,9 +78,7 @@ class Job:
         self._term_at: int | None = None
         self._kill_at: int | None = None
         self._continued_at: int | None = None
-        self._sampler = sampler
-        self._watch: Watch | None = None
-        self._looking: Timer | None = None
+        self._looking = Looking(process, sampler, clock)
         self._load = load
         self._clock = clock
         self._journal = journal
@@ -243,7 +240,8 @@ class Job:
                     self._wait_until(decision.deadline, decision.wake)
                     return
                 case Action.LOOK:
-                    self._look()
+                    # What comes of it, or that nothing does, leads here again.
+                    self._looking.look(self._seen)
                     return
                 case Action.CONTINUE:
                     self._climb(SIGCONT)
@@ -289,27 +287,9 @@ class Job:
         self.rungs.append(Rung(self.phase, number, now))
         self._trace.record(Sent(now, self.phase, number.name))
 
-    def _look(self) -> None:
-        """Ask for a sample; what comes of it, or that none comes, leads to `_advance`."""
-        if self._looking is not None:
-            return
-        if self._watch is None and self._sampler is not None:
-            self._watch = self._sampler.watch(self._process)
-        self._looking = self._clock.call_at(self._clock.now() + LOOK_TIMEOUT, self._not_seen)
-        if self._watch is not None:
-            self._watch.look(self._seen)
-        else:
-            self._not_seen()
-
-    def _not_seen(self) -> None:
-        self._seen(Sample(self._clock.now(), "?"))
-
     def _seen(self, sample: Sample) -> None:
         if not self.running:
             return
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
         before = self.assessment
         # One that comes after its time was up may be older than what was put in its place.
         if before is None or sample.at >= before.last.at:
@@ -346,13 +326,10 @@ class Job:
         self._finish(Result.EXITED if self._kill_at is None else Result.KILLED)
 
     def _finish(self, result: Result) -> None:
-        for timer in (self._timer, self._looking):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self._looking = None
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._looking.close()
         self.ended = self._clock.now()
         self.result = result
         self.phase = Phase.DONE
