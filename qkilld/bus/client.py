@@ -160,17 +160,34 @@ class Job:
         return self._connection.connected and await Manager(self._connection).appears(timeout_s)
 
     async def cancel(self) -> None:
+        await self._call("Cancel")
+
+    async def extend(self, usec: int) -> None:
+        await self._call("Extend", "t", usec)
+
+    async def hold(self) -> None:
+        await self._call("Hold")
+
+    async def release(self) -> None:
+        await self._call("Release")
+
+    async def force(self) -> None:
+        await self._call("Force")
+
+    async def properties(self) -> dict[str, Any]:
+        return await _get_all(self._connection, self.path, JOB_INTERFACE)
+
+    async def _call(self, member: str, signature: str = "", *body: Any) -> None:
         await self._connection.request(
             BUS_NAME,
             self.path,
             JOB_INTERFACE,
-            "Cancel",
+            member,
+            signature,
+            list(body),
             timeout_s=INTERACTIVE_CALL_TIMEOUT_S if self._interactive else CALL_TIMEOUT_S,
             interactive=self._interactive,
         )
-
-    async def properties(self) -> dict[str, Any]:
-        return await _get_all(self._connection, self.path, JOB_INTERFACE)
 
     @contextlib.asynccontextmanager
     async def watch(self, changed: Callable[[dict[str, Any]], None]) -> AsyncIterator[None]:

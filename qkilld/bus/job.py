@@ -26,7 +26,14 @@ class JobObject:
         self._job = job
         self._service = service
         self._server = server
-        self.methods: Mapping[str, Method] = {"Wait": self._wait, "Cancel": self._cancel}
+        self.methods: Mapping[str, Method] = {
+            "Wait": self._wait,
+            "Cancel": self._cancel,
+            "Extend": self._extend,
+            "Hold": self._hold,
+            "Release": self._release,
+            "Force": self._force,
+        }
 
     def property(self, name: str) -> Any:
         return properties(self._job)[name]
@@ -50,6 +57,22 @@ class JobObject:
 
     async def _cancel(self, caller: Caller) -> list[Any]:
         await self._service.cancel(self._job, Requester(self._server, caller))
+        return []
+
+    async def _extend(self, caller: Caller, usec: int) -> list[Any]:
+        await self._service.extend(self._job, usec, Requester(self._server, caller))
+        return []
+
+    async def _hold(self, caller: Caller) -> list[Any]:
+        await self._service.hold(self._job, Requester(self._server, caller))
+        return []
+
+    async def _release(self, caller: Caller) -> list[Any]:
+        await self._service.release(self._job, Requester(self._server, caller))
+        return []
+
+    async def _force(self, caller: Caller) -> list[Any]:
+        await self._service.force(self._job, Requester(self._server, caller))
         return []
 
 
@@ -85,7 +108,7 @@ def changing(job: Job) -> dict[str, Any]:
         "LastProgressUSec": (evidence and evidence.progress_at) or 0,
         "BytesWritten": _known(evidence.written if evidence else None),
         "BytesPending": _known(evidence.pending if evidence else None),
-        "Held": False,
+        "Held": job.control.held,
     }
 
 

@@ -102,7 +102,8 @@ class Access:
         """For what has no process to be held. The caller's uid; raises as `hold` does for it."""
         uid = await caller.uid()
         if not is_free(uid, guest.identity):
-            answer = await caller.may(action, details_of(guest, Flag(0)), ask=True)
+            flags = Flag.FORCE if action is Action.FORCE else Flag(0)
+            answer = await caller.may(action, details_of(guest, flags), ask=True)
             check_answer(answer, f"Process {guest.identity.pid} is")
         return uid
 

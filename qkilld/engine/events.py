@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Guest
 from qkilld.model.text import printable
+from qkilld.model.timespan import format_usec
 from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class MessageId(Enum):
     SIGNAL_SENT = "ccad3eab18e747ca8bd4d129b46e422b"
     SIGNAL_REFUSED = "62abee31bee64db4a88fd9002b90364c"
     JOB_JOINED = "c8c755af4e2845c19090e03b3e3a13f9"
+    JOB_HELD = "a851f57cd0b7424ebf499d2dd53e0f98"
+    JOB_RELEASED = "22673d96e4b847b79f61214935d7ade4"
+    JOB_EXTENDED = "751f26c2bdeb494fabe9468dfb1d6f67"
+    JOB_FORCED = "fe4506d5abf84ff1bd46b11e479f4a20"
     JOB_RESUMED = "575356985b7542e3a54687417a1c5574"
     VERDICT_TURNED = "b5f7ec2ec2a74611bdca05783a342ee5"
     JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
@@ -125,6 +130,41 @@ def job_joined(job: Job, request: Request) -> Event:
         f"Uid {request.uid} joined the stop of {job.guest.title}, now {_ladder(job.flags)}.",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(request.uid),
+    )
+
+
+def job_held(job: Job, uid: int) -> Event:
+    """And released."""
+    held = job.control.held
+    return _of_job(
+        job,
+        MessageId.JOB_HELD if held else MessageId.JOB_RELEASED,
+        Priority.NOTICE,
+        f"Uid {uid} holds the stop of {job.guest.title}: no more signals until it is released."
+        if held
+        else f"Uid {uid} released the stop of {job.guest.title}: it goes on, {_ladder(job.flags)}.",
+        QKILLD_REQUESTED_BY=str(uid),
+    )
+
+
+def job_extended(job: Job, usec: int, uid: int) -> Event:
+    return _of_job(
+        job,
+        MessageId.JOB_EXTENDED,
+        Priority.NOTICE,
+        f"Uid {uid} gives {job.guest.title} at least {format_usec(usec)} more before SIGKILL.",
+        QKILLD_REQUESTED_BY=str(uid),
+        QKILLD_EXTENDED_USEC=str(usec),
+    )
+
+
+def job_forced(job: Job, uid: int) -> Event:
+    return _of_job(
+        job,
+        MessageId.JOB_FORCED,
+        Priority.NOTICE,
+        f"Uid {uid} has {job.guest.title} killed now.",
+        QKILLD_REQUESTED_BY=str(uid),
     )
 
 
@@ -217,38 +257,6 @@ def waiter_gone(job: Job) -> Event:
         Priority.WARNING,
         f"Nobody waits for the stop of {job.guest.title} any more. It goes on; but where systemd "
         "asked for it, systemd's own time limits may end the guest now.",
-    )
-
-
-def stop_alone(guest: Guest, why: str) -> Event:
-    """Of qkilld-stop, as the two below."""
-    return Event(
-        MessageId.STOP_ALONE,
-        Priority.NOTICE,
-        f"qkilld-stop stops {guest.title} by itself: {why}.",
-        guest=guest,
-        fields={"QKILLD_GUEST": guest.label.name},
-    )
-
-
-def stop_limited(guest: Guest, warning: str) -> Event:
-    return Event(
-        MessageId.STOP_LIMITED,
-        Priority.WARNING,
-        f"{_capitalised(guest.title)} may be ended before it has written everything: {warning}.",
-        guest=guest,
-        fields={"QKILLD_GUEST": guest.label.name},
-    )
-
-
-def stop_left(guest: Guest, why: str) -> Event:
-    return Event(
-        MessageId.STOP_LEFT,
-        Priority.WARNING,
-        f"qkilld-stop leaves {guest.title}, which is still there: {why}. What happens to it now is "
-        "up to systemd.",
-        guest=guest,
-        fields={"QKILLD_GUEST": guest.label.name},
     )
 
 

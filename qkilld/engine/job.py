@@ -8,6 +8,7 @@ what to do until that is to wait.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,7 @@ from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthene
 from qkilld.judgement.verdict import Assessment, assess, is_dead
 from qkilld.model.errors import Failed, NoSuchProcess
 from qkilld.model.evidence import Sample
-from qkilld.model.job import Request, Rung, Turn
+from qkilld.model.job import UNCONTROLLED, Request, Rung, Turn
 from qkilld.model.policy import Policy
 from qkilld.model.trace import Changed, Ended, Gone, Sent, Turned
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
@@ -58,6 +59,7 @@ class Job:
         self.guest = process.guest
         self.request = request
         self.flags = request.flags
+        self.control = UNCONTROLLED
         self.phase = Phase.TERMINATE
         self.verdict = Verdict.UNKNOWN
         self.result: Result | None = None
@@ -114,6 +116,7 @@ class Job:
             sum(rung.signal == SIGCONT for rung in self.rungs),
             self.assessment,
             self._load(),
+            self.control,
         )
 
     def start(self) -> None:
@@ -141,7 +144,7 @@ class Job:
     def resume(self, past: Snapshot) -> None:
         """Take up what another has begun, in place of `start`. No signal is sent here."""
         self.guest, self.phase, self.verdict = past.guest, past.phase, past.verdict
-        self.flags, self._policy = past.flags, past.policy
+        self.flags, self._policy, self.control = past.flags, past.policy, past.control
         self.started, self.ended = past.started, past.ended
         self.result, self.error, self.data_at_risk = past.result, past.error, past.data_at_risk
         self.rungs, self.history = list(past.rungs), list(past.history)
@@ -166,23 +169,7 @@ class Job:
 
     def snapshot(self) -> Snapshot:
         """The job as it is now."""
-        return Snapshot(
-            number=self.number,
-            guest=self.guest,
-            request=self.request,
-            flags=self.flags,
-            policy=self._policy,
-            phase=self.phase,
-            verdict=self.verdict,
-            result=self.result,
-            error=self.error,
-            data_at_risk=self.data_at_risk,
-            rungs=tuple(self.rungs),
-            history=tuple(self.history),
-            assessment=self.assessment,
-            started=self.started,
-            ended=self.ended,
-        )
+        return Snapshot.of_job(self)
 
     def join(self, request: Request) -> None:
         """Let a further request take part: it may add FORCE and lengthen spans, never less.
@@ -195,9 +182,37 @@ class Job:
         if at_once and self._kill_at is None and not self._process.exited():
             self._climb(SIGKILL)
         self._journal.write(events.job_joined(self, request))
-        self._trace.record(Changed(self._clock.now(), self.flags, self._policy))
-        self._advance()
-        self._on_change(self)
+        self._changed()
+
+    def extend(self, usec: int, uid: int) -> None:
+        """No SIGKILL for at least so much longer, whatever the policy; never less than before.
+
+        This and the next two raise Failed where no SIGKILL is to come any more.
+        """
+        self._check_controllable()
+        until = min(self._clock.now() + usec, INFINITY)
+        if until > self.control.not_before:
+            self.control = replace(self.control, not_before=until)
+            self._journal.write(events.job_extended(self, usec, uid))
+            self._changed()
+
+    def hold(self, uid: int) -> None:
+        """Send nothing more, and do not give up either, until `release`."""
+        self._set_held(True, uid)
+
+    def release(self, uid: int) -> None:
+        self._set_held(False, uid)
+
+    def force(self, uid: int) -> None:
+        """Send SIGKILL now, held or not. Raises Failed where the job has ended."""
+        if not self.running:
+            raise self._over()
+        if self._kill_at is None and not self._process.exited():
+            self.flags |= Flag.FORCE
+            self.control = UNCONTROLLED
+            self._journal.write(events.job_forced(self, uid))
+            self._climb(SIGKILL)
+            self._changed()
 
     def cancel(self, why: str = "") -> None:
         """Send nothing more and end as `cancelled`; nothing where the job has ended."""
@@ -227,6 +242,29 @@ class Job:
         """Stop watching a process that survived: a newer job has taken it over."""
         self._process.close()
         self._trace.end()
+
+    def _set_held(self, held: bool, uid: int) -> None:
+        self._check_controllable()
+        if held is not self.control.held:
+            self.control = replace(self.control, held=held)
+            self._journal.write(events.job_held(self, uid))
+            self._changed()
+
+    def _check_controllable(self) -> None:
+        if not self.running:
+            raise self._over()
+        if self._kill_at is not None:
+            raise Failed(f"Job {self.number} has sent SIGKILL already")
+
+    def _over(self) -> Failed:
+        assert self.result is not None
+        return Failed(f"Job {self.number} has ended already ({self.result.value})")
+
+    def _changed(self) -> None:
+        """What the job goes by is another now."""
+        self._trace.record(Changed(self._clock.now(), self.flags, self._policy, self.control))
+        self._advance()
+        self._on_change(self)
 
     def _advance(self) -> None:
         while self.running:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from qkilld.model.job import Control
 from qkilld.model.policy import Policy
 from qkilld.model.words import USEC_PER_SEC, Flag, Phase, Result, Verdict
 
@@ -29,6 +30,7 @@ class _Written(NamedTuple):
     result: Result | None
     flags: Flag
     policy: Policy
+    control: Control
     rungs: int
 
 
@@ -48,7 +50,10 @@ class Keeper:
 
     def changed(self, job: Job) -> None:
         now = self._clock.now()
-        state = _Written(job.phase, job.verdict, job.result, job.flags, job.policy, len(job.rungs))
+        state = _Written(
+            *(job.phase, job.verdict, job.result, job.flags, job.policy, job.control),
+            rungs=len(job.rungs),
+        )
         if written := self._written.get(job.number):
             before, at = written
             interval = max(PROGRESS_INTERVAL, len(self._written) * PER_JOB)

@@ -181,6 +181,20 @@ class Service:
         await self._access.permit(caller, job.guest, Action.TERMINATE)
         job.cancel()
 
+    async def extend(self, job: Job, usec: int, caller: Caller) -> None:
+        """These raise AccessDenied, Busy, and Failed where nothing is to be done any more."""
+        job.extend(usec, await self._access.permit(caller, job.guest, Action.TERMINATE))
+
+    async def hold(self, job: Job, caller: Caller) -> None:
+        job.hold(await self._access.permit(caller, job.guest, Action.TERMINATE))
+
+    async def release(self, job: Job, caller: Caller) -> None:
+        job.release(await self._access.permit(caller, job.guest, Action.TERMINATE))
+
+    async def force(self, job: Job, caller: Caller) -> None:
+        """SIGKILL now."""
+        job.force(await self._access.permit(caller, job.guest, Action.FORCE))
+
     async def inspect(self, pid: int, caller: Caller) -> Inspection:
         """Who a process is and what is to be seen of it. Sends nothing.
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from signal import SIGKILL, SIGTERM, Signals
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.judgement.gap import after_gap, unseen
 from qkilld.judgement.verdict import Assessment
 from qkilld.model.codec import from_json, to_json
 from qkilld.model.guest import Guest
-from qkilld.model.job import Request, Rung, Turn
+from qkilld.model.job import UNCONTROLLED, Control, Request, Rung, Turn
 from qkilld.model.policy import Policy
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
+if TYPE_CHECKING:
+    from qkilld.engine.job import Job
+
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 had no control."""
 MAX_NUMBER: Final = 10**9 - 1
 """Of a job: nine digits in its path."""
 
@@ -37,6 +41,7 @@ class Snapshot:
     flags: Flag
     """With what others have added since."""
     policy: Policy
+    control: Control
     phase: Phase
     verdict: Verdict
     result: Result | None
@@ -52,6 +57,27 @@ class Snapshot:
     ended: int | None
 
     @classmethod
+    def of_job(cls, job: Job) -> Snapshot:
+        return cls(
+            number=job.number,
+            guest=job.guest,
+            request=job.request,
+            flags=job.flags,
+            policy=job.policy,
+            control=job.control,
+            phase=job.phase,
+            verdict=job.verdict,
+            result=job.result,
+            error=job.error,
+            data_at_risk=job.data_at_risk,
+            rungs=tuple(job.rungs),
+            history=tuple(job.history),
+            assessment=job.assessment,
+            started=job.started,
+            ended=job.ended,
+        )
+
+    @classmethod
     def of_signals(
         cls,
         guest: Guest,
@@ -63,9 +89,10 @@ class Snapshot:
         kill_at: int | None = None,
         verdict: Verdict = Verdict.UNKNOWN,
         progress_at: int | None = None,
+        control: Control = UNCONTROLLED,
     ) -> Snapshot:
         """Of a job of which no more is known than what a caller sees of it (StartedUSec, Verdict,
-        LastProgressUSec): SIGTERM was sent at `term_at`, and SIGKILL perhaps.
+        LastProgressUSec, Held): SIGTERM was sent at `term_at`, and SIGKILL perhaps.
 
         `policy` is the job's, with the request's spans. Where `progress_at` is None, it may have
         made progress until the job is resumed, and is given the time that follows from that.
@@ -79,6 +106,7 @@ class Snapshot:
             request=request,
             flags=request.flags,
             policy=policy,
+            control=control,
             phase=Phase.TERMINATE if kill_at is None else Phase.REAP,
             verdict=verdict,
             result=None,
@@ -132,9 +160,11 @@ def decode(document: object) -> Snapshot:
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise SnapshotError("it is not a job of qkilld's")
     version = document.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise SnapshotError("it is of a version that this program does not know")
     fields = {key: document[key] for key in document if key not in ("format", "version")}
+    if version == 1:
+        fields.setdefault("control", to_json(UNCONTROLLED))
     try:
         snapshot: Snapshot = from_json(Snapshot, fields, "the job", strict=True)
     except (ValueError, RecursionError) as error:
@@ -157,6 +187,6 @@ def _problem(snapshot: Snapshot) -> str:
         return "it says both that the job has ended and that it has not"
     if not min(snapshot.started, *(rung.at for rung in snapshot.rungs)) >= 0:
         return "a point in time cannot be"
-    if snapshot.latest >= INFINITY:
+    if snapshot.latest >= INFINITY or not 0 <= snapshot.control.not_before <= INFINITY:
         return "a point in time cannot be"
     return ""

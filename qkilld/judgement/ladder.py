@@ -2,7 +2,8 @@
 
 Pure: the time comes in as an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
 
-With FIXED it goes by the clock alone. Otherwise it goes by evidence:
+A caller may hold a job: then nothing is sent, and the job does not give up; and extend it: then no
+SIGKILL comes before. Beyond that, with FIXED it goes by the clock alone, otherwise by evidence:
 
 - never a SIGKILL without FORCE, nor within the grace after SIGTERM;
 - never while there was progress within the last `stall`;
@@ -21,6 +22,7 @@ from enum import Enum, auto
 from typing import Final
 
 from qkilld.judgement.verdict import Assessment, can_be_continued
+from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
 from qkilld.model.words import INFINITY, USEC_PER_SEC, Flag
 
@@ -68,6 +70,7 @@ class Standing:
     assessment: Assessment | None = None
     jobs: int = 1
     """How many jobs are looked at: many are looked at more rarely."""
+    control: Control = UNCONTROLLED
 
     @property
     def by_evidence(self) -> bool:
@@ -120,7 +123,10 @@ def decide(standing: Standing, now: int) -> Decision:
         return Decision(Action.LEAVE)
     last = Action.KILL if Flag.FORCE in flags else Action.GIVE_UP
     due = kill_due(standing) if standing.by_evidence else _fixed_due(standing)
+    due = max(due, standing.control.not_before)
     deadline = due if Flag.FORCE in flags else _add(due, policy.reap)
+    if standing.control.held:
+        deadline = INFINITY
     if not standing.by_evidence:
         return Decision(last) if deadline <= now else Decision(Action.WAIT, deadline, deadline)
     if _should_continue(standing):
@@ -186,6 +192,7 @@ def _should_continue(standing: Standing) -> bool:
     evidence = standing.assessment
     return (
         evidence is not None
+        and not standing.control.held
         and can_be_continued(evidence.last)
         and evidence.last.at > (standing.continued_at or 0)
         and standing.continues < MAX_CONTINUES

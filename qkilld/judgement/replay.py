@@ -164,7 +164,9 @@ class _Walk:
         self.now = moment.at
         if isinstance(moment, Changed):
             flags, policy = self._terms.over(moment.flags, moment.policy)
-            self.standing = replace(self.standing, flags=flags, policy=policy)
+            self.standing = replace(
+                self.standing, flags=flags, policy=policy, control=moment.control
+            )
         else:
             evidence = assess(self.standing.assessment, moment)
             self.standing = replace(self.standing, assessment=evidence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from signal import Signals
+from typing import Final
 
 from qkilld.model.words import Flag, Phase, Verdict
 
@@ -20,6 +21,19 @@ class Request:
     """Printable."""
     uid: int = 0
     """Whose request it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What callers have said of a running job, beyond their requests."""
+
+    held: bool = False
+    """No further rung, until it is released."""
+    not_before: int = 0
+    """No SIGKILL before; CLOCK_MONOTONIC, µs."""
+
+
+UNCONTROLLED: Final = Control()
 
 
 @dataclass(frozen=True, slots=True)

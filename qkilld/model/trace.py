@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 
 from qkilld.model.codec import from_json, to_json
 from qkilld.model.evidence import Sample
+from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
 from qkilld.model.words import Flag, Phase, Result, Verdict
 
@@ -69,11 +70,12 @@ class Turned:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Another request has joined the job."""
+    """Another request has joined the job, or somebody has held, released or extended it."""
 
     at: int
     flags: Flag
     policy: Policy
+    control: Control = UNCONTROLLED
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from qkilld.adapters.evidence.sampler import EvidenceSampler
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import favour_the_loop
 from qkilld.bus.job import properties
-from qkilld.engine import events
 from qkilld.engine.access import Access
 from qkilld.engine.registry import Registry
 from qkilld.engine.service import SPANS, Service
@@ -22,11 +21,12 @@ from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.judgement.ladder import policy_for
 from qkilld.model.errors import ConfigError
 from qkilld.model.guest import Guest
-from qkilld.model.job import Request
+from qkilld.model.job import Control, Request
 from qkilld.model.jobview import JobView, verdict_of
 from qkilld.model.policy import Config
 from qkilld.model.words import INFINITY, KNOWN_FLAGS, Flag, Phase
 from qkilld.stop.caller import OwnUser
+from qkilld.stop.events import stop_alone
 from qkilld.stop.log import say
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Alone:
         process, uid = await access.hold(
             target.pid, OwnUser(), order.flags, start_time=target.start_time
         )
-        self._log.write(events.stop_alone(process.guest, why))
+        self._log.write(stop_alone(process.guest, why))
         fields = {SPANS[name]: usec for name, usec in spans.items()}
         request = Request(order.flags, fields, reason, uid)
         past = self._past(process.guest, request, order.view)
@@ -85,16 +85,20 @@ class Alone:
         request = replace(request, flags=request.flags | Flag(told["Flags"]) & KNOWN_FLAGS)
         configured = self.config.policy_for(guest.label.name)
         policy = policy_for(request.flags, configured, request.spans)
-        killed = view.phase in (Phase.KILL, Phase.REAP) and told["DeadlineUSec"] != INFINITY
+        deadline = told["DeadlineUSec"]
+        killed = view.phase in (Phase.KILL, Phase.REAP) and deadline != INFINITY
+        # Somebody may have extended it: no SIGKILL before the time that was last told of.
+        floor = deadline if view.forced and deadline != INFINITY else 0
         return Snapshot.of_signals(
             guest,
             request,
             policy,
             number=view.id,
             term_at=told["StartedUSec"],
-            kill_at=told["DeadlineUSec"] - policy.reap if killed else None,
+            kill_at=deadline - policy.reap if killed else None,
             verdict=verdict_of(view.verdict),
             progress_at=told["LastProgressUSec"] or None,
+            control=Control(held=told["Held"], not_before=floor),
         )
 
     def force(self, order: Order, reason: str) -> None:

@@ -248,7 +248,7 @@ class Stopping:
     async def _learn(self) -> None:
         """Ask for the settings of the unit, and heed them."""
         await asyncio.sleep(FACTS_AFTER_S)
-        from qkilld.engine.events import stop_limited
+        from qkilld.stop.events import stop_limited
 
         if (facts := await self.facts()) is None:
             return
@@ -300,7 +300,7 @@ class Stopping:
         self._leave(code, f"it got {signal.Signals(number).name}")
 
     def _leave(self, code: int, why: str) -> None:
-        from qkilld.engine.events import stop_left
+        from qkilld.stop.events import stop_left
 
         if self._left.done():
             return

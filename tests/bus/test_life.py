@@ -50,6 +50,7 @@ def test_every_member_answers(client: Client, fake_qemu: Make) -> None:
     job = client.terminate(guest.pid)
     bodies: dict[str, list[Any]] = {
         "u": [1],
+        "t": [1],
         "ut": [1, 0],
         "uta{sv}": [1, 0, {}],
         "": [],

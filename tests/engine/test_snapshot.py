@@ -14,7 +14,7 @@ from qkilld.engine.events import MessageId
 from qkilld.engine.job import Job
 from qkilld.engine.snapshot import Snapshot, SnapshotError, decode
 from qkilld.model.evidence import Io, Sample, Thread
-from qkilld.model.job import Request
+from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
 from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
@@ -311,7 +311,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         None,
         [],
         {},
-        changed("version", 2),
+        changed("version", 3),
         changed("version", True),
         changed("format", "qkilld-trace"),
         changed("number", 0),
@@ -325,6 +325,9 @@ def changed(path: str, value: object) -> dict[str, Any]:
         changed("policy/grace", None),
         changed("policy/grace", "soon"),
         changed("policy/more", "1s"),
+        changed("control", None),
+        changed("control/held", 1),
+        changed("control/not_before", -1),
         changed("phase", "done"),
         changed("result", "exited"),
         changed("rungs", []),
@@ -345,3 +348,27 @@ def test_what_is_no_snapshot_is_refused(wrong: object) -> None:
 
 def test_a_good_one_is_not_refused() -> None:
     assert decode(good()).to_json() == good()
+
+
+def test_one_of_the_version_before_is_not_refused() -> None:
+    document = changed("version", 1)
+    del document["control"]
+    assert decode(document).control == Control()
+
+
+def test_what_was_held_and_extended_stays_so(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    job.hold(1000)
+    job.extend(60 * S, 1000)
+    after, resumed = crash(world, job, process, down=20)
+    assert resumed.control == Control(held=True, not_before=START + 60 * S)
+    after.clock.advance(600)
+    assert process.sent == [SIGTERM]
+    resumed.release(1000)
+    assert process.sent == [SIGTERM, SIGKILL]
+    (before, now) = (World(), FakeProcess())
+    job = before.stop(now, FORCE)
+    job.extend(60 * S, 1000)
+    after, _ = crash(before, job, now, down=20)
+    assert ends(after, now)[0] == 60 * S

@@ -20,6 +20,7 @@ from qkilld.judgement.ladder import (
 )
 from qkilld.judgement.verdict import Assessment
 from qkilld.model.evidence import Cgroup, Sample
+from qkilld.model.job import Control
 from qkilld.model.policy import Policy
 from qkilld.model.words import INFINITY, Flag, Verdict
 
@@ -76,6 +77,22 @@ def test_fixed_clock(
         kill_at=None if kill is None else T0 + int(kill * S),
     )
     assert decide(standing, T0 + int(now * S)) == expected
+
+
+@pytest.mark.parametrize("fixed", [NONE, FIXED])
+def test_held_and_extended(fixed: Flag) -> None:
+    late = T0 + 10**12
+    for flags in (NONE, FORCE):
+        held = Standing(flags | fixed, Policy(), term_at=T0, control=Control(held=True))
+        assert decide(held, late).action in (Action.WAIT, Action.LOOK)
+        assert decide(held, late).deadline == INFINITY
+        extended = replace(held, control=Control(not_before=late))
+        reap = 0 if flags else 5 * S
+        assert decide(extended, T0).deadline == late + reap
+    # What was sent is sent, and what is to be sent at once is sent at once.
+    killed = replace(held, kill_at=T0)
+    assert decide(killed, T0 + 5 * S).action is Action.GIVE_UP
+    assert decide(replace(held, term_at=None), T0).action is Action.TERMINATE
 
 
 @pytest.mark.parametrize("fixed", [NONE, FIXED])

@@ -46,9 +46,9 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
     name and the pid."""
     started = []
 
-    def start(script: str = STUBBORN) -> tuple[str, int]:
+    def start(script: str = STUBBORN, lines: str = "") -> tuple[str, int]:
         unit = f"outlives{next(_numbers)}.service"
-        text = f'[Service]\nExecStart=@{STAND_IN} sh -c "{script}"\n'
+        text = f'[Service]\nExecStart=@{STAND_IN} sh -c "{script}"\n{lines}\n'
         system.write(f"/run/systemd/system/{unit}", text)
         system.run("systemctl", "start", unit)
         started.append(unit)
@@ -464,3 +464,24 @@ def test_it_ends_for_lack_of_work_and_is_started_by_a_call(
     assert wait(system, job)[0] == "killed"
     time.sleep(2)
     assert main_pid(system) == daemon
+
+
+def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest(
+        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=3"
+    )
+    with system.spawn("systemctl", "stop", unit) as stopping:
+        system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
+        system.run("qkillctl", "hold", str(pid))
+        system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
+        time.sleep(9)
+        assert "held" in system.property(unit, "StatusText")
+        assert system.property(unit, "ActiveState") == "deactivating"
+        system.run("qkillctl", "release", str(pid))
+        stopping.wait(30)
+    (receipt,) = system.journal(f"OBJECT_PID={pid}", "QKILLD_RESULT=killed")
+    assert int(receipt["QKILLD_ELAPSED_USEC"]) >= 9e6
+    signals = system.journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
+    assert [entry["QKILLD_SIGNAL"] for entry in signals] == ["SIGTERM", "SIGKILL"]

@@ -1,0 +1,39 @@
+"""What the helper itself has to say in the journal; of its engine's jobs see engine.events."""
+
+from __future__ import annotations
+
+from qkilld.engine.events import Event, MessageId, Priority
+from qkilld.model.guest import Guest
+
+
+def stop_alone(guest: Guest, why: str) -> Event:
+    return _of_guest(
+        MessageId.STOP_ALONE,
+        Priority.NOTICE,
+        f"qkilld-stop stops {guest.title} by itself: {why}.",
+        guest,
+    )
+
+
+def stop_limited(guest: Guest, warning: str) -> Event:
+    return _of_guest(
+        MessageId.STOP_LIMITED,
+        Priority.WARNING,
+        f"{guest.title[:1].upper()}{guest.title[1:]} may be ended before it has written "
+        f"everything: {warning}.",
+        guest,
+    )
+
+
+def stop_left(guest: Guest, why: str) -> Event:
+    return _of_guest(
+        MessageId.STOP_LEFT,
+        Priority.WARNING,
+        f"qkilld-stop leaves {guest.title}, which is still there: {why}. What happens to it now is "
+        "up to systemd.",
+        guest,
+    )
+
+
+def _of_guest(id: MessageId, priority: Priority, message: str, guest: Guest) -> Event:
+    return Event(id, priority, message, guest, {"QKILLD_GUEST": guest.label.name})
