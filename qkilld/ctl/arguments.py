@@ -49,6 +49,8 @@ examples
   qkillctl terminate --all --dry-run           what would be stopped, and how
   qkillctl status web                          what is being done to it
   qkillctl cancel web                          send it no more signals
+  qkillctl extend 5min web                     give it five minutes more before SIGKILL
+  qkillctl hold web                            send no signal until `qkillctl release web`
   qkillctl trace web                           look at it, and stop nothing
   qkillctl replay --grace 2s job7-….jsonl      what another policy would have done
   qkillctl check-unit web.service              would a stop of this unit lose data?
@@ -70,6 +72,39 @@ unit again. It has only the lines that the unit needs; the unit itself is not to
 in it runs on. A scope, which has no ExecStop=, gets qkilld-scope@.service for a guard instead.
 With --user: units of your own manager.
 """
+_JOBS: Final = "A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n"
+_CONTROLS: Final = (
+    (
+        "cancel",
+        "cancel jobs: no more signals are sent",
+        "Cancel jobs. No more signals are sent; one that was sent already stays sent.",
+    ),
+    (
+        "hold",
+        "hold jobs: no more signals until they are released",
+        "Hold jobs: no more signals are sent, and none gives up, until `qkillctl release`.\n"
+        "qkilld goes on looking at the guest, and what it sees counts afterwards. A job stays\n"
+        "held when you log out, and when qkilld is restarted.",
+    ),
+    (
+        "release",
+        "let held jobs go on",
+        "Let jobs go on that were held. What is due by then is due.",
+    ),
+    (
+        "extend",
+        "give jobs more time before SIGKILL",
+        "Give jobs more time: no SIGKILL for so long from now on, whatever the policy says. A job\n"
+        "that has more time already keeps it.",
+    ),
+    (
+        "force",
+        "send SIGKILL now",
+        "Send SIGKILL now to guests that are being stopped, held or not. What they have not\n"
+        "written is lost.",
+    ),
+)
+"""Name, summary, description."""
 _UNITS: Final = """\
 a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (the
 template, and so all its instances), run-1234.scope
@@ -128,20 +163,20 @@ def _build() -> argparse.ArgumentParser:
     status = add(
         "status",
         "show the daemon and its policy, or a guest or job",
-        epilog=f"{_TARGETS}A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n",
+        epilog=f"{_TARGETS}{_JOBS}",
     )
     status.add_argument("target", nargs="?", metavar="TARGET|JOB")
     inspect = add("inspect", "show who the process of a guest is", epilog=_TARGETS)
     inspect.add_argument("target", metavar="TARGET")
     add("jobs", "list the running and just finished jobs")
     _add_terminate(add("terminate", "stop guests", _TERMINATE, f"{_TARGETS}\n{_EXIT_CODES}"))
-    cancel = add(
-        "cancel",
-        "cancel jobs: no more signals are sent",
-        "Cancel jobs. No more signals are sent; one that was sent already stays sent.",
-        f"{_TARGETS}A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n",
-    )
-    cancel.add_argument("targets", nargs="+", metavar="TARGET|JOB")
+    for name, summary, description in _CONTROLS:
+        command = add(name, summary, description, f"{_TARGETS}{_JOBS}")
+        if name == "extend":
+            command.add_argument(
+                "span", type=cmdline.span, metavar="SPAN", help="such as 90s, 5min or infinity"
+            )
+        command.add_argument("targets", nargs="+", metavar="TARGET|JOB")
     look = add(
         "trace",
         "look at a guest once a second, and stop nothing",

@@ -74,17 +74,18 @@ class Quiet:
 
 
 class Plain:
-    """For a pipe: a line for each change of phase or verdict, and one for the end."""
+    """For a pipe: a line for each change of phase or verdict, where a job is held or released, and
+    one for the end."""
 
     watches = True
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._last: dict[str, tuple[str, str]] = {}
+        self._last: dict[str, tuple[str, str, bool]] = {}
         self._outages = Outages()
 
     def changed(self, view: JobView) -> None:
-        standing = (view.phase, view.verdict)
+        standing = (view.phase, view.verdict, bool(view.properties["Held"]))
         if view.result or self._last.get(view.path) == standing:
             return
         self._last[view.path] = standing

@@ -23,7 +23,10 @@ from qkilld.model.words import ExitCode, Flag
 if TYPE_CHECKING:
     from qkilld.judgement.replay import Terms
 
-_MAY_NEED_A_PASSWORD: Final = ("terminate", "cancel", "inspect", "trace", "status")
+_MAY_NEED_A_PASSWORD: Final = (
+    *("terminate", "cancel", "hold", "release", "extend", "force"),
+    *("inspect", "trace", "status"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,8 +113,14 @@ async def _run(
                 if arguments.dry_run:
                     return await planning.plan(session, orders, _how(arguments))
                 return await stopping.terminate(session, orders, _how(arguments))
-            case _:
-                return await stopping.cancel(session, orders)
+            case command:
+                from qkilld.ctl import control
+
+                if command == "extend":
+                    how = control.extending(arguments.span)
+                else:
+                    how = control.CONTROLS[command]
+                return await control.control(session, orders, how, command)
 
 
 def _how(arguments: argparse.Namespace) -> How:

@@ -1,4 +1,4 @@
-"""The commands that act: terminate and cancel."""
+"""The command that stops guests: terminate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qkilld.ctl.commands import MAX_CALLS
 from qkilld.ctl.follow import Display, display_on, follow
 from qkilld.ctl.session import Bus, Session, error_as_json, explain, open_connection
 from qkilld.ctl.targets import Kind, Resolver, parse
-from qkilld.model.errors import BusError, NoSuchJob, NoSuchUnit, QkilldError
+from qkilld.model.errors import BusError, NoSuchUnit, QkilldError
 from qkilld.model.exits import INTERRUPTED, exit_code_of, worst
 from qkilld.model.jobview import JobView, ending, label, receipt_as_json
 from qkilld.model.words import JOB_PATH_PREFIX, ExitCode, Flag
@@ -117,7 +117,7 @@ async def carry_out(
             order.pid, order.name = order.view.pid, order.view.name
 
     try:
-        await _each(session, orders, begin)
+        await each(session, orders, begin)
         started = [order for order in orders if order.error is None]
         if how.wait or Flag.NOWAIT in how.flags:
             await _follow_all(session, [o for o in started if how.wait or _ends_at_once(o)])
@@ -130,30 +130,6 @@ async def carry_out(
     return finish(session, orders)
 
 
-async def cancel(session: Session, orders: list[Order]) -> int:
-    """Cancel the running job of every target."""
-    resolver = Resolver(session.manager)
-
-    async def call_off(order: Order) -> None:
-        order.job = await resolver.job(parse(order.text, jobs=True))
-        job = session.manager.job(order.job)
-        view = JobView(order.job, await job.properties())
-        order.pid, order.name = view.pid, view.name
-        if view.result:
-            raise NoSuchJob(
-                f"Job {view.id} has ended already ({view.result}): there is nothing to cancel"
-            )
-        await job.cancel()
-        if not session.json:
-            session.output.line(
-                f"{order.title}: job {view.id} cancelled: no more signals will be sent. "
-                "It may still end from those it got"
-            )
-
-    await _each(session, orders, call_off)
-    return finish(session, orders)
-
-
 def finish(session: Session, orders: list[Order]) -> int:
     """Print the JSON document where one is wanted, and return the exit code of the whole."""
     if session.json:
@@ -161,7 +137,7 @@ def finish(session: Session, orders: list[Order]) -> int:
     return worst([order.exit_code for order in orders])
 
 
-async def _each(
+async def each(
     session: Session, orders: list[Order], act: Callable[[Order], Awaitable[None]]
 ) -> None:
     """Act on all at once. An error is noted with its order and printed, and stops no other."""

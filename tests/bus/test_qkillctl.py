@@ -272,6 +272,25 @@ def test_cancelled(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None
     assert order["error"]["name"] == "org.qkilld1.Error.NoSuchJob"
 
 
+def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
+    guest = fake_qemu(name="web", stubborn=True)
+    running = start_ctl("terminate", "--wait", "--force", "web")
+    running.wait_for("terminate, unknown; SIGKILL in 10s")
+    done = ctl(daemon.bus, "hold", "web")
+    assert "job 1 held: no more signals until" in done.stdout
+    running.wait_for("held")
+    assert "held" in ctl(daemon.bus, "status", "web").stdout
+    done = ctl(daemon.bus, "extend", "1h", "job:1")
+    assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
+    assert "job 1 released" in ctl(daemon.bus, "release", "web").stdout
+    running.wait_for("SIGKILL in (1h|59min)")
+    assert "job 1 forced: SIGKILL was sent" in ctl(daemon.bus, "force", str(guest.pid)).stdout
+    assert running.wait() == 3
+    for command in (("hold",), ("release",), ("extend", "5s"), ("force",)):
+        done = ctl(daemon.bus, *command, "job:1", code=7)
+        assert f"has ended already (killed): there is nothing to {command[0]}" in done.stderr
+
+
 def test_cancel_as_json(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(name="web", stubborn=True)
     ctl(daemon.bus, "terminate", "web")

@@ -32,6 +32,9 @@ def exit_code(*arguments: str) -> int:
         (["reboot"], "reboot"),
         (["terminate"], "TARGET"),
         (["cancel"], "TARGET"),
+        (["force"], "TARGET"),
+        (["extend", "web"], "SPAN"),
+        (["extend", "5min"], "TARGET"),
         (["inspect"], "TARGET"),
         (["terminate", "--wait", "--no-wait", "web"], "--no-wait"),
         (["terminate", "--no-wait", "--grace", "5s", "web"], "--grace"),
@@ -62,7 +65,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["list", "status", "inspect", "jobs", "terminate", "cancel", "check-unit", "adopt"],
+    [
+        *("list", "status", "inspect", "jobs", "terminate", "check-unit", "adopt"),
+        *("cancel", "hold", "release", "extend", "force"),
+    ],
 )
 def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
@@ -121,9 +127,9 @@ def test_no_bus_as_json(command: list[str]) -> None:
     assert document["error"]["message"] in done.stderr
 
 
-@pytest.mark.parametrize("command", ["terminate", "cancel"])
+@pytest.mark.parametrize("command", ["terminate", "cancel", "hold", "extend 5s"])
 def test_no_bus_as_json_for_each_target(command: str) -> None:
-    done = run(command, "--json", "1", "web")
+    done = run(*command.split(), "--json", "1", "web")
     document = json.loads(done.stdout)
     assert [order["target"] for order in document] == ["1", "web"]
     assert {order["error"]["name"] for order in document} == {"org.qkilld1.Client.BusError"}
@@ -139,7 +145,8 @@ def test_a_malformed_target_needs_no_bus() -> None:
 def test_manual_page_has_every_option_and_exit_code() -> None:
     text = (TOP / "packaging/man/qkillctl.1").read_text().replace("\\-", "-")
     for word in (
-        *("list", "status", "inspect", "jobs", "terminate", "cancel"),
+        *("list", "status", "inspect", "jobs", "terminate"),
+        *("cancel", "hold", "release", "extend", "force"),
         *("check-unit", "adopt", "--dry-run", "--undo"),
         *("--user", "--system", "--bus", "--json", "--version", "--force", "--fixed", "--wait"),
         *("--no-wait", "--grace", "--reason"),
