@@ -118,7 +118,7 @@ def _fifo(path: Path) -> None:
 
 def _newer(path: Path) -> None:
     document = json.loads(path.read_text())
-    document["job"]["version"] = 2
+    document["job"]["version"] = 9
     path.write_text(json.dumps(document))
 
 
