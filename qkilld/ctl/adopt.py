@@ -14,14 +14,14 @@ from qkilld import __version__
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.dropin import DropIn, is_writable_by_others
 from qkilld.ctl.session import Session
-from qkilld.ctl.surroundings import find_helper, guard_of, policy_of
+from qkilld.ctl.surroundings import config_of, find_helper, guard_of
 from qkilld.ctl.units import Checked, check_unit, failed, full_name, load, show
 from qkilld.judgement.adoption import Change, changes, text_of
 from qkilld.judgement.finding import Line
 from qkilld.judgement.stopcommand import HELPER
 from qkilld.model.errors import Failed, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
-from qkilld.model.policy import Policy
+from qkilld.model.policy import Config
 from qkilld.model.text import printable
 from qkilld.model.words import ExitCode
 
@@ -32,7 +32,7 @@ _SHOWN: Final = 4096
 
 async def adopt(session: Session, names: Sequence[str], *, dry_run: bool, undo: bool) -> int:
     """Each unit by itself; the exit code is that of the worst."""
-    adopter = _Adopter(session, await policy_of(session), dry_run=dry_run)
+    adopter = _Adopter(session, await config_of(session), dry_run=dry_run)
     codes: list[int] = []
     documents: list[dict[str, Any]] = []
     for name in names:
@@ -48,10 +48,10 @@ async def adopt(session: Session, names: Sequence[str], *, dry_run: bool, undo: 
 
 
 class _Adopter:
-    def __init__(self, session: Session, policy: Policy, *, dry_run: bool) -> None:
+    def __init__(self, session: Session, config: Config, *, dry_run: bool) -> None:
         self._session = session
         self._systemd = Systemd(session.connection)
-        self._policy = policy
+        self._config = config
         self._dry_run = dry_run
 
     async def adopt(self, name: str) -> tuple[int, dict[str, Any]]:
@@ -167,7 +167,7 @@ class _Adopter:
             ) from None
 
     async def _check(self, name: str) -> Checked:
-        return await check_unit(self._session, self._systemd, name, self._policy)
+        return await check_unit(self._session, self._systemd, name, self._config)
 
     async def _base(self, transient: bool) -> Path:
         """Where drop-ins go: what is transient has them where a reboot removes them as well."""

@@ -11,11 +11,13 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from qkilld.adapters import config as files
 from qkilld.bus.systemd import Systemd
-from qkilld.ctl.session import Session
+from qkilld.ctl.session import Bus, Session, open_connection
 from qkilld.judgement.stopcommand import HELPER
 from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
@@ -26,31 +28,35 @@ from qkilld.judgement.unitstorage import (
     mount_unit,
     servers,
 )
-from qkilld.model.errors import NoSuchUnit, QkilldError
-from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy
+from qkilld.model.errors import ConfigError, NoSuchUnit, QkilldError
+from qkilld.model.policy import Config, Policy
 from qkilld.model.unit import UnitFacts
-from qkilld.model.words import BUS_NAME
+from qkilld.model.words import BUS_NAME, INFINITY
 
 MAX_COMMAND_LINE: Final = 1 << 20
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 
-async def policy_of(session: Session) -> Policy:
-    """The daemon's, the default one where it does not run: it is not started for this."""
+async def config_of(session: Session) -> Config:
+    """That of the files; where they are wrong the default one. The policy is that of the daemon
+    where it runs, which may have read others: it is not started for this."""
     try:
+        found = files.load()
+    except ConfigError:
+        found = Config()
+    with contextlib.suppress(QkilldError):
         (running,) = await session.connection.request_bus("NameHasOwner", "s", BUS_NAME)
-        if not running:
-            return Policy()
-        said = await session.manager.properties()
-        return Policy(
-            *(said[f"{key}USec"] for key in ("Grace", "Stall", "StorageStall", "Max", "Reap"))
-        )
-    except QkilldError:
-        return Policy()
+        if running:
+            said = await session.manager.properties()
+            spans = (
+                said[f"{key}USec"] for key in ("Grace", "Stall", "StorageStall", "Max", "Reap")
+            )
+            return replace(found, policy=Policy(*spans))
+    return found
 
 
-async def gather(systemd: Systemd, facts: UnitFacts, policy: Policy, *, user: bool) -> Surroundings:
+async def gather(systemd: Systemd, facts: UnitFacts, config: Config, *, user: bool) -> Surroundings:
     """`user`: it is a unit of a user's own manager."""
     guests: list[int] = []
     if facts.control_group:
@@ -58,18 +64,22 @@ async def gather(systemd: Systemd, facts: UnitFacts, policy: Policy, *, user: bo
             guests = [
                 process.pid
                 for process in await systemd.processes(facts.id)
-                if is_qemu(executable(process.pid), DEFAULT_EXECUTABLES)
+                if is_qemu(executable(process.pid), config.executables)
             ]
     # The guard is a unit of the system's: there is none for the scopes of a user's manager.
     guard = guard_of(facts.id) if facts.is_scope and not user else ""
+    manager = f"user@{os.getuid()}.service" if user else ""
     return Surroundings(
-        policy=policy,
+        policy=config.policy,
+        executables=config.executables,
         helper=str(find_helper() or _USUAL_HELPER),
         main_executable=executable(facts.main_pid) if facts.main_pid else "",
         # All of a user's units are stopped before user@.service, which is ordered after these.
         storage=() if user else tuple(_storage(facts, guests)),
         guard=guard,
         is_guarded=bool(guard) and await _is_active(systemd, guard),
+        manager=manager,
+        manager_timeout=await _manager_timeout(manager) if user else INFINITY,
     )
 
 
@@ -101,6 +111,16 @@ async def _is_active(systemd: Systemd, unit: str) -> bool:
         return (await systemd.unit(unit)).active_state == "active"
     except NoSuchUnit:
         return False
+
+
+async def _manager_timeout(unit: str) -> int:
+    """Of the system, which knows; INFINITY where it does not tell."""
+    try:
+        async with open_connection(Bus()) as connection:
+            facts = await Systemd(connection).unit(unit)
+    except QkilldError:
+        return INFINITY
+    return facts.timeout_stop if facts.exists else INFINITY
 
 
 def _storage(facts: UnitFacts, guests: list[int]) -> Iterator[Storage]:

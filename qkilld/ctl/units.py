@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.session import Session, error_as_json, explain
-from qkilld.ctl.surroundings import executable, gather, policy_of
+from qkilld.ctl.surroundings import config_of, executable, gather
 from qkilld.judgement.finding import Finding, Severity
 from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
 from qkilld.judgement.unitcheck import check
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
-from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy
+from qkilld.model.policy import Config
 from qkilld.model.text import printable
 from qkilld.model.unit import UnitFacts
 from qkilld.model.words import ExitCode
@@ -67,16 +67,16 @@ class Checked:
 async def check_units(session: Session, names: Sequence[str]) -> int:
     """Of each unit, or of every one that a QEMU runs in; the exit code is that of the worst."""
     systemd = Systemd(session.connection)
-    policy = await policy_of(session)
+    config = await config_of(session)
     codes: list[int] = []
     documents: list[dict[str, Any]] = []
     if not names:
-        names = await _with_guests(systemd)
+        names = await _with_guests(systemd, config.executables)
         if not names and not session.json:
             session.output.line("No unit that a QEMU runs in was found.")
     for name in names:
         try:
-            checked = await check_unit(session, systemd, name, policy)
+            checked = await check_unit(session, systemd, name, config)
         except QkilldError as error:
             documents.append(failed(session, name, error))
             codes.append(error.exit_code)
@@ -94,10 +94,10 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
     return worst(codes)
 
 
-async def check_unit(session: Session, systemd: Systemd, name: str, policy: Policy) -> Checked:
+async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> Checked:
     """Raises NoSuchUnit, InvalidArgs, Failed for what is masked or cannot be read."""
     facts, name = await load(systemd, name)
-    around = await gather(systemd, facts, policy, user=session.bus.user)
+    around = await gather(systemd, facts, config, user=session.bus.user)
     return Checked(facts, name, around, check(facts, around))
 
 
@@ -156,7 +156,7 @@ def show(session: Session, checked: Checked) -> None:
             output.line(f"      {printable(str(mend), _SHOWN)}{note}")
 
 
-async def _with_guests(systemd: Systemd) -> list[str]:
+async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
     """Every service and scope that a QEMU runs in, those of other managers left out."""
     found = []
     for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
@@ -166,6 +166,6 @@ async def _with_guests(systemd: Systemd) -> list[str]:
             processes = await systemd.processes(unit)
         except QkilldError:
             continue  # gone meanwhile
-        if any(is_qemu(executable(each.pid), DEFAULT_EXECUTABLES) for each in processes):
+        if any(is_qemu(executable(each.pid), executables) for each in processes):
             found.append(unit)
     return sorted(found)

@@ -9,6 +9,7 @@ from qkilld.judgement.target import is_qemu
 from qkilld.judgement.unitstorage import Storage
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy
 from qkilld.model.unit import UnitFacts
+from qkilld.model.words import INFINITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Surroundings:
     """Of a scope: the unit that would guard it."""
     is_guarded: bool = False
     """That unit is active."""
+    manager: str = ""
+    """The unit of the user's manager that it is a unit of; "" for one of the system's."""
+    manager_timeout: int = INFINITY
+    """What that manager has for all of its units when it ends, in µs."""
 
 
 def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:

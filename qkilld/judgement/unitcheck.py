@@ -24,9 +24,11 @@ from qkilld.judgement.surroundings import Surroundings, main_is_qemu
 from qkilld.judgement.unitstorage import check_storage
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
-from qkilld.model.words import INFINITY
+from qkilld.model.words import INFINITY, USEC_PER_SEC
 
 _POLITE: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_SHUTDOWN: Final = 30 * 60 * USEC_PER_SEC
+"""What a shutdown takes at the most: JobTimeoutSec= of reboot.target and its like."""
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
 
@@ -35,6 +37,7 @@ def check(facts: UnitFacts, around: Surroundings) -> tuple[Finding, ...]:
     found = [
         *_check_killing(facts, around),
         *_check_unit(facts),
+        *_check_manager(around),
         *check_storage(facts, around.storage),
     ]
     found += _check_scope(facts, around) if facts.is_scope else _check_service(facts, around)
@@ -136,6 +139,24 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
             f"it has RuntimeMaxSec={format_usec(facts.runtime_max)}",
             "systemd stops the guest after that time, whatever it is doing",
             (Line(section, "RuntimeMaxSec=infinity", by_hand=True),),
+        )
+
+
+def _check_manager(around: Surroundings) -> Iterator[Finding]:
+    if around.manager_timeout < _SHUTDOWN:
+        yield Finding(
+            "manager-timeout",
+            _ADVICE,
+            f"{around.manager} has TimeoutStopSec={format_usec(around.manager_timeout)}",
+            "at logout and at shutdown the system gives your manager no longer for all of its units"
+            " together, which nothing in here extends: what a guest has yet to write then is lost",
+            (
+                Line(
+                    "",
+                    f"sudo systemctl edit {around.manager}  # TimeoutStopSec=30min",
+                    by_hand=True,
+                ),
+            ),
         )
 
 

@@ -48,6 +48,14 @@ def found(facts: UnitFacts, around: Surroundings = AROUND) -> dict[str, tuple[Se
     }
 
 
+def test_the_manager_of_a_user_has_a_limit_of_its_own() -> None:
+    around = replace(AROUND, manager="user@1000.service", manager_timeout=120 * S)
+    severity, (mend,) = found(SAFE, around)["manager-timeout"]
+    assert severity is ADVICE
+    assert mend == "sudo systemctl edit user@1000.service  # TimeoutStopSec=30min"
+    assert found(SAFE, replace(around, manager_timeout=1800 * S)) == {}
+
+
 POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
 
 

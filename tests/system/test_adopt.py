@@ -33,6 +33,8 @@ TIMEOUT_S = 4
 RATE = "800K"
 """Of the storage at the stop, bits per second: what is left to write takes some 10 s."""
 JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
+MANAGERS_OWN = {"manager-timeout": "advice"}
+"""What is said of every unit of a user: the limit of the user's manager is the system's affair."""
 OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
 """So that nothing but an extension of the timeout can keep the guest."""
 
@@ -205,7 +207,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
             "kill-mode": "loses",
         }
         assert manager.check("wild-1.scope") == {"no-guard": "loses"}
-        assert users.check("wild-user.service") == {"no-exec-stop": "loses"}
+        assert users.check("wild-user.service") == {"no-exec-stop": "loses", **MANAGERS_OWN}
         # Without a name it is every unit that a QEMU runs in.
         everyone = manager.ctl("check-unit", code=8)
         assert all(f"{name}: loses data" in everyone for name in [*names, "wild-control.service"])
@@ -213,7 +215,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
         users.ctl("adopt", "wild-user.service")
         for name in names:
             assert set(manager.check(name).values()) <= {"advice"}, name
-        assert users.check("wild-user.service") == {}
+        assert users.check("wild-user.service") == MANAGERS_OWN
         for name in system:
             manager.write(f"{name}.d/60-lab.conf", OVERRIDE)
         users.write("wild-user.service.d/60-lab.conf", OVERRIDE)
@@ -337,6 +339,24 @@ def test_a_transient_service(manager: Manager) -> None:
     assert manager.tree() == before
 
 
+def test_what_is_a_qemu_says_the_configuration(manager: Manager) -> None:
+    vmm, unit, conf = "/usr/local/bin/my-vmm", "wild-vmm.service", "/etc/qkilld/qkilld.conf"
+    manager.run("cp", "/usr/bin/sleep", vmm)
+    manager.write(unit, f"[Service]\nExecStart={vmm} 1000\nKillMode=process\n")
+    manager.systemctl("start", unit)
+    try:
+        assert unit not in manager.ctl("check-unit")
+        assert manager.check(unit)["kill-mode"] == "loses"  # it may be a shell around the guest
+        manager.system.write(conf, f"[Target]\nExecutables={vmm}\n")
+        assert unit in manager.ctl("check-unit", code=8)
+        assert manager.check(unit)["kill-mode"] == "advice"
+    finally:
+        manager.run("rm", "-f", conf)
+        manager.systemctl("stop", unit)
+        manager.run("rm", f"/etc/systemd/system/{unit}", vmm)
+        manager.systemctl("daemon-reload")
+
+
 def test_a_guard_is_taken_from_a_scope_without_a_stop(manager: Manager) -> None:
     before = manager.tree()
     with manager.system.spawn(
@@ -366,7 +386,7 @@ def test_a_users_scope_is_told_what_to_do_instead(users: Manager) -> None:
         while shown(users, "wild-3.scope", "ActiveState") != "active":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert users.check("wild-3.scope") == {"no-guard": "loses"}
+        assert users.check("wild-3.scope") == {"no-guard": "loses", **MANAGERS_OWN}
         assert "start the guest as a service" in users.ctl("adopt", "wild-3.scope", code=1)
         users.systemctl("kill", "--signal=KILL", "wild-3.scope")
 
