@@ -20,7 +20,7 @@ from qkilld.model.text import printable
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 1 << 20
 """Bytes read of a command line; a process can make its own as long as it likes."""
-_PF_EXITING: Final = 0x4
+PF_EXITING: Final = 0x4
 """In the flags of stat: include/linux/sched.h."""
 _UNIT_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
@@ -47,7 +47,7 @@ def read_stat(pid: int, proc: Path = PROC) -> Stat:
     head, _, tail = (proc / str(pid) / "stat").read_bytes().rpartition(b")")
     fields = tail.split()
     command = head.partition(b"(")[2].decode("utf-8", "surrogateescape")
-    exiting = bool(int(fields[6]) & _PF_EXITING)
+    exiting = bool(int(fields[6]) & PF_EXITING)
     return Stat(printable(command), fields[0].decode(), int(fields[19]), exiting)
 
 

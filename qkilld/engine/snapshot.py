@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "qkilld-job"
 VERSION: Final = 2
-"""Version 1 had no control."""
+"""Version 1 had no control and no Sample.exiting."""
 MAX_NUMBER: Final = 10**9 - 1
 """Of a job: nine digits in its path."""
 
@@ -166,7 +166,7 @@ def decode(document: object) -> Snapshot:
     if version == 1:
         fields.setdefault("control", to_json(UNCONTROLLED))
     try:
-        snapshot: Snapshot = from_json(Snapshot, fields, "the job", strict=True)
+        snapshot: Snapshot = from_json(Snapshot, fields, "the job", strict=version == VERSION)
     except (ValueError, RecursionError) as error:
         raise SnapshotError(str(error)) from None
     if problem := _problem(snapshot):

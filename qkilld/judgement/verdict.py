@@ -65,7 +65,7 @@ class Assessment:
 def assess(before: Assessment | None, sample: Sample) -> Assessment:
     """What is known after one more sample; None stands for "nothing yet"."""
     waits = waiting(sample)
-    moves = moving(before.seen, sample, bool(waits)) if before else []
+    moves = moving(before.seen, sample, bool(waits)) if before else _exits(None, sample)
     outstanding = bool(waits) or (None if blind_to(sample) else False)
     progress_at = sample.at if moves else before.progress_at if before else None
     outstanding_at = (
@@ -119,7 +119,7 @@ def _verdict(
 def is_dead(sample: Sample) -> bool:
     """It has exited, whatever its pidfd says: that waits for the last thread to be collected, and
     a debugger that sits at its prompt collects none."""
-    return sample.state in ("Z", "X") and sample.threads == ()
+    return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 
 def standstill(sample: Sample) -> str:
@@ -149,6 +149,7 @@ def moving(before: Sample, now: Sample, waits: bool) -> list[str]:
             found.append(f"it passed {chars} bytes to write(2)")
         if (chars := now.io.rchar - before.io.rchar) >= NOISE and not read:
             found.append(f"it took {chars} bytes from read(2)")
+    found += _exits(before, now)
     found += _socket_moves(before, now)
     found += _disk_moves(before, now)
     woken = _difference(before.switches, now.switches)
@@ -156,6 +157,15 @@ def moving(before: Sample, now: Sample, waits: bool) -> list[str]:
         # Completions wake its threads. By itself that could be any timer of its own.
         found.append(f"its threads were woken {woken} times")
     return found
+
+
+def _exits(before: Sample | None, now: Sample) -> list[str]:
+    if not now.exiting:
+        return []
+    if before is None or not before.exiting:
+        return ["it has begun to exit"]
+    # With much memory that is many seconds: 0.26 s a GiB that is shared, measured.
+    return ["the kernel takes its memory apart"] if _difference(before.cpu, now.cpu) else []
 
 
 def _all_on_disks(sample: Sample) -> bool:
@@ -239,6 +249,8 @@ def waiting(sample: Sample) -> list[str]:
     for socket in sample.sockets or ():
         if socket.client and (queued := socket.send_queue + (socket.unacked or 0)):
             found.append(f"{queued} bytes or segments wait on a {socket.family} connection")
+    if sample.exiting:
+        found.append("it is exiting, which no signal hurries")
     if sample.direct:
         # The kernel tells nobody how many; and those that a throttled control group holds back are
         # not even in flight on the disk.

@@ -147,6 +147,9 @@ class Sample:
     io: Io | None = None
     threads: tuple[Thread, ...] | None = None
     """() where no thread stands in an I/O call or in uninterruptible sleep."""
+    exiting: bool | None = None
+    """It has begun to exit and is not through with that: the kernel takes its memory apart, or
+    waits for its I/O. No signal changes anything of that."""
     rings: int | None = None
     """Requests in flight on its io_urings; 0 where it has none."""
     direct: bool | None = None

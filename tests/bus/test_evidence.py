@@ -13,7 +13,7 @@ import pytest
 from qkilld.model.words import INFINITY
 from tests.lab import needs
 from tests.lab.bus import Client, plain
-from tests.lab.guest import Guest, make_disk
+from tests.lab.guest import LARGE, Guest, make_disk
 from tests.lab.process import end, spawn
 from tests.lab.storage import nbd_server
 
@@ -37,6 +37,17 @@ def test_a_guest_that_was_merely_stopped_is_continued(client: Client, qemu: Make
     assert (result, signals(receipt)) == ("exited", ["SIGTERM", "SIGCONT"])
     assert verdicts(receipt) == ["stopped"]
     assert guest.wait_gone() == 0
+
+
+def test_a_large_guest_that_exits_is_not_killed(client: Client, qemu: Make) -> None:
+    """It wrote everything: a SIGKILL would only have it said that data may be lost."""
+    guest = qemu(arguments=LARGE)
+    spans = {"grace_usec": ("t", S // 10), "stall_usec": ("t", S // 10)}
+    result, receipt = client.wait(client.terminate(guest.pid, FORCE, **spans))
+    assert (result, signals(receipt)) == ("exited", ["SIGTERM"])
+    assert "flushing" in verdicts(receipt)
+    reasons = [reason for *_, reasons in receipt["verdicts"] for reason in reasons]
+    assert "it has begun to exit" in reasons
 
 
 def test_a_guest_that_a_debugger_holds_is_named_and_killed(client: Client, qemu: Make) -> None:

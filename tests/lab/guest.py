@@ -184,6 +184,10 @@ def boot_guest(
         return guest
 
 
+LARGE: Final = ("-object", "memory-backend-ram,id=m,size=3G,prealloc=on,share=on")
+"""For start_qemu: with memory that the kernel takes the better part of a second to take apart."""
+
+
 def start_qemu(
     *,
     name: str = "lab",

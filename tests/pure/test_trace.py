@@ -50,6 +50,7 @@ FULL = Sample(
         Thread(7, HOSTILE, "D", 75, True, "folio_wait_bit"),
         Thread(8, "", "R", None, None, None),
     ),
+    exiting=False,
     rings=0,
     direct=False,
     devices=(Device("8:0", "sda", writes=1, sectors_written=2, reads=3, in_flight=4),),

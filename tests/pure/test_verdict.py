@@ -157,6 +157,11 @@ MORE = {
         # Dead, and held by a debugger that does not collect it
         ({"state": "Z"}, {}, Verdict.ZOMBIE),
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
+        # Exiting, which may take long with much memory, and which a signal does not shorten
+        ({}, {"exiting": True}, Verdict.FLUSHING),
+        ({"state": "Z", "exiting": True, "cpu": 100}, {"cpu": 101}, Verdict.FLUSHING),
+        ({"state": "Z", "exiting": True}, {"exiting": False}, Verdict.ZOMBIE),
+        ({"cpu": 100}, {"cpu": 101}, Verdict.IDLE),
         # In uninterruptible sleep, not for storage
         ({"threads": (Thread(7, "qemu", "D", 1, False, "usb_kill_urb"),)}, {}, Verdict.BLOCKED),
         # Not to be seen
@@ -237,3 +242,14 @@ def test_a_counter_that_began_anew_is_no_progress() -> None:
     assert (
         verdict({"sockets": (TCP,)}, {"sockets": (replace(TCP, acked=0),)}) is Verdict.STORAGE_WAIT
     )
+
+
+def test_an_exit_that_comes_to_no_end_waits_for_storage() -> None:
+    """What else the kernel would wait for: the last requests, a network file system."""
+    evidence = None
+    for second in range(10):
+        sample = replace(IDLE, at=second * S, state="Z", exiting=True)
+        evidence = assess(evidence, sample)
+    assert evidence is not None
+    assert evidence.progress_at == 0
+    assert (evidence.verdict, evidence.outstanding) == (Verdict.STORAGE_WAIT, True)

@@ -18,6 +18,7 @@ from typing import Any, Final
 from qkilld.adapters.evidence.keptfile import KeptFile, number_after, open_directory
 from qkilld.adapters.evidence.rings import RingReader
 from qkilld.adapters.evidence.threads import ThreadReader
+from qkilld.adapters.procfs import PF_EXITING
 from qkilld.model.evidence import Io
 
 _TERM: Final = 1 << (signal.SIGTERM - 1)
@@ -52,21 +53,22 @@ class ProcessReader:
     def read(self, into: dict[str, Any], *, detail: bool = True) -> None:
         """Puts fields of model.evidence.Sample into `into`.
 
-        state, cpu, term_pending, tracer and io; with `detail` also switches, threads, rings and
-        direct. What cannot be read is None, but `state` is left as it is. Raises nothing that the
-        process could cause.
+        state, cpu, term_pending, tracer and io; with `detail` also switches, threads, exiting,
+        rings and direct. What cannot be read is None, but `state` is left as it is. Raises nothing
+        that the process could cause.
         """
         into.update(dict.fromkeys(("cpu", "term_pending", "tracer", "io")))
         if detail:
-            into.update(dict.fromkeys(("switches", "threads", "rings", "direct")))
+            into.update(dict.fromkeys(("switches", "threads", "exiting", "rings", "direct")))
         if self._directory < 0:
             return
-        threads = self._read_stat(into)
+        threads, exiting = self._read_stat(into)
         self._read_status(into)
         into["io"] = _io(self._io.read_or_none())
         if detail:
             if threads is not None:
                 into["switches"], into["threads"] = self._threads.read(threads)
+                into["exiting"] = exiting and self._threads.alive
             into["rings"], into["direct"] = self._rings.read()
 
     def close(self) -> None:
@@ -79,17 +81,17 @@ class ProcessReader:
         os.close(self._directory)
         self._directory = -1
 
-    def _read_stat(self, into: dict[str, Any]) -> int | None:
-        """Returns the number of threads."""
+    def _read_stat(self, into: dict[str, Any]) -> tuple[int | None, bool]:
+        """Returns the number of threads, and whether the main one has begun to exit."""
         # The command stands in parentheses and may hold parentheses itself.
         fields = (self._stat.read_or_none() or b"").rpartition(b")")[2].split()
         try:
             state, cpu = fields[0].decode("ascii"), int(fields[11]) + int(fields[12])
-            threads = int(fields[17])
+            threads, flags = int(fields[17]), int(fields[6])
         except (ValueError, IndexError):
-            return None
+            return None, False
         into["state"], into["cpu"] = state, cpu
-        return threads
+        return threads, bool(flags & PF_EXITING)
 
     def _read_status(self, into: dict[str, Any]) -> None:
         status = self._status.read_or_none() or b""

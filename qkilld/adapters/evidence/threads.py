@@ -36,7 +36,7 @@ _MAX_KEPT: Final = 128
 class _Seen:
     """One thread, as it was when it last ran."""
 
-    __slots__ = ("known", "moved", "ran", "schedstat", "thread", "tid", "voluntary")
+    __slots__ = ("alive", "known", "moved", "ran", "schedstat", "thread", "tid", "voluntary")
 
     def __init__(self, tid: str, directory: int) -> None:
         self.tid = tid
@@ -45,6 +45,8 @@ class _Seen:
         self.moved = True
         """It ran, or may have, after it was last read in full."""
         self.voluntary = 0
+        self.alive = True
+        """Not a zombie."""
         self.known = False
         """Whether it stands in an I/O call."""
         self.thread: Thread | None = None
@@ -82,6 +84,11 @@ class ThreadReader:
         threads = tuple(one.thread for one in seen if one.thread is not None)
         switches = self._gone_switches + sum([one.voluntary for one in seen])
         return switches, threads if threads or all(one.known for one in seen) else None
+
+    @property
+    def alive(self) -> bool:
+        """Some thread was not yet a zombie at the last read; so it is taken where none was read."""
+        return not self._seen or any(one.alive for one in self._seen.values())
 
     def close(self) -> None:
         for one in self._seen.values():
@@ -139,6 +146,7 @@ class ThreadReader:
         at = status.find(b"\nState:\t") + 8
         state = status[at : at + 1].decode("ascii", "replace")
         one.moved = state == "R"
+        one.alive = state not in ("Z", "X")
         one.known, one.thread = True, None
         if state not in ("S", "D"):
             return

@@ -20,7 +20,7 @@ from qkilld.adapters.evidence.threads import MAX_THREADS
 from qkilld.model.evidence import Io
 from tests.adapters.evidence.until import until
 from tests.lab import needs
-from tests.lab.guest import Guest
+from tests.lab.guest import LARGE, Guest
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.lab.storage import slow_disk
 
@@ -50,7 +50,7 @@ def read(reader: ProcessReader) -> dict[str, Any]:
 
 
 UNKNOWN = dict.fromkeys(
-    ("cpu", "term_pending", "tracer", "io", "switches", "threads", "rings", "direct")
+    ("cpu", "term_pending", "tracer", "io", "switches", "threads", "exiting", "rings", "direct")
 )
 
 # ---- a made-up /proc ----
@@ -100,6 +100,7 @@ def test_the_fields(lab_dir: Path, reader_of: ReaderOf) -> None:
         "io": Io(1, 2, 3, 4, 5, 6, 7),
         "switches": 10,
         "threads": (),
+        "exiting": False,
         "rings": 0,
         "direct": False,
     }
@@ -308,6 +309,19 @@ def test_a_stopped_one_has_not_taken_sigterm(qemu: Make, reader_of: ReaderOf) ->
     guest.signal(signal.SIGCONT)
     assert guest.wait_gone() == 0
     assert read(reader) == {"state": "?", **UNKNOWN}
+
+
+def test_exiting_takes_as_long_as_the_memory_does(qemu: Make, reader_of: ReaderOf) -> None:
+    guest = qemu(arguments=LARGE)
+    reader = reader_of(guest.pid)
+    assert read(reader)["exiting"] is False
+    guest.signal(signal.SIGTERM)
+    found = until(lambda: read(reader), lambda found: bool(found["exiting"]))
+    later = until(lambda: read(reader), lambda later: later["cpu"] != found["cpu"])
+    assert (later["exiting"], guest.alive) == (True, True)
+    os.waitid(os.P_PID, guest.pid, os.WEXITED | os.WNOWAIT)
+    found = read(reader)
+    assert (found["state"], found["threads"], found["exiting"]) == ("Z", (), False)
 
 
 def test_a_debugger_shows(qemu: Make, reader_of: ReaderOf) -> None:
