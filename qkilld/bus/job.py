@@ -109,6 +109,7 @@ def changing(job: Job) -> dict[str, Any]:
         "BytesWritten": _known(evidence.written if evidence else None),
         "BytesPending": _known(evidence.pending if evidence else None),
         "Held": job.control.held,
+        "NotBeforeUSec": job.control.not_before,
     }
 
 

@@ -174,12 +174,17 @@ class Job:
     def join(self, request: Request) -> None:
         """Let a further request take part: it may add FORCE and lengthen spans, never less.
 
-        FORCE with NOWAIT asks for SIGKILL now, and gets it.
+        FORCE with NOWAIT asks for SIGKILL now, and gets it. Raises Failed where somebody was promised
+        that there will be none.
         """
+        at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and self._kill_at is None
+        if at_once and (self.control.held or self.control.not_before > self._clock.now()):
+            raise Failed(
+                f"Job {self.number} was held or extended by somebody: only its Force overrides that"
+            )
         self.flags |= request.flags & Flag.FORCE
         self._policy = lengthened(self._policy, request.spans)
-        at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags
-        if at_once and self._kill_at is None and not self._process.exited():
+        if at_once and not self._process.exited():
             self._climb(SIGKILL)
         self._journal.write(events.job_joined(self, request))
         self._changed()

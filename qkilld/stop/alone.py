@@ -87,8 +87,6 @@ class Alone:
         policy = policy_for(request.flags, configured, request.spans)
         deadline = told["DeadlineUSec"]
         killed = view.phase in (Phase.KILL, Phase.REAP) and deadline != INFINITY
-        # Somebody may have extended it: no SIGKILL before the time that was last told of.
-        floor = deadline if view.forced and deadline != INFINITY else 0
         return Snapshot.of_signals(
             guest,
             request,
@@ -98,7 +96,7 @@ class Alone:
             kill_at=deadline - policy.reap if killed else None,
             verdict=verdict_of(view.verdict),
             progress_at=told["LastProgressUSec"] or None,
-            control=Control(held=told["Held"], not_before=floor),
+            control=Control(told["Held"], told["NotBeforeUSec"]),
         )
 
     def force(self, order: Order, reason: str) -> None:

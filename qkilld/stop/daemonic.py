@@ -120,6 +120,7 @@ class DaemonJob:
             "BytesWritten": UNKNOWN,
             "BytesPending": UNKNOWN,
             "Held": False,
+            "NotBeforeUSec": 0,
         }
         return JobView(self._path, properties)
 

@@ -183,3 +183,18 @@ def test_after_the_end_there_is_nothing_to_do(world: World, dies_of: tuple[Signa
         with pytest.raises(Failed, match=r"Job 1 has ended already \((killed|survived)\)"):
             act(UID)
     assert process.sent == [SIGTERM, SIGKILL]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_was_promised_is_not_taken_back_by_another_request(world: World, held: bool) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    if held:
+        job.hold(UID)
+    else:
+        job.extend(60 * S, UID)
+    with pytest.raises(Failed, match="held or extended"):
+        world.stop(FakeProcess(), FORCE | Flag.NOWAIT)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(60)
+    assert (process.sent == [SIGTERM]) is held

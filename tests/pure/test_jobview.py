@@ -38,6 +38,7 @@ PROPERTIES: dict[str, Any] = {
     "BytesWritten": UNKNOWN,
     "BytesPending": UNKNOWN,
     "Held": False,
+    "NotBeforeUSec": 0,
 }
 
 

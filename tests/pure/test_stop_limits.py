@@ -101,6 +101,7 @@ def view(pid: int = 4, **changes: Any) -> JobView:
         "Result": "",
         "Flags": 1,
         "Held": False,
+        "NotBeforeUSec": 0,
         "DeadlineUSec": 20 * S,
         "BytesWritten": 12_340_000,
         "BytesPending": UNKNOWN,
