@@ -174,7 +174,7 @@ class Job:
     def join(self, request: Request) -> None:
         """Let a further request take part: it may add FORCE and lengthen spans, never less.
 
-        FORCE with NOWAIT asks for SIGKILL now, and gets it. Raises Failed where somebody was promised
+        FORCE with NOWAIT asks for SIGKILL now, and gets it; Failed where somebody was promised
         that there will be none.
         """
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and self._kill_at is None
