@@ -31,6 +31,9 @@ FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max
 15 s in all."""
 FRESH: Final = 200_000
 """A sample no older than this (µs) is good enough to send SIGKILL on."""
+LATE: Final = 1_000_000
+"""So is one that was taken when SIGKILL was due already and has come late, but no later than this
+(µs): where all of them come late there would never be one that is fresh."""
 GRID: Final = 100_000
 """Looks are taken at multiples of this (µs)."""
 MAX_CONTINUES: Final = 3
@@ -133,7 +136,7 @@ def decide(standing: Standing, now: int) -> Decision:
         return Decision(Action.CONTINUE, deadline)
     look = next_look(standing, max(standing.term_at, standing.continued_at or 0))
     if deadline <= now:
-        return Decision(last) if now - _looked_at(standing) <= FRESH else Decision(Action.LOOK)
+        return Decision(last if _is_fresh(standing, deadline, now) else Action.LOOK, deadline)
     if look <= now:
         return Decision(Action.LOOK, deadline)
     return Decision(Action.WAIT, deadline, min(look, deadline))
@@ -181,6 +184,11 @@ def next_look(standing: Standing, began: int) -> int:
     due = looked + max(interval, standing.jobs * 2_000)
     # On a grid that all jobs share: those who look together share what they see of the host.
     return -(-due // GRID) * GRID
+
+
+def _is_fresh(standing: Standing, deadline: int, now: int) -> bool:
+    looked = _looked_at(standing)
+    return now - looked <= FRESH or (looked >= deadline and now - looked <= LATE)
 
 
 def _fixed_due(standing: Standing) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from signal import SIGCONT, SIGKILL, SIGTERM
 
@@ -221,3 +222,21 @@ def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
     looks = world.sampler.looks
     world.clock.advance(20)
     assert 9_000 <= world.sampler.looks - looks <= 11_000
+
+
+@pytest.mark.parametrize("lag", [0.05, 0.21, 0.5, 0.99, 1.1])
+def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
+    """A processor that is not to be had, a slow file of the control group."""
+
+    def look(callback: Callable[[Sample], None]) -> None:
+        sample = replace(IDLE, at=world.clock.now())
+        world.clock.call_at(world.clock.now() + int(lag * S), lambda: callback(sample))
+
+    world.sampler.look = look  # type: ignore[method-assign]
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(75)
+    assert process.sent == [SIGTERM, SIGKILL]
+    killed = (job.rungs[-1].at - job.started) / S
+    # Later than a second it is as good as none at all: what cannot be seen counts as outstanding.
+    assert killed == pytest.approx(10 if lag < 1 else 60, abs=1.5)

@@ -124,10 +124,22 @@ def test_no_sigkill_on_one_look_after_a_long_absence() -> None:
 def test_right_before_sigkill_it_looks_once_more() -> None:
     world, process = World(), FakeProcess()
     job = world.stop(process, FORCE)
-    world.clock.advance(5)
-    after, _ = crash(world, job, process, down=60)
+    world.clock.advance(8)
+    after, _ = crash(world, job, process, down=4)
     assert after.sampler.looks == 1
     assert process.sent == [SIGTERM, SIGKILL]
+
+
+@pytest.mark.parametrize(("shows", "more"), [(IDLES, 10), (lambda now: None, 60)])
+def test_after_a_longer_time_unseen_it_may_have_moved(shows: Shows, more: int) -> None:
+    world, process = World(), FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(5)
+    world.sampler.shows = shows
+    after, _ = crash(world, job, process, down=60)
+    assert process.sent == [SIGTERM]
+    killed, _ = ends(after, process)
+    assert killed == pytest.approx((65 + more) * S, abs=S)
 
 
 def test_a_job_goes_on_reaping() -> None:
