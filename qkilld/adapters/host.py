@@ -32,15 +32,8 @@ class LocalHost:
         # Read afresh each time: machine managers move a QEMU to its scope after its start.
         return Label(name, uuid, procfs.read_unit(identity.pid, self._proc))
 
-    def identities(self) -> list[Identity]:
-        found = []
-        for pid in procfs.pids(self._proc):
-            try:
-                identity = procfs.read_identity(pid, self._proc)
-            except OSError:
-                continue
-            if identity.executable:
-                found.append(identity)
+    async def identities(self) -> list[Identity]:
+        found = await detached(lambda: _identities(self._proc))
         alive = {_key(identity) for identity in found}
         self._names = {key: names for key, names in self._names.items() if key in alive}
         return found
@@ -65,3 +58,15 @@ class LocalHost:
 
 def _key(identity: Identity) -> _Key:
     return (*identity.key, identity.executable)
+
+
+def _identities(proc: Path) -> list[Identity]:
+    found = []
+    for pid in procfs.pids(proc):
+        try:
+            identity = procfs.read_identity(pid, proc)
+        except OSError:
+            continue
+        if identity.executable:
+            found.append(identity)
+    return found

@@ -61,8 +61,8 @@ class Host(Protocol):
     async def label(self, identity: Identity) -> Label:
         """What it is called. Never takes long; an empty name where the kernel does not answer."""
 
-    def identities(self) -> list[Identity]:
-        """Of every process whose executable can be seen."""
+    async def identities(self) -> list[Identity]:
+        """Of every process whose executable can be seen; off the loop, for there may be many."""
 
 
 class Caller(Protocol):

@@ -15,6 +15,7 @@ from qkilld.engine.access import Access, Held
 from qkilld.engine.job import Job
 from qkilld.engine.ports import Caller, Clock, Host, Process, Sampler, Units, Watch
 from qkilld.engine.registry import Registry
+from qkilld.engine.shared import Shared
 from qkilld.judgement.ladder import policy_for
 from qkilld.judgement.plan import Plan, make_plan
 from qkilld.judgement.target import (
@@ -86,6 +87,7 @@ class Service:
         """None where there is nobody to ask; another one with each bus that we are on."""
         self._clock = clock
         self._sampler = sampler
+        self._guests = Shared(self._look_for_guests)
 
     async def terminate(
         self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
@@ -224,9 +226,13 @@ class Service:
 
     async def guests(self) -> list[Guest]:
         """Every QEMU of this system that can be seen."""
+        return list(await self._guests.get())
+
+    async def _look_for_guests(self) -> list[Guest]:
+        # All of /proc is read for it, 0.1 ms a process, and anybody may ask as often as they like.
         return [
             Guest(identity, await self._host.label(identity))
-            for identity in self._host.identities()
+            for identity in await self._host.identities()
             if is_qemu(identity.executable, self.config.executables)
         ]
 

@@ -55,7 +55,7 @@ class FakeHost:
         self.asked.append("label")
         return Label("web", unit=self.unit)
 
-    def identities(self) -> list[Identity]:
+    async def identities(self) -> list[Identity]:
         return [process.guest.identity for process in self.processes.values()]
 
 
