@@ -63,6 +63,8 @@ class Alone:
         process, uid = await access.hold(
             target.pid, OwnUser(), order.flags, start_time=target.start_time
         )
+        if order.view is not None and order.view.properties["Held"]:
+            why += "; it is held, which only a SIGTERM to qkilld-stop ends now"
         self._log.write(stop_alone(process.guest, why))
         fields = {SPANS[name]: usec for name, usec in spans.items()}
         request = Request(order.flags, fields, reason, uid)
@@ -103,6 +105,11 @@ class Alone:
         """Add FORCE to a job."""
         if order.job is not None and order.job.running:
             order.job.join(Request(order.flags, {}, reason, os.geteuid()))
+
+    def release(self, order: Order) -> None:
+        """Of what was held before it came here."""
+        if order.job is not None and order.job.running and order.job.control.held:
+            order.job.release(os.geteuid())
 
     async def ended(self, job: Job) -> str:
         """Its result, as soon as there is one."""

@@ -99,6 +99,6 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _pid(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:11]) < 2**31):
+    if not (text.isascii() and text.isdecimal() and len(text) < 11 and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f'"{text[:80]}" is not the id of a process')
     return int(text)

@@ -35,5 +35,16 @@ def stop_left(guest: Guest, why: str) -> Event:
     )
 
 
+def stop_overrun(guest: Guest) -> Event:
+    return _of_guest(
+        MessageId.STOP_OVERRUN,
+        Priority.WARNING,
+        f"systemd has ended the time for the stop of {guest.title} early, as `systemctl "
+        "daemon-reload` makes it do. qkilld-stop asks for more and goes on; at another reload the "
+        "guest may get SIGKILL.",
+        guest,
+    )
+
+
 def _of_guest(id: MessageId, priority: Priority, message: str, guest: Guest) -> Event:
     return Event(id, priority, message, guest, {"QKILLD_GUEST": guest.label.name})

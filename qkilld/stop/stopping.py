@@ -61,6 +61,9 @@ class Stopping:
         """Of each bus (True: the session's), or why there is none."""
         self._alone: Alone | None = None
         self._left: asyncio.Future[int]
+        self._extendable = False
+        """systemd has been asked, and heeds what it is told of the time that is needed."""
+        self._overrun = False
 
     async def run(self) -> int:
         """The exit code. Raises QkilldError where there is nothing to stop, or no right to."""
@@ -89,8 +92,14 @@ class Stopping:
     # Which
 
     async def targets(self) -> list[Target]:
-        if (named := self._finder.named()) is not None:
-            return [named]
+        try:
+            if (named := self._finder.named()) is not None:
+                return [named]
+        except NoSuchProcess:
+            # A shell around the guest, say: it may be gone without it.
+            if not (found := self.instead()):
+                raise
+            return found
         if self.options.everyone:
             return await self._everyone()
         found = self._in_unit()
@@ -114,8 +123,15 @@ class Stopping:
         return self._finder.in_unit(self.engine().config.executables)
 
     def instead(self) -> list[Target]:
-        """Those that are meant where the main process is none: a shell around it, say."""
-        return self._in_unit() if self._finder.by_main_pid else []
+        """Those that are meant where the main process is none, or gone: a shell around it, say."""
+        if not self._finder.in_own_unit:
+            return []
+        known = {order.target.pid for order in self._orders}
+        found = self._in_unit()
+        for target in found:
+            if target.pid in known:
+                target.close()
+        return [target for target in found if target.pid not in known]
 
     async def _check_unit(self, name: str) -> None:
         """Raises NoSuchUnit where systemd says so."""
@@ -156,11 +172,17 @@ class Stopping:
             return error.exit_code
         finally:
             order.running = False
+        if result == "cancelled" and self._finder.by_systemd and not order.target.exited():
+            from qkilld.stop.events import stop_left
+
+            self._log.write(stop_left(order.guest, "its stop was called off"))
         say_ending(f"{order.title} {_ENDINGS.get(result, result)}")
         return exit_code_of(result)
 
     async def _gone(self, order: Order) -> int:
         """Of what is gone already, or on its way: exiting, where no signal is of any use."""
+        if found := self.instead():
+            return worst(await asyncio.gather(*(self._stop(target) for target in found)))
         try:
             async with asyncio.timeout(EXITING_TIMEOUT_S):
                 await order.target.gone()
@@ -172,7 +194,7 @@ class Stopping:
 
     async def _instead_of(self, error: NotQemu) -> int:
         if not (found := self.instead()):
-            say(f"{error}{'; nor is another of its unit' if self._finder.by_main_pid else ''}")
+            say(f"{error}{'; nor is another of its unit' if self._finder.in_own_unit else ''}")
             return error.exit_code
         return worst(await asyncio.gather(*(self._stop(target) for target in found)))
 
@@ -258,6 +280,7 @@ class Stopping:
                 self._log.write(stop_limited(order.guest, warning))
             if self.options.force is None and self.forced(order.target.pid):
                 await self._force(order)
+        self._extendable = limits.stay == INFINITY and facts.timeout_stop != INFINITY
         if limits.stay != INFINITY:
             await asyncio.sleep(limits.stay / 1e6 - ran_for_s())
             self._leave(ExitCode.SURVIVED, "its unit allows no more time")
@@ -296,8 +319,24 @@ class Stopping:
     # The end
 
     def _interrupted(self, number: signal.Signals) -> None:
+        if number == signal.SIGTERM and self._extendable and not self._overrun:
+            self._go_on()
+            return
         code = INTERRUPTED if number == signal.SIGINT else ExitCode.SURVIVED
         self._leave(code, f"it got {signal.Signals(number).name}")
+
+    def _go_on(self) -> None:
+        """systemd's clock has run out though it was extended: `systemctl daemon-reload` forgets
+        what it was extended by. It can be extended again, as long as it has not come to SIGKILL."""
+        from qkilld.stop.events import stop_overrun
+
+        self._overrun = True
+        self._notifier.extend(FIRST)
+        for order in self._running:
+            self._log.write(stop_overrun(order.guest))
+            if order.job is not None:
+                # Whoever held it cannot release it any more: the qkilld that was asked is gone.
+                self.engine().release(order)
 
     def _leave(self, code: int, why: str) -> None:
         from qkilld.stop.events import stop_left

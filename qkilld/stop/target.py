@@ -53,7 +53,7 @@ def hold(pid: int, start_time: int | None = None) -> Target:
     """
     try:
         target = Target(pid, os.pidfd_open(pid), None)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         raise NoSuchProcess(f"process {pid} is gone") from None
     except OSError as error:
         raise Failed(f"cannot take hold of process {pid}: {error.strerror}") from None
@@ -82,11 +82,11 @@ class Finder:
         """A manager of systemd started this, itself or through a shell: systemd.exec(5)."""
 
     @property
-    def by_main_pid(self) -> bool:
-        """The target is the main process of our own unit, or what it stands for."""
+    def in_own_unit(self) -> bool:
+        """What is to be stopped is in our own unit, whatever process of it was named."""
         options = self._options
-        named = (options.pid, options.pidfile, options.unit)
-        return self.by_systemd and not options.everyone and all(one is None for one in named)
+        elsewhere = options.everyone or options.pid is not None or options.unit is not None
+        return self.by_systemd and not elsewhere
 
     def named(self) -> Target | None:
         """The one process that is named; None where it is a unit that is, or everyone.

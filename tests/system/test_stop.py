@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,6 +364,37 @@ def test_a_shell_around_the_guest(system: Container, start_unit: StartUnit) -> N
     )
     stop(system, unit)
     assert story(system, unit)[-1] == "JOB_ENDED"
+
+
+def test_a_shell_that_is_gone_before_its_guest(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit(
+        "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",
+        command=f"/bin/sh -c '{QEMU} -name inner; exit 0'",
+        helper=f"/bin/sh -c 'kill -KILL $MAINPID; sleep 0.3; exec {HELPER}'",
+    )
+    system.run("systemctl", "stop", unit)
+    assert story_of_an_idle_one(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+
+
+def test_a_pidfile_that_is_not_there(system: Container, start_unit: StartUnit) -> None:
+    unit = start_unit(helper=f"{HELPER} --pidfile /run/no-such.pid")
+    stop(system, unit)
+    assert story_of_an_idle_one(system, unit) == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+
+
+def test_systemd_is_reloaded_when_the_stop_has_outlived_its_timeout(
+    system: Container, slow_guest: Callable[..., Slow]
+) -> None:
+    """It forgets what it was extended by, and its own ladder begins."""
+    guest = slow_guest("TimeoutStopSec=4", seconds=16)
+    with system.spawn("systemctl", "stop", guest.unit) as stopping:
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
+        time.sleep(6)
+        system.run("systemctl", "daemon-reload")
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.STOP_OVERRUN.value}")
+        stopping.wait(60)
+    assert guest.lost() == 0
+    assert story(system, guest.unit)[-2:] == ["STOP_OVERRUN", "JOB_ENDED"]
 
 
 def test_a_guest_that_made_itself_a_daemon(system: Container, start_unit: StartUnit) -> None:

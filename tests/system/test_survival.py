@@ -485,3 +485,30 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
     assert int(receipt["QKILLD_ELAPSED_USEC"]) >= 9e6
     signals = system.journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
     assert [entry["QKILLD_SIGNAL"] for entry in signals] == ["SIGTERM", "SIGKILL"]
+
+
+@pytest.mark.parametrize("how", [("hold",), ("extend", "infinity")])
+def test_what_was_promised_is_kept_by_the_helper_alone(
+    system: Container, start_guest: StartGuest, drop_in: Callable[[str], None], how: tuple[str, ...]
+) -> None:
+    drop_in("Restart=no\nBusName=")
+    unit, pid = start_guest(
+        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=3"
+    )
+    with system.spawn("systemctl", "stop", unit) as stopping:
+        system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
+        system.run("qkillctl", *how, str(pid))
+        time.sleep(0.5)  # changes are announced five times a second
+        system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
+        alone = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
+        time.sleep(6)
+        assert system.property(unit, "ActiveState") == "deactivating"
+        assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
+        if how == ("hold",):
+            # There is no qkilld any more to release it.
+            assert "only a SIGTERM to qkilld-stop ends" in alone["MESSAGE"]
+            system.run("systemctl", "kill", "--kill-whom=control", "--signal=TERM", unit)
+            system.wait_journal(f"OBJECT_PID={pid}", "QKILLD_RESULT=killed")
+        else:
+            system.run("systemctl", "kill", "--signal=KILL", unit)
+        stopping.wait(30)
