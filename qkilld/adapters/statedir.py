@@ -68,13 +68,15 @@ class StateDirectory:
         """The jobs in the order of their numbers, the highest number that may have been given, and
         what was set aside. Jobs of another boot are removed.
 
-        Raises OSError where the directory cannot be read or written.
+        Raises OSError where the directory cannot be read. One that cannot be written to, full as it
+        may be, is told like any failure: what is in it is read all the same.
         """
         found, bad = [], []
         last = 0
         for name in self._names():
             if name.startswith(".") and name.endswith(".tmp"):
-                os.unlink(name, dir_fd=self._directory)
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=self._directory)
             elif name == _NUMBERS or _JOB.fullmatch(name):
                 try:
                     document = self._read(name)
@@ -88,7 +90,11 @@ class StateDirectory:
                     bad.append(Bad(name, _why(error)))
                     self.set_aside(name)
         last = max([last, *(snapshot.number for snapshot in found)])
-        self._reserve(last)
+        try:
+            self._reserve(last)
+        except OSError as error:
+            self._reserved = last  # so that the next job tries again
+            self._failed(error)
         return sorted(found, key=lambda snapshot: snapshot.number), last, bad
 
     def save(self, snapshot: Snapshot) -> None:
@@ -145,9 +151,12 @@ class StateDirectory:
                         os.unlink(_name(number), dir_fd=self._directory)
                 self._told = False
             except OSError as error:
-                if not self._told:
-                    self._told = True
-                    self._on_error(_why(error))
+                self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            self._on_error(_why(error))
 
     def _reserve(self, last: int) -> None:
         self._reserved = last + RESERVE

@@ -47,14 +47,23 @@ class Survival:
         self._registry: Registry | None = None
 
     def restore(self, registry: Registry) -> None:
-        """Resume every job that can be. Raises OSError where the directory cannot be used."""
-        snapshots, last, bad = self._directory.load()
-        for name, why in bad:
-            self._journal.write(events.state_set_aside(name, why))
+        """Resume every job that can be.
+
+        Where the directory cannot be read that is told, and its files and what the manager has kept
+        are left to the next life.
+        """
+        self._registry = registry
         # A job may have had its process stored and not yet its state.
         named = [int(found[1]) for name in self._stored if (found := _NAME.fullmatch(name))]
-        self._registry = registry
-        registry.count_from(max([last, *named]))
+        registry.count_from(max(named, default=0))
+        try:
+            snapshots, last, bad = self._directory.load()
+        except OSError as error:
+            self._journal.write(events.state_failed(error.strerror or str(error)))
+            return
+        for name, why in bad:
+            self._journal.write(events.state_set_aside(name, why))
+        registry.count_from(last)
         for snapshot in snapshots:
             try:
                 registry.resume(self._process(snapshot), snapshot)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,12 +14,16 @@ from signal import SIGTERM
 
 import pytest
 
+from qkilld.adapters.manager import ServiceManager
 from qkilld.adapters.statedir import MAX_BAD, RESERVE, StateDirectory
+from qkilld.adapters.survival import Survival
+from qkilld.engine.events import MessageId
 from qkilld.engine.snapshot import Snapshot
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.job import Request, Rung
 from qkilld.model.policy import Policy
 from qkilld.model.words import Flag, Phase
+from tests.engine.conftest import FakeProcess, World
 from tests.lab import needs
 from tests.lab.process import OTHER_UID
 
@@ -47,6 +53,11 @@ def opened(lab_dir: Path, errors: list[str]) -> Iterator[Open]:
     yield open_directory
     for directory in made:
         directory.close(0)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
 
 
 def files(directory: Path) -> list[str]:
@@ -172,6 +183,38 @@ def test_a_directory_that_others_may_write_to_is_refused(lab_dir: Path) -> None:
     with pytest.raises(PermissionError):
         StateDirectory(lab_dir, print)
     lab_dir.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", [".x.tmp", ".numbers.json.tmp"])
+def test_what_is_in_the_way_keeps_no_job_from_going_on(
+    lab_dir: Path, opened: Open, errors: list[str], name: str
+) -> None:
+    first = opened()
+    first.load()
+    first.save(snapshot(1))
+    first.close(1)
+    (lab_dir / name).mkdir()
+    found, last, bad = opened().load()
+    assert (found, last, bad) == ([snapshot(1)], 1, [])
+    assert errors == ["Is a directory"] * (name == ".numbers.json.tmp")
+    (lab_dir / name).rmdir()
+
+
+def test_a_directory_that_cannot_be_read_is_told(opened: Open, world: World) -> None:
+    directory = opened()
+    read, write = os.pipe()
+    os.close(write)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(ServiceManager()) as manager:
+        survival = Survival(directory, manager, world.journal, {"job-7": read})
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            survival.restore(world.registry)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert world.journal.ids == [MessageId.STATE_FAILED]
+    assert world.stop(FakeProcess()).number == 8
+    os.close(read)  # left open: the process may still be wanted
 
 
 def test_a_failure_to_write_is_said_once(lab_dir: Path, opened: Open, errors: list[str]) -> None:

@@ -13,7 +13,7 @@ from tests.lab import needs
 from tests.lab.bus import Bus, CallError, Daemon
 from tests.lab.groups import temporary_group
 from tests.lab.guest import Guest
-from tests.lab.process import OTHER_UID
+from tests.lab.process import OTHER_UID, run
 
 from .test_ends import recycled
 
@@ -61,6 +61,32 @@ def test_a_job_goes_on_with_no_descriptor_kept(
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
     assert receipt["elapsed-usec"] >= 3_000_000
+
+
+def test_a_job_goes_on_where_the_runtime_directory_is_full(
+    private_bus: Bus, start_daemon: Start, lab_dir: Path, fake_qemu: Make
+) -> None:
+    needs.root("to mount a small tmpfs")
+    run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", lab_dir], check=True)
+    try:
+        env = {"RUNTIME_DIRECTORY": str(lab_dir)}
+        first = start_daemon(env=env)
+        guest = fake_qemu(stubborn=True)
+        with private_bus.client() as client:
+            job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 3_000_000))
+            deadline = time.monotonic() + 10
+            while not (lab_dir / "job-1.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            kill(first)
+            with pytest.raises(OSError, match="No space left"):
+                (lab_dir / "fill").write_bytes(bytes(1 << 17))
+            second = start_daemon(env=env)
+            second.wait_for('Going on with the stop of guest "lab"')
+            second.wait_for("No space left on device")
+            assert client.wait(job)[0] == "killed"
+            second.stop()
+    finally:
+        run(["umount", "--lazy", lab_dir], check=True)
 
 
 def test_killed_after_its_sigkill_and_before_the_process_went(
