@@ -211,7 +211,10 @@ class Registry:
             self.on_busy(False)
 
     def _survivor_gone(self, job: Job) -> None:
-        del self._survivors[job.guest.identity.key]
+        key = job.guest.identity.key
+        # Another job of the same process may have taken its place: one that was resumed beside it.
+        if self._survivors.get(key) is job:
+            del self._survivors[key]
         self._released(job)
 
     def _released(self, job: Job) -> None:

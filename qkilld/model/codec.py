@@ -1,7 +1,7 @@
 """Our dataclasses as plain JSON types and back, driven by their type hints.
 
-A Flag is the list of its names, a Policy an object of time spans as in systemd.time(7), any other
-Enum its value, a tuple a list.
+A Flag is the list of its names, a Policy an object of time spans as in systemd.time(7), with those
+that nobody lives to see the end of as infinity, any other Enum its value, a tuple a list.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from qkilld.model import timespan
 from qkilld.model.policy import Policy
-from qkilld.model.words import Flag
+from qkilld.model.words import INFINITY, Flag
+
+_ENDLESS: Final = INFINITY // 2
+"""A span (µs) from which on it is written as infinity: close below that there are some that
+systemd.time(7) has no words for."""
 
 
 def to_json(value: Any) -> Any:
     if isinstance(value, Policy):
-        return {f.name: timespan.format_usec(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _span(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Flag):
         return [str(flag.name).lower() for flag in Flag if flag in value]
     if is_dataclass(value):
@@ -66,6 +70,10 @@ def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any
     if type(value) is not hint:
         raise ValueError(f"{where} is not of the type {hint.__name__}")
     return value
+
+
+def _span(usec: int) -> str:
+    return timespan.format_usec(usec if usec < _ENDLESS else INFINITY)
 
 
 def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:

@@ -253,6 +253,47 @@ def test_a_newer_job_has_a_survivor_taken_over() -> None:
     assert after.journal.ids == [MessageId.JOB_RESUMED, MessageId.JOB_ENDED]
 
 
+def test_a_running_and_a_survived_job_of_one_process() -> None:
+    """As two daemons may have left them: each lets go of its own only."""
+    world = World()
+    job = world.stop(FakeProcess())
+    running = job.snapshot()
+    world.clock.advance(20)
+    survived = replace(job.snapshot(), number=2)
+    after, first, second = World(), FakeProcess(), FakeProcess()
+    after.clock.advance(21)
+    resumed = after.registry.resume(first, running)
+    after.registry.resume(second, survived)
+    after.clock.advance(300)
+    assert resumed.result is Result.SURVIVED
+    second.die()
+    first.die()
+    assert after.journal.ids.count(MessageId.SURVIVOR_GONE) == 2
+
+
+YEAR = 31_557_600 * S
+
+
+@pytest.mark.parametrize(
+    ("span", "read"),
+    [
+        (0, 0),
+        (INFINITY // 2 - 1, INFINITY // 2 - 1),
+        (INFINITY // 2, INFINITY),
+        (584_542 * YEAR - 1, INFINITY),
+        (584_542 * YEAR, INFINITY),
+        (INFINITY - 1, INFINITY),
+        (INFINITY, INFINITY),
+    ],
+)
+def test_every_span_that_a_caller_may_give_comes_through(span: int, read: int) -> None:
+    spans = {"grace": span, "stall": span, "storage_stall": span, "max": span}
+    job = World().stop(FakeProcess(), FORCE, spans=spans)
+    past = passed_on(job.snapshot())
+    assert (past.policy.stall, past.policy.max) == (read, read)
+    assert past.request == job.request
+
+
 def test_numbers_and_processes_are_not_taken_twice(world: World) -> None:
     past = world.stop(FakeProcess()).snapshot()
     for wrong, why in (
