@@ -39,8 +39,11 @@ class JobObject:
         return properties(self._job)[name]
 
     async def _wait(self, caller: Caller) -> list[Any]:
+        if not caller.wants_reply:
+            raise Unanswered
         job = self._job
         if job.running:
+            left = False
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             settle = functools.partial(_settle, ended)
             job.when_ended(settle)
@@ -48,9 +51,10 @@ class JobObject:
                 await self._server.notice_disconnect(caller)
                 await ended
             except asyncio.CancelledError:
-                if not self._server.draining:
-                    job.no_longer(settle)
+                left = not self._server.draining
                 raise
+            finally:
+                job.no_longer(settle, left=left)
         if job.result is None:
             raise Unanswered
         return [job.result.value, receipt(job)]

@@ -32,6 +32,7 @@ class Caller(NamedTuple):
     """The unique bus name."""
     interactive: bool
     """It allows to be asked for authorization."""
+    wants_reply: bool
 
 
 Method = Callable[..., Awaitable[list[Any]]]
@@ -121,12 +122,18 @@ class Server:
         """Ask the bus to say when this caller goes, so that its calls end then.
 
         Asked for only while it waits: otherwise every client that leaves the bus would wake us.
+        Where the bus refuses (it lets a connection have so many match rules and no more), its calls
+        go on till they are answered.
         """
         if caller.sender in self._noticed:
             return
         self._noticed.add(caller.sender)
-        await self._connection.request_bus("AddMatch", "s", _gone_rule(caller.sender))
-        (there,) = await self._connection.request_bus("NameHasOwner", "s", caller.sender)
+        try:
+            await self._connection.request_bus("AddMatch", "s", _gone_rule(caller.sender))
+            (there,) = await self._connection.request_bus("NameHasOwner", "s", caller.sender)
+        except QkilldError:
+            self._forget(caller.sender)
+            return
         if not there:
             self._disconnected(caller.sender)
 
@@ -207,7 +214,9 @@ class Server:
     async def _call(self, message: Message) -> tuple[str, list[Any]]:
         """The signature and the body of the reply."""
         caller = Caller(
-            message.sender or "", MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION in message.flags
+            message.sender or "",
+            MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION in message.flags,
+            MessageFlag.NO_REPLY_EXPECTED not in message.flags,
         )
         match message.interface:
             case "org.freedesktop.DBus.Introspectable":

@@ -230,11 +230,11 @@ class Job:
         where nobody will be told of its end."""
         self._waiters.append(callback)
 
-    def no_longer(self, callback: Callable[[], None]) -> None:
-        """Whoever wanted that call back does not wait any more."""
+    def no_longer(self, callback: Callable[[], None], *, left: bool) -> None:
+        """Do not call back any more. `left`: because whoever waited did not want to."""
         if callback in self._waiters:
             self._waiters.remove(callback)
-            if not self._waiters:
+            if left and not self._waiters:
                 self._journal.write(events.waiter_gone(self))
 
     def interrupt_waits(self) -> None:

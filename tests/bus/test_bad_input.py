@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from tests.lab.process import OTHER_UID
 Make = Callable[..., Guest]
 
 OURS = "org.qkilld1.Error."
+JOB = "org.qkilld1.Job"
 DBUS = "org.freedesktop.DBus.Error."
 INSIDE = re.compile(r"Traceback|File \"|\.py|/usr/|/proc|/home|qkilld\.(?!conf)|object at 0x")
 
@@ -83,7 +85,7 @@ def test_a_process_of_another_user(daemon: Daemon, fake_qemu: Make) -> None:
         assert refused(client, "Terminate", "ut", os.getpid(), 1).name == denied
         job = root.terminate(roots.pid, 0)
         job2 = root.terminate(own.pid, 0)
-        error = refused(client, "Cancel", "", path=job, interface="org.qkilld1.Job")
+        error = refused(client, "Cancel", "", path=job, interface=JOB)
         assert error.name == denied
         assert root.wait(job)[0] == root.wait(job2)[0] == "exited"
 
@@ -144,10 +146,10 @@ def test_wrong_calls(client: Client) -> None:
     for path in ("/", "/org", "/org/qkilld2", "/org/qkilld1/job"):
         assert refused(client, "ListJobs", "", path=path).name == DBUS + "UnknownObject"
     for path in ("/org/qkilld1/job/77", "/org/qkilld1/job/x", "/org/qkilld1/job/1/2"):
-        error = refused(client, "Wait", "", path=path, interface="org.qkilld1.Job")
+        error = refused(client, "Wait", "", path=path, interface=JOB)
         assert error.name == OURS + "NoSuchJob"
     assert refused(client, "GetJobByPID", "u", 1).name == OURS + "NoSuchJob"
-    error = refused(client, "Wait", "", interface="org.qkilld1.Job")
+    error = refused(client, "Wait", "", interface=JOB)
     assert error.name == DBUS + "UnknownInterface"
     for member, signature, body, name in (
         ("Get", "ss", (manager, "Nothing"), "UnknownProperty"),
@@ -216,7 +218,7 @@ def test_a_client_that_disconnects_during_wait(
     descriptors = psutil.Process(daemon.pid).num_fds()
     for _ in range(20):
         with daemon.bus.client() as other:
-            serial = other.send("Wait", path=job, interface="org.qkilld1.Job")
+            serial = other.send("Wait", path=job, interface=JOB)
             assert other.call("ListJobs")  # so Wait has come in before we go
             assert serial
     assert client.properties()["NJobs"] == 1
@@ -230,7 +232,7 @@ def test_too_many_waits_of_one_client(roomy_daemon: Daemon, fake_qemu: Make) -> 
     guest = fake_qemu(stubborn=True)
     with roomy_daemon.bus.client() as client, roomy_daemon.bus.client() as greedy:
         job = client.terminate(guest.pid)
-        serials = [greedy.send("Wait", path=job, interface="org.qkilld1.Job") for _ in range(4097)]
+        serials = [greedy.send("Wait", path=job, interface=JOB) for _ in range(4097)]
         with pytest.raises(CallError) as caught:
             greedy.reply(serials[-1])
         assert caught.value.name == OURS + "Busy"
@@ -238,6 +240,44 @@ def test_too_many_waits_of_one_client(roomy_daemon: Daemon, fake_qemu: Make) -> 
         assert greedy.reply(serials[0])[0] == "exited"
         assert greedy.reply(serials[4095])[0] == "exited"
         assert client.wait(job)[0] == "exited"
+
+
+def test_more_who_wait_than_the_bus_lets_it_ask_about(fake_qemu: Make) -> None:
+    guest = fake_qemu(stubborn=True)
+    with (
+        private_bus({"max_match_rules_per_connection": 2}) as bus,
+        daemon_on(bus) as daemon,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(bus.client()) for _ in range(4)]
+        job = clients[0].terminate(guest.pid)
+        serials = [one.send("Wait", path=job, interface=JOB) for one in clients]
+        assert [one.properties()["NJobs"] for one in clients] == [1] * 4  # so these have come in
+        guest.signal(signal.SIGKILL)
+        results = [one.reply(serial)[0] for one, serial in zip(clients, serials, strict=True)]
+        assert results == ["exited"] * 4
+        # And who waits then is asked about again.
+        other = stack.enter_context(bus.client())
+        second = fake_qemu(stubborn=True)
+        job = other.terminate(second.pid)
+        other.send("Wait", path=job, interface=JOB)
+        assert other.properties()["NJobs"] == 1
+        other.close()
+        daemon.wait_for("Nobody waits")
+
+
+def test_a_wait_that_wants_no_answer_is_none(
+    daemon: Daemon, client: Client, fake_qemu: Make
+) -> None:
+    guest = fake_qemu(stubborn=True)
+    job = client.terminate(guest.pid)
+    with daemon.bus.client() as other:
+        for _ in range(5000):  # more than may wait
+            other.send("Wait", path=job, interface=JOB, no_reply=True)
+        serial = other.send("Wait", path=job, interface=JOB)
+        assert other.call("ListJobs")
+        guest.signal(signal.SIGKILL)
+        assert other.reply(serial)[0] == "exited"
 
 
 def test_a_message_that_is_too_long(daemon: Daemon, client: Client, fake_qemu: Make) -> None:

@@ -22,6 +22,7 @@ from jeepney import (  # type: ignore[import-untyped]
     DBusAddress,
     HeaderFields,
     Message,
+    MessageFlag,
     MessageType,
     new_method_call,
 )
@@ -281,11 +282,14 @@ class Client:
         path: str = MANAGER_PATH,
         interface: str = MANAGER_INTERFACE,
         destination: str = BUS_NAME,
+        no_reply: bool = False,
     ) -> int:
         """Sends a call and does not wait; returns its serial, for reply()."""
         address = DBusAddress(path, destination, interface)
         serial: int = next(self._connection.outgoing_serial)
         message = new_method_call(address, member, signature or None, body)
+        if no_reply:
+            message.header.flags |= MessageFlag.no_reply_expected
         self._connection.send(message, serial=serial)
         return serial
 
