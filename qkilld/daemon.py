@@ -57,8 +57,10 @@ def main() -> int:
             sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
             import asyncio
 
+            from qkilld.bus import interfaces
             from qkilld.life import Where, live
 
+            interfaces.load()
             where = Where(arguments.bus, arguments.user, arguments.exit_idle)
             return asyncio.run(live(configuration, where, journal, traces))
     except ConfigError as error:
@@ -107,7 +109,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _seconds(text: str) -> float:
     """Of a time span as in systemd.time(7)."""
-    return timespan.parse(text) / USEC_PER_SEC
+    try:
+        return timespan.parse(text) / USEC_PER_SEC
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _take_descriptors() -> None:

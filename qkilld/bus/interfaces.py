@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from qkilld.model.errors import ConfigError
 from qkilld.model.words import JOB_INTERFACE, MANAGER_INTERFACE
 
 _DIRECTORIES: Final = (
@@ -80,6 +81,20 @@ def job() -> Interface:
     return _load(JOB_INTERFACE)
 
 
+def load() -> None:
+    """Read them now: once an upgrade or a removal has begun, what is there is another program's.
+
+    Raises ConfigError.
+    """
+    for name, read in ((MANAGER_INTERFACE, manager), (JOB_INTERFACE, job)):
+        try:
+            read()
+        except (OSError, ET.ParseError, LookupError) as error:
+            raise ConfigError(
+                f"the description of {name} cannot be read: {error}; install qkilld anew"
+            ) from None
+
+
 def introspection(interface: Interface | None, children: list[str]) -> str:
     """The answer to Introspect for an object with this interface and these child nodes."""
     node = ET.fromstring(_STANDARD)
@@ -91,9 +106,11 @@ def introspection(interface: Interface | None, children: list[str]) -> str:
 
 
 def _load(name: str) -> Interface:
-    path = next(p for d in _DIRECTORIES if (p := d / f"{name}.xml").exists())
+    file = f"{name}.xml"
+    path = next((p for d in _DIRECTORIES if (p := d / file).exists()), _DIRECTORIES[0] / file)
     element = ET.parse(path).getroot().find(f"interface[@name='{name}']")
-    assert element is not None
+    if element is None:
+        raise LookupError(f"{path} does not have it")
     return Interface(
         name,
         element,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import xml.etree.ElementTree as ET
@@ -188,6 +189,38 @@ def test_a_broken_configuration(private_bus: Bus, start_daemon: Start, lab_dir: 
         client.properties()
 
 
+@pytest.fixture
+def copied(lab_dir: Path) -> Path:
+    """The program as it is installed, to be spoilt."""
+    shutil.copytree(
+        TOP / "qkilld", lab_dir / "qkilld", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(TOP / "dbus", lab_dir / "qkilld/interfaces")
+    return lab_dir
+
+
+def test_it_goes_on_while_it_is_uninstalled(
+    private_bus: Bus, start_daemon: Start, copied: Path, fake_qemu: Make
+) -> None:
+    start_daemon(env={"PYTHONPATH": str(copied)})
+    shutil.rmtree(copied / "qkilld/interfaces")
+    with private_bus.client() as client:
+        job = client.terminate(fake_qemu().pid)
+        assert client.wait(job)[0] == "exited"
+        assert client.properties(job, "org.qkilld1.Job")["Result"] == "exited"
+
+
+def test_an_interface_that_cannot_be_read(start_daemon: Start, copied: Path) -> None:
+    path = copied / "qkilld/interfaces/org.qkilld1.Job.xml"
+    whole = path.read_text()
+    for text in (whole[:500], "<node/>", None):
+        path.unlink() if text is None else path.write_text(text)
+        daemon = start_daemon(env={"PYTHONPATH": str(copied)}, ready=False)
+        assert daemon.wait_gone() == 2
+        daemon.wait_for("the description of org.qkilld1.Job cannot be read: .*install qkilld anew")
+        assert "Traceback" not in daemon.stderr.text()
+
+
 def test_check_config(lab_dir: Path) -> None:
     check = [*PYTHON, "-m", "qkilld", "--check-config", "--root", str(lab_dir)]
     write_config(lab_dir, lab_config())
@@ -199,11 +232,14 @@ def test_check_config(lab_dir: Path) -> None:
     assert ":3:" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--nonsense"], ["--user", "--bus", "x"], ["stray"]])
+@pytest.mark.parametrize(
+    "arguments", [["--nonsense"], ["--user", "--bus", "x"], ["stray"], ["--exit-idle", "x"]]
+)
 def test_wrong_usage(arguments: list[str]) -> None:
     done = run([*PYTHON, "-m", "qkilld", *arguments])
     assert done.returncode == 2
     assert done.stderr.startswith("usage: qkilld")
+    assert "_" not in done.stderr
 
 
 def test_help_teaches() -> None:
