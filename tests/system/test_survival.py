@@ -302,6 +302,31 @@ def test_a_restart_and_those_who_wait(system: Container, start_guest: StartGuest
     assert call(system, "ListJobs")[0][-1][1] == job
 
 
+def test_a_wrong_configuration_fails_once_and_loses_no_job(
+    system: Container, start_guest: StartGuest
+) -> None:
+    unit, pid = start_guest()
+    job = terminate(system, pid, FORCE | FIXED, grace=8)
+    deadline = properties(system, job)["DeadlineUSec"]
+    wrong = "/etc/qkilld/qkilld.conf.d/wrong.conf"
+    system.write(wrong, "[Policy]\nGarceSec=5s\n")
+    try:
+        assert system.run("systemctl", "restart", "qkilld.service", check=False).returncode != 0
+        time.sleep(1)  # twenty times RestartSec=
+        assert system.property("qkilld.service", "ActiveState") == "failed"
+        assert system.property("qkilld.service", "NRestarts") == "0"
+        status = system.run("systemctl", "status", "qkilld.service", check=False).stdout
+        assert "wrong.conf:2: " in status
+        assert system.run("kill", "-0", str(pid)).returncode == 0
+    finally:
+        system.run("rm", wrong)
+    # The next call starts it.
+    assert properties(system, job)["DeadlineUSec"] == deadline
+    result, receipt = wait(system, job)
+    assert (result, receipt["elapsed-usec"] >= 8_000_000) == ("killed", True)
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
 def test_stopped_for_good_it_cancels(system: Container, start_guest: StartGuest) -> None:
     _, pid = start_guest()
     job = terminate(system, pid, FORCE | FIXED, grace=2)
