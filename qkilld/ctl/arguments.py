@@ -77,7 +77,9 @@ _CONTROLS: Final = (
     (
         "cancel",
         "cancel jobs: no more signals are sent",
-        "Cancel jobs. No more signals are sent; one that was sent already stays sent.",
+        "Cancel jobs. No more signals are sent; one that was sent already stays sent. Where\n"
+        "systemd is stopping the guest's unit, it goes on by its own clock, to SIGKILL: there it\n"
+        "is `qkillctl hold` that keeps the guest.",
     ),
     (
         "hold",
@@ -95,7 +97,7 @@ _CONTROLS: Final = (
         "extend",
         "give jobs more time before SIGKILL",
         "Give jobs more time: no SIGKILL for so long from now on, whatever the policy says. A job\n"
-        "that has more time already keeps it.",
+        "that has more time already keeps it, and one without FORCE gets no SIGKILL anyway.",
     ),
     (
         "force",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from qkilld.bus.client import Manager
 from qkilld.ctl.follow import monotonic_usec
@@ -45,7 +45,7 @@ async def list_guests(session: Session) -> int:
 async def list_jobs(session: Session) -> int:
     jobs = await _jobs(session.manager)
     if session.json:
-        session.output.json(jobs)
+        session.output.json([job.as_json() for job in jobs])
     elif jobs:
         _job_table(session, jobs)
     else:
@@ -56,12 +56,13 @@ async def list_jobs(session: Session) -> int:
 async def overview(session: Session) -> int:
     """status without a target."""
     properties = await session.manager.properties()
-    running = [job for job in await _jobs(session.manager) if job["phase"] != Phase.DONE]
+    running = [job for job in await _jobs(session.manager) if job.phase != Phase.DONE]
     if session.json:
         policy = {
             f"{title.replace(' ', '_')}_usec": known(properties[key]) for key, title, _ in _POLICY
         }
-        session.output.json({"version": properties["Version"], "policy": policy, "jobs": running})
+        jobs = [job.as_json() for job in running]
+        session.output.json({"version": properties["Version"], "policy": policy, "jobs": jobs})
         return ExitCode.OK
     output = session.output
     output.line(f"qkilld {printable(properties['Version'])} on the {printable(session.bus.title)}")
@@ -130,32 +131,64 @@ async def _who(manager: Manager, resolver: Resolver, pid: int) -> Guest:
     return Guest(pid, seen["name"], seen["uuid"], seen["uid"], seen["unit"])
 
 
-async def _jobs(manager: Manager) -> list[dict[str, Any]]:
+class _Listed(NamedTuple):
+    """One row of ListJobs."""
+
+    id: int
+    path: str
+    pid: int
+    phase: str
+    verdict: str
+    view: JobView | None
+    """None where it was forgotten since it was listed."""
+
+    @property
+    def name(self) -> str:
+        return self.view.name if self.view else ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "path": self.path,
+            "pid": self.pid,
+            "name": self.name,
+            "phase": self.phase,
+            "verdict": self.verdict,
+            "held": self.view.held if self.view else None,
+            "deadline_usec": known(self.view.deadline) if self.view else None,
+        }
+
+
+async def _jobs(manager: Manager) -> list[_Listed]:
     slots = asyncio.Semaphore(MAX_CALLS)
 
-    async def name(path: str) -> str:
+    async def view(path: str) -> JobView | None:
         try:
             async with slots:
-                return (await _view(manager, path)).name
+                return await _view(manager, path)
         except QkilldError:
-            return ""  # forgotten since it was listed
+            return None
 
     jobs = await manager.list_jobs()
-    names = await asyncio.gather(*(name(path) for _, path, *_ in jobs))
-    return [
-        {"id": number, "path": path, "pid": pid, "name": name, "phase": phase, "verdict": verdict}
-        for (number, path, pid, phase, verdict), name in zip(jobs, names, strict=True)
-    ]
+    views = await asyncio.gather(*(view(path) for _, path, *_ in jobs))
+    return [_Listed(*job, view) for job, view in zip(jobs, views, strict=True)]
 
 
 async def _view(manager: Manager, path: str) -> JobView:
     return JobView(path, await manager.job(path).properties())
 
 
-def _job_table(session: Session, jobs: list[dict[str, Any]]) -> None:
+def _job_table(session: Session, jobs: list[_Listed]) -> None:
+    now = monotonic_usec()
     session.output.table(
-        ("ID", "PID", "NAME", "PHASE", "VERDICT"),
-        [[str(job[key]) for key in ("id", "pid", "name", "phase", "verdict")] for job in jobs],
+        ("ID", "PID", "NAME", "PHASE", "VERDICT", "NEXT"),
+        [
+            (
+                *(str(job.id), str(job.pid), job.name, job.phase, job.verdict),
+                job.view.outlook(now) if job.view else "",
+            )
+            for job in jobs
+        ],
     )
 
 

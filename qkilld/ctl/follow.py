@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from qkilld.bus.client import Job
 from qkilld.ctl.output import Output, width
 from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.jobview import JobView, label
+from qkilld.model.words import INFINITY
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -73,28 +74,46 @@ class Quiet:
     def ended(self, path: str, line: str) -> None: ...
 
 
+class _Told(NamedTuple):
+    """What the last line about a job goes by."""
+
+    phase: str
+    verdict: str
+    held: bool
+    not_before: int
+    undecided: bool
+
+
 class Plain:
-    """For a pipe: a line for each change of phase or verdict, where a job is held or released, and
-    one for the end."""
+    """For a pipe: a line for each change of phase or verdict, where a job is held, released or
+    extended, and one for the end."""
 
     watches = True
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._last: dict[str, tuple[str, str, bool]] = {}
+        self._last: dict[str, _Told] = {}
         self._outages = Outages()
 
     def changed(self, view: JobView) -> None:
-        standing = (view.phase, view.verdict, bool(view.properties["Held"]))
-        if view.result or self._last.get(view.path) == standing:
-            return
-        self._last[view.path] = standing
-        now = monotonic_usec()
-        outlook = view.outlook(now)
-        self._output.line(
-            f"{label(view.pid, view.name)}: {view.phase}, {view.verdict}"
-            + (f"; {outlook}" if outlook else "")
+        before = self._last.get(view.path)
+        released = before is not None and before.held and not view.held
+        # What a released job does next is known only when the daemon has looked at its process.
+        undecided = (released or (before is not None and before.undecided)) and (
+            not view.held and view.deadline == INFINITY
         )
+        told = _Told(view.phase, view.verdict, view.held, view.not_before, undecided)
+        if view.result or before == told:
+            return
+        self._last[view.path] = told
+        said = [f"{view.phase}, {view.verdict}"]
+        if released:
+            said.append("released")
+        if before is not None and view.not_before > before.not_before:
+            said.append("extended")
+        if not undecided and (outlook := view.outlook(monotonic_usec())):
+            said.append(outlook)
+        self._output.line(f"{label(view.pid, view.name)}: {'; '.join(said)}")
 
     def away(self) -> None:
         if self._outages.new():

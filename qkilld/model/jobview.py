@@ -64,6 +64,22 @@ class JobView:
         return bool(self.properties["Flags"] & Flag.FORCE)
 
     @property
+    def held(self) -> bool:
+        return bool(self.properties["Held"])
+
+    @property
+    def not_before(self) -> int:
+        """By Extend; 0 for none, as of a daemon that does not tell yet."""
+        return int(self.properties.get("NotBeforeUSec", 0))
+
+    @property
+    def deadline(self) -> int:
+        """INFINITY for none. Not before what an extension promises, which the daemon's own deadline
+        follows only at its next decision."""
+        deadline = int(self.properties["DeadlineUSec"])
+        return max(deadline, self.not_before) if self.phase == Phase.TERMINATE else deadline
+
+    @property
     def unsupervised(self) -> bool:
         return bool(self.properties["Flags"] & Flag.NOWAIT)
 
@@ -76,7 +92,7 @@ class JobView:
         """What will happen next and when, such as `SIGKILL in 7s`; "" where nothing will."""
         if self.result or self.phase == Phase.DONE:
             return ""
-        if self.properties["Held"]:
+        if self.held:
             return "held"
         if self.phase in _BEFORE_SIGNALS:
             step = "SIGTERM"
@@ -84,11 +100,10 @@ class JobView:
             step = "SIGKILL"
         else:
             step = "gives up"
-        deadline = self.properties["DeadlineUSec"]
-        if deadline == INFINITY:
+        if self.deadline == INFINITY:
             return "waits without limit"
         # Rounded up, so that the last second is not shown as none.
-        seconds = -((now - deadline) // USEC_PER_SEC)
+        seconds = -((now - self.deadline) // USEC_PER_SEC)
         return f"{step} in {format_usec(seconds * USEC_PER_SEC)}" if seconds > 0 else f"{step} now"
 
     def as_json(self) -> dict[str, Any]:
@@ -108,11 +123,11 @@ class JobView:
             "verdict": self.verdict,
             "result": self.result or None,
             "started_usec": values["StartedUSec"],
-            "deadline_usec": known(values["DeadlineUSec"]),
+            "deadline_usec": known(self.deadline),
             "last_progress_usec": values["LastProgressUSec"] or None,
             "bytes_written": known(values["BytesWritten"]),
             "bytes_pending": known(values["BytesPending"]),
-            "held": values["Held"],
+            "held": self.held,
         }
 
 

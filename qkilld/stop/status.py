@@ -30,8 +30,11 @@ def _standing(view: JobView, now: int) -> str:
         if (count := known(view.properties[key])) is not None:
             said.append(f"{megabytes(count)} {words}")
     if outlook := view.outlook(now):
-        unless = " unless it moves" if view.phase == Phase.TERMINATE else ""
-        said.append(f"{outlook}{unless}")
+        if view.held:
+            outlook += " until `qkillctl release`"
+        elif view.phase == Phase.TERMINATE:
+            outlook += " unless it moves"
+        said.append(outlook)
     return ", ".join(said)
 
 

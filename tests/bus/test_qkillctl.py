@@ -140,14 +140,21 @@ def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
 
     guest = fake_qemu(name="web", stubborn=True)
     ctl(bus, "terminate", "--fixed", "web")
-    assert re.search(rf"^1 +{guest.pid} +web +terminate +unknown$", ctl(bus, "status").stdout, re.M)
+    row = rf"^1 +{guest.pid} +web +terminate +unknown +"
+    assert re.search(rf"{row}gives up in 1?\ds$", ctl(bus, "status").stdout, re.MULTILINE)
     document = ctl_json(bus, "status")
     assert document["version"] == __version__
     assert document["policy"]["reap_usec"] == 7_000_000
     assert document["policy"]["max_usec"] is None
     job = {"id": 1, "path": "/org/qkilld1/job/1", "pid": guest.pid, "name": "web"}
-    assert document["jobs"] == [job | {"phase": "terminate", "verdict": "unknown"}]
-    assert ctl_json(bus, "jobs") == document["jobs"]
+    deadline = document["jobs"][0].pop("deadline_usec")
+    assert 0 < deadline - time.monotonic_ns() // 1000 < 15_000_000
+    job |= {"phase": "terminate", "verdict": "unknown", "held": False}
+    assert document["jobs"] == [job]
+    assert ctl_json(bus, "jobs") == [job | {"deadline_usec": deadline}]
+    ctl(bus, "hold", "web")
+    assert re.search(rf"{row}held$", ctl(bus, "jobs").stdout, re.MULTILINE)
+    assert ctl_json(bus, "jobs") == [job | {"held": True, "deadline_usec": None}]
 
 
 def test_status_of_a_guest_and_of_its_job(daemon: Daemon, fake_qemu: Make) -> None:
@@ -282,13 +289,26 @@ def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: St
     assert "held" in ctl(daemon.bus, "status", "web").stdout
     done = ctl(daemon.bus, "extend", "1h", "job:1")
     assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
-    assert "job 1 released" in ctl(daemon.bus, "release", "web").stdout
-    running.wait_for("SIGKILL in (1h|59min)")
+    assert "next: held" in done.stdout
+    assert "job 1 released: it goes on" in ctl(daemon.bus, "release", "web").stdout
+    running.wait_for("released; (extended; )?SIGKILL in (1h|59min)")
+    assert "job 1 was not held" in ctl(daemon.bus, "release", "web").stdout
+    done = ctl(daemon.bus, "extend", "1s", "web")
+    assert re.search("job 1 has more time already.*; next: SIGKILL in (1h|59min)", done.stdout)
+    ctl(daemon.bus, "extend", "2h", "web")
+    running.wait_for("terminate, [a-z-]+; extended; SIGKILL in (2h|1h 59min)")
     assert "job 1 forced: SIGKILL was sent" in ctl(daemon.bus, "force", str(guest.pid)).stdout
     assert running.wait() == 3
     for command in (("hold",), ("release",), ("extend", "5s"), ("force",)):
         done = ctl(daemon.bus, *command, "job:1", code=7)
         assert f"has ended already (killed): there is nothing to {command[0]}" in done.stderr
+
+
+def test_extended_without_force(daemon: Daemon, fake_qemu: Make) -> None:
+    fake_qemu(name="web", stubborn=True)
+    ctl(daemon.bus, "terminate", "web")
+    said = ctl(daemon.bus, "extend", "1h", "web").stdout
+    assert re.search("it gets no SIGKILL anyway; next: gives up in (1h|59min)", said)
 
 
 def test_cancel_as_json(daemon: Daemon, fake_qemu: Make) -> None:

@@ -64,6 +64,10 @@ def view(**properties: Any) -> JobView:
         ({"DeadlineUSec": NOW + 90 * S}, "gives up in 1min 30s"),
         ({"DeadlineUSec": INFINITY}, "waits without limit"),
         ({"Held": True}, "held"),
+        # Extended, and the daemon has not decided anew yet.
+        ({"Flags": Flag.FORCE, "NotBeforeUSec": NOW + 60 * S}, "SIGKILL in 1min"),
+        ({"Flags": Flag.FORCE, "NotBeforeUSec": NOW + 2 * S}, "SIGKILL in 7s"),
+        ({"Phase": Phase.REAP, "NotBeforeUSec": NOW + 60 * S}, "gives up in 7s"),
         ({"Phase": Phase.DONE, "Result": Result.EXITED}, ""),
         ({"Result": Result.SURVIVED}, ""),
     ],

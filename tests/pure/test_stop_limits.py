@@ -116,6 +116,7 @@ def test_the_status_says_what_is_waited_for() -> None:
     )
     assert "gives up in 10s" in status([view(Flags=0)], 10 * S)
     assert "unless" not in status([view(Phase="reap")], 10 * S)
+    assert status([view(Held=True)], 10 * S).endswith(", held until `qkillctl release`")
     assert "cannot be judged" in status([view(Verdict="of-a-newer-daemon")], 10 * S)
     text = status([view(pid) for pid in range(10, 15)], 10 * S)
     assert text.startswith("Stopping 5 guests: ") and text.endswith("; and 2 more")
