@@ -13,7 +13,7 @@ from typing import Any, Final
 from qkilld import __version__
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.dropin import DropIn, is_writable_by_others
-from qkilld.ctl.session import Session
+from qkilld.ctl.session import NeedsRoot, Session
 from qkilld.ctl.surroundings import config_of, find_helper, guard_of
 from qkilld.ctl.units import Checked, check_unit, failed, full_name, load, show
 from qkilld.judgement.adoption import Change, changes, text_of
@@ -62,6 +62,8 @@ class _Adopter:
         if not wanted:
             return self._told(checked, None, "")
         self._check_helper()
+        if not self._dry_run:
+            self._check_root(checked.name)
         drop_in = DropIn(await self._base(checked.facts.transient), checked.name)
         old = drop_in.read()
         undo = f"{self._session.bus.command} adopt --undo {shlex.quote(checked.name)}"
@@ -91,6 +93,8 @@ class _Adopter:
             primary = full_name(name)  # the unit has gone, its drop-in has not
         if primary.endswith(".scope"):
             return await self._unguard(primary)
+        if not self._dry_run:
+            self._check_root(primary, "--undo ")
         taken = []
         for transient in (False, True):
             drop_in = DropIn(await self._base(transient), primary)
@@ -101,10 +105,22 @@ class _Adopter:
             if not self._dry_run:
                 drop_in.remove()
         if not taken:
-            raise Failed(f"{printable(primary)} was not adopted: there is nothing to take back")
+            raise await self._not_adopted(primary)
         if not self._dry_run:
             await self._systemd.reload()
         return ExitCode.OK, {"unit": primary, "removed": taken, "error": None, "exit_code": 0}
+
+    async def _not_adopted(self, name: str) -> Failed:
+        text = f"{printable(name)} was not adopted"
+        prefix, at, rest = name.partition("@")
+        template = f"{prefix}@.{rest.rpartition('.')[2]}"
+        if at and template != name and DropIn(await self._base(transient=False), template).read():
+            command = f"{self._session.bus.command} adopt --undo {shlex.quote(template)}"
+            return Failed(
+                f"{text} by itself but through its template, {printable(template)}: `{command}`"
+                " takes that back for all its instances"
+            )
+        return Failed(f"{text}: there is nothing to take back")
 
     # Scopes have no ExecStop=: a unit that is stopped before them waits in their place.
 
@@ -190,6 +206,16 @@ class _Adopter:
                 f"{drop_in.path} is written, but systemd could not be made to read it ({error}):"
                 f" run `systemctl{user} daemon-reload`"
             ) from None
+
+    def _check_root(self, name: str, option: str = "") -> None:
+        """Raises NeedsRoot."""
+        if os.geteuid() == 0 or self._session.bus.user:
+            return
+        own = f"qkillctl --user adopt {option}{shlex.quote(name)}"
+        raise NeedsRoot(
+            f"{printable(name)} is a unit of the system, whose drop-ins only root can write: run"
+            f" this as root. Where it is a unit of your own: `{printable(own)}`"
+        )
 
     def _check_helper(self) -> None:
         """Raises Failed where it is not there, or somebody else could put something in its place.

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qkilld.ctl.session import NeedsRoot
 from qkilld.judgement.adoption import FILE_NAME, is_ours, is_unchanged
-from qkilld.model.errors import AccessDenied, Failed, QkilldError
+from qkilld.model.errors import Failed, QkilldError
 
 MAX_BYTES: Final = 1 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -25,7 +26,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class DropIn:
-    """Our file for one unit. Methods raise AccessDenied, and Failed with what is in the way."""
+    """Our file for one unit. Methods raise NeedsRoot, and Failed with what is in the way."""
 
     base: Path
     """/etc/systemd/system or another of the manager's directories."""
@@ -134,7 +135,7 @@ class DropIn:
         except QkilldError:
             raise
         except PermissionError:
-            raise AccessDenied(
+            raise NeedsRoot(
                 f"{self.path} cannot be written: run this as root, or with --user for a unit of"
                 " your own"
             ) from None

@@ -30,7 +30,9 @@ async def plan(session: Session, orders: list[Order], how: How) -> int:
             documents.append(order.as_json(session.bus))
             session.output.error(explain(error, session.bus))
             continue
-        documents.append({key.replace("-", "_"): value for key, value in seen.items()})
+        order.pid = found.pid
+        planned = {key.replace("-", "_"): value for key, value in seen.items()}
+        documents.append(order.as_json(session.bus) | planned)
         if not session.json:
             session.output.line(label(found.pid, seen["name"]))
             for phase, name, after in seen["rungs"]:

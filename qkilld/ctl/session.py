@@ -49,6 +49,10 @@ class Bus:
         return "Check `systemctl status qkilld`; use --user or --bus where it runs on another bus"
 
 
+class NeedsRoot(AccessDenied):
+    """What this program itself has to do and polkit cannot allow. The text says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     bus: Bus
@@ -76,7 +80,7 @@ async def open_connection(bus: Bus) -> AsyncIterator[Connection]:
 def explain(error: Exception, bus: Bus) -> str:
     """The text of an error for people; for one of the bus, which bus and what to do."""
     text = str(error) or type(error).__name__
-    if isinstance(error, AccessDenied):
+    if isinstance(error, AccessDenied) and not isinstance(error, NeedsRoot):
         return f"{text}. {_how_to_be_let(bus)}"
     if not isinstance(error, BusError):
         return text
@@ -88,8 +92,8 @@ def _how_to_be_let(bus: Bus) -> str:
     if bus.user or bus.address:
         return "Only its own user may do that on this bus; on the system bus polkit can allow it"
     return (
-        "It needs authorization as an administrator: run it as root, or in a session with a polkit "
-        "agent, or on a terminal without --no-ask-password"
+        "Run it as root, or in a session with a polkit agent, or on a terminal without "
+        "--no-ask-password"
     )
 
 

@@ -650,6 +650,9 @@ def test_dry_run(daemon: Daemon, fake_qemu: Make) -> None:
     assert document["pid"] == guest.pid
     assert document["rungs"][1] == ["kill", "SIGKILL", 20_000_000]
     assert "without FORCE" in ctl(daemon.bus, "terminate", "--dry-run", "web").stdout
-    ctl(daemon.bus, "terminate", "--dry-run", "web", "nobody", code=7)
+    good, bad = ctl_json(daemon.bus, "terminate", "--dry-run", "web", "nobody", code=7)
+    assert bad.keys() <= good.keys()
+    assert (good["target"], good["error"], good["exit_code"]) == ("web", None, 0)
+    assert (bad["target"], bad["error"] is None, bad["exit_code"]) == ("nobody", False, 7)
     assert guest.alive
     assert ctl_json(daemon.bus, "jobs") == []

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -412,6 +411,7 @@ def test_dry_run_templates_instances_and_aliases(manager: Manager) -> None:
         assert manager.check("wild-t@.service") == {}
         # Once more there is nothing to do, and nothing is done.
         adopted = manager.tree()
+        assert "adopt --undo wild-t@.service`" in manager.ctl("adopt", "--undo", "wild-t@a", code=1)
         assert "is safe" in manager.ctl("adopt", "wild-t@.service")
         assert manager.tree() == adopted
         manager.ctl("adopt", "--undo", "wild-t@.service")
@@ -442,4 +442,7 @@ def test_what_is_refused(manager: Manager) -> None:
         manager.run("rm", f"{manager.directory}/{foreign}")
         refused = manager.system.run("qkillctl", "adopt", unit, check=False, uid=OTHER_UID)
         assert refused.returncode == 6
-        assert re.search("as root, or with --user", refused.stderr)
+        assert "only root can write: run this as root" in refused.stderr
+        assert f"qkillctl --user adopt {unit}" in refused.stderr
+        assert "polkit" not in refused.stderr
+        assert "Writing" not in refused.stdout
