@@ -16,7 +16,7 @@ from qkilld.ctl.dropin import DropIn, is_writable_by_others
 from qkilld.ctl.session import NeedsRoot, Session
 from qkilld.ctl.surroundings import config_of, find_helper, guard_of
 from qkilld.ctl.units import Checked, check_unit, failed, full_name, load, show
-from qkilld.judgement.adoption import Change, changes, text_of
+from qkilld.judgement.adoption import Change, changes, text_of, unwritten
 from qkilld.judgement.finding import Line
 from qkilld.judgement.stopcommand import HELPER
 from qkilld.model.errors import Failed, NoSuchUnit, QkilldError
@@ -66,10 +66,19 @@ class _Adopter:
             self._check_root(checked.name)
         drop_in = DropIn(await self._base(checked.facts.transient), checked.name)
         old = drop_in.read()
+        wanted = unwritten(wanted, old)
+        if not wanted:
+            # It is all in there already: something stands over it, or systemd has not read it yet.
+            if not checked.overrides and not self._dry_run:
+                await self._reload(drop_in)
+                checked = await self._check(name)
+            return self._told(checked, None, "")
         undo = f"{self._session.bus.command} adopt --undo {shlex.quote(checked.name)}"
         text = text_of(checked.name, undo, __version__, wanted, old)
         self._show_file(drop_in, text, old)
         if self._dry_run:
+            for each in checked.overrides:
+                self._say(f"  {each}, which will stand over it: change it there")
             document = checked.as_json() | {"path": str(drop_in.path), "text": text}
             return ExitCode.OK, document
         drop_in.write(text)
@@ -245,7 +254,7 @@ class _Adopter:
     ) -> tuple[int, dict[str, Any]]:
         if not self._session.json:
             show(self._session, checked)
-            if not checked.is_safe:
+            if not checked.is_safe and not checked.overrides:
                 self._say("  What is left is for you to decide: adopt does not change it.")
         written = {"path": str(drop_in.path), "text": text} if drop_in else {}
         return checked.exit_code, checked.as_json() | written

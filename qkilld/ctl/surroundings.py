@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ from typing import Final
 from qkilld.adapters import config as files
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.session import Bus, Session, open_connection
+from qkilld.judgement.adoption import Change, Override, override, read_later
 from qkilld.judgement.stopcommand import HELPER
 from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
@@ -34,6 +35,7 @@ from qkilld.model.unit import UnitFacts
 from qkilld.model.words import BUS_NAME, INFINITY
 
 MAX_COMMAND_LINE: Final = 1 << 20
+MAX_DROP_IN: Final = 1 << 20
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
@@ -81,6 +83,17 @@ async def gather(systemd: Systemd, facts: UnitFacts, config: Config, *, user: bo
         manager=manager,
         manager_timeout=await _manager_timeout(manager) if user else INFINITY,
     )
+
+
+def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
+    """The drop-ins of the unit that stand over what is to be written into ours."""
+    for path in read_later(facts.drop_ins):
+        if not Path(path).is_file():
+            continue
+        with contextlib.suppress(OSError), Path(path).open("rb") as file:
+            text = file.read(MAX_DROP_IN).decode(errors="surrogateescape")
+            if found := override(path, text, wanted):
+                yield found
 
 
 def guard_of(scope: str) -> str:

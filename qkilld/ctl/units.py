@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.session import Session, error_as_json, explain
-from qkilld.ctl.surroundings import config_of, executable, gather
+from qkilld.ctl.surroundings import config_of, executable, gather, overrides
+from qkilld.judgement.adoption import Override, changes
 from qkilld.judgement.finding import Finding, Severity
 from qkilld.judgement.surroundings import Surroundings
 from qkilld.judgement.target import is_qemu
@@ -33,6 +34,8 @@ class Checked:
     """The primary one; of a template, its own and not that of an instance."""
     around: Surroundings
     findings: tuple[Finding, ...]
+    overrides: tuple[Override, ...]
+    """What stands over the lines that adopt writes for them."""
 
     @property
     def is_safe(self) -> bool:
@@ -59,6 +62,7 @@ class Checked:
                 }
                 for finding in self.findings
             ],
+            "overrides": [{"path": each.path, "keys": list(each.keys)} for each in self.overrides],
             "error": None,
             "exit_code": int(self.exit_code),
         }
@@ -98,7 +102,8 @@ async def check_unit(session: Session, systemd: Systemd, name: str, config: Conf
     """Raises NoSuchUnit, InvalidArgs, Failed for what is masked or cannot be read."""
     facts, name = await load(systemd, name)
     around = await gather(systemd, facts, config, user=session.bus.user)
-    return Checked(facts, name, around, check(facts, around))
+    findings = check(facts, around)
+    return Checked(facts, name, around, findings, tuple(overrides(facts, changes(findings))))
 
 
 async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
@@ -154,6 +159,8 @@ def show(session: Session, checked: Checked) -> None:
         for mend in finding.mends:
             note = "   (by hand)" if mend.by_hand else ""
             output.line(f"      {printable(str(mend), _SHOWN)}{note}")
+    for each in checked.overrides:
+        output.line(f"  {each}, which stands over what adopt writes: change it there")
 
 
 async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:

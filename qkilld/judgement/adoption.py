@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Final
 
 from qkilld.judgement.finding import Finding, Line
@@ -49,6 +50,45 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
             found.append(Change(f"{finding.what}: {finding.why}", lines))
             seen.update(lines)
     return found
+
+
+def unwritten(wanted: Iterable[Change], old: str) -> list[Change]:
+    """Those whose lines are not all in an earlier file of ours."""
+    there = set(_lines(old))
+    return [change for change in wanted if not there.issuperset(change.lines)]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A drop-in that systemd reads after ours."""
+
+    path: str
+    keys: tuple[str, ...]
+    """`KillSignal=`, …: which of ours it sets again."""
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(self.path, 1000)} sorts after {FILE_NAME} and sets {', '.join(self.keys)}"
+        )
+
+
+def read_later(drop_ins: Iterable[str]) -> list[str]:
+    """Paths of the drop-ins of a unit, as it has them, that are read after ours: by their names,
+    whatever directory they are in. systemd.unit(5)."""
+    return [path for path in drop_ins if PurePosixPath(path).name > FILE_NAME]
+
+
+def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
+    """What the text of that later drop-in takes from what we want to write; None for nothing."""
+    keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
+    # A further line of a list is none, but one that empties it.
+    ends = {"ExecStop": r"\s*$", "After": r"\s*$", "RequiresMountsFor": r"\s*$"}
+    found = tuple(
+        f"{key}="
+        for key in keys
+        if re.search(rf"^\s*{key}\s*={ends.get(key, '')}", text, re.MULTILINE)
+    )
+    return Override(path, found) if found else None
 
 
 def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: str = "") -> str:

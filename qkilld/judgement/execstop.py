@@ -111,7 +111,7 @@ def check_others(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
                 mends,
             )
     elif Kind.KILLS in kinds:
-        yield _kills(facts, around)
+        yield _kills(facts, around, *_listening(facts))
     else:
         why = (
             "its standard input is /dev/null, where it finds the end at once: it returns early, and"
@@ -165,20 +165,34 @@ def _helper_mends(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
     lines = [helper_line(facts, around)]
     if any(not command.ignores_failure for command in facts.exec_stop):
         lines = [Line("Service", "ExecStop="), *map(_repeated, facts.exec_stop), *lines]
+    return (*lines, *_listening(facts))
+
+
+def _listening(facts: UnitFacts) -> Iterator[Line]:
+    """So that systemd hears of an extension by the helper, which the unit does not have yet."""
     if facts.notify_access not in ("exec", "all"):
-        lines.append(Line("Service", "NotifyAccess=exec"))
+        yield Line("Service", "NotifyAccess=exec")
     if facts.timeout_stop < START:
-        lines.append(Line("Service", DEFAULT_TIMEOUT))
-    return tuple(lines)
+        yield Line("Service", DEFAULT_TIMEOUT)
 
 
-def _kills(facts: UnitFacts, around: Surroundings) -> Finding:
+def _kills(facts: UnitFacts, around: Surroundings, *more: Line) -> Finding:
+    others = [
+        command
+        for command in facts.exec_stop
+        if not is_helper(command) and kind_of(command) is not Kind.KILLS
+    ]
     return Finding(
         "exec-stop-kills",
         _LOSES,
         "its ExecStop= sends SIGKILL",
         "QEMU writes nothing out any more",
-        (Line("Service", "ExecStop="), helper_line(facts, around)),
+        (
+            Line("Service", "ExecStop="),
+            *map(_repeated, others),
+            helper_line(facts, around),
+            *more,
+        ),
     )
 
 

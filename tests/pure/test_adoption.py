@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from qkilld.ctl.dropin import DropIn
-from qkilld.judgement.adoption import Change, changes, is_ours, is_unchanged, text_of
+from qkilld.judgement.adoption import (
+    Change,
+    changes,
+    is_ours,
+    is_unchanged,
+    override,
+    read_later,
+    text_of,
+    unwritten,
+)
 from qkilld.judgement.finding import Finding, Line, Severity
 from qkilld.judgement.unitcheck import check
 from qkilld.model.errors import AccessDenied, Failed
@@ -66,6 +75,39 @@ def test_an_earlier_one_of_ours_is_kept() -> None:
         "ExecStop=/usr/bin/qkilld-stop",
         "KillMode=control-group",
     ]
+
+
+def test_what_is_in_there_is_not_written_again() -> None:
+    more = Change("another", (Line("Service", "KillMode=control-group"),))
+    assert unwritten([*CHANGES, more], TEXT) == [more]
+    assert unwritten([more], "") == [more]
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("[Service]\nKillSignal=SIGKILL\n", ("KillSignal=",)),
+        ("[Service]\n  KillSignal = SIGKILL\nExecStop=\n", ("KillSignal=", "ExecStop=")),
+        ("[Service]\nExecStop=/bin/more\n", ()),  # one more beside ours
+        ("[Service]\n#KillSignal=SIGKILL\nFinalKillSignal=SIGKILL\n", ()),
+        ("\udcff", ()),
+    ],
+)
+def test_a_later_drop_in_stands_over_ours(text: str, keys: tuple[str, ...]) -> None:
+    wanted = [Change("a reason", (Line("Service", "KillSignal=SIGTERM"),)), *CHANGES]
+    found = override("/etc/systemd/system/w\n.service.d/x.conf", text, wanted)
+    assert (found.keys if found else ()) == keys
+    assert str(found).isprintable()
+
+
+def test_which_drop_ins_are_later() -> None:
+    names = [
+        "/etc/a.d/10-x.conf",
+        "/etc/a.d/50-qkilld.conf",
+        "/run/a.d/50-z.conf",
+        "/usr/a.d/o.conf",
+    ]
+    assert read_later(names) == names[2:]
 
 
 def test_its_mark() -> None:

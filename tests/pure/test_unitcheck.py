@@ -119,6 +119,22 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
         ),
         (
+            {
+                "exec_stop": (line("echo x | nc -U /run/m"), line("kill -9 $MAINPID")),
+                "notify_access": "main",
+                "timeout_stop": 5 * S,
+            },
+            "exec-stop-kills",
+            LOSES,
+            [
+                "[Service] ExecStop=",
+                '[Service] ExecStop=-/bin/sh -c "echo x | nc -U /run/m"',
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] NotifyAccess=exec",
+                "[Service] TimeoutStopSec=90s",
+            ],
+        ),
+        (
             {"exec_stop": (Command("/bin/kill", ("/bin/kill", "-s", "KILL", "$MAINPID")), STOP)},
             "exec-stop-kills",
             LOSES,

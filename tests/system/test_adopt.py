@@ -297,6 +297,40 @@ def test_kill_mode_none(manager: Manager) -> None:
         assert shown(manager, unit, "Result") == "success"
 
 
+def test_a_stop_command_that_kills(manager: Manager) -> None:
+    with idle(manager, f"ExecStart={IDLE}", "ExecStop=/bin/kill -9 $MAINPID") as unit:
+        assert manager.check(unit) == {"exec-stop-kills": "loses"}
+        assert "is safe" in manager.ctl("adopt", unit)
+        assert shown(manager, unit, "NotifyAccess") == "exec"
+        manager.systemctl("stop", unit)
+        assert shown(manager, unit, "Result") == "success"
+        assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
+
+
+def test_what_stands_over_it_is_named(manager: Manager) -> None:
+    with idle(manager) as unit:
+        manager.write(f"{unit}.d/override.conf", "[Service]\nKillSignal=SIGKILL\n")
+        path = f"{manager.directory}/{unit}.d/override.conf"
+        named = f"{path} sorts after 50-qkilld.conf and sets KillSignal="
+        assert named in manager.ctl("check-unit", unit, code=8)
+        assert named in manager.ctl("adopt", "--dry-run", unit)
+        said = manager.ctl("adopt", unit, code=8)
+        assert named in said and "for you to decide" not in said
+        adopted = manager.tree()
+        assert named in manager.ctl("adopt", unit, code=8)
+        assert manager.tree() == adopted, "it was all there already"
+        (document,) = json.loads(manager.ctl("--json", "check-unit", unit, code=8))
+        assert document["overrides"] == [{"path": path, "keys": ["KillSignal="]}]
+        manager.run("rm", path)
+        manager.systemctl("daemon-reload")
+        assert manager.check(unit) == {}
+        # One that was written and not read yet is read.
+        text = manager.run("cat", f"{manager.directory}/{unit}.d/50-qkilld.conf").stdout
+        manager.ctl("adopt", "--undo", unit)
+        manager.system.write(f"{manager.directory}/{unit}.d/50-qkilld.conf", text)
+        assert "is safe" in manager.ctl("adopt", unit)
+
+
 def test_a_user_of_its_own_in_a_sandbox(manager: Manager) -> None:
     sandbox = ("ProtectProc=invisible", "RestrictAddressFamilies=AF_INET", "PrivateUsers=yes")
     with idle(manager, f"ExecStart={IDLE}", "User=nobody", *sandbox) as unit:
