@@ -44,7 +44,7 @@ def check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"an ExecStop= comes before {HELPER} and its failure is not ignored",
             f"where it fails systemd does not run {HELPER} but sends SIGTERM, and SIGKILL by the"
             " clock",
-            (Line("Service", "ExecStop="), *map(_repeated, before), helper_line(facts, around)),
+            corrected(facts, around),
         )
     if any(kind_of(command) is Kind.SENDS and asks_guest(command) for command in before):
         yield Finding(
@@ -146,9 +146,18 @@ def helper_line(facts: UnitFacts, around: Surroundings) -> Line:
 
 
 def corrected(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
-    """The helper's line as it ought to be, in place of the one that is there."""
-    others = (command for command in facts.exec_stop if not is_helper(command))
-    return (Line("Service", "ExecStop="), *map(_repeated, others), helper_line(facts, around))
+    """All of ExecStop= anew: the helper's line as it ought to be, in its place or at the end, and
+    around it what was there, without what sends SIGKILL before it."""
+    stops = facts.exec_stop
+    place = next((n for n, command in enumerate(stops) if is_helper(command)), len(stops))
+    before = (command for command in stops[:place] if kind_of(command) is not Kind.KILLS)
+    after = (command for command in stops[place:] if not is_helper(command))
+    return (
+        Line("Service", "ExecStop="),
+        *map(_repeated, before),
+        helper_line(facts, around),
+        *(Line("Service", f"ExecStop={line_of(command)}") for command in after),
+    )
 
 
 def is_cut(facts: UnitFacts) -> bool:
@@ -162,9 +171,9 @@ def clock(facts: UnitFacts) -> str:
 
 
 def _helper_mends(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
-    lines = [helper_line(facts, around)]
+    lines: tuple[Line, ...] = (helper_line(facts, around),)
     if any(not command.ignores_failure for command in facts.exec_stop):
-        lines = [Line("Service", "ExecStop="), *map(_repeated, facts.exec_stop), *lines]
+        lines = corrected(facts, around)
     return (*lines, *_listening(facts))
 
 
@@ -177,22 +186,12 @@ def _listening(facts: UnitFacts) -> Iterator[Line]:
 
 
 def _kills(facts: UnitFacts, around: Surroundings, *more: Line) -> Finding:
-    others = [
-        command
-        for command in facts.exec_stop
-        if not is_helper(command) and kind_of(command) is not Kind.KILLS
-    ]
     return Finding(
         "exec-stop-kills",
         _LOSES,
         "its ExecStop= sends SIGKILL",
         "QEMU writes nothing out any more",
-        (
-            Line("Service", "ExecStop="),
-            *map(_repeated, others),
-            helper_line(facts, around),
-            *more,
-        ),
+        (*corrected(facts, around), *more),
     )
 
 

@@ -141,6 +141,17 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
         ),
         (
+            {"exec_stop": (line("socat x y"), line("kill -9 1"), STOP, line("cleanup"))},
+            "exec-stop-kills",
+            LOSES,
+            [
+                "[Service] ExecStop=",
+                '[Service] ExecStop=-/bin/sh -c "socat x y"',
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] ExecStop=/bin/sh -c cleanup",
+            ],
+        ),
+        (
             {"exec_stop": (line("socat x y"), STOP)},
             "exec-stop-order",
             MAY,
