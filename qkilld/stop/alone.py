@@ -63,7 +63,7 @@ class Alone:
         process, uid = await access.hold(
             target.pid, OwnUser(), order.flags, start_time=target.start_time
         )
-        if order.view is not None and order.view.properties["Held"]:
+        if order.view is not None and order.view.held:
             why += "; it is held, which only a SIGTERM to qkilld-stop ends now"
         self._log.write(stop_alone(process.guest, why))
         fields = {SPANS[name]: usec for name, usec in spans.items()}
@@ -98,7 +98,7 @@ class Alone:
             kill_at=deadline - policy.reap if killed else None,
             verdict=verdict_of(view.verdict),
             progress_at=told["LastProgressUSec"] or None,
-            control=Control(told["Held"], told["NotBeforeUSec"]),
+            control=Control(view.held, view.not_before),
         )
 
     def force(self, order: Order, reason: str) -> None:
