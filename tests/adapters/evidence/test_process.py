@@ -469,7 +469,8 @@ def test_in_fdatasync_on_a_slow_disk(reader_of: ReaderOf) -> None:
             process.stdin.flush()
             found = until(
                 lambda: read(reader),
-                lambda found: any(thread.io_call for thread in found["threads"]),
+                # Woken for a moment it waits nowhere.
+                lambda found: any(thread.io_call and thread.wchan for thread in found["threads"]),
             )
             (thread,) = found["threads"]
             assert (thread.tid, thread.state) == (process.pid, "D")
