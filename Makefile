@@ -19,16 +19,24 @@ endef
 
 .PHONY: help
 help: ## Tell what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: setup ## Stop a real guest over D-Bus and watch it (about a minute)
 	@$(VENV) -m tests.demo
 
+# The tests wait more than they work: more processes than processors. Each boots a container.
+WORKERS := 8
+
 .PHONY: test
-test: setup ## Check the code and run every test
+test: setup ## Check the code and run every test, WORKERS=8 at once
 	$(LINT)
-	$(VENV) -m pytest
+	$(VENV) -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
+
+.PHONY: test-dbus-fast
+test-dbus-fast: ## Run the tests of the bus with dbus-fast instead of dbus-next
+	@packaging/setup build lab guest venv
+	$(VENV) -m pytest --numprocesses=$(WORKERS) --dist=loadgroup --dbus-library=dbus-fast tests/bus tests/pure
 
 .PHONY: lint
 lint: venv ## Check the code: ruff, its format, mypy --strict
@@ -44,9 +52,34 @@ bench-safety: ## Stop guests on storage of every kind in every way, and print a 
 	@packaging/setup build lab bench guest venv
 	@$(VENV) -m tests.safety $(OPTIONS)
 
-.PHONY: setup
-setup: ## Install Debian packages, fetch a kernel for guests, make .venv
+.PHONY: bench-shutdown
+bench-shutdown: ## Stop guests in every state in five ways, and print a table (OPTIONS=--help)
+	@packaging/setup build lab bench guest debian aarch64 venv
+	@$(VENV) -m tests.shutdown $(OPTIONS)
+
+.PHONY: fuzz
+fuzz: ## Send hostile input to the daemon and its parsers, and print a table (OPTIONS=--help)
 	@packaging/setup build lab guest venv
+	@$(VENV) -m tests.fuzz $(OPTIONS)
+
+.PHONY: bench-judgement
+bench-judgement: ## Stop QEMUs on random storage, with the truth known, and judge (OPTIONS=--help)
+	@packaging/setup build lab campaign venv
+	@$(VENV) -m tests.campaign $(OPTIONS)
+
+.PHONY: bench-units
+bench-units: ## Stop guests in units from the field, before and after adopting, and print a table (OPTIONS=--help)
+	@packaging/setup build lab guest venv
+	@$(VENV) -m tests.corpus $(OPTIONS)
+
+.PHONY: chaos
+chaos: ## Stop guests while the daemon, bus, journal and systemd fail (OPTIONS=--help)
+	@packaging/setup build lab guest venv
+	@$(VENV) -m tests.chaos $(OPTIONS)
+
+.PHONY: setup
+setup: ## Install Debian packages, make guests to test with and .venv
+	@packaging/setup build lab campaign guest debian venv
 
 .PHONY: venv
 venv: ## Make .venv alone, with qkilld and qkillctl in .venv/bin
@@ -69,9 +102,17 @@ POLKITDIR = $(call ask,polkit-gobject-1,actiondir,/usr/share/polkit-1/actions)
 
 # Of pkg-config, or else the usual. /lib is a link to /usr/lib on most systems.
 ask = $(shell realpath -m "$$(pkg-config --variable=$(2) $(1) 2>/dev/null || echo $(3))")
+BASHDIR = $(PREFIX)/share/bash-completion/completions
+# Debian's zsh looks in a directory of its own for what packages have.
+ZSHDIR = $(or $(wildcard $(PREFIX)/share/zsh/vendor-completions),$(PREFIX)/share/zsh/site-functions)
+FISHDIR = $(PREFIX)/share/fish/vendor_completions.d
 lower = $(shell echo $(1) | tr A-Z a-z)
-places = BINDIR LIBDIR MANDIR DOCDIR UNITDIR USERUNITDIR CATALOGDIR DBUSDATADIR POLKITDIR
+places = BINDIR LIBDIR MANDIR DOCDIR UNITDIR USERUNITDIR CATALOGDIR DBUSDATADIR POLKITDIR \
+	BASHDIR ZSHDIR FISHDIR
+# For the makers of packages: PACKAGE=yes leaves byte code, the list of files and the licence to them.
+PACKAGE := no
 INSTALL = $(PYTHON) -I -B packaging/install.py $@ --destdir="$(DESTDIR)" --python="$(PYTHON)" \
+	--package="$(PACKAGE)" \
 	$(foreach place,$(places),--$(call lower,$(place))="$($(place))")
 
 .PHONY: install
@@ -81,6 +122,25 @@ install: ## Put qkilld into the system: DESTDIR=, PREFIX=/usr, PYTHON=/usr/bin/p
 .PHONY: uninstall
 uninstall: ## Take it away again, with the same DESTDIR and PREFIX; leaves your configuration
 	@$(INSTALL)
+
+.PHONY: deb
+deb: ## Build the Debian package of what is committed, into dist/
+	@packaging/setup package
+	@packaging/build-deb
+
+.PHONY: packages
+packages: ## Build all packages that can be built on this machine, and tell which cannot
+	@packaging/build-packages
+
+.PHONY: test-packages
+test-packages: deb ## Install, use, upgrade and remove it in clean Debians (RELEASES="trixie sid")
+	@packaging/setup build lab debian venv
+	@$(VENV) -m tests.distros packages $(RELEASES)
+
+.PHONY: test-distros
+test-distros: ## Run the suite in Debian 13 and sid (RELEASES="trixie sid", OPTIONS='--tests tests/bus')
+	@packaging/setup build lab debian venv
+	@$(VENV) -m tests.distros suite $(OPTIONS) $(or $(RELEASES),trixie sid)
 
 .PHONY: clean
 clean: ## Remove all that was made in this checkout, not the Debian packages

@@ -18,6 +18,7 @@ import importlib.util
 import os
 import py_compile
 import re
+import subprocess
 import sys
 import tempfile
 import tomllib
@@ -29,11 +30,16 @@ from typing import Any, Final
 TOP: Final = Path(__file__).resolve().parents[1]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 
-PRIVATE_PROGRAMS: Final = {"qemu-guest": "qkilld.guest.main:main"}
-"""Started by our units alone, from PREFIX/lib/qkilld. Name → module:function."""
+PRIVATE_PROGRAMS: Final = {
+    "complete": "qkilld.ctl.complete:main",
+    "qemu-guest": "qkilld.guest.main:main",
+    "undo-adopt": "qkilld.ctl.undo_adopt:main",
+}
+"""Run by shells, our units, and at the removal; in PREFIX/lib/qkilld. Name → module:function."""
 
 DEBIAN: Final = {
     "dbus-next": "python3-dbus-next",
+    "dbus-fast": "python3-dbus-fast",
     "psutil": "python3-psutil",
     "rich": "python3-rich",
     "systemd-python": "python3-systemd",
@@ -41,7 +47,7 @@ DEBIAN: Final = {
 """What the project depends on → the Debian package that has it."""
 
 _SCRIPT: Final = """\
-#!{python} -I
+#!{python} {options}
 # Isolated (-I): nothing in the environment of who runs this leads to other modules.
 import sys
 
@@ -72,6 +78,10 @@ class Places:
     """Where dbus-1/ is."""
     polkitdir: str
     """Of actions."""
+    bashdir: str
+    """Of completions, as the next two."""
+    zshdir: str
+    fishdir: str
 
     @property
     def private(self) -> str:
@@ -93,7 +103,7 @@ class File:
     mode: int = 0o644
 
 
-def files(places: Places, python: str) -> Iterator[tuple[str, File]]:
+def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str, File]]:
     """The path and the content of everything that is installed; what is compiled comes on top."""
     public = {f"{places.bindir}/{name}": entry for name, entry in PROJECT["scripts"].items()}
     private = {f"{places.private}/{name}": entry for name, entry in PRIVATE_PROGRAMS.items()}
@@ -107,6 +117,7 @@ def files(places: Places, python: str) -> Iterator[tuple[str, File]]:
     for pattern, directory in (
         ("dbus/*.xml", f"{places.package}/qkilld/interfaces"),
         ("dbus/*.xml", f"{dbus}/interfaces"),
+        ("dbus/*.varlink", f"{places.package}/qkilld/interfaces"),
         ("dbus/*.conf", f"{dbus}/system.d"),
         ("dbus/*.service", f"{dbus}/system-services"),
         ("dbus/user/*.service", f"{dbus}/services"),
@@ -114,21 +125,47 @@ def files(places: Places, python: str) -> Iterator[tuple[str, File]]:
         ("units/*.socket", places.unitdir),
         ("units/*.d/*.conf", places.unitdir),
         ("units/user/*.service", places.userunitdir),
+        ("units/user/*.socket", places.userunitdir),
         ("units/user/*.d/*.conf", places.userunitdir),
         ("packaging/*.policy", places.polkitdir),
         ("packaging/*.catalog", places.catalogdir),
         ("packaging/qkilld.conf", places.private),
+        ("packaging/qkilld.sysusers", f"{places.libdir}/sysusers.d"),
         ("packaging/guest-example.conf", places.docdir),
         ("packaging/man/*.[1-8]", places.mandir),
         ("README.md", places.docdir),
         ("NEWS.md", places.docdir),
-        ("LICENSE", places.docdir),
+        *([] if packaged else [("LICENSE", places.docdir)]),
     ):
         for source in sorted(TOP.glob(pattern)):
             section = f"man{source.suffix[1:]}/" if directory == places.mandir else ""
             unit = f"{source.parent.name}/" if source.parent.suffix == ".d" else ""
             content = _relocated(source.read_text(), moved)
-            yield f"{directory}/{section}{unit}{source.name}", File(content.encode())
+            name = "qkilld.conf" if source.suffix == ".sysusers" else source.name
+            yield f"{directory}/{section}{unit}{name}", File(content.encode())
+    for shell, text in _completions().items():
+        path = {
+            "bash": f"{places.bashdir}/qkillctl",
+            "zsh": f"{places.zshdir}/_qkillctl",
+            "fish": f"{places.fishdir}/qkillctl.fish",
+        }[shell]
+        yield path, File(_relocated(text, moved).encode())
+
+
+def _completions() -> dict[str, str]:
+    """Shell → script, made by the package that is installed."""
+    sys.path.insert(0, str(TOP))
+    from qkilld.ctl.completion import scripts
+
+    return scripts()
+
+
+def stage(root: str, places: Places, python: str) -> None:
+    """What a package is made of: without byte code, a list of it, and the licence, for which
+    packages have places and means of their own. Raises OSError."""
+    for path, file in files(places, python, packaged=True):
+        _make_directories(root, path)
+        _write(root + path, file)
 
 
 def install(root: str, places: Places, python: str) -> None:
@@ -136,7 +173,7 @@ def install(root: str, places: Places, python: str) -> None:
     before = _read_manifest(root, places)
     made = {line for line in before if line.endswith("/")}
     written = set()
-    for path, file in files(places, python):
+    for path, file in files(places, python, packaged=False):
         made |= _make_directories(root, path)
         _write(root + path, file)
         written.add(path)
@@ -162,6 +199,10 @@ def install(root: str, places: Places, python: str) -> None:
 def uninstall(root: str, places: Places) -> bool:
     """False where nothing of ours is there. Raises Refused, OSError."""
     manifest = _read_manifest(root, places)
+    if manifest:
+        # The module itself: the program looks for it where it is without DESTDIR.
+        undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
+        subprocess.run(undo, cwd="/", env={"PYTHONPATH": root + places.package}, check=False)
     _remove_links(root, {line for line in manifest if line.endswith(".service")})
     # Another interpreter than that of the installation has compiled for itself.
     for compiled in Path(root + places.package).rglob("__pycache__/*.pyc"):
@@ -172,7 +213,11 @@ def uninstall(root: str, places: Places) -> bool:
 
 def _script(python: str, package: str, entry: str) -> bytes:
     module, _, function = entry.partition(":")
-    script = _SCRIPT.format(python=python, package=package, module=module, function=function)
+    # qkilld-stop looks for installed packages when it needs one (qkilld/stop/systemd_units.py).
+    options = "-IS" if module.startswith("qkilld.stop.") else "-I"
+    script = _SCRIPT.format(
+        python=python, options=options, package=package, module=module, function=function
+    )
     return script.encode()
 
 
@@ -241,17 +286,26 @@ def _remove_links(root: str, units: set[str]) -> None:
 
 def missing() -> list[str]:
     """The Debian packages of what this interpreter lacks, with the version where it is another."""
-    lacking = []
-    for wanted in PROJECT["dependencies"]:
-        name, relation, version = re.split("(==|>=)", wanted)
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            lacking.append(DEBIAN[name])
-            continue
-        if found != version and (relation == "==" or _number(found) < _number(version)):
-            lacking.append(f"{DEBIAN[name]} ({found} is there, {relation} {version} is needed)")
+    wanted = [each.partition(";")[0] for each in PROJECT["dependencies"]]
+    # One of the two will do: qkilld takes whichever works.
+    buses = [each for each in wanted if each.startswith("dbus-")]
+    lacking = [name for each in wanted if each not in buses and (name := _lacking(each))]
+    if all(map(_lacking, buses)):
+        works = buses[0] if sys.version_info < (3, 15) else buses[1]
+        lacking.insert(0, _lacking(works))
     return lacking
+
+
+def _lacking(wanted: str) -> str:
+    """The Debian package of a requirement, or "" if it is met."""
+    name, relation, version = re.split("(==|>=)", wanted)
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return DEBIAN[name]
+    if found != version and (relation == "==" or _number(found) < _number(version)):
+        return f"{DEBIAN[name]} ({found} is there, {relation} {version} is needed)"
+    return ""
 
 
 def _number(version: str) -> list[int]:
@@ -262,6 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("action", choices=("install", "uninstall"))
     parser.add_argument("--destdir", default="")
+    parser.add_argument("--package", choices=("yes", "no"), default="no")
     parser.add_argument("--python", required=True)
     for field in fields(Places):
         parser.add_argument(f"--{field.name}", required=True)
@@ -274,7 +329,9 @@ def main() -> None:
             if not re.fullmatch(r"/[\w./+@%~-]+", path):
                 raise Refused(f"{name.upper()}={path} is not an absolute path of plain characters")
         places = Places(**{name: os.path.normpath(path) for name, path in directories.items()})
-        if arguments.action == "install":
+        if arguments.action == "install" and arguments.package == "yes":
+            stage(root, places, arguments.python)
+        elif arguments.action == "install":
             install(root, places, arguments.python)
             lacking = missing()
             if lacking:
@@ -285,8 +342,11 @@ def main() -> None:
         sys.exit(f"make {arguments.action}: {error.filename}: {error.strerror}")
     except Refused as refused:
         sys.exit(f"make {arguments.action}: {refused}")
-    if not root:
-        print("Now, as root: systemctl daemon-reload; journalctl --update-catalog")
+    if not root and arguments.package == "no":
+        print(
+            "Now, as root: systemd-sysusers qkilld.conf; systemctl daemon-reload; "
+            "journalctl --update-catalog"
+        )
 
 
 if __name__ == "__main__":

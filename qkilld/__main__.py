@@ -1,4 +1,4 @@
-"""`python -m qkilld` is the daemon."""
+"""Run the daemon as `python -m qkilld`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fixtures for every layer, the leak check, and what makes a skipped layer a failure in CI."""
+"""Fixtures for every layer, the leak check, and what turns skips into failures in CI."""
 
 from __future__ import annotations
 
@@ -12,23 +12,46 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tests.lab import bus, guest, leaks, process, scratch
+from tests.lab import bus, container, guest, leaks, library, process, scratch
 from tests.lab.needs import Missing
 
 IN_CI = os.environ.get("CI", "").lower() == "true"
 
 
-def pytest_configure() -> None:
-    """Ends like Ctrl-C on SIGTERM and SIGHUP, so that what was started is taken down in order."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--dbus-library",
+        choices=library.NAMES,
+        default=library.NAMES[0],
+        help="the D-Bus library that qkilld is to use",
+    )
+    parser.addoption(
+        "--message-bus",
+        choices=container.BUSES,
+        default=container.BUSES[0],
+        help="the message bus of the containers",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make SIGTERM and SIGHUP act like Ctrl-C, so that everything started is ended in order.
+
+    SIGINT too, because Python installs no handler if the parent ignores it (`pytest &` in a
+    script).
+    """
     process.become_subreaper()
     scratch.run_directory()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    library.use(config.getoption("--dbus-library"))
+    container.use(config.getoption("--message-bus"))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    if hasattr(config, "workerinput"):
+        process.end_with_parent()
 
 
 def pytest_unconfigure() -> None:
     scratch.remove_run_directory()
-    scratch.sweep()  # of what the tests themselves have killed
+    scratch.sweep()  # Left by processes that the tests killed.
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -39,7 +62,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Without what it needs a test is skipped; with CI=true no test may be."""
+    """Skip a test whose requirements are missing; with CI=true, fail it."""
     report = yield
     if call.excinfo is not None and call.excinfo.errisinstance(Missing):
         report.outcome = "skipped"
@@ -52,7 +75,7 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """The same for a whole file."""
+    """Do the same for a whole file."""
     report = yield
     if IN_CI and report.skipped:
         report.outcome = "failed"
@@ -66,7 +89,7 @@ def _reason(longrepr: object) -> str:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Fails a test that leaves processes, descriptors, threads or asyncio tasks behind."""
+    """Fail a test that leaves processes, descriptors, threads or asyncio tasks behind."""
     before = leaks.Snapshot.take()
     with leaks.unfinished_tasks() as tasks:
         yield
@@ -77,21 +100,21 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 @pytest.fixture
 def lab_dir() -> Iterator[Path]:
-    """An empty directory whose path is short enough for a socket, and that is gone afterwards."""
+    """An empty directory with a path short enough for a socket, removed afterwards."""
     with scratch.scratch("t") as path:
         yield path
 
 
 @pytest.fixture
 def private_bus() -> Iterator[bus.Bus]:
-    """A bus of this test's own."""
+    """A bus for this test."""
     with bus.private_bus() as running:
         yield running
 
 
 @pytest.fixture
 def start_daemon(private_bus: bus.Bus) -> Iterator[Callable[..., bus.Daemon]]:
-    """A function: starts the daemon on this test's bus; takes what bus.daemon() takes."""
+    """A function that starts the daemon on this test's bus; takes what bus.daemon() takes."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str, **options: Any) -> bus.Daemon:
@@ -102,7 +125,7 @@ def start_daemon(private_bus: bus.Bus) -> Iterator[Callable[..., bus.Daemon]]:
 
 @pytest.fixture
 def daemon(start_daemon: Callable[..., bus.Daemon]) -> bus.Daemon:
-    """The daemon, up on this test's bus, to whom QEMU and every fake_qemu is a target."""
+    """The daemon, running on this test's bus; QEMU and every fake_qemu are its targets."""
     return start_daemon()
 
 
@@ -115,20 +138,27 @@ def client(daemon: bus.Daemon) -> Iterator[bus.Client]:
 
 @pytest.fixture
 def qemu() -> Iterator[Callable[..., guest.Guest]]:
-    """A function: a real QEMU with nothing in it; takes what guest.start_qemu() takes."""
+    """A function that starts a real QEMU without a machine; takes what guest.start_qemu() takes."""
     yield from _factory(guest.start_qemu)
 
 
 @pytest.fixture
 def linux_guest() -> Iterator[Callable[..., guest.Guest]]:
-    """A function: a guest that runs Linux; takes what guest.boot_guest() takes."""
+    """A function that boots a Linux guest; takes what guest.boot_guest() takes."""
     yield from _factory(guest.boot_guest)
 
 
 @pytest.fixture
 def fake_qemu() -> Iterator[Callable[..., guest.Guest]]:
-    """A function: the cheap stand-in; takes what guest.fake_qemu() takes."""
+    """A function that starts the cheap stand-in; takes what guest.fake_qemu() takes."""
     yield from _factory(guest.fake_qemu)
+
+
+@pytest.fixture
+def scripted_qemu() -> Iterator[Callable[..., guest.Guest]]:
+    """A function that starts a scripted stand-in; takes what guest.scripted_qemu() takes."""
+    with contextlib.ExitStack() as stack:
+        yield lambda script, **options: stack.enter_context(guest.scripted_qemu(script, **options))
 
 
 def _factory(start: Callable[..., guest.Guest]) -> Iterator[Callable[..., guest.Guest]]:

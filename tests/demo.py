@@ -1,6 +1,6 @@
-"""`make demo`: a real guest is booted, the daemon started on a private bus, the guest stopped.
+"""`make demo`: boot a real guest, start the daemon on a private bus, stop the guest.
 
-Nothing of this machine's own bus or units is touched, and nothing is left when it ends.
+It does not use the host's own bus or units, and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 from tests.lab import bus as lab_bus
+from tests.lab import debian, needs, process, scratch
 from tests.lab import guest as lab_guest
-from tests.lab import needs, process, scratch
 from tests.lab.process import spawn
 
 MANAGER = "org.qkilld1 /org/qkilld1 org.qkilld1.Manager"
@@ -47,7 +47,9 @@ def _play(stack: contextlib.ExitStack) -> None:
 
     _say("2. A private bus, and the daemon on it.")
     bus = stack.enter_context(lab_bus.private_bus())
-    daemon = stack.enter_context(lab_bus.daemon(bus, config=""))
+    daemon = stack.enter_context(
+        lab_bus.daemon(bus, config=f"[Target]\nExecutables={lab_guest.own_qemus()}\n")
+    )
     print(f"   qkilld is process {daemon.pid}; `busctl` below talks to it through that bus")
     _busctl(bus, f"call {MANAGER} ListGuests")
 
@@ -68,15 +70,35 @@ def _play(stack: contextlib.ExitStack) -> None:
     _qkillctl(bus, "terminate --force --fixed --wait other")
     print(f"   QEMU was ended by signal {-(other.wait_gone() or 0)}")
 
-    _say("5. What is no QEMU is not touched, whoever asks.")
+    _say(
+        "5. Eight files that a Debian guest has yet to write: stopped by SIGTERM, then asked first."
+    )
+    try:
+        for option in ("", " --powerdown"):
+            _stop_debian(bus, option)
+    except needs.Missing as missing:
+        print(f"   left out: {missing}")
+
+    _say("6. What is no QEMU is not touched, whoever asks.")
     with _sleeper() as pid:
         _busctl(bus, f"call {MANAGER} Terminate ut {pid} 1")
 
-    _say("6. What the daemon wrote meanwhile (under systemd: to the journal, with every field).")
+    _say("7. What the daemon wrote meanwhile (under systemd: to the journal, with every field).")
     daemon.wait_for("was killed")
     print("   " + daemon.stderr.text().rstrip().replace("\n", "\n   "))
 
     _say("That was all: the guests, the bus and the daemon are taken down now.")
+
+
+def _stop_debian(bus: lab_bus.Bus, option: str) -> None:
+    """Stop a Debian guest that has files only in memory, and count them on its disk."""
+    with debian.boot_debian() as guest:
+        guest.write_files()
+        _qkillctl(bus, f"terminate{option} --wait debian")
+        guest.guest.wait_gone(60)
+        kept, clean = guest.kept()
+    state = "clean" if clean else "in need of recovery"
+    print(f"   {kept} of {debian.FILES} files are on its disk, and its file system is {state}")
 
 
 def _say(text: str) -> None:
@@ -92,7 +114,7 @@ def _busctl(bus: lab_bus.Bus, arguments: str) -> None:
 
 
 def _qkillctl(bus: lab_bus.Bus, arguments: str) -> None:
-    """With our own terminal as its output, for the live line."""
+    """Use our own terminal as its output, for the live line."""
     print(f"   $ qkillctl {arguments}", flush=True)
     argv = [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, *shlex.split(arguments)]
     client = spawn(argv, env=lab_bus.environment(bus.address))

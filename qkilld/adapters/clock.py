@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
-from qkilld.model.words import USEC_PER_SEC
+from qkilld.model.constants import USEC_PER_SEC
 
 
 class LoopClock:
     """Implements engine.ports.Clock. asyncio's own clock is CLOCK_MONOTONIC too, in seconds.
 
-    Make it in the running loop.
+    Create it in the running loop.
     """
 
     def __init__(self) -> None:
@@ -21,6 +22,11 @@ class LoopClock:
     def now(self) -> int:
         return time.monotonic_ns() // 1000
 
+    def started_at(self, start_time: int) -> int:
+        # Clock ticks since boot include the time in which the host was suspended.
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / os.sysconf("SC_CLK_TCK")
+        return self.now() - int(age * USEC_PER_SEC)
+
     def call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        # Rounded up: a timer that fires early would find its deadline not yet come.
+        # Rounded up, because a timer that fires early would find its deadline still in the future.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback)

@@ -1,7 +1,7 @@
-"""Reading qkilld.conf the way systemd reads its own files.
+"""Read qkilld.conf as systemd reads its own files.
 
-Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). Our
-own parser, for every complaint names its line and no library of Python's keeps those.
+Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). This
+is our own parser because every complaint names its line, which Python's libraries do not keep.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import re
 import stat
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from qkilld.model import timespan
+from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import ConfigError
-from qkilld.model.policy import DEFAULT_EXECUTABLES, Config, Policy
+from qkilld.model.policy import DEFAULT_EXECUTABLES, SPANS, Config, Policy, Switches
 from qkilld.model.text import printable
 
 DIRECTORIES: Final = ("etc/qkilld", "run/qkilld", "usr/local/lib/qkilld", "usr/lib/qkilld")
@@ -28,17 +29,17 @@ MAX_BYTES: Final = 1 << 20
 _BLANKS: Final = " \t\n\r"
 _MASK: Final = Path("/dev/null")
 _MAX_LINKS: Final = 40
-"""As many as Linux follows on the way to one file."""
+"""The number of symbolic links that Linux follows for one path."""
 _WILDCARD: Final = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
 
-_POLICY_KEYS: Final = {
-    "GraceSec": "grace",
-    "StallSec": "stall",
-    "StorageStallSec": "storage_stall",
-    "MaxSec": "max",
-    "ReapSec": "reap",
-    "PowerdownSec": "powerdown",
+_SPAN_KEYS: Final = {span.key: span.field for span in SPANS}
+_SWITCH_KEYS: Final = {"Powerdown": "powerdown", "Yank": "yank"}
+_POLICY_KEYS: Final = (*_SPAN_KEYS, *_SWITCH_KEYS)
+_BOOLEANS: Final = {
+    **dict.fromkeys(("1", "yes", "y", "true", "t", "on"), True),
+    **dict.fromkeys(("0", "no", "n", "false", "f", "off"), False),
 }
+"""Case-insensitive, as in systemd (src/basic/parse-util.c, parse_boolean())."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +55,26 @@ class _Place:
 
 @dataclass(slots=True)
 class _Settings:
-    """What the files say so far, and what is wrong with it."""
+    """The settings read so far, and the complaints about them."""
 
     policy: dict[str, int] = field(default_factory=dict)
     guests: dict[str, dict[str, int]] = field(default_factory=dict)
+    switches: dict[str, dict[str, bool]] = field(default_factory=lambda: {"": {}})
+    """By guest name; "" is [Policy]."""
     executables: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
-    """(guest or "", field) → where it was set last."""
+    """(guest or "", field) to the place where it was last set."""
     wrong: list[str] = field(default_factory=list)
 
     def complain(self, place: _Place, text: str) -> None:
-        # Names of files and what stands in them may hold anything; a complaint stays one line.
+        # File names and contents may be any text, but a complaint is one line.
         self.wrong.append(f"{printable(str(place), 4096)}: {printable(text, 512)}")
 
 
 def load(root: Path = Path("/")) -> Config:
-    """The configuration below `root`.
+    """Return the configuration below `root`.
 
-    Raises ConfigError with a line for everything that is wrong in any file.
+    Raises ConfigError with one line for each mistake in any file.
     """
     settings = _Settings()
     for path in _files(root, settings):
@@ -83,7 +86,7 @@ def load(root: Path = Path("/")) -> Config:
 
 
 def _files(root: Path, settings: _Settings) -> Iterator[Path]:
-    """The main file of the highest directory that has one, then the drop-ins by file name."""
+    """Yield the main file of the highest directory that has one, then the drop-ins by file name."""
     directories = [root / name for name in DIRECTORIES]
     for directory in directories:
         try:
@@ -98,15 +101,16 @@ def _files(root: Path, settings: _Settings) -> Iterator[Path]:
     drop_ins: dict[str, Path] = {}
     for directory in directories:
         try:
-            found = [path.name for path in _real(directory / "qkilld.conf.d", root).iterdir()]
+            names = [path.name for path in _real(directory / "qkilld.conf.d", root).iterdir()]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             settings.complain(_Place(directory / "qkilld.conf.d"), _reason(error))
             continue
-        for name in found:
+        for name in names:
             if name.endswith(".conf") and not name.startswith("."):
-                # Of equal names the highest directory's counts, be it only to mask the others.
+                # Of files with the same name, the one in the highest directory counts, even if it
+                # only masks the others.
                 drop_ins.setdefault(name, directory / "qkilld.conf.d" / name)
     for name in sorted(drop_ins, key=os.fsencode):
         yield drop_ins[name]
@@ -135,43 +139,43 @@ def _read(path: Path, root: Path, settings: _Settings) -> None:
 
 
 def _real(path: Path, root: Path) -> Path:
-    """Where `path` leads, with `root` taken for / by every link on the way; _MASK for /dev/null.
+    """Resolve `path`, with every link taken relative to `root`; return _MASK for /dev/null.
 
-    Raises OSError, FileNotFoundError also where a link leads nowhere.
+    Raises OSError; FileNotFoundError also for a dangling link.
     """
     ahead = list(reversed(path.relative_to(root).parts))
-    behind: list[str] = []
+    resolved: list[str] = []
     links = 0
     while ahead:
         part = ahead.pop()
         if part == "..":
-            del behind[-1:]
+            del resolved[-1:]
             continue
-        behind.append(part)
-        if [*behind, *reversed(ahead)] == ["dev", "null"]:
-            return _MASK  # which a tree that is not booted need not have
+        resolved.append(part)
+        if [*resolved, *reversed(ahead)] == ["dev", "null"]:
+            return _MASK  # A tree that is not booted may lack the device.
         try:
-            target = root.joinpath(*behind).readlink()
+            target = root.joinpath(*resolved).readlink()
         except OSError as error:
-            if error.errno != errno.EINVAL:  # which says that it is no link
+            if error.errno != errno.EINVAL:  # EINVAL means that it is not a link.
                 raise
             continue
         links += 1
         if links > _MAX_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        behind.pop()
+        resolved.pop()
         if target.is_absolute():
-            behind.clear()
+            resolved.clear()
         ahead.extend(reversed(target.parts[target.is_absolute() :]))
-    return root.joinpath(*behind)
+    return root.joinpath(*resolved)
 
 
 def _content(path: Path, root: Path) -> bytes:
-    """Raises OSError, and ValueError with a text for what is no configuration at all."""
+    """Read a file. Raises OSError, and ValueError with a text if it cannot be a configuration."""
     real = _real(path, root)
     if real == _MASK:
         return b""
-    # Not to wait for a writer where the file is a FIFO.
+    # Do not wait for a writer if the file is a FIFO.
     descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -188,9 +192,9 @@ def _content(path: Path, root: Path) -> bytes:
 def _logical_lines(
     raw: bytes, path: Path, settings: _Settings
 ) -> Iterator[tuple[_Place, str, bool]]:
-    """(place of its first line, line, whether it is text), continuations joined.
+    """Yield (place of the first line, joined line, whether it is text).
 
-    Comments and blanks are left out. Complains of every line that is no text.
+    Skips comments and blank lines. Complains about every line that is not text.
     Source: systemd, src/shared/conf-parser.c, config_parse().
     """
     start, joined, sound = 0, "", True
@@ -198,11 +202,11 @@ def _logical_lines(
         bare = line.decode(errors="replace").lstrip(_BLANKS)
         if fault := _fault(line):
             settings.complain(_Place(path, number), fault)
-        # A comment within a continued line is left out, and the line goes on after it.
+        # A comment within a continued line is skipped, and the line continues after it.
         if bare.startswith(("#", ";")):
             continue
         start, sound = start or number, sound and not fault
-        # A backslash that another one escapes, or that blanks follow, continues nothing.
+        # A backslash that is escaped or followed by blanks does not continue the line.
         if (len(bare) - len(bare.rstrip("\\"))) % 2:
             joined += bare[:-1] + " "
             continue
@@ -214,7 +218,7 @@ def _logical_lines(
 
 
 def _fault(line: bytes) -> str:
-    """What makes the line no text, or ""."""
+    """Return why the line is not text, or ""."""
     if b"\0" in line:
         return "has a NUL byte; write UTF-8 text"
     try:
@@ -225,7 +229,7 @@ def _fault(line: bytes) -> str:
 
 
 def _section(line: str, place: _Place, settings: _Settings) -> str:
-    """The section's name; "X-" where all of it is to be ignored."""
+    """Return the section's name; "X-" if all of it is to be ignored."""
     name = line[1:-1].strip()
     if not line.endswith("]"):
         settings.complain(place, f'"{line[:80]}" lacks its "]"')
@@ -234,6 +238,7 @@ def _section(line: str, place: _Place, settings: _Settings) -> str:
     elif name.startswith("Guest "):
         guest = name.removeprefix("Guest ").strip()
         settings.guests.setdefault(guest, {})
+        settings.switches.setdefault(guest, {})
         return f"Guest {guest}"
     elif name == "Guest":
         settings.complain(place, "[Guest] lacks the guest's name: [Guest NAME]")
@@ -250,9 +255,9 @@ def _assign(section: str, key: str, value: str, place: _Place, settings: _Settin
     if not section:
         settings.complain(place, f"{key}= stands before any [Section]")
         return
-    known = ("Executables",) if section == "Target" else tuple(_POLICY_KEYS)
+    known = ("Executables",) if section == "Target" else _POLICY_KEYS
     if key not in known:
-        import difflib  # here, for a start without complaints needs none of it
+        import difflib  # Imported late, because a start without complaints does not need it.
 
         near = difflib.get_close_matches(key[:80], known, 1)
         hint = f"did you mean {near[0]}=?" if near else f"known are {'= '.join(known)}="
@@ -262,8 +267,11 @@ def _assign(section: str, key: str, value: str, place: _Place, settings: _Settin
         _assign_executables(value, place, settings)
         return
     guest = section.removeprefix("Guest ") if section.startswith("Guest ") else ""
+    if key in _SWITCH_KEYS:
+        _assign_switch(settings.switches[guest], key, value, place, settings)
+        return
     spans = settings.guests[guest] if guest else settings.policy
-    name = _POLICY_KEYS[key]
+    name = _SPAN_KEYS[key]
     if not value:
         spans.pop(name, None)
         return
@@ -273,6 +281,18 @@ def _assign(section: str, key: str, value: str, place: _Place, settings: _Settin
         settings.complain(place, f"{key}={error}")
         return
     settings.places[guest, name] = place
+
+
+def _assign_switch(
+    switches: dict[str, bool], key: str, value: str, place: _Place, settings: _Settings
+) -> None:
+    name = _SWITCH_KEYS[key]
+    if not value:
+        switches.pop(name, None)
+    elif (switch := _BOOLEANS.get(value.lower())) is None:
+        settings.complain(place, f'{key}="{value[:80]}" is neither yes nor no')
+    else:
+        switches[name] = switch
 
 
 def _assign_executables(value: str, place: _Place, settings: _Settings) -> None:
@@ -301,13 +321,22 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # it is the general policy's, which is complained of
+                continue  # It comes from the general policy, which was complained about.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "
                 f"GraceSec={timespan.format_usec(whole.grace)}: no SIGKILL can keep both",
             )
-    return Config(policy, tuple(settings.executables) or DEFAULT_EXECUTABLES, guests)
+    switches = replace(Switches(), **settings.switches[""])
+    return Config(
+        policy=policy,
+        executables=tuple(settings.executables) or DEFAULT_EXECUTABLES,
+        guests=guests,
+        switches=switches,
+        guest_switches={
+            name: replace(switches, **own) for name, own in settings.switches.items() if name
+        },
+    )
 
 
 def _reason(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""The interpreter, set so that nothing keeps the loop from a signal that is due."""
+"""Settings of the interpreter that keep the event loop responsive, so that signals are on time."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 from typing import Final
 
 _SWITCH_S: Final = 0.001
-"""So long another thread may run on that wants no system call: five times shorter than usual."""
+"""How long another thread may run without a system call, a fifth of the default."""
 _RARELY: Final = 1_000
-"""Collections of young garbage for one of everything: a hundred times rarer than usual."""
+"""Young collections for each full collection, a hundred times the default."""
 
 
 def favour_the_loop() -> None:
-    """For the threads that take samples, and for the garbage collector (gc, sys).
+    """Set the switch interval and the garbage collector in favour of the event loop.
 
-    To be called once all is imported. A collection of everything stops all threads,
-    measured with a thousand jobs for 60 to 90 ms, every few seconds; and it finds three objects a
-    job that the collections of young garbage have missed.
+    Call it once, after all imports. A full collection stops all threads: with a thousand jobs for
+    60 to 90 ms, every few seconds (measured). It finds only three objects for each job that young
+    collections have missed.
     """
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()

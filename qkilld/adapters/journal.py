@@ -1,26 +1,41 @@
-"""Where events go: journald, or standard error where there is none.
+"""Write events to journald, or to standard error if that is not connected to journald.
 
-Writing to the journal can block, and qkilld works just when disks stall. So events go through a
-bounded queue to a thread of its own, and a full queue drops and counts instead of waiting.
+If journald does not read, its socket, which all services share, fills up; and qkilld works exactly
+when disks stall. So events go through a bounded queue to a thread of their own. A full queue drops
+and counts instead of waiting. The native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is
+implemented here because `systemd.journal.send` holds Python's lock while it waits for room in the
+socket, which stops every thread of the process.
 """
 
 from __future__ import annotations
 
+import array  # noqa: F401  # socket.send_fds would import it with the first large entry
 import contextlib
-import functools
+import errno
+import fcntl
 import os
-import queue
+import select
+import socket
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qkilld.adapters.background import BackgroundWriter
+from qkilld.adapters.journal_stream import stderr_is_journal
+from qkilld.debug_log import note
+
 if TYPE_CHECKING:
-    from qkilld.engine.events import Event
+    from qkilld.model.event import Event
     from qkilld.model.guest import Guest
 
+JOURNALD_SOCKET: Final = Path("/run/systemd/journal/socket")
 QUEUE_LENGTH: Final = 4096
-FLUSH_TIMEOUT_S: Final = 2.0
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+"""journald accepts an entry in a memfd only with all of these seals."""
 
 Sink = Callable[["Event"], None]
 
@@ -29,61 +44,94 @@ class QueuedJournal:
     """Implements engine.ports.Journal."""
 
     def __init__(self, sink: Sink) -> None:
+        """`sink` may block and may raise; if it raises, the event counts as dropped."""
         self._sink = sink
-        self._queue: queue.Queue[Event | None] = queue.Queue(QUEUE_LENGTH)
+        self._lock = threading.Lock()
         self._dropped = 0
-        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-        self._thread.start()
+        """The number of dropped events that is not yet in the queue."""
+        self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
+            "journal", self._write, QUEUE_LENGTH
+        )
+        """Items are events, or the number of events dropped at that point."""
 
     def write(self, event: Event) -> None:
-        try:
-            self._queue.put_nowait(event)
-        except queue.Full:
-            self._dropped += 1
+        """Queue an event. Never waits: if the queue is full, the event is dropped and counted."""
+        with self._lock:
+            self._queue_count()
+            if not self._writer.put(event):
+                self._dropped += 1
 
     def close(self) -> None:
-        """Write what is queued, for at most FLUSH_TIMEOUT_S."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=FLUSH_TIMEOUT_S)
-            self._thread.join(FLUSH_TIMEOUT_S)
+        """Write what is queued, for at most background.FLUSH_TIMEOUT_S."""
+        self._writer.close()
 
-    def _work(self) -> None:
-        while (event := self._queue.get()) is not None:
-            # There is no one left to tell where even the journal cannot be written.
-            with contextlib.suppress(Exception):
-                if self._dropped:
-                    print(
-                        f"{self._dropped} events were dropped: the journal was too slow",
-                        file=sys.stderr,
-                    )
-                    self._dropped = 0
-                self._sink(event)
+    def _queue_count(self) -> None:
+        if self._dropped and self._writer.put(self._dropped):
+            self._dropped = 0
+
+    def _write(self, item: Event | int) -> None:
+        try:
+            self._sink(_event(item))
+        except Exception as error:
+            # The count could not be written either, so it is added to the next one.
+            note("writing to the journal", error)
+            with self._lock:
+                self._dropped += item if isinstance(item, int) else 1
+            return
+        with self._lock:
+            self._queue_count()
+
+
+class Journald:
+    """A sink that writes to journald by its native protocol.
+
+    It blocks while journald does not read, without Python's lock. It raises OSError, for example if
+    there is no journald.
+    """
+
+    def __init__(self, identifier: str, path: Path = JOURNALD_SOCKET) -> None:
+        """`identifier` is the name of the program in the journal."""
+        self._identifier = identifier
+        self._path = path
+        self._socket: socket.socket | None = None
+
+    def __call__(self, event: Event) -> None:
+        entry = _entry(event, self._identifier)
+        try:
+            self._send(entry)
+        except OSError:
+            # journald may have restarted with a new socket.
+            self.close()
+            self._send(entry)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _send(self, entry: bytes) -> None:
+        if self._socket is None:
+            self._socket = _connect(self._path)
+        connected = self._socket
+        try:
+            _when_writable(connected, lambda: connected.send(entry))
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            with _sealed_memfd(entry) as fd:
+                _when_writable(connected, lambda: socket.send_fds(connected, [b""], [fd]))
 
 
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
-    """journald where standard error is connected to it (JOURNAL_STREAM, systemd.exec(5)).
+    """Return a queue to journald if standard error is connected to it, else to standard error.
 
-    `identifier` is the name of the program there.
+    JOURNAL_STREAM tells, see systemd.exec(5). `identifier` is the program's name in the journal.
     """
-    journald = functools.partial(to_journald, identifier=identifier)
-    return QueuedJournal(journald if stderr_is_journal() else to_stderr)
-
-
-def to_journald(event: Event, *, identifier: str = "qkilld") -> None:
-    from systemd import journal
-
-    journal.send(
-        event.message,
-        MESSAGE_ID=event.id.value,
-        PRIORITY=int(event.priority),
-        SYSLOG_IDENTIFIER=identifier,
-        **event.fields,
-        **(_object_fields(event.guest) if event.guest else {}),
-    )
+    return QueuedJournal(Journald(identifier) if stderr_is_journal() else to_stderr)
 
 
 def to_stderr(event: Event) -> None:
-    from qkilld.engine.events import Priority
+    from qkilld.model.event import Priority
 
     mark = {Priority.ERR: "error: ", Priority.WARNING: "warning: "}.get(event.priority, "")
     details = [f"{key.removeprefix('QKILLD_').lower()}={value}" for key, value in _shown(event)]
@@ -93,33 +141,88 @@ def to_stderr(event: Event) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _event(item: Event | int) -> Event:
+    from qkilld.engine.events import entries_dropped
+
+    return entries_dropped(item) if isinstance(item, int) else item
+
+
+def _connect(path: Path) -> socket.socket:
+    connected = socket.socket(
+        socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    )
+    try:
+        connected.connect(os.fsencode(path))
+    except OSError:
+        connected.close()
+        raise
+    return connected
+
+
+def _when_writable(connected: socket.socket, send: Callable[[], object]) -> None:
+    """Call `send` as soon as the other end has room."""
+    room = select.poll()
+    room.register(connected, select.POLLOUT)
+    while True:
+        try:
+            send()
+            return
+        except BlockingIOError:
+            room.poll()
+
+
+@contextlib.contextmanager
+def _sealed_memfd(entry: bytes) -> Iterator[int]:
+    """Put an entry that is too long for a datagram into a memfd."""
+    fd = os.memfd_create("journal-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with os.fdopen(fd, "wb", closefd=False) as file:
+            file.write(entry)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _entry(event: Event, identifier: str) -> bytes:
+    fields = {
+        "MESSAGE": event.message,
+        "MESSAGE_ID": event.id.value,
+        "PRIORITY": str(int(event.priority)),
+        "SYSLOG_IDENTIFIER": identifier,
+        **event.fields,
+        **(_object_fields(event.guest) if event.guest else {}),
+    }
+    return b"".join(_field(name.encode(), text) for name, text in fields.items())
+
+
+def _field(name: bytes, text: str) -> bytes:
+    """Encode a field: as a line or, if the value has line breaks, as its length and the value."""
+    value = text.encode(errors="backslashreplace")
+    if b"\n" in value:
+        return name + b"\n" + struct.pack("<Q", len(value)) + value + b"\n"
+    return name + b"=" + value + b"\n"
+
+
 def _shown(event: Event) -> list[tuple[str, str]]:
-    """The fields that a reader of a terminal wants beside the message."""
+    """Return the fields that are shown beside the message on a terminal."""
     keys = ("QKILLD_JOB", "QKILLD_PHASE", "QKILLD_VERDICT", "QKILLD_SIGNAL", "QKILLD_RESULT")
     return [(key, event.fields[key]) for key in keys if key in event.fields]
 
 
 def _object_fields(guest: Guest) -> dict[str, str]:
-    """OBJECT_PID=, from which journald itself adds the unit (systemd.journal-fields(7)).
+    """Return OBJECT_PID=, from which journald adds the unit (systemd.journal-fields(7)).
 
-    It cannot where the process is gone by the time it looks, so the unit is named here as well;
-    `journalctl -u UNIT` takes OBJECT_SYSTEMD_UNIT= from a sender that is root, and journald keeps
-    of two alike one.
+    journald cannot do that after the process has exited, so the unit is named here as well:
+    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. journald drops duplicates.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit
+    if unit is None:
+        return fields
     if unit.system:
         fields["OBJECT_SYSTEMD_UNIT"] = unit.system
     if unit.user:
         fields["OBJECT_SYSTEMD_USER_UNIT"] = unit.user
         fields["OBJECT_UID"] = str(guest.identity.uid)
     return fields
-
-
-def stderr_is_journal() -> bool:
-    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
-    try:
-        status = os.fstat(sys.stderr.fileno())
-        return (status.st_dev, status.st_ino) == (int(device), int(inode))
-    except (OSError, ValueError):
-        return False

@@ -1,19 +1,29 @@
-"""The process that a pidfile names, if it is still the one that the file was written for.
+"""Find the process that a pidfile names, if it is the one for which the file was written.
 
-A pidfile is the word of whoever can write it, and it outlives its process: after a crash or a
-reboot its number belongs to anybody.
+Whoever can write a pidfile, or the path to it, chooses the process. And a pidfile outlives its
+process: after a crash or a reboot, its number may belong to any process. So the path is walked step
+by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE), and everyone who could have
+replaced the file must be root, the caller or the process's user.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qkilld.model.errors import AccessDenied, InvalidArgs, NoSuchProcess, ProcessChanged
+from qkilld.adapters import procfs
+from qkilld.debug_log import ignore
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import (
+    AccessDenied,
+    Failed,
+    InvalidArgs,
+    NoSuchProcess,
+    ProcessChanged,
+)
 from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
@@ -21,11 +31,16 @@ SLACK_S: Final = 2.0
 """The start of a process is known to 10 ms and the boot time to 1 s; the rest is for coarse
 file system clocks."""
 MAX_PID: Final = 2**32 - 1
-"""What fits the bus; the kernel's own limit is far lower."""
+"""The greatest pid on the bus; the kernel's own limit is far lower."""
+
+MAX_LINKS: Final = 40
+"""The number of symbolic links that Linux follows for one path."""
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class PidfileProcess:
     """A process that a pidfile names."""
 
     pid: int
@@ -34,35 +49,63 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
+class PathStep:
+    """A file, directory or symbolic link that the path leads through."""
+
+    shown: str
+    uid: int
+    gid: int
+    mode: int
+
+    @property
+    def kind(self) -> str:
+        if stat.S_ISLNK(self.mode):
+            return "symbolic link"
+        return "directory" if stat.S_ISDIR(self.mode) else "file"
+
+    def writable_by(self, bit: int) -> bool:
+        """Return whether the group (S_IWGRP) or others (S_IWOTH) can replace what is there.
+
+        In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it,
+        and that owner is checked in the next step. The mode of a link has no meaning.
+        """
+        if stat.S_ISLNK(self.mode) or (stat.S_ISDIR(self.mode) and self.mode & stat.S_ISVTX):
+            return False
+        return bool(self.mode & bit)
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
-    """What was found in a pidfile."""
+    """A pidfile's text, its time, and the path to it."""
 
     data: bytes
     mtime: float
     """Seconds since the epoch."""
-    uid: int
-    mode: int
+    steps: tuple[PathStep, ...]
+    """From the start of the path to the file itself."""
+    lock: str = ""
+    """The file as /proc/locks names it: MAJOR:MINOR:INODE."""
 
 
-def read(path: str) -> Named:
-    """The process named by the pidfile at `path`.
+def read(path: str) -> PidfileProcess:
+    """Return the process named by the pidfile at `path`.
 
-    Raises InvalidArgs for what is no readable pidfile, NoSuchProcess where its process is gone,
-    ProcessChanged where the process is younger than the file, AccessDenied where somebody may have
-    written it who has no say over that process.
+    Raises InvalidArgs if it is not a readable pidfile, NoSuchProcess if its process is gone,
+    ProcessChanged if the process is younger than the file, AccessDenied if somebody without rights
+    over the process could have written the file or the path to it.
     """
     shown = printable(path)
     content = _read(path, shown)
-    pid = parse_pid(content.data, shown)
+    pid = _own_pid(parse_pid(content.data, shown), content, shown)
     try:
-        start_time = start_time_of(pid)
-        process_uid = real_uid_of(pid)
+        start_time = procfs.read_stat(pid).start_time
+        process_uid = procfs.read_uid(pid)
     except (FileNotFoundError, ProcessLookupError):
         raise NoSuchProcess(
             f"Process {pid}, named by pidfile {shown}, is gone: "
             "the pidfile is stale and can be removed"
         ) from None
-    check_writer(content, process_uid, os.geteuid(), shown)
+    check_writers(content, process_uid, os.geteuid(), shown)
     started = boot_time() + start_time / os.sysconf("SC_CLK_TCK")
     if started > content.mtime + SLACK_S:
         raise ProcessChanged(
@@ -70,11 +113,46 @@ def read(path: str) -> Named:
             f"{started - content.mtime:.0f} s after that. Nothing was done; if you do mean this "
             f"process, name it as {pid}"
         )
-    return Named(pid, start_time)
+    return PidfileProcess(pid, start_time)
+
+
+def _own_pid(pid: int, content: Content, shown: str) -> int:
+    """Return the process's id in our PID namespace, because a process in another one wrote its id
+    there.
+
+    QEMU locks its pidfile while it runs. Raises Failed if another namespace's process has that id
+    and nothing proves that it wrote the file.
+    """
+    holder = lock_holder(content.lock)
+    if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):
+        return holder
+    if (procfs.PROC / str(pid)).exists():
+        return pid
+    others = [other for other in procfs.pids() if pid in procfs.read_namespaced_pids(other)[1:]]
+    if others:
+        raise Failed(
+            f"Pidfile {shown} names process {pid}, which is not here but has that id in another PID"
+            f" namespace: it may be process {' or '.join(map(str, others[:4]))}. Check that, and"
+            " name it by --pid"
+        )
+    return pid
+
+
+def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:
+    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE), None for none.
+
+    Source: proc_locks(5). The kernel reports its id in our PID namespace.
+    """
+    with ignore("reading the locks of files", OSError, ValueError):
+        for line in (proc / "locks").read_text().splitlines():
+            fields = line.split()
+            if file and len(fields) >= 8 and fields[-3] == file and int(fields[-4]) > 0:
+                return int(fields[-4])
+    return None
 
 
 def parse_pid(data: bytes, shown: str) -> int:
-    """The one decimal number in `data`, white space around it. Raises InvalidArgs."""
+    """Parse the one decimal number in `data`, with white space around it. Raises InvalidArgs."""
     digits = data.strip()
     if len(data) > MAX_BYTES or not digits.isdigit() or not 0 < int(digits) <= MAX_PID:
         raise InvalidArgs(
@@ -84,67 +162,98 @@ def parse_pid(data: bytes, shown: str) -> int:
     return int(digits)
 
 
-def check_writer(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
-    """Raise AccessDenied unless root, the caller or the process's own user wrote the file.
+def check_writers(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
+    """Raise AccessDenied if others than root, the caller or the process's user may write there.
 
-    Whoever else wrote it would be choosing which process the caller's rights are used on.
+    They could choose the process that the caller's rights are used on.
     """
-    if content.mode & stat.S_IWOTH:
-        raise AccessDenied(
-            f"Pidfile {shown} is writable by everybody, so its content proves nothing: "
-            "check the process id in it and name that instead"
-        )
-    if content.uid not in (0, caller_uid, process_uid):
-        raise AccessDenied(
-            f"Pidfile {shown} belongs to uid {content.uid}, who is neither you nor root nor the "
-            "user of the process in it: check that process id and name it instead"
-        )
-
-
-def start_time_of(pid: int) -> int:
-    """Field 22 of /proc/PID/stat, proc(5), in clock ticks since boot.
-
-    Raises FileNotFoundError or ProcessLookupError where the process is gone.
-    """
-    text = Path(f"/proc/{pid}/stat").read_bytes()
-    # Field 2 is the name in parentheses, which may itself hold blanks and parentheses.
-    return int(text.rpartition(b")")[2].split()[19])
-
-
-def real_uid_of(pid: int) -> int:
-    """The real uid, from /proc/PID/status. Raises as `start_time_of` does."""
-    return int(_fields(Path(f"/proc/{pid}/status").read_bytes())[b"Uid:"].split()[0])
+    trusted = {0, caller_uid, process_uid}
+    for step in content.steps:
+        subject = f"Pidfile {shown}"
+        if step is not content.steps[-1]:
+            subject += f" is reached through {step.kind} {step.shown}, which"
+        if step.writable_by(stat.S_IWOTH):
+            raise AccessDenied(
+                f"{subject} is writable by everybody, so its content proves nothing: "
+                "check the process id in it and name that instead"
+            )
+        # A group with the same number as a user is that user's private group.
+        if step.writable_by(stat.S_IWGRP) and step.gid not in trusted:
+            raise AccessDenied(
+                f"{subject} is writable by group {step.gid}, whose members may have written it: "
+                "check the process id in it and name that instead"
+            )
+        if step.uid not in trusted:
+            raise AccessDenied(
+                f"{subject} belongs to uid {step.uid}, who is neither you nor root nor the "
+                "user of the process in it: check that process id and name it instead"
+            )
 
 
 def boot_time() -> int:
-    """When the system booted by today's wall clock, in seconds since the epoch: btime, proc(5)."""
-    return int(_fields(Path("/proc/stat").read_bytes())[b"btime"])
-
-
-def _fields(text: bytes) -> Mapping[bytes, bytes]:
-    """The rest of each line by its first word."""
-    return {
-        key: rest
-        for key, _, rest in (
-            line.replace(b"\t", b" ").partition(b" ") for line in text.splitlines()
-        )
-    }
+    """Return the boot time by the current wall clock, in s since the epoch: btime, proc(5)."""
+    lines = (line.split() for line in Path("/proc/stat").read_bytes().splitlines())
+    return next(int(fields[1]) for fields in lines if fields[0] == b"btime")
 
 
 def _read(path: str, shown: str) -> Content:
     try:
-        # A FIFO in the place of the file must not hold the client up.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        fd, steps = _walk(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InvalidArgs(f"Cannot read pidfile {shown}: {printable(reason)}") from None
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(steps[-1].mode):
             raise InvalidArgs(f"{shown} is not a pidfile: it is not a regular file")
-        data = os.read(fd, MAX_BYTES + 1)
+        # Opened for reading only after the checks, because opening a device can have side effects.
+        with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as file:  # noqa: PTH123
+            data = file.read(MAX_BYTES + 1)
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise InvalidArgs(f"Cannot read pidfile {shown}: {error.strerror}") from None
     finally:
         os.close(fd)
-    return Content(data, status.st_mtime, status.st_uid, status.st_mode)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    return Content(data, status.st_mtime, steps, f"{device}:{status.st_ino}")
+
+
+def _walk(path: str) -> tuple[int, tuple[PathStep, ...]]:
+    """Open the file at the end of the path (O_PATH), and return every step of the path.
+
+    Raises OSError, ValueError.
+    """
+    ahead = [part for part in reversed(path.split("/")) if part]
+    here = os.open("/" if path.startswith("/") else ".", _DIRECTORY)
+    steps = [_step("/" if path.startswith("/") else ".", here)]
+    links = 0
+    try:
+        while ahead:
+            name = ahead.pop()
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
+            steps.append(_step(name, fd))
+            if not stat.S_ISLNK(steps[-1].mode):
+                os.close(here)
+                here = fd
+                continue
+            try:
+                target = os.readlink("", dir_fd=fd)
+            finally:
+                os.close(fd)
+            links += 1
+            if links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if target.startswith("/"):
+                root = os.open("/", _DIRECTORY)
+                os.close(here)
+                here = root
+                steps.append(_step("/", here))
+            ahead += [part for part in reversed(target.split("/")) if part]
+    except BaseException:
+        os.close(here)
+        raise
+    return here, tuple(steps)
+
+
+def _step(name: str, fd: int) -> PathStep:
+    status = os.fstat(fd)
+    return PathStep(printable(name), status.st_uid, status.st_gid, status.st_mode)

@@ -1,7 +1,7 @@
-"""A process held by a pidfd. Sources: pidfd_open(2), pidfd_send_signal(2).
+"""A process opened by pidfd. Sources: pidfd_open(2), pidfd_send_signal(2).
 
-The pidfd comes first and the identity second: what is read of /proc/PID while the pidfd says that
-the process lives belongs to that process, for its pid cannot have been given to another.
+The identity is read after the pidfd is opened: while the pidfd shows that the process is alive,
+/proc/PID belongs to it, because its pid cannot be reused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qkilld.adapters import procfs
-from qkilld.model.errors import Exiting, Failed, NoSuchProcess, NotQemu, ProcessChanged
+from qkilld.debug_log import note_once
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
 from qkilld.model.guest import Guest, Identity, Label
 
 
@@ -33,7 +34,7 @@ class PidfdProcess:
         return self.guest.identity
 
     def identify(self) -> Identity:
-        """Read again who it is: it may have executed another program. Raises as `open_process`."""
+        """Read the identity again: execve(2) may have changed it. Raises as `open_process`."""
         self.guest = Guest(_identify(self.identity.pid, self._pidfd, self._proc), self.guest.label)
         return self.guest.identity
 
@@ -49,9 +50,19 @@ class PidfdProcess:
     def collected(self) -> bool:
         try:
             stat = procfs.read_stat(self.identity.pid, self._proc)
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return True
+        except OSError as error:
+            note_once(f"looking whether process {self.identity.pid} was collected", error)
+            return False
         return stat.start_time != self.identity.start_time
+
+    def dying(self) -> bool:
+        try:
+            return self.exited() or procfs.is_dying(self.identity.pid, self._proc)
+        except OSError as error:
+            note_once(f"looking whether process {self.identity.pid} is dying", error)
+            return self.exited()
 
     def watch(self, callback: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -65,7 +76,7 @@ class PidfdProcess:
         self._watched_by = loop
 
     def fileno(self) -> int:
-        """The pidfd, while it is held."""
+        """Return the pidfd; -1 after `close`."""
         return self._pidfd
 
     def close(self) -> None:
@@ -81,26 +92,24 @@ class PidfdProcess:
 
 
 def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Take hold of a process and read who it is; close it when done.
+    """Open a process and read its identity; the caller closes it.
 
-    Raises NoSuchProcess (also for a thread's id and for a zombie), Exiting, NotQemu where the
-    kernel does not show what it runs, Failed where no descriptor is to be had.
+    Raises NoSuchProcess (also for a thread's id and for a zombie), NotQemu if the kernel does not
+    show its executable, Failed if it cannot be read for another reason, such as EMFILE.
     """
     try:
         pidfd = os.pidfd_open(pid)
     except OverflowError:
         raise NoSuchProcess(f"No process has the id {pid}") from None
     except OSError as error:
-        # A thread's id: EINVAL up to Linux 6.8, ENOENT since.
+        # For a thread's id: EINVAL up to Linux 6.8, ENOENT since.
         if pid > 0 and error.errno in (errno.EINVAL, errno.ENOENT):
             raise NoSuchProcess(
                 f"{pid} is the id of a thread; give the id of its process"
             ) from None
         if error.errno in (errno.ESRCH, errno.EINVAL):
             raise NoSuchProcess(f"No process has the id {pid}") from None
-        raise Failed(
-            f"Cannot take hold of process {pid}: {os.strerror(error.errno or 0)}"
-        ) from None
+        raise Failed(f"Cannot open process {pid}: {os.strerror(error.errno or 0)}") from None
     try:
         identity = _identify(pid, pidfd, proc)
     except BaseException:
@@ -110,16 +119,16 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Take over a pidfd that was kept of a guest's process; it may have exited since.
+    """Use a pidfd that was stored for a guest's process, which may have exited since.
 
-    Raises ProcessChanged where it is no pidfd or one of another process; the descriptor stays the
-    caller's own then.
+    Raises ProcessChanged if it is not a pidfd or belongs to another process; then the descriptor
+    stays the caller's.
     """
     pid = _pid_of(pidfd)
     if pid is None:
         raise ProcessChanged("it is no pidfd")
     try:
-        # Not there or -1: it has been collected. Then no signal can reach anybody through it.
+        # Missing or -1: the process was reaped, so no signal can reach anything through it.
         if pid > 0 and (
             pid != guest.identity.pid
             or procfs.read_stat(pid, proc).start_time != guest.identity.start_time
@@ -132,33 +141,39 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
 
 
 def _pid_of(pidfd: int) -> int | None:
-    """From the line "Pid:" of its fdinfo, pidfd_open(2); None where it is no pidfd."""
+    """Return "Pid:" from its fdinfo, pidfd_open(2); None if it is not a pidfd."""
     try:
         lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        note_once(f"looking what descriptor {pidfd} is", error)
         return None
-    found = [line.split()[1] for line in lines if line.startswith("Pid:")]
-    return int(found[0]) if found else None
+    pids = [line.split()[1] for line in lines if line.startswith("Pid:")]
+    return int(pids[0]) if pids else None
 
 
 def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
     try:
         identity = procfs.read_identity(pid, proc)
-        exiting = not identity.executable and procfs.read_stat(pid, proc).exiting
     except PermissionError:
         if _exited(pidfd):
             raise _already_gone(pid) from None
         raise NotQemu(
-            f"The kernel does not show qkilld what process {pid} runs: it may be no QEMU"
+            f"The kernel does not show qkilld what process {pid} runs: it may not be QEMU"
         ) from None
-    except OSError:
-        raise NoSuchProcess(f"Process {pid} has just exited") from None
+    except (FileNotFoundError, ProcessLookupError):
+        # With hidepid=, /proc may show nothing about a living process.
+        if _exited(pidfd):
+            raise NoSuchProcess(f"Process {pid} has just exited") from None
+        raise Failed(f"Process {pid} cannot be seen in /proc") from None
+    except OSError as error:
+        raise _unreadable(pid, error) from None
     if _exited(pidfd):
         raise _already_gone(pid)
-    if exiting:
-        # The kernel takes a guest's memory apart, or waits for its I/O: that may last.
-        raise Exiting(identity.key)
     return identity
+
+
+def _unreadable(pid: int, error: OSError) -> Failed:
+    return Failed(f"Cannot read who process {pid} is: {os.strerror(error.errno or 0)}")
 
 
 def _already_gone(pid: int) -> NoSuchProcess:

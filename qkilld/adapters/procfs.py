@@ -1,80 +1,175 @@
-"""/proc/PID: who a process is. Sources: proc(5), cgroups(7), qemu(1).
+"""/proc/PID: the identity of a process and the mounts it sees. Sources: proc(5), cgroups(7).
 
-What names a process (stat, status, exe) never blocks. Its command line can: the kernel takes the
-memory lock of the target for it, which a QEMU stuck in a page fault may hold for ever. So
-`read_name_and_uuid` is for a thread of its own (adapters.detached).
+Reading stat, status and exe never blocks. Reading a command line can: the kernel takes the target's
+memory lock, which a QEMU process stuck in a page fault may hold for ever. So call
+`read_command_line` and `read_names` in a thread of their own (adapters.background).
+mountinfo is text that the kernel keeps in memory. No path is accessed, so a file system whose
+server is gone does not block it. For another user's process it needs the ptrace right.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qkilld.adapters import qemu_args
-from qkilld.adapters.cgroup import unit_of
+from qkilld.adapters.cgroup_unit import systemd_uses_v2, unit_of
+from qkilld.debug_log import note_once
 from qkilld.model.guest import Identity, Unit
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 1 << 20
-"""Bytes read of a command line; a process can make its own as long as it likes."""
-PF_EXITING: Final = 0x4
-"""In the flags of stat: include/linux/sched.h."""
+"""Bytes read of a command line; a process can make its own arbitrarily long."""
+_MAX_MOUNTINFO: Final = 4 << 20
+"""Bytes of a mountinfo, enough for about 25,000 mounts. A longer one counts as unreadable."""
+_PF_EXITING: Final = 0x4
+"""A flag in stat: include/linux/sched.h."""
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _UNIT_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
 
 class Stat(NamedTuple):
-    command: str
+    """A line of /proc/PID/stat, proc_pid_stat(5)."""
+
+    comm: bytes
+    """The command as the kernel has it: any bytes except NUL."""
     state: str
-    start_time: int
+    parent: int
     exiting: bool
-    """It has begun to end: what it ran is gone, and no signal changes anything any more."""
+    """The first thread is exiting; others of the process may live on."""
+    cpu: int
+    """Clock ticks in user and kernel mode, of all threads."""
+    threads: int
+    start_time: int
+    """Clock ticks since boot."""
+
+    @property
+    def command(self) -> str:
+        return printable(self.comm.decode("utf-8", "surrogateescape"))
+
+
+class Filesystem(NamedTuple):
+    """A line of mountinfo. Its strings keep the kernel's escapes."""
+
+    pid: str
+    """The process id whose mount namespace it is in, or "self"."""
+    id: int
+    parent: int
+    number: str
+    """MAJOR:MINOR of the files on it, st_dev; major 0 if there is no block device."""
+    root: bytes
+    """The directory of the file system that is mounted."""
+    point: bytes
+    kind: str
+    source: bytes
+    options: bytes
+    """Options of the file system, not of the mount."""
+
+
+class Credentials(NamedTuple):
+    """The user and groups of a process, for permission checks."""
+
+    uid: int
+    """The real one."""
+    gids: frozenset[int]
+
+    def may(self, wanted: int, status: os.stat_result) -> bool:
+        """Return whether they have this right to a file: S_IRUSR or S_IXUSR. Ignores ACLs."""
+        if self.uid == 0:
+            return True
+        if self.uid == status.st_uid:
+            return bool(status.st_mode & wanted)
+        if status.st_gid in self.gids:
+            return bool(status.st_mode & (wanted >> 3))
+        return bool(status.st_mode & (wanted >> 6))
 
 
 def pids(proc: Path = PROC) -> list[int]:
-    """The ids of all processes to be seen."""
+    """Return the ids of all visible processes."""
     return sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
 
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
-    """Raises OSError where there is no such process (FileNotFoundError, ProcessLookupError).
+    """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process."""
+    return parse_stat((proc / str(pid) / "stat").read_bytes())
 
-    The command stands in parentheses and may itself hold any byte but NUL, parentheses and line
-    breaks too: what follows the last ")" is the rest.
+
+def parse_stat(text: bytes) -> Stat:
+    """Parse a line of stat. Raises ProcessLookupError if the text is not a whole line.
+
+    The command is in parentheses and may itself contain any byte except NUL, also parentheses and
+    line breaks. The other fields follow the last ")".
     """
-    head, _, tail = (proc / str(pid) / "stat").read_bytes().rpartition(b")")
+    head, _, tail = text.rpartition(b")")
     fields = tail.split()
-    command = head.partition(b"(")[2].decode("utf-8", "surrogateescape")
-    exiting = bool(int(fields[6]) & PF_EXITING)
-    return Stat(printable(command), fields[0].decode(), int(fields[19]), exiting)
+    try:
+        return Stat(
+            comm=head.partition(b"(")[2],
+            state=fields[0].decode("ascii"),
+            parent=int(fields[1]),
+            exiting=bool(int(fields[6]) & _PF_EXITING),
+            cpu=int(fields[11]) + int(fields[12]),
+            threads=int(fields[17]),
+            start_time=int(fields[19]),
+        )
+    except (ValueError, IndexError):
+        raise ProcessLookupError("/proc/PID/stat is not a whole line") from None
 
 
 def read_uid(pid: int, proc: Path = PROC) -> int:
-    """The real uid. Raises OSError."""
+    """Return the real uid. Raises OSError."""
     for line in (proc / str(pid) / "status").read_bytes().splitlines():
         if line.startswith(b"Uid:"):
-            return int(line.split()[1])
+            with contextlib.suppress(ValueError, IndexError):
+                return int(line.split()[1])
     raise ProcessLookupError(f"no Uid line for {pid}")
 
 
-def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
-    """What exe points to, and whether it is deleted; ("", False) where there is none.
-
-    Kernel threads have none, nor has what is exiting. Raises PermissionError where the kernel does
-    not show it.
-    """
+def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
+    """Read the user and groups of a process. Raises OSError."""
+    ids: dict[bytes, list[int]] = {}
+    for line in (proc / str(pid) / "status").read_bytes().splitlines():
+        label, _, text = line.partition(b":")
+        if label in (b"Uid", b"Gid", b"Groups"):
+            ids[label] = [int(word) for word in text.split()]
     try:
-        path = str((proc / str(pid) / "exe").readlink())
-    except (FileNotFoundError, ProcessLookupError):
-        return "", False
+        return Credentials(ids[b"Uid"][0], frozenset(ids[b"Gid"] + ids[b"Groups"]))
+    except (KeyError, IndexError):
+        raise ProcessLookupError(f"no credentials of {pid}") from None
+
+
+def is_dying(pid: int, proc: Path = PROC) -> bool:
+    """Return whether SIGKILL is pending for the process, or it is exiting already. Raises
+    OSError."""
+    sigkill = 1 << signal.SIGKILL - 1
+    for line in (proc / str(pid) / "status").read_bytes().splitlines():
+        if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & sigkill:
+            return True
+    return read_stat(pid, proc).exiting
+
+
+def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
+    """Return the target of exe, and whether it is deleted; ("", False) if there is none.
+
+    Kernel threads and exiting processes have none. After the first thread has exited, the other
+    threads still have it. Raises OSError for every other reason, for example PermissionError if the
+    kernel does not show it.
+    """
+    directory = proc / str(pid)
+    path = _readlink(directory / "exe")
+    if path is None:
+        path = next((path for task in _tasks(directory) if (path := _readlink(task / "exe"))), "")
     bare = path.removesuffix(" (deleted)")
     return bare, bare != path
 
 
 def read_identity(pid: int, proc: Path = PROC) -> Identity:
-    """Raises OSError: FileNotFoundError, ProcessLookupError where it is gone, PermissionError."""
+    """Raises OSError: FileNotFoundError, ProcessLookupError if it is gone, PermissionError."""
     stat = read_stat(pid, proc)
     uid = read_uid(pid, proc)
     executable, deleted = read_executable(pid, proc)
@@ -86,34 +181,214 @@ def read_identity(pid: int, proc: Path = PROC) -> Identity:
         state=stat.state,
         executable=executable,
         executable_deleted=deleted,
+        exiting=not executable and read_stat(pid, proc).exiting,
     )
 
 
-def read_name_and_uuid(pid: int, proc: Path = PROC) -> tuple[str, str]:
-    """What the guest calls itself, "" each where it says nothing. May block, see above."""
+def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
+    """Return the ids of a process in its PID namespaces, ours first; empty if it is gone."""
     try:
-        with (proc / str(pid) / "cmdline").open("rb") as file:
-            argv = os.fsdecode(file.read(_MAX_CMDLINE)).split("\0")
-    except OSError:
-        return "", ""
+        text = (proc / str(pid) / "status").read_text("utf-8", "surrogateescape")
+    except OSError as error:
+        note_once(f"reading the ids of process {pid}", error)
+        return ()
+    match = re.search(r"^NSpid:([\s\d]+)$", text, re.MULTILINE)
+    return tuple(map(int, match[1].split())) if match else ()
+
+
+def read_command_line(pid: int, proc: Path = PROC) -> list[str]:
+    """Return the words of /proc/PID/cmdline, at most MAX bytes. May block. Raises OSError."""
+    return _arguments(_read_command_line(pid, proc))
+
+
+def _read_command_line(pid: int, proc: Path) -> bytes:
+    """Raises OSError."""
+    with (proc / str(pid) / "cmdline").open("rb") as file:
+        return file.read(_MAX_CMDLINE)
+
+
+def _arguments(command_line: bytes) -> list[str]:
+    return os.fsdecode(command_line).split("\0")
+
+
+def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
+    """Return the guest's name and UUID, each "" if not given, and whether it was given a QMP
+    monitor. The name is None if it is unknown. May block for ever."""
+    try:
+        command_line = _read_command_line(pid, proc)
+    except OSError as error:
+        note_once(f"reading the command line of process {pid}", error)
+        return None, "", False
+    argv = _arguments(command_line)
+    # Imported late, because JSON takes 3 ms of the start of qkilld-stop, which rarely needs a name.
+    from qkilld.adapters import qemu_args
+
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    return printable(name), _canonical_uuid(uuid_text)
+    # Empty if it is exiting or hides it. The end of a longer one is missing.
+    is_whole = 0 < len(command_line) < _MAX_CMDLINE
+    label = printable(name) if name or is_whole else None
+    return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv)
 
 
-def read_unit(pid: int, proc: Path = PROC) -> Unit:
-    """The systemd unit; empty where it runs in none or cannot be read."""
+def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
+    """Return the systemd unit. None if it is unknown, because the process or process 1 is hidden
+    (ProtectProc=, hidepid=) or gone.
+
+    Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
+    """
     try:
-        own = (proc / str(pid) / "cgroup").read_text("utf-8", "surrogateescape")
+        cgroups = (proc / str(pid) / "cgroup").read_text("utf-8", "surrogateescape")
         init = (proc / "1" / "cgroup").read_text("utf-8", "surrogateescape")
-    except OSError:
-        return Unit()
-    unit = unit_of(own, init)
+    except OSError as error:
+        note_once(f"looking for the unit of process {pid}", error)
+        return None
+    unit = unit_of(cgroups, init, lambda: _systemd_uses_v2(proc))
+    if unit is None:
+        note_once("looking for units", "it is not known which cgroup hierarchy systemd uses")
+        return None
     names = (unit.system, unit.user)
-    return Unit(*(name if _UNIT_NAME.fullmatch(name) else "" for name in names))
+    return Unit(*(name if not name or _UNIT_NAME.fullmatch(name) else "?" for name in names))
+
+
+def read_bounded(path: str, limit: int) -> bytes | None:
+    """Read a file of /proc or /sys; None if it is unreadable or longer than `limit` bytes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        note_once(f"reading {path}", error)
+        return None
+    try:
+        chunks = []
+        remaining = limit + 1
+        while remaining > 0 and (chunk := os.read(fd, min(remaining, 1 << 16))):
+            chunks.append(chunk)
+            remaining -= len(chunk)
+    except OSError as error:
+        note_once(f"reading {path}", error)
+        return None
+    finally:
+        os.close(fd)
+    if remaining <= 0:
+        note_once(f"reading {path}", f"it is longer than {limit} bytes")
+    return b"".join(chunks) if remaining > 0 else None
+
+
+class Mounts:
+    """The mounts that one process sees at one moment."""
+
+    def __init__(self, pid: int | str, proc: Path = PROC) -> None:
+        """Read them; there are none if they cannot be read."""
+        self._pid = str(pid)
+        self._lines: dict[bytes, bytes] = {}
+        for line in (read_bounded(f"{proc}/{pid}/mountinfo", _MAX_MOUNTINFO) or b"").splitlines():
+            self._lines[line.partition(b" ")[0]] = line
+
+    def get(self, mount: int) -> Filesystem | None:
+        """Return a file system by the id of its mount."""
+        line = self._lines.get(b"%d" % mount)
+        return None if line is None else parse_mount(line, self._pid)
+
+    def every(self) -> list[Filesystem]:
+        """Return all file systems, roughly in the order of mounting."""
+        parsed = (parse_mount(line, self._pid) for line in self._lines.values())
+        return [filesystem for filesystem in parsed if filesystem is not None]
+
+    def of_path(self, path: bytes) -> Filesystem | None:
+        """Return the file system that holds this absolute path, without access to the path."""
+        way = self.way_to(path)
+        return way[-1] if way else None
+
+    def way_to(self, path: bytes) -> list[Filesystem]:
+        """Return the file systems on the way to this absolute path; the last one holds it.
+
+        Follows mounts as the kernel does when it walks a path, so that mounts covered by later ones
+        are ignored. Symbolic links are not followed: paths from the kernel have none.
+        """
+        every = self.every()
+        ids = {filesystem.id for filesystem in every}
+        children: dict[int, list[Filesystem]] = {}
+        here = None
+        for filesystem in every:
+            if filesystem.parent in ids and filesystem.parent != filesystem.id:
+                children.setdefault(filesystem.parent, []).append(filesystem)
+            elif filesystem.point == b"/":
+                here = filesystem
+        if not path.startswith(b"/") or here is None:
+            return []
+        way = [here]
+        for _ in every:
+            over = [
+                child
+                for child in children.get(here.id, ())
+                if (point := unescape(child.point)) == b"/"
+                or path == point
+                or path.startswith(point + b"/")
+            ]
+            if not over:
+                break
+            here = min(over, key=lambda child: len(child.point))
+            way.append(here)
+        return way
+
+
+def unescape(text: bytes) -> bytes:
+    """Replace the kernel's escapes (\\040 is a space)."""
+    return _ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), text)
+
+
+def parse_mount(line: bytes, pid: str) -> Filesystem | None:
+    """Parse a line of the mountinfo of `pid`; None if it is not such a line."""
+    before, dash, after = line.partition(b" - ")
+    fields, last = before.split(b" "), after.split(b" ")
+    if not dash or len(fields) < 6 or len(last) < 3:
+        return None
+    try:
+        return Filesystem(
+            pid=pid,
+            id=int(fields[0]),
+            parent=int(fields[1]),
+            number=fields[2].decode("ascii"),
+            root=fields[3],
+            point=fields[4],
+            kind=last[0].decode("utf-8", "replace"),
+            source=last[1],
+            options=last[2],
+        )
+    except ValueError:
+        return None
+
+
+def _readlink(path: Path) -> str | None:
+    """Read a link; None if it does not exist. Raises OSError."""
+    try:
+        return str(path.readlink())
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _tasks(own: Path) -> list[Path]:
+    """Return the threads of a process, none if it is gone. Raises OSError."""
+    try:
+        return list((own / "task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+@functools.lru_cache(maxsize=4)
+def _systemd_uses_v2(proc: Path) -> bool | None:
+    """Return whether systemd uses v2. systemd calls statfs(2), which Python lacks; this reads
+    mountinfo, which has the same information."""
+    mounts = Mounts("self", proc)
+
+    def kind_at(path: str) -> str:
+        mount = mounts.of_path(os.fsencode(path))
+        return mount.kind if mount is not None else ""
+
+    return systemd_uses_v2(kind_at)
 
 
 def _canonical_uuid(text: str) -> str:
-    import uuid  # here, for a guest's own name alone is worth it
+    import uuid  # Imported late, because only a guest's name needs it.
 
     try:
         return str(uuid.UUID(text)) if len(text) == 36 else ""

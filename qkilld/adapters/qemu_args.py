@@ -1,52 +1,216 @@
-"""What a QEMU's command line says of the guest. Source: qemu-options.hx of QEMU 2.0 to 10.0."""
+"""Parse QEMU's command line and -readconfig files as QEMU does.
+
+Pure: nothing here opens a file. All input is hostile, and nothing is checked against the machine;
+callers must prove what the words claim. Sources: qemu-options.hx of QEMU 2.0 to 10.0,
+util/qemu-option.c, util/keyval.c, chardev/char.c (qemu_chr_parse_compat), util/qemu-config.c.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+from qkilld.model.dataclass import dataclass
+from qkilld.model.json_text import decode_json
 
 # fmt: off
-_NO_ARGUMENT: Final = frozenset({
+NO_ARGUMENT: Final = frozenset({
     "h", "help", "version", "S", "s", "snapshot", "usb", "nographic", "portrait", "full-screen",
     "win2k-hack", "no-fd-bootchk", "no-acpi", "no-hpet", "singlestep", "one-insn-per-tb",
-    "preconfig", "daemonize", "enable-kvm", "no-kvm", "no-reboot", "no-shutdown", "nodefaults",
-    "no-user-config", "nodefconfig", "old-param", "semihosting", "mem-prealloc",
-    "only-migratable", "xen-attach", "xen-create", "xen-domid-restrict", "enable-sync-profile",
-    "enable-fips", "enable-hax", "audio-help", "sdl", "curses", "no-frame", "alt-grab",
-    "ctrl-grab", "no-quit", "show-cursor", "tdf", "localtime"
+    "preconfig", "daemonize", "enable-kvm", "no-kvm", "no-kvm-irqchip", "no-kvm-pit",
+    "no-kvm-pit-reinjection", "no-reboot", "no-shutdown", "nodefaults", "no-user-config",
+    "nodefconfig", "old-param", "semihosting", "mem-prealloc", "only-migratable", "xen-attach",
+    "xen-create", "xen-domid-restrict", "enable-sync-profile", "enable-fips", "enable-hax",
+    "audio-help", "sdl", "curses", "no-frame", "alt-grab", "ctrl-grab", "no-quit", "show-cursor",
+    "tdf", "rtc-td-hack", "localtime", "perfmap", "jitdump", "async-teardown",
 })
+"""The options that take no argument; all others take one."""
+
+_IMPLIED: Final = {
+    "accel": "accel", "audio": "driver", "audiodev": "driver", "blockdev": "driver",
+    "chardev": "backend", "device": "driver", "display": "type", "export": "type",
+    "fsdev": "fsdriver",
+    "fw_cfg": "name", "M": "type", "m": "size", "machine": "type", "mon": "chardev",
+    "name": "guest", "net": "type", "netdev": "type", "numa": "type", "object": "qom-type",
+    "sandbox": "enable", "smp": "cpus", "tpmdev": "type", "virtfs": "fsdriver", "vnc": "vnc",
+}
+"""For each option, the key that the first part may omit."""
+_JSON: Final = frozenset({"audiodev", "blockdev", "chardev", "device", "display", "export",
+                          "netdev", "object"})
+"""The options that also take a JSON object."""
+_CHARDEV: Final = frozenset({"monitor", "qmp", "qmp-pretty", "serial", "parallel", "debugcon",
+                             "gdb"})
+"""The options that take a character device in its old form: unix:PATH,server=on."""
+_FILE: Final = frozenset({"hda", "hdb", "hdc", "hdd", "fda", "fdb", "cdrom", "mtdblock", "sd",
+                          "pflash"})
+"""The options that take the name of an image."""
 # fmt: on
+
+_STRINGS: Final = re.compile(r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_INET: Final = re.compile(r"(tcp|telnet|tn3270|websocket|udp):(\[[^\]]*\]|[^:,]*):([^,@]*)")
+_SECTION: Final = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')
+_ENTRY: Final = re.compile(r'(\S+)\s+=\s*"([^"]*)".*')
+
+
+@dataclass(frozen=True)
+class QemuOption:
+    """One option of a command line, or one section of a -readconfig file in the same form."""
+
+    name: str
+    """Without its dashes. A word without an option is a disk image: `hda`, as in QEMU."""
+    text: str
+    """The argument as it was given, "" if the option takes none."""
+
+    @cached_property
+    def properties(self) -> Mapping[str, Any]:
+        """The argument's keys and values; empty if it has none (`-kernel FILE`).
+
+        From key=value: all values are strings, keys keep their dots ("file.driver"), a key without
+        a value is "on" or, with the prefix "no", "off", and the last of equal keys counts. From
+        JSON: the nested object; `flat` is the same for both.
+        """
+        if self.name in _FILE:
+            return MappingProxyType({"file": self.text})
+        if self.name in _CHARDEV:
+            return MappingProxyType(parse_legacy_chardev(self.text))
+        if self.name in _JSON and self.text.lstrip().startswith("{"):
+            return MappingProxyType(_parse_json_object(self.text))
+        return MappingProxyType(parse_key_values(self.text, _IMPLIED.get(self.name)))
+
+    @cached_property
+    def flat(self) -> Mapping[str, str]:
+        """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
+
+        Booleans become "on" and "off"; the key of a list's element is its index.
+        """
+        values: dict[str, str] = {}
+        pending: list[tuple[str, Any]] = [("", dict(self.properties))]
+        while pending:
+            path, value = pending.pop()
+            if isinstance(value, dict | list):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                pending += [(f"{path}.{key}" if path else str(key), item) for key, item in items]
+            elif isinstance(value, bool):
+                values[path] = "on" if value else "off"
+            else:
+                values[path] = "" if value is None else str(value)
+        return MappingProxyType(values)
+
+
+def parse_command_line(argv: Sequence[str]) -> list[QemuOption]:
+    """Return the options of a command line in order. `argv[0]` is the program."""
+    options = []
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-"):
+            if word:
+                options.append(QemuOption("hda", word))
+            continue
+        name = word[1:].removeprefix("-")
+        options.append(QemuOption(name, "" if name in NO_ARGUMENT else next(words, "")))
+    return options
+
+
+def parse_config(text: str) -> list[QemuOption]:
+    """Return the sections of a -readconfig file as options, in order.
+
+    A section's quoted name is its `id`. Lines that QEMU would refuse are skipped.
+    """
+    sections: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        line = line.strip()
+        if section := _SECTION.fullmatch(line):
+            parts = [] if section[2] is None else [f"id={_doubled(section[2])}"]
+            sections.append((section[1], parts))
+        elif sections and (entry := _ENTRY.fullmatch(line)):
+            sections[-1][1].append(f"{entry[1]}={_doubled(entry[2])}")
+    return [QemuOption(name, ",".join(parts)) for name, parts in sections]
+
+
+def parse_key_values(text: str, implied: str | None = None) -> dict[str, str]:
+    """Parse a QemuOpts string into keys and values; see QemuOption.properties.
+
+    `implied` is the key that the first part may omit. A doubled comma is a comma.
+    """
+    values = {}
+    for number, part in enumerate(text.replace(",,", "\0").split(",")):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if equals:
+            values[key] = value
+        elif number == 0 and implied is not None:
+            values[implied] = key
+        elif key.startswith("no"):
+            values[key[2:]] = "off"
+        elif key:
+            values[key] = "on"
+    return values
+
+
+def parse_legacy_chardev(text: str) -> dict[str, str]:
+    """Parse the argument of -qmp, -monitor or -serial into the properties of a -chardev.
+
+    "unix:PATH,server=on" is {"backend": "socket", "path": PATH, "server": "on"}. "chardev:ID" is
+    {"chardev": ID}. If the text names no address and no file, it is the backend itself.
+    """
+    text = text.removeprefix("mon:")
+    kind, colon, rest = text.partition(":")
+    if not colon:
+        return parse_key_values(text, "backend")
+    if kind == "chardev":
+        return {"chardev": rest}
+    if kind == "unix":
+        return {"backend": "socket", **parse_key_values(rest, "path")}
+    if kind in ("file", "pipe", "pty"):
+        return {"backend": kind, "path": rest}
+    if inet := _INET.match(text):
+        backend = "udp" if kind == "udp" else "socket"
+        options = text[inet.end() :].partition(",")[2]
+        return {
+            "backend": backend,
+            "host": inet[2].strip("[]"),
+            "port": inet[3],
+            **parse_key_values(options),
+        }
+    return {"backend": kind}
 
 
 def name_and_uuid(argv: Sequence[str]) -> tuple[str, str]:
-    """The values of -name and -uuid, "" where not given; the last one counts, as in QEMU."""
+    """Return the values of -name and -uuid, "" if not given; the last one counts, as in QEMU."""
     name = uuid = ""
-    index = 1
-    while index < len(argv):
-        word = argv[index]
-        option = word[1:].removeprefix("-")
-        index += 1
-        if not word.startswith("-") or option in _NO_ARGUMENT:
-            continue
-        value = argv[index] if index < len(argv) else ""
-        index += 1
-        if option == "name":
-            name = _suboption(value, "guest")
-        elif option == "uuid":
-            uuid = value
+    for option in parse_command_line(argv):
+        if option.name == "name":
+            name = option.properties.get("guest", "")
+        elif option.name == "uuid":
+            uuid = option.text
     return name, uuid
 
 
-def _suboption(value: str, key: str) -> str:
-    """The value of `key` in a QemuOpts string, where the first part may leave the key out.
+def has_qmp(argv: Sequence[str]) -> bool:
+    """Return whether it has a QMP monitor, or may have one from a -readconfig file."""
+    for option in parse_command_line(argv):
+        control = option.name == "mon" and option.flat.get("mode") == "control"
+        if control or option.name in ("qmp", "qmp-pretty", "readconfig"):
+            return True
+    return False
 
-    Parts are divided by commas; a doubled comma is a comma.
-    """
-    found = ""
-    for number, part in enumerate(value.replace(",,", "\0").split(",")):
-        left, equals, right = part.replace("\0", ",").partition("=")
-        if equals and left == key:
-            found = right
-        elif not equals and number == 0:
-            found = left
-    return found
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object; empty if it is not one. QEMU also accepts strings in single quotes."""
+    try:
+        value = decode_json(_STRINGS.sub(_requoted, text))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _requoted(match: re.Match[str]) -> str:
+    if match[1] is None:
+        return match[0]
+    return '"' + match[1].replace(r"\'", "'").replace('"', r"\"") + '"'
+
+
+def _doubled(value: str) -> str:
+    return value.replace(",", ",,")

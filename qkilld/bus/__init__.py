@@ -1,1 +1,1 @@
-"""D-Bus: the only package that imports dbus_next."""
+"""D-Bus: the only package that imports a D-Bus library."""

@@ -1,60 +1,82 @@
-"""What a client says to the daemon: one coroutine a method of the interface."""
+"""Client side of org.qkilld1: one coroutine for each method of the interface."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
-
-from dbus_next.constants import MessageType
-from dbus_next.message import Message
-from dbus_next.signature import Variant
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus.connection import CALL_TIMEOUT_S, Connection
-from qkilld.model.errors import BusError
-from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH, Flag
+from qkilld.bus.library import Variant
+from qkilld.bus.values import VariantValue
+from qkilld.model.constants import (
+    BUS_NAME,
+    JOB_INTERFACE,
+    MANAGER_INTERFACE,
+    MANAGER_PATH,
+    UNKNOWN,
+    Flag,
+)
+from qkilld.model.errors import BusError, QkilldError
+from qkilld.model.policy import JOB_SPANS
+
+if TYPE_CHECKING:
+    from qkilld.model.job_status import JobStatus
 
 INTERACTIVE_CALL_TIMEOUT_S: Final = 150.0
-"""More than the daemon gives whoever is asked for a password (bus.polkit)."""
+"""Longer than the daemon waits for a password (bus.polkit.INTERACTIVE_TIMEOUT_S)."""
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
-_SPANS = ("grace-usec", "stall-usec", "storage-stall-usec", "max-usec")
-_OPTION_TYPES = {"start-time": "t", "reason": "s", **dict.fromkeys(_SPANS, "t")}
+_OWNER_RULE: Final = (
+    "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
+    f"member='NameOwnerChanged',arg0='{BUS_NAME}'"
+)
+_OPTION_TYPES = {
+    "start-time": "t",
+    "reason": "s",
+    **{span.bus_option: "t" for span in JOB_SPANS},
+    "powerdown-max-usec": "t",
+    "qmp-socket": "s",
+    **dict.fromkeys(("powerdown-as-configured", "powerdown-only", "resume", "wake", "thaw"), "b"),
+}
 
 
-class Manager:
+class ManagerProxy:
     """org.qkilld1.Manager on a bus. Every method raises what Connection.request raises."""
 
     def __init__(self, connection: Connection, *, interactive: bool = False) -> None:
-        """`interactive`: polkit may ask somebody for a password, which takes its time."""
+        """With `interactive`, polkit may ask for a password, and calls wait
+        INTERACTIVE_CALL_TIMEOUT_S."""
         self._connection = connection
         self._interactive = interactive
 
     async def terminate(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> str:
-        """The path of the job. `options` as in the interface: start-time, grace-usec, reason."""
-        given = _variants(options)
-        (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), given)
+        """Return the path of the job. `options` as in the interface: start-time, grace-usec,
+        reason."""
+        variants = _variants(options)
+        (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), variants)
         return str(job)
 
     async def terminate_unit(self, unit: str, flags: Flag) -> str:
-        """The path of the job."""
+        """Return the path of the job."""
         (job,) = await self._call("TerminateUnit", "st", unit, int(flags))
         return str(job)
 
     async def terminate_all(
         self, flags: Flag, options: dict[str, int | str]
     ) -> list[tuple[int, str]]:
-        """(pid, path of the job) each."""
+        """Return a (pid, job path) for each guest."""
         (jobs,) = await self._call("TerminateAll", "ta{sv}", int(flags), _variants(options))
         return [tuple(job) for job in jobs]
 
     async def plan(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> dict[str, Any]:
-        """What `terminate` would do."""
+        """Return what `terminate` would do, as the interface's Plan describes it."""
         (plan,) = await self._call("Plan", "uta{sv}", pid, int(flags), _variants(options))
         return _plain(plan)
 
@@ -63,12 +85,12 @@ class Manager:
         return _plain(guest)
 
     async def list_guests(self) -> list[tuple[int, str, str, int, str]]:
-        """(pid, name, UUID, uid, unit) each."""
+        """Return (pid, name, UUID, uid, unit) for each guest."""
         (guests,) = await self._call("ListGuests")
         return [tuple(guest) for guest in guests]
 
     async def list_jobs(self) -> list[tuple[int, str, int, str, str]]:
-        """(id, path, pid, phase, verdict) each."""
+        """Return (id, path, pid, phase, verdict) for each job."""
         (jobs,) = await self._call("ListJobs")
         return [tuple(job) for job in jobs]
 
@@ -79,9 +101,23 @@ class Manager:
     async def properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, MANAGER_PATH, MANAGER_INTERFACE)
 
+    async def clock_offset(self) -> int:
+        """Return how far CLOCK_MONOTONIC of the daemon's host is ahead of ours (µs); 0 if an older
+        daemon does not report it."""
+        before = time.monotonic_ns() // 1000
+        properties = await self.properties()
+        after = time.monotonic_ns() // 1000
+        now: int | None = properties.get("NowUSec")
+        return 0 if now is None else now - (before + after) // 2
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether processes, users and files of the daemon's host are not those of this one."""
+        return self._connection.is_remote
+
     async def owner(self) -> str:
-        """The daemon's own name on the bus, another one in each of its lives; "" where there is
-        none."""
+        """Return the daemon's unique bus name, which changes with each start; "" if it does not
+        run."""
         try:
             (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
         except BusError:
@@ -89,39 +125,86 @@ class Manager:
         return str(owner)
 
     async def appears(self, timeout_s: float) -> bool:
-        """Whether a daemon is there, now or within that time. Starts none."""
-        there = asyncio.Event()
+        """Wait up to `timeout_s` for a daemon to own the name; return whether one does. Starts no
+        daemon."""
+        appeared = asyncio.Event()
 
-        def on_message(message: Message) -> None:
-            if (
-                message.message_type is MessageType.SIGNAL
-                and message.sender == "org.freedesktop.DBus"
-                and message.member == "NameOwnerChanged"
-                and message.body[0] == BUS_NAME
-                and message.body[2]
-            ):
-                there.set()
+        def owner_changed(body: list[Any]) -> None:
+            name, _, owner = body
+            if name == BUS_NAME and owner:
+                appeared.set()
 
-        rule = (
-            "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
-            f"member='NameOwnerChanged',arg0='{BUS_NAME}'"
-        )
-        self._connection.add_message_handler(on_message)
+        unsubscribe = self._connection.watch_names(owner_changed)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._connection.request_bus("AddMatch", "s", rule)
+                await self._connection.request_bus("AddMatch", "s", _OWNER_RULE)
                 (owned,) = await self._connection.request_bus("NameHasOwner", "s", BUS_NAME)
                 if not owned:
-                    await there.wait()
+                    await appeared.wait()
         except TimeoutError:
             return False
         finally:
-            self._connection.remove_message_handler(on_message)
-            self._connection.tell_bus("RemoveMatch", "s", rule)
+            unsubscribe()
+            self._connection.tell_bus("RemoveMatch", "s", _OWNER_RULE)
         return True
 
-    def job(self, path: str) -> Job:
-        return Job(self._connection, path, interactive=self._interactive)
+    @contextlib.asynccontextmanager
+    async def watch(
+        self,
+        job_new: Callable[[str], None],
+        job_removed: Callable[[str], None],
+        owner_changed: Callable[[str], None],
+    ) -> AsyncIterator[str]:
+        """Within the context, call back for jobs and for changes of the daemon. Yields the name's
+        owner.
+
+        `job_new` and `job_removed` get the job's path, `owner_changed` the new owner, "" for none.
+        Meanwhile JobProxy.watch needs no match rule of its own (`matched`). Starts no daemon.
+        """
+        owner = ""
+        unsubscribe: list[Callable[[], None]] = []
+
+        def subscribe(now: str) -> None:
+            nonlocal owner
+            owner = now
+            for end in unsubscribe:
+                end()
+            unsubscribe.clear()
+            for member, signature, call in (
+                ("JobNew", "uou", job_new),
+                ("JobRemoved", "uous", job_removed),
+            ):
+                if owner:
+                    unsubscribe.append(self._subscribe(owner, member, signature, call))
+
+        def names_changed(body: list[Any]) -> None:
+            name, _, now = body
+            if name == BUS_NAME and now != owner:
+                subscribe(now)
+                owner_changed(now)
+
+        rules = (_OWNER_RULE, f"type='signal',sender='{BUS_NAME}',path_namespace='{MANAGER_PATH}'")
+        end = self._connection.watch_names(names_changed)
+        try:
+            for rule in rules:
+                await self._connection.request_bus("AddMatch", "s", rule)
+            subscribe(await self.owner())
+            yield owner
+        finally:
+            end()
+            subscribe("")
+            for rule in rules:
+                self._connection.tell_bus("RemoveMatch", "s", rule)
+
+    def _subscribe(
+        self, owner: str, member: str, signature: str, call: Callable[[str], None]
+    ) -> Callable[[], None]:
+        return self._connection.subscribe(
+            owner, MANAGER_PATH, MANAGER_INTERFACE, member, signature, lambda body: call(body[1])
+        )
+
+    def job(self, path: str) -> JobProxy:
+        return JobProxy(self._connection, path, interactive=self._interactive)
 
     async def _call(self, member: str, signature: str = "", *body: Any) -> list[Any]:
         return await self._connection.request(
@@ -136,8 +219,8 @@ class Manager:
         )
 
 
-class Job:
-    """org.qkilld1.Job at a path."""
+class JobProxy:
+    """The object org.qkilld1.Job at `path`."""
 
     def __init__(self, connection: Connection, path: str, *, interactive: bool = False) -> None:
         self._connection = connection
@@ -145,9 +228,9 @@ class Job:
         self.path = path
 
     async def wait(self) -> tuple[str, dict[str, Any]]:
-        """(result, receipt), when the job has ended; without a time limit."""
+        """Wait without a time limit for the job to end; return (result, receipt)."""
         if not self._connection.connected:
-            # There would be nothing to end the wait: a lost connection is announced only once.
+            # Nothing would end the wait: the loss of a connection is announced only once.
             raise BusError("the connection to the bus is lost")
         result, receipt = await self._connection.request(
             BUS_NAME, self.path, JOB_INTERFACE, "Wait", timeout_s=None
@@ -155,9 +238,11 @@ class Job:
         return result, _plain(receipt)
 
     async def returns(self, timeout_s: float) -> bool:
-        """After the daemon went away: whether one that goes on with its jobs is there within that
-        time. Starts none."""
-        return self._connection.connected and await Manager(self._connection).appears(timeout_s)
+        """After the daemon disappeared: wait up to `timeout_s` for one that continues its jobs.
+        Starts no daemon."""
+        return self._connection.connected and await ManagerProxy(self._connection).appears(
+            timeout_s
+        )
 
     async def cancel(self) -> None:
         await self._call("Cancel")
@@ -174,7 +259,13 @@ class Job:
     async def force(self) -> None:
         await self._call("Force")
 
-    async def properties(self) -> dict[str, Any]:
+    async def status(self) -> JobStatus:
+        return self._status(await self._properties())
+
+    def _status(self, properties: dict[str, Any]) -> JobStatus:
+        return job_status(self.path, properties, self._connection.clock_offset)
+
+    async def _properties(self) -> dict[str, Any]:
         return await _get_all(self._connection, self.path, JOB_INTERFACE)
 
     async def _call(self, member: str, signature: str = "", *body: Any) -> None:
@@ -190,11 +281,14 @@ class Job:
         )
 
     @contextlib.asynccontextmanager
-    async def watch(self, changed: Callable[[dict[str, Any]], None]) -> AsyncIterator[None]:
-        """While entered, `changed` is called with properties by name: once with all of them, before
-        the body runs, then with those that changed, each time some do.
+    async def watch(
+        self, changed: Callable[[JobStatus], None], *, matched: bool = False
+    ) -> AsyncIterator[None]:
+        """Within the context, call `changed` with the job's status: once at entry, then at each
+        change.
 
-        Only signals of the daemon itself count: any peer may send a signal that looks like it.
+        Only signals from the daemon count, because any peer can send one that looks the same. Pass
+        `matched` if the bus has a match rule for these signals already.
         """
         (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
         rule = (
@@ -202,37 +296,109 @@ class Job:
             f"interface='{_PROPERTIES}',member='PropertiesChanged',arg0='{JOB_INTERFACE}'"
         )
         complete = stale = False
+        properties: dict[str, Any] = {}
+        invalidated: set[str] = set()
+        """Properties that changed without their new value in the signal, so it must be read."""
+        outdated = asyncio.Event()
 
-        def on_message(message: Message) -> None:
+        def on_change(body: list[Any]) -> None:
             nonlocal stale
-            if not (
-                message.message_type is MessageType.SIGNAL
-                and message.sender == owner
-                and message.path == self.path
-                and message.member == "PropertiesChanged"
-                and message.signature == "sa{sv}as"
-                and message.body[0] == JOB_INTERFACE
-            ):
+            interface, values, names = body
+            if interface != JOB_INTERFACE:
                 return
             if complete:
-                changed(_plain(message.body[1]))
+                properties.update(_plain(values))
+                changed(self._status(properties))
+                invalidated.update(names)
+                if invalidated:
+                    outdated.set()
             else:
                 stale = True
 
-        await self._connection.request_bus("AddMatch", "s", rule)
-        self._connection.add_message_handler(on_message)
+        async def refresh() -> None:
+            while True:
+                await outdated.wait()
+                outdated.clear()
+                names = properties.keys() & invalidated
+                invalidated.clear()
+                with contextlib.suppress(QkilldError):
+                    now = await self._properties()
+                    # The values of the other properties may be older than those of a signal
+                    # received meanwhile.
+                    properties.update({name: now[name] for name in names})
+                    changed(self._status(properties))
+
+        if not matched:
+            await self._connection.request_bus("AddMatch", "s", rule)
+        unsubscribe = self._connection.subscribe(
+            owner, self.path, _PROPERTIES, "PropertiesChanged", "sa{sv}as", on_change
+        )
         try:
-            properties = await self.properties()
+            properties.update(await self._properties())
             while stale:
-                # Whether the change came before that reply or right behind it cannot be told.
+                # The change may have come before or after that reply was made: read again.
                 stale = False
-                properties = await self.properties()
+                properties.update(await self._properties())
             complete = True
-            changed(properties)
-            yield
+            changed(self._status(properties))
+            refreshing = asyncio.get_running_loop().create_task(refresh())
+            try:
+                yield
+            finally:
+                refreshing.cancel()
         finally:
-            self._connection.remove_message_handler(on_message)
-            self._connection.tell_bus("RemoveMatch", "s", rule)
+            unsubscribe()
+            if not matched:
+                self._connection.tell_bus("RemoveMatch", "s", rule)
+
+
+def job_status(path: str, properties: dict[str, Any], clock_offset: int = 0) -> JobStatus:
+    """Parse the properties of org.qkilld1.Job. Times are converted to our clock: `clock_offset`
+    (µs) is how far CLOCK_MONOTONIC of the daemon's host is ahead of it."""
+    # Imported late, because it takes 1 ms and an idle guest exits before its status is needed.
+    from qkilld.model.job_status import JobStatus
+    from qkilld.model.text import printable
+
+    def moment(name: str) -> int:
+        # A daemon of an older release lacks some of them. 0 and "never" are no times.
+        value: int = properties.get(name, 0)
+        return value - clock_offset if 0 < value < UNKNOWN else value
+
+    return JobStatus(
+        path=path,
+        id=properties["Id"],
+        pid=properties["PID"],
+        start_time=properties["StartTime"],
+        name=properties["Name"],
+        uuid=properties["UUID"],
+        unit=properties["Unit"],
+        uid=properties["UID"],
+        flags=Flag(properties["Flags"]),
+        phase=printable(properties["Phase"]),
+        verdict=printable(properties["Verdict"]),
+        result=properties["Result"],
+        started=moment("StartedUSec"),
+        deadline=moment("DeadlineUSec"),
+        last_progress=moment("LastProgressUSec") or None,
+        bytes_written=_number(properties["BytesWritten"]),
+        bytes_pending=_number(properties["BytesPending"]),
+        held=properties["Held"],
+        not_before=moment("NotBeforeUSec"),
+        guest_asked=printable(properties.get("GuestAsked", "not-asked")),
+        powerdown_only=properties.get("PowerdownOnly", False),
+        next_rung=printable(properties.get("NextRung", "")),
+        standstill=properties.get("NextRungStallUSec", 0),
+        reasons=tuple(map(printable, properties.get("Reasons", ()))),
+        rate=_number(properties.get("Rate", UNKNOWN)),
+        reason=printable(properties.get("Reason", "")),
+        requested_by=properties.get("RequestedBy"),
+        ended=moment("EndedUSec") or None,
+        receipt=_plain(receipt) if (receipt := properties.get("Receipt")) else None,
+    )
+
+
+def _number(value: int) -> int | None:
+    return None if value == UNKNOWN else value
 
 
 async def _get_all(connection: Connection, path: str, interface: str) -> dict[str, Any]:
@@ -246,5 +412,5 @@ def _variants(options: dict[str, int | str] | None) -> dict[str, Variant]:
     return {key: Variant(_OPTION_TYPES[key], value) for key, value in (options or {}).items()}
 
 
-def _plain(variants: dict[str, Variant]) -> dict[str, Any]:
+def _plain(variants: dict[str, VariantValue]) -> dict[str, Any]:
     return {key: variant.value for key, variant in variants.items()}

@@ -1,114 +1,312 @@
-"""One connection to a message bus: dbus_next with its known faults cured.
+"""One connection to a message bus. A D-Bus library (bus.library) encodes messages; this package
+parses them.
 
-The cures, each for dbus_next 0.2.3:
-
-- a full socket buffer while it writes ends the connection: `_Writer`;
-- the end of the connection during authentication spins for ever: `_auth_readline`;
-- a message that it cannot parse ends the connection, a flood of them starves every timer of the
-  loop, and one of 100 MiB is parsed in one go: `_message_reader`;
-- `call()` has no timeout and hands errors back as messages: `request`;
-- `disconnect()` leaves the socket open, and so does a failure to connect: `close`,
-  `_setup_socket`.
+The libraries parse everything that a stranger sends, keep every signature that they have ever
+parsed, and accept unsolicited replies and signals. Here the header decides (bus.framing): a reply
+must answer an open call to its sender, a signal must have a subscriber. Bodies are parsed only
+after that (bus.values).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import logging
+import os
+import socket
+from collections.abc import Callable
 from typing import Any, Final
 
-from dbus_next._private.unmarshaller import Unmarshaller
-from dbus_next.aio.message_bus import MessageBus, _MessageWriter
-from dbus_next.constants import BusType, MessageFlag, MessageType, NameFlag, RequestNameReply
-from dbus_next.errors import AuthError, InvalidAddressError
-from dbus_next.message import Message
-
-from qkilld.bus.framing import Frames
-from qkilld.model.errors import BY_BUS_NAME, BusError, Failed
-from qkilld.model.words import BUS_NAME
+from qkilld.bus.framing import Frames, IncomingMessage, MessageKind, error_reply
+from qkilld.bus.library import (
+    AuthError,
+    InvalidAddressError,
+    Message,
+    MessageFlag,
+    NameFlag,
+    RequestNameReply,
+    encode,
+)
+from qkilld.bus.transport import open_socket
+from qkilld.bus.values import parse
+from qkilld.model.bus_address import SYSTEM_BUS, BusAddress
+from qkilld.model.constants import BUS_NAME
+from qkilld.model.errors import (
+    BY_BUS_NAME,
+    AccessDenied,
+    BusError,
+    Failed,
+    QkilldError,
+    RefusedByBus,
+)
+from qkilld.model.text import printable
 
 CONNECT_TIMEOUT_S: Final = 10.0
+SSH_TIMEOUT_S: Final = 150.0
+"""ssh may ask for a password."""
 CALL_TIMEOUT_S: Final = 25.0
-"""The same as libdbus and sd-bus have for a method call."""
-READ_BYTES: Final = 16 * 1024
-"""So much is read before the loop gets to look at its timers and pidfds again: ~100 small calls."""
+"""The default of libdbus and sd-bus for a method call."""
+READ_BYTES: Final = 64 * 1024
+"""The most that one recv() reads."""
+READS: Final = 4
+"""Reads in a row before the loop serves its timers and pidfds: 2,000 small messages, 10 ms. Reading
+is much faster than answering, and messages that are read do not queue in the bus, which has one
+queue for all senders."""
+HELD_BACK_S: Final = 0.25
+"""Delay before the refusals of a flood are sent together. Sent at once, each would cost two context
+switches, and clients that wait for an answer before they send more would send faster."""
+MAX_HELD_BACK: Final = 128 * 1024
+"""Bytes of delayed refusals after which they are sent anyway."""
+MAX_UNSENT: Final = 512 * 1024
+"""Bytes. While more than this waits to be sent, nothing is read."""
 
 _log = logging.getLogger(__name__)
 _DBUS: Final = "org.freedesktop.DBus"
+_DBUS_PATH: Final = "/org/freedesktop/DBus"
+
+_Subscription = tuple[str, str, str, str]
+"""Sender, path, interface and member of a signal."""
 
 
-class _Writer(_MessageWriter):
-    """Without file descriptors, which nobody here sends."""
+class Connection:
+    """Make one with `connect()`, inside a running loop."""
 
-    def write_callback(self) -> None:
-        try:
-            while self.buf is not None or self.messages.qsize():
-                if self.buf is None:
-                    data, _, self.fut = self.messages.get_nowait()
-                    self.buf, self.offset = memoryview(data), 0
-                self.offset += self.sock.send(self.buf[self.offset :])
-                if self.offset >= len(self.buf):
-                    self.buf = None
-                    if self.fut is not None and not self.fut.done():
-                        self.fut.set_result(None)
-            self.loop.remove_writer(self.fd)
-        except (BlockingIOError, InterruptedError):
-            return  # the loop calls again when there is room
-        except OSError as error:
-            self.bus._finalize(error)
-
-
-class Connection(MessageBus):
-    """Use `connect()` below to make one; it must be made inside a running loop."""
-
-    def __init__(self, address: str | None, bus_type: BusType) -> None:
-        super().__init__(address, bus_type)  # type: ignore[arg-type]  # None is its default
-        self._writer = _Writer(self)
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over `sock`, which is connected and authenticated."""
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._serial = 0
         self._frames = Frames()
+        self._paused = False
+        """Reading has stopped because too much waits to be sent."""
+        self._unsent = bytearray()
+        self._scheduled = False
+        self._blocked = False
+        """The socket's buffer is full."""
+        self._open_calls: dict[int, tuple[str, asyncio.Future[IncomingMessage]]] = {}
+        """Calls without a reply yet, by serial: the destination, and the future for the reply."""
+        self._handlers: dict[_Subscription, list[tuple[str, Callable[[list[Any]], None]]]] = {}
+        """The signature and the callback of each subscription."""
+        self.on_call: Callable[[IncomingMessage], None] = self._refuse
+        """Called with each method call that comes in."""
+        self._held_back = bytearray()
+        """Delayed refusals."""
+        self.is_remote = False
+        """The bus is on another host or in a container."""
+        self.clock_offset = 0
+        """How far CLOCK_MONOTONIC of its host is ahead of ours, µs."""
+        self.uid = os.geteuid()
+        """The uid under which the bus knows us."""
+        self._loop.add_reader(sock, self._on_readable)
 
-    def _setup_socket(self) -> None:
+    @property
+    def connected(self) -> bool:
+        return not self._ended.done()
+
+    def _lost(self, error: Exception | None) -> None:
+        """End the connection; `error` is the reason, None if it was closed from here."""
+        if self._ended.done():
+            return
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+            self._ended.exception()  # Mark as retrieved: nobody may be waiting.
+        for _, future in self._open_calls.values():
+            if not future.done():
+                future.set_exception(error or EOFError("the connection is closed"))
+                future.exception()  # Mark as retrieved: the caller may have stopped waiting.
+
+    # ---- sending ----
+
+    def send(self, message: Message) -> None:
+        """Send a message in the next turn of the loop. File descriptors are not supported."""
+        self._queue(message)
+        self._schedule_write()
+
+    def send_now(self, message: Message) -> None:
+        """Write a message now, after those already queued. Does nothing if the connection is
+        lost."""
+        if self.connected:
+            self._queue(message)
+            if not self._blocked:
+                self._write()
+
+    def _queue(self, message: Message) -> int:
+        """Return the serial of the message."""
+        message.serial = serial = self._next_serial()
+        self._unsent += encode(message)
+        return serial
+
+    def _send_with(self, message: Message) -> int:
+        """Begin to send a message with its descriptors, which must go with its first byte; return
+        its serial. Raises BusError if the socket is full or lost."""
+        message.serial = serial = self._next_serial()
+        data = bytes(encode(message))
+        self._write()
         try:
-            super()._setup_socket()
-        except BaseException:
-            # It is left open where it could not be connected, or not be made non-blocking.
-            if hasattr(self, "_sock"):
-                self._stream.close()
-                self._sock.close()
-            raise
+            if self._unsent:
+                raise BlockingIOError
+            sent = socket.send_fds(self._sock, [data], message.unix_fds)
+        except OSError as error:
+            raise BusError("the bus does not take a descriptor") from error
+        self._unsent += data[sent:]
+        return serial
 
-    async def _auth_readline(self) -> str:
-        line = b""
-        while not line.endswith(b"\r\n"):
-            chunk = await self._loop.sock_recv(self._sock, 1)
-            if not chunk:
-                raise EOFError("the bus closed the connection during authentication")
-            line += chunk
-        return line[:-2].decode()
+    def _next_serial(self) -> int:
+        # 32 bits, never 0.
+        self._serial = self._serial % 0xFFFFFFFF + 1
+        return self._serial
 
-    def _message_reader(self) -> None:
+    def _schedule_write(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._write)
+
+    def _write(self) -> None:
+        """Write everything queued; if the socket is full, continue when the loop reports it
+        writable."""
+        if not self.connected:
+            return
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except (BlockingIOError, InterruptedError):
+            self._blocked = True
+            self._loop.add_writer(self._sock, self._write)
+            return
+        except OSError as error:
+            self._lost(error)
+            return
+        self._scheduled = False
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._sock)
+        self._go_on_reading()
+
+    # ---- reading ----
+
+    def _on_readable(self) -> None:
+        if len(self._unsent) > MAX_UNSENT:
+            self._paused = True
+            self._loop.remove_reader(self._sock)
+            return
+        for _ in range(READS):
+            if not self._read():
+                return
+
+    def _read(self) -> bool:
+        """Return whether there may be more to read."""
         try:
             chunk = self._sock.recv(READ_BYTES)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
-            self._finalize(error)
-            return
+            self._lost(error)
+            return False
         if not chunk:
-            self._finalize(EOFError("the bus closed the connection"))
-            return
-        for raw in self._frames.feed(chunk):
-            self._received(raw)
+            self._lost(EOFError("the bus closed the connection"))
+            return False
+        for message in self._frames.feed(chunk):
+            if message is None:
+                # The bus has checked it, so it has a header field of a newer specification, for
+                # example.
+                _log.debug("passed over a message whose header cannot be read")
+                continue
+            try:
+                self._received(message)
+            except Exception:
+                _log.exception("could not take in a message")
+        return len(chunk) == READ_BYTES and self.connected
 
-    def _received(self, raw: bytes) -> None:
-        try:
-            message = Unmarshaller(io.BytesIO(raw)).unmarshall()
-        except Exception:
-            # The bus has checked it, dbus_next does not know it: a future header field, say.
-            _log.warning("left out a message that cannot be read (%d bytes)", len(raw))
+    def _go_on_reading(self) -> None:
+        """Resume reading once the queue is empty."""
+        if self._paused and self.connected:
+            self._paused = False
+            self._loop.add_reader(self._sock, self._on_readable)
+
+    def _received(self, message: IncomingMessage) -> None:
+        match message.kind:
+            case MessageKind.CALL:
+                self.on_call(message)
+            case MessageKind.REPLY | MessageKind.ERROR:
+                self._replied(message)
+            case MessageKind.SIGNAL:
+                self._signalled(message)
+
+    def _replied(self, message: IncomingMessage) -> None:
+        destination, future = self._open_calls.get(message.reply_serial, ("", None))
+        if future is None or future.done():
+            _log.debug("passed over a reply to no call of ours")
             return
-        self._on_message(message)
+        # Only the bus knows the owner of a well-known name, and it lets nobody else answer
+        # (send_requested_reply in its policy). It sends errors in the name of others itself.
+        if message.sender != _DBUS and (
+            destination == _DBUS or (destination.startswith(":") and message.sender != destination)
+        ):
+            _log.debug("passed over a reply that is not from who was asked")
+            return
+        future.set_result(message)
+
+    def _signalled(self, message: IncomingMessage) -> None:
+        key = (message.sender, message.path, message.interface, message.member)
+        for signature, handler in tuple(self._handlers.get(key, ())):
+            if message.signature == signature and message.body is not None:
+                handler(parse(signature, message.body, message.order))
+
+    def _refuse(self, call: IncomingMessage) -> None:
+        self.refuse(call, "org.freedesktop.DBus.Error.UnknownObject", "Nothing is served here")
+
+    def refuse(self, call: IncomingMessage, name: str, text: str) -> None:
+        """Answer with an error, at almost no cost."""
+        if call.wants_reply and self.connected:
+            self._unsent += error_reply(call, self._next_serial(), name, text)
+            self._schedule_write()
+
+    def refuse_later(self, call: IncomingMessage, name: str, text: str) -> None:
+        """Like `refuse`, but delayed by up to HELD_BACK_S, for a caller that floods us."""
+        if not call.wants_reply:
+            return
+        if not self._held_back:
+            self._loop.call_later(HELD_BACK_S, self.send_held_back)
+        self._held_back += error_reply(call, self._next_serial(), name, text)
+        if len(self._held_back) > MAX_HELD_BACK:
+            self.send_held_back()
+
+    def send_held_back(self) -> None:
+        if self._held_back and self.connected:
+            self._unsent += self._held_back
+            self._schedule_write()
+        self._held_back.clear()
+
+    def subscribe(
+        self,
+        sender: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        handler: Callable[[list[Any]], None],
+    ) -> Callable[[], None]:
+        """Call `handler` with the body of each such signal; return the function that ends this. The
+        caller adds the match rule to the bus."""
+        key = (sender, path, interface, member)
+        entry = (signature, handler)
+        self._handlers.setdefault(key, []).append(entry)
+
+        def unsubscribe() -> None:
+            self._handlers[key].remove(entry)
+            if not self._handlers[key]:
+                del self._handlers[key]
+
+        return unsubscribe
+
+    def watch_names(self, handler: Callable[[list[Any]], None]) -> Callable[[], None]:
+        """Subscribe to NameOwnerChanged of the bus: `handler` gets name, old owner, new owner."""
+        return self.subscribe(_DBUS, _DBUS_PATH, _DBUS, "NameOwnerChanged", "sss", handler)
 
     async def request(
         self,
@@ -121,11 +319,15 @@ class Connection(MessageBus):
         *,
         timeout_s: float | None = CALL_TIMEOUT_S,
         interactive: bool = False,
+        gives: str | None = None,
+        descriptor: int | None = None,
     ) -> list[Any]:
-        """Call a method and return the body of its reply.
+        """Call a method and return the body of its reply, which must have the signature `gives` if
+        given. `descriptor` is number 0 of the body's; for a connection that was made for them.
 
-        Raises the QkilldError that the reply names, Failed for any other error reply, BusError
-        where the connection is lost or no reply comes within `timeout_s`.
+        Raises the QkilldError that the reply names, or Failed for any other error reply. Raises
+        BusError if the connection is lost, no reply comes within `timeout_s`, or it cannot be
+        parsed.
         """
         if not self.connected:
             raise BusError("the connection to the bus is lost")
@@ -139,31 +341,43 @@ class Connection(MessageBus):
         )
         if interactive:
             message.flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+        if descriptor is not None:
+            message.unix_fds = [descriptor]
+        future: asyncio.Future[IncomingMessage] = self._loop.create_future()
+        serial = self._queue(message) if descriptor is None else self._send_with(message)
+        self._open_calls[serial] = (destination, future)
         try:
+            self._schedule_write()
             async with asyncio.timeout(timeout_s):
-                reply = await self.call(message)
+                reply = await future
         except TimeoutError:
             raise BusError(
                 f"no reply from {destination} to {member} within {timeout_s:g} s"
             ) from None
         except (OSError, EOFError) as error:
             raise BusError("the connection to the bus is lost") from error
-        if reply is None:
-            raise BusError("the connection to the bus is lost")
-        if reply.message_type is MessageType.ERROR:
-            text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
-            raise remote_error(destination, reply.error_name, text)
-        return list(reply.body)
+        finally:
+            del self._open_calls[serial]
+        if reply.kind == MessageKind.ERROR:
+            if reply.sender == _DBUS and reply.error_name == AccessDenied.bus_name:
+                raise RefusedByBus(f"the policy of the bus does not allow a call of {destination}")
+            raise remote_error(destination, reply.error_name, _error_text(reply))
+        try:
+            return _body(reply, gives)
+        except ValueError as error:
+            raise BusError(
+                f"the reply from {destination} to {member} is unusable: {error}"
+            ) from None
 
     async def request_bus(self, member: str, signature: str = "", *body: Any) -> list[Any]:
-        """Call a method of the bus driver itself."""
+        """Call a method of the bus driver."""
         return await self.request(
-            _DBUS, "/org/freedesktop/DBus", _DBUS, member, signature, list(body)
+            _DBUS, _DBUS_PATH, _DBUS, member, signature, list(body), gives=_DRIVER_GIVES[member]
         )
 
     def tell_bus(self, member: str, signature: str, *body: Any) -> None:
-        """Call a method of the bus driver and want no reply."""
-        self.tell(_DBUS, "/org/freedesktop/DBus", _DBUS, member, signature, *body)
+        """Call a method of the bus driver without asking for a reply."""
+        self.tell(_DBUS, _DBUS_PATH, _DBUS, member, signature, *body)
 
     def tell(
         self,
@@ -174,7 +388,7 @@ class Connection(MessageBus):
         signature: str,
         *body: Any,
     ) -> None:
-        """Call a method and want no reply."""
+        """Call a method without asking for a reply."""
         if self.connected:
             self.send(
                 Message(
@@ -189,45 +403,78 @@ class Connection(MessageBus):
             )
 
     async def uid_of(self, name: str) -> int:
-        """The uid of the process that owns a bus name. Raises BusError where nobody does."""
+        """Return the uid of a bus name's owner. Raises BusError if there is no owner."""
         (uid,) = await self.request_bus("GetConnectionUnixUser", "s", name)
         return int(uid)
 
     async def machine_id(self) -> list[str]:
-        """As org.freedesktop.DBus.Peer.GetMachineId gives it."""
+        """Call org.freedesktop.DBus.Peer.GetMachineId of the bus."""
         return await self.request(
-            _DBUS, "/org/freedesktop/DBus", "org.freedesktop.DBus.Peer", "GetMachineId"
+            _DBUS, _DBUS_PATH, "org.freedesktop.DBus.Peer", "GetMachineId", gives="s"
         )
 
     async def own(self, name: str) -> bool:
-        """Take a bus name; False where somebody has it already."""
-        reply = await self.request_name(name, NameFlag.DO_NOT_QUEUE)
-        return reply in (RequestNameReply.PRIMARY_OWNER, RequestNameReply.ALREADY_OWNER)
+        """Request a bus name; return False if it has another owner. Raises RefusedByBus,
+        BusError."""
+        flags = NameFlag.DO_NOT_QUEUE.value
+        (reply,) = await self.request_bus("RequestName", "su", name, flags)
+        return reply in (
+            RequestNameReply.PRIMARY_OWNER.value,
+            RequestNameReply.ALREADY_OWNER.value,
+        )
 
     async def disown(self, name: str) -> None:
-        """Give a bus name up. Calls that came for it have come in when this returns."""
+        """Release a bus name. All calls sent to it have been received when this returns."""
         await self.request_bus("ReleaseName", "s", name)
 
     async def wait_closed(self) -> None:
-        """Return when the connection has ended, however it did."""
+        """Return when the connection has ended, for whatever reason."""
         with contextlib.suppress(Exception):
-            await self.wait_for_disconnect()
+            await asyncio.shield(self._ended)
 
     async def flush(self) -> None:
-        """Return when what was sent before has been written, or the connection is gone."""
+        """Return when everything queued before has been written, or the connection is lost."""
         with contextlib.suppress(Exception):
             await self.request_bus("GetId")
 
     def close(self) -> None:
-        if not self._disconnected:
-            self._user_disconnect = True
-            self._finalize(None)
-        self._stream.close()
+        self._lost(None)
         self._sock.close()
 
 
+_DRIVER_GIVES: Final = {
+    "AddMatch": "",
+    "GetConnectionUnixUser": "u",
+    "GetId": "s",
+    "GetNameOwner": "s",
+    "Hello": "s",
+    "NameHasOwner": "b",
+    "ReleaseName": "u",
+    "RequestName": "u",
+}
+
+
+def _body(reply: IncomingMessage, gives: str | None) -> list[Any]:
+    """Raises ValueError if the body cannot be parsed."""
+    if gives is not None and reply.signature != gives:
+        raise ValueError(f"it is of the type ({printable(reply.signature)}), not ({gives})")
+    if reply.body is None:
+        raise ValueError("it is too long")
+    return parse(reply.signature, reply.body, reply.order)
+
+
+def _error_text(reply: IncomingMessage) -> str:
+    """Return the message of an error reply; "" if it has none that can be parsed."""
+    if not reply.signature.startswith("s"):
+        return ""
+    try:
+        return str(_body(reply, None)[0])
+    except ValueError:
+        return ""
+
+
 class CallFailed(Failed):
-    """Somebody else's error; `name` is the D-Bus name of it."""
+    """An error reply that is not one of ours; `name` is its D-Bus name."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(f"{text or 'no reason given'} ({name})")
@@ -235,37 +482,51 @@ class CallFailed(Failed):
 
 
 def remote_error(destination: str, name: str, text: str) -> Exception:
-    """The exception for an error reply."""
+    """Make the exception for an error reply."""
     if cls := BY_BUS_NAME.get(name):
         return cls(text)
-    who = "qkilld" if destination == BUS_NAME else destination
+    service = "qkilld" if destination == BUS_NAME else destination
     match name:
         case (
             "org.freedesktop.DBus.Error.ServiceUnknown"
             | "org.freedesktop.DBus.Error.NameHasNoOwner"
         ):
-            return BusError(f"{who} is not running on this bus, and the bus cannot start it")
+            return BusError(f"{service} is not running on this bus, and the bus cannot start it")
         case "org.freedesktop.DBus.Error.NoReply" | "org.freedesktop.DBus.Error.Disconnected":
-            return BusError(f"{who} went away before it answered")
+            return BusError(f"{service} went away before it answered")
     return CallFailed(name, text)
 
 
-async def connect(
-    address: str | None = None, *, user: bool = False, timeout_s: float = CONNECT_TIMEOUT_S
-) -> Connection:
-    """Connect to the system bus, the session bus (`user`) or the bus at `address`.
+_NO_CONNECTION: Final = (OSError, EOFError, ValueError, AuthError, InvalidAddressError, QkilldError)
 
-    Raises BusError, which names the bus.
-    """
-    which = f"bus at {address}" if address else "session bus" if user else "system bus"
-    connection = None
+
+async def connect(
+    bus: BusAddress = SYSTEM_BUS,
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    descriptors: bool = False,
+) -> Connection:
+    """Connect to a bus. `descriptors`: to send them; those that come are dropped by the kernel.
+    Raises BusError, which names the bus."""
+    if bus.host:
+        timeout_s = max(timeout_s, SSH_TIMEOUT_S)
     try:
         async with asyncio.timeout(timeout_s):
-            connection = Connection(address, BusType.SESSION if user else BusType.SYSTEM)
-            await connection.connect()
-    except (OSError, EOFError, AuthError, InvalidAddressError, ValueError, TimeoutError) as error:
-        if connection is not None:
-            connection.close()
-        reason = "no answer" if isinstance(error, TimeoutError) else str(error)
-        raise BusError(f"cannot connect to the {which}: {reason}") from error
+            sock = await open_socket(bus, descriptors=descriptors)
+            return await _greeted(sock, bus.is_remote)
+    except _NO_CONNECTION as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else str(error.__cause__ or error)
+        raise BusError(f"cannot connect to the {bus.title}: {reason}") from error
+
+
+async def _greeted(sock: socket.socket, is_remote: bool) -> Connection:
+    connection = Connection(sock)
+    connection.is_remote = is_remote
+    try:
+        (name,) = await connection.request_bus("Hello")
+        if is_remote:
+            (connection.uid,) = await connection.request_bus("GetConnectionUnixUser", "s", name)
+    except BaseException:
+        connection.close()
+        raise
     return connection

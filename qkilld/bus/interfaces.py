@@ -1,15 +1,15 @@
-"""The interfaces as the XML files under dbus/ describe them: the source of truth for every call."""
+"""The interfaces, parsed from the XML files under dbus/, which are the source of truth."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from qkilld.model.constants import GUEST_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE
+from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import ConfigError
-from qkilld.model.words import JOB_INTERFACE, MANAGER_INTERFACE
 
 _DIRECTORIES: Final = (
     Path(__file__).parents[1] / "interfaces",  # installed
@@ -50,14 +50,33 @@ _STANDARD: Final = """
 """
 
 
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
+OBJECT_MANAGER_GIVES: Final = "a{oa{sa{sv}}}"
+_OBJECT_MANAGER_XML: Final = f"""
+<interface name="{OBJECT_MANAGER}">
+  <method name="GetManagedObjects">
+    <arg name="objects" type="{OBJECT_MANAGER_GIVES}" direction="out"/>
+  </method>
+  <signal name="InterfacesAdded">
+    <arg name="object" type="o"/>
+    <arg name="interfaces" type="a{{sa{{sv}}}}"/>
+  </signal>
+  <signal name="InterfacesRemoved">
+    <arg name="object" type="o"/>
+    <arg name="interfaces" type="as"/>
+  </signal>
+</interface>
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """D-Bus type strings of a method."""
+    """The D-Bus types of a method."""
 
     takes: str
     gives: str
     shown: str
-    """The arguments with their names, for an error text: `u pid, t flags`."""
+    """The arguments with their names, for error messages: `u pid, t flags`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +85,9 @@ class Interface:
     element: ET.Element
     methods: dict[str, Signature]
     signals: dict[str, str]
-    """Name → type string."""
+    """Name to type string."""
     properties: dict[str, str]
-    """Name → type string."""
+    """Name to type string."""
 
 
 @cache
@@ -81,12 +100,18 @@ def job() -> Interface:
     return _load(JOB_INTERFACE)
 
 
+@cache
+def guest() -> Interface:
+    return _load(GUEST_INTERFACE)
+
+
 def load() -> None:
-    """Read them now: once an upgrade or a removal has begun, what is there is another program's.
+    """Parse the files now, because an upgrade or removal may replace them while the daemon runs.
 
     Raises ConfigError.
     """
-    for name, read in ((MANAGER_INTERFACE, manager), (JOB_INTERFACE, job)):
+    wanted = ((MANAGER_INTERFACE, manager), (JOB_INTERFACE, job), (GUEST_INTERFACE, guest))
+    for name, read in wanted:
         try:
             read()
         except (OSError, ET.ParseError, LookupError) as error:
@@ -96,10 +121,13 @@ def load() -> None:
 
 
 def introspection(interface: Interface | None, children: list[str]) -> str:
-    """The answer to Introspect for an object with this interface and these child nodes."""
+    """Return the XML that Introspect answers for an object with this interface and these child
+    nodes."""
     node = ET.fromstring(_STANDARD)
     if interface is not None:
         node.append(interface.element)
+        if interface.name == MANAGER_INTERFACE:
+            node.append(ET.fromstring(_OBJECT_MANAGER_XML))
     for child in children:
         ET.SubElement(node, "node", name=child)
     return ET.tostring(node, encoding="unicode")

@@ -1,43 +1,43 @@
-"""What we ask of polkit: org.freedesktop.PolicyKit1.Authority on the system bus.
+"""Client of polkit: org.freedesktop.PolicyKit1.Authority on the system bus.
 
-Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". A call that does not
-come to an end in time, and every answer that is no clear yes, is a no. Nothing is remembered here;
-what `auth_admin_keep` keeps, polkit keeps.
+Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". Anything but a clear
+yes in time is a no. Nothing is cached here: polkit itself implements `auth_admin_keep`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping
-from typing import Final
-
-from dbus_next.signature import Variant
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, Final
 
 from qkilld.bus.connection import Connection
-from qkilld.model.access import Action, Answer
-from qkilld.model.errors import Busy, QkilldError
+from qkilld.bus.library import Variant
+from qkilld.model.access import Answer, PolkitAction
+from qkilld.model.errors import BusError, Busy, QkilldError
 
 TIMEOUT_S: Final = 5.0
-"""Where nobody is asked polkit answers in milliseconds."""
+"""If nobody is asked for a password, polkit answers in milliseconds."""
 INTERACTIVE_TIMEOUT_S: Final = 120.0
-"""For a person to find and type a password."""
+"""Time for a person to find and type a password."""
 MAX_PER_UID: Final = 8
-"""Questions of one user, through however many connections, that may be open at a time, and …"""
+"""Authorization requests open at a time for one user, over any number of connections."""
 MAX_IN_ALL: Final = 64
-"""… those of all: the system bus lets a connection wait for 128 answers."""
+"""The same for all users: the system bus allows a connection 128 pending replies."""
 
 _NAME: Final = "org.freedesktop.PolicyKit1"
 _PATH: Final = "/org/freedesktop/PolicyKit1/Authority"
 _INTERFACE: Final = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_INTERACTION: Final = 1
+_MAX_UID: Final = 2**31 - 1
+"""Of a subject with a pidfd."""
 
 
 class Polkit:
-    """Implements bus.server.Authority.
+    """Implements bus.server.Authority and varlink.server.ProcessAuthority.
 
-    For a connection to the system bus alone: on any other one the name of polkit belongs to whoever
-    takes it.
+    Only for a connection to the system bus: on any other bus, anyone can own polkit's name.
     """
 
     def __init__(
@@ -46,8 +46,12 @@ class Polkit:
         *,
         timeout_s: float = TIMEOUT_S,
         interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S,
+        connect_again: Callable[[], Awaitable[Connection]] | None = None,
     ) -> None:
+        """`connect_again` connects to the same bus, for messages with descriptors. Ours takes none:
+        any user could send them."""
         self._connection = connection
+        self._connect_again = connect_again
         self._timeout_s = timeout_s
         self._interactive_timeout_s = interactive_timeout_s
         self._open: Counter[int] = Counter()
@@ -57,47 +61,86 @@ class Polkit:
         self,
         sender: str,
         uid: int,
-        action: Action,
+        action: PolkitAction,
         details: Mapping[str, str],
         *,
         interactive: bool,
     ) -> Answer:
-        """Whether polkit lets the owner of that bus name do that. Raises Busy."""
+        """Ask polkit whether the owner of the bus name `sender` may do that. Raises Busy."""
+        with self._place(uid):
+            return await self._ask(sender, action, details, interactive)
+
+    async def check_process(
+        self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
+    ) -> Answer:
+        """Ask whether a process may do that, which connected as `uid`. Nobody is asked for a
+        password. polkit before 124 does not know the subject, and denies it. Raises Busy."""
+        if self._connect_again is None or uid > _MAX_UID:
+            return Answer.DENIED
+        subject = ["unix-process", {"pidfd": Variant("h", 0), "uid": Variant("i", uid)}]
+        body = [subject, action.value, dict(details), 0, ""]
+        with self._place(uid):
+            try:
+                connection = await self._connect_again()
+            except BusError:
+                return Answer.DENIED
+            with contextlib.closing(connection):
+                answer = await self._call(connection, body, self._timeout_s, pidfd)
+            return answer or Answer.DENIED
+
+    @contextlib.contextmanager
+    def _place(self, uid: int) -> Iterator[None]:
+        """Count an open question. Raises Busy."""
         if self._open[uid] >= MAX_PER_UID or self._open.total() >= MAX_IN_ALL:
             raise Busy("Too many requests wait for an authorization here: answer those first")
         self._open[uid] += 1
         try:
-            return await self._ask(sender, action, details, interactive)
+            yield
         finally:
             self._open -= Counter((uid,))
 
     async def _ask(
-        self, sender: str, action: Action, details: Mapping[str, str], interactive: bool
+        self, sender: str, action: PolkitAction, details: Mapping[str, str], interactive: bool
     ) -> Answer:
         subject = ["system-bus-name", {"name": Variant("s", sender)}]
         flags = _ALLOW_INTERACTION if interactive else 0
         ticket = f"qkilld-{next(self._numbers)}"
-        answered = False
+        body = [subject, action.value, dict(details), flags, ticket]
+        timeout_s = self._interactive_timeout_s if interactive else self._timeout_s
+        answer = None
         try:
-            ((authorized, challenge, _),) = await self._connection.request(
+            answer = await self._call(self._connection, body, timeout_s)
+            return answer or Answer.DENIED
+        finally:
+            if answer is None:
+                # Timed out, or the caller has left: close an open password dialog.
+                self._connection.tell(
+                    _NAME, _PATH, _INTERFACE, "CancelCheckAuthorization", "s", ticket
+                )
+
+    async def _call(
+        self,
+        connection: Connection,
+        body: list[Any],
+        timeout_s: float,
+        descriptor: int | None = None,
+    ) -> Answer | None:
+        """None if there is no answer."""
+        try:
+            ((authorized, challenge, _),) = await connection.request(
                 _NAME,
                 _PATH,
                 _INTERFACE,
                 "CheckAuthorization",
                 "(sa{sv})sa{ss}us",
-                [subject, action.value, dict(details), flags, ticket],
-                timeout_s=self._interactive_timeout_s if interactive else self._timeout_s,
+                body,
+                timeout_s=timeout_s,
+                gives="(bba{ss})",
+                descriptor=descriptor,
             )
-            answered = True
         except (QkilldError, ValueError, TypeError):
-            # Not there, masked, too late, or not of the shape that the manual tells.
-            return Answer.DENIED
-        finally:
-            if not answered:
-                # Too late, or the caller has gone: a dialog that is open closes.
-                self._connection.tell(
-                    _NAME, _PATH, _INTERFACE, "CancelCheckAuthorization", "s", ticket
-                )
+            # polkit is missing, masked or too slow, or its reply has an unexpected type.
+            return None
         if authorized is True:
             return Answer.GRANTED
         return Answer.CHALLENGE if challenge is True else Answer.DENIED

@@ -1,284 +1,449 @@
-"""Serving objects on a bus: from a message to a method of ours and back.
+"""Serve objects on a bus.
 
-Every call is checked against the interface's XML before it goes anywhere. What a method raises on
-purpose (QkilldError) goes to the caller by its D-Bus name, anything else to the journal alone.
+A call waits for its user's turn (engine.turns). Then path, interface, member, signature and length
+are checked against the interface's XML, and only then the body is parsed. A QkilldError goes to the
+caller under its D-Bus name; any other exception goes only to the journal.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Final, Protocol
 
-from dbus_next.constants import MessageFlag, MessageType
-from dbus_next.message import Message
-from dbus_next.signature import Variant
-
+from qkilld.bus import interfaces
 from qkilld.bus.connection import CallFailed, Connection
+from qkilld.bus.framing import MAX_CALL, Flags, IncomingMessage
 from qkilld.bus.interfaces import Interface, introspection
-from qkilld.model.access import Action, Answer
+from qkilld.bus.library import Message, MessageType, Variant
+from qkilld.bus.values import parse
+from qkilld.engine.call_limits import Cost
+from qkilld.engine.turns import FULL, Turns, WaitingCall
+from qkilld.model.access import Answer, PolkitAction
+from qkilld.model.constants import MANAGER_PATH
 from qkilld.model.errors import BusError, Busy, Failed, InvalidArgs, QkilldError
+from qkilld.model.text import printable
 
-MAX_CALLS_PER_SENDER: Final = 4096
-"""Calls of one connection that may be in work at once, most of them Waits."""
+MAX_NAMES: Final = 4096
+"""Connections whose uid is cached."""
+MAX_ASKING: Final = 32
+"""Connections whose uid may be requested from the bus at a time."""
+MAX_DEPTH: Final = 3
+"""Nesting depth of values in a call, enough for an option that is a list."""
 
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _ERROR: Final = "org.freedesktop.DBus.Error."
+_PROPERTIES_METHODS: Final = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
+_LOOKS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
-class Caller(NamedTuple):
-    sender: str
-    """The unique bus name."""
-    interactive: bool
-    """It allows to be asked for authorization."""
-    wants_reply: bool
+class BusCaller:
+    """The sender of one call. Implements engine.ports.Caller."""
+
+    def __init__(self, server: Server, call: IncomingMessage, uid: int) -> None:
+        self._server = server
+        self._uid = uid
+        self.sender = call.sender
+        """The unique bus name."""
+        self.interactive = bool(call.flags & Flags.ALLOW_INTERACTIVE_AUTHORIZATION)
+        """The caller accepts that polkit asks for a password."""
+        self.wants_reply = call.wants_reply
+
+    @property
+    def disconnected(self) -> bool:
+        """For a call being cancelled: whether the reason is that the caller left the bus."""
+        return not self._server.draining
+
+    async def uid(self) -> int:
+        return self._uid
+
+    async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
+        authority = self._server.authority
+        if authority is None:
+            return Answer.DENIED
+        interactive = ask and self.interactive
+        if interactive:
+            # Nobody should type a password for a caller that has left.
+            await self.end_call_with_connection()
+        answer = await authority.check(
+            self.sender, self._uid, action, details, interactive=interactive
+        )
+        if answer is Answer.CHALLENGE and self.interactive:
+            # Asking was allowed and did not help: there is no polkit agent, for example.
+            return Answer.DENIED
+        return answer
+
+    async def end_call_with_connection(self) -> None:
+        """Cancel the call if its caller leaves the bus before the reply."""
+        await self._server.notice_disconnect(self.sender)
 
 
-Method = Callable[..., Awaitable[list[Any]]]
-"""Takes the Caller and the arguments, gives the body of the reply."""
+Method = Callable[..., Coroutine[Any, Any, list[Any]]]
+"""Takes the BusCaller and the arguments, returns the body of the reply."""
 
 
 class BusObject(Protocol):
     interface: Interface
     methods: Mapping[str, Method]
 
-    def property(self, name: str) -> Any:
-        """The value in the interface's type."""
+    def property(self, name: str, uid: int) -> Any:
+        """Return the value in its D-Bus type, as far as that uid may see it."""
 
 
 class Authority(Protocol):
-    """Who lets a caller do what is not theirs by right: polkit."""
+    """Authorizes callers for what they may not do by themselves: polkit."""
 
     async def check(
         self,
         sender: str,
         uid: int,
-        action: Action,
+        action: PolkitAction,
         details: Mapping[str, str],
         *,
         interactive: bool,
     ) -> Answer:
-        """Raises Busy. `uid` is that of the owner of the bus name `sender`."""
+        """Decide on one action. `uid` is that of the bus name `sender`. Raises Busy."""
 
 
-class Tree(Protocol):
-    """The objects that are served."""
+class ObjectTree(Protocol):
+    """The objects of a server."""
 
     def find(self, path: str) -> BusObject | None:
-        """The object at that path. Raises a QkilldError for one that is known to be missing."""
+        """Return the object at that path, None if there is none. May raise a QkilldError
+        instead."""
 
     def children(self, path: str) -> list[str]: ...
 
+    async def managed(self, sender: str, uid: int) -> Mapping[str, BusObject]:
+        """Return the objects below the manager, by path. Raises a QkilldError."""
 
-class Unanswered(Exception):
-    """A call that gets no answer of ours: the daemon leaves the bus with it open, and the bus tells
-    the caller so, as it would after a crash (org.freedesktop.DBus.Error.NoReply)."""
+
+class NoReply(Exception):
+    """Raised for a call that gets no reply: when the daemon leaves the bus, the bus tells the
+    caller so, as after a crash (org.freedesktop.DBus.Error.NoReply)."""
 
 
 class _NoSuch(Exception):
-    """An object, interface, method or property that is not there; `name` without its prefix."""
+    """A missing object, interface, method or property; `name` is that of the error without its
+    prefix."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(text)
         self.name = name
 
 
+class BusCall:
+    """A call that waits for its turn. Implements engine.turns.WaitingCall."""
+
+    __slots__ = ("_call", "_server")
+
+    def __init__(self, server: Server, call: IncomingMessage) -> None:
+        self._server = server
+        self._call = call
+
+    def start(self, uid: int) -> None:
+        self._server.start(self._call, uid)
+
+    def refuse(self, error: QkilldError) -> None:
+        self._server.refuse(self._call, error, later=error is FULL)
+
+
 class Server:
-    """Answers the calls that come in over one connection."""
+    """Answers the calls received over one connection."""
 
     def __init__(
         self,
         connection: Connection,
-        tree: Tree,
+        tree: ObjectTree,
         on_fault: Callable[[str, BaseException], None],
+        turns: Turns,
         authority: Authority | None = None,
     ) -> None:
         self._connection = connection
         self._tree = tree
         self._on_fault = on_fault
         self.authority = authority
-        """None where polkit has no say: on every bus but the system's."""
+        """None on every bus but the system bus: polkit has no say there."""
+        self._turns = turns
+        self._waiting: Counter[str] = Counter()
+        """Calls of each sender that wait for their turn."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
-        self._uids: dict[str, int] = {}
+        self._uids: OrderedDict[str, int] = OrderedDict()
+        """By unique name, which is never reused. Least recently used first."""
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._asking_slots = asyncio.Semaphore(MAX_ASKING)
         self._noticed: set[str] = set()
         self.draining = False
-        """It is the daemon that ends the calls, and not those who called."""
-        self.last_call = time.monotonic()
-        """When a call came in last, time.monotonic()."""
-        connection.add_message_handler(self._on_message)
+        """Calls end because the daemon exits, not because their callers left."""
+        connection.on_call = self._on_call
+        connection.watch_names(self._owner_changed)
 
-    async def uid_of(self, caller: Caller) -> int:
-        """The uid of the caller's connection, from the bus itself."""
-        if (uid := self._uids.get(caller.sender)) is None:
-            uid = await self._connection.uid_of(caller.sender)
-            # A unique name is never given twice, so the answer stays true for as long as it counts.
-            while len(self._uids) >= 1024:
-                del self._uids[next(iter(self._uids))]
-            self._uids[caller.sender] = uid
-        return uid
+    async def notice_disconnect(self, sender: str) -> None:
+        """Ask the bus to report when this connection ends, so that its calls end too.
 
-    async def notice_disconnect(self, caller: Caller) -> None:
-        """Ask the bus to say when this caller goes, so that its calls end then.
-
-        Asked for only while it waits: otherwise every client that leaves the bus would wake us.
-        Where the bus refuses (it lets a connection have so many match rules and no more), its calls
-        go on till they are answered.
+        Only while a call is open, because otherwise every client that leaves the bus would wake us.
+        If the bus refuses (it limits the match rules of a connection), the calls continue until
+        they are answered.
         """
-        if caller.sender in self._noticed:
+        if sender in self._noticed:
             return
-        self._noticed.add(caller.sender)
+        self._noticed.add(sender)
         try:
-            await self._connection.request_bus("AddMatch", "s", _gone_rule(caller.sender))
-            (there,) = await self._connection.request_bus("NameHasOwner", "s", caller.sender)
+            await self._connection.request_bus("AddMatch", "s", _disconnect_rule(sender))
+            (exists,) = await self._connection.request_bus("NameHasOwner", "s", sender)
         except QkilldError:
-            self._forget(caller.sender)
+            self._forget(sender)
             return
-        if not there:
-            self._disconnected(caller.sender)
+        if not exists:
+            self._disconnected(sender)
 
     def emit(self, path: str, interface: Interface, member: str, *body: Any) -> None:
-        """Send a signal of ours; with the bus gone nothing happens."""
+        """Send a signal. Does nothing if the connection is lost."""
         self._send(
             Message.new_signal(path, interface.name, member, interface.signals[member], list(body))
         )
 
-    def emit_changed(self, path: str, interface: Interface, values: Mapping[str, Any]) -> None:
-        """Send PropertiesChanged."""
+    def emit_added(self, path: str, interface: Interface, values: Mapping[str, Any]) -> None:
+        """Broadcast InterfacesAdded."""
+        variants = {name: Variant(interface.properties[name], v) for name, v in values.items()}
+        self._send_from_manager("InterfacesAdded", "oa{sa{sv}}", [path, {interface.name: variants}])
+
+    def emit_removed(self, path: str, interface: Interface) -> None:
+        """Broadcast InterfacesRemoved."""
+        self._send_from_manager("InterfacesRemoved", "oas", [path, [interface.name]])
+
+    def emit_changed(
+        self, path: str, interface: Interface, values: Mapping[str, Any], invalidated: Iterable[str]
+    ) -> None:
+        """Broadcast PropertiesChanged: the values of `values`, and only the names of
+        `invalidated`."""
         changed = {name: Variant(interface.properties[name], v) for name, v in values.items()}
         self._send(
             Message.new_signal(
-                path, _PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface.name, changed, []]
+                path,
+                _PROPERTIES,
+                "PropertiesChanged",
+                "sa{sv}as",
+                [interface.name, changed, list(invalidated)],
             )
         )
 
     @property
     def busy(self) -> bool:
-        """Calls are in work."""
-        return bool(self._tasks)
+        """Whether calls are open."""
+        return bool(self._tasks or self._waiting or self._asking)
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for the replies under way to be sent, then end what is left."""
+        """Wait up to `timeout_s` for open calls to be answered, then cancel the rest."""
         self.draining = True
-        tasks = [task for group in self._tasks.values() for task in group]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=timeout_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.busy:
+                    if tasks := self._all_tasks():
+                        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.sleep(0)
+        late = self._all_tasks()
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        self.forget_waiting(_stopping_error())
+        self._connection.send_held_back()
         self.draining = False
 
-    def _on_message(self, message: Message) -> Message | bool:
-        if message.message_type is MessageType.SIGNAL:
-            if message.member == "NameOwnerChanged" and message.sender == "org.freedesktop.DBus":
-                name, _, new_owner = message.body
-                if not new_owner:
-                    self._disconnected(name)
-            return False
-        if message.message_type is not MessageType.METHOD_CALL:
-            return False
-        self.last_call = time.monotonic()
-        sender = message.sender or ""
-        group = self._tasks.setdefault(sender, set())
-        if len(group) >= MAX_CALLS_PER_SENDER:
-            self._reply_error(message, Busy("You have too many calls waiting here for an answer"))
-            return True
-        task = asyncio.get_running_loop().create_task(self._answer(message))
-        group.add(task)
-        task.add_done_callback(lambda done: self._finished(sender, done))
-        return True
+    def forget_waiting(self, error: QkilldError | None) -> None:
+        """Drop the calls that wait for a turn. Each gets `error` as its reply; None sends
+        nothing."""
+        for sender in list(self._waiting):
+            for call in self._forget_waiting(sender):
+                if error is not None:
+                    call.refuse(error)
 
-    async def _answer(self, message: Message) -> None:
+    def _forget_waiting(self, sender: str) -> list[WaitingCall]:
+        self._waiting.pop(sender, None)
+        return self._turns.forget(sender, self._uids.get(sender))
+
+    def _all_tasks(self) -> list[asyncio.Task[None]]:
+        return [*self._asking.values(), *(task for group in self._tasks.values() for task in group)]
+
+    def _on_call(self, call: IncomingMessage) -> None:
+        sender, uid = call.sender, self._uids.get(call.sender)
+        if not self._turns.put(sender, uid, BusCall(self, call), len(call.body or b"")):
+            return
+        self._waiting[sender] += 1
+        if uid is not None:
+            self._uids.move_to_end(sender)
+        elif sender not in self._asking:
+            task = asyncio.get_running_loop().create_task(self._ask_uid(sender))
+            self._asking[sender] = task
+            task.add_done_callback(lambda _: self._asking.pop(sender))
+
+    async def _ask_uid(self, sender: str) -> None:
         try:
-            signature, body = await self._call(message)
-            self._reply(message, Message.new_method_return(message, signature, body))
-        except Unanswered:
+            async with self._asking_slots:
+                uid = await self._connection.uid_of(sender)
+        except (QkilldError, asyncio.CancelledError) as error:
+            for call in self._forget_waiting(sender):
+                call.refuse(
+                    _service_failure() if isinstance(error, QkilldError) else _stopping_error()
+                )
+            return
+        while len(self._uids) >= MAX_NAMES:
+            self._uids.popitem(last=False)
+        self._uids[sender] = uid
+        self._turns.introduce(sender, uid)
+
+    def start(self, call: IncomingMessage, uid: int) -> None:
+        """Answer a call whose turn has come, or start a task that does."""
+        self._waiting[call.sender] -= 1
+        if self._waiting[call.sender] <= 0:
+            del self._waiting[call.sender]
+        self._start(call, uid)
+
+    def _start(self, call: IncomingMessage, uid: int) -> None:
+        """Answer a call, or start a task that does."""
+        try:
+            match call.interface:
+                case "org.freedesktop.DBus.Introspectable":
+                    self._reply(call, *self._introspect(call))
+                case "org.freedesktop.DBus.Properties":
+                    self._reply(call, *self._properties(call, uid))
+                case interfaces.OBJECT_MANAGER if call.path == MANAGER_PATH:
+                    self._run_get_managed_objects(call, uid)
+                case "org.freedesktop.DBus.Peer" if call.member == "Ping" and not call.signature:
+                    self._reply(call, "", [])
+                case "org.freedesktop.DBus.Peer":
+                    self._run(call, uid, self._machine_id(call), Cost.OTHER)
+                case _:
+                    self._start_method(call, uid)
+        except Exception as error:
+            self._failed(call, error)
+
+    def _run_get_managed_objects(self, call: IncomingMessage, uid: int) -> None:
+        if call.member != "GetManagedObjects" or call.signature:
+            raise _NoSuch("UnknownMethod", "ObjectManager has GetManagedObjects() and no other")
+        self._turns.limits.check_descriptors(uid)
+        answer = self._managed_objects(call.sender, uid)
+        self._run(call, uid, answer, Cost.LOOK, interfaces.OBJECT_MANAGER_GIVES)
+
+    async def _managed_objects(self, sender: str, uid: int) -> list[Any]:
+        objects = await self._tree.managed(sender, uid)
+        return [
+            {path: {one.interface.name: _all_properties(one, uid)} for path, one in objects.items()}
+        ]
+
+    def _start_method(self, call: IncomingMessage, uid: int) -> None:
+        bus_object = self._tree.find(call.path)
+        if bus_object is None:
+            raise _no_object(call)
+        if call.interface not in ("", bus_object.interface.name):
+            raise _NoSuch("UnknownInterface", f"No interface {printable(call.interface)} there")
+        signature = bus_object.interface.methods.get(call.member)
+        if signature is None:
+            raise _NoSuch(
+                "UnknownMethod",
+                f"{bus_object.interface.name} has no method {printable(call.member)}",
+            )
+        arguments = _arguments(call, signature.takes, signature.shown)
+        cost = Cost.OTHER
+        if call.member == "Wait":
+            cost = Cost.WAIT
+        elif call.member in _LOOKS:
+            cost = Cost.LOOK
+        if cost is Cost.LOOK or call.member.startswith("Terminate"):
+            self._turns.limits.check_descriptors(uid)
+        method = bus_object.methods[call.member]
+        answer = method(BusCaller(self, call, uid), *arguments)
+        self._run(call, uid, answer, cost, signature.gives)
+
+    def _run(
+        self,
+        call: IncomingMessage,
+        uid: int,
+        answer: Coroutine[Any, Any, list[Any]],
+        cost: Cost,
+        gives: str = "s",
+    ) -> None:
+        try:
+            self._turns.limits.begin(uid, cost)
+        except Busy:
+            answer.close()
+            raise
+        call.body = None  # It may be long, and the call may take long.
+        sender = call.sender
+        task = asyncio.get_running_loop().create_task(self._answer(call, answer, gives))
+        self._tasks.setdefault(sender, set()).add(task)
+
+        def finished(task: asyncio.Task[None]) -> None:
+            answer.close()  # Has an effect only if the task was cancelled before it began.
+            self._turns.limits.end(uid, cost)
+            self._finished(sender, task)
+
+        task.add_done_callback(finished)
+
+    async def _answer(
+        self, call: IncomingMessage, answer: Coroutine[Any, Any, list[Any]], gives: str
+    ) -> None:
+        try:
+            self._reply(call, gives, await answer)
+        except NoReply:
             pass
-        except CallFailed as error:
-            # Another service's own words, which are not for our callers.
-            self._on_fault(f"answering {message.member}", error)
-            self._reply_error(message, _elsewhere())
-        except BusError:
-            self._reply_error(message, _elsewhere())
-        except QkilldError as error:
-            self._reply_error(message, error)
-        except _NoSuch as error:
-            self._reply(message, Message.new_error(message, _ERROR + error.name, str(error)))
         except asyncio.CancelledError:
-            self._reply_error(message, Failed("qkilld is stopping"))
+            self.refuse(call, _stopping_error())
             raise
         except Exception as error:
-            self._on_fault(f"answering {message.member}", error)
-            self._reply_error(message, Failed("Internal error; qkilld's journal has the details"))
+            self._failed(call, error)
 
-    async def _call(self, message: Message) -> tuple[str, list[Any]]:
-        """The signature and the body of the reply."""
-        caller = Caller(
-            message.sender or "",
-            MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION in message.flags,
-            MessageFlag.NO_REPLY_EXPECTED not in message.flags,
-        )
-        match message.interface:
-            case "org.freedesktop.DBus.Introspectable":
-                return self._introspect(message)
-            case "org.freedesktop.DBus.Peer":
-                return await self._peer(message)
-            case "org.freedesktop.DBus.Properties":
-                return self._properties(message)
-        found = self._tree.find(message.path)
-        if found is None:
-            raise _NoSuch("UnknownObject", f"No object at {message.path}")
-        if message.interface not in (None, found.interface.name):
-            raise _NoSuch("UnknownInterface", f"No interface {message.interface} there")
-        signature = found.interface.methods.get(message.member)
-        if signature is None:
-            raise _NoSuch("UnknownMethod", f"{found.interface.name} has no method {message.member}")
-        if message.signature != signature.takes:
-            raise InvalidArgs(
-                f"{message.member} takes ({signature.shown}), not ({message.signature})"
-            )
-        return signature.gives, await found.methods[message.member](caller, *message.body)
+    def _failed(self, call: IncomingMessage, error: Exception) -> None:
+        if isinstance(error, _NoSuch):
+            self._connection.refuse(call, _ERROR + error.name, str(error))
+        elif isinstance(error, QkilldError) and not isinstance(error, (CallFailed, BusError)):
+            self.refuse(call, error)
+        elif isinstance(error, BusError):
+            self.refuse(call, _service_failure())
+        else:
+            # Messages of other services, or internal ones, are not for callers.
+            self._on_fault(f"answering {printable(call.member)}", error)
+            is_remote = isinstance(error, CallFailed)
+            self.refuse(call, _service_failure() if is_remote else _internal())
 
-    def _introspect(self, message: Message) -> tuple[str, list[Any]]:
-        if message.member != "Introspect" or message.signature:
+    def _introspect(self, call: IncomingMessage) -> tuple[str, list[Any]]:
+        if call.member != "Introspect" or call.signature:
             raise _NoSuch("UnknownMethod", "Introspectable has Introspect() and no other")
-        found = self._tree.find(message.path)
-        children = self._tree.children(message.path)
-        if found is None and not children:
-            raise _NoSuch("UnknownObject", f"No object at {message.path}")
-        return "s", [introspection(found.interface if found else None, children)]
+        bus_object = self._tree.find(call.path)
+        children = self._tree.children(call.path)
+        if bus_object is None and not children:
+            raise _no_object(call)
+        return "s", [introspection(bus_object.interface if bus_object else None, children)]
 
-    async def _peer(self, message: Message) -> tuple[str, list[Any]]:
-        match message.member, message.signature:
-            case "Ping", "":
-                return "", []
-            case "GetMachineId", "":
-                return "s", await self._connection.machine_id()
-        raise _NoSuch("UnknownMethod", f"Peer has no method {message.member}")
+    async def _machine_id(self, call: IncomingMessage) -> list[Any]:
+        if call.member != "GetMachineId" or call.signature:
+            raise _NoSuch("UnknownMethod", f"Peer has no method {printable(call.member)}")
+        return await self._connection.machine_id()
 
-    def _properties(self, message: Message) -> tuple[str, list[Any]]:
-        found = self._tree.find(message.path)
-        if found is None:
-            raise _NoSuch("UnknownObject", f"No object at {message.path}")
-        takes = {"Get": "ss", "GetAll": "s", "Set": "ssv"}.get(message.member)
+    def _properties(self, call: IncomingMessage, uid: int) -> tuple[str, list[Any]]:
+        bus_object = self._tree.find(call.path)
+        if bus_object is None:
+            raise _no_object(call)
+        takes = _PROPERTIES_METHODS.get(call.member)
         if takes is None:
-            raise _NoSuch("UnknownMethod", f"Properties has no method {message.member}")
-        if message.signature != takes:
-            raise InvalidArgs(f"{message.member} takes ({takes}), not ({message.signature})")
-        interface, *rest = message.body
-        # The specification lets a caller leave the interface empty where it is clear.
-        if interface not in ("", found.interface.name):
-            raise _NoSuch("UnknownInterface", f"No interface {interface} there")
-        types = found.interface.properties
-        if message.member == "GetAll":
-            values = {name: Variant(kind, found.property(name)) for name, kind in types.items()}
-            return "a{sv}", [values]
+            raise _NoSuch("UnknownMethod", f"Properties has no method {printable(call.member)}")
+        interface, *rest = _arguments(call, takes, takes)
+        # The specification allows an empty interface if the member is unambiguous.
+        if interface not in ("", bus_object.interface.name):
+            raise _NoSuch("UnknownInterface", f"No interface {printable(interface)} there")
+        types = bus_object.interface.properties
+        if call.member == "GetAll":
+            return "a{sv}", [_all_properties(bus_object, uid)]
         name = rest[0]
         if name not in types:
-            raise _NoSuch("UnknownProperty", f"{found.interface.name} has no property {name}")
-        if message.member == "Set":
+            raise _NoSuch(
+                "UnknownProperty", f"{bus_object.interface.name} has no property {printable(name)}"
+            )
+        if call.member == "Set":
             raise _NoSuch("PropertyReadOnly", f"{name} cannot be set")
-        return "v", [Variant(types[name], found.property(name))]
+        return "v", [Variant(types[name], bus_object.property(name, uid))]
 
     def _finished(self, sender: str, task: asyncio.Task[None]) -> None:
         group = self._tasks.get(sender)
@@ -289,8 +454,14 @@ class Server:
             del self._tasks[sender]
             self._forget(sender)
 
+    def _owner_changed(self, body: list[Any]) -> None:
+        name, _, owner = body
+        if not owner:
+            self._disconnected(name)
+
     def _disconnected(self, sender: str) -> None:
-        """A caller is gone: nobody waits for its answers any more."""
+        """Drop everything of a caller that has left the bus."""
+        self._forget_waiting(sender)
         self._uids.pop(sender, None)
         for task in self._tasks.pop(sender, ()):
             task.cancel()
@@ -299,25 +470,68 @@ class Server:
     def _forget(self, sender: str) -> None:
         if sender in self._noticed:
             self._noticed.remove(sender)
-            self._connection.tell_bus("RemoveMatch", "s", _gone_rule(sender))
+            self._connection.tell_bus("RemoveMatch", "s", _disconnect_rule(sender))
 
-    def _reply(self, call: Message, reply: Message) -> None:
-        if MessageFlag.NO_REPLY_EXPECTED not in call.flags:
-            self._send(reply)
+    def _reply(self, call: IncomingMessage, signature: str, body: list[Any]) -> None:
+        if call.wants_reply:
+            self._connection.send_now(
+                Message(
+                    message_type=MessageType.METHOD_RETURN,
+                    reply_serial=call.serial,
+                    destination=call.sender,
+                    signature=signature,
+                    body=body,
+                )
+            )
 
-    def _reply_error(self, call: Message, error: QkilldError) -> None:
-        self._reply(call, Message.new_error(call, error.bus_name, str(error)))
+    def refuse(self, call: IncomingMessage, error: QkilldError, *, later: bool = False) -> None:
+        refuse = self._connection.refuse_later if later else self._connection.refuse
+        refuse(call, error.bus_name, str(error))
+
+    def _send_from_manager(self, member: str, signature: str, body: list[Any]) -> None:
+        name = interfaces.OBJECT_MANAGER
+        self._send(Message.new_signal(MANAGER_PATH, name, member, signature, body))
 
     def _send(self, message: Message) -> None:
         if self._connection.connected:
             self._connection.send(message)
 
 
-def _elsewhere() -> Failed:
+def _all_properties(found: BusObject, uid: int) -> dict[str, Variant]:
+    types = found.interface.properties
+    return {name: Variant(kind, found.property(name, uid)) for name, kind in types.items()}
+
+
+def _arguments(call: IncomingMessage, takes: str, shown: str) -> list[Any]:
+    """Parse the body if its signature is what the method takes. Raises InvalidArgs."""
+    if call.signature != takes:
+        signature = printable(call.signature)
+        raise InvalidArgs(f"{call.member} takes ({shown}), not ({signature})")
+    if call.body is None:
+        raise InvalidArgs(f"A call of {call.member} must not be longer than {MAX_CALL} bytes")
+    try:
+        return parse(takes, call.body, call.order, max_depth=MAX_DEPTH)
+    except ValueError:
+        raise InvalidArgs(f"The arguments of {call.member} cannot be read") from None
+
+
+def _no_object(call: IncomingMessage) -> _NoSuch:
+    return _NoSuch("UnknownObject", f"No object at {printable(call.path)}")
+
+
+def _internal() -> Failed:
+    return Failed("Internal error; qkilld's journal has the details")
+
+
+def _stopping_error() -> Failed:
+    return Failed("qkilld is stopping")
+
+
+def _service_failure() -> Failed:
     return Failed("Another service that qkilld needs for this did not do its part; try again")
 
 
-def _gone_rule(sender: str) -> str:
+def _disconnect_rule(sender: str) -> str:
     return (
         "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
         f"member='NameOwnerChanged',arg0='{sender}'"

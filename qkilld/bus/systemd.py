@@ -1,45 +1,54 @@
-"""What we ask of systemd: org.freedesktop.systemd1(5) on the bus of its manager.
+"""Client of systemd: org.freedesktop.systemd1(5).
 
-The system's manager answers on the system bus, a user's own on the session bus.
+The system manager answers on the system bus, a user manager on its session bus.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from qkilld.bus.connection import CallFailed, Connection
+from qkilld.model.constants import INFINITY
 from qkilld.model.errors import InvalidArgs, NoSuchUnit
 from qkilld.model.text import printable
 from qkilld.model.unit import Command, UnitFacts, UnitProcess
-from qkilld.model.words import INFINITY
 
 NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
-"""systemd answers in milliseconds; one that does not answer is not waited for."""
+"""systemd answers in milliseconds; longer delays count as unreachable."""
 KINDS: Final = {".service": "Service", ".scope": "Scope"}
-"""Suffixes of the units that processes are in, with the interface that tells of them."""
+"""Suffixes of the units that have processes, with the D-Bus interface for each."""
 
 _PATH: Final = "/org/freedesktop/systemd1"
 _MANAGER: Final = "org.freedesktop.systemd1.Manager"
 _UNIT: Final = "org.freedesktop.systemd1.Unit"
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+_GIVES: Final = {
+    "GetUnitByPID": "o",
+    "GetUnitProcesses": "a(sus)",
+    "ListUnitsByPatterns": "a(ssssssouso)",
+    "LoadUnit": "o",
+    "StartUnit": "o",
+    "StopUnit": "o",
+}
 _NO_SUCH_UNIT: Final = frozenset(
     f"{NAME}.{name}" for name in ("NoSuchUnit", "NoUnitForPID", "LoadFailed", "UnitMasked")
 )
 
 
 class Systemd:
-    """A manager of systemd. Every method raises BusError where it cannot be reached, and Failed
-    where it refuses."""
+    """A systemd manager. Every method raises BusError if it cannot be reached, Failed if it
+    refuses."""
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
 
     async def unit(self, name: str) -> UnitFacts:
-        """Everything of one unit, loaded from its file where it does not run.
+        """Read all properties of one unit; one that does not run is loaded from its file.
 
-        Raises InvalidArgs for what is not the name of a service or scope, NoSuchUnit.
+        Raises InvalidArgs if the name is not that of a service or scope, NoSuchUnit.
         """
         if not name.endswith(tuple(KINDS)):
             raise InvalidArgs(f'"{printable(name)}" is neither a .service nor a .scope')
@@ -57,7 +66,7 @@ class Systemd:
         return facts
 
     async def unit_of(self, pid: int) -> UnitFacts:
-        """Of the unit that a process is in; 0 for our own. Raises NoSuchUnit."""
+        """Read the unit of a process, 0 for our own. Raises NoSuchUnit."""
         try:
             path = await self._manager("GetUnitByPID", "u", pid)
         except CallFailed as error:
@@ -67,52 +76,56 @@ class Systemd:
         return await self._facts(path)
 
     async def processes(self, name: str) -> list[UnitProcess]:
-        """Everything that runs in the control group of a unit. Raises NoSuchUnit."""
+        """List the processes in the control group of a unit. Raises NoSuchUnit."""
         try:
-            found = await self._manager("GetUnitProcesses", "s", name)
+            rows = await self._manager("GetUnitProcesses", "s", name)
         except CallFailed as error:
             if error.name in _NO_SUCH_UNIT:
                 raise _no_such(name) from None
             raise
-        return [UnitProcess(int(pid), group, command) for group, pid, command in found]
+        return [UnitProcess(int(pid), group, command) for group, pid, command in rows]
 
-    async def list_units(self, *patterns: str) -> list[str]:
-        """Names of the loaded units that match one of the globs and are active or on the way."""
-        states = ["active", "activating", "deactivating", "reloading"]
-        found = await self._manager("ListUnitsByPatterns", "asas", states, list(patterns))
-        return [str(unit[0]) for unit in found]
+    async def list_units(
+        self,
+        *patterns: str,
+        states: Sequence[str] = ("active", "activating", "deactivating", "reloading"),
+    ) -> list[str]:
+        """List the loaded units that match one of the globs and are in one of these states."""
+        rows = await self._manager("ListUnitsByPatterns", "asas", list(states), list(patterns))
+        return [str(unit[0]) for unit in rows]
 
     async def own_job(self) -> str:
-        """What systemd is about to do with the unit of this process: stop, restart, …; "" for
-        nothing. Raises NoSuchUnit."""
+        """Return the type of systemd's job for the unit of this process: stop, restart, …; "" for
+        none. Raises NoSuchUnit."""
         try:
             path = await self._manager("GetUnitByPID", "u", 0)
         except CallFailed as error:
             if error.name in _NO_SUCH_UNIT:
                 raise NoSuchUnit("This process is in no unit of systemd") from None
             raise
-        number, job = (await self._properties(path, _UNIT))["Job"]
-        if not number:
-            return ""
-        return str((await self._properties(job, f"{NAME}.Job"))["JobType"])
+        return await self._job_type(path)
+
+    async def job_type(self, name: str) -> str:
+        """Return the type of systemd's job for a unit: stop, restart, …; "" for none."""
+        return await self._job_type(await self._manager("LoadUnit", "s", name))
 
     async def start(self, name: str) -> None:
-        """Ask for a unit to be started, and do not wait until it is. Raises NoSuchUnit."""
+        """Enqueue a start of a unit, without waiting for it. Raises NoSuchUnit."""
         await self._act("StartUnit", name)
 
     async def stop(self, name: str) -> None:
-        """Ask for a unit to be stopped, and do not wait until it is. Raises NoSuchUnit."""
+        """Enqueue a stop of a unit, without waiting for it. Raises NoSuchUnit."""
         await self._act("StopUnit", name)
 
     async def reload(self) -> None:
-        """Read the unit files anew: `systemctl daemon-reload`."""
-        # It answers only when it is done, which takes long with many units.
+        """Reload the unit files, as `systemctl daemon-reload` does."""
+        # The reply comes when it is done, which takes long with many units.
         await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
 
     async def search_path(self) -> list[str]:
-        """The directories that it reads unit files and drop-ins from, by precedence."""
-        found = await self._properties(_PATH, _MANAGER)
-        return [str(path) for path in found["UnitPath"]]
+        """List the directories of unit files and drop-ins, by precedence."""
+        properties = await self._properties(_PATH, _MANAGER)
+        return [str(path) for path in properties["UnitPath"]]
 
     async def _act(self, member: str, name: str) -> None:
         try:
@@ -124,21 +137,41 @@ class Systemd:
 
     async def _manager(self, member: str, signature: str, *body: Any) -> Any:
         (answer,) = await self._connection.request(
-            NAME, _PATH, _MANAGER, member, signature, list(body), timeout_s=self._timeout_s
+            NAME,
+            _PATH,
+            _MANAGER,
+            member,
+            signature,
+            list(body),
+            timeout_s=self._timeout_s,
+            gives=_GIVES[member],
         )
         return answer
+
+    async def _job_type(self, path: str) -> str:
+        number, job = (await self._properties(path, _UNIT))["Job"]
+        if not number:
+            return ""
+        return str((await self._properties(job, f"{NAME}.Job"))["JobType"])
 
     async def _facts(self, path: str) -> UnitFacts:
         unit = await self._properties(path, _UNIT)
         name = str(unit["Id"])
         interface = next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
-        # Of a unit of another kind (a mount, say) only the general part is read.
-        own = await self._properties(path, f"{NAME}.{interface}") if interface else {}
-        return _facts(unit, own)
+        # Units of other kinds (mounts, for example) have only the general part.
+        specific = await self._properties(path, f"{NAME}.{interface}") if interface else {}
+        return _facts(unit, specific)
 
     async def _properties(self, path: str, interface: str) -> dict[str, Any]:
         (properties,) = await self._connection.request(
-            NAME, path, _PROPERTIES, "GetAll", "s", [interface], timeout_s=self._timeout_s
+            NAME,
+            path,
+            _PROPERTIES,
+            "GetAll",
+            "s",
+            [interface],
+            timeout_s=self._timeout_s,
+            gives="a{sv}",
         )
         return {key: variant.value for key, variant in properties.items()}
 
@@ -155,6 +188,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         drop_ins=tuple(unit.get("DropInPaths", ())),
         transient=bool(unit.get("Transient", False)),
         after=tuple(unit.get("After", ())),
+        before=tuple(unit.get("Before", ())),
         default_dependencies=bool(unit.get("DefaultDependencies", True)),
         job_timeout=min(
             int(unit.get("JobTimeoutUSec", INFINITY)),
@@ -177,14 +211,28 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         notify_access=str(own.get("NotifyAccess", "none")),
         user=str(own.get("User", "")),
         environment_files=tuple(str(path) for path, _ in own.get("EnvironmentFiles", ())),
+        environment=tuple(own.get("Environment", ())),
+        address_families=_families(*own.get("RestrictAddressFamilies", (False, []))),
+        hidden_paths=(
+            *(path.removeprefix("-") for path in own.get("InaccessiblePaths", ())),
+            *(path for path, _ in own.get("TemporaryFileSystem", ())),
+        ),
         exec_start=_commands(own.get("ExecStartEx", ())),
         exec_stop=_commands(own.get("ExecStopEx", ())),
         runtime_max=int(own.get("RuntimeMaxUSec", INFINITY)),
     )
 
 
+def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
+    """The property lists either the allowed families or the denied ones."""
+    if allowed:
+        return tuple(names)
+    # Every family but AF_UNIX, the only one that matters here.
+    return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
+
+
 def _commands(lines: Any) -> tuple[Command, ...]:
-    """Of the type a(sasasttttuii): path, argv, flags of its prefixes, and its last run."""
+    """Parse a(sasasttttuii): path, argv, flags of the prefixes, and details of the last run."""
     return tuple(
         Command(
             path,

@@ -1,1 +1,1 @@
-"""qkillctl: the client for people and scripts. Entry point: `main.main`."""
+"""qkillctl, the command line client. Entry point: `main.main`."""

@@ -1,4 +1,4 @@
-"""`python -m qkilld.ctl` is qkillctl."""
+"""Run qkillctl as `python -m qkilld.ctl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""adopt: write the drop-in that makes a unit safe, or take it back."""
+"""The command adopt: install the drop-in that makes a unit safe, or remove it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,67 @@ import asyncio
 import os
 import shlex
 import stat
+import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 from qkilld import __version__
 from qkilld.bus.systemd import Systemd
-from qkilld.ctl.dropin import DropIn, is_writable_by_others
+from qkilld.ctl.check_unit import UnitReport, check_unit, error_report, full_name, load, show
+from qkilld.ctl.dropin_file import DropIn, all_drop_ins, is_writable_by_others
 from qkilld.ctl.session import NeedsRoot, Session
-from qkilld.ctl.surroundings import config_of, find_helper, guard_of
-from qkilld.ctl.units import Checked, check_unit, failed, full_name, load, show
-from qkilld.judgement.adoption import Change, changes, text_of, unwritten
-from qkilld.judgement.finding import Line
-from qkilld.judgement.stopcommand import HELPER
+from qkilld.ctl.unit_context import config_of, find_helper, guard_of
+from qkilld.debug_log import ignore
+from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
 from qkilld.model.policy import Config
 from qkilld.model.text import printable
-from qkilld.model.words import ExitCode
+from qkilld.unitcheck.command import HELPER, is_helper
+from qkilld.unitcheck.dropin import Change, changes, text_of, unwritten
+from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
+STOPS_TIMEOUT_S: Final = 30.0
+"""How long to wait for running stops."""
 _POLL_S: Final = 0.1
 _SHOWN: Final = 4096
 
 
-async def adopt(session: Session, names: Sequence[str], *, dry_run: bool, undo: bool) -> int:
-    """Each unit by itself; the exit code is that of the worst."""
-    adopter = _Adopter(session, await config_of(session), dry_run=dry_run)
+class StopsRunning(QkilldError):
+    """Guests are being stopped, and a reload would shorten their timeouts."""
+
+    exit_code = ExitCode.SURVIVED
+
+
+async def adopt(
+    session: Session,
+    names: Sequence[str],
+    *,
+    dry_run: bool,
+    undo: bool,
+    all_units: bool = False,
+    now: bool = False,
+) -> int:
+    """Adopt each unit; return the worst exit code.
+
+    `all_units`: with `undo`, everything that adopt ever wrote. `now`: do not wait for running stops
+    before the reload.
+    """
+    adopter = _Adopter(session, await config_of(session), dry_run=dry_run, now=now)
     codes: list[int] = []
     documents: list[dict[str, Any]] = []
+    if all_units:
+        names = await adopter.adopted_units()
+        if not names and not session.json:
+            session.output.line("Nothing was adopted, so there is nothing to undo.")
     for name in names:
         try:
             code, document = await (adopter.undo(name) if undo else adopter.adopt(name))
         except QkilldError as error:
-            code, document = error.exit_code, failed(session, name, error)
+            code, document = error.exit_code, error_report(session, name, error)
         codes.append(code)
         documents.append(document)
     if session.json:
@@ -48,122 +75,179 @@ async def adopt(session: Session, names: Sequence[str], *, dry_run: bool, undo: 
 
 
 class _Adopter:
-    def __init__(self, session: Session, config: Config, *, dry_run: bool) -> None:
+    def __init__(self, session: Session, config: Config, *, dry_run: bool, now: bool) -> None:
         self._session = session
+        self._now = now
         self._systemd = Systemd(session.connection)
         self._config = config
         self._dry_run = dry_run
 
     async def adopt(self, name: str) -> tuple[int, dict[str, Any]]:
-        checked = await self._check(name)
-        if checked.facts.is_scope:
-            return await self._guard(checked)
-        wanted = changes(checked.findings)
-        if not wanted:
-            return self._told(checked, None, "")
+        report = await self._check(name)
+        wanted = changes(report.findings)
+        if report.facts.is_scope and not report.around.guard:
+            raise _no_users_guard(report.name)
+        if not report.comparison.writes:
+            return self._left_alone(report)
+        if report.facts.is_scope:
+            return await self._guard(report)
         self._check_helper()
         if not self._dry_run:
-            self._check_root(checked.name)
-        drop_in = DropIn(await self._base(checked.facts.transient), checked.name)
+            self._check_root(report.name)
+        drop_in = DropIn(await self._base(report.facts.transient), report.name)
         old = drop_in.read()
         wanted = unwritten(wanted, old)
         if not wanted:
-            # It is all in there already: something stands over it, or systemd has not read it yet.
-            if not checked.overrides and not self._dry_run:
+            # Nothing to add: something overrides the settings, or systemd has not reloaded yet.
+            if not report.overrides and not self._dry_run:
+                await self._wait_for_stops()
                 await self._reload(drop_in)
-                checked = await self._check(name)
-            return self._told(checked, None, "")
-        undo = f"{self._session.bus.command} adopt --undo {shlex.quote(checked.name)}"
-        text = text_of(checked.name, undo, __version__, wanted, old)
+                report = await self._check(name)
+            return self._report(report, None, "")
+        undo = f"{self._session.command} adopt --undo {shlex.quote(report.name)}"
+        text = text_of(report.name, undo, __version__, wanted, old)
+        if not self._dry_run:
+            await self._wait_for_stops()
         self._show_file(drop_in, text, old)
         if self._dry_run:
-            for each in checked.overrides:
-                self._say(f"  {each}, which will stand over it: change it there")
-            document = checked.as_json() | {"path": str(drop_in.path), "text": text}
+            for each in report.overrides:
+                self._say(f"  {each}, which will override it: change it there")
+            document = report.as_json() | {"path": str(drop_in.path), "text": text}
             return ExitCode.OK, document
         drop_in.write(text)
         await self._reload(drop_in)
         try:
             after = await self._check(name)
+            _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd does not load the unit with it: then better as it was.
+            # systemd rejects the drop-in, or interprets it differently.
             if old:
                 drop_in.write(old)
             else:
                 drop_in.remove()
             await self._systemd.reload()
             raise
-        return self._told(after, drop_in, text)
+        return self._report(after, drop_in, text)
+
+    def _left_alone(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
+        if not self._session.json:
+            show(self._session, report)
+            if not report.is_safe:
+                self._say("  It was not changed.")
+        return report.exit_code, report.as_json() | {"path": None, "text": ""}
+
+    async def adopted_units(self) -> list[str]:
+        """List all units with our drop-in and all scopes with a guard."""
+        found: dict[str, None] = {}
+        for transient in (False, True):
+            base = await self._base(transient)
+            found.update(dict.fromkeys(each.unit for each in all_drop_ins(base)))
+        if not self._session.bus.user:
+            guards = await self._systemd.list_units("qkilld-scope@*.service", states=["active"])
+            for guard in guards:
+                found[guard.removeprefix("qkilld-scope@").removesuffix(".service")] = None
+        return list(found)
+
+    async def _wait_for_stops(self) -> None:
+        """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget how
+        far a running stop has extended its timeout. Raises StopsRunning."""
+        if self._now:
+            return
+        deadline = time.monotonic() + STOPS_TIMEOUT_S
+        while stopping := await self._stopping_units():
+            if time.monotonic() > deadline:
+                names = ", ".join(map(printable, stopping))
+                raise StopsRunning(
+                    f"Guests are being stopped in {names}, and `daemon-reload` would make systemd"
+                    " end them by the clock. Nothing was changed: try again later, or with --now"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def _stopping_units(self) -> list[str]:
+        found = []
+        for name in await self._systemd.list_units("*.service", states=["deactivating"]):
+            with ignore(f"asking systemd for {name}", QkilldError):
+                facts = await self._systemd.unit(name)
+                if facts.control_pid and any(map(is_helper, facts.exec_stop)):
+                    found.append(name)
+        return found
 
     async def undo(self, name: str) -> tuple[int, dict[str, Any]]:
         try:
             _, primary = await load(self._systemd, name)
         except (NoSuchUnit, Failed):
-            primary = full_name(name)  # the unit has gone, its drop-in has not
+            primary = full_name(name)  # The unit is gone, but not its drop-in.
         if primary.endswith(".scope"):
             return await self._unguard(primary)
         if not self._dry_run:
             self._check_root(primary, "--undo ")
-        taken = []
-        for transient in (False, True):
-            drop_in = DropIn(await self._base(transient), primary)
+        if not self._dry_run:
+            await self._wait_for_stops()
+        paths = []
+        # The name under which it was adopted may be an alias now.
+        bases = [await self._base(transient) for transient in (False, True)]
+        for base, unit in product(bases, dict.fromkeys((primary, full_name(name)))):
+            drop_in = DropIn(base, unit)
             if not drop_in.read():
                 continue
-            taken.append(str(drop_in.path))
+            paths.append(str(drop_in.path))
             self._say(f"{'Would remove' if self._dry_run else 'Removed'} {drop_in.path}")
             if not self._dry_run:
                 drop_in.remove()
-        if not taken:
+        if not paths:
             raise await self._not_adopted(primary)
         if not self._dry_run:
             await self._systemd.reload()
-        return ExitCode.OK, {"unit": primary, "removed": taken, "error": None, "exit_code": 0}
+        return ExitCode.OK, {"unit": primary, "removed": paths, "error": None, "exit_code": 0}
 
     async def _not_adopted(self, name: str) -> Failed:
         text = f"{printable(name)} was not adopted"
         prefix, at, rest = name.partition("@")
         template = f"{prefix}@.{rest.rpartition('.')[2]}"
         if at and template != name and DropIn(await self._base(transient=False), template).read():
-            command = f"{self._session.bus.command} adopt --undo {shlex.quote(template)}"
+            command = f"{self._session.command} adopt --undo {shlex.quote(template)}"
             return Failed(
-                f"{text} by itself but through its template, {printable(template)}: `{command}`"
-                " takes that back for all its instances"
+                f"{text} by itself but through its template, {printable(template)}: `{command}` "
+                "undoes that for all its instances"
             )
-        return Failed(f"{text}: there is nothing to take back")
+        return Failed(f"{text}, so there is nothing to undo")
 
-    # Scopes have no ExecStop=: a unit that is stopped before them waits in their place.
+    # Scopes have no ExecStop=, so a unit that is stopped earlier does the waiting for them.
 
-    async def _guard(self, checked: Checked) -> tuple[int, dict[str, Any]]:
-        guard = checked.around.guard
+    async def _guard(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
+        guard = report.around.guard
         if not guard:
-            raise _no_users_guard(checked.name)
-        if not checked.around.is_guarded:
+            raise _no_users_guard(report.name)
+        if not report.around.is_guarded:
             try:
                 await self._systemd.unit(guard)
             except NoSuchUnit:
-                raise Failed("qkilld-scope@.service is not installed, and guards scopes") from None
+                raise Failed(
+                    "qkilld-scope@.service, which guards scopes, is not installed"
+                ) from None
             say = "Would start" if self._dry_run else "Starting"
             self._say(f"{say} {guard}, which guards the scope until its guest has ended;")
-            self._say("  the next scope of that name is another one and needs it again.")
+            self._say("  another scope of that name needs a new guard.")
             if self._dry_run:
-                return ExitCode.OK, checked.as_json() | {"guard": guard}
+                return ExitCode.OK, report.as_json() | {"guard": guard}
             await self._systemd.start(guard)
             await self._wait_state(guard, "active")
-            checked = await self._check(checked.name)
-        # A scope's own properties belong to whoever made it.
-        return self._told(checked, None, "")
+            report = await self._check(report.name)
+        # A scope's own properties belong to the program that created it.
+        return self._report(report, None, "")
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:
-        """Stopping the guard is what stops the guest: its ExecStop= is taken from it before."""
+        """Stopping the guard would stop the guest, so its ExecStop= is removed first."""
         if self._session.bus.user:
             raise _no_users_guard(scope)
         guard = guard_of(scope)
         document = {"unit": scope, "guard": guard, "error": None, "exit_code": 0}
         if (await self._systemd.unit(guard)).active_state != "active":
-            raise Failed(f"{printable(scope)} is not guarded: there is nothing to take back")
+            raise Failed(f"{printable(scope)} is not guarded, so there is nothing to undo")
         self._say(f"{'Would stop' if self._dry_run else 'Stopping'} {guard}, and not the guest.")
         if self._dry_run:
             return ExitCode.OK, document
+        await self._wait_for_stops()
         drop_in = DropIn(await self._base(transient=True), guard)
         why = "the guard is to end and leave the guest alone"
         reset = Change(why, (Line("Service", "ExecStop="),))
@@ -171,7 +255,7 @@ class _Adopter:
         try:
             await self._systemd.reload()
             if (await self._systemd.unit(guard)).exec_stop:
-                raise Failed(f"{guard} would stop the guest: it was left as it is")
+                raise Failed(f"{guard} would stop the guest, so it was not changed")
             await self._systemd.stop(guard)
             await self._wait_state(guard, "inactive")
         finally:
@@ -191,11 +275,11 @@ class _Adopter:
                 f"{unit} is not {state} after {GUARD_TIMEOUT_S:g} s: see `systemctl status {unit}`"
             ) from None
 
-    async def _check(self, name: str) -> Checked:
+    async def _check(self, name: str) -> UnitReport:
         return await check_unit(self._session, self._systemd, name, self._config)
 
     async def _base(self, transient: bool) -> Path:
-        """Where drop-ins go: what is transient has them where a reboot removes them as well."""
+        """Return the directory for drop-ins; for transient units, one that a reboot clears too."""
         if self._session.bus.user:
             config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
             base = Path(os.environ.get("XDG_RUNTIME_DIR", "/run") if transient else config)
@@ -203,7 +287,7 @@ class _Adopter:
         else:
             base = Path("/run" if transient else "/etc") / "systemd/system"
         if str(base) not in await self._systemd.search_path():
-            raise Failed(f"this manager of systemd reads nothing from {base}")
+            raise Failed(f"this manager of systemd does not read drop-ins from {base}")
         return base
 
     async def _reload(self, drop_in: DropIn) -> None:
@@ -212,8 +296,8 @@ class _Adopter:
         except QkilldError as error:
             user = " --user" if self._session.bus.user else ""
             raise Failed(
-                f"{drop_in.path} is written, but systemd could not be made to read it ({error}):"
-                f" run `systemctl{user} daemon-reload`"
+                f"{drop_in.path} was written, but reloading systemd failed ({error}): run "
+                f"`systemctl{user} daemon-reload`"
             ) from None
 
     def _check_root(self, name: str, option: str = "") -> None:
@@ -222,26 +306,29 @@ class _Adopter:
             return
         own = f"qkillctl --user adopt {option}{shlex.quote(name)}"
         raise NeedsRoot(
-            f"{printable(name)} is a unit of the system, whose drop-ins only root can write: run"
-            f" this as root. Where it is a unit of your own: `{printable(own)}`"
+            f"{printable(name)} is a unit of the system, whose drop-ins only root can write: run "
+            f"this as root. If it is a unit of your own: `{printable(own)}`"
         )
 
     def _check_helper(self) -> None:
-        """Raises Failed where it is not there, or somebody else could put something in its place.
+        """Raise Failed if the helper is missing or another user could replace it.
 
-        What is written into a unit is run with the rights of the unit.
+        Units run it with their own privileges.
         """
         helper = find_helper()
         if helper is None:
             if self._dry_run:
                 return
-            raise Failed(f"{HELPER} is not installed: `make install` puts it beside qkillctl")
+            raise Failed(f"{HELPER} is not installed beside qkillctl: install qkilld completely")
         trusted = {0, os.geteuid()} if self._session.bus.user else {0}
         for path in (helper, *helper.parents):
-            found = path.stat()
-            writable = is_writable_by_others(found) and not found.st_mode & stat.S_ISVTX
-            if found.st_uid not in trusted or writable:
-                raise Failed(f"{path} can be changed by others, so no unit can be made to run it")
+            status = path.stat()
+            writable = is_writable_by_others(status) and not status.st_mode & stat.S_ISVTX
+            if status.st_uid not in trusted or writable:
+                raise Failed(
+                    f"{path} can be changed by other users, so no unit may run it: "
+                    "correct its owner and mode"
+                )
 
     def _show_file(self, drop_in: DropIn, text: str, old: str) -> None:
         kept = set(old.splitlines())
@@ -249,19 +336,31 @@ class _Adopter:
         for line in text.splitlines():
             self._say(f"  {' ' if line in kept else '+'} {line}")
 
-    def _told(
-        self, checked: Checked, drop_in: DropIn | None, text: str
+    def _report(
+        self, report: UnitReport, drop_in: DropIn | None, text: str
     ) -> tuple[int, dict[str, Any]]:
         if not self._session.json:
-            show(self._session, checked)
-            if not checked.is_safe and not checked.overrides:
-                self._say("  What is left is for you to decide: adopt does not change it.")
+            show(self._session, report)
+            if not report.is_safe and not report.overrides:
+                self._say("  adopt does not change the rest: decide for yourself.")
         written = {"path": str(drop_in.path), "text": text} if drop_in else {}
-        return checked.exit_code, checked.as_json() | written
+        return report.exit_code, report.as_json() | written
 
     def _say(self, text: str) -> None:
         if not self._session.json:
             self._session.output.line(printable(text, _SHOWN))
+
+
+def _compare_with_prediction(before: UnitReport, after: UnitReport) -> None:
+    """Raise Failed if the adopted unit keeps less data than was predicted."""
+    predicted, real = before.comparison.adopted, after.comparison.now
+    worse = [each.value for each in predicted if not real[each] >= predicted[each]]
+    if worse:
+        raise Failed(
+            f"with the drop-in, {printable(before.name)} keeps less than predicted "
+            f"({', '.join(worse)}), so the change was reverted. Something else may set the "
+            f"same keys: see `systemctl cat {printable(before.name)}`"
+        )
 
 
 def _no_users_guard(scope: str) -> Failed:

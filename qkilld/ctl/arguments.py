@@ -1,142 +1,192 @@
-"""The command line of qkillctl: commands, options, and what --help teaches."""
+"""The command line of qkillctl: commands, options and --help texts."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Final
 
 from qkilld import __version__
-from qkilld.adapters import cmdline
-from qkilld.ctl.session import Bus
-from qkilld.model.text import MAX_TEXT
+from qkilld.adapters import argument_types
+from qkilld.model.bus_address import SESSION_BUS, SYSTEM_BUS, BusAddress
+from qkilld.model.policy import JOB_SPANS, SPANS
+from qkilld.model.text import MAX_TEXT, printable
 
 _TARGETS: Final = """\
 a target is one of
   4711, pid:4711            a process id
-  web, name:web             a guest's name, as given to QEMU with -name
-  5f0c3c1e-…, uuid:…        a guest's UUID
+  web, name:web             the name of a guest, as given to QEMU with -name
+  5f0c3c1e-…, uuid:…        the UUID of a guest
   /run/web.pid, pidfile:…   a pidfile (anything with a slash)
-  web.service, unit:web     the systemd unit that a guest runs in
-What fits more than one guest is refused. A prefix says which kind is meant.
+  web.service, unit:web     the systemd unit in which a guest runs
+A target that matches more than one guest is refused. A prefix selects one kind.
 """
 _EXIT_CODES: Final = """\
 exit codes
-  0  done; for terminate --wait: gone without SIGKILL
-  1  a failure, also of the bus; where it came during --wait, the guest may still run
+  0  success; for terminate --wait: the guest exited without SIGKILL
+  1  a failure, also of the bus; with --wait, the guest may still be running
   2  wrong usage
-  3  gone only after SIGKILL: data may be lost
-  4  still there: it survived, or the job was cancelled
-  5  not a QEMU, or another process by now
-  6  not permitted
-  7  no such process, guest, unit or job, or more than one
-  8  check-unit, adopt: a unit loses data, or may
-  130  interrupted; the jobs go on
-Of several targets the worst counts: 1, 4, 6, 5, 7, 2, 3, 8, 0 in this order.
+  3  the guest exited only after SIGKILL: data may be lost
+  4  the guest is still there: it survived, or the job was cancelled
+  5  the process is not QEMU, or is another process by now
+  6  permission denied
+  7  no such process, guest, unit or job, or more than one matches
+  8  check-unit, check-host, adopt: not safe, or not known to be safe
+  130  interrupted; the jobs continue
+With several targets the worst code counts, in the order 1, 4, 6, 5, 7, 2, 3, 8, 0.
 """
 _DESCRIPTION: Final = """\
-Stop QEMU guests through qkilld, and see what it is doing.
+Stop QEMU guests through qkilld, and show what it does.
 
-qkilld sends SIGTERM, on which QEMU writes out what it holds and exits. SIGKILL, which
-loses that, is sent only with --force, and then only after a grace period.
+qkilld sends SIGTERM, on which QEMU writes out what it holds and exits. SIGKILL would lose this
+data: it is sent only with --force, and only after a grace period. Data that the guest's own
+operating system has not written is saved only if that system shuts down: --powerdown asks it to
+do so first.
 """
 _EXAMPLES: Final = """\
 examples
-  qkillctl list                                who is there
-  qkillctl terminate --wait web                stop it, without SIGKILL, and wait
-  qkillctl terminate --wait --force web db     SIGKILL those that do not go in time
-  qkillctl terminate --force --grace 2min web  but give it two minutes before that
-  qkillctl terminate --all --dry-run           what would be stopped, and how
-  qkillctl status web                          what is being done to it
-  qkillctl cancel web                          send it no more signals
-  qkillctl extend 5min web                     give it five minutes more before SIGKILL
-  qkillctl hold web                            send no signal until `qkillctl release web`
-  qkillctl trace web                           look at it, and stop nothing
-  qkillctl replay --grace 2s job7-….jsonl      what another policy would have done
-  qkillctl check-unit web.service              would a stop of this unit lose data?
-  qkillctl adopt web.service                   make it safe; --undo takes it back
+  qkillctl list                                list the guests and what they use
+  qkillctl terminate --wait web                stop web without SIGKILL, and wait
+  qkillctl terminate --wait --force web db     send SIGKILL if one of them gets stuck
+  qkillctl terminate --force --grace 2min web  the same, but not within two minutes
+  qkillctl terminate --powerdown --wait web    ask web's operating system to shut down first
+  qkillctl terminate --all --dry-run           show what would be stopped, and how
+  qkillctl status web                          show web and its job
+  qkillctl watch                               show all running jobs live
+  qkillctl cancel web                          send web no more signals
+  qkillctl extend 5min web                     no SIGKILL for another five minutes
+  qkillctl hold web                            no signal until `qkillctl release web`
+  qkillctl trace web                           watch web, and stop nothing
+  qkillctl history --since yesterday           list past stops and how they ended
+  qkillctl replay --grace 2s job7-….jsonl      show what another policy would have done
+  qkillctl timeline job7-….jsonl >stop.svg     draw a stop
+  qkillctl check-unit web.service              would stopping this unit lose data?
+  qkillctl adopt web.service                   make the unit safe; --undo reverts this
   qkillctl --json list                         for scripts
+  qkillctl -H root@host terminate --wait web   stop a guest on another host, over ssh
 """
 _TERMINATE: Final = """\
-Stop guests. All jobs are started first; one that cannot be started stops no other.
-Without --wait the program returns as soon as they run; qkilld goes on by itself.
+Stop guests. All jobs are started first; a job that cannot be started does not prevent the others.
+Without --wait, qkillctl returns as soon as the jobs run, and qkilld continues them.
+
+  qkillctl terminate --powerdown --wait web
+                      For a guest with an operating system: ask it to shut down, and watch it.
+                      SIGTERM follows if it does not. SIGKILL is never sent.
+  qkillctl terminate --powerdown --force --wait web
+                      The same, with SIGKILL for a QEMU that is stuck.
+  qkillctl terminate --powerdown-only --wait web
+                      No signal at all: for a guest that may ask its user "save changes?"
+  qkillctl terminate --wait web
+                      SIGTERM: what QEMU holds is saved. Data that the guest's operating system has
+                      not written is lost, as after a power failure.
 """
 _CHECK_UNIT: Final = """\
-Ask systemd how it stops a unit, and tell what in that loses a guest's data and which lines mend
-it. Without UNIT: every unit that a QEMU runs in. qkilld need not run, and nothing is changed.
-The exit code is 8 where a unit loses data, or may. With --user: units of your own manager.
+Ask systemd how it stops a unit, and print which settings lose a guest's data and which lines fix
+that. It also compares what a stop, a restart and a shutdown of the host keep now with what they
+would keep after `qkillctl adopt`. Without UNIT, check every unit in which QEMU runs. qkilld need
+not run, and nothing is changed. The exit code is 8 if a unit is not safe. With --user: your own
+units.
+"""
+_CHECK_HOST: Final = """\
+Show what qkilld-guests.service would change on this host, before you enable it: the keepers that
+shut guests down by themselves, what stops each guest, and the order at shutdown. Nothing is
+changed. The exit code is 8 if systemd's own signals stop a guest.
 """
 _ADOPT: Final = """\
-Write the drop-in UNIT.d/50-qkilld.conf that makes a unit safe, have systemd read it, and check the
-unit again. It has only the lines that the unit needs; the unit itself is not touched and a guest
-in it runs on. A scope, which has no ExecStop=, gets qkilld-scope@.service for a guard instead.
-With --user: units of your own manager.
+Write the drop-in UNIT.d/50-qkilld.conf that makes a unit safe, reload systemd, and check the unit
+again. The drop-in has only the lines that the unit needs. The unit file is not changed, and a guest
+in the unit keeps running. A drop-in that could keep less data than now is refused. A scope, which
+cannot have an ExecStop=, gets a guard instead: qkilld-scope@.service. With --user: your own units.
 """
 _JOBS: Final = "A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n"
+_WATCH: Final = """\
+Show all running jobs live, one line each: what the guest does, how much was written and what comes
+next. On a terminal, keys hold, release, extend, force and cancel the selected job; ? explains them.
+Otherwise a line is printed for each change, with --json an object on each line. It continues when
+qkilld is restarted, and never starts qkilld.
+"""
 _CONTROLS: Final = (
     (
         "cancel",
         "cancel jobs: no more signals are sent",
-        "Cancel jobs. No more signals are sent; one that was sent already stays sent. Where\n"
-        "systemd is stopping the guest's unit, it goes on by its own clock, to SIGKILL: there it\n"
-        "is `qkillctl hold` that keeps the guest.",
+        "Cancel jobs: no more signals are sent. A signal that was sent cannot be taken back. If\n"
+        "systemd is stopping the guest's unit, it proceeds to its own signals, up to SIGKILL; use\n"
+        "`qkillctl hold` to keep such a guest.",
     ),
     (
         "hold",
         "hold jobs: no more signals until they are released",
-        "Hold jobs: no more signals are sent, and none gives up, until `qkillctl release`.\n"
-        "qkilld goes on looking at the guest, and what it sees counts afterwards. A job stays\n"
-        "held when you log out, and when qkilld is restarted.",
+        "Hold jobs: no signal is sent and no job gives up until `qkillctl release`. qkilld\n"
+        "continues to watch the guest, and this evidence counts afterwards. A hold persists when\n"
+        "you log out and when qkilld is restarted.",
     ),
     (
         "release",
-        "let held jobs go on",
-        "Let jobs go on that were held. What is due by then is due.",
+        "let held jobs continue",
+        "Let held jobs continue. A step that is due by then is taken at once.",
     ),
     (
         "extend",
         "give jobs more time before SIGKILL",
-        "Give jobs more time: no SIGKILL for so long from now on, whatever the policy says. A job\n"
-        "that has more time already keeps it, and one without FORCE gets no SIGKILL anyway.",
+        "Give jobs more time: no SIGKILL is sent within SPAN from now, whatever the policy. A job\n"
+        "that has more time already keeps it. A job without FORCE never sends SIGKILL.",
     ),
     (
         "force",
         "send SIGKILL now",
-        "Send SIGKILL now to guests that are being stopped, held or not. What they have not\n"
-        "written is lost.",
+        "Send SIGKILL now to guests that are being stopped, even if their jobs are held. What\n"
+        "QEMU has not written is lost.",
     ),
 )
 """Name, summary, description."""
 _UNITS: Final = """\
-a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (the
-template, and so all its instances), run-1234.scope
+a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (a
+template: all its instances), run-1234.scope
+"""
+_HISTORY: Final = """\
+List past stops, one line each: when it ended, how, how long it took, and whether data is at risk.
+They are read from the journal, so qkilld need not run. A guest is selected by its name, its unit or
+the process id that it had. TIME is a date such as 2026-11-25 or "2026-11-25 18:00", today,
+yesterday, or a span before now such as 2h.
 """
 _REPLAY: Final = """\
-Put a trace that `qkilld --trace-dir` has recorded through the judgement once more: what would
-have been done when. Options stand in place of what the job was recorded with. Nothing is asked
-of the daemon, and nothing is stopped.
+Judge a trace recorded by `qkilld --trace-dir` again, and print what would have been done and when.
+The options override the flags and the policy with which the job was recorded. qkilld need not run,
+and nothing is stopped.
 """
-SPANS: Final = (
-    ("grace", "least time between SIGTERM and SIGKILL"),
-    ("stall", "no progress and nothing outstanding for so long before SIGKILL"),
-    ("storage-stall", "storage not moving for so long before SIGKILL"),
-    ("max", "SIGKILL after so long in any case"),
-    ("reap", "time to go after SIGKILL"),
+
+_METRICS: Final = """\
+Print OpenMetrics text: how many stops run and ended, how, how long they took, and after how many
+data is at risk. For the textfile collector of node_exporter:
+qkillctl metrics --output /var/lib/prometheus/node-exporter/qkilld.prom
+"""
+_TIMELINE: Final = """\
+Draw one stop as SVG: steps, verdicts, throughput and deadlines over time. FILE is a trace recorded
+by `qkilld --trace-dir`. JOB is job:N or /org/qkilld1/job/N, and means the newest job with this
+number in the journal, which has no throughput and no deadlines.
+"""
+
+
+_LOCAL: Final = frozenset(
+    ("adopt", "check-host", "check-unit", "history", "metrics", "replay", "timeline")
 )
-JOB_SPANS: Final = SPANS[:-1]
-"""Those that a job can have of its own."""
+"""Commands that work with files of the machine that they run on."""
+_HOST: Final = re.compile(r"(?!-)[\w.@\[\]-]+(?::[0-9]{1,5})?", re.ASCII)
+_MACHINE: Final = re.compile(r"(?![-.])(?:[\w.-]+@)?[\w.-]{1,64}", re.ASCII)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises SystemExit for usage errors and --help."""
-    parser = _build()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
+    arguments.bus = _bus(parser, arguments)
     return arguments
 
 
-def _build() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = argument_types.SuggestingParser(
         prog="qkillctl",
         description=_DESCRIPTION,
         epilog=f"{_EXAMPLES}\n{_TARGETS}\n{_EXIT_CODES}",
@@ -161,60 +211,95 @@ def _build() -> argparse.ArgumentParser:
         _add_common(command, top=False)
         return command
 
-    add("list", "list the QEMU guests of this host")
+    add("list", "list the QEMU guests of this host and the resources they use")
     status = add(
         "status",
-        "show the daemon and its policy, or a guest or job",
+        "show the daemon and its policy, or a guest or a job",
         epilog=f"{_TARGETS}{_JOBS}",
     )
     status.add_argument("target", nargs="?", metavar="TARGET|JOB")
-    inspect = add("inspect", "show who the process of a guest is", epilog=_TARGETS)
+    inspect = add("inspect", "show the identity of a guest's process", epilog=_TARGETS)
     inspect.add_argument("target", metavar="TARGET")
-    add("jobs", "list the running and just finished jobs")
+    add("jobs", "list running jobs and those that ended within the last minute")
+    add("watch", "show all running jobs live, and control them with keys", _WATCH)
     _add_terminate(add("terminate", "stop guests", _TERMINATE, f"{_TARGETS}\n{_EXIT_CODES}"))
     for name, summary, description in _CONTROLS:
         command = add(name, summary, description, f"{_TARGETS}{_JOBS}")
         if name == "extend":
             command.add_argument(
-                "span", type=cmdline.span, metavar="SPAN", help="such as 90s, 5min or infinity"
+                "span",
+                type=argument_types.span,
+                metavar="SPAN",
+                help="such as 90s, 5min or infinity",
             )
         command.add_argument("targets", nargs="+", metavar="TARGET|JOB")
     look = add(
         "trace",
-        "look at a guest once a second, and stop nothing",
-        "Look at a guest once a second and print a line for each change, until it is gone.\n"
-        "With --json each line is an object. Nothing is stopped.",
+        "watch a guest without stopping it",
+        "Sample a guest once a second until it has exited, and print a line for each change. With\n"
+        "--json, each line is an object. Nothing is stopped.",
         _TARGETS,
     )
     look.add_argument("target", metavar="TARGET")
-    _add_replay(add("replay", "judge a recorded job again, under another policy", _REPLAY))
+    past = add("history", "list past stops", _HISTORY)
+    past.add_argument("target", nargs="?", metavar="GUEST|UNIT")
+    past.add_argument("--since", metavar="TIME", help="show only stops that ended after this time")
+    _add_replay(add("replay", "judge a recorded job again, with another policy", _REPLAY))
+    measured = add("metrics", "print numbers about stops for a monitoring system", _METRICS)
+    measured.add_argument("--output", metavar="FILE", help="replace this file as a whole")
+    drawn = add("timeline", "draw one stop as a picture", _TIMELINE)
+    drawn.add_argument("source", metavar="FILE|JOB")
+    drawn.add_argument(
+        "--output", metavar="SVG", help="write to this file instead of standard output"
+    )
     check = add(
         "check-unit",
-        "tell what in a unit loses data when it is stopped",
+        "show which settings of a unit lose data when it is stopped",
         _CHECK_UNIT,
         _UNITS,
     )
     check.add_argument("units", nargs="*", metavar="UNIT")
-    _add_adopt(add("adopt", "make a unit safe by a drop-in, or take that back", _ADOPT, _UNITS))
+    add("check-host", "show what stops each guest when the host shuts down", _CHECK_HOST)
+    _add_adopt(add("adopt", "make a unit safe with a drop-in, or remove it", _ADOPT, _UNITS))
     return parser
 
 
 def _add_adopt(command: argparse.ArgumentParser) -> None:
-    command.add_argument("units", nargs="+", metavar="UNIT")
+    command.add_argument("units", nargs="*", metavar="UNIT")
     command.add_argument(
-        "--dry-run", action="store_true", help="show what would be written, and write nothing"
+        "--dry-run", action="store_true", help="print what would be written, and write nothing"
     )
-    command.add_argument("--undo", action="store_true", help="take back what adopt has written")
+    command.add_argument("--undo", action="store_true", help="remove what adopt wrote")
+    command.add_argument(
+        "--all",
+        dest="all_units",
+        action="store_true",
+        help="with --undo: remove every drop-in that adopt ever wrote, and every guard of a scope",
+    )
+    command.add_argument(
+        "--now",
+        action="store_true",
+        help="do not wait for guests that are being stopped; systemd forgets their extensions",
+    )
 
 
 def _add_replay(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE")
-    for name, text in (("force", "SIGKILL is allowed"), ("fixed", "go by the clock alone")):
+    for name, text in (
+        ("force", "allow SIGKILL"),
+        ("fixed", "use a fixed clock instead of evidence"),
+    ):
         command.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
         )
-    for name, text in SPANS:
-        command.add_argument(f"--{name}", type=cmdline.span, metavar="SPAN", help=text)
+    for span in SPANS:
+        command.add_argument(
+            span.argument,
+            dest=span.field,
+            type=argument_types.span,
+            metavar="SPAN",
+            help=span.help,
+        )
 
 
 def _add_terminate(command: argparse.ArgumentParser) -> None:
@@ -222,48 +307,87 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--all",
         action="store_true",
-        help="every guest of this host that you may stop: root all of them, others their own, and "
-        "all where polkit allows it",
+        help="stop every guest that you may stop: root all, others their own, and those of others "
+        "if polkit allows it",
     )
     command.add_argument(
-        "--force", action="store_true", help="allow SIGKILL, once it has had its grace period"
+        "--force", action="store_true", help="allow SIGKILL once the grace period is over"
     )
     command.add_argument(
         "--fixed",
         action="store_true",
-        help="go by the clock alone: SIGKILL 10 s after SIGTERM with --force, "
-        "else give up after 15 s",
+        help="use a fixed clock instead of evidence: SIGKILL 10 s after SIGTERM with --force, "
+        "otherwise give up after 15 s",
     )
+    _add_powerdown(command)
     waiting = command.add_mutually_exclusive_group()
     waiting.add_argument(
-        "--wait", action="store_true", help="wait for the end, which the exit code then tells"
+        "--wait",
+        action="store_true",
+        help="wait for the end of all jobs; the exit code says how they ended",
     )
     waiting.add_argument(
         "--no-wait",
         action="store_true",
-        help="send one signal and watch nothing: SIGTERM, or with --force SIGKILL at once",
+        help="send one signal and do not watch the process: SIGTERM, or with --force SIGKILL",
     )
     command.add_argument(
-        "--dry-run", action="store_true", help="tell what would be done, and send nothing"
+        "--dry-run", action="store_true", help="print what would be done, and send nothing"
     )
-    for name, text in JOB_SPANS:
-        command.add_argument(f"--{name}", type=cmdline.span, metavar="SPAN", help=text)
+    for span in JOB_SPANS:
+        command.add_argument(
+            span.argument,
+            dest=span.field,
+            type=argument_types.span,
+            metavar="SPAN",
+            help=span.help,
+        )
     command.add_argument(
         "--reason",
-        type=cmdline.reason,
+        type=argument_types.reason,
         metavar="TEXT",
-        help=f"why, for the journal; at most {MAX_TEXT} characters",
+        help=f"why the guests are stopped, for the journal; at most {MAX_TEXT} characters",
+    )
+
+
+def _add_powerdown(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--powerdown",
+        dest="ask",
+        action="store_true",
+        help="first ask the guest's own operating system to shut down, and watch it",
+    )
+    command.add_argument(
+        "--powerdown-only",
+        action="store_true",
+        help="ask the guest, and send no signal if it does not shut down",
+    )
+    for name, text in (
+        ("resume", "resume a paused guest, so that it can be asked"),
+        ("wake", "wake up a suspended guest, so that it can be asked"),
+        ("thaw", "thaw the guest's file systems before its agent is asked"),
+    ):
+        command.add_argument(f"--{name}", action="store_true", help=text)
+    command.add_argument(
+        "--qmp-socket",
+        metavar="PATH",
+        help="the guest's QMP monitor; a socket of another process is refused",
+    )
+    command.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="the daemon's Varlink socket, if it is not in its usual place",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
-    """The options that may stand before and after the command."""
-    # Those after the command must not undo, by their default, what stands before it.
+    """Add the options that are allowed before and after the command."""
+    # Defaults after the command must not override options given before it.
     unset = None if top else argparse.SUPPRESS
     buses = parser.add_mutually_exclusive_group()
     for name, bus, text in (
-        ("--system", Bus(), "the daemon of the system (the default)"),
-        ("--user", Bus(user=True), "your own daemon, on the session bus"),
+        ("--system", SYSTEM_BUS, "use the daemon of the system (the default)"),
+        ("--user", SESSION_BUS, "use your own daemon on the session bus"),
     ):
         buses.add_argument(
             name, dest="bus", action="store_const", const=bus, default=unset, help=text
@@ -273,14 +397,35 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
         type=_address,
         metavar="ADDRESS",
         default=unset,
-        help="the daemon on the bus at this D-Bus address",
+        help="use the daemon on the bus at this D-Bus address",
+    )
+    elsewhere = parser.add_mutually_exclusive_group()
+    elsewhere.add_argument(
+        *("-H", "--host"),
+        type=_host,
+        metavar="HOST",
+        default=unset,
+        help="use the daemon of another host, over ssh: [USER@]HOST[:PORT][/CONTAINER]",
+    )
+    elsewhere.add_argument(
+        *("-M", "--machine"),
+        type=_machine,
+        metavar="CONTAINER",
+        default=unset,
+        help="use the daemon of a container of this host",
     )
     parser.add_argument(
         "--no-ask-password",
         dest="ask_password",
         action="store_false",
         default=True if top else argparse.SUPPRESS,
-        help="do not ask for a password on the terminal for what is not yours",
+        help="do not ask for a password on this terminal",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=False if top else argparse.SUPPRESS,
+        help="print each failure that is ignored",
     )
     parser.add_argument(
         "--json",
@@ -290,15 +435,79 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
     )
 
 
-def _address(text: str) -> Bus:
+def _address(text: str) -> BusAddress:
     if not text:
         raise argparse.ArgumentTypeError("a D-Bus address is needed, such as unix:path=/run/bus")
-    return Bus(address=text)
+    return BusAddress(address=text)
+
+
+def _host(text: str) -> tuple[str, str]:
+    """The host and the container on it, if there is one."""
+    host, slash, machine = text.partition("/")
+    if not _HOST.fullmatch(host):
+        raise argparse.ArgumentTypeError(f'"{printable(text)}" is not [USER@]HOST[:PORT]')
+    return host, _machine(machine) if slash else ""
+
+
+def _machine(text: str) -> str:
+    # It goes through a shell on another host.
+    if not _MACHINE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f'"{printable(text)}" is not the name of a container')
+    return text
+
+
+def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusAddress:
+    """The bus that the options name. Exits with 2."""
+    bus: BusAddress = arguments.bus or SYSTEM_BUS
+    host, machine = arguments.host or ("", arguments.machine or "")
+    if not host and not machine:
+        return bus
+    if bus.address:
+        parser.error("--bus names the bus of this machine, so leave out either it or -H and -M")
+    if bus.user and host:
+        parser.error("-H reaches the system bus of another host: leave out --user")
+    if arguments.command in _LOCAL:
+        parser.error(
+            f"{arguments.command} reads files of the machine that it runs on: run it there, as in"
+            f" `ssh HOST qkillctl {arguments.command}`"
+        )
+    return BusAddress(user=bus.user, host=host, machine=machine)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """What argparse cannot say of the options by itself. Exits with 2."""
-    if arguments.command == "terminate" and arguments.all == bool(arguments.targets):
-        parser.error("either TARGETs or --all are needed, to say what is to be stopped")
+    """Check what argparse cannot. Exits with 2."""
+    if arguments.command == "terminate" and arguments.all and arguments.targets:
+        targets = " ".join(map(printable, arguments.targets))
+        parser.error(f"--all means every guest, so leave out either --all or {targets}")
+    if arguments.command == "terminate" and not arguments.all and not arguments.targets:
+        parser.error("TARGETs or --all are needed, to say what is to be stopped")
     if arguments.command == "terminate" and arguments.no_wait and arguments.grace is not None:
         parser.error("--grace has no meaning with --no-wait: there is only one signal")
+    if arguments.command == "terminate":
+        _check_powerdown(parser, arguments)
+    if arguments.command == "adopt":
+        _check_adopt(parser, arguments)
+
+
+def _check_adopt(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.all_units and not arguments.undo:
+        parser.error("--all is for --undo: name the units that are to be adopted")
+    if arguments.all_units and arguments.units:
+        parser.error("--all means everything that was adopted, so leave out either it or UNIT")
+    if not arguments.all_units and not arguments.units:
+        parser.error("UNITs are needed, or --undo --all")
+
+
+def _check_powerdown(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.ask or arguments.powerdown_only:
+        if arguments.fixed:
+            parser.error("--fixed goes by the clock alone, so leave out either it or --powerdown")
+        if arguments.force and (arguments.no_wait or arguments.powerdown_only):
+            parser.error("--force has no meaning here: no signal is sent to a guest that is asked")
+        if arguments.all and arguments.qmp_socket is not None:
+            parser.error("--qmp-socket is of one guest, so name it instead of --all")
+        return
+    for name in ("resume", "wake", "thaw", "qmp_socket", "powerdown"):
+        if getattr(arguments, name):
+            option = "powerdown-sec" if name == "powerdown" else name.replace("_", "-")
+            parser.error(f"--{option} has no meaning without --powerdown")

@@ -1,31 +1,31 @@
-"""The commands for a job that runs: cancel, hold, release, extend and force."""
+"""The commands for running jobs: cancel, hold, release, extend and force."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
-from qkilld.bus.client import Job
+from qkilld.bus.client import JobProxy
 from qkilld.ctl.follow import monotonic_usec
 from qkilld.ctl.session import Session
-from qkilld.ctl.stopping import Order, each, finish
 from qkilld.ctl.targets import Resolver, parse
+from qkilld.ctl.terminate import TargetOutcome, each, finish
+from qkilld.debug_log import ignore
 from qkilld.model.errors import NoSuchJob, QkilldError
-from qkilld.model.jobview import JobView
+from qkilld.model.job_status import JobStatus
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 
 
-class Control(NamedTuple):
-    act: Callable[[Job], Awaitable[None]]
-    told: Callable[[JobView, JobView], str]
-    """What has come of it, to go after `job 7 `, by the job before and after."""
+class JobCommand(NamedTuple):
+    act: Callable[[JobProxy], Awaitable[None]]
+    report: Callable[[JobStatus, JobStatus], str]
+    """Makes the message after `job 7 ` from the job's status before and after."""
 
 
-def _cancelled(before: JobView, _: JobView) -> str:
+def _cancel_report(before: JobStatus, _: JobStatus) -> str:
     text = "cancelled: no more signals will be sent. It may still end from those it got"
-    if unit := printable(str(before.properties["Unit"])):
+    if unit := printable(before.unit):
         text += (
             f". Where systemd is stopping {unit}, it goes on by its own clock, to SIGKILL: it is"
             " `hold` in place of cancel that keeps a guest from that"
@@ -33,26 +33,27 @@ def _cancelled(before: JobView, _: JobView) -> str:
     return text
 
 
-def _released(before: JobView, _: JobView) -> str:
+def _release_report(before: JobStatus, _: JobStatus) -> str:
     return "released: it goes on" if before.held else "was not held: nothing has changed"
 
 
-CONTROLS: Final = {
-    "cancel": Control(Job.cancel, _cancelled),
-    "hold": Control(
-        Job.hold, lambda *_: "held: no more signals until `release`. It may still end by itself"
+JOB_COMMANDS: Final = {
+    "cancel": JobCommand(JobProxy.cancel, _cancel_report),
+    "hold": JobCommand(
+        JobProxy.hold,
+        lambda *_: "held: no more signals until `release`. It may still end by itself",
     ),
-    "release": Control(Job.release, _released),
-    "force": Control(Job.force, lambda *_: "forced: SIGKILL was sent"),
+    "release": JobCommand(JobProxy.release, _release_report),
+    "force": JobCommand(JobProxy.force, lambda *_: "forced: SIGKILL was sent"),
 }
-"""By their command."""
+"""By command name."""
 
 
-def extending(usec: int) -> Control:
-    async def act(job: Job) -> None:
+def extension(usec: int) -> JobCommand:
+    async def act(job: JobProxy) -> None:
         await job.extend(usec)
 
-    def told(before: JobView, after: JobView) -> str:
+    def report(before: JobStatus, after: JobStatus) -> str:
         if after.not_before and after.not_before == before.not_before:
             text = "has more time already: nothing has changed"
         elif not after.forced:
@@ -62,29 +63,32 @@ def extending(usec: int) -> Control:
         outlook = after.outlook(monotonic_usec())
         return f"{text}; next: {outlook}" if outlook else text
 
-    return Control(act, told)
+    return JobCommand(act, report)
 
 
-async def control(session: Session, orders: list[Order], how: Control, command: str) -> int:
-    """Do that to the running job of every target."""
+async def control(
+    session: Session, outcomes: list[TargetOutcome], job_command: JobCommand, name: str
+) -> int:
+    """Carry out the command for the running job of each target."""
     resolver = Resolver(session.manager)
 
-    async def one(order: Order) -> None:
-        order.job = await resolver.job(parse(order.text, jobs=True))
-        job = session.manager.job(order.job)
-        view = JobView(order.job, await job.properties())
-        order.pid, order.name = view.pid, view.name
-        if view.result:
+    async def one(outcome: TargetOutcome) -> None:
+        outcome.job = await resolver.job(parse(outcome.text, jobs=True))
+        job = session.manager.job(outcome.job)
+        before = await job.status()
+        outcome.pid, outcome.name = before.pid, before.name
+        if before.result:
             raise NoSuchJob(
-                f"Job {view.id} has ended already ({view.result}): there is nothing to {command}"
+                f"Job {before.id} has ended already ({before.result}): there is nothing to {name}"
             )
-        await how.act(job)
+        await job_command.act(job)
         if session.json:
             return
-        after = view
-        with contextlib.suppress(QkilldError):  # it is done, and this is for the line about it
-            after = JobView(order.job, await job.properties())
-        session.output.line(f"{order.title}: job {view.id} {how.told(view, after)}")
+        after = before
+        # The command has succeeded; the status is only for the message.
+        with ignore(f"reading job {before.id} again", QkilldError):
+            after = await job.status()
+        session.output.line(f"{outcome.title}: job {before.id} {job_command.report(before, after)}")
 
-    await each(session, orders, one)
-    return finish(session, orders)
+    await each(session, outcomes, one)
+    return finish(session, outcomes)

@@ -1,7 +1,7 @@
-"""What qkillctl prints: tables, lines and JSON.
+"""The output of qkillctl: tables, lines and JSON.
 
-Names of guests are whatever somebody put on a command line. All text that came over the bus passes
-`printable` on its way to a terminal, and rich gets it as Text, which knows no markup.
+Anyone can choose the name of their guest. All text from the bus passes `printable` before it
+reaches a terminal, and rich gets it as Text, without markup.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pwd
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -22,58 +23,64 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_MESSAGE: Final = 2000
+_LEAST_WIDTH: Final = 40
 MAX_PADDING: Final = 64
-"""A longer cell sticks out instead of pushing the next column away in every row."""
+"""Longer cells overflow instead of widening the column in every row."""
 
 
 class Output:
     """Standard output and standard error of one run.
 
-    A reader of standard output who goes away (`| head`) ends the printing and nothing else: what
-    is being waited for is waited for, and the exit code stays what it is. Any other failure to
-    write is kept in `failure`.
+    If the reader of standard output disappears (`| head`), only printing ends: waiting continues,
+    and the exit code stays the same. Any other write error is kept in `failure`.
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        # The interpreter has None for a stream that was closed before it started.
+        # Python sets a stream to None if it was closed at startup.
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
         self.abandoned = False
-        """What is printed on standard output goes nowhere any more."""
+        """Standard output is discarded."""
         for stream in (self._out, self._err):
-            # A locale that cannot show a character is no reason to fail.
+            # The locale may lack a character.
             if reconfigure := getattr(stream, "reconfigure", None):
                 reconfigure(errors="backslashreplace")
 
     @property
     def rich(self) -> bool:
-        """Whether tables and live lines may be drawn: standard output is a capable terminal."""
+        """Whether standard output is a terminal that can show tables and live lines."""
         return self._out.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
+    def columns(self, most: int) -> int:
+        """Return the width for text to wrap at: that of the terminal, or `most`."""
+        if not self._out.isatty():
+            return most
+        return max(_LEAST_WIDTH, min(most, shutil.get_terminal_size().columns))
+
     def console(self) -> Console:
-        """A console on standard output. It honours NO_COLOR."""
+        """Return a console on standard output. It honours NO_COLOR."""
         from rich.console import Console
 
         return Console(file=self._out, highlight=False, markup=False, emoji=False)
 
     def line(self, text: str = "") -> None:
-        """A line on standard output. It must be printable."""
+        """Print a line, which must be printable, on standard output."""
         self._write(text + "\n")
 
     def error(self, text: str) -> None:
-        """A line on standard error, after the program's name; made printable here."""
+        """Print any text on standard error, after the program's name."""
         try:
             print(f"qkillctl: {printable(text, MAX_MESSAGE)}", file=self._err, flush=True)
         except OSError:
             _silence(self._err)
 
     def json(self, document: Any) -> None:
-        """The document on standard output, in ASCII."""
+        """Print the document on standard output, in ASCII."""
         self._write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Aligned columns. A cell may be any text; "" is shown as "-"."""
+        """Print aligned columns. A cell may be any text; "" is shown as "-"."""
         cells = [[printable(cell) or "-" for cell in row] for row in rows]
         if self.rich:
             self._rich_table(columns, cells)
@@ -82,7 +89,7 @@ class Output:
                 self.line(text)
 
     def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """One line for each name and its value, the values aligned."""
+        """Print one line for each name and value, with the values aligned."""
         for text in aligned([[f"  {key}:", printable(value) or "-"] for key, value in pairs]):
             self.line(text)
 
@@ -121,14 +128,14 @@ def _null() -> TextIO:
 
 
 def _silence(stream: TextIO) -> None:
-    """Send what is still to come, and what the interpreter flushes at its end, nowhere."""
+    """Discard everything still to be written, including the interpreter's last flush."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines, their columns two blanks apart."""
+    """Return the rows as lines, with columns two blanks apart."""
     widths = [
         min(max(width(row[column]) for row in rows), MAX_PADDING)
         for column in range(len(rows[0]) if rows else 0)
@@ -142,16 +149,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def width(text: str) -> int:
-    """Terminal columns that printable text takes."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    """Return the number of terminal columns that printable text takes."""
+    visible = [character for character in text if not unicodedata.combining(character)]
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in visible)
 
 
 @functools.cache
 def user_name(uid: int) -> str:
-    """The user's name, or the number where it has none."""
+    """Return the user's name, or the uid if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):

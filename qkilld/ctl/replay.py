@@ -1,4 +1,4 @@
-"""The command replay: what would have been done in a recorded job, and when. Needs no bus."""
+"""The command replay: decide a recorded job again, and print what and when. Needs no bus."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import asdict
 from typing import Any
 
 from qkilld.ctl.output import Output
-from qkilld.judgement.ladder import Action
-from qkilld.judgement.replay import Recorded, Replay, Step, Terms, replay
+from qkilld.decision.ladder import Action
+from qkilld.decision.replay import RealOutcome, Replay, Step, Terms, replay
 from qkilld.model import trace
+from qkilld.model.constants import USEC_PER_SEC, ExitCode, Flag, Result
 from qkilld.model.errors import InvalidArgs
-from qkilld.model.jobview import flag_names, known, label, rounded
+from qkilld.model.job_status import flag_names, known, label, rounded
 from qkilld.model.policy import Policy
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 from qkilld.model.trace import Trace
-from qkilld.model.words import USEC_PER_SEC, ExitCode, Flag, Result
 
 
 def run(output: Output, path: str, terms: Terms, *, json: bool) -> int:
-    """Replay the trace at `path` and print it. Raises InvalidArgs for what is no such file."""
+    """Replay the trace at `path` and print it. Raises InvalidArgs if it is not a trace."""
     recording = read(path)
     replayed = replay(recording, terms)
     if json:
@@ -44,7 +44,7 @@ def run(output: Output, path: str, terms: Terms, *, json: bool) -> int:
 
 
 def read(path: str) -> Trace:
-    """The trace in a file. Raises InvalidArgs, which says why it cannot be had."""
+    """Read a trace. Raises InvalidArgs with the reason if that is impossible."""
     shown = printable(path)
     try:
         with open(path, "rb") as file:  # noqa: PTH123  a path may be any bytes
@@ -61,7 +61,7 @@ def read(path: str) -> Trace:
 
 
 def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
-    """Times in µs since the job's start; null for what is unknown or never comes."""
+    """Times in µs since the job's start; null if unknown or never."""
     header, recorded = recording.header, replayed.recorded
     last = replayed.steps[-1] if replayed.steps else None
     evidence = last.assessment if last else None
@@ -89,7 +89,7 @@ def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
             ),
             "verdict": evidence.verdict if evidence else None,
             "reasons": list(evidence.reasons) if evidence else [],
-            "unseen_usec": last.unseen if last else None,
+            "unseen_usec": last.since_sample if last else None,
             "data_at_risk": replayed.data_at_risk,
             "bytes_written": evidence.written if evidence else None,
             "bytes_written_later": replayed.written_later,
@@ -98,7 +98,7 @@ def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
     }
 
 
-def _step(recorded: Recorded, step: Step) -> dict[str, Any]:
+def _step(recorded: RealOutcome, step: Step) -> dict[str, Any]:
     evidence = step.assessment
     deadline = known(step.decision.deadline)
     return {
@@ -116,19 +116,19 @@ def _step(recorded: Recorded, step: Step) -> dict[str, Any]:
 
 
 def _story(replayed: Replay) -> list[tuple[str, str, str, str]]:
-    """A row for each change of the verdict and each thing that would have been done."""
-    done = {Action.KILL: "SIGKILL", Action.CONTINUE: "SIGCONT", Action.GIVE_UP: "gave up"}
+    """Return a row for each change of the verdict and for each action."""
+    action_names = {Action.KILL: "SIGKILL", Action.CONTINUE: "SIGCONT", Action.GIVE_UP: "gave up"}
     rows = []
     before = None
     for step in replayed.steps:
         evidence = step.assessment
         verdict = evidence.verdict if evidence else None
-        if verdict is not before or step.decision.action in done:
+        if verdict is not before or step.decision.action in action_names:
             rows.append(
                 (
                     f"{(step.at - replayed.recorded.started) / USEC_PER_SEC:.3f} s",
                     verdict or "",
-                    done.get(step.decision.action, ""),
+                    action_names.get(step.decision.action, ""),
                     "; ".join(evidence.reasons) if evidence else "nothing was seen of it yet",
                 )
             )
@@ -152,10 +152,10 @@ def _summary(replayed: Replay) -> list[str]:
         case Result.KILLED:
             risk = "with data at risk" if replayed.data_at_risk else "with nothing outstanding"
             lines = [f"SIGKILL would have been sent after {after}, {risk}."]
-            unseen = replayed.steps[-1].unseen
-            if unseen:
+            unsampled = replayed.steps[-1].since_sample
+            if unsampled:
                 lines.append(
-                    f"The last sample is from {_span(unseen)} before that: what one more look "
+                    f"The last sample is from {_span(unsampled)} before that: what one more look "
                     "would have shown is not in the trace."
                 )
             if replayed.written_later:
@@ -168,8 +168,8 @@ def _summary(replayed: Replay) -> list[str]:
             ]
 
 
-def _truth(recorded: Recorded) -> str:
-    """What really came of it."""
+def _truth(recorded: RealOutcome) -> str:
+    """Say how the job really ended."""
     if recorded.ended is None:
         return "How it really ended is not in the trace."
     after = _span(recorded.ended - recorded.started)
@@ -194,7 +194,7 @@ def _fields(policy: Policy) -> list[tuple[str, int]]:
     return list(asdict(policy).items())
 
 
-def _since(recorded: Recorded, at: int | None) -> int | None:
+def _since(recorded: RealOutcome, at: int | None) -> int | None:
     return None if at is None else at - recorded.started
 
 

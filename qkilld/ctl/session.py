@@ -1,94 +1,115 @@
-"""One run of qkillctl: which bus, the connection to it, and where the output goes."""
+"""One run of qkillctl: the bus, the connection to it, and the output."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, Final
 
-from qkilld.bus.client import Manager
+from qkilld.bus.client import ManagerProxy
 from qkilld.bus.connection import Connection, connect
-from qkilld.ctl.output import Output
-from qkilld.model.errors import AccessDenied, BusError
+from qkilld.ctl.output import Output, user_name
+from qkilld.ctl.process_stats import ProcessStats, process_stats
+from qkilld.debug_log import ignore
+from qkilld.model.bus_address import POLICY_ADVICE, BusAddress
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import AccessDenied, BusError, QkilldError, RefusedByBus
 
 BUS_ERROR_NAME: Final = "org.qkilld1.Client.BusError"
 
 
-@dataclass(frozen=True, slots=True)
-class Bus:
-    """Which bus the daemon is to be found on: the system bus unless something else is said."""
+def command_on(bus: BusAddress) -> str:
+    if bus.address:
+        return f"qkillctl --bus {shlex.quote(bus.address)}"
+    words = ["qkillctl"]
+    if bus.user:
+        words.append("--user")
+    if bus.host:
+        at = f"{bus.host}/{bus.machine}" if bus.machine else bus.host
+        words.append(f"-H {shlex.quote(at)}")
+    elif bus.machine:
+        words.append(f"-M {shlex.quote(bus.machine)}")
+    return " ".join(words)
 
-    user: bool = False
-    address: str = ""
 
-    @property
-    def title(self) -> str:
-        if self.address:
-            return f"bus at {self.address}"
-        return "session bus" if self.user else "system bus"
-
-    @property
-    def command(self) -> str:
-        """`qkillctl` with what another run of it needs to get to the same bus."""
-        if self.address:
-            return f"qkillctl --bus {shlex.quote(self.address)}"
-        return "qkillctl --user" if self.user else "qkillctl"
-
-    @property
-    def advice(self) -> str:
-        """What to do where the daemon cannot be reached."""
-        if self.address:
-            return "Check the address, and that a `qkilld --bus` runs there"
-        if self.user:
-            return (
-                "Check `systemctl --user status qkilld`; "
-                "without --user it is looked for on the system bus"
-            )
-        return "Check `systemctl status qkilld`; use --user or --bus where it runs on another bus"
+def _advice_for(bus: BusAddress) -> str:
+    """Return advice for an unreachable daemon."""
+    if bus.address:
+        return "Check the address, and that a `qkilld --bus` runs there"
+    if bus.is_remote:
+        return f"See whether `{command_on(bus).replace('qkillctl', 'busctl', 1)} list` works"
+    if bus.user:
+        return (
+            "Check `systemctl --user status qkilld`; "
+            "without --user it is looked for on the system bus"
+        )
+    return "Check `systemctl status qkilld`; use --user or --bus if it runs on another bus"
 
 
 class NeedsRoot(AccessDenied):
-    """What this program itself has to do and polkit cannot allow. The text says what to do."""
+    """An operation of qkillctl itself that needs root; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    bus: Bus
+    bus: BusAddress
     output: Output
     json: bool
     connection: Connection
     interactive: bool = False
-    """Polkit may ask for a password."""
+    """polkit may ask for a password."""
+    varlink: str = ""
+    """The daemon's Varlink socket; "" if it is unknown."""
 
     @property
-    def manager(self) -> Manager:
-        return Manager(self.connection, interactive=self.interactive)
+    def command(self) -> str:
+        """The command `qkillctl` with the options that select this bus."""
+        return command_on(self.bus)
+
+    def process_stats(self, pid: int, uid: int) -> ProcessStats:
+        """Read the statistics of a process of the daemon's host; empty for a remote host."""
+        return ProcessStats() if self.bus.is_remote else process_stats(pid, uid)
+
+    def user_name(self, uid: int) -> str:
+        """Return the name of a user of the daemon's host; for a remote host, the uid."""
+        return str(uid) if self.bus.is_remote else user_name(uid)
+
+    @property
+    def manager(self) -> ManagerProxy:
+        return ManagerProxy(self.connection, interactive=self.interactive)
 
 
 @contextlib.asynccontextmanager
-async def open_connection(bus: Bus) -> AsyncIterator[Connection]:
-    """A connection, closed in the end. Raises BusError."""
-    connection = await connect(bus.address or None, user=bus.user)
+async def open_connection(bus: BusAddress) -> AsyncIterator[Connection]:
+    """Open a connection for the duration of the context. Raises BusError."""
+    connection = await connect(bus)
     try:
+        if bus.host:
+            with ignore("asking for the clock of the other host", QkilldError):
+                connection.clock_offset = await ManagerProxy(connection).clock_offset()
         yield connection
     finally:
         connection.close()
 
 
-def explain(error: Exception, bus: Bus) -> str:
-    """The text of an error for people; for one of the bus, which bus and what to do."""
+def explain(error: Exception, bus: BusAddress) -> str:
+    """Describe an error for people; for bus errors, with the bus and advice."""
     text = str(error) or type(error).__name__
-    if isinstance(error, AccessDenied) and not isinstance(error, NeedsRoot):
+    if isinstance(error, RefusedByBus):
+        return f"{text} ({bus.title}). {POLICY_ADVICE if bus.is_system_bus else _advice_for(bus)}"
+    if isinstance(error, AccessDenied) and not isinstance(error, NeedsRoot) and os.geteuid() != 0:
         return f"{text}. {_how_to_be_let(bus)}"
     if not isinstance(error, BusError):
         return text
     which = "" if bus.title in text else f" ({bus.title})"
-    return f"{text}{which}. {bus.advice}"
+    return f"{text}{which}. {_advice_for(bus)}"
 
 
-def _how_to_be_let(bus: Bus) -> str:
+def _how_to_be_let(bus: BusAddress) -> str:
+    if bus.is_remote:
+        return "Be root there, or the owner of the guest"
     if bus.user or bus.address:
         return "Only its own user may do that on this bus; on the system bus polkit can allow it"
     return (
@@ -97,7 +118,8 @@ def _how_to_be_let(bus: Bus) -> str:
     )
 
 
-def error_as_json(error: Exception, bus: Bus) -> dict[str, Any]:
-    """{name, message}: the name is the error's D-Bus name, or one of org.qkilld1.Client.*."""
+def error_as_json(error: Exception, bus: BusAddress) -> dict[str, Any]:
+    """Return {name, message}: the name is the error's D-Bus name, or one of
+    org.qkilld1.Client.*."""
     name = BUS_ERROR_NAME if isinstance(error, BusError) else getattr(error, "bus_name", "")
     return {"name": name, "message": explain(error, bus)}

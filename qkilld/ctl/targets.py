@@ -1,4 +1,4 @@
-"""Targets: what people call a guest, and which process that is.
+"""Targets: the words that users type, and the processes that they mean.
 
 `parse` and `find` are pure; `Resolver` asks the daemon.
 """
@@ -9,12 +9,13 @@ import asyncio
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from qkilld.adapters import pidfile
-from qkilld.bus.client import Manager
+from qkilld.adapters import pidfile, procfs
+from qkilld.bus.client import ManagerProxy
+from qkilld.model.constants import JOB_PATH_PREFIX, ExitCode
+from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import (
     InvalidArgs,
     NoSuchJob,
@@ -23,8 +24,8 @@ from qkilld.model.errors import (
     ProcessChanged,
     QkilldError,
 )
+from qkilld.model.job_status import label
 from qkilld.model.text import printable
-from qkilld.model.words import JOB_PATH_PREFIX, ExitCode
 
 UNIT_SUFFIXES: Final = (".service", ".scope")
 MAX_CANDIDATES: Final = 10
@@ -32,14 +33,14 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
 class AmbiguousTarget(QkilldError):
-    """More than one guest answers to a target."""
+    """A target matches more than one guest."""
 
     bus_name = "org.qkilld1.Client.AmbiguousTarget"
     exit_code = ExitCode.NOT_FOUND
 
 
-class Guest(NamedTuple):
-    """One row of ListGuests; "" where there is none."""
+class GuestRow(NamedTuple):
+    """One row of ListGuests; "" for missing values."""
 
     pid: int
     name: str
@@ -48,7 +49,21 @@ class Guest(NamedTuple):
     unit: str
 
 
-class Kind(StrEnum):
+async def guest_rows(manager: ManagerProxy) -> list[GuestRow]:
+    return [GuestRow(*row) for row in await manager.list_guests()]
+
+
+def is_own(guest: GuestRow, uid: int) -> bool:
+    """Return whether a caller with that uid may stop it without an authorization."""
+    return uid in (0, guest.uid)
+
+
+def labels(guests: Sequence[GuestRow]) -> str:
+    """Format guests for a message."""
+    return ", ".join(label(guest.pid, guest.name) for guest in guests)
+
+
+class TargetKind(StrEnum):
     PID = "pid"
     NAME = "name"
     UUID = "uuid"
@@ -59,16 +74,16 @@ class Kind(StrEnum):
     """A guest's name or UUID, or a unit without its suffix."""
 
 
-_PREFIXES: Final = frozenset(Kind) - {Kind.WORD}
+_PREFIXES: Final = frozenset(TargetKind) - {TargetKind.WORD}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    kind: Kind
+    kind: TargetKind
     value: str
     """Normalized: a decimal number for PID and JOB, a canonical UUID for UUID."""
     text: str
-    """As it was given."""
+    """As typed."""
 
     @property
     def shown(self) -> str:
@@ -76,7 +91,7 @@ class Target:
 
 
 def parse(text: str, *, jobs: bool = False) -> Target:
-    """What kind of target `text` is. With `jobs` it may be `job:N` or a job's object path, too.
+    """Parse a target. With `jobs`, `job:N` and a job's object path are allowed too.
 
     Raises InvalidArgs.
     """
@@ -84,39 +99,39 @@ def parse(text: str, *, jobs: bool = False) -> Target:
     try:
         value.encode()
     except UnicodeEncodeError:
-        if kind is not Kind.PIDFILE:  # a path may be any bytes
+        if kind is not TargetKind.PIDFILE:  # A path may contain any bytes.
             raise InvalidArgs(f'Target "{printable(text)}" is not valid UTF-8') from None
     if not value:
         raise InvalidArgs(
             f'Target "{printable(text)}" is empty: a pid, name, UUID, pidfile or unit is needed'
         )
-    if kind in (Kind.PID, Kind.JOB):
+    if kind in (TargetKind.PID, TargetKind.JOB):
         value = _number(kind, value)
-    elif kind is Kind.UUID:
+    elif kind is TargetKind.UUID:
         value = _canonical_uuid(value)
-    elif kind is Kind.UNIT and not value.endswith(UNIT_SUFFIXES):
+    elif kind is TargetKind.UNIT and not value.endswith(UNIT_SUFFIXES):
         value += ".service"
     return Target(kind, value, text)
 
 
-def _split(text: str, jobs: bool) -> tuple[Kind, str]:
+def _split(text: str, jobs: bool) -> tuple[TargetKind, str]:
     prefix, colon, rest = text.partition(":")
-    if colon and prefix in _PREFIXES and (jobs or prefix != Kind.JOB):
-        return Kind(prefix), rest
+    if colon and prefix in _PREFIXES and (jobs or prefix != TargetKind.JOB):
+        return TargetKind(prefix), rest
     if jobs and text.startswith(JOB_PATH_PREFIX):
-        return Kind.JOB, text.removeprefix(JOB_PATH_PREFIX)
+        return TargetKind.JOB, text.removeprefix(JOB_PATH_PREFIX)
     if "/" in text:
-        return Kind.PIDFILE, text
+        return TargetKind.PIDFILE, text
     if text.isascii() and text.isdecimal():
-        return Kind.PID, text
+        return TargetKind.PID, text
     if text.endswith(UNIT_SUFFIXES):
-        return Kind.UNIT, text
-    return Kind.WORD, text
+        return TargetKind.UNIT, text
+    return TargetKind.WORD, text
 
 
-def _number(kind: Kind, value: str) -> str:
+def _number(kind: TargetKind, value: str) -> str:
     if not (value.isascii() and value.isdecimal()) or len(value) > 20 or int(value) >= 2**32:
-        what = "a process id" if kind is Kind.PID else "a job's number"
+        what = "a process id" if kind is TargetKind.PID else "a job's number"
         raise InvalidArgs(
             f'"{printable(value)}" is not {what}: a decimal number below 2^32 is needed'
         )
@@ -133,17 +148,17 @@ def _canonical_uuid(value: str) -> str:
         ) from None
 
 
-def matches(target: Target, guest: Guest) -> bool:
-    """Whether a guest answers to a target of the kinds NAME, UUID, UNIT and WORD."""
+def matches(target: Target, guest: GuestRow) -> bool:
+    """Return whether a guest matches a target of kind NAME, UUID, UNIT or WORD."""
     value = target.value
     match target.kind:
-        case Kind.NAME:
+        case TargetKind.NAME:
             return guest.name == value
-        case Kind.UUID:
+        case TargetKind.UUID:
             return guest.uuid.lower() == value
-        case Kind.UNIT:
+        case TargetKind.UNIT:
             return guest.unit == value
-        case Kind.WORD:
+        case TargetKind.WORD:
             return (
                 guest.name == value
                 or (_UUID.fullmatch(value) is not None and guest.uuid.lower() == value.lower())
@@ -153,32 +168,33 @@ def matches(target: Target, guest: Guest) -> bool:
             return False
 
 
-def find(target: Target, guests: Sequence[Guest]) -> Guest:
-    """The one guest that answers to `target`.
+def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
+    """Return the only guest that matches.
 
-    Raises NoSuchProcess or NoSuchUnit where there is none, AmbiguousTarget where there are more:
-    anyone may give a QEMU any name, so that a guess would be an attacker's choice.
+    Raises NoSuchProcess or NoSuchUnit if there is none, AmbiguousTarget if there are several:
+    anyone can give a QEMU any name, so guessing would let an attacker choose.
     """
-    found = [guest for guest in guests if matches(target, guest)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        candidates = ", ".join(
+    candidates = [guest for guest in guests if matches(target, guest)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        names = ", ".join(
             f"{guest.pid} ({printable(guest.name) or 'no name'}, uid {guest.uid})"
-            for guest in found[:MAX_CANDIDATES]
+            for guest in candidates[:MAX_CANDIDATES]
         )
-        more = f" and {len(found) - MAX_CANDIDATES} more" if len(found) > MAX_CANDIDATES else ""
+        rest = len(candidates) - MAX_CANDIDATES
+        more = f" and {rest} more" if rest > 0 else ""
         raise AmbiguousTarget(
-            f'"{target.shown}" fits {len(found)} guests, so nothing was done: '
-            f"pids {candidates}{more}. Name the one you mean by its pid"
+            f'"{target.shown}" fits {len(candidates)} guests, so nothing was done: '
+            f"pids {names}{more}. Name the one you mean by its pid"
         )
     value = printable(target.value)
     match target.kind:
-        case Kind.NAME:
+        case TargetKind.NAME:
             raise NoSuchProcess(f'No running guest has the name "{value}": see `qkillctl list`')
-        case Kind.UUID:
+        case TargetKind.UUID:
             raise NoSuchProcess(f"No running guest has the UUID {value}: see `qkillctl list`")
-        case Kind.UNIT:
+        case TargetKind.UNIT:
             raise NoSuchUnit(f"No running guest belongs to the unit {value}: see `qkillctl list`")
         case _:
             raise NoSuchProcess(
@@ -187,71 +203,83 @@ def find(target: Target, guests: Sequence[Guest]) -> Guest:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """The process that a target stands for."""
+class TargetProcess:
+    """The process that a target means."""
 
     pid: int
     name: str = ""
     start_time: int | None = None
-    """Clock ticks since boot; None where the caller named the process by its pid alone."""
+    """Clock ticks since boot; None if the caller gave only a pid."""
 
 
 class Resolver:
-    """Finds the processes of several targets, with one look at the list of guests for all."""
+    """Finds the processes of several targets, reading the list of guests once."""
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: ManagerProxy) -> None:
         self._manager = manager
-        self._guests: list[Guest] | None = None
+        self._guests: list[GuestRow] | None = None
         self._listing = asyncio.Lock()
 
-    async def find(self, target: Target) -> Found:
-        """Raises as `find` and `pidfile.read` do, and what the bus raises."""
+    async def find(self, target: Target) -> TargetProcess:
+        """Raises like `find` and `pidfile.read`, and whatever the bus raises."""
         match target.kind:
-            case Kind.PID:
-                return Found(int(target.value))
-            case Kind.PIDFILE:
+            case TargetKind.PID:
+                return TargetProcess(int(target.value))
+            case TargetKind.PIDFILE:
+                if self._manager.is_remote:
+                    raise InvalidArgs(
+                        f'"{target.shown}" is a file of this machine, which names none of its'
+                        " processes elsewhere: give the guest's name, UUID, unit or process id"
+                    )
                 named = pidfile.read(target.value)
-                return Found(named.pid, start_time=named.start_time)
-            case Kind.JOB:
+                return TargetProcess(named.pid, start_time=named.start_time)
+            case TargetKind.JOB:
                 raise InvalidArgs(f'"{target.shown}" is a job, not a guest')
             case _:
                 guest = find(target, await self.guests())
-                return Found(guest.pid, guest.name)
+                return TargetProcess(guest.pid, guest.name)
 
-    async def pin(self, target: Target) -> Found:
-        """As `find`, and for good: the pid cannot pass to another process before it is used.
+    async def pin(self, target: Target) -> TargetProcess:
+        """Like `find`, but the result stays valid if the pid is reused.
 
-        Raises ProcessChanged where it has passed to another already.
+        Raises ProcessChanged if it has been reused already.
         """
-        found = await self.find(target)
-        if target.kind in (Kind.PID, Kind.PIDFILE):
-            return found
-        try:
-            # Read before it is listed again: a pid that changes hands in between no longer matches.
-            start_time = pidfile.start_time_of(found.pid)
-        except OSError:
-            raise NoSuchProcess(f'"{target.shown}", process {found.pid}, has just gone') from None
-        guests = [Guest(*row) for row in await self._manager.list_guests()]
-        guest = next((g for g in guests if g.pid == found.pid), Guest(found.pid, "", "", 0, ""))
+        process = await self.find(target)
+        if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
+            return process
+        # Read before the second list: if the pid is reused in between, it no longer matches.
+        start_time = await self._start_time(target, process.pid)
+        guests = await guest_rows(self._manager)
+        guest = next(
+            (g for g in guests if g.pid == process.pid), GuestRow(process.pid, "", "", 0, "")
+        )
         if not matches(target, guest):
             raise ProcessChanged(
-                f'Process {found.pid} was "{target.shown}" a moment ago and is another one by now: '
-                "nothing was done. See `qkillctl list`"
+                f'Process {process.pid} was "{target.shown}" a moment ago and is another one by '
+                "now: nothing was done. See `qkillctl list`"
             )
-        return Found(found.pid, found.name, start_time)
+        return TargetProcess(process.pid, process.name, start_time)
 
-    async def guests(self) -> list[Guest]:
+    async def _start_time(self, target: Target, pid: int) -> int:
+        if self._manager.is_remote:
+            return int((await self._manager.inspect(pid))["start-time"])
+        try:
+            return procfs.read_stat(pid).start_time
+        except OSError:
+            raise NoSuchProcess(f'"{target.shown}", process {pid}, has just exited') from None
+
+    async def guests(self) -> list[GuestRow]:
         async with self._listing:
             if self._guests is None:
-                self._guests = [Guest(*row) for row in await self._manager.list_guests()]
+                self._guests = await guest_rows(self._manager)
         return self._guests
 
     async def job(self, target: Target) -> str:
-        """The path of the job that the target names, or of the newest job of its process.
+        """Return the path of the job named by the target, or of the newest job of its process.
 
         Raises NoSuchJob.
         """
-        if target.kind is not Kind.JOB:
+        if target.kind is not TargetKind.JOB:
             return await self._manager.job_by_pid((await self.find(target)).pid)
         for number, path, *_ in await self._manager.list_jobs():
             if number == int(target.value):

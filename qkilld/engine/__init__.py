@@ -1,1 +1,1 @@
-"""The engine: jobs that climb the ladder. Touches the outside through `engine.ports` alone."""
+"""The engine: jobs that climb the ladder. It reaches the outside only through `engine.ports`."""

@@ -1,15 +1,15 @@
-"""From a pid to a process that is held, is a QEMU, and that this caller may do this with.
+"""Open a process by pid, and check that it is QEMU and that the caller may do this to it.
 
-The order, which keeps what the caller may not know from showing in the answer:
+The order of the checks keeps the answer from revealing what the caller may not know:
 
-1. The process is held; who calls is asked only then.
-2. For root and the process's own user: what the process is, and that is all.
-3. For everyone else polkit is asked, whatever the process is, and a denial reads the same for a
-   QEMU and for anything else. Nobody is asked for a password, though, for what is no QEMU (or is
-   another process than was meant): the question then goes to polkit without interaction. That no
-   dialog appears tells the caller no more than ListGuests does, which is open to all.
-4. As time has passed, the process is identified again, right before it is handed out: the same
-   user, still a QEMU, still in the unit that was named.
+1. The process is opened. Only then is the caller identified.
+2. For root and the process's own user, only the process is checked.
+3. For everyone else polkit is asked, whatever the process is, and a denial reads the same for QEMU
+   and for anything else. If the process is not QEMU, or another one than was meant, polkit is asked
+   without interaction, so that nobody is asked for a password in vain. The missing dialog tells the
+   caller no more than ListGuests does, which is open to all.
+4. Because time has passed, the process is identified again right before it is returned: the same
+   user, still QEMU, still in the named unit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from qkilld.engine.ports import Caller, Host, Process
-from qkilld.judgement.target import (
+from qkilld.engine.checks import (
     action_for,
     check_answer,
     check_free,
@@ -28,36 +27,47 @@ from qkilld.judgement.target import (
     details_of,
     is_free,
 )
-from qkilld.model.access import Action, Answer
-from qkilld.model.errors import InvalidArgs, ProcessChanged, QkilldError
+from qkilld.engine.ports import Caller, Host, ObservedJob, Process
+from qkilld.model.access import Answer, PolkitAction, Rank, Steerer
+from qkilld.model.constants import Flag
+from qkilld.model.errors import Failed, InvalidArgs, ProcessChanged, QkilldError
 from qkilld.model.guest import Guest, Identity, Unit
 from qkilld.model.policy import Config
-from qkilld.model.words import Flag
 
 
-class Held(NamedTuple):
+class CheckedProcess(NamedTuple):
+    """A process that was opened for a caller who is allowed to do what was requested."""
+
     process: Process
     uid: int
-    """The caller's."""
+    """The caller's uid."""
 
 
 class Access:
-    def __init__(self, config: Config, host: Host) -> None:
+    def __init__(
+        self,
+        config: Config,
+        host: Host,
+        known: Callable[[tuple[int, int]], bool] = lambda key: False,
+    ) -> None:
+        """`known`: whether the process with that pid and start time was identified as a QEMU
+        before, because an exiting one can no longer be identified."""
         self._config = config
         self._host = host
+        self._known = known
 
-    async def hold(
+    async def open_checked(
         self,
         pid: int,
         caller: Caller,
         flags: Flag,
         *,
-        action: Action | None = None,
+        action: PolkitAction | None = None,
         start_time: int | None = None,
         unit: Unit | None = None,
         answer: Answer | None = None,
-    ) -> Held:
-        """The process, labelled; to be used at once, before the loop runs on, and closed.
+    ) -> CheckedProcess:
+        """Return the process with its label. Use it before the loop runs again, and close it.
 
         action      what to be authorized for; by default what `flags` ask for
         start_time  clock ticks since boot: refuse another process
@@ -81,43 +91,61 @@ class Access:
             if not free:
                 if answer is None:
                     details = details_of(process.guest, flags)
-                    wanted = action or action_for(flags)
-                    answer = await caller.may(wanted, details, ask=unfit is None)
+                    needed_action = action or action_for(flags)
+                    answer = await caller.may(needed_action, details, ask=unfit is None)
                 check_answer(answer, f"Process {pid} is")
             if unfit is not None:
                 raise unfit
             if unit is not None:
                 process.set_label(await self._host.label(process.guest.identity))
                 _check_unit(process.guest, unit)
-            # It may have executed another program by now.
+            # It may have executed another program meanwhile.
             after = process.identify()
             self._check(after, start_time)
             check_free(uid, before, after)
         except BaseException:
             process.close()
             raise
-        return Held(process, uid)
+        return CheckedProcess(process, uid)
 
-    async def permit(self, caller: Caller, guest: Guest, action: Action) -> int:
-        """For what has no process to be held. The caller's uid; raises as `hold` does for it."""
+    async def permit(
+        self, caller: Caller, job: ObservedJob, action: PolkitAction, *, owner: bool = False
+    ) -> Steerer:
+        """Authorize steering a job. Raises what `open_checked` raises for a denial.
+
+        The owner of the process may steer jobs that run by the owner's right, and with `owner`
+        every job.
+        """
         uid = await caller.uid()
-        if not is_free(uid, guest.identity):
-            flags = Flag.FORCE if action is Action.FORCE else Flag(0)
-            answer = await caller.may(action, details_of(guest, flags), ask=True)
-            check_answer(answer, f"Process {guest.identity.pid} is")
-        return uid
+        identity = job.guest.identity
+        if uid == 0:
+            return Steerer(0, Rank.ROOT)
+        if uid == identity.uid and (owner or job.rank is Rank.OWNER):
+            return Steerer(uid, Rank.OWNER)
+        flags = Flag.FORCE if action is PolkitAction.FORCE else Flag(0)
+        answer = await caller.may(action, details_of(job.guest, flags), ask=True)
+        subject = "The stop of process" if uid == identity.uid else "Process"
+        check_answer(answer, f"{subject} {identity.pid} is")
+        return Steerer(uid, Rank.AUTHORIZED)
 
     def _check(self, identity: Identity, start_time: int | None) -> None:
-        check_qemu(identity, self._config.executables, os.getpid())
+        if not (identity.exiting and self._known(identity.key)):
+            check_qemu(identity, self._config.executables, os.getpid())
         if start_time is not None:
             check_same(identity, start_time)
 
 
 def _check_unit(guest: Guest, unit: Unit | None) -> None:
-    if unit is not None and guest.label.unit != unit:
-        raise ProcessChanged(
-            f"Process {guest.identity.pid} is no longer in {unit.name}: nothing was done"
+    if unit is None or guest.label.unit == unit:
+        return
+    if guest.label.unit is None:
+        raise Failed(
+            f"Cannot tell whether process {guest.identity.pid} is still in {unit.name}: "
+            "nothing was done"
         )
+    raise ProcessChanged(
+        f"Process {guest.identity.pid} is no longer in {unit.name}: nothing was done"
+    )
 
 
 def _error_of(check: Callable[[], None]) -> QkilldError | None:

@@ -1,119 +1,138 @@
-"""Everything that is worth a journal entry, each with a MESSAGE_ID of its own.
-
-The catalogue that explains them to `journalctl -x` is packaging/qkilld.catalog.
-"""
+"""The journal entries of the engine: text and fields of each kind of event."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from signal import SIGKILL, Signals
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from qkilld.model.errors import QkilldError
-from qkilld.model.guest import Guest
+from qkilld.decision.yank import CutOff
+from qkilld.engine.ports import ObservedJob
+from qkilld.model.constants import (
+    INFINITY,
+    USEC_PER_SEC,
+    Flag,
+    GuestAsked,
+    Phase,
+    Result,
+    Verdict,
+)
+from qkilld.model.errors import NoSuchProcess, QkilldError
+from qkilld.model.event import Event, MessageId, Priority
+from qkilld.model.guest import Guest, Identity
+from qkilld.model.job import Request, Rung, VerdictChange
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
-from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
-
-if TYPE_CHECKING:
-    from qkilld.engine.job import Job
-    from qkilld.model.job import Request, Rung, Turn
-
-
-class Priority(IntEnum):
-    """syslog(3)."""
-
-    ERR = 3
-    WARNING = 4
-    NOTICE = 5
-    INFO = 6
-
-
-class MessageId(Enum):
-    """sd_journal_print(3), sd-id128(3): 128 bits, the same for ever."""
-
-    JOB_STARTED = "93375c572f1241ecb4db7298ec382174"
-    SIGNAL_SENT = "ccad3eab18e747ca8bd4d129b46e422b"
-    SIGNAL_REFUSED = "62abee31bee64db4a88fd9002b90364c"
-    JOB_JOINED = "c8c755af4e2845c19090e03b3e3a13f9"
-    JOB_HELD = "a851f57cd0b7424ebf499d2dd53e0f98"
-    JOB_RELEASED = "22673d96e4b847b79f61214935d7ade4"
-    JOB_EXTENDED = "751f26c2bdeb494fabe9468dfb1d6f67"
-    JOB_FORCED = "fe4506d5abf84ff1bd46b11e479f4a20"
-    JOB_RESUMED = "575356985b7542e3a54687417a1c5574"
-    VERDICT_TURNED = "b5f7ec2ec2a74611bdca05783a342ee5"
-    JOB_ENDED = "133dbb3477ca47cead6af608bc47d331"
-    WAITER_GONE = "1f5ff25c6abd4224b9ae4c60a4145f06"
-    STOP_ALONE = "c1f0507f40cf4584baa4ffa57f19fca8"
-    STOP_LIMITED = "93527dfc2b7c4c21b6169eafece6a83b"
-    STOP_LEFT = "ef381959bfb844e5834fb0c03d6fe765"
-    STOP_OVERRUN = "125b2a8d9523474a8fd4b435ae168ab9"
-    SURVIVOR_GONE = "510528c7fbaf4685a07faadc86df8447"
-    DAEMON_STARTED = "880a8eefeebd4e2aaa3c6396bda9897d"
-    DAEMON_STOPPING = "032598709f0d4d6cae7cfd4082fc0502"
-    BUS_LOST = "60d83e4c547c45cfacf4e19d579c9823"
-    TRACES_FAILED = "c6c3ace9256b422fb10fff9c5c2c71b3"
-    STATE_SET_ASIDE = "d92afc3557914f139c26cb181452269e"
-    STATE_FAILED = "3c8417b2ed8447dcbd17c90d388a29a8"
-    MEMORY_NOT_LOCKED = "69983a44334c4f53b5ca8811a33f4297"
-    NOT_STOPPED = "f27725a9e32549bc841e54b783885a6e"
-    INTERNAL_ERROR = "d633f10750c743be8ac731e94b8805a9"
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    id: MessageId
-    priority: Priority
-    message: str
-    """One line, printable."""
-    guest: Guest | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    """Further journal fields."""
-
 
 _WORRYING: Final = (Verdict.STORAGE_WAIT, Verdict.BLOCKED, Verdict.STOPPED)
+_RESULTS_IN_WORDS: Final = {
+    Result.EXITED: "exited",
+    Result.KILLED: "killed",
+    Result.SURVIVED: "still there",
+    Result.SIGNALLED: "only signalled",
+    Result.CANCELLED: "cancelled",
+    Result.FAILED: "failed",
+}
+MAX_NAMED: Final = 10
+"""The most guests that one entry names."""
+NAME_UNKNOWN: Final = (
+    "Its name could not be read, so each time is the longest of all sections of the configuration."
+)
 VERDICTS_IN_WORDS: Final = {
     Verdict.UNKNOWN: "cannot be judged",
     Verdict.GUEST_SHUTDOWN: "is shutting down",
     Verdict.FLUSHING: "is making progress",
     Verdict.STORAGE_WAIT: "waits for storage that does not move",
-    Verdict.BLOCKED: "cannot be interrupted",
-    Verdict.STOPPED: "is held still",
-    Verdict.IDLE: "has nothing to do and does not exit",
+    Verdict.BLOCKED: "waits in a system call",
+    Verdict.STOPPED: "is kept from running",
+    Verdict.IDLE: "waits for nothing and does not exit",
     Verdict.ZOMBIE: "has exited",
     Verdict.GONE: "is gone",
 }
 
 
-def job_started(job: Job) -> Event:
+def job_started(job: ObservedJob) -> Event:
     request = job.request
     reason = f': "{request.reason}"' if request.reason else ""
+    unnamed = f" {NAME_UNKNOWN}" if job.guest.label.name is None else ""
     return _of_job(
         job,
         MessageId.JOB_STARTED,
         Priority.INFO,
-        f"Stopping {job.guest.title} for uid {request.uid}, {_ladder(job.flags)}{reason}.",
+        f"Stopping {job.guest.title} for uid {request.uid}, {_ladder(job.flags)}{reason}.{unnamed}",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(request.uid),
         QKILLD_REASON=request.reason,
     )
 
 
-def signal_sent(job: Job, rung: Rung) -> Event:
+def signal_sent(job: ObservedJob, rung: Rung) -> Event:
     return _of_job(
         job,
         MessageId.SIGNAL_SENT,
-        Priority.NOTICE if rung.signal is SIGKILL else Priority.INFO,
-        f"Sent {rung.signal.name} to {job.guest.title} after {_seconds(rung.at - job.started)}.",
+        Priority.NOTICE if rung.action == SIGKILL.name else Priority.INFO,
+        f"Sent {rung.action} to {job.guest.title} after {_seconds(rung.at - job.started)}.",
         QKILLD_PHASE=rung.phase.value,
-        QKILLD_SIGNAL=rung.signal.name,
+        QKILLD_SIGNAL=rung.action,
     )
 
 
-def signal_refused(job: Job, number: Signals) -> Event:
+def guest_asked(job: ObservedJob, rung: Rung) -> Event:
+    by = {"agent": "by its agent", "button": "by its power button"}.get(rung.action, rung.action)
+    return _of_job(
+        job,
+        MessageId.GUEST_ASKED,
+        Priority.INFO,
+        f"Asked {job.guest.title} to shut down, {by}, after {_seconds(rung.at - job.started)}.",
+        QKILLD_METHOD=rung.action,
+    )
+
+
+def asking_ended(job: ObservedJob, reason: str) -> Event:
+    down = job.guest_asked is GuestAsked.SHUT_DOWN
+    what = "has shut down" if down else "does not shut down by itself"
+    return _of_job(
+        job,
+        MessageId.ASKING_ENDED,
+        Priority.INFO if down else Priority.NOTICE,
+        f"{_capitalised(job.guest.title)} {what}: {reason}.",
+        QKILLD_GUEST_ASKED=job.guest_asked.value,
+    )
+
+
+def disks_flushed(job: ObservedJob) -> Event:
+    report = job.flush
+    what = {
+        "complete": "were flushed",
+        "failed": "could not all be flushed",
+        "partial": "were flushed in part, and errors would not have shown",
+    }.get(report.outcome, "were not flushed before SIGTERM")
+    why = f": {report.reason}" if report.reason else ""
+    return _of_job(
+        job,
+        MessageId.DISKS_FLUSHED,
+        Priority.WARNING if job.data_at_risk else Priority.INFO,
+        f"The disks of {job.guest.title} {what}{why}.",
+        QKILLD_FLUSH=report.outcome,
+    )
+
+
+def cut_off(job: ObservedJob, chosen: Sequence[CutOff]) -> Event:
+    named = "; ".join(f"{', '.join(cut.disks)}: {cut.why}" for cut in chosen[:4])
+    return _of_job(
+        job,
+        MessageId.STORAGE_CUT_OFF,
+        Priority.WARNING,
+        f"Cut off dead storage of {job.guest.title}, so that its other disks can be written: "
+        f"{named}.",
+        QKILLD_CUT_OFF="\n".join(cut.instance.name for cut in chosen),
+        QKILLD_DATA_AT_RISK="1",
+    )
+
+
+def signal_refused(job: ObservedJob, number: Signals) -> Event:
     return _of_job(
         job,
         MessageId.SIGNAL_REFUSED,
@@ -123,32 +142,55 @@ def signal_refused(job: Job, number: Signals) -> Event:
     )
 
 
-def job_joined(job: Job, request: Request) -> Event:
+def job_joined(job: ObservedJob, request: Request, *, took_over: bool) -> Event:
     return _of_job(
         job,
         MessageId.JOB_JOINED,
         Priority.INFO,
-        f"Uid {request.uid} joined the stop of {job.guest.title}, now {_ladder(job.flags)}.",
+        f"Uid {request.uid} {'took over' if took_over else 'joined'} the stop of "
+        f"{job.guest.title}, now {_ladder(job.flags)}.",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(request.uid),
     )
 
 
-def job_held(job: Job, uid: int) -> Event:
-    """And released."""
-    held = job.control.held
+def process_changed(job: ObservedJob, now: Identity) -> Event:
+    runs = printable(now.executable, 4096)
     return _of_job(
         job,
-        MessageId.JOB_HELD if held else MessageId.JOB_RELEASED,
+        MessageId.PROCESS_CHANGED,
+        Priority.ERR,
+        f"{_capitalised(job.guest.title)} is no longer a guest: it runs {runs} as uid {now.uid} "
+        "now. Its job has ended, and it gets no more signals.",
+        QKILLD_EXECUTABLE=runs,
+        QKILLD_UID=str(now.uid),
+    )
+
+
+def job_held(job: ObservedJob, uid: int) -> Event:
+    bound = "" if job.control.held_until == INFINITY else ", or MaxSec is over"
+    return _of_job(
+        job,
+        MessageId.JOB_HELD,
         Priority.NOTICE,
-        f"Uid {uid} holds the stop of {job.guest.title}: no more signals until it is released."
-        if held
-        else f"Uid {uid} released the stop of {job.guest.title}: it goes on, {_ladder(job.flags)}.",
+        f"Uid {uid} holds the stop of {job.guest.title}: no more signals until it is released"
+        f"{bound}.",
         QKILLD_REQUESTED_BY=str(uid),
     )
 
 
-def job_extended(job: Job, usec: int, uid: int) -> Event:
+def job_released(job: ObservedJob, by: str, uid: int | None) -> Event:
+    """`by` names the caller or, with `uid` None, the other reason why the hold ended."""
+    return _of_job(
+        job,
+        MessageId.JOB_RELEASED,
+        Priority.NOTICE,
+        f"{by} released the stop of {job.guest.title}: it continues, {_ladder(job.flags)}.",
+        more={} if uid is None else {"QKILLD_REQUESTED_BY": str(uid)},
+    )
+
+
+def job_extended(job: ObservedJob, usec: int, uid: int) -> Event:
     return _of_job(
         job,
         MessageId.JOB_EXTENDED,
@@ -159,63 +201,72 @@ def job_extended(job: Job, usec: int, uid: int) -> Event:
     )
 
 
-def job_forced(job: Job, uid: int) -> Event:
+def job_forced(job: ObservedJob, uid: int) -> Event:
     return _of_job(
         job,
         MessageId.JOB_FORCED,
         Priority.NOTICE,
-        f"Uid {uid} has {job.guest.title} killed now.",
+        f"Killing {job.guest.title} now, requested by uid {uid}.",
         QKILLD_REQUESTED_BY=str(uid),
     )
 
 
-def job_resumed(job: Job) -> Event:
-    sent = ", ".join(rung.signal.name for rung in job.rungs)
+def job_resumed(job: ObservedJob) -> Event:
+    sent = ", ".join(rung.action for rung in job.rungs) or "nothing"
     return _of_job(
         job,
         MessageId.JOB_RESUMED,
         Priority.NOTICE,
-        f"Going on with the stop of {job.guest.title} for uid {job.request.uid}, "
-        f"{_ladder(job.flags)}, after {_seconds(job.elapsed)}; sent so far: {sent}.",
+        f"Resuming the stop of {job.guest.title} for uid {job.request.uid}, "
+        f"{_ladder(job.flags)}, after {_seconds(job.elapsed)}; done so far: {sent}.",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(job.request.uid),
         QKILLD_ELAPSED_USEC=str(job.elapsed),
     )
 
 
-def verdict_turned(job: Job, turn: Turn) -> Event:
+def verdict_turned(job: ObservedJob, turn: VerdictChange) -> Event:
     why = "; ".join(turn.reasons)
+    state = VERDICTS_IN_WORDS[turn.verdict]
+    if job.phase is Phase.POWERDOWN and turn.verdict is Verdict.UNKNOWN:
+        state = "has not shut down yet"
     return _of_job(
         job,
         MessageId.VERDICT_TURNED,
         Priority.NOTICE if turn.verdict in _WORRYING else Priority.INFO,
-        f"{_capitalised(job.guest.title)} {VERDICTS_IN_WORDS[turn.verdict]}: {why}.",
+        f"{_capitalised(job.guest.title)} {state}: {why}.",
         QKILLD_REASONS="\n".join(turn.reasons),
     )
 
 
-def job_ended(job: Job) -> Event:
-    """The receipt."""
+def job_ended(job: ObservedJob) -> Event:
+    """The receipt of a job."""
     assert job.result is not None
     after = _seconds(job.elapsed)
     evidence = job.assessment
     why = f" ({'; '.join(evidence.reasons)})" if evidence is not None else ""
     lost = (
-        "it still wrote or waited for storage, so data is at risk"
-        if job.data_at_risk
-        else "nothing of it was outstanding"
-        if evidence is not None
-        else "data may be lost"
+        f"data is at risk: {job.risks[0].text}" if job.data_at_risk else "nothing was outstanding"
     )
     priority, text = {
-        Result.EXITED: (Priority.INFO, f"exited after {after}"),
-        Result.KILLED: (Priority.WARNING, f"was killed, gone after {after}: {lost}"),
+        Result.EXITED: (
+            (Priority.WARNING, f"exited after {after}: {lost}")
+            if job.data_at_risk
+            else (Priority.INFO, f"exited after {after}")
+        ),
+        Result.KILLED: (
+            Priority.WARNING if job.data_at_risk else Priority.NOTICE,
+            f"was killed after {after}: {lost}",
+        ),
         Result.SURVIVED: (
             Priority.WARNING,
             f"is still there after {after}{why}: no more signals will be sent",
         ),
-        Result.SIGNALLED: (Priority.INFO, "got its one signal, unsupervised"),
-        Result.CANCELLED: (Priority.NOTICE, f"is left alone after {after}: the stop was cancelled"),
+        Result.SIGNALLED: (Priority.INFO, _unsupervised(job)),
+        Result.CANCELLED: (
+            Priority.NOTICE,
+            f"was not stopped: the job was cancelled after {after}",
+        ),
         Result.FAILED: (Priority.ERR, f"could not be stopped: {job.error}"),
     }[job.result]
     return _of_job(
@@ -229,10 +280,11 @@ def job_ended(job: Job) -> Event:
     )
 
 
-def _measured(job: Job) -> dict[str, str]:
-    """What the evidence says in numbers, where it says something."""
+def _measured(job: ObservedJob) -> dict[str, str]:
+    """Return the measured numbers as fields, without the unknown ones."""
     evidence = job.assessment
     numbers = {
+        "QKILLD_GUEST_ASKED": job.guest_asked.value,
         "QKILLD_DATA_AT_RISK": 1 if job.data_at_risk else None,
         "QKILLD_BYTES_WRITTEN": evidence.written if evidence else None,
         "QKILLD_LAST_PROGRESS_USEC": evidence.progress_at if evidence else None,
@@ -240,49 +292,74 @@ def _measured(job: Job) -> dict[str, str]:
     return {name: str(number) for name, number in numbers.items() if number is not None}
 
 
-def survivor_gone(job: Job, now: int) -> Event:
+def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
+    """One entry for concurrent stops, in addition to their receipts."""
+    results = Counter(job.result for job in jobs)
+    counts = [
+        f"{results[result]} {word}" for result, word in _RESULTS_IN_WORDS.items() if results[result]
+    ]
+    at_risk = [job.guest.title for job in jobs if job.data_at_risk]
+    named = ", ".join(at_risk[:MAX_NAMED]) + (", ..." if len(at_risk) > MAX_NAMED else "")
+    began = min(job.started for job in jobs)
+    took = max(job.started + job.elapsed for job in jobs) - began
+    risk = f"Data of {len(at_risk)} is at risk: {named}" if at_risk else "No data is at risk"
+    return Event(
+        MessageId.STOPS_ENDED,
+        Priority.NOTICE,
+        f"Stopped {len(jobs)} guests in {_seconds(took)}: {', '.join(counts)}. {risk}.",
+        fields={
+            "QKILLD_STOPS": str(len(jobs)),
+            "QKILLD_STOPS_AT_RISK": str(len(at_risk)),
+            "QKILLD_ELAPSED_USEC": str(took),
+        },
+    )
+
+
+def survivor_gone(job: ObservedJob, now: int) -> Event:
     return _of_job(
         job,
         MessageId.SURVIVOR_GONE,
         Priority.NOTICE,
-        f"{_capitalised(job.guest.title)} is gone at last, {_seconds(now - job.started)} after its "
-        "stop began.",
+        f"{_capitalised(job.guest.title)} has exited at last, {_seconds(now - job.started)} after "
+        "its job started.",
         QKILLD_ELAPSED_USEC=str(now - job.started),
     )
 
 
-def waiter_gone(job: Job) -> Event:
+def waiter_gone(job: ObservedJob) -> Event:
     return _of_job(
         job,
         MessageId.WAITER_GONE,
         Priority.WARNING,
-        f"Nobody waits for the stop of {job.guest.title} any more. It goes on; but where systemd "
-        "asked for it, systemd's own time limits may end the guest now.",
+        f"The client that requested the stop of {job.guest.title} no longer waits. The job "
+        "continues; but if the client was ExecStop= of a unit, systemd may end the guest now.",
     )
 
 
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
-    """One of many that were to be stopped with one call."""
+    """A guest of TerminateAll could not be stopped; if it has just exited by itself, nothing is
+    wrong."""
+    gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,
-        Priority.WARNING,
-        f"Could not stop {guest.title}, one of all for uid {uid}: {error}.",
+        Priority.INFO if gone else Priority.WARNING,
+        f"Failed to stop {guest.title}, one of all guests, for uid {uid}: {error}.",
         guest=guest,
-        fields={"QKILLD_GUEST": guest.label.name, "QKILLD_REQUESTED_BY": str(uid)},
+        fields={"QKILLD_GUEST": guest.label.shown_name, "QKILLD_REQUESTED_BY": str(uid)},
     )
 
 
 def daemon_started(version: str, where: str) -> Event:
-    return Event(MessageId.DAEMON_STARTED, Priority.INFO, f"qkilld {version} serves the {where}.")
+    return Event(MessageId.DAEMON_STARTED, Priority.INFO, f"qkilld {version} serves {where}.")
 
 
 def daemon_stopping(running: int, *, to_go_on: bool = False) -> Event:
     if not running:
         left = ""
     elif to_go_on:
-        left = f"; {running} jobs go on when it is started again"
+        left = f"; {running} jobs continue when it is started again"
     else:
-        left = f"; {running} jobs are cancelled, their guests left alone"
+        left = f"; {running} jobs are cancelled, and their guests get no more signals"
     return Event(
         MessageId.DAEMON_STOPPING,
         Priority.WARNING if running and not to_go_on else Priority.INFO,
@@ -291,28 +368,33 @@ def daemon_stopping(running: int, *, to_go_on: bool = False) -> Event:
 
 
 def daemon_idle() -> Event:
-    return Event(MessageId.DAEMON_STOPPING, Priority.INFO, "qkilld has nothing to do and ends.")
+    return Event(MessageId.DAEMON_STOPPING, Priority.INFO, "qkilld is idle and exits.")
 
 
-def bus_lost(running: int, why: str) -> Event:
-    then = (
-        f"{running} jobs go on, and it ends after them unless the bus comes back"
-        if running
-        else "it ends, for no job is running"
-    )
-    return Event(MessageId.BUS_LOST, Priority.ERR, f"qkilld has lost the bus ({why}): {then}.")
+def bus_lost(running: int, why: str, *, goes_on: bool) -> Event:
+    """`goes_on`: Varlink is still served, which needs no bus."""
+    if goes_on:
+        then = "it serves Varlink alone until the bus is there"
+    elif running:
+        then = f"{running} jobs continue, and it exits after them unless the bus comes back"
+    else:
+        then = "it exits, because no job is running"
+    priority, what = (Priority.NOTICE, "no") if goes_on else (Priority.ERR, "lost the")
+    return Event(MessageId.BUS_LOST, priority, f"qkilld has {what} bus ({why}): {then}.")
 
 
 def traces_failed(text: str) -> Event:
-    return Event(MessageId.TRACES_FAILED, Priority.WARNING, f"{text}. The jobs themselves go on.")
+    return Event(
+        MessageId.TRACES_FAILED, Priority.WARNING, f"{text}. The jobs continue without traces."
+    )
 
 
 def state_set_aside(name: str, why: str) -> Event:
     return Event(
         MessageId.STATE_SET_ASIDE,
         Priority.WARNING,
-        f"{name} in the runtime directory is set aside: {why}. If a stop was running there, it "
-        "does not go on.",
+        f"Cannot use the saved job state {name}: {why}. If this job was running, its guest gets no "
+        "more signals; see `qkillctl list`.",
     )
 
 
@@ -320,7 +402,7 @@ def descriptor_rejected(name: str, why: str) -> Event:
     return Event(
         MessageId.STATE_SET_ASIDE,
         Priority.WARNING,
-        f'The descriptor "{printable(name)}" that the service manager kept is let go of: {why}.',
+        f'Closed the descriptor "{printable(name)}" that the service manager kept: {why}.',
     )
 
 
@@ -328,8 +410,17 @@ def state_failed(why: str) -> Event:
     return Event(
         MessageId.STATE_FAILED,
         Priority.WARNING,
-        f"Stops cannot be written to the runtime directory: {why}. They go on, but would not "
-        "outlive qkilld.",
+        f"Failed to save job state: {why}. Jobs continue, but will not survive a restart.",
+    )
+
+
+def not_written(job: ObservedJob) -> Event:
+    return _of_job(
+        job,
+        MessageId.NOT_WRITTEN,
+        Priority.WARNING,
+        f"The state of the job of {job.guest.title} is not saved yet, because saving takes long. "
+        "The job continues, but would not survive a restart now.",
     )
 
 
@@ -337,12 +428,21 @@ def memory_not_locked(why: str) -> Event:
     return Event(
         MessageId.MEMORY_NOT_LOCKED,
         Priority.NOTICE,
-        f"Memory cannot be locked: {why}. Stops go on, but a disk that stalls may hold them up.",
+        f"Failed to lock memory: {why}. Jobs continue, but a disk that stalls may delay them.",
+    )
+
+
+def entries_dropped(count: int) -> Event:
+    return Event(
+        MessageId.ENTRIES_DROPPED,
+        Priority.WARNING,
+        f"{count} entries of qkilld are missing here: the journal did not accept them in time.",
+        fields={"QKILLD_DROPPED": str(count)},
     )
 
 
 def internal_error(doing: str, error: BaseException) -> Event:
-    """A fault of the program itself: the only place where a traceback goes."""
+    """A bug in this program; the only event with a traceback."""
     trace = "".join(traceback.format_exception(error))
     return Event(
         MessageId.INTERNAL_ERROR,
@@ -353,7 +453,7 @@ def internal_error(doing: str, error: BaseException) -> Event:
 
 
 def _of_job(
-    job: Job,
+    job: ObservedJob,
     id: MessageId,
     priority: Priority,
     message: str,
@@ -370,7 +470,7 @@ def _of_job(
             "QKILLD_JOB": str(job.number),
             "QKILLD_PHASE": job.phase.value,
             "QKILLD_VERDICT": job.verdict.value,
-            "QKILLD_GUEST": job.guest.label.name,
+            "QKILLD_GUEST": job.guest.label.shown_name,
             **fields,
             **(more or {}),
         },
@@ -378,10 +478,18 @@ def _of_job(
 
 
 def _ladder(flags: Flag) -> str:
-    """The flags in words."""
+    """Describe the flags."""
+    if Flag.POWERDOWN in flags:
+        return f"asking the guest first, {_ladder(flags & ~Flag.POWERDOWN & ~Flag.NOWAIT)}"
     if Flag.NOWAIT in flags:
         return "with SIGKILL at once" if Flag.FORCE in flags else "with SIGTERM and no supervision"
-    return "by force if need be" if Flag.FORCE in flags else "without force"
+    return "with SIGKILL if necessary" if Flag.FORCE in flags else "without SIGKILL"
+
+
+def _unsupervised(job: ObservedJob) -> str:
+    """The end of a job with NOWAIT."""
+    what = "was asked to shut down" if Flag.POWERDOWN in job.flags else "got its one signal"
+    return f"{what}, and is not watched"
 
 
 def _seconds(usec: int) -> str:

@@ -1,42 +1,61 @@
-"""One guest being stopped: the ladder climbed with real signals.
+"""Stop one guest: climb the ladder with real signals.
 
-A job is driven by four things only: its start, the exit of its process, the time that its last
-decision named, and a sample that was asked for. Each leads to `_advance`, which asks the judgement
-what to do until that is to wait.
+Only four events drive a job: its start, the exit of its process, the time named by its last
+decision, and a requested sample. Each calls `advance`, which carries out decisions until one says
+to wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from signal import SIGCONT, SIGKILL, SIGTERM, Signals
-from typing import TYPE_CHECKING, Final
+from signal import SIGKILL, SIGTERM
+from typing import Final
 
-from qkilld.engine import events
-from qkilld.engine.looking import Looking
+from qkilld.decision.ladder import JobFacts, lengthen, policy_for
+from qkilld.decision.risk import risks_of_exit
+from qkilld.decision.verdict import Assessment
+from qkilld.engine import events, steering
+from qkilld.engine.collaborators import Collaborators
+from qkilld.engine.job_trace import JobTrace
+from qkilld.engine.monitor_link import MonitorLink
+from qkilld.engine.ports import Process, Timer
+from qkilld.engine.powerdown_phase import BEFORE_SIGNALS, PowerdownPhase
+from qkilld.engine.quit_phase import QuitPhase
+from qkilld.engine.signal_phase import SignalPhase
 from qkilld.engine.snapshot import Snapshot
-from qkilld.engine.tracing import JobTrace
-from qkilld.judgement.ladder import Action, Standing, at_risk, decide, lengthened, policy_for
-from qkilld.judgement.verdict import Assessment, assess, is_dead
-from qkilld.model.errors import Failed, NoSuchProcess
-from qkilld.model.evidence import Sample
-from qkilld.model.job import UNCONTROLLED, Request, Rung, Turn
+from qkilld.engine.waiters import Waiters
+from qkilld.engine.yank_rung import YankRung
+from qkilld.model.access import Rank, Steerer, rank_of
+from qkilld.model.constants import (
+    INFINITY,
+    Flag,
+    GuestAsked,
+    Phase,
+    Result,
+    Verdict,
+)
+from qkilld.model.errors import (
+    Busy,
+    Failed,
+    NoSuchProcess,
+    QkilldError,
+    UnknownIdentity,
+)
+from qkilld.model.guest_state import KeptMonitor
+from qkilld.model.job import UNCONTROLLED, FlushReport, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
-from qkilld.model.trace import Changed, Ended, Gone, Sent, Turned
-from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
-
-if TYPE_CHECKING:
-    from qkilld.engine.ports import Clock, Journal, Process, Sampler, Timer, Traces
+from qkilld.model.trace import ChangeRecord, EndRecord, ExitRecord, RungRecord, VerdictRecord
 
 MAX_HISTORY: Final = 100
-"""Changes of the verdict that a receipt tells."""
+"""The most changes of the verdict in a receipt."""
 
 
 class Job:
     """The ladder of one process.
 
-    `phase` runs terminate → kill → reap → done, a job that needs no SIGKILL leaves two of them out.
-    `result` is None while it runs. After its end nothing of a job changes any more.
+    `phase` runs terminate → kill → reap → done; without SIGKILL, kill and reap are left out.
+    `result` is None while the job runs. After its end a job does not change any more.
     """
 
     def __init__(
@@ -45,15 +64,7 @@ class Job:
         process: Process,
         request: Request,
         policy: Policy,
-        clock: Clock,
-        journal: Journal,
-        sampler: Sampler | None,
-        traces: Traces | None,
-        *,
-        load: Callable[[], int],
-        on_change: Callable[[Job], None],
-        on_end: Callable[[Job], None],
-        on_survivor_gone: Callable[[Job], None],
+        collaborators: Collaborators[Job],
     ) -> None:
         self.number = number
         self.guest = process.guest
@@ -64,334 +75,492 @@ class Job:
         self.verdict = Verdict.UNKNOWN
         self.result: Result | None = None
         self.error = ""
-        """With `failed`: what the kernel refused. With `cancelled`: why, where nobody asked."""
+        """With `failed`: the reason. With `cancelled`: the reason, unless a caller cancelled it."""
+        self.error_name = ""
+        """With `failed`: the D-Bus name of the error, if there is one."""
         self.rungs: list[Rung] = []
-        self.history: list[Turn] = []
+        self.history: list[VerdictChange] = []
         self.assessment: Assessment | None = None
-        self.data_at_risk = False
-        """SIGKILL was sent while I/O was outstanding or moving, or none of that could be seen."""
-        self.started = clock.now()
+        self.risks: tuple[Risk, ...] = ()
+        """Why data may be lost: by SIGKILL, by the exit, by a yank, or an error of a disk."""
+        self.flush = FlushReport()
+        self.guest_asked = GuestAsked.NOT_ASKED
+        self.started = collaborators.clock.now()
         self.ended: int | None = None
         self.deadline = INFINITY
         """When the next rung is due or the job gives up; CLOCK_MONOTONIC, µs."""
 
         self._process = process
-        self._policy = policy_for(request.flags, policy, request.spans)
-        self._term_at: int | None = None
-        self._kill_at: int | None = None
-        self._continued_at: int | None = None
-        self._looking = Looking(process, sampler, clock)
-        self._load = load
-        self._clock = clock
-        self._journal = journal
-        self._on_change = on_change
-        self._on_end = on_end
-        self._on_survivor_gone = on_survivor_gone
+        self._configured = policy
+        self.policy = policy_for(request.flags, policy, request.spans)
+        self._clock = clock = collaborators.clock
+        self._journal = collaborators.journal
+        self._trace = JobTrace(self, collaborators.traces)
+        self._link = MonitorLink(
+            process,
+            collaborators.monitors,
+            request.qmp_socket,
+            on_open=lambda monitor: collaborators.on_monitor(self, monitor.fileno()),
+        )
+        self._powerdown = PowerdownPhase(self, process, clock, collaborators.journal, self._link)
+        self._quit = QuitPhase(
+            self,
+            process,
+            clock,
+            collaborators.journal,
+            self._link,
+            collaborators.when_saved,
+            collaborators.sampler,
+        )
+        self._yank = YankRung(
+            self,
+            clock,
+            collaborators.journal,
+            self._link,
+            allowed=collaborators.may_yank(process.guest.label.name),
+            disks=lambda: self._quit.disks,
+            stuck=lambda: self._quit.stuck,
+            still_due=lambda: self._signals.is_last_rung_due(),
+        )
+        self._signals = SignalPhase(
+            self,
+            process,
+            clock=clock,
+            journal=collaborators.journal,
+            sampler=collaborators.sampler,
+            executables=collaborators.executables,
+            trace=self._trace,
+            yank=self._yank,
+            load=collaborators.load,
+            on_signal=self._signal_sent,
+            on_unsent=self._quit.undo,
+            write_down=lambda go_on: collaborators.write_down(self, go_on),
+        )
+        self._reachable = collaborators.monitors is not None
+        self._on_change = collaborators.on_change
+        self._on_look = collaborators.on_look
+        self._on_end = collaborators.on_end
+        self._on_survivor_gone = collaborators.on_survivor_gone
         self._timer: Timer | None = None
-        self._waiters: list[Callable[[], None]] = []
-        self._trace = JobTrace(self, traces)
+        self._waiters = Waiters()
 
     @property
     def running(self) -> bool:
         return self.result is None
 
     @property
+    def data_at_risk(self) -> bool:
+        """Whether data that QEMU held may not have reached its storage."""
+        return bool(self.risks)
+
+    @property
+    def processors_stopped(self) -> bool:
+        """Whether this job has stopped the guest's processors, and QEMU was not told to exit
+        yet."""
+        return self._quit.stopped
+
+    @property
     def elapsed(self) -> int:
-        """µs from the start to the end, or to now."""
+        """µs from the start to the end, or until now."""
         return (self._clock.now() if self.ended is None else self.ended) - self.started
 
     @property
-    def policy(self) -> Policy:
-        return self._policy
+    def rank(self) -> Rank:
+        """The rank of the requester whose right the job runs by."""
+        return rank_of(self.request.uid, self.guest.identity)
 
     @property
-    def standing(self) -> Standing:
-        """What the next step is decided on."""
-        return Standing(
-            self.flags,
-            self._policy,
-            self._term_at,
-            self._kill_at,
-            self._continued_at,
-            sum(rung.signal == SIGCONT for rung in self.rungs),
-            self.assessment,
-            self._load(),
-            self.control,
-        )
+    def owner_limit(self) -> int:
+        """Until when the owner may extend a job that runs by another's right; CLOCK_MONOTONIC,
+        µs."""
+        return steering.owner_limit(self.started, self.policy)
+
+    @property
+    def facts(self) -> JobFacts:
+        """The facts for the next decision."""
+        return self._signals.facts
+
+    @property
+    def own_chardevs(self) -> tuple[str, ...]:
+        """The labels of the open or kept monitor; () if there is none."""
+        return self._link.own_chardevs
+
+    @property
+    def by_evidence(self) -> bool:
+        return self.facts.by_evidence
+
+    def offer_monitor(self, passed: int) -> None:
+        """Talk to the guest over that connection; to be called before `start`. It is the job's once
+        that has succeeded."""
+        self._link.offer(passed)
 
     def start(self) -> None:
-        """Send the first signal.
+        """Send the first signal, unless the guest is asked or its disks are flushed first.
 
-        Raises NoSuchProcess where the process has just gone and Failed where the kernel refuses the
-        signal; the job has not started then and the process is let go of.
+        Raises NoSuchProcess if the process has just exited, ProcessChanged if its identity has
+        changed, UnknownIdentity if that is unreadable, and Failed if the kernel refuses the signal.
+        The job has not started then, and the process is closed.
         """
+        waits = self._first_phase()
         first = SIGKILL if Flag.NOWAIT in self.flags and Flag.FORCE in self.flags else SIGTERM
         try:
-            self._send(first)
-        except ProcessLookupError:
+            if waits is not None:
+                self._signals.check_identity()
+                self.phase = waits
+            else:
+                self._signals.send(first)
+        except (ProcessLookupError, PermissionError, QkilldError) as error:
             self._process.close()
-            raise NoSuchProcess(f"Process {self.guest.identity.pid} has just exited") from None
-        except PermissionError:
-            self._process.close()
-            self._journal.write(events.signal_refused(self, first))
-            raise Failed(
-                f"The kernel does not let qkilld signal process {self.guest.identity.pid}"
-            ) from None
+            who = f"process {self.guest.identity.pid}"
+            if isinstance(error, ProcessLookupError):
+                raise NoSuchProcess(f"{who.capitalize()} has just exited") from None
+            if isinstance(error, PermissionError):
+                self._journal.write(events.signal_refused(self, first))
+                raise Failed(f"The kernel does not let qkilld signal {who}") from None
+            raise
         self._journal.write(events.job_started(self))
-        self._journal.write(events.signal_sent(self, self.rungs[-1]))
-        self._process.watch(self._advance)
+        if waits is None:
+            self._journal.write(events.signal_sent(self, self.rungs[-1]))
+        self._process.watch(self.advance)
 
-    def resume(self, past: Snapshot) -> None:
-        """Take up what another has begun, in place of `start`. No signal is sent here."""
+    def _first_phase(self) -> Phase | None:
+        """Return the phase before any signal, if there is one."""
+        if Flag.POWERDOWN in self.flags:
+            return Phase.POWERDOWN
+        named = bool(self.request.qmp_socket) or self._link.is_passed
+        has_monitor = self.guest.label.qmp or named
+        if self.by_evidence and has_monitor and self._reachable:
+            return Phase.QUIT
+        return None
+
+    def resume(self, past: Snapshot, monitor: KeptMonitor | None = None) -> None:
+        """Continue a job of an earlier daemon, instead of `start`. Sends no signal."""
         self.guest, self.phase, self.verdict = past.guest, past.phase, past.verdict
-        self.flags, self._policy, self.control = past.flags, past.policy, past.control
+        self.flags, self.policy, self.control = past.flags, past.policy, past.control
         self.started, self.ended = past.started, past.ended
-        self.result, self.error, self.data_at_risk = past.result, past.error, past.data_at_risk
+        self.result, self.error, self.error_name = past.result, past.error, past.error_name
+        self.risks, self.guest_asked = past.risks, past.guest_asked
+        self.flush, self._quit.stopped = past.flush, past.processors_stopped
         self.rungs, self.history = list(past.rungs), list(past.history)
         self.assessment = past.assessment_at(self._clock.now())
-        self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
-        self._continued_at = past.sent_at(SIGCONT)
+        self._signals.resume(past)
+        self._powerdown.resume(past.asking)
+        if monitor is not None:
+            self._link.keep(monitor)
         if self.running:
-            if self._kill_at is not None:
+            if self._signals.killed:
                 self.phase = Phase.REAP
             self._journal.write(events.job_resumed(self))
             for rung in self.rungs:
-                self._trace.record(Sent(rung.at, rung.phase, rung.signal.name))
-            self._process.watch(self._advance)
+                self._trace.record(RungRecord(rung.at, rung.phase, rung.action))
+            self._process.watch(self.advance)
         elif self.result is Result.SURVIVED:
             self._process.watch(self._survivor_gone)
+        elif self.processors_stopped:
+            self._quit.recover()
 
     def follow(self) -> None:
-        """Go on from the first signal; to be called once, after `start` or `resume`."""
+        """Continue after the first signal. Call it once, after `start` or `resume`."""
         if self.result is Result.SURVIVED and self._process.exited():
             self._survivor_gone()
-        self._advance()
+        if self.running and self.phase is Phase.POWERDOWN:
+            self._powerdown.begin()
+        elif self.running and self.phase is Phase.QUIT:
+            self._quit.begin()
+        elif self.running and self._link.is_kept:
+            self._link.open(lambda found: None, asked=True)
+        self.advance()
+
+    def check_process(self) -> None:
+        """End as failed if the process's identity has changed. Call it before `follow`."""
+        if self.running:
+            self._signals.check_resumed()
 
     def snapshot(self) -> Snapshot:
-        """The job as it is now."""
-        return Snapshot.of_job(self)
+        """Return the current state."""
+        snapshot = Snapshot(
+            number=self.number,
+            guest=self.guest,
+            request=self.request,
+            flags=self.flags,
+            policy=self.policy,
+            control=self.control,
+            phase=self.phase,
+            verdict=self.verdict,
+            result=self.result,
+            error=self.error,
+            error_name=self.error_name,
+            risks=self.risks,
+            guest_asked=self.guest_asked,
+            flush=self.flush,
+            processors_stopped=self.processors_stopped,
+            rungs=tuple(self.rungs),
+            history=tuple(self.history),
+            assessment=self.assessment,
+            asking=self._powerdown.attempt if self.phase in BEFORE_SIGNALS else None,
+            own_chardevs=self.own_chardevs,
+            started=self.started,
+            ended=self.ended,
+        )
+        return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Let a further request take part: it may add FORCE and lengthen spans, never less.
+        """Add a request: it may add FORCE and lengthen spans, but never reduce. It may also end the
+        asking of the guest earlier, and let signals follow where none were wanted.
 
-        FORCE with NOWAIT asks for SIGKILL now, and gets it; Failed where somebody was promised
-        that there will be none.
+        A request of higher rank takes the job over. The owner of the process then loses everything:
+        spans, hold, and extensions beyond `owner_limit`. The owner in turn cannot lengthen the
+        spans of a job of higher rank.
+
+        FORCE with NOWAIT sends SIGKILL now. Raises Failed if a caller was promised that there will
+        be none (a promise of the owner does not bind others), and UnknownIdentity if the process's
+        executable is unreadable. Every request with FORCE raises ProcessChanged if the identity has
+        changed; the job has then ended as failed.
         """
-        at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and self._kill_at is None
-        if at_once and (self.control.held or self.control.not_before > self._clock.now()):
+        rank, before = rank_of(request.uid, self.guest.identity), self.rank
+        at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
+        promised = self.control if rank is Rank.OWNER else steering.take_over(self.control, 0)
+        if at_once and (promised.held or promised.not_before > self._clock.now()):
             raise Failed(
                 f"Job {self.number} was held or extended by somebody: only its Force overrides that"
             )
+        if Flag.FORCE in request.flags and not self._process.exited():
+            try:
+                self._signals.check_on_request()
+            except UnknownIdentity:
+                if at_once:
+                    raise
+        if rank > before:
+            self.request = request
+            if before is Rank.OWNER:
+                self.flags = self.flags & ~Flag.FIXED | request.flags & Flag.FIXED
+                self.policy = policy_for(self.flags, self._configured, request.spans)
+                self.control = steering.take_over(self.control, self.owner_limit)
         self.flags |= request.flags & Flag.FORCE
-        self._policy = lengthened(self._policy, request.spans)
+        if steering.may_steer(rank, before):
+            self.policy = lengthen(self.policy, request.spans)
+            if not _asks_alone(request):
+                self.flags &= ~Flag.NOWAIT
+            self.request = replace(
+                self.request,
+                powerdown_only=self.request.powerdown_only and _asks_alone(request),
+                ask_at_most=min(self.request.ask_at_most, request.ask_at_most),
+            )
+            self._powerdown.set_span(self.policy.powerdown)
         if at_once and not self._process.exited():
-            self._climb(SIGKILL)
-        self._journal.write(events.job_joined(self, request))
+            self._signals.force()
+        self._journal.write(events.job_joined(self, request, took_over=rank > before))
         self._changed()
 
-    def extend(self, usec: int, uid: int) -> None:
-        """No SIGKILL for at least so much longer, whatever the policy; never less than before.
+    def extend(self, usec: int, by: Steerer) -> None:
+        """Delay SIGKILL by at least `usec` from now, whatever the policy; never shorten.
 
-        This and the next two raise Failed where no SIGKILL is to come any more.
+        The owner can extend a job of higher rank up to `owner_limit`. This and the next two raise
+        Failed if no SIGKILL can follow.
         """
         self._check_controllable()
         until = min(self._clock.now() + usec, INFINITY)
-        if until > self.control.not_before:
-            self.control = replace(self.control, not_before=until)
-            self._journal.write(events.job_extended(self, usec, uid))
+        if not steering.may_steer(by.rank, self.rank):
+            until = min(until, self.owner_limit)
+        before, self.control = self.control, steering.extended(self.control, until, by.rank)
+        if self.control != before:
+            self._journal.write(events.job_extended(self, usec, by.uid))
             self._changed()
 
-    def hold(self, uid: int) -> None:
-        """Send nothing more, and do not give up either, until `release`."""
-        self._set_held(True, uid)
+    def hold(self, by: Steerer) -> None:
+        """Send no signals and do not give up until `release`; a hold by the owner ends at MaxSec.
+        Raises Busy while the guest's processors are stopped."""
+        self._check_controllable()
+        if self.processors_stopped:
+            raise Busy(f"Job {self.number} is flushing the guest's disks: try again in a second")
+        before = self.control
+        self.control = steering.hold(before, by, self.started, self.policy)
+        if self.control != before:
+            self._journal.write(events.job_held(self, by.uid))
+            self._changed()
 
-    def release(self, uid: int) -> None:
-        self._set_held(False, uid)
+    def release(self, by: Steerer) -> None:
+        self._check_controllable()
+        if self.control.held:
+            self.control = steering.release(self.control)
+            self._journal.write(events.job_released(self, f"Uid {by.uid}", by.uid))
+            self._changed()
 
-    def force(self, uid: int) -> None:
-        """Send SIGKILL now, held or not. Raises Failed where the job has ended."""
-        if not self.running:
-            raise self._over()
-        if self._kill_at is None and not self._process.exited():
+    def force(self, by: Steerer) -> None:
+        """Send SIGKILL now, held or not.
+
+        Raises Failed if the job has ended, ProcessChanged if it has to end so, and UnknownIdentity.
+        """
+        self._check_running()
+        if not self._signals.killed and not self._process.exited():
+            self._signals.check_on_request()
             self.flags |= Flag.FORCE
             self.control = UNCONTROLLED
-            self._journal.write(events.job_forced(self, uid))
-            self._climb(SIGKILL)
+            self._journal.write(events.job_forced(self, by.uid))
+            self._signals.force()
             self._changed()
 
     def cancel(self, why: str = "") -> None:
-        """Send nothing more and end as `cancelled`; nothing where the job has ended."""
+        """Send no more signals and end as `cancelled`. Does nothing if the job has ended."""
         if self.running:
             self.error = why
-            self._finish(Result.CANCELLED)
+            self.finish(Result.CANCELLED)
 
-    def when_ended(self, callback: Callable[[], None]) -> None:
-        """Call back once when the job ends; to be asked for only while it runs. It still runs then
-        where nobody will be told of its end."""
-        self._waiters.append(callback)
+    def when_ended(self, callback: Callable[[], None], uid: int | None = None) -> None:
+        """Call back once when the job ends, or when nobody will be told of its end because the
+        daemon exits. Only for a running job. `uid` is that of a waiter that may leave."""
+        self._waiters.add(callback, requester=uid == self.request.uid)
+
+    @property
+    def process_exited(self) -> bool:
+        """Whether the process has exited, even if the job has not noticed yet."""
+        return self._process.exited()
 
     def no_longer(self, callback: Callable[[], None], *, left: bool) -> None:
-        """Do not call back any more. `left`: because whoever waited did not want to."""
-        if callback in self._waiters:
-            self._waiters.remove(callback)
-            if left and not self._waiters:
-                self._journal.write(events.waiter_gone(self))
+        """Do not call back any more. `left`: because the waiter has left."""
+        if self._waiters.remove(callback) and left:
+            self._journal.write(events.waiter_gone(self))
 
     def interrupt_waits(self) -> None:
-        """Call back whoever waits, though the job has not ended."""
-        waiters, self._waiters = self._waiters, []
-        for callback in waiters:
-            callback()
+        """Call back all waiters, although the job has not ended."""
+        self._waiters.call()
 
-    def let_go(self) -> None:
+    def stop_watching(self) -> None:
         """Stop watching a process that survived: a newer job has taken it over."""
         self._process.close()
         self._trace.end()
 
-    def _set_held(self, held: bool, uid: int) -> None:
-        self._check_controllable()
-        if held is not self.control.held:
-            self.control = replace(self.control, held=held)
-            self._journal.write(events.job_held(self, uid))
-            self._changed()
+    def _end_hold_in_time(self) -> None:
+        """End a hold whose time has passed."""
+        if self.control.held and self._clock.now() >= self.control.held_until:
+            self.control = steering.release(self.control)
+            self._journal.write(events.job_released(self, "MaxSec", None))
+            self._record_change()
+            self._on_change(self)
+
+    def _check_running(self) -> None:
+        if self.result is not None:
+            raise Failed(f"Job {self.number} has ended already ({self.result.value})")
 
     def _check_controllable(self) -> None:
-        if not self.running:
-            raise self._over()
-        if self._kill_at is not None:
+        self._check_running()
+        if self._signals.killed:
             raise Failed(f"Job {self.number} has sent SIGKILL already")
 
-    def _over(self) -> Failed:
-        assert self.result is not None
-        return Failed(f"Job {self.number} has ended already ({self.result.value})")
-
     def _changed(self) -> None:
-        """What the job goes by is another now."""
-        self._trace.record(Changed(self._clock.now(), self.flags, self._policy, self.control))
-        self._advance()
+        """The job's flags, policy or control changed."""
+        self._record_change()
+        self.advance()
         self._on_change(self)
 
-    def _advance(self) -> None:
-        while self.running:
-            decision = decide(self.standing, self._clock.now())
-            # Looked at right before a signal: the deadline and the exit may have come together.
-            if decision.action is not Action.LEAVE and self._process.exited():
-                self._gone()
-                return
-            match decision.action:
-                case Action.WAIT:
-                    self._wait_until(decision.deadline, decision.wake)
-                    return
-                case Action.LOOK:
-                    # What comes of it, or that nothing does, leads here again.
-                    self._looking.look(self._seen)
-                    return
-                case Action.CONTINUE:
-                    self._climb(SIGCONT)
-                case Action.TERMINATE:
-                    self._climb(SIGTERM)
-                case Action.KILL:
-                    self._climb(SIGKILL)
-                case Action.GIVE_UP:
-                    self._finish(Result.SURVIVED)
-                case Action.LEAVE:
-                    self._finish(Result.SIGNALLED)
+    def _record_change(self) -> None:
+        self._trace.record(ChangeRecord(self._clock.now(), self.flags, self.policy, self.control))
 
-    def _climb(self, number: Signals) -> None:
-        """A rung of a job that has started: the signal first, then the talk about it."""
-        try:
-            self._send(number)
-        except ProcessLookupError:
-            self._gone()
-        except PermissionError:
-            self.error = f"the kernel does not let qkilld send {number.name}"
-            self._journal.write(events.signal_refused(self, number))
-            self._finish(Result.FAILED)
-        else:
-            self._journal.write(events.signal_sent(self, self.rungs[-1]))
-            self._on_change(self)
-            if number == SIGKILL:
-                self.phase = Phase.REAP
-                self._on_change(self)
+    def note_rung(self, action: str, at: int) -> None:
+        """Add an action to the receipt."""
+        self.rungs.append(Rung(self.phase, action, at))
+        self._trace.record(RungRecord(at, self.phase, action))
 
-    def _send(self, number: Signals) -> None:
-        self._process.signal(number)
-        now = self._clock.now()
-        if number == SIGKILL:
-            self._kill_at = now
-            self.deadline = min(now + self._policy.reap, INFINITY)
-            self.phase = Phase.KILL
-            by_evidence = self.standing.by_evidence
-            self.data_at_risk = by_evidence and at_risk(self.assessment, self._policy, now)
-        elif number == SIGCONT:
-            self._continued_at = now
-        else:
-            self._term_at = now
-        self.rungs.append(Rung(self.phase, number, now))
-        self._trace.record(Sent(now, self.phase, number.name))
-
-    def _seen(self, sample: Sample) -> None:
-        if not self.running:
-            return
-        before = self.assessment
-        # One that comes after its time was up may be older than what was put in its place.
-        if before is None or sample.at >= before.last.at:
-            self.assessment = evidence = assess(before, sample)
-            self._trace.record(sample)
-            if evidence.verdict is not self.verdict:
-                self.verdict = evidence.verdict
-                self._turned(evidence)
-            self._on_change(self)
-            if self._kill_at is not None and is_dead(sample):
-                self._gone()
-                return
-        self._advance()
-
-    def _turned(self, evidence: Assessment) -> None:
-        turn = Turn(evidence.verdict, evidence.reasons[:4], evidence.last.at)
+    def turn_to(self, verdict: Verdict, reasons: tuple[str, ...], at: int) -> None:
+        """Change the verdict."""
+        self.verdict = verdict
+        turn = VerdictChange(verdict, reasons, at)
         if len(self.history) < MAX_HISTORY:
             self.history.append(turn)
-        self._trace.record(Turned(turn.at, turn.verdict, turn.reasons))
+        self._trace.record(VerdictRecord(turn.at, turn.verdict, turn.reasons))
         self._journal.write(events.verdict_turned(self, turn))
 
-    def _wait_until(self, deadline: int, wake: int) -> None:
+    def enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self._on_change(self)
+
+    def looked(self) -> None:
+        """Note that a sample was taken which changed nothing."""
+        self._on_look(self)
+
+    def advance(self) -> None:
+        """Do everything that is due."""
+        self._end_hold_in_time()
+        if self.running and self.phase is Phase.POWERDOWN:
+            if self._powerdown.lasts():
+                return
+            if self._link.monitor is not None:
+                self._quit.begin()
+            else:
+                self.enter(Phase.TERMINATE)
+        if self.running and self.phase is Phase.QUIT and self._quit.lasts():
+            return
+        if self.running:
+            self._signals.advance()
+
+    def _signal_sent(self) -> None:
+        self._powerdown.close()
+        self._quit.commit()
+
+    def wait_until(self, deadline: int, wake: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if wake != INFINITY:
-            self._timer = self._clock.call_at(wake, self._advance)
+            self._timer = self._clock.call_at(wake, self.advance)
         if deadline != self.deadline:
             self.deadline = deadline
             self._on_change(self)
 
-    def _gone(self) -> None:
+    def gone(self) -> None:
+        if self.phase in BEFORE_SIGNALS:
+            self._powerdown.note_exit()
         self.verdict = Verdict.GONE if self._process.collected() else Verdict.ZOMBIE
-        self._finish(Result.EXITED if self._kill_at is None else Result.KILLED)
+        self.finish(Result.EXITED if not self._signals.killed else Result.KILLED)
 
-    def _finish(self, result: Result) -> None:
+    def finish(self, result: Result) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._looking.close()
+        self._signals.close()
+        self._powerdown.close()
+        self._quit.close(ending=self._signals.sent)
         self.ended = self._clock.now()
         self.result = result
+        if result is not Result.EXITED and not self._signals.sent:
+            self.risks = ()  # QEMU keeps running, so nothing is cancelled.
+        if result is Result.EXITED and self.by_evidence:
+            risks = risks_of_exit(
+                self.assessment,
+                flushed=self.flush.proven,
+                started=self._clock.started_at(self.guest.identity.start_time),
+                ended=self.ended,
+            )
+            self.risks = (*self.risks, *risks)
         self.phase = Phase.DONE
         self.deadline = INFINITY
         if result is Result.SURVIVED:
             self._process.watch(self._survivor_gone)
-        else:
+        elif not self.processors_stopped:
             self._process.close()
-        # Who waits comes first: the journal is not on the way from the exit to the answer.
+        # Waiters first, so that writing the journal does not delay their replies.
         self.interrupt_waits()
         self._on_end(self)
         self._journal.write(events.job_ended(self))
-        self._trace.record(Ended(self.ended, result))
+        self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
+
+    def undone(self) -> None:
+        """The guest's processors run again after the job has ended."""
+        if self.result is not Result.SURVIVED:
+            self._process.close()
+        self._on_change(self)
 
     def _survivor_gone(self) -> None:
         self._process.close()
         self._journal.write(events.survivor_gone(self, self._clock.now()))
-        self._trace.record(Gone(self._clock.now()))
+        self._trace.record(ExitRecord(self._clock.now()))
         self._trace.end()
         self._on_survivor_gone(self)
+
+
+def _asks_alone(request: Request) -> bool:
+    """Return whether the guest is to be asked and QEMU left alone."""
+    asks = Flag.POWERDOWN in request.flags
+    return asks and (request.powerdown_only or Flag.NOWAIT in request.flags)

@@ -1,103 +1,249 @@
-"""What the engine needs of the outside. Adapters implement these, tests fake them."""
+"""The engine's interfaces to the outside, and the readable part of a job.
+
+Adapters and the bus implement these protocols; tests fake them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from signal import Signals
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
-from qkilld.model.access import Action, Answer
-from qkilld.model.evidence import Sample
-from qkilld.model.guest import Guest, Identity, Label
+from qkilld.decision.ladder import JobFacts
+from qkilld.decision.verdict import Assessment
+from qkilld.model.access import Answer, PolkitAction, Rank
+from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, YankInstance
+from qkilld.model.constants import Flag, GuestAsked, Phase, Result, Verdict
+from qkilld.model.event import Event
+from qkilld.model.guest import Guest, GuestChannels, Identity, Label
+from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
+from qkilld.model.job import Control, FlushReport, Request, Risk, Rung, VerdictChange
+from qkilld.model.policy import Policy
+from qkilld.model.sample import Sample
 from qkilld.model.trace import Header, Record
 from qkilld.model.unit import UnitFacts
 
-if TYPE_CHECKING:
-    from qkilld.engine.events import Event
-    from qkilld.engine.job import Job
-    from qkilld.engine.snapshot import Snapshot
-
 
 class Process(Protocol):
-    """A process that is held by a pidfd: whatever becomes of its pid, this is the same process."""
+    """A process opened by pidfd. It stays the same process, even if its pid is reused."""
 
     @property
     def guest(self) -> Guest: ...
 
     def identify(self) -> Identity:
-        """Read again who it is: it may have executed another program by now.
+        """Read the identity again: the process may have executed another program.
 
         Raises NoSuchProcess, NotQemu, Failed.
         """
 
     def set_label(self, label: Label) -> None:
-        """Say what it is called."""
+        """Set the guest's names."""
 
     def signal(self, number: Signals) -> None:
-        """Raises ProcessLookupError where the process is gone, PermissionError where refused."""
+        """Send a signal. Raises ProcessLookupError if the process is gone, PermissionError."""
 
     def exited(self) -> bool:
-        """Whether it has exited, collected by its parent or not. Does not block."""
+        """Return whether it has exited, reaped or not. Does not block."""
 
     def collected(self) -> bool:
-        """After it has exited: whether its parent has collected it, so that it is no zombie."""
+        """Return whether its parent has reaped it after its exit, so that it is not a zombie."""
+
+    def dying(self) -> bool:
+        """Return whether it has received SIGKILL or is exiting, as far as known."""
 
     def watch(self, callback: Callable[[], None]) -> None:
-        """Call back once, as soon as it exits."""
+        """Call back once, when it exits."""
 
     def fileno(self) -> int | None:
-        """The pidfd, for who keeps a copy; None where there is none."""
+        """Return the pidfd, so that the caller can duplicate it; None if there is none."""
 
     def close(self) -> None:
-        """Let go of it; no call back comes after this. May be called twice."""
+        """Close the pidfd and cancel the callback. May be called twice."""
 
 
 class Host(Protocol):
     """The processes of this system."""
 
     def open(self, pid: int) -> Process:
-        """Take hold of a process. Raises NoSuchProcess, Exiting, NotQemu, Failed."""
+        """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
-        """What it is called. Never takes long; an empty name where the kernel does not answer."""
+        """Return its names. Never takes long; the name is empty if the kernel does not answer."""
+
+    async def labels(self, identities: Sequence[Identity]) -> list[Label]:
+        """Return the names of many processes, in order, within a second even if some block."""
 
     async def identities(self) -> list[Identity]:
-        """Of every process whose executable can be seen; off the loop, for there may be many."""
+        """Return every process whose executable is visible. Runs outside the loop, because there
+        may be many."""
 
 
 class Caller(Protocol):
-    """Who calls."""
+    """The caller of a method."""
 
     async def uid(self) -> int:
-        """Asked only once the process is held, so that its id cannot change hands meanwhile."""
+        """Return the caller's uid. Call it after the process is open, so that the pid cannot be
+        reused meanwhile."""
 
-    async def may(self, action: Action, details: Mapping[str, str], *, ask: bool) -> Answer:
-        """Whether an administrator lets the caller do that, which may take minutes.
+    async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
+        """Ask polkit whether the caller may do that. It may take minutes.
 
-        `details` are for whoever is asked for a password; without `ask` nobody is. Raises Busy
-        where the caller has too many such questions open. Never answers from memory.
+        `details` are shown to the person who is asked for a password; without `ask` nobody is
+        asked. Raises Busy if the caller has too many open requests. Answers are never cached.
         """
 
 
 class Units(Protocol):
-    """The manager of systemd whose units TerminateUnit names. What it raises is a QkilldError."""
+    """systemd's manager, whose units TerminateUnit names. It raises only QkilldErrors."""
 
     async def unit(self, name: str) -> UnitFacts:
         """Raises InvalidArgs, NoSuchUnit."""
 
 
 class Watch(Protocol):
-    """Somebody who looks at one process."""
+    """Takes samples of one process."""
 
-    def look(self, callback: Callable[[Sample], None]) -> None:
-        """Take a sample and call back with it, in the loop; perhaps late, perhaps never."""
+    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+        """Take a sample and call back with it in the loop, possibly late or never."""
 
     def close(self) -> None:
-        """Look no more; no call back comes after this."""
+        """Stop taking samples; no callback follows."""
 
 
 class Sampler(Protocol):
     def watch(self, process: Process) -> Watch: ...
+
+
+class GuestMonitor(Protocol):
+    """The open monitor of one guest. Callbacks come in the loop, and none after `close`.
+
+    A callback receives an exception if qkilld has a bug.
+    """
+
+    @property
+    def has_agent(self) -> bool:
+        """Return whether the guest has an agent that seems to listen."""
+
+    @property
+    def lost(self) -> bool:
+        """Return whether the connection has ended. Another one may be opened then."""
+
+    @property
+    def adopted(self) -> bool:
+        """Return whether the connection was opened by an earlier daemon (KeptMonitor)."""
+
+    @property
+    def own_chardevs(self) -> tuple[str, ...]:
+        """Return the labels for KeptMonitor."""
+
+    def fileno(self) -> int | None:
+        """Return the connection's descriptor; None if it has no out-of-band commands."""
+
+    def observe(self, callback: Callable[[GuestObservation | Exception], None]) -> None:
+        """Observe the guest, one observation at a time, and always call back."""
+
+    def order(self, what: GuestOrder, callback: Callable[[str | Exception], None]) -> None:
+        """Give an order; call back with "" or with the reason of the failure, printable."""
+
+    def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
+        """After QEMU's exit, return the signs up to its end, and whether none can be missing. Does
+        not block."""
+
+    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+        """Read the state of the disks; call back with it, or with the reason why that is
+        impossible."""
+
+    def look_at_jobs(
+        self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
+    ) -> None:
+        """Look only at what the end of QEMU would cancel: backups, a migration."""
+
+    def stop_and_flush(
+        self,
+        disks: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | str | Exception], None],
+        *,
+        stop: bool,
+        timeout: int,
+    ) -> None:
+        """With `stop`, stop the processors; then flush the disks, all within `timeout` (µs).
+
+        Calls back with the result of each flush, or with the reason why nothing was flushed.
+        """
+
+    def flush_running(
+        self,
+        disks: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | Exception], None],
+        *,
+        timeout: int,
+    ) -> None:
+        """Flush one disk after another while the processors run; errors of disks are not
+        reported."""
+
+    def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
+        """Undo any part of `stop_and_flush` that was done, once the monitor answers again."""
+
+    def query_yank(
+        self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
+    ) -> None:
+        """List what can be yanked, except the monitor itself, even if QEMU's main loop is busy."""
+
+    def yank(
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+    ) -> None:
+        """Yank these; call back with "" or the reason of a failure."""
+
+    def close(self) -> None:
+        """May be called twice."""
+
+
+class Monitors(Protocol):
+    """Opens the monitors of guests."""
+
+    def open(
+        self,
+        process: Process,
+        qmp_socket: str,
+        callback: Callable[[GuestMonitor | str | Exception], None],
+        *,
+        kept: KeptMonitor | None = None,
+        passed: int | None = None,
+        asked: bool = False,
+        agent_was_open: bool | None = None,
+    ) -> Callable[[], None]:
+        """Open the guest's monitor; `qmp_socket` is the path that a caller named, or "".
+
+        `kept` is tried first, then `passed`, a connection that `check_passed` has checked; both are
+        taken over. `asked`: the guest was asked to shut down before, so signs of a shutdown count;
+        `agent_was_open`: whether its agent had the port open then, if known.
+
+        Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
+        function that ends the attempt; no callback follows it.
+        """
+
+    def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
+        """Read the signs left in a kept connection after QEMU has exited, without blocking.
+
+        An earlier daemon may have read others.
+        """
+
+    async def check(self, process: Process, qmp_socket: str) -> None:
+        """Raises InvalidArgs if the process has no such socket."""
+
+    async def check_passed(self, process: Process, passed: int) -> None:
+        """Raises InvalidArgs if that descriptor is no connection to a monitor of the process."""
+
+    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+        """Read the disks of a guest that is not being stopped, if its QMP monitor is free; None if
+        that takes longer than a second."""
+
+    async def describe(self, process: Process) -> tuple[str, ...]:
+        """Describe the ways to talk to the guest, and the obstacles."""
+
+    async def survey(self, identity: Identity) -> GuestChannels:
+        """Tell which channels to the guest exist. Connects to nothing; takes a few seconds at
+        most."""
 
 
 class Timer(Protocol):
@@ -109,52 +255,132 @@ class Clock(Protocol):
 
     def now(self) -> int: ...
 
+    def started_at(self, start_time: int) -> int:
+        """Return the time at which a process started, by Identity.start_time."""
+
     def call_at(self, when: int, callback: Callable[[], None]) -> Timer: ...
 
 
 class Journal(Protocol):
     def write(self, event: Event) -> None:
-        """Note an event. Never blocks and never raises."""
+        """Write an event. Never blocks and never raises."""
 
 
 class Recorder(Protocol):
     """The trace of one job."""
 
     def record(self, record: Record) -> None:
-        """Note it. Never blocks and never raises."""
+        """Write a record. Never blocks and never raises."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the trace."""
 
 
 class Traces(Protocol):
-    """Where traces go."""
+    """Creates the traces of jobs."""
 
     def begin(self, header: Header) -> Recorder:
-        """For one job. Nothing is made before its first record."""
+        """Begin the trace of a job. No file is created before its first record."""
+
+
+class JobState(Protocol):
+    """The saved state of a job at one moment."""
+
+    @property
+    def number(self) -> int: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types. May be called in any thread."""
 
 
 class Store(Protocol):
-    """Where jobs are kept over the end of this program. Nothing here blocks or raises."""
+    """Stores jobs beyond the end of this program. Nothing here blocks or raises."""
 
-    def hold(self, number: int, process: Process) -> None:
-        """Keep hold of the process of that job."""
+    def store_fd(self, number: int, process: Process) -> None:
+        """Store the pidfd of the job's process."""
 
-    def save(self, snapshot: Snapshot) -> None:
-        """In place of what was saved of that job before."""
+    def save(self, state: JobState) -> None:
+        """Save a job's state, in place of an earlier one."""
 
-    def release(self, number: int) -> None:
-        """Its process need not be held any more."""
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call back in the loop when everything saved before is written, or has failed."""
+
+    def store_monitor(self, number: int, fd: int) -> None:
+        """Keep a copy of that job's connection to its guest's monitor."""
+
+    def drop_fd(self, number: int) -> None:
+        """Drop the stored pidfd of the job's process."""
+
+    def drop_monitor(self, number: int) -> None:
+        """Drop the stored connection, so that other programs can use the monitor."""
 
     def forget(self, number: int) -> None:
-        """Nobody asks for that job any more."""
+        """Remove the job's state."""
+
+
+class ObservedJob(Protocol):
+    """The readable part of a job. engine.job documents each member."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def guest(self) -> Guest: ...
+    @property
+    def request(self) -> Request: ...
+    @property
+    def flags(self) -> Flag: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def rank(self) -> Rank: ...
+    @property
+    def control(self) -> Control: ...
+    @property
+    def phase(self) -> Phase: ...
+    @property
+    def verdict(self) -> Verdict: ...
+    @property
+    def result(self) -> Result | None: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def error_name(self) -> str: ...
+    @property
+    def rungs(self) -> Sequence[Rung]: ...
+    @property
+    def history(self) -> Sequence[VerdictChange]: ...
+    @property
+    def assessment(self) -> Assessment | None: ...
+    @property
+    def by_evidence(self) -> bool: ...
+    @property
+    def facts(self) -> JobFacts: ...
+    @property
+    def data_at_risk(self) -> bool: ...
+    @property
+    def guest_asked(self) -> GuestAsked: ...
+    @property
+    def risks(self) -> Sequence[Risk]: ...
+    @property
+    def flush(self) -> FlushReport: ...
+    @property
+    def started(self) -> int: ...
+    @property
+    def ended(self) -> int | None: ...
+    @property
+    def elapsed(self) -> int: ...
+    @property
+    def deadline(self) -> int: ...
 
 
 class Observer(Protocol):
-    """Who wants to hear of jobs: the bus. Nothing that it raises may reach a job."""
+    """Receives changes of jobs: the bus. Exceptions that it raises must not reach a job."""
 
-    def job_new(self, job: Job) -> None: ...
+    def job_new(self, job: ObservedJob) -> None: ...
 
-    def job_changed(self, job: Job) -> None: ...
+    def job_changed(self, job: ObservedJob) -> None: ...
 
-    def job_ended(self, job: Job) -> None: ...
+    def job_ended(self, job: ObservedJob) -> None: ...
+
+    def job_forgotten(self, job: ObservedJob) -> None:
+        """The job can no longer be queried."""

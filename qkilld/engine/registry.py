@@ -1,27 +1,37 @@
-"""The jobs of the daemon: at most one running for a process, and the finished ones for a while."""
+"""The jobs of the daemon: at most one running job for each process, and recently ended ones."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from signal import Signals
 from typing import Final
 
 from qkilld.engine import events
-from qkilld.engine.departed import Departed
+from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.job import Job
-from qkilld.engine.keeper import Keeper
-from qkilld.engine.ports import Clock, Journal, Observer, Process, Sampler, Traces
+from qkilld.engine.job_saver import JobSaver
+from qkilld.engine.ports import Clock, Journal, Monitors, Observer, Process, Sampler, Traces
 from qkilld.engine.snapshot import Snapshot, SnapshotError
+from qkilld.engine.summary import StopSummary
+from qkilld.model.constants import USEC_PER_SEC, Result
 from qkilld.model.errors import Busy, NoSuchJob
+from qkilld.model.event import Event
+from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.job import Request
 from qkilld.model.policy import Config, Policy
-from qkilld.model.words import USEC_PER_SEC, Result
 
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
-"""A job's object outlives its end by so long (µs), so that a late Wait still gets its answer."""
+"""How long (µs) a job's object outlives its end, so that a late Wait still gets its answer."""
+UNDO_S: Final = 2.0
+"""QEMU starts its processors in a millisecond, unless a disk keeps its main loop busy."""
 MAX_JOBS_PER_UID: Final = 2048
-"""Jobs, running and finished, that one user may have here: a flood must not fill the memory. Root
-may have any number."""
+"""Running and ended jobs of one user; the limit keeps a flood from filling the memory. It does not
+apply to root."""
 
 
 class Registry:
@@ -34,41 +44,65 @@ class Registry:
         journal: Journal,
         observer: Observer | None = None,
         sampler: Sampler | None = None,
+        monitors: Monitors | None = None,
         traces: Traces | None = None,
-        keeper: Keeper | None = None,
+        saver: JobSaver | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
         self._journal = journal
         self.observer = observer
-        self._sampler = sampler
-        self._traces = traces
-        self.keeper = keeper
+        self.saver = saver
+        self._collaborators = Collaborators(
+            clock=clock,
+            journal=journal,
+            sampler=sampler,
+            traces=traces,
+            executables=config.executables,
+            monitors=monitors,
+            may_yank=config.yanks,
+            load=lambda: len(self._running),
+            when_saved=self._when_saved,
+            on_change=self._changed,
+            on_look=self._looked,
+            on_end=self._ended,
+            on_survivor_gone=self._survivor_gone,
+            on_monitor=self._monitor_opened,
+            write_down=self._write_down,
+        )
         self._jobs: dict[int, Job] = {}
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
         self._per_uid: Counter[int] = Counter()
         self._last = 0
+        self._summary = StopSummary()
         self.on_busy: Callable[[bool], None] = lambda busy: None
-        """Called when the first job runs, and when none runs any more."""
+        """Called when the first job starts to run, and when the last one ends."""
 
     def __iter__(self) -> Iterator[Job]:
-        """All of them, oldest first."""
+        """Iterate over all jobs, oldest first."""
         return iter(list(self._jobs.values()))
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def terminate(self, process: Process, request: Request) -> Job:
-        """The job that stops this process: the running one, or a new one, its first signal sent.
+    def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
+        """Return the job that stops this process: the running one, or a new one that has begun.
 
-        Takes the process over. Raises what Job.start raises, and Busy.
+        Becomes the owner of the process and, unless it raises something, of `passed`, a connection
+        to the monitor for a new job. Raises what Job.start raises, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
             process.close()
+            before = job.request.uid
             job.join(request)
+            if passed is not None:
+                os.close(passed)
+            # A job that is taken over counts for its new requester.
+            self._per_uid -= Counter((before,))
+            self._per_uid[job.request.uid] += 1
             return job
         if request.uid != 0 and self._per_uid[request.uid] >= MAX_JOBS_PER_UID:
             process.close()
@@ -78,21 +112,28 @@ class Registry:
             )
         policy = self._config.policy_for(process.guest.label.name)
         job = self._job(self._last + 1, process, request, policy)
+        if passed is not None:
+            job.offer_monitor(passed)
         job.start()
         self._add(job, process)
         self._tell(lambda observer: observer.job_new(job))
         job.follow()
         return job
 
-    def resume(self, process: Process | None, past: Snapshot) -> Job:
-        """Go on with a job that began elsewhere: the same number, rungs, flags, policy and times.
+    def resume(
+        self, process: Process | None, past: Snapshot, monitor: KeptMonitor | None = None
+    ) -> Job:
+        """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
-        Takes the process over, which must be the one of the snapshot; None where it is gone: a
-        running job ends as exited or killed then. Raises SnapshotError where the job cannot be
-        added to those that are here, or has times that have not come.
+        Becomes the owner of the process, which must be the snapshot's, and of `monitor`. None for
+        the process means that it has exited; then a running job ends as exited or killed. Raises
+        SnapshotError if the job conflicts with an existing one, or has times in the future; the
+        caller keeps `monitor` then.
         """
         now, key = self._clock.now(), past.guest.identity.key
-        process = process or Departed(past.guest)
+        process = process or GoneProcess(past.guest)
+        if past.may_be_killed and not process.dying():
+            past = past.without_kill()
         running = past.result is None
         if past.latest > now:
             problem = "it has points in time that have not come"
@@ -105,11 +146,13 @@ class Registry:
         if problem:
             process.close()
             raise SnapshotError(problem)
-        job = self._job(past.number, process, past.request, past.policy)
-        job.resume(past)
+        policy = self._config.policy_for(past.guest.label.name)
+        job = self._job(past.number, process, past.request, policy)
+        job.resume(past, monitor)
         self._add(job, process)
         if past.ended is not None:
             self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
+        job.check_process()
         job.follow()
         return job
 
@@ -122,59 +165,54 @@ class Registry:
             ) from None
 
     def by_pid(self, pid: int) -> Job:
-        """The running job of that process, else its newest finished one."""
+        """Return the running job of that process, or else its newest ended one."""
         found = [job for job in self._jobs.values() if job.guest.identity.pid == pid]
         if not found:
             raise NoSuchJob(f"There is no job for process {pid}")
         return max(found, key=lambda job: (job.running, job.number))
 
     def running_for(self, key: tuple[int, int]) -> Job | None:
-        """The running job of that process, if there is one."""
+        """Return the running job of that process, if there is one."""
         return self._running.get(key)
 
     def count_from(self, last: int) -> None:
-        """Give no number up to this one: they were given before."""
+        """Do not use numbers up to this one: they were used before."""
         self._last = max(self._last, last)
 
-    def note(self, event: events.Event) -> None:
-        """Write what concerns jobs that could not begin to the journal, too."""
+    def note(self, event: Event) -> None:
+        """Write a journal entry about a job that could not begin."""
         self._journal.write(event)
 
     @property
     def last(self) -> int:
-        """The last number given."""
+        """The last number used."""
         return self._last
 
     @property
     def empty(self) -> bool:
-        """Nothing runs, nobody is watched and nobody can ask for anything."""
+        """Whether no job runs, no survivor is watched and no ended job is kept."""
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
-        """Cancel what is running; receipts tell why."""
+        """Cancel all running jobs with this reason in their receipts."""
         for job in list(self._running.values()):
             job.cancel(why)
 
+    async def wait_undone(self) -> None:
+        """Wait, for at most UNDO_S, until the processors of all guests run that ended jobs have
+        stopped. Call it before this program exits."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNDO_S):
+                while any(job.processors_stopped for job in self if not job.running):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
     def interrupt_waits(self) -> None:
-        """Let go of whoever waits for the end of a running job: it will not be told here."""
+        """Interrupt all Waits for running jobs: this daemon will not see their end."""
         for job in list(self._running.values()):
             job.interrupt_waits()
 
     def _job(self, number: int, process: Process, request: Request, policy: Policy) -> Job:
-        return Job(
-            number,
-            process,
-            request,
-            policy,
-            self._clock,
-            self._journal,
-            self._sampler,
-            self._traces,
-            load=lambda: len(self._running),
-            on_change=self._changed,
-            on_end=self._ended,
-            on_survivor_gone=self._survivor_gone,
-        )
+        return Job(number, process, request, policy, self._collaborators)
 
     def _add(self, job: Job, process: Process) -> None:
         self._last = max(self._last, job.number)
@@ -182,19 +220,39 @@ class Registry:
         key = job.guest.identity.key
         if job.running or job.result is Result.SURVIVED:
             if older := self._survivors.pop(key, None):
-                older.let_go()
-                self._released(older)
+                older.stop_watching()
+                self._drop_survivor(older)
             (self._running if job.running else self._survivors)[key] = job
             if job.running and len(self._running) == 1:
                 self.on_busy(True)
         self._per_uid[job.request.uid] += 1
-        if self.keeper is not None:
-            self.keeper.began(job, process)
+        if self.saver is not None:
+            self.saver.job_began(job, process)
 
     def _changed(self, job: Job) -> None:
-        if self.keeper is not None:
-            self.keeper.changed(job)
+        if self.saver is not None:
+            self.saver.job_changed(job)
         self._tell(lambda observer: observer.job_changed(job))
+
+    def _looked(self, job: Job) -> None:
+        if self.saver is not None:
+            self.saver.job_sampled(job)
+
+    def _monitor_opened(self, job: Job, fd: int | None) -> None:
+        if self.saver is not None:
+            self.saver.monitor_opened(job, fd)
+
+    def _write_down(self, job: Job, go_on: Callable[[], None]) -> None:
+        if self.saver is None:
+            go_on()
+        else:
+            self.saver.when_written(go_on)
+
+    def _when_saved(self, callback: Callable[[], None]) -> None:
+        if self.saver is not None:
+            self.saver.when_saved(callback)
+        else:
+            self._clock.call_at(self._clock.now(), callback)
 
     def _ended(self, job: Job) -> None:
         key = job.guest.identity.key
@@ -202,39 +260,79 @@ class Registry:
         if job.result is Result.SURVIVED:
             self._survivors[key] = job
         self._tell(lambda observer: observer.job_ended(job))
-        if self.keeper is not None:
-            self.keeper.changed(job)
+        if self.saver is not None:
+            self.saver.job_changed(job)
+            self.saver.drop_monitor(job)
             if job.result is not Result.SURVIVED:
-                self.keeper.let_go(job)
+                self.saver.drop_process(job)
         self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
+        if summary := self._summary.ended(job, is_last=not self._running):
+            self._journal.write(summary)
         if not self._running:
             self.on_busy(False)
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # Another job of the same process may have taken its place: one that was resumed beside it.
+        # Another job of the same process may have taken its place, if both were resumed.
         if self._survivors.get(key) is job:
             del self._survivors[key]
-        self._released(job)
+        self._drop_survivor(job)
 
-    def _released(self, job: Job) -> None:
-        """Its process, a survivor, is gone or taken over."""
-        if self.keeper is not None:
-            self.keeper.let_go(job)
+    def _drop_survivor(self, job: Job) -> None:
+        """Forget a survivor whose process is gone or has a new job."""
+        if self.saver is not None:
+            self.saver.drop_process(job)
             if job.number not in self._jobs:
-                self.keeper.forget(job)
+                self.saver.forget(job)
 
     def _forget(self, job: Job) -> None:
+        if job.processors_stopped:
+            self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
+            return
         del self._jobs[job.number]
-        if self.keeper is not None and self._survivors.get(job.guest.identity.key) is not job:
-            self.keeper.forget(job)
+        if self.saver is not None and self._survivors.get(job.guest.identity.key) is not job:
+            self.saver.forget(job)
         self._per_uid -= Counter((job.request.uid,))
+        self._tell(lambda observer: observer.job_forgotten(job))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Tell the observer; whatever goes wrong there must not touch a job."""
+        """Call the observer; its exceptions must not affect a job."""
         if self.observer is None:
             return
         try:
             what(self.observer)
         except Exception as error:
             self._journal.write(events.internal_error("telling the bus of a job", error))
+
+
+class GoneProcess:
+    """A process that was gone before it could be opened. Implements engine.ports.Process."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    def identify(self) -> Identity:
+        return self.guest.identity
+
+    def set_label(self, label: Label) -> None:
+        self.guest = Guest(self.guest.identity, label)
+
+    def signal(self, number: Signals) -> None:
+        raise ProcessLookupError
+
+    def exited(self) -> bool:
+        return True
+
+    def collected(self) -> bool:
+        return True
+
+    def dying(self) -> bool:
+        return True
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Do nothing: `exited` is true already."""
+
+    def fileno(self) -> None:
+        return None
+
+    def close(self) -> None: ...

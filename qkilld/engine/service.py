@@ -1,4 +1,4 @@
-"""What the daemon does for a caller, whatever way the call came in.
+"""The daemon's methods, independent of how a call arrives.
 
 Every method checks the process and the caller itself; nothing here trusts an argument.
 """
@@ -6,67 +6,77 @@ Every method checks the process and the caller itself; nothing here trusts an ar
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
+from weakref import WeakValueDictionary
 
+from qkilld.decision.ladder import policy_for
+from qkilld.decision.last_rungs import HUMAN_MONITOR_ALONE, notes_of_plan
+from qkilld.decision.plan import Plan, make_plan
+from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
-from qkilld.engine.access import Access, Held
-from qkilld.engine.job import Job
-from qkilld.engine.ports import Caller, Clock, Host, Process, Sampler, Units, Watch
-from qkilld.engine.registry import Registry
-from qkilld.engine.shared import Shared
-from qkilld.judgement.ladder import policy_for
-from qkilld.judgement.plan import Plan, make_plan
-from qkilld.judgement.target import (
+from qkilld.engine.access import Access, CheckedProcess
+from qkilld.engine.checks import (
     action_for,
     check_answer,
     check_same,
     details_of_all,
     is_free,
-    is_qemu,
 )
-from qkilld.judgement.unit import check_unit_name, choose_guest
-from qkilld.judgement.verdict import Assessment, assess
-from qkilld.model.access import Action, Answer
-from qkilld.model.errors import BusError, Exiting, Failed, InvalidArgs, NoSuchUnit, QkilldError
-from qkilld.model.evidence import Sample
-from qkilld.model.guest import Guest
+from qkilld.engine.coalesce import SharedRun
+from qkilld.engine.job import Job
+from qkilld.engine.ports import Caller, Clock, Host, Monitors, Process, Sampler, Units, Watch
+from qkilld.engine.registry import Registry
+from qkilld.engine.unit_guest import check_unit_name, choose_guest
+from qkilld.model.access import Answer, PolkitAction
+from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, MonitorKind
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import BusError, Failed, InvalidArgs, NoSuchUnit, QkilldError
+from qkilld.model.guest import Guest, Identity
+from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Request
-from qkilld.model.policy import Config
+from qkilld.model.policy import JOB_SPANS, Config, is_qemu
+from qkilld.model.sample import Sample
 from qkilld.model.text import MAX_TEXT, printable
-from qkilld.model.words import KNOWN_FLAGS, Flag
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of TerminateWithOptions as it came in: its D-Bus type and its value."""
+    """An option of TerminateWithOptions as received: its D-Bus type and its value."""
 
     signature: str
     value: object
 
 
-SPANS: Final = {
-    "grace-usec": "grace",
-    "stall-usec": "stall",
-    "storage-stall-usec": "storage_stall",
-    "max-usec": "max",
-}
-"""Options that are fields of Policy."""
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
-MAX_AT_ONCE: Final = 64
-"""Processes that TerminateAll takes hold of at a time: each may wait for a thread of its own."""
-OPTION_TYPES: Final = {"start-time": "t", "reason": "s", **dict.fromkeys(SPANS, "t")}
+MAX_AT_ONCE: Final = 16
+"""The most processes that one user's TerminateAll calls open at a time. Each may occupy a thread,
+and they are opened without a turn for others in between."""
+_HELP: Final = {
+    "resume": GuestOrder.RESUME,
+    "wake": GuestOrder.WAKE,
+    "thaw": GuestOrder.THAW,
+}
+OPTION_TYPES: Final = {
+    "start-time": "t",
+    "reason": "s",
+    **{span.bus_option: "t" for span in JOB_SPANS},
+    "qmp-socket": "s",
+    "powerdown-max-usec": "t",
+    **dict.fromkeys(("powerdown-as-configured", "powerdown-only", "resume", "wake", "thaw"), "b"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     guest: Guest
     evidence: Assessment | None
-    """None where looking at it did not come to an end."""
+    """None if the samples did not arrive in time."""
     job: Job | None
-    """The one that is running."""
+    """The running job, if there is one."""
 
 
 class Service:
@@ -78,46 +88,59 @@ class Service:
         clock: Clock,
         sampler: Sampler | None = None,
         units: Units | None = None,
+        monitors: Monitors | None = None,
     ) -> None:
         self.config = config
         self.registry = registry
         self._host = host
-        self._access = Access(config, host)
+        self._access = Access(config, host, lambda key: registry.running_for(key) is not None)
         self.units = units
-        """None where there is nobody to ask; another one with each bus that we are on."""
+        """None without a bus; replaced with each new connection to a bus."""
         self._clock = clock
         self._sampler = sampler
-        self._guests = Shared(self._look_for_guests)
+        self._monitors = monitors
+        self._guests = SharedRun(self._look_for_guests)
+        self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+        """By the uid of the caller, while calls use them."""
+
+    @property
+    def monitors(self) -> Monitors | None:
+        return self._monitors
 
     async def terminate(
-        self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
+        self,
+        pid: int,
+        flags: int,
+        options: Mapping[str, Option],
+        caller: Caller,
+        *,
+        passed: int | None = None,
     ) -> Job:
-        """Start or join the job that stops a process.
+        """Start the job that stops a process, or join the running one.
 
+        `passed` is a connection to its monitor, which the caller has made; it is closed if it is of
+        no use.
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
-        asked = _parse_flags(flags)
-        given = _parse_options(options)
-        start_time = _number(given, "start-time")
         try:
-            held = await self._access.hold(pid, caller, asked, start_time=start_time)
-        except Exiting as error:
-            # What it was cannot be seen any more; but if we stop it, it has been seen.
-            job = self.registry.running_for(error.key)
-            if job is None or start_time not in (None, error.key[1]):
-                raise
-            uid = await self._access.permit(caller, job.guest, action_for(asked))
-            if not job.running:
-                raise
-            job.join(_request(asked, given, uid))
-            return job
-        return self._start(held, asked, given)
+            asked = _parse_flags(flags)
+            given = _parse_options(options, asked)
+            start_time = _number(given, "start-time")
+            checked = await self._access.open_checked(pid, caller, asked, start_time=start_time)
+            await self._check_monitor(checked.process, given, passed)
+            job = self._start(checked, asked, given, passed)
+        except BaseException:
+            if passed is not None:
+                os.close(passed)
+            raise
+        await self._keep(job)
+        return job
 
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
-        """The same for the main process of a unit, or where that is no QEMU, for the one in it.
+        """Stop the main process of a unit or, if that is not QEMU, the only QEMU process in it.
 
-        Which QEMUs are in it is the kernel's word (their control groups); systemd is asked for the
-        main process and for the unit's primary name alone. Raises NoSuchUnit as well.
+        Their control groups tell which processes are in the unit; systemd is asked only for the
+        main process and the unit's primary name. Raises NoSuchUnit, too.
         """
         asked = _parse_flags(flags)
         check_unit_name(name)
@@ -128,30 +151,31 @@ class Service:
             except NoSuchUnit:
                 known = False
             except (BusError, Failed):
-                pass  # it does not answer, or not to us: the control groups tell enough
+                pass  # systemd does not answer; the control groups are enough
         guest = choose_guest(name, facts, await self.guests(), known=known)
-        held = await self._access.hold(
+        checked = await self._access.open_checked(
             guest.identity.pid,
             caller,
             asked,
             start_time=guest.identity.start_time,
             unit=guest.label.unit,
         )
-        return self._start(held, asked, {})
+        job = self._start(checked, asked, {})
+        await self._keep(job)
+        return job
 
     async def terminate_all(
         self, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> list[Job]:
-        """The same for every QEMU that the caller may stop, as of now.
+        """Stop every QEMU process that the caller may stop.
 
-        Polkit is asked once, and only where there are guests of others. One that cannot be stopped
-        is told in the journal. Raises InvalidArgs, and where there is nothing of the caller's own
+        polkit is asked once, and only if there are guests of other users. A guest that cannot be
+        stopped is reported in the journal. Raises InvalidArgs and, if the caller owns no guest,
         AccessDenied, Busy.
         """
         asked = _parse_flags(flags)
-        given = _parse_options(options)
-        if "start-time" in given:
-            raise InvalidArgs('Option "start-time" is of one process: leave it out here')
+        given = _parse_options(options, asked)
+        _check_for_many(given)
         uid = await caller.uid()
         guests = await self.guests()
         own = [guest for guest in guests if is_free(uid, guest.identity)]
@@ -161,48 +185,94 @@ class Service:
             if not own:
                 check_answer(answer, "The QEMU guests of this host are")
         wanted = guests if answer is Answer.GRANTED else own
-        slots = asyncio.Semaphore(MAX_AT_ONCE)
+        slots = self._slots_of(uid)
 
         async def one(guest: Guest) -> Job | None:
             pid, start_time = guest.identity.key
             try:
                 async with slots:
-                    held = await self._access.hold(
+                    checked = await self._access.open_checked(
                         pid, caller, asked, start_time=start_time, answer=answer
                     )
-                    return self._start(held, asked, given)
+                    return self._start(checked, asked, given)
             except QkilldError as error:
                 self.registry.note(events.not_stopped(guest, uid, error))
             return None
 
-        jobs = await asyncio.gather(*(one(guest) for guest in wanted))
-        return [job for job in jobs if job is not None]
+        found = await asyncio.gather(*(one(guest) for guest in wanted))
+        jobs = [job for job in found if job is not None]
+        await self._keep(*jobs)
+        return jobs
+
+    async def terminate_each(
+        self,
+        processes: Sequence[tuple[int, int | None]],
+        flags: int,
+        options: Mapping[str, Option],
+        caller: Caller,
+    ) -> list[Job | QkilldError]:
+        """Like `terminate_all` for these processes, each given by its id and its start time if
+        known. Return for each the job, or the error. Raises InvalidArgs."""
+        asked = _parse_flags(flags)
+        given = _parse_options(options, asked)
+        _check_for_many(given)
+        slots = self._slots_of(await caller.uid())
+
+        async def one(pid: int, start_time: int | None) -> Job | QkilldError:
+            try:
+                async with slots:
+                    checked = await self._access.open_checked(
+                        pid, caller, asked, start_time=start_time
+                    )
+                    return self._start(checked, asked, given)
+            except QkilldError as error:
+                return error
+
+        found = await asyncio.gather(*(one(*process) for process in processes))
+        await self._keep(*(job for job in found if isinstance(job, Job)))
+        return found
+
+    def _slots_of(self, uid: int) -> asyncio.Semaphore:
+        """Return the slots that all calls of a user share."""
+        slots = self._slots.get(uid)
+        if slots is None:
+            slots = self._slots[uid] = asyncio.Semaphore(MAX_AT_ONCE)
+        return slots
 
     async def cancel(self, job: Job, caller: Caller) -> None:
-        """Raises AccessDenied, Busy. Nothing happens where the job has ended."""
-        await self._access.permit(caller, job.guest, Action.TERMINATE)
+        """Cancel a job; do nothing if it has ended. Raises AccessDenied, Busy."""
+        await self._access.permit(caller, job, PolkitAction.TERMINATE)
         job.cancel()
+        await self._keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
-        """These raise AccessDenied, Busy, and Failed where nothing is to be done any more."""
-        job.extend(usec, await self._access.permit(caller, job.guest, Action.TERMINATE))
+        """Extend a job. This and the next three raise AccessDenied, Busy, Failed (it has ended)."""
+        within = self._clock.now() + usec <= job.owner_limit
+        by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
+        job.extend(usec, by)
+        await self._keep(job)
 
     async def hold(self, job: Job, caller: Caller) -> None:
-        job.hold(await self._access.permit(caller, job.guest, Action.TERMINATE))
+        job.hold(await self._access.permit(caller, job, PolkitAction.TERMINATE))
+        await self._keep(job)
 
     async def release(self, job: Job, caller: Caller) -> None:
-        job.release(await self._access.permit(caller, job.guest, Action.TERMINATE))
+        job.release(await self._access.permit(caller, job, PolkitAction.TERMINATE))
+        await self._keep(job)
 
     async def force(self, job: Job, caller: Caller) -> None:
-        """SIGKILL now."""
-        job.force(await self._access.permit(caller, job.guest, Action.FORCE))
+        """Send SIGKILL now."""
+        job.force(await self._access.permit(caller, job, PolkitAction.FORCE))
+        await self._keep(job)
 
     async def inspect(self, pid: int, caller: Caller) -> Inspection:
-        """Who a process is and what is to be seen of it. Sends nothing.
+        """Return the identity and the evidence of a process. Sends nothing.
 
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
-        process, _ = await self._access.hold(pid, caller, Flag(0), action=Action.INSPECT)
+        process, _ = await self._access.open_checked(
+            pid, caller, Flag(0), action=PolkitAction.INSPECT
+        )
         try:
             job = self.registry.running_for(process.guest.identity.key)
             evidence = job.assessment if job is not None else None
@@ -213,31 +283,84 @@ class Service:
     async def plan(
         self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> tuple[Guest, Plan]:
-        """What `terminate` would do. Sends nothing. Raises what `terminate` raises but Busy."""
+        """Return what `terminate` would do. Sends nothing. Raises as `terminate`, except Busy."""
         asked = _parse_flags(flags)
-        given = _parse_options(options)
+        given = _parse_options(options, asked)
         found = await self.inspect(pid, caller)
         identity = found.guest.identity
+        asked = self._as_configured(asked, given, found.guest)
+        ways = await self._ways(identity, asked)
         if (start_time := _number(given, "start-time")) is not None:
             check_same(identity, start_time)
         configured = self.config.policy_for(found.guest.label.name)
         policy = policy_for(asked, configured, _spans(given))
-        return found.guest, make_plan(identity, asked, policy, found.evidence, self._clock.now())
+        request = _request(asked, given, identity.uid)
+        plan = make_plan(identity, request, policy, found.evidence, self._clock.now())
+        notes = await self._notes(found.guest, request)
+        if found.guest.label.name is None:
+            notes = (events.NAME_UNKNOWN, *notes)
+        return found.guest, replace(plan, ways=ways, warnings=(*plan.warnings, *notes))
+
+    async def _notes(self, guest: Guest, request: Request) -> tuple[str, ...]:
+        """Describe disks that are never flushed, and what SIGTERM would cancel."""
+        reachable = guest.label.qmp or bool(request.qmp_socket)
+        by_evidence = not request.flags & (Flag.FIXED | Flag.NOWAIT)
+        if self._monitors is None or not by_evidence:
+            return ()
+        if not reachable:
+            channels = await self._monitors.survey(guest.identity)
+            return (HUMAN_MONITOR_ALONE,) if channels.monitor is MonitorKind.HMP else ()
+        process = self._host.open(guest.identity.pid)
+        try:
+            check_same(process.guest.identity, guest.identity.start_time)
+            state = await self._monitors.look_at_disks(process, request.qmp_socket)
+            return () if state is None else notes_of_plan(state)
+        finally:
+            process.close()
+
+    async def _ways(self, identity: Identity, flags: Flag) -> tuple[str, ...]:
+        """Describe how the guest can be asked, and the obstacles."""
+        if Flag.POWERDOWN not in flags or self._monitors is None:
+            return ()
+        process = self._host.open(identity.pid)
+        try:
+            check_same(process.guest.identity, identity.start_time)
+            return await self._monitors.describe(process)
+        finally:
+            process.close()
+
+    async def _check_monitor(
+        self, process: Process, given: Mapping[str, object], passed: int | None
+    ) -> None:
+        """Raise InvalidArgs, with the process closed, if the socket that the caller names, or the
+        connection that it passes, is not to its monitor."""
+        if self._monitors is None:
+            return
+        try:
+            if "qmp-socket" in given:
+                await self._monitors.check(process, str(given["qmp-socket"]))
+            if passed is not None:
+                await self._monitors.check_passed(process, passed)
+        except BaseException:
+            process.close()
+            raise
 
     async def guests(self) -> list[Guest]:
-        """Every QEMU of this system that can be seen."""
+        """Return every visible QEMU process on this host."""
         return list(await self._guests.get())
 
     async def _look_for_guests(self) -> list[Guest]:
-        # All of /proc is read for it, 0.1 ms a process, and anybody may ask as often as they like.
-        return [
-            Guest(identity, await self._host.label(identity))
+        # Shared because it reads all of /proc, 0.1 ms a process, and anyone may call it any time.
+        qemus = [
+            identity
             for identity in await self._host.identities()
             if is_qemu(identity.executable, self.config.executables)
         ]
+        labels = await self._host.labels(qemus)
+        return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
 
     async def _look_twice(self, process: Process) -> Assessment | None:
-        """What moves lies between two samples. None where none came in time."""
+        """Take two samples, because only a difference shows movement. None if they are late."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -246,34 +369,74 @@ class Service:
             async with asyncio.timeout(INSPECT_TIMEOUT_S):
                 evidence = assess(None, await _look(watch))
                 await asyncio.sleep(INSPECT_INTERVAL_S)
-                evidence = assess(evidence, await _look(watch))
+                evidence = assess(evidence, await _look(watch, detail=True))
         except TimeoutError:
             pass
         finally:
             watch.close()
         return evidence
 
-    def _start(self, held: Held, flags: Flag, given: Mapping[str, object]) -> Job:
-        """Takes the process over."""
-        return self.registry.terminate(held.process, _request(flags, given, held.uid))
+    def _start(
+        self,
+        checked: CheckedProcess,
+        flags: Flag,
+        given: Mapping[str, object],
+        passed: int | None = None,
+    ) -> Job:
+        """Start or join a job, and become the owner of the process."""
+        flags = self._as_configured(flags, given, checked.process.guest)
+        request = _request(flags, given, checked.uid)
+        return self.registry.terminate(checked.process, request, passed)
+
+    def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
+        """Remove POWERDOWN if the caller leaves it to the configuration, and that disables it."""
+        left = given.get("powerdown-as-configured", False)
+        return flags & ~Flag.POWERDOWN if left and not self.config.asks(guest.label.name) else flags
+
+    async def _keep(self, *jobs: Job) -> None:
+        """Return when these jobs are saved, so that the caller may rely on their surviving a crash.
+        If saving takes too long, log that and return."""
+        if self.registry.saver is not None and not await self.registry.saver.wait_saved():
+            for job in jobs:
+                self.registry.note(events.not_written(job))
 
 
-async def _look(watch: Watch) -> Sample:
+async def _look(watch: Watch, *, detail: bool = False) -> Sample:
     seen: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
-    watch.look(lambda sample: None if seen.done() else seen.set_result(sample))
+    watch.look(lambda sample: None if seen.done() else seen.set_result(sample), detail=detail)
     return await seen
 
 
 def _parse_flags(flags: int) -> Flag:
     if unknown := flags & ~int(KNOWN_FLAGS):
         raise InvalidArgs(f"Flags {flags:#x} has unknown bits: {unknown:#x}")
-    if flags & Flag.POWERDOWN:
-        raise InvalidArgs("POWERDOWN (4) is not available in this version; leave it out")
-    return Flag(flags)
+    asked = Flag(flags)
+    if Flag.POWERDOWN in asked:
+        if Flag.FIXED in asked:
+            raise InvalidArgs("POWERDOWN (4) cannot be combined with FIXED (8)")
+        if (Flag.FORCE | Flag.NOWAIT) in asked:
+            raise InvalidArgs("POWERDOWN (4) cannot be combined with both FORCE (1) and NOWAIT (2)")
+    return asked
+
+
+def _check_for_many(given: Mapping[str, object]) -> None:
+    for name in ("start-time", "qmp-socket"):
+        if name in given:
+            raise InvalidArgs(f'Option "{name}" is for a single process: leave it out here')
 
 
 def _request(flags: Flag, given: Mapping[str, object], uid: int) -> Request:
-    return Request(flags, _spans(given), printable(str(given.get("reason", ""))), uid)
+    most = _number(given, "powerdown-max-usec")
+    return Request(
+        flags=flags,
+        spans=_spans(given),
+        reason=printable(str(given.get("reason", ""))),
+        uid=uid,
+        powerdown_only=bool(given.get("powerdown-only", False)),
+        help=tuple(order for name, order in _HELP.items() if given.get(name)),
+        qmp_socket=str(given.get("qmp-socket", "")),
+        ask_at_most=INFINITY if most is None else most,
+    )
 
 
 def _number(given: Mapping[str, object], name: str) -> int | None:
@@ -283,12 +446,14 @@ def _number(given: Mapping[str, object], name: str) -> int | None:
 
 def _spans(given: Mapping[str, object]) -> dict[str, int]:
     return {
-        field: value for name, field in SPANS.items() if isinstance(value := given.get(name), int)
+        span.field: value
+        for span in JOB_SPANS
+        if isinstance(value := given.get(span.bus_option), int)
     }
 
 
-def _parse_options(options: Mapping[str, Option]) -> dict[str, object]:
-    """The values by name, each of the type that OPTION_TYPES says."""
+def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, object]:
+    """Return the values by name, each of its type in OPTION_TYPES."""
     for name, option in options.items():
         shown = printable(name, 64)
         if (expected := OPTION_TYPES.get(name)) is None:
@@ -298,4 +463,11 @@ def _parse_options(options: Mapping[str, Option]) -> dict[str, object]:
     reason = options.get("reason")
     if reason is not None and len(str(reason.value)) > MAX_TEXT:
         raise InvalidArgs(f'Option "reason" is longer than {MAX_TEXT} characters')
-    return {name: option.value for name, option in options.items()}
+    given = {name: option.value for name, option in options.items()}
+    if given.get("powerdown-only"):
+        # It promises that no signal is sent.
+        if Flag.POWERDOWN not in flags:
+            raise InvalidArgs('Option "powerdown-only" needs the flag POWERDOWN (4)')
+        if given.get("powerdown-as-configured"):
+            raise InvalidArgs("powerdown-only cannot be combined with powerdown-as-configured")
+    return given

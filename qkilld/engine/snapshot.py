@@ -1,45 +1,56 @@
-"""All that a job needs to go on elsewhere: in the daemon's next life, or in another program."""
+"""The state that a job needs to continue in the next daemon or in another program."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from signal import SIGKILL, SIGTERM, Signals
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from qkilld.judgement.gap import after_gap, unseen
-from qkilld.judgement.verdict import Assessment
+from qkilld.decision.gap import after_gap, unsampled_assessment
+from qkilld.decision.powerdown import AskMethod, Attempt
+from qkilld.decision.risk import CODES_OF_KILL
+from qkilld.decision.verdict import Assessment
 from qkilld.model.codec import from_json, to_json
+from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
+from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Guest
-from qkilld.model.job import UNCONTROLLED, Control, Request, Rung, Turn
+from qkilld.model.job import UNCONTROLLED, Control, FlushReport, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
-from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
-
-if TYPE_CHECKING:
-    from qkilld.engine.job import Job
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 2
-"""Version 1 had no control and no Sample.exiting."""
+VERSION: Final = 5
+"""Version 1 had no control; version 2 no error_name, Identity.exiting and risks, and another
+assessment; version 3 only guest_asked and the rungs about asking a guest; version 4 nothing about
+flushing."""
+YANK: Final = "yank"
+"""The action of this rung."""
 MAX_NUMBER: Final = 10**9 - 1
-"""Of a job: nine digits in its path."""
+"""A job's number has at most nine digits in its path."""
+
+
+_UNTOLD: Final = Risk("unknown", "it was killed, and nobody told what was seen right before")
 
 
 class SnapshotError(ValueError):
-    """What was read is no snapshot that this program can go on from. The text says why, with
-    nothing in it of what was read."""
+    """The document is not a snapshot that this program can continue. The text says why, without
+    quoting the document."""
+
+
+class UnknownVersion(SnapshotError):
+    """A newer program wrote it, and may return."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment. Times are CLOCK_MONOTONIC in µs: good for one boot only."""
+    """A job at one moment. Times are CLOCK_MONOTONIC in µs, so they are valid for one boot."""
 
     number: int
     guest: Guest
     request: Request
-    """The first one."""
+    """The request that it runs for: the first, or the one that took it over."""
     flags: Flag
-    """With what others have added since."""
+    """The flags, with those that later requests have added."""
     policy: Policy
     control: Control
     phase: Phase
@@ -47,35 +58,23 @@ class Snapshot:
     result: Result | None
     """None while it runs."""
     error: str
-    data_at_risk: bool
+    error_name: str
+    risks: tuple[Risk, ...]
+    guest_asked: GuestAsked
+    flush: FlushReport
+    processors_stopped: bool
+    """By this job: they must be started again unless QEMU is ended."""
     rungs: tuple[Rung, ...]
-    """What was sent is not sent again."""
-    history: tuple[Turn, ...]
+    """Rungs that were done; they are not done again."""
+    history: tuple[VerdictChange, ...]
     assessment: Assessment | None
-    """What the judgement remembers."""
+    """The latest assessment."""
+    asking: Attempt | None
+    """The state of asking the guest; None after that."""
+    own_chardevs: tuple[str, ...]
+    """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
     started: int
     ended: int | None
-
-    @classmethod
-    def of_job(cls, job: Job) -> Snapshot:
-        return cls(
-            number=job.number,
-            guest=job.guest,
-            request=job.request,
-            flags=job.flags,
-            policy=job.policy,
-            control=job.control,
-            phase=job.phase,
-            verdict=job.verdict,
-            result=job.result,
-            error=job.error,
-            data_at_risk=job.data_at_risk,
-            rungs=tuple(job.rungs),
-            history=tuple(job.history),
-            assessment=job.assessment,
-            started=job.started,
-            ended=job.ended,
-        )
 
     @classmethod
     def of_signals(
@@ -85,21 +84,33 @@ class Snapshot:
         policy: Policy,
         *,
         number: int,
-        term_at: int,
+        started: int,
         kill_at: int | None = None,
+        guest_asked: GuestAsked | None = None,
         verdict: Verdict = Verdict.UNKNOWN,
         progress_at: int | None = None,
         control: Control = UNCONTROLLED,
     ) -> Snapshot:
-        """Of a job of which no more is known than what a caller sees of it (StartedUSec, Verdict,
-        LastProgressUSec, Held): SIGTERM was sent at `term_at`, and SIGKILL perhaps.
+        """Make a snapshot from what a caller sees of a job (StartedUSec, Verdict, LastProgressUSec,
+        Held). It assumes that SIGTERM was sent at the start, and SIGKILL if `kill_at` is given.
+        With `guest_asked`, no signal was sent yet, and the guest may have been asked at the start.
 
-        `policy` is the job's, with the request's spans. Where `progress_at` is None, it may have
-        made progress until the job is resumed, and is given the time that follows from that.
+        `policy` is the job's, with the request's spans. If `progress_at` is None, progress is
+        assumed until the job is resumed, and the job gets the time that follows from that.
         """
-        rungs = [Rung(Phase.TERMINATE, SIGTERM, term_at)]
+        phase = Phase.TERMINATE
+        rungs = [Rung(phase, SIGTERM.name, started)]
+        if guest_asked is not None:
+            asks = Flag.POWERDOWN in request.flags
+            phase, kill_at = (Phase.POWERDOWN if asks else Phase.QUIT), None
+            was_asked = guest_asked is not GuestAsked.NOT_ASKED
+            rungs = [Rung(phase, AskMethod.BUTTON.value, started)] if was_asked else []
         if kill_at is not None:
-            rungs.append(Rung(Phase.KILL, SIGKILL, kill_at))
+            phase = Phase.REAP
+            rungs.append(Rung(Phase.KILL, SIGKILL.name, kill_at))
+        assessment = None
+        if progress_at is not None and guest_asked is None:
+            assessment = unsampled_assessment(started, verdict, progress_at)
         return cls(
             number=number,
             guest=guest,
@@ -107,22 +118,28 @@ class Snapshot:
             flags=request.flags,
             policy=policy,
             control=control,
-            phase=Phase.TERMINATE if kill_at is None else Phase.REAP,
+            phase=phase,
             verdict=verdict,
             result=None,
             error="",
-            # It was not told, and silence would be taken for "no".
-            data_at_risk=kill_at is not None,
+            error_name="",
+            # If unknown, this is the default.
+            guest_asked=guest_asked or GuestAsked.NOT_ASKED,
+            flush=FlushReport(),
+            processors_stopped=False,
+            risks=() if kill_at is None else (_UNTOLD,),
             rungs=tuple(rungs),
             history=(),
-            assessment=None if progress_at is None else unseen(term_at, verdict, progress_at),
-            started=term_at,
+            assessment=assessment,
+            asking=None,
+            own_chardevs=(),
+            started=started,
             ended=None,
         )
 
     @property
     def latest(self) -> int:
-        """The newest point in time in it."""
+        """Return the newest time in it."""
         return max(
             self.started,
             self.ended or 0,
@@ -130,23 +147,41 @@ class Snapshot:
             *(turn.at for turn in self.history),
             self.assessment.last.at if self.assessment else 0,
             (self.assessment and self.assessment.progress_at) or 0,
+            _latest_of(self.asking) if self.asking is not None else 0,
         )
 
+    @property
+    def may_be_killed(self) -> bool:
+        """Whether SIGKILL was about to be sent, and may have been."""
+        return self.phase is Phase.KILL
+
+    def without_kill(self) -> Snapshot:
+        """Return the snapshot without the SIGKILL, which was not sent."""
+        risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
+        return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
+
     def sent_at(self, signal: Signals) -> int | None:
-        """When that signal was sent last."""
-        return max((rung.at for rung in self.rungs if rung.signal == signal), default=None)
+        """Return when that signal was last sent."""
+        return max((rung.at for rung in self.rungs if rung.action == signal.name), default=None)
+
+    def done_at(self, action: str) -> int | None:
+        """Return when an action other than a signal was last done."""
+        return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """What is known at `now` of a job that goes by evidence."""
-        if self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
+        """Return the assessment at `now` of a job that uses evidence; None before its first
+        signal."""
+        asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
+        if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment
         return after_gap(self.assessment, self.started, now)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # What was written is all that anybody wants of the first, and a page each adds up.
+            # Only the written amounts of the first sample are used; the rest would take a page for
+            # each job.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )
@@ -156,15 +191,28 @@ class Snapshot:
 
 
 def decode(document: object) -> Snapshot:
-    """The snapshot that `to_json` gave. Raises SnapshotError."""
+    """Decode what `to_json` returned. Raises SnapshotError."""
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
         raise SnapshotError("it is not a job of qkilld's")
     version = document.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise SnapshotError("it is of a version that this program does not know")
+        raise UnknownVersion("it is of a version that this program does not know")
     fields = {key: document[key] for key in document if key not in ("format", "version")}
-    if version == 1:
+    if version < 4:
+        fields.setdefault("asking", None)
+        fields.setdefault("own_chardevs", [])
+    if version < 3:
         fields.setdefault("control", to_json(UNCONTROLLED))
+        fields.setdefault("error_name", "")
+        fields.setdefault("guest_asked", GuestAsked.NOT_ASKED.value)
+        fields["rungs"] = _with_actions(fields.get("rungs"))
+        # The memory of another release's judgement is not usable here: continue as if no sample had
+        # been taken.
+        fields["assessment"] = None
+        fields["risks"] = to_json((_UNTOLD,) if fields.pop("data_at_risk", False) else ())
+    if version < VERSION:
+        fields.setdefault("flush", to_json(FlushReport()))
+        fields.setdefault("processors_stopped", False)
     try:
         snapshot: Snapshot = from_json(Snapshot, fields, "the job", strict=version == VERSION)
     except (ValueError, RecursionError) as error:
@@ -174,18 +222,38 @@ def decode(document: object) -> Snapshot:
     return snapshot
 
 
+def _latest_of(attempt: Attempt) -> int:
+    """Return the newest time in it."""
+    times = [attempt.started, *(one.at for one in attempt.recent), *(o.at for o in attempt.asked)]
+    times += [attempt.answered_at or 0, attempt.disk_work_at or 0]
+    return max(*times, attempt.effect_at or 0, attempt.progress_at or 0)
+
+
+def _with_actions(rungs: object) -> object:
+    """Convert the rungs of an older version, which had signal numbers."""
+    if not isinstance(rungs, list) or not all(isinstance(rung, dict) for rung in rungs):
+        return rungs
+    names = {number.value: number.name for number in Signals}
+    return [
+        {key: value for key, value in rung.items() if key != "signal"}
+        | {"action": names.get(rung.get("signal"), rung.get("action"))}
+        for rung in rungs
+    ]
+
+
 def _problem(snapshot: Snapshot) -> str:
-    """What cannot be so; "" where all can."""
+    """Return a contradiction in the snapshot, or ""."""
     ended = snapshot.result is not None
     if not 1 <= snapshot.number <= MAX_NUMBER:
         return "the job's number cannot be"
     if snapshot.guest.identity.pid <= 0:
         return "the process id cannot be"
-    if not snapshot.rungs:
+    asks = Flag.POWERDOWN in snapshot.flags or snapshot.phase is Phase.QUIT
+    if not snapshot.rungs and not (asks or snapshot.result):
         return "the job has not sent a signal"
     if not ended == (snapshot.phase is Phase.DONE) == (snapshot.ended is not None):
         return "it says both that the job has ended and that it has not"
-    if not min(snapshot.started, *(rung.at for rung in snapshot.rungs)) >= 0:
+    if not min((snapshot.started, *(rung.at for rung in snapshot.rungs))) >= 0:
         return "a point in time cannot be"
     if snapshot.latest >= INFINITY or not 0 <= snapshot.control.not_before <= INFINITY:
         return "a point in time cannot be"

@@ -1,4 +1,4 @@
-"""`python -m qkilld.guest NAME` runs the guest of that name."""
+"""Run a guest as `python -m qkilld.guest NAME`."""
 
 from __future__ import annotations
 

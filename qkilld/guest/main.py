@@ -1,4 +1,4 @@
-"""From the name of a guest to its QEMU, which takes the place of this process."""
+"""Start the QEMU process of a named guest, in place of this process."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.guest.options import command, parse
+from qkilld.model.constants import ExitCode
 from qkilld.model.errors import ConfigError
-from qkilld.model.words import ExitCode
 
 DIRECTORY: Final = Path("/etc/qkilld/guests")
 MAX_BYTES: Final = 1 << 20
 _NAME: Final = re.compile(r"[A-Za-z0-9:_\\@-][A-Za-z0-9:_.\\@-]{0,200}")
-"""What the name of a unit may hold, systemd.unit(5), and no file's that is hidden."""
+"""The characters of unit names, systemd.unit(5); a leading dot would make a hidden file."""
 
 
 def main() -> int:
-    """Returns only where it fails; QEMU's exit code is the process's own otherwise."""
+    """Replace this process with QEMU; return an exit code only if that fails."""
     if len(sys.argv) != 2 or not _NAME.fullmatch(sys.argv[1]):
         print("usage: qemu-guest NAME, for qemu-guest@NAME.service", file=sys.stderr)
         return ExitCode.USAGE
     name = sys.argv[1]
     path = DIRECTORY / f"{name}.conf"
-    # systemd makes RuntimeDirectory= and says where; a drop-in may add others after ours.
+    # RuntimeDirectory= of the unit; if a drop-in adds directories, ours is the first.
     runtime = os.environ.get("RUNTIME_DIRECTORY", f"/run/qemu-guest/{name}").partition(":")[0]
     try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: is it the right file?")
         argv = command(
@@ -37,6 +37,7 @@ def main() -> int:
             name=name,
             machine=os.uname().machine,
             qmp=f"{runtime}/qmp",
+            agent=f"{runtime}/agent",
         )
     except OSError as error:
         print(f"qemu-guest: {path}: {error.strerror}", file=sys.stderr)

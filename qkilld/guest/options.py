@@ -1,45 +1,51 @@
-"""The file of a guest: one option of QEMU a line. Pure.
+"""Parse a guest's file: one QEMU option on each line. Pure.
 
     # A comment; blank lines do not count either.
     /usr/bin/qemu-system-aarch64
     -m 2G
     -drive file=disk one.qcow2,if=virtio
 
-A line is an option and, after blanks, its value up to the end of the line: no quotes, no variables,
-no line that goes on. An absolute path in place of an option is the QEMU to run.
+A line is an option and, after blanks, its value up to the end of the line. There are no quotes,
+variables or continuation lines. An absolute path in place of an option is the QEMU program to run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from typing import Final
 
+from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import ConfigError
 from qkilld.model.text import printable
 
 _DISPLAYS: Final = frozenset({"display", "nographic", "vnc", "spice", "curses", "sdl"})
+_AGENT_PORT: Final = "org.qemu.guest_agent.0"
+_PC_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
+"""Programs whose default machine is a PC."""
+_WITH_VIRTIO_SERIAL: Final = r"(?:pc|q35|virt|pseries|s390-ccw-virtio)(?:-.*)?"
+"""Machines that take a virtio-serial device; others, such as microvm, have no bus for it."""
 _NOT_OURS: Final = {
     "daemonize": "systemd keeps the process",
     "pidfile": "systemd knows the process",
     "S": "nobody would start its processor",
     "preconfig": "nobody would configure it",
 }
-"""Options that a unit cannot do with, and why."""
+"""Options that do not work in a unit, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestFile:
     program: str
-    """"" where the file names none."""
+    """"" if the file has none."""
     lines: tuple[tuple[str, ...], ...]
-    """An option and, where it has one, its value."""
+    """Options, each with its value if it has one."""
 
     def has(self, *options: str) -> bool:
         return any(line[0].lstrip("-") in options for line in self.lines)
 
 
 def parse(text: str, path: str) -> GuestFile:
-    """`path`: for complaints. Raises ConfigError with a line for everything that is wrong."""
+    """Parse the file. `path` is for messages. Raises ConfigError with a line for each mistake."""
     program, lines, wrong = "", [], []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split(maxsplit=1)
@@ -71,19 +77,47 @@ def parse(text: str, path: str) -> GuestFile:
     return GuestFile(program, tuple(lines))
 
 
-def command(file: GuestFile, *, name: str, machine: str, qmp: str) -> list[str]:
-    """QEMU's argv. `machine`: as uname(2) has it; `qmp`: the path of the socket to be made.
+def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -> list[str]:
+    """Return QEMU's argv.
 
-    What the file says comes last and stands: only what it leaves open is added.
+    `machine` is the architecture from uname(2); `qmp` and `agent` are paths of sockets to create.
+    Options of the file take precedence: defaults are added only for what it leaves open.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):
         argv += ["-name", f"guest={_escaped(name)}"]
     if not file.has(*_DISPLAYS):
-        # Without it QEMU would open a window, or a VNC server where it cannot.
+        # By default QEMU would open a window, or start a VNC server.
         argv += ["-display", "none"]
     argv += ["-qmp", f"unix:{_escaped(qmp)},server=on,wait=off"]
-    return argv + [word for line in file.lines for word in line]
+    argv += [word for line in file.lines for word in line]
+    # Last, so that no device of the guest moves to another slot.
+    return argv + (_agent_port(agent) if _takes_agent_port(file, argv[0]) else [])
+
+
+def _agent_port(path: str) -> list[str]:
+    socket = f"socket,id=qkilld-agent,path={_escaped(path)},server=on,wait=off"
+    port = f"virtserialport,bus=qkilld-serial.0,chardev=qkilld-agent,name={_AGENT_PORT}"
+    return ["-chardev", socket, "-device", "virtio-serial,id=qkilld-serial", "-device", port]
+
+
+def _takes_agent_port(file: GuestFile, program: str) -> bool:
+    """Return whether the port can be added to the machine. A guest restored from a saved state
+    (loadvm) must have the devices with which it was saved."""
+    if file.has("readconfig", "loadvm", "incoming"):
+        return False
+    values = [line[1] for line in file.lines if len(line) > 1]
+    if any(_AGENT_PORT in value for value in values):
+        return False
+    kinds = [
+        line[1].partition(",")[0].removeprefix("type=")
+        for line in file.lines
+        if len(line) > 1 and line[0].lstrip("-") in ("machine", "M")
+    ]
+    kind_names = [kind for kind in kinds if "=" not in kind]
+    if not kind_names:
+        return program.rpartition("/")[2] in _PC_PROGRAMS
+    return re.fullmatch(_WITH_VIRTIO_SERIAL, kind_names[-1]) is not None
 
 
 _ARCHITECTURES: Final = {
@@ -93,9 +127,9 @@ _ARCHITECTURES: Final = {
     "armv7l": "arm",
     "ppc64le": "ppc64",
 }
-"""Of uname(2) → of QEMU, where they are not the same."""
+"""Architecture names of uname(2) and of QEMU, if they differ."""
 
 
 def _escaped(value: str) -> str:
-    """For a list of QEMU's, which a comma ends an entry of."""
+    """Escape a value for QEMU's lists, in which a comma ends an entry."""
     return value.replace(",", ",,")

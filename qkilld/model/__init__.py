@@ -1,1 +1,1 @@
-"""Words and data: what every other part speaks in. Imports nothing of the project but itself."""
+"""Constants and data classes that every other package uses. Imports nothing else of the project."""

@@ -1,12 +1,15 @@
-"""What a caller may have to be authorized for, and what polkit says of it."""
+"""polkit's actions and answers, and the rights of callers."""
 
 from __future__ import annotations
 
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
+from typing import NamedTuple
+
+from qkilld.model.guest import Identity
 
 
-class Action(StrEnum):
-    """The actions of packaging/org.qkilld1.policy. Who holds FORCE holds TERMINATE, too."""
+class PolkitAction(StrEnum):
+    """The actions of packaging/org.qkilld1.policy. FORCE implies TERMINATE."""
 
     TERMINATE = "org.qkilld1.terminate"
     FORCE = "org.qkilld1.force"
@@ -14,10 +17,34 @@ class Action(StrEnum):
 
 
 class Answer(Enum):
-    """Whether a caller may do something that is not theirs by right."""
+    """polkit's answer for a caller who does not own the process."""
 
     GRANTED = "granted"
     DENIED = "denied"
-    """Also where nobody could be asked, or no answer came."""
+    """Also if polkit could not be asked or did not answer."""
     CHALLENGE = "challenge"
-    """Not as it stands; it may be if somebody is asked, which the caller did not allow."""
+    """Interactive authorization could help, but the caller did not allow it."""
+
+
+class Rank(IntEnum):
+    """The right by which a caller stops a process or steers its job."""
+
+    OWNER = 0
+    """The caller owns the process."""
+    AUTHORIZED = 1
+    """polkit authorized the caller."""
+    ROOT = 2
+
+
+class Steerer(NamedTuple):
+    """A caller who was permitted to steer a job."""
+
+    uid: int
+    rank: Rank
+
+
+def rank_of(uid: int, identity: Identity) -> Rank:
+    """Return the rank of a caller who was permitted to stop this process."""
+    if uid == 0:
+        return Rank.ROOT
+    return Rank.OWNER if uid == identity.uid else Rank.AUTHORIZED

@@ -1,7 +1,7 @@
-"""Our dataclasses as plain JSON types and back, driven by their type hints.
+"""Convert our dataclasses to plain JSON types and back, driven by their type hints.
 
-A Flag is the list of its names, a Policy an object of time spans as in systemd.time(7), with those
-that nobody lives to see the end of as infinity, any other Enum its value, a tuple a list.
+A Flag becomes the list of its names, a Policy an object of time spans as in systemd.time(7), with
+absurdly long ones as infinity, any other Enum its value, a tuple or set a list.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from enum import Enum
 from typing import Any, Final
 
 from qkilld.model import timespan
+from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.policy import Policy
-from qkilld.model.words import INFINITY, Flag
 
 _ENDLESS: Final = INFINITY // 2
-"""A span (µs) from which on it is written as infinity: close below that there are some that
-systemd.time(7) has no words for."""
+"""Spans from this on (µs) are written as infinity, because systemd.time(7) cannot express some of
+them."""
 
 
 def to_json(value: Any) -> Any:
@@ -33,26 +33,27 @@ def to_json(value: Any) -> Any:
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
+    if isinstance(value, frozenset):
+        return sorted(to_json(item) for item in value)
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     return value.value if isinstance(value, Enum) else value
 
 
 def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any:
-    """The value of that type. Raises ValueError, which tells the place by `where`.
+    """Convert `value` to the type `hint`. Raises ValueError, which names the place `where`.
 
-    A field that is missing has its default and one that is not known is passed over; with `strict`
-    both are wrong.
+    A missing field gets its default and an unknown one is ignored; with `strict` both are errors.
     """
     decode = functools.partial(from_json, strict=strict)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         (hint,) = (one for one in arguments if one is not types.NoneType)
         return None if value is None else decode(hint, value, where)
-    if origin is tuple:
+    if origin in (tuple, frozenset):
         if not isinstance(value, list):
             raise ValueError(f"{where} is not a list")
-        return tuple(decode(arguments[0], item, where) for item in value)
+        return origin(decode(arguments[0], item, where) for item in value)
     if origin is Mapping:
         return {key: decode(arguments[1], i, where) for key, i in _object(value, where).items()}
     if hint is Policy:
@@ -66,7 +67,7 @@ def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any
             if type(value) is type(member.value) and value == member.value:
                 return member
         raise ValueError(f"{where} is not one of {', '.join(str(m.value) for m in hint)}")
-    # A bool is an int to Python and not to anybody else.
+    # In Python a bool is an int; in JSON it is not.
     if type(value) is not hint:
         raise ValueError(f"{where} is not of the type {hint.__name__}")
     return value
@@ -77,13 +78,13 @@ def _span(usec: int) -> str:
 
 
 def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:
-    given, hints = _object(value, where), _hints(cls)
-    if strict and not given.keys() <= hints.keys():
+    document, hints = _object(value, where), _hints(cls)
+    if strict and not document.keys() <= hints.keys():
         raise ValueError(f"{where} has a field that is not known")
     known = {
-        name: from_json(hint, given[name], f"{where}, {name},", strict=strict)
+        name: from_json(hint, document[name], f"{where}, {name},", strict=strict)
         for name, hint in hints.items()
-        if name in given
+        if name in document
     }
     for field in fields(cls):
         optional = not strict and (
@@ -96,15 +97,15 @@ def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:
 
 
 def _policy(value: Any, where: str, strict: bool) -> Policy:
-    given = _object(value, where)
+    document = _object(value, where)
     spans = {}
     for field in fields(Policy):
-        if field.name in given:
+        if field.name in document:
             try:
-                spans[field.name] = timespan.parse(str(given[field.name]))
+                spans[field.name] = timespan.parse(str(document[field.name]))
             except ValueError:
                 raise ValueError(f"{where} {field.name}, is not a time span") from None
-    if strict and spans.keys() != given.keys() | {field.name for field in fields(Policy)}:
+    if strict and spans.keys() != document.keys() | {field.name for field in fields(Policy)}:
         raise ValueError(f"{where} lacks a time span, or has one that is not known")
     return Policy(**spans)
 

@@ -1,36 +1,45 @@
-"""Every error that the project raises on purpose, in one tree.
+"""The tree of all errors that the project raises on purpose.
 
-An error's text is written for the caller who gets to read it: it says what happened, to what, and
-what to do. It never holds a path, a name from inside the program, or anything about a process that
-the caller may not know.
+An error's text is for the caller: it says what happened, to what, and what to do next. It never
+contains a path, an internal name, or anything about a process that the caller may not know.
 
     QkilldError
     ├── InvalidArgs          a wrong argument, flag or option
     ├── NoSuchProcess        no process has that id (any more)
-    │   └── Exiting          it has begun to end: what it ran cannot be told any more
+    │   └── ExitInProgress   it is exiting: its executable can no longer be read
     ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
     ├── ProcessChanged       the process id belongs to another process by now
     ├── NoSuchUnit
     ├── NoSuchJob
-    ├── Busy                 a limit of the daemon is reached for this caller
+    ├── Busy                 the caller has reached a limit of the daemon
     ├── Failed               anything else that the daemon could not do
+    │   └── UnknownIdentity  the executable of a process cannot be read at the moment
     ├── AccessDenied         the caller may not do this
+    │   └── RefusedByBus     the policy of the bus does not allow it (client side, and our own name)
     ├── InteractiveAuthorizationRequired
+    ├── MonitorError         a guest's monitor or agent cannot be used
+    │   ├── MonitorUnreachable   there is none, or it is not the guest's own
+    │   ├── MonitorBusy          it serves another client, or is silent
+    │   ├── MonitorTimeout       a command was not answered in its time
+    │   ├── MonitorClosed        the other end closed the connection
+    │   ├── MonitorProtocolError it broke the protocol, or sent too much
+    │   └── CommandRefused       it answered with an error
     ├── ConfigError          a wrong line in a configuration file (never reaches the bus)
     └── BusError             the bus, or the daemon on it, cannot be reached (client side)
+        └── NameRefused      the bus is there, and does not give us our name
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Final
 
-from qkilld.model.words import ExitCode
+from qkilld.model.constants import ExitCode
 
 ERROR_PREFIX: Final = "org.qkilld1.Error."
 
 
 class QkilldError(Exception):
-    """The root. `bus_name` is the D-Bus error name, `exit_code` what a client exits with."""
+    """The root. `bus_name` is the D-Bus error name, `exit_code` the exit code of a client."""
 
     bus_name: ClassVar[str] = ERROR_PREFIX + "Failed"
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
@@ -46,12 +55,11 @@ class NoSuchProcess(QkilldError):
     exit_code = ExitCode.NOT_FOUND
 
 
-class Exiting(NoSuchProcess):
-    """On the bus a NoSuchProcess as any other. `key` is (pid, start time)."""
+class ExitInProgress(NoSuchProcess):
+    """On the bus, a plain NoSuchProcess."""
 
-    def __init__(self, key: tuple[int, int]) -> None:
-        super().__init__(f"Process {key[0]} is exiting: no signal reaches it any more")
-        self.key = key
+    def __init__(self, pid: int) -> None:
+        super().__init__(f"Process {pid} is exiting: no signal reaches it any more")
 
 
 class NotQemu(QkilldError):
@@ -82,13 +90,58 @@ class Failed(QkilldError):
     bus_name = ERROR_PREFIX + "Failed"
 
 
+class UnknownIdentity(Failed):
+    """On the bus, a plain Failed: no signal was sent."""
+
+    def __init__(self, text: str, *, exiting: bool = False) -> None:
+        super().__init__(text)
+        self.exiting = exiting
+        """The process is exiting, so its executable will never be readable again."""
+
+
 class AccessDenied(QkilldError):
     bus_name = "org.freedesktop.DBus.Error.AccessDenied"
     exit_code = ExitCode.NOT_PERMITTED
 
 
+class RefusedByBus(AccessDenied):
+    """The policy of the bus does not allow a message, whatever its destination."""
+
+
 class InteractiveAuthorizationRequired(AccessDenied):
     bus_name = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
+
+
+class MonitorError(QkilldError):
+    """A guest's monitor or agent cannot be used. Texts from the other end are made printable."""
+
+
+class MonitorUnreachable(MonitorError):
+    pass
+
+
+class MonitorBusy(MonitorError):
+    pass
+
+
+class MonitorTimeout(MonitorError):
+    pass
+
+
+class MonitorClosed(MonitorError):
+    pass
+
+
+class MonitorProtocolError(MonitorError):
+    pass
+
+
+class CommandRefused(MonitorError):
+    """`error_class` is QEMU's name for the error, such as CommandNotFound."""
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{command} was refused: {description}")
+        self.error_class = error_class
 
 
 class ConfigError(QkilldError):
@@ -99,6 +152,10 @@ class ConfigError(QkilldError):
 
 class BusError(QkilldError):
     """The bus or the daemon cannot be reached."""
+
+
+class NameRefused(BusError):
+    """The bus denies the daemon its name: its policy forbids it, or the name has another owner."""
 
 
 BY_BUS_NAME: Final[dict[str, type[QkilldError]]] = {
@@ -116,4 +173,4 @@ BY_BUS_NAME: Final[dict[str, type[QkilldError]]] = {
         InteractiveAuthorizationRequired,
     )
 }
-"""For a client: the class of an error that came over the bus."""
+"""For clients: the class for each D-Bus error name."""

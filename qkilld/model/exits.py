@@ -1,14 +1,15 @@
-"""Exit codes: of a job's result, and of several targets made one."""
+"""Exit codes for the result of one job and of several."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
-from qkilld.model.words import ExitCode, Result
+from qkilld.model.constants import ExitCode, Result
+from qkilld.model.errors import BY_BUS_NAME
 
 INTERRUPTED: Final = 128 + 2
-"""What a shell makes of a program that SIGINT ended."""
+"""The exit code that a shell reports for a program ended by SIGINT."""
 
 WORST_FIRST: Final = (
     INTERRUPTED,
@@ -22,8 +23,8 @@ WORST_FIRST: Final = (
     ExitCode.UNSAFE,
     ExitCode.OK,
 )
-"""Of several targets the first of these counts: whatever may still be running comes before what is
-gone at a price."""
+"""From worst to best: with several targets, the worst counts. A guest that may still be running is
+worse than one that was killed."""
 
 RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
     Result.EXITED: ExitCode.OK,
@@ -35,11 +36,17 @@ RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
 }
 
 
-def exit_code_of(result: str) -> ExitCode:
-    """Of a job's result. One that only a newer daemon knows says nothing good."""
+def exit_code_of(result: str, error_name: str = "") -> ExitCode:
+    """Return the exit code of a job's result. An unknown result, of a newer daemon, counts as
+    failure.
+
+    `error_name` is the receipt's `error-name`, because ProcessChanged has its own exit code.
+    """
+    if result == Result.FAILED and (error := BY_BUS_NAME.get(error_name)) is not None:
+        return error.exit_code
     return RESULT_EXIT_CODES.get(result, ExitCode.FAILURE)
 
 
 def worst(codes: Sequence[int]) -> int:
-    """The exit code that stands for all."""
+    """Return the worst of these exit codes."""
     return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)

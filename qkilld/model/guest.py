@@ -1,13 +1,14 @@
-"""Who a process is."""
+"""The identity of a process, and of the guest that it runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from qkilld.model.constants import AgentKind, MonitorKind
+from qkilld.model.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What makes a process this one and no other, as the kernel tells it."""
+    """The identity of a process, as read from the kernel."""
 
     pid: int
     start_time: int
@@ -19,9 +20,11 @@ class Identity:
     state: str
     """One letter, proc(5): R, S, D, T, t, Z, …"""
     executable: str
-    """What /proc/PID/exe points to, without " (deleted)"; "" where there is none to be seen."""
+    """The target of /proc/PID/exe, without " (deleted)"; "" if there is none."""
     executable_deleted: bool
-    """The file is gone from its path: an upgrade replaced it."""
+    """The file no longer exists at its path: an upgrade replaced it."""
+    exiting: bool = False
+    """There is no executable, because the whole process is exiting."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -31,38 +34,63 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The systemd unit that a process runs in; "" where it runs in none."""
+    """The systemd unit that a process runs in; Unit() if it runs in none.
+
+    An unknown unit is None, which is not the same as no unit. Two unknown units are not the same
+    unit.
+    """
 
     system: str = ""
     user: str = ""
-    """The unit of the user's own manager, where `system` is user@UID.service."""
+    """The unit of the user manager, if `system` is user@UID.service."""
 
     @property
     def name(self) -> str:
-        """The name people know it by."""
+        """The name of the user manager's unit, or else of the system's."""
         return self.user or self.system
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a guest is called. All of it is the process's own word but for the unit."""
+    """The names of a guest. All but the unit are the process's own claims."""
 
-    name: str = ""
-    """-name, printable."""
+    name: str | None = None
+    """-name, printable; "" if there is none. None: unknown, which is not the same."""
     uuid: str = ""
     """-uuid in its canonical form."""
-    unit: Unit = Unit()
+    unit: Unit | None = None
+    """None: unknown."""
+    qmp: bool = False
+    """Its command line has a QMP monitor. Also False if that could not be read in time."""
+
+    @property
+    def shown_name(self) -> str:
+        """The name for display; "" if there is none or it is unknown."""
+        return self.name or ""
+
+    @property
+    def unit_name(self) -> str:
+        """The unit for display; "" if there is none or it is unknown."""
+        return self.unit.name if self.unit is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A process that was shown to be a QEMU."""
+    """A process that is known to be QEMU."""
 
     identity: Identity
     label: Label
 
     @property
     def title(self) -> str:
-        """For messages: `guest "web" (process 4711)`."""
+        """A title for messages: `guest "web" (process 4711)`."""
         process = f"process {self.identity.pid}"
         return f'guest "{self.label.name}" ({process})' if self.label.name else f"QEMU {process}"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestChannels:
+    """The channels to a guest, as far as its sockets and its command line show."""
+
+    monitor: MonitorKind = MonitorKind.UNKNOWN
+    agent: AgentKind = AgentKind.UNKNOWN

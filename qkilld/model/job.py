@@ -1,36 +1,52 @@
-"""What a job was asked for, and what it did: data."""
+"""The request for a job, and what the job did."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from signal import Signals
+from dataclasses import field
 from typing import Final
 
-from qkilld.model.words import Flag, Phase, Verdict
+from qkilld.model.constants import INFINITY, Flag, Phase, Verdict
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest_state import GuestOrder
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asked for."""
+    """A caller's request."""
 
     flags: Flag
     spans: Mapping[str, int] = field(default_factory=dict)
-    """Fields of Policy in µs, in place of the configured ones."""
+    """Fields of Policy in µs that override the configured ones."""
     reason: str = ""
     """Printable."""
     uid: int = 0
-    """Whose request it is."""
+    """The requester: root, the owner of the process, or a user whom polkit authorized."""
+    powerdown_only: bool = False
+    """Never go beyond asking the guest."""
+    help: tuple[GuestOrder, ...] = ()
+    """Orders that may be given so that the guest can be asked: RESUME, WAKE, THAW."""
+    qmp_socket: str = ""
+    """The path of the guest's QMP monitor, if the caller named it."""
+    ask_at_most: int = INFINITY
+    """µs after the start of the job at which SIGTERM follows at the latest, if the guest is asked
+    first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What callers have said of a running job, beyond their requests."""
+    """How callers have steered a running job."""
 
     held: bool = False
-    """No further rung, until it is released."""
+    """No further rung until it is released."""
     not_before: int = 0
-    """No SIGKILL before; CLOCK_MONOTONIC, µs."""
+    """The earliest time of SIGKILL; CLOCK_MONOTONIC, µs."""
+    held_until: int = INFINITY
+    """When the hold ends by itself; CLOCK_MONOTONIC, µs."""
+    hold_outranks: bool = False
+    """The hold was placed by root or an authorized user, not by the owner."""
+    outranking: int = 0
+    """The part of `not_before` requested by root or an authorized user."""
 
 
 UNCONTROLLED: Final = Control()
@@ -38,19 +54,42 @@ UNCONTROLLED: Final = Control()
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A signal that was sent."""
+    """A step of the ladder that was executed."""
 
     phase: Phase
-    signal: Signals
+    action: str
+    """The name of a signal, or: agent, button, quit."""
     at: int
     """CLOCK_MONOTONIC, µs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class VerdictChange:
     """A change of the verdict."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
     at: int
     """CLOCK_MONOTONIC, µs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """A reason why data may be lost."""
+
+    code: str
+    """A word of the interface: killed-io, unknown, qcow2-open, …"""
+    text: str
+    """Printable."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport:
+    """The result of flushing a guest's disks before QEMU is told to exit."""
+
+    outcome: str = "not-tried"
+    """`complete`, `failed`, `partial`, `left-out`, `not-tried`."""
+    reason: str = ""
+    """Why it is not complete, printable."""
+    proven: bool = False
+    """QEMU held back nothing that the guest had written, and nothing was written since."""

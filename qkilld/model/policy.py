@@ -1,11 +1,16 @@
-"""The policy: the time spans that the ladder keeps to, all in µs, INFINITY for never."""
+"""The policy: the time spans of the ladder, in µs, INFINITY for never; and switches for rungs that
+are not signals."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+import functools
+from collections.abc import Iterable
+from dataclasses import field, fields
+from pathlib import PurePosixPath
+from typing import Final, NamedTuple
 
-from qkilld.model.words import INFINITY, USEC_PER_SEC
+from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
 
 DEFAULT_EXECUTABLES: Final = (
     "/usr/bin/qemu-system-*",
@@ -14,25 +19,99 @@ DEFAULT_EXECUTABLES: Final = (
     "/usr/bin/kvm",
     "/usr/libexec/qemu-kvm",
     "/nix/store/*/bin/*qemu-system-*",
+    "/nix/store/*/bin/qemu-kvm",
+    "/gnu/store/*/bin/*qemu-system-*",
+    "/opt/*/bin/qemu-system-*",
+    "/snap/*/*/bin/qemu-system-*",
+    "/snap/*/*/usr/bin/qemu-system-*",
+    "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
+    "/usr/lib/xen-*/bin/qemu-system-*",
 )
+"""Installation directories that only root can write: of packages, snaps (mounted read-only),
+stores. Not /home/linuxbrew, AppImages and the /app of flatpaks, which users create."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """`[Policy]` of qkilld.conf. Every field is a time span in µs."""
 
     grace: int = 10 * USEC_PER_SEC
     """Least time between SIGTERM and SIGKILL."""
     stall: int = 10 * USEC_PER_SEC
-    """No sign of progress and nothing outstanding for so long before SIGKILL."""
+    """How long to wait without progress and without outstanding I/O before SIGKILL."""
     storage_stall: int = 60 * USEC_PER_SEC
-    """I/O outstanding but not moving for so long before SIGKILL."""
+    """How long to wait while outstanding I/O does not move before SIGKILL."""
     max: int = INFINITY
-    """SIGKILL after so long whatever the evidence."""
+    """SIGKILL after this time, whatever the evidence."""
     reap: int = 5 * USEC_PER_SEC
-    """Wait for the process to go after SIGKILL."""
+    """How long to wait for the process to exit after SIGKILL."""
     powerdown: int = 60 * USEC_PER_SEC
-    """No sign of the guest shutting down for so long before the next rung."""
+    """How long to wait without a sign that the guest shuts down before the next rung."""
+
+
+class Span(NamedTuple):
+    """A field of Policy: its names on the bus, in files and on command lines."""
+
+    field: str
+    help: str
+    of_job: bool = True
+    """Whether a job can override it."""
+    word: str = ""
+    """The word for the command line, if it differs from the field's name."""
+
+    @property
+    def words(self) -> str:
+        return self.field.replace("_", " ")
+
+    @property
+    def key(self) -> str:
+        """The key in qkilld.conf, such as StorageStallSec."""
+        return f"{self._camel_case}Sec"
+
+    @property
+    def bus_property(self) -> str:
+        """The property of the manager object, such as StorageStallUSec."""
+        return f"{self._camel_case}USec"
+
+    @property
+    def bus_option(self) -> str:
+        """The option of TerminateWithOptions, such as storage-stall-usec."""
+        return f"{self.field.replace('_', '-')}-usec"
+
+    @property
+    def argument(self) -> str:
+        """The option of qkillctl and qkilld-stop, such as --storage-stall; its dest is `field`."""
+        return f"--{self.word or self.field.replace('_', '-')}"
+
+    @property
+    def _camel_case(self) -> str:
+        return self.words.title().replace(" ", "")
+
+
+SPANS: Final = (
+    Span("grace", "least time between SIGTERM and SIGKILL"),
+    Span("stall", "SIGKILL after this time without progress and without outstanding I/O"),
+    Span("storage_stall", "SIGKILL after this time with outstanding I/O that does not move"),
+    Span("max", "SIGKILL after this time whatever the evidence"),
+    Span("reap", "how long to wait after SIGKILL", of_job=False),
+    Span(
+        "powerdown",
+        "SIGTERM after this time without a sign that the guest is shutting down",
+        word="powerdown-sec",
+    ),
+)
+"""One for each field of Policy, in the same order."""
+JOB_SPANS: Final = tuple(span for span in SPANS if span.of_job)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switches:
+    """The yes-or-no keys of `[Policy]`."""
+
+    powerdown: bool = True
+    """qkilld-stop asks the guest to shut down before it sends a signal."""
+    yank: bool = True
+    """With FORCE, dead network storage is yanked before SIGKILL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +120,48 @@ class Config:
 
     policy: Policy = field(default_factory=Policy)
     executables: tuple[str, ...] = DEFAULT_EXECUTABLES
-    """Globs; `*` does not cross a `/`."""
+    """Globs; `*` does not match a `/`."""
     guests: dict[str, Policy] = field(default_factory=dict)
-    """The whole policy of each guest that has a `[Guest NAME]` section of its own."""
+    """The complete policy of each guest with its own `[Guest NAME]` section."""
+    switches: Switches = field(default_factory=Switches)
+    guest_switches: dict[str, Switches] = field(default_factory=dict)
+    """The complete switches of each guest with its own `[Guest NAME]` section."""
 
-    def policy_for(self, name: str) -> Policy:
-        """The policy for the guest of that name; "" is a guest without one."""
+    def policy_for(self, name: str | None) -> Policy:
+        """Return the policy for the guest of that name; "" is a guest without one.
+
+        None is a guest with an unknown name, which may be any of them, so each span is the longest.
+        """
+        if name is None:
+            every = (self.policy, *self.guests.values())
+            spans = {f.name: max(getattr(each, f.name) for each in every) for f in fields(Policy)}
+            return Policy(**spans)
         return self.guests.get(name, self.policy) if name else self.policy
+
+    def asks(self, name: str | None) -> bool:
+        """Return Powerdown= for the guest of that name; if the name is unknown, whether any guest
+        has it."""
+        return any(switches.powerdown for switches in self._switches(name))
+
+    def yanks(self, name: str | None) -> bool:
+        """Return Yank= for the guest of that name; if the name is unknown, whether all guests have
+        it."""
+        return all(switches.yank for switches in self._switches(name))
+
+    def _switches(self, name: str | None) -> tuple[Switches, ...]:
+        """Return the switches that may apply to the guest."""
+        if name is None:
+            return (self.switches, *self.guest_switches.values())
+        return (self.guest_switches.get(name, self.switches) if name else self.switches,)
+
+
+def is_qemu(executable: str, globs: Iterable[str]) -> bool:
+    """Return whether the path matches one of the globs; `*` does not match a `/`."""
+    return _matches(executable, tuple(globs))
+
+
+@functools.lru_cache(maxsize=1024)
+def _matches(executable: str, globs: tuple[str, ...]) -> bool:
+    # Cached, because it is called for all processes of a host, and most share an executable.
+    path = PurePosixPath(executable)
+    return path.is_absolute() and any(path.match(glob) for glob in globs)

@@ -1,19 +1,32 @@
-"""Strings of other people's, made fit to be passed on."""
+"""Make untrusted strings safe to show."""
 
 from __future__ import annotations
 
 from typing import Final
 
 MAX_TEXT: Final = 256
-"""Characters kept of a string that a process says of itself."""
+"""The most characters kept of a string that a process claims."""
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """`text` as it may go into a log line or onto the bus.
+    """Return `text` in a form that is safe in a log line and on the bus.
 
     Control and format characters, bidirectional overrides, line breaks, surrogates (bytes that are
-    no UTF-8) and unassigned code points each become one U+FFFD; what is longer than `limit`
+    not UTF-8) and unassigned code points each become one U+FFFD. Text longer than `limit`
     characters is cut and ends in an ellipsis.
     """
     cleaned = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
     return cleaned[: limit - 1] + "…" if len(text) > limit else cleaned
+
+
+def format_bytes(count: int) -> str:
+    """`312 bytes`, `4.1 kB`, `12.3 MB`; MB are 10^6 bytes."""
+    if count < 1000:
+        return f"{count} bytes"
+    size = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        # Rounding must not give 1000.0 kB.
+        if size < 999.95 or unit == "TB":
+            break
+    return f"{size:.1f} {unit}"

@@ -1,12 +1,12 @@
-"""Time spans as people write them. Source: systemd.time(7); systemd, src/basic/time-util.c."""
+"""Parse and format time spans. Sources: systemd.time(7); systemd, src/basic/time-util.c."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
+from qkilld.model.constants import INFINITY
 from qkilld.model.text import printable
-from qkilld.model.words import INFINITY
 
 _US: Final = {
     "us": 1,
@@ -44,13 +44,13 @@ _PART: Final = re.compile(
 _LONG_MAX: Final = 2**63 - 1
 """systemd reads the number before the unit with strtoll(3)."""
 _SHOWN: Final = 80
-"""Characters of a wrong text that are told again."""
+"""The most characters of a wrong text that a message repeats."""
 
 
 def parse(text: str) -> int:
-    """The span in µs: `10`, `1.5s`, `2h 30min`, `infinity`. A number without a unit is seconds.
+    """Return the span in µs: `10`, `1.5s`, `2h 30min`, `infinity`. Without a unit it is seconds.
 
-    Raises ValueError, whose text is fit to be shown and says what was expected.
+    Raises ValueError, whose text can be shown and says what was expected.
     """
     bare = text.strip(_BLANKS)
     if bare == "infinity":
@@ -61,23 +61,23 @@ def parse(text: str) -> int:
     position = 0
     while position < len(bare):
         part = _PART.match(bare, position)
-        assert part is not None  # every piece of the pattern may be empty
+        assert part is not None  # Each part of the pattern may be empty.
         whole, fraction, unit = part["whole"], part["fraction"], part["unit"]
         position = part.end()
         if whole is None and fraction is None:
             raise _wrong(text)
         if unit is None and not part["space"] and position < len(bare):
-            raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`
+            raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`.
         size = _BY_SPELLING[unit] if unit else _US["s"]
         digits = (whole or "").lstrip("+0") or "0"
-        # int() refuses very long numbers with a text of its own.
+        # int() refuses very long numbers with its own message.
         if len(digits) > len(str(_LONG_MAX)):
             raise _too_long(text)
         number = int(digits)
         if number > _LONG_MAX or number >= INFINITY // size:
             raise _too_long(text)
         total += number * size
-        # Below 1 µs it is cut, digit by digit as systemd does.
+        # Digits below 1 µs are dropped, as in systemd.
         for place, digit in enumerate((fraction or "")[:20], 1):
             total += int(digit) * (size // 10**place)
         if total >= INFINITY:
@@ -86,24 +86,24 @@ def parse(text: str) -> int:
 
 
 def format_usec(usec: int) -> str:
-    """`1min 30s`, `1.5s`, `infinity`, `0`: as systemd shows it but for zeros at the end."""
+    """Return `1min 30s`, `1.5s`, `infinity`, `0`: as systemd, but without trailing zeros."""
     if usec == INFINITY:
         return "infinity"
     if usec == 0:
         return "0"
     words = []
-    left = usec
+    remaining = usec
     for unit in reversed(_US):
         size = _US[unit]
-        whole, rest = divmod(left, size)
+        whole, remainder = divmod(remaining, size)
         if not whole:
             continue
-        if left < _US["min"] and rest:
+        if remaining < _US["min"] and remainder:
             digits = len(str(size)) - 1
-            words.append(f"{whole}.{rest:0{digits}d}".rstrip("0") + unit)
+            words.append(f"{whole}.{remainder:0{digits}d}".rstrip("0") + unit)
             break
         words.append(f"{whole}{unit}")
-        left = rest
+        remaining = remainder
     return " ".join(words)
 
 

@@ -1,14 +1,14 @@
-"""The record of one job, for people to read and for the judgement to replay.
+"""The record of one job, for people to read and for a replay.
 
-A trace is a file of JSON lines in ASCII. The first is the header: the format and its version, whose
-job it is, its flags and its policy. Every other is one record: its `at`, its `kind`, and the fields
-of the class of that kind, by name. A sample has every field, null for what could not be read.
+A trace is a file of JSON lines in ASCII. The first line is the header: the format and its version,
+the job, its flags and its policy. Every other line is one record: its `at`, its `kind`, and the
+fields of the class of that kind, by name. A sample has every field; null means unreadable.
 
-`at` counts in the file from the job's start, which is easier to read; here it is CLOCK_MONOTONIC in
-µs like every other time. Time spans of the policy are as in systemd.time(7).
+In the file, `at` counts from the job's start, which is easier to read; here it is CLOCK_MONOTONIC
+in µs like every other time. Time spans of the policy are as in systemd.time(7).
 
-A field or kind that this version does not know is passed over, and a field that is missing has its
-default: what cannot be understood that way comes with a higher version, and only that is refused.
+Unknown fields and kinds are ignored, and a missing field gets its default. Only changes that need
+more than that get a new version, which older programs refuse.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ import dataclasses
 import json
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from qkilld.model.codec import from_json, to_json
-from qkilld.model.evidence import Sample
+from qkilld.model.constants import Flag, Phase, Result, Verdict
+from qkilld.model.dataclass import dataclass
 from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
-from qkilld.model.words import Flag, Phase, Result, Verdict
+from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-trace"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Version 1 classified sockets by who had connected, and had no descriptors of waiting threads."""
 MAX_BYTES: Final = 64 * 1024 * 1024
-"""Of one trace."""
+"""Greatest size of a trace in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Whose job it is. Nothing of the guest's command line but its name."""
+    """The job of a trace. The guest's name is the only part of its command line."""
 
     job: int
     started: int
     """CLOCK_MONOTONIC, µs."""
     pid: int
     start_time: int
-    """Of the process, in clock ticks since boot."""
+    """The start of the process, in clock ticks since boot."""
     command: str
     name: str
     """The guest's, printable; "" for none."""
@@ -50,7 +51,7 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class RungRecord:
     """A rung."""
 
     at: int
@@ -60,7 +61,7 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Turned:
+class VerdictRecord:
     """A change of the verdict."""
 
     at: int
@@ -69,7 +70,7 @@ class Turned:
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class ChangeRecord:
     """Another request has joined the job, or somebody has held, released or extended it."""
 
     at: int
@@ -79,7 +80,7 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndRecord:
     """The end of the job."""
 
     at: int
@@ -87,15 +88,15 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class ExitRecord:
     """The end of a process that had survived its job."""
 
     at: int
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """Nothing was recorded from here on."""
+class CutRecord:
+    """The end of the recording before the end of the job."""
 
     at: int
     why: str
@@ -103,16 +104,16 @@ class Cut:
 
 _R = TypeVar("_R", bound="Record")
 
-Record = Sample | Sent | Turned | Changed | Ended | Gone | Cut
+Record = Sample | RungRecord | VerdictRecord | ChangeRecord | EndRecord | ExitRecord | CutRecord
 
 _KINDS: Final[dict[str, type[Any]]] = {
     "sample": Sample,
-    "sent": Sent,
-    "turned": Turned,
-    "changed": Changed,
-    "ended": Ended,
-    "gone": Gone,
-    "cut": Cut,
+    "sent": RungRecord,
+    "turned": VerdictRecord,
+    "changed": ChangeRecord,
+    "ended": EndRecord,
+    "gone": ExitRecord,
+    "cut": CutRecord,
 }
 _KIND_OF: Final = {cls: kind for kind, cls in _KINDS.items()}
 
@@ -121,30 +122,30 @@ _KIND_OF: Final = {cls: kind for kind, cls in _KINDS.items()}
 class Trace:
     header: Header
     records: tuple[Record, ...]
-    """In the order in which they were recorded. A sample may come late."""
+    """In the order of recording. A sample may come late."""
 
     def of(self, cls: type[_R]) -> list[_R]:
-        """The records of one class."""
+        """Return the records of one class."""
         return [record for record in self.records if isinstance(record, cls)]
 
 
 def header_line(header: Header) -> str:
-    """The first line of a trace, with its line break."""
+    """Return the first line of a trace, with its line break."""
     return _line({"format": FORMAT, "version": VERSION, **to_json(header)})
 
 
 def record_line(header: Header, record: Record) -> str:
-    """Any other line, with its line break."""
+    """Return any other line, with its line break."""
     document = to_json(record)
     at = document.pop("at") - header.started
     return _line({"at": at, "kind": _KIND_OF[type(record)], **document})
 
 
 def decode(text: str) -> Trace:
-    """The trace that the lines of a file hold.
+    """Decode the text of a trace file.
 
-    A last line without a line break was being written and does not count. Raises ValueError, whose
-    text names the line and says what is wrong with it; it holds nothing of the file's own words.
+    A last line without a line break is incomplete and ignored. Raises ValueError, whose text names
+    the line and says what is wrong with it, without quoting the file.
     """
     lines = text.split("\n")[:-1]
     if not lines:
@@ -159,9 +160,9 @@ def _header(line: str) -> Header:
         if document.get("format") != FORMAT:
             raise ValueError("it is not the header of a trace of qkilld's")
         version = document.get("version")
-        if type(version) is not int or not 1 <= version <= VERSION:
+        if type(version) is not int or version != VERSION:
             raise ValueError(
-                f"the version of its format is not one that this program knows (1 to {VERSION})"
+                f"the version of its format is not the one that this program knows ({VERSION})"
             )
         return typing.cast(Header, from_json(Header, document, "the header"))
     except ValueError as error:

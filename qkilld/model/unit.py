@@ -1,10 +1,9 @@
-"""What systemd says of a unit, as far as it matters for stopping a guest in it."""
+"""The properties of a systemd unit that matter for stopping a guest in it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from qkilld.model.words import INFINITY
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,25 +12,25 @@ class Command:
 
     path: str
     arguments: tuple[str, ...]
-    """With argv[0] first."""
+    """Including argv[0]."""
     ignores_failure: bool = False
     """The line begins with `-`."""
     flags: tuple[str, ...] = ()
-    """Of the other prefixes, as systemd names them: privileged (`+`), no-setuid (`!`), ambient
-    (`!!`), no-env-expand (`:`)."""
+    """The other prefixes, by systemd's names: privileged (`+`), no-setuid (`!`), ambient (`!!`),
+    no-env-expand (`:`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitFacts:
     """Properties of a loaded .service or .scope: org.freedesktop.systemd1(5).
 
-    What a scope does not have (everything about commands and processes) has its default here.
+    For a scope, the properties that it lacks (commands and processes) have their defaults.
     """
 
     id: str
     """The primary name, with its suffix."""
     names: tuple[str, ...] = ()
-    """All its names, aliases among them."""
+    """All its names, including aliases."""
     load_state: str = "loaded"
     """loaded, not-found, bad-setting, error, masked, …"""
     active_state: str = "inactive"
@@ -40,27 +39,29 @@ class UnitFacts:
     job: int = 0
     """The id of systemd's own job for it, 0 for none."""
     fragment: str = ""
-    """FragmentPath: the file that it is defined in, "" where there is none."""
+    """FragmentPath: the file that defines it, "" for none."""
     drop_ins: tuple[str, ...] = ()
     transient: bool = False
     after: tuple[str, ...] = ()
-    """Names of the units that this one is ordered after, so that it is stopped before them."""
+    """Units that this one is ordered after, so that it is stopped before them."""
+    before: tuple[str, ...] = ()
+    """Units that are ordered after this one, so that they are stopped first."""
     default_dependencies: bool = True
     """DefaultDependencies=."""
     job_timeout: int = INFINITY
     """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
     control_group: str = ""
-    """Below the cgroup root; "" while it runs nothing."""
+    """The path below the cgroup root; "" if it has no processes."""
     kill_mode: str = "control-group"
     kill_signal: int = 15
     sends_sigkill: bool = True
     """SendSIGKILL=."""
     final_kill_signal: int = 9
-    """What is sent in place of SIGKILL."""
+    """FinalKillSignal=, sent instead of SIGKILL."""
     timeout_stop: int = INFINITY
     """TimeoutStopUSec, µs; INFINITY for never."""
     type: str = ""
-    """Type= of a service: simple, exec, forking, oneshot, notify, …; "" of a scope."""
+    """Type= of a service: simple, exec, forking, oneshot, notify, …; "" for a scope."""
     timeout_failure_mode: str = "terminate"
     """TimeoutStopFailureMode=: terminate, abort or kill."""
     restart: str = "no"
@@ -72,17 +73,23 @@ class UnitFacts:
     main_pid: int = 0
     """0 for none."""
     control_pid: int = 0
-    """Of the ExecStop= (or other control) process that runs just now, 0 for none."""
+    """The ExecStop= (or other control) process that is running, 0 for none."""
     notify_access: str = "none"
     """none, main, exec or all."""
     user: str = ""
     """User=, "" for the manager's own."""
     environment_files: tuple[str, ...] = ()
-    """EnvironmentFile=: each a file with variables for every command of the unit."""
+    """EnvironmentFile=: files with variables for every command of the unit."""
+    environment: tuple[str, ...] = ()
+    """Environment=: NAME=VALUE assignments."""
+    address_families: tuple[str, ...] | None = None
+    """The families that RestrictAddressFamilies= allows, if it is an allow list; None for all."""
+    hidden_paths: tuple[str, ...] = ()
+    """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     runtime_max: int = INFINITY
-    """RuntimeMaxUSec, µs: systemd stops it after so long."""
+    """RuntimeMaxUSec, µs: systemd stops it after this time."""
 
     @property
     def exists(self) -> bool:
@@ -90,8 +97,8 @@ class UnitFacts:
 
     @property
     def cares_for_guests(self) -> bool:
-        """It has an ExecStop= of its own, which systemd waits for before it signals what is in the
-        unit. The manager of a user takes care of its units and not of what is in them."""
+        """Whether it has its own ExecStop=, which systemd runs before it signals the unit's
+        processes. A user manager does not count: it stops units, not guests."""
         return bool(self.exec_stop) and not is_user_manager(self.id)
 
     @property
@@ -100,7 +107,7 @@ class UnitFacts:
 
 
 def is_user_manager(name: str) -> bool:
-    """Whether this is the name of a unit with a systemd in it that has units of its own."""
+    """Return whether a unit of this name runs a systemd manager that has units of its own."""
     return name.startswith("user@") and name.endswith(".service")
 
 
@@ -111,4 +118,4 @@ class UnitProcess:
     pid: int
     control_group: str
     command: str
-    """Its command line as systemd shows it; any text."""
+    """Its command line as systemd shows it; may be any text."""

@@ -1,1 +1,1 @@
-"""qkilld-stop: the helper for ExecStop=. Entry point: `main.main`."""
+"""qkilld-stop, the helper for ExecStop=. Entry point: `main.main`."""

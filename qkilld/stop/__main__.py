@@ -1,4 +1,4 @@
-"""`python -m qkilld.stop` is qkilld-stop."""
+"""Run qkilld-stop as `python -m qkilld.stop`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of qkilld-stop."""
+"""The command line of qkilld-stop, if it has arguments."""
 
 from __future__ import annotations
 
@@ -7,95 +7,130 @@ from collections.abc import Sequence
 from typing import Final
 
 from qkilld import __version__
-from qkilld.adapters import cmdline
+from qkilld.adapters import argument_types
+from qkilld.model.policy import JOB_SPANS
 from qkilld.stop.options import Options
 
-SPANS: Final = {
-    "grace": ("grace-usec", "least time between SIGTERM and SIGKILL"),
-    "stall": ("stall-usec", "no progress and nothing outstanding for so long before SIGKILL"),
-    "storage_stall": ("storage-stall-usec", "storage not moving for so long before SIGKILL"),
-    "max": ("max-usec", "SIGKILL after so long whatever the evidence"),
-}
-
 _EPILOG: Final = """\
-In the unit of a guest this is all that is needed:
+In the unit of a guest, these lines are enough:
 
   [Service]
   ExecStart=/usr/bin/qemu-system-x86_64 ...
   ExecStop=/usr/bin/qkilld-stop
   NotifyAccess=exec
 
-It takes the guest from $MAINPID, or where the main process is no QEMU from the unit's own control
-group, has qkilld stop it and returns when it is gone. Where qkilld cannot be asked, or goes away
-half-way, it does the same itself. While the guest makes progress it extends TimeoutStopSec=, which
-NotifyAccess=exec allows it to; `systemctl status` shows what it waits for.
+qkilld-stop lets qkilld stop the process $MAINPID, or if that is not QEMU every QEMU in the unit's
+control group, and exits when the guest has exited. If qkilld cannot be reached or exits before the
+guest, qkilld-stop does the work itself. While the guest makes progress, it extends TimeoutStopSec=
+(which needs NotifyAccess=exec), and `systemctl status` shows what it waits for.
 
-SIGKILL is sent only where systemd would send it too: TimeoutStopSec= is not infinity, SendSIGKILL=
-and KillMode= are not changed to keep it from that. --force and --no-force say otherwise.
+Unless qkilld.conf says Powerdown=no, the guest's own operating system is first asked to shut down.
+For this, QEMU needs a monitor on a unix socket that no other program uses:
 
-Exit codes: 0 gone without SIGKILL (or was gone already), 1 failure, 2 wrong usage, 3 gone only
-after SIGKILL, 4 still there, 5 not a QEMU, 6 not permitted, 7 no such unit.
+  ExecStart=/usr/bin/qemu-system-x86_64 ... -qmp unix:/run/web.qmp,server=on,wait=off
+
+The guest gets time as long as it is shutting down; otherwise SIGTERM follows. --dry-run says
+whether the guest can be asked, and `qkillctl check-unit` says what its unit lacks.
+
+SIGKILL is sent only if systemd would send it, too: TimeoutStopSec= is not infinity, and neither
+SendSIGKILL= nor KillMode= prevents it. --force and --no-force override this.
+
+TIME is a time span such as 90s, 1min 30s or infinity.
+
+Exit codes: 0 exited without SIGKILL (or before), 1 failure, 2 wrong usage, 3 exited only after
+SIGKILL, 4 still there, 5 not QEMU, 6 permission denied, 7 no such unit.
 """
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Exits with 2 and says why where they are wrong."""
-    parser = argparse.ArgumentParser(
+    """Exit with 2 and a message if the arguments are invalid."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.json and not arguments.dry_run:
+        parser.error("--json is for --dry-run")
+    spans = {
+        span.field: usec
+        for span in JOB_SPANS
+        if (usec := getattr(arguments, span.field)) is not None
+    }
+    return Options(
+        pid=arguments.pid,
+        pidfile=arguments.pidfile,
+        unit=arguments.unit,
+        all_guests=arguments.all_guests,
+        force=arguments.force,
+        powerdown=arguments.ask,
+        spans=spans,
+        reason=arguments.reason,
+        socket=arguments.socket,
+        dry_run=arguments.dry_run,
+        json=arguments.json,
+        debug=arguments.debug,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argument_types.SuggestingParser(
         prog="qkilld-stop",
-        description="Stops the QEMU guest of a systemd unit without losing what it wrote.",
+        description="Stop the QEMU guest of a systemd unit without losing what it wrote.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--pid", type=_pid, metavar="PID", help="stop this process")
-    target.add_argument("--pidfile", metavar="FILE", help="stop the process that it names")
-    target.add_argument("--unit", metavar="NAME", help="stop every QEMU of this service or scope")
+    target.add_argument(
+        "--pidfile", metavar="FILE", help="stop the process whose id is in this file"
+    )
+    target.add_argument("--unit", metavar="NAME", help="stop every QEMU in this service or scope")
     target.add_argument(
         "--all",
-        dest="everyone",
+        dest="all_guests",
         action="store_true",
-        help="stop every QEMU that no ExecStop= of its own unit takes care of, as "
-        "qkilld-guests.service does at shutdown",
+        help="stop every QEMU that no ExecStop= of its own unit stops, as qkilld-guests.service "
+        "does at shutdown",
     )
     force = parser.add_mutually_exclusive_group()
     force.add_argument(
         "--force",
         action="store_true",
         default=None,
-        help="allow SIGKILL for a guest that is stuck (default: where systemd would send it too)",
+        help="allow SIGKILL for a guest that is stuck (default: if systemd would send it, too)",
     )
     force.add_argument("--no-force", dest="force", action="store_false", help="never send SIGKILL")
-    for name, (_, text) in SPANS.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=cmdline.span, metavar="TIME", help=f"{text}, as 1min 30s")
-    parser.add_argument(
-        "--reason", type=cmdline.reason, metavar="TEXT", help="why, for the journal"
+    powerdown = parser.add_mutually_exclusive_group()
+    powerdown.add_argument(
+        "--powerdown",
+        dest="ask",
+        action="store_true",
+        default=None,
+        help="first ask the guest to shut down, whatever qkilld.conf says",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and do nothing"
+    powerdown.add_argument(
+        "--no-powerdown", dest="ask", action="store_false", help="start with SIGTERM"
     )
-    parser.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    for span in JOB_SPANS:
+        parser.add_argument(
+            span.argument,
+            dest=span.field,
+            type=argument_types.span,
+            metavar="TIME",
+            help=span.help,
+        )
+    parser.add_argument(
+        "--reason",
+        type=argument_types.reason,
+        metavar="TEXT",
+        help="why the guest is stopped, for the journal",
+    )
+    parser.add_argument("--socket", metavar="PATH", help="connect to qkilld at this Varlink socket")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and do nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
+    parser.add_argument("--debug", action="store_true", help="print each failure that is ignored")
     parser.add_argument("--version", action="version", version=f"qkilld-stop {__version__}")
-    given = parser.parse_args(argv)
-    if given.json and not given.dry_run:
-        parser.error("--json is for --dry-run")
-    spans = {
-        option: usec
-        for name, (option, _) in SPANS.items()
-        if (usec := getattr(given, name)) is not None
-    }
-    return Options(
-        given.pid,
-        given.pidfile,
-        given.unit,
-        given.everyone,
-        given.force,
-        spans,
-        given.reason,
-        given.dry_run,
-        given.json,
-    )
+    return parser
 
 
 def _pid(text: str) -> int:

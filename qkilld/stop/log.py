@@ -1,26 +1,44 @@
-"""What the helper has to say: to the journal as the daemon does, and on stderr."""
+"""Messages of the helper: journal events like the daemon's, and lines on stderr."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from qkilld.adapters.journal import QueuedJournal, open_journal, stderr_is_journal
+from qkilld.adapters.journal_stream import stderr_is_journal
 
+_FAILURES = {
+    2: "its command line or configuration is wrong",
+    3: "a guest is gone only by SIGKILL, and may have lost data",
+    4: "a guest is still there",
+    5: "the process is not a QEMU that Executables= covers, or another one by now",
+    6: "it may not stop the guest",
+    7: "there is no such unit",
+}
+"""By exit status; 1 is any other failure."""
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qkilld.engine.events import Event
+    from qkilld.adapters.journal import QueuedJournal
+    from qkilld.model.event import Event
 
 
 class Log:
-    """Implements engine.ports.Journal. Opens the journal with the first event: most calls of the
-    helper have none."""
+    """Implements engine.ports.Journal. Opens the journal with the first event, because most runs
+    have none."""
 
     def __init__(self) -> None:
         self._journal: QueuedJournal | None = None
 
-    def write(self, event: Event) -> None:
+    def open(self) -> None:
+        """Open the journal, before more than one thread writes to it."""
         if self._journal is None:
+            from qkilld.adapters.journal import open_journal
+
             self._journal = open_journal("qkilld-stop")
+
+    def write(self, event: Event) -> None:
+        self.open()
+        assert self._journal is not None
         self._journal.write(event)
 
     def close(self) -> None:
@@ -29,11 +47,20 @@ class Log:
 
 
 def say(text: str) -> None:
-    """A line on stderr, which is the unit's journal under systemd."""
+    """Print a line on stderr, which is the unit's journal under systemd."""
     print(f"qkilld-stop: {text}", file=sys.stderr, flush=True)
 
 
 def say_ending(text: str) -> None:
-    """The same for how a stop ended, which the journal knows by an event."""
+    """Print how a stop ended, unless stderr is the journal, which has an event for it."""
     if not stderr_is_journal():
         say(text)
+
+
+def say_failure(code: int) -> None:
+    """Report the failure as an error in the unit's journal, because systemd ignores the exit
+    status: adopt writes `-` before the helper. For the prefix, see sd-daemon(3)."""
+    if stderr_is_journal():
+        why = _FAILURES.get(code, "see above")
+        text = f"The stop failed with exit status {code}: {why}. systemd goes on with KillSignal="
+        print(f"<3>qkilld-stop: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,9 @@
-"""qkilld-stop: its way from the command line to the exit code.
+"""qkilld-stop, from the command line to the exit code.
 
-Imports little at first: systemd's clock runs, and a unit may give it a second.
+A host that shuts down runs one for each guest at once. Most have the daemon stop an idle guest and
+exit after 10 ms, so their main cost is starting Python. That path imports only socket, json and
+what Python itself has loaded: not typing, dataclasses, asyncio or a D-Bus library. Everything else
+is imported when needed (tests/pure/test_stop_imports.py).
 """
 
 from __future__ import annotations
@@ -8,10 +11,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import NoReturn
 
-from qkilld.stop.notify import Notifier
+from qkilld.stop.limits import FIRST
+from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from qkilld.stop.log import Log
 
 
 def main() -> NoReturn:
@@ -22,48 +31,58 @@ def main() -> NoReturn:
         options = parse(sys.argv[1:])
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     if not options.dry_run:
-        from qkilld.stop.limits import FIRST
-
         notifier.extend(FIRST)
-    # Collecting garbage costs 7 ms of the imports, which make none; TLS, which asyncio does without
-    # where there is none, 5 ms.
+    # Garbage collection costs 7 ms during imports, which produce no garbage. TLS costs 5 ms;
+    # asyncio works without it.
     gc.disable()
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     code = _main(options, notifier)
+    if code and not options.dry_run:
+        from qkilld.stop.log import say_failure
+
+        say_failure(code)
     sys.stdout.flush()
-    # systemd waits for the end of the process, which for the interpreter's own order takes 10 ms.
+    # systemd waits for the exit, and an orderly one takes Python 10 ms.
     os._exit(code)
 
 
 def _main(options: Options, notifier: Notifier) -> int:
-    import asyncio
-    import logging
+    from qkilld.stop.log import Log
 
-    from qkilld.model.errors import NoSuchProcess, QkilldError
-    from qkilld.model.words import ExitCode
-    from qkilld.stop.log import Log, say
-    from qkilld.stop.stopping import Stopping
+    if options.debug or "SYSTEMD_LOG_LEVEL" in os.environ:
+        from qkilld import log_setup
 
-    # dbus_next logs what concerns only its maintainers, tracebacks among it.
-    logging.getLogger().addHandler(logging.NullHandler())
+        log_setup.set_up("qkilld-stop", debug=options.debug)
     log = Log()
     try:
-        gc.enable()
-        stopping = Stopping(options, notifier, log)
-        return asyncio.run(stopping.rehearse() if options.dry_run else stopping.run())
-    except NoSuchProcess as gone:
-        say(f"there is nothing to stop: {gone}")
-        return ExitCode.OK
-    except QkilldError as error:
-        say(str(error))
-        return error.exit_code
-    except Exception as error:
-        from qkilld.engine.events import internal_error
+        if options.dry_run:
+            from qkilld.stop.rehearsal import rehearse
 
-        log.write(internal_error("stopping guests", error))
-        return ExitCode.FAILURE
+            return rehearse(options)
+        from qkilld.stop.run import StopRun
+
+        return StopRun(options, notifier, log).run()
+    except Exception as error:
+        return _failed(error, log)
     finally:
         log.close()
+
+
+def _failed(error: Exception, log: Log) -> int:
+    from qkilld.model.constants import ExitCode
+    from qkilld.model.errors import NoSuchProcess, QkilldError
+    from qkilld.stop.log import say
+
+    if isinstance(error, NoSuchProcess):
+        say(f"there is nothing to stop: {error}")
+        return ExitCode.OK
+    if isinstance(error, QkilldError):
+        say(str(error))
+        return error.exit_code
+    from qkilld.engine.events import internal_error
+
+    log.write(internal_error("stopping guests", error))
+    return ExitCode.FAILURE
 
 
 if __name__ == "__main__":

@@ -1,22 +1,50 @@
-"""What the command line asks for. Imports little: most calls have no arguments at all."""
+"""The options of qkilld-stop. Imports nothing: most calls have no arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
-@dataclass(frozen=True, slots=True)
 class Options:
-    pid: int | None = None
-    pidfile: str | None = None
-    unit: str | None = None
-    everyone: bool = False
-    """Every guest whose own unit does not take care of it."""
-    force: bool | None = None
-    """None: only where systemd would send SIGKILL too."""
-    spans: Mapping[str, int] = field(default_factory=dict)
-    """Options of TerminateWithOptions (`grace-usec`, …), µs."""
-    reason: str | None = None
-    dry_run: bool = False
-    json: bool = False
+    """The defaults mean the main process of the unit that systemd is stopping."""
+
+    def __init__(
+        self,
+        *,
+        pid: int | None = None,
+        pidfile: str | None = None,
+        unit: str | None = None,
+        all_guests: bool = False,
+        force: bool | None = None,
+        powerdown: bool | None = None,
+        spans: Mapping[str, int] | None = None,
+        reason: str | None = None,
+        socket: str | None = None,
+        dry_run: bool = False,
+        json: bool = False,
+        debug: bool = False,
+    ) -> None:
+        self.pid = pid
+        self.pidfile = pidfile
+        self.unit = unit
+        self.all_guests = all_guests
+        """--all: every guest whose own unit does not stop it."""
+        self.force = force
+        """None: only if systemd would send SIGKILL too."""
+        self.powerdown = powerdown
+        """Ask the guest first. None follows Powerdown= in qkilld.conf."""
+        self.spans = spans or {}
+        """Fields of Policy, µs."""
+        self.reason = reason
+        self.socket = socket
+        """The daemon's socket; None for the installed one."""
+        self.dry_run = dry_run
+        self.json = json
+        self.debug = debug
+
+    @property
+    def names_process(self) -> bool:
+        """Whether at most one process is meant, named by the arguments or the environment."""
+        return self.unit is None and not self.all_guests

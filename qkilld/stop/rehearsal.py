@@ -1,31 +1,36 @@
-"""--dry-run: what would be done, told and not done."""
+"""--dry-run: print what would be done."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from qkilld import log_setup
+from qkilld.debug_log import note
+from qkilld.decision.unit_limits import Limits, limits_of
 from qkilld.engine.service import Option
-from qkilld.model.errors import NotQemu
-from qkilld.model.jobview import known
+from qkilld.model.constants import INFINITY, ExitCode, Flag
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import NoSuchProcess, NotQemu
+from qkilld.model.job_status import known
+from qkilld.model.policy import JOB_SPANS
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
-from qkilld.model.words import INFINITY, ExitCode, Flag
-from qkilld.stop.caller import OwnUser
-from qkilld.stop.limits import limits_of
-
-if TYPE_CHECKING:
-    from qkilld.model.unit import UnitFacts
-    from qkilld.stop.stopping import Stopping
-    from qkilld.stop.target import Target
+from qkilld.model.unit import UnitFacts
+from qkilld.stop.fallback import Fallback, LocalCaller
+from qkilld.stop.limits import ASK_ALL
+from qkilld.stop.log import Log
+from qkilld.stop.options import Options
+from qkilld.stop.process import ProcessHandle
+from qkilld.stop.systemd_units import on_bus, own_facts
+from qkilld.stop.targets import Targets
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsed:
-    """What would be done to one process."""
+class GuestPlan:
+    """The plan for one process."""
 
     pid: int
     name: str
@@ -35,11 +40,13 @@ class Rehearsed:
     """(signal, µs after the start)."""
     gives_up_usec: int | None
     leaves_usec: int | None
-    """After so long qkilld-stop leaves, before systemd ends it; None for never."""
+    """When qkilld-stop would exit (µs) before systemd kills it; None for never."""
+    ways: tuple[str, ...]
+    """How the guest can be asked, and obstacles to that."""
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Format for display."""
         name = f" ({self.name})" if self.name else ""
         lines = [
             f"would stop process {self.pid}{name}",
@@ -51,41 +58,69 @@ class Rehearsed:
         for title, usec in (("gives up", self.gives_up_usec), ("leaves", self.leaves_usec)):
             if usec is not None:
                 lines.append(f"  {title:<9} after {format_usec(usec)}")
+        lines += [f"  way       {printable(text, 1000)}" for text in self.ways]
         return lines + [f"  warning   {printable(text, 1000)}" for text in self.warnings]
 
 
-async def rehearse(stopping: Stopping, *, as_json: bool) -> int:
-    """Print it; the exit code. Raises what Stopping.run raises."""
-    facts = await stopping.facts()
-    found: list[Rehearsed] = []
-    for target in await stopping.targets():
-        try:
-            found.append(await _rehearsed(stopping, target, facts))
-        except NotQemu:
-            found += [await _rehearsed(stopping, one, facts) for one in stopping.instead()]
-            if not found:
-                raise
-    if as_json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=2))
+def rehearse(options: Options) -> int:
+    """Print the plans, and return the exit code. Raises QkilldError if there is nothing to stop."""
+    plans = _plans(options)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
     else:
-        print("\n".join(line for one in found for line in one.lines()))
+        print("\n".join(line for plan in plans for line in plan.lines()))
     return ExitCode.OK
 
 
-async def _rehearsed(stopping: Stopping, target: Target, facts: UnitFacts | None) -> Rehearsed:
-    force = stopping.forced(target.pid)
-    options = {name: Option("t", usec) for name, usec in stopping.options.spans.items()}
-    guest, plan = await stopping.engine().service.plan(
-        target.pid, Flag.FORCE if force else Flag(0), options, OwnUser()
-    )
-    limits = limits_of(facts, os.getpid()) if facts is not None else None
-    return Rehearsed(
-        guest.identity.pid,
-        guest.label.name,
-        guest.label.unit.name,
-        force,
-        tuple((rung.signal.name, rung.after) for rung in plan.rungs),
-        known(plan.gives_up_after),
-        None if limits is None or limits.stay == INFINITY else limits.stay,
-        (*(limits.warnings if limits else ()), *plan.warnings),
+def _plans(options: Options) -> list[GuestPlan]:
+    log_setup.silence()
+    targets = Targets(options)
+    facts = on_bus(own_facts, user=targets.user)
+    processes = targets.choose()
+    plans: list[GuestPlan] = []
+    for process in processes:
+        try:
+            plans.append(asyncio.run(_plan(options, process, facts)))
+        except NoSuchProcess as error:
+            note("planning a stop", error)
+        except NotQemu:
+            others = targets.substitutes({process.pid for process in processes})
+            plans += [asyncio.run(_plan(options, other, facts)) for other in others]
+            if not plans:
+                raise
+    if not plans:
+        raise NoSuchProcess("the guest has just exited")
+    return plans
+
+
+async def _plan(options: Options, process: ProcessHandle, facts: UnitFacts | None) -> GuestPlan:
+    limits = limits_of(facts, os.getpid(), process.pid) if facts is not None else Limits()
+    flags = Flag(0) if options.powerdown is False else Flag.POWERDOWN
+    if limits.force if options.force is None else options.force:
+        flags |= Flag.FORCE
+    given: dict[str, Option] = {
+        span.bus_option: Option("t", options.spans[span.field])
+        for span in JOB_SPANS
+        if span.field in options.spans
+    }
+    if options.powerdown is None:
+        given["powerdown-as-configured"] = Option("b", True)
+    ask = min(limits.ask, ASK_ALL) if options.all_guests else limits.ask
+    if ask != INFINITY:
+        given["powerdown-max-usec"] = Option("t", ask)
+    fallback = Fallback(Log())
+    try:
+        guest, plan = await fallback.service.plan(process.pid, flags, given, LocalCaller())
+    finally:
+        await fallback.close()
+    return GuestPlan(
+        pid=guest.identity.pid,
+        name=guest.label.shown_name,
+        unit=guest.label.unit_name,
+        force=Flag.FORCE in flags,
+        rungs=tuple((rung.action, rung.after) for rung in plan.rungs),
+        gives_up_usec=known(plan.gives_up_after),
+        leaves_usec=known(limits.stay),
+        ways=plan.ways,
+        warnings=(*limits.warnings, *plan.warnings),
     )

@@ -1,25 +1,32 @@
-"""Pidfiles: what is one, who may have written it, and whether its process is still the same."""
+"""Pidfiles: their syntax, their writers, and whether the process is still the same."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from qkilld.adapters import pidfile
-from qkilld.adapters.pidfile import Content
-from qkilld.model.errors import AccessDenied, InvalidArgs, NoSuchProcess, ProcessChanged
+from qkilld.adapters import pidfile, procfs
+from qkilld.adapters.pidfile import Content, PathStep
+from qkilld.model.errors import AccessDenied, Failed, InvalidArgs, NoSuchProcess, ProcessChanged
+from tests.lab import needs
+from tests.lab.log import wait_for_path
+from tests.lab.process import OTHER_UID, children, end, spawn
 
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with its standard input."""
+    """A process that exits when its standard input ends."""
     with subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
@@ -58,25 +65,47 @@ def test_no_content(data: bytes) -> None:
 PROCESS, CALLER, STRANGER = 107, 1000, 1001
 
 
+def step(uid: int, mode: int, gid: int = 0, kind: int = stat.S_IFDIR) -> PathStep:
+    return PathStep("STEP", uid, gid, kind | mode)
+
+
+def check(*steps: PathStep) -> None:
+    pidfile.check_writers(Content(b"1", 0.0, steps), PROCESS, CALLER, "FILE")
+
+
 @pytest.mark.parametrize(
-    ("uid", "mode", "good"),
+    ("uid", "gid", "mode", "good"),
     [
-        (0, 0o644, True),
-        (CALLER, 0o600, True),
-        (PROCESS, 0o644, True),
-        (PROCESS, 0o664, True),
-        (STRANGER, 0o644, False),
-        (0, 0o666, False),
-        (CALLER, 0o602, False),
+        (0, 0, 0o644, True),
+        (CALLER, STRANGER, 0o600, True),
+        (PROCESS, STRANGER, 0o644, True),
+        (PROCESS, PROCESS, 0o664, True),  # a group of the user's own
+        (0, 0, 0o664, True),
+        (PROCESS, STRANGER, 0o664, False),
+        (0, 100, 0o664, False),
+        (STRANGER, 0, 0o644, False),
+        (0, 0, 0o666, False),
+        (CALLER, 0, 0o602, False),
     ],
 )
-def test_writer(uid: int, mode: int, good: bool) -> None:
-    content = Content(b"1", 0.0, uid, stat.S_IFREG | mode)
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFDIR])
+def test_writer(uid: int, gid: int, mode: int, good: bool, kind: int) -> None:
+    steps = [step(0, 0o755), step(uid, mode, gid, kind)]
+    if kind == stat.S_IFDIR:
+        steps.append(step(0, 0o644, kind=stat.S_IFREG))
     if good:
-        pidfile.check_writer(content, PROCESS, CALLER, "FILE")
-    else:
-        with pytest.raises(AccessDenied, match="FILE"):
-            pidfile.check_writer(content, PROCESS, CALLER, "FILE")
+        check(*steps)
+        return
+    with pytest.raises(AccessDenied, match="Pidfile FILE"):
+        check(*steps)
+
+
+def test_who_owns_a_link() -> None:
+    file = step(0, 0o644, kind=stat.S_IFREG)
+    for uid in (0, CALLER, PROCESS):
+        check(step(0, 0o1777), step(uid, 0o777, kind=stat.S_IFLNK), file)
+    with pytest.raises(AccessDenied, match="reached through symbolic link STEP"):
+        check(step(0, 0o1777), step(STRANGER, 0o777, kind=stat.S_IFLNK), file)
 
 
 def test_the_process_it_was_written_for(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
@@ -85,7 +114,7 @@ def test_the_process_it_was_written_for(tmp_path: Path, child: subprocess.Popen[
     path.chmod(0o644)
     named = pidfile.read(str(path))
     assert named.pid == child.pid
-    assert named.start_time == pidfile.start_time_of(child.pid)
+    assert named.start_time == procfs.read_stat(child.pid).start_time
 
 
 def test_a_symbolic_link_to_it(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
@@ -93,6 +122,72 @@ def test_a_symbolic_link_to_it(tmp_path: Path, child: subprocess.Popen[bytes]) -
     (tmp_path / "pid").chmod(0o644)
     (tmp_path / "link").symlink_to("pid")
     assert pidfile.read(str(tmp_path / "link")).pid == child.pid
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that all users may traverse, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="qkilld-pidfile-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("through", ["link", "directory link", "directory"])
+def test_a_way_that_another_user_chose(
+    open_directory: Path, child: subprocess.Popen[bytes], through: str, relative: bool
+) -> None:
+    """Its owner could make the caller stop another user's process."""
+    needs.root("to give files away")
+    theirs, ours = open_directory / "theirs", open_directory / "ours"
+    ours.mkdir()
+    theirs.mkdir()
+    (ours / "vm.pid").write_text(str(child.pid))
+    (ours / "vm.pid").chmod(0o644)
+    to = Path("../ours") if relative else ours
+    if through == "link":
+        path = theirs / "vm.pid"
+        path.symlink_to(to / "vm.pid")
+    elif through == "directory link":
+        (theirs / "link").symlink_to(to)
+        path = theirs / "link/vm.pid"
+    else:
+        path = theirs / "../ours/vm.pid" if relative else theirs / "vm.pid"
+        (theirs / "vm.pid").hardlink_to(ours / "vm.pid")
+    assert pidfile.read(str(path)).pid == child.pid
+    for each in (theirs, *theirs.iterdir()):
+        if each.is_dir() or each.is_symlink():
+            os.lchown(each, OTHER_UID, OTHER_UID)
+    with pytest.raises(AccessDenied, match=f"belongs to uid {OTHER_UID}"):
+        pidfile.read(str(path))
+    assert pidfile.read(str(ours / "vm.pid")).pid == child.pid
+
+
+def test_a_link_of_another_user_in_a_directory_for_all(
+    open_directory: Path, child: subprocess.Popen[bytes]
+) -> None:
+    needs.root("to give files away")
+    (open_directory / "vm.pid").write_text(str(child.pid))
+    (open_directory / "vm.pid").chmod(0o644)
+    (open_directory / "link").symlink_to("vm.pid")
+    open_directory.chmod(0o1777)
+    assert pidfile.read(str(open_directory / "link")).pid == child.pid
+    os.lchown(open_directory / "link", OTHER_UID, OTHER_UID)
+    with pytest.raises(AccessDenied, match="symbolic link link"):
+        pidfile.read(str(open_directory / "link"))
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    (tmp_path / "pid").write_text(str(child.pid))
+    (tmp_path / "pid").chmod(0o644)
+    (tmp_path / "link").symlink_to(tmp_path / "pid")
+    (tmp_path / "loop").symlink_to("loop")
+    before = psutil.Process().num_fds()
+    pidfile.read(str(tmp_path / "link"))
+    for name in ("none", "loop", "pid/x"):
+        with pytest.raises(InvalidArgs):
+            pidfile.read(str(tmp_path / name))
+    assert psutil.Process().num_fds() == before
 
 
 def test_an_older_file_than_the_process(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
@@ -145,8 +240,59 @@ def test_name_with_parentheses_and_blanks_in_stat(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert b") R 1 (" in Path(f"/proc/{process.pid}/stat").read_bytes()
-        started = pidfile.boot_time() + pidfile.start_time_of(process.pid) / os.sysconf(
+        started = pidfile.boot_time() + procfs.read_stat(process.pid).start_time / os.sysconf(
             "SC_CLK_TCK"
         )
         assert abs(time.time() - started) < 30
         process.communicate(b"\n")
+
+
+def end_namespace(unshare: subprocess.Popen[bytes]) -> None:
+    """Kill its first process, for which unshare waits, and so all others in it."""
+    for pid in children(unshare.pid):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        unshare.wait(10)
+    end(unshare)
+
+
+def test_a_qemu_in_another_pid_namespace(tmp_path: Path) -> None:
+    """Its pidfile has its id in that namespace; its lock shows which process it is."""
+    needs.root("a PID namespace")
+    qemu = needs.program("qemu-system-x86_64", "qemu-system-x86")
+    path = tmp_path / "pid"
+    unshare = [str(needs.program("unshare", "util-linux")), "--fork", "--pid", "--kill-child"]
+    idle = [str(qemu), "-M", "none", "-nodefaults", "-display", "none", "-pidfile", str(path)]
+    process = spawn([*unshare, *idle])
+    try:
+        wait_for_path(path, 30)
+        deadline = time.monotonic() + 30
+        while not path.read_bytes().strip():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert path.read_text().strip() == "1"
+        (inside,) = children(process.pid)
+        assert pidfile.read(str(path)).pid == inside
+    finally:
+        end_namespace(process)
+
+
+def test_nobody_is_taken_for_one_of_another_namespace(tmp_path: Path) -> None:
+    needs.root("a PID namespace")
+    unshare = [str(needs.program("unshare", "util-linux")), "--fork", "--pid", "--kill-child"]
+    # The last of its ids does not exist in our namespace.
+    far = Path("/proc/sys/kernel/pid_max").read_text().strip()
+    last = int(far) - 2
+    script = f"echo {last - 1} >/proc/sys/kernel/ns_last_pid; sleep 60 & wait"
+    process = spawn([*unshare, "--mount-proc", "sh", "-c", script])
+    try:
+        deadline = time.monotonic() + 30
+        while not any(last in procfs.read_namespaced_pids(pid)[1:] for pid in procfs.pids()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        path = tmp_path / "pid"
+        path.write_text(str(last))
+        with pytest.raises(Failed, match="another PID namespace"):
+            pidfile.read(str(path))
+    finally:
+        end_namespace(process)

@@ -1,4 +1,4 @@
-"""Processes by pidfd, on the real thing."""
+"""Real processes by pidfd."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from signal import SIGKILL, SIGSTOP, SIGTERM
 import pytest
 
 from qkilld.adapters.process import open_process
-from qkilld.model.errors import Exiting, Failed, NoSuchProcess, NotQemu
+from qkilld.adapters.procfs import read_stat
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu
+from tests.evidence.until import until
 from tests.lab import needs
-from tests.lab.guest import Guest
+from tests.lab.guest import FIRST_THREAD_EXITS, LARGE, Guest
 from tests.lab.process import OTHER_UID, wait_gone
 
 Make = Callable[..., Guest]
@@ -45,19 +47,37 @@ def test_identity_of_a_real_qemu(qemu: Make) -> None:
 
 
 def test_a_qemu_that_exits_is_never_taken_for_something_else(qemu: Make) -> None:
-    """The kernel takes its memory apart, and what tells it for a QEMU, before it is gone."""
+    """The kernel frees its memory, and what identifies it as QEMU, before it has exited."""
+    exiting = False
     for _ in range(20):
-        guest = qemu()
+        guest = qemu(arguments=LARGE)
         guest.signal(SIGTERM)
-        with pytest.raises(NoSuchProcess) as caught:
+        with pytest.raises(NoSuchProcess):
             while True:
                 process = open_process(guest.pid)
-                assert process.identity.executable == str(guest.executable)
+                identity = process.identity
                 process.close()
-        if isinstance(caught.value, Exiting):
-            assert caught.value.key == (guest.pid, guest.start_time)
+                if not identity.exiting:
+                    assert identity.executable == str(guest.executable)
+                else:
+                    assert identity.executable == ""
+                    assert identity.key == (guest.pid, guest.start_time)
+                    exiting = True
+        if exiting:
             return
     pytest.fail("none was looked at while it exited")
+
+
+def test_a_process_whose_first_thread_has_exited(scripted_qemu: Make) -> None:
+    guest = scripted_qemu(FIRST_THREAD_EXITS)
+    until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")
+    process = open_process(guest.pid)
+    try:
+        assert process.identity.executable == str(guest.executable)
+        assert not process.identity.exiting
+        assert not process.exited()
+    finally:
+        process.close()
 
 
 def test_out_of_descriptors(fake_qemu: Make) -> None:
@@ -65,18 +85,26 @@ def test_out_of_descriptors(fake_qemu: Make) -> None:
 
     guest = fake_qemu()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    process = open_process(guest.pid)
     lowest = os.dup(0)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
+        # First for the pidfd, then for reading /proc.
+        for most in (lowest, lowest + 1):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+            with pytest.raises(Failed, match="Too many open files"):
+                open_process(guest.pid)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
         with pytest.raises(Failed, match="Too many open files"):
-            open_process(guest.pid)
+            process.identify()
+        assert not process.collected()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        process.close()
 
 
 def test_what_the_kernel_does_not_show_is_no_qemu(fake_qemu: Make) -> None:
-    """As another user: exe of a process of root's is not to be read."""
+    """As another user, because exe of a root process is unreadable."""
     needs.root("to be another user")
     guest = fake_qemu()
     os.seteuid(OTHER_UID)

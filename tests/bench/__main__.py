@@ -1,4 +1,4 @@
-"""The benchmark: `make bench`, or `python -m tests.bench` where set-up has run."""
+"""The benchmark: `make bench`, or `python -m tests.bench` after set-up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from tests.bench import answer, beside_libvirt, beside_systemd, evidence, figures, progress, rest
+from tests.bench import (
+    answer,
+    beside_libvirt,
+    beside_systemd,
+    crash,
+    evidence,
+    facts,
+    figures,
+    guest_asks,
+    progress,
+    rest,
+    start,
+)
 from tests.bench.figures import Figure
 from tests.lab import needs
 from tests.lab.process import run
@@ -29,11 +41,15 @@ class Rounds:
     libvirt_reaped_late: int
     units: int
     guests: int
-    """Of each kind of company."""
+    """How many guests of each kind run beside the measured one."""
     rest_s: int
     jobs: int
     samples: int
     at_once: int
+    very_many: int
+    starts: int
+    asked: int
+    """Small guests, for each way; a third as many Debian guests."""
 
 
 FULL: Final = Rounds(
@@ -45,6 +61,9 @@ FULL: Final = Rounds(
     jobs=1000,
     samples=200,
     at_once=1000,
+    very_many=5000,
+    starts=10,
+    asked=15,
 )
 QUICK: Final = Rounds(
     libvirt=2,
@@ -55,6 +74,9 @@ QUICK: Final = Rounds(
     jobs=50,
     samples=20,
     at_once=100,
+    very_many=100,
+    starts=2,
+    asked=3,
 )
 
 EPILOG: Final = """\
@@ -95,16 +117,24 @@ def main() -> int:
 
 
 def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
-    """The figures, and whether one of them went wrong for another reason than something missing."""
+    """The figures, and whether one of them failed other than for something missing."""
     parts: list[tuple[str, Callable[[], list[Figure]]]] = [
         (
             "Beside libvirt",
             lambda: beside_libvirt.measure(rounds.libvirt, rounds.libvirt_reaped_late),
         ),
-        ("Beside systemd", lambda: [beside_systemd.measure(rounds.units)]),
+        ("Beside systemd", lambda: beside_systemd.measure(rounds.units)),
         ("From a guest's exit to the answer", lambda: [answer.measure(rounds.guests)]),
+        (
+            "Asking a guest",
+            lambda: guest_asks.measure(rounds.asked, rounds.asked // 3, rounds.samples),
+        ),
         ("At rest", lambda: rest.measure(rounds.rest_s, rounds.jobs)),
-        ("Looking", lambda: evidence.measure(rounds.samples, rounds.at_once)),
+        ("The start", lambda: [start.measure(rounds.starts)]),
+        ("Facts", lambda: [facts.measure(rounds.samples)]),
+        ("Samples", lambda: [evidence.measure_samples(rounds.samples)]),
+        ("Many jobs", lambda: [evidence.measure_jobs(rounds.at_once)]),
+        ("A crash", lambda: [crash.measure(rounds.very_many)]),
     ]
     found: list[Figure] = []
     failed = False
@@ -120,7 +150,7 @@ def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
 
 
 def _about() -> dict[str, Any]:
-    """What a reader needs to judge the figures by."""
+    """The facts by which a reader can judge the figures."""
     return {
         "kernel": platform.release(),
         "processors": os.cpu_count(),
@@ -133,8 +163,8 @@ def _about() -> dict[str, Any]:
 def _stalled_s() -> float | None:
     """For how many seconds since boot some task was ready to run and had no processor.
 
-    Of a machine that does other things at the same time this is much, and the figures are no good.
-    Source: Documentation/accounting/psi.rst. None where the kernel does not tell.
+    Much of it means that the machine does other things at the same time and the figures are no
+    good. Source: Documentation/accounting/psi.rst. None if the kernel does not say.
     """
     try:
         some, *_ = Path("/proc/pressure/cpu").read_text().splitlines()

@@ -23,7 +23,7 @@ from jeepney import (  # type: ignore[import-untyped]
 )
 from jeepney.io.blocking import open_dbus_connection  # type: ignore[import-untyped]
 
-from qkilld.model.words import (
+from qkilld.model.constants import (
     BUS_NAME,
     JOB_INTERFACE,
     MANAGER_INTERFACE,
@@ -38,13 +38,15 @@ from tests.lab.guest import Guest, fake_qemu, start_qemu
 
 MEDIAN_MS: Final = 5
 P99_MS: Final = 20
+ROUND_TRIPS: Final = 2
+"""Of Peer.Ping on the same connection: the median from exit to answer."""
 OTHER_JOBS: Final = 50
 _HOUR: Final = 3600 * USEC_PER_SEC
 _TIMEOUT_S: Final = 30
 
 
 def measure(guests: int) -> Figure:
-    """Stops so many real QEMUs (-M none) one after the other, and as many again among others."""
+    """Stops that many real QEMUs (-M none) one after the other, and as many again beside others."""
     figure = Figure(
         "From QEMU's exit to Wait's answer at the client (jeepney, on the same bus); real QEMUs"
     )
@@ -52,14 +54,17 @@ def measure(guests: int) -> Figure:
         where = f"with {others} other jobs running" if others else "alone"
         found = _stop_many(guests, others, where)
         answered = Row(f"exit to answer, {where}", "ms", found.answered)
+        ping = Row("  one org.freedesktop.DBus.Peer.Ping instead", "ms", found.pinged)
         figure.rows += [
             answered,
+            ping,
             Row("  of which until qkilld has seen the exit", "ms", found.seen),
             Row("qkilld kept waiting for a processor, since request", "ms", found.kept_waiting),
         ]
         figure.targets += [
             at_most(f"median, {where}", answered.median, MEDIAN_MS, "ms"),
             at_most(f"99th percentile, {where}", answered.p99, P99_MS, "ms"),
+            at_most(f"in round trips, {where}", answered.median / ping.median, ROUND_TRIPS, ""),
         ]
     return figure
 
@@ -70,9 +75,11 @@ class _Found:
     """ms from the exit to the answer."""
     seen: list[float] = field(default_factory=list)
     """ms from the exit to the end of the job by qkilld's own clock."""
+    pinged: list[float] = field(default_factory=list)
+    """ms for a round trip on the same connection, in turns with the guests."""
     kept_waiting: list[float] = field(default_factory=list)
-    """ms from the request to the answer in which qkilld could have run and was not let: what else
-    this machine was doing."""
+    """ms from the request to the answer in which qkilld was ready to run and had no processor: what
+    else this machine was doing."""
 
 
 def _stop_many(guests: int, others: int, where: str) -> _Found:
@@ -89,10 +96,11 @@ def _stop_many(guests: int, others: int, where: str) -> _Found:
         for number in range(guests):
             progress.show(f"exit to answer, {where}: guest {number + 1} of {guests}")
             with start_qemu() as guest:
+                found.pinged.append(waiter.ping())
                 before = Spent.of(running.pid)
                 stopped = waiter.stop(guest)
                 spent = Spent.of(running.pid) - before
-            # Where qkilld was woken before this process was, the exit was that early at least.
+            # If qkilld was woken before this process, the exit was at least that early.
             seen = _ended(asking, stopped) * 1000
             exited = min(stopped.exited, seen)
             found.kept_waiting.append(spent.kept_waiting_ms)
@@ -134,7 +142,7 @@ class _Waiter:
         self._connection.close()
 
     def stop(self, guest: Guest) -> _Stopped:
-        """Terminate, and Wait as soon as that has answered."""
+        """Calls Terminate, and Wait as soon as that has answered."""
         self._epoll.register(guest.pidfd, select.EPOLLIN)
         exited, job = 0, ""
         waited_for = self._send("Terminate", MANAGER_PATH, MANAGER_INTERFACE, "ut", guest.pid, 0)
@@ -157,6 +165,15 @@ class _Waiter:
             assert result == "exited", f"{guest.name}: {result}, {receipt}"
             assert exited, f"{guest.name} has not exited, says its pidfd; qkilld says {receipt}"
             return _Stopped(job, receipt["elapsed-usec"], exited, answered)
+
+    def ping(self) -> float:
+        """ms for a round trip through the bus, to qkilld's loop and back."""
+        began = time.monotonic_ns()
+        interface = "org.freedesktop.DBus.Peer"
+        serial = self._send("Ping", MANAGER_PATH, interface, None)
+        while self._receive(serial) is None:
+            assert self._epoll.poll(_TIMEOUT_S), f"no answer after {_TIMEOUT_S} s"
+        return (time.monotonic_ns() - began) / 1e6
 
     def _send(
         self, member: str, path: str, interface: str, signature: str | None, *body: Any

@@ -1,7 +1,7 @@
-"""From the request to the answer that a guest has gone, beside libvirt on the same guests.
+"""From the request to the answer that a guest has gone, compared with libvirt on the same guests.
 
-The stopping itself is tests.bench.stops, in a throwaway system: nothing of this machine's libvirt
-is touched, and nothing that was started there outlives it.
+tests.bench.stops does the stopping, in a throwaway system: this machine's libvirt is not touched,
+and nothing started there outlives it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import tempfile
 from typing import Final
 
 from tests.bench import peer, progress
-from tests.bench.figures import Figure, Row, at_least, shown
+from tests.bench.figures import Figure, Row, at_least, at_most, shown
 from tests.bench.stops import REAP_LATE_S, Series, Way
 from tests.lab import container, needs
 from tests.lab.image import guest_image
 
 TIMES_FASTER: Final = 50
+ROUND_TRIPS: Final = 4
+"""Of Peer.Ping on the same connection, that Terminate and Wait may add to kill(2)."""
 _TITLES: Final = {
     Series.REAPED_AT_ONCE: (
         "From the request to the answer that the guest has gone: idle Linux guests of libvirt's,\n"
@@ -38,11 +40,10 @@ Samples = dict[Series, dict[Way, list[float]]]
 def measure(rounds: int, late_rounds: int) -> list[Figure]:
     """Stops a guest in every way in each round.
 
-    Raises needs.Missing where there is no libvirt, no container or no root, AssertionError where
-    something goes wrong.
+    Raises needs.Missing without libvirt, a container or root, AssertionError on failure.
     """
     peer.programs()
-    guest_image()  # built here, for the checkout cannot be written to inside
+    guest_image()  # built here: inside, the checkout is read-only
     progress.show("beside libvirt: boots a throwaway system")
     with container.boot() as system:
         samples = _stop_guests(system, rounds, late_rounds)
@@ -75,9 +76,13 @@ def _stop_guests(system: container.Container, rounds: int, late_rounds: int) -> 
 def _figure(series: Series, ways: dict[Way, list[float]]) -> Figure:
     rows = {way: Row(way.value, "ms", found) for way, found in ways.items() if found}
     figure = Figure(_TITLES[series], list(rows.values()))
-    floor, ours, virsh = (rows[way].median for way in (Way.KILL, Way.QKILLD, Way.VIRSH_GRACEFUL))
+    floor, ours, virsh, ping = (
+        rows[way].median for way in (Way.KILL, Way.QKILLD, Way.VIRSH_GRACEFUL, Way.PING)
+    )
     what = "virsh destroy --graceful to qkilld, medians"
     figure.targets.append(at_least(what, virsh / ours, TIMES_FASTER, "times"))
+    what = f"qkilld beyond the floor, in round trips of {shown(ping)} ms"
+    figure.targets.append(at_most(what, (ours - floor) / ping, ROUND_TRIPS, ""))
     figure.notes += [
         f"virsh destroy --graceful to the floor, which is kill(2) and QEMU's own end: "
         f"{shown(virsh / floor)} times.",

@@ -1,31 +1,42 @@
-"""What looking costs: one sample with its verdict, and a thousand jobs that are looked at."""
+"""The cost of evidence: one sample with its verdict, and a thousand jobs that are sampled.
+
+An earlier qkilld does the same in the same run, alternating in each round.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
-from qkilld.adapters.evidence.sampler import TABLES_AGE_S, Reader, Tables
-from qkilld.judgement.verdict import Assessment, assess
+from qkilld.evidence.sampler import TABLES_AGE_S
 from tests.bench import progress
+from tests.bench.earlier import COMMIT, OURS, environment_of, trees
 from tests.bench.figures import Figure, Row, at_most
 from tests.bench.rest import resident as resident_mb
 from tests.bench.spent import Spent
-from tests.lab.bus import daemon, lab_config, private_bus
-from tests.lab.guest import QEMU, fake_qemu, start_qemu
+from tests.lab.bus import Client, Daemon, daemon, lab_config, private_bus
+from tests.lab.guest import QEMU, boot_guest, fake_qemu, start_qemu
 from tests.lab.process import end, spawn
+from tests.lab.scratch import scratch
 
-FORCE = 1
-GRACE_S = 45
+FORCE: Final = 1
+GRACE_S: Final = 60
 """Long enough to start the jobs and to watch them."""
+WATCHED_S: Final = 20
+LIMIT_NOFILE: Final = 65536
+"""LimitNOFILE= of qkilld.service."""
+_IN_A_ROW: Final = 10
+_LOOK: Final = Path(__file__).with_name("look.py")
 
-_CROWD = """
+_CROWD: Final = """
 import os, socket, threading, time
 files = [os.open("/dev/null", os.O_RDWR) for _ in range(100)]
 for _ in range(63):
@@ -35,54 +46,86 @@ threading.Event().wait()
 """
 
 
-def measure(rounds: int, jobs: int) -> list[Figure]:
-    return [_sample_cost(rounds), _many_jobs(jobs)]
+def measure_samples(rounds: int) -> Figure:
+    with trees() as (found, notes):
+        return _sample_cost(rounds, found, notes)
 
 
-def _sample_cost(rounds: int) -> Figure:
-    """Processor time of the thread that looks, at rest and in a row."""
-    figure = Figure("One sample and its verdict (processor time)")
-    with start_qemu() as small, _crowd() as large:
-        for label, pid, limit in (
-            ("a small QEMU (-M none)", small.pid, 150),
-            ("a stand-in with 64 threads and 100 descriptors", large, 1000),
-        ):
+def measure_jobs(jobs: int) -> Figure:
+    with trees() as (found, notes):
+        return _many_jobs(jobs, found, notes)
+
+
+def _sample_cost(rounds: int, found: dict[str, Path], notes: list[str]) -> Figure:
+    """Processor time of the sampling thread, in a row and alone."""
+    figure = Figure(f"One sample and its verdict, beside {COMMIT} (processor time)")
+    with contextlib.ExitStack() as stack:
+        guests = {
+            "a small QEMU (-M none)": stack.enter_context(start_qemu()).pid,
+            "64 threads, 100 descriptors": stack.enter_context(_crowd()),
+            "a guest with Linux, idle": stack.enter_context(boot_guest()).pid,
+        }
+        bytecode = stack.enter_context(scratch("y"))
+        lookers = {
+            name: stack.enter_context(_looker(tree, bytecode)) for name, tree in found.items()
+        }
+        for label, pid in guests.items():
             progress.show(f"samples: {label}")
-            first, in_a_row, alone = _costs(pid, rounds)
-            figure.rows += [
-                Row(f"{label}, in a row", "µs", in_a_row),
-                Row("  alone, after a pause", "µs", alone),
-                Row("  the first", "µs", [first]),
-            ]
-            median = statistics.median(in_a_row)
-            figure.targets.append(at_most(f"median in a row, {label}", median, limit, "µs"))
+            first = {name: [looker.look(pid)] for name, looker in lookers.items()}
+            in_a_row: dict[str, list[float]] = {name: [] for name in lookers}
+            alone: dict[str, list[float]] = {name: [] for name in lookers}
+            for _ in range(rounds // _IN_A_ROW):
+                for name, looker in lookers.items():
+                    in_a_row[name] += [looker.look(pid) for _ in range(_IN_A_ROW)]
+            for number in range(rounds):
+                time.sleep(1.5 * TABLES_AGE_S)
+                # Each is first in one round and second in the next.
+                for name in sorted(lookers, reverse=bool(number % 2)):
+                    alone[name].append(lookers[name].look(pid))
+            for kind, times in (("in a row", in_a_row), ("alone", alone), ("the first", first)):
+                figure.rows += [
+                    Row(f"{label}, {kind}" if name == OURS else f"  {name}", "µs", times[name])
+                    for name in found
+                ]
+            if COMMIT in found:
+                for kind, times, limit in (("in a row", in_a_row, 1.0), ("alone", alone, 0.5)):
+                    ratio = statistics.median(times[OURS]) / statistics.median(times[COMMIT])
+                    figure.targets.append(
+                        at_most(f"{label}, {kind}, to {COMMIT}'s", ratio, limit, "times")
+                    )
     figure.notes += [
         "In a row: as with many jobs, which share a look at the host's sockets, disks and memory.",
-        "Alone: with a look of its own, and whatever the processor has forgotten meanwhile.",
+        "Alone, after a pause: with a look of its own, and what the processor forgot meanwhile.",
         "The first finds out which files, disks and sockets there are; so does one every 30 s.",
+        *notes,
     ]
     return figure
 
 
-def _costs(pid: int, rounds: int) -> tuple[float, list[float], list[float]]:
-    reader = Reader(pid, Tables())
-    known: Assessment | None = None
+class _Looker:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._to, self._from = process.stdin, process.stdout
 
-    def look() -> float:
-        nonlocal known
-        began = time.thread_time_ns()
-        known = assess(known, reader.read())
-        return (time.thread_time_ns() - began) / 1000
+    def look(self, pid: int) -> float:
+        """µs of processor time for a sample of that process and its verdict."""
+        self._to.write(b"%d\n" % pid)
+        self._to.flush()
+        return float(self._from.readline())
 
-    def look_later() -> float:
-        time.sleep(1.5 * TABLES_AGE_S)
-        return look()
 
+@contextlib.contextmanager
+def _looker(tree: Path, bytecode: Path) -> Iterator[_Looker]:
+    process = spawn(
+        [sys.executable, "-P", _LOOK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | environment_of(tree, bytecode),
+    )
     try:
-        first = look()
-        return first, [look() for _ in range(rounds)], [look_later() for _ in range(rounds)]
+        yield _Looker(process)
     finally:
-        reader.close()
+        end(process)
 
 
 @contextlib.contextmanager
@@ -96,49 +139,105 @@ def _crowd() -> Iterator[int]:
         end(process)
 
 
-def _many_jobs(jobs: int) -> Figure:
-    """Stubborn stand-ins, each with a job that goes by evidence up to its SIGKILL."""
-    figure = Figure(f"{jobs} running jobs (stubborn stand-ins named {QEMU})")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    try:
-        with contextlib.ExitStack() as stack:
-            bus = stack.enter_context(private_bus())
-            running = stack.enter_context(daemon(bus, config=lab_config("StallSec=10")))
-            client = stack.enter_context(bus.client())
-            client.subscribe("type='signal',sender='org.qkilld1',member='JobRemoved'")
-            guests = [stack.enter_context(fake_qemu(stubborn=True)) for _ in range(jobs)]
-            paths = []
-            began = time.monotonic()
-            for number, guest in enumerate(guests):
-                progress.show(f"{jobs} jobs: starting {number + 1}")
-                grace = {"grace_usec": ("t", GRACE_S * 1_000_000)}
-                paths.append(client.terminate(guest.pid, FORCE, **grace))
-            started = time.monotonic() - began
-            time.sleep(8)  # past the close looks at first
-            before, since = Spent.of(running.pid), time.monotonic()
-            time.sleep(10)
-            share = (Spent.of(running.pid) - before).processor_ms / (time.monotonic() - since) / 10
-            resident = resident_mb(running.pid)
-            progress.show(f"{jobs} jobs: waiting for their SIGKILL")
-            for _ in paths:
-                client.signal("JobRemoved", timeout=GRACE_S + 60)
-            late = [_late_ms(client.wait(path)[1]) for path in paths]
-        figure.rows += [
-            Row("processor time, share of one core", "%", [share]),
-            Row("resident (VmRSS)", "MB", [resident]),
-            Row("SIGKILL after its deadline", "ms", late),
-            Row("starting them, one after the other", "ms each", [started * 1000 / jobs]),
+def _many_jobs(jobs: int, found: dict[str, Path], notes: list[str]) -> Figure:
+    """Stubborn stand-ins, each with a job that goes by evidence up to its SIGKILL.
+
+    The earlier qkilld has a job for each of them too, and is watched at the same time.
+    """
+    figure = Figure(f"{jobs} running jobs (stubborn stand-ins named {QEMU}), beside {COMMIT}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(many_descriptors())
+        bytecode = stack.enter_context(scratch("y"))
+        daemons = {
+            name: stack.enter_context(_daemon(tree, bytecode)) for name, tree in found.items()
+        }
+        guests = [stack.enter_context(fake_qemu(stubborn=True)) for _ in range(jobs)]
+        began = time.monotonic()
+        paths = []
+        for number, guest in enumerate(guests):
+            progress.show(f"{jobs} jobs: starting {number + 1}")
+            for name, (_, client) in daemons.items():
+                # This qkilld kills them; when the other one would, they are gone.
+                grace = (GRACE_S if name == OURS else 10 * GRACE_S) * 1_000_000
+                path = client.terminate(guest.pid, FORCE, grace_usec=("t", grace))
+                if name == OURS:
+                    paths.append(path)
+        started = time.monotonic() - began
+        time.sleep(8)  # past the frequent samples at the start
+        progress.show(f"{jobs} jobs: watched for {WATCHED_S} s")
+        before = {name: Spent.of(running.pid) for name, (running, _) in daemons.items()}
+        time.sleep(WATCHED_S)
+        spent = {
+            name: (Spent.of(running.pid) - before[name]).processor_ms / WATCHED_S / 10
+            for name, (running, _) in daemons.items()
+        }
+        resident = {name: resident_mb(running.pid) for name, (running, _) in daemons.items()}
+        progress.show(f"{jobs} jobs: waiting for their SIGKILL")
+        client = daemons[OURS][1]
+        for _ in paths:
+            client.signal("JobRemoved", timeout=GRACE_S + 120)
+        receipts = [client.wait(path)[1] for path in paths]
+    late = [_late_ms(receipt) for receipt in receipts if _is_watched(receipt)]
+    if unseen := len(receipts) - len(late):
+        notes = [
+            *notes,
+            f"{unseen} were not seen in time at times: their SIGKILL waits for longer.",
         ]
+    for name in found:
+        label = "processor time, share of one core" if name == OURS else f"  {name}"
+        figure.rows.append(Row(label, "%", [spent[name]]))
+    for name in found:
+        label = "resident (VmRSS)" if name == OURS else f"  {name}"
+        figure.rows.append(Row(label, "MB", [resident[name]]))
+    figure.rows += [
+        Row("SIGKILL after its deadline", "ms", late),
+        Row("starting them, one after the other", "ms each", [started * 1000 / jobs / len(found)]),
+    ]
+    figure.targets += [
+        at_most("share of one core", spent[OURS], 15, "%"),
+        at_most("latest SIGKILL", max(late), 50, "ms"),
+    ]
+    if COMMIT in found:
         figure.targets += [
-            at_most("share of one core", share, 15, "%"),
-            at_most("resident", resident, 64, "MB"),
-            at_most("latest SIGKILL", max(late), 50, "ms"),
+            at_most(f"processor time to {COMMIT}'s", spent[OURS] / spent[COMMIT], 0.6, "times"),
+            at_most(f"resident to {COMMIT}'s", resident[OURS] / resident[COMMIT], 1.0, "times"),
         ]
+    figure.notes += notes
+    return figure
+
+
+@contextlib.contextmanager
+def many_descriptors() -> Iterator[None]:
+    """As many as qkilld.service may have, if the kernel allows that; each job has about ten."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        most = max(most, LIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft_now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft_now < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
-    return figure
+
+
+@contextlib.contextmanager
+def _daemon(tree: Path, bytecode: Path) -> Iterator[tuple[Daemon, Client]]:
+    with (
+        private_bus() as bus,
+        daemon(
+            bus, config=lab_config("StallSec=10"), env=environment_of(tree, bytecode)
+        ) as running,
+        bus.client() as client,
+    ):
+        client.subscribe("type='signal',sender='org.qkilld1',member='JobRemoved'")
+        yield running, client
+
+
+def _is_watched(receipt: dict[str, Any]) -> bool:
+    """Whether every look came in time: without one, SIGKILL waits as for dead storage."""
+    return all(verdict == "idle" for verdict, *_ in receipt["verdicts"])
 
 
 def _late_ms(receipt: dict[str, Any]) -> float:

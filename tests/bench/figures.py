@@ -1,4 +1,4 @@
-"""What was measured, as a table for people and as JSON for programs."""
+"""Measurements as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Row:
 
     @property
     def p99(self) -> float:
-        """By nearest rank: the maximum where there are fewer than 100 samples."""
+        """By nearest rank: with fewer than 100 samples, the maximum."""
         return sorted(self.samples)[math.ceil(0.99 * self.n) - 1]
 
     def as_json(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure should be, and what it is."""
+    """The limit for a figure, and the value it has."""
 
     what: str
     wanted: str
@@ -59,7 +59,7 @@ class Target:
 
 @dataclass(slots=True)
 class Figure:
-    """One thing that was measured, or the reason why it was not."""
+    """One measurement, or the reason why it is missing."""
 
     title: str
     rows: list[Row] = field(default_factory=list)
@@ -78,7 +78,12 @@ class Figure:
 
 
 def at_most(what: str, value: float, limit: float, unit: str) -> Target:
-    return Target(what, f"at most {limit:g} {unit}", f"{shown(value)} {unit}", value <= limit)
+    return Target(
+        what,
+        f"at most {limit:g} {unit}".rstrip(),
+        f"{shown(value)} {unit}".rstrip(),
+        value <= limit,
+    )
 
 
 def at_least(what: str, value: float, limit: float, unit: str) -> Target:
@@ -90,7 +95,7 @@ def none_of(what: str, count: int) -> Target:
 
 
 def shown(value: float) -> str:
-    """With about three digits that mean something."""
+    """With about three significant digits."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""libvirt, where tests.bench.stops runs: its daemon, and guests that it starts and stops."""
+"""libvirt, inside of tests.bench.stops: its daemon, and guests that it starts and stops."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ URI: Final = "qemu:///system"
 _STATE: Final = Path("/run/libvirt/qemu")
 _SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 _USER: Final = "libvirt-qemu"
-"""libvirt's default user for QEMU, without which its driver does not start (libvirt-daemon-system
-has it made)."""
+"""libvirt's default user for QEMU, made by libvirt-daemon-system. Without it, the driver does not
+start."""
 
 _HIDDEN: Final = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt")
 
@@ -37,27 +37,29 @@ _FILES: Final = {
         "cgroup_controllers = []\n"
         "remember_owner = 0\n"
         'stdio_handler = "file"\n'
+        # The state of a guest is read by a program that QEMU starts.
+        "seccomp_sandbox = 0\n"
     ),
     "/etc/libvirt/libvirtd.conf": 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n',
 }
 
 
 def programs() -> None:
-    """Raises needs.Missing where libvirt is not installed."""
+    """Raises needs.Missing unless libvirt is installed."""
     needs.program("libvirtd", PACKAGES)
     needs.program("virsh", PACKAGES)
 
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A running guest of libvirt's."""
+    """A running guest of libvirt."""
 
     name: str
     pid: int
     pidfd: int
 
     def wait_forgotten(self, timeout: float = 30) -> None:
-        """Until libvirt has taken notice of its end: what it does then must not run into the next
+        """Waits until libvirt has noticed its end: the work of that must not overlap the next
         measurement."""
         deadline = time.monotonic() + timeout
         while (_STATE / f"{self.name}.xml").exists():
@@ -67,15 +69,16 @@ class Domain:
 
 @contextlib.contextmanager
 def libvirtd() -> Iterator[None]:
-    """Configures and runs it, with none of this machine's guests, networks, storage and hooks.
+    """Configures and runs libvirtd, with none of this machine's guests, networks, storage and
+    hooks.
 
-    It writes to /etc, /run and /var: for a throwaway system only, which is made sure of.
+    It writes to /etc, /run and /var, and refuses to run outside of a throwaway system.
     """
     if not Path("/run/host/container-manager").exists() or str(TOP) != CHECKOUT:
         raise RuntimeError("this is not the lab's throwaway system: run python -m tests.bench")
     for hidden in _HIDDEN:
-        # What is there is this machine's own: libvirtd would start its autostart guests again,
-        # on the same storage.
+        # This is the machine's own state: libvirtd would start its autostart guests again, on the
+        # same storage.
         Path(hidden).mkdir(parents=True, exist_ok=True)
         run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", hidden], check=True)
     for path, text in _FILES.items():
@@ -94,7 +97,7 @@ def libvirtd() -> Iterator[None]:
         pidfd = os.pidfd_open(process.pid)
         try:
             wait_for_path(_SOCKET, 30, pidfd=pidfd)
-            # It listens at once and answers when its drivers are there.
+            # It listens at once, but answers only when its drivers are loaded.
             virsh("list")
             yield
         except AssertionError as error:
@@ -112,21 +115,21 @@ def _add_user() -> None:
 
 
 def virsh(*arguments: str) -> str:
-    """What it prints. AssertionError where it fails."""
+    """What virsh prints. AssertionError on failure."""
     program = needs.program("virsh", PACKAGES)
     return run([program, f"--connect={URI}", *arguments], check=True).stdout
 
 
 @contextlib.contextmanager
 def domains(names: list[str]) -> Iterator[list[Domain]]:
-    """Idle guests that run Linux, all up. They are to be stopped by the caller."""
+    """Idle guests that run Linux, all up. The caller stops them."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("v"))
         booting = []
         for name in names:
             serial = Log(directory / f"{name}.serial")
             description = directory / f"{name}.xml"
-            description.write_text(_description(name, serial.path))
+            description.write_text(description_of(name, serial.path))
             virsh("create", str(description))
             pid = int((_STATE / f"{name}.pid").read_text())
             domain = Domain(name, pid, os.pidfd_open(pid))
@@ -137,7 +140,8 @@ def domains(names: list[str]) -> Iterator[list[Domain]]:
         yield [domain for domain, _ in booting]
 
 
-def _description(name: str, serial: Path) -> str:
+def description_of(name: str, serial: Path, job: str = "lab.job=idle") -> str:
+    """libvirt's XML of a guest that runs Linux with that job (tests.lab.guest)."""
     image = guest_image()
     domain = ET.Element("domain", type="qemu")
     ET.SubElement(domain, "name").text = name
@@ -147,7 +151,8 @@ def _description(name: str, serial: Path) -> str:
     ET.SubElement(system, "type", arch="x86_64", machine="pc").text = "hvm"
     ET.SubElement(system, "kernel").text = str(image.kernel)
     ET.SubElement(system, "initrd").text = str(image.initramfs)
-    ET.SubElement(system, "cmdline").text = "console=ttyS0 quiet panic=-1 nokaslr lab.job=idle"
+    ET.SubElement(system, "cmdline").text = f"console=ttyS0 quiet panic=-1 nokaslr {job}"
+    ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     devices = ET.SubElement(domain, "devices")
     ET.SubElement(devices, "emulator").text = "/usr/bin/qemu-system-x86_64"
     port = ET.SubElement(devices, "serial", type="file")

@@ -1,4 +1,4 @@
-"""What is being done, on stderr where that is a terminal."""
+"""The current step, on stderr if that is a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _CLEAR_LINE: Final = "\r\x1b[K"
 
 
 def show(text: str) -> None:
-    """Replaces the line that was shown before; with "" there is none."""
+    """Replaces the line shown before; with "" there is none."""
     if sys.stderr.isatty():
         print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)

@@ -24,11 +24,11 @@ from tests.lab.scratch import scratch
 
 RESIDENT_MB: Final = 35
 _SETTLE_S: Final = 1.0
-"""For what follows a start, and for what strace's own attaching stirs up."""
+"""Until the work after a start, and after strace's attaching, is done."""
 
 
 def measure(seconds: int, jobs: int) -> list[Figure]:
-    """Watches it for so many seconds, and once more looks at it after so many finished jobs."""
+    """Watches it for that many seconds, and looks at it once more after that many finished jobs."""
     with private_bus() as bus, daemon(bus) as running:
         watched = _wakeups(running, seconds)
         return [watched, _memory(running, jobs)]
@@ -51,7 +51,7 @@ def _wakeups(running: Daemon, seconds: int) -> Figure:
         spent = Spent.of(running.pid) - before
         if trace:
             calls = len(trace.lines()) - traced_before
-            # A call that is answered must show, or nothing has been seen at all.
+            # The log must show a call that was answered, or strace saw nothing at all.
             seen = len(trace.text())
             with running.bus.client() as client:
                 client.properties()
@@ -107,9 +107,9 @@ def _kilobytes(pid: int, file: str, name: str) -> float:
 
 @contextlib.contextmanager
 def _strace(pid: int) -> Iterator[Log]:
-    """Every system call of that process's threads, a line each, from now on.
+    """Every system call of that process's threads, one per line, from now on.
 
-    Raises needs.Missing where there is no strace, AssertionError where it may not look.
+    Raises needs.Missing without strace, AssertionError if strace is not allowed to.
     """
     strace = needs.program("strace", "strace")
     with scratch("s") as directory, (directory / "stderr").open("wb") as stderr:
@@ -120,7 +120,7 @@ def _strace(pid: int) -> Iterator[Log]:
             said.wait_for("attached", 10, pidfd=pidfd)
             yield calls
         finally:
-            # By SIGTERM it lets go of the process; by SIGKILL the kernel does.
+            # At SIGTERM, strace detaches from the process; at SIGKILL, the kernel detaches it.
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)

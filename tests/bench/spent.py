@@ -1,4 +1,4 @@
-"""What a process has had of the processors. Source: Documentation/scheduler/sched-stats.rst."""
+"""The processor time of a process. Source: Documentation/scheduler/sched-stats.rst."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Spent:
     """By all threads of a process since they began."""
 
     switches: int
-    """Context switches, voluntary ones and others."""
+    """Context switches, voluntary and involuntary."""
     processor_ms: float
     kept_waiting_ms: float
     """Ready to run while other processes had the processors."""
 
     @classmethod
     def of(cls, pid: int) -> Spent:
-        """Raises OSError where there is no such process."""
+        """Raises OSError without such a process."""
         switches, ran, waited = 0, 0, 0
         for thread in threads(pid):
             status = (thread / "status").read_text()

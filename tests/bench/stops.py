@@ -28,7 +28,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from qkilld.model.words import JOB_INTERFACE
+from qkilld.model.constants import JOB_INTERFACE
 from tests.bench import peer
 from tests.lab import needs
 from tests.lab.bus import Bus, Client, daemon, environment, private_bus
@@ -36,16 +36,18 @@ from tests.lab.process import become_subreaper, end, spawn
 from tests.lab.scratch import remove_run_directory, run_directory
 
 REAP_LATE_S: Final = 1.0
+PINGS: Final = 5
 _TIMEOUT_S: Final = 60
 
 
 class Way(StrEnum):
-    """How a guest is stopped, and from where to where the time is taken."""
+    """How a guest is stopped, and which interval is measured."""
 
     KILL = "kill(2) through a pidfd, poll(2) on it"
     QKILLD = "qkilld: Terminate and Wait, connected client"
     QKILLD_SIGNAL = "  of which until qkilld has sent SIGTERM"
     QKILLD_END = "  of which until qkilld has seen the end"
+    PING = "  one org.freedesktop.DBus.Peer.Ping instead"
     VIRSH_GRACEFUL = "virsh destroy --graceful, connected (its --timing)"
     VIRSH = "virsh destroy, connected (its --timing)"
     QKILLCTL_PROGRAM = "qkillctl terminate --wait, as a program"
@@ -58,6 +60,9 @@ class Series(StrEnum):
     REAPED_LATE = "reaped late"
 
 
+_CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-*\n"
+"""libvirt runs the QEMU that is installed."""
+
 Times = dict[Way, float]
 """ms. One stop may give several."""
 Stop = Callable[[peer.Domain], Times]
@@ -65,11 +70,16 @@ Stop = Callable[[peer.Domain], Times]
 
 def main() -> int:
     rounds, late_rounds = map(int, sys.argv[1:])
-    # An installed qkillctl has its bytecode; a checkout that cannot be written to has none.
+    # An installed qkillctl has its bytecode; a read-only checkout has none.
     os.environ["PYTHONPYCACHEPREFIX"] = str(run_directory() / "pycache")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     try:
-        with private_bus() as bus, daemon(bus), bus.client() as client, peer.libvirtd():
+        with (
+            private_bus() as bus,
+            daemon(bus, config=_CONFIG),
+            bus.client() as client,
+            peer.libvirtd(),
+        ):
             stops = _stops(bus, client)
             _qkillctl(bus, "list")  # writes the bytecode
             _series(Series.REAPED_AT_ONCE, rounds, stops)
@@ -87,7 +97,7 @@ def _series(series: Series, rounds: int, stops: list[Stop]) -> None:
         _say(progress=f"beside libvirt, {series}: round {number + 1} of {rounds}")
         names = [f"{series}-{number}-{way}".replace(" ", "-") for way in range(len(stops))]
         with peer.domains(names) as guests:
-            # Each way comes first in one round, second in another.
+            # Each way is first in one round and second in the next.
             shift = number % len(stops)
             for stop, guest in zip(stops[shift:] + stops[:shift], guests, strict=True):
                 with _reaper(guest, late=series is Series.REAPED_LATE):
@@ -99,11 +109,11 @@ def _series(series: Series, rounds: int, stops: list[Stop]) -> None:
 
 @contextlib.contextmanager
 def _reaper(guest: peer.Domain, *, late: bool) -> Iterator[None]:
-    """Collects the guest, who is our child by adoption then, REAP_LATE_S after its end."""
+    """Reaps the guest REAP_LATE_S after its end. This process has become its parent."""
     if not late:
         yield
         return
-    # Otherwise somebody else collects it, and whatever is measured is not what it is called.
+    # Otherwise another process reaps it, and the measurement is not what its name says.
     status = Path(f"/proc/{guest.pid}/status").read_text()
     assert f"PPid:\t{os.getpid()}\n" in status, f"{guest.name} is not our child:\n{status}"
 
@@ -121,7 +131,7 @@ def _reaper(guest: peer.Domain, *, late: bool) -> Iterator[None]:
 
 
 def _stops(bus: Bus, client: Client) -> list[Stop]:
-    """The first three are for guests that are reaped late as well."""
+    """The first three also work for guests that are reaped late."""
 
     def by_kill(guest: peer.Domain) -> Times:
         start = time.monotonic()
@@ -132,6 +142,7 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
         return {Way.KILL: taken}
 
     def by_qkilld(guest: peer.Domain) -> Times:
+        ping = min(_ping(client) for _ in range(PINGS))
         start = time.monotonic()
         job = client.terminate(guest.pid)
         result, receipt = client.wait(job)
@@ -143,6 +154,7 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
             Way.QKILLD: taken,
             Way.QKILLD_SIGNAL: began + signalled / 1000,
             Way.QKILLD_END: began + receipt["elapsed-usec"] / 1000,
+            Way.PING: ping,
         }
 
     def by_virsh(connected: Way, program: Way, *options: str) -> Stop:
@@ -168,6 +180,13 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
         by_virsh(Way.VIRSH, Way.VIRSH_PROGRAM),
         by_qkillctl,
     ]
+
+
+def _ping(client: Client) -> float:
+    """ms for a round trip on the same connection, through the bus and to qkilld's loop."""
+    start = time.monotonic()
+    client.call("Ping", interface="org.freedesktop.DBus.Peer")
+    return _since(start)
 
 
 def _qkillctl(bus: Bus, *arguments: str) -> None:

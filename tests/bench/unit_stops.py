@@ -25,9 +25,10 @@ _UP_S: Final = 0.3
 
 class Way(StrEnum):
     PLAIN = "systemctl stop, no ExecStop="
+    FLOOR = "ExecStop=/usr/bin/python3 -I -c pass"
     DAEMON = "ExecStop=qkilld-stop, qkilld running"
-    ALONE = "ExecStop=qkilld-stop, no qkilld to be had"
-    COLD = "ExecStop=qkilld-stop, which has the bus start qkilld"
+    ALONE = "ExecStop=qkilld-stop, without qkilld"
+    COLD = "ExecStop=qkilld-stop, whose call starts qkilld"
 
 
 def main() -> int:
@@ -37,7 +38,7 @@ def main() -> int:
         _stop(way, 0)  # reads the programs from the disk
     for number in range(rounds):
         _say(progress=f"units: round {number + 1} of {rounds}")
-        # Each way comes first in one round, second in another.
+        # Each way is first in one round and second in the next.
         shift = number % len(Way)
         for way in (*list(Way)[shift:], *list(Way)[:shift]):
             _say(sample=[way, _stop(way, number)])
@@ -48,14 +49,21 @@ def _stop(way: Way, number: int) -> float:
     """ms."""
     unit = f"guest-{way.name.lower()}-{number}.service"
     lines = [f"ExecStart={_GUEST}"]
-    if way is not Way.PLAIN:
+    if way is Way.FLOOR:
+        lines.append("ExecStop=/usr/bin/python3 -I -c pass")
+    elif way is not Way.PLAIN:
         lines += ["ExecStop=/usr/bin/qkilld-stop", "NotifyAccess=exec"]
     _write(f"/run/systemd/system/{unit}", "[Service]\n" + "\n".join(lines) + "\n")
-    _systemctl("unmask", "--runtime", "qkilld.service")
-    _systemctl("start" if way is Way.DAEMON else "stop", "qkilld.service")
+    services = ("qkilld.socket", "qkilld.service")
+    _systemctl("unmask", "--runtime", *services)
+    _systemctl("stop", *services)
     if way is Way.ALONE:
-        _systemctl("mask", "--runtime", "qkilld.service")
+        _systemctl("mask", "--runtime", *services)
     _systemctl("daemon-reload")
+    if way is Way.DAEMON:
+        _systemctl("start", "qkilld.service")
+    elif way is Way.COLD:
+        _systemctl("start", "qkilld.socket")
     _systemctl("start", unit)
     time.sleep(_UP_S)
     start = time.monotonic()
@@ -71,7 +79,7 @@ def _stop(way: Way, number: int) -> float:
 
 
 def _settle() -> None:
-    """Many starts in a minute are what is wanted here."""
+    """Allows many starts within a minute."""
     _write("/run/systemd/system/qkilld.service.d/bench.conf", "[Unit]\nStartLimitIntervalSec=0\n")
     _systemctl("daemon-reload")
 

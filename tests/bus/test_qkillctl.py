@@ -1,18 +1,14 @@
-"""qkillctl against the real daemon: its output, its JSON, and every exit code."""
+"""qkillctl with the real daemon: its output, its JSON, and every exit code."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,11 +19,12 @@ import pytest
 
 from qkilld import __version__
 from tests.lab import bus as lab_bus
-from tests.lab import needs
+from tests.lab import needs, terminal
 from tests.lab.bus import Bus, Client, Daemon, lab_config
 from tests.lab.guest import Guest
 from tests.lab.log import Log
 from tests.lab.process import OTHER_UID, end, run, spawn
+from tests.lab.terminal import Screen
 
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
@@ -39,7 +36,7 @@ def argv(bus: Bus, *arguments: str) -> list[str]:
 
 
 def as_user(uid: int | None) -> list[str]:
-    """What makes a command that user's, with the right to read a checkout of root's."""
+    """A prefix that runs a command as that user, who may read a checkout of root's."""
     if uid is None:
         return []
     needs.root("to be another user")
@@ -51,7 +48,7 @@ def as_user(uid: int | None) -> list[str]:
 def ctl(
     bus: Bus, *arguments: str, code: int = 0, uid: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs qkillctl to its end, which must be with this exit code."""
+    """Runs qkillctl to its end and asserts its exit code."""
     command = as_user(uid) + argv(bus, *arguments)
     done = run(command, env=lab_bus.environment(bus.address))
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
@@ -74,7 +71,7 @@ class Running:
     err: Log
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """In its standard output, as soon as it is there."""
+        """Waits for a match in its standard output."""
         return self.out.wait_for(pattern, 30, pidfd=self.pidfd)
 
     def wait(self) -> int:
@@ -83,7 +80,7 @@ class Running:
 
 @pytest.fixture
 def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., Running]]:
-    """A function: starts qkillctl with these arguments, its output in a file."""
+    """A function: starts qkillctl with these arguments and its output in a file."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str) -> Running:
@@ -119,13 +116,27 @@ def test_nothing_there(start_daemon: Start) -> None:
 def test_list(daemon: Daemon, fake_qemu: Make) -> None:
     web, hostile = fake_qemu(name="web"), fake_qemu(name=HOSTILE)
     text = ctl(daemon.bus, "list").stdout
-    assert text.split("\n")[0].split() == ["PID", "NAME", "UUID", "USER", "UNIT"]
-    assert re.search(rf"^{web.pid} +web +{web.uuid} +\S", text, re.MULTILINE)
+    assert text.split("\n")[0].split() == [
+        "PID",
+        "NAME",
+        "UUID",
+        "USER",
+        "CPU",
+        "MEMORY",
+        "UPTIME",
+        "UNIT",
+    ]
+    row = rf"^{web.pid} +web +{web.uuid} +\S+ +\d\S*( \d\S*)? +[\d.]+[BKM] +\d\S*( \d\S*)?  +\S"
+    assert re.search(row, text, re.MULTILINE)
     assert all(line.isprintable() for line in text.split("\n"))
     assert "[bold]" in text
 
     rows = {row["pid"]: row for row in ctl_json(daemon.bus, "list")}
-    assert rows[web.pid].keys() == {"pid", "name", "uuid", "uid", "user", "unit"}
+    stats = {"cpu_usec", "memory_bytes", "uptime_usec"}
+    assert rows[web.pid].keys() == {"pid", "name", "uuid", "uid", "user", "unit", "covered"} | stats
+    assert rows[web.pid]["memory_bytes"] > 0
+    # btime, on which it is based, is precise to a second only.
+    assert 0 <= rows[web.pid]["uptime_usec"] < 600_000_000
     assert (rows[web.pid]["name"], rows[web.pid]["uid"]) == ("web", os.getuid())
     assert hostile.pid in rows
 
@@ -140,7 +151,7 @@ def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
 
     guest = fake_qemu(name="web", stubborn=True)
     ctl(bus, "terminate", "--fixed", "web")
-    row = rf"^1 +{guest.pid} +web +terminate +unknown +"
+    row = rf"^1 +{guest.pid} +web +terminate +unknown +- +"
     assert re.search(rf"{row}gives up in 1?\ds$", ctl(bus, "status").stdout, re.MULTILINE)
     document = ctl_json(bus, "status")
     assert document["version"] == __version__
@@ -149,7 +160,7 @@ def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
     job = {"id": 1, "path": "/org/qkilld1/job/1", "pid": guest.pid, "name": "web"}
     deadline = document["jobs"][0].pop("deadline_usec")
     assert 0 < deadline - time.monotonic_ns() // 1000 < 15_000_000
-    job |= {"phase": "terminate", "verdict": "unknown", "held": False}
+    job |= {"phase": "terminate", "verdict": "unknown", "result": None, "held": False}
     assert document["jobs"] == [job]
     assert ctl_json(bus, "jobs") == [job | {"deadline_usec": deadline}]
     ctl(bus, "hold", "web")
@@ -166,16 +177,31 @@ def test_status_of_a_guest_and_of_its_job(daemon: Daemon, fake_qemu: Make) -> No
 
     ctl(daemon.bus, "terminate", "--force", "web")
     text = ctl(daemon.bus, "status", guest.uuid).stdout
+    assert re.search(r"^  memory: +[\d.]+[KM]$", text, re.MULTILINE)
     assert re.search(r"^  flags: +force$", text, re.MULTILINE)
     assert re.search(r"^  next: +SIGKILL in \d+s$", text, re.MULTILINE)
     document = ctl_json(daemon.bus, "status", "job:1")
     assert document["guest"]["name"] == "web"
     assert document["job"]["flags"] == ["force"]
     assert document["job"]["pid"] == guest.pid
-    # What is seen of the guest may have changed meanwhile.
+    # The guest's state may have changed meanwhile.
     again = ctl_json(daemon.bus, "status", "/org/qkilld1/job/1")
-    assert (again["guest"], again["job"]["id"]) == (document["guest"], 1)
+    assert (again["guest"]["uuid"], again["job"]["id"]) == (guest.uuid, 1)
+    assert again["guest"]["memory_bytes"] > 0
     ctl(daemon.bus, "status", "job:2", code=7)
+
+
+def test_the_result_of_a_job_that_has_ended(daemon: Daemon, fake_qemu: Make) -> None:
+    guest = fake_qemu(name="web")
+    ctl(daemon.bus, "terminate", "--wait", "web")
+    (job,) = ctl_json(daemon.bus, "jobs")
+    assert (job["phase"], job["result"]) == ("done", "exited")
+    row = rf"^1 +{guest.pid} +web +done +\S+ +exited +-$"
+    assert re.search(row, ctl(daemon.bus, "jobs").stdout, re.MULTILINE)
+    document = ctl_json(daemon.bus, "status", "job:1")
+    assert document["job"]["result"] == "exited"
+    # Its pid may belong to another process by now.
+    assert document["guest"]["memory_bytes"] is None
 
 
 def test_inspect(daemon: Daemon, fake_qemu: Make) -> None:
@@ -193,7 +219,7 @@ def test_look_at_another_users_guest(daemon: Daemon, fake_qemu: Make) -> None:
     needs.root("to be another user")
     guest = fake_qemu(name="web", uuid="5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5")
     ctl(daemon.bus, "inspect", "web", code=6, uid=OTHER_UID)
-    # What the list tells to all, status tells too.
+    # What the list shows to everyone, status shows too.
     document = ctl_json(daemon.bus, "status", str(guest.pid), uid=OTHER_UID)
     assert (document["guest"]["name"], document["guest"]["user"]) == ("web", "root")
 
@@ -248,18 +274,19 @@ def test_without_wait_it_says_how_to_follow(daemon: Daemon, fake_qemu: Make) -> 
 def test_killed(start_daemon: Start, fake_qemu: Make) -> None:
     bus = start_daemon().bus
     guest = fake_qemu(name="web", stubborn=True)
-    done = ctl(bus, "terminate", "--wait", "--force", "--grace", "100ms", "web", code=3)
+    done = ctl(bus, "terminate", "--wait", "--force", "--grace", "3s", "web", code=3)
     assert guest.wait_gone() == -signal.SIGKILL
     first, *_, last = done.stdout.splitlines()
-    assert re.fullmatch(rf"web \(pid {guest.pid}\): terminate, unknown; SIGKILL (in 1s|now)", first)
-    assert re.fullmatch(r".*: gone after \S+, but only by SIGKILL: data may be lost", last)
+    assert re.fullmatch(rf"web \(pid {guest.pid}\): SIGTERM sent; SIGKILL (in [1-3]s|now)", first)
+    # It has no disks.
+    assert re.fullmatch(r".*: gone after \S+ by SIGKILL, with nothing left to write", last)
 
 
 def test_survived(start_daemon: Start, fake_qemu: Make) -> None:
     bus = start_daemon(config=lab_config("GraceSec=100ms\nReapSec=100ms")).bus
     guest = fake_qemu(name="web", stubborn=True)
     done = ctl(bus, "terminate", "--wait", "web", code=4)
-    assert re.search(r"still there after [2-9]\d\dms", done.stdout)
+    assert re.search(r"still there after ([2-9]\d\dms|\d\.\d+s)", done.stdout)
     assert "--force" in done.stdout
     assert guest.alive
 
@@ -267,7 +294,7 @@ def test_survived(start_daemon: Start, fake_qemu: Make) -> None:
 def test_cancelled(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
     fake_qemu(name="web", stubborn=True)
     running = start_ctl("terminate", "--wait", "web")
-    running.wait_for("terminate, unknown")
+    running.wait_for("SIGTERM sent")
     assert "job 1 cancelled" in ctl(daemon.bus, "cancel", "web").stdout
     assert running.wait() == 4
     assert "cancelled after" in running.out.text()
@@ -282,7 +309,7 @@ def test_cancelled(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None
 def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
     guest = fake_qemu(name="web", stubborn=True)
     running = start_ctl("terminate", "--wait", "--force", "web")
-    running.wait_for("terminate, unknown; SIGKILL in 10s")
+    running.wait_for("SIGTERM sent; SIGKILL in 10s")
     done = ctl(daemon.bus, "hold", "web")
     assert "job 1 held: no more signals until" in done.stdout
     running.wait_for("held")
@@ -291,12 +318,12 @@ def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: St
     assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
     assert "next: held" in done.stdout
     assert "job 1 released: it goes on" in ctl(daemon.bus, "release", "web").stdout
-    running.wait_for("released; (extended; )?SIGKILL in (1h|59min)")
+    running.wait_for("released; (extended; )?no SIGKILL for (1h|59min)")
     assert "job 1 was not held" in ctl(daemon.bus, "release", "web").stdout
     done = ctl(daemon.bus, "extend", "1s", "web")
-    assert re.search("job 1 has more time already.*; next: SIGKILL in (1h|59min)", done.stdout)
+    assert re.search("job 1 has more time already.*; next: no SIGKILL for (1h|59min)", done.stdout)
     ctl(daemon.bus, "extend", "2h", "web")
-    running.wait_for("terminate, [a-z-]+; extended; SIGKILL in (2h|1h 59min)")
+    running.wait_for("extended; no SIGKILL for (2h|1h 59min)")
     assert "job 1 forced: SIGKILL was sent" in ctl(daemon.bus, "force", str(guest.pid)).stdout
     assert running.wait() == 3
     for command in (("hold",), ("release",), ("extend", "5s"), ("force",)):
@@ -408,13 +435,13 @@ def test_malformed_target_among_good_ones(daemon: Daemon, qemu: Make) -> None:
 
 
 def test_several_end_as_the_worst_of_them(daemon: Daemon, qemu: Make, fake_qemu: Make) -> None:
-    """All are under way at once: together they take no longer than the slowest."""
+    """All jobs run at the same time: together they take no longer than the slowest."""
     stubborn = [fake_qemu(name=f"stubborn{i}", stubborn=True) for i in range(3)]
     polite = qemu(name="polite")
     names = [guest.name for guest in (*stubborn, polite)]
     began = time.monotonic()
-    orders = ctl_json(daemon.bus, "terminate", "--wait", "--force", "--grace", "2s", *names, code=3)
-    assert time.monotonic() - began < 6
+    orders = ctl_json(daemon.bus, "terminate", "--wait", "--force", "--grace", "6s", *names, code=3)
+    assert time.monotonic() - began < 18
     assert [order["result"] for order in orders] == ["killed"] * 3 + ["exited"]
     assert polite.wait_gone() == 0
 
@@ -444,7 +471,7 @@ def test_no_daemon(private_bus: Bus) -> None:
 def test_the_daemon_dies_half_way(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
     guest = fake_qemu(name="web", stubborn=True)
     running = start_ctl("terminate", "--wait", "web")
-    running.wait_for("terminate, unknown")
+    running.wait_for("SIGTERM sent")
     daemon.stop(signal.SIGKILL)
     assert running.wait() == 1
     (line,) = running.err.lines()
@@ -471,7 +498,7 @@ def test_the_daemon_is_stopped_half_way(
 ) -> None:
     fake_qemu(name="web", stubborn=True)
     running = start_ctl("terminate", "--wait", "web")
-    running.wait_for("terminate, unknown")
+    running.wait_for("SIGTERM sent")
     assert daemon.stop() == 0
     assert running.wait() == 4
     assert "cancelled after" in running.out.text()
@@ -482,7 +509,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(
 ) -> None:
     guest = fake_qemu(name="web", stubborn=True)
     running = start_ctl("terminate", "--wait", "web", "nobody")
-    running.wait_for("terminate, unknown")
+    running.wait_for("SIGTERM sent")
     signal.pidfd_send_signal(running.pidfd, signal.SIGINT)
     assert running.wait() == 130
     missing, interrupted = running.err.lines()
@@ -495,11 +522,11 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(
 def test_plain_lines_are_one_for_each_change(
     daemon: Daemon, client: Client, fake_qemu: Make, start_ctl: StartCtl
 ) -> None:
-    """Nor do signals of another peer count, which anyone on the bus may send."""
+    """Signals from other senders do not count: anyone on the bus may send them."""
     guest = fake_qemu(name="web", stubborn=True)
     others = set(_names(client))
     running = start_ctl("terminate", "--wait", "web")
-    running.wait_for("terminate, unknown")
+    running.wait_for("SIGTERM sent")
     (waiting,) = (name for name in _names(client) if name[0] == ":" and name not in others)
     _send_forged_change(daemon.bus, waiting, "/org/qkilld1/job/1")
     ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # joins, and kills it at once
@@ -531,69 +558,29 @@ def _send_forged_change(bus: Bus, to: str, path: str) -> None:
 # On a terminal
 
 
-class Screen:
-    """What a program writes to the other end of a pseudo-terminal."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.text = ""
-
-    def wait_for(self, pattern: str, timeout: float = 30) -> None:
-        deadline = time.monotonic() + timeout
-        while not re.search(pattern, self.text):
-            assert self._read(max(0.0, deadline - time.monotonic())), self.text
-
-    def read_to_end(self, timeout: float = 30) -> None:
-        while self._read(timeout):
-            pass
-
-    def _read(self, timeout: float) -> bool:
-        ready, _, _ = select.select([self._fd], [], [], timeout)
-        assert ready, self.text
-        try:
-            data = os.read(self._fd, 65536)
-        except OSError:  # EIO: nobody has the other end open any more
-            return False
-        self.text += data.decode()
-        return bool(data)
-
-
 @contextlib.contextmanager
 def on_terminal(
     bus: Bus, *arguments: str, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
     """qkillctl with a terminal of 100 by 24 for its output."""
-    ours, theirs = os.openpty()
-    try:
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        process = spawn(
-            argv(bus, *arguments),
-            stdout=theirs,
-            stderr=theirs,
-            env=lab_bus.environment(bus.address) | {"NO_COLOR": "", "COLUMNS": "100"} | env,
-        )
-    finally:
-        os.close(theirs)
-    try:
-        yield process, Screen(ours)
-    finally:
-        end(process)
-        os.close(ours)
+    around = lab_bus.environment(bus.address) | {"NO_COLOR": "", "COLUMNS": "100"} | env
+    with terminal.on_terminal(argv(bus, *arguments), around) as running:
+        yield running.process, running.screen
 
 
 def test_the_live_line(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(name=f"web{HOSTILE}", stubborn=True)
     command = ("terminate", "--wait", "--force", "--grace", "30s", str(guest.pid))
     with on_terminal(daemon.bus, *command, env={"TERM": "xterm-256color"}) as (process, screen):
-        screen.wait_for(rf"\(pid {guest.pid}\).*terminate.*unknown.*SIGKILL in \d\ds")
-        # Its clock goes on though nothing is announced.
+        screen.wait_for(rf"\(pid {guest.pid}\).*(SIGTERM sent|idle).*\d:\d\d.*SIGKILL in \d\ds")
+        # Its clock goes on between the daemon's signals.
         screen.wait_for(r"SIGKILL in (\d+)s(?s:.*)SIGKILL in (?!\1)\d+s")
         ctl(daemon.bus, "cancel", str(guest.pid))
         screen.read_to_end()
         assert process.wait(30) == 4
     last = screen.text.rpartition("cancelled after")
     assert f"(pid {guest.pid}): " in last[0]
-    assert "\x1b[?25h" in screen.text  # the cursor is there again
+    assert "\x1b[?25h" in screen.text  # the cursor is visible again
     assert "\x1b[2J" not in screen.text
     assert "\u202e" not in screen.text
     assert "[bold]" in screen.text
@@ -634,6 +621,37 @@ def test_terminals(
         assert process.wait(30) == 3
     assert ("\x1b[?25l" in screen.text) is styled
     assert (re.search(r"\x1b\[(\d+;)*3\dm", screen.text) is not None) is coloured
+
+
+def test_asking_first(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
+    """A guest without a monitor, which the receipt says."""
+    guest = fake_qemu(name="web")
+    planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
+    assert "  ask at once (powerdown)\n  SIGTERM after 1min at the soonest (terminate)\n" in planned
+    assert "  way to ask: the guest has no monitor; give the guest a unix socket" in planned
+    assert guest.alive
+    text = ctl(daemon.bus, "terminate", "--powerdown", "--wait", "web").stdout
+    assert text.splitlines()[-1].endswith("without SIGKILL; it could not be asked to shut down")
+    assert not guest.alive
+    fake_qemu(name="web")
+    only = ("terminate", "--powerdown-only", "--wait", "web")
+    (document,) = ctl_json(daemon.bus, *only, code=4)
+    assert document["result"] == "survived"
+    assert document["receipt"]["guest_asked"] == "unreachable"
+    assert document["receipt"]["rungs"] == []
+
+
+def test_a_guest_that_does_not_shut_down(daemon: Daemon, qemu: Make, start_ctl: StartCtl) -> None:
+    """A real QEMU in which nothing would react."""
+    guest = qemu(name="web", arguments=["-M", "q35", "-m", "32"])
+    planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
+    assert "way to ask: the monitor at /" in planned
+    only = ("terminate", "--powerdown-only", "--powerdown-sec", "1s", "--wait", "web")
+    running = start_ctl(*only)
+    running.wait_for(r"is about to be asked(; gives up in 1s unless it can be asked)?$")
+    running.wait_for(r"still there after .*, without any signal; ")
+    assert running.wait() == 4
+    assert guest.alive
 
 
 def test_dry_run(daemon: Daemon, fake_qemu: Make) -> None:

@@ -1,4 +1,5 @@
-"""A live look at a guest, through the real daemon: it shows, it ends, and it stops nothing."""
+"""qkillctl trace of a running guest, through the real daemon: it prints, it ends, it stops
+nothing."""
 
 from __future__ import annotations
 
@@ -15,39 +16,35 @@ import pytest
 from tests.lab import bus as lab_bus
 from tests.lab.bus import Bus, Daemon
 from tests.lab.guest import Guest
-from tests.lab.process import TOP, end
+from tests.lab.process import TOP, end, spawn
 
 Make = Callable[..., Guest]
 
 
 @contextmanager
-def trace(bus: Bus, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
+def trace(bus: Bus, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = spawn(
         [sys.executable, "-m", "qkilld.ctl", "--bus", bus.address, "trace", *arguments],
         cwd=TOP,
         env=lab_bus.environment(bus.address),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
     )
     try:
         yield process
     finally:
-        end(process)  # type: ignore[arg-type]
-        for stream in (process.stdout, process.stderr):
-            assert stream is not None
-            stream.close()
+        end(process)
 
 
-def next_line(process: subprocess.Popen[str]) -> str:
+def next_line(process: subprocess.Popen[bytes]) -> str:
     assert process.stdout is not None
-    return process.stdout.readline()
+    return process.stdout.readline().decode()
 
 
 def test_until_it_is_gone(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(name="\x1b[2Jweb")
     with trace(daemon.bus, str(guest.pid)) as looking:
-        assert next_line(looking) == f"\ufffd[2Jweb (pid {guest.pid}), looked at every second\n"
+        assert next_line(looking) == f"\ufffd[2Jweb (pid {guest.pid}), sampled every second\n"
         assert re.match(r" +0\.\d s  idle: nothing moves", next_line(looking))
         assert guest.alive
         guest.signal(signal.SIGKILL)
@@ -78,7 +75,7 @@ def test_it_ends_with_its_reader(daemon: Daemon, fake_qemu: Make) -> None:
         next_line(looking)
         assert looking.stdout is not None
         looking.stdout.close()
-        guest.signal(signal.SIGSTOP)  # which it wants to tell
+        guest.signal(signal.SIGSTOP)  # qkillctl reports it
         assert looking.wait(30) == 0
     assert guest.alive
 

@@ -1,19 +1,21 @@
-"""Jobs that outlive the daemon where there is a runtime directory and no service manager."""
+"""Jobs outlive the daemon where there is a runtime directory and no service manager."""
 
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.bus import Bus, CallError, Daemon
 from tests.lab.groups import temporary_group
 from tests.lab.guest import Guest
-from tests.lab.process import OTHER_UID, run
+from tests.lab.process import OTHER_UID, run, wait_gone
 
 from .test_ends import recycled
 
@@ -25,7 +27,7 @@ Start = Callable[..., Daemon]
 
 @pytest.fixture
 def start(start_daemon: Start, lab_dir: Path) -> Iterator[Start]:
-    """start_daemon with a runtime directory of this test's."""
+    """start_daemon with a runtime directory for all the daemons of a test."""
     lab_dir.chmod(0o700)
 
     def start(**options: str) -> Daemon:
@@ -55,12 +57,33 @@ def test_a_job_goes_on_with_no_descriptor_kept(
             client.reply(serial)
         assert caught.value.name == "org.freedesktop.DBus.Error.NoReply"
         second = start()
-        second.wait_for('Going on with the stop of guest "lab"')
-        assert client.properties(job, JOB)["DeadlineUSec"] == deadline
+        second.wait_for('Resuming the stop of guest "lab"')
+        # The job was saved right before SIGTERM was sent.
+        assert abs(client.properties(job, JOB)["DeadlineUSec"] - deadline) < 50_000
         result, receipt = client.wait(job)
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
     assert receipt["elapsed-usec"] >= 3_000_000
+
+
+def test_what_was_answered_outlives_a_crash_right_after_it(
+    private_bus: Bus, start: Start, fake_qemu: Make
+) -> None:
+    """Before answers waited for the file, every third job was lost."""
+    daemon = start()
+    with private_bus.client() as client:
+        for _ in range(12):
+            guest = fake_qemu(stubborn=True)
+            job = client.terminate(guest.pid, FORCE)
+            kill(daemon)
+            daemon = start()
+            assert client.call("GetJobByPID", "u", guest.pid) == (job,)
+            client.call("Hold", path=job, interface=JOB)
+            kill(daemon)
+            daemon = start()
+            assert client.properties(job, JOB)["Held"] is True
+            client.call("Force", path=job, interface=JOB)
+            assert client.wait(job)[0] == "killed"
 
 
 def test_a_job_goes_on_where_the_runtime_directory_is_full(
@@ -81,9 +104,40 @@ def test_a_job_goes_on_where_the_runtime_directory_is_full(
             with pytest.raises(OSError, match="No space left"):
                 (lab_dir / "fill").write_bytes(bytes(1 << 17))
             second = start_daemon(env=env)
-            second.wait_for('Going on with the stop of guest "lab"')
+            second.wait_for('Resuming the stop of guest "lab"')
             second.wait_for("No space left on device")
             assert client.wait(job)[0] == "killed"
+            second.stop()
+    finally:
+        run(["umount", "--lazy", lab_dir], check=True)
+
+
+def test_a_cancel_outlives_a_crash_where_the_runtime_directory_is_full(
+    private_bus: Bus, start_daemon: Start, lab_dir: Path, fake_qemu: Make
+) -> None:
+    needs.root("to mount a small tmpfs")
+    run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", lab_dir], check=True)
+    try:
+        env = {"RUNTIME_DIRECTORY": str(lab_dir)}
+        first = start_daemon(env=env)
+        cancelled, held = fake_qemu(stubborn=True), fake_qemu(stubborn=True)
+        with private_bus.client() as client:
+            grace = ("t", 5_000_000)
+            job = client.terminate(cancelled.pid, FORCE | FIXED, grace_usec=grace)
+            other = client.terminate(held.pid, FORCE | FIXED, grace_usec=grace)
+            until((lab_dir / "job-2.json").exists, bool)
+            with pytest.raises(OSError, match="No space left"):
+                (lab_dir / "fill").write_bytes(bytes(1 << 17))
+            client.cancel(job)
+            client.call("Hold", path=other, interface=JOB)
+            until((lab_dir / "job-1.json").read_text, lambda text: '"result":"cancelled"' in text)
+            until((lab_dir / "job-2.json").read_text, lambda text: '"held":true' in text)
+            kill(first)
+            second = start_daemon(env=env)
+            assert client.wait(job)[0] == "cancelled"
+            assert client.properties(other, JOB)["Held"] is True
+            assert not wait_gone(cancelled.pidfd, 6)
+            assert held.alive
             second.stop()
     finally:
         run(["umount", "--lazy", lab_dir], check=True)
@@ -92,7 +146,7 @@ def test_a_job_goes_on_where_the_runtime_directory_is_full(
 def test_killed_after_its_sigkill_and_before_the_process_went(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """A frozen process of cgroup v1 takes its SIGKILL when it is thawed."""
+    """A frozen process of cgroup v1 gets its SIGKILL when it is thawed."""
     freezer = Path("/sys/fs/cgroup/freezer")
     if not os.access(freezer, os.W_OK):
         raise needs.Missing("the freezer of cgroup v1, as root: what it holds outlives SIGKILL")
@@ -105,13 +159,34 @@ def test_killed_after_its_sigkill_and_before_the_process_went(
         first.wait_for("Sent SIGKILL")
         time.sleep(0.2)
         kill(first)
-        start().wait_for('Going on with the stop of guest "lab"')
+        start().wait_for('Resuming the stop of guest "lab"')
         assert client.properties(job, JOB)["Phase"] == "reap"
         assert guest.alive
         (group / "freezer.state").write_text("THAWED")
         result, receipt = client.wait(job)
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
+
+
+def test_no_guest_that_was_killed_is_said_to_have_exited(
+    private_bus: Bus, start: Start, fake_qemu: Make
+) -> None:
+    """The daemon is killed in the very moment it kills the guest, before it has saved that."""
+    daemon = start()
+    with private_bus.client() as client:
+        for _ in range(4):
+            guests = [fake_qemu(stubborn=True) for _ in range(6)]
+            jobs = [
+                client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 1_000_000))
+                for guest in guests
+            ]
+            pidfds = [os.pidfd_open(guest.pid) for guest in guests]
+            select.select(pidfds, [], [], 30)
+            kill(daemon)
+            for pidfd in pidfds:
+                os.close(pidfd)
+            daemon = start()
+            assert {client.wait(job)[0] for job in jobs} == {"killed"}
 
 
 def test_sigterm_without_a_manager_to_ask_leaves_the_jobs(
@@ -121,9 +196,9 @@ def test_sigterm_without_a_manager_to_ask_leaves_the_jobs(
     first = start()
     with private_bus.client() as client:
         job = client.terminate(guest.pid, FORCE | FIXED)
-        # An error, so that a manager starts it again.
+        # An error, so that a service manager starts the daemon again.
         assert first.stop() == 1
-        first.wait_for("1 jobs go on when it is started again")
+        first.wait_for("1 jobs continue when it is started again")
         start()
         client.cancel(job)
         assert client.wait(job)[0] == "cancelled"
@@ -150,7 +225,7 @@ def test_no_signal_reaches_another_process_after_a_crash(
 def test_nothing_is_imported_and_no_page_may_go_while_a_job_runs(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """A disk that stalls cannot stall what need not be read from it."""
+    """A stalled disk cannot stall what need not be read from it."""
     needs.root("to lock memory without a limit")
     daemon = start(PYTHONPROFILEIMPORTTIME="1")
     idle, stubborn = fake_qemu(), fake_qemu(stubborn=True)
@@ -171,7 +246,7 @@ def test_nothing_is_imported_and_no_page_may_go_while_a_job_runs(
         assert memory("VmLck:")
         print(f"resident, locked: {memory('VmRSS:')} kB")
         assert client.wait(job)[0] == "killed"
-    # The answer does not wait for what is said.
+    # The answer does not wait for the log.
     daemon.wait_for("was killed")
     said = daemon.stderr.text()[len(before) :]
     assert [line for line in said.splitlines() if line.startswith("import time:")] == []
@@ -183,7 +258,7 @@ def test_a_runtime_directory_of_others_is_not_used(
     needs.root("to give a directory away")
     os.chown(lab_dir, OTHER_UID, OTHER_UID)
     daemon = start()
-    daemon.wait_for("Stops cannot be written to the runtime directory")
+    daemon.wait_for("Failed to save job state")
     with private_bus.client() as client:
         guest = fake_qemu()
         assert client.wait(client.terminate(guest.pid))[0] == "exited"

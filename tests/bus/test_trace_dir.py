@@ -1,4 +1,4 @@
-"""qkilld --trace-dir, and qkillctl replay of what it has recorded."""
+"""qkilld --trace-dir, and qkillctl replay of its traces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qkilld.model.words import Flag
+from qkilld.model.constants import Flag
 from tests.lab.bus import Daemon, lab_config
 from tests.lab.guest import Guest
 from tests.lab.process import TOP
@@ -20,7 +20,7 @@ Make = Callable[..., Guest]
 
 
 def stop(daemon: Daemon, guest: Guest) -> str:
-    """By force; how it ended."""
+    """Stops the guest with FORCE. Gives the result."""
     with daemon.bus.client() as client:
         job = client.terminate(guest.pid, Flag.FORCE)
         result, _ = client.wait(job)

@@ -1,24 +1,32 @@
-"""The engine's outside, faked: a clock that is moved by hand, processes that die on command."""
+"""Fakes for the engine's ports: a clock advanced by hand, processes that exit on command."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from signal import SIGKILL, Signals
 
 import pytest
 
-from qkilld.engine.events import Event, MessageId
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Process
+from qkilld.engine.ports import GuestMonitor, ObservedJob, Process
 from qkilld.engine.registry import Registry
-from qkilld.model.evidence import Io, Sample
-from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.block_state import (
+    BackgroundJob,
+    BlockState,
+    FlushResult,
+    GuestDisk,
+    YankInstance,
+)
+from qkilld.model.constants import Flag
+from qkilld.model.event import Event, MessageId
+from qkilld.model.guest import Guest, GuestChannels, Identity, Label, Unit
+from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
-from qkilld.model.words import Flag
+from qkilld.model.sample import Io, Sample
 
 S = 1_000_000
 NO_FLAGS = Flag(0)
@@ -41,13 +49,16 @@ class FakeClock:
     def now(self) -> int:
         return self._now
 
+    def started_at(self, start_time: int) -> int:
+        return start_time * S // 100
+
     def call_at(self, when: int, callback: Callable[[], None]) -> FakeTimer:
         timer = FakeTimer()
         heapq.heappush(self._timers, (when, next(self._order), timer, callback))
         return timer
 
     def advance(self, seconds: float) -> None:
-        """Move on, and run what falls due at its very time."""
+        """Advance the clock, and run each timer at its exact time."""
         end = self._now + int(seconds * S)
         while self._timers and self._timers[0][0] <= end:
             when, _, timer, callback = heapq.heappop(self._timers)
@@ -63,7 +74,7 @@ class FakeClock:
 
 def make_guest(pid: int = 4711, start_time: int = 99, uid: int = 1000, name: str = "web") -> Guest:
     identity = Identity(pid, start_time, uid, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
-    return Guest(identity, Label(name))
+    return Guest(identity, Label(name, unit=Unit("web.service")))
 
 
 @dataclass
@@ -84,7 +95,7 @@ class FakeProcess:
         self.guest = Guest(self.guest.identity, label)
 
     def signal(self, number: Signals) -> None:
-        assert not self.closed, "a signal through a pidfd that was let go of"
+        assert not self.closed, "a signal through a pidfd that was closed"
         if number in self.refuses:
             raise PermissionError
         if self.dead:
@@ -99,6 +110,9 @@ class FakeProcess:
 
     def collected(self) -> bool:
         return not self.zombie
+
+    def dying(self) -> bool:
+        return self.dead or SIGKILL in self.sent
 
     def watch(self, callback: Callable[[], None]) -> None:
         assert not self.closed
@@ -136,7 +150,7 @@ class FakeJournal:
 
 
 class FakeObserver:
-    """Notes the phases that a job goes through, and in the end its result."""
+    """Records the phases that a job goes through, and its result."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -145,16 +159,18 @@ class FakeObserver:
         if not self.seen or self.seen[-1] != word:
             self.seen.append(word)
 
-    def job_new(self, job: Job) -> None:
+    def job_new(self, job: ObservedJob) -> None:
         self._note(job.phase.value)
 
-    def job_changed(self, job: Job) -> None:
+    def job_changed(self, job: ObservedJob) -> None:
         self._note(job.phase.value)
 
-    def job_ended(self, job: Job) -> None:
+    def job_ended(self, job: ObservedJob) -> None:
         assert job.result is not None
         self._note(job.phase.value)
         self._note(job.result.value)
+
+    def job_forgotten(self, job: ObservedJob) -> None: ...
 
 
 IDLE = Sample(
@@ -168,15 +184,18 @@ IDLE = Sample(
     threads=(),
     rings=0,
     direct=False,
+    nodes=(),
+    formatted=0,
+    pluggable=False,
     devices=(),
     mounts=(),
     sockets=(),
 )
-"""A process that has nothing to do, all of it read."""
+"""A process that has nothing to do, with every field readable."""
 
 
 class FakeSampler:
-    """Sees what `shows` says at that time: None is a look that never comes back."""
+    """Samples are what `shows` returns for that time; None is a sample that never arrives."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -184,12 +203,12 @@ class FakeSampler:
         self.closed = 0
         self.shows: Callable[[int], Sample | None] = lambda now: IDLE
         self.late: list[Callable[[Sample], None]] = []
-        """Those that were not called back."""
+        """The callbacks that were not called."""
 
     def watch(self, process: Process) -> FakeSampler:
         return self
 
-    def look(self, callback: Callable[[Sample], None]) -> None:
+    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
         self.looks += 1
         sample = self.shows(self._clock.now())
         if sample is None:
@@ -201,14 +220,204 @@ class FakeSampler:
         self.closed += 1
 
 
+class FakeMonitors:
+    """The monitor of a guest, with the observation that `shows` returns for that time; None for no
+    monitor."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self.shows: Callable[[int], GuestObservation | None] = lambda now: None
+        self.has_agent = False
+        self.orders: list[GuestOrder] = []
+        self.rest: tuple[frozenset[ShutdownSign], bool] = (frozenset(), False)
+        """What read_rest() returns after QEMU's exit."""
+        self.fault: Exception | None = None
+        """Raised by observations."""
+        self.adopted: list[KeptMonitor] = []
+        self.passed: list[int] = []
+        self.refuses: set[GuestOrder] = set()
+        self.on_order: Callable[[GuestOrder], None] = lambda order: None
+        self.open_monitors = 0
+        self.opens = False
+        """The monitor opens although the guest cannot be observed."""
+        self.disks: Callable[[int], BlockState | str] = lambda now: "its disks cannot be seen"
+        self.flushes: Callable[[], tuple[FlushResult, ...] | str | None] = lambda: ()
+        """The result of a flush; None for no reply."""
+        self.answers_flush = True
+        """Whether a flush while the processors run is answered."""
+        self.done: list[str] = []
+        """Operations on the disks."""
+        self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
+        self.answers = True
+        """Whether out-of-band commands are answered."""
+        self.yanked: list[list[str]] = []
+        self.on_yank: Callable[[], None] = lambda: None
+
+    def open(
+        self,
+        process: Process,
+        qmp_socket: str,
+        callback: Callable[[GuestMonitor | str | Exception], None],
+        *,
+        kept: KeptMonitor | None = None,
+        passed: int | None = None,
+        asked: bool = False,
+        agent_was_open: bool | None = None,
+    ) -> Callable[[], None]:
+        if passed is not None:
+            self.passed.append(passed)
+        if kept is not None:
+            self.adopted.append(kept)
+        timer = self._clock.call_at(self._clock.now(), lambda: self._open(callback))
+        return timer.cancel
+
+    def _open(self, callback: Callable[[GuestMonitor | str | Exception], None]) -> None:
+        if self.shows(self._clock.now()) is None and not self.opens:
+            callback("it has no monitor")
+        else:
+            self.open_monitors += 1
+            callback(FakeMonitor(self, self._clock))
+
+    def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
+        self.adopted.append(kept)
+        return self.rest[0]
+
+    async def check(self, process: Process, qmp_socket: str) -> None: ...
+
+    async def check_passed(self, process: Process, passed: int) -> None: ...
+
+    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+        found = self.disks(self._clock.now())
+        return None if isinstance(found, str) else found
+
+    async def describe(self, process: Process) -> tuple[str, ...]:
+        return ()
+
+    async def survey(self, identity: Identity) -> GuestChannels:
+        return GuestChannels()
+
+
+class FakeMonitor:
+    def __init__(self, monitors: FakeMonitors, clock: FakeClock) -> None:
+        self._monitors, self._clock = monitors, clock
+        self._closed = False
+
+    @property
+    def has_agent(self) -> bool:
+        return self._monitors.has_agent
+
+    @property
+    def lost(self) -> bool:
+        seen = self._monitors.shows(self._clock.now())
+        return seen is None and not self._monitors.opens
+
+    @property
+    def adopted(self) -> bool:
+        return bool(self._monitors.adopted)
+
+    @property
+    def own_chardevs(self) -> tuple[str, ...]:
+        return ("monitor",)
+
+    def fileno(self) -> int:
+        return 99
+
+    def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
+        return self._monitors.rest
+
+    def observe(self, callback: Callable[[GuestObservation | Exception], None]) -> None:
+        if (fault := self._monitors.fault) is not None:
+            self._call(lambda: callback(fault))
+            return
+        seen = self._monitors.shows(self._clock.now())
+        assert seen is not None
+        self._call(lambda: callback(replace(seen, at=self._clock.now())))
+
+    def order(self, what: GuestOrder, callback: Callable[[str | Exception], None]) -> None:
+        self._monitors.orders.append(what)
+        refused = "refused" if what in self._monitors.refuses else ""
+        if not refused:
+            self._monitors.on_order(what)
+        self._call(lambda: callback(refused))
+
+    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+        found = self._monitors.disks(self._clock.now())
+        if not isinstance(found, str):
+            found = replace(found, at=self._clock.now())
+        self._call(lambda: callback(found))
+
+    def look_at_jobs(
+        self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
+    ) -> None:
+        found = self._monitors.disks(self._clock.now())
+        self._call(lambda: callback(found if isinstance(found, str) else found.jobs))
+
+    def stop_and_flush(
+        self,
+        disks: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | str | Exception], None],
+        *,
+        stop: bool,
+        timeout: int,
+    ) -> None:
+        self._monitors.done += ["stop", "flush"] if stop else ["flush"]
+        if (found := self._monitors.flushes()) is not None:
+            self._call(lambda: callback(found))
+
+    def flush_running(
+        self,
+        disks: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | Exception], None],
+        *,
+        timeout: int,
+    ) -> None:
+        self._monitors.done += [f"flush {disk.title}" for disk in disks]
+        if self._monitors.answers_flush:
+            self._call(
+                lambda: callback(tuple(FlushResult(disk.node, disk.title) for disk in disks))
+            )
+
+    def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
+        self._monitors.done.append("cont")
+        self._call(lambda: callback(""))
+
+    def query_yank(
+        self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
+    ) -> None:
+        if self._monitors.answers:
+            self._call(lambda: callback(self._monitors.instances))
+
+    def yank(
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+    ) -> None:
+        self._monitors.yanked.append([instance.name for instance in instances])
+        self._monitors.on_yank()
+        self._call(lambda: callback(""))
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._monitors.open_monitors -= 1
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        """Call back from the loop, unless closed."""
+        self._clock.call_at(self._clock.now(), lambda: None if self._closed else callback())
+
+
 class World:
     def __init__(self, config: Config | None = None) -> None:
         self.clock = FakeClock()
         self.journal = FakeJournal()
         self.observer = FakeObserver()
         self.sampler = FakeSampler(self.clock)
+        self.monitors = FakeMonitors(self.clock)
         self.registry = Registry(
-            config or Config(), self.clock, self.journal, self.observer, self.sampler
+            config or Config(),
+            self.clock,
+            self.journal,
+            self.observer,
+            self.sampler,
+            self.monitors,
         )
 
     def stop(self, process: FakeProcess, flags: Flag = NO_FLAGS, **request: object) -> Job:

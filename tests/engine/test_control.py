@@ -1,4 +1,4 @@
-"""Jobs that are held, extended and forced, under a fake clock."""
+"""Jobs that are held, extended and forced, with a fake clock."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 
 import pytest
 
-from qkilld.engine.events import MessageId
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.constants import INFINITY, Flag, Result
 from qkilld.model.errors import Failed
-from qkilld.model.evidence import Io, Sample
+from qkilld.model.event import MessageId
 from qkilld.model.policy import Config, Policy
-from qkilld.model.words import INFINITY, Flag, Result
+from qkilld.model.sample import Io, Sample
 
 from .conftest import IDLE, FakeProcess, S, World
 
 FORCE, FIXED = Flag.FORCE, Flag.FIXED
-UID = 1000
+ADMIN = Steerer(1001, Rank.AUTHORIZED)
 
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
@@ -24,14 +25,14 @@ def test_a_held_job_sends_nothing_until_it_is_released(world: World, flags: Flag
     process = FakeProcess()
     job = world.stop(process, flags)
     world.clock.advance(9)
-    job.hold(UID)
-    job.hold(UID)
+    job.hold(ADMIN)
+    job.hold(ADMIN)
     assert job.deadline == INFINITY
     world.clock.advance(3600)
     assert process.sent == [SIGTERM]
     assert job.running
-    job.release(UID)
-    # Its time was up long ago, and it was looked at all the while.
+    job.release(ADMIN)
+    # Its time was over long ago, and it was sampled all the while.
     assert process.sent == [SIGTERM, SIGKILL]
     process.wake()
     assert job.result is Result.KILLED
@@ -41,10 +42,10 @@ def test_a_held_job_sends_nothing_until_it_is_released(world: World, flags: Flag
 def test_released_in_time_it_goes_on_as_before(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
-    job.hold(UID)
+    job.hold(ADMIN)
     world.clock.advance(5)
-    job.release(UID)
-    job.release(UID)
+    job.release(ADMIN)
+    job.release(ADMIN)
     assert job.deadline == job.started + 10 * S
     assert world.journal.ids.count(MessageId.JOB_RELEASED) == 1
 
@@ -53,11 +54,11 @@ def test_what_moves_while_it_is_held_counts(world: World) -> None:
     process = FakeProcess()
     world.sampler.shows = lambda now: replace(IDLE, io=Io(0, 0, 0, 0, 0, now, 0))
     job = world.stop(process, FORCE)
-    job.hold(UID)
+    job.hold(ADMIN)
     looks = world.sampler.looks
     world.clock.advance(100)
     assert world.sampler.looks > looks + 50
-    job.release(UID)
+    job.release(ADMIN)
     assert process.sent == [SIGTERM]
     assert job.deadline > world.clock.now()
 
@@ -66,10 +67,10 @@ def test_what_moves_while_it_is_held_counts(world: World) -> None:
 def test_a_held_job_does_not_give_up(world: World, flags: Flag) -> None:
     process = FakeProcess()
     job = world.stop(process, flags)
-    job.hold(UID)
+    job.hold(ADMIN)
     world.clock.advance(3600)
     assert job.running
-    job.release(UID)
+    job.release(ADMIN)
     assert job.result is Result.SURVIVED
     assert process.sent == [SIGTERM]
 
@@ -77,7 +78,7 @@ def test_a_held_job_does_not_give_up(world: World, flags: Flag) -> None:
 def test_a_held_job_ends_when_its_guest_does(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
-    job.hold(UID)
+    job.hold(ADMIN)
     process.die()
     assert job.result is Result.EXITED
 
@@ -86,10 +87,10 @@ def test_a_stopped_guest_is_not_continued_while_held(world: World) -> None:
     process = FakeProcess()
     world.sampler.shows = lambda now: Sample(now, "T", tracer=0)
     job = world.stop(process, FORCE)
-    job.hold(UID)
+    job.hold(ADMIN)
     world.clock.advance(5)
     assert process.sent == [SIGTERM]
-    job.release(UID)
+    job.release(ADMIN)
     assert process.sent == [SIGTERM, SIGCONT]
 
 
@@ -100,9 +101,9 @@ def test_an_extended_job_sends_no_sigkill_before(world: World, flags: Flag) -> N
     process = FakeProcess()
     job = world.stop(process, flags)
     world.clock.advance(8)
-    job.extend(20 * S, UID)
+    job.extend(20 * S, ADMIN)
     assert job.deadline == job.started + 28 * S
-    job.extend(3 * S, UID)  # less than what was given
+    job.extend(3 * S, ADMIN)  # Less than before.
     world.clock.advance(19.999999)
     assert process.sent == [SIGTERM]
     world.clock.advance(0.000001)
@@ -113,20 +114,20 @@ def test_an_extended_job_sends_no_sigkill_before(world: World, flags: Flag) -> N
 def test_less_than_there_is_changes_nothing(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
-    job.extend(1 * S, UID)
+    job.extend(1 * S, ADMIN)
     assert job.deadline == job.started + 10 * S
 
 
 def test_without_force_an_extended_job_gives_up_later(world: World) -> None:
     job = world.stop(FakeProcess(), Flag(0))
-    job.extend(30 * S, UID)
+    job.extend(30 * S, ADMIN)
     assert job.deadline == job.started + 35 * S
 
 
 def test_for_ever(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
-    job.extend(INFINITY, UID)
+    job.extend(INFINITY, ADMIN)
     world.clock.advance(100_000)
     assert process.sent == [SIGTERM]
 
@@ -137,10 +138,10 @@ def test_force_kills_now(world: World, flags: Flag, held: bool) -> None:
     process = FakeProcess()
     job = world.stop(process, flags)
     if held:
-        job.hold(UID)
-        job.extend(3600 * S, UID)
+        job.hold(ADMIN)
+        job.extend(3600 * S, ADMIN)
     world.clock.advance(1)
-    job.force(UID)
+    job.force(ADMIN)
     assert process.sent == [SIGTERM, SIGKILL]
     assert FORCE in job.flags
     process.wake()
@@ -156,11 +157,11 @@ def test_force_kills_now(world: World, flags: Flag, held: bool) -> None:
 
 
 def test_force_of_a_guest_that_has_just_gone(world: World) -> None:
-    """Its pidfd says so before the loop does."""
+    """Its pidfd reports the exit before the loop does."""
     process = FakeProcess(dead=False)
     job = world.stop(process, Flag(0))
     process.dead = True
-    job.force(UID)
+    job.force(ADMIN)
     assert job.flags == Flag(0)
     process.wake()
     assert job.result is Result.EXITED
@@ -170,18 +171,18 @@ def test_force_of_a_guest_that_has_just_gone(world: World) -> None:
 def test_after_the_end_there_is_nothing_to_do(world: World, dies_of: tuple[Signals, ...]) -> None:
     process = FakeProcess(dies_of=dies_of)
     job = world.stop(process, FORCE)
-    job.force(UID)
+    job.force(ADMIN)
     if not dies_of:
         with pytest.raises(Failed, match="Job 1 has sent SIGKILL already"):
-            job.extend(S, UID)
+            job.extend(S, ADMIN)
         for act in (job.hold, job.release):
             with pytest.raises(Failed, match="Job 1 has sent SIGKILL already"):
-                act(UID)
-        job.force(UID)  # asked for twice
+                act(ADMIN)
+        job.force(ADMIN)  # Requested twice.
     world.clock.advance(5)
     for act in (job.hold, job.force):
         with pytest.raises(Failed, match=r"Job 1 has ended already \((killed|survived)\)"):
-            act(UID)
+            act(ADMIN)
     assert process.sent == [SIGTERM, SIGKILL]
 
 
@@ -190,9 +191,9 @@ def test_what_was_promised_is_not_taken_back_by_another_request(world: World, he
     process = FakeProcess()
     job = world.stop(process, FORCE)
     if held:
-        job.hold(UID)
+        job.hold(ADMIN)
     else:
-        job.extend(60 * S, UID)
+        job.extend(60 * S, ADMIN)
     with pytest.raises(Failed, match="held or extended"):
         world.stop(FakeProcess(), FORCE | Flag.NOWAIT)
     assert process.sent == [SIGTERM]

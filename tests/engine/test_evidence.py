@@ -1,4 +1,4 @@
-"""Jobs that go by evidence, under a fake clock."""
+"""Jobs based on evidence, with a fake clock."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from signal import SIGCONT, SIGKILL, SIGTERM
 
 import pytest
 
-from qkilld.engine.events import MessageId, Priority
-from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.model.constants import Flag, Result, Verdict
+from qkilld.model.event import MessageId, Priority
 from qkilld.model.policy import Config, Policy
-from qkilld.model.words import Flag, Result, Verdict
+from qkilld.model.sample import Io, Node, Sample, Thread
 
 from .conftest import IDLE, FakeProcess, S, World, make_guest
 
@@ -21,7 +21,7 @@ WAITING = replace(IDLE, threads=(SYNC,))
 
 
 def flushing(now: int) -> Sample:
-    """Writes a byte every µs."""
+    """A process that writes a byte every µs."""
     return replace(WAITING, io=Io(0, 0, 0, 0, 0, now, 0))
 
 
@@ -65,6 +65,18 @@ def test_dead_storage_is_given_up_and_said_so(world: World) -> None:
     assert "data is at risk" in receipt.message
 
 
+def test_an_exit_without_the_server_of_a_disk_is_no_proof(world: World) -> None:
+    world.sampler.shows = lambda now: replace(IDLE, nodes=(Node("d0", "nbd", served=False),))
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(20)
+    process.die()
+    assert (job.result, job.data_at_risk) == (Result.EXITED, True)
+    receipt = world.journal.events[-1]
+    assert receipt.priority is Priority.WARNING
+    assert receipt.message.endswith("it exited while nbd node d0 had no server.")
+
+
 def test_storage_that_comes_back_in_time(world: World) -> None:
     back = world.clock.now() + 50 * S
     world.sampler.shows = lambda now: WAITING if now < back else flushing(now)
@@ -93,7 +105,7 @@ def test_a_look_that_never_comes_back_delays_nothing_for_good(world: World) -> N
     assert (process.sent, job.verdict) == ([SIGTERM], Verdict.UNKNOWN)
     world.clock.advance(3)
     assert process.sent == [SIGTERM, SIGKILL]
-    # What comes back from a look after the end is nobody's business any more.
+    # A sample that arrives after the end is ignored.
     process.die()
     for callback in world.sampler.late:
         callback(IDLE)
@@ -101,7 +113,7 @@ def test_a_look_that_never_comes_back_delays_nothing_for_good(world: World) -> N
 
 
 def test_progress_seen_by_the_last_look_holds_sigkill_back(world: World) -> None:
-    """Between two looks it is idle; at the very deadline it is seen to move."""
+    """Idle between samples, but moving at the deadline."""
     deadline = world.clock.now() + 10 * S
 
     def shows(now: int) -> Sample:
@@ -226,9 +238,9 @@ def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
 
 @pytest.mark.parametrize("lag", [0.05, 0.21, 0.5, 0.99, 1.1])
 def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
-    """A processor that is not to be had, a slow file of the control group."""
+    """The processor is busy, or reading the control group is slow."""
 
-    def look(callback: Callable[[Sample], None]) -> None:
+    def look(callback: Callable[[Sample], None], *, detail: bool = False) -> None:
         sample = replace(IDLE, at=world.clock.now())
         world.clock.call_at(world.clock.now() + int(lag * S), lambda: callback(sample))
 
@@ -238,5 +250,5 @@ def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
     world.clock.advance(75)
     assert process.sent == [SIGTERM, SIGKILL]
     killed = (job.rungs[-1].at - job.started) / S
-    # Later than a second it is as good as none at all: what cannot be seen counts as outstanding.
+    # After one second it counts as missing, and unknown counts as outstanding.
     assert killed == pytest.approx(10 if lag < 1 else 60, abs=1.5)

@@ -7,11 +7,11 @@ from signal import SIGKILL, SIGTERM
 import pytest
 
 from qkilld.engine import registry as registry_module
-from qkilld.engine.events import MessageId
-from qkilld.engine.job import Job
+from qkilld.engine.ports import ObservedJob
+from qkilld.model.constants import Flag, Result
 from qkilld.model.errors import Busy, NoSuchJob
+from qkilld.model.event import MessageId
 from qkilld.model.policy import Config, Policy
-from qkilld.model.words import Flag, Result
 
 from .conftest import FakeProcess, S, World, make_guest
 
@@ -177,10 +177,10 @@ def test_fixed_stands_over_the_configuration() -> None:
 
 def test_a_broken_observer_does_not_touch_the_ladder(world: World) -> None:
     class Broken:
-        def job_new(self, job: Job) -> None:
+        def job_new(self, job: ObservedJob) -> None:
             raise RuntimeError("the bus is gone")
 
-        job_changed = job_ended = job_new
+        job_changed = job_ended = job_forgotten = job_new
 
     world.registry.observer = Broken()
     process = FakeProcess()

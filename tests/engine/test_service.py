@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from signal import SIGTERM
 from typing import Any, TypeVar
 
 import pytest
 
-from qkilld.engine.events import MessageId
-from qkilld.engine.ports import Process
+from qkilld.engine import job_saver
+from qkilld.engine.job_saver import JobSaver
+from qkilld.engine.ports import JobState, Process
 from qkilld.engine.service import Option, Service
-from qkilld.model.access import Action, Answer
+from qkilld.engine.snapshot import Snapshot
+from qkilld.model.access import Answer, PolkitAction
+from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.errors import (
     AccessDenied,
     BusError,
-    Exiting,
     Failed,
     InvalidArgs,
     NoSuchProcess,
@@ -26,10 +28,10 @@ from qkilld.model.errors import (
     ProcessChanged,
     QkilldError,
 )
+from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest, Identity, Label, Unit
-from qkilld.model.policy import Config
+from qkilld.model.policy import Config, Switches
 from qkilld.model.unit import UnitFacts
-from qkilld.model.words import Flag, Result
 
 from .conftest import FakeProcess, World, make_guest
 
@@ -40,20 +42,25 @@ class FakeHost:
     def __init__(self, *processes: FakeProcess) -> None:
         self.processes = {p.guest.identity.pid: p for p in processes}
         self.asked: list[str] = []
-        self.unit = Unit()
+        self.unit: Unit | None = Unit()
         self.exiting = False
 
     def open(self, pid: int) -> Process:
         self.asked.append("open")
-        if self.exiting:
-            raise Exiting((pid, 99))
         if pid not in self.processes:
             raise NoSuchProcess(f"No process has the id {pid}")
-        return self.processes[pid]
+        process = self.processes[pid]
+        if self.exiting:
+            gone = replace(process.guest.identity, executable="", exiting=True)
+            return FakeProcess(Guest(gone, process.guest.label))
+        return process
 
     async def label(self, identity: Identity) -> Label:
         self.asked.append("label")
         return Label("web", unit=self.unit)
+
+    async def labels(self, identities: Sequence[Identity]) -> list[Label]:
+        return [await self.label(identity) for identity in identities]
 
     async def identities(self) -> list[Identity]:
         return [process.guest.identity for process in self.processes.values()]
@@ -70,12 +77,12 @@ class FakeCaller:
     number: int
     answer: Answer = Answer.DENIED
     meanwhile: Callable[[], None] = lambda: None
-    asked: list[tuple[Action, bool]] = field(default_factory=list)
+    asked: list[tuple[PolkitAction, bool]] = field(default_factory=list)
 
     async def uid(self) -> int:
         return self.number
 
-    async def may(self, action: Action, details: Mapping[str, str], *, ask: bool) -> Answer:
+    async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
         self.asked.append((action, ask))
         await asyncio.sleep(0)
         self.meanwhile()
@@ -119,7 +126,10 @@ def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
             assert process.sent == []
             # Nobody types a password for what is no QEMU, or another one than was meant.
             is_qemu = process.guest.identity.executable != "/bin/sh"
-            assert caller.asked == [(Action.TERMINATE, is_qemu), (Action.TERMINATE, False)]
+            assert caller.asked == [
+                (PolkitAction.TERMINATE, is_qemu),
+                (PolkitAction.TERMINATE, False),
+            ]
         assert len(said) == 1
 
 
@@ -167,10 +177,12 @@ def test_a_process_that_is_exiting(world: World) -> None:
     host.exiting = True
     with pytest.raises(NoSuchProcess, match="4711 is exiting"):
         run(service.terminate(4711, 0, {}, ROOT))
+    with pytest.raises(AccessDenied):  # and who may not stop it does not learn even that
+        run(service.terminate(4711, 0, {}, FakeCaller(STRANGER)))
     host.exiting = False
     job = run(service.terminate(4711, 0, {}, ROOT))
     host.exiting = True
-    with pytest.raises(NoSuchProcess):
+    with pytest.raises(ProcessChanged):
         run(service.terminate(4711, Flag.FORCE, {"start-time": Option("t", 98)}, ROOT))
     with pytest.raises(AccessDenied):
         run(service.terminate(4711, Flag.FORCE, {}, FakeCaller(STRANGER)))
@@ -220,7 +232,7 @@ def test_all_of_ones_own_and_of_others_where_polkit_says_so(world: World) -> Non
         caller = FakeCaller(uid, answer)
         jobs = run(service.terminate_all(1, {}, caller))
         assert [job.guest.identity.pid - 10 for job in jobs] == expected
-        assert caller.asked == [(Action.FORCE, True)] * questions
+        assert caller.asked == [(PolkitAction.FORCE, True)] * questions
         assert [bool(process.sent) for process in processes] == [n in expected for n in (1, 2, 3)]
     service, _ = make_service(world, FakeProcess(make_guest(11, uid=7)))
     with pytest.raises(AccessDenied):
@@ -250,8 +262,13 @@ class FakeUnits:
         return self.facts
 
 
-def test_a_unit_that_its_process_leaves(world: World) -> None:
-    """It was moved to another unit while polkit was asked."""
+@pytest.mark.parametrize(
+    ("afterwards", "error"), [(Unit("other.service"), ProcessChanged), (None, Failed)]
+)
+def test_a_unit_that_its_process_leaves(
+    world: World, afterwards: Unit | None, error: type[QkilldError]
+) -> None:
+    """It was moved to another unit while polkit was asked, or its unit cannot be read now."""
     process = FakeProcess()
     service, host = make_service(world, process)
     host.unit = Unit("web.service")
@@ -264,9 +281,9 @@ def test_a_unit_that_its_process_leaves(world: World) -> None:
     )
 
     def move() -> None:
-        host.unit = Unit("other.service")
+        host.unit = afterwards
 
-    with pytest.raises(ProcessChanged, match=r"web\.service"):
+    with pytest.raises(error, match=r"web\.service"):
         caller = FakeCaller(STRANGER, Answer.GRANTED, move)
         run(service.terminate_unit("web.service", 0, caller))
     assert process.closed
@@ -320,7 +337,11 @@ def test_arguments_are_checked_before_a_process_is_touched(world: World) -> None
     service, host = make_service(world, FakeProcess())
     for flags, options in (
         (16, {}),
-        (4, {}),
+        (4 | 8, {}),
+        (4 | 2 | 1, {}),
+        (4, {"thaw": Option("s", "yes")}),
+        (1, {"powerdown-only": Option("b", True)}),
+        (4, dict.fromkeys(("powerdown-only", "powerdown-as-configured"), Option("b", True))),
         (0, {"what": Option("s", "x")}),
         (0, {"start-time": Option("s", "x")}),
     ):
@@ -329,6 +350,35 @@ def test_arguments_are_checked_before_a_process_is_touched(world: World) -> None
     with pytest.raises(InvalidArgs):
         run(service.terminate(0, 0, {}, ROOT))
     assert host.asked == []
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_asking_may_be_left_to_the_configuration(world: World, asks: bool) -> None:
+    process = FakeProcess()
+    config = Config(guest_switches={"web": Switches(powerdown=asks)})
+    service = Service(config, FakeHost(process), world.registry, world.clock, world.sampler)
+    left = {"powerdown-as-configured": Option("b", True)}
+    _, plan = run(service.plan(4711, Flag.POWERDOWN, left, ROOT))
+    assert ("ask" in [rung.action for rung in plan.rungs]) is asks
+    process = FakeProcess()
+    service = Service(config, FakeHost(process), world.registry, world.clock, world.sampler)
+    job = run(service.terminate(4711, Flag.POWERDOWN, left, ROOT))
+    assert (Flag.POWERDOWN in job.flags) is asks
+
+
+def test_a_plan_tells_when_asking_ends(world: World) -> None:
+    service, host = make_service(world, FakeProcess())
+    most = {"powerdown-max-usec": Option("t", 7_000_000)}
+    _, plan = run(service.plan(4711, Flag.POWERDOWN, most, ROOT))
+    assert [(rung.action, rung.after) for rung in plan.rungs] == [
+        ("ask", 0),
+        ("SIGTERM", 7_000_000),
+    ]
+    host.processes = {4711: FakeProcess()}
+    only = {"powerdown-only": Option("b", True)}
+    _, plan = run(service.plan(4711, Flag.POWERDOWN, only, ROOT))
+    assert [rung.action for rung in plan.rungs] == ["ask"]
+    assert plan.gives_up_after == 60_000_000
 
 
 def test_start_time(world: World) -> None:
@@ -361,3 +411,67 @@ def test_inspect_lets_go_of_the_process(world: World) -> None:
     service, _ = make_service(world, process)
     assert run(service.inspect(4711, ROOT)).guest.label.name == "web"
     assert process.closed
+
+
+class FakeStore:
+    """Writes when it is told to."""
+
+    def __init__(self) -> None:
+        self.saved: list[Phase] = []
+        self.waiting: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
+        self.blocks = False
+
+    def store_fd(self, number: int, process: Process) -> None: ...
+
+    def store_monitor(self, number: int, fd: int) -> None: ...
+
+    def save(self, state: JobState) -> None:
+        assert isinstance(state, Snapshot)
+        self.saved.append(state.phase)
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        if not self.blocks:
+            self.waiting.put_nowait(callback)
+
+    def drop_fd(self, number: int) -> None: ...
+
+    def drop_monitor(self, number: int) -> None: ...
+
+    def forget(self, number: int) -> None: ...
+
+
+def test_an_answer_waits_until_the_job_is_written_down(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_saver, "TIMEOUT_S", 60)
+    store = FakeStore()
+    world.registry.saver = JobSaver(store, world.clock)
+    service, _ = make_service(world, FakeProcess())
+
+    async def ask() -> None:
+        asked = asyncio.create_task(service.terminate(4711, 0, {}, ROOT))
+        written = await store.waiting.get()
+        assert store.saved == [Phase.TERMINATE]
+        await asyncio.sleep(0)
+        assert not asked.done()
+        written()
+        job = await asked
+        for steer in (service.hold, service.release, service.cancel):
+            steering = asyncio.create_task(steer(job, ROOT))
+            written = await store.waiting.get()
+            assert not steering.done()
+            written()
+            await steering
+
+    run(ask())
+    assert MessageId.NOT_WRITTEN not in world.journal.ids
+
+
+def test_but_not_for_ever(world: World) -> None:
+    store = FakeStore()
+    store.blocks = True
+    world.registry.saver = JobSaver(store, world.clock)
+    service, _ = make_service(world, FakeProcess())
+    job = run(service.terminate(4711, 0, {}, ROOT))
+    assert job.running
+    assert world.journal.ids.count(MessageId.NOT_WRITTEN) == 1

@@ -7,14 +7,23 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from qkilld.decision.replay import replay
 from qkilld.engine.job import Job
 from qkilld.engine.registry import Registry
-from qkilld.judgement.replay import replay
-from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.model.constants import Flag, Phase, Result, Verdict
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
-from qkilld.model.trace import Changed, Ended, Gone, Header, Record, Sent, Trace, Turned
-from qkilld.model.words import Flag, Phase, Result, Verdict
+from qkilld.model.sample import Io, Sample, Thread
+from qkilld.model.trace import (
+    ChangeRecord,
+    EndRecord,
+    ExitRecord,
+    Header,
+    Record,
+    RungRecord,
+    Trace,
+    VerdictRecord,
+)
 
 from .conftest import IDLE, FakeProcess, S, World
 
@@ -57,7 +66,7 @@ def traces() -> FakeTraces:
 def recorded(traces: FakeTraces) -> World:
     world = World()
     world.registry = Registry(
-        Config(), world.clock, world.journal, world.observer, world.sampler, traces
+        Config(), world.clock, world.journal, world.observer, world.sampler, traces=traces
     )
     return world
 
@@ -72,20 +81,20 @@ def test_the_story_of_a_job(recorded: World, traces: FakeTraces) -> None:
     job = recorded.stop(process, FORCE)
     recorded.clock.advance(0.45)
     process.die()
-    assert kinds(traces) == ["Sent", "Sample", "Sample", "Turned", "Ended"]
+    assert kinds(traces) == ["RungRecord", "Sample", "Sample", "VerdictRecord", "EndRecord"]
     assert traces.closed == 1
     assert traces.header == Header(1, start, 4711, 99, "qemu", "web", FORCE, job.policy)
-    assert traces.records[0] == Sent(start, Phase.TERMINATE, "SIGTERM")
-    (turn,) = traces.trace.of(Turned)
+    assert traces.records[0] == RungRecord(start, Phase.TERMINATE, "SIGTERM")
+    (turn,) = traces.trace.of(VerdictRecord)
     assert (turn.verdict, turn.at) == (Verdict.IDLE, start + 400_000)
-    assert traces.records[-1] == Ended(start + 450_000, Result.EXITED)
+    assert traces.records[-1] == EndRecord(start + 450_000, Result.EXITED)
 
 
 def test_who_joins_is_recorded(recorded: World, traces: FakeTraces) -> None:
     job = recorded.stop(FakeProcess())
     recorded.clock.advance(3)
     job.join(Request(FORCE, {"grace": 30 * S}))
-    (change,) = traces.trace.of(Changed)
+    (change,) = traces.trace.of(ChangeRecord)
     assert (change.at, change.flags) == (recorded.clock.now(), FORCE)
     assert change.policy.grace == 30 * S
     recorded.clock.advance(40)
@@ -97,10 +106,10 @@ def test_the_end_of_a_survivor_is_part_of_it(recorded: World, traces: FakeTraces
     process = FakeProcess()
     recorded.stop(process)
     recorded.clock.advance(20)
-    assert kinds(traces)[-1] == "Ended"
+    assert kinds(traces)[-1] == "EndRecord"
     assert traces.closed == 0
     process.die()
-    assert traces.records[-1] == Gone(recorded.clock.now())
+    assert traces.records[-1] == ExitRecord(recorded.clock.now())
     assert traces.closed == 1
 
 

@@ -1,5 +1,5 @@
-"""The lab: real guests, a private bus and a throwaway container, for the tests and the demo.
+"""The lab: real guests, a private bus and a throwaway container, for tests and the demo.
 
-Everything that is started here goes with the process that started it, also when that is killed;
-everything that is written goes to one scratch directory, which goes with it too.
+Every process started here ends with the process that started it, even if that is killed. Everything
+written goes to one scratch directory, which is removed with it.
 """

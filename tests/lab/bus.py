@@ -1,7 +1,7 @@
-"""A private bus, the daemon on it, and three ways to talk to it: busctl, gdbus, jeepney.
+"""A private bus, the daemon on it, and three clients: busctl, gdbus, jeepney.
 
-Nothing here touches the machine's own bus: every program that is started gets the private
-address for the system bus and the session bus alike.
+The host's own buses are never used: every program gets the private address for both the system bus
+and the session bus.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from jeepney import (  # type: ignore[import-untyped]
 )
 from jeepney.io.blocking import open_dbus_connection  # type: ignore[import-untyped]
 
-from qkilld.model.words import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH
-from tests.lab import needs
-from tests.lab.guest import fake_glob
+from qkilld.model.constants import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, MANAGER_PATH
+from tests.lab import library, needs
+from tests.lab.guest import own_qemus
 from tests.lab.log import Log
 from tests.lab.notify import NotifySocket
-from tests.lab.process import TOP, end, run, spawn, wait_gone
+from tests.lab.process import end, run, spawn, wait_gone
 from tests.lab.scratch import scratch
 
 _CONFIG: Final = """\
@@ -55,13 +55,14 @@ _CONFIG: Final = """\
     <allow receive_type="method_return"/>
     <allow receive_type="error"/>
     <allow receive_type="signal"/>
+    {policy}
   </policy>
 </busconfig>
 """
 
 
 def environment(address: str) -> dict[str, str]:
-    """This process's environment with no bus in it but that one."""
+    """Return this process's environment with that bus as its only one."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -71,7 +72,7 @@ def environment(address: str) -> dict[str, str]:
         "DBUS_SYSTEM_BUS_ADDRESS": address,
         "DBUS_SESSION_BUS_ADDRESS": address,
         "DBUS_STARTER_ADDRESS": address,
-        "PYTHONPATH": str(TOP),
+        "PYTHONPATH": library.python_path(),
     }
 
 
@@ -85,9 +86,9 @@ class Bus:
     def busctl(
         self, *args: str, uid: int | None = None, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """systemd's client, e.g. `busctl("call", NAME, PATH, INTERFACE, "Inspect", "u", "17")`.
+        """Run systemd's client, e.g. `busctl("call", NAME, PATH, INTERFACE, "Inspect", "u", "17")`.
 
-        With `check` an error becomes an AssertionError with busctl's own words.
+        With `check`, an error becomes an AssertionError with busctl's message.
         """
         busctl = needs.program("busctl", "systemd")
         return run(
@@ -101,7 +102,7 @@ class Bus:
     def gdbus(
         self, *args: str, uid: int | None = None, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """GLib's client, e.g. `gdbus("call", "-d", NAME, "-o", PATH, "-m", MEMBER, "17")`."""
+        """Run GLib's client, e.g. `gdbus("call", "-d", NAME, "-o", PATH, "-m", MEMBER, "17")`."""
         gdbus = needs.program("gdbus", "libglib2.0-bin")
         return run(
             [gdbus, args[0], "--address", self.address, *args[1:]],
@@ -112,25 +113,27 @@ class Bus:
         )
 
     def client(self, uid: int | None = None) -> Client:
-        """A connection of its own; a context manager."""
+        """Open another connection; a context manager."""
         return Client(self.address, uid)
 
     def stop(self) -> None:
-        """The bus goes away, with every connection to it."""
+        """End the bus, and with it every connection."""
         end(self.process)
 
 
 @contextlib.contextmanager
-def private_bus(limits: Mapping[str, int] | None = None) -> Iterator[Bus]:
-    """A dbus-daemon with a socket of its own, there at once.
+def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> Iterator[Bus]:
+    """Run a dbus-daemon, ready at entry.
 
-    Its limits are dbus-daemon's own defaults, those of a system bus, but for `limits`.
+    `policy`: rules for everybody, after those that allow everything. `limits` change dbus-daemon's
+    defaults, which are those of a system bus.
     """
     program = needs.program("dbus-daemon", "dbus-daemon")
     with scratch("b") as directory:
         socket, config = directory / "bus", directory / "conf"
         named = [f'<limit name="{key}">{value}</limit>' for key, value in (limits or {}).items()]
-        config.write_text(_CONFIG.format(socket=socket, limits="\n  ".join(named)))
+        rules = "\n  ".join(named)
+        config.write_text(_CONFIG.format(socket=socket, limits=rules, policy=policy))
         read, write = os.pipe()
         try:
             argv = [str(program), f"--config-file={config}", f"--print-address={write}"]
@@ -140,7 +143,7 @@ def private_bus(limits: Mapping[str, int] | None = None) -> Iterator[Bus]:
         finally:
             os.close(write)
         try:
-            with os.fdopen(read) as announced:  # ends when it does
+            with os.fdopen(read) as announced:  # Ends when dbus-daemon does.
                 address = announced.readline().strip()
             assert address, f"dbus-daemon: {(directory / 'stderr').read_text()}"
             yield Bus(address, process)
@@ -164,29 +167,29 @@ class Daemon:
         return self.process.pid
 
     def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
-        """The first match of `pattern` (re.MULTILINE) in what it writes to stderr."""
+        """Return the first match of `pattern` (re.MULTILINE) in its stderr."""
         return self.stderr.wait_for(pattern, timeout, pidfd=self.pidfd)
 
     def wait_ready(self, timeout: float = 30) -> None:
-        """Until it has sent READY=1."""
+        """Wait until it has sent READY=1."""
         try:
             self.notify.wait_for("READY", timeout, pidfd=self.pidfd)
         except AssertionError as error:
             raise AssertionError(f"qkilld: {error}; it says:\n{self.stderr.text()}") from None
 
     def wait_gone(self, timeout: float = 30) -> int:
-        """Its exit code, when it has ended."""
+        """Wait for its end; return its exit code."""
         assert wait_gone(self.pidfd, timeout), f"qkilld is still there after {timeout} s"
         return self.process.wait()
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout: float = 30) -> int:
-        """Sends the signal and returns the exit code."""
+        """Send a signal, and wait for the end; return the exit code."""
         signal.pidfd_send_signal(self.pidfd, number)
         return self.wait_gone(timeout)
 
 
 def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") -> Path:
-    """A configuration file below a daemon's --root."""
+    """Write a configuration file below a daemon's --root."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -194,12 +197,11 @@ def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") ->
 
 
 def lab_config(policy: str = "") -> str:
-    """A qkilld.conf under which this machine's QEMU and every fake_qemu is a target.
+    """Return a qkilld.conf under which every QEMU and fake_qemu of this process is a target.
 
-    What is idle goes as soon as its grace is over. `policy` are further lines of [Policy].
+    Idle guests are killed as soon as their grace period is over. `policy`: more lines of [Policy].
     """
-    qemus = "/usr/bin/qemu-system-* /usr/local/bin/qemu-system-* " + fake_glob()
-    return f"[Target]\nExecutables={qemus}\n[Policy]\nStallSec=0\n{policy}\n"
+    return f"[Target]\nExecutables={own_qemus()}\n[Policy]\nStallSec=0\n{policy}\n"
 
 
 @contextlib.contextmanager
@@ -212,13 +214,14 @@ def daemon(
     before: Callable[[], None] | None = None,
     env: Mapping[str, str] | None = None,
     ready: bool = True,
+    system_bus: bool = False,
     program: Sequence[str | Path] = (sys.executable, "-m", "qkilld"),
 ) -> Iterator[Daemon]:
-    """`python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`, and with `ready` up at entry.
+    """Run `python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`; with `ready`, ready at entry.
 
-    `config` is its qkilld.conf (lab_config() by default), `root` a directory with the caller's own
-    configuration instead. Afterwards it is gone, if need be by SIGKILL: to see how it ends, call
-    stop(), which returns its exit code.
+    `config` is its qkilld.conf (lab_config() by default); `root` is a directory with configuration
+    to use instead. With `system_bus`, the daemon takes the bus for that of the system. It is killed
+    afterwards; stop() ends it earlier and returns its exit code.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("d"))
@@ -227,9 +230,10 @@ def daemon(
             write_config(root, lab_config() if config is None else config)
         stderr = Log(directory / "stderr")
         notify = stack.enter_context(NotifySocket(directory))
+        where = [] if system_bus else ["--bus", bus.address]
         with stderr.path.open("wb") as written:
             process = spawn(
-                [*program, "--bus", bus.address, "--root", root, *arguments],
+                [*program, *where, "--root", root, *arguments],
                 stdout=written,
                 stderr=written,
                 cwd=directory,
@@ -258,16 +262,19 @@ class CallError(Exception):
 
 
 class Client:
-    """A blocking client of the daemon, with a D-Bus library that the daemon does not use.
+    """A blocking client, with a D-Bus library that the daemon does not use.
 
-    Bodies come as jeepney gives them: a variant is a pair (signature, value); plain() undoes that.
+    Bodies are those of jeepney: a variant is a pair (signature, value), which plain() replaces by
+    the value.
     """
 
     def __init__(self, address: str, uid: int | None = None) -> None:
-        """`uid`: the bus takes us for that user (OTHER_UID, one of /etc/passwd); needs root."""
+        """`uid`: connect as that user (OTHER_UID, or one in /etc/passwd); needs root."""
+        self.calls: list[Message] = []
+        """Method calls received from others, and never answered."""
         self._replies: dict[int, Message] = {}
         self._signals: list[Message] = []
-        with _effective_uid(uid):  # what the kernel notes at connect is what the bus believes
+        with _effective_uid(uid):  # The bus uses the credentials that the kernel notes at connect.
             self._connection = open_dbus_connection(address, auth_timeout=30)
 
     @property
@@ -284,7 +291,7 @@ class Client:
         destination: str = BUS_NAME,
         no_reply: bool = False,
     ) -> int:
-        """Sends a call and does not wait; returns its serial, for reply()."""
+        """Send a call; return its serial, for reply()."""
         address = DBusAddress(path, destination, interface)
         serial: int = next(self._connection.outgoing_serial)
         message = new_method_call(address, member, signature or None, body)
@@ -294,10 +301,9 @@ class Client:
         return serial
 
     def reply(self, serial: int, timeout: float = 60) -> tuple[Any, ...]:
-        """The body of the reply to that call; what comes before it is kept.
+        """Return the body of the reply to that call; other messages are kept.
 
-        Raises CallError for an error reply, TimeoutError after so many seconds, and
-        ConnectionResetError when the bus goes away.
+        Raises CallError for an error reply, TimeoutError, and ConnectionResetError if the bus ends.
         """
         deadline = time.monotonic() + timeout
         while serial not in self._replies:
@@ -318,21 +324,21 @@ class Client:
         destination: str = BUS_NAME,
         timeout: float = 60,
     ) -> tuple[Any, ...]:
-        """send() and reply(). A variant argument is a pair (signature, value)."""
+        """Send a call and wait for its reply. A variant argument is a pair (signature, value)."""
         serial = self.send(
             member, signature, *body, path=path, interface=interface, destination=destination
         )
         return self.reply(serial, timeout)
 
     def terminate(self, pid: int, flags: int = 0, **options: tuple[str, Any]) -> str:
-        """The path of the job. Options by their name with _ for -: start_time=("t", 17)."""
+        """Return the path of the job. Options have _ instead of -: start_time=("t", 17)."""
         if not options:
             return str(self.call("Terminate", "ut", pid, flags)[0])
         named = {name.replace("_", "-"): value for name, value in options.items()}
         return str(self.call("TerminateWithOptions", "uta{sv}", pid, flags, named)[0])
 
     def wait(self, job: str, timeout: float = 60) -> tuple[str, dict[str, Any]]:
-        """(result, receipt) of the job, when it has ended."""
+        """Wait for the end of a job; return (result, receipt)."""
         result, receipt = self.call("Wait", path=job, interface=JOB_INTERFACE, timeout=timeout)
         return result, plain(receipt)
 
@@ -342,14 +348,14 @@ class Client:
     def properties(
         self, path: str = MANAGER_PATH, interface: str = MANAGER_INTERFACE
     ) -> dict[str, Any]:
-        """GetAll, in plain values."""
+        """Call GetAll; return plain values."""
         (values,) = self.call(
             "GetAll", "s", interface, path=path, interface="org.freedesktop.DBus.Properties"
         )
         return dict(plain(values))
 
     def subscribe(self, rule: str = f"type='signal',sender='{BUS_NAME}'") -> None:
-        """From now on signals of that match rule are kept for signal()."""
+        """Keep signals that match the rule, for signal()."""
         self.call(
             "AddMatch",
             "s",
@@ -362,9 +368,9 @@ class Client:
     def signal(
         self, member: str, timeout: float = 60, *, path: str | None = None
     ) -> tuple[str, tuple[Any, ...]]:
-        """(path, body) of the oldest signal of that name not yet taken, when it comes.
+        """Return (path, body) of the oldest signal of that name not returned yet.
 
-        Needs subscribe(). TimeoutError after so many seconds.
+        Waits for it, after subscribe(). Raises TimeoutError.
         """
         deadline = time.monotonic() + timeout
         seen = 0
@@ -385,6 +391,8 @@ class Client:
             self._replies[reply_to] = message
         elif message.header.message_type is MessageType.signal:
             self._signals.append(message)
+        else:
+            self.calls.append(message)
 
     def close(self) -> None:
         self._connection.close()
@@ -397,7 +405,7 @@ class Client:
 
 
 def plain(value: Any) -> Any:
-    """A value of jeepney's without the signatures of its variants."""
+    """Convert a value of jeepney to one without the signatures of variants."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""A control group of a container's own, so that two do not meet and nothing of either is left.
+"""A control group for each container, so that containers are separate and leave nothing behind.
 
     python -m tests.lab.cgroup GROUP...
 
-waits for the end of its input, then kills what is in the groups and removes them. own_cgroup() runs
-it so that this happens even where the process that made them is killed.
+waits for the end of its input, then kills the processes in the groups and removes the groups.
+own_cgroup() runs it, so that this happens even if its own process is killed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.lab.process import TOP
 
 @contextlib.contextmanager
 def own_cgroup(name: str) -> Iterator[list[Path]]:
-    """Makes a group NAME below this process's in the hierarchies that systemd uses.
+    """Make a group NAME below this process's group in the hierarchies that systemd uses.
 
-    Yields its directories: one in cgroup v2, one in v1's name=systemd, or both where there are
-    both. To put a process into it, write its pid to their cgroup.procs. When this ends, or this
-    process does, what is in the group is killed and the group removed. Raises OSError where groups
-    cannot be made.
+    Yields its directories: one in cgroup v2, one in v1's name=systemd, or both. To move a process
+    there, write its pid to their cgroup.procs. At the end of the context or of this process, the
+    processes in the group are killed and the group is removed. Raises OSError if groups cannot be
+    made.
     """
     with contextlib.ExitStack() as stack:
         groups = []
@@ -35,7 +35,8 @@ def own_cgroup(name: str) -> Iterator[list[Path]]:
             (parent / name).mkdir()
             groups.append(parent / name)
             stack.callback(_remove_empty, parent / name)
-        # In a session of its own and without a parent-death signal: it has to outlive this process.
+        # In its own session and without a parent-death signal, because it must outlive this
+        # process.
         guard = subprocess.Popen(
             [sys.executable, "-m", "tests.lab.cgroup", *map(str, groups)],
             stdin=subprocess.PIPE,
@@ -49,7 +50,7 @@ def own_cgroup(name: str) -> Iterator[list[Path]]:
 
 
 def _own_directories() -> Iterator[Path]:
-    """This process's group in each hierarchy that systemd uses."""
+    """Yield this process's group in each hierarchy that systemd uses."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -60,12 +61,12 @@ def _own_directories() -> Iterator[Path]:
         kind, options = after[0], after[-1].split(",")
         key = "" if kind == "cgroup2" else "name=systemd" if "name=systemd" in options else None
         if kind in ("cgroup", "cgroup2") and key in own:
-            # Once each: a hierarchy may be mounted twice.
+            # Only once: a hierarchy may be mounted twice.
             yield Path(mounted_at) / os.path.relpath(own.pop(key), root)
 
 
 def _clear(groups: list[Path]) -> None:
-    """Kills what is in the groups and removes them; tries for 30 s."""
+    """Kill the processes in the groups and remove the groups; tries for 30 s."""
     deadline = time.monotonic() + 30
     while any(group.exists() for group in groups) and time.monotonic() < deadline:
         for group in groups:
@@ -74,7 +75,7 @@ def _clear(groups: list[Path]) -> None:
                     for pid in procs.read_text().split():
                         os.kill(int(pid), signal.SIGKILL)
             _remove_empty(group)
-        # There is no event for an empty group that v1 and v2 have in common.
+        # v1 and v2 have no common event for an empty group.
         time.sleep(0.02)
 
 

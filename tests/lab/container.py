@@ -1,10 +1,10 @@
 """A throwaway system with its own systemd, journald and D-Bus, up in about two seconds.
 
-It is this machine's own root file system with everything written to memory, so the programs are
-those that are installed here; what this machine has enabled or configured for systemd is hidden.
-It has a network, process ids and a bus of its own. The checkout is at /opt/qkilld, read-only.
+It uses this host's root file system, with all writes going to memory, so it has the programs that
+are installed here. The host's systemd configuration and enabled units are hidden. It has its own
+network, PID namespace and bus. The checkout is at /opt/qkilld, read-only.
 
-/tmp is a fresh tmpfs inside: put what is needed elsewhere.
+Inside, /tmp is an empty tmpfs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +33,10 @@ from tests.lab.process import TOP, Stream, children, communicate, end, spawn, wa
 from tests.lab.scratch import scratch
 
 CHECKOUT: Final = "/opt/qkilld"
-"""Where the checkout is inside."""
+"""The path of the checkout inside."""
 PYTHON: Final = f"{CHECKOUT}/.venv/bin/python"
+BUSES: Final = ("dbus-daemon", "dbus-broker")
+_message_bus = BUSES[0]
 
 _CLONE_NEWNET: Final = 0x40000000
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -50,7 +53,7 @@ _ENVIRONMENT: Final = {
 }
 
 _HIDDEN: Final = ("etc/systemd", "etc/qkilld", "usr/lib/qkilld")
-"""Directories of this machine that do not show inside."""
+"""Directories of the host that are hidden inside."""
 
 _FILES: Final = {
     "etc/machine-id": "",
@@ -64,7 +67,7 @@ _FILES: Final = {
 }
 
 _MASKED: Final = (
-    # Of hardware and kernel, which are this machine's.
+    # Units for hardware and the kernel, which belong to the host.
     "dev-hugepages.mount",
     "dev-mqueue.mount",
     "kmod-static-nodes.service",
@@ -83,7 +86,7 @@ _MASKED: Final = (
     "systemd-sysctl.service",
     "systemd-udev-trigger.service",
     "systemd-udevd.service",
-    # Of a first boot, an update or long running.
+    # Units for a first boot, an update or a long uptime.
     "ldconfig.service",
     "systemd-firstboot.service",
     "systemd-journal-catalog-update.service",
@@ -96,13 +99,13 @@ _MASKED: Final = (
 
 
 class Container:
-    """A booted one."""
+    """A running container."""
 
     def __init__(self, name: str, leader: int, console: Log) -> None:
         self.name = name
-        """Of the machine, and of its control group on this one."""
+        """The name of the machine, and of its control group on the host."""
         self.leader = leader
-        """The pid of its systemd, as this machine counts."""
+        """The pid of its systemd on the host."""
         self.console = console
 
     def run(
@@ -114,9 +117,9 @@ class Container:
         uid: int | None = None,
         env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command inside, as root or as that user, with an environment of its own.
+        """Run a command inside, as root or as `uid`, with its own environment.
 
-        With `check` a failure is an AssertionError that tells what the command said.
+        With `check`, a failure becomes an AssertionError with the command's output.
         """
         with self.spawn(
             *command,
@@ -137,7 +140,7 @@ class Container:
         uid: int | None = None,
         env: dict[str, str] | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """Starts a command inside, with a pipe for its output; afterwards it is gone."""
+        """Run a command inside for the duration of the context, with a pipe for its output."""
         process = spawn(
             self._enter(command, uid),
             stdin=stdin,
@@ -148,8 +151,8 @@ class Container:
         try:
             yield process
         finally:
-            # The command is nsenter's child. Killed before nsenter it is reaped by it; left to us
-            # as a zombie it would keep its pid namespace, and so the container, from ending.
+            # The command is a child of nsenter, which reaps it if it is killed first. As a zombie
+            # of ours, it would keep its PID namespace, and so the container, from ending.
             if process.poll() is None:
                 for pid in children(process.pid):
                     with contextlib.suppress(ProcessLookupError):
@@ -159,21 +162,23 @@ class Container:
             end(process)
 
     def python(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """The checkout's python, e.g. `python("-m", "qkilld.ctl", "list")`; options as run()."""
+        """Run the checkout's python, e.g. `python("-m", "qkilld.ctl", "list")`; options as for
+        run()."""
         return self.run(PYTHON, *arguments, **options)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """A file inside. Symbolic links on the way are those inside."""
+        """Write a file inside, following symbolic links as they are inside."""
         script = 'mkdir -p "$(dirname "$1")" && cat >"$1" && chmod "$2" "$1"'
         self.run("sh", "-c", script, "sh", path, f"{mode:o}", input=text)
 
     def copy_in(self, source: Path, path: str, mode: int = 0o644) -> None:
-        """A text file of this machine, at `path` inside."""
+        """Copy a text file of the host to `path` inside."""
         self.write(path, source.read_text(), mode)
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """What is started herein is outside of it, and in its network: it outlives a shutdown."""
+        """Programs started in this context run on the host, but in the container's network: they
+        outlive its shutdown."""
         outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         inside = os.open(f"/proc/{self.leader}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -185,19 +190,33 @@ class Container:
             os.close(outside)
 
     def property(self, unit: str, name: str) -> str:
-        """A property of a unit, as `systemctl show` has it: MainPID, ActiveState, Result, ..."""
+        """Return a property of a unit, as `systemctl show` prints it: MainPID, ActiveState, Result,
+        ..."""
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).stdout.strip()
 
+    def outside(self, pid: int) -> int:
+        """Return the pid on the host of a process inside."""
+        inside = Path(f"/proc/{self.leader}/ns/pid").readlink()
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (directory / "ns/pid").readlink() == inside:
+                    status = (directory / "status").read_text()
+                    outer, *_, inner = status.partition("NSpid:")[2].splitlines()[0].split()
+                    if int(inner) == pid:
+                        return int(outer)
+        raise AssertionError(f"no process {pid} in {self.name}")
+
     def journal(self, *matches: str) -> list[dict[str, Any]]:
-        """Every entry with those matches (FIELD=VALUE, or options of journalctl), oldest first."""
+        """Return all journal entries with those matches (FIELD=VALUE, or options of journalctl),
+        oldest first."""
         self.run("journalctl", "--sync")
         entries = self.run("journalctl", "--output=json", "--all", "--no-pager", "-q", *matches)
         return [json.loads(line) for line in entries.stdout.splitlines()]
 
     def wait_journal(self, *matches: str, timeout: float = 30) -> dict[str, Any]:
-        """The oldest entry with those matches, as soon as there is one.
+        """Wait for a journal entry with those matches; return the oldest.
 
-        AssertionError if the time (seconds) runs out before.
+        AssertionError after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         follow = ("journalctl", "--follow", "--lines=all", "--output=json", "--all", "-q")
@@ -222,12 +241,24 @@ class Container:
         return [nsenter, *where, *user, "--", *inside]
 
 
-@contextlib.contextmanager
-def boot() -> Iterator[Container]:
-    """Boots one, and returns when its systemd says that it is up.
+def use(message_bus: str) -> None:
+    """Have every container run this message bus from now on: one of BUSES."""
+    global _message_bus
+    _message_bus = message_bus
 
-    Raises needs.Missing, with the reason, where that cannot be had. Nothing is left afterwards:
-    mounts and processes go with this process, however it ends.
+
+@contextlib.contextmanager
+def boot(
+    lower: Path = Path("/"), *, unified: bool | None = None, message_bus: str = ""
+) -> Iterator[Container]:
+    """Boot a container, ready at entry.
+
+    `lower`: the root file system of another system. `unified`: with cgroup v2 only, or without it;
+    None for systemd-nspawn's choice, which is that of the host. `message_bus`: one of BUSES, for
+    the system and for users; "" for the one that was chosen by use().
+
+    Raises needs.Missing with the reason if that is impossible. Mounts and processes end with this
+    process, whatever ends it.
     """
     needs.root("a container")
     nspawn = needs.program("systemd-nspawn", "systemd-container")
@@ -239,8 +270,10 @@ def boot() -> Iterator[Container]:
         except OSError as error:
             raise needs.Missing(f"no control group can be made for a container: {error}") from None
         _write_upper(directory / "upper")
-        # Mounted upon in a namespace of the container's own, so that two runs may share it. Not in
-        # the scratch directory: /tmp may be a mount that the container has to do without.
+        if (message_bus or _message_bus) == "dbus-broker":
+            _put_broker(lower, directory / "upper")
+        # Mounts are in a mount namespace of the container, so runs can share this directory. It is
+        # not in the scratch directory, because /tmp may be a mount that is missing inside.
         mountpoint = CACHE / "container"
         mountpoint.mkdir(parents=True, exist_ok=True)
         console = Log(directory / "console")
@@ -253,14 +286,18 @@ def boot() -> Iterator[Container]:
 
         upper = directory / "upper"
         environment = {"NOTIFY_SOCKET": str(notify.path), "SYSTEMD_LOG_TARGET": "console"}
+        if unified is not None:
+            environment["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = str(int(unified))
         with console.path.open("wb") as output:
             process = spawn(
                 [
-                    *(sys.executable, "-m", "tests.lab.nspawn", mountpoint, upper, "--"),
+                    *(sys.executable, "-m", "tests.lab.nspawn", mountpoint, lower, upper, "--"),
                     *(nspawn, "--directory={root}", "--boot", f"--machine={name}"),
                     *("--register=no", "--keep-unit", "--notify-ready=yes", "--private-network"),
                     *("--capability=all", "--link-journal=no", "--resolv-conf=off"),
                     *("--timezone=off", "--console=pipe"),
+                    # nspawn forbids it, but real machines do not.
+                    "--system-call-filter=pidfd_getfd",
                     f"--bind-ro={escaped}:{CHECKOUT}:norbind",
                 ],
                 stdout=output,
@@ -283,20 +320,20 @@ def boot() -> Iterator[Container]:
             raise needs.Missing(
                 f"systemd does not boot in a container here: {error}:\n{said}"
             ) from None
-        # Its systemd goes on sending its status, and would stand still on a socket nobody reads.
+        # Its systemd continues to send its status, and would block on a socket that nobody reads.
         notify.close()
         yield Container(name, leader, console)
 
 
 def _set_network(namespace: int) -> None:
-    """Of this thread."""
+    """Set the network namespace of this thread."""
     if _libc.setns(namespace, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
 
 
 def install(container: Container, *variables: str) -> None:
-    """`make install` in it, with these variables of make (`PREFIX=/usr/local`), and what an
-    administrator does after it. The programs run by the checkout's python."""
+    """Run `make install` inside, with these variables of make (`PREFIX=/usr/local`), and what an
+    administrator runs afterwards. Programs run with the checkout's python."""
     make = ("make", "-C", CHECKOUT, "install")
     container.run(*make, f"PYTHON={PYTHON}", *variables)
     container.run("systemctl", "daemon-reload")
@@ -307,12 +344,34 @@ def install(container: Container, *variables: str) -> None:
 def _power_off(leader_pidfd: int, nspawn_pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(leader_pidfd, signal.SIGKILL)
-    # Everything inside has gone with its first process when nspawn says so by ending.
+    # Once nspawn has ended, all processes inside have ended too.
     wait_gone(nspawn_pidfd, 30)
 
 
+def _put_broker(lower: Path, upper: Path) -> None:
+    """Make dbus-broker the message bus: the one that is installed there, or else the one that
+    set-up has unpacked. Raises needs.Missing."""
+    files = ("bin/dbus-broker", "bin/dbus-broker-launch")
+    if not (lower / "usr" / files[0]).exists():
+        unpacked = CACHE / "guest"
+        if not (unpacked / "usr" / files[0]).exists():
+            raise needs.Missing("there is no dbus-broker in .lab/guest: run `make setup`")
+        for name in files:
+            (upper / "usr" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(unpacked / "usr" / name, upper / "usr" / name)
+        # Debian 12 has one of the two units below /lib.
+        for source in unpacked.glob("**/systemd/*/dbus-broker.service"):
+            target = upper / "usr/lib/systemd" / source.parent.name / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    for manager in ("system", "user"):
+        link = upper / "etc/systemd" / manager / "dbus.service"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"/usr/lib/systemd/{manager}/dbus-broker.service")
+
+
 def _write_upper(upper: Path) -> None:
-    """The tree that lies above this machine's root file system."""
+    """Make the tree that covers the host's root file system."""
     for hidden in _HIDDEN:
         (upper / hidden).mkdir(parents=True)
         (upper / hidden / ".hide").touch()

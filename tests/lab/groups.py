@@ -1,9 +1,9 @@
-"""A control group anywhere: in any hierarchy, below any group.
+"""A control group in any hierarchy, below any group.
 
     python -m tests.lab.groups GROUP
 
-waits for the end of its input, then thaws the group, kills what is in it and removes it.
-temporary_group() runs it so that this happens even where the process that made it is killed.
+waits for the end of its input, then thaws the group, kills its processes and removes it.
+temporary_group() runs it, so that this happens even if its own process is killed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tests.lab.process import TOP
 
 @contextlib.contextmanager
 def temporary_group(parent: Path) -> Iterator[Path]:
-    """A new group in this directory of a cgroup file system, v1 or v2.
+    """Make a group in this directory of a cgroup file system, v1 or v2.
 
-    To put a process into it, write its pid to its cgroup.procs. When this ends, or this process
-    does, the group is thawed, what is in it is killed and the group removed. Raises OSError where
-    groups cannot be made there.
+    To move a process there, write its pid to the group's cgroup.procs. At the end of the context or
+    of this process, the group is thawed, its processes are killed and the group is removed. Raises
+    OSError if groups cannot be made there.
     """
     group = parent / f"qkilld-lab-{os.getpid()}-{time.monotonic_ns():x}"
     group.mkdir()
-    # In a session of its own and without a parent-death signal: it has to outlive this process.
+    # In its own session and without a parent-death signal, because it must outlive this process.
     guard = subprocess.Popen(
         [sys.executable, "-m", "tests.lab.groups", str(group)],
         stdin=subprocess.PIPE,
@@ -43,7 +43,7 @@ def temporary_group(parent: Path) -> Iterator[Path]:
 
 
 def _thaw(group: Path) -> None:
-    """In v1 SIGKILL waits for the end of the freeze."""
+    """In v1, SIGKILL takes effect only after the group is thawed."""
     for state in group.rglob("freezer.state"):
         with contextlib.suppress(OSError):
             state.write_text("THAWED")

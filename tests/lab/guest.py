@@ -1,11 +1,12 @@
-"""Processes to stop: a guest that runs Linux, a QEMU without one, and a cheap stand-in.
+"""Targets: a guest that runs Linux, a QEMU without one, and a cheap substitute.
 
-    boot_guest    a real QEMU that boots a kernel, whose job writes, computes or idles
-    start_qemu    a real QEMU with nothing in it (-M none), up in 0.1 s
-    fake_qemu     a static busybox under QEMU's name, for numbers; `stubborn` ignores SIGTERM
+    boot_guest       a real QEMU that boots a kernel, whose job writes, computes or idles
+    start_qemu       a real QEMU without a machine (-M none), up in 0.1 s
+    fake_qemu        a static busybox under QEMU's name, cheap; `stubborn` ignores SIGTERM
+    scripted_qemu    a Python script under QEMU's name, for behaviour that no QEMU has
 
-Each returns a running Guest, to be used as a context manager: afterwards the process is gone,
-whatever state it was in, and so is everything that was written for it.
+Each returns a running Guest, a context manager: afterwards the process has ended, whatever its
+state, and its files are removed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import uuid as uuid_module
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,31 +34,56 @@ from tests.lab.scratch import run_directory, scratch
 QEMU: Final = "qemu-system-x86_64"
 
 
-def fake_glob() -> str:
-    """For `Executables=`: where every fake_qemu of this run has its executable."""
+FIRST_THREAD_EXITS: Final = """
+import ctypes, platform, threading, time
+print("ready", flush=True)
+threading.Thread(target=time.sleep, args=(600,)).start()
+exit = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+ctypes.CDLL(None).syscall(exit, 0)
+"""
+"""For scripted_qemu: exit(2), which ends only the calling thread."""
+
+
+def own_qemus() -> str:
+    """Return globs for `Executables=`: every QEMU and fake_qemu of this process, and no other."""
     return f"{run_directory()}/*/{QEMU}"
 
 
 @functools.cache
+def _qemu() -> Path:
+    """Return a copy of the host's QEMU, so that own_qemus() excludes those of other test runs.
+
+    QEMU looks for firmware and modules relative to its executable: ../share and ../lib. Raises
+    needs.Missing.
+    """
+    installed = needs.program(QEMU, "qemu-system-x86").resolve()
+    copy = run_directory() / "bin" / QEMU
+    copy.parent.mkdir()
+    for name in ("share", "lib"):
+        (run_directory() / name).symlink_to(installed.parents[1] / name)
+    return Path(shutil.copy(installed, copy))
+
+
+@functools.cache
 def _busybox() -> Path:
-    """One copy a run; every fake_qemu has a link to it under a name of its own."""
+    """Return one copy for each run; every fake_qemu is a link to it under another name."""
     return Path(shutil.copy(busybox(), run_directory() / "busybox"))
 
 
 @dataclass
 class Guest:
-    """A running target. `stack` undoes what was made for it."""
+    """A running target. `stack` removes what was made for it."""
 
     pid: int
     name: str
     uuid: str
     pidfd: int
-    """Ours, readable when the process has ended."""
+    """Readable when the process has ended."""
     directory: Path
-    """Its own, gone with it. Holds serial, qmp, pid and disks."""
+    """Contains serial, qmp, pid and disks; removed with the guest."""
     executable: Path
     process: subprocess.Popen[bytes] | None = None
-    """None where QEMU made itself a daemon (`daemonize`)."""
+    """None if QEMU daemonized itself (`daemonize`)."""
     serial: Log | None = None
     qmp: Path | None = None
     pidfile: Path | None = None
@@ -69,34 +96,34 @@ class Guest:
         return int(stat[stat.rindex(")") + 2 :].split()[19])
 
     def wait_for(self, pattern: str, timeout: float = 60) -> str:
-        """Waits for a line with that pattern (re) on the serial line; returns what matched.
+        """Wait for a match of the pattern (re) on the serial line; return the matched text.
 
-        AssertionError if the guest ends or the time (seconds) runs out before.
+        AssertionError if the guest ends first, or after `timeout` seconds.
         """
         assert self.serial is not None, f"{self.name} has no serial line"
         return self.serial.wait_for(pattern, timeout, pidfd=self.pidfd)[0]
 
     def wait_gone(self, timeout: float = 30) -> int | None:
-        """Waits for the end. The exit code (-N: by signal N), or None where it is not our child.
+        """Wait for the end; return the exit code (-N: by signal N), None if it is not our child.
 
-        AssertionError if it is still there after `timeout` seconds.
+        AssertionError after `timeout` seconds.
         """
         assert wait_gone(self.pidfd, timeout), f"{self.name} is still there after {timeout} s"
         return None if self.process is None else self.process.wait()
 
     @property
     def stderr(self) -> str:
-        """What QEMU said."""
+        """QEMU's stderr."""
         path = self.directory / "stderr"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def alive(self) -> bool:
-        """False from the moment it ended, reaped or not."""
+        """False once it has ended, reaped or not."""
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Through the pidfd; raises ProcessLookupError when it is gone."""
+        """Send a signal through the pidfd. Raises ProcessLookupError if it is gone."""
         signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
@@ -110,7 +137,7 @@ class Guest:
 
 
 def make_disk(path: Path, size: str = "1G", format: str = "qcow2") -> Path:
-    """An empty image. `size` as qemu-img takes it."""
+    """Make an empty image. `size` in qemu-img's format."""
     run(
         [needs.program("qemu-img", "qemu-utils"), "create", "-q", "-f", format, path, size],
         check=True,
@@ -133,20 +160,23 @@ def boot_guest(
     qmp: bool = False,
     pidfile: bool = False,
     daemonize: bool = False,
+    append: str = "",
     arguments: Sequence[str] = (),
     uid: int | None = None,
     wait: bool = True,
 ) -> Guest:
-    """Boots Linux in a real QEMU (tcg) and, with `wait`, returns when its job is under way (2 s).
+    """Boot Linux in a real QEMU (tcg); with `wait`, return when its job runs (2 s).
 
-    job      idle; busy (one processor in full); writer: `records` records of 4 KiB with O_DIRECT,
-             see initramfs/writer.c for `stride` (bytes) and `passes`. It says ACK N after each.
-    disk     a file or what -drive file= takes (nbd://...); the guest sees it as NVMe. A writer
-             without one gets a fresh qcow2 of 1 GiB in the guest's directory (disk.qcow2).
+    job      idle; busy (uses one processor); writer: `records` records of 4 KiB with O_DIRECT, see
+             initramfs/writer.c for `stride` (bytes) and `passes`, prints ACK N after each; power:
+             reacts to its power button as `append` says: lab.power=off, reboot, nothing, or work
+             for lab.seconds=N and then off; with lab.busy=1 it computes meanwhile.
+    disk     a file, or any value of -drive file= (nbd://...); the guest sees it as NVMe. A writer's
+             default is a new qcow2 of 1 GiB in the guest's directory (disk.qcow2).
     memory   MiB
-    uid      as that user; needs root
+    uid      run as that user; needs root
 
-    Raises needs.Missing where set-up has not run, AssertionError where the guest does not come up.
+    Raises needs.Missing if set-up has not run, AssertionError if the guest does not boot.
     """
     image = guest_image()
     with contextlib.ExitStack() as stack:
@@ -154,7 +184,7 @@ def boot_guest(
         if disk is None and job == "writer":
             disk = make_disk(directory / "disk.qcow2")
         serial = Log(directory / "serial")
-        command_line = f"console=ttyS0 quiet panic=-1 nokaslr lab.job={job}"
+        command_line = f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check lab.job={job} {append}"
         if job == "writer":
             command_line += f" lab.records={records} lab.stride={stride} lab.passes={passes}"
         machine = [
@@ -185,7 +215,7 @@ def boot_guest(
 
 
 LARGE: Final = ("-object", "memory-backend-ram,id=m,size=3G,prealloc=on,share=on")
-"""For start_qemu: with memory that the kernel takes the better part of a second to take apart."""
+"""For start_qemu: memory that takes the kernel most of a second to free."""
 
 
 def start_qemu(
@@ -198,10 +228,10 @@ def start_qemu(
     arguments: Sequence[str] = (),
     uid: int | None = None,
 ) -> Guest:
-    """A real QEMU with no machine in it.
+    """Start a real QEMU without a machine.
 
-    With `qmp` (or `daemonize`) it returns when QEMU's main loop runs, so that SIGTERM meets QEMU's
-    own handler; without, as soon as the program is started.
+    With `qmp` (or `daemonize`), return when QEMU's main loop runs, so that QEMU handles SIGTERM;
+    without, as soon as the program is started.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("q"))
@@ -221,10 +251,10 @@ def fake_qemu(
     arguments: Sequence[str] | None = None,
     uid: int | None = None,
 ) -> Guest:
-    """A process that does nothing, for ever, and whose executable has QEMU's name (fake_glob).
+    """Start a process that does nothing, whose executable has QEMU's name (own_qemus).
 
     Its command line ends in `-name NAME -uuid UUID`, or in `arguments`. `stubborn`: it ignores
-    SIGTERM and SIGINT. Nothing need be waited for: what it ignores, it ignores at return.
+    SIGTERM and SIGINT, already when this returns.
     """
     uuid = uuid or str(uuid_module.uuid4())
     if arguments is None:
@@ -233,12 +263,12 @@ def fake_qemu(
         directory = stack.enter_context(scratch("f"))
         executable = directory / QEMU
         executable.hardlink_to(_busybox())
-        # It reads from a pipe whose writing end is its own.
+        # It reads from a pipe whose write end it holds itself.
         os.mkfifo(directory / "never")
         never = os.open(directory / "never", os.O_RDWR)
         try:
             process = spawn(
-                # busybox goes by argv[0]; the words after the script are its $0, $1, ...
+                # busybox uses argv[0]; the words after the script are its $0, $1, ...
                 ["sh", "-c", "read nothing", QEMU, *arguments],
                 executable=executable,
                 stdin=never,
@@ -255,15 +285,42 @@ def fake_qemu(
         return guest
 
 
+def scripted_qemu(script: str, *, name: str = "lab", uid: int | None = None) -> Guest:
+    """Run a Python script whose executable has QEMU's name (own_qemus).
+
+    Returns when it has printed and flushed "ready"; further output is in `serial`.
+    """
+    uuid = str(uuid_module.uuid4())
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("p"))
+        executable = Path(shutil.copy(Path(sys.executable).resolve(), directory / QEMU))
+        (directory / "said").touch()
+        with (directory / "said").open("ab") as said:
+            process = spawn(
+                [QEMU, "-S", "-c", script, "-name", name, "-uuid", uuid],
+                executable=executable,
+                stdout=said,
+                env={"PYTHONHOME": sys.base_prefix},
+                uid=uid,
+            )
+        stack.callback(end, process)
+        guest = Guest(process.pid, name, uuid, os.pidfd_open(process.pid), directory, executable)
+        stack.callback(os.close, guest.pidfd)
+        guest.process, guest.serial = process, Log(directory / "said")
+        guest.wait_for("^ready$")
+        guest.stack = stack.pop_all()
+        return guest
+
+
 def _ignore_polite_signals() -> None:
-    # What a process ignores it goes on ignoring over exec.
+    # Ignored signals stay ignored after exec.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What a QEMU of any kind is known and reached by."""
+    """The names of a QEMU, and the ways to reach it."""
 
     name: str
     uuid: str | None
@@ -279,8 +336,8 @@ def _start(
     names: _Names,
     uid: int | None,
 ) -> Guest:
-    """Starts QEMU; `stack` will end it."""
-    executable = needs.program(QEMU, "qemu-system-x86").resolve()
+    """Start QEMU; `stack` ends it."""
+    executable = _qemu()
     uuid = names.uuid or str(uuid_module.uuid4())
     qmp = directory / "qmp" if names.qmp else None
     pidfile = directory / "pid" if names.pidfile or names.daemonize else None
@@ -301,7 +358,7 @@ def _start(
     stack.callback(end, process)
     pid = process.pid
     if names.daemonize:
-        # Its first process goes when the guest runs, or when it cannot.
+        # Its first process exits when the guest runs, or cannot run.
         assert process.wait(30) == 0, (directory / "stderr").read_text()
         assert pidfile is not None
         orphan = Orphan(int(pidfile.read_text()))
@@ -315,16 +372,16 @@ def _start(
 
 
 def _greet(guest: Guest) -> None:
-    """Has one QMP command answered, which QEMU's main loop does."""
+    """Make QEMU's main loop answer one QMP command."""
     assert guest.qmp is not None
-    wait_for_path(guest.qmp, 30, pidfd=guest.pidfd)
+    wait_for_path(guest.qmp, 90, pidfd=guest.pidfd)
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(30)
+        connection.settimeout(90)
         while True:
             try:
                 connection.connect(str(guest.qmp))
                 break
-            except ConnectionRefusedError:  # bound, and in a moment it listens
+            except ConnectionRefusedError:  # It is bound, and about to listen.
                 assert guest.alive, guest.stderr
         connection.sendall(b'{"execute": "qmp_capabilities"}')
         answer = b""

@@ -1,4 +1,4 @@
-"""What a guest boots: the kernel that set-up unpacked, and an initramfs that is built here once."""
+"""The kernel and initramfs for guests: unpacked by set-up, and built here once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from tests.lab.process import TOP, run
 from tests.lab.scratch import run_directory
 
 CACHE: Final = TOP / ".lab"
-"""What set-up fetched and what was built from it. Not part of the project."""
+"""Files that set-up downloaded, and what was built from them. Not part of the project."""
 _SOURCES: Final = Path(__file__).with_name("initramfs")
+_MODULES: Final = (
+    *("acpi/button", "input/evdev", "virtio/virtio", "virtio/virtio_ring", "block/virtio_blk"),
+    *("virtio/virtio_pci_legacy_dev", "virtio/virtio_pci_modern_dev", "virtio/virtio_pci"),
+)
+"""For the power button, and for disks whose state can be saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +31,10 @@ class Image:
 
 
 def guest_image() -> Image:
-    """Kernel and initramfs, built if the built one is not of these sources.
+    """Return the kernel and an initramfs of the current sources, which is built if necessary.
 
-    Two processes may build at once: each builds aside and renames. Raises needs.Missing.
+    Concurrent builds are safe, because each writes to its own file and renames it. Raises
+    needs.Missing.
     """
     kernels = sorted(CACHE.glob("guest/boot/vmlinuz-*"))
     if not kernels:
@@ -37,7 +43,7 @@ def guest_image() -> Image:
 
 
 def busybox() -> Path:
-    """A static one. Raises needs.Missing."""
+    """Return a static busybox. Raises needs.Missing."""
     for path in (CACHE / "guest/bin/busybox", Path("/bin/busybox")):
         if path.exists():
             return path
@@ -49,10 +55,15 @@ def _initramfs() -> Path:
     cpio = needs.program("cpio", "cpio")
     gcc = needs.program("gcc", "gcc libc6-dev")
     programs = sorted(_SOURCES.glob("*.c"))
-    inputs = [static, _SOURCES / "init", *programs, Path(__file__)]
+    modules = [
+        path
+        for name in _MODULES
+        for path in CACHE.glob(f"guest/lib/modules/*/kernel/drivers/{name}.ko")
+    ]
+    inputs = [static, _SOURCES / "init", *programs, *modules, Path(__file__)]
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in inputs))
     name = f"initramfs-{digest.hexdigest()[:16]}.cpio"
-    # A checkout that belongs to somebody else may be read and not written.
+    # The checkout of another user may be read-only.
     home = CACHE if os.access(CACHE, os.W_OK) else run_directory()
     for built in (CACHE / name, home / name):
         if built.exists():
@@ -60,12 +71,15 @@ def _initramfs() -> Path:
     with tempfile.TemporaryDirectory(prefix="build-", dir=home) as work:
         root = Path(work) / "root"
         (root / "bin").mkdir(parents=True)
+        (root / "lib").mkdir()
+        for module in modules:
+            shutil.copy(module, root / "lib")
         shutil.copy(static, root / "bin/busybox")
         shutil.copy(_SOURCES / "init", root / "init")
         (root / "init").chmod(0o755)
         for source in programs:
             run([gcc, "-O2", "-static", "-o", root / "bin" / source.stem, source], check=True)
-        # /dev/console, which the first process is given, is in the kernel's own initramfs.
+        # The kernel's own initramfs has /dev/console, for the first process.
         archive = Path(work) / "cpio"
         pack = 'cd "$1" && find . | "$2" -o -H newc -R 0:0 --quiet >"$3"'
         run(["sh", "-c", pack, "sh", root, cpio, archive], check=True)

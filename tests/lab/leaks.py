@@ -17,15 +17,15 @@ import psutil
 from tests.lab import process
 
 ENDING_S: Final = 1.0
-"""A thread that does no more than end is given so long."""
+"""Time for a thread that has finished its work to end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What this process has at one moment."""
+    """The processes, descriptors and threads of this process at one moment."""
 
     children: frozenset[tuple[int, float]]
-    """(pid, start) of each child. Orphans are among them: see process.become_subreaper()."""
+    """(pid, start) of each child, including orphans: see process.become_subreaper()."""
     descriptors: frozenset[tuple[int, str]]
     """(number, what it refers to)."""
     threads: frozenset[int]
@@ -39,7 +39,7 @@ class Snapshot:
         )
 
     def leaks_since(self, before: Snapshot) -> list[str]:
-        """One line for each thing that was not there before."""
+        """Return one line for each thing that is new."""
         return [
             *(f"a process: {_describe(pid)}" for pid, _ in self.children - before.children),
             *(f"descriptor {n}: {what}" for n, what in self.descriptors - before.descriptors),
@@ -49,9 +49,9 @@ class Snapshot:
 
 @contextlib.contextmanager
 def unfinished_tasks() -> Iterator[list[str]]:
-    """Collects the tasks that were still under way when an asyncio.run() came to its end.
+    """Collect the tasks that were still running at the end of asyncio.run().
 
-    asyncio cancels them without a word. Loops that are not closed show as open descriptors.
+    asyncio cancels them silently. Loops that are not closed appear as open descriptors.
     """
     left: list[str] = []
     cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def unfinished_tasks() -> Iterator[list[str]]:
 
 
 def end_processes(before: Snapshot) -> None:
-    """Kills and reaps the children that were not there before: one test's leak is only its own."""
+    """Kill and reap the new children, so that they are not reported for the next test too."""
     known = {pid for pid, _ in before.children}
     for pid in process.children(os.getpid()):
         if pid not in known:
@@ -77,7 +77,7 @@ def end_processes(before: Snapshot) -> None:
 
 
 def _children() -> list[psutil.Process]:
-    """The direct ones, zombies aside: those were orphans, whom init would have reaped."""
+    """Return the direct children, except zombies: those are orphans, which init would reap."""
     found = []
     for pid in process.children(os.getpid()):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -101,7 +101,7 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 
 
 def _thread_names(idents: frozenset[int]) -> list[str]:
-    """Of those that go on: one that has done its work may yet be on its way out."""
+    """Return the names of threads that are not about to end."""
     found = [thread for thread in threading.enumerate() if (thread.ident or 0) in idents]
     for thread in found:
         thread.join(ENDING_S)

@@ -1,4 +1,4 @@
-"""Files that one can wait upon: a guest's serial line, a daemon's stderr, a socket."""
+"""Wait for files and their content: a guest's serial line, a daemon's stderr, a socket."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _T = TypeVar("_T")
 
 
 class TimedOut(AssertionError):
-    """What was waited for did not come."""
+    """A wait timed out."""
 
 
 def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> None:
-    """Returns when there is something at `path`; TimedOut otherwise, or if the process ends."""
+    """Wait until `path` exists. Raises TimedOut, also if the process ends."""
     _watch(
         path.parent,
         _IN_CREATE | _IN_MOVED_TO,
@@ -38,10 +38,10 @@ def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> No
 
 
 class Log:
-    """The text that a process writes to a file."""
+    """A text file that a process writes."""
 
     def __init__(self, path: Path) -> None:
-        """The file is made if it is not there."""
+        """Creates the file if it is missing."""
         self.path = path
         path.touch()
 
@@ -54,11 +54,10 @@ class Log:
     def wait_for(
         self, pattern: str, timeout: float = 60, *, pidfd: int | None = None, since: int = 0
     ) -> re.Match[str]:
-        """The first match of `pattern` (re.MULTILINE) past `since` characters, when it comes.
+        """Wait for a match of `pattern` (re.MULTILINE) after `since` characters; return it.
 
-        Woken by inotify, and by the end of the writer where its `pidfd` is given. TimedOut, an
-        AssertionError, with the text so far if the time (seconds) runs out or the writer ends
-        without a match.
+        Woken by inotify and, with `pidfd`, by the end of the writer. Raises TimedOut with the text
+        so far after `timeout` seconds, or if the writer ends without a match.
         """
         expression = re.compile(pattern, re.MULTILINE)
         return _watch(
@@ -79,7 +78,7 @@ def _watch(
     pidfd: int | None,
     wanted: Callable[[], str],
 ) -> _T:
-    """What `look` finds, asked again at each of these inotify events at `path`."""
+    """Return the first result of `look`, called again at each of these inotify events at `path`."""
     deadline = time.monotonic() + timeout
     watch = _libc.inotify_init1(_IN_CLOEXEC)
     if watch < 0:

@@ -1,4 +1,4 @@
-"""What the lab needs of the machine, and how it says so where that is not there."""
+"""What the lab needs from the host, and the error if that is missing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 class Missing(Exception):
-    """Something that the lab needs is not on this machine; the text says what, and what to do.
+    """Something that the lab needs is missing; the text says what, and what to do.
 
-    A test that this reaches is skipped with that text, or fails with it where CI=true.
+    A test that raises it is skipped with that text, or fails if CI=true.
     """
 
 
 def program(name: str, package: str) -> Path:
-    """Where the program is. Raises Missing, with the Debian package that has it."""
+    """Return the path of a program. Raises Missing, with the Debian package that has it."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         raise Missing(f"{name} is not installed: apt-get install {package}, or `make setup`")
@@ -23,6 +23,6 @@ def program(name: str, package: str) -> Path:
 
 
 def root(what: str) -> None:
-    """Raises Missing where this process is not root's. `what`: what it cannot do then."""
+    """Raise Missing if this process is not root. `what` needs root."""
     if os.geteuid() != 0:
         raise Missing(f"{what} needs root")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class NotifySocket:
-    """A NOTIFY_SOCKET in `directory`. Collects every assignment that arrives; the newest wins."""
+    """A NOTIFY_SOCKET in `directory`. Collects all assignments; the newest wins."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "notify"
@@ -19,16 +19,18 @@ class NotifySocket:
         self.path.chmod(0o666)
 
     def wait_for(self, key: str, timeout: float, *, pidfd: int) -> str:
-        """The value of `key`, as soon as it was sent.
+        """Wait for the value of `key`.
 
-        AssertionError if the sender (`pidfd`) ends first or the time (seconds) runs out.
+        AssertionError if the sender (`pidfd`) ends first, or after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while key not in self.state:
-            sources: list[socket.socket | int] = [self._socket, pidfd]
+            poll = select.poll()  # select(2) takes no descriptor from 1024 on
+            poll.register(self._socket, select.POLLIN)
+            poll.register(pidfd, select.POLLIN)
             left = max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select(sources, [], [], left)
-            if self._socket in ready:
+            ready = [fd for fd, _ in poll.poll(left * 1000)]
+            if self._socket.fileno() in ready:
                 self._take(self._socket.recv(65536))
             elif pidfd in ready:
                 raise AssertionError(f"it ended without sending {key}=")

@@ -1,13 +1,12 @@
-"""A program, run as `python -m tests.lab.nspawn`: becomes systemd-nspawn on a throwaway system.
+"""Run as `python -m tests.lab.nspawn`: start systemd-nspawn on a throwaway system.
 
-    nspawn MOUNTPOINT UPPER -- SYSTEMD-NSPAWN ARGUMENT...
+    nspawn MOUNTPOINT LOWER UPPER -- SYSTEMD-NSPAWN ARGUMENT...
 
-The system is an overlay: this machine's root below, the tree UPPER and whatever is written later
-above it in memory. All mounts are in a mount namespace of this process's own: nothing is there to
-unmount, whichever way it ends. UPPER is copied; MOUNTPOINT is an empty directory, `{root}` in the
-arguments stands for the finished tree.
+The system is an overlay of LOWER (/ for the host's root) and, in memory, a copy of the tree UPPER
+and all later writes. All mounts are in this process's own mount namespace, so they end with it.
+MOUNTPOINT is an empty directory; `{root}` in the arguments stands for the finished tree.
 
-Works where / is no mount point (a plain chroot) as well.
+Works even if / is no mount point (in a plain chroot).
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    mountpoint, upper, dashes, *command = sys.argv[1:]
+    mountpoint, lower, upper, dashes, *command = sys.argv[1:]
     assert dashes == "--", sys.argv
     _private_mounts(mountpoint)
-    root = _system(Path(mountpoint), Path(upper))
-    # What nspawn keeps under /run is of no use to this machine, and would be left there.
+    root = _system(Path(mountpoint), Path(lower), Path(upper))
+    # The files that nspawn keeps in /run are useless to the host, and would be left there.
     of_systemd = Path("/run/systemd")
     _mount("tmpfs", str(of_systemd if of_systemd.is_dir() else "/run"), "tmpfs", 0, "mode=0755")
     command = [argument.replace("{root}", str(root)) for argument in command]
@@ -43,10 +42,10 @@ def _private_mounts(mountpoint: str) -> None:
     try:
         _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
         return
-    except OSError:  # / is not a mount point: this process is in a chroot
+    except OSError:  # / is not a mount point: this process is in a chroot.
         pass
-    # Entering one's own mount namespace once more leads to its real root, where the mounts can be
-    # made private; then back, and a mount point for a root, which nspawn wants as well.
+    # Entering our own mount namespace again leads to its real root, where mounts can be made
+    # private. Then back, and to a mount point as root, which nspawn requires.
     inside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _check(_libc.setns(namespace, _CLONE_NEWNS), "the mount namespace")
@@ -58,17 +57,17 @@ def _private_mounts(mountpoint: str) -> None:
     os.chdir("/")
 
 
-def _system(mountpoint: Path, upper: Path) -> Path:
+def _system(mountpoint: Path, lower: Path, upper: Path) -> Path:
     _mount("tmpfs", str(mountpoint), "tmpfs", 0, "mode=0755")
     shutil.copytree(upper, mountpoint / "upper", symlinks=True)
     for hidden in (mountpoint / "upper").rglob(".hide"):
-        # Overlayfs's own word for: nothing of the directory below shows.
+        # In overlayfs this hides the directory below.
         hidden.unlink()
         os.setxattr(hidden.parent, "trusted.overlay.opaque", b"y")
     (mountpoint / "work").mkdir()
     root = mountpoint / "root"
     root.mkdir()
-    layers = f"lowerdir=/,upperdir={mountpoint}/upper,workdir={mountpoint}/work"
+    layers = f"lowerdir={lower},upperdir={mountpoint}/upper,workdir={mountpoint}/work"
     _mount("overlay", str(root), "overlay", 0, layers)
     return root
 

@@ -19,18 +19,28 @@ TOP: Final = Path(__file__).resolve().parents[2]
 """The checkout."""
 
 OTHER_UID: Final = 65534
-"""A user who is not root, in every /etc/passwd (a bus turns away users it does not know)."""
+"""A user other than root that is in every /etc/passwd, because a bus rejects unknown users."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
+_DEFAULT: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
 Stream = int | IO[Any] | None
 
 
 def become_subreaper() -> None:
-    """Orphans among our descendants become our children, where the leak check sees them."""
+    """Make orphaned descendants our children, so that the leak check sees them."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent ends.
+
+    For a worker of pytest-xdist, which would keep running for up to 15 s.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def spawn(
@@ -46,10 +56,13 @@ def spawn(
     pass_fds: Sequence[int] = (),
     before: Callable[[], None] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a program in a session of its own (Ctrl-C does not reach it) that dies with us.
+    """Start a program in its own session (Ctrl-C does not reach it) that dies with us.
 
-    `uid`: as that user, in the group of the same number and no other; needs root. `before` runs in
-    the child just before exec. Raises what Popen raises.
+    Signals in _DEFAULT have their default action, even if this process ignores them: a shell
+    ignores SIGINT in programs started with `&`, nohup(1) ignores SIGHUP.
+
+    `uid`: as that user, with only the group of the same number; needs root. `before` runs in the
+    child just before exec. Raises what Popen raises.
     """
 
     if uid is not None:
@@ -57,13 +70,16 @@ def spawn(
     parent = os.getpid()
 
     def prepare() -> None:
-        # Here and not by Popen's user=: a change of user takes the parent-death signal away.
+        for number in _DEFAULT:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # Not by Popen's user=, because a change of user clears the parent-death signal.
         if uid is not None:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # gone before the call above could see it
+        if os.getppid() != parent:  # The parent died before the call above.
             os._exit(1)
         if before is not None:
             before()
@@ -91,7 +107,7 @@ def run(
     env: Mapping[str, str] | None = None,
     uid: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """subprocess.run with captured text; with `check` a failure tells what the program said."""
+    """Like subprocess.run with captured text; with `check`, a failure includes the output."""
     process = spawn(
         argv,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
@@ -109,7 +125,7 @@ def run(
 def communicate(
     process: subprocess.Popen[bytes], *, input: str | None, timeout: float, check: bool
 ) -> subprocess.CompletedProcess[str]:
-    """What it says until it ends, from a process whose stdout and stderr are pipes."""
+    """Return the output of a process whose stdout and stderr are pipes, after its end."""
     out, err = process.communicate(None if input is None else input.encode(), timeout)
     done = subprocess.CompletedProcess(
         process.args, process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
@@ -124,12 +140,19 @@ def communicate(
 
 
 def wait_gone(pidfd: int, timeout: float) -> bool:
-    """Waits for the end, at most `timeout` seconds; False if the time ran out."""
-    return bool(select.select([pidfd], [], [], timeout)[0])
+    """Wait for the end of a process; return False after `timeout` seconds."""
+    return is_readable(pidfd, timeout)
+
+
+def is_readable(fd: int, timeout: float) -> bool:
+    """Wait until it is, for so many seconds. Unlike select(2), for any number of descriptors."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
 
 
 def children(pid: int) -> list[int]:
-    """The direct ones of its main thread, zombies among them; none where it is gone."""
+    """Return the children of its main thread, including zombies; empty if it is gone."""
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
@@ -137,9 +160,9 @@ def children(pid: int) -> list[int]:
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """SIGKILL (through SIGSTOP too) and wait; its pipes are closed. Returns the exit code."""
+    """Send SIGKILL, wait, and close its pipes. Return the exit code."""
     if process.poll() is None:
-        # The process is our child and not yet waited for: its number cannot be another's.
+        # The process is our unreaped child, so its pid cannot have been reused.
         process.kill()
         process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
@@ -149,7 +172,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def close_and_reap(pidfds: Mapping[int, int]) -> None:
-    """Closes the pidfds (pid: descriptor) and reaps those of the processes that became ours."""
+    """Close the pidfds, given by pid, and reap those processes that became our children."""
     for pid, pidfd in pidfds.items():
         os.close(pidfd)
         with contextlib.suppress(ChildProcessError):
@@ -157,9 +180,9 @@ def close_and_reap(pidfds: Mapping[int, int]) -> None:
 
 
 class Orphan:
-    """A process that is not our child (a daemonized one): held by pidfd, and killed with us.
+    """A process that is not our child (a daemonized one), killed when we end.
 
-    A helper that waits at a pipe kills it when our end of the pipe closes, however that comes.
+    A helper process waits on a pipe and kills it when our end closes, for whatever reason.
     """
 
     def __init__(self, pid: int) -> None:
@@ -178,7 +201,7 @@ class Orphan:
             os.close(read)
 
     def kill(self) -> None:
-        """SIGKILL, waits until it is gone, and reaps it where it became our child."""
+        """Send SIGKILL, wait for the end, and reap it if it became our child."""
         os.close(self._write)
         self._guard.wait()
         wait_gone(self.pidfd, 30)

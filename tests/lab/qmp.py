@@ -1,24 +1,26 @@
-"""QEMU's own monitor, for tests that have a QEMU do something. Source: QEMU's docs, qmp-spec."""
+"""A QMP client for tests. Source: QEMU's docs, qmp-spec."""
 
 from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 from tests.lab.guest import Guest
 
 
 class Qmp:
-    """The one connection to the guest's QMP socket, as a context manager."""
+    """The only connection to a guest's QMP socket, as a context manager."""
 
-    def __init__(self, guest: Guest) -> None:
-        """Of a guest started with `qmp`. Raises OSError."""
-        assert guest.qmp is not None, f"{guest.name} has no QMP socket"
+    def __init__(self, guest: Guest | Path) -> None:
+        """For a guest started with `qmp`, or a path. Raises OSError."""
+        path = guest if isinstance(guest, Path) else guest.qmp
+        assert path is not None, f"{guest} has no QMP socket"
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(30)
-            self._socket.connect(str(guest.qmp))
+            self._socket.connect(str(path))
             self._lines = self._socket.makefile("rb")
         except OSError:
             self._socket.close()
@@ -34,7 +36,7 @@ class Qmp:
         self._socket.close()
 
     def call(self, command: str, **arguments: object) -> Any:
-        """What QEMU returns; AssertionError with what it says where it refuses."""
+        """Return the result of a command. AssertionError with QEMU's message if it fails."""
         request = {"execute": command, "arguments": arguments}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         for line in self._lines:
@@ -45,6 +47,6 @@ class Qmp:
         raise AssertionError(f"QEMU closed its QMP socket instead of answering {command}")
 
     def hmp(self, line: str) -> str:
-        """A line for the human monitor; what it printed."""
+        """Run a line in the human monitor; return its output."""
         printed: str = self.call("human-monitor-command", **{"command-line": line})
         return printed

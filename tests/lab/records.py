@@ -1,4 +1,4 @@
-"""Which of a writer guest's records an image holds."""
+"""Find the records of a writer guest in an image."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MASK: Final = 2**64 - 1
 
 
 def records(image: Path | str, format: str = "qcow2") -> set[int]:
-    """The numbers of the whole and correct records in an image that nobody has open.
+    """Return the numbers of the valid records in an image that nobody has open.
 
-    A block with the mark of a record and a wrong checksum counts as not there.
+    A block that is marked as a record but has a wrong checksum does not count.
     """
     with scratch("r") as directory:
         raw = directory / "raw"
@@ -37,7 +37,7 @@ def _scan(raw: Path) -> set[int]:
         while offset < size:
             try:
                 start = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # only a hole is left
+            except OSError:  # Only a hole is left.
                 break
             offset = os.lseek(file.fileno(), start, os.SEEK_HOLE)
             file.seek(start - start % BLOCK)

@@ -1,4 +1,4 @@
-"""One scratch directory a run, with short paths, that a later run clears away if it was left."""
+"""One scratch directory for each run, with short paths. Later runs remove leftovers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 _PREFIX: Final = "qkl-"
-# A Unix socket's path has at most 107 bytes; what the lab puts below needs about 40 of them.
+# The path of a unix socket has at most 107 bytes, and the lab's files need about 40 of them.
 _LONGEST_BASE: Final = 40
 
 
@@ -24,30 +24,34 @@ def _base() -> Path:
 
 @functools.cache
 def run_directory() -> Path:
-    """This process's own, made at the first call and removed by remove_run_directory().
+    """Return this process's own directory, made at the first call.
 
-    Anyone may pass through it (tests connect as other users), nobody else may write. A lock is held
-    on it for as long as the process lives: a directory whose lock is free belongs to nobody.
+    Anyone may traverse it (tests connect as other users), nobody else may write. The process holds
+    a lock on it; a directory without a lock is a leftover.
     """
     sweep()
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # A run that starts now may remove it before the lock is taken.
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():  # a run that starts at this moment may have swept it before the lock
+        if path.exists():
             path.chmod(0o755)
             return path
         os.close(lock)
 
 
 def remove_run_directory() -> None:
-    """At the end of the process; nothing happens where it was never made."""
+    """Remove the directory, if there is one. Call it at the end of the process."""
     if run_directory.cache_info().currsize:
         shutil.rmtree(run_directory(), ignore_errors=True)
 
 
 def sweep() -> None:
-    """Removes the scratch directories of this user whose process is gone."""
+    """Remove this user's scratch directories whose process is gone."""
     for path in _base().glob(_PREFIX + "*"):
         try:
             if path.is_symlink() or path.stat().st_uid != os.geteuid():
@@ -67,7 +71,7 @@ def sweep() -> None:
 
 @contextlib.contextmanager
 def scratch(kind: str = "d") -> Iterator[Path]:
-    """An empty directory with a short path, mode 0755, that is gone afterwards."""
+    """Make an empty directory with a short path, mode 0755, removed afterwards."""
     path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=run_directory()))
     path.chmod(0o755)
     try:

@@ -1,4 +1,4 @@
-"""A user of a throwaway system with a service manager and a session bus of their own."""
+"""A user of a throwaway system, with their own service manager and session bus."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ENVIRONMENT: Final = {
     "DBUS_SESSION_BUS_ADDRESS": f"unix:path=/run/user/{UID}/bus",
 }
 UNITS: Final = f"{HOME}/.config/systemd/user"
-"""Where the user's own units are."""
+"""The directory of the user's own units."""
 
 
 @contextlib.contextmanager
 def session(system: Container) -> Iterator[None]:
-    """While entered, the user has them. Raises needs.Missing."""
+    """Within the context, the user has them. Raises needs.Missing."""
     for file, package in (
         ("/usr/lib/systemd/user/dbus.socket", "dbus-user-session"),
         ("/usr/share/pam-configs/systemd", "libpam-systemd"),

@@ -1,13 +1,13 @@
-"""Storage that is slow, or that stands still: a disk of the kernel's own, and an NBD server.
+"""Storage that is slow or hangs: a throttled disk, and an NBD server.
 
-    slow_disk     a loop device whose writes the kernel throttles, with ext4 on it or bare
-    nbd_server    nbdkit with a rate that can be changed while it runs, on a unix or TCP socket;
+    slow_disk     a loop device whose writes the kernel throttles, with ext4 or bare
+    nbd_server    nbdkit on a unix or TCP socket, with a rate that can be changed while it runs;
                   freeze() and thaw()
 
     python -m tests.lab.storage disk DIRECTORY MIB FILESYSTEM
 
-makes a disk, says DEVICE MAJOR:MINOR, waits for the end of its input and takes the disk down again.
-slow_disk() runs it so that this happens even where the process that asked for the disk is killed.
+makes a disk, prints DEVICE MAJOR:MINOR, waits for the end of its input and removes the disk.
+slow_disk() runs it, so that this happens even if its own process is killed.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ _UNLIMITED: Final = 0
 
 @dataclass
 class SlowDisk:
-    """A block device that writes as fast as it is told to. All processes use it, slow or not."""
+    """A block device with a variable write rate, shared by all processes."""
 
     device: Path
     """/dev/loopN."""
     number: str
     """MAJOR:MINOR."""
     directory: Path | None
-    """Where its file system is mounted; None where it has none."""
+    """The mount point; None without a file system."""
     _v1: list[Path] = field(default_factory=list, repr=False)
     """blkio groups whose members are throttled."""
     _v2: Path | None = field(default=None, repr=False)
 
     def slow(self, bytes_per_second: int) -> None:
-        """From now on; what waits already goes on at the new rate too."""
+        """Limit the rate, also of pending writes."""
         self._set(bytes_per_second)
 
     def fast(self) -> None:
-        """As fast as the machine can."""
+        """Remove the limit."""
         self._set(_UNLIMITED)
 
     def written(self) -> int:
-        """Bytes so far. /sys/dev/block/*/stat, kernel Documentation/block/stat.rst."""
+        """Bytes written so far. Source: /sys/dev/block/*/stat, kernel
+        Documentation/block/stat.rst."""
         return 512 * int(Path(f"/sys/dev/block/{self.number}/stat").read_text().split()[6])
 
     def join(self, pid: int) -> None:
-        """Makes the writes of this process slow.
+        """Throttle the writes of this process.
 
-        In cgroup v1 those of every process are that is in no blkio group of its own, and this takes
-        it out of one; in v2 only those of the processes that join, and of what they start from then
-        on.
+        In cgroup v1 every process outside blkio groups is throttled, and this moves the process out
+        of its group. In v2 only processes that join and their later children are.
         """
         for group in self._v1 if self._v2 is None else [self._v2]:
             (group / "cgroup.procs").write_text(str(pid))
@@ -80,12 +80,12 @@ class SlowDisk:
 def slow_disk(
     bytes_per_second: int = _UNLIMITED, *, mebibytes: int = 256, filesystem: str | None = "ext4"
 ) -> Iterator[SlowDisk]:
-    """A loop device, fast until slow() unless `bytes_per_second` is given.
+    """Make a loop device, fast until slow() unless `bytes_per_second` is given.
 
-    It throttles what reaches the device: O_DIRECT writes, writeback and so fsync. A process that
-    waits for it is in uninterruptible sleep and dies no sooner than its write is done: the disk is
-    made fast before anything is taken down, so end the guest after that or be patient. Raises
-    needs.Missing where this is not root or the kernel does not throttle.
+    Throttles what reaches the device: O_DIRECT writes, writeback and so fsync. A process that waits
+    for the device sleeps uninterruptibly until its write is done. The limit is removed before the
+    disk is, so end guests after that or expect to wait. Raises needs.Missing without root or if the
+    kernel cannot throttle.
     """
     needs.root("a loop device")
     for name in ("losetup", "mount", "umount"):
@@ -93,7 +93,8 @@ def slow_disk(
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("d"))
         v1, v2 = _throttles(stack)
-        # In a session of its own and without a parent-death signal: it has to outlive this process.
+        # In its own session and without a parent-death signal, because it must outlive this
+        # process.
         keeper = subprocess.Popen(
             [
                 *(sys.executable, "-m", "tests.lab.storage", "disk"),
@@ -116,13 +117,14 @@ def slow_disk(
 
 
 def _throttles(stack: contextlib.ExitStack) -> tuple[list[Path], Path | None]:
-    """The groups in which the kernel can throttle: of blkio in v1, else a new one of v2."""
+    """Return the groups in which the kernel can throttle: those of blkio in v1, else a new one in
+    v2."""
     own = Path("/proc/self/cgroup").read_text().splitlines()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, after = (part.split() for part in line.split(" - ", 1))
         if after[0] == "cgroup" and "blkio" in after[-1].split(","):
             root = Path(before[4])
-            # Writeback is the root group's in v1, the rest that of whoever writes.
+            # In v1, writeback counts for the root group, other writes for the writer's group.
             path = next(line.split(":", 2)[2] for line in own if "blkio" in line.split(":")[1])
             groups = {root, root / os.path.relpath(path, before[3])}
             if all((group / "blkio.throttle.write_bps_device").exists() for group in groups):
@@ -138,9 +140,11 @@ def _throttles(stack: contextlib.ExitStack) -> tuple[list[Path], Path | None]:
 
 
 def _group_v2(stack: contextlib.ExitStack, top: Path) -> Path:
-    """A group of v2 that accounts writeback to who dirtied the page, which takes both controllers.
+    """Make a v2 group that attributes writeback to the process that dirtied the page; this needs
+    both controllers.
 
-    Right below the root: a group with processes in it, as this one's own is, passes none on.
+    Directly below the root, because a group with processes, such as our own, cannot delegate
+    controllers.
     """
     control = top / "cgroup.subtree_control"
     for controller in {"io", "memory"} - set(control.read_text().split()):
@@ -159,9 +163,9 @@ class NbdServer:
     _rate: Path = field(repr=False)
 
     def rate(self, bits_per_second: str | None) -> None:
-        """As nbdkit takes it ("400K"); None for no limit.
+        """Limit the rate of later requests, in nbdkit's format ("400K"); None for no limit.
 
-        Holds for each request that comes from now on; one that waits already waits as it began.
+        Pending requests keep their rate.
         """
         new = self._rate.with_suffix(".new")
         if bits_per_second is None:
@@ -171,13 +175,13 @@ class NbdServer:
             new.rename(self._rate)
 
     def freeze(self) -> None:
-        """It answers nothing from now on; its connections stay. Returns when it has stopped."""
+        """Stop it with SIGSTOP; its connections stay open. Returns when it has stopped."""
         self.process.send_signal(signal.SIGSTOP)
-        # The wait takes the news of the stop alone and leaves the end to Popen.
+        # This only consumes the stop; the exit is left to Popen.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
-        """It goes on where it was."""
+        """Continue it."""
         self.process.send_signal(signal.SIGCONT)
 
 
@@ -191,11 +195,11 @@ def nbd_server(
     filters: Sequence[str] = (),
     parameters: Sequence[str] = (),
 ) -> Iterator[NbdServer]:
-    """Serves `file` on a unix socket, or on TCP (loopback, a free port); it can be used at once.
+    """Serve `file` on a unix socket or on TCP (loopback, a free port), ready at entry.
 
-    room         bytes the file is extended to first: nbdkit does not grow it, which a qcow2 needs
-    filters      more of nbdkit's, between the rate and the file ("error", "delay")
-    parameters   for these ("error-pwrite=EIO", "wdelay=5")
+    room: bytes to extend the file to first, because nbdkit does not grow it, which a qcow2 needs
+    filters: more nbdkit filters between the rate and the file ("error", "delay")
+    parameters: for these ("error-pwrite=EIO", "wdelay=5")
 
     Raises needs.Missing without nbdkit.
     """
@@ -213,7 +217,7 @@ def nbd_server(
             uri = f"nbd+unix:///?socket={directory / 'socket'}"
         listener.listen()
         rate_file = directory / "rate"
-        # It finds the socket by systemd's protocol (sd_listen_fds(3)), which needs its own pid.
+        # nbdkit finds the socket by systemd's protocol (sd_listen_fds(3)), which requires its pid.
         socket_activation = 'exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID="$$"; exec "$@"'
         argv: list[str | os.PathLike[str]] = ["sh", "-c", socket_activation, "sh", nbdkit]
         argv += ["--foreground", "--threads=16", "--filter=rate"]
@@ -227,7 +231,7 @@ def nbd_server(
 
 
 def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
-    """Makes the disk, waits, and takes it down whatever it is in the middle of."""
+    """Make the disk, wait, and remove it even if it is in use."""
     image, mounted = directory / "disk", directory / "mnt"
     image.touch()
     os.truncate(image, mebibytes << 20)
@@ -239,7 +243,7 @@ def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
             run([mkfs, "-q", device], check=True)
             mounted.mkdir()
             run(["mount", device, mounted], check=True)
-        # In one write: whoever asked reads one line.
+        # In a single write, because the reader expects one line.
         sys.stdout.write(f"{device} {number}\n")
         sys.stdout.flush()
         sys.stdin.read()
@@ -250,27 +254,29 @@ def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
 
 
 def _unthrottle(device: Path) -> None:
-    """For where the one who asked was killed: otherwise there is nothing to do any more."""
+    """Remove limits left by a process that was killed."""
     number = Path("/sys/block", device.name, "dev").read_text().strip()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         directory = Path(line.split()[4])
         if "cgroup" not in line.partition(" - ")[2].split()[0]:
             continue
-        for rule in directory.rglob("blkio.throttle.write_bps_device"):
+        # Groups may disappear meanwhile, which rglob() does not tolerate.
+        for group, _, _ in os.walk(directory):
+            rule = Path(group, "blkio.throttle.write_bps_device")
             with contextlib.suppress(OSError):
                 if number in rule.read_text():
                     rule.write_text(f"{number} 0")
 
 
 def _take_down(mounted: Path, device: str) -> None:
-    """For 30 s it waits for those who use it; then the kernel does so in our place."""
+    """Wait 30 s for its users to close it; after that, the kernel removes it when they do."""
     deadline = time.monotonic() + 30
     while os.path.ismount(mounted):
         lazy = ["--lazy"] if time.monotonic() > deadline else []
         if run(["umount", *lazy, mounted]).returncode:
-            # No event tells that a file system is no longer in use.
+            # No event reports that a file system is no longer in use.
             time.sleep(0.05)
-    # A device in use goes when it is closed for the last time.
+    # A device in use is removed at its last close.
     run(["losetup", "--detach", device], check=True)
 
 

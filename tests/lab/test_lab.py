@@ -44,7 +44,7 @@ def test_a_fake_qemu_goes_by_its_executable(fake_qemu: Factory) -> None:
     running = fake_qemu(name="web\n1")
     exe = Path(f"/proc/{running.pid}/exe").readlink()
     assert exe == running.executable
-    assert exe.match(guest.fake_glob())
+    assert exe.match(guest.own_qemus())
     assert b"\0-name\0web\n1\0" in Path(f"/proc/{running.pid}/cmdline").read_bytes()
     running.signal(signal.SIGTERM)
     assert running.wait_gone() == -signal.SIGTERM
@@ -119,30 +119,33 @@ def test_a_log_tells_of_a_writer_that_ended(lab_dir: Path) -> None:
         process.end(writer)
 
 
+def test_a_program_starts_with_the_default_action_of_signals_that_we_ignore() -> None:
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        done = process.run(["grep", "^SigIgn", "/proc/self/status"], check=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    ignored = int(done.stdout.split()[1], 16)
+    assert not [number for number in numbers if ignored & 1 << (number - 1)]
+
+
 PYTEST = (
-    *(sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir=/"),
+    *(sys.executable, "-m", "pytest", "-q", "-c", "/dev/null"),
     *("-p", "tests.conftest", "-p", "no:cacheprovider"),
 )
+each_way = pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 
 
-def _run_tests(directory: Path, text: str, *, ci: bool = False) -> subprocess.CompletedProcess[str]:
-    """Another pytest, with the same conftest, on a file of its own."""
+def _run_tests(
+    directory: Path, text: str, *more: str, ci: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run another pytest with the same conftest on a new test file."""
     (directory / "test_it.py").write_text(textwrap.dedent(text))
     environment = {key: value for key, value in os.environ.items() if key != "CI"}
     return process.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "tests.conftest",
-                "-p",
-                "no:cacheprovider",
-            ),
-            *(f"--rootdir={directory}", "-c", "/dev/null", str(directory)),
-        ],
+        [*PYTEST, f"--rootdir={directory}", *more, directory],
         env=environment | {"PYTHONPATH": str(process.TOP)} | ({"CI": "true"} if ci else {}),
     )
 
@@ -184,25 +187,31 @@ def test_a_leak_fails_the_test_that_made_it(lab_dir: Path, line: str, told: str)
         "pytest.skip('the reason', allow_module_level=True)",
     ],
 )
-def test_a_skip_is_a_failure_in_ci_alone(lab_dir: Path, text: str) -> None:
+@each_way
+def test_a_skip_is_a_failure_in_ci_alone(
+    lab_dir: Path, text: str, workers: tuple[str, ...]
+) -> None:
     text = f"import pytest\nfrom tests.lab.needs import Missing\n{text}\n"
-    at_home = _run_tests(lab_dir, text)
+    at_home = _run_tests(lab_dir, text, *workers)
     assert "1 skipped" in at_home.stdout, at_home.stdout
-    in_ci = _run_tests(lab_dir, text, ci=True)
+    in_ci = _run_tests(lab_dir, text, *workers, ci=True)
     assert in_ci.returncode == 1 or in_ci.returncode == 2, in_ci.stdout
     assert "skipped, which CI=true does not allow: Skipped: the reason" in in_ci.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Signals) -> None:
+@each_way
+def test_nothing_outlives_a_run_that_is_ended(
+    lab_dir: Path, workers: tuple[str, ...], number: signal.Signals
+) -> None:
     (lab_dir / "run").mkdir()
     (lab_dir / "run/test_it.py").write_text(
         textwrap.dedent(
             f"""
-            import pathlib, signal
+            import os, pathlib, signal
             def test_it(fake_qemu, qemu):
                 targets = [fake_qemu(stubborn=True), qemu(), qemu(daemonize=True)]
-                pids = " ".join(str(target.pid) for target in targets)
+                pids = " ".join(map(str, [os.getpid(), *(target.pid for target in targets)]))
                 pathlib.Path({str(lab_dir)!r}, "pids").write_text(pids + " up")
                 signal.pause()
             """
@@ -210,27 +219,17 @@ def test_nothing_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Sign
     )
     log = Log(lab_dir / "pids")
     runner = process.spawn(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "tests.conftest",
-                "-p",
-                "no:cacheprovider",
-            ),
-            *("--rootdir", str(lab_dir), "-c", "/dev/null", str(lab_dir / "run")),
-        ],
+        [*PYTEST, f"--rootdir={lab_dir}", *workers, lab_dir / "run"],
         stdout=subprocess.DEVNULL,
         env=dict(os.environ) | {"PYTHONPATH": str(process.TOP)},
     )
     pidfds = {runner.pid: os.pidfd_open(runner.pid)}
     try:
         up = log.wait_for("^(.*) up$", pidfd=pidfds[runner.pid])
-        # Among its children is also what guards the daemonized one.
-        for pid in {*map(int, up[1].split()), *process.children(runner.pid)}:
+        tests, *targets = map(int, up[1].split())
+        # The children include the process that kills the daemonized guest.
+        families = {*targets, *process.children(tests), *process.children(runner.pid)}
+        for pid in families:
             pidfds[pid] = os.pidfd_open(pid)
         runner.send_signal(number)
         assert all(process.wait_gone(pidfd, 30) for pidfd in pidfds.values())

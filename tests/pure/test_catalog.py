@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qkilld.engine.events import MessageId
+from qkilld.model.event import MessageId
 from tests.lab import needs
 from tests.lab.process import run
 

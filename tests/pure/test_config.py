@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qkilld.adapters.config import _real, load
+from qkilld.model.constants import INFINITY
 from qkilld.model.errors import ConfigError
-from qkilld.model.policy import DEFAULT_EXECUTABLES, Config, Policy
-from qkilld.model.words import INFINITY
+from qkilld.model.policy import DEFAULT_EXECUTABLES, Config, Policy, Switches
 from tests.lab import needs
 from tests.lab.process import run
 
@@ -47,10 +47,33 @@ def test_every_key(tmp_path: Path) -> None:
         tmp_path,
         ETC,
         "[Policy]\nGraceSec=1\nStallSec=2\nStorageStallSec=3\nMaxSec=4\nReapSec=5\nPowerdownSec=6\n"
+        "Powerdown=no\nYank=off\n"
         "[Target]\nExecutables=/opt/qemu/bin/qemu-*\n",
     )
-    policy = Policy(1 * S, 2 * S, 3 * S, 4 * S, 5 * S, 6 * S)
-    assert load(tmp_path) == Config(policy, ("/opt/qemu/bin/qemu-*",))
+    policy = Policy(
+        grace=1 * S, stall=2 * S, storage_stall=3 * S, max=4 * S, reap=5 * S, powerdown=6 * S
+    )
+    assert load(tmp_path) == Config(
+        policy, ("/opt/qemu/bin/qemu-*",), switches=Switches(powerdown=False, yank=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "general", "web"),
+    [
+        ("", True, True),
+        ("[Policy]\nPowerdown=no\n", False, False),
+        ("[Guest web]\nPowerdown=FALSE\n", True, False),
+        ("[Guest web]\nPowerdown=1\n[Policy]\nPowerdown=0\n", False, True),
+        ("[Guest web]\nGraceSec=1\n[Policy]\nPowerdown=n\n", False, False),
+        ("[Policy]\nPowerdown=no\nPowerdown=\n", True, True),
+        ("[Guest web]\nPowerdown=no\nPowerdown=\n", True, True),
+    ],
+)
+def test_which_guests_are_asked_first(tmp_path: Path, text: str, general: bool, web: bool) -> None:
+    write(tmp_path, ETC, text)
+    config = load(tmp_path)
+    assert (config.asks("web"), config.asks("db"), config.asks("")) == (web, general, general)
 
 
 def test_only_the_highest_main_file_counts(tmp_path: Path) -> None:
@@ -101,7 +124,7 @@ def test_a_mask_may_be_any_link_that_ends_at_dev_null(tmp_path: Path, target: st
 
 
 def test_a_relative_link_to_the_real_dev_null_masks(tmp_path: Path) -> None:
-    """As `ln -sr` writes it, and read as the daemon does: with / for the root."""
+    """As `ln -sr` writes it, and read with / as the root, as the daemon does."""
     mask = tmp_path / "50-x.conf"
     mask.symlink_to(os.path.relpath("/dev/null", tmp_path))
     assert _real(mask, Path("/")) == Path("/dev/null")
@@ -216,9 +239,24 @@ def test_guests_lie_over_the_policy_whatever_the_order(tmp_path: Path) -> None:
     write(tmp_path, ETC, "[Guest my db]\nStorageStallSec=5min\n[Policy]\nGraceSec=20\n")
     write(tmp_path, ETC + ".d/9.conf", "[Policy]\nStallSec=9\n[Guest  web ]\nGraceSec=infinity\n")
     found = load(tmp_path)
-    assert found.policy_for("my db") == Policy(20 * S, 9 * S, 300 * S)
-    assert found.policy_for("web") == Policy(INFINITY, 9 * S)
-    assert found.policy_for("other") == found.policy_for("") == Policy(20 * S, 9 * S)
+    assert found.policy_for("my db") == Policy(grace=20 * S, stall=9 * S, storage_stall=300 * S)
+    assert found.policy_for("web") == Policy(grace=INFINITY, stall=9 * S)
+    assert found.policy_for("other") == found.policy_for("") == Policy(grace=20 * S, stall=9 * S)
+
+
+def test_a_guest_of_unknown_name_may_be_any_of_them(tmp_path: Path) -> None:
+    write(tmp_path, ETC, "[Guest db]\nGraceSec=5min\nPowerdown=yes\nYank=no\n")
+    write(tmp_path, ETC + ".d/1.conf", "[Guest web]\nStorageStallSec=1h\nGraceSec=1\nMaxSec=2h\n")
+    write(tmp_path, ETC + ".d/2.conf", "[Policy]\nStallSec=40\nMaxSec=3h\nPowerdown=no\n")
+    found = load(tmp_path)
+    unnamed = Policy(grace=300 * S, stall=40 * S, storage_stall=3600 * S, max=10800 * S)
+    assert found.policy_for(None) == unnamed
+    assert found.policy_for("").grace == Policy().grace
+    assert (found.asks(None), found.asks("")) == (True, False)
+    assert (found.yanks(None), found.yanks("")) == (False, True)
+    assert Config().policy_for(None) == Policy()
+    assert Config().asks(None)
+    assert Config().yanks(None)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +266,7 @@ def test_guests_lie_over_the_policy_whatever_the_order(tmp_path: Path) -> None:
         (
             "[Policy]\nFoo=1\n",
             "2: unknown key Foo= in [Policy]; known are GraceSec= StallSec= StorageStallSec= "
-            "MaxSec= ReapSec= PowerdownSec=",
+            "MaxSec= ReapSec= PowerdownSec= Powerdown= Yank=",
         ),
         (
             "[Target]\nGraceSec=1\n",
@@ -246,6 +284,7 @@ def test_guests_lie_over_the_policy_whatever_the_order(tmp_path: Path) -> None:
             "[Policy]\nGraceSec=soon\n",
             '2: GraceSec="soon" is not a time span; write 10, 1.5s, "2min 30s" or infinity',
         ),
+        ("[Policy]\nPowerdown=maybe\n", '2: Powerdown="maybe" is neither yes nor no'),
         ("[Policy]\nGraceSec=600000y\n", '2: GraceSec="600000y" is too long a time span'),
         (
             "[Target]\nExecutables=bin/qemu\n",
@@ -334,14 +373,14 @@ def test_a_complaint_is_one_line_and_fit_to_be_shown(tmp_path: Path, text: str) 
 
 
 def test_a_directory_closed_to_the_reader_is_told(tmp_path: Path) -> None:
-    """Rather than that the next directory's file counts, which was not meant to."""
+    """Otherwise the file of the next directory would be used unintentionally."""
     write(tmp_path, LIB, grace(1))
     closed = write(tmp_path, ETC, grace(2)).parent
     closed.chmod(0)
     user = os.geteuid()
     try:
         if user == 0:
-            os.seteuid(65534)  # root may read everything
+            os.seteuid(65534)  # root may read everything.
         with pytest.raises(ConfigError) as caught:
             load(tmp_path)
     finally:

@@ -3,69 +3,62 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qkilld.ctl import follow
-from qkilld.ctl.follow import Plain
+from qkilld.ctl.follow import LineDisplay
 from qkilld.ctl.output import Output
-from qkilld.model.words import INFINITY, Flag, Phase
-from tests.pure.test_jobview import NOW, S, view
+from qkilld.model.constants import INFINITY, Flag, Phase
+from tests.pure.test_job_status import JOB, NOW, S
 
-OVERDUE = {"Held": False, "DeadlineUSec": INFINITY}
-"""What is announced of a hold that was too long, until the daemon has looked at the process."""
+OVERDUE = {"held": False, "deadline": INFINITY}
+"""The announced state after a long hold, until the daemon has taken a sample."""
 
 
 def lines(monkeypatch: pytest.MonkeyPatch, *changes: dict[str, Any]) -> list[str]:
     monkeypatch.setattr(follow, "monotonic_usec", lambda: NOW)
     out = io.StringIO()
-    plain = Plain(Output(out, out))
-    now = view(Flags=Flag.FORCE)
+    plain = LineDisplay(Output(out, out))
+    now = replace(JOB, flags=Flag.FORCE)
     for change in ({}, *changes):
-        now = now.updated(change)
-        plain.changed(now)
+        now = replace(now, **change)
+        plain.show(now)
     first, *rest = out.getvalue().splitlines()
-    assert first == "web (pid 4711): terminate, unknown; SIGKILL in 7s"
+    assert first == "web (pid 4711): SIGTERM sent; SIGKILL in 7s"
     return [line.removeprefix("web (pid 4711): ") for line in rest]
 
 
-HELD = {"Held": True, "DeadlineUSec": INFINITY}
+HELD = {"held": True, "deadline": INFINITY}
 
 
 def test_nothing_is_promised_of_a_released_job_before_it_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    killed = {"Phase": Phase.KILL, "DeadlineUSec": NOW + 5 * S}
-    assert lines(monkeypatch, HELD, OVERDUE, {"Verdict": "idle"}, killed) == [
-        "terminate, unknown; held",
-        "terminate, unknown; released",
-        "terminate, idle",
-        "kill, idle; gives up in 5s",
+    killed = {"phase": Phase.KILL, "deadline": NOW + 5 * S}
+    assert lines(monkeypatch, HELD, OVERDUE, {"verdict": "idle"}, killed) == [
+        "SIGTERM sent; held",
+        "SIGTERM sent; released",
+        "idle, does not exit",
+        "does not exit despite SIGKILL; gives up in 5s",
     ]
-    later = {"DeadlineUSec": NOW + 3 * S}
+    later = {"deadline": NOW + 3 * S}
     assert lines(monkeypatch, HELD, OVERDUE, later)[1:] == [
-        "terminate, unknown; released",
-        "terminate, unknown; SIGKILL in 3s",
+        "SIGTERM sent; released",
+        "SIGTERM sent; SIGKILL in 3s",
     ]
-    assert lines(monkeypatch, HELD, {"Held": False} | later)[1:] == [
-        "terminate, unknown; released; SIGKILL in 3s"
+    assert lines(monkeypatch, HELD, {"held": False} | later)[1:] == [
+        "SIGTERM sent; released; SIGKILL in 3s"
     ]
-    assert lines(monkeypatch, HELD, OVERDUE, HELD)[2:] == ["terminate, unknown; held"]
+    assert lines(monkeypatch, HELD, OVERDUE, HELD)[2:] == ["SIGTERM sent; held"]
 
 
 def test_an_extension_has_a_line_and_evidence_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lines(monkeypatch, {"DeadlineUSec": NOW + 20 * S}) == []
-    extended = {"NotBeforeUSec": NOW + 60 * S, "DeadlineUSec": NOW + 60 * S}
-    assert lines(monkeypatch, extended) == ["terminate, unknown; extended; SIGKILL in 1min"]
-    assert lines(monkeypatch, HELD, {"NotBeforeUSec": NOW + 60 * S})[1:] == [
-        "terminate, unknown; extended; held"
+    assert lines(monkeypatch, {"deadline": NOW + 20 * S}) == []
+    extended = {"not_before": NOW + 60 * S, "deadline": NOW + 60 * S}
+    assert lines(monkeypatch, extended) == ["SIGTERM sent; extended; no SIGKILL for 1min"]
+    assert lines(monkeypatch, HELD, {"not_before": NOW + 60 * S})[1:] == [
+        "SIGTERM sent; extended; held"
     ]
-
-
-def test_a_daemon_that_does_not_tell_of_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    old = view()
-    del old.properties["NotBeforeUSec"]
-    Plain(Output(out, out)).changed(old)
-    assert "terminate, unknown; " in out.getvalue()

@@ -1,4 +1,4 @@
-"""What is printed: aligned, and never anything that a terminal obeys."""
+"""Output is aligned, and contains no terminal escape sequences."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_hostile_names(
 
 
 def _without_styles(lines: list[str], rich: bool) -> list[str]:
-    """NO_COLOR leaves bold and its end, which rich itself writes around a heading."""
+    """With NO_COLOR, rich itself still writes bold headings."""
     if not rich:
         return lines
     return [line.replace("\x1b[1m", "").replace("\x1b[0m", "") for line in lines]
@@ -164,3 +164,12 @@ def test_rich_is_not_loaded_for_a_pipe() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout == b"A\nx\n[]\n"
+
+
+@pytest.mark.parametrize(("terminal", "width"), [("60", 60), ("200", 96), ("10", 40)])
+def test_text_wraps_at_the_width_of_the_terminal(
+    terminal: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", terminal)
+    assert Output(Terminal()).columns(96) == width
+    assert Output(io.StringIO()).columns(96) == 96, "a pipe has no width"

@@ -7,9 +7,18 @@ import os
 
 import pytest
 
-from qkilld.adapters import pidfile
-from qkilld.bus.client import Manager
-from qkilld.ctl.targets import AmbiguousTarget, Found, Guest, Kind, Resolver, find, parse
+from qkilld.adapters import procfs
+from qkilld.bus.client import ManagerProxy
+from qkilld.ctl.targets import (
+    AmbiguousTarget,
+    GuestRow,
+    Resolver,
+    TargetKind,
+    TargetProcess,
+    find,
+    parse,
+)
+from qkilld.model.constants import ExitCode
 from qkilld.model.errors import (
     InvalidArgs,
     NoSuchProcess,
@@ -17,7 +26,6 @@ from qkilld.model.errors import (
     ProcessChanged,
     QkilldError,
 )
-from qkilld.model.words import ExitCode
 
 UUID = "5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5"
 OTHER_UUID = "00000000-0000-4000-8000-000000000001"
@@ -26,37 +34,37 @@ OTHER_UUID = "00000000-0000-4000-8000-000000000001"
 @pytest.mark.parametrize(
     ("text", "kind", "value"),
     [
-        ("4711", Kind.PID, "4711"),
-        ("007", Kind.PID, "7"),
-        ("0", Kind.PID, "0"),
-        ("4294967295", Kind.PID, "4294967295"),
-        ("pid:4711", Kind.PID, "4711"),
-        ("web", Kind.WORD, "web"),
-        ("web 1", Kind.WORD, "web 1"),
-        ("-1", Kind.WORD, "-1"),
-        ("4711a", Kind.WORD, "4711a"),
-        ("٤٧", Kind.WORD, "٤٧"),  # digits, but none that a pid is written with
-        ("name:4711", Kind.NAME, "4711"),
-        ("name:a/b", Kind.NAME, "a/b"),
-        ("name:name:x", Kind.NAME, "name:x"),
-        ("colour:red", Kind.WORD, "colour:red"),
-        ("word:x", Kind.WORD, "word:x"),
-        (UUID, Kind.WORD, UUID),
-        (f"uuid:{UUID.upper()}", Kind.UUID, UUID),
-        (f"uuid:{UUID.replace('-', '')}", Kind.UUID, UUID),
-        ("/run/web.pid", Kind.PIDFILE, "/run/web.pid"),
-        ("./4711", Kind.PIDFILE, "./4711"),
-        ("pidfile:web.pid", Kind.PIDFILE, "web.pid"),
-        ("pidfile:\udcff", Kind.PIDFILE, "\udcff"),  # a path may be any bytes
-        ("web.service", Kind.UNIT, "web.service"),
-        ("machine-qemu\\x2d1.scope", Kind.UNIT, "machine-qemu\\x2d1.scope"),
-        ("unit:web", Kind.UNIT, "web.service"),
-        ("unit:4711.scope", Kind.UNIT, "4711.scope"),
-        ("job:3", Kind.WORD, "job:3"),  # not where a guest is wanted
-        ("/org/qkilld1/job/3", Kind.PIDFILE, "/org/qkilld1/job/3"),
+        ("4711", TargetKind.PID, "4711"),
+        ("007", TargetKind.PID, "7"),
+        ("0", TargetKind.PID, "0"),
+        ("4294967295", TargetKind.PID, "4294967295"),
+        ("pid:4711", TargetKind.PID, "4711"),
+        ("web", TargetKind.WORD, "web"),
+        ("web 1", TargetKind.WORD, "web 1"),
+        ("-1", TargetKind.WORD, "-1"),
+        ("4711a", TargetKind.WORD, "4711a"),
+        ("٤٧", TargetKind.WORD, "٤٧"),  # digits, but none that a pid is written with
+        ("name:4711", TargetKind.NAME, "4711"),
+        ("name:a/b", TargetKind.NAME, "a/b"),
+        ("name:name:x", TargetKind.NAME, "name:x"),
+        ("colour:red", TargetKind.WORD, "colour:red"),
+        ("word:x", TargetKind.WORD, "word:x"),
+        (UUID, TargetKind.WORD, UUID),
+        (f"uuid:{UUID.upper()}", TargetKind.UUID, UUID),
+        (f"uuid:{UUID.replace('-', '')}", TargetKind.UUID, UUID),
+        ("/run/web.pid", TargetKind.PIDFILE, "/run/web.pid"),
+        ("./4711", TargetKind.PIDFILE, "./4711"),
+        ("pidfile:web.pid", TargetKind.PIDFILE, "web.pid"),
+        ("pidfile:\udcff", TargetKind.PIDFILE, "\udcff"),  # a path may be any bytes
+        ("web.service", TargetKind.UNIT, "web.service"),
+        ("machine-qemu\\x2d1.scope", TargetKind.UNIT, "machine-qemu\\x2d1.scope"),
+        ("unit:web", TargetKind.UNIT, "web.service"),
+        ("unit:4711.scope", TargetKind.UNIT, "4711.scope"),
+        ("job:3", TargetKind.WORD, "job:3"),  # not where a guest is wanted
+        ("/org/qkilld1/job/3", TargetKind.PIDFILE, "/org/qkilld1/job/3"),
     ],
 )
-def test_kind(text: str, kind: Kind, value: str) -> None:
+def test_kind(text: str, kind: TargetKind, value: str) -> None:
     target = parse(text)
     assert (target.kind, target.value) == (kind, value)
 
@@ -64,7 +72,7 @@ def test_kind(text: str, kind: Kind, value: str) -> None:
 @pytest.mark.parametrize("text", ["job:3", "job:003", "/org/qkilld1/job/3"])
 def test_job(text: str) -> None:
     target = parse(text, jobs=True)
-    assert (target.kind, target.value) == (Kind.JOB, "3")
+    assert (target.kind, target.value) == (TargetKind.JOB, "3")
 
 
 @pytest.mark.parametrize(
@@ -90,13 +98,13 @@ def test_malformed_job(text: str) -> None:
         parse(text, jobs=True)
 
 
-WEB = Guest(10, "web", UUID, 0, "web-vm.service")
-DB = Guest(11, "db", OTHER_UUID, 1000, "db.service")
-TWIN = Guest(12, "web", "", 1000, "")
-NAMELESS = Guest(13, "", "", 0, "")
-IMPOSTOR = Guest(14, "db.service", "", 1000, "")
-NUMBER = Guest(15, "4711", "", 0, "")
-DB_BY_NAME = Guest(16, "db", "", 1000, "")
+WEB = GuestRow(10, "web", UUID, 0, "web-vm.service")
+DB = GuestRow(11, "db", OTHER_UUID, 1000, "db.service")
+TWIN = GuestRow(12, "web", "", 1000, "")
+NAMELESS = GuestRow(13, "", "", 0, "")
+IMPOSTOR = GuestRow(14, "db.service", "", 1000, "")
+NUMBER = GuestRow(15, "4711", "", 0, "")
+DB_BY_NAME = GuestRow(16, "db", "", 1000, "")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ DB_BY_NAME = Guest(16, "db", "", 1000, "")
     [
         ("web", [WEB, DB, NAMELESS], 10),
         ("name:web", [WEB, DB], 10),
-        ("WEB", [WEB, Guest(9, "WEB", "", 0, "")], 9),
+        ("WEB", [WEB, GuestRow(9, "WEB", "", 0, "")], 9),
         (UUID, [WEB, DB], 10),
         (UUID.upper(), [WEB, DB], 10),
         (f"uuid:{UUID}", [WEB, DB], 10),
@@ -117,7 +125,7 @@ DB_BY_NAME = Guest(16, "db", "", 1000, "")
         ("name:4711", [WEB, NUMBER], 15),
     ],
 )
-def test_found(text: str, guests: list[Guest], pid: int) -> None:
+def test_found(text: str, guests: list[GuestRow], pid: int) -> None:
     assert find(parse(text), guests).pid == pid
 
 
@@ -127,10 +135,10 @@ def test_found(text: str, guests: list[Guest], pid: int) -> None:
         ("web", [WEB, DB, TWIN], (10, 12)),
         ("name:web", [WEB, TWIN], (10, 12)),
         ("db", [DB, DB_BY_NAME], (11, 16)),  # one has the unit, the other took the name
-        (UUID, [WEB, Guest(17, UUID, "", 1000, "")], (10, 17)),
+        (UUID, [WEB, GuestRow(17, UUID, "", 1000, "")], (10, 17)),
     ],
 )
-def test_ambiguous(text: str, guests: list[Guest], pids: tuple[int, int]) -> None:
+def test_ambiguous(text: str, guests: list[GuestRow], pids: tuple[int, int]) -> None:
     with pytest.raises(AmbiguousTarget) as caught:
         find(parse(text), guests)
     assert caught.value.exit_code == ExitCode.NOT_FOUND
@@ -160,7 +168,9 @@ def test_not_found(text: str, error: type[QkilldError]) -> None:
 
 
 def test_candidates_are_printable_and_not_without_end() -> None:
-    crowd = [Guest(pid, "x\x1b]0;owned\x07\n\u202e", "", 0, "x.service") for pid in range(100, 150)]
+    crowd = [
+        GuestRow(pid, "x\x1b]0;owned\x07\n\u202e", "", 0, "x.service") for pid in range(100, 150)
+    ]
     with pytest.raises(AmbiguousTarget) as caught:
         find(parse("unit:x"), crowd)
     text = str(caught.value)
@@ -171,17 +181,21 @@ def test_candidates_are_printable_and_not_without_end() -> None:
     assert "and 40 more" in text
 
 
-class Answers(Manager):
-    """A daemon whose guests change between two questions, which no real one does on demand."""
+class Answers(ManagerProxy):
+    """A daemon whose guests change between two calls."""
 
-    def __init__(self, lists: list[list[Guest]]) -> None:
+    def __init__(self, lists: list[list[GuestRow]]) -> None:
         self.lists = lists
+
+    @property
+    def is_remote(self) -> bool:
+        return False
 
     async def list_guests(self) -> list[tuple[int, str, str, int, str]]:
         return [*self.lists.pop(0)]
 
 
-def pin(text: str, daemon: Answers) -> Found:
+def pin(text: str, daemon: Answers) -> TargetProcess:
     return asyncio.run(Resolver(daemon).pin(parse(text)))
 
 
@@ -189,10 +203,10 @@ ME = WEB._replace(pid=os.getpid())
 
 
 def test_pin_holds_the_process_by_its_start() -> None:
-    """The start comes from /proc, and the list tells whether it still belongs to the name."""
-    found = Found(ME.pid, "web", pidfile.start_time_of(ME.pid))
+    """The start time comes from /proc; the list shows whether it still belongs to the name."""
+    found = TargetProcess(ME.pid, "web", procfs.read_stat(ME.pid).start_time)
     assert pin("web", Answers([[ME, DB], [DB, ME]])) == found
-    assert pin("10", Answers([])) == Found(10)
+    assert pin("10", Answers([])) == TargetProcess(10)
 
 
 @pytest.mark.parametrize("text", ["web", f"uuid:{UUID}", "unit:web-vm"])
@@ -201,5 +215,5 @@ def test_pin_notices_a_pid_that_changed_hands(text: str) -> None:
         with pytest.raises(ProcessChanged, match=f"Process {ME.pid}"):
             pin(text, Answers([[ME], later]))
     gone = WEB._replace(pid=2**22 + 1)  # beyond the kernel's own limit for a pid
-    with pytest.raises(NoSuchProcess, match="has just gone"):
+    with pytest.raises(NoSuchProcess, match="has just exited"):
         pin(text, Answers([[gone]]))

@@ -1,4 +1,4 @@
-"""What a live look makes of the answers of Inspect."""
+"""Lines made from replies of Inspect."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qkilld.ctl.trace import Look
+from qkilld.ctl.trace import Observation
 
 SEEN = {
     "verdict": "flushing",
@@ -27,13 +27,13 @@ SEEN = {
     ],
 )
 def test_the_best_counter_of_what_was_written(more: dict[str, Any], written: int | None) -> None:
-    assert Look.of({**SEEN, **more}).written == written
+    assert Observation.of({**SEEN, **more}).written == written
 
 
 def test_a_look_in_words() -> None:
-    first = Look.of(SEEN)
+    first = Observation.of(SEEN)
     assert first.line(first) == "flushing: it wrote 5 bytes; 70 bytes pending"
-    later = Look.of({**SEEN, "io": {"write_bytes": 1_500}, "reasons": []})
+    later = Observation.of({**SEEN, "io": {"write_bytes": 1_500}, "reasons": []})
     assert later.line(first) == "flushing: 500 bytes written; 70 bytes pending"
     assert later.as_json(first, 3) == {
         "at_usec": 3,
@@ -45,15 +45,15 @@ def test_a_look_in_words() -> None:
 
 
 def test_a_daemon_that_tells_no_more_than_the_verdict() -> None:
-    look = Look.of({"verdict": "unknown"})
+    look = Observation.of({"verdict": "unknown"})
     assert look.line(look) == "unknown"
     assert look.as_json(look, 0)["bytes_pending"] is None
 
 
 def test_2_to_the_64_is_not_a_size() -> None:
-    assert Look.of({"verdict": "idle", "bytes-pending": 2**64 - 1}).pending is None
+    assert Observation.of({"verdict": "idle", "bytes-pending": 2**64 - 1}).pending is None
 
 
 def test_it_is_made_printable() -> None:
-    look = Look.of({"verdict": "\x1b[2J", "reasons": ["a\nb", "\u202e"]})
+    look = Observation.of({"verdict": "\x1b[2J", "reasons": ["a\nb", "\u202e"]})
     assert look.line(look) == "\ufffd[2J: a\ufffdb; \ufffd"

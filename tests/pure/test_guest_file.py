@@ -1,16 +1,30 @@
-"""The file of a guest, and the command line that it becomes."""
+"""A guest's file, and the command line made from it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from qkilld.guest.options import GuestFile, command, parse
 from qkilld.model.errors import ConfigError
+from tests.lab import needs
+from tests.lab.process import run
 
 
 def argv(text: str, name: str = "web") -> list[str]:
     file = parse(text, "x.conf")
-    return command(file, name=name, machine="x86_64", qmp="/run/qemu-guest/a,b/qmp")
+    runtime = "/run/qemu-guest/a,b"
+    return command(
+        file, name=name, machine="x86_64", qmp=f"{runtime}/qmp", agent=f"{runtime}/agent"
+    )
+
+
+AGENT = [
+    *("-chardev", "socket,id=qkilld-agent,path=/run/qemu-guest/a,,b/agent,server=on,wait=off"),
+    *("-device", "virtio-serial,id=qkilld-serial", "-device"),
+    "virtserialport,bus=qkilld-serial.0,chardev=qkilld-agent,name=org.qemu.guest_agent.0",
+]
 
 
 def test_each_line_is_an_option_and_its_value_as_it_stands() -> None:
@@ -34,7 +48,48 @@ def test_what_it_leaves_open_is_added() -> None:
     assert argv("-m 1G", "a,b") == [
         *("/usr/bin/qemu-system-x86_64", "-name", "guest=a,,b", "-display", "none"),
         *("-qmp", "unix:/run/qemu-guest/a,,b/qmp,server=on,wait=off", "-m", "1G"),
+        *AGENT,
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "added"),
+    [
+        ("-machine q35,accel=kvm", True),
+        ("-machine accel=tcg", True),
+        ("-M type=pc-i440fx-7.2", True),
+        ("/usr/bin/qemu-system-aarch64\n-M virt", True),
+        ("/usr/bin/qemu-system-aarch64\n-m 1G", False),
+        ("-M microvm", False),
+        ("-M isapc", False),
+        ("-M none", False),
+        ("-m 1G\n-loadvm up", False),
+        ("-m 1G\n-readconfig x.cfg", False),
+        ("-device virtserialport,chardev=own,name=org.qemu.guest_agent.0", False),
+    ],
+)
+def test_the_agents_port_is_added_to_what_can_have_it(text: str, added: bool) -> None:
+    assert (argv(text)[-6:] == AGENT) is added
+    assert any("qkilld-serial" in word for word in argv(text)) is added
+
+
+@pytest.mark.parametrize(
+    ("program", "machine"),
+    [
+        ("qemu-system-x86_64", "q35"),
+        ("qemu-system-x86_64", "pc"),
+        ("qemu-system-x86_64", ""),
+    ],
+)
+def test_a_real_qemu_starts_with_the_port(lab_dir: Path, program: str, machine: str) -> None:
+    path = needs.program(program, "a QEMU of that architecture")
+    file = parse(f"{path}\n-nodefaults\n" + (f"-M {machine}\n" if machine else ""), "x.conf")
+    qmp, agent = lab_dir / "qmp", lab_dir / "agent"
+    words = command(file, name="web", machine="x86_64", qmp=str(qmp), agent=str(agent))
+    # QEMU exits after it has created everything, because its monitor is told to quit.
+    words = [word.replace(f"unix:{qmp},server=on,wait=off", "stdio") for word in words]
+    done = run(words, input='{"execute": "qmp_capabilities"}{"execute": "quit"}')
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("line", ["-vnc :1", "--display gtk", "-nographic", "-spice port=1"])
@@ -50,7 +105,7 @@ def test_a_value_is_no_option() -> None:
 
 @pytest.mark.parametrize("machine, program", [("ppc64le", "ppc64"), ("aarch64", "aarch64")])
 def test_the_machines_own_qemu(machine: str, program: str) -> None:
-    given = command(parse("-m 1G", ""), name="x", machine=machine, qmp="/q")
+    given = command(parse("-m 1G", ""), name="x", machine=machine, qmp="/q", agent="/a")
     assert given[0] == f"/usr/bin/qemu-system-{program}"
 
 

@@ -1,4 +1,4 @@
-"""The ladder, as tables: what is done at which moment."""
+"""The ladder as tables: the action at each moment."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from qkilld.judgement.ladder import (
+from qkilld.decision.ladder import (
     FIXED_POLICY,
     Action,
     Decision,
-    Standing,
+    JobFacts,
     decide,
     kill_due,
-    lengthened,
+    lengthen,
     next_look,
     policy_for,
 )
-from qkilld.judgement.verdict import Assessment
-from qkilld.model.evidence import Cgroup, Sample
+from qkilld.decision.verdict import Assessment
+from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
-from qkilld.model.words import INFINITY, Flag, Verdict
+from qkilld.model.sample import Cgroup, Sample
 
 S = 1_000_000
 NONE, FORCE, NOWAIT, FIXED = Flag(0), Flag.FORCE, Flag.NOWAIT, Flag.FIXED
@@ -70,26 +70,28 @@ def test_fixed_clock(
     now: float,
     expected: Decision,
 ) -> None:
-    standing = Standing(
-        flags | FIXED,
-        FIXED_POLICY,
+    facts = JobFacts(
+        flags=flags | FIXED,
+        policy=FIXED_POLICY,
         term_at=None if term is None else T0 + int(term * S),
         kill_at=None if kill is None else T0 + int(kill * S),
     )
-    assert decide(standing, T0 + int(now * S)) == expected
+    assert decide(facts, T0 + int(now * S)) == expected
 
 
 @pytest.mark.parametrize("fixed", [NONE, FIXED])
 def test_held_and_extended(fixed: Flag) -> None:
     late = T0 + 10**12
     for flags in (NONE, FORCE):
-        held = Standing(flags | fixed, Policy(), term_at=T0, control=Control(held=True))
+        held = JobFacts(
+            flags=flags | fixed, policy=Policy(), term_at=T0, control=Control(held=True)
+        )
         assert decide(held, late).action in (Action.WAIT, Action.LOOK)
         assert decide(held, late).deadline == INFINITY
         extended = replace(held, control=Control(not_before=late))
         reap = 0 if flags else 5 * S
         assert decide(extended, T0).deadline == late + reap
-    # What was sent is sent, and what is to be sent at once is sent at once.
+    # A hold does not undo SIGKILL, nor delay a signal that is sent at once.
     killed = replace(held, kill_at=T0)
     assert decide(killed, T0 + 5 * S).action is Action.GIVE_UP
     assert decide(replace(held, term_at=None), T0).action is Action.TERMINATE
@@ -99,19 +101,21 @@ def test_held_and_extended(fixed: Flag) -> None:
 def test_infinite_grace_never_kills_and_never_gives_up(fixed: Flag) -> None:
     policy = Policy(grace=INFINITY)
     for flags in (NONE, FORCE):
-        decision = decide(Standing(flags | fixed, policy, term_at=T0), T0 + 10**15)
+        decision = decide(JobFacts(flags=flags | fixed, policy=policy, term_at=T0), T0 + 10**15)
         assert decision.action in (Action.WAIT, Action.LOOK)
         assert decision.deadline == INFINITY
 
 
 def test_grace_near_infinity_does_not_overflow_the_bus_type() -> None:
-    decision = decide(Standing(FORCE | FIXED, Policy(grace=INFINITY - 1), term_at=T0), T0)
+    decision = decide(
+        JobFacts(flags=FORCE | FIXED, policy=Policy(grace=INFINITY - 1), term_at=T0), T0
+    )
     assert decision == Decision(Action.WAIT, INFINITY, INFINITY)
 
 
 def test_max_caps_the_grace() -> None:
     policy = Policy(grace=60 * S, max=20 * S)
-    assert decide(Standing(FORCE | FIXED, policy, term_at=T0), T0) == wait(20)
+    assert decide(JobFacts(flags=FORCE | FIXED, policy=policy, term_at=T0), T0) == wait(20)
 
 
 CONFIGURED = Policy(grace=30 * S, reap=7 * S, max=90 * S)
@@ -131,7 +135,7 @@ def test_policy_of_a_job(flags: Flag, asked: dict[str, int], expected: Policy) -
 
 
 def test_spans_are_only_ever_lengthened() -> None:
-    longer = lengthened(CONFIGURED, {"grace": 40 * S, "stall": 1})
+    longer = lengthen(CONFIGURED, {"grace": 40 * S, "stall": 1})
     assert (longer.grace, longer.stall) == (40 * S, CONFIGURED.stall)
 
 
@@ -146,16 +150,17 @@ def seen(
     outstanding_at: float | None = None,
     state: str = "S",
 ) -> Assessment:
-    """What is known at so many seconds after SIGTERM."""
+    """Return the assessment at this many seconds after SIGTERM."""
 
     def point(seconds: float | None) -> int | None:
         return None if seconds is None else T0 + int(seconds * S)
 
-    sample = Sample(T0 + int(at * S), state)
+    sample = Sample(T0 + int(at * S), state, threads=())
     return Assessment(
-        first=sample,
+        first=Sample(T0, state),
         last=sample,
         seen=sample,
+        waits=(),
         verdict=Verdict.UNKNOWN,
         reasons=(),
         progress_at=point(progress),
@@ -179,13 +184,13 @@ def seen(
         (seen(9, outstanding=True), Policy(), 60),
         (seen(9, outstanding=True), Policy(storage_stall=5 * S), 10),
         (seen(9, progress=9, outstanding=True), Policy(storage_stall=5 * S), 19),
-        # What was outstanding a moment ago is no idle process yet.
+        # A process that was waiting a moment ago is not idle yet.
         (seen(40, outstanding_at=39), Policy(), 49),
-        # Unknown is not idle; before the first look it is the soonest moment.
+        # Unknown is never idle; before the first sample, the earliest time counts.
         (None, Policy(), 10),
         (None, Policy(stall=15 * S), 15),
         (seen(1, outstanding=None), Policy(), 60),
-        # MaxSec caps all, from SIGTERM on.
+        # MaxSec limits everything, from SIGTERM on.
         (seen(9, progress=9, outstanding=True), Policy(max=30 * S), 30),
         (seen(9, outstanding=None), Policy(grace=INFINITY, max=INFINITY), None),
     ],
@@ -193,28 +198,71 @@ def seen(
 def test_when_the_evidence_allows_sigkill(
     evidence: Assessment | None, policy: Policy, due: float | None
 ) -> None:
-    standing = Standing(FORCE, policy, term_at=T0, assessment=evidence)
-    assert kill_due(standing) == (INFINITY if due is None else T0 + int(due * S))
+    facts = JobFacts(flags=FORCE, policy=policy, term_at=T0, assessment=evidence)
+    assert kill_due(facts) == (INFINITY if due is None else T0 + int(due * S))
 
 
 def test_it_looks_again_right_before_sigkill() -> None:
-    stale = Standing(FORCE, Policy(), term_at=T0, assessment=seen(9.5))
+    stale = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(9.5))
     assert decide(stale, T0 + 10 * S).action is Action.LOOK
-    fresh = Standing(FORCE, Policy(), term_at=T0, assessment=seen(10))
+    fresh = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(10))
     assert decide(fresh, T0 + 10 * S).action is Action.KILL
-    moved = Standing(FORCE, Policy(), term_at=T0, assessment=seen(10, progress=10))
-    assert decide(moved, T0 + 10 * S) == Decision(Action.WAIT, T0 + 20 * S, T0 + 11 * S)
+    moved = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(10, progress=10))
+    due, look = T0 + 20 * S, T0 + 11 * S
+    assert decide(moved, T0 + 10 * S) == Decision(Action.WAIT, due, look, promised=due)
+
+
+def test_a_due_time_once_told_does_not_become_earlier() -> None:
+    waits = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(9, outstanding=True))
+    told = decide(waits, T0 + 9 * S)
+    assert told.promised == told.deadline == T0 + 60 * S
+    idle = replace(waits, assessment=seen(20, outstanding_at=9), promised=told.promised)
+    assert decide(idle, T0 + 20 * S).deadline == T0 + 60 * S
+    assert kill_due(replace(idle, promised=0)) == T0 + 19 * S
+
+
+def test_time_in_which_nobody_looked_does_not_count() -> None:
+    """The host was paused, or the daemon was starved."""
+    late = replace(seen(40), unsampled=30 * S)
+    assert (
+        kill_due(JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=late)) == T0 + 40 * S
+    )
+    waits = replace(seen(40, progress=5, outstanding=True), unsampled=30 * S)
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=waits)
+    assert kill_due(facts) == T0 + 95 * S
+    moved = replace(seen(40, progress=39, outstanding=True), unsampled=30 * S)
+    moved = replace(moved, progress_unsampled=30 * S)
+    assert kill_due(replace(facts, assessment=moved)) == T0 + 99 * S
+    # The first sample may be late too.
+    first = replace(seen(100, outstanding=True), first=Sample(T0 + 100 * S, "S"))
+    assert kill_due(replace(facts, assessment=first)) == T0 + 159 * S
+
+
+def test_unknown_is_bounded_from_the_last_look_that_told_anything() -> None:
+    blind = replace(seen(50, outstanding=None), last=Sample(T0 + 50 * S, "?"))
+    blind = replace(blind, seen=Sample(T0 + 30 * S, "S", threads=()))
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=blind)
+    assert kill_due(facts) == T0 + 90 * S
+
+
+@pytest.mark.parametrize(("doubt", "due"), [(None, 70), (15, 75), (200, 260), (900, 310)])
+def test_what_moves_for_others_perhaps_puts_it_off_but_not_for_ever(
+    doubt: int | None, due: int
+) -> None:
+    evidence = replace(seen(1000, progress=10, outstanding=True), doubt_at=doubt and T0 + doubt * S)
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=evidence)
+    assert kill_due(facts) == T0 + due * S
 
 
 def test_no_sigkill_without_a_look() -> None:
-    standing = Standing(FORCE, Policy(), term_at=T0)
-    assert decide(standing, T0 + 1000 * S).action is Action.LOOK
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0)
+    assert decide(facts, T0 + 1000 * S).action is Action.LOOK
 
 
 def test_without_force_it_gives_up_when_the_time_for_sigkill_and_reaping_is_over() -> None:
-    standing = Standing(NONE, Policy(), term_at=T0, assessment=seen(15))
-    assert decide(standing, T0 + 15 * S).action is Action.GIVE_UP
-    assert decide(standing, T0 + 15 * S - 1).action is Action.WAIT
+    facts = JobFacts(flags=NONE, policy=Policy(), term_at=T0, assessment=seen(15))
+    assert decide(facts, T0 + 15 * S).action is Action.GIVE_UP
+    assert decide(facts, T0 + 15 * S - 1).action is Action.WAIT
 
 
 @pytest.mark.parametrize(
@@ -228,12 +276,12 @@ def test_without_force_it_gives_up_when_the_time_for_sigkill_and_reaping_is_over
     ],
 )
 def test_cadence(evidence: Assessment | None, jobs: int, look: float) -> None:
-    standing = Standing(FORCE, Policy(), term_at=T0, assessment=evidence, jobs=jobs)
-    assert next_look(standing, T0) == T0 + round(look * S)
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=evidence, jobs=jobs)
+    assert next_look(facts, T0) == T0 + round(look * S)
 
 
 def test_what_is_merely_stopped_is_continued_and_its_time_starts_again() -> None:
-    stopped = Standing(FORCE, Policy(), term_at=T0, assessment=seen(3, state="T"))
+    stopped = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(3, state="T"))
     assert decide(stopped, T0 + 3 * S).action is Action.CONTINUE
     again = replace(stopped, continued_at=T0 + 3 * S, continues=1)
     assert kill_due(replace(again, assessment=seen(4))) == T0 + 13 * S
@@ -252,13 +300,15 @@ def test_what_is_merely_stopped_is_continued_and_its_time_starts_again() -> None
 def test_what_somebody_else_holds_is_not_continued(change: dict[str, Any]) -> None:
     evidence = seen(3)
     held = replace(evidence, last=replace(evidence.last, **change))
-    standing = Standing(FORCE, Policy(), term_at=T0, assessment=held)
-    assert decide(standing, T0 + 3 * S).action is Action.WAIT
+    facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=held)
+    assert decide(facts, T0 + 3 * S).action is Action.WAIT
 
 
 def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
-    standing = Standing(FORCE, Policy(), term_at=T0, kill_at=T0 + 10 * S, assessment=seen(10))
+    facts = JobFacts(
+        flags=FORCE, policy=Policy(), term_at=T0, kill_at=T0 + 10 * S, assessment=seen(10)
+    )
     killed_at = T0 + 10 * S
-    assert decide(standing, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 300_000)
-    assert decide(standing, killed_at + 300_000).action is Action.LOOK
-    assert decide(standing, T0 + 15 * S).action is Action.GIVE_UP
+    assert decide(facts, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 300_000)
+    assert decide(facts, killed_at + 300_000).action is Action.LOOK
+    assert decide(facts, T0 + 15 * S).action is Action.GIVE_UP

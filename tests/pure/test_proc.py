@@ -1,4 +1,4 @@
-"""Reading /proc: a tree of files stands in for it, with processes that want to be misread."""
+"""Reading /proc from a fake tree, with processes that try to mislead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qkilld.adapters import procfs
-from qkilld.adapters.cgroup import unit_of
+from qkilld.adapters.cgroup_unit import unit_of
 from qkilld.adapters.qemu_args import name_and_uuid
 from qkilld.model.guest import Unit
 from qkilld.model.text import printable
@@ -81,8 +81,40 @@ def test_executables(tmp_path: Path, exe: str | None, expected: tuple[str, bool]
 def test_a_process_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         procfs.read_identity(PID, tmp_path)
-    assert procfs.read_name_and_uuid(PID, tmp_path) == ("", "")
+    assert procfs.read_names(PID, tmp_path) == (None, "", False)
+    assert procfs.read_unit(PID, tmp_path) is None
+
+
+def test_a_unit_that_cannot_be_read_is_not_no_unit(tmp_path: Path) -> None:
+    make_process(tmp_path)
+    (tmp_path / str(PID) / "cgroup").write_text("0::/\n")
     assert procfs.read_unit(PID, tmp_path) == Unit()
+    # As ProtectProc=invisible and hidepid=2 leave it.
+    (tmp_path / "1" / "cgroup").unlink()
+    assert procfs.read_unit(PID, tmp_path) is None
+
+
+def test_a_cgroup_that_a_user_named_is_nobody_elses_unit(tmp_path: Path) -> None:
+    make_process(tmp_path)
+    path = "/user.slice/user-7.slice/user@7.service/a b.service"
+    (tmp_path / str(PID) / "cgroup").write_text(f"0::{path}\n")
+    assert procfs.read_unit(PID, tmp_path) == Unit("user@7.service", "?")
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "name"),
+    [
+        (b"qemu\0-M\0none\0", ""),
+        # A process that is exiting, or that hides its arguments.
+        (b"", None),
+        (b"qemu\0" + (1 << 20) * b"x" + b"\0-name\0web\0", None),
+        (b"qemu\0-name\0web\0" + (1 << 20) * b"x", "web"),
+    ],
+    ids=["none", "empty", "cut off before", "cut off after"],
+)
+def test_an_unknown_name_is_not_no_name(tmp_path: Path, cmdline: bytes, name: str | None) -> None:
+    make_process(tmp_path, cmdline=cmdline)
+    assert procfs.read_names(PID, tmp_path)[0] == name
 
 
 def test_name_and_uuid_of_a_process(tmp_path: Path) -> None:
@@ -90,7 +122,7 @@ def test_name_and_uuid_of_a_process(tmp_path: Path) -> None:
     make_process(
         tmp_path, cmdline=b"qemu\0-name\0evil\x1b[2J\nname\0-uuid\0" + uuid.encode() + b"\0"
     )
-    name, found = procfs.read_name_and_uuid(PID, tmp_path)
+    name, found, _ = procfs.read_names(PID, tmp_path)
     assert name == "evil\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}name"
     assert found == uuid.lower()
 
@@ -107,7 +139,7 @@ def test_name_and_uuid_of_a_process(tmp_path: Path) -> None:
         ("-name one -name two", ("two", "")),
         ("-nodefaults -name web -uuid U", ("web", "U")),
         ("-S -enable-kvm -daemonize -name web", ("web", "")),
-        # What another option takes as its value is no option of its own.
+        # The value of another option is not an option.
         ("-append -name evil -name web", ("web", "")),
         ("-name -uuid", ("-uuid", "")),
         ("-name", ("", "")),
@@ -119,11 +151,16 @@ def test_qemu_arguments(arguments: str, expected: tuple[str, str]) -> None:
     assert name_and_uuid(["qemu", *arguments.split()]) == expected
 
 
-V1 = "12:pids:/x\n1:name=systemd:{}\n0::/\n"
+V1 = "12:pids:/x\n1:name=systemd:{}\n"
+V1_BESIDE_V2 = "12:pids:/x\n1:name=systemd:{}\n0::/\n"
 V2 = "0::{}\n"
+V2_BESIDE_V1 = "1:name=systemd:/\n0::{}\n"
 
 
-@pytest.mark.parametrize("form", [V1, V2])
+@pytest.mark.parametrize(
+    ("form", "uses_v2"),
+    [(V1, None), (V2, None), (V1_BESIDE_V2, False), (V2_BESIDE_V1, True)],
+)
 @pytest.mark.parametrize(
     ("path", "init", "expected"),
     [
@@ -149,13 +186,52 @@ V2 = "0::{}\n"
         ("/system.slice", "/init.scope", Unit()),
     ],
 )
-def test_units(form: str, path: str, init: str, expected: Unit) -> None:
-    assert unit_of(form.format(path), form.format(init)) == expected
+def test_units(form: str, uses_v2: bool | None, path: str, init: str, expected: Unit) -> None:
+    assert unit_of(form.format(path), form.format(init), lambda: uses_v2) == expected
 
 
 def test_unit_without_any_hierarchy() -> None:
-    assert unit_of("", "") == Unit()
-    assert unit_of("garbage", "more garbage\n::") == Unit()
+    assert unit_of("", "", lambda: None) == Unit()
+    assert unit_of("garbage", "more garbage\n::", lambda: None) == Unit()
+
+
+def test_a_unit_in_one_of_two_hierarchies_is_unknown() -> None:
+    own = "1:name=systemd:/\n0::/system.slice/web.service\n"
+    assert unit_of(own, own, lambda: None) is None
+
+
+UNIFIED = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+ELSEWHERE = "40 23 0:37 / /mnt/systemd rw - cgroup cgroup rw,name=systemd\n"
+LEGACY = (
+    "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"
+    "40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n"
+)
+HYBRID = LEGACY + "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+HYBRID_232 = LEGACY.replace("- cgroup cgroup", "- cgroup2 cgroup2")
+
+
+@pytest.mark.parametrize(
+    ("mounts", "expected"),
+    [
+        (UNIFIED, Unit("v2.service")),
+        (UNIFIED + ELSEWHERE, Unit("v2.service")),
+        (HYBRID, Unit("v2.service")),
+        (HYBRID_232, Unit("v2.service")),
+        (LEGACY, Unit("v1.service")),
+        ("", None),
+    ],
+)
+def test_the_hierarchy_that_systemd_uses(
+    tmp_path: Path, mounts: str, expected: Unit | None
+) -> None:
+    make_process(tmp_path)
+    text = "2:name=systemd:/system.slice/v1.service\n0::/system.slice/v2.service\n"
+    (tmp_path / str(PID) / "cgroup").write_text(text)
+    (tmp_path / "1" / "cgroup").write_text("2:name=systemd:/init.scope\n0::/init.scope\n")
+    (tmp_path / "self").mkdir()
+    root = "23 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+    (tmp_path / "self/mountinfo").write_text(root + mounts)
+    assert procfs.read_unit(PID, tmp_path) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Replays: under a policy of its own and under others, of made samples and of recorded jobs."""
+"""Replays with the recorded policy and with others, of synthetic samples and recorded jobs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from typing import Any
 import pytest
 
 from qkilld.ctl.main import main
-from qkilld.judgement.ladder import Action
-from qkilld.judgement.replay import Replay, Terms, replay
-from qkilld.model.evidence import Io, Sample, Thread
+from qkilld.decision.ladder import Action
+from qkilld.decision.replay import Replay, Terms, replay
+from qkilld.model.constants import Flag, Phase, Result, Verdict
 from qkilld.model.policy import Policy
-from qkilld.model.trace import Changed, Ended, Header, Record, Sent, Trace, header_line, record_line
-from qkilld.model.words import Flag, Phase, Result, Verdict
+from qkilld.model.sample import Io, Sample, Thread
+from qkilld.model.trace import (
+    ChangeRecord,
+    EndRecord,
+    Header,
+    Record,
+    RungRecord,
+    Trace,
+    header_line,
+    record_line,
+)
 
 TRACES = Path(__file__).parents[1] / "traces"
 S = 1_000_000
@@ -34,6 +43,9 @@ IDLE = Sample(
     threads=(),
     rings=0,
     direct=False,
+    nodes=(),
+    formatted=0,
+    pluggable=False,
     devices=(),
     mounts=(),
     sockets=(),
@@ -46,7 +58,7 @@ def at(seconds: float) -> int:
 
 
 def looks(sample: Sample, times: Iterable[float], *, rate: int = 0) -> list[Record]:
-    """That sample at each of these times (s), having written `rate` bytes a second."""
+    """Return this sample at each time (s), with `rate` bytes written per second."""
     return [
         replace(sample, at=at(time), io=Io(0, 0, 0, 0, 0, round(rate * time), 0)) for time in times
     ]
@@ -61,13 +73,13 @@ def traced(
     kill: float | None = None,
     **spans: int,
 ) -> Trace:
-    """A job that got SIGTERM at 0 s and came to this end."""
+    """Return the trace of a job that got SIGTERM at 0 s and ended like this."""
     header = Header(1, T0, 17, 99, "qemu", "web", flags, replace(Policy(), **spans))
-    found = [Sent(T0, Phase.TERMINATE, "SIGTERM"), *records]
+    found = [RungRecord(T0, Phase.TERMINATE, "SIGTERM"), *records]
     if kill is not None:
-        found.append(Sent(at(kill), Phase.KILL, "SIGKILL"))
+        found.append(RungRecord(at(kill), Phase.KILL, "SIGKILL"))
     if result is not None:
-        found.append(Ended(at(end), result))
+        found.append(EndRecord(at(end), result))
     return Trace(header, tuple(found))
 
 
@@ -92,7 +104,7 @@ DEAD = traced(looks(WAITING, EVERY_SECOND), 29.5, Result.CANCELLED)
         (FLUSHING, Terms(add=FIXED, remove=FORCE), (Result.SURVIVED, 15)),
         (FLUSHING, Terms(add=NOWAIT), (Result.KILLED, 0)),
         (FLUSHING, Terms(add=NOWAIT, remove=FORCE), (Result.SIGNALLED, 0)),
-        # The looks of this trace are too few to tell that it moves
+        # This trace has too few samples to show movement
         (FLUSHING, Terms(spans={"grace": 0, "storage_stall": S // 2}), (Result.KILLED, 0.5)),
         (STUCK, Terms(), (Result.KILLED, 10)),
         (STUCK, Terms(spans={"grace": 2 * S, "stall": 0}), (Result.KILLED, 2)),
@@ -111,20 +123,20 @@ def test_outcomes(trace: Trace, terms: Terms, expected: tuple[Result | None, flo
 
 
 def test_the_look_that_a_deadline_asked_for_counts() -> None:
-    """A sample right behind the deadline shows that it moves; one much later comes too late."""
+    """A sample right after the deadline shows movement; a much later one is too late."""
     idle = looks(IDLE, [0.1, *range(1, 10)])
     moved = [10.2, *range(11, 16)]
-    held = traced(idle + looks(IDLE, moved, rate=1), 15.5)
+    held = traced(idle + looks(IDLE, moved, rate=4096), 15.5)
     assert outcome(replay(held)) == (Result.EXITED, 15.5)
-    late = traced(idle + looks(IDLE, [10.3, *moved[1:]], rate=1), 15.5)
+    late = traced(idle + looks(IDLE, [10.3, *moved[1:]], rate=4096), 15.5)
     assert outcome(replay(late)) == (Result.KILLED, 10)
 
 
 def test_how_old_the_last_sample_was() -> None:
     step = replay(STUCK, Terms(spans={"grace": 2_500_000, "stall": 0})).steps[-1]
-    assert (step.decision.action, step.unseen) == (Action.KILL, S // 2)
+    assert (step.decision.action, step.since_sample) == (Action.KILL, S // 2)
     step = replay(STUCK, Terms(spans={"grace": 2 * S, "stall": 0})).steps[-1]
-    assert (step.decision.action, step.unseen) == (Action.KILL, 0)
+    assert (step.decision.action, step.since_sample) == (Action.KILL, 0)
 
 
 def test_an_exit_comes_before_the_deadline_of_its_time() -> None:
@@ -161,7 +173,7 @@ def test_a_trace_without_an_end_goes_as_far_as_its_records() -> None:
 
 def test_requests_that_join_count_from_their_time_on() -> None:
     quick = replace(Policy(), grace=2 * S, stall=0)
-    joined = Changed(at(12.5), FORCE, quick)
+    joined = ChangeRecord(at(12.5), FORCE, quick)
     idle = looks(IDLE, [0.1, *range(1, 20)])
     trace = traced([*idle, joined], 20, flags=Flag(0), grace=50 * S)
     assert outcome(replay(trace)) == (Result.KILLED, 12.5)

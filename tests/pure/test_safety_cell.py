@@ -1,4 +1,4 @@
-"""What the safety matrix does where a row's storage was not as the row has it."""
+"""The safety matrix, if a row's storage did not behave as described."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_it_is_measured_again_and_not_for_ever(
         assert attempts == ATTEMPTS
     else:
         assert cell.measure(CASE, COLUMN, tmp_path) is GOOD
-        # Of an attempt that does not count there is no trace.
+        # A repeated attempt leaves no trace.
         assert [path.name for path in tmp_path.iterdir()] == [f"{bad + 1}.jsonl"]

@@ -1,12 +1,12 @@
-"""Recorded jobs of the safety matrix, judged again: each row's verdicts at every sample."""
+"""Recorded jobs of the safety matrix, judged again: the verdicts at every sample."""
 
 from __future__ import annotations
 
 import pytest
 
-from qkilld.judgement.replay import Replay, Terms, replay
-from qkilld.model.trace import Sent, Trace, decode
-from qkilld.model.words import USEC_PER_SEC, Flag, Result, Verdict
+from qkilld.decision.replay import Replay, Terms, replay
+from qkilld.model.constants import USEC_PER_SEC, Flag, Result
+from qkilld.model.trace import RungRecord, Trace, decode
 from tests.pure.test_replay import TRACES
 from tests.safety.cases import CASES, Case
 from tests.safety.cell import Cell, wrong
@@ -15,7 +15,7 @@ from tests.safety.policies import OURS
 
 DIRECTORY = TRACES / "matrix"
 CLOCK_USEC = 10 * USEC_PER_SEC
-"""FIXED sends SIGKILL so long after SIGTERM."""
+"""When FIXED sends SIGKILL, after SIGTERM."""
 
 
 def trace_of(case: Case) -> Trace:
@@ -23,7 +23,7 @@ def trace_of(case: Case) -> Trace:
 
 
 def ticks(replayed: Replay) -> list[tuple[float, str]]:
-    """At each sample what was known by then, as a caller would have seen it."""
+    """Return the verdict at each sample, as a caller would have seen it."""
     started = replayed.recorded.started
     return [
         ((step.at - started) / USEC_PER_SEC, step.assessment.verdict.value)
@@ -41,7 +41,7 @@ def test_every_verdict_of_a_row_is_right(case: Case) -> None:
     seconds = (recorded.ended - recorded.started) / USEC_PER_SEC
     outcome = Outcome(recorded.result.value, seconds, ticks=ticks(replayed))
     assert wrong(case, Cell(case.name, OURS, 0, 0, 0, outcome, wrong=[])) == []
-    # What would be done now is what was done then.
+    # The decision now is the decision then.
     exited = recorded.result is Result.EXITED
     assert replayed.result is (Result.EXITED if exited else Result.KILLED)
 
@@ -50,14 +50,14 @@ def test_every_verdict_of_a_row_is_right(case: Case) -> None:
 def test_what_the_clock_would_have_done(case: Case) -> None:
     trace = trace_of(case)
     replayed = replay(trace, Terms(add=Flag.FIXED))
-    due = min(rung.at for rung in trace.of(Sent)) + CLOCK_USEC
+    due = min(rung.at for rung in trace.of(RungRecord)) + CLOCK_USEC
     if replayed.recorded.until < due:
         assert replayed.result is Result.EXITED
         return
     assert replayed.result is Result.KILLED
     assert due <= replayed.at <= due + 10_000
-    stands = all(rule.verdicts == {Verdict.STOPPED} for rule in case.right)
-    assert replayed.data_at_risk is not stands
+    # None of them had handled SIGTERM and finished, so nothing is proven.
+    assert replayed.data_at_risk
 
 
 def test_there_is_a_trace_of_each_row_and_no_other() -> None:

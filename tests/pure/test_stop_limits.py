@@ -1,23 +1,18 @@
-"""What a unit's settings allow qkilld-stop, and what it tells systemd."""
+"""What a unit's settings allow qkilld-stop to do, and what it tells systemd."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from qkilld.model.jobview import JobView
+from qkilld.decision.unit_limits import being_stopped, limits_of, would_be_killed
+from qkilld.model.constants import INFINITY, USEC_PER_SEC, Flag, Phase
+from qkilld.model.job_status import JobStatus
 from qkilld.model.unit import UnitFacts
-from qkilld.model.words import INFINITY, UNKNOWN, USEC_PER_SEC
-from qkilld.stop.limits import (
-    MARGIN,
-    STEP,
-    being_stopped,
-    extension,
-    limits_of,
-    would_be_killed,
-)
-from qkilld.stop.status import status
+from qkilld.stop.limits import MARGIN, STEP, extension
+from qkilld.stop.status_line import status_line
 
 S = USEC_PER_SEC
 OWN = 17
@@ -36,8 +31,8 @@ def unit(**settings: Any) -> UnitFacts:
 
 def test_nothing_limits_a_helper_that_is_heard() -> None:
     for facts in (unit(), unit(notify_access="all", control_pid=OWN + 1)):
-        limits = limits_of(facts, OWN)
-        assert (limits.stay, limits.warnings) == (INFINITY, ())
+        limits = limits_of(facts, OWN, 16)
+        assert (limits.stay, limits.ask, limits.warnings) == (INFINITY, INFINITY, ())
 
 
 @pytest.mark.parametrize(
@@ -50,12 +45,14 @@ def test_nothing_limits_a_helper_that_is_heard() -> None:
 )
 def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], mends: str) -> None:
     for seconds in (1, 5, 90, 3600):
-        limits = limits_of(unit(timeout_stop=seconds * S, **settings), OWN)
+        limits = limits_of(unit(timeout_stop=seconds * S, **settings), OWN, 16)
         assert 0.8 * seconds * S <= limits.stay <= seconds * S - 100_000
         (warning,) = limits.warnings
         assert mends in warning
-    # There is no limit, and nothing to be warned of.
-    endless = limits_of(unit(timeout_stop=INFINITY, **settings), OWN)
+        # Half of the time is left for SIGTERM and the flush, and at least 5 s.
+        assert limits.ask == max(0, min(seconds * S // 2, (seconds - 5) * S))
+    # No timeout, so no warning.
+    endless = limits_of(unit(timeout_stop=INFINITY, **settings), OWN, 16)
     assert (endless.stay, endless.warnings) == (INFINITY, ())
 
 
@@ -66,7 +63,7 @@ def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], mends: s
 def test_a_second_guest_on_the_same_disks_is_warned_of(
     settings: dict[str, Any], named: str
 ) -> None:
-    (warning,) = limits_of(unit(**settings), OWN).warnings
+    (warning,) = limits_of(unit(**settings), OWN, 16).warnings
     assert named in warning
     assert not would_be_killed(unit(**settings), 16)
 
@@ -92,36 +89,42 @@ def test_an_extension_follows_the_deadline_and_is_short() -> None:
     assert extension([INFINITY], now) == STEP + MARGIN
 
 
-def view(pid: int = 4, **changes: Any) -> JobView:
-    properties = {
-        "PID": pid,
-        "Name": "web",
-        "Phase": "terminate",
-        "Verdict": "flushing",
-        "Result": "",
-        "Flags": 1,
-        "Held": False,
-        "NotBeforeUSec": 0,
-        "DeadlineUSec": 20 * S,
-        "BytesWritten": 12_340_000,
-        "BytesPending": UNKNOWN,
-    }
-    return JobView("/org/qkilld1/job/1", properties | changes)
+JOB = JobStatus(
+    id=1,
+    pid=4,
+    name="web",
+    flags=Flag.FORCE,
+    phase=Phase.TERMINATE,
+    verdict="flushing",
+    started=0,
+    deadline=20 * S,
+    bytes_written=12_340_000,
+)
 
 
 def test_the_status_says_what_is_waited_for() -> None:
-    assert status([view()], 10 * S) == (
-        "Stopping web (pid 4), which is making progress, 12.3 MB written, "
-        "SIGKILL in 10s unless it moves"
+    assert status_line([JOB], 10 * S) == (
+        "Stopping web (pid 4): flushes, 12.3 MB written, SIGKILL in 10s"
     )
-    assert "gives up in 10s" in status([view(Flags=0)], 10 * S)
-    assert "unless" not in status([view(Phase="reap")], 10 * S)
-    assert status([view(Held=True)], 10 * S).endswith(", held until `qkillctl release`")
-    assert "cannot be judged" in status([view(Verdict="of-a-newer-daemon")], 10 * S)
-    text = status([view(pid) for pid in range(10, 15)], 10 * S)
+    moving = replace(JOB, standstill=12 * S)
+    assert status_line([moving], 10 * S).endswith("SIGKILL only after 12s without progress")
+    assert status_line([moving], 15 * S).endswith("SIGKILL in 5s unless it moves")
+    assert "gives up in 10s" in status_line([replace(JOB, flags=Flag(0))], 10 * S)
+    assert status_line([replace(JOB, held=True)], 10 * S).endswith(
+        ", held until `qkillctl release`"
+    )
+    assert "of-a-newer-daemon" in status_line([replace(JOB, verdict="of-a-newer-daemon")], 10 * S)
+    asking = replace(JOB, phase="powerdown", verdict="unknown", bytes_written=None)
+    assert status_line([replace(asking, guest_asked="ignored")], 10 * S) == (
+        "Stopping web (pid 4): was asked to shut down, SIGTERM in 10s unless it shuts down"
+    )
+    assert "about to be asked" in status_line([asking], 10 * S)
+    down = status_line([replace(asking, verdict="guest-shutdown")], 10 * S)
+    assert "web (pid 4): shuts down, SIGTERM in 10s" in down
+    text = status_line([replace(JOB, pid=pid) for pid in range(10, 15)], 10 * S)
     assert text.startswith("Stopping 5 guests: ") and text.endswith("; and 2 more")
-    assert status([], 0)
+    assert status_line([], 0)
 
 
 def test_a_hostile_name_stays_one_line() -> None:
-    assert "\n" not in status([view(Name="a\nREADY=1")], 0)
+    assert "\n" not in status_line([replace(JOB, name="a\nREADY=1")], 0)

@@ -1,11 +1,11 @@
-"""Time spans: a table, and systemd itself beside us."""
+"""Time spans: a table, and a comparison with systemd itself."""
 
 from __future__ import annotations
 
 import pytest
 
+from qkilld.model.constants import INFINITY
 from qkilld.model.timespan import format_usec, parse
-from qkilld.model.words import INFINITY
 from tests.lab import needs
 from tests.lab.process import run
 
@@ -81,7 +81,7 @@ def test_as_systemd_reads_it(text: str) -> None:
         assert done.returncode != 0
         return
     assert done.returncode == 0, done.stderr
-    if usec != INFINITY:  # which it shows as a number with a sign
+    if usec != INFINITY:  # Which it shows as a signed number.
         assert f"s: {usec}\n" in done.stdout
 
 

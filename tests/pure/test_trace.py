@@ -1,4 +1,4 @@
-"""The format of traces: what goes in comes out, and what is no trace is refused in words."""
+"""The format of traces: round trips, and messages for files that are not traces."""
 
 from __future__ import annotations
 
@@ -8,23 +8,34 @@ from typing import Any
 
 import pytest
 
-from qkilld.model.evidence import Cgroup, Device, Io, Memory, Mount, Sample, Socket, Thread
+from qkilld.model.constants import INFINITY, Flag, Phase, Result, Verdict
 from qkilld.model.policy import Policy
+from qkilld.model.sample import (
+    Cgroup,
+    Device,
+    Io,
+    Memory,
+    Mount,
+    Node,
+    Peer,
+    Sample,
+    Socket,
+    Thread,
+)
 from qkilld.model.trace import (
-    Changed,
-    Cut,
-    Ended,
-    Gone,
+    ChangeRecord,
+    CutRecord,
+    EndRecord,
+    ExitRecord,
     Header,
     Record,
-    Sent,
+    RungRecord,
     Trace,
-    Turned,
+    VerdictRecord,
     decode,
     header_line,
     record_line,
 )
-from qkilld.model.words import INFINITY, Flag, Phase, Result, Verdict
 
 S = 1_000_000
 HOSTILE = 'a"\\\n\u2028\x00{}\U0001f600'
@@ -38,6 +49,7 @@ HEADER = Header(
     flags=Flag.FORCE | Flag.FIXED,
     policy=Policy(grace=1_500_000, max=INFINITY, reap=0),
 )
+PEER = Peer(9, HOSTILE, (), 3, Io(1, 2, 3, 4, 5, 6, 7), (), False)
 FULL = Sample(
     at=1_001 * S,
     state="S",
@@ -47,28 +59,34 @@ FULL = Sample(
     switches=2,
     io=Io(1, 2, 3, 4, 5, 6, 2**63),
     threads=(
-        Thread(7, HOSTILE, "D", 75, True, "folio_wait_bit"),
+        Thread(7, HOSTILE, "D", 75, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",), "", 9),
         Thread(8, "", "R", None, None, None),
     ),
     exiting=False,
     rings=0,
     direct=False,
+    nodes=(Node("d", "nbd"),),
+    formatted=0,
+    pluggable=False,
+    running=1,
+    dumping=False,
+    completions=5,
     devices=(Device("8:0", "sda", writes=1, sectors_written=2, reads=3, in_flight=4),),
     mounts=(Mount("nfs4", 10, None),),
-    sockets=(Socket(11, "tcp", True, 1, 2, acked=3),),
+    sockets=(Socket(11, "tcp", True, 1, 2, acked=3, role="storage", node="d", peer=PEER),),
     cgroup=Cgroup(True, 1, None, 3, None, False),
     host=Memory(1, 2),
 )
 EMPTY = Sample(at=1_002 * S, state="?")
 RECORDS: tuple[Record, ...] = (
-    Sent(1_000 * S + 5, Phase.TERMINATE, "SIGTERM"),
+    RungRecord(1_000 * S + 5, Phase.TERMINATE, "SIGTERM"),
     FULL,
     EMPTY,
-    Turned(1_002 * S, Verdict.STORAGE_WAIT, ("one", HOSTILE)),
-    Changed(1_003 * S, Flag(0), Policy()),
-    Ended(1_004 * S, Result.SURVIVED),
-    Gone(1_005 * S),
-    Cut(1_006 * S, "why"),
+    VerdictRecord(1_002 * S, Verdict.STORAGE_WAIT, ("one", HOSTILE)),
+    ChangeRecord(1_003 * S, Flag(0), Policy()),
+    EndRecord(1_004 * S, Result.SURVIVED),
+    ExitRecord(1_005 * S),
+    CutRecord(1_006 * S, "why"),
 )
 
 
@@ -77,7 +95,7 @@ def lines(*records: Record, header: Header = HEADER) -> str:
 
 
 def changed(line: str, **values: Any) -> str:
-    """A line with other values; ... stands for none."""
+    """Return the line with other values; ... removes one."""
     document = json.loads(line) | values
     return json.dumps({k: v for k, v in document.items() if v is not ...}) + "\n"
 
@@ -131,7 +149,8 @@ def test_what_an_older_version_lacks_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"version": 2}, "version of its format"),
+        ({"version": 1}, "version of its format"),
+        ({"version": 3}, "version of its format"),
         ({"version": 0}, "version of its format"),
         ({"version": True}, "version of its format"),
         ({"version": "1"}, "version of its format"),

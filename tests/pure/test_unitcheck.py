@@ -1,4 +1,4 @@
-"""What a check of a unit finds: a unit that is safe, and each thing that makes it unsafe."""
+"""The findings for a unit: a safe one, and everything that makes it unsafe."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from qkilld.judgement.finding import Severity
-from qkilld.judgement.stopcommand import Kind, kind_of, line_of, quoted
-from qkilld.judgement.surroundings import Surroundings
-from qkilld.judgement.unitcheck import check
-from qkilld.judgement.unitstorage import Storage, escaped, image_paths, mount_unit, servers
+from qkilld.model.constants import INFINITY
 from qkilld.model.policy import Policy
 from qkilld.model.unit import Command, UnitFacts
-from qkilld.model.words import INFINITY
+from qkilld.unitcheck.check import check
+from qkilld.unitcheck.command import line_of, quoted
+from qkilld.unitcheck.context import Surroundings
+from qkilld.unitcheck.finding import Severity
+from qkilld.unitcheck.storage import Storage, escaped, mount_unit
 
 S = 1_000_000
 LOSES, MAY, ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
@@ -56,6 +56,18 @@ def test_the_manager_of_a_user_has_a_limit_of_its_own() -> None:
     assert found(SAFE, replace(around, manager_timeout=1800 * S)) == {}
 
 
+def test_a_guest_that_cannot_be_asked_is_told_with_the_line_to_add() -> None:
+    around = replace(AROUND, unasked=("the guest has no monitor",) * 2)
+    severity, mends = found(SAFE, around)["no-monitor"]
+    assert severity is ADVICE
+    assert mends == [
+        "[Service] ExecStart=… -qmp unix:%t/%N/qmp,server=on,wait=off",
+        "[Service] RuntimeDirectory=%N",
+    ]
+    (mend,) = found(SCOPE, around)["no-monitor"][1]
+    assert "-qmp unix:PATH,server=on,wait=off" in mend
+
+
 POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
 
 
@@ -69,7 +81,7 @@ POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
         replace(SAFE, kill_signal=2),
         replace(SAFE, kill_signal=1),
         replace(SAFE, exec_start=(SHELL,)),
-        replace(SAFE, exec_stop=(replace(line("echo x | socat - x"), ignores_failure=True), STOP)),
+        replace(SAFE, exec_stop=(replace(line("rm -f /run/x"), ignores_failure=True), STOP)),
         replace(SAFE, type="forking", pid_file="/run/web.pid"),
         replace(SAFE, type="oneshot", remain_after_exit=True),
         replace(SAFE, restart="on-failure"),
@@ -87,13 +99,13 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             {"exec_stop": (), "notify_access": "main"},
             "no-exec-stop",
             LOSES,
-            ["[Service] ExecStop=/usr/bin/qkilld-stop", "[Service] NotifyAccess=exec"],
+            ["[Service] ExecStop=-/usr/bin/qkilld-stop", "[Service] NotifyAccess=exec"],
         ),
         (
             {"exec_stop": (), "timeout_stop": INFINITY},
             "no-exec-stop",
             ADVICE,
-            ["[Service] ExecStop=/usr/bin/qkilld-stop"],
+            ["[Service] ExecStop=-/usr/bin/qkilld-stop"],
         ),
         (
             {"exec_stop": (line("echo quit | nc -U /run/m"),), "timeout_stop": 5 * S},
@@ -101,8 +113,7 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             LOSES,
             [
                 "[Service] ExecStop=",
-                '[Service] ExecStop=-/bin/sh -c "echo quit | nc -U /run/m"',
-                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] ExecStop=-/usr/bin/qkilld-stop",
                 "[Service] TimeoutStopSec=90s",
             ],
         ),
@@ -110,13 +121,13 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             {"exec_stop": (Command("/opt/vm-stop", ("/opt/vm-stop", "100%"), True),)},
             "exec-stop-early",
             MAY,
-            ["[Service] ExecStop=/usr/bin/qkilld-stop"],
+            ["[Service] ExecStop=-/usr/bin/qkilld-stop"],
         ),
         (
             {"exec_stop": (Command("/bin/kill", ("/bin/kill", "-9", "$MAINPID")),)},
             "exec-stop-kills",
             LOSES,
-            ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
+            ["[Service] ExecStop=", "[Service] ExecStop=-/usr/bin/qkilld-stop"],
         ),
         (
             {
@@ -129,7 +140,7 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             [
                 "[Service] ExecStop=",
                 '[Service] ExecStop=-/bin/sh -c "echo x | nc -U /run/m"',
-                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] ExecStop=-/usr/bin/qkilld-stop",
                 "[Service] NotifyAccess=exec",
                 "[Service] TimeoutStopSec=90s",
             ],
@@ -138,7 +149,7 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             {"exec_stop": (Command("/bin/kill", ("/bin/kill", "-s", "KILL", "$MAINPID")), STOP)},
             "exec-stop-kills",
             LOSES,
-            ["[Service] ExecStop=", "[Service] ExecStop=/usr/bin/qkilld-stop"],
+            ["[Service] ExecStop=", "[Service] ExecStop=-/usr/bin/qkilld-stop"],
         ),
         (
             {"exec_stop": (line("socat x y"), line("kill -9 1"), STOP, line("cleanup"))},
@@ -158,7 +169,7 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             [
                 "[Service] ExecStop=",
                 '[Service] ExecStop=-/bin/sh -c "socat x y"',
-                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                "[Service] ExecStop=-/usr/bin/qkilld-stop",
             ],
         ),
         (
@@ -231,7 +242,7 @@ def test_nothing_is_wrong(facts: UnitFacts) -> None:
             {"root": "/srv/root"},
             "root-directory",
             LOSES,
-            ["[Service] ExecStop=", "[Service] ExecStop=+/usr/bin/qkilld-stop"],
+            ["[Service] ExecStop=", "[Service] ExecStop=-+/usr/bin/qkilld-stop"],
         ),
     ],
 )
@@ -244,15 +255,15 @@ def test_each_by_itself(
 
 def test_the_helper_runs_outside_of_a_sandbox_but_not_on_a_users_environment() -> None:
     own = replace(SAFE, exec_stop=(), user="vm")
-    assert found(own)["no-exec-stop"][1] == ["[Service] ExecStop=+/usr/bin/qkilld-stop"]
+    assert found(own)["no-exec-stop"][1] == ["[Service] ExecStop=-+/usr/bin/qkilld-stop"]
     theirs = replace(own, environment_files=("/home/vm/env",))
-    assert found(theirs)["no-exec-stop"][1] == ["[Service] ExecStop=/usr/bin/qkilld-stop"]
+    assert found(theirs)["no-exec-stop"][1] == ["[Service] ExecStop=-/usr/bin/qkilld-stop"]
 
 
 def test_mixed_kills_the_guest_behind_a_shell_at_once_without_a_helper() -> None:
     unit = replace(SAFE, kill_mode="mixed", exec_start=(SHELL,), exec_stop=())
     assert found(unit)["kill-mode"][0] is LOSES
-    # The shell may have become the QEMU, and then it is the main process that runs.
+    # The shell may have executed QEMU, which then is the running main process.
     running = replace(AROUND, main_executable="/usr/bin/qemu-system-x86_64")
     assert "kill-mode" not in found(unit, running)
 
@@ -307,26 +318,6 @@ def test_the_worst_comes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"),
-    [
-        (STOP, Kind.HELPER),
-        (line("kill -KILL $MAINPID"), Kind.KILLS),
-        (line("pkill --signal=KILL qemu"), Kind.KILLS),
-        (line("kill -TERM $MAINPID"), Kind.SENDS),
-        (line("echo system_powerdown | socat - unix:/run/m"), Kind.SENDS),
-        (Command("/usr/bin/virsh", ("virsh", "shutdown", "web")), Kind.SENDS),
-        (line("read line; echo quit"), Kind.READS),
-        (line("cat > /run/m"), Kind.READS),
-        (Command("/usr/bin/socat", ("socat", "STDIO", "unix:/run/m")), Kind.READS),
-        (line("/opt/wait-for-it"), Kind.UNKNOWN),
-        (Command("/opt/vm-stop", ("/opt/vm-stop",)), Kind.UNKNOWN),
-    ],
-)
-def test_what_a_stop_command_is(command: Command, kind: Kind) -> None:
-    assert kind_of(command) is kind
-
-
-@pytest.mark.parametrize(
     ("word", "expected"),
     [
         ("plain-word_1.x", "plain-word_1.x"),
@@ -347,17 +338,6 @@ def test_words_of_unit_files(word: str, expected: str) -> None:
 def test_a_command_as_a_line() -> None:
     command = Command("/bin/sh", ("sh", "-c", "x y"), True, ("privileged",))
     assert line_of(command) == '-+@/bin/sh sh -c "x y"'
-
-
-def test_disks_on_a_command_line() -> None:
-    words = ["qemu", "-drive", "file=/srv/a.qcow2,if=none", "-hda", "/srv/b", "-blockdev"]
-    words += ['{"driver": "file", "filename": "/srv/c"}', "-drive", "file=nbd://host:1/x"]
-    assert image_paths(words) == ["/srv/a.qcow2", "/srv/b", "/srv/c"]
-    assert [place.protocol for place in servers(words)] == ["nbd"]
-    assert servers(["-drive", "file=nbd+unix:///?socket=/run/s", "file=nbd://127.0.0.1:1"]) == []
-    assert servers(["-drive", "file=nbd:unix:/run/s", "-name", "nbd"]) == []
-    (place,) = servers(["-drive", "file=iscsi://10.0.0.1/iqn/1"])
-    assert place.protocol == "iscsi"
 
 
 def test_names_as_systemd_escapes_them() -> None:

@@ -1,4 +1,4 @@
-"""Verdicts: what two samples mean, as a table of what was measured of real guests."""
+"""Verdicts of two samples, as a table of what was measured with real guests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from typing import Any
 
 import pytest
 
-from qkilld.judgement.verdict import assess
-from qkilld.model.evidence import Cgroup, Device, Io, Memory, Mount, Sample, Socket, Thread
-from qkilld.model.words import Verdict
+from qkilld.decision.risk import risks_of_exit, risks_of_kill
+from qkilld.decision.verdict import SLACK, Assessment, assess
+from qkilld.model.constants import Verdict
+from qkilld.model.sample import (
+    Cgroup,
+    Device,
+    Io,
+    Memory,
+    Mount,
+    Node,
+    Peer,
+    Sample,
+    Socket,
+    Thread,
+)
 
 S = 1_000_000
 NO_IO = Io(1_000, 1_000, 10, 10, 0, 5_000_000, 0)
@@ -29,16 +41,78 @@ IDLE = Sample(
     sockets=(),
     cgroup=None,
     host=Memory(90_000_000, 1_000_000),
+    running=0,
+    nodes=(),
+    formatted=0,
+    pluggable=False,
 )
-FDATASYNC = Thread(7, "worker", "D", 75, True, "folio_wait_bit")
-UNIX = Socket(11, "unix", client=True, send_queue=0, receive_queue=0)
-TCP = Socket(12, "tcp", True, 0, 0, unacked=0, acked=1_000, received=500)
-QMP = Socket(13, "unix", client=False, send_queue=0, receive_queue=0)
+DISK = ("8:0",)
+FDATASYNC = Thread(
+    tid=7,
+    name="worker",
+    state="D",
+    syscall=75,
+    io_call=True,
+    wchan="folio_wait_bit",
+    call="fdatasync",
+    descriptor=11,
+    target="disk",
+    disks=DISK,
+    switches=5,
+)
+ON_MOUNT = replace(
+    FDATASYNC, state="S", wchan="request_wait", target="mount", disks=(), mount="0:9"
+)
+CLOSING = replace(ON_MOUNT, call="close", target="", mount="")
+SUBMIT = replace(
+    ON_MOUNT,
+    call="io_submit",
+    descriptor=None,
+    target="",
+    mount="",
+    wchan="request_wait_answer",
+)
+FULL_PIPE = replace(ON_MOUNT, call="write", io_call=False, descriptor=2, target="pipe", mount="")
+FUSE = Mount("fuse", None, None, "0:9")
+NFS = Mount("nfs4", 10, 0, "0:9")
+NBD = Node("disk1", "nbd")
+ISCSI = Node("lun", "iscsi")
+UNIX = Socket(11, "unix", True, 0, 0, role="storage", node="disk1")
+TCP = Socket(12, "tcp", True, 0, 0, unacked=0, acked=1_000, received=500, role="storage")
+OF_NBD, OF_ISCSI = replace(TCP, node="disk1"), replace(TCP, node="lun")
+STREAM = replace(TCP, inode=14, role="other")
+STRANGER = replace(TCP, inode=15, role="unknown")
+QMP = Socket(13, "unix", client=False, send_queue=0, receive_queue=0, role="other")
 OWN_DIRTY = 1_000_000
 OWN = Cgroup(True, OWN_DIRTY, 50_000, 7_000, 70, False)
 TOP = Device("7:0", "loop0", 10, 0, 0, 0, depth=0)
 BELOW = Device("8:0", "sda", 100, 0, 0, 3, depth=1)
+HUNG = Device("7:4", "loop4", 10, 0, 0, 1)
+BESIDE = Device("254:0", "vda", 100, 0, 0, 2)
+ON_TOP = replace(FDATASYNC, disks=("7:0", "8:0"))
 BUSY_DISK = (Device("8:0", "sda", 1_900, 99_000, 900, 4),)
+SERVER = Peer(90, "nbdkit", (), 1_000, NO_IO, (Device("7:1", "loop1", 5, 0, 0, 0),), shared=False)
+WRITING = replace(FDATASYNC, tid=91, disks=("7:1",))
+SHARED = replace(SERVER, shared=True)
+ON_LAYERS = replace(FDATASYNC, tid=93, disks=("253:0", "8:0"))
+UPPER, LOWER = Device("253:0", "dm-0", 5, 0, 0, 0), Device("8:0", "sda", 100, 0, 0, 3, depth=1)
+UPPER_BUSY, LOWER_WROTE = replace(UPPER, in_flight=1), replace(LOWER, writes=900)
+SERVED_DISK = (Device("7:1", "loop1", 9, 0, 0, 1),)
+WROTE = replace(NO_IO, write_bytes=9_000_000)
+ALSO_ON_MOUNT = replace(ON_MOUNT, tid=92)
+HOLDS = replace(SHARED, threads=(ON_MOUNT,), place=("0:9",))
+BEHIND = replace(SERVER, pid=95, command="qemu-nbd")
+STUCK_SERVER = replace(SERVER, threads=(WRITING,))
+
+
+def served(peer: Peer) -> dict[str, Any]:
+    return {"nodes": (NBD,), "sockets": (replace(UNIX, peer=peer),)}
+
+
+def beside(peer: Peer) -> dict[str, Any]:
+    """Two connections of unknown use: to this server, and to one of ours whose call hangs."""
+    stuck = replace(UNIX, inode=98, node="", role="unknown", peer=replace(STUCK_SERVER, pid=96))
+    return {"sockets": (replace(UNIX, node="", role="unknown", peer=peer), stuck)}
 
 
 def verdict(before: dict[str, Any], now: dict[str, Any], seconds: float = 1) -> Verdict:
@@ -64,29 +138,60 @@ MORE = {
         ({}, MORE["wrote"], Verdict.FLUSHING),
         ({}, MORE["read"], Verdict.FLUSHING),
         ({}, MORE["write(2)"], Verdict.FLUSHING),
+        ({"nodes": (NBD,), "sockets": (UNIX,)}, MORE["write(2)"], Verdict.STORAGE_WAIT),
         ({"sockets": (QMP,)}, {"switches": 200}, Verdict.IDLE),
         # fdatasync of a full page cache: only the disk moves
         ({"threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
         ({"threads": (FDATASYNC,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        ({"threads": (FDATASYNC,)}, {"threads": ()}, Verdict.FLUSHING),
+        ({"threads": (FDATASYNC,)}, {"threads": (replace(FDATASYNC, tid=8),)}, Verdict.FLUSHING),
+        # The host's page cache includes that of all others
+        ({"threads": (FDATASYNC,)}, {"host": Memory(80_000_000, 0)}, Verdict.STORAGE_WAIT),
         (
-            {"threads": (FDATASYNC,), "devices": ()},
-            {"host": Memory(80_000_000, 0)},
+            {"threads": (ON_MOUNT,), "mounts": (NFS,)},
+            {"mounts": (replace(NFS, operations=11),)},
             Verdict.FLUSHING,
         ),
+        # A mount under another image says nothing about this one
         (
-            {"threads": (FDATASYNC,), "mounts": (Mount("nfs4", 10, 0),)},
-            {"mounts": (Mount("nfs4", 11, 0),)},
+            {"threads": (ON_MOUNT,), "mounts": (FUSE, replace(NFS, number="0:8"))},
+            {"mounts": (FUSE, replace(NFS, number="0:8", operations=11))},
+            Verdict.STORAGE_WAIT,
+        ),
+        # FUSE has no counters: its thread is woken only by replies
+        ({"threads": (ON_MOUNT,), "mounts": (FUSE,)}, {}, Verdict.STORAGE_WAIT),
+        (
+            {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
+            {"threads": (replace(ON_MOUNT, switches=6),)},
             Verdict.FLUSHING,
         ),
-        # A neighbour on the disk says nothing of a guest that does not wait for it
+        ({"threads": (CLOSING,), "mounts": (FUSE,), "devices": ()}, {}, Verdict.STORAGE_WAIT),
+        # A call without a descriptor sleeps in FUSE; the disk is another image's
+        (
+            {"threads": (SUBMIT,), "mounts": (FUSE,)},
+            {"devices": BUSY_DISK},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"threads": (SUBMIT,), "mounts": (FUSE,)},
+            {"threads": (replace(SUBMIT, switches=6),)},
+            Verdict.FLUSHING,
+        ),
+        # One image hangs; a healthy one is on a disk that neighbours write to
+        (
+            {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
+            {"devices": BUSY_DISK, "switches": 300},
+            Verdict.STORAGE_WAIT,
+        ),
+        # A neighbour on the disk says nothing about a guest that does not wait for it
         ({}, {"devices": BUSY_DISK}, Verdict.IDLE),
         ({}, {"host": Memory(10_000_000, 0)}, Verdict.IDLE),
-        ({"sockets": (UNIX,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
-        # nor where its own control group knows better
+        ({"nodes": (NBD,), "sockets": (UNIX,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
+        # Writes may be counted elsewhere, so a standstill of its control group proves nothing
         (
             {"threads": (FDATASYNC,), "cgroup": OWN},
             {"devices": BUSY_DISK},
-            Verdict.STORAGE_WAIT,
+            Verdict.FLUSHING,
         ),
         (
             {"threads": (FDATASYNC,), "cgroup": OWN},
@@ -103,73 +208,251 @@ MORE = {
             {"cgroup": replace(OWN, own=False, written=9_000)},
             Verdict.IDLE,
         ),
-        # NBD: a slow server wakes its threads, a frozen one does nothing at all
-        ({"sockets": (UNIX,)}, {"switches": 101}, Verdict.FLUSHING),
-        ({"sockets": (UNIX,)}, {}, Verdict.STORAGE_WAIT),
-        ({"sockets": (replace(UNIX, send_queue=67_840),)}, {}, Verdict.STORAGE_WAIT),
-        (
-            {"sockets": (replace(UNIX, send_queue=67_840),)},
-            {"sockets": (replace(UNIX, send_queue=100),)},
-            Verdict.FLUSHING,
-        ),
-        ({"sockets": (TCP,)}, {"sockets": (replace(TCP, acked=2_000),)}, Verdict.FLUSHING),
-        ({"sockets": (TCP,)}, {"sockets": (replace(TCP, received=600),)}, Verdict.FLUSHING),
-        ({"sockets": (replace(TCP, unacked=3),)}, {}, Verdict.STORAGE_WAIT),
-        # A page of some log, and some thread of its pool, are no progress of a disk that stands
+        # A page of a log, and a thread of its pool, are no progress of a disk that stands still
         (
             {"threads": (FDATASYNC,), "cgroup": replace(OWN, written=None)},
             {"cgroup": replace(OWN, written=None, dirty=OWN_DIRTY - 4096), "switches": 101},
             Verdict.STORAGE_WAIT,
         ),
-        ({"threads": (FDATASYNC,), "devices": ()}, {"switches": 101}, Verdict.FLUSHING),
+        # NBD: a node may wait for a reply, connected or not
+        ({"nodes": (NBD,), "sockets": (UNIX,)}, {}, Verdict.STORAGE_WAIT),
+        ({"nodes": (NBD,)}, {}, Verdict.STORAGE_WAIT),
+        ({"nodes": (NBD,), "sockets": None}, {}, Verdict.STORAGE_WAIT),
+        # and other wake-ups and transfers are no replies
+        ({"nodes": (NBD,), "sockets": (UNIX,)}, {"switches": 900}, Verdict.STORAGE_WAIT),
         (
-            {"threads": (FDATASYNC,), "mounts": (Mount("fuse", None, None),)},
-            {"switches": 101},
+            {"nodes": (NBD,), "sockets": (UNIX, STREAM)},
+            {"sockets": (UNIX, replace(STREAM, received=90_000))},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=67_840),)},
+            {"sockets": (replace(UNIX, send_queue=100),)},
             Verdict.FLUSHING,
         ),
-        # Layers: those below work for it while the one on top has handed something down
         (
-            {"threads": (FDATASYNC,), "devices": (TOP, BELOW)},
+            {"nodes": (NBD,), "sockets": (OF_NBD,)},
+            {"sockets": (replace(OF_NBD, received=516),)},
+            Verdict.FLUSHING,
+        ),
+        (
+            {"nodes": (NBD,), "sockets": (OF_NBD,)},
+            {"sockets": (replace(OF_NBD, received=516, receive_queue=16),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        # A server that returns counts once, before QEMU reconnects
+        (
+            {"nodes": (replace(NBD, served=False),)},
+            {"nodes": (replace(NBD, served=True),)},
+            Verdict.FLUSHING,
+        ),
+        (
+            {"nodes": (replace(NBD, served=True),)},
+            {"nodes": (replace(NBD, served=False),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        # iSCSI answers keepalives although its storage is dead
+        (
+            {"nodes": (ISCSI,), "sockets": (OF_ISCSI,)},
+            {"sockets": (replace(OF_ISCSI, acked=1_048, received=548),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"nodes": (ISCSI,), "sockets": (OF_ISCSI,)},
+            {"sockets": (replace(OF_ISCSI, acked=5_144),)},
+            Verdict.FLUSHING,
+        ),
+        # A connection of unknown purpose may be storage
+        ({"sockets": (STRANGER,)}, {}, Verdict.STORAGE_WAIT),
+        (
+            {"sockets": (STRANGER,)},
+            {"sockets": (replace(STRANGER, acked=9_000),)},
+            Verdict.FLUSHING,
+        ),
+        # The server at the other end: its calls, its disks, its work
+        (served(STUCK_SERVER), {}, Verdict.STORAGE_WAIT),
+        (served(STUCK_SERVER), served(replace(STUCK_SERVER, switches=9_000)), Verdict.STORAGE_WAIT),
+        (
+            served(STUCK_SERVER),
+            served(replace(STUCK_SERVER, devices=(Device("7:1", "loop1", 6, 0, 0, 0),))),
+            Verdict.FLUSHING,
+        ),
+        (served(SERVER), served(replace(SERVER, switches=1_009)), Verdict.FLUSHING),
+        (served(SERVER), served(replace(SERVER, switches=1_001)), Verdict.STORAGE_WAIT),
+        (
+            served(SERVER),
+            served(replace(SERVER, io=replace(NO_IO, write_bytes=5_100_000))),
+            Verdict.FLUSHING,
+        ),
+        # A server's log, and its work for others, are no progress for us
+        (
+            served(SERVER),
+            served(replace(SERVER, io=replace(NO_IO, write_bytes=5_004_096))),
+            Verdict.STORAGE_WAIT,
+        ),
+        # but writes of a shared server may be for us
+        (served(SHARED), served(replace(SHARED, switches=9_000)), Verdict.STORAGE_WAIT),
+        (served(SHARED), served(replace(SHARED, io=WROTE)), Verdict.UNKNOWN),
+        (
+            served(replace(SHARED, threads=(WRITING,))),
+            served(replace(SHARED, threads=(WRITING,), devices=SERVED_DISK)),
+            Verdict.UNKNOWN,
+        ),
+        # unless our image's storage is known, and a call on it stands still
+        (served(HOLDS), served(replace(HOLDS, io=WROTE)), Verdict.STORAGE_WAIT),
+        (
+            served(replace(HOLDS, place=("0:8",))),
+            served(replace(HOLDS, place=("0:8",), io=WROTE)),
+            Verdict.UNKNOWN,
+        ),
+        # One of two such calls returns: that may be another client's
+        (
+            served(replace(HOLDS, threads=(ON_MOUNT, ALSO_ON_MOUNT))),
+            served(replace(HOLDS, threads=(ON_MOUNT,))),
+            Verdict.UNKNOWN,
+        ),
+        (served(HOLDS), served(replace(HOLDS, threads=(ALSO_ON_MOUNT,))), Verdict.FLUSHING),
+        # Nor does it excuse a request in flight elsewhere
+        (
+            {**served(SHARED), "threads": (ON_MOUNT,), "mounts": (FUSE,)},
+            served(replace(SHARED, io=WROTE)),
+            Verdict.STORAGE_WAIT,
+        ),
+        # A disk below the one that its call is on, which has passed nothing down
+        (
+            served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER))),
+            served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER_WROTE))),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER_BUSY, LOWER))),
+            served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER_BUSY, LOWER_WROTE))),
+            Verdict.FLUSHING,
+        ),
+        # What a shared server does for others does not excuse a disk that holds requests
+        (
+            {**served(SHARED), "direct": True, "devices": (HUNG,)},
+            served(replace(SHARED, io=WROTE)),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {**served(SHARED), "direct": True, "devices": (replace(HUNG, in_flight=0),)},
+            served(replace(SHARED, io=WROTE)),
+            Verdict.UNKNOWN,
+        ),
+        # or a server of ours alone whose call does not return
+        (beside(SHARED), beside(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
+        # A server only for us, whose file system has no counters
+        (
+            served(replace(SERVER, threads=(ON_MOUNT,))),
+            served(replace(SERVER, threads=(replace(ON_MOUNT, switches=6),))),
+            Verdict.FLUSHING,
+        ),
+        (
+            served(replace(SERVER, threads=(ON_MOUNT,))),
+            served(replace(SERVER, threads=(ON_MOUNT,), switches=9_000)),
+            Verdict.STORAGE_WAIT,
+        ),
+        # A server forwards to another one, which writes
+        (
+            served(replace(SERVER, behind=(BEHIND,))),
+            served(replace(SERVER, behind=(replace(BEHIND, io=WROTE),))),
+            Verdict.FLUSHING,
+        ),
+        (
+            served(replace(SERVER, behind=(replace(BEHIND, shared=True),))),
+            served(replace(SERVER, behind=(replace(BEHIND, shared=True, io=WROTE),))),
+            Verdict.UNKNOWN,
+        ),
+        # A new connection that only the server's kernel has accepted
+        (
+            {"nodes": (ISCSI,), "sockets": (replace(OF_ISCSI, acked=0, received=0),)},
+            {"sockets": (replace(OF_ISCSI, acked=900, received=0),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        # In another network namespace, only transfers between its threads are visible
+        (
+            {"nodes": (NBD,), "sockets": None},
+            {"io": replace(NO_IO, wchar=1_300)},
+            Verdict.FLUSHING,
+        ),
+        (
+            {"nodes": (NBD,), "sockets": None},
+            {"io": replace(NO_IO, wchar=1_016)},
+            Verdict.STORAGE_WAIT,
+        ),
+        # Storage added through the monitor may wait invisibly
+        ({"pluggable": True}, {}, Verdict.UNKNOWN),
+        ({"pluggable": True, "state": "T"}, {}, Verdict.STOPPED),
+        # Layers: lower ones count while the top one has requests in flight
+        (
+            {"threads": (ON_TOP,), "devices": (TOP, BELOW)},
             {"devices": (TOP, replace(BELOW, writes=200))},
             Verdict.STORAGE_WAIT,
         ),
         (
-            {"threads": (FDATASYNC,), "devices": (replace(TOP, in_flight=1), BELOW)},
+            {"threads": (ON_TOP,), "devices": (replace(TOP, in_flight=1), BELOW)},
             {"devices": (replace(TOP, in_flight=1), replace(BELOW, writes=200))},
             Verdict.FLUSHING,
         ),
         (
-            {"threads": (FDATASYNC,), "devices": (TOP, BELOW)},
+            {"threads": (ON_TOP,), "devices": (TOP, BELOW)},
             {"devices": (replace(TOP, writes=11), BELOW)},
             Verdict.FLUSHING,
         ),
         # Asynchronous I/O
         ({"rings": 3}, {}, Verdict.STORAGE_WAIT),
-        ({"rings": 3}, {"switches": 101}, Verdict.FLUSHING),
-        # of AIO nothing shows but that there may be some
+        ({"rings": 3}, {"switches": 101}, Verdict.STORAGE_WAIT),
+        ({"rings": 3}, {"rings": 2}, Verdict.FLUSHING),
+        ({"rings": 3}, {"rings": 4}, Verdict.STORAGE_WAIT),
+        ({"rings": 3}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        # A disk has a request and completes none: completions of another disk are a neighbour's
+        (
+            {"rings": 1, "devices": (HUNG, BESIDE)},
+            {"devices": (HUNG, replace(BESIDE, writes=900))},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"rings": 1, "devices": (HUNG, BESIDE)},
+            {"devices": (replace(HUNG, writes=11), replace(BESIDE, in_flight=0))},
+            Verdict.FLUSHING,
+        ),
+        # Unreadable rings are no standstill if something moves
+        ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
+        # for AIO, only the tail of the ring and the mere possibility are visible
         ({"direct": True}, {}, Verdict.STORAGE_WAIT),
-        ({"direct": True}, {"switches": 101}, Verdict.FLUSHING),
+        ({"direct": True}, {"switches": 101}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
-        # Held
+        ({"direct": True, "completions": 7}, {"completions": 8}, Verdict.FLUSHING),
+        ({"direct": True, "completions": 7}, {"completions": 2}, Verdict.FLUSHING),
+        # Held still
         ({"state": "T"}, MORE["wrote"], Verdict.STOPPED),
+        ({"state": "T", "term_pending": True}, {}, Verdict.STOPPED),
         ({"state": "t", "tracer": 9}, {}, Verdict.STOPPED),
         ({"cgroup": replace(OWN, frozen=True)}, {}, Verdict.STOPPED),
-        # Dead, and held by a debugger that does not collect it
+        # Dead, and not reaped because of a debugger
         ({"state": "Z"}, {}, Verdict.ZOMBIE),
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
-        # Exiting, which may take long with much memory, and which a signal does not shorten
+        # Exiting, which takes long with much memory, and which no signal shortens
         ({}, {"exiting": True}, Verdict.FLUSHING),
         ({"state": "Z", "exiting": True, "cpu": 100}, {"cpu": 101}, Verdict.FLUSHING),
         ({"state": "Z", "exiting": True}, {"exiting": False}, Verdict.ZOMBIE),
         ({"cpu": 100}, {"cpu": 101}, Verdict.IDLE),
-        # In uninterruptible sleep, not for storage
+        ({"dumping": True, "cpu": 100}, {"cpu": 101}, Verdict.FLUSHING),
+        # In a call that is not for storage
+        ({"threads": (FULL_PIPE,)}, {}, Verdict.BLOCKED),
+        ({"threads": (FULL_PIPE,)}, {"devices": BUSY_DISK, "switches": 200}, Verdict.BLOCKED),
         ({"threads": (Thread(7, "qemu", "D", 1, False, "usb_kill_urb"),)}, {}, Verdict.BLOCKED),
-        # Not to be seen
+        ({"term_pending": True}, {}, Verdict.BLOCKED),
+        # It wants a processor
+        ({"running": 1, "cpu": 100}, {"cpu": 200}, Verdict.UNKNOWN),
+        ({"running": 1, "cpu": 100}, {}, Verdict.UNKNOWN),
+        # Unreadable
         ({"io": None}, {}, Verdict.UNKNOWN),
         ({"threads": None}, {}, Verdict.UNKNOWN),
         ({"sockets": None}, {}, Verdict.UNKNOWN),
         ({"rings": None}, {}, Verdict.UNKNOWN),
-        ({"switches": None}, {}, Verdict.UNKNOWN),
+        ({"nodes": None}, {}, Verdict.UNKNOWN),
         ({"sockets": None}, MORE["wrote"], Verdict.FLUSHING),
         ({"io": None, "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
         ({"devices": None, "host": None, "cgroup": None, "mounts": None}, {}, Verdict.IDLE),
@@ -210,13 +493,50 @@ def test_when_something_was_outstanding_last() -> None:
 
 
 def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
-    """On a host that is so slow that every other look comes too late."""
+    """On a host so slow that every other sample is late."""
     now = assess(None, replace(IDLE, threads=(FDATASYNC,)))
     for second in range(1, 20):
         now = assess(now, Sample(second * S - 1, "?"))
-        io = replace(NO_IO, write_bytes=5_000_000 + second)
+        io = replace(NO_IO, write_bytes=5_000_000 + second * 4096)
         now = assess(now, replace(IDLE, at=second * S, threads=(FDATASYNC,), io=io))
         assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, second * S)
+
+
+def test_what_a_server_behind_a_unix_socket_writes_counts() -> None:
+    """The socket has no counter, and the server is sampled rarely."""
+
+    def serving(written: int | None, *, shared: bool = False, pid: int = 90) -> dict[str, Any]:
+        if written is None:
+            return {"nodes": (NBD,), "sockets": (UNIX,)}
+        io = replace(NO_IO, write_bytes=written)
+        return served(replace(SERVER, pid=pid, io=io, shared=shared))
+
+    now = assess(None, replace(IDLE, **serving(None)))
+    seen = []
+    for second, written in enumerate((9_000, 10_000, None, 14_000, 14_500), 1):
+        now = assess(now, replace(IDLE, at=second * S, **serving(written)))
+        seen.append(now.written)
+    assert seen == [0, 1_000, 1_000, 5_000, 5_500]
+    assert now.rate == 5_500 // 5
+    # Writes for others do not count, nor earlier writes of another server.
+    now = assess(now, replace(IDLE, at=6 * S, **serving(90_000, shared=True)))
+    now = assess(now, replace(IDLE, at=7 * S, **serving(50_000, pid=91)))
+    assert now.written == 5_500
+    # Its own control group writes to no disk, but the server's writes count.
+    first = assess(None, replace(IDLE, cgroup=OWN, **serving(10_000)))
+    now = assess(first, replace(IDLE, at=S, cgroup=OWN, **serving(14_000)))
+    assert now.written == 4_000
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    now = assess(None, replace(IDLE, io=NO_IO))
+    for second in range(1, 31):
+        written = NO_IO.write_bytes + min(second, 10) * 1_000_000
+        now = assess(now, replace(IDLE, at=second * S, io=replace(NO_IO, write_bytes=written)))
+        if second == 10:
+            assert now.rate == 1_000_000
+    assert now.rate == 0
+    assert len(now.amounts.points) <= 6
 
 
 def test_bytes_and_rate() -> None:
@@ -224,28 +544,27 @@ def test_bytes_and_rate() -> None:
     later = replace(OWN, written=4_007_000, dirty=500_000, writeback=0)
     now = assess(first, replace(IDLE, at=2 * S, cgroup=later))
     assert (now.written, now.rate, now.pending) == (4_000_000, 2_000_000, 500_000)
-    # Its own counter, then what servers acknowledged besides.
-    first = assess(None, replace(IDLE, sockets=(TCP,)))
+    # Its own counter, plus what servers have acknowledged.
+    first = assess(None, replace(IDLE, nodes=(NBD,), sockets=(OF_NBD,)))
     now = assess(
         first,
         replace(
             IDLE,
             at=1 * S,
             io=replace(NO_IO, write_bytes=5_000_100),
-            sockets=(replace(TCP, acked=1_050, send_queue=30),),
+            sockets=(replace(OF_NBD, acked=1_050, send_queue=30),),
         ),
     )
     assert (now.written, now.pending) == (150, 30)
 
 
-def test_a_counter_that_began_anew_is_no_progress() -> None:
-    assert (
-        verdict({"sockets": (TCP,)}, {"sockets": (replace(TCP, acked=0),)}) is Verdict.STORAGE_WAIT
-    )
+def test_a_counter_that_began_again_is_no_progress() -> None:
+    before = {"nodes": (NBD,), "sockets": (OF_NBD,)}
+    assert verdict(before, {"sockets": (replace(OF_NBD, acked=0),)}) is Verdict.STORAGE_WAIT
 
 
 def test_an_exit_that_comes_to_no_end_waits_for_storage() -> None:
-    """What else the kernel would wait for: the last requests, a network file system."""
+    """The kernel may wait for the last requests, or for a network file system."""
     evidence = None
     for second in range(10):
         sample = replace(IDLE, at=second * S, state="Z", exiting=True)
@@ -253,3 +572,238 @@ def test_an_exit_that_comes_to_no_end_waits_for_storage() -> None:
     assert evidence is not None
     assert evidence.progress_at == 0
     assert (evidence.verdict, evidence.outstanding) == (Verdict.STORAGE_WAIT, True)
+
+
+# ---- waits over time ----
+
+
+def follow(samples: list[Sample]) -> Assessment:
+    evidence = None
+    for sample in samples:
+        evidence = assess(evidence, sample)
+    assert evidence is not None
+    return evidence
+
+
+def test_keepalives_never_add_up_to_progress() -> None:
+    """iSCSI sends 48 bytes each way every 5 s, for ever."""
+    now = follow(
+        [
+            replace(
+                IDLE,
+                at=second * S,
+                nodes=(ISCSI,),
+                sockets=(
+                    replace(OF_ISCSI, acked=1_000 + second // 5 * 48, received=second // 5 * 48),
+                ),
+            )
+            for second in range(120)
+        ]
+    )
+    assert (now.verdict, now.progress_at) == (Verdict.STORAGE_WAIT, None)
+
+
+def test_small_writes_one_by_one_are_progress_over_iscsi() -> None:
+    now = follow(
+        [
+            replace(
+                IDLE,
+                at=second * S,
+                nodes=(ISCSI,),
+                sockets=(replace(OF_ISCSI, acked=1_000 + second // 5 * 560),),
+            )
+            for second in range(31)
+        ]
+    )
+    assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, 30 * S)
+
+
+def test_a_ring_that_timers_fill_and_empty_is_no_progress() -> None:
+    now = follow([replace(IDLE, at=s * S, rings=3 + s % 2) for s in range(60)])
+    assert (now.verdict, now.progress_at) == (Verdict.STORAGE_WAIT, None)
+
+
+def test_two_waits_each_with_its_own_witness() -> None:
+    """The healthy disk flushes for 20 s; from then on, the dead one counts."""
+    slow = [
+        replace(
+            IDLE,
+            at=second * S,
+            threads=(FDATASYNC, ON_MOUNT) if second < 20 else (ON_MOUNT,),
+            mounts=(FUSE,),
+            devices=(Device("8:0", "sda", 1_000 + second, 80_000, 500, 1),),
+        )
+        for second in range(60)
+    ]
+    now = follow(slow)
+    assert (now.verdict, now.progress_at) == (Verdict.STORAGE_WAIT, 20 * S)
+    assert [wait.kind for wait in now.waits] == ["storage"]
+
+
+def test_time_in_which_nobody_looked_is_told_apart() -> None:
+    now = follow([replace(IDLE, at=second * S, threads=(FDATASYNC,)) for second in range(5)])
+    assert now.unsampled == 0
+    now = assess(now, replace(IDLE, at=34 * S, threads=(FDATASYNC,)))
+    assert now.unsampled == 30 * S - S - SLACK
+    moved = replace(IDLE, at=35 * S, threads=(FDATASYNC,), devices=BUSY_DISK)
+    now = assess(now, moved)
+    assert (now.progress_at, now.progress_from) == (35 * S, 35 * S)
+    now = assess(now, replace(moved, at=46 * S))
+    assert now.progress_from == 35 * S + 11 * S - S - SLACK
+
+
+def test_a_server_that_is_missing_in_one_look_loses_no_mark() -> None:
+    looks = [served(SERVER), {"nodes": (NBD,), "sockets": (UNIX,)}]
+    later = served(replace(SERVER, io=replace(NO_IO, write_bytes=9_000_000)))
+    now = follow([replace(IDLE, at=s * S, **what) for s, what in enumerate([*looks, later])])
+    assert now.verdict is Verdict.FLUSHING
+
+
+UNSERVED = {"nodes": (NBD,), "sockets": (UNIX,)}
+
+
+@pytest.mark.parametrize(("found", "late"), [(1, 0), (4, 4 * S), (None, 0)])
+def test_what_a_server_did_before_it_was_found_is_unknown(found: int | None, late: int) -> None:
+    """On a busy host, the search takes a while."""
+    whats = [
+        served(SERVER) if found is not None and second >= found else UNSERVED for second in range(8)
+    ]
+    now = follow([replace(IDLE, at=s * S, **what) for s, what in enumerate(whats)])
+    assert now.verdict is Verdict.STORAGE_WAIT
+    assert now.unsampled == late
+
+
+@pytest.mark.parametrize(("found", "late"), [(0, 0), (1, 0), (4, 4 * S), (9, 0)])
+def test_what_a_server_behind_a_proxy_did_before_it_was_found_is_unknown(
+    found: int, late: int
+) -> None:
+    proxy = replace(SERVER, behind=(BEHIND,))
+    whats = [served(proxy if second >= found else SERVER) for second in range(8)]
+    now = follow([replace(IDLE, at=s * S, **what) for s, what in enumerate(whats)])
+    assert now.verdict is Verdict.STORAGE_WAIT
+    assert now.unsampled == late
+
+
+def test_only_the_time_since_progress_was_unseen() -> None:
+    moving = {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=9),)}
+    whats = [UNSERVED, UNSERVED, moving, moving, moving, served(SERVER), served(SERVER)]
+    now = follow([replace(IDLE, at=s * S, **what) for s, what in enumerate(whats)])
+    # The queue of a newly found server changes too.
+    assert (now.progress_at, now.unsampled) == (5 * S, 3 * S)
+
+
+def test_servers_found_one_after_the_other_count_no_time_twice() -> None:
+    other = replace(UNIX, inode=21, node="disk2")
+    nodes = (NBD, replace(NBD, name="disk2"))
+    samples = []
+    for second in range(10):
+        sockets = [
+            replace(socket, peer=SERVER if second >= found else None)
+            for socket, found in ((UNIX, 4), (other, 8))
+        ]
+        samples.append(replace(IDLE, at=second * S, nodes=nodes, sockets=tuple(sockets)))
+    assert follow(samples).unsampled == 8 * S
+
+
+def test_reasons_name_the_wait_and_who_moved_it_last() -> None:
+    busy = [
+        served(STUCK_SERVER),
+        served(replace(STUCK_SERVER, io=replace(NO_IO, read_bytes=90_000))),
+    ]
+    now = follow([replace(IDLE, at=s * 4 * S, **busy[min(s, 1)]) for s in range(5)])
+    assert now.verdict is Verdict.STORAGE_WAIT
+    (why,) = now.reasons
+    assert why.startswith("nbd node disk1 may owe it an answer of nbdkit (process 90)")
+    assert why.endswith("the server nbdkit (process 90) has read, 12 s ago")
+
+
+# ---- what SIGKILL puts at risk ----
+
+
+@pytest.mark.parametrize(
+    ("now", "codes"),
+    [
+        ({}, []),
+        ({"term_pending": True}, ["unknown", "killed-io"]),
+        ({"term_pending": None}, ["unknown"]),
+        ({"state": "T", "term_pending": True}, ["unknown"]),
+        ({"formatted": 2}, ["qcow2-open"]),
+        ({"formatted": None}, ["unknown"]),
+        ({"threads": (FDATASYNC,)}, ["killed-io"]),
+        ({"threads": (FULL_PIPE,)}, ["killed-io"]),
+        ({"nodes": (NBD,), "formatted": 1}, ["killed-io", "qcow2-open"]),
+        ({"threads": None}, ["unknown"]),
+        ({"io": None, "threads": None, "sockets": None}, ["unknown"]),
+        ({"running": 1}, ["unknown"]),
+    ],
+)
+def test_data_at_risk_is_false_only_if_proven(now: dict[str, Any], codes: list[str]) -> None:
+    samples = [replace(IDLE, at=at * S, **now) for at in range(2)]
+    assert [risk.code for risk in risks_of_kill(follow(samples))] == codes
+
+
+GONE = {"nodes": (replace(NBD, served=False),), "sockets": ()}
+CLOSED = {"nodes": (replace(NBD, served=True),), "sockets": ()}
+FAR = {"nodes": (NBD,), "sockets": ()}
+VHOST = {"nodes": (replace(NBD, protocol="vhost-user", served=False),), "sockets": ()}
+
+
+@pytest.mark.parametrize(
+    ("looks", "codes"),
+    [
+        ([{}, {}], []),
+        ([UNSERVED] * 6, []),
+        # QEMU closes its connections before it exits.
+        ([UNSERVED, UNSERVED, GONE], []),
+        # It gave up the server (reconnect-delay), and exits silently.
+        ([UNSERVED, *[GONE] * 5], ["unknown"]),
+        ([UNSERVED, *[GONE] * 5, UNSERVED], []),
+        # It closed this disk while another took long; or the server is remote
+        ([UNSERVED, *[CLOSED] * 5], []),
+        ([UNSERVED, *[FAR] * 5], []),
+        ([VHOST] * 6, []),
+        ([{"nodes": (NBD,), "sockets": None}] * 6, []),
+    ],
+)
+def test_an_exit_puts_data_at_risk_whose_server_was_gone(
+    looks: list[dict[str, Any]], codes: list[str]
+) -> None:
+    evidence = follow([replace(IDLE, at=s * S, **look) for s, look in enumerate(looks)])
+    assert [risk.code for risk in risks_of_exit(evidence)] == codes
+    assert risks_of_exit(evidence, flushed=True) == ()
+    assert risks_of_exit(None) == ()
+
+
+HELD_BACK = {"nodes": (replace(NBD, served=False, reconnect=30),), "sockets": ()}
+
+
+@pytest.mark.parametrize(
+    ("looks", "started", "ended", "codes"),
+    [
+        # Before the delay is over, counted from when it was certainly connected.
+        ([UNSERVED, *[HELD_BACK] * 5], -1000, 29, []),
+        ([UNSERVED, *[HELD_BACK] * 5], -1000, 31, ["unknown"]),
+        # It had lost its server before the first sample.
+        ([HELD_BACK] * 5, -1000, 6, ["unknown"]),
+        ([HELD_BACK] * 5, -20, 6, []),
+        ([HELD_BACK] * 5, -20, 11, ["unknown"]),
+        # Without a delay, QEMU has given up already.
+        ([UNSERVED, *[GONE] * 5], -1000, 6, ["unknown"]),
+    ],
+)
+def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
+    looks: list[dict[str, Any]], started: int, ended: int, codes: list[str]
+) -> None:
+    evidence = follow([replace(IDLE, at=s * S, **look) for s, look in enumerate(looks)])
+    risks = risks_of_exit(evidence, started=started * S, ended=ended * S)
+    assert [risk.code for risk in risks] == codes
+
+
+def test_without_any_look_everything_is_at_risk() -> None:
+    assert [risk.code for risk in risks_of_kill(None)] == ["unknown"]
+
+
+def test_while_it_is_held_still_nothing_that_others_do_is_progress() -> None:
+    looks = [served(SERVER), served(replace(SERVER, switches=9_000))] * 10
+    now = follow([replace(IDLE, at=s * S, state="T", **what) for s, what in enumerate(looks)])
+    assert (now.verdict, now.progress_at) == (Verdict.STOPPED, None)

@@ -1,4 +1,4 @@
-"""The safety matrix: `make bench-safety`, or `python -m tests.safety` where set-up has run."""
+"""The safety matrix: `make bench-safety`, or `python -m tests.safety` after set-up."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from typing import IO, Any, Final, NoReturn
 
 from tests.bench import progress
 from tests.lab.image import CACHE
+from tests.lab.keeper import Keeper
 from tests.lab.process import TOP, spawn
 from tests.safety import table
 from tests.safety.cases import CASES, REVISION, Case
@@ -30,7 +31,7 @@ from tests.safety.cell import Cell, wrong
 from tests.safety.policies import COLUMNS, OURS, Column
 
 AT_ONCE: Final = 2
-"""The cells mostly wait; what they need of a processor is to boot a guest and to count."""
+"""The cells mostly wait; they need a processor only to boot a guest and to count."""
 _KEPT: Final = CACHE / "safety"
 
 EPILOG: Final = """\
@@ -43,7 +44,7 @@ Exit codes: 0 done, 1 a cell could not be measured or one of qkilld's is not as 
 
 @dataclass(frozen=True)
 class Found:
-    """Of one cell: a measurement, or why there is none."""
+    """The outcome for one cell: a measurement, or why there is none."""
 
     cell: Cell | None = None
     missing: str = ""
@@ -61,7 +62,8 @@ def main() -> int:
     columns = [COLUMNS[name] for name in arguments.columns or COLUMNS]
     began = time.monotonic()
     try:
-        found = _measure(rows, columns, arguments.jobs, arguments.fresh, arguments.traces)
+        with Keeper():
+            found = _measure(rows, columns, arguments.jobs, arguments.fresh, arguments.traces)
     except KeyboardInterrupt:
         progress.show("")
         print("interrupted: what is measured is kept, the same command goes on", file=sys.stderr)
@@ -90,7 +92,7 @@ class _Running:
 
     @classmethod
     def start(cls, row: Case, column: Column, traces: Path | None) -> _Running:
-        """In a process of its own: what fails there, fails alone."""
+        """Starts the cell in a process of its own, so that its failure is its own."""
         more = [str(traces)] if traces else []
         said, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         process = spawn(
@@ -102,7 +104,7 @@ class _Running:
         return cls(row, column, process, os.pidfd_open(process.pid), said, errors)
 
     def close(self) -> None:
-        """By SIGTERM it takes down its guest and its disks."""
+        """At SIGTERM it takes down its guest and its disks."""
         self.process.terminate()
         self.process.wait()
         os.close(self.pidfd)
@@ -124,8 +126,8 @@ class _Running:
 def _measure(
     rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
 ) -> dict[Key, Found]:
-    """Measures what is not kept, the long cells first."""
-    # In the order of the table, whatever comes first.
+    """Measures the cells that are not kept, the long ones first."""
+    # In the order of the table, whatever finishes first.
     found = {(row.name, column.name): Found() for row in rows for column in columns}
     todo: list[tuple[Case, Column]] = []
     for row in rows:
@@ -163,26 +165,26 @@ def _kept(row: Case, column: Column) -> Cell | None:
     except (OSError, ValueError, TypeError):
         return None
     if column.name == OURS:
-        cell.wrong = wrong(row, cell)  # the expectation may be another by now
+        cell.wrong = wrong(row, cell)  # the expectation may have changed
     return cell
 
 
 def _keep(row: Case, column: Column, cell: Cell) -> None:
     path = _path(row, column)
-    with contextlib.suppress(OSError):  # a checkout that may be read alone
+    with contextlib.suppress(OSError):  # a checkout may be read-only
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(cell)))
 
 
 def _path(row: Case, column: Column) -> Path:
-    """Named after all that the cell depends on and that may change from one run to the next."""
+    """Named after everything that the cell depends on and that may change between runs."""
     of = _qkilld() if column.of_qkilld else "peer"
     return _KEPT / f"{row.name}.{column.name}.{REVISION}.{of}.json"
 
 
 @functools.cache
 def _qkilld() -> str:
-    """What stands in qkilld's source, committed or not."""
+    """A hash over qkilld's source, committed or not."""
     digest = hashlib.sha256()
     for path in sorted((TOP / "qkilld").rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -219,7 +221,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _listed(what: Mapping[str, Case] | Mapping[str, Column]) -> str:
-    """Names and titles, one a line."""
+    """Names and titles, one per line."""
     return "\n".join(f"  {name:<16}{one.title}" for name, one in what.items())
 
 

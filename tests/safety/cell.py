@@ -37,12 +37,12 @@ class Cell:
     column: str
     acknowledged: int
     lost: int
-    """Records that were acknowledged and that the disks do not have."""
+    """Acknowledged records that the disks do not have."""
     corrupt: int
-    """Errors that `qemu-img check` finds, leaked clusters not among them."""
+    """Errors that `qemu-img check` finds, without leaked clusters."""
     outcome: Outcome
     wrong: list[str]
-    """What is not as expected; of qkilld alone."""
+    """How the cell differs from what is expected; qkilld only."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Cell:
@@ -50,10 +50,10 @@ class Cell:
 
 
 def measure(case: Case, column: Column, traces: Path | None) -> Cell:
-    """Stops a guest, once more where its storage was not as the row has it.
+    """Stops a guest, and another one if the storage was not as the row says.
 
-    Raises needs.Missing, AssertionError where the guest does not come up, Unlike where the storage
-    is never as it should be.
+    Raises needs.Missing, AssertionError if the guest does not come up, Unlike if the storage is
+    never as it should be.
     """
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(Unlike):
@@ -99,16 +99,16 @@ def _stop(scene: Scene, stopper: Stopper, target: Target) -> tuple[int, Outcome]
             timer.cancel()
             timer.join()
         scene.recover()
-    # Where it was given up or waits for its end in the kernel: what is there by itself is counted.
+    # The guest was given up or waits in the kernel: only what it has written without help counts.
     wait_gone(target.pidfd, RECOVERY_S)
     return acknowledged, outcome
 
 
 def _check(image: Path) -> int:
-    """The errors in it, when nobody has it open any more.
+    """The number of errors in the image, once nobody has it open.
 
-    The kernel keeps the files of an io_uring open until its last request is done, when the process
-    is long gone.
+    The kernel keeps the files of an io_uring open until its last request is done, long after the
+    process has gone.
     """
     check = ["check", "-f", "qcow2", "--output=json", str(image)]
     deadline = time.monotonic() + RECOVERY_S
@@ -121,7 +121,7 @@ def _check(image: Path) -> int:
 
 
 def wrong(case: Case, cell: Cell) -> list[str]:
-    """What of qkilld's cell is not as the case has it, in words."""
+    """How qkilld's cell differs from what the case expects, in words."""
     outcome, expected = cell.outcome, case.expected
     found = []
     if outcome.result not in expected.result:
@@ -139,7 +139,7 @@ def wrong(case: Case, cell: Cell) -> list[str]:
 
 
 def _wrong_ticks(case: Case, outcome: Outcome) -> list[str]:
-    """Runs of ticks with a verdict that is not right, from the first `since` on."""
+    """Runs of ticks with a wrong verdict, from the first `since` on."""
     runs: list[tuple[str, float, float, str]] = []
     killed = _killed_at(outcome)
     for at, verdict in outcome.ticks:
@@ -155,7 +155,7 @@ def _wrong_ticks(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _killed_at(outcome: Outcome) -> float:
-    """When SIGKILL was sent: what comes after is judged by another measure."""
+    """When SIGKILL was sent: what comes after is judged differently."""
     rungs = outcome.details.get("receipt", {}).get("rungs", [])
     return min((at / 1e6 for _, name, at in rungs if "KILL" in str(name)), default=float("inf"))
 

@@ -1,7 +1,7 @@
 """Columns whose guests live in a throwaway system: plain systemd, and libvirt.
 
-The storage is made outside, in this process's scratch directory, which shows inside under the same
-path; what listens on TCP is started in the system's network.
+The storage is made outside, in this process's scratch directory, which is visible inside under the
+same path; TCP servers are started in the system's network.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Contained:
         return self._system.network()
 
     def show_storage(self) -> None:
-        """The scratch directory, with what is mounted below it, from now on inside as well."""
+        """Makes the scratch directory and the mounts below it visible inside."""
         path = os.fsencode(run_directory())
         tree = _libc.syscall(
             _SYS_OPEN_TREE,
@@ -86,7 +86,7 @@ class Contained:
 
 
 class Systemd(Contained):
-    """A service with nothing but a TimeoutStopSec=."""
+    """A service with no setting but TimeoutStopSec=."""
 
     @contextlib.contextmanager
     def launch(self, machine: Machine) -> Iterator[Target]:
@@ -156,7 +156,7 @@ class Libvirt(Contained):
 
 
 def _inside(text: str) -> str:
-    """Paths of the checkout as they are in the system."""
+    """Replaces paths of the checkout by those in the system."""
     return text.replace(str(TOP), container.CHECKOUT)
 
 
@@ -174,7 +174,7 @@ def _held(target: Target) -> Iterator[Target]:
 @contextlib.contextmanager
 def systemd(traces: Path | None) -> Iterator[Stopper]:
     """Raises needs.Missing, as boot() does."""
-    guest_image()  # built here, for the checkout cannot be written to inside
+    guest_image()  # built here: inside, the checkout is read-only
     with container.boot() as system:
         yield Systemd(system)
 

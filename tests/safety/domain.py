@@ -30,7 +30,7 @@ _ARGUMENTS: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def description(machine: Machine) -> str:
-    """libvirt's XML of it; the disks are given to QEMU as they are."""
+    """libvirt's XML of the machine. QEMU gets its disks as they are."""
     ET.register_namespace("qemu", _ARGUMENTS)
     image = guest_image()
     top = ET.Element("domain", type="qemu")
@@ -57,7 +57,7 @@ def description(machine: Machine) -> str:
 
 def main() -> int:
     xml, name = sys.argv[1:]
-    # A zombie counts as a living process for libvirt, so this collects the guest at once.
+    # libvirt counts a zombie as a living process, so this reaps the guest at once.
     become_subreaper()
     try:
         with peer.libvirtd():

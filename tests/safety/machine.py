@@ -1,4 +1,4 @@
-"""The QEMU of a cell: its command line, and hold of the process once somebody has started it."""
+"""A cell's QEMU: its command line, and the process, whoever has started it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Machine:
     """A Linux guest with these disks, which it sees as NVMe."""
 
     directory: Path
-    """Its own. Holds the serial line's log."""
+    """Its own directory, for the log of the serial line."""
     drives: Sequence[str]
     """Each as -drive takes it, without if= and id=."""
     job: str
@@ -41,11 +41,11 @@ class Machine:
 
     @property
     def command_line(self) -> str:
-        """The kernel's."""
-        return f"console=ttyS0 quiet panic=-1 nokaslr {self.job}"
+        """The kernel command line."""
+        return f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check {self.job}"
 
     def said(self) -> str:
-        """QEMU's own messages, where its starter kept them in the directory."""
+        """QEMU's own messages, if its starter keeps them in the directory."""
         path = self.directory / "stderr"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -72,16 +72,16 @@ class Machine:
 
 @dataclass
 class Target:
-    """A running QEMU, whoever's child it is."""
+    """A running QEMU, whoever is its parent."""
 
     machine: Machine
     pid: int
-    """As this process counts, whatever namespace it is in."""
+    """In this process's pid namespace, whichever the guest has."""
     pidfd: int
 
     @classmethod
     def find(cls, machine: Machine, timeout: float = 30) -> Target:
-        """The process with the machine's UUID among its arguments, when it is there."""
+        """Waits for a process with the machine's UUID among its arguments."""
         deadline = time.monotonic() + timeout
         wanted = f"\0{machine.uuid}\0".encode()
         while True:
@@ -95,11 +95,12 @@ class Target:
                     if name.startswith("qemu-system") and wanted in words:
                         return cls(machine, pid, os.pidfd_open(pid))
             assert time.monotonic() < deadline, f"there is no QEMU with the UUID {machine.uuid}"
-            # Nobody tells of a process in another namespace.
+            # A process in another namespace cannot be waited for.
             time.sleep(0.05)
 
     def wait_for(self, pattern: str) -> None:
-        """A line on the serial line. AssertionError where it does not come, or an error does."""
+        """Waits for a line of the serial line. AssertionError at the timeout, or if an error is
+        printed."""
         try:
             found = Log(self.machine.serial).wait_for(
                 f"{pattern}|^GUEST ERROR.*$", BOOT_TIMEOUT_S, pidfd=self.pidfd
@@ -121,6 +122,6 @@ class Target:
         signal.pidfd_send_signal(self.pidfd, number)
 
     def state(self) -> str:
-        """Of the main thread, proc(5)."""
+        """The state of the main thread, proc(5)."""
         stat = Path(f"/proc/{self.pid}/stat").read_text()
         return stat[stat.rindex(")") + 2]

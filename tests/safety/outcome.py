@@ -1,4 +1,4 @@
-"""What a policy is to the rest, and what comes of it."""
+"""What a policy has to offer, and what comes of it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.safety.machine import Machine, Target
 @dataclass
 class Outcome:
     result: str
-    """exited (before any SIGKILL), killed, or survived: it is still there, and was given up."""
+    """exited (before any SIGKILL), killed, or survived: it was given up and is still there."""
     seconds: float
     """From the request to the answer."""
     said: str = ""
-    """What the policy told its caller, where it was no success."""
+    """What the policy told its caller, unless it succeeded."""
     ticks: list[tuple[float, str]] = field(default_factory=list)
-    """(seconds, verdict) twice a second, of qkilld alone."""
+    """(seconds, verdict) twice a second; qkilld only."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -28,14 +28,14 @@ class Stopper(Protocol):
     """A policy that is ready to run."""
 
     def network(self) -> contextlib.AbstractContextManager[None]:
-        """What listens for the guest on TCP is to be started in it."""
+        """In it, the servers that the guest connects to over TCP are started."""
 
     def launch(self, machine: Machine) -> contextlib.AbstractContextManager[Target]:
-        """A running guest. Afterwards it is gone, by SIGKILL if need be."""
+        """A running guest. On exit it is gone, by SIGKILL if need be."""
 
     def stop(self, target: Target) -> Outcome:
-        """Stops it and returns when the policy says that it is over."""
+        """Stops it and returns when the policy says so."""
 
 
 Policy = Callable[[Path | None], contextlib.AbstractContextManager[Stopper]]
-"""Gets a directory for traces, where some are wanted."""
+"""Gets a directory for traces, or None for no traces."""

@@ -1,6 +1,6 @@
-"""The columns: who stops the guest. Each starts it as its own guests are started, and stops it.
+"""The columns: who stops the guest. Each starts guests as it usually does, and stops them.
 
-Every one of them is the real thing but for `wchar`, which is written down here: nobody has it.
+Each is the real thing except `wchar`, which is written here because nobody has it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qkilld.model.words import JOB_INTERFACE, Flag, Verdict
+from qkilld.model.constants import JOB_INTERFACE, Flag, Verdict
 from tests.lab.bus import Client, daemon, plain, private_bus
 from tests.lab.process import end, spawn, wait_gone
 from tests.safety import contained
@@ -23,7 +23,7 @@ from tests.safety.outcome import Outcome, Policy, Stopper
 
 TICK_S: Final = 0.5
 PATIENCE_S: Final = 400
-"""Longer than any policy takes over any case."""
+"""Longer than any policy takes for any case."""
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qemu-system-*\n"
 
 
@@ -65,7 +65,7 @@ class Qkilld(Direct):
             except TimeoutError:
                 assert time.monotonic() < start + PATIENCE_S, f"the job goes on: {self._log()}"
             verdict = client.properties(job, JOB_INTERFACE)["Verdict"]
-            # The guest may go between the tick and the look; that is no verdict on a guest.
+            # The guest may go between the tick and the call; that gives no verdict on a guest.
             if verdict not in (Verdict.GONE, Verdict.ZOMBIE):
                 ticks.append((round(time.monotonic() - start, 1), str(verdict)))
         seconds = time.monotonic() - start
@@ -88,7 +88,7 @@ def _qkilld(flags: Flag, *, traced: bool) -> Policy:
 
 
 class OneCounter(Direct):
-    """SIGTERM; SIGKILL when wchar of /proc/PID/io has not moved for 10 s; 5 s more to go."""
+    """SIGTERM; SIGKILL when wchar of /proc/PID/io has not changed for 10 s; then 5 s more."""
 
     STALL_S: Final = 10
     REAP_S: Final = 5
@@ -114,7 +114,7 @@ class OneCounter(Direct):
         try:
             text = Path(f"/proc/{target.pid}/io").read_text()
         except (ProcessLookupError, FileNotFoundError, PermissionError):
-            return -1  # it is about to be gone
+            return -1  # it is about to go
         return int(text.split("wchar: ")[1].split()[0])
 
 
@@ -129,7 +129,7 @@ class Column:
     title: str
     policy: Policy
     of_qkilld: bool = False
-    """What it finds depends on qkilld."""
+    """Whether its outcome depends on qkilld's code."""
 
 
 OURS: Final = "qkilld"

@@ -1,20 +1,23 @@
-"""`make install` and `make uninstall`, in the container and below a DESTDIR."""
+"""`make install` and `make uninstall`, in the container and in a DESTDIR."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from qkilld.unitcheck.dropin import Change, text_of
+from qkilld.unitcheck.finding import Line
 from tests.lab import bus, guest, needs
 from tests.lab.process import TOP, run
 
 PYTHON = "/usr/bin/python3"
-"""Debian's own, with Debian's packages."""
+"""Debian's own Python, with Debian's packages."""
 PROGRAMS = ("qkilld", "qkillctl")
 
 
@@ -27,7 +30,7 @@ def make(action: str, *variables: str, check: bool = True) -> str:
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Of everything below: what it is, and what is in it."""
+    """Everything below: the type and the content of each file."""
     return {
         str(path.relative_to(root)): (
             f"-> {path.readlink()}"
@@ -60,20 +63,25 @@ def test_what_was_installed_is_taken_away_and_nothing_else(lab_dir: Path) -> Non
         *(f"usr/bin/{name}" for name in PROGRAMS),
         "usr/lib/qkilld/qkilld.conf",
         "usr/lib/qkilld/python/qkilld/interfaces/org.qkilld1.Manager.xml",
+        "usr/lib/sysusers.d/qkilld.conf",
         "usr/lib/systemd/system/qkilld.service",
         "usr/lib/systemd/catalog/qkilld.catalog",
         "usr/share/dbus-1/system.d/org.qkilld1.conf",
         "usr/share/man/man8/qkilld.8",
+        "usr/share/bash-completion/completions/qkillctl",
+        "usr/share/fish/vendor_completions.d/qkillctl.fish",
+        "usr/lib/qkilld/complete",
     ):
         assert path in installed, path
-    # The same again, to the byte, as an upgrade would do it, with a module that is no more.
+    # A second installation, as an upgrade would do it, with a module that is gone: the same to the
+    # byte.
     manifest = lab_dir / "usr/lib/qkilld/installed-files"
     gone = "usr/lib/qkilld/python/qkilld/of_an_older_version.py"
     (lab_dir / gone).touch()
     manifest.write_text(manifest.read_text() + f"/{gone}\n")
     make("install", destination)
     assert tree(lab_dir) == installed
-    # What systemctl enable and another interpreter make goes too.
+    # The files made by systemctl enable and by another interpreter go too.
     (wants / "qkilld.service").symlink_to("/usr/lib/systemd/system/qkilld.service")
     (lab_dir / "usr/lib/qkilld/python/qkilld/__pycache__/x.cpython-399.pyc").touch()
     make("uninstall", destination)
@@ -95,10 +103,47 @@ def test_other_places(lab_dir: Path) -> None:
     unit = (lab_dir / "etc/systemd/system/qkilld.service").read_text()
     assert "ExecStart=/opt/q/bin/qkilld" in unit
     assert "/usr/bin/qkill" not in unit
-    # The policy of the bus is read from there alone.
+    completion = lab_dir / "opt/q/share/zsh/site-functions/_qkillctl"
+    assert "$(/opt/q/lib/qkilld/complete $kind" in completion.read_text()
+    # The bus reads its policy from there alone.
     assert (lab_dir / "usr/share/dbus-1/system.d/org.qkilld1.conf").exists()
     make("uninstall", *variables)
     assert tree(lab_dir) == {}
+
+
+def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
+    """Byte code, the list of installed files, and the licence."""
+    make("install", f"DESTDIR={lab_dir}", "PACKAGE=yes")
+    names = [path.name for path in lab_dir.rglob("*")]
+    assert "qkillctl" in names and "qkilld.conf.5" in names
+    assert not {"__pycache__", "installed-files", "LICENSE"} & set(names)
+
+
+def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
+    """But nothing that somebody else has written, or edited."""
+    change = Change("it is cut off", (Line("Service", "ExecStop=/usr/bin/qkilld-stop"),))
+    text = text_of("x.service", "qkillctl adopt --undo x", "0.1.0", [change])
+    files = {
+        "etc/systemd/system/a.service.d/50-qkilld.conf": text,
+        "run/systemd/system/b@.service.d/50-qkilld.conf": text,
+        "etc/systemd/system/edited.service.d/50-qkilld.conf": text + "Nice=1\n",
+        "etc/systemd/system/other.service.d/50-qkilld.conf": "[Service]\nNice=1\n",
+    }
+    for path, content in files.items():
+        (lab_dir / path).parent.mkdir(parents=True)
+        (lab_dir / path).write_text(content)
+    undo = [sys.executable, "-m", "qkilld.ctl.undo_adopt", "--root", str(lab_dir)]
+    done = run(undo, env={"PYTHONPATH": str(TOP)})
+    assert done.returncode == 1
+    assert done.stdout.count("Removed") == 2
+    assert "edited.service.d/50-qkilld.conf was edited" in done.stderr
+    assert "other.service" not in done.stdout + done.stderr
+    assert [(lab_dir / path).exists() for path in files] == [False, False, True, True]
+    make("install", f"DESTDIR={lab_dir}")
+    (lab_dir / "etc/systemd/system/a.service.d").mkdir()
+    (lab_dir / "etc/systemd/system/a.service.d/50-qkilld.conf").write_text(text)
+    make("uninstall", f"DESTDIR={lab_dir}")
+    assert not (lab_dir / "etc/systemd/system/a.service.d").exists()
 
 
 @pytest.mark.parametrize("variable", ["PREFIX=usr", "BINDIR=/usr/b in", "PYTHON=python3"])
@@ -110,7 +155,7 @@ def test_a_wrong_place_is_refused(lab_dir: Path, variable: str) -> None:
 
 @pytest.fixture
 def on_debian(lab_dir: Path) -> Iterator[Path]:
-    """A prefix on this machine itself that everything is in, for Debian's own Python."""
+    """A prefix on this machine that holds everything, for Debian's own Python."""
     places = ("UNITDIR", "USERUNITDIR", "CATALOGDIR", "DBUSDATADIR", "POLKITDIR")
     variables = (f"PREFIX={lab_dir}", *(f"{place}={lab_dir}/{place.lower()}" for place in places))
     said = make("install", f"PYTHON={PYTHON}", *variables)

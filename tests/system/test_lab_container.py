@@ -1,4 +1,4 @@
-"""The container itself: a real systemd whose end leaves nothing."""
+"""The container itself: a real systemd that leaves nothing behind."""
 
 from __future__ import annotations
 

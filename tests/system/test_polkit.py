@@ -1,4 +1,4 @@
-"""Who may stop what, by a real polkitd; units and all guests at once."""
+"""Who may stop what, with a real polkitd: single guests, units, and all guests at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.lab.process import OTHER_UID, TOP
 
 MANAGER = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 FRIEND_UID = 1
-"""Whom a rule lets stop everything: daemon, one of every Debian's users."""
+"""A rule lets this user stop everything: `daemon`, which every Debian has."""
 PASSWORD = "correct horse"
 DENIED = "Call failed: Access denied"
-"""What busctl makes of AccessDenied."""
+"""How busctl reports AccessDenied."""
 QEMU = "qemu-system-x86_64 -M none -nodefaults -display none"
 FAKE = "/usr/local/bin/qemu-system-lab"
 _RULES = """\
@@ -48,7 +48,7 @@ Start = Callable[..., tuple[str, int]]
 
 @pytest.fixture(scope="module")
 def system(installed: Container) -> Iterator[Container]:
-    """With polkit and the daemon up."""
+    """A system that runs polkit and the daemon."""
     needs.program("pkaction", "polkitd")
     installed.run("mkdir", "-p", "/etc/polkit-1/rules.d")
     installed.write("/etc/polkit-1/rules.d/00-lab.rules", _RULES)
@@ -66,7 +66,8 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start(system: Container) -> Iterator[Start]:
-    """A function: a guest of root's, its name begins with `kind`, as a unit; unit and main pid."""
+    """A function: starts a guest of root's as a unit. Its name begins with `kind`. Gives the unit
+    and the main pid."""
     started = []
 
     def run(kind: str = "any-", command: str = QEMU, *properties: str) -> tuple[str, int]:
@@ -86,7 +87,7 @@ def start(system: Container) -> Iterator[Start]:
         system.run("systemctl", "kill", "--signal=KILL", unit, check=False)
 
 
-def _until(condition: Callable[[], bool], timeout: float = 30) -> None:
+def _until(condition: Callable[[], bool], timeout: float = 90) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -101,13 +102,13 @@ def command(member: str, *arguments: str, ask: bool = False) -> tuple[str, ...]:
 def call(
     system: Container, member: str, *arguments: str, uid: int | None = None, ask: bool = False
 ) -> str:
-    """What it answers, or says on standard error."""
+    """The answer, or the text on standard error."""
     done = system.run(*command(member, *arguments, ask=ask), uid=uid, check=False)
     return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
 
 
 def terminate(system: Container, pid: int, flags: int = 0, **how: bool) -> str:
-    """By OTHER_UID."""
+    """Terminate, called by OTHER_UID."""
     return call(system, "Terminate", "ut", str(pid), str(flags), uid=OTHER_UID, **how)
 
 
@@ -124,9 +125,35 @@ def test_the_policy_is_one_that_polkit_takes(system: Container) -> None:
         assert "$(target)" in fields["message"]
 
 
+ON_VARLINK = """
+import json, socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect("/run/qkilld/org.qkilld1")
+    parameters = {"pid": int(sys.argv[1])}
+    call = {"method": "org.qkilld1.Terminate", "parameters": parameters}
+    sock.sendall(json.dumps(call).encode() + bytes(1))
+    print(sock.makefile("rb").read1().decode())
+"""
+
+
+def test_on_varlink_by_the_pidfd_of_who_connects(system: Container, start: Start) -> None:
+    """A polkit before 124 does not know it, and then nobody is let in whom D-Bus would let in."""
+    _, pid = start("any-")
+    (version,) = re.findall(r"[0-9.]+", system.run("pkaction", "--version").stdout)
+    said = system.run("/usr/bin/python3", "-c", ON_VARLINK, str(pid), uid=FRIEND_UID).stdout
+    if float(version) >= 124:
+        assert '"job":' in said
+        return
+    assert (
+        "org.varlink.service.PermissionDenied" in said and "call the same method on D-Bus" in said
+    )
+    assert alive(system, pid)
+    assert call(system, "Terminate", "ut", str(pid), "0", uid=FRIEND_UID).startswith("o ")
+
+
 def test_another_users_guest(system: Container, start: Start) -> None:
     _, pid = start("any-")
-    # Asking would help; where nobody is there to be asked it is denied.
+    # A password would help; with nobody to ask, the call is denied.
     assert "needs authorization" in terminate(system, pid)
     for kind, sleeper in (("any-", False), ("no-", False), ("", True)):
         target = start(kind)[1] if not sleeper else _sleeper(system)
@@ -171,7 +198,7 @@ def test_inspecting_and_cancelling(system: Container, start: Start) -> None:
     for kind, allowed in (("let-", True), ("no-", False)):
         unit, pid = start(kind)
         system.run("systemctl", "kill", "--signal=STOP", unit)
-        # By the clock alone, so that it goes on until it is cancelled.
+        # By the clock alone, so that it runs until it is cancelled.
         job = call(system, "TerminateWithOptions", "uta{sv}", str(pid), "8", "0").split('"')[1]
         where = ("org.qkilld1", job, "org.qkilld1.Job", "Cancel")
         done = system.run("busctl", "call", *where, uid=OTHER_UID, check=False)
@@ -198,7 +225,7 @@ def test_a_polkit_that_hangs_holds_up_nobody(system: Container, start: Start) ->
             assert waiting.stdout is not None
             assert DENIED.encode() in waiting.stdout.read()
         assert 4 < time.monotonic() - began < 60
-        # No more than a few at once for one user.
+        # Only a few at once for one user.
         with contextlib.ExitStack() as stack:
             many = [
                 stack.enter_context(
@@ -247,7 +274,7 @@ def test_a_process_that_changes_while_polkit_is_asked(
         with process as waiting:
             held = f"grep -qE '^Pid:\\s+{pid}$' /proc/{daemon}/fdinfo/*"
             _until(lambda: system.run("sh", "-c", held, check=False).returncode == 0)
-            time.sleep(0.3)  # that polkit has been asked is not to be seen from outside
+            time.sleep(0.3)  # nothing shows from outside that polkit has been asked
             system.run("sh", "-c", f"echo >{fifo}")
             if changes_user:
                 _until(lambda: f"Uid:\t{FRIEND_UID}\t" in _status(system, pid))
@@ -267,7 +294,7 @@ def _status(system: Container, pid: int) -> str:
 
 
 def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
-    """A real agent: the one that qkillctl starts by itself."""
+    """With a real agent: the one that qkillctl starts."""
     needs.program("pkttyagent", "polkitd")
     system.run("chpasswd", input=f"root:{PASSWORD}\n")
     for password, code in (("wrong", 6), (PASSWORD, 0)):
@@ -280,7 +307,7 @@ def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
             said = _read_until(terminal, b"Password: ")
             assert unit.removesuffix(".service") in said
             assert "which is not yours" in said
-            # The agent throws away what was typed between its prompt and its turning off the echo.
+            # The agent discards what is typed between its prompt and its turning off the echo.
             for _ in range(10):
                 terminal.stdin.write(f"{password}\n".encode())
                 terminal.stdin.flush()
@@ -300,7 +327,7 @@ def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
 def _read_until(
     process: subprocess.Popen[bytes], mark: bytes, more: int = 0, timeout: float = 60
 ) -> str:
-    """What it says until then, or until it says nothing for so long (seconds)."""
+    """Its output up to that mark, or until there has been none for that long (s)."""
     assert process.stdout is not None
     text = b""
     while mark not in text or len(text) < text.index(mark) + len(mark) + more:
@@ -334,17 +361,17 @@ def test_a_scope(system: Container) -> None:
     with system.spawn(*run) as process:
         _until(lambda: '"polkit.scope"' in call(system, "ListGuests"))
         assert call(system, "TerminateUnit", "st", "polkit.scope", "0").startswith("o ")
-        process.wait(30)  # SIGTERM may have met QEMU before its main loop ran
+        process.wait(30)  # SIGTERM may have reached QEMU before its main loop ran
 
 
 def test_what_is_no_guests_unit(system: Container, start: Start) -> None:
     two, _ = start("any-", f"{QEMU} -name {{name}} & {QEMU} & wait")
     _until(lambda: call(system, "ListGuests").count(f'"{two}"') == 2)
     for unit, part in (
-        (two, "has 2 QEMUs"),
+        (two, "has 2 QEMU processes"),
         ("nosuch.service", 'systemd knows no unit "nosuch.service"'),
         ("polkit.service", "No QEMU runs in polkit.service"),
-        ("systemd-tmpfiles-setup.service", "does not run just now"),
+        ("systemd-tmpfiles-setup.service", "is not running"),
         ("../../etc.service", "is not the name of"),
     ):
         assert part in call(system, "TerminateUnit", "st", unit, "0"), unit
@@ -377,7 +404,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     guests = _listed(system)
     planned = system.run("qkillctl", "--json", "terminate", "--all", "--dry-run", uid=OTHER_UID)
     assert [plan["pid"] for plan in json.loads(planned.stdout)] == [own]
-    # Without a right to more, one's own.
+    # Without further rights: the caller's own guests.
     done = system.run("qkillctl", "terminate", "--all", "--wait", uid=OTHER_UID)
     assert done.stdout.count("gone after") == 1
     assert "left alone, as they are not yours" in done.stderr
@@ -385,7 +412,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     answer = call(system, "TerminateAll", "ta{sv}", "0", "0", uid=OTHER_UID)
     assert "needs authorization" in answer
     assert len(_listed(system)) == len(guests) - 1
-    # With it, all, at one question.
+    # With them: all guests, after one question.
     began = time.monotonic()
     done = system.run("qkillctl", "--json", "terminate", "--all", "--wait", uid=FRIEND_UID)
     print(f"100 guests by TerminateAll: {time.monotonic() - began:.2f} s")

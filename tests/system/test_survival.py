@@ -1,20 +1,26 @@
-"""Jobs that outlive the daemon, as the service that is installed, on a real systemd."""
+"""Jobs outlive the daemon: the installed service on a real systemd."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qkilld.engine.events import MessageId
+from qkilld.model.event import MessageId
+from tests.evidence.until import until
 from tests.lab.container import CHECKOUT, Container
+from tests.lab.groups import temporary_group
 from tests.lab.image import busybox
 from tests.lab.process import TOP
+from tests.lab.scratch import scratch
+from tests.safety.contained import Contained
 
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 JOB = "org.qkilld1.Job"
@@ -35,15 +41,19 @@ def system(installed: Container) -> Iterator[Container]:
     installed.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", STAND_IN)
     installed.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=2s\nStallSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")
-    yield installed
+    Contained(installed).show_storage()
+    with scratch("w") as directory:
+        # On a disk: writes to a file in memory are no progress.
+        installed.run("ln", "-s", f"{directory}/written", "/run/written")
+        yield installed
     installed.run("systemctl", "stop", "qkilld.service")
-    installed.run("rm", STAND_IN)
+    installed.run("rm", STAND_IN, "/run/written")
 
 
 @pytest.fixture
 def start_guest(system: Container) -> Iterator[StartGuest]:
-    """A function: a stand-in for QEMU as a unit, whose script ignores SIGTERM; gives the unit's
-    name and the pid."""
+    """A function: starts a stand-in for QEMU as a unit, whose script ignores SIGTERM. Gives the
+    unit's name and the pid."""
     started = []
 
     def start(script: str = STUBBORN, lines: str = "") -> tuple[str, int]:
@@ -61,7 +71,7 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
 
 @pytest.fixture
 def drop_in(system: Container) -> Iterator[Callable[[str], None]]:
-    """A function: has the daemon's unit run with these lines of [Service] too."""
+    """A function: adds these lines to the daemon's [Service]."""
     path = "/run/systemd/system/qkilld.service.d/survival.conf"
 
     def apply(lines: str) -> None:
@@ -90,6 +100,12 @@ def terminate(system: Container, pid: int, flags: int, **spans_s: float) -> str:
         system, "TerminateWithOptions", "uta{sv}", str(pid), str(flags), str(len(spans_s)), *options
     )
     return str(path)
+
+
+def steer(system: Container, pid: int, member: str, *arguments: str) -> None:
+    """Calls a method of this process's job, before its SIGKILL is due even on a busy host."""
+    (path,) = call(system, "GetJobByPID", "u", str(pid))
+    system.run("busctl", "call", "org.qkilld1", path, JOB, member, *arguments)
 
 
 def properties(system: Container, job: str) -> dict[str, Any]:
@@ -121,7 +137,7 @@ def main_pid(system: Container) -> int:
 
 
 def memory_kb(system: Container, name: str) -> int:
-    """A line of the daemon's status, proc(5)."""
+    """A line of the daemon's /proc/PID/status, proc(5)."""
     status = system.run("cat", f"/proc/{main_pid(system)}/status").stdout
     return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0])
 
@@ -129,10 +145,10 @@ def memory_kb(system: Container, name: str) -> int:
 def test_memory_is_locked_while_jobs_run(
     system: Container, start_guest: StartGuest, drop_in: Callable[[str], None]
 ) -> None:
-    """In the sandbox of the unit that is shipped, with all that it forbids."""
+    """In the sandbox of the shipped unit."""
     limits = system.run("cat", f"/proc/{main_pid(system)}/limits").stdout
     if not re.search(r"^Max locked memory +unlimited", limits, re.MULTILINE):
-        # This machine lets nobody raise it as LimitMEMLOCK= wants. Root may do without.
+        # This machine lets nobody raise the limit as LimitMEMLOCK= wants. Root does without it.
         drop_in("CapabilityBoundingSet=CAP_IPC_LOCK")
     assert memory_kb(system, "VmLck") == 0
     _, pid = start_guest()
@@ -140,7 +156,7 @@ def test_memory_is_locked_while_jobs_run(
     deadline = time.monotonic() + 10
     while not memory_kb(system, "VmLck") and time.monotonic() < deadline:
         time.sleep(0.05)
-    # All that there is, reserved but unused memory with it; that takes no room.
+    # All of it, including reserved but unused memory, which takes no room.
     resident = memory_kb(system, "VmRSS")
     assert memory_kb(system, "VmLck") >= resident
     assert resident < 64_000
@@ -148,7 +164,7 @@ def test_memory_is_locked_while_jobs_run(
 
 
 def kill_daemon(system: Container) -> int:
-    """When, in µs of CLOCK_MONOTONIC."""
+    """Kills it. Gives the time in µs of CLOCK_MONOTONIC."""
     pid = main_pid(system)
     now = time.monotonic_ns() // 1000
     system.run("kill", "-KILL", str(pid))
@@ -156,7 +172,7 @@ def kill_daemon(system: Container) -> int:
 
 
 def resumed(system: Container, unit: str, since: int) -> float:
-    """Seconds from then until the job of that unit's guest ran again."""
+    """Seconds from then until the job of that unit's guest was resumed."""
     entry = system.wait_journal(
         f"OBJECT_SYSTEMD_UNIT={unit}", f"MESSAGE_ID={MessageId.JOB_RESUMED.value}"
     )
@@ -164,7 +180,7 @@ def resumed(system: Container, unit: str, since: int) -> float:
 
 
 def signals(system: Container, unit: str) -> list[str]:
-    """What was sent to that unit's guest, once its job has ended."""
+    """The signals sent to that unit's guest, once its job has ended."""
     matches = (f"OBJECT_SYSTEMD_UNIT={unit}", "SYSLOG_IDENTIFIER=qkilld")
     system.wait_journal(*matches, f"MESSAGE_ID={MessageId.JOB_ENDED.value}")
     entries = system.journal(*matches, f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
@@ -176,13 +192,15 @@ def test_it_is_hardened(system: Container) -> None:
     found = re.search(r"Overall exposure level for qkilld.service: ([0-9.]+)", text)
     assert found is not None
     print(f"exposure {found[1]}")
-    assert float(found[1]) <= 1.5
+    # 1.2 with default dependencies. Without them, systemd 252 leaves PrivateTmp= and RootDirectory=
+    # out of the mean, so that the rest weighs more.
+    assert float(found[1]) <= 1.3
 
 
 def test_hardened_it_sees_as_much_as_without(
     system: Container, drop_in: Callable[[str], None]
 ) -> None:
-    """Another user's real QEMU with mounts of its own: all that is read is read in spite of it."""
+    """Another user's real QEMU with mounts of its own: the sandbox hides nothing that is read."""
     system.run(
         *("systemd-run", "--unit=seen", "--property=PrivateTmp=yes", "--uid=65534"),
         *(
@@ -197,13 +215,12 @@ def test_hardened_it_sees_as_much_as_without(
         ),
     )
     pid = system.property("seen.service", "MainPID")
-    time.sleep(0.5)
 
     def seen() -> dict[str, Any]:
         (found,) = call(system, "Inspect", "u", pid)
         return {key: value["data"] for key, value in found.items()}
 
-    hardened = seen()
+    hardened = until(seen, lambda found: found["verdict"] == "idle")
     assert hardened.get("unseen", []) == []
     drop_in(
         "ProtectSystem=no\nProtectHome=no\nPrivateTmp=no\nPrivateDevices=no\nProtectProc=default\n"
@@ -228,19 +245,20 @@ def test_the_daemon_is_killed(
 ) -> None:
     """The same job goes on, with the same deadline unless the guest was making progress."""
     unit, pid = start_guest(script)
-    job = terminate(system, pid, flags, grace=6, stall=6, max=9)
+    job = terminate(system, pid, flags, grace=10, stall=10, max=15)
     before = wait_verdict(system, job, verdict)
     gap = resumed(system, unit, kill_daemon(system))
-    after = properties(system, job)
+    # Until it has taken two samples, it allows for a guest that waits for its storage.
+    after = until(
+        lambda: properties(system, job),
+        lambda seen: verdict == "flushing" or seen["DeadlineUSec"] == before["DeadlineUSec"],
+    )
     print(f"from SIGKILL of the daemon to the job running again: {gap * 1000:.0f} ms")
     for name in ("PID", "StartTime", "StartedUSec", "Flags", "Phase", "Name", "Unit", "UID"):
         assert after[name] == before[name], name
-    if verdict == "flushing":
-        assert after["DeadlineUSec"] >= before["DeadlineUSec"]
-    else:
-        assert after["DeadlineUSec"] == before["DeadlineUSec"]
-    # The kernel starts the new one, Python loads; this machine may be busy with others.
-    assert gap < 5
+    assert after["DeadlineUSec"] >= before["DeadlineUSec"]
+    # The kernel starts the new daemon and Python loads, on a machine that may be busy.
+    assert gap < 10
     result, receipt = wait(system, job)
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
@@ -251,17 +269,20 @@ def test_killed_again_and_again_until_right_before_the_deadline(
     system: Container, start_guest: StartGuest
 ) -> None:
     unit, pid = start_guest()
-    job = terminate(system, pid, FORCE | FIXED, grace=6)
+    job = terminate(system, pid, FORCE | FIXED, grace=15)
     deadline = properties(system, job)["DeadlineUSec"]
     times = 0
     while time.monotonic_ns() // 1000 < deadline - 500_000:
         kill_daemon(system)
-        assert properties(system, job)["DeadlineUSec"] == deadline
+        after = properties(system, job)
+        if after["Phase"] != "terminate":  # this machine is busy, and the phase is over
+            break
+        assert after["DeadlineUSec"] == deadline
         times += 1
     kill_daemon(system)
     result, receipt = wait(system, job)
     assert (result, times > 1) == ("killed", True)
-    assert receipt["rungs"][1][2] >= 6_000_000
+    assert receipt["rungs"][1][2] >= 15_000_000
     assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
 
 
@@ -273,7 +294,7 @@ def test_a_guest_that_goes_while_nobody_looks(system: Container, start_guest: St
     system.run("kill", "-KILL", str(pid))
     system.run("kill", "-KILL", str(daemon))
     assert wait(system, job)[0] == "exited"
-    # And the answer is there for whoever asks late, of yet another daemon.
+    # And a late caller gets the answer, from yet another daemon.
     kill_daemon(system)
     assert wait(system, job)[0] == "exited"
     assert properties(system, job)["Result"] == "exited"
@@ -286,7 +307,7 @@ def test_a_restart_and_those_who_wait(system: Container, start_guest: StartGuest
         *("qkillctl", "terminate", "--wait", "--force", "--fixed", "--grace", "6s", str(pid))
     ) as ctl:
         assert ctl.stdout is not None
-        assert b"terminate" in ctl.stdout.readline()
+        assert b"SIGTERM sent" in ctl.stdout.readline()
         job = call(system, "GetJobByPID", "u", str(pid))[0]
         before = properties(system, job)
         system.run("systemctl", "restart", "qkilld.service")
@@ -297,7 +318,8 @@ def test_a_restart_and_those_who_wait(system: Container, start_guest: StartGuest
         said = ctl.stdout.read().decode()
         assert ctl.wait(30) == 3
     assert "qkilld went away; waiting" in said
-    assert "gone after 6." in said
+    (after_s,) = re.findall(r"gone after (\d+)\.", said)
+    assert 6 <= int(after_s) < 30
     assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
     assert call(system, "ListJobs")[0][-1][1] == job
 
@@ -332,7 +354,7 @@ def test_stopped_for_good_it_cancels(system: Container, start_guest: StartGuest)
     job = terminate(system, pid, FORCE | FIXED, grace=2)
     system.run("systemctl", "stop", "qkilld.service")
     time.sleep(2.5)
-    # The next one, which this call starts, knows of it and leaves the guest alone.
+    # This call starts the next daemon, which knows of the cancelled job and leaves the guest alone.
     result, receipt = wait(system, job)
     assert (result, receipt["error"]) == ("cancelled", "qkilld was stopped")
     assert system.run("kill", "-0", str(pid)).returncode == 0
@@ -372,10 +394,10 @@ def test_state_that_is_torn_or_not_its_own(system: Container, start_guest: Start
     assert {f"job-{bad}.json.bad", "job-99999.json.bad"} <= set(aside)
     entries = system.journal(f"MESSAGE_ID={MessageId.STATE_SET_ASIDE.value}")
     said = "\n".join(entry["MESSAGE"] for entry in entries)
-    assert f"job-{bad}.json in the runtime directory is set aside: it is not whole" in said
-    assert "job-99999.json in the runtime directory is set aside: others own it" in said
+    assert f"Cannot use the saved job state job-{bad}.json: it is not whole" in said
+    assert "Cannot use the saved job state job-99999.json: others own it" in said
     # Nobody knows any more what was to become of that guest: it is left alone.
-    assert f'The descriptor "job-{bad}"' in said
+    assert f'Closed the descriptor "job-{bad}"' in said
     assert wait(system, job)[0] == "killed"
     assert system.run("kill", "-0", str(pid)).returncode == 0
     # Its number is not given again.
@@ -437,7 +459,7 @@ def test_a_hundred_jobs(system: Container) -> None:
 
 _HAMMER = """
 import asyncio, random, sys, time
-from qkilld.bus.client import Manager
+from qkilld.bus.client import ManagerProxy
 from qkilld.bus.connection import connect
 
 async def main():
@@ -447,9 +469,9 @@ async def main():
     while time.monotonic() < end:
         # Around the moment at which it ends.
         await asyncio.sleep(random.uniform(0.45, 0.7))
-        calls = [asyncio.create_task(Manager(connection).list_jobs()) for _ in range(3)]
+        calls = [asyncio.create_task(ManagerProxy(connection).list_jobs()) for _ in range(3)]
         for _ in range(30):
-            calls.append(asyncio.create_task(Manager(connection).list_jobs()))
+            calls.append(asyncio.create_task(ManagerProxy(connection).list_jobs()))
             await asyncio.sleep(0.002)
         await asyncio.gather(*calls)
         seen.add((await connection.request_bus("GetNameOwner", "s", "org.qkilld1"))[0])
@@ -482,7 +504,7 @@ def test_it_ends_for_lack_of_work_and_is_started_by_a_call(
     while system.property("qkilld.service", "ActiveState") != "inactive":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # A job keeps it, and so does one that has just ended.
+    # A job keeps it running, and so does one that has just ended.
     _, pid = start_guest()
     job = terminate(system, pid, FORCE | FIXED, grace=1)
     daemon = main_pid(system)
@@ -499,7 +521,7 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
-        system.run("qkillctl", "hold", str(pid))
+        steer(system, pid, "Hold")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
         time.sleep(9)
         assert "held" in system.property(unit, "StatusText")
@@ -512,28 +534,146 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
     assert [entry["QKILLD_SIGNAL"] for entry in signals] == ["SIGTERM", "SIGKILL"]
 
 
-@pytest.mark.parametrize("how", [("hold",), ("extend", "infinity")])
+@pytest.mark.parametrize("how", [("Hold",), ("Extend", "t", str(2**64 - 1))])
 def test_what_was_promised_is_kept_by_the_helper_alone(
     system: Container, start_guest: StartGuest, drop_in: Callable[[str], None], how: tuple[str, ...]
 ) -> None:
-    drop_in("Restart=no\nBusName=")
+    drop_in("Restart=no")
     unit, pid = start_guest(
         lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=3"
     )
     with system.spawn("systemctl", "stop", unit) as stopping:
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
-        system.run("qkillctl", *how, str(pid))
+        steer(system, pid, *how)
         time.sleep(0.5)  # changes are announced five times a second
+        # The helper asks again, which would start the daemon; the restart after this test brings
+        # the socket back.
+        system.run("systemctl", "stop", "qkilld.socket")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
         alone = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
         time.sleep(6)
+        assert main_pid(system) == 0
         assert system.property(unit, "ActiveState") == "deactivating"
         assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
-        if how == ("hold",):
-            # There is no qkilld any more to release it.
+        if how == ("Hold",):
+            # No qkilld is left that could release it.
             assert "only a SIGTERM to qkilld-stop ends" in alone["MESSAGE"]
             system.run("systemctl", "kill", "--kill-whom=control", "--signal=TERM", unit)
             system.wait_journal(f"OBJECT_PID={pid}", "QKILLD_RESULT=killed")
         else:
             system.run("systemctl", "kill", "--signal=KILL", unit)
         stopping.wait(30)
+
+
+_FILL_JOURNALD = """
+import socket
+sent = 1
+while sent:
+    # What one sender may have under way is limited, too.
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.setblocking(False)
+    sender.connect("/run/systemd/journal/socket")
+    sent = 0
+    try:
+        while True:
+            sender.send(b"MESSAGE=one of many\\n")
+            sent += 1
+    except BlockingIOError:
+        pass
+"""
+
+
+@pytest.fixture
+def stopped_journald(system: Container) -> Iterator[Callable[[], None]]:
+    """journald that does not read, with a full socket. The function makes it read again."""
+    journald = system.property("systemd-journald.service", "MainPID")
+    system.run("kill", "-STOP", journald)
+    try:
+        system.python("-c", _FILL_JOURNALD)
+
+        def read_again() -> None:
+            system.run("kill", "-CONT", journald)
+
+        yield read_again
+    finally:
+        system.run("kill", "-CONT", journald)
+
+
+def test_a_journald_that_does_not_read(
+    system: Container, start_guest: StartGuest, stopped_journald: Callable[[], None]
+) -> None:
+    unit, pid = start_guest()
+    daemon = main_pid(system)
+    job = terminate(system, pid, FORCE | FIXED, grace=4)
+    slowest = 0.0
+    for _ in range(8):
+        began = time.monotonic()
+        call(system, "ListJobs")
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.5)
+    result, receipt = wait(system, job)
+    print(f"slowest call {slowest * 1000:.0f} ms, SIGKILL after {receipt['rungs'][1][2]} us")
+    assert result == "killed"
+    assert receipt["rungs"][1][2] < 6_000_000
+    assert main_pid(system) == daemon
+    stopped_journald()
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
+def test_the_helper_and_a_journald_that_does_not_read(
+    system: Container, start_guest: StartGuest, stopped_journald: Callable[[], None]
+) -> None:
+    """It goes on extending the time of a stop that is held."""
+    unit, pid = start_guest(
+        lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=4"
+    )
+    with system.spawn("systemctl", "stop", unit) as stopping:
+        deadline = time.monotonic() + 20
+        while str(pid) not in [str(job[2]) for job in call(system, "ListJobs")[0]]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        steer(system, pid, "Hold")
+        time.sleep(12)
+        assert system.property(unit, "ActiveState") == "deactivating"
+        assert system.run("kill", "-0", str(pid), check=False).returncode == 0
+        assert stopping.poll() is None
+        stopped_journald()
+        assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
+        system.run("qkillctl", "release", str(pid))
+        stopping.wait(30)
+
+
+def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGuest) -> None:
+    """The kernel kills it, not the guest; the job goes on."""
+    unit, pid = start_guest()
+    job = terminate(system, pid, FORCE, grace=20)
+    before = wait_verdict(system, job, "idle")
+    daemon = main_pid(system)
+    with no_memory(system, daemon) as killed:
+        until(lambda: main_pid(system), lambda now: now != daemon)
+        assert until(killed, bool)
+    assert resumed(system, unit, 0)
+    after = properties(system, job)
+    assert after["DeadlineUSec"] == before["DeadlineUSec"]
+    assert wait(system, job)[0] == "killed"
+    assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
+
+
+@contextlib.contextmanager
+def no_memory(system: Container, pid: int) -> Iterator[Callable[[], bool]]:
+    """Limit that process of the container to the memory it has. Gives a function: whether the
+    kernel has killed something for that."""
+    if system.property("qkilld.service", "MemoryCurrent").isdecimal():
+        limit = ("systemctl", "set-property", "--runtime", "qkilld.service")
+        system.run(*limit, "MemoryMax=4K")
+        yield lambda: "oom-kill" in system.run("journalctl", "--unit=qkilld.service").stdout
+        system.run(*limit, "MemoryMax=infinity")
+        return
+    # The container has no memory controller: this machine's is on v1.
+    parent = Path("/sys/fs/cgroup/memory")
+    if not (parent / "memory.limit_in_bytes").exists():
+        pytest.skip("no memory controller for the container")
+    with temporary_group(parent) as group:
+        (group / "cgroup.procs").write_text(str(system.outside(pid)))
+        (group / "memory.limit_in_bytes").write_text("4096")
+        yield lambda: "oom_kill 0" not in (group / "memory.oom_control").read_text()

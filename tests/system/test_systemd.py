@@ -1,4 +1,4 @@
-"""What systemd tells of its units, by a real one."""
+"""What a real systemd tells about its units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The units as they are installed, on a real systemd."""
+"""The installed units, on a real systemd."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from tests.lab.container import Container
 from tests.lab.process import OTHER_UID
 
 INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
-"""Of the templates. verify knows no scope, but it is all the same to it what is guarded."""
+"""Instances of the templates. `verify` knows no scope, and does not care what is guarded."""
 QEMU = "-machine none\n-nodefaults\n"
 QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none")
 
 
 @pytest.fixture
 def system(installed: Container) -> Iterator[Container]:
-    """With the daemon up and a guest file `web`."""
-    installed.run("systemctl", "start", "qkilld.service")
-    # Where udev is installed the group is there.
+    """A system that runs the daemon and has a guest file `web`."""
+    # The guest is asked first, though no machine in it could hear that.
+    drop_in = "/etc/qkilld/qkilld.conf.d/units.conf"
+    installed.write(drop_in, "[Policy]\nPowerdownSec=2s\n")
+    installed.run("systemctl", "restart", "qkilld.service")
+    # Only udev makes the group.
     installed.run("groupadd", "--system", "--force", "kvm")
     text = f"# A guest.\n{QEMU}-name web one,debug-threads=on\n"
     installed.write("/etc/qkilld/guests/web.conf", text)
     yield installed
     installed.run("systemctl", "stop", "qemu-guest@web.service", check=False)
+    installed.run("rm", drop_in)
+    installed.run("systemctl", "restart", "qkilld.service")
 
 
 @pytest.mark.parametrize("manager", ["system", "user"])
@@ -63,7 +68,7 @@ def test_a_guest_runs_from_its_file(system: Container) -> None:
         "print(json.loads(s.makefile().readline())['QMP']['version']['qemu']['major'])\n"
     )
     assert int(system.python("-c", script).stdout) >= 7
-    # The main process is QEMU itself, as a user of its own.
+    # The main process is QEMU itself, with a user of its own.
     assert system.run("cat", f"/proc/{pid}/comm").stdout == "qemu-system-x86\n"
     listed = json.loads(system.run("qkillctl", "--json", "list").stdout)
     (guest,) = [one for one in listed if one["pid"] == int(pid)]
@@ -101,7 +106,7 @@ def test_nobody_stops_all_guests_by_mistake(installed: Container) -> None:
 
 
 def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
-    # What needs an escape in the name of a unit is in it.
+    # It has what needs an escape in the name of a unit.
     scope = r"lab-guarded\x2done.scope"
     guard = f"qkilld-scope@{scope}.service"
     run = ("systemd-run", "--scope", f"--unit={scope}")

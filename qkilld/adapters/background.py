@@ -1,0 +1,65 @@
+"""Do writes that may block for ever in a thread, without delaying the end of the program.
+
+Does not use asyncio, which the daemon imports late (qkilld.daemon).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from qkilld.debug_log import note_once
+
+T = TypeVar("T")
+
+FLUSH_TIMEOUT_S: Final = 2.0
+
+
+class BackgroundWriter(Generic[T]):
+    """Writes items in order, in its own thread.
+
+    Items go to disks, to the journal and to systemd, any of which may hang exactly when a guest
+    must be stopped. Nothing here blocks or raises, except `close`, which blocks.
+    """
+
+    def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
+        """Call `write` for each item in the thread `name`; ignore what it raises.
+
+        `limit` is the number of items that may wait; None if the caller bounds them.
+        """
+        self._write = write
+        self._limit = limit
+        self._closed = False
+        self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, item: T, *, always: bool = False) -> bool:
+        """Queue an item. Return False if too many wait and it is dropped; `always` queues it
+        anyway."""
+        if not always and self._limit is not None and self._queue.qsize() >= self._limit:
+            return False
+        self._queue.put(item)
+        return True
+
+    def close(self) -> bool:
+        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if the thread blocks.
+
+        May be called again.
+        """
+        self._closed = True
+        self._queue.put(None)  # Wakes the thread.
+        self._thread.join(FLUSH_TIMEOUT_S)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while not (self._closed and self._queue.empty()):
+            item = self._queue.get()
+            if item is not None:
+                try:
+                    self._write(item)
+                except Exception as error:
+                    # Only once, because such a thread also writes the debug log.
+                    note_once(f"writing to {self._thread.name}", error)

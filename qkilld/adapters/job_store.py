@@ -1,0 +1,178 @@
+"""Store jobs beyond the life of the daemon: states in files, processes in the descriptor store.
+
+The pidfd kept by the manager identifies the process. Without it, the process is looked up by its
+id, start time and executable; no other process gets a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from typing import Final
+
+from qkilld.adapters.process import PidfdProcess, adopt_process, open_process
+from qkilld.adapters.service_manager import ServiceManager
+from qkilld.adapters.state_dir import StateDirectory
+from qkilld.engine import events
+from qkilld.engine.ports import JobState, Journal, Process
+from qkilld.engine.registry import Registry
+from qkilld.engine.snapshot import Snapshot, SnapshotError
+from qkilld.model.constants import Result
+from qkilld.model.errors import NoSuchProcess, NotQemu, ProcessChanged, QkilldError
+from qkilld.model.guest import Guest
+from qkilld.model.guest_state import KeptMonitor
+
+_NAME: Final = re.compile(r"(?:job|monitor)-([1-9][0-9]{0,8})")
+
+
+class JobStore:
+    """Implements engine.ports.Store."""
+
+    def __init__(
+        self,
+        directory: StateDirectory,
+        manager: ServiceManager,
+        journal: Journal,
+        stored: dict[str, int],
+        open_process: Callable[[int], PidfdProcess] = open_process,
+    ) -> None:
+        """`stored` are the manager's descriptors by name; this object becomes their owner."""
+        self._directory = directory
+        self._manager = manager
+        self._journal = journal
+        self._stored = stored
+        self._open = open_process
+        self._in_store: set[str] = set()
+        """Names of the descriptors in the manager's store."""
+        self._registry: Registry | None = None
+
+    def restore(self, registry: Registry) -> None:
+        """Resume every job that can be resumed.
+
+        If the directory cannot be read, report that, and leave its files and the manager's
+        descriptors to the next start.
+        """
+        self._registry = registry
+        # A job's process may have been stored before its state was.
+        numbers = [int(match[1]) for name in self._stored if (match := _NAME.fullmatch(name))]
+        registry.count_from(max(numbers, default=0))
+        try:
+            snapshots, last, bad = self._directory.load()
+        except OSError as error:
+            self._journal.write(events.state_failed(error.strerror or str(error)))
+            return
+        for name, why in bad:
+            self._journal.write(events.state_set_aside(name, why))
+        registry.count_from(last)
+        for snapshot in snapshots:
+            monitor = self._stored_monitor(snapshot)
+            try:
+                registry.resume(self._process(snapshot), snapshot, monitor)
+                if monitor is not None:
+                    self._stored.pop(_monitor_name(snapshot.number))
+            except SnapshotError as error:
+                self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
+                self._directory.set_aside(f"{_name(snapshot.number)}.json")
+                self.drop_fd(snapshot.number)
+                self.drop_monitor(snapshot.number)
+        for name in list(self._stored):
+            self._reject(name, "no job here needs it")
+
+    def store_fd(self, number: int, process: Process) -> None:
+        name, fd = _name(number), process.fileno()
+        if fd is not None and name not in self._in_store:
+            self._in_store.add(name)
+            self._manager.store_fd(name, fd)
+
+    def save(self, state: JobState) -> None:
+        self._directory.save(state)
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def written() -> None:
+            with contextlib.suppress(RuntimeError):  # The loop is closed.
+                loop.call_soon_threadsafe(callback)
+
+        self._directory.when_written(written)
+
+    def store_monitor(self, number: int, fd: int) -> None:
+        name = _monitor_name(number)
+        # A connection that was lost and made again has another descriptor.
+        self._drop(name)
+        self._in_store.add(name)
+        self._manager.store_fd(name, fd)
+
+    def drop_fd(self, number: int) -> None:
+        self._drop(_name(number))
+
+    def drop_monitor(self, number: int) -> None:
+        self._drop(_monitor_name(number))
+
+    def _drop(self, name: str) -> None:
+        if name in self._in_store:
+            self._in_store.remove(name)
+            self._manager.drop_fd(name)
+
+    def forget(self, number: int) -> None:
+        self._directory.forget(number)
+
+    def close(self) -> None:
+        """Write the queued states, for at most background.FLUSH_TIMEOUT_S."""
+        if self._registry is not None:
+            self._directory.close(self._registry.last)
+
+    def _process(self, snapshot: Snapshot) -> Process | None:
+        """Return the job's process; None if it is gone or not needed. Raises SnapshotError."""
+        ended = snapshot.result not in (None, Result.SURVIVED)
+        if ended and not snapshot.processors_stopped:
+            return None
+        name = _name(snapshot.number)
+        if name in self._stored:
+            try:
+                process = adopt_process(self._stored[name], snapshot.guest)
+            except ProcessChanged as error:
+                self._reject(name, str(error))
+            else:
+                del self._stored[name]
+                self._in_store.add(name)
+                return process
+        return self._look_up(snapshot.guest)
+
+    def _stored_monitor(self, snapshot: Snapshot) -> KeptMonitor | None:
+        """Return the monitor connection that the manager has kept for a running job."""
+        name = _monitor_name(snapshot.number)
+        if snapshot.result is not None or name not in self._stored:
+            return None
+        self._in_store.add(name)
+        return KeptMonitor(self._stored[name], snapshot.own_chardevs)
+
+    def _look_up(self, guest: Guest) -> Process | None:
+        try:
+            process = self._open(guest.identity.pid)
+        except NoSuchProcess:
+            return None
+        except NotQemu as error:
+            raise SnapshotError(str(error)) from None
+        except QkilldError as error:
+            raise SnapshotError(f"its process cannot be opened: {error}") from None
+        if process.identity.key != guest.identity.key:
+            process.close()
+            return None
+        return process
+
+    def _reject(self, name: str, why: str) -> None:
+        os.close(self._stored.pop(name))
+        self._manager.drop_fd(name)
+        self._journal.write(events.descriptor_rejected(name, why))
+
+
+def _name(number: int) -> str:
+    return f"job-{number}"
+
+
+def _monitor_name(number: int) -> str:
+    return f"monitor-{number}"

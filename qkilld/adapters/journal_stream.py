@@ -1,0 +1,16 @@
+"""Detect whether standard error is connected to the journal. Imports next to nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def stderr_is_journal() -> bool:
+    """Return whether standard error is the journal, by $JOURNAL_STREAM: see systemd.exec(5)."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        status = os.fstat(sys.stderr.fileno())
+        return (status.st_dev, status.st_ino) == (int(device), int(inode))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,71 @@
+"""Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
+
+Existing memory is locked at once, later memory page by page as it is used; otherwise each thread's
+stack would count at its full size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+STACK_BYTES: Final = 256 * 1024
+"""Stack of each further thread in bytes; the default of 8 MiB would be locked as a whole."""
+
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_CAP_IPC_LOCK: Final = 1 << 14
+
+
+class MemoryLock:
+    """Locks memory in its own threads, because it takes long if pages must be read first."""
+
+    def __init__(self, on_error: Callable[[str], None]) -> None:
+        """`on_error` is called at most once, in any thread."""
+        self._on_error = on_error
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._lock = threading.Lock()
+        self._wanted = self._locked = self._told = False
+
+    def set(self, wanted: bool) -> None:
+        """Lock or unlock the memory soon. Never blocks or raises."""
+        if self._wanted != wanted and not self._told:
+            self._wanted = wanted
+            threading.Thread(target=self._work, name="memory", daemon=True).start()
+
+    def _work(self) -> None:
+        with self._lock:
+            if self._wanted == self._locked:
+                return
+            if not self._wanted:
+                self._libc.munlockall()
+                self._locked = False
+            elif problem := self._try():
+                self._told = True
+                self._on_error(problem)
+            else:
+                self._locked = True
+
+    def _try(self) -> str:
+        """Lock the memory. Return why that is impossible, or ""."""
+        # With a limit, later allocations may fail.
+        if not _unlimited():
+            return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
+        for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):
+            if self._libc.mlockall(flags) != 0:
+                return os.strerror(ctypes.get_errno())
+        return ""
+
+
+def _unlimited() -> bool:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return True
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) & _CAP_IPC_LOCK)
+    return False

@@ -1,0 +1,187 @@
+"""Read the names of guests from their command lines. Each read may block for ever.
+
+To read a command line, the kernel takes the target's memory lock (adapters.procfs), which any user
+can hold as long as they like, for example with an argument on a page of a FUSE file. So each user
+gets a few reading threads, and callers wait until one deadline for all names. A name that misses it
+is not waited for again, but becomes known once it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
+from typing import Final
+
+from qkilld.debug_log import note_once
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest import Identity
+
+Names = tuple[str | None, str, bool]
+"""The guest's name and UUID, each "" if the command line has none; whether it has a QMP monitor.
+The name is None if it is unknown."""
+UNKNOWN: Final[Names] = (None, "", False)
+_Key = tuple[int, int, str]
+"""pid, start time, executable: after execve(2) the same process has another command line."""
+
+TIMEOUT_S: Final = 0.5
+TIMEOUT_EACH_S: Final = 0.0005
+"""Added for each name to read, which usually takes 10 to 50 µs."""
+MAX_THREADS: Final = 64
+MAX_THREADS_OF_USERS: Final = 48
+"""Threads for all users except root; the rest is reserved for root's processes."""
+MAX_THREADS_OF_USER: Final = 16
+MAX_QUEUE: Final = 16_384
+"""Command lines of one user that may wait for a thread."""
+MAX_NAMES: Final = 16_384
+_TICK_S: Final = 0.01
+"""If a user's threads have read nothing for this long, another one is started."""
+
+
+@dataclass(slots=True)
+class _UserQueue:
+    """The command lines of one user's processes that are still to be read."""
+
+    waiting: deque[_Key] = field(default_factory=deque)
+    reading: set[_Key] = field(default_factory=set)
+    threads: int = 0
+    read: int = 0
+    """The number of command lines read so far."""
+    read_before: int = 0
+    """The same number a tick ago."""
+
+
+class NameReader:
+    """Use it in a single running loop."""
+
+    def __init__(self, read: Callable[[int], Names]) -> None:
+        """`read` returns the names of a process id. It is called in threads and must not raise."""
+        self._read = read
+        self._lock = threading.Lock()
+        """Protects the queues; never held during a read."""
+        self._users: dict[int, _UserQueue] = {}
+        self._results: deque[tuple[_Key, Names]] = deque()
+        self._names: dict[_Key, Names] = {}
+        self._pending: set[_Key] = set()
+        """Names that wait for a thread or are being read."""
+        self._late: set[_Key] = set()
+        """Those that have missed a deadline."""
+        self._wake = asyncio.Event()
+
+    async def names(self, identities: Sequence[Identity]) -> list[Names]:
+        """Return names in the order of `identities`; UNKNOWN for those not read in time."""
+        self._collect()
+        wanted = {
+            key: identity.uid
+            for identity in identities
+            if (key := _key(identity)) not in self._names and key not in self._late
+        }
+        if wanted:
+            await self._wait(wanted)
+        return [self._names.get(_key(identity), UNKNOWN) for identity in identities]
+
+    def keep(self, identities: Iterable[Identity]) -> None:
+        """Forget all other identities."""
+        alive = {_key(identity) for identity in identities}
+        self._names = {key: names for key, names in self._names.items() if key in alive}
+        with self._lock:
+            for queue in self._users.values():
+                queue.waiting = deque(key for key in queue.waiting if key in alive)
+            self._users = {
+                uid: queue for uid, queue in self._users.items() if queue.waiting or queue.threads
+            }
+            kept = {
+                key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
+            }
+        # A name that was read meanwhile counts as pending until `_collect` removes it.
+        self._pending &= kept
+        self._late &= kept
+
+    async def _wait(self, wanted: Mapping[_Key, int]) -> None:
+        loop = asyncio.get_running_loop()
+        remaining_s = TIMEOUT_S + TIMEOUT_EACH_S * len(wanted)
+        for key, uid in wanted.items():
+            self._queue(key, uid)
+        users = set(wanted.values())
+        missing = wanted.keys() & self._pending
+        while missing and remaining_s > 0:
+            start = loop.time()
+            for uid in users:
+                self._start_thread(uid, loop)
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(remaining_s, _TICK_S)):
+                    await self._wake.wait()
+            self._collect()
+            missing = wanted.keys() & self._pending
+            # On a busy host, time in which this process did not run says nothing about the readers.
+            remaining_s -= min(loop.time() - start, 2 * _TICK_S)
+        for pid, *_ in missing:
+            note_once(f"reading the command line of process {pid}", "it takes too long")
+        self._late |= missing
+
+    def _queue(self, key: _Key, uid: int) -> None:
+        with self._lock:
+            queue = self._users.setdefault(uid, _UserQueue())
+            if key not in self._pending and len(queue.waiting) < MAX_QUEUE:
+                self._pending.add(key)
+                queue.waiting.append(key)
+
+    def _start_thread(self, uid: int, loop: asyncio.AbstractEventLoop) -> None:
+        """Start a thread if the user's queue is not empty and none of their threads progresses."""
+        with self._lock:
+            if (queue := self._users.get(uid)) is None:
+                return
+            stuck = queue.read == queue.read_before
+            queue.read_before = queue.read
+            if not queue.waiting or not (stuck or not queue.threads) or not self._has_room(uid):
+                return
+            queue.threads += 1
+        threading.Thread(
+            target=self._work, args=(queue, loop), name=f"names-{uid}", daemon=True
+        ).start()
+
+    def _has_room(self, uid: int) -> bool:
+        total = sum(queue.threads for queue in self._users.values())
+        if uid == 0:
+            return total < MAX_THREADS
+        root = self._users[0].threads if 0 in self._users else 0
+        return (
+            total < MAX_THREADS
+            and total - root < MAX_THREADS_OF_USERS
+            and self._users[uid].threads < MAX_THREADS_OF_USER
+        )
+
+    def _work(self, queue: _UserQueue, loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            with self._lock:
+                if not queue.waiting:
+                    queue.threads -= 1
+                    break
+                key = queue.waiting.popleft()
+                queue.reading.add(key)
+            names = self._read(key[0])
+            with self._lock:
+                queue.reading.discard(key)
+                queue.read += 1
+                self._results.append((key, names))
+        # The loop may be closed by the time a blocked read returns.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._wake.set)
+
+    def _collect(self) -> None:
+        while self._results:
+            key, names = self._results.popleft()
+            if names[0] is not None:
+                self._names[key] = names
+            self._pending.discard(key)
+            self._late.discard(key)
+        while len(self._names) > MAX_NAMES:
+            del self._names[next(iter(self._names))]
+
+
+def _key(identity: Identity) -> _Key:
+    return (*identity.key, identity.executable)

@@ -1,0 +1,27 @@
+"""The protocol of sd_notify(3).
+
+It is implemented here, as that page allows: systemd-python's notify() takes 10 ms to import, and
+holds Python's lock while it waits for room in the socket, which stops every other thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def send(address: str, state: str, fd: int | None = None, *, wait: bool) -> None:
+    """Send assignments, one on each line, and optionally a descriptor.
+
+    `address` is $NOTIFY_SOCKET. With `wait`, block while the socket is full. Raises OSError,
+    without `wait` also BlockingIOError.
+    """
+    if address.startswith("@"):
+        address = f"\0{address[1:]}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.setblocking(wait)
+        sender.connect(os.fsencode(address))
+        if fd is None:
+            sender.send(state.encode())
+        else:
+            socket.send_fds(sender, [state.encode()], [fd])

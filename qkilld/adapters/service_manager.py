@@ -1,0 +1,115 @@
+"""The service manager: status messages, its watchdog and its file descriptor store.
+
+Its socket may be full while it is busy, so a thread of its own sends. Nothing happens if no manager
+listens (NOTIFY_SOCKET).
+"""
+
+from __future__ import annotations
+
+import array  # noqa: F401  # socket.send_fds would import it with the first job
+import asyncio
+import os
+from typing import Final
+
+from qkilld.adapters import sd_notify
+from qkilld.adapters.background import BackgroundWriter
+from qkilld.debug_log import ignore, note
+
+QUEUE_LENGTH: Final = 1 << 14
+"""The most messages waiting to be sent. If a descriptor is dropped, the next daemon looks the
+process up by its identity; if a removal is dropped, the next daemon rejects the descriptor."""
+
+
+class ServiceManager:
+    def __init__(self) -> None:
+        self._pinging = False
+        self._writer: BackgroundWriter[tuple[str, int | None]] | None = None
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        if self._address:
+            self._writer = BackgroundWriter("notify", self._write, QUEUE_LENGTH)
+
+    @property
+    def watchdog_s(self) -> float | None:
+        """The watchdog's interval; None for no watchdog (sd_watchdog_enabled(3))."""
+        if self._writer is None or os.environ.get("WATCHDOG_PID") not in (None, str(os.getpid())):
+            return None
+        usec = os.environ.get("WATCHDOG_USEC", "")
+        return int(usec) / 1e6 if usec.isdecimal() and int(usec) else None
+
+    def tell(self, state: str) -> None:
+        """Send assignments, one on each line."""
+        self._put(state, None, always=True)
+
+    def ping(self) -> None:
+        """Feed the watchdog. At most one such message waits to be sent."""
+        if not self._pinging:
+            self._pinging = True
+            self._put("WATCHDOG=1", None, always=True)
+
+    def store_fd(self, name: str, fd: int) -> None:
+        """Store a descriptor beyond the end of this process. Failures are ignored, because the next
+        daemon can work without it."""
+        # A duplicate: the original may be closed, and its number reused, before it is sent.
+        with ignore(f"storing the descriptor of {name}", OSError):
+            self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))
+
+    def drop_fd(self, name: str) -> None:
+        """Remove a descriptor from the store."""
+        self._put(f"FDSTOREREMOVE=1\nFDNAME={name}", None)
+
+    async def barrier(self, timeout_s: float) -> None:
+        """Return when the manager has processed everything sent before (sd_notify_barrier(3)), or
+        after `timeout_s`."""
+        if self._writer is None:
+            return
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        loop = asyncio.get_running_loop()
+        received = asyncio.Event()
+        loop.add_reader(read, received.set)  # End of file, when systemd closes the other end.
+        self._put("BARRIER=1", write, always=True)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await received.wait()
+        except TimeoutError as error:
+            note("waiting for systemd to take in what it was told", error)
+        finally:
+            loop.remove_reader(read)
+            os.close(read)
+
+    def close(self) -> None:
+        """Send what is queued, for at most background.FLUSH_TIMEOUT_S."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _put(self, state: str, fd: int | None, *, always: bool = False) -> None:
+        queued = self._writer is not None and self._writer.put((state, fd), always=always)
+        if not queued and fd is not None:
+            os.close(fd)
+
+    def _write(self, item: tuple[str, int | None]) -> None:
+        state, fd = item
+        if state == "WATCHDOG=1":
+            self._pinging = False
+        with ignore("telling systemd", OSError):
+            sd_notify.send(self._address, state, fd, wait=True)
+        if fd is not None:
+            os.close(fd)
+
+
+def stored_descriptors() -> dict[str, int]:
+    """Return the descriptors that the manager has stored, by name. Call it once, at the start.
+
+    systemd-python only reads the environment and sets flags of the descriptors here, so unlike its
+    functions that send, this cannot block.
+    """
+    if "LISTEN_FDS" not in os.environ:
+        return {}
+    from systemd import daemon
+
+    descriptors: dict[str, int] = {}
+    for fd, name in daemon.listen_fds_with_names().items():
+        if name in descriptors:
+            os.close(fd)
+        else:
+            descriptors[name] = fd
+    return descriptors

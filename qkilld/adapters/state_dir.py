@@ -1,0 +1,273 @@
+"""Store jobs in the runtime directory (RUNTIME_DIRECTORY, systemd.exec(5)), one file for each.
+
+/run is a tmpfs, but it may be full, which must not delay a job. So a separate thread writes only
+the newest state of each job. A failure is reported once, and jobs continue.
+
+Files may come from an earlier run or from anyone: a file that is incomplete or not ours is renamed
+to NAME.bad and reported. One of a newer version is reported and left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from qkilld.adapters.background import BackgroundWriter
+from qkilld.debug_log import ignore
+from qkilld.engine.ports import JobState
+from qkilld.engine.snapshot import Snapshot, SnapshotError, UnknownVersion, decode
+
+MAX_BYTES: Final = 4 << 20
+"""Greatest size of a file in bytes. A job has a few KiB."""
+MAX_BAD: Final = 16
+"""The number of .bad files to keep; further ones are removed."""
+RESERVE: Final = 16
+"""Job numbers reserved in advance, because a job whose file was not written before a crash has used
+one, too."""
+
+_JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
+_NUMBERS: Final = "numbers.json"
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class BadFile(NamedTuple):
+    """A file from which no job can be resumed."""
+
+    name: str
+    why: str
+
+
+class StateDirectory:
+    """Call `load` once, before anything else."""
+
+    def __init__(self, directory: Path, on_error: Callable[[str], None]) -> None:
+        """Raises OSError if there is no such directory, PermissionError if others may write to
+        it."""
+        self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        status = os.fstat(self._directory)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            os.close(self._directory)
+            raise PermissionError(f"{directory} is not this user's alone to write to")
+        self._boot = _BOOT_ID.read_text().strip()
+        self._on_error = on_error
+        self._told = False
+        self._reserved = 0
+        self._pending: dict[int, JobState | None] = {}
+        """The newest unwritten state of each job; None for a job that was forgotten."""
+        self._lock = threading.Lock()
+        """Protects _pending; never held during a write."""
+        self._writer = BackgroundWriter("state", self._write_item, limit=None)
+
+    def load(self) -> tuple[list[Snapshot], int, list[BadFile]]:
+        """Return the jobs in the order of their numbers, the highest number that may have been
+        used, and the files that were set aside. Jobs of another boot are removed.
+
+        Raises OSError if the directory cannot be read. If it cannot be written to, for example
+        because it is full, that is reported, and its files are read nevertheless.
+        """
+        documents, bad = [], []
+        last = 0
+        for name in self._names():
+            if name.startswith(".") and name.endswith(".tmp"):
+                with ignore(f"removing {name}", OSError):
+                    os.unlink(name, dir_fd=self._directory)
+            elif name == _NUMBERS or _JOB.fullmatch(name):
+                try:
+                    document = self._read(name)
+                    if document["boot"] != self._boot:
+                        os.unlink(name, dir_fd=self._directory)
+                    elif name == _NUMBERS:
+                        last = max(last, _number(document))
+                    else:
+                        documents.append(_job(name, document))
+                except UnknownVersion as error:
+                    # The file is kept, and its number is not reused.
+                    bad.append(BadFile(name, _why(error)))
+                    last = max(last, int(name[4:-5]))
+                except (SnapshotError, OSError) as error:
+                    bad.append(BadFile(name, _why(error)))
+                    self.set_aside(name)
+        last = max([last, *(snapshot.number for snapshot in documents)])
+        try:
+            self._reserve(last)
+        except OSError as error:
+            self._reserved = last  # The next job tries again.
+            self._failed(error)
+        return sorted(documents, key=lambda snapshot: snapshot.number), last, bad
+
+    def save(self, state: JobState) -> None:
+        """Write a job's state soon. Never blocks and never raises."""
+        if state.number + RESERVE // 2 > self._reserved:
+            self._reserved = state.number + RESERVE
+            self._writer.put(0)
+        self._put(state.number, state)
+
+    def forget(self, number: int) -> None:
+        """Remove a job's file soon."""
+        self._put(number, None)
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call back, in the writing thread, when everything saved before is written or has
+        failed."""
+        self._writer.put(callback)
+
+    def set_aside(self, name: str) -> None:
+        """Rename a file to NAME.bad."""
+        with ignore(f"setting {name} aside", OSError):
+            names = [other for other in self._names() if other.endswith(".bad")]
+            if len(names) < MAX_BAD or f"{name}.bad" in names:
+                self._rename(name, f"{name}.bad")
+            else:
+                os.unlink(name, dir_fd=self._directory)
+
+    def close(self, last: int) -> None:
+        """Write what is queued, for at most background.FLUSH_TIMEOUT_S. May be called again.
+
+        `last` is the last number given.
+        """
+        if self._directory < 0:
+            return
+        self._reserved = last
+        self._writer.put(0)
+        if self._writer.close():
+            os.close(self._directory)
+            self._directory = -1
+
+    def _put(self, number: int, state: JobState | None) -> None:
+        with self._lock:
+            waits = number in self._pending
+            self._pending[number] = state
+        if not waits:
+            self._writer.put(number)
+
+    def _write_item(self, item: int | Callable[[], None]) -> None:
+        """Write the newest state of a job, or for 0 the numbers; or call a callback."""
+        try:
+            if not isinstance(item, int):
+                item()
+                return
+            if item == 0:
+                self._reserve(self._reserved - RESERVE)
+            else:
+                self._write_job(item)
+            self._told = False
+        except OSError as error:
+            self._failed(error)
+
+    def _write_job(self, number: int) -> None:
+        """Raises OSError."""
+        with self._lock:
+            state = self._pending.pop(number)
+        if state is not None:
+            name, document = _name(number), {"job": state.to_json()}
+            try:
+                self._write(name, document)
+            except OSError:
+                # The file may predate a Cancel or Hold, so it must not be used any more.
+                if not self._overwrite(name, document):
+                    with contextlib.suppress(OSError):
+                        os.unlink(name, dir_fd=self._directory)
+                    raise
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_name(number), dir_fd=self._directory)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            self._on_error(_why(error))
+
+    def _reserve(self, last: int) -> None:
+        self._reserved = last + RESERVE
+        self._write(_NUMBERS, {"last": self._reserved})
+
+    def _write(self, name: str, document: dict[str, Any]) -> None:
+        """Write a file completely or not at all. Raises OSError."""
+        temporary = f".{name}.tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=self._directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=self._directory), "wb") as file:
+            file.write(self._encoded(document))
+        self._rename(temporary, name)
+
+    def _overwrite(self, name: str, document: dict[str, Any]) -> bool:
+        """Overwrite the existing file in place when the disk is full; return False if it is too
+        small.
+
+        A crash meanwhile leaves an incomplete file, from which no job is resumed.
+        """
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        except OSError:
+            return False
+        try:
+            # Spaces overwrite the rest of a longer text, because JSON may end with them.
+            text = self._encoded(document).ljust(os.fstat(fd).st_size)
+            return os.pwrite(fd, text, 0) == len(text)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
+    def _encoded(self, document: dict[str, Any]) -> bytes:
+        return json.dumps({"boot": self._boot, **document}, separators=(",", ":")).encode("ascii")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Raises SnapshotError and OSError."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, dir_fd=self._directory)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise SnapshotError("it is no ordinary file")
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                raise SnapshotError("others own it or may use it")
+            if status.st_size > MAX_BYTES:
+                raise SnapshotError("it is too long")
+            text = os.read(fd, MAX_BYTES)
+        finally:
+            os.close(fd)
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            raise SnapshotError("it is not whole") from None
+        if not isinstance(document, dict) or not isinstance(document.get("boot"), str):
+            raise SnapshotError("it does not say of which boot it is")
+        return document
+
+    def _names(self) -> list[str]:
+        with os.scandir(self._directory) as entries:
+            return sorted(entry.name for entry in entries)
+
+    def _rename(self, name: str, to: str) -> None:
+        os.rename(name, to, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+
+def _name(number: int) -> str:
+    return f"job-{number}.json"
+
+
+def _job(name: str, document: dict[str, Any]) -> Snapshot:
+    snapshot = decode(document.get("job"))
+    if name != _name(snapshot.number):
+        raise SnapshotError("it is of a job of another number")
+    return snapshot
+
+
+def _number(document: dict[str, Any]) -> int:
+    last = document.get("last")
+    if type(last) is not int or not 0 <= last < 10**9:
+        raise SnapshotError("the number in it cannot be")
+    return last
+
+
+def _why(error: Exception) -> str:
+    return error.strerror or "" if isinstance(error, OSError) else str(error)

@@ -1,0 +1,104 @@
+"""Send signals about jobs. Implements engine.ports.Observer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from qkilld.bus import interfaces
+from qkilld.bus.job_object import PRIVATE, changing, job_path, properties
+from qkilld.bus.server import Server
+from qkilld.engine.ports import ObservedJob
+from qkilld.model.constants import MANAGER_PATH
+
+MIN_INTERVAL_S: Final = 0.2
+"""Between two PropertiesChanged of a job."""
+
+
+class Announcer:
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._told: dict[int, dict[str, Any]] = {}
+        """The property values last announced for each running job."""
+        self._pending: dict[int, asyncio.Handle] = {}
+        """For each job: the next announcement, or the end of the interval in which there is
+        none."""
+        self._told_running = 0
+        self._manager_pending: asyncio.Handle | None = None
+        """The same for the manager's properties."""
+
+    def adopt(self, job: ObservedJob) -> None:
+        """Announce changes of a running job whose start was announced by someone else."""
+        self._told[job.number] = changing(job, private=True)
+        self._told_running = len(self._told)
+
+    def job_new(self, job: ObservedJob) -> None:
+        self._told[job.number] = changing(job, private=True)
+        self._emit("JobNew", job)
+        # A broadcast, so without private values.
+        values = properties(job, private=False)
+        self._server.emit_added(job_path(job), interfaces.job(), values)
+        self._manager_changed()
+
+    def job_changed(self, job: ObservedJob) -> None:
+        """Schedule one signal for all changes in this turn of the loop."""
+        if job.number in self._told and job.number not in self._pending:
+            loop = asyncio.get_running_loop()
+            self._pending[job.number] = loop.call_soon(self._tell, job)
+
+    def job_ended(self, job: ObservedJob) -> None:
+        if timer := self._pending.pop(job.number, None):
+            timer.cancel()
+        # Announced now: after JobRemoved it would be too late.
+        self._tell_changes(job)
+        del self._told[job.number]
+        assert job.result is not None
+        self._emit("JobRemoved", job, job.result.value)
+        self._manager_changed()
+
+    def job_forgotten(self, job: ObservedJob) -> None:
+        self._server.emit_removed(job_path(job), interfaces.job())
+
+    def close(self) -> None:
+        """Cancel all pending announcements."""
+        for timer in self._pending.values():
+            timer.cancel()
+        self._pending.clear()
+        if self._manager_pending is not None:
+            self._manager_pending.cancel()
+            self._manager_pending = None
+
+    def _manager_changed(self) -> None:
+        if self._manager_pending is None:
+            loop = asyncio.get_running_loop()
+            self._manager_pending = loop.call_soon(self._tell_of_manager)
+
+    def _tell_of_manager(self) -> None:
+        self._manager_pending = None
+        running = len(self._told)
+        if running != self._told_running:
+            self._told_running = running
+            self._server.emit_changed(MANAGER_PATH, interfaces.manager(), {"NJobs": running}, ())
+            loop = asyncio.get_running_loop()
+            self._manager_pending = loop.call_later(MIN_INTERVAL_S, self._tell_of_manager)
+
+    def _tell(self, job: ObservedJob) -> None:
+        del self._pending[job.number]
+        if self._tell_changes(job):
+            loop = asyncio.get_running_loop()
+            self._pending[job.number] = loop.call_later(MIN_INTERVAL_S, self._tell, job)
+
+    def _tell_changes(self, job: ObservedJob) -> bool:
+        now = changing(job, private=True)
+        announced = self._told[job.number]
+        if changed := {name: value for name, value in now.items() if announced[name] != value}:
+            self._told[job.number] = now
+            private = [name for name in PRIVATE if changed.pop(name, None) is not None]
+            self._server.emit_changed(job_path(job), interfaces.job(), changed, private)
+            return True
+        return False
+
+    def _emit(self, member: str, job: ObservedJob, *more: Any) -> None:
+        pid = job.guest.identity.pid
+        manager = interfaces.manager()
+        self._server.emit(MANAGER_PATH, manager, member, job.number, job_path(job), pid, *more)

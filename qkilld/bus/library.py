@@ -1,0 +1,75 @@
+"""The parts of a D-Bus library that qkilld uses: outgoing messages, their types, authentication.
+
+This is dbus-next, or if that is missing or broken (it does not import under Python 3.15) dbus-fast,
+its maintained successor with the same names. Connecting and parsing are done in bus.transport,
+bus.framing and bus.values, because both libraries keep every signature that they have ever parsed
+and change their connections from release to release.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dbus_next._private.address import get_bus_address, parse_address
+    from dbus_next.auth import AuthExternal
+    from dbus_next.constants import BusType, MessageFlag, MessageType, NameFlag, RequestNameReply
+    from dbus_next.errors import AuthError, InvalidAddressError
+    from dbus_next.message import Message
+    from dbus_next.signature import Variant
+else:
+    try:
+        from dbus_next._private.address import get_bus_address, parse_address
+        from dbus_next.auth import AuthExternal
+        from dbus_next.constants import (
+            BusType,
+            MessageFlag,
+            MessageType,
+            NameFlag,
+            RequestNameReply,
+        )
+        from dbus_next.errors import AuthError, InvalidAddressError
+        from dbus_next.message import Message
+        from dbus_next.signature import Variant
+    except Exception as dbus_next_error:
+        # Not only ImportError: a library too old for its Python can fail in any way.
+        try:
+            from dbus_fast._private.address import get_bus_address, parse_address
+            from dbus_fast.auth import AuthExternal
+            from dbus_fast.constants import (
+                BusType,
+                MessageFlag,
+                MessageType,
+                NameFlag,
+                RequestNameReply,
+            )
+            from dbus_fast.errors import AuthError, InvalidAddressError
+            from dbus_fast.message import Message
+            from dbus_fast.signature import Variant
+        except Exception as dbus_fast_error:
+            raise ImportError(
+                f"neither dbus-next ({dbus_next_error}) nor dbus-fast ({dbus_fast_error}) can be "
+                "used; install one of them (Debian: python3-dbus-next, python3-dbus-fast)"
+            ) from None
+
+__all__ = [
+    "AuthError",
+    "AuthExternal",
+    "BusType",
+    "InvalidAddressError",
+    "Message",
+    "MessageFlag",
+    "MessageType",
+    "NameFlag",
+    "RequestNameReply",
+    "Variant",
+    "encode",
+    "get_bus_address",
+    "parse_address",
+]
+
+
+def encode(message: Message) -> bytes | bytearray:
+    """Encode a message for the bus; its serial must be set. Its descriptors are sent beside it."""
+    encoded: bytes | bytearray = message._marshall(bool(message.unix_fds))
+    return encoded

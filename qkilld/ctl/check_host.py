@@ -1,0 +1,133 @@
+"""The command check-host: what qkilld-guests.service would change on this host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qkilld.adapters import procfs
+from qkilld.bus.systemd import Systemd
+from qkilld.ctl.session import Session
+from qkilld.ctl.unit_context import config_of, guard_of
+from qkilld.debug_log import ignore
+from qkilld.model.constants import ExitCode
+from qkilld.model.errors import QkilldError
+from qkilld.model.policy import Config, is_qemu
+from qkilld.model.text import printable
+from qkilld.model.unit import UnitFacts, is_user_manager
+from qkilld.unitcheck.comparison import coverage_line
+from qkilld.unitcheck.context import GUESTS_SERVICE, looks_like_qemu
+from qkilld.unitcheck.host_shutdown import Care, HostGuest, HostReport, care_of, shutdown_order
+from qkilld.unitcheck.keepers import KEEPERS, GuestKeeper, keeper_names, keepers_of
+
+
+async def check_host(session: Session) -> int:
+    """Return 0 if every guest is covered, else the exit code for an unsafe unit."""
+    report = await _HostCheck(session, await config_of(session)).report()
+    uncovered = (Care.SYSTEMD, Care.UNCOVERED)
+    code = ExitCode.OK
+    if any(guest.care in uncovered for guest in report.guests):
+        code = ExitCode.UNSAFE
+    if session.json:
+        session.output.json(_as_json(report, code))
+    else:
+        _show(session, report)
+    return code
+
+
+class _HostCheck:
+    def __init__(self, session: Session, config: Config) -> None:
+        self._systemd = Systemd(session.connection)
+        self._config = config
+        self._units: dict[str, UnitFacts | None] = {}
+
+    async def report(self) -> HostReport:
+        guests = []
+        for pid in procfs.pids():
+            with ignore(f"looking at process {pid}", OSError):
+                executable = procfs.read_executable(pid)[0]
+                covered = is_qemu(executable, self._config.executables)
+                if covered or looks_like_qemu(executable):
+                    guests.append(await self._guest(pid, executable, is_covered=covered))
+        keepers = []
+        for name, whose in KEEPERS.items():
+            facts = await self._unit(name) if name.endswith(".service") else None
+            if facts is not None and facts.active_state == "active":
+                keepers.append(GuestKeeper(name, whose, facts.timeout_stop))
+        service = await self._unit(GUESTS_SERVICE)
+        is_active = service is not None and service.active_state == "active"
+        return HostReport(is_active, tuple(keepers), tuple(guests), shutdown_order(guests))
+
+    async def _guest(self, pid: int, executable: str, *, is_covered: bool) -> HostGuest:
+        unit = procfs.read_unit(pid)
+        name = "" if unit is None else unit.system
+        facts = await self._unit(name) if name else None
+        keepers: tuple[str, ...] = ()
+        guarded = False
+        if facts is not None:
+            others = [await self._unit(other) for other in keeper_names(facts)]
+            active = [each for each in others if each and each.active_state == "active"]
+            keepers = tuple(keeper.unit for keeper in keepers_of(facts, active))
+            if facts.is_scope:
+                guard = await self._unit(guard_of(facts.id))
+                guarded = guard is not None and guard.active_state == "active"
+        care = care_of(
+            is_covered=is_covered,
+            cares_for_guests=facts is not None and facts.cares_for_guests,
+            is_guarded=guarded,
+            keepers=keepers,
+            is_before=facts is not None and _is_before(facts),
+            has_unit=bool(name),
+        )
+        line = "" if is_covered else coverage_line(self._config.executables, executable)
+        guest = procfs.read_names(pid)[0] or ""
+        return HostGuest(pid, guest, name, care, keepers, line)
+
+    async def _unit(self, name: str) -> UnitFacts | None:
+        """Return None if systemd does not know the unit."""
+        if name not in self._units:
+            self._units[name] = None
+            with ignore(f"asking systemd for {name}", QkilldError):
+                self._units[name] = await self._systemd.unit(name)
+        return self._units[name]
+
+
+def _is_before(facts: UnitFacts) -> bool:
+    # The drop-ins of scopes and of user@.service may not be installed yet.
+    return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
+
+
+def _show(session: Session, report: HostReport) -> None:
+    output = session.output
+    state = "is active" if report.is_active else "is not active"
+    output.line(f"{GUESTS_SERVICE} {state}.")
+    if not report.guests:
+        output.line("No QEMU runs on this host.")
+    for keeper in report.keepers:
+        output.line(f"keeper  {keeper.unit} ({keeper.whose}), left to shut its guests down")
+    for guest in report.guests:
+        output.line(f"guest   {printable(str(guest), 1000)}")
+    for number, group in enumerate(report.order, 1):
+        output.line(f"stop {number}  {printable(', '.join(group), 1000)}")
+
+
+def _as_json(report: HostReport, code: int) -> dict[str, Any]:
+    return {
+        "active": report.is_active,
+        "keepers": [
+            {"unit": each.unit, "whose": each.whose, "timeout_usec": each.timeout}
+            for each in report.keepers
+        ],
+        "guests": [
+            {
+                "pid": each.pid,
+                "name": each.name,
+                "unit": each.unit,
+                "care": each.care.value,
+                "keepers": list(each.keepers),
+                "line": each.line,
+            }
+            for each in report.guests
+        ],
+        "order": [list(group) for group in report.order],
+        "exit_code": int(code),
+    }

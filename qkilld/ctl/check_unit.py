@@ -1,0 +1,254 @@
+"""The command check-unit: which settings of a unit lose data, and how to fix them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from qkilld.bus.systemd import KINDS, Systemd
+from qkilld.ctl.process_stats import executable
+from qkilld.ctl.session import Session, error_as_json, explain
+from qkilld.ctl.unit_context import config_of, gather, overrides
+from qkilld.debug_log import note
+from qkilld.model.constants import ExitCode
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchUnit, QkilldError
+from qkilld.model.exits import worst
+from qkilld.model.policy import Config, is_qemu
+from qkilld.model.text import printable
+from qkilld.model.unit import UnitFacts
+from qkilld.unitcheck.check import check
+from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
+from qkilld.unitcheck.context import Surroundings, looks_like_qemu
+from qkilld.unitcheck.dropin import Override, changes
+from qkilld.unitcheck.finding import Finding, Severity
+
+_SAMPLE: Final = "qkilld"
+"""The instance used to check a template, because systemd loads no template itself."""
+_OTHER_KINDS: Final = (
+    *(".socket", ".target", ".device", ".mount", ".automount"),
+    *(".swap", ".timer", ".path", ".slice"),
+)
+"""systemd.unit(5)."""
+_SHOWN: Final = 1000
+_WIDTH: Final = 96
+"""Of lines, on a terminal that is that wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    facts: UnitFacts
+    name: str
+    """The primary name; for a template, that of the template."""
+    around: Surroundings
+    findings: tuple[Finding, ...]
+    overrides: tuple[Override, ...]
+    """What overrides the settings that adopt would write."""
+    comparison: Comparison
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether every stop of the unit keeps the data of a guest that qkilld recognises, as it is
+        now."""
+        unsafe = any(finding.is_unsafe for finding in self.findings)
+        return (
+            not unsafe and self.comparison.word is UnitVerdict.SAFE and self.comparison.keeps_data
+        )
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether the unit runs, or would run, a QEMU that qkilld recognises."""
+        return self.comparison.has_guest
+
+    @property
+    def exit_code(self) -> int:
+        return ExitCode.OK if self.is_safe else ExitCode.UNSAFE
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "unit": self.name,
+            "safe": self.is_safe,
+            "adoptable": self.comparison.writes,
+            **self.comparison.as_json(),
+            "findings": [
+                {
+                    "key": finding.key,
+                    "severity": finding.severity.name.lower().replace("_", "-"),
+                    "what": finding.what,
+                    "why": finding.why,
+                    "mends": [
+                        {"section": line.section, "line": line.text, "by_hand": line.by_hand}
+                        for line in finding.mends
+                    ],
+                }
+                for finding in self.findings
+            ],
+            "overrides": [{"path": each.path, "keys": list(each.keys)} for each in self.overrides],
+            "error": None,
+            "exit_code": int(self.exit_code),
+        }
+
+
+async def check_units(session: Session, names: Sequence[str]) -> int:
+    """Check each unit, or all that run a QEMU; return the worst exit code."""
+    systemd = Systemd(session.connection)
+    config = await config_of(session)
+    codes: list[int] = []
+    documents: list[dict[str, Any]] = []
+    if not names:
+        names = await _with_guests(systemd, config.executables)
+        if not names and not session.json:
+            session.output.line("QEMU runs in no unit.")
+    for name in names:
+        try:
+            report = await check_unit(session, systemd, name, config)
+        except QkilldError as error:
+            documents.append(error_report(session, name, error))
+            codes.append(error.exit_code)
+            continue
+        documents.append(report.as_json())
+        codes.append(report.exit_code)
+        if not session.json:
+            show(session, report)
+    if session.json:
+        session.output.json(documents)
+    elif any(document.get("adoptable") for document in documents):
+        session.output.line(f"`{session.command} adopt UNIT` writes these lines into a drop-in.")
+    return worst(codes)
+
+
+async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
+    """Raises NoSuchUnit, InvalidArgs, Failed if the unit is masked or cannot be read."""
+    facts, name = await load(systemd, name)
+    is_template = name != facts.id
+    around = await gather(systemd, facts, config, user=session.bus.user, is_template=is_template)
+    findings = check(facts, around)
+    over = tuple(overrides(facts, changes(findings)))
+    comparison = compare(facts, around, findings, over)
+    return UnitReport(facts, name, around, findings, over, comparison)
+
+
+async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
+    """Load a unit; return it with its primary name. Raises like check_unit."""
+    full = full_name(name)
+    prefix, at, rest = full.partition("@")
+    is_template = bool(at) and rest.startswith(".")
+    try:
+        if is_template:
+            running = sorted(await systemd.list_units(f"{prefix}@*{rest}"))
+            full = running[0] if running else f"{prefix}@{_SAMPLE}{rest}"
+        facts = await systemd.unit(full)
+    except NoSuchUnit:
+        raise NoSuchUnit(f'systemd knows no unit "{printable(full_name(name))}"') from None
+    if not facts.exists:
+        shown = printable(full)
+        hint = f": `systemctl unmask {shown}`" if facts.load_state == "masked" else ""
+        state = facts.load_state.replace("-", " ")
+        raise Failed(f"systemd cannot load {shown}: {state}{hint}")
+    if is_template:
+        prefix, _, rest = facts.id.partition("@")
+        return facts, f"{prefix}@.{rest.rpartition('.')[2]}"
+    return facts, facts.id
+
+
+def full_name(name: str) -> str:
+    """Return a unit's name with its suffix. Raises InvalidArgs for paths and units that cannot run
+    a guest."""
+    if "/" in name or not name:
+        raise InvalidArgs(f'"{printable(name)}" is not the name of a unit, such as web.service')
+    if name.endswith(_OTHER_KINDS):
+        kind = name.rpartition(".")[2]
+        raise InvalidArgs(
+            f"{printable(name)} is a {kind} unit, in which no guest runs: name a service or a scope"
+        )
+    return name if name.endswith(tuple(KINDS)) else f"{name}.service"
+
+
+def error_report(session: Session, name: str, error: QkilldError) -> dict[str, Any]:
+    """Print the error; return its JSON form."""
+    session.output.error(explain(error, session.bus))
+    return {
+        "unit": name,
+        "error": error_as_json(error, session.bus),
+        "exit_code": int(error.exit_code),
+    }
+
+
+def show(session: Session, report: UnitReport) -> None:
+    output = session.output
+    columns = output.columns(_WIDTH)
+    worst_of = min((f.severity for f in report.findings), key=list(Severity).index, default=None)
+    output.line(f"{printable(report.name)}: {_headline(report, worst_of)}")
+    for text in _verdict_lines(report):
+        for line in textwrap.wrap(printable(text, _SHOWN), columns - 2):
+            output.line(f"  {line}")
+    if not report.has_guest:
+        return
+    for finding in report.findings:
+        what = finding.what
+        if finding.severity is not worst_of or report.is_safe:
+            what = f"{finding.severity}: {what}"
+        paragraphs = ((what, "  "), (f"{finding.why}.", "    "))
+        for text, indent in paragraphs:
+            sentence = printable(_sentence(text), _SHOWN)
+            for line in textwrap.wrap(sentence, columns - len(indent)):
+                output.line(indent + line)
+        for mend in finding.mends:
+            note = "   (by hand)" if mend.by_hand else ""
+            output.line(f"      {printable(str(mend), _SHOWN)}{note}")
+    for each in report.overrides:
+        output.line(f"  {each}, which overrides what adopt writes: change it there")
+
+
+def _headline(report: UnitReport, worst_of: Severity | None) -> str:
+    if report.is_safe:
+        return "is safe"
+    if not report.has_guest:
+        return _WITHOUT_GUEST[report.comparison.word]
+    if worst_of is None or worst_of is Severity.ADVICE:
+        return (
+            "is not known to be safe" if report.comparison.word is UnitVerdict.UNKNOWN else "advice"
+        )
+    return str(worst_of)
+
+
+_WITHOUT_GUEST: Final = {
+    UnitVerdict.UNKNOWN: "has no known guest",
+    UnitVerdict.MANUAL: "Executables= does not cover its guest",
+    UnitVerdict.OTHER_UNIT: "its guest runs in another unit",
+    UnitVerdict.WORSE: "manages guests",
+}
+
+
+def _verdict_lines(report: UnitReport) -> Iterator[str]:
+    """Yield what the comparison found and the findings do not mention."""
+    found = report.comparison
+    if found.word is UnitVerdict.SAFE:
+        return
+    yield f"{_sentence(found.why)}."
+    if found.advice:
+        yield f"{_sentence(found.advice)}."
+
+
+def _sentence(text: str) -> str:
+    """Begin with a capital letter; systemd's name has none."""
+    return text if text.startswith("systemd") else text[:1].upper() + text[1:]
+
+
+async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
+    """List the services and scopes that run a QEMU, covered or not, without those of user
+    managers."""
+    units = []
+    for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
+        if unit.startswith("user@"):
+            continue
+        try:
+            processes = await systemd.processes(unit)
+        except QkilldError as error:
+            note(f"reading the processes of {unit}, which may be gone", error)
+            continue
+        paths = [executable(process.pid) for process in processes]
+        if any(is_qemu(path, executables) or looks_like_qemu(path) for path in paths):
+            units.append(unit)
+    return sorted(units)

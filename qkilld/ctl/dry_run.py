@@ -1,0 +1,65 @@
+"""The option terminate --dry-run: print what would be done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qkilld.ctl.session import Session, explain
+from qkilld.ctl.targets import Resolver, guest_rows, is_own, labels, parse
+from qkilld.ctl.terminate import TargetOutcome, TerminateOptions
+from qkilld.model.constants import INFINITY, Flag
+from qkilld.model.errors import QkilldError
+from qkilld.model.exits import worst
+from qkilld.model.job_status import label
+from qkilld.model.text import printable
+from qkilld.model.timespan import format_usec
+
+
+async def plan(session: Session, outcomes: list[TargetOutcome], options: TerminateOptions) -> int:
+    """Print the plan for each target; return the worst exit code."""
+    resolver = Resolver(session.manager)
+    documents: list[dict[str, Any]] = []
+    codes: list[int] = []
+    for outcome in outcomes:
+        try:
+            process = await resolver.find(parse(outcome.text))
+            answer = await session.manager.plan(process.pid, options.flags, options.job_options)
+        except QkilldError as error:
+            outcome.error = error
+            codes.append(error.exit_code)
+            documents.append(outcome.as_json(session.bus))
+            session.output.error(explain(error, session.bus))
+            continue
+        outcome.pid = process.pid
+        planned = {key.replace("-", "_"): value for key, value in answer.items()}
+        documents.append(outcome.as_json(session.bus) | planned)
+        if not session.json:
+            session.output.line(label(process.pid, answer["name"]))
+            for phase, name, after in answer["rungs"]:
+                at = f"after {format_usec(after)} at the soonest" if after else "at once"
+                session.output.line(f"  {printable(name)} {at} ({printable(phase)})")
+            if Flag.NOWAIT not in options.flags:
+                session.output.line(f"  gives up: {_earliest(answer['gives-up-usec'])}")
+            for way in answer.get("ways", []):
+                session.output.line(f"  way to ask: {printable(way)}")
+            for warning in answer["warnings"]:
+                session.output.line(f"  note: {printable(warning)}")
+    if session.json:
+        session.output.json(documents)
+    return worst(codes)
+
+
+async def plan_all(session: Session, options: TerminateOptions) -> int:
+    """Print the plan for each guest of the caller; name those that need an authorization."""
+    uid = session.connection.uid
+    guests = await guest_rows(session.manager)
+    outcomes = [TargetOutcome.of_guest(guest) for guest in guests if is_own(guest, uid)]
+    if foreign := [guest for guest in guests if not is_own(guest, uid)]:
+        session.output.error(f"only with authorization, as they are not yours: {labels(foreign)}")
+    if not outcomes and not session.json:
+        session.output.line("No QEMU guests of yours to stop.")
+    return await plan(session, outcomes, options)
+
+
+def _earliest(usec: int) -> str:
+    return "never" if usec == INFINITY else f"after {format_usec(usec)} at the soonest"

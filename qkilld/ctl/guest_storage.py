@@ -1,0 +1,344 @@
+"""Find what a unit's guests have their disks on: file systems, local servers, block devices.
+
+For a running guest, /proc shows its open files and the peers of its connections. Otherwise only its
+command line is known, parsed like QEMU does. File systems of a guest are never accessed, because
+they may hang.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from qkilld.adapters import procfs
+from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
+from qkilld.adapters.target_files import MAX_CONFIGS, read_config
+from qkilld.debug_log import ignore, note
+from qkilld.evidence.block_graph import BlockGraph, ConnectionEnd, read_block_graph
+from qkilld.evidence.files import read_descriptors
+from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.model.unit import UnitFacts
+from qkilld.monitor.reach import read_options
+from qkilld.unitcheck.context import looks_like_qemu
+from qkilld.unitcheck.shell import (
+    Branch,
+    CommandGroup,
+    Loop,
+    Node,
+    Pipeline,
+    SimpleCommand,
+    read_shell,
+)
+from qkilld.unitcheck.storage import (
+    LOCAL_HOSTS,
+    REMOTE_TYPES,
+    Storage,
+    device_kind,
+    mount_unit,
+)
+
+SYS: Final = Path("/sys")
+_IMAGE_KEYS: Final = ("file", "filename", "backing")
+_MAX_DEPTH: Final = 8
+_MAX_DEVICES: Final = 64
+
+
+def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
+    """Read the storage of the unit's running guests, or else of those in its ExecStart=."""
+    places: list[Storage] = []
+    for pid in pids:
+        options = _options_of_process(pid)
+        places += [*_of_options(options), *_of_process(pid, options)]
+    if not pids:
+        for options in planned_options(facts):
+            places += _of_options(options)
+    own = {facts.id, *facts.names}
+    return [each for each in dict.fromkeys(places) if each.server not in own or not each.server]
+
+
+def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
+    """Generalize from one instance to its template: replace the instance's name by its
+    specifier."""
+    generalized = []
+    for place in places:
+        text = place.server or place.mount_point
+        parts = re.split(r"(?<![\w.:-])" + re.escape(instance) + r"(?![\w:-])", text)
+        if instance and len(parts) > 1:
+            place = replace(place, text="%i".join(part.replace("%", "%%") for part in parts))
+        generalized.append(place)
+    return generalized
+
+
+def qemu_command_lines(facts: UnitFacts) -> list[list[str]]:
+    """Return the QEMU command lines in ExecStart=, including those in shell scripts."""
+    command_lines: list[list[str]] = []
+    for start in facts.exec_start:
+        words = list(start.arguments) or [start.path]
+        if looks_like_qemu(start.path):
+            command_lines.append(words)
+            continue
+        with ignore(f"reading the ExecStart= of {facts.id} as a shell does", ValueError):
+            for word in words[1:]:
+                command_lines += (
+                    _qemus_in(read_shell(word)) if "qemu" in word or "kvm" in word else []
+                )
+    return command_lines
+
+
+def _qemus_in(nodes: Iterable[Node]) -> Iterator[list[str]]:
+    for node in nodes:
+        match node:
+            case SimpleCommand():
+                place = next((n for n, w in enumerate(node.words) if looks_like_qemu(w)), None)
+                if place is not None:
+                    yield list(node.words[place:])
+            case Pipeline():
+                yield from _qemus_in(node.parts)
+            case CommandGroup():
+                yield from _qemus_in(node.body)
+            case Loop():
+                yield from _qemus_in((*node.condition, *node.body))
+            case Branch():
+                for body in node.bodies:
+                    yield from _qemus_in(body)
+
+
+def planned_options(facts: UnitFacts) -> list[list[QemuOption]]:
+    """Read the options of the QEMUs that ExecStart= names, and of their -readconfig files."""
+    return [_with_configs(parse_command_line(words)) for words in qemu_command_lines(facts)]
+
+
+def _with_configs(options: Iterable[QemuOption]) -> list[QemuOption]:
+    """Add those of -readconfig files. The QEMU does not run, so only absolute paths are known."""
+    options_read = []
+    remaining = MAX_CONFIGS
+    for option in options:
+        options_read.append(option)
+        if option.name == "readconfig" and option.text.startswith("/") and remaining:
+            remaining -= 1
+            with ignore(f"reading {option.text}", OSError, ValueError):
+                options_read += parse_config(read_config(os.getpid(), option.text))
+    return options_read
+
+
+def _options_of_process(pid: int) -> list[QemuOption]:
+    with ignore(f"reading the command line of process {pid}", OSError):
+        return read_options(procfs.read_identity(pid))
+    return []
+
+
+# ---- from the command line ----
+
+
+def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
+    graph = read_block_graph((), options)
+    for end, node in graph.endpoints.items():
+        if node is None:
+            continue
+        if end.path or end.host in LOCAL_HOSTS:
+            if server := _listener_unit(end):
+                yield Storage(protocol=node.protocol, server=server)
+        elif end.host:
+            yield Storage(protocol=node.protocol)
+    for node in graph.unlocated:
+        yield Storage(protocol=node.protocol)
+    for path in _tpm_sockets(options):
+        if server := _listener_unit(ConnectionEnd(path=path)):
+            yield Storage(protocol="swtpm", server=server)
+    for path in image_paths(options):
+        if kind := device_kind(path) or _kind_of_device(path):
+            yield Storage(device=path, protocol=kind)
+        yield from _mounts_of(path)
+
+
+def _tpm_sockets(options: Sequence[QemuOption]) -> Iterator[str]:
+    """A TPM emulator writes its state even after the guest has ended."""
+    users = {o.flat.get("chardev") for o in options if o.name == "tpmdev"}
+    for option in options:
+        if option.name == "chardev" and option.flat.get("id") in users:
+            yield option.flat.get("path") or option.flat.get("addr.path", "")
+
+
+def image_paths(options: Iterable[QemuOption]) -> list[str]:
+    """Return the absolute paths of images and of directories shared with the guest."""
+    paths: dict[str, None] = {}
+    for option in options:
+        if option.name in _SHARES and (path := option.flat.get("path", "")).startswith("/"):
+            paths[path] = None
+        elif option.name in _DISKS:
+            paths.update(dict.fromkeys(_image_paths(option.flat)))
+    return list(paths)
+
+
+def _image_paths(flat: Mapping[str, str], depth: int = 0) -> Iterator[str]:
+    for key, value in flat.items():
+        if key.rpartition(".")[2] not in _IMAGE_KEYS:
+            continue
+        if value.startswith("json:") and depth < _MAX_DEPTH:
+            inner = QemuOption("blockdev", value.removeprefix("json:"))
+            yield from _image_paths(inner.flat, depth + 1)
+        path = value.removeprefix("file:").removeprefix("host_device:")
+        if path.startswith("/"):
+            yield path
+
+
+_DISKS: Final = frozenset(
+    ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd",
+     "pflash")
+)  # fmt: skip
+_SHARES: Final = ("virtfs", "fsdev")
+
+
+def _listener_unit(end: ConnectionEnd) -> str:
+    """Return the unit whose process listens at the address; "" if there is none."""
+    import psutil
+
+    kind = "unix" if end.path else "tcp"
+    try:
+        connections: list[Any] = psutil.net_connections(kind)
+    except (psutil.Error, OSError) as error:
+        note("looking for who serves a guest's disks", error)
+        return ""
+    for each in connections:
+        if end.path:
+            listens_there = each.laddr == end.path and not each.raddr
+        else:
+            listens_there = each.status == "LISTEN" and each.laddr.port == end.port
+        if listens_there and each.pid:
+            return _unit_of(each.pid)
+    return ""
+
+
+def _mounts_of(path: str) -> Iterator[Storage]:
+    """Find the network file system of a path, from the path alone."""
+    points = dict(_mounts("self").values())
+    parents = [path, *map(str, PurePosixPath(path).parents)]
+    point = next((parent for parent in parents if parent in points), "/")
+    if _is_remote(points.get(point, "")):
+        yield Storage(mount_point=point, unit=mount_unit(point))
+
+
+# ---- from the process ----
+
+
+def _of_process(pid: int, options: Sequence[QemuOption]) -> Iterator[Storage]:
+    mounts = _mounts(str(pid))
+    points = {mounts[number] for number in _open_mounts(pid) if number in mounts}
+    for point, kind in sorted(points):
+        if _is_remote(kind):
+            yield Storage(mount_point=point, unit=mount_unit(point))
+    for path in _open_devices(pid):
+        if kind := device_kind(path) or _kind_of_device(path):
+            yield Storage(device=path, protocol=kind)
+    yield from _served(pid, read_block_graph((), options))
+
+
+def _served(pid: int, graph: BlockGraph) -> Iterator[Storage]:
+    """Yield the storage that processes of this host serve to the guest."""
+    reader = SocketReader(pid)
+    reader.refresh(read_descriptors(pid), graph)
+    table = SocketTable()
+    try:
+        sockets = reader.read(table) or ()
+        ends = reader.peers(sockets, table)
+        owners = _owners(frozenset(ends.values()))
+    finally:
+        reader.close()
+    for socket in sockets:
+        owner = owners.get(ends.get(socket.inode, -1))
+        if socket.role != "storage" or owner is None or owner == pid:
+            continue
+        if unit := _unit_of(owner):
+            node = next((each for each in graph.nodes if each.name == socket.node), None)
+            yield Storage(protocol=node.protocol if node else "storage", server=unit)
+
+
+def _owners(inodes: frozenset[int]) -> dict[int, int]:
+    """Return the process of each socket. Reads all descriptors of the host, 4 µs each."""
+    owners: dict[int, int] = {}
+    if not inodes:
+        return owners
+    for pid in procfs.pids():
+        descriptors = read_descriptors(pid)
+        for _, inode in descriptors.sockets if descriptors is not None else ():
+            if inode in inodes:
+                owners.setdefault(inode, pid)
+    return owners
+
+
+def _unit_of(pid: int) -> str:
+    unit = procfs.read_unit(pid)
+    return "" if unit is None else unit.system
+
+
+def _open_devices(pid: int) -> list[str]:
+    devices: dict[str, None] = {}
+    with ignore(f"reading the open files of process {pid}", OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with ignore(f"reading {entry}", OSError):
+                target = str(entry.readlink())
+                if target.startswith("/dev/") and len(devices) < _MAX_DEVICES:
+                    devices[target] = None
+    return list(devices)
+
+
+def _kind_of_device(path: str) -> str:
+    """Return the network transport of a block device or of one below it; "" if there is none."""
+    if not path.startswith("/dev/"):
+        return ""
+    name = PurePosixPath(os.path.realpath(path)).name
+    pending, seen = [name], set[str]()
+    while pending and len(seen) < _MAX_DEVICES:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if kind := device_kind(f"/dev/{name}") or _transport(name):
+            return kind
+        with ignore(f"reading what {name} lies on", OSError):
+            pending += [each.name for each in (SYS / "class/block" / name / "slaves").iterdir()]
+    return ""
+
+
+def _transport(name: str) -> str:
+    """Return the transport of one block device: iscsi, nvme-of, multipath or ""."""
+    device = SYS / "class/block" / name
+    with ignore(f"reading what {name} is", OSError):
+        if "/session" in str(device.resolve()):
+            return "iscsi"
+    for file, pattern, kind in (
+        ("dm/uuid", "mpath-", "multipath"),
+        ("device/transport", "tcp|rdma|fc", "nvme-of"),
+    ):
+        path = device / file
+        if path.is_file() and re.match(pattern, path.read_text(errors="replace")):
+            return kind
+    return ""
+
+
+def _is_remote(kind: str) -> bool:
+    # A FUSE file system disappears with its daemon, and with the network if it uses that.
+    return kind in REMOTE_TYPES or kind.startswith("fuse")
+
+
+def _mounts(pid: str) -> dict[str, tuple[str, str]]:
+    """Return {mount id: (mount point, file system type)}: proc(5), mountinfo."""
+    return {
+        str(mount.id): (os.fsdecode(procfs.unescape(mount.point)), mount.kind)
+        for mount in procfs.Mounts(pid).every()
+    }
+
+
+def _open_mounts(pid: int) -> set[str]:
+    """Return the mount ids of its open files."""
+    ids = set()
+    with ignore(f"reading the open files of process {pid}", OSError):
+        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with ignore(f"reading {entry}", OSError):
+                if match := re.search(r"^mnt_id:\s*(\d+)$", entry.read_text(), re.MULTILINE):
+                    ids.add(match[1])
+    return ids

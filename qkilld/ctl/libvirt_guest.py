@@ -1,0 +1,93 @@
+"""terminate --powerdown for a guest of libvirt: ask libvirt, and wait for the guest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from dataclasses import field
+from typing import Any, Final
+
+from qkilld.adapters.loop_thread import run_in_thread
+from qkilld.ctl.session import Session
+from qkilld.model.constants import GuestAsked, Phase, Result
+from qkilld.model.dataclass import dataclass
+from qkilld.model.job_status import label
+from qkilld.model.policy import Policy
+from qkilld.monitor.libvirt import domain_of, shut_down
+
+METHOD: Final = "virsh"
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtShutdown:
+    """The outcome."""
+
+    asked: bool
+    result: str = ""
+    """Like a job's result, if no job of qkilld follows; "" if one does."""
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+
+NOT_ASKED: Final = LibvirtShutdown(False)
+
+
+async def shut_down_by_libvirt(
+    session: Session, pid: int, *, wait: bool, span: int | None, only: bool
+) -> LibvirtShutdown:
+    """If the guest is libvirt's, have libvirt ask it to shut down, and wait.
+
+    `span` is PowerdownSec= (µs) if the caller gave it. The shutdown cannot be observed, because
+    libvirt holds the monitor. No job follows if `only` is set, or without `wait`, because nobody
+    would start it.
+    """
+    if session.bus.is_remote or (domain := domain_of(pid)) is None:
+        return NOT_ASKED
+    title = label(pid, domain.name)
+    with contextlib.ExitStack() as stack:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return NOT_ASKED
+        stack.callback(os.close, pidfd)
+        start = time.monotonic_ns() // 1000
+        # Read again, because only now the process is known for certain.
+        why = "libvirt has it no more"
+        if domain_of(pid) == domain:
+            why = await run_in_thread(lambda: shut_down(domain))
+        if why:
+            session.output.error(f"{title}: cannot be asked to shut down: {why}")
+            return NOT_ASKED
+        rungs = [(Phase.POWERDOWN.value, METHOD, time.monotonic_ns() // 1000 - start)]
+        has_exited = False
+        if wait:
+            if not session.json:
+                session.output.line(f"{title}: libvirt has asked it to shut down")
+            has_exited = await _exits_within(
+                pidfd, (Policy().powerdown if span is None else span) / 1e6
+            )
+    if wait and not has_exited and not only:
+        return LibvirtShutdown(True)
+    result, outcome = Result.SIGNALLED, GuestAsked.ASKED
+    if has_exited:
+        result, outcome = Result.EXITED, GuestAsked.SHUT_DOWN
+    elif wait:
+        result, outcome = Result.SURVIVED, GuestAsked.IGNORED
+    elapsed = time.monotonic_ns() // 1000 - start
+    receipt = {"elapsed-usec": elapsed, "rungs": rungs, "guest-asked": outcome.value}
+    return LibvirtShutdown(True, result.value, receipt)
+
+
+async def _exits_within(pidfd: int, seconds: float) -> bool:
+    loop = asyncio.get_running_loop()
+    exited = asyncio.Event()
+    loop.add_reader(pidfd, exited.set)
+    try:
+        async with asyncio.timeout(seconds):
+            await exited.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True

@@ -1,0 +1,47 @@
+"""Run when qkilld is removed: delete what adopt has written into system units.
+
+This is `qkillctl adopt --undo --all` without systemd. It calls no service, so it works in a chroot
+too; the caller must reload systemd. Edited drop-ins are kept and named: without qkilld-stop,
+systemd's own SIGTERM still stops their units. Drop-ins of user managers are left to their users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Final
+
+from qkilld.ctl.dropin_file import all_drop_ins
+from qkilld.model.constants import ExitCode
+from qkilld.model.errors import QkilldError
+from qkilld.model.text import printable
+
+_BASES: Final = ("etc/systemd/system", "run/systemd/system")
+_SHOWN: Final = 4096
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="undo-adopt", description="Remove every drop-in of `qkillctl adopt`."
+    )
+    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
+    root = parser.parse_args().root
+    code = ExitCode.OK
+    # `make install UNITDIR=/etc/systemd/system` installs files of that name that are not adopt's.
+    for drop_in in (each for base in _BASES for each in all_drop_ins(root / base)):
+        try:
+            if drop_in.remove():
+                print(f"Removed {_text(drop_in.path)}")
+        except QkilldError as error:
+            print(f"Left {_text(drop_in.path)}: {_text(error)}", file=sys.stderr)
+            code = ExitCode.FAILURE
+    return code
+
+
+def _text(value: object) -> str:
+    return printable(str(value), _SHOWN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Gather what is needed to judge a unit: the daemon's policy, the unit's processes, its disks.
+
+Unreadable facts are left out: only root sees the processes of other users.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from qkilld.adapters import config as files
+from qkilld.adapters import procfs
+from qkilld.adapters.qemu_args import QemuOption
+from qkilld.bus.systemd import Systemd
+from qkilld.ctl.guest_storage import for_all_instances, planned_options, read_storage
+from qkilld.ctl.process_stats import command_line, executable
+from qkilld.ctl.session import Session, open_connection
+from qkilld.debug_log import ignore, note
+from qkilld.model.bus_address import SYSTEM_BUS
+from qkilld.model.constants import BUS_NAME, INFINITY
+from qkilld.model.errors import ConfigError, NoSuchUnit, QkilldError
+from qkilld.model.policy import SPANS, Config, Policy, is_qemu
+from qkilld.model.unit import UnitFacts
+from qkilld.monitor.endpoints import NO_MONITOR, UnixListener, find_endpoints
+from qkilld.monitor.reach import read_listeners, read_options
+from qkilld.unitcheck.command import HELPER
+from qkilld.unitcheck.context import (
+    GUESTS_SERVICE,
+    Surroundings,
+    is_guest_of,
+    looks_like_qemu,
+    starts_elsewhere,
+)
+from qkilld.unitcheck.dropin import Change, Override, override, read_later
+from qkilld.unitcheck.keepers import GuestKeeper, keeper_names, keepers_of
+from qkilld.unitcheck.unit_text import merged, parse_environment
+
+MAX_DROP_IN: Final = 1 << 20
+MAX_BEFORE: Final = 256
+"""Units in one unit's Before= that are queried."""
+_USUAL_HELPER: Final = Path("/usr/bin") / HELPER
+
+
+async def config_of(session: Session) -> Config:
+    """Read the configuration files; if they are invalid, use the defaults. A running daemon's
+    policy takes precedence, because it may have read other files. The daemon is not started for
+    this."""
+    try:
+        config = files.load()
+    except ConfigError as error:
+        note("reading the configuration, whose defaults are used instead", error)
+        config = Config()
+    with ignore("asking qkilld for its policy", QkilldError):
+        (running,) = await session.connection.request_bus("NameHasOwner", "s", BUS_NAME)
+        if running:
+            properties = await session.manager.properties()
+            spans = {span.field: properties[span.bus_property] for span in SPANS}
+            return replace(config, policy=Policy(**spans))
+    return config
+
+
+async def gather(
+    systemd: Systemd, facts: UnitFacts, config: Config, *, user: bool, is_template: bool = False
+) -> Surroundings:
+    """`user`: the unit is a user manager's. `is_template`: it stands for all instances."""
+    executables: dict[int, str] = {}
+    if facts.control_group:
+        with ignore(f"reading the processes of {facts.id}", QkilldError):
+            executables = {
+                process.pid: executable(process.pid)
+                for process in await systemd.processes(facts.id)
+            }
+    guests = [pid for pid, path in executables.items() if is_qemu(path, config.executables)]
+    uncovered = [
+        path for pid, path in executables.items() if pid not in guests and looks_like_qemu(path)
+    ]
+    # The guard is a system unit; scopes of user managers have none.
+    guard = guard_of(facts.id) if facts.is_scope and not user else ""
+    manager = f"user@{os.getuid()}.service" if user else ""
+    storage = [] if user else read_storage(facts, guests)
+    if is_template:
+        instance = facts.id.partition("@")[2].rpartition(".")[0]
+        storage = for_all_instances(storage, instance)
+    return Surroundings(
+        policy=config.policy,
+        executables=config.executables,
+        helper=str(find_helper() or _USUAL_HELPER),
+        main_executable=executable(facts.main_pid) if facts.main_pid else "",
+        main_traps=_main_traps(facts),
+        guests=len(guests),
+        uncovered=tuple(dict.fromkeys(uncovered)),
+        is_running=bool(executables),
+        elsewhere="" if guests else _elsewhere(facts, config),
+        can_ask=_can_ask(facts, guests, config),
+        environment=_environment(facts),
+        stop_texts=_stop_texts(facts),
+        is_template=is_template,
+        keepers=await _keepers(systemd, facts),
+        guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
+        # A user's units all stop before user@.service, which has this order.
+        storage=tuple(storage),
+        unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
+        guard=guard,
+        is_guarded=bool(guard) and await _is_active(systemd, guard),
+        manager=manager,
+        manager_timeout=await _manager_timeout(manager) if user else INFINITY,
+    )
+
+
+async def _keepers(systemd: Systemd, facts: UnitFacts) -> tuple[GuestKeeper, ...]:
+    active = []
+    for name in keeper_names(facts)[:MAX_BEFORE]:
+        with ignore(f"asking systemd for {name}", QkilldError):
+            other = await systemd.unit(name)
+            if other.active_state in ("active", "deactivating"):
+                active.append(other)
+    return keepers_of(facts, active)
+
+
+def _environment(facts: UnitFacts) -> dict[str, str]:
+    """Return the known environment of its commands. Files with `%` or a glob in the name are left
+    out."""
+    variables = dict(pair.partition("=")[::2] for pair in facts.environment)
+    for path in facts.environment_files:
+        with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
+            variables.update(parse_environment(file.read(MAX_DROP_IN).decode(errors="replace")))
+    return variables
+
+
+def _stop_texts(facts: UnitFacts) -> tuple[str, ...]:
+    """Return its ExecStop= lines as written; empty if they differ from what systemd has loaded."""
+    texts = []
+    for path in (facts.fragment, *facts.drop_ins):
+        with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
+            texts.append(file.read(MAX_DROP_IN).decode(errors="surrogateescape"))
+    commands = merged(texts, "Service", "ExecStop")
+    return tuple(commands) if len(commands) == len(facts.exec_stop) else ()
+
+
+def _main_traps(facts: UnitFacts) -> bool | None:
+    """Return whether the shell script in ExecStart= has a `trap`; None if there is no script."""
+    for start in facts.exec_start:
+        for word in (start.path, *start.arguments[1:]):
+            if not word.startswith("/") or not Path(word).is_file():
+                continue
+            with ignore(f"reading {word}", OSError), Path(word).open("rb") as file:
+                text = file.read(MAX_DROP_IN)
+                shell = PurePosixPath(start.path).name in ("sh", "bash", "dash")
+                if text.startswith(b"#!") or (word != start.path and shell and b"\0" not in text):
+                    first = text.partition(b"\n")[0]
+                    if shell or re.search(rb"\b(?:sh|bash|dash|ksh)\b", first):
+                        return b"trap" in text
+    return None
+
+
+def _can_ask(facts: UnitFacts, guests: Sequence[int], config: Config) -> bool | None:
+    """Return whether qkilld-stop can ask every guest of the unit to shut down."""
+    if not config.switches.powerdown:
+        return False
+    if guests:
+        can = [_can_ask_process(pid) for pid in guests]
+        return None if None in can else all(can)
+    planned = planned_options(facts)
+    if not planned:
+        return None
+    guest_endpoints = [find_endpoints(options, _would_listen(options)) for options in planned]
+    return all(each.endpoints for each in guest_endpoints)
+
+
+def _can_ask_process(pid: int) -> bool | None:
+    try:
+        options = read_options(procfs.read_identity(pid))
+        guest_endpoints = find_endpoints(options, read_listeners(pid))
+    except (OSError, QkilldError) as error:
+        note(f"reading what process {pid} listens on", error)
+        return None
+    return None if guest_endpoints.libvirt else bool(guest_endpoints.endpoints)
+
+
+def _would_listen(options: Sequence[QemuOption]) -> list[UnixListener]:
+    """Return the sockets on which a QEMU with these options would listen."""
+    paths = dict.fromkeys(
+        path for option in options if (path := option.flat.get("path", "")).startswith("/")
+    )
+    return [UnixListener(number, (path,)) for number, path in enumerate(paths, 1)]
+
+
+def _elsewhere(facts: UnitFacts, config: Config) -> str:
+    """Return the other unit in which a guest started by this one runs; "" if none is known."""
+    if facts.active_state != "active" and not starts_elsewhere(facts):
+        return ""
+    for pid in procfs.pids():
+        with ignore(f"looking at process {pid}", OSError):
+            if not is_qemu(procfs.read_executable(pid)[0], config.executables):
+                continue
+            unit = procfs.read_unit(pid)
+            if unit is None or unit.system in (facts.id, ""):
+                continue
+            if is_guest_of(facts, procfs.read_names(pid)[0] or "", command_line(pid)):
+                return unit.system
+    return ""
+
+
+def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterator[str]:
+    """Yield the reasons why guests of the unit cannot be asked to shut down.
+
+    If the unit does not run, only its command line is known.
+    """
+    for pid in guests:
+        with ignore(f"reading what process {pid} listens on", OSError, QkilldError):
+            options = read_options(procfs.read_identity(pid))
+            guest_endpoints = find_endpoints(options, read_listeners(pid))
+            if not guest_endpoints.endpoints and not guest_endpoints.libvirt:
+                yield "; ".join(guest_endpoints.obstacles)
+    if not guests:
+        for options in planned_options(facts):
+            guest_endpoints = find_endpoints(options, ())
+            yield from (text for text in guest_endpoints.obstacles if text.startswith(NO_MONITOR))
+
+
+def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
+    """Yield the unit's drop-ins that override what ours would set."""
+    for path in read_later(facts.drop_ins):
+        if not Path(path).is_file():
+            continue
+        with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
+            text = file.read(MAX_DROP_IN).decode(errors="surrogateescape")
+            if change := override(path, text, wanted):
+                yield change
+
+
+def guard_of(scope: str) -> str:
+    """Return the unit that stops the guest of a scope before systemd stops the scope."""
+    # Not escaped: in BindsTo=, systemd only expands %i, the name as it is.
+    return f"qkilld-scope@{scope}.service"
+
+
+def find_helper() -> Path | None:
+    """Find qkilld-stop beside this program, or else in PATH."""
+    places = [Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent]
+    helper = next((place / HELPER for place in places if os.access(place / HELPER, os.X_OK)), None)
+    if helper is None and (path := shutil.which(HELPER)):
+        helper = Path(path).resolve()
+    return helper
+
+
+async def _is_active(systemd: Systemd, unit: str) -> bool:
+    try:
+        return (await systemd.unit(unit)).active_state == "active"
+    except NoSuchUnit:
+        return False
+
+
+async def _manager_timeout(unit: str) -> int:
+    """Ask the system manager; INFINITY if it does not answer."""
+    try:
+        async with open_connection(SYSTEM_BUS) as connection:
+            facts = await Systemd(connection).unit(unit)
+    except QkilldError as error:
+        note(f"asking the manager of the system for {unit}", error)
+        return INFINITY
+    return facts.timeout_stop if facts.exists else INFINITY

@@ -1,0 +1,117 @@
+"""Count the bytes that a process has written, to disks and through storage servers. Pure.
+
+Its own counters cover its disks and, over TCP, the bytes that servers have acknowledged. A unix
+socket has no counter, so the server's own writes count if it has no other client. A server is not
+read in every sample, so its writes are added up from one reading to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Sample, Socket
+
+RATE_WINDOW: Final = 10 * USEC_PER_SEC
+"""The rate is a mean over this time (µs): disks write back in bursts up to 5 s apart."""
+_STEP: Final = 2 * USEC_PER_SEC
+"""Least distance (µs) between points in the window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A total at one moment."""
+
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCount:
+    """The bytes that a server had written at its last reading."""
+
+    pid: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Sizes in bytes."""
+
+    served: int = 0
+    """Bytes written by servers behind unix sockets since their first reading."""
+    servers: tuple[ServerCount, ...] = ()
+    points: tuple[Point, ...] = ()
+    """Totals of the last RATE_WINDOW, the oldest first."""
+    rate: int | None = None
+    """Bytes a second over that time; None if unknown."""
+
+
+NOTHING_COUNTED: Final = Amounts()
+
+
+def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
+    """Return the amounts after one more sample; `first` is the first sample of the process."""
+    served, servers = before.served, before.servers
+    if pairs := _served_bytes(sample):
+        earlier = {server.pid: server.written for server in servers}
+        for pid, written in pairs:
+            served += max(0, written - earlier.get(pid, written))
+            earlier[pid] = written
+        servers = tuple(ServerCount(pid, written) for pid, written in earlier.items())
+    total = written_since(first, sample, served)
+    if total is None:
+        return Amounts(served, servers, before.points, None)
+    points = [point for point in before.points if sample.at - point.at <= RATE_WINDOW]
+    oldest = points[0] if points else None
+    rate = None
+    if oldest is not None and sample.at > oldest.at:
+        rate = max(0, total - oldest.total) * USEC_PER_SEC // (sample.at - oldest.at)
+    if not points or sample.at - points[-1].at >= _STEP:
+        points.append(Point(sample.at, total))
+    return Amounts(served, servers, tuple(points), rate)
+
+
+def written_since(first: Sample, last: Sample, served: int) -> int | None:
+    """Return the bytes written between two samples; None if nothing counts them."""
+    before, after = _counted_by_itself(first), _counted_by_itself(last)
+    if before is None or after is None:
+        return None
+    # A counter that fell has started again, so the difference is meaningless.
+    return max(0, after - before) + served
+
+
+def is_storage(socket: Socket) -> bool:
+    return socket.role != "other"
+
+
+def _counted_by_itself(sample: Sample) -> int | None:
+    """Return the bytes counted by its own control group, or else by the process, plus TCP."""
+    group = sample.cgroup
+    local = sample.io.write_bytes if sample.io is not None else None
+    if group is not None and group.own and group.written is not None:
+        local = group.written
+    acked = [
+        socket.acked
+        for socket in sample.sockets or ()
+        if is_storage(socket) and socket.acked is not None
+    ]
+    return None if local is None else local + sum(acked)
+
+
+def _served_bytes(sample: Sample) -> list[tuple[int, int]]:
+    """Return (pid, bytes written) of each server that works only for this process."""
+    if not sample.sockets:
+        return []
+    peers = {
+        socket.peer.pid: socket.peer
+        for socket in sample.sockets
+        if socket.peer is not None and socket.acked is None and is_storage(socket)
+    }
+    return [
+        (pid, peer.io.write_bytes)
+        for pid, peer in peers.items()
+        if peer.io is not None and peer.shared is False
+    ]

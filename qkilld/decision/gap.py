@@ -1,0 +1,50 @@
+"""Assess a process after a time without samples. Pure.
+
+A daemon that resumes a job continues from this. The gap is never held against the guest's data:
+what moved before may have moved until now, and what was outstanding may still be. Counters are
+compared across the gap, and `assess` does not count its time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qkilld.decision.verdict import Assessment
+from qkilld.decision.waits import tells_nothing
+from qkilld.model.constants import Verdict
+from qkilld.model.sample import Sample
+
+
+def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
+    """Return the assessment at `now`, before the next sample; CLOCK_MONOTONIC, µs.
+
+    `began` is the start of the job. `before` is None if no sample was ever taken.
+    """
+    if before is None:
+        before = unsampled_assessment(began, Verdict.UNKNOWN, now)
+    return replace(
+        before,
+        # An assessment made by `unsampled_assessment` does not say when samples were taken.
+        sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
+        progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
+        outstanding_at=now if before.may_be_outstanding else before.outstanding_at,
+    )
+
+
+def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
+    """Assess a process of which only a verdict and a time of progress are known."""
+    # As old as the job, so that the only decision it allows is to take a sample.
+    nothing = Sample(began, "?")
+    return Assessment(
+        first=nothing,
+        last=nothing,
+        seen=nothing,
+        waits=(),
+        verdict=verdict,
+        reasons=("not looked at yet",),
+        progress_at=progress_at,
+        outstanding=None,
+        outstanding_at=progress_at,
+        pending=None,
+        rate=None,
+    )

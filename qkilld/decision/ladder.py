@@ -1,0 +1,284 @@
+"""The ladder: choose the next step of a job. SIGKILL is decided here.
+
+Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
+
+While a job is held, nothing is sent and the job does not give up. Extend delays SIGKILL. With FIXED
+only the clock counts, otherwise the evidence:
+
+- No SIGKILL without FORCE, and none within the grace after SIGTERM.
+- No SIGKILL if there was progress within the last `stall`.
+- While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
+  last progress. What cannot be seen counts as waited for.
+- Movement that others may have caused delays SIGKILL, but not for ever (DOUBT).
+- Only time with samples counts: a gap without samples does not prove that nothing moved.
+- After `max`, SIGKILL in any case. If SIGTERM came late, because the guest was asked first or the
+  job was held, the grace still follows it, or half of `max` if that is less.
+- Before a SIGKILL for storage that does not move, that storage is cut off if possible, and the time
+  starts again, because QEMU may have another disk to finish.
+- A process that was only stopped gets SIGCONT, and its time starts again.
+- Right before SIGKILL, a last sample is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Final
+
+from qkilld.decision.verdict import Assessment, can_be_continued
+from qkilld.decision.waits import tells_nothing
+from qkilld.model.constants import INFINITY, USEC_PER_SEC, Flag
+from qkilld.model.dataclass import dataclass
+from qkilld.model.job import UNCONTROLLED, Control
+from qkilld.model.policy import Policy
+
+FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max=INFINITY)
+"""libvirt's clock since 2012 (virProcessKillPainfully): SIGKILL after 10 s with force, 15 s in
+all."""
+FRESH: Final = 200_000
+"""SIGKILL needs a sample that is not older than this (µs)."""
+LATE: Final = 1_000_000
+"""A sample that was taken when SIGKILL was already due may be this old (µs): on a busy host all
+samples are late, and none would be fresh."""
+GRID: Final = 100_000
+"""Samples are taken at multiples of this (µs)."""
+PER_JOB: Final = 2_000
+"""Least time (µs), for each running job, between two samples of one process."""
+DOUBT: Final = 5
+"""Movement that others may have caused delays SIGKILL by at most this many times `storage_stall`: a
+server with other clients may be stuck only for this guest."""
+MAX_CONTINUES: Final = 3
+"""After this many SIGCONTs, assume that someone is stopping the process deliberately."""
+
+
+class Action(Enum):
+    TERMINATE = auto()
+    """Send SIGTERM."""
+    CONTINUE = auto()
+    """Send SIGCONT."""
+    KILL = auto()
+    """Send SIGKILL."""
+    LOOK = auto()
+    """Take a sample."""
+    WAIT = auto()
+    """Do nothing until `wake`."""
+    YANK = auto()
+    """Cut off the storage that does not move."""
+    GIVE_UP = auto()
+    """End the job: the process outlived the ladder."""
+    LEAVE = auto()
+    """End the job: with NOWAIT, the signal was sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFacts:
+    """The facts about a job that decisions need."""
+
+    flags: Flag
+    policy: Policy
+    started: int | None = None
+    """When the job began; None if unknown: then SIGTERM counts."""
+    term_at: int | None = None
+    """When SIGTERM was sent."""
+    kill_at: int | None = None
+    """When SIGKILL was sent."""
+    continued_at: int | None = None
+    """When SIGCONT was last sent."""
+    continues: int = 0
+    yank_at: int | None = None
+    """When dead storage was last cut off."""
+    may_yank: bool = False
+    """Whether storage may be there that can be yanked."""
+    assessment: Assessment | None = None
+    jobs: int = 1
+    """The number of sampled jobs: with many, each is sampled more rarely."""
+    control: Control = UNCONTROLLED
+    promised: int = 0
+    """The latest due time for SIGKILL that the evidence gave so far; it never becomes earlier."""
+
+    @property
+    def by_evidence(self) -> bool:
+        return Flag.FIXED not in self.flags and Flag.NOWAIT not in self.flags
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    action: Action
+    deadline: int = INFINITY
+    """When the next rung is due or the job gives up, if nothing changes."""
+    wake: int = INFINITY
+    """With WAIT: when to decide again; INFINITY if only an event can change the decision."""
+    promised: int = 0
+    """JobFacts.promised for the next decision."""
+
+
+def policy_for(flags: Flag, configured: Policy, asked: Mapping[str, int]) -> Policy:
+    """Return the policy of a job: FIXED overrides the configuration, the caller overrides both.
+
+    `asked` are fields of Policy, in µs.
+    """
+    return replace(FIXED_POLICY if Flag.FIXED in flags else configured, **asked)
+
+
+def lengthen(policy: Policy, asked: Mapping[str, int]) -> Policy:
+    """Return the policy with the requested longer spans; none becomes shorter."""
+    return replace(
+        policy, **{name: max(usec, getattr(policy, name)) for name, usec in asked.items()}
+    )
+
+
+def decide(facts: JobFacts, now: int) -> Decision:
+    """Return the next step for a process that has not exited at `now`."""
+    flags, policy = facts.flags, facts.policy
+    if facts.kill_at is not None:
+        if Flag.NOWAIT in flags:
+            return Decision(Action.LEAVE)
+        due = _add(facts.kill_at, policy.reap)
+        if due <= now:
+            return Decision(Action.GIVE_UP)
+        # Sample a process that outlives SIGKILL, to see what holds it.
+        look = next_look(facts, facts.kill_at) if facts.by_evidence else INFINITY
+        if look <= now:
+            return Decision(Action.LOOK, due)
+        return Decision(Action.WAIT, due, min(look, due))
+    if Flag.NOWAIT in flags and Flag.FORCE in flags:
+        return Decision(Action.KILL)
+    if facts.term_at is None:
+        return Decision(Action.TERMINATE)
+    if Flag.NOWAIT in flags:
+        return Decision(Action.LEAVE)
+    if not facts.by_evidence:
+        deadline = _deadline(facts, _fixed_due(facts))
+        if deadline <= now:
+            return Decision(_last(flags))
+        return Decision(Action.WAIT, deadline, deadline)
+    due = kill_due(facts)
+    evidence = facts.assessment
+    # A promise needs a real sample, not assumptions about a gap.
+    promised = 0 if evidence is None or tells_nothing(evidence.seen) else due
+    return _by_evidence(facts, _deadline(facts, due), now, promised)
+
+
+def _by_evidence(facts: JobFacts, deadline: int, now: int, promised: int) -> Decision:
+    assert facts.term_at is not None
+    if _should_continue(facts):
+        return Decision(Action.CONTINUE, deadline, promised=promised)
+    if deadline <= now:
+        action = _last(facts.flags) if _is_fresh(facts, deadline, now) else Action.LOOK
+        if action is Action.KILL and should_yank(facts, now):
+            action = Action.YANK
+        return Decision(action, deadline, promised=promised)
+    look = next_look(facts, _last_action_at(facts))
+    if look <= now:
+        return Decision(Action.LOOK, deadline, promised=promised)
+    return Decision(Action.WAIT, deadline, min(look, deadline), promised)
+
+
+def _last(flags: Flag) -> Action:
+    return Action.KILL if Flag.FORCE in flags else Action.GIVE_UP
+
+
+def _deadline(facts: JobFacts, due: int) -> int:
+    """Return when the last rung comes, or the job gives up, if SIGKILL is allowed from `due` on."""
+    due = max(due, facts.control.not_before)
+    deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
+    return max(deadline, facts.control.held_until) if facts.control.held else deadline
+
+
+def kill_due(facts: JobFacts) -> int:
+    """Return when the evidence so far allows SIGKILL, if nothing changes.
+
+    Time without samples does not count, and a due time that was promised never becomes earlier.
+    """
+    assert facts.term_at is not None
+    policy, evidence = facts.policy, facts.assessment
+    start = _last_action_at(facts)
+    began_at = facts.term_at if facts.started is None else facts.started
+    earliest = facts.term_at + min(policy.grace, policy.max // 2)
+    latest = min(max(began_at + policy.max, earliest), INFINITY)
+    due = max(start + policy.grace, facts.promised)
+    if evidence is None:
+        # Before the first sample: this cannot lead to SIGKILL, which needs a fresh sample.
+        return min(max(due, start + policy.stall), latest)
+    since = max(start + _unsampled(start, evidence), evidence.progress_from)
+    if evidence.progress_at is not None:
+        due = max(due, evidence.progress_from + policy.stall)
+    if tells_nothing(evidence.last) and not tells_nothing(evidence.seen):
+        since = max(since, evidence.seen.at)
+    if evidence.may_be_outstanding:
+        longest = since + policy.storage_stall * (DOUBT - 1)
+        doubted = min(max(since, evidence.doubt_from), longest)
+        due = max(due, doubted + policy.storage_stall)
+    else:
+        due = max(due, max(since, evidence.outstanding_from) + policy.stall)
+    return min(due, latest)
+
+
+def _last_action_at(facts: JobFacts) -> int:
+    """Return when the process last got SIGTERM or SIGCONT, or its storage was cut off."""
+    return max(facts.term_at or 0, facts.continued_at or 0, facts.yank_at or 0)
+
+
+def _unsampled(began: int, evidence: Assessment) -> int:
+    """Return the time (µs) since `began` without samples, apart from the normal wait for the first
+    one."""
+    return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
+
+
+def look_interval(jobs: int) -> int:
+    """Return the time (µs) between samples of each of this many jobs."""
+    return max(USEC_PER_SEC, jobs * PER_JOB)
+
+
+def next_look(facts: JobFacts, began: int) -> int:
+    """Return when to take the next sample: soon at first, then once a second, rarely for many jobs.
+
+    `began` is from `_last_action_at`.
+    """
+    sampled_at = _last_sample_at(facts)
+    if sampled_at < began:
+        # An idle guest exits within a few ms, before its first sample.
+        return began + 100_000
+    interval = 250_000 if sampled_at - began < 2 * USEC_PER_SEC else USEC_PER_SEC
+    due = sampled_at + max(interval, facts.jobs * PER_JOB)
+    # All jobs share this grid, so that samples taken together share readings of the host.
+    return -(-due // GRID) * GRID
+
+
+def _is_fresh(facts: JobFacts, deadline: int, now: int) -> bool:
+    sampled_at = _last_sample_at(facts)
+    return now - sampled_at <= FRESH or (sampled_at >= deadline and now - sampled_at <= LATE)
+
+
+def _fixed_due(facts: JobFacts) -> int:
+    assert facts.term_at is not None
+    return _add(facts.term_at, min(facts.policy.grace, facts.policy.max))
+
+
+def _should_continue(facts: JobFacts) -> bool:
+    evidence = facts.assessment
+    return (
+        evidence is not None
+        and not facts.control.held
+        and can_be_continued(evidence.last)
+        and evidence.last.at > (facts.continued_at or 0)
+        and facts.continues < MAX_CONTINUES
+    )
+
+
+def should_yank(facts: JobFacts, now: int) -> bool:
+    """Return whether SIGKILL is due because storage does not move, not because MaxSec is over."""
+    evidence = facts.assessment
+    start = facts.term_at if facts.started is None else facts.started
+    in_time = now < _add(start or 0, facts.policy.max)
+    return facts.may_yank and in_time and evidence is not None and evidence.may_be_outstanding
+
+
+def _last_sample_at(facts: JobFacts) -> int:
+    return facts.assessment.last.at if facts.assessment is not None else 0
+
+
+def _add(time: int, span: int) -> int:
+    """Add a span to a time or a span; INFINITY stays INFINITY."""
+    return min(time + span, INFINITY)

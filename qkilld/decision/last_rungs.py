@@ -1,0 +1,231 @@
+"""Plan the flush before SIGTERM, and say what it proves. Pure.
+
+A flush before SIGTERM shows errors that are hidden afterwards, and with the processors stopped it
+proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so a disk that
+does not answer blocks the monitor. So `stop` is sent only if no disk has an outstanding request
+older than OLD. Otherwise the disks that do answer are flushed one by one, so that a later SIGKILL
+loses nothing of theirs.
+
+QEMU tells what virtio disks have in flight, and of others (IDE, NVMe) nothing. Of those that are
+local it shows from outside: a thread that waits in a call, a ring with requests in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Final
+
+from qkilld.decision.verdict import Assessment, OpenWait
+from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, RequestQueue
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest_state import POWERED_OFF, RUNNING
+from qkilld.model.job import Risk
+
+OLD: Final = USEC_PER_SEC
+"""A request that has been outstanding for this long (µs) may be for a disk that does not answer."""
+_INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
+"""Runstates in which the disks belong to another host, or are about to."""
+_SPAN_OF_INDEX: Final = 1 << 16
+_REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
+"""How the keys of waits for requests of local disks begin (decision.waits)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlushPlan:
+    stop: bool
+    """Stop the processors first, and flush in the way that shows errors."""
+    running: bool
+    """The processors run now, so they must be continued if QEMU is not ended."""
+    disks: tuple[GuestDisk, ...]
+    """The disks to flush."""
+    left_out: str
+    """Why a part was left out; "" if nothing was."""
+    before: tuple[GuestDisk, ...] = ()
+    """With `stop`, if the processors run: all disks, the local ones first. Flushed before, they
+    leave `stop` nothing to flush, and one that does not answer is known. This flush hides errors;
+    the second one shows them."""
+    stuck: tuple[GuestDisk, ...] = ()
+    """The disks that do not answer."""
+
+
+def wants_evidence(state: BlockState) -> bool:
+    """Return whether it has to be seen from outside what is in flight on one of its disks."""
+    known = _queue_devices(state)
+    unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
+    return unseen and state.runstate == RUNNING
+
+
+def needs_second_look(state: BlockState, evidence: Assessment | None = None) -> bool:
+    """Return whether requests are in flight; a second look after OLD shows if they are stuck."""
+    if any(queue.in_flight for queue in state.queues or ()):
+        return True
+    return evidence is not None and bool(_requests(evidence))
+
+
+def plan_flush(
+    first: BlockState, second: BlockState | None = None, evidence: Assessment | None = None
+) -> FlushPlan:
+    """Plan the flush. `second` is the look OLD later; None if nothing was in flight.
+
+    `evidence` is what was seen from outside at the same times, if anything was.
+    """
+    state = second or first
+    running = state.runstate == RUNNING
+    if state.runstate in _INACTIVE:
+        return FlushPlan(False, False, (), "its disks are not active on this host")
+    stuck = _stuck_devices(first.queues or (), state.queues or ()) if second else frozenset()
+    queue_devices = _queue_devices(state)
+    stuck_disks = tuple(disk for disk in state.disks if _device_of(disk, stuck))
+    blind = [
+        disk.title
+        for disk in state.disks
+        if disk.network and not _device_of(disk, queue_devices) and disk not in stuck_disks
+    ]
+    if stuck_disks:
+        why = f"requests of {_list(stuck_disks)} have not been answered for 1 s"
+    elif state.foreign and running:
+        why = f"nothing tells whether {state.foreign[0]} answers"
+    elif blind and running:
+        why = f"nothing tells whether {blind[0]}, which lies on a network, answers"
+    elif running and second and evidence and (standing := _standing(evidence)):
+        why = f"a request may be stuck: {standing}"
+    else:
+        in_order = tuple(sorted(state.disks, key=lambda disk: disk.network))
+        return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
+    # Local disks come first, while the monitor still answers.
+    healthy = [disk for disk in state.disks if disk not in stuck_disks and disk.title not in blind]
+    healthy.sort(key=lambda disk: disk.network)
+    return FlushPlan(False, running, tuple(healthy), why, stuck=stuck_disks)
+
+
+def risks_of_state(state: BlockState) -> tuple[Risk, ...]:
+    """Return the risks that a flush cannot remove."""
+    risks = []
+    for disk in state.disks:
+        if disk.failed:
+            text = f"a request of the guest to {disk.title} failed, or its storage is full"
+            risks.append(Risk("io-error", text))
+        if disk.no_flush:
+            risks.append(Risk("no-flush", f"{disk.title} has cache=unsafe: it is never flushed"))
+    if state.runstate == "io-error" and not any(risk.code == "io-error" for risk in risks):
+        risks.append(Risk("io-error", "QEMU has stopped the guest for an I/O error"))
+    for job in state.jobs:
+        code = "migration-cancelled" if job.migration else "job-cancelled"
+        risks.append(Risk(code, f"{job.title} was still {job.status}"))
+    return tuple(risks)
+
+
+HUMAN_MONITOR_ALONE: Final = (
+    "its only monitor is a human one, so its disks are not flushed before SIGTERM and dead storage"
+    " is not cut off; -qmp unix:PATH,server=on,wait=off allows both"
+)
+"""Another such note."""
+
+
+def notes_of_plan(state: BlockState) -> tuple[str, ...]:
+    """Return notes for the caller before a stop."""
+    notes = [
+        f"{disk.title} has cache=unsafe: it is never flushed"
+        for disk in state.disks
+        if disk.no_flush
+    ]
+    notes += [
+        f"{job.title} is {job.status}: it is waited for while it progresses, and SIGTERM cancels it"
+        for job in state.jobs
+    ]
+    return tuple(notes)
+
+
+def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
+    """Return the risks of failed flushes. A disk that was not flushed is no risk, but not proven
+    safe."""
+    return tuple(
+        Risk("flush-failed", f"{one.title}: {one.error}")
+        for one in results
+        if one.error and not one.refused
+    )
+
+
+def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult]) -> bool:
+    """Return whether QEMU holds no data of the guest any more: all disks are flushed, and the guest
+    cannot write."""
+    if not plan.stop or state.foreign or risks_of_state(state):
+        return False
+    flushed_nodes = {one.node for one in results if not one.error}
+    return all(disk.node in flushed_nodes for disk in state.disks)
+
+
+@dataclass(frozen=True, slots=True)
+class JobsProgress:
+    """Backups, mirrors and the migration, followed from look to look."""
+
+    done: Mapping[str, int] = field(default_factory=dict)
+    """The progress of each by its name. A mirror that is ready never ends, so it is left out."""
+    moved_at: int = 0
+    """When one of them last moved (µs, CLOCK_MONOTONIC)."""
+
+    def after(self, jobs: Sequence[BackgroundJob], now: int) -> JobsProgress:
+        """Return what is known after one more look."""
+        seen = {job.title.partition(" (")[0]: job.done for job in jobs if job.status != "ready"}
+        moved = any(done != self.done.get(name) for name, done in seen.items())
+        return JobsProgress(seen, now if moved else self.moved_at)
+
+    def waited_for(self, now: int, stall: int) -> bool:
+        """Return whether they are worth waiting for: one has moved within `stall` µs."""
+        return bool(self.done) and now - self.moved_at < stall
+
+
+def is_powered_off(state: BlockState) -> bool:
+    """Return whether the guest has powered off and QEMU waits for `quit`."""
+    return state.runstate == POWERED_OFF
+
+
+def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]) -> frozenset[str]:
+    """Return devices with a queue that had requests in flight and completed none in between."""
+    before = {(queue.device, queue.number): queue for queue in first}
+    stuck = set()
+    for queue in second:
+        old = before.get((queue.device, queue.number))
+        if old is None or not (old.in_flight and queue.in_flight):
+            continue
+        if (queue.completed - old.completed) % _SPAN_OF_INDEX == 0:
+            stuck.add(queue.device)
+    return frozenset(stuck)
+
+
+def _requests(evidence: Assessment) -> list[OpenWait]:
+    """Return the waits that are, or may be, for a request of a local disk."""
+    return [wait for wait in evidence.waits if wait.key.startswith(_REQUESTS)]
+
+
+def _standing(evidence: Assessment) -> str:
+    """Return, in words, such a wait that has not moved for OLD; "" for none."""
+    since = evidence.last.at - OLD // 2
+    for wait in _requests(evidence):
+        moved_at = wait.since if wait.moved_at is None else wait.moved_at
+        if moved_at < since:
+            return wait.text
+    return ""
+
+
+def _queue_devices(state: BlockState) -> frozenset[str]:
+    return frozenset(queue.device for queue in state.queues or ())
+
+
+def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
+    """Return whether the disk's device, or its controller, is one of these.
+
+    QEMU does not tell the controller of a SCSI disk, so if one is stuck, all of them may be.
+    """
+    if disk.device is None:
+        return False
+    path = disk.device.removesuffix("/virtio-backend")
+    stems = [device.removesuffix("/virtio-backend") for device in devices]
+    return any(path == stem or path.startswith(f"{stem}/") for stem in stems)
+
+
+def _list(disks: Sequence[GuestDisk]) -> str:
+    titles = ", ".join(disk.title for disk in disks[:4])
+    return f"{titles}, …" if len(disks) > 4 else titles

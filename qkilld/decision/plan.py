@@ -1,0 +1,86 @@
+"""Describe in advance what Terminate would do. Pure."""
+
+from __future__ import annotations
+
+from signal import SIGKILL, SIGTERM
+
+from qkilld.decision.ladder import JobFacts, decide, kill_due
+from qkilld.decision.verdict import Assessment, standstill
+from qkilld.decision.waits import blind_to
+from qkilld.model.constants import INFINITY, Flag, Phase
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest import Identity
+from qkilld.model.job import Request
+from qkilld.model.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRung:
+    phase: Phase
+    action: str
+    """The name of a signal, or: ask."""
+    after: int
+    """µs after the start: the earliest time, if nothing changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    rungs: tuple[PlannedRung, ...]
+    gives_up_after: int
+    """µs after the start; INFINITY for never."""
+    warnings: tuple[str, ...]
+    ways: tuple[str, ...] = ()
+    """With POWERDOWN: how the guest can be asked, and the obstacles."""
+
+
+def make_plan(
+    identity: Identity, request: Request, policy: Policy, evidence: Assessment | None, now: int
+) -> Plan:
+    """Make the plan. `now` is CLOCK_MONOTONIC in µs; `evidence` is from samples taken just now."""
+    flags = request.flags
+    warnings = _warnings(identity, flags, evidence)
+    ask = PlannedRung(Phase.POWERDOWN, "ask", 0)
+    if Flag.NOWAIT in flags:
+        first = PlannedRung(Phase.TERMINATE, SIGTERM.name, 0)
+        if Flag.FORCE in flags:
+            first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
+        return Plan((ask if Flag.POWERDOWN in flags else first,), 0, warnings)
+    asking = Flag.POWERDOWN in flags
+    # For a guest that does nothing; a guest that is shutting down gets more time.
+    asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
+    if asking and request.powerdown_only:
+        return Plan((ask,), asks_for, warnings)
+    term_at = min(now + asks_for, INFINITY)
+    facts = JobFacts(flags=flags, policy=policy, started=now, term_at=term_at, assessment=evidence)
+    rungs = [ask] if asking else []
+    rungs.append(PlannedRung(Phase.TERMINATE, SIGTERM.name, term_at - now))
+    last = kill_due(facts) if facts.by_evidence else decide(facts, now).deadline
+    if Flag.FORCE in flags:
+        if last != INFINITY:
+            rungs.append(PlannedRung(Phase.KILL, SIGKILL.name, last - now))
+            last = min(last + policy.reap, INFINITY)
+    elif facts.by_evidence:
+        last = min(last + policy.reap, INFINITY)
+    gives_up = INFINITY if last == INFINITY else last - now
+    return Plan(tuple(rungs), gives_up, warnings)
+
+
+def _warnings(identity: Identity, flags: Flag, evidence: Assessment | None) -> tuple[str, ...]:
+    warnings = []
+    if Flag.FORCE not in flags:
+        warnings.append("without FORCE no SIGKILL is sent: a guest that is stuck remains")
+    if Flag.FIXED in flags:
+        warnings.append("FIXED uses a clock: a guest that is still flushing loses data")
+    if Flag.FORCE in flags and Flag.NOWAIT in flags:
+        warnings.append("SIGKILL at once: what QEMU has not written is lost")
+    if identity.executable_deleted:
+        warnings.append("its executable was replaced by an upgrade; it still counts as QEMU")
+    if evidence is None:
+        return (*warnings, "no evidence could be read, which counts as outstanding I/O")
+    if obstacle := standstill(evidence.last):
+        warnings.append(f"{obstacle}: SIGTERM takes effect only when it runs again")
+    if sources := blind_to(evidence.last):
+        warnings.append(f"cannot be read: {', '.join(sources)}; this counts as outstanding I/O")
+    if evidence.pending:
+        warnings.append(f"about {evidence.pending} bytes are not written yet")
+    return tuple(warnings)

@@ -1,0 +1,490 @@
+"""Decide when and how to ask a guest to shut down, and judge what it does. Pure.
+
+Call `start`, then `observe` with each observation, about one a second, and `note_asked` after the
+guest was asked. `judge` interprets all of that at any time. It rests on these facts:
+
+- QEMU drops a press of the power button if no operating system listens, and most machines show that
+  beforehand. A booting guest and a deaf one look the same there, but in a booting one the
+  processors and disks work.
+- A guest that ignores the button may be busy for ever, and one that shuts down may be silent for
+  seconds. So neither work nor its absence means anything by itself. Work counts if there was less
+  of it before, and if it lasts: a shutdown that is shorter than PowerdownSec needs no more time,
+  and an idle guest writes its log every few seconds.
+- After a sign that only a shutdown gives, all work counts, as long as the sign holds: if the agent
+  is back, it was only restarted. Without such a sign, work that began after the press counts as a
+  shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
+- A guest that restarts has shut down and booted again. It is asked once more, like one that boots,
+  but not a third time.
+
+An attempt outlives the daemon (`go_on`): the counters from before the gap show what the guest did
+in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from enum import StrEnum
+from itertools import pairwise
+from typing import Final
+
+from qkilld.model.constants import USEC_PER_SEC, GuestAsked
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
+
+BASELINE: Final = 1 * USEC_PER_SEC
+"""Least time (µs) before the press over which work is measured, for comparison."""
+QUIET: Final = 3 * USEC_PER_SEC
+"""A guest that does not listen and has done no work for this long (µs) is deaf."""
+IDLE_SHARE: Final = 0.05
+"""Share of one processor that all virtual processors of an idle guest use at most."""
+BOOT_MAX: Final = 300 * USEC_PER_SEC
+"""How long (µs) to wait at most until a guest that works listens."""
+SILENT: Final = 5 * USEC_PER_SEC
+"""A monitor that has not answered for this long (µs) cannot be used to ask."""
+EFFECT: Final = 10 * USEC_PER_SEC
+"""A method that works has an effect within this time (µs); after that, the next one is tried."""
+UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
+"""How long (µs) after the guest was asked, or PowerdownSec= if that is longer, work counts without
+a sign that only a shutdown gives: an unrelated build may run for ever."""
+BOOT_REPEAT: Final = 30 * USEC_PER_SEC
+"""Time (µs) between presses while a guest boots."""
+RECENT: Final = 10 * USEC_PER_SEC
+"""How long (µs) observations are kept."""
+LASTING: Final = RECENT // 2
+"""Work lasts if it fills this much (µs) of the kept observations."""
+GROWTH: Final = 3
+"""Work has begun if it is at least this many times the earlier amount."""
+LEAST_REQUESTS: Final = 1
+"""Requests a second; fewer count as none."""
+HALF_BUSY: Final = 0.5
+"""Share of one processor: the end of such a load is visible."""
+
+
+_LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
+"""Signs that cannot disappear again."""
+
+
+class AskMethod(StrEnum):
+    """The means by which a guest is asked."""
+
+    AGENT = "agent"
+    BUTTON = "button"
+
+
+class Conclusion(StrEnum):
+    MEASURE = "measure"
+    """Observe a moment longer before asking."""
+    ASK = "ask"
+    PRESSED = "pressed"
+    """Somebody else has pressed the power button, for example an earlier ExecStop= line."""
+    WAIT_FOR_LISTENER = "wait-for-listener"
+    """The guest does not listen, but it works: it may be booting."""
+    WATCH = "watch"
+    """The guest was asked, and its reaction is not known yet."""
+    SHUTTING_DOWN = "shutting-down"
+    SHUT_DOWN = "shut-down"
+    """The guest has powered off, and QEMU is still there."""
+    IGNORED = "ignored"
+    DEAF = "deaf"
+    UNREACHABLE = "unreachable"
+    NOT_RUNNING = "not-running"
+
+
+ENDS: Final = frozenset(
+    {
+        Conclusion.SHUT_DOWN,
+        Conclusion.IGNORED,
+        Conclusion.DEAF,
+        Conclusion.UNREACHABLE,
+        Conclusion.NOT_RUNNING,
+    }
+)
+"""The conclusions after which asking is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    conclusion: Conclusion
+    reason: str
+    """In words, for STATUS= and the receipt."""
+    until: int | None = None
+    """When the conclusion changes if nothing more is observed (µs, CLOCK_MONOTONIC)."""
+    method: AskMethod | None = None
+    """With ASK: the means."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskRecord:
+    method: AskMethod
+    at: int
+    """µs, CLOCK_MONOTONIC."""
+    quiet: bool = False
+    """The guest did nothing at that time, so it had finished booting."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Work before the guest was asked. None is unknown, and nothing is compared with it."""
+
+    requests: float | None = None
+    """Per second."""
+    vcpus: float | None = None
+    """In processors; a busy host does not provide all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Everything known about asking one guest. Times are CLOCK_MONOTONIC in µs."""
+
+    started: int
+    recent: tuple[GuestObservation, ...] = ()
+    """Those of the last RECENT µs."""
+    asked: tuple[AskRecord, ...] = ()
+    baseline: _Rates = _Rates()
+    """Measured before the guest was first asked."""
+    boots: bool = False
+    """The guest did not listen to the button at first."""
+    signs: frozenset[ShutdownSign] = frozenset()
+    """Signs in the last observation."""
+    old_signs: frozenset[ShutdownSign] = frozenset()
+    """Signs from before a restart, which mean nothing any more."""
+    agent_was_open: bool | None = None
+    """The agent had its port open when the guest was asked; None if unknown."""
+    restarts: int = 0
+    """The number of restarts since the guest was first asked."""
+    answered_at: int | None = None
+    """When the monitor last answered."""
+    disk_work_at: int | None = None
+    """When a disk was last seen to have had a request."""
+    effect_at: int | None = None
+    """When an effect of asking was last seen, lasting or not."""
+    progress_at: int | None = None
+    """When the shutdown was last seen to make progress."""
+
+    @property
+    def last(self) -> GuestObservation | None:
+        return self.recent[-1] if self.recent else None
+
+
+def start(at: int) -> Attempt:
+    return Attempt(started=at, answered_at=at)
+
+
+def go_on(attempt: Attempt, at: int) -> Attempt:
+    """Continue an attempt in the next daemon, at `at`: the gap does not count as silence."""
+    return replace(attempt, answered_at=at)
+
+
+def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) -> Attempt:
+    """Make an attempt from only the times of asking and the last conclusion.
+
+    With `shutting_down`, the guest may have made progress until now, because nobody looked.
+    """
+    return Attempt(
+        started=at, asked=asked, answered_at=at, progress_at=at if shutting_down else None
+    )
+
+
+def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
+    """Note that the guest was asked."""
+    ask = AskRecord(method, at, quiet=_is_quiet(attempt.recent))
+    if attempt.asked:
+        return replace(attempt, asked=(*attempt.asked, ask))
+    return replace(
+        attempt,
+        asked=(ask,),
+        baseline=_measure(attempt.recent),
+        agent_was_open=attempt.last.agent_open if attempt.last is not None else None,
+    )
+
+
+def observe(attempt: Attempt, seen: GuestObservation) -> Attempt:
+    """Return the attempt after one more observation, which must be the newest."""
+    before = attempt.last
+    old_signs = attempt.old_signs & seen.signs
+    # A lasting sign also holds if the monitor was opened again later.
+    signs = (seen.signs | attempt.signs & _LASTING_SIGNS) - old_signs
+    if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
+        return _begin_again(attempt, seen)
+    # The last observation from before a gap is kept, too.
+    recent = (one for one in attempt.recent if one is before or one.at > seen.at - RECENT)
+    after = replace(
+        attempt,
+        recent=(*recent, seen),
+        boots=attempt.boots or (seen.button is Button.NOT_LISTENED and not attempt.asked),
+        signs=signs,
+        old_signs=old_signs,
+        answered_at=attempt.answered_at if seen.runstate is None else seen.at,
+    )
+    if before is None:
+        return after
+    requests = _difference(before.requests, seen.requests)
+    if requests:
+        after = replace(after, disk_work_at=seen.at)
+    if not attempt.asked:
+        return after
+    asked_at = attempt.asked[0].at
+    if signs - attempt.signs:
+        after = replace(after, effect_at=seen.at, progress_at=seen.at)
+    elif after.signs and _works_at_all(before, seen):
+        after = replace(after, progress_at=seen.at)
+    elif before.at >= asked_at and _works(before, seen, attempt.baseline):
+        after = replace(after, effect_at=seen.at)
+        if _is_lasting(after):
+            after = replace(after, progress_at=seen.at)
+    elif attempt.progress_at is None and _load_ended(after):
+        after = replace(after, effect_at=seen.at, progress_at=seen.at)
+    return after
+
+
+def _begin_again(attempt: Attempt, seen: GuestObservation) -> Attempt:
+    """Begin again after a restart: the guest is booting."""
+    return Attempt(
+        started=seen.at,
+        recent=(seen,),
+        boots=True,
+        old_signs=seen.signs - {ShutdownSign.RESTARTED},
+        restarts=attempt.restarts + 1,
+        answered_at=seen.at,
+        disk_work_at=seen.at,
+    )
+
+
+def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
+    """Interpret the observations. `powerdown` is PowerdownSec= in µs.
+
+    `agent` says that the guest's agent can be asked; it is False after a failed attempt.
+    """
+    last = attempt.last
+    if last is None:
+        return Judgement(Conclusion.MEASURE, "nothing was seen yet")
+    if last.runstate == POWERED_OFF or ShutdownSign.POWERED_OFF in attempt.signs:
+        return Judgement(Conclusion.SHUT_DOWN, "the guest has powered off")
+    if attempt.restarts > 1:
+        return Judgement(Conclusion.IGNORED, "it restarts instead of shutting down")
+    if last.runstate is None:
+        return _judge_silence(attempt, last, powerdown)
+    if last.runstate != RUNNING:
+        return Judgement(Conclusion.NOT_RUNNING, f"the guest is not running: {last.runstate}")
+    if not attempt.asked:
+        return _judge_before(attempt, last, powerdown, agent)
+    return _judge_after(attempt, last, powerdown)
+
+
+def judge_exit(
+    attempt: Attempt, signs: frozenset[ShutdownSign], *, all_heard: bool
+) -> GuestAsked | None:
+    """Return the result of asking a guest whose QEMU exited before any signal of ours.
+
+    `signs` are those up to the end; `all_heard` says that none can have been missed. None if the
+    guest was not asked. If QEMU crashes, or somebody else ends it, the guest has not shut down.
+    """
+    if not attempt.asked and attempt.restarts == 0:
+        return None
+    if ShutdownSign.POWERED_OFF in attempt.signs | signs:
+        return GuestAsked.SHUT_DOWN
+    if attempt.last is not None and attempt.last.runstate == POWERED_OFF:
+        return GuestAsked.SHUT_DOWN
+    if all_heard:
+        return GuestAsked.ASKED
+    reacted = attempt.signs or attempt.effect_at is not None or attempt.progress_at is not None
+    return GuestAsked.SHUT_DOWN if reacted else GuestAsked.ASKED
+
+
+def _judge_before(
+    attempt: Attempt, last: GuestObservation, powerdown: int, agent: bool
+) -> Judgement:
+    if last.press_pending and last.button is Button.LISTENED:
+        return Judgement(Conclusion.PRESSED, "somebody has pressed its power button already")
+    if not agent and last.button is Button.NOT_LISTENED:
+        return _judge_deafness(attempt, last, powerdown)
+    measured = attempt.started + 2 * BASELINE
+    if not _is_measured(attempt.recent) and last.at < measured:
+        return Judgement(Conclusion.MEASURE, "measuring what the guest does", measured)
+    if agent:
+        return Judgement(Conclusion.ASK, "the agent answers", method=AskMethod.AGENT)
+    if last.button is Button.UNKNOWN and last.at < attempt.started + QUIET:
+        return Judgement(
+            Conclusion.MEASURE, "its power button cannot be read yet", attempt.started + QUIET
+        )
+    reasons = {
+        Button.LISTENED: "the guest listens to the power button",
+        Button.NO_REGISTER: "nothing tells whether it listens to the power button",
+        Button.UNKNOWN: "its power button cannot be read",
+    }
+    return Judgement(Conclusion.ASK, reasons[last.button], method=AskMethod.BUTTON)
+
+
+def _judge_deafness(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
+    deaf = Conclusion.DEAF if attempt.restarts == 0 else Conclusion.IGNORED
+    if _is_quiet(attempt.recent):
+        return Judgement(deaf, "nobody listens to the power button, and it is idle")
+    since = max(attempt.started, attempt.disk_work_at or 0)
+    until = min(since + powerdown, attempt.started + BOOT_MAX)
+    if last.at >= until:
+        return Judgement(deaf, "nobody has come to listen to the power button")
+    return Judgement(
+        Conclusion.WAIT_FOR_LISTENER, "nobody listens to the power button yet: it may boot", until
+    )
+
+
+def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
+    last_ask = attempt.asked[-1]
+    until = max(last_ask.at, attempt.progress_at or 0) + powerdown
+    if not attempt.signs:
+        until = min(until, attempt.asked[0].at + max(UNCERTAIN_MAX, powerdown))
+    if last.at >= until:
+        reacted = attempt.signs or attempt.progress_at is not None
+        reason = "it began to shut down and stands still" if reacted else "it does not shut down"
+        return Judgement(Conclusion.IGNORED, reason)
+    if attempt.signs:
+        signs = ", ".join(sorted(attempt.signs))
+        return Judgement(Conclusion.SHUTTING_DOWN, f"it shuts down ({signs})", until)
+    if attempt.progress_at is not None:
+        return Judgement(Conclusion.SHUTTING_DOWN, "it works since it was asked", until)
+    if method := _next_method(attempt, last):
+        reason = f"the {last_ask.method} had no effect"
+        return Judgement(Conclusion.ASK, reason, method=method)
+    reason = "it was asked"
+    if last_ask.method is AskMethod.BUTTON and last.press_pending is not None:
+        reaction = "has not taken" if last.press_pending else "has taken"
+        reason = f"the guest {reaction} note of the power button"
+    return Judgement(Conclusion.WATCH, reason, until)
+
+
+def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
+    """Return the means to ask again, if asking had no effect; None for not now.
+
+    The button is pressed again if the machine does not show whether the guest took the first press;
+    on other machines a second press would cancel the shutdown of some systems (illumos). It is also
+    pressed again while a guest boots: its kernel listens seconds before the program that acts on
+    it.
+    """
+    last_ask = attempt.asked[-1]
+    if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
+        is_quiet = _is_quiet(tuple(one for one in attempt.recent if one.at >= last_ask.at))
+        repeat = last.at >= last_ask.at + BOOT_REPEAT and last.at < attempt.started + BOOT_MAX
+        return AskMethod.BUTTON if is_quiet or repeat else None
+    if last.at < last_ask.at + EFFECT:
+        return None
+    presses = sum(one.method is AskMethod.BUTTON for one in attempt.asked)
+    if presses == 0:
+        return None if last.button is Button.NOT_LISTENED else AskMethod.BUTTON
+    if presses > 1 or last.button is not Button.NO_REGISTER:
+        return None
+    silent = attempt.effect_at is None or last.at >= attempt.effect_at + EFFECT
+    return AskMethod.BUTTON if silent else None
+
+
+def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
+    answered = attempt.answered_at or attempt.started
+    if not attempt.asked:
+        if last.at >= answered + SILENT:
+            end = Conclusion.UNREACHABLE if attempt.restarts == 0 else Conclusion.IGNORED
+            return Judgement(end, "its monitor does not answer")
+        return Judgement(Conclusion.MEASURE, "its monitor does not answer", answered + SILENT)
+    until = max(attempt.asked[-1].at, attempt.progress_at or 0, answered) + powerdown
+    if last.at >= until:
+        return Judgement(Conclusion.IGNORED, "its monitor does not answer any more")
+    reacted = attempt.signs or attempt.progress_at is not None
+    conclusion = Conclusion.SHUTTING_DOWN if reacted else Conclusion.WATCH
+    return Judgement(conclusion, "its monitor does not answer", until)
+
+
+def _is_measured(recent: tuple[GuestObservation, ...]) -> bool:
+    """Return whether the baseline is measured; at once if the disks have long been idle."""
+    return _measure(recent).requests is not None
+
+
+def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
+    """Return the highest rates over at least BASELINE."""
+    if not recent:
+        return _Rates()
+    last = recent[-1]
+    requests, vcpus = [], []
+    for earlier in recent:
+        seconds = (last.at - earlier.at) / USEC_PER_SEC
+        if last.at - earlier.at < BASELINE:
+            continue
+        if (count := _difference(earlier.requests, last.requests)) is not None:
+            requests.append(count / seconds)
+        if (time := _wanted_time(earlier, last)) is not None:
+            vcpus.append(time / USEC_PER_SEC / seconds)
+    idle = last.requests == 0 or (last.disks_idle is not None and last.disks_idle >= BASELINE)
+    if not requests and idle:
+        requests = [0.0]
+    return _Rates(max(requests, default=None), max(vcpus, default=None))
+
+
+def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> bool:
+    """Return whether there was clearly more work between the two than in the baseline."""
+    duration = after.at - before.at
+    requests = _difference(before.requests, after.requests)
+    if requests is not None and baseline.requests is not None:
+        limit = GROWTH * baseline.requests + LEAST_REQUESTS
+        if requests > limit * max(duration / USEC_PER_SEC, 1.0):
+            return True
+    time = _wanted_time(before, after)
+    if time is None or baseline.vcpus is None:
+        return False
+    return time > (GROWTH * baseline.vcpus + IDLE_SHARE) * duration
+
+
+def _works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
+    time = _wanted_time(before, after) or 0
+    return bool(_difference(before.requests, after.requests)) or (
+        time > IDLE_SHARE * (after.at - before.at)
+    )
+
+
+def _is_lasting(attempt: Attempt) -> bool:
+    """Return whether work above the baseline fills the recent time."""
+    pairs = _since_asked(attempt)
+    return sum(b.at - a.at for a, b in pairs if _works(a, b, attempt.baseline)) >= LASTING
+
+
+def _load_ended(attempt: Attempt) -> bool:
+    """Return whether the processors were busy before the guest was asked, and have been idle for
+    LASTING. The end of a boot does not count.
+    """
+    baseline = attempt.baseline.vcpus
+    if attempt.boots or baseline is None or baseline < HALF_BUSY:
+        return False
+    last = attempt.recent[-1]
+    for earlier in reversed(attempt.recent):
+        if earlier.at < attempt.asked[0].at:
+            return False
+        if last.at - earlier.at >= LASTING:
+            time = _wanted_time(earlier, last)
+            return time is not None and time * 2 < baseline * (last.at - earlier.at)
+    return False
+
+
+def _since_asked(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestObservation]]:
+    asked_at = attempt.asked[0].at
+    return pairwise(one for one in attempt.recent if one.at >= asked_at)
+
+
+def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:
+    """Return whether the guest has done nothing for QUIET. Unknown is not quiet."""
+    for earlier in reversed(recent):
+        last = recent[-1]
+        duration = last.at - earlier.at
+        if duration >= QUIET:
+            time = _wanted_time(earlier, last)
+            requests = _difference(earlier.requests, last.requests)
+            return requests == 0 and time is not None and time < IDLE_SHARE * duration
+    return False
+
+
+def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | None:
+    """Return how long (µs) the virtual processors ran, or would have if the host were less busy."""
+    time = _difference(earlier.vcpu_time, later.vcpu_time)
+    if time is None:
+        return None
+    return time + (_difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
+
+
+def _difference(earlier: int | None, later: int | None) -> int | None:
+    return None if earlier is None or later is None else later - earlier

@@ -1,0 +1,231 @@
+"""Judge a recorded trace again: what would have been done, and when. Pure.
+
+`assess` folds the samples, and `decide` is called at each of them and at each deadline between two.
+A deadline asks for a sample that the recorded job may not have taken. If a sample follows right
+after it, that one is used; otherwise the sample before is repeated. So a replay errs towards
+SIGKILL, and says how old that sample was.
+
+A replay ends where the recording stops to describe a process that got only SIGTERM and SIGCONT: at
+its exit, at the SIGKILL that it really got, or at the end of the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from qkilld.decision.gap import unsampled_assessment
+from qkilld.decision.ladder import Action, Decision, JobFacts, decide, policy_for
+from qkilld.decision.risk import risks_of_kill
+from qkilld.decision.verdict import Assessment, assess
+from qkilld.model.constants import Flag, Result, Verdict
+from qkilld.model.dataclass import dataclass
+from qkilld.model.policy import Policy
+from qkilld.model.sample import Sample
+from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
+
+_Moment = Sample | ChangeRecord | RungRecord
+
+LOOK_TAKES: Final = 250_000
+"""A sample within this time (µs) after a deadline is the one that the deadline requested."""
+
+_NONE: Final = Flag(0)
+_ENDS: Final = {
+    Action.KILL: Result.KILLED,
+    Action.GIVE_UP: Result.SURVIVED,
+    Action.LEAVE: Result.SIGNALLED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Flags and spans that override the recorded ones."""
+
+    add: Flag = _NONE
+    remove: Flag = _NONE
+    spans: Mapping[str, int] | None = None
+    """Fields of Policy, in µs."""
+
+    def override(self, flags: Flag, policy: Policy) -> tuple[Flag, Policy]:
+        """Return the flags and the policy to use."""
+        new_flags = (flags | self.add) & ~self.remove
+        if Flag.FIXED in new_flags and Flag.FIXED not in flags:
+            policy = policy_for(new_flags, policy, {})
+        return new_flags, replace(policy, **(self.spans or {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A decision at one moment."""
+
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+    decision: Decision
+    assessment: Assessment | None
+    """The assessment at that time; None before the first sample."""
+
+    @property
+    def since_sample(self) -> int | None:
+        """µs since the last sample; None before the first."""
+        return None if self.assessment is None else self.at - self.assessment.last.at
+
+
+@dataclass(frozen=True, slots=True)
+class RealOutcome:
+    """How the job really ended. Times are CLOCK_MONOTONIC in µs."""
+
+    started: int
+    until: int
+    """Until when the trace describes a process that got no SIGKILL."""
+    ended: int | None
+    """The end of the job; None if it is not in the trace."""
+    result: Result | None
+    killed: int | None
+    """When SIGKILL was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    recorded: RealOutcome
+    flags: Flag
+    """The flags at the end of the replay: a request that joined the job may have added some."""
+    policy: Policy
+    steps: tuple[Step, ...]
+    """One for each sample, and one for each action."""
+    result: Result | None
+    """`killed` if SIGKILL would have been sent, whatever its effect; None if the recording ends
+    before a decision."""
+    at: int
+    """When that would have happened, or else the end of the recording; CLOCK_MONOTONIC, µs."""
+    data_at_risk: bool
+    """Whether SIGKILL may have lost data."""
+    written_later: int | None
+    """Bytes that the process wrote after the SIGKILL that only the replay sends, by its samples;
+    None if there is no such SIGKILL or no sample after it."""
+
+
+def replay(trace: Trace, terms: Terms | None = None) -> Replay:
+    """Replay a recorded job under `terms`; None for its own."""
+    recorded = recorded_of(trace)
+    walk = _Walk(trace, terms or Terms())
+    yanks = [rung for rung in trace.of(RungRecord) if rung.signal == "yank"]
+    moments: list[_Moment] = [*trace.of(Sample), *trace.of(ChangeRecord), *yanks]
+    for moment in sorted(moments, key=lambda moment: moment.at):
+        if moment.at > recorded.until or walk.result is not None:
+            break
+        walk.wait_until(moment.at, sees=isinstance(moment, Sample))
+        if walk.result is None:
+            walk.take(moment)
+    exited = recorded.result is Result.EXITED
+    # An exit precedes a deadline in the same µs; a rung that was really executed then was due.
+    walk.wait_until(recorded.until + (0 if exited else 1))
+    result, at = walk.result, walk.now
+    if result is None:
+        result, at = Result.EXITED if exited else None, recorded.until
+    evidence = walk.facts.assessment
+    killed = result is Result.KILLED
+    return Replay(
+        recorded=recorded,
+        flags=walk.facts.flags,
+        policy=walk.facts.policy,
+        steps=tuple(walk.steps),
+        result=result,
+        at=at,
+        data_at_risk=killed and bool(risks_of_kill(evidence)),
+        written_later=_written_later(trace, evidence, recorded.until) if killed else None,
+    )
+
+
+def recorded_of(trace: Trace) -> RealOutcome:
+    """Return how the recorded job ended."""
+    end = next(iter(trace.of(EndRecord)), None)
+    kills = [rung.at for rung in trace.of(RungRecord) if rung.signal == "SIGKILL"]
+    last = max((record.at for record in trace.records), default=trace.header.started)
+    return RealOutcome(
+        started=trace.header.started,
+        until=min([end.at if end is not None else last, *kills]),
+        ended=end.at if end is not None else None,
+        result=end.result if end is not None else None,
+        killed=min(kills, default=None),
+    )
+
+
+class _Walk:
+    """A simulated job without a process."""
+
+    def __init__(self, trace: Trace, terms: Terms) -> None:
+        header = trace.header
+        self._terms = terms
+        self.now = header.started
+        self.steps: list[Step] = []
+        self.result: Result | None = None
+        sigterm_times = [rung.at for rung in trace.of(RungRecord) if rung.signal == "SIGTERM"]
+        flags, policy = terms.override(header.flags, header.policy)
+        self.facts = JobFacts(
+            flags=flags, policy=policy, term_at=min(sigterm_times, default=header.started)
+        )
+
+    def take(self, moment: _Moment) -> None:
+        """Apply one record, and decide."""
+        self.now = moment.at
+        if isinstance(moment, ChangeRecord):
+            flags, policy = self._terms.override(moment.flags, moment.policy)
+            self.facts = replace(
+                self.facts, flags=flags, policy=policy, control=moment.control, promised=0
+            )
+        elif isinstance(moment, RungRecord):
+            self.facts = replace(self.facts, yank_at=moment.at)
+        else:
+            evidence = assess(self.facts.assessment, moment)
+            self.facts = replace(self.facts, assessment=evidence)
+            self._do(self._decide(self.facts))
+
+    def wait_until(self, end: int, *, sees: bool = False) -> None:
+        """Decide at the deadlines before `end`; with `sees`, a sample is taken at `end`."""
+        while self.result is None:
+            decision = self._decide(self.facts)
+            if decision.action is Action.LOOK:
+                if sees and self.now + LOOK_TAKES >= end:
+                    return
+                decision = self._decide(_seen_again(self.facts, self.now))
+            if decision.action is not Action.WAIT:
+                self._do(decision)
+            elif decision.deadline < end:
+                self.now = decision.deadline
+            else:
+                return
+
+    def _decide(self, facts: JobFacts) -> Decision:
+        decision = decide(facts, self.now)
+        promised = max(self.facts.promised, decision.promised)
+        self.facts = replace(self.facts, promised=promised)
+        return decision
+
+    def _do(self, decision: Decision) -> None:
+        self.steps.append(Step(self.now, decision, self.facts.assessment))
+        if decision.action is Action.CONTINUE:
+            self.facts = replace(
+                self.facts, continued_at=self.now, continues=self.facts.continues + 1
+            )
+        self.result = _ENDS.get(decision.action)
+
+
+def _seen_again(facts: JobFacts, now: int) -> JobFacts:
+    """Return the facts after a sample that shows nothing new."""
+    evidence = facts.assessment
+    if evidence is None:
+        start = facts.term_at or 0
+        evidence = unsampled_assessment(start, Verdict.UNKNOWN, start)
+    return replace(facts, assessment=replace(evidence, last=replace(evidence.last, at=now)))
+
+
+def _written_later(trace: Trace, evidence: Assessment | None, until: int) -> int | None:
+    samples = [sample for sample in trace.of(Sample) if sample.at <= until]
+    if evidence is None or evidence.written is None:
+        return None
+    latest = max(samples, key=lambda sample: sample.at)
+    if latest.at <= evidence.last.at:
+        return None
+    in_all = replace(evidence, last=latest).written
+    return None if in_all is None else max(0, in_all - evidence.written)

@@ -1,0 +1,276 @@
+"""The signs of a wait: numbers whose change shows progress. Pure.
+
+They come from the disk under the descriptor that a thread waits on, from the server at the other
+end of a connection, or from the bytes on it. waits.py assigns signs to waits; verdict.py follows
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Final
+
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Device, Io, Mount, Peer, Sample, Socket, Thread
+
+WINDOW: Final = 6 * USEC_PER_SEC
+"""The time (µs) over which traffic is counted. Disks write back in bursts up to 5 s apart."""
+KEEPALIVE: Final = 512
+"""Bytes in a WINDOW that may be keepalives. iSCSI sends 48 bytes each way every 5 s."""
+SERVES: Final = 3
+"""Context switches in a WINDOW that show that a storage server works, if none of its threads
+waits."""
+TALK: Final = 256
+"""Bytes in a WINDOW that QEMU's threads exchange when answers arrive. Without answers they exchange
+8 to 16 a second."""
+PEER_NOISE: Final = 16 * 1024
+"""Bytes in a WINDOW that a server may write without serving anyone, such as its log."""
+CACHE_NOISE: Final = 16 * 1024
+"""Bytes by which a page cache may fall without a meaning, such as a page of a log."""
+OWN_IO: Final = 512
+"""Bytes that the process itself must have read or written to count."""
+
+_KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
+"""Protocols that send messages even if no request makes progress; "" is an unknown one."""
+_STORAGE_WCHAN: Final = (
+    *("folio", "page", "bio", "blk", "io_sched", "rq_qos", "wbt", "throttle", "balance_dirty"),
+    *("jbd2", "ext4", "xfs", "btrfs", "nfs", "rpc", "fuse", "ceph", "cifs", "sync", "writeback"),
+    *("inode", "submit", "dm_", "md_", "request", "get_tag", "loop", "nbd", "iomap", "bdev"),
+)
+"""Parts of names of kernel functions in which a thread waits for storage."""
+
+
+_NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
+"""Those of them that mean a file system without a block device."""
+
+
+class SignKind(StrEnum):
+    COUNT = "count"
+    """Has moved if it has grown by `least`."""
+    CHANGE = "change"
+    """Has moved if its value has changed."""
+    LOW = "low"
+    """Has moved if it is lower by `least` than ever before: a queue may be filled again."""
+    TRAFFIC = "traffic"
+    """Has moved if it has grown by `least` within WINDOW."""
+    QUIET = "quiet"
+    """Does not count now, but is remembered for later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A number whose change shows progress of a wait."""
+
+    name: str
+    """Unique in its wait."""
+    kind: SignKind
+    value: int
+    text: str
+    """A description of its movement."""
+    least: int = 1
+    sure: bool = True
+    """False if other processes may move it too: then it shows neither progress nor a standstill."""
+
+
+def sleeps_without_disk(thread: Thread) -> bool:
+    """Return whether the thread waits for a file system without a block device, by its wait
+    channel."""
+    wchan = thread.wchan or ""
+    return any(part in wchan for part in _NO_DISK_WCHAN)
+
+
+def waits_for_storage(thread: Thread) -> bool:
+    """Return whether the thread waits for a file or disk, by its call or its kernel function."""
+    if thread.target in ("pipe", "other"):
+        return False
+    if thread.io_call or thread.target in ("disk", "mount"):
+        return True
+    wchan = thread.wchan or ""
+    return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
+
+
+def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) -> list[Sign]:
+    """Return completed requests, of the layers that count."""
+    listed = list(devices)
+    handed_down = own or _handed_down(listed)
+    return [
+        Sign(
+            name=f"disk:{device.number}",
+            kind=SignKind.COUNT if device.depth == 0 or handed_down else SignKind.QUIET,
+            value=device.writes + device.reads,
+            text=f"the disk {device.name} completes requests",
+        )
+        for device in listed
+    ]
+
+
+def _handed_down(devices: Iterable[Device]) -> bool:
+    """Return whether the top layer has passed requests down.
+
+    Only then does a lower one count: otherwise a neighbour may move it. Requests held back by
+    throttling are not visible in any layer.
+    """
+    return any(device.depth == 0 and device.in_flight for device in devices)
+
+
+def mount_signs(mounts: Iterable[Mount], wanted: set[str] | None) -> list[Sign]:
+    """Return the signs of mounts; `wanted` has the numbers of the relevant ones, None for all."""
+    return [
+        Sign(
+            name=f"mount:{place}",
+            kind=SignKind.COUNT,
+            value=mount.operations,
+            text=f"a mount of type {mount.kind} answers",
+        )
+        for place, mount in enumerate(mounts)
+        if mount.operations is not None and (wanted is None or mount.number in wanted)
+    ]
+
+
+def io_signs(io: Io | None, who: str) -> list[Sign]:
+    if io is None:
+        return []
+    return [
+        Sign("written", SignKind.COUNT, io.write_bytes, f"{who} writes", OWN_IO),
+        Sign("read", SignKind.COUNT, io.read_bytes, f"{who} reads from disks", OWN_IO),
+    ]
+
+
+def group_signs(sample: Sample) -> list[Sign]:
+    """Return the signs of its own control group. A standstill there proves nothing, because writes
+    may be counted elsewhere."""
+    group = sample.cgroup
+    if group is None or not group.own:
+        return []
+    signs = []
+    if group.written is not None:
+        text = "its control group writes to disk"
+        signs.append(Sign("group", SignKind.COUNT, group.written, text))
+    if group.dirty is not None and group.writeback is not None:
+        remaining = group.dirty + group.writeback
+        text = "the page cache of its control group falls"
+        signs.append(Sign("cache", SignKind.LOW, remaining, text, CACHE_NOISE))
+    return signs
+
+
+def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sign]:
+    """Return the signs of a connection. `before` is the server in the last sample."""
+    chatty = protocol in _KEEPALIVE
+    signs = []
+    if socket.received == 0:
+        # The kernel accepts connections and requests for a server that hangs. It is alive once it
+        # has sent a reply.
+        pass
+    elif socket.acked is not None and socket.received is not None:
+        # Queued data was not consumed: after SIGTERM, QEMU stops reading from consoles.
+        consumed = socket.acked + socket.received - socket.receive_queue
+        kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
+        name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
+        signs.append(Sign(name, kind, consumed, text, KEEPALIVE if chatty else 1))
+    elif socket.family == "unix" or not chatty:
+        queues = socket.send_queue * 2**32 + socket.receive_queue
+        name, text = f"queues:{socket.inode}", "the queue to the server changed"
+        signs.append(Sign(name, SignKind.CHANGE, queues, text))
+    if socket.peer is not None:
+        signs += peer_signs(socket.peer, before, protocol)
+    return signs
+
+
+def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
+    """Return the signs of a server, and of the servers that it uses itself."""
+    signs = _own_server_signs(peer, protocol)
+    if peer.shared is not False:
+        signs = _shared_server_signs(peer, before)
+    earlier = {other.pid: other for other in (before and before.behind) or ()}
+    for other in peer.behind:
+        signs += peer_signs(other, earlier.get(other.pid), "")
+    return signs
+
+
+def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
+    """Return the signs of a server without other clients: its calls, the disks under them, its own
+    reads and writes."""
+    working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
+    signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
+    if answers := [thread for thread in working if thread.target == "mount"]:
+        signs.append(_answers(peer, answers))
+    # An NBD server runs only for requests: it has no keepalives and no rings.
+    if peer.threads == () and peer.switches is not None and protocol == "nbd":
+        text = f"{_server_title(peer)} serves requests"
+        signs.append(Sign(f"{_of(peer)}serves", SignKind.TRAFFIC, peer.switches, text, SERVES))
+    return signs
+
+
+def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
+    """Return the signs of a server with other clients. Only its calls on our image's storage
+    certainly count; everything else may be for others."""
+    working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
+    if not peer.place:
+        # One of its calls may be for us, and the disk under that call may move.
+        signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
+        return [replace(sign, sure=False) for sign in signs]
+    own_threads = [thread for thread in working if _place(thread) == peer.place]
+    earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
+    is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
+    # Our request is in the call that stands still, so other activity of the server is no sign.
+    kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
+    served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
+    answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []
+    return [*served, *answers, *_server_disk_signs(peer, own_threads)]
+
+
+def _served_signs(peer: Peer) -> list[Sign]:
+    if peer.io is None:
+        return []
+    return [
+        Sign(
+            f"{_of(peer)}{name}",
+            SignKind.TRAFFIC,
+            value,
+            f"{_server_title(peer)} has {name}",
+            PEER_NOISE,
+        )
+        for name, value in (("written", peer.io.write_bytes), ("read", peer.io.read_bytes))
+    ]
+
+
+def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
+    counted: dict[str, bool] = {}
+    for thread in working:
+        under = [device for device in peer.devices or () if device.number in thread.disks]
+        handed_down = _handed_down(under)
+        for device in under:
+            counts = device.depth == 0 or handed_down
+            counted[device.number] = counted.get(device.number, False) or counts
+    return [
+        Sign(
+            f"{_of(peer)}{device.number}",
+            SignKind.COUNT if counted[device.number] else SignKind.QUIET,
+            device.writes,
+            f"the disk {device.name} completes writes of {_server_title(peer)}",
+        )
+        for device in peer.devices or ()
+        if device.number in counted
+    ]
+
+
+def _answers(peer: Peer, working: Sequence[Thread]) -> Sign:
+    """Return a sign that moves when a waiting thread was woken, or another thread waits."""
+    calls = hash(tuple(sorted((thread.tid, thread.switches or 0) for thread in working)))
+    text = f"calls of {_server_title(peer)} return"
+    return Sign(f"{_of(peer)}calls", SignKind.CHANGE, calls, text)
+
+
+def _place(thread: Thread) -> tuple[str, ...]:
+    return thread.disks or ((thread.mount,) if thread.mount else ())
+
+
+def _server_title(peer: Peer) -> str:
+    return f"the server {peer.command} (process {peer.pid})"
+
+
+def _of(peer: Peer) -> str:
+    return f"peer:{peer.pid}:"

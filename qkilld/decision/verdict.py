@@ -1,0 +1,552 @@
+"""Turn samples into a verdict. Pure.
+
+`assess` folds one sample after another into an Assessment. `open_waits` (waits.py) lists what the
+process waits for, and each wait has its own signs of progress. The verdict:
+
+- flushing: a sign of an open wait moved recently;
+- storage-wait: something is waited for, and none of its signs moved;
+- blocked: it waits in a system call that is not for storage;
+- unknown: a source of waits is unreadable, or it only waits for a processor;
+- idle: it waits for nothing.
+
+No single counter suffices, as measured: during fdatasync of a full page cache, no counter of the
+process moves for half a minute, only the disk's; qcow2 metadata sent to a slow NBD server moves
+only context switches; with a frozen server nothing moves, which still does not prove a hang. And
+movement does not prove progress: timers, consoles and neighbours move for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from operator import attrgetter
+from typing import Final
+
+from qkilld.decision.amounts import (
+    NOTHING_COUNTED,
+    Amounts,
+    count_amounts,
+    is_storage,
+    written_since,
+)
+from qkilld.decision.signs import OWN_IO, WINDOW, Sign, SignKind, waits_for_storage
+from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
+from qkilld.model.constants import USEC_PER_SEC, Verdict
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Sample
+
+FLUSHING_FOR: Final = 6 * USEC_PER_SEC
+"""Progress within this time (µs) counts as flushing: disks write back in bursts up to 5 s apart."""
+LOOK_INTERVAL: Final = USEC_PER_SEC
+"""The default interval of samples (µs)."""
+SLACK: Final = 1_500_000
+"""A sample may be late by this (µs); a longer delay counts as time without samples."""
+
+DETAIL_AFTER: Final = 250_000
+"""Waits older than this (µs) are sampled in detail."""
+MAX_MARKS: Final = 256
+"""Signs remembered for one wait."""
+
+_OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
+_ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
+"""What moves without a meaning while no wait has signs: the time, and what others write. The
+guest's own control group is compared apart."""
+_READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
+_NEWS: Final = attrgetter(
+    *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),
+    *("unsampled", "written"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The value of a sign that its next value is compared with."""
+
+    name: str
+    value: int
+    at: int
+    """CLOCK_MONOTONIC, µs: when the value was read first; for TRAFFIC, when its window began."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWait:
+    """A wait, followed from sample to sample. Times are CLOCK_MONOTONIC in µs."""
+
+    key: str
+    kind: WaitKind
+    text: str
+    since: int
+    """When it was first seen."""
+    moved_at: int | None
+    """When one of its signs last moved; None for never."""
+    moved_by: str
+    """A description of that sign; "" for none."""
+    marks: tuple[Mark, ...]
+    doubted_at: int | None
+    """When an ambiguous sign last moved, one that other processes may move too; None for never."""
+    doubted_by: str
+    watched_at: int | None
+    """When the last of its servers was first sampled; None for never."""
+    watched: int = 0
+    """How many servers on the way were sampled, the most so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """The meaning of the samples so far. Times are CLOCK_MONOTONIC in µs, sizes in bytes."""
+
+    first: Sample
+    last: Sample
+    seen: Sample
+    """The last usable sample: the next one is compared with it."""
+    waits: tuple[OpenWait, ...]
+    """The open waits in the last usable sample."""
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    """Descriptions, the most important first."""
+    progress_at: int | None
+    """When progress was last seen; None for never."""
+    outstanding: bool | None
+    """Whether it waits for something; None if unknown."""
+    outstanding_at: int | None
+    """When something was last outstanding, or unknown."""
+    pending: int | None
+    """Bytes still to be written, as far as known."""
+    rate: int | None
+    """Recent bytes per second."""
+    sampled_at: int = 0
+    """The time covered by samples."""
+    unsampled: int = 0
+    """µs since the first sample in which no samples were taken: that time does not prove a
+    standstill."""
+    progress_unsampled: int = 0
+    """`unsampled` at `progress_at`."""
+    outstanding_unsampled: int = 0
+    """`unsampled` at `outstanding_at`."""
+    doubt_at: int | None = None
+    """When an ambiguous sign last moved, which is neither progress nor standstill."""
+    doubt_unsampled: int = 0
+    """`unsampled` at `doubt_at`."""
+    amounts: Amounts = NOTHING_COUNTED
+    """Amounts written that take more than two samples to compute."""
+
+    @property
+    def may_be_outstanding(self) -> bool:
+        """Unknown is never idle: what cannot be read counts as outstanding."""
+        return self.outstanding is not False
+
+    @property
+    def wants_detail(self) -> bool:
+        """Whether a wait is old enough for expensive readings, of other processes for example."""
+        return any(self.last.at - wait.since >= DETAIL_AFTER for wait in self.waits)
+
+    @property
+    def written(self) -> int | None:
+        """Bytes since the first sample, from the best source available."""
+        return written_since(self.first, self.last, self.amounts.served)
+
+    @property
+    def progress_from(self) -> int:
+        """`progress_at` plus the time since then without samples; 0 for never."""
+        if self.progress_at is None:
+            return 0
+        return self.progress_at + self.unsampled - self.progress_unsampled
+
+    @property
+    def doubt_from(self) -> int:
+        """The same for `doubt_at`."""
+        if self.doubt_at is None:
+            return 0
+        return self.doubt_at + self.unsampled - self.doubt_unsampled
+
+    @property
+    def outstanding_from(self) -> int:
+        """The same for `outstanding_at`."""
+        if self.outstanding_at is None:
+            return 0
+        return self.outstanding_at + self.unsampled - self.outstanding_unsampled
+
+
+def is_news(before: Assessment, now: Assessment) -> bool:
+    """Return whether something has changed that callers are told, or that a deadline comes from:
+    not only the time."""
+    return before.seen is before.first or _NEWS(before) != _NEWS(now)
+
+
+def assess(before: Assessment | None, sample: Sample, interval: int = LOOK_INTERVAL) -> Assessment:
+    """Fold one more sample into the assessment; `before` is None for the first.
+
+    `interval`: the planned time to the next sample (µs). If a sample is much later, the delay
+    counts as time without samples, which says nothing about the process.
+    """
+    if before is None:
+        return _first(sample)
+    unsampled = before.unsampled + max(0, sample.at - before.sampled_at - interval - SLACK)
+    if tells_nothing(sample):
+        return _after_useless_sample(before, sample, unsampled)
+    if _is_still(before, sample):
+        return _unmoved(before, sample, unsampled)
+    waits, moves, doubts = _follow(before, sample)
+    unwatched = _watched_late(waits, sample.at, before.progress_at or 0)
+    unsampled = min(unsampled + unwatched, sample.at - before.first.at)
+    outstanding = _outstanding(sample, waits)
+    progress_at, progress_unsampled = before.progress_at, before.progress_unsampled
+    if moves:
+        progress_at, progress_unsampled = sample.at, unsampled
+    outstanding_at, outstanding_unsampled = before.outstanding_at, before.outstanding_unsampled
+    if outstanding is not False:
+        outstanding_at, outstanding_unsampled = sample.at, unsampled
+    doubt_at = sample.at if doubts else before.doubt_at
+    verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
+    amounts = count_amounts(before.amounts, before.first, sample)
+    return Assessment(
+        first=before.first,
+        last=sample,
+        seen=sample,
+        waits=waits,
+        verdict=verdict,
+        reasons=tuple(reasons),
+        progress_at=progress_at,
+        outstanding=outstanding,
+        outstanding_at=outstanding_at,
+        pending=pending(sample),
+        rate=amounts.rate,
+        sampled_at=sample.at,
+        unsampled=unsampled,
+        progress_unsampled=progress_unsampled,
+        outstanding_unsampled=outstanding_unsampled,
+        doubt_at=doubt_at,
+        doubt_unsampled=unsampled if doubts else before.doubt_unsampled,
+        amounts=amounts,
+    )
+
+
+def _is_still(before: Assessment, sample: Sample) -> bool:
+    """Return whether nothing moved before or since, and no wait is open.
+
+    Then the result is known without listing waits again. Most idle guests are in this state, and it
+    costs a third.
+    """
+    last = before.last
+    return (
+        before.first is not last
+        and before.seen is last
+        and last.at not in (before.progress_at, before.doubt_at)
+        and not sample.running
+        and sample.rings is not None
+        and not is_held_still(sample)
+        and all(wait.kind is WaitKind.UNSEEN and not wait.marks for wait in before.waits)
+        and _READINGS(last) == _READINGS(sample)
+        and _own_group(last) == _own_group(sample)
+    )
+
+
+def _own_group(sample: Sample) -> object:
+    """Return what of its control group is judged: figures that others move are not."""
+    group = sample.cgroup
+    return group if group is None or group.own else group.frozen
+
+
+def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
+    may_be_outstanding = before.outstanding is not False
+    unsampled = min(unsampled, sample.at - before.first.at)
+    amounts = count_amounts(before.amounts, before.first, sample)
+    return Assessment(
+        first=before.first,
+        last=sample,
+        seen=sample,
+        waits=before.waits,
+        verdict=before.verdict,
+        reasons=before.reasons,
+        progress_at=before.progress_at,
+        outstanding=before.outstanding,
+        outstanding_at=sample.at if may_be_outstanding else before.outstanding_at,
+        pending=before.pending,
+        rate=amounts.rate,
+        sampled_at=sample.at,
+        unsampled=unsampled,
+        progress_unsampled=before.progress_unsampled,
+        outstanding_unsampled=unsampled if may_be_outstanding else before.outstanding_unsampled,
+        doubt_at=before.doubt_at,
+        doubt_unsampled=before.doubt_unsampled,
+        amounts=amounts,
+    )
+
+
+def _first(sample: Sample) -> Assessment:
+    """A single sample shows what is waited for, but no movement."""
+    waits = tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None))
+    # An exit continues by itself, so one sample suffices.
+    moves = ["it has begun to exit"] if sample.exiting else []
+    verdict, reasons = _verdict(sample, waits, moves, [], sample.at if moves else None)
+    if verdict is Verdict.IDLE:
+        verdict, reasons = Verdict.UNKNOWN, ["one look says nothing of what moves"]
+    outstanding = _outstanding(sample, waits)
+    return Assessment(
+        first=sample,
+        last=sample,
+        seen=sample,
+        waits=waits,
+        verdict=verdict,
+        reasons=tuple(reasons),
+        progress_at=sample.at if moves else None,
+        outstanding=outstanding,
+        outstanding_at=None if outstanding is False else sample.at,
+        pending=pending(sample),
+        rate=None,
+        sampled_at=sample.at,
+        amounts=count_amounts(NOTHING_COUNTED, sample, sample),
+    )
+
+
+def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
+    """A useless sample changes only the verdict."""
+    return Assessment(
+        first=before.first,
+        last=sample,
+        seen=before.seen,
+        waits=before.waits,
+        verdict=Verdict.UNKNOWN,
+        reasons=("nothing of it could be read",),
+        progress_at=before.progress_at,
+        outstanding=None,
+        outstanding_at=sample.at,
+        pending=None,
+        rate=before.rate,
+        sampled_at=sample.at,
+        unsampled=unsampled,
+        progress_unsampled=before.progress_unsampled,
+        outstanding_unsampled=unsampled,
+        doubt_at=before.doubt_at,
+        doubt_unsampled=before.doubt_unsampled,
+        amounts=before.amounts,
+    )
+
+
+def _follow(
+    before: Assessment, sample: Sample
+) -> tuple[tuple[OpenWait, ...], list[str], list[str]]:
+    """Return the open waits, descriptions of what moved since the last sample, and of ambiguous
+    movement."""
+    if is_held_still(sample):
+        # A stopped, traced or frozen process makes no progress, whatever its servers do.
+        return tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None)), [], []
+    known = {wait.key: wait for wait in before.waits}
+    waits, moves, doubts = [], [], []
+    held = False
+    for wait in open_waits(sample, before.seen):
+        old = known.pop(wait.key, None)
+        followed = _new_wait(wait, sample.at) if old is None else _update_wait(wait, old, sample.at)
+        waits.append(followed)
+        if followed.moved_at == sample.at:
+            moves.append(followed.moved_by)
+        elif followed.doubted_at == sample.at:
+            doubts.append(f"{followed.doubted_by}, for this guest or for others")
+        else:
+            held = held or wait.certain
+    if held:
+        # The process cannot exit before a wait ends, so the end of one is progress.
+        doubts = []
+    moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
+    if sample.exiting and not before.seen.exiting:
+        moves.append("it has begun to exit")
+    if not any(wait.kind in _OUTSTANDING for wait in waits):
+        moves += _own_moves(before.seen, sample)
+    return tuple(waits), moves, doubts
+
+
+def _new_wait(wait: Wait, at: int) -> OpenWait:
+    return OpenWait(
+        key=wait.key,
+        kind=wait.kind,
+        text=wait.text,
+        since=at,
+        moved_at=None,
+        moved_by="",
+        marks=tuple(Mark(sign.name, sign.value, at) for sign in wait.signs),
+        doubted_at=None,
+        doubted_by="",
+        watched_at=at if wait.watched else None,
+        watched=wait.watched,
+    )
+
+
+def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
+    marks = {mark.name: mark for mark in old.marks}
+    movement, doubted = (old.moved_at, old.moved_by), (old.doubted_at, old.doubted_by)
+    for sign in wait.signs:
+        mark = marks.get(sign.name)
+        if mark is not None and _has_moved(sign, mark.value):
+            if sign.sure:
+                movement = at, sign.text
+            else:
+                doubted = at, sign.text
+        marks[sign.name] = _new_mark(sign, mark, at)
+    kept_marks = tuple(marks.values())
+    if len(kept_marks) > MAX_MARKS:
+        sign_names = {sign.name for sign in wait.signs}
+        # A sign that is missing now may reappear: its server was not read, for example.
+        kept_marks = tuple(
+            sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
+        )
+    return OpenWait(
+        key=wait.key,
+        kind=wait.kind,
+        text=wait.text,
+        since=old.since,
+        moved_at=movement[0],
+        moved_by=movement[1],
+        marks=kept_marks,
+        doubted_at=doubted[0],
+        doubted_by=doubted[1],
+        watched_at=at if wait.watched > old.watched else old.watched_at,
+        watched=max(wait.watched, old.watched),
+    )
+
+
+def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
+    """Return the µs in which a server that is first sampled now may have moved unseen."""
+    delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
+    return max((time for time in delays if time > SLACK), default=0)
+
+
+def _has_moved(sign: Sign, mark: int) -> bool:
+    match sign.kind:
+        case SignKind.COUNT | SignKind.TRAFFIC:
+            # A counter that fell was reset, which means nothing.
+            return sign.value - mark >= sign.least
+        case SignKind.CHANGE:
+            return sign.value != mark
+        case SignKind.LOW:
+            return mark - sign.value >= sign.least
+        case SignKind.QUIET:
+            return False
+
+
+def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
+    """Return what the sign is compared with next."""
+    if mark is None:
+        return Mark(sign.name, sign.value, at)
+    if sign.kind is SignKind.LOW:
+        has_fallen = mark.value - sign.value >= sign.least
+        return Mark(sign.name, sign.value, at) if has_fallen else mark
+    if sign.kind is SignKind.TRAFFIC:
+        grown = sign.value - mark.value
+        within = 0 <= grown < sign.least and at - mark.at < WINDOW
+        return mark if within else Mark(sign.name, sign.value, at)
+    if sign.kind is SignKind.COUNT and 0 <= sign.value - mark.value < sign.least:
+        return mark
+    if sign.kind is SignKind.QUIET and sign.value == mark.value:
+        return mark
+    return Mark(sign.name, sign.value, at)
+
+
+def _is_over(wait: OpenWait, sample: Sample) -> bool:
+    """Return whether a wait for storage that is no longer listed has ended, rather than become
+    unreadable."""
+    if wait.kind is not WaitKind.STORAGE:
+        return False
+    match wait.key.partition(":")[0]:
+        case "call":
+            return sample.threads is not None
+        case "io_uring":
+            return sample.rings is not None
+    return False
+
+
+def _own_moves(before: Sample, now: Sample) -> list[str]:
+    """Describe what the process itself has read and written while it waited for nothing."""
+    if before.io is None or now.io is None:
+        return []
+    moves = []
+    if (size := now.io.write_bytes - before.io.write_bytes) >= OWN_IO:
+        moves.append(f"it wrote {size} bytes")
+    if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
+        moves.append(f"it read {size} bytes from disks")
+    # Images in memory, on tmpfs, have no other counter. An event loop writes 8 to 16 bytes a
+    # second.
+    if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
+        moves.append(f"it passed {size} bytes to write(2)")
+    return moves
+
+
+def _outstanding(sample: Sample, waits: Sequence[OpenWait]) -> bool | None:
+    if any(wait.kind in _OUTSTANDING for wait in waits):
+        return True
+    # A process that wants a processor, or is unreadable, may have work left.
+    return None if waits else False
+
+
+def _verdict(
+    sample: Sample,
+    waits: Sequence[OpenWait],
+    moves: list[str],
+    doubts: list[str],
+    progress_at: int | None,
+) -> tuple[Verdict, list[str]]:
+    if is_dead(sample):
+        return Verdict.ZOMBIE, ["it has exited, and only its debugger or parent still holds it"]
+    if obstacle := standstill(sample):
+        return Verdict.STOPPED, [obstacle]
+    standing_waits = [_describe(wait, sample.at) for wait in waits if wait.kind in _OUTSTANDING]
+    if moves:
+        return Verdict.FLUSHING, [*moves, *standing_waits]
+    recent = progress_at is not None and sample.at - progress_at <= FLUSHING_FOR
+    storage = [wait for wait in waits if wait.kind in (WaitKind.STORAGE, WaitKind.EXIT)]
+    if storage and recent:
+        return Verdict.FLUSHING, ["it moved a moment ago", *standing_waits]
+    if doubts:
+        return Verdict.UNKNOWN, [*doubts, *standing_waits]
+    if storage:
+        return Verdict.STORAGE_WAIT, standing_waits
+    if standing_waits:
+        return Verdict.BLOCKED, standing_waits
+    if wanting := [wait.text for wait in waits if wait.kind is WaitKind.PROCESSOR]:
+        return Verdict.UNKNOWN, wanting
+    if unseen_texts := [wait.text for wait in waits if wait.kind is WaitKind.UNSEEN]:
+        return Verdict.UNKNOWN, [f"not to be seen: {', '.join(unseen_texts)}"]
+    return Verdict.IDLE, ["nothing moves and nothing is outstanding"]
+
+
+def _describe(wait: OpenWait, at: int) -> str:
+    """Describe the wait, and when it last moved."""
+    if wait.moved_at is None:
+        return wait.text
+    return f"{wait.text}; {wait.moved_by}, {(at - wait.moved_at) // USEC_PER_SEC} s ago"
+
+
+def is_dead(sample: Sample) -> bool:
+    """Return whether it has exited, whatever its pidfd says: that reports it only after the last
+    thread is reaped, which a debugger waiting at its prompt does not do."""
+    return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
+
+
+def standstill(sample: Sample) -> str:
+    """Explain why the process cannot do anything at all; "" if it can."""
+    if sample.cgroup is not None and sample.cgroup.frozen:
+        return "its control group is frozen"
+    if sample.state == "t" or (sample.state == "T" and sample.tracer):
+        return f"a debugger holds it (process {sample.tracer})" if sample.tracer else "traced"
+    return "it is stopped (SIGSTOP)" if sample.state == "T" else ""
+
+
+def can_be_continued(sample: Sample) -> bool:
+    """Return whether SIGCONT would continue it, because only a SIGSTOP holds it."""
+    frozen = sample.cgroup is not None and sample.cgroup.frozen
+    return sample.state == "T" and not sample.tracer and not frozen
+
+
+def pending(sample: Sample) -> int | None:
+    """Return the bytes still to be written, from the most specific source available."""
+    cgroup = sample.cgroup
+    if cgroup is not None and cgroup.own and (remaining := _sum(cgroup.dirty, cgroup.writeback)):
+        return remaining
+    if queued := sum(s.send_queue for s in sample.sockets or () if is_storage(s)):
+        return queued
+    if sample.host is not None and any(waits_for_storage(t) for t in sample.threads or ()):
+        return sample.host.dirty + sample.host.writeback
+    return None
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other

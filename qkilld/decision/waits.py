@@ -1,0 +1,385 @@
+"""List what a process waits for, and the signs that each wait makes progress. Pure.
+
+A QEMU that received SIGTERM and has nothing left to do exits within milliseconds. One that is still
+there waits. `open_waits` lists the waits in one sample, each with its own signs: the disk under the
+descriptor that a thread waits on, the server at the other end of a connection. Only these count as
+progress of that wait, not a neighbour on another disk, traffic on a console, or a thread woken by a
+timer.
+
+An unreadable source is a wait too, of the kind UNSEEN: unknown is never idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Final
+
+from qkilld.decision.signs import (
+    TALK,
+    Sign,
+    SignKind,
+    disk_signs,
+    group_signs,
+    io_signs,
+    mount_signs,
+    sleeps_without_disk,
+    socket_signs,
+    waits_for_storage,
+)
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
+
+CONNECTED: Final = "connected"
+"""The sign with the number of a node's connections; its mark tells since when."""
+
+
+class WaitKind(StrEnum):
+    STORAGE = "storage"
+    """For storage, or for a server that may be storage."""
+    EXIT = "exit"
+    """For the kernel, which frees the process's memory or writes a core dump."""
+    CALL = "call"
+    """In a system call that is not for storage: on a full pipe, a lock, a device."""
+    PROCESSOR = "processor"
+    """For a processor, to handle SIGTERM or to continue."""
+    UNSEEN = "unseen"
+    """Possibly: what would show the wait is unreadable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    key: str
+    """Stays the same from sample to sample."""
+    kind: WaitKind
+    text: str
+    """A printable description."""
+    signs: tuple[Sign, ...] = ()
+    watched: int = 0
+    """How many servers on the way to its storage run on this host and were sampled: 2 for a proxy
+    and the server behind it."""
+    certain: bool = False
+    """A request is in flight; otherwise a connection may have one."""
+
+
+def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
+    """List everything that the process waits for, the most certain first.
+
+    `previous` is the last usable sample. Waits for a processor need two samples.
+    """
+    waits = [
+        *_exit_wait(sample),
+        *_call_waits(sample),
+        *_ring_waits(sample, previous),
+        *_connection_waits(sample, previous),
+        *_processor_wait(sample, previous),
+        *(_unseen_wait(source, sample, previous) for source in blind_to(sample)),
+        *_added_storage(sample),
+    ]
+    return tuple(waits)
+
+
+def blind_to(sample: Sample) -> list[str]:
+    """List the unreadable sources that would show a wait."""
+    return [
+        name
+        for name, value in (
+            ("io", sample.io),
+            ("threads", sample.threads),
+            ("sockets", sample.sockets),
+            ("io_urings", sample.rings),
+            ("command line", sample.nodes),
+        )
+        if value is None
+    ]
+
+
+def tells_nothing(sample: Sample) -> bool:
+    """Return whether the sample is useless: reading it timed out, or was not permitted."""
+    return sample.io is None and sample.threads is None and sample.sockets is None
+
+
+def _exit_wait(sample: Sample) -> list[Wait]:
+    if not (sample.exiting or sample.dumping):
+        return []
+    signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel takes its memory apart")]
+    signs += io_signs(sample.io, "it")
+    signs += disk_signs([d for d in sample.devices or () if d.writable], sample, own=True)
+    text = "it is exiting, which no signal hurries"
+    if sample.dumping:
+        text = "the kernel writes a core dump of it"
+    return [Wait("exit", WaitKind.EXIT, text, tuple(signs))]
+
+
+def _call_waits(sample: Sample) -> list[Wait]:
+    """Return one wait for all threads that wait in the same place."""
+    frozen = sample.cgroup is not None and sample.cgroup.frozen
+    groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
+    for thread in sample.threads or ():
+        kind = WaitKind.STORAGE if waits_for_storage(thread) else WaitKind.CALL
+        if kind is WaitKind.CALL and frozen:
+            continue  # The freezer of cgroup v1 shows every thread in state D.
+        place = (*thread.disks, thread.mount) if thread.target in ("disk", "mount") else ()
+        if kind is WaitKind.CALL:
+            place = (thread.call, thread.target)
+        groups.setdefault((kind, place), []).append(thread)
+    return [
+        Wait(
+            key=f"call:{kind.value}:{','.join(place)}",
+            kind=kind,
+            text=_shown(threads),
+            signs=tuple(_call_signs(sample, threads, kind)),
+            certain=kind is WaitKind.STORAGE,
+        )
+        for (kind, place), threads in groups.items()
+    ]
+
+
+def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> list[Sign]:
+    tids = hash(tuple(sorted(thread.tid for thread in threads)))
+    signs = [Sign("threads", SignKind.CHANGE, tids, "a call of it returned")]
+    if kind is not WaitKind.STORAGE:
+        return signs
+    located = [thread for thread in threads if thread.target in ("disk", "mount")]
+    disk_numbers = {number for thread in located for number in thread.disks}
+    # A call without a descriptor (io_submit) is identified by its wait channel.
+    diskless = not located and all(sleeps_without_disk(thread) for thread in threads)
+    anywhere = not located and not diskless
+    devices = [d for d in sample.devices or () if anywhere or d.number in disk_numbers]
+    mounts = {thread.mount for thread in located if thread.mount}
+    signs += disk_signs([d for d in devices if d.writable or disk_numbers], sample)
+    signs += mount_signs(sample.mounts or (), mounts if located else None)
+    signs += io_signs(sample.io, "it")
+    if devices:
+        signs += group_signs(sample)
+    elif not any("balance_dirty" in (thread.wchan or "") for thread in threads):
+        # This storage has no counters, but a thread that waits for a single reply is woken only by
+        # it.
+        woken = sum(thread.switches or 0 for thread in threads)
+        signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
+    return signs
+
+
+def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
+    waits = []
+    if sample.rings:
+        signs = [Sign("low", SignKind.LOW, sample.rings, "requests on its io_urings completed")]
+        signs += _request_signs(sample, previous)
+        text = f"{sample.rings} requests are in flight on its io_urings"
+        waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
+    if sample.direct:
+        # The kernel does not report requests in flight, only completions in the ring.
+        signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
+        if sample.completions is not None:
+            text = "asynchronous requests of it completed"
+            signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
+        else:
+            signs += disk_signs([d for d in sample.devices or () if d.writable and d.own], sample)
+        text = "it has asynchronous requests to a disk, or may have them"
+        # Requests that a disk holds are most likely its own, and its exit needs that disk anyway.
+        stuck = bool(_stuck_disks(sample, previous))
+        waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
+    return waits
+
+
+def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
+    """Return the disks that have requests in flight and complete none."""
+    earlier = {device.number: device for device in (previous and previous.devices) or ()}
+    return {
+        device.number
+        for device in sample.devices or ()
+        if device.writable and device.depth == 0 and _stands(earlier.get(device.number), device)
+    }
+
+
+def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
+    """Return signs for requests that may be on any of its disks. If one disk has requests in flight
+    and completes none, the requests are there, and completions of other disks do not count."""
+    writable = [device for device in sample.devices or () if device.writable]
+    stuck = _stuck_disks(sample, previous)
+    signs = disk_signs(writable, sample)
+    if stuck:
+        idle_disks = {
+            f"disk:{d.number}" for d in writable if d.depth == 0 and d.number not in stuck
+        }
+        signs = [
+            replace(sign, kind=SignKind.QUIET) if sign.name in idle_disks else sign
+            for sign in signs
+        ]
+    return [*signs, *io_signs(sample.io, "it"), *group_signs(sample)]
+
+
+def _stands(before: Device | None, now: Device) -> bool:
+    if before is None or not (before.in_flight and now.in_flight):
+        return False
+    return (before.writes, before.reads) == (now.writes, now.reads)
+
+
+def _added_storage(sample: Sample) -> list[Wait]:
+    """A node that was added through the monitor and has lost its server leaves no trace."""
+    if not sample.pluggable or is_held_still(sample):
+        return []
+    return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
+
+
+def is_held_still(sample: Sample) -> bool:
+    """Return whether the process is stopped, traced or frozen, so that it cannot do anything."""
+    frozen = sample.cgroup is not None and bool(sample.cgroup.frozen)
+    return frozen or sample.state in ("T", "t")
+
+
+def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
+    """Requests on unreadable rings have the same signs as others."""
+    signs = []
+    if what == "io_urings":
+        signs = _request_signs(sample, previous)
+    elif what == "sockets":
+        # One of them may be a storage connection; timers and consoles transfer much less.
+        signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
+    return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
+
+
+def _talk_signs(sample: Sample) -> list[Sign]:
+    """Return the bytes that QEMU's threads write to each other for each reply."""
+    if sample.io is None:
+        return []
+    transferred = sample.io.wchar + sample.io.rchar
+    return [Sign("said", SignKind.TRAFFIC, transferred, "answers make its threads talk", TALK)]
+
+
+def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
+    sockets = sample.sockets or ()
+    before = {
+        socket.inode: socket.peer
+        for socket in (previous and previous.sockets) or ()
+        if socket.peer is not None
+    }
+    waits = [
+        _node_wait(node, [socket for socket in sockets if socket.node == node.name], sample, before)
+        for node in sample.nodes or ()
+    ]
+    for socket in sockets:
+        if socket.role == "unknown" or (socket.role == "storage" and not socket.node):
+            text = f"a {socket.family} connection of unknown use is open and may owe it an answer"
+            signs = tuple(socket_signs(socket, "", before.get(socket.inode)))
+            # Data for a console may never be read.
+            stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
+            waits.append(
+                Wait(
+                    key=f"socket:{socket.inode}",
+                    kind=WaitKind.STORAGE,
+                    text=text,
+                    signs=signs,
+                    watched=server_depth(socket.peer),
+                    certain=(stores and socket.send_queue > 0) or _is_served([socket]),
+                )
+            )
+    return waits
+
+
+def _node_wait(
+    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer]
+) -> Wait:
+    """`before`: the servers in the last sample, by the inode of the connection."""
+    signs = [
+        sign
+        for socket in sockets
+        for sign in socket_signs(socket, node.protocol, before.get(socket.inode))
+    ]
+    signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
+    if node.served is not None:
+        # Counts once, because a server that comes and goes makes no progress. QEMU reconnects up to
+        # 16 s later.
+        signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
+    if sample.sockets is None:
+        # The connection and its server are in another network namespace.
+        signs += _talk_signs(sample)
+    title = f"{node.protocol} node {node.name}"
+    queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
+    if sample.sockets is None:
+        text = f"{title} may owe it an answer; its connection is not to be seen"
+    elif not sockets:
+        text = f"{title} has no connection to its server"
+    elif queued:
+        text = f"{title} has {queued} bytes or segments on the way to {_server(sockets)}"
+    else:
+        text = f"{title} may owe it an answer of {_server(sockets)}"
+    watched = max((server_depth(socket.peer) for socket in sockets), default=0)
+    return Wait(
+        key=f"node:{node.name}",
+        kind=WaitKind.STORAGE,
+        text=text,
+        signs=tuple(signs),
+        watched=watched,
+        certain=queued > 0 or _is_served(sockets),
+    )
+
+
+def server_depth(peer: Peer | None) -> int:
+    """Return how many servers follow each other, from this one on."""
+    return 0 if peer is None else 1 + max(map(server_depth, peer.behind), default=0)
+
+
+def _is_served(sockets: Sequence[Socket]) -> bool:
+    """Return whether a server that has no other clients works on a request."""
+    peers = [socket.peer for socket in sockets if socket.peer is not None]
+    return any(
+        peer.shared is False and any(waits_for_storage(thread) for thread in peer.threads or ())
+        for peer in peers
+    )
+
+
+def _server(sockets: Sequence[Socket]) -> str:
+    for socket in sockets:
+        if socket.peer is not None:
+            return f"{socket.peer.command} (process {socket.peer.pid})"
+    return "its server"
+
+
+def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
+    """Return the wait of a process that wants to run: it is starved, has yet to handle SIGTERM, or
+    spins."""
+    if is_held_still(sample):
+        return []
+    if previous is None or sample.cpu is None or previous.cpu is None or not sample.running:
+        text = "it has not taken SIGTERM yet"
+        pending = sample.term_pending and previous is not None
+        return [Wait("sigterm", WaitKind.CALL, text)] if pending else []
+    if not previous.running or sample.at - previous.at < _LEAST_GAP:
+        return []
+    # Clock ticks are hundredths of a second (USER_HZ).
+    share = (sample.cpu - previous.cpu) * 1_000_000 / (sample.at - previous.at)
+    if share >= _SPINS:
+        text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
+        return [Wait("spin", WaitKind.PROCESSOR, text)]
+    if share < _STARVES:
+        text = "it wants to run and gets hardly any of a processor"
+        sign = Sign("cpu", SignKind.COUNT, sample.cpu, "it got some of a processor")
+        return [Wait("starved", WaitKind.PROCESSOR, text, (sign,))]
+    return []
+
+
+_LEAST_GAP: Final = 200_000
+"""The shortest interval (µs) between samples in which clock ticks give a useful processor share."""
+_SPINS: Final = 50.0
+"""Percent of a processor above which a process that does nothing else spins."""
+_STARVES: Final = 10.0
+"""Percent of a processor below which a process that wants to run is starved."""
+
+
+def _shown(threads: Sequence[Thread]) -> str:
+    first = threads[0]
+    subject = f"thread {first.tid} ({first.name}) waits"
+    if len(threads) > 1:
+        subject = f"{len(threads)} threads wait"
+    call = f" in {first.call}" if first.call else ""
+    on = {"pipe": " to a pipe", "socket": " on a socket", "other": " on a descriptor"}
+    if first.disks:
+        place = f" on disk {first.disks[0]}"
+    elif first.target == "mount":
+        place = f" on file system {first.mount}"
+    else:
+        place = on.get(first.target, "")
+    where = f" ({first.wchan})" if first.wchan else ""
+    return f"{subject}{call}{place}{where}, state {first.state}"

@@ -1,0 +1,111 @@
+"""Choose the connections to cut off so that QEMU can finish its other disks. Pure.
+
+`query-yank` lists every connection that can be cut off, also healthy ones, and a healthy NBD server
+that owes QEMU no reply looks like a dead one. Cutting off a healthy one loses the data that QEMU
+still holds for it. So connections on which a reply is certainly missing come first: unacknowledged
+bytes, a server that is gone, a request without a reply before SIGTERM. The others follow only if
+there are none of these, because the next rung, SIGKILL, loses more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from qkilld.decision.verdict import Assessment, OpenWait
+from qkilld.decision.waits import WaitKind
+from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Node, Sample
+
+_NODE = "node:"
+_SOCKET = "socket:"
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """A connection to cut off."""
+
+    instance: YankInstance
+    disks: tuple[str, ...]
+    """The disks behind it, printable; its own name if they are unknown."""
+    why: str
+    """The wait, printable."""
+
+
+def choose(
+    instances: Sequence[YankInstance],
+    evidence: Assessment,
+    *,
+    disks: Sequence[GuestDisk] = (),
+    stuck: Collection[str] = (),
+    done: Collection[str] = (),
+    still_since: int,
+) -> tuple[CutOff, ...]:
+    """Return the connections to cut off now; () if none would help.
+
+    disks        the disks that were known before SIGTERM
+    stuck        names of nodes that did not answer at that time
+    done         names of connections that were cut off already
+    still_since  connections that moved since then are left alone; CLOCK_MONOTONIC, µs
+    """
+    waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
+    nodes = {node.name: node for node in evidence.last.nodes or ()}
+    suspects, others = [], []
+    for instance in instances:
+        if instance.kind not in ("block-node", "chardev") or instance.name in done:
+            continue
+        titles = _titles(instance, disks)
+        names = [name for name in nodes if _is_of(name, instance, titles)]
+        node_waits = [waits[_NODE + name] for name in names if _NODE + name in waits]
+        if any(_has_moved(wait, still_since) for wait in node_waits):
+            continue
+        candidate = CutOff(instance, titles or (instance.name,), _why(node_waits))
+        owes = any(_owes(nodes[name], evidence.last) for name in names)
+        if owes or instance.name in stuck:
+            suspects.append(candidate)
+        elif node_waits or (instance.kind == "block-node" and not names):
+            others.append((candidate, bool(node_waits)))
+    if suspects:
+        return tuple(suspects)
+    if _waits_elsewhere(waits.values()):
+        return ()
+    connections = [wait for key, wait in waits.items() if key.startswith((_NODE, _SOCKET))]
+    all_still = not any(_has_moved(wait, still_since) for wait in connections)
+    return tuple(candidate for candidate, known in others if known or all_still)
+
+
+def _titles(instance: YankInstance, disks: Sequence[GuestDisk]) -> tuple[str, ...]:
+    """Return the disks behind a connection."""
+    return tuple(disk.title for disk in disks if instance.name in disk.connections)
+
+
+def _is_of(name: str, instance: YankInstance, titles: Sequence[str]) -> bool:
+    """Return whether this instance is a node of the command line."""
+    if instance.kind == "chardev":
+        return name.startswith(f"{instance.name} (vhost-user")
+    return name == instance.name or name in titles
+
+
+def _has_moved(wait: OpenWait, since: int) -> bool:
+    return wait.moved_at is not None and wait.moved_at > since
+
+
+def _owes(node: Node, sample: Sample) -> bool:
+    """Return whether a reply is certainly missing."""
+    sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
+    if sample.sockets is not None and not sockets:
+        return True
+    return node.served is False or any(one.send_queue or one.unacked for one in sockets)
+
+
+def _why(waits: Sequence[OpenWait]) -> str:
+    return next(_texts(waits), "it does not move")
+
+
+def _texts(waits: Sequence[OpenWait]) -> Iterator[str]:
+    return (wait.text for wait in waits)
+
+
+def _waits_elsewhere(waits: Collection[OpenWait]) -> bool:
+    """Return whether QEMU certainly waits for something other than a connection."""
+    return any(not wait.key.startswith((_NODE, _SOCKET)) for wait in waits)

@@ -1,0 +1,50 @@
+"""Share one run of a piece of work among all concurrent callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeVar
+
+T = TypeVar("T")
+
+REST: Final = 3
+"""After a run, wait for this many times its duration, …"""
+MAX_REST_S: Final = 0.1
+"""… but at most this long, so that constant requests do not keep it running all the time."""
+
+
+class SharedRun(Generic[T]):
+    """Callers that arrive while a run is in progress share the next one: the current run may have
+    begun before the change that they ask about."""
+
+    def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
+        self._work = work
+        self._running: asyncio.Task[T] | None = None
+        self._next: asyncio.Task[T] | None = None
+        self._rested_at = 0.0
+        """When the last run ended, by the loop's clock."""
+
+    async def get(self) -> T:
+        """Return or raise the result of a run. It is shared: do not modify it."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_task(self._run(self._running))
+        # A caller that is cancelled does not cancel the run for the others.
+        return await asyncio.shield(self._next)
+
+    async def _run(self, before: asyncio.Task[T] | None) -> T:
+        if before is not None:
+            await asyncio.wait((before,))
+        loop = asyncio.get_running_loop()
+        if (pause_s := self._rested_at - loop.time()) > 0:
+            await asyncio.sleep(pause_s)
+        start = loop.time()
+        running = self._running = self._next
+        self._next = None
+        try:
+            return await self._work()
+        finally:
+            now = loop.time()
+            self._rested_at = now + min(MAX_REST_S, REST * (now - start))
+            if self._running is running:
+                self._running = None

@@ -1,0 +1,43 @@
+"""The parts that a job works with, and the callbacks through which it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from qkilld.engine.ports import Clock, Journal, Monitors, Sampler, Traces
+from qkilld.model.dataclass import dataclass
+
+J = TypeVar("J")
+"""The class of the job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collaborators(Generic[J]):
+    """The parts that a job works with, and the callbacks through which it reports."""
+
+    clock: Clock
+    journal: Journal
+    sampler: Sampler | None
+    """None: every sample is empty."""
+    monitors: Monitors | None
+    """None: guests cannot be asked."""
+    traces: Traces | None
+    executables: tuple[str, ...]
+    """Globs of QEMU executables."""
+    may_yank: Callable[[str | None], bool]
+    """Whether dead storage of the guest with this name may be yanked: Yank=."""
+    load: Callable[[], int]
+    """Returns the number of running jobs."""
+    when_saved: Callable[[Callable[[], None]], None]
+    """Calls back once all changes so far are saved."""
+    on_change: Callable[[J], None]
+    on_look: Callable[[J], None]
+    """Called instead if only the time of the last sample has changed."""
+    on_end: Callable[[J], None]
+    on_survivor_gone: Callable[[J], None]
+    on_monitor: Callable[[J, int | None], None]
+    """Called when a job has opened its guest's monitor; with its descriptor if that should be
+    kept."""
+    write_down: Callable[[J, Callable[[], None]], None]
+    """Saves the job, and calls back when that is done or takes too long."""

@@ -1,0 +1,144 @@
+"""Choose whose call is next: every user gets a turn, however many calls and connections others
+have.
+
+A pure data structure. A turn belongs to a uid. While a connection's uid is unknown, it has a queue
+but no turn. The connections of a uid share its turn, and each connection's calls keep their order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import field
+from typing import Final, Generic, TypeVar
+
+from qkilld.model.dataclass import dataclass
+
+MAX_CALLS: Final = 1024
+"""The most calls that may wait for one uid, or for one connection of unknown uid."""
+MAX_BYTES: Final = 256 << 10
+"""The same in bytes of their bodies."""
+MAX_TOTAL: Final = 4096
+"""The most calls that may wait in total; above that, a connection may have SPARE waiting calls."""
+MAX_TOTAL_BYTES: Final = 1 << 20
+SPARE: Final = 8
+CALLS_PER_TURN: Final = 4
+BYTES_PER_TURN: Final = 16 << 10
+"""A turn ends after this many bytes, because long calls take long to check."""
+CROWD: Final = 64
+"""A user with more waiting calls than this gets one call in each turn."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True)
+class _ConnectionQueues(Generic[Item]):
+    """The waiting calls of connections that share a turn."""
+
+    waiting: OrderedDict[str, deque[tuple[Item, int]]] = field(default_factory=OrderedDict)
+    """By connection: its waiting calls with their sizes. The first connection is next."""
+    count: int = 0
+    size: int = 0
+
+
+class FairQueue(Generic[Item]):
+    def __init__(self, unlimited: frozenset[int] = frozenset({0})) -> None:
+        """`unlimited`: uids without a limit of waiting calls."""
+        self._unlimited = unlimited
+        self._groups: OrderedDict[int, _ConnectionQueues[Item]] = OrderedDict()
+        """By uid: those with waiting calls. The first one is next."""
+        self._strangers: dict[str, _ConnectionQueues[Item]] = {}
+        """Connections of unknown uid."""
+        self._count = 0
+        self._size = 0
+
+    def __bool__(self) -> bool:
+        """Whether a call can be taken."""
+        return bool(self._groups)
+
+    @property
+    def users(self) -> int:
+        """The number of users with waiting calls."""
+        return len(self._groups)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether every user with waiting calls has more than CROWD."""
+        return all(
+            group.count > CROWD and uid not in self._unlimited
+            for uid, group in self._groups.items()
+        )
+
+    def put(self, name: str, uid: int | None, item: Item, size: int) -> bool:
+        """Add a call of that connection; return False if too many wait already."""
+        group = self._strangers.get(name) if uid is None else self._groups.get(uid)
+        if group is None:
+            group = _ConnectionQueues()
+        unlimited = uid in self._unlimited
+        own_count = len(group.waiting.get(name, ()))
+        crowded = self._count >= MAX_TOTAL or self._size + size > MAX_TOTAL_BYTES
+        full = group.count >= MAX_CALLS or group.size + size > MAX_BYTES
+        if not unlimited and (full or (crowded and own_count >= SPARE)):
+            return False
+        if uid is None:
+            self._strangers[name] = group
+        else:
+            self._groups[uid] = group
+        group.waiting.setdefault(name, deque()).append((item, size))
+        group.count += 1
+        group.size += size
+        if not unlimited:
+            self._count += 1
+            self._size += size
+        return True
+
+    def introduce(self, name: str, uid: int) -> None:
+        """Set the uid of a connection."""
+        stranger = self._strangers.pop(name, None)
+        if stranger is None:
+            return
+        if uid in self._unlimited:
+            self._count -= stranger.count
+            self._size -= stranger.size
+        group = self._groups.setdefault(uid, _ConnectionQueues())
+        group.waiting.setdefault(name, deque()).extendleft(reversed(stranger.waiting[name]))
+        group.count += stranger.count
+        group.size += stranger.size
+
+    def forget(self, name: str, uid: int | None) -> list[Item]:
+        """Remove a connection that is gone; return its waiting calls, which nobody will answer."""
+        group = self._strangers.pop(name, None) if uid is None else self._groups.get(uid)
+        waiting = None if group is None else group.waiting.pop(name, None)
+        if group is None or waiting is None:
+            return []
+        for _, size in waiting:
+            self._count_down(uid, group, size)
+        return [item for item, _ in waiting]
+
+    def turn(self) -> tuple[int, list[Item]]:
+        """Return the uid whose turn it is, and its next calls; then it is the next uid's turn. At
+        least one call must be waiting."""
+        uid, group = next(iter(self._groups.items()))
+        most = 1 if group.count > CROWD and uid not in self._unlimited else CALLS_PER_TURN
+        self._groups.move_to_end(uid)
+        items: list[Item] = []
+        taken = 0
+        while group.count and len(items) < most and taken < BYTES_PER_TURN:
+            name, waiting = next(iter(group.waiting.items()))
+            item, size = waiting.popleft()
+            items.append(item)
+            taken += size
+            if waiting:
+                group.waiting.move_to_end(name)
+            else:
+                del group.waiting[name]
+            self._count_down(uid, group, size)
+        return uid, items
+
+    def _count_down(self, uid: int | None, group: _ConnectionQueues[Item], size: int) -> None:
+        group.count -= 1
+        group.size -= size
+        if uid not in self._unlimited:
+            self._count -= 1
+            self._size -= size
+        if uid is not None and not group.count:
+            del self._groups[uid]

@@ -1,0 +1,263 @@
+"""Ask a guest to shut down: open the monitor, observe the guest, ask, and watch.
+
+decision.powerdown interprets the observations; this carries out its conclusions, one command at a
+time, under the engine's clock. It ends with an AskOutcome, or is closed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from qkilld.decision import powerdown
+from qkilld.decision.last_rungs import JobsProgress
+from qkilld.decision.powerdown import AskMethod, Attempt, Conclusion, Judgement
+from qkilld.engine.monitor_link import MonitorLink
+from qkilld.engine.ports import Clock, GuestMonitor, Timer
+from qkilld.model.block_state import BackgroundJob
+from qkilld.model.constants import USEC_PER_SEC, GuestAsked
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest_state import GuestObservation, GuestOrder
+
+LOOK_INTERVAL: Final = USEC_PER_SEC
+"""The interval of observations (µs) after the guest was asked."""
+FIRST_INTERVAL: Final = 250_000
+"""The interval before that (µs)."""
+BLIND: Final = 60 * USEC_PER_SEC
+"""How long (µs) to wait for a guest that was asked but can no longer be observed because of a
+bug."""
+
+_ENDS: Final = {
+    Conclusion.SHUT_DOWN: GuestAsked.SHUT_DOWN,
+    Conclusion.IGNORED: GuestAsked.IGNORED,
+    Conclusion.DEAF: GuestAsked.DEAF,
+    Conclusion.UNREACHABLE: GuestAsked.UNREACHABLE,
+    Conclusion.NOT_RUNNING: GuestAsked.NOT_RUNNING,
+}
+_ORDERS: Final = {AskMethod.AGENT: GuestOrder.AGENT, AskMethod.BUTTON: GuestOrder.BUTTON}
+_HELPED_BY: Final = {"paused": GuestOrder.RESUME, "suspended": GuestOrder.WAKE}
+"""The order that makes a guest in this runstate run."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskOutcome:
+    """The outcome of asking."""
+
+    outcome: GuestAsked
+    reason: str
+    """A printable explanation."""
+
+
+class GuestAsker:
+    """Asks one guest. There are no callbacks after `close` or the end."""
+
+    def __init__(
+        self,
+        link: MonitorLink,
+        clock: Clock,
+        *,
+        attempt: Attempt,
+        agent_tried: bool,
+        span: int,
+        help: tuple[GuestOrder, ...],
+        may_ask: Callable[[], bool],
+        stall: Callable[[], int] | None,
+        on_jobs: Callable[[Sequence[BackgroundJob]], None],
+        on_order: Callable[[GuestOrder], None],
+        on_pressed: Callable[[], None],
+        on_judgement: Callable[[Judgement], None],
+        on_end: Callable[[AskOutcome], None],
+        on_fault: Callable[[Exception], None],
+    ) -> None:
+        """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier
+        daemon.
+
+        While `may_ask` returns False, the guest is only observed. Backups and other jobs that the
+        end of QEMU would cancel are waited for before it is asked, as long as one has moved within
+        `stall` µs; `on_jobs` is called meanwhile. If `stall` is None, there is no such wait.
+        `on_pressed` is called if somebody else has pressed the guest's power button, `on_fault`
+        with a bug in qkilld, after which the guest is not asked any more.
+        """
+        self._link, self._clock = link, clock
+        self._attempt = attempt
+        self._agent_tried = agent_tried
+        self._span, self._help = span, help
+        self._may_ask = may_ask
+        self._stall, self._on_jobs = stall, on_jobs
+        self._jobs = JobsProgress()
+        self._on_order, self._on_judgement, self._on_end = on_order, on_judgement, on_end
+        self._on_pressed = on_pressed
+        self._on_fault = on_fault
+        self._helped: set[GuestOrder] = set()
+        self._timer: Timer | None = None
+        self._closed = False
+
+    @property
+    def attempt(self) -> Attempt:
+        """Everything known so far; for the next daemon."""
+        return self._attempt
+
+    def start(self) -> None:
+        was_asked = bool(self._attempt.asked or self._attempt.restarts)
+        was_open = self._attempt.agent_was_open
+        self._link.open(self._guarded(self._opened), asked=was_asked, agent_was_open=was_open)
+
+    def set_span(self, span: int) -> None:
+        """Change PowerdownSec= to `span` (µs)."""
+        self._span = span
+
+    def judge_exit(self) -> GuestAsked | None:
+        """After QEMU's exit, return the outcome of asking; None if the guest was not asked."""
+        signs, all_heard = self._link.read_rest()
+        return powerdown.judge_exit(self._attempt, signs, all_heard=all_heard)
+
+    def close(self) -> None:
+        """Stop asking; the monitor stays open. May be called twice."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """Wrap a callback so that a bug in it ends the asking; otherwise a guest that is neither
+        asked nor stopped would run for ever."""
+
+        def guarded(*arguments: object) -> None:
+            if self._closed:
+                return
+            try:
+                for argument in arguments:
+                    if isinstance(argument, Exception):
+                        raise argument
+                callback(*arguments)
+            except Exception as error:
+                self._fail(error)
+
+        return guarded
+
+    def _fail(self, error: Exception) -> None:
+        self._on_fault(error)
+        if self._closed:
+            return
+        asks = self._attempt.asked
+        if not asks:
+            self._end(GuestAsked.UNREACHABLE, "an error in qkilld keeps it from asking")
+            return
+        # The guest may be shutting down, and its exit is still noticed.
+        until = asks[-1].at + min(self._span, BLIND)
+
+        def end() -> None:
+            self._end(GuestAsked.ASKED, "an error in qkilld keeps it from watching")
+
+        self._timer = self._clock.call_at(until, end)
+
+    def _opened(self, found: GuestMonitor | str) -> None:
+        if not isinstance(found, str):
+            self._observe()
+        elif not self._attempt.asked and self._attempt.restarts == 0:
+            self._end(GuestAsked.UNREACHABLE, found)
+        else:
+            # The guest was asked, and may be shutting down.
+            self._learn(GuestObservation(at=self._clock.now()))
+
+    def _observe(self) -> None:
+        if (monitor := self._link.monitor) is None:
+            self.start()
+        else:
+            monitor.observe(self._guarded(self._learn))
+
+    def _learn(self, observation: GuestObservation) -> None:
+        self._attempt = powerdown.observe(self._attempt, observation)
+        monitor = self._link.monitor
+        agent = monitor is not None and monitor.has_agent and not self._agent_tried
+        judgement = powerdown.judge(self._attempt, powerdown=self._span, agent=agent)
+        if judgement.conclusion is Conclusion.NOT_RUNNING and self._try_to_help(observation):
+            return
+        asks = judgement.method is not None and self._may_ask()
+        if asks and self._stall is not None and not self._attempt.asked and monitor is not None:
+            monitor.look_at_jobs(self._guarded(lambda jobs: self._wait_for_jobs(jobs, judgement)))
+        else:
+            self._act_on(judgement)
+
+    def _wait_for_jobs(self, jobs: tuple[BackgroundJob, ...] | str, judgement: Judgement) -> None:
+        """Wait as long as they progress. Those that cannot be seen are not waited for."""
+        now, jobs = self._clock.now(), () if isinstance(jobs, str) else jobs
+        self._jobs = self._jobs.after(jobs, now)
+        if self._stall is not None and self._jobs.waited_for(now, self._stall()):
+            self._on_jobs(jobs)
+            self._look_later(LOOK_INTERVAL)
+        else:
+            self._act_on(judgement)
+
+    def _act_on(self, judgement: Judgement) -> None:
+        self._on_judgement(judgement)
+        if self._closed:
+            return
+        if judgement.conclusion in powerdown.ENDS:
+            self._end(_ENDS[judgement.conclusion], judgement.reason)
+        elif judgement.method is not None and self._may_ask():
+            self._ask(judgement.method)
+        elif judgement.conclusion is Conclusion.PRESSED:
+            self._order(GuestOrder.WATCH, self._watch_press)
+        else:
+            self._look_later()
+
+    def _watch_press(self, refused: str) -> None:
+        """Continue as if the guest had been asked here, because a second press could cancel the
+        first."""
+        self._attempt = powerdown.note_asked(self._attempt, AskMethod.BUTTON, self._clock.now())
+        self._on_pressed()
+        self._look_later()
+
+    def _try_to_help(self, observation: GuestObservation) -> bool:
+        """Resume or wake the guest, if the caller allows it and it was not tried yet."""
+        order = _HELPED_BY.get(observation.runstate or "")
+        if order is None or order not in self._help or order in self._helped:
+            return False
+        if not self._may_ask():
+            self._look_later()
+            return True
+        self._helped.add(order)
+        self._order(order, lambda refused: self._look_later())
+        return True
+
+    def _ask(self, method: AskMethod) -> None:
+        if method is AskMethod.AGENT:
+            self._agent_tried = True
+            if GuestOrder.THAW in self._help and GuestOrder.THAW not in self._helped:
+                self._helped.add(GuestOrder.THAW)
+                self._order(GuestOrder.THAW, lambda refused: self._send(method))
+                return
+        self._send(method)
+
+    def _send(self, method: AskMethod) -> None:
+        def sent(refused: str) -> None:
+            if not refused:
+                self._attempt = powerdown.note_asked(self._attempt, method, self._clock.now())
+                self._on_order(_ORDERS[method])
+                self._look_later()
+            elif method is AskMethod.AGENT or self._attempt.asked:
+                # The power button remains, or the guest may react to an earlier request.
+                self._look_later()
+            else:
+                self._end(GuestAsked.UNREACHABLE, refused)
+
+        self._order(_ORDERS[method], sent)
+
+    def _order(self, what: GuestOrder, callback: Callable[[str], None]) -> None:
+        if (monitor := self._link.monitor) is None:
+            callback("its monitor was lost")
+        else:
+            monitor.order(what, self._guarded(callback))
+
+    def _look_later(self, interval: int | None = None) -> None:
+        if interval is None:
+            interval = LOOK_INTERVAL if self._attempt.asked else FIRST_INTERVAL
+        self._timer = self._clock.call_at(
+            self._clock.now() + interval, self._guarded(self._observe)
+        )
+
+    def _end(self, outcome: GuestAsked, reason: str) -> None:
+        """The monitor stays open, because QEMU may have to be told to quit."""
+        if not self._closed:
+            self._on_end(AskOutcome(outcome, reason))

@@ -1,0 +1,155 @@
+"""Watch the guests of this host appear and disappear, while a client wants to know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, Protocol
+
+from qkilld.engine.ports import Monitors
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import QkilldError
+from qkilld.model.guest import Guest, GuestChannels
+
+SCAN_INTERVAL_S: Final = 2.0
+"""A scan reads all of /proc, 0.1 ms for each process of the host."""
+MAX_SURVEYS: Final = 8
+"""The most guests whose command lines are read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedGuest:
+    number: int
+    """Constant while the process lives and guests are watched; never reused."""
+    guest: Guest
+    channels: GuestChannels
+
+
+class GuestListener(Protocol):
+    def guest_new(self, guest: WatchedGuest) -> None: ...
+
+    def guest_changed(self, before: WatchedGuest, now: WatchedGuest) -> None: ...
+
+    def guest_gone(self, guest: WatchedGuest) -> None: ...
+
+
+class GuestWatch:
+    """Use it in a single running loop."""
+
+    def __init__(
+        self,
+        look: Callable[[], Awaitable[list[Guest]]],
+        monitors: Monitors | None,
+        listener: GuestListener,
+        is_wanted: Callable[[], Awaitable[bool]],
+        on_fault: Callable[[str, BaseException], None],
+    ) -> None:
+        """`look` finds the guests. `is_wanted` is called before each scan; if it returns False, the
+        watch ends and its numbers become invalid."""
+        self._look = look
+        self._monitors = monitors
+        self._listener = listener
+        self._is_wanted = is_wanted
+        self._on_fault = on_fault
+        self._guests: dict[tuple[int, int], WatchedGuest] = {}
+        self._last_number = 0
+        self._scanning: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[None] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a client wanted to know at the last scan."""
+        return self._scanning is not None
+
+    @property
+    def known(self) -> Iterable[WatchedGuest]:
+        """The guests at the last scan."""
+        return tuple(self._guests.values())
+
+    def get(self, number: int) -> WatchedGuest | None:
+        return next((each for each in self._guests.values() if each.number == number), None)
+
+    async def guests(self) -> Iterable[WatchedGuest]:
+        """Start to watch; return the guests at the last scan, or the first if there was none.
+
+        Raises what looking for guests raises.
+        """
+        if self._scanning is None:
+            loop = asyncio.get_running_loop()
+            self._first = loop.create_future()
+            self._scanning = loop.create_task(self._scan_for_ever(self._first))
+        assert self._first is not None
+        await asyncio.shield(self._first)
+        return self.known
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._scanning is not None:
+            self._scanning.cancel()
+            self._end()
+
+    def _end(self) -> None:
+        first, self._first = self._first, None
+        if first is not None and not first.done():
+            first.cancel()
+        self._scanning = None
+        self._guests.clear()
+
+    async def _scan_for_ever(self, first: asyncio.Future[None]) -> None:
+        try:
+            await self._scan(tell=False)
+        except QkilldError as error:
+            self._end_with(first, error)
+            return
+        first.set_result(None)
+        while True:
+            await asyncio.sleep(SCAN_INTERVAL_S)
+            try:
+                if not await self._is_wanted():
+                    break
+                await self._scan(tell=True)
+            except QkilldError as error:
+                # The next scan may succeed.
+                self._on_fault("looking for guests", error)
+        if self._scanning is asyncio.current_task():
+            self._end()
+
+    def _end_with(self, first: asyncio.Future[None], error: QkilldError) -> None:
+        if self._scanning is asyncio.current_task():
+            self._first, self._scanning = None, None
+        if not first.done():
+            first.set_exception(error)
+            first.exception()  # Mark as retrieved: nobody may be waiting.
+
+    async def _scan(self, *, tell: bool) -> None:
+        guests = {guest.identity.key: guest for guest in await self._look()}
+        for key, gone in list(self._guests.items()):
+            if key not in guests:
+                del self._guests[key]
+                self._listener.guest_gone(gone)
+        fresh = [guest for key, guest in guests.items() if key not in self._guests]
+        channels = await self._survey(fresh)
+        for guest, ways in zip(fresh, channels, strict=True):
+            self._last_number += 1
+            watched = WatchedGuest(self._last_number, guest, ways)
+            self._guests[guest.identity.key] = watched
+            if tell:
+                self._listener.guest_new(watched)
+        for key, guest in guests.items():
+            before = self._guests[key]
+            if before.guest.label != guest.label or before.guest.identity.uid != guest.identity.uid:
+                now = WatchedGuest(before.number, guest, before.channels)
+                self._guests[key] = now
+                self._listener.guest_changed(before, now)
+
+    async def _survey(self, guests: list[Guest]) -> list[GuestChannels]:
+        monitors = self._monitors
+        if monitors is None:
+            return [GuestChannels()] * len(guests)
+        slots = asyncio.Semaphore(MAX_SURVEYS)
+
+        async def one(guest: Guest) -> GuestChannels:
+            async with slots:
+                return await monitors.survey(guest.identity)
+
+        return await asyncio.gather(*(one(guest) for guest in guests))

@@ -1,0 +1,137 @@
+"""Decide when to save jobs, so that they survive the end of this program.
+
+Rungs, requests and verdicts are saved at once, progress alone only rarely: after a crash, missing
+progress is counted in favour of the guest's data (decision.gap).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from qkilld.engine.job import Job
+from qkilld.engine.ports import Clock, Process, Store
+from qkilld.model.constants import USEC_PER_SEC, Flag, Phase, Result, Verdict
+from qkilld.model.job import Control, Request
+from qkilld.model.policy import Policy
+
+PROGRESS_INTERVAL: Final = 3 * USEC_PER_SEC
+"""The shortest time (µs) between saves of one job that only record progress."""
+PER_JOB: Final = 20_000
+"""With many jobs, this time (µs) for each of them."""
+
+TIMEOUT_S: Final = 0.05
+"""How long a caller waits for its job to be saved. It takes 0.1 ms, but /run may be full or
+locked."""
+
+
+class _SavedValues(NamedTuple):
+    """The values whose change makes a save necessary."""
+
+    request: Request
+    phase: Phase
+    verdict: Verdict
+    result: Result | None
+    flags: Flag
+    policy: Policy
+    control: Control
+    rungs: int
+    own_chardevs: tuple[str, ...]
+    processors_stopped: bool
+
+
+class JobSaver:
+    """Saves the jobs of a registry to a store, as rarely as possible."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._saved: dict[int, tuple[_SavedValues, int]] = {}
+        """What was saved of each job, and when (CLOCK_MONOTONIC, µs)."""
+
+    def job_began(self, job: Job, process: Process) -> None:
+        """A job has sent its first signal, or was resumed."""
+        self._store.store_fd(job.number, process)
+        self.job_changed(job)
+
+    def job_changed(self, job: Job) -> None:
+        now = self._clock.now()
+        state = _SavedValues(
+            request=job.request,
+            phase=job.phase,
+            verdict=job.verdict,
+            result=job.result,
+            flags=job.flags,
+            policy=job.policy,
+            control=job.control,
+            rungs=len(job.rungs),
+            own_chardevs=job.own_chardevs,
+            processors_stopped=job.processors_stopped,
+        )
+        if saved := self._saved.get(job.number):
+            before, at = saved
+            if state == before and now - at < self._interval():
+                return
+        self._saved[job.number] = state, now
+        self._store.save(job.snapshot())
+
+    def job_sampled(self, job: Job) -> None:
+        """A sample was taken that changed nothing."""
+        saved = self._saved.get(job.number)
+        if saved is None or self._clock.now() - saved[1] >= self._interval():
+            self.job_changed(job)
+
+    def _interval(self) -> int:
+        return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call back once, when all changes so far are written or after TIMEOUT_S."""
+        waits = True
+
+        def once() -> None:
+            nonlocal waits
+            if waits:
+                waits = False
+                timer.cancel()
+                callback()
+
+        deadline = self._clock.now() + int(TIMEOUT_S * USEC_PER_SEC)
+        timer = self._clock.call_at(deadline, once)
+        self._store.when_written(once)
+
+    def when_saved(self, callback: Callable[[], None]) -> None:
+        """Like `when_written`, but without a timeout."""
+        self._store.when_written(callback)
+
+    async def wait_saved(self) -> bool:
+        """Wait until all changes so far are saved; return False after TIMEOUT_S.
+
+        The store reports failures.
+        """
+        finished = asyncio.Event()
+        self._store.when_written(finished.set)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await finished.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def monitor_opened(self, job: Job, fd: int | None) -> None:
+        """Keep the connection, and save what the next daemon needs to use it."""
+        if fd is not None:
+            self._store.store_monitor(job.number, fd)
+            self.job_changed(job)
+
+    def drop_process(self, job: Job) -> None:
+        """The process has exited, or is no longer watched."""
+        self._store.drop_fd(job.number)
+
+    def drop_monitor(self, job: Job) -> None:
+        """The connection has ended."""
+        self._store.drop_monitor(job.number)
+
+    def forget(self, job: Job) -> None:
+        self._saved.pop(job.number, None)
+        self._store.forget(job.number)

@@ -1,0 +1,36 @@
+"""Record a job, for people to read and for a replay."""
+
+from __future__ import annotations
+
+from qkilld.engine.ports import ObservedJob, Recorder, Traces
+from qkilld.model.trace import Header, Record
+
+
+class JobTrace:
+    """The trace of one job; does nothing if traces are off."""
+
+    def __init__(self, job: ObservedJob, traces: Traces | None) -> None:
+        self._recorder: Recorder | None = traces.begin(_trace_header(job)) if traces else None
+
+    def record(self, record: Record) -> None:
+        if self._recorder is not None:
+            self._recorder.record(record)
+
+    def end(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+
+def _trace_header(job: ObservedJob) -> Header:
+    identity = job.guest.identity
+    return Header(
+        job=job.number,
+        started=job.started,
+        pid=identity.pid,
+        start_time=identity.start_time,
+        command=identity.command,
+        name=job.guest.label.shown_name,
+        flags=job.flags,
+        policy=job.policy,
+    )

@@ -1,0 +1,40 @@
+"""What the phases of a job need from the job."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from qkilld.decision.verdict import Assessment
+from qkilld.engine.ports import ObservedJob
+from qkilld.model.constants import GuestAsked, Phase, Result, Verdict
+from qkilld.model.job import Control, FlushReport, Risk
+from qkilld.model.policy import Policy
+
+
+class LadderJob(ObservedJob, Protocol):
+    """The job as its phases use it. See engine.job for the members."""
+
+    phase: Phase
+    verdict: Verdict
+    assessment: Assessment | None
+    guest_asked: GuestAsked
+    risks: tuple[Risk, ...]
+    flush: FlushReport
+    error: str
+    error_name: str
+    deadline: int
+    control: Control
+
+    @property
+    def running(self) -> bool: ...
+    @property
+    def policy(self) -> Policy: ...
+    def note_rung(self, action: str, at: int) -> None: ...
+    def turn_to(self, verdict: Verdict, reasons: tuple[str, ...], at: int) -> None: ...
+    def enter(self, phase: Phase) -> None: ...
+    def looked(self) -> None: ...
+    def wait_until(self, deadline: int, wake: int) -> None: ...
+    def advance(self) -> None: ...
+    def gone(self) -> None: ...
+    def finish(self, result: Result) -> None: ...
+    def undone(self) -> None: ...

@@ -1,0 +1,126 @@
+"""The monitor of one job: opened once, shared by all phases, kept until the process has exited.
+
+After SIGTERM or `quit`, QEMU only answers out-of-band commands, and only on a connection that was
+open before (measured, QEMU 7.2 and 10.0). So the connection outlives the daemon too: systemd keeps
+a copy of it for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from qkilld.engine.ports import GuestMonitor, Monitors, Process
+from qkilld.model.guest_state import KeptMonitor, ShutdownSign
+
+
+class MonitorLink:
+    def __init__(
+        self,
+        process: Process,
+        monitors: Monitors | None,
+        qmp_socket: str,
+        on_open: Callable[[GuestMonitor], None],
+    ) -> None:
+        """`on_open` is called with each new connection, before it is used."""
+        self._process, self._monitors = process, monitors
+        self._qmp_socket = qmp_socket
+        self._on_open = on_open
+        self._monitor: GuestMonitor | None = None
+        self._kept: KeptMonitor | None = None
+        self._passed: int | None = None
+        self._cancel: Callable[[], None] | None = None
+
+    @property
+    def monitor(self) -> GuestMonitor | None:
+        """None if it is not open, or was lost."""
+        if self._monitor is not None and self._monitor.lost:
+            return None
+        return self._monitor
+
+    @property
+    def own_chardevs(self) -> tuple[str, ...]:
+        """For the KeptMonitor of the next daemon."""
+        if self._kept is not None:
+            return self._kept.own_chardevs
+        return self._monitor.own_chardevs if self._monitor is not None else ()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a connection of an earlier daemon is kept."""
+        return self._kept is not None
+
+    @property
+    def is_passed(self) -> bool:
+        """There is a connection of a caller's to begin with."""
+        return self._passed is not None
+
+    def offer(self, passed: int) -> None:
+        """Begin with that connection, which a caller has made. To be called before `open`."""
+        self._passed = passed
+
+    def keep(self, kept: KeptMonitor) -> None:
+        """Use that connection when the monitor is opened. Call it before `open`."""
+        self._kept = kept
+
+    def open(
+        self,
+        callback: Callable[[GuestMonitor | str | Exception], None],
+        *,
+        asked: bool,
+        agent_was_open: bool | None = None,
+    ) -> None:
+        """See engine.ports.Monitors. Calls back at once if it is already open."""
+        if (monitor := self.monitor) is not None:
+            callback(monitor)
+            return
+        if self._monitors is None:
+            callback("this qkilld does not talk to guests")
+            return
+        self._close_monitor()
+
+        def opened(found: GuestMonitor | str | Exception) -> None:
+            self._cancel = None
+            if not isinstance(found, str | Exception):
+                self._monitor = found
+                if not found.adopted:
+                    self._on_open(found)
+            callback(found)
+
+        kept, self._kept = self._kept, None
+        passed, self._passed = self._passed, None
+        self._cancel = self._monitors.open(
+            self._process,
+            self._qmp_socket,
+            opened,
+            kept=kept,
+            passed=passed,
+            asked=asked,
+            agent_was_open=agent_was_open,
+        )
+
+    def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
+        """See engine.ports.GuestMonitor."""
+        if self._monitor is not None:
+            return self._monitor.read_rest()
+        if self._kept is not None and self._monitors is not None:
+            return self._monitors.read_rest(self._kept), False
+        return frozenset(), False
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._kept is not None:
+            os.close(self._kept.fd)
+            self._kept = None
+        if self._passed is not None:
+            os.close(self._passed)
+            self._passed = None
+        self._close_monitor()
+
+    def _close_monitor(self) -> None:
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None

@@ -1,0 +1,78 @@
+"""Predict what a running job does next, and explain its verdict. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from qkilld.decision.ladder import JobFacts, kill_due, should_yank
+from qkilld.engine.ports import ObservedJob
+from qkilld.model.constants import INFINITY, Flag, GuestAsked, NextRung, Phase
+from qkilld.model.dataclass import dataclass
+from qkilld.model.job_status import BEFORE_SIGNALS
+
+MAX_REASONS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The next rung of a job. It comes at the job's deadline at the earliest."""
+
+    rung: NextRung
+    standstill: int = 0
+    """µs without progress before the next rung; 0 if progress does not delay it."""
+
+
+def outlook(job: ObservedJob) -> Outlook:
+    """Return what the job does next if nothing changes."""
+    if job.phase is Phase.DONE:
+        return Outlook(NextRung.NONE)
+    if job.phase in BEFORE_SIGNALS:
+        return _before_signals(job)
+    facts = job.facts
+    if facts.kill_at is not None:
+        return Outlook(NextRung.GIVE_UP)
+    rung = NextRung.GIVE_UP
+    if Flag.FORCE in job.flags:
+        rung = NextRung.YANK if should_yank(facts, job.deadline) else NextRung.KILL
+    return Outlook(rung, _standstill(facts, job.deadline))
+
+
+def reasons(job: ObservedJob) -> tuple[str, ...]:
+    """Return the reasons of the verdict, most important first."""
+    if job.assessment is not None and job.phase not in BEFORE_SIGNALS:
+        return job.assessment.reasons[:MAX_REASONS]
+    return job.history[-1].reasons[:MAX_REASONS] if job.history else ()
+
+
+def _before_signals(job: ObservedJob) -> Outlook:
+    after = NextRung.GIVE_UP if job.request.powerdown_only else NextRung.TERMINATE
+    if job.phase is Phase.QUIT:
+        return Outlook(after)
+    if job.guest_asked is GuestAsked.NOT_ASKED:
+        return Outlook(NextRung.ASK)
+    latest = min(job.started + min(job.request.ask_at_most, job.policy.max), INFINITY)
+    return Outlook(after, job.policy.powerdown if job.deadline < latest else 0)
+
+
+def _standstill(facts: JobFacts, deadline: int) -> int:
+    """Return the stall span that determines the deadline; 0 if GraceSec, MaxSec or an extension
+    does."""
+    evidence, policy = facts.assessment, facts.policy
+    if evidence is None or facts.term_at is None or not facts.by_evidence:
+        return 0
+    if deadline == INFINITY:
+        return 0  # Progress cannot delay what never comes.
+    reap = 0 if Flag.FORCE in facts.flags else policy.reap
+    # The deadline from the stall span alone; if the real one is later, something else determines
+    # it.
+    bare = replace(facts, promised=0, policy=replace(policy, grace=0))
+    due = kill_due(bare)
+    start = facts.term_at if facts.started is None else facts.started
+    if due + reap != deadline or due >= start + policy.max:
+        return 0
+    span = policy.stall
+    if evidence.may_be_outstanding:
+        without = replace(bare, policy=replace(bare.policy, storage_stall=0))
+        span = policy.storage_stall if kill_due(without) < due else policy.stall
+    return span + reap

@@ -1,0 +1,195 @@
+"""The phase in which the guest is asked to shut down.
+
+Calls the job back only through LadderJob. The job continues when asking has ended and nobody holds
+it, or when MaxSec is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from qkilld.decision import powerdown
+from qkilld.decision.powerdown import AskMethod, AskRecord, Attempt, Conclusion, Judgement
+from qkilld.engine import events
+from qkilld.engine.guest_asker import AskOutcome, GuestAsker
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.monitor_link import MonitorLink
+from qkilld.engine.ports import Clock, Journal, Process
+from qkilld.model.block_state import BackgroundJob
+from qkilld.model.constants import (
+    INFINITY,
+    Flag,
+    GuestAsked,
+    Phase,
+    Result,
+    Verdict,
+)
+from qkilld.model.guest_state import GuestOrder
+
+BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
+
+
+class PowerdownPhase:
+    def __init__(
+        self,
+        job: LadderJob,
+        process: Process,
+        clock: Clock,
+        journal: Journal,
+        link: MonitorLink,
+    ) -> None:
+        self._job, self._process, self._clock = job, process, clock
+        self._journal, self._link = journal, link
+        self._asker: GuestAsker | None = None
+        self._past: Attempt | None = None
+        self._end: AskOutcome | None = None
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The state of asking; for the next daemon."""
+        return self._asker.attempt if self._asker is not None else self._past
+
+    def resume(self, past: Attempt | None) -> None:
+        """Set what an earlier daemon knew. Call it before `begin`."""
+        self._past = past
+
+    def begin(self) -> None:
+        """Ask the guest, or continue what an earlier daemon has begun."""
+        job = self._job
+        asks = tuple(
+            AskRecord(AskMethod(rung.action), rung.at)
+            for rung in job.rungs
+            if rung.phase is Phase.POWERDOWN
+        )
+        self._asker = GuestAsker(
+            self._link,
+            self._clock,
+            attempt=self._first_attempt(asks),
+            agent_tried=any(one.method is AskMethod.AGENT for one in asks),
+            span=job.policy.powerdown,
+            help=job.request.help,
+            may_ask=lambda: not job.control.held,
+            stall=None if Flag.NOWAIT in job.flags else lambda: job.policy.storage_stall,
+            on_jobs=self._waits_for,
+            on_order=self._was_asked,
+            on_pressed=self._was_pressed,
+            on_judgement=self._judged,
+            on_end=self._ended,
+            on_fault=lambda error: self._journal.write(
+                events.internal_error(f"asking {job.guest.title}", error)
+            ),
+        )
+        # If the process exited while no daemon ran, its last events are still in the connection.
+        if not self._process.exited():
+            self._asker.start()
+
+    def lasts(self) -> bool:
+        """Return whether the next rung must wait. The job may end in this call."""
+        job, now = self._job, self._clock.now()
+        if self._process.exited():
+            job.gone()
+            return True
+        if self._end is None and now >= self._ask_until:
+            self.close()
+            outcome = job.guest_asked
+            if outcome is GuestAsked.ASKED:
+                outcome = job.guest_asked = GuestAsked.IGNORED
+            self._end = AskOutcome(outcome, "no more time was given for asking it")
+            self._journal.write(events.asking_ended(job, self._end.reason))
+        if self._end is None or job.control.held:
+            limit = job.control.held_until if self._end is not None else self._ask_until
+            job.wait_until(min(job.deadline, limit), limit)
+            return True
+        if Flag.NOWAIT in job.flags:
+            job.error = self._end.reason
+            job.finish(Result.FAILED)
+        elif job.request.powerdown_only:
+            job.finish(Result.SURVIVED)
+        else:
+            return False
+        return True
+
+    def set_span(self, span: int) -> None:
+        """Change PowerdownSec= to `span` (µs)."""
+        if self._asker is not None:
+            self._asker.set_span(span)
+
+    def note_exit(self) -> None:
+        """Conclude the outcome of asking. Call it when the process has exited."""
+        if self._asker is not None and self._job.guest_asked is not GuestAsked.SHUT_DOWN:
+            self._job.guest_asked = self._asker.judge_exit() or self._job.guest_asked
+
+    def close(self) -> None:
+        """Stop asking. May be called twice."""
+        if self._asker is not None:
+            self._past = self._asker.attempt
+            self._asker.close()
+            self._asker = None
+
+    def _first_attempt(self, asked: tuple[AskRecord, ...]) -> Attempt:
+        now = self._clock.now()
+        if self._past is not None:
+            return powerdown.go_on(self._past, now)
+        if asked:
+            down = self._job.verdict is Verdict.GUEST_SHUTDOWN
+            return powerdown.go_on_unseen(asked, now, shutting_down=down)
+        return powerdown.start(now)
+
+    @property
+    def _latest(self) -> int:
+        """Return the latest time for SIGTERM so that GraceSec, or half of MaxSec, remains of
+        MaxSec."""
+        job, policy = self._job, self._job.policy
+        alone = job.request.powerdown_only or Flag.NOWAIT in job.flags
+        reserve = 0 if alone else min(policy.grace, policy.max // 2)
+        return min(job.started + policy.max - reserve, INFINITY)
+
+    @property
+    def _ask_until(self) -> int:
+        """Return when the time for asking ends, because of MaxSec or the caller's limit."""
+        return min(self._job.started + self._job.request.ask_at_most, self._latest)
+
+    def _waits_for(self, jobs: Sequence[BackgroundJob]) -> None:
+        job = self._job
+        if job.verdict is not Verdict.FLUSHING:
+            job.turn_to(Verdict.FLUSHING, tuple(one.title for one in jobs[:4]), self._clock.now())
+        job.wait_until(self._ask_until, self._ask_until)
+        job.enter(job.phase)
+
+    def _was_pressed(self) -> None:
+        """Somebody else has asked the guest. With NOWAIT, nothing is left to do."""
+        self._job.guest_asked = GuestAsked.ASKED
+        if Flag.NOWAIT in self._job.flags:
+            self._job.finish(Result.SIGNALLED)
+        else:
+            self._job.enter(self._job.phase)
+
+    def _was_asked(self, order: GuestOrder) -> None:
+        job = self._job
+        job.note_rung(order.value, self._clock.now())
+        job.guest_asked = GuestAsked.ASKED
+        self._journal.write(events.guest_asked(job, job.rungs[-1]))
+        if Flag.NOWAIT in job.flags:
+            job.finish(Result.SIGNALLED)
+        else:
+            until = min(self._clock.now() + job.policy.powerdown, self._ask_until)
+            job.wait_until(until, self._ask_until)
+            job.enter(job.phase)
+
+    def _judged(self, judgement: Judgement) -> None:
+        """Handle a judgement of the guest's reaction."""
+        job = self._job
+        down = judgement.conclusion is Conclusion.SHUTTING_DOWN
+        verdict = Verdict.GUEST_SHUTDOWN if down else Verdict.UNKNOWN
+        latest = job.history[-1] if job.history else None
+        if latest is None or (latest.verdict, latest.reasons) != (verdict, (judgement.reason,)):
+            job.turn_to(verdict, (judgement.reason,), self._clock.now())
+        job.wait_until(min(judgement.until or INFINITY, self._ask_until), self._ask_until)
+        # This also saves the state of asking for the next daemon.
+        job.enter(job.phase)
+
+    def _ended(self, end: AskOutcome) -> None:
+        self._end, self._job.guest_asked = end, end.outcome
+        self._journal.write(events.asking_ended(self._job, end.reason))
+        self._job.advance()

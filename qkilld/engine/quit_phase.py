@@ -1,0 +1,484 @@
+"""The phase right before SIGTERM: read the state of disks, and flush them.
+
+decision.last_rungs decides what to flush and what that proves; this carries it out. Finally, a QEMU
+whose guest has powered off is told to quit. Before the processors are stopped, the job is saved
+with that fact, and whatever ends the job before a signal starts them again; so does the next daemon
+after a crash. The monitor stays open until the job ends, because one opened after SIGTERM gets no
+answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from qkilld.decision import last_rungs
+from qkilld.decision.last_rungs import FlushPlan, JobsProgress
+from qkilld.decision.verdict import Assessment, assess
+from qkilld.engine import events
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.monitor_link import MonitorLink
+from qkilld.engine.ports import Clock, GuestMonitor, Journal, Process, Sampler, Timer
+from qkilld.engine.sampling import JobSampler
+from qkilld.model.block_state import BlockState, FlushResult, GuestDisk
+from qkilld.model.constants import INFINITY, USEC_PER_SEC, GuestAsked, Phase, Verdict
+from qkilld.model.guest_state import GuestOrder
+from qkilld.model.job import FlushReport, Risk
+from qkilld.model.sample import Sample
+
+OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
+"""Timeout (µs) for opening the monitor; SIGTERM follows."""
+LOOK_TIMEOUT: Final = 3 * USEC_PER_SEC
+"""Timeout (µs) for reading the state of the disks, which takes 2 ms."""
+LOOK_INTERVAL: Final = USEC_PER_SEC
+"""Interval (µs) of readings while a backup or another background job is waited for."""
+SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
+"""Timeout (µs) for saving that the processors will be stopped."""
+FLUSH_TIMEOUT: Final = USEC_PER_SEC
+"""Time (µs) from stopping the processors to the end of the flush; the job cannot be held
+meanwhile."""
+STANDSTILL: Final = 6 * USEC_PER_SEC
+"""Time (µs) without progress after which a flush is abandoned that stops no processors: disks write
+back in bursts up to 5 s apart. It gets StorageStallSec= in all."""
+QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
+"""Timeout (µs) for `quit` to be accepted; SIGTERM follows."""
+UNDO_TIMEOUT: Final = USEC_PER_SEC
+"""Time (µs) for the next daemon to start the processors again before it sends SIGTERM."""
+UNDO_INTERVAL: Final = USEC_PER_SEC
+"""Interval (µs) of attempts of an ended job to start the processors again."""
+
+
+class QuitPhase:
+    def __init__(
+        self,
+        job: LadderJob,
+        process: Process,
+        clock: Clock,
+        journal: Journal,
+        link: MonitorLink,
+        when_saved: Callable[[Callable[[], None]], None],
+        sampler: Sampler | None,
+    ) -> None:
+        """`when_saved` calls back once the job's current state is saved."""
+        self._job, self._process, self._clock = job, process, clock
+        self._journal, self._link, self._when_saved = journal, link, when_saved
+        self._sampler = JobSampler(process, sampler, clock)
+        self._evidence: Assessment | None = None
+        """What was seen of the process from outside."""
+        self.stopped = False
+        """This job has stopped the processors, or may have."""
+        self._timer: Timer | None = None
+        self._until = INFINITY
+        """When the current step is abandoned."""
+        self._step = 0
+        """The number of the current step; answers to earlier steps are ignored."""
+        self._done = False
+        self._powered_off = False
+        self.disks: tuple[GuestDisk, ...] = ()
+        """The disks at the last reading."""
+        self.stuck: tuple[str, ...] = ()
+        """The names of nodes that did not answer."""
+        self._first: BlockState | None = None
+        self._jobs = JobsProgress()
+
+    # ---- beginning ----
+
+    def begin(self) -> None:
+        """Open the monitor, unless asking has done that.
+
+        If an earlier daemon has stopped the processors, they are started again, and SIGTERM
+        follows.
+        """
+        self._job.enter(Phase.QUIT)
+        self._powered_off = self._job.guest_asked is GuestAsked.SHUT_DOWN
+        if self.stopped:
+            self._undo()
+        else:
+            self._open()
+
+    def lasts(self) -> bool:
+        """Return whether SIGTERM must wait. The job may end in this call."""
+        job, now = self._job, self._clock.now()
+        if self._process.exited():
+            job.gone()
+            return True
+        latest = self._latest
+        if now >= min(self._until, latest) and not self._done:
+            why = "the monitor did not answer in time" if now < latest else "MaxSec is over"
+            self._leave_out(why)
+            self._done = True
+        if self._done and job.control.held and not self.stopped:
+            job.wait_until(min(job.deadline, job.control.held_until), job.control.held_until)
+            return True
+        if self._done:
+            self._step += 1
+            self._stop_timer()
+            self._sampler.close()
+            job.enter(Phase.TERMINATE)
+            return False
+        until = min(self._until, latest)
+        job.wait_until(until, until)
+        return True
+
+    # ---- ending ----
+
+    def close(self, *, ending: bool) -> None:
+        """End the phase with the job. Unless QEMU was told to exit (`ending`), it keeps running.
+        May be called twice."""
+        self._step += 1
+        self._stop_timer()
+        self._sampler.close()
+        if self.stopped and not ending and not self._process.exited():
+            self._undo()
+        else:
+            self.stopped = False
+            self._link.close()
+
+    def commit(self) -> None:
+        """QEMU was told to exit, so nothing needs to be undone."""
+        self.stopped = False
+
+    def undo(self) -> None:
+        """Start the processors again, because SIGTERM cannot be sent yet."""
+        if self.stopped:
+            self._undo()
+
+    def recover(self) -> None:
+        """Start the processors again for a job that ended just before an earlier daemon exited."""
+        self._undo()
+
+    # ---- the steps ----
+
+    def _start(self, timeout: int) -> int:
+        """Begin a step with this timeout (µs)."""
+        self._step += 1
+        self._stop_timer()
+        self._until = min(self._clock.now() + timeout, INFINITY)
+        if self._job.running:
+            until = min(self._until, self._latest)
+            self._job.wait_until(until, until)
+        return self._step
+
+    @property
+    def _latest(self) -> int:
+        """Return the latest time for SIGTERM so that GraceSec, or half of MaxSec, remains of
+        MaxSec."""
+        policy = self._job.policy
+        return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
+
+    def _is_current(self, step: int) -> bool:
+        """Return whether an answer is still expected: the job may have been forced or ended
+        meanwhile."""
+        return step == self._step and self._job.phase is Phase.QUIT
+
+    def _finish(self) -> None:
+        self._done = True
+        # Not directly, because the ladder may be the caller.
+        self._clock.call_at(self._clock.now(), self._advance)
+
+    def _advance(self) -> None:
+        if self._job.running and self._job.phase is Phase.QUIT:
+            self._job.advance()
+
+    def _open(self) -> None:
+        step = self._start(OPEN_TIMEOUT)
+
+        def opened(found: GuestMonitor | str | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(found, str | Exception):
+                self._fail(found)
+            else:
+                self._look()
+
+        self._link.open(opened, asked=bool(self._job.rungs))
+
+    def _look(self) -> None:
+        step = self._start(LOOK_TIMEOUT)
+
+        def looked(found: BlockState | str | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(found, str | Exception):
+                self._fail(found)
+            elif last_rungs.wants_evidence(found):
+                self._look_from_outside(step, lambda moved: self._seen(found))
+            else:
+                self._seen(found)
+
+        if (monitor := self._monitor()) is not None:
+            monitor.look_at_disks(looked)
+
+    def _look_from_outside(self, step: int, seen: Callable[[bool], None]) -> None:
+        """Take a sample, and tell whether anything has moved since the last one."""
+
+        def sampled(sample: Sample) -> None:
+            if not self._is_current(step):
+                return
+            before = self._evidence
+            self._evidence = after = assess(before, sample)
+            moved = before is not None and after.progress_at != before.progress_at
+            seen(moved)
+
+        self._sampler.look(sampled, detail=False)
+
+    def _monitor(self) -> GuestMonitor | None:
+        """Return the open monitor; None if it was lost, which ends this phase."""
+        if self._link.monitor is None:
+            self._fail("the connection to the monitor was lost")
+        return self._link.monitor
+
+    def _fail(self, why: str | Exception) -> None:
+        """Give up on the disks."""
+        if isinstance(why, Exception):
+            doing = f"flushing the disks of {self._job.guest.title}"
+            self._journal.write(events.internal_error(doing, why))
+            why = "an error in qkilld keeps it from flushing"
+        self._leave_out(why)
+        self._end_qemu()
+
+    def _look_later(self, interval: int) -> None:
+        self._start(interval + LOOK_TIMEOUT)
+        self._timer = self._clock.call_at(self._clock.now() + interval, self._look_again)
+        self._advance()
+
+    def _look_again(self) -> None:
+        self._timer = None
+        if self._job.running and self._job.phase is Phase.QUIT:
+            self._look()
+
+    def _seen(self, state: BlockState) -> None:
+        self._powered_off = last_rungs.is_powered_off(state)
+        self.disks = state.disks
+        if self._waits_for_jobs(state):
+            self._look_later(LOOK_INTERVAL)
+        elif self._first is None and last_rungs.needs_second_look(state, self._evidence):
+            self._first = state
+            self._look_later(last_rungs.OLD)
+        elif self._job.control.held:
+            self._look_later(LOOK_INTERVAL)
+        else:
+            first, second = self._first or state, self._second(state)
+            self._carry_out(last_rungs.plan_flush(first, second, self._evidence), state)
+
+    def _second(self, state: BlockState) -> BlockState | None:
+        return state if self._first is not None else None
+
+    def _waits_for_jobs(self, state: BlockState) -> bool:
+        """Return whether to wait for backups and other background jobs, which is so while they
+        progress."""
+        job, now = self._job, self._clock.now()
+        before, self._jobs = self._jobs, self._jobs.after(state.jobs, now)
+        if self._jobs.done:
+            self._first = None
+        if self._jobs.moved_at != before.moved_at and job.verdict is not Verdict.FLUSHING:
+            job.turn_to(Verdict.FLUSHING, tuple(one.title for one in state.jobs[:4]), now)
+        return self._jobs.waited_for(now, job.policy.storage_stall)
+
+    def _carry_out(self, plan: FlushPlan, state: BlockState) -> None:
+        self._add_risks(last_rungs.risks_of_state(state))
+        self.stuck = tuple(name for disk in plan.stuck for name in disk.connections)
+        if plan.stop and not plan.disks:
+            self._report(plan, state, ())
+            self._end_qemu()
+        elif plan.stop and plan.before:
+            self._flush_before(plan, state)
+        elif plan.stop and plan.running:
+            self._stop_when_saved(plan, state)
+        elif plan.stop:
+            self._flush(plan, state)
+        elif plan.disks:
+            self._flush_running(plan, state)
+        else:
+            self._leave_out(plan.left_out)
+            self._end_qemu()
+
+    def _start_flush(self) -> tuple[int, int]:
+        """Begin a flush that keeps no processors stopped: the step, and its most time (µs)."""
+        most = self._job.policy.storage_stall
+        step = self._start(min(STANDSTILL, most))
+        latest = min(self._clock.now() + most, INFINITY)
+
+        def look() -> None:
+            self._timer = None
+            if self._is_current(step):
+                self._look_from_outside(step, looked)
+
+        def looked(moved: bool) -> None:
+            job, now = self._job, self._clock.now()
+            if moved:
+                self._until = min(now + STANDSTILL, latest)
+                until = min(self._until, self._latest)
+                job.wait_until(until, until)
+                if job.verdict is not Verdict.FLUSHING and self._evidence is not None:
+                    job.turn_to(Verdict.FLUSHING, self._evidence.reasons[:4], now)
+            self._timer = self._clock.call_at(now + LOOK_INTERVAL, look)
+
+        self._timer = self._clock.call_at(self._clock.now() + LOOK_INTERVAL, look)
+        return step, most
+
+    def _flush_before(self, plan: FlushPlan, state: BlockState) -> None:
+        step, most = self._start_flush()
+
+        def flushed(found: tuple[FlushResult, ...] | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(found, Exception):
+                self._fail(found)
+            elif len(found) < len(plan.before):
+                self._leave_out("a disk takes longer to be flushed")
+                self._end_qemu()
+            elif self._job.control.held:
+                self._look_later(LOOK_INTERVAL)
+            else:
+                self._stop_when_saved(plan, state)
+
+        if (monitor := self._monitor()) is not None:
+            monitor.flush_running(plan.before, flushed, timeout=most)
+
+    def _stop_when_saved(self, plan: FlushPlan, state: BlockState) -> None:
+        step = self._start(SAVE_TIMEOUT)
+        self.stopped = True
+        self._job.enter(Phase.QUIT)
+
+        def saved() -> None:
+            if self._is_current(step):
+                self._flush(plan, state)
+
+        self._when_saved(saved)
+
+    def _flush(self, plan: FlushPlan, state: BlockState) -> None:
+        # It gives up itself, a moment before it is given up.
+        timeout = FLUSH_TIMEOUT * 9 // 10
+        if plan.running:
+            step = self._start(FLUSH_TIMEOUT)
+        else:
+            step, timeout = self._start_flush()
+
+        def flushed(found: tuple[FlushResult, ...] | str | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(found, str | Exception):
+                self._fail(found)
+            else:
+                self._report(plan, state, found)
+                self._end_qemu()
+
+        if (monitor := self._monitor()) is not None:
+            self._job.note_rung("flush", self._clock.now())
+            monitor.stop_and_flush(plan.disks, flushed, stop=plan.running, timeout=timeout)
+
+    def _flush_running(self, plan: FlushPlan, state: BlockState) -> None:
+        step, most = self._start_flush()
+
+        def flushed(found: tuple[FlushResult, ...] | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(found, Exception):
+                self._fail(found)
+            else:
+                titles = [one.title for one in found if not one.error]
+                missing = [disk.title for disk in state.disks if disk.title not in titles]
+                reason = f"{plan.left_out}; flushed but for {_join_titles(missing)}"
+                self._tell(FlushReport("partial" if titles else "left-out", reason), ())
+                self._end_qemu()
+
+        if (monitor := self._monitor()) is not None:
+            self._job.note_rung("flush", self._clock.now())
+            monitor.flush_running(plan.disks, flushed, timeout=most)
+
+    def _end_qemu(self) -> None:
+        """If the guest has powered off, tell QEMU to quit. SIGTERM follows."""
+        monitor = self._link.monitor
+        if not self._powered_off or monitor is None or self._job.control.held:
+            self._finish()
+            return
+        step = self._start(QUIT_TIMEOUT)
+
+        def ordered(refused: str | Exception) -> None:
+            if refused and self._is_current(step):
+                self._finish()
+
+        self._job.note_rung(GuestOrder.QUIT.value, self._clock.now())
+        self._job.enter(Phase.QUIT)
+        monitor.order(GuestOrder.QUIT, ordered)
+        self._advance()
+
+    # ---- results ----
+
+    def _report(self, plan: FlushPlan, state: BlockState, found: Sequence[FlushResult]) -> None:
+        risks = last_rungs.risks_of_flush(found)
+        failed = [one for one in found if one.error]
+        proven = last_rungs.proves_all(plan, state, found)
+        outcome = "left-out" if failed else "complete"
+        if risks:
+            outcome = "failed"
+        reason = f"{failed[0].title}: {failed[0].error}" if failed else ""
+        self._tell(FlushReport(outcome, reason, proven), risks)
+
+    def _leave_out(self, reason: str) -> None:
+        if self._job.flush == FlushReport():
+            self._tell(FlushReport("left-out", reason), ())
+
+    def _tell(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
+        self._add_risks(risks)
+        self._job.flush = report
+        self._journal.write(events.disks_flushed(self._job))
+
+    def _add_risks(self, risks: tuple[Risk, ...]) -> None:
+        known = self._job.risks
+        self._job.risks = (*known, *(risk for risk in risks if risk not in known))
+
+    # ---- starting the processors again ----
+
+    def _undo(self) -> None:
+        """Start the processors on the open connection, or on a new one."""
+        self._job.flush = replace(self._job.flush, proven=False)
+        step = self._start(UNDO_TIMEOUT)
+
+        def opened(found: GuestMonitor | str | Exception) -> None:
+            if step != self._step:
+                return
+            if isinstance(found, str | Exception):
+                self._undo_later()
+            else:
+                found.resume_guest(resumed)
+
+        def resumed(refused: str | Exception) -> None:
+            if step == self._step and not refused:
+                self._is_undone()
+            elif step == self._step:
+                self._undo_later()
+
+        if self._process.exited():
+            self._is_undone()
+        else:
+            self._link.open(opened, asked=False)
+
+    def _undo_later(self) -> None:
+        if self._process.exited():
+            self._is_undone()
+        elif self._job.running:
+            self._fail("the processors may be stopped, and the monitor does not answer")
+        else:
+            self._timer = self._clock.call_at(self._clock.now() + UNDO_INTERVAL, self._undo)
+
+    def _is_undone(self) -> None:
+        self.stopped = False
+        if self._job.running:
+            self._leave_out("an earlier attempt was interrupted")
+            self._job.enter(self._job.phase)
+            self._finish()
+        else:
+            self._link.close()
+            self._job.undone()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _join_titles(titles: Sequence[str]) -> str:
+    return ", ".join(titles[:4]) or "none"

@@ -1,0 +1,57 @@
+"""Take samples of one process for a job: one at a time, and always with an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from qkilld.engine.ports import Clock, Process, Sampler, Timer, Watch
+from qkilld.model.sample import Sample
+
+TIMEOUT: Final = 1_000_000
+"""A sample that takes longer (µs) counts as blocked, and is replaced by an empty one."""
+
+
+class JobSampler:
+    """Watches the process from the first sample on. The caller closes it."""
+
+    def __init__(self, process: Process, sampler: Sampler | None, clock: Clock) -> None:
+        """Without a sampler all samples are empty."""
+        self._process = process
+        self._sampler = sampler
+        self._clock = clock
+        self._watch: Watch | None = None
+        self._timeout: Timer | None = None
+
+    def look(self, seen: Callable[[Sample], None], *, detail: bool) -> None:
+        """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
+
+        A sample that comes after TIMEOUT is still passed to `seen`, after the empty one.
+        """
+        if self._timeout is not None:
+            return
+
+        def answer(sample: Sample) -> None:
+            if self._timeout is not None:
+                self._timeout.cancel()
+                self._timeout = None
+            seen(sample)
+
+        def not_seen() -> None:
+            answer(Sample(self._clock.now(), "?"))
+
+        if self._watch is None and self._sampler is not None:
+            self._watch = self._sampler.watch(self._process)
+        self._timeout = self._clock.call_at(self._clock.now() + TIMEOUT, not_seen)
+        if self._watch is not None:
+            self._watch.look(answer, detail=detail)
+        else:
+            not_seen()
+
+    def close(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None

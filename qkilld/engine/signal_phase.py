@@ -1,0 +1,323 @@
+"""The phase that sends signals, based on samples of the process.
+
+decision.ladder decides; this carries the decisions out: it checks the identity before every signal,
+and takes samples when requested. It calls the job back only through LadderJob.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum, auto
+from signal import SIGCONT, SIGKILL, SIGTERM, Signals
+from typing import Final
+
+from qkilld.decision.ladder import Action, JobFacts, decide, look_interval
+from qkilld.decision.risk import risks_of_kill
+from qkilld.decision.verdict import assess, is_dead, is_news
+from qkilld.engine import events
+from qkilld.engine.checks import check_process
+from qkilld.engine.job_trace import JobTrace
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.ports import Clock, Journal, Process, Sampler
+from qkilld.engine.sampling import JobSampler
+from qkilld.engine.snapshot import Snapshot
+from qkilld.engine.yank_rung import YankRung
+from qkilld.model.constants import INFINITY, USEC_PER_SEC, Phase, Result
+from qkilld.model.errors import ProcessChanged, UnknownIdentity
+from qkilld.model.job import Risk, Rung
+from qkilld.model.sample import Sample
+
+RECHECK: Final = USEC_PER_SEC
+"""How long (µs) until a signal is tried again after the process's executable was unreadable."""
+
+_CONTINUE: Final = SIGCONT.name
+_SIGNALS: Final = {
+    Action.CONTINUE: SIGCONT,
+    Action.TERMINATE: SIGTERM,
+    Action.KILL: SIGKILL,
+}
+
+
+class _Intent(Enum):
+    """Whether the intention to send SIGKILL is saved."""
+
+    NONE = auto()
+    BEING_WRITTEN = auto()
+    WRITTEN = auto()
+
+
+class SignalPhase:
+    def __init__(
+        self,
+        job: LadderJob,
+        process: Process,
+        *,
+        clock: Clock,
+        journal: Journal,
+        sampler: Sampler | None,
+        executables: tuple[str, ...],
+        trace: JobTrace,
+        yank: YankRung,
+        load: Callable[[], int],
+        on_signal: Callable[[], None],
+        on_unsent: Callable[[], None],
+        write_down: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`load` returns the number of running jobs; `on_signal` is called after each signal,
+        `on_unsent` if one cannot be sent yet. `write_down` saves the job, and calls back when that
+        is done or takes too long."""
+        self._job, self._process = job, process
+        self._clock, self._journal, self._trace = clock, journal, trace
+        self._sampler = JobSampler(process, sampler, clock)
+        self._executables = executables
+        self._load = load
+        self._yank = yank
+        self._on_signal, self._on_unsent = on_signal, on_unsent
+        self._write_down = write_down
+        self._intent = _Intent.NONE
+        self._forced = False
+        """Send SIGKILL, whatever the ladder says."""
+        self._could_yank = False
+        self._term_at: int | None = None
+        self._kill_at: int | None = None
+        self._continued_at: int | None = None
+        self._promised = 0
+        self._unidentified_since: int | None = None
+
+    @property
+    def killed(self) -> bool:
+        """Whether SIGKILL was sent."""
+        return self._kill_at is not None
+
+    @property
+    def sent(self) -> bool:
+        """Whether QEMU was told to exit."""
+        return self._term_at is not None or self._kill_at is not None
+
+    @property
+    def facts(self) -> JobFacts:
+        """The facts for the next decision."""
+        job = self._job
+        return JobFacts(
+            flags=job.flags,
+            policy=job.policy,
+            started=job.started,
+            term_at=self._term_at,
+            kill_at=self._kill_at,
+            continued_at=self._continued_at,
+            yank_at=self._yank.at,
+            may_yank=self._yank.possible,
+            continues=sum([rung.action == _CONTINUE for rung in job.rungs]),
+            assessment=job.assessment,
+            jobs=self._load(),
+            control=job.control,
+            promised=self._promised,
+        )
+
+    def resume(self, past: Snapshot) -> None:
+        """Continue with what an earlier daemon has done."""
+        self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
+        self._continued_at = past.sent_at(SIGCONT)
+        self._yank.resume(past)
+
+    def advance(self) -> None:
+        """Do everything that is due."""
+        job = self._job
+        while job.running:
+            decision = decide(self.facts, self._clock.now())
+            self._promised = max(self._promised, decision.promised)
+            # Checked right before a signal, because the deadline and the exit may coincide.
+            if decision.action is not Action.LEAVE and self._process.exited():
+                job.gone()
+                return
+            action = Action.KILL if self._forced and not self.killed else decision.action
+            if action not in (Action.KILL, Action.LOOK):
+                self._withdraw()
+            match action:
+                case Action.WAIT:
+                    job.wait_until(decision.deadline, decision.wake)
+                    return
+                case Action.LOOK:
+                    # The sample, or its timeout, calls `advance` again.
+                    assessment = job.assessment
+                    detail = assessment is not None and assessment.wants_detail
+                    self._sampler.look(self._seen, detail=detail)
+                    return
+                case Action.YANK:
+                    # The result calls `advance` again.
+                    if self._yank.step():
+                        return
+                case Action.GIVE_UP:
+                    job.finish(Result.SURVIVED)
+                case Action.LEAVE:
+                    job.finish(Result.SIGNALLED)
+                case Action.CONTINUE | Action.TERMINATE | Action.KILL:
+                    if not self.climb(_SIGNALS[action]):
+                        return
+
+    def force(self) -> None:
+        """Send SIGKILL now."""
+        self._forced = True
+        self.climb(SIGKILL)
+
+    def as_intended(self, snapshot: Snapshot) -> Snapshot:
+        """Return the snapshot as if the SIGKILL about to be sent had been sent."""
+        if self._intent is _Intent.NONE or snapshot.result is not None:
+            return snapshot
+        rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())
+        return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
+
+    def is_last_rung_due(self) -> bool:
+        """Return whether SIGKILL would be sent now, apart from the sample before it."""
+        now = self._clock.now()
+        return decide(self.facts, now).deadline <= now
+
+    def climb(self, number: Signals) -> bool:
+        """Send the signal of a rung, then record and report it.
+
+        Return False if it is tried again later: SIGKILL must be saved first, or the process's
+        executable is unreadable.
+        """
+        job = self._job
+        if number == SIGKILL and not self._is_written_down():
+            return False
+        try:
+            self.send(number)
+        except UnknownIdentity as error:
+            self._on_unsent()
+            self._try_again(number, error)
+            return False
+        except ProcessChanged as error:
+            self._end_as_changed(error)
+        except ProcessLookupError:
+            job.gone()
+        except PermissionError:
+            job.error = f"the kernel does not let qkilld send {number.name}"
+            self._journal.write(events.signal_refused(job, number))
+            job.finish(Result.FAILED)
+        else:
+            self._journal.write(events.signal_sent(job, job.rungs[-1]))
+            job.enter(job.phase)
+            if number == SIGKILL:
+                job.enter(Phase.REAP)
+        return True
+
+    def send(self, number: Signals) -> None:
+        """Raises what `check_identity` raises, and PermissionError."""
+        job = self._job
+        self.check_identity()
+        self._process.signal(number)
+        self._on_signal()
+        now = self._clock.now()
+        if number == SIGKILL:
+            self._kill_at = now
+            job.deadline = min(now + job.policy.reap, INFINITY)
+            job.phase = Phase.KILL
+            job.risks = self._risks()
+            self._intent = _Intent.NONE
+        elif number == SIGCONT:
+            self._continued_at = now
+        else:
+            self._term_at = now
+        job.note_rung(number.name, now)
+
+    def check_identity(self) -> None:
+        """Raises ProcessChanged, UnknownIdentity, and ProcessLookupError if the process is gone."""
+        check_process(self._process, self._job.guest.identity, self._executables)
+        self._unidentified_since = None
+
+    def check_on_request(self) -> None:
+        """Check the identity when no signal follows at once. If the process changed, the job ends.
+
+        Raises ProcessChanged, UnknownIdentity.
+        """
+        try:
+            self.check_identity()
+        except ProcessLookupError:
+            pass  # The pidfd will report the exit.
+        except ProcessChanged as error:
+            self._end_as_changed(error)
+            raise
+
+    def check_resumed(self) -> None:
+        """End the job as failed if the process's identity has changed."""
+        if not self._process.exited():
+            with contextlib.suppress(ProcessChanged, UnknownIdentity):
+                self.check_on_request()
+
+    def close(self) -> None:
+        """Stop taking samples."""
+        self._sampler.close()
+
+    def _is_written_down(self) -> bool:
+        """Return whether the intention to send SIGKILL is saved; if not, start to save it.
+
+        If this program dies right after SIGKILL, the next one must not report "exited". SIGTERM is
+        not saved first: if it is unknown whether it was sent, it must be sent again, because no
+        guest may get SIGKILL that was never asked to exit. QEMU ignores a second SIGTERM.
+        """
+        if self._intent is not _Intent.NONE:
+            return self._intent is _Intent.WRITTEN
+        self._intent = _Intent.BEING_WRITTEN
+        self._job.enter(Phase.KILL)
+        self._write_down(self._go_on)  # Calls back at once if nothing is saved.
+        return False
+
+    def _go_on(self) -> None:
+        if self._job.running and self._intent is _Intent.BEING_WRITTEN:
+            self._intent = _Intent.WRITTEN
+            self._job.advance()
+
+    def _withdraw(self) -> None:
+        """The ladder no longer wants SIGKILL: something moved, or a caller wants time."""
+        if self._intent is not _Intent.NONE:
+            self._intent = _Intent.NONE
+            self._job.enter(Phase.TERMINATE)
+
+    def _risks(self) -> tuple[Risk, ...]:
+        """Return the job's risks if SIGKILL is sent now."""
+        job = self._job
+        if job.flush.proven:
+            return job.risks
+        return (*job.risks, *risks_of_kill(job.assessment if job.by_evidence else None))
+
+    def _try_again(self, number: Signals, error: UnknownIdentity) -> None:
+        job, now = self._job, self._clock.now()
+        if self._unidentified_since is None:
+            self._unidentified_since = now
+        tried = now - self._unidentified_since
+        if error.exiting and number == SIGKILL and tried >= job.policy.reap:
+            # The same result as after SIGKILL, which could do no more: the whole process is
+            # exiting.
+            job.finish(Result.SURVIVED)
+        else:
+            job.wait_until(job.deadline, now + RECHECK)
+
+    def _end_as_changed(self, error: ProcessChanged) -> None:
+        job = self._job
+        job.error, job.error_name = str(error), error.bus_name
+        self._journal.write(events.process_changed(job, self._process.guest.identity))
+        job.finish(Result.FAILED)
+
+    def _seen(self, sample: Sample) -> None:
+        job = self._job
+        if not job.running:
+            return
+        before = job.assessment
+        # A late sample may be older than the empty one that replaced it.
+        if before is None or sample.at >= before.last.at:
+            job.assessment = evidence = assess(before, sample, look_interval(self._load()))
+            self._trace.record(sample)
+            if evidence.verdict is not job.verdict:
+                job.turn_to(evidence.verdict, evidence.reasons[:4], evidence.last.at)
+            could_yank, self._could_yank = self._could_yank, self._yank.possible
+            if before is None or could_yank != self._could_yank or is_news(before, evidence):
+                job.enter(job.phase)
+            else:
+                job.looked()
+            if self._kill_at is not None and is_dead(sample):
+                job.gone()
+                return
+        job.advance()

@@ -1,0 +1,61 @@
+"""How callers may steer a running job: hold, release, extend. Pure.
+
+A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
+process. Root and authorized users steer every job. The owner steers only jobs that run by the
+owner's right. Other jobs the owner may only extend, up to a bound; otherwise owners could keep root
+from stopping their guests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.job import Control
+from qkilld.model.policy import Policy
+
+OWNER_EXTENSION: Final = 10 * 60 * USEC_PER_SEC
+"""How long (µs) after its start the owner can delay SIGKILL of somebody else's job, if MaxSec is
+infinite."""
+
+
+def owner_limit(started: int, policy: Policy) -> int:
+    """Return until when the owner may extend somebody else's job; CLOCK_MONOTONIC, µs."""
+    longest = policy.max if policy.max < INFINITY else OWNER_EXTENSION
+    return min(started + longest, INFINITY)
+
+
+def may_steer(rank: Rank, job: Rank) -> bool:
+    """Return whether a caller of rank `rank` may steer a job of rank `job` without a bound."""
+    return rank > Rank.OWNER or job is Rank.OWNER
+
+
+def extended(control: Control, until: int, rank: Rank) -> Control:
+    """Delay SIGKILL until `until` (CLOCK_MONOTONIC, µs), or until a later time set before."""
+    outranking = until if rank > Rank.OWNER else 0
+    return replace(
+        control,
+        not_before=max(control.not_before, until),
+        outranking=max(control.outranking, outranking),
+    )
+
+
+def hold(control: Control, by: Steerer, started: int, policy: Policy) -> Control:
+    """Hold the job until it is released; a hold by the owner ends when MaxSec is over."""
+    outranks = by.rank > Rank.OWNER
+    until = INFINITY if outranks else min(started + policy.max, INFINITY)
+    if control.held and until <= control.held_until and (control.hold_outranks or not outranks):
+        return control
+    return replace(control, held=True, held_until=until, hold_outranks=outranks)
+
+
+def release(control: Control) -> Control:
+    return replace(control, held=False, held_until=INFINITY, hold_outranks=False)
+
+
+def take_over(control: Control, limit: int) -> Control:
+    """Reduce the owner's steering when the job is taken over. `limit` is from `owner_limit`."""
+    new_control = control if control.hold_outranks else release(control)
+    return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))

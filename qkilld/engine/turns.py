@@ -1,0 +1,100 @@
+"""Decide when a call is begun: the turns of all users, whichever way their calls arrive.
+
+The bus and Varlink share one of these, so that all calls of a user count together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final, Protocol
+
+from qkilld.engine.call_limits import CallLimits
+from qkilld.engine.fair_queue import MAX_CALLS, FairQueue
+from qkilld.model.errors import Busy, QkilldError
+
+ROUND_S: Final = 0.002
+"""After starting calls for this time, the loop serves its timers and pidfds."""
+CROWDED_S: Final = 0.002
+"""How long messages are only read, if all waiting users have a crowd of calls and still send more:
+otherwise another user's call would wait behind theirs in the socket."""
+FULL: Final = Busy(
+    f"More than {MAX_CALLS} calls of yours, or too long ones, wait here for an answer"
+)
+
+
+class WaitingCall(Protocol):
+    """A call that was received but not parsed yet."""
+
+    def start(self, uid: int) -> None:
+        """Answer it, or start a task that does. Never raises."""
+
+    def refuse(self, error: QkilldError) -> None: ...
+
+
+class Turns:
+    """Use it in a running loop. Callers have names that are never reused."""
+
+    def __init__(self, unlimited: frozenset[int]) -> None:
+        """`unlimited`: uids without limits."""
+        self.unlimited = unlimited
+        self.limits = CallLimits(unlimited)
+        self.last_call = time.monotonic()
+        """The time of the last call, time.monotonic()."""
+        self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)
+        self._round: asyncio.Handle | None = None
+        """The next round of calls."""
+        self._called = False
+        """Calls have arrived since the last round."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a call of a known user waits for its turn."""
+        return bool(self._queue)
+
+    def put(self, name: str, uid: int | None, call: WaitingCall, size: int) -> bool:
+        """Let a call wait for its turn; if its uid is unknown, until `introduce`. Return False,
+        with the call refused, if too many wait."""
+        self.last_call = time.monotonic()
+        self._called = True
+        if not self._queue.put(name, uid, call, size):
+            call.refuse(FULL)
+            return False
+        if uid is not None:
+            self._serve_soon()
+        return True
+
+    def introduce(self, name: str, uid: int) -> None:
+        """Set the uid of a caller."""
+        self._queue.introduce(name, uid)
+        self._serve_soon()
+
+    def forget(self, name: str, uid: int | None) -> list[WaitingCall]:
+        """Remove a caller that is gone; return its waiting calls, which nobody will start."""
+        return self._queue.forget(name, uid)
+
+    def _serve_soon(self) -> None:
+        if isinstance(self._round, asyncio.TimerHandle) and not self._queue.crowded:
+            self._round.cancel()
+            self._round = None
+        if self._round is None:
+            self._round = asyncio.get_running_loop().call_soon(self._serve)
+
+    def _serve(self) -> None:
+        """Give each user a turn while time remains. The next round follows after the loop has
+        handled other events and the tasks started here have begun."""
+        self._round = None
+        called, self._called = self._called, False
+        end = time.monotonic() + ROUND_S
+        for _ in range(self._queue.users):
+            uid, calls = self._queue.turn()
+            for call in calls:
+                call.start(uid)
+            if time.monotonic() > end:
+                break
+        if not self._queue:
+            return
+        if self._queue.crowded and called:
+            self._round = asyncio.get_running_loop().call_later(CROWDED_S, self._serve)
+        else:
+            self._serve_soon()

@@ -1,0 +1,68 @@
+"""Find the guest that a unit name means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, NoSuchUnit, NotQemu
+from qkilld.model.guest import Guest, Unit
+from qkilld.model.text import printable
+from qkilld.model.unit import UnitFacts
+
+MAX_NAMED: Final = 10
+_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,247}\.(service|scope)")
+"""systemd.unit(5): at most 255 characters with the suffix."""
+
+
+def check_unit_name(name: str) -> None:
+    """Raise InvalidArgs unless `name` can be the name of a service or scope."""
+    if not _NAME.fullmatch(name):
+        raise InvalidArgs(f'"{printable(name)}" is not the name of a .service or .scope')
+
+
+def choose_guest(
+    name: str, facts: UnitFacts | None, guests: Sequence[Guest], *, known: bool
+) -> Guest:
+    """Return the guest that runs in a unit: its main process, or else the only one.
+
+    A unit of the system takes precedence over units of the same name of users' managers, because
+    users may choose any name. If we ask a user's manager, only that user's units are visible.
+
+    facts   what systemd says of the unit, None where it does not answer
+    known   False where systemd says that there is no such unit
+    Raises NoSuchUnit, NoSuchProcess, NotQemu, Failed where there are several.
+    """
+    primary = facts.id if facts is not None else name
+    inside = [guest for guest in guests if guest.label.unit_name == primary]
+    of_system = [guest for guest in inside if guest.label.unit == Unit(primary)]
+    if (facts is not None and "/user@" not in facts.control_group) or of_system:
+        inside = of_system
+    if facts is not None:
+        for guest in inside:
+            if guest.identity.pid == facts.main_pid:
+                return guest
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        named = " ".join(str(guest.identity.pid) for guest in inside[:MAX_NAMED])
+        more = " …" if len(inside) > MAX_NAMED else ""
+        raise Failed(
+            f"{primary} has {len(inside)} QEMU processes, and none is its main process: name one "
+            f"by its process id, as in `qkillctl terminate PID`. They are {named}{more}"
+        )
+    if hidden := [guest.identity.pid for guest in guests if guest.label.unit is None]:
+        named = " ".join(map(str, hidden[:MAX_NAMED])) + (" …" if len(hidden) > MAX_NAMED else "")
+        raise Failed(
+            f"No QEMU is known to run in {primary}, but the unit of process {named} cannot be read"
+        )
+    if not known:
+        raise NoSuchUnit(f'systemd knows no unit "{name}", and no QEMU runs in one of that name')
+    if facts is None:
+        raise NoSuchUnit(
+            f'No QEMU runs in a unit "{name}", and systemd does not say whether there is one'
+        )
+    if not facts.control_group:
+        raise NoSuchProcess(f"{primary} is not running")
+    raise NotQemu(f"No QEMU runs in {primary}")

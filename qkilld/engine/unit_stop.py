@@ -1,0 +1,117 @@
+"""Apply a unit's settings to stops requested by its ExecStop= process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from qkilld.debug_log import ignore
+from qkilld.decision.unit_limits import Limits, being_stopped, limits_of
+from qkilld.engine.job import Job
+from qkilld.engine.service import Service
+from qkilld.model.constants import INFINITY, Flag
+from qkilld.model.errors import QkilldError
+from qkilld.model.guest import Unit
+from qkilld.model.job import Request
+from qkilld.model.unit import UnitFacts
+
+
+class ControlProcess(NamedTuple):
+    """The ExecStop= process of a unit."""
+
+    unit: Unit
+    ran_for: int
+    """µs since its start."""
+
+
+class UnitLimits(NamedTuple):
+    """The limits of a unit, or the reason why they are unknown."""
+
+    name: str
+    limits: Limits | None
+    why: str = ""
+
+
+class UnitStops:
+    def __init__(
+        self,
+        service: Service,
+        look_up: Callable[[int], ControlProcess | None],
+        *,
+        user: bool,
+    ) -> None:
+        """`look_up` describes a process; None if it is unreadable. `user`: the service's manager is
+        a user manager."""
+        self._service = service
+        self._look_up = look_up
+        self._user = user
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Keep a reference to a task until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def reason(self, pid: int) -> str:
+        """Name the unit that process `pid` stops; "" if unknown."""
+        process = self._look_up(pid)
+        return f"ExecStop of {process.unit.name}" if process and process.unit.name else ""
+
+    async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
+        """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
+
+        With `force` they get FORCE if systemd would send SIGKILL as well. The limits are those for
+        the first job.
+        """
+        name, facts, why = await self._facts(pid)
+        if facts is None:
+            return UnitLimits(name, None, why)
+        limits = limits_of(facts, pid, jobs[0].guest.identity.pid)
+        process = self._look_up(pid)
+        for job in jobs:
+            if job.running:
+                self._join(job, limits_of(facts, pid, job.guest.identity.pid), process, uid, force)
+        return UnitLimits(facts.id, limits)
+
+    def _join(
+        self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
+    ) -> None:
+        flags = Flag.FORCE if limits.force and force else Flag(0)
+        ask = INFINITY
+        if limits.ask != INFINITY and process is not None:
+            # The limit counts from the start of the process, and the job began later.
+            ask = max(0, limits.ask - max(0, process.ran_for - job.elapsed))
+        if not flags and ask == INFINITY:
+            return
+        request = Request(
+            flags | job.request.flags & Flag.POWERDOWN,
+            {},
+            job.request.reason,
+            uid,
+            powerdown_only=job.request.powerdown_only,
+            ask_at_most=ask,
+        )
+        # If the process has changed, that ends the job.
+        with ignore("joining a job for its unit", QkilldError):
+            job.join(request)
+
+    async def _facts(self, pid: int) -> tuple[str, UnitFacts | None, str]:
+        """Return the unit's name, its settings, and the reason if they are unknown."""
+        units = self._service.units
+        if units is None:
+            return "", None, "systemd cannot be asked without a message bus"
+        process = self._look_up(pid)
+        if process is None:
+            return "", None, "the unit of the caller cannot be read"
+        unit = process.unit
+        if bool(unit.user) is not self._user:
+            return "", None, "it is a unit of another manager of systemd"
+        name = unit.user if self._user else unit.system
+        try:
+            facts = await units.unit(name)
+        except QkilldError as error:
+            return name, None, f"systemd says: {error}"
+        if not being_stopped(facts):
+            return name, None, f"systemd is not stopping {facts.id}"
+        return name, facts, ""

@@ -1,0 +1,146 @@
+"""The rung before SIGKILL: yank dead storage, so that QEMU can finish its other disks.
+
+decision.yank decides what to yank. This needs a connection to the monitor that was open before
+SIGTERM, on which QEMU answers in 1 to 3 ms. Data on yanked storage is at risk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from qkilld.decision import yank
+from qkilld.decision.yank import CutOff
+from qkilld.engine import events
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.monitor_link import MonitorLink
+from qkilld.engine.ports import Clock, Journal
+from qkilld.engine.snapshot import YANK, Snapshot
+from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.constants import USEC_PER_SEC, Phase
+from qkilld.model.job import Risk
+
+TIMEOUT: Final = 5 * USEC_PER_SEC
+"""Timeout (µs) for both commands; SIGKILL follows."""
+
+
+class YankRung:
+    def __init__(
+        self,
+        job: LadderJob,
+        clock: Clock,
+        journal: Journal,
+        link: MonitorLink,
+        *,
+        allowed: bool,
+        disks: Callable[[], tuple[GuestDisk, ...]],
+        stuck: Callable[[], tuple[str, ...]],
+        still_due: Callable[[], bool],
+    ) -> None:
+        """`allowed` is Yank=. `disks` and `stuck` return the state of the disks before SIGTERM.
+        `still_due` is called right before anything is yanked."""
+        self._job, self._clock, self._journal, self._link = job, clock, journal, link
+        self._allowed = allowed
+        self._disks, self._stuck, self._still_due = disks, stuck, still_due
+        self.at: int | None = None
+        """When something was last yanked."""
+        self._done: set[str] = set()
+        """The names of yanked instances."""
+        self._exhausted = False
+        self._until: int | None = None
+        """The deadline of the current attempt; None if there is none."""
+        self._attempt = 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether something may be left to yank."""
+        return self._allowed and not self._exhausted and self._link.monitor is not None
+
+    def resume(self, past: Snapshot) -> None:
+        self.at = past.done_at(YANK)
+
+    def step(self) -> bool:
+        """Start an attempt, unless one is in progress; it advances the job in the end.
+
+        Return False if nothing can be yanked, so that SIGKILL is next.
+        """
+        if self._until is not None and self._clock.now() >= self._until:
+            self._give_up()
+        if self._exhausted:
+            return False
+        if self._until is None:
+            self._begin()
+        if self._until is not None:
+            self._job.wait_until(self._job.deadline, self._until)
+        return True
+
+    def _begin(self) -> None:
+        monitor = self._link.monitor
+        assert monitor is not None
+        self._attempt += 1
+        self._until = self._clock.now() + TIMEOUT
+        attempt = self._attempt
+
+        def found(instances: tuple[YankInstance, ...] | str | Exception) -> None:
+            if attempt != self._attempt or not self._job.running:
+                return
+            if isinstance(instances, str | Exception):
+                self._give_up(instances)
+                self._job.advance()
+            else:
+                self._cut_off(instances)
+
+        monitor.query_yank(found)
+
+    def _cut_off(self, instances: tuple[YankInstance, ...]) -> None:
+        evidence, monitor, attempt = self._job.assessment, self._link.monitor, self._attempt
+        chosen: tuple[CutOff, ...] = ()
+        if evidence is not None:
+            chosen = yank.choose(
+                instances,
+                evidence,
+                disks=self._disks(),
+                stuck=self._stuck(),
+                done=self._done,
+                still_since=self._clock.now() - self._job.policy.stall,
+            )
+        if not chosen or monitor is None:
+            self._give_up()
+            self._job.advance()
+            return
+        if not self._still_due():
+            self._until = None
+            self._job.advance()
+            return
+
+        def done(refused: str | Exception) -> None:
+            if attempt != self._attempt or not self._job.running:
+                return
+            if refused:
+                self._give_up(refused)
+            else:
+                self._note(chosen)
+            self._job.advance()
+
+        monitor.yank([cutoff.instance for cutoff in chosen], done)
+
+    def _note(self, chosen: tuple[CutOff, ...]) -> None:
+        job = self._job
+        self.at = self._clock.now()
+        self._until = None
+        self._done |= {cutoff.instance.name for cutoff in chosen}
+        job.note_rung(YANK, self.at)
+        for cutoff in chosen:
+            text = f"{', '.join(cutoff.disks)} was cut off: {cutoff.why}"
+            job.risks = (*job.risks, Risk("yanked", text))
+        self._journal.write(events.cut_off(job, chosen))
+        job.enter(Phase.TERMINATE)
+
+    def _give_up(self, why: str | Exception = "") -> None:
+        """Give up: SIGKILL is next."""
+        self._until = None
+        self._attempt += 1
+        self._exhausted = True
+        if isinstance(why, Exception):
+            doing = f"cutting off storage of {self._job.guest.title}"
+            self._journal.write(events.internal_error(doing, why))

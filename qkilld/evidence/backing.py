@@ -1,0 +1,116 @@
+"""Find the file system under a file that the kernel names only by its path.
+
+This concerns the backing file of a loop device and the upper directory of an overlay. The path
+belongs to the mount namespace in which it was given, and the kernel does not tell which one that
+is: a container's "/tmp/image" would be taken for a path on the host's root disk. So a local file
+system counts only if the file is found there and has the length that the loop device reports. The
+driver could tell device and inode (LOOP_GET_STATUS64), but it asks the file system for them, and
+blocks while that hangs.
+
+Paths that lead over a remote file system or FUSE are never walked.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters.procfs import Filesystem, Mounts
+from qkilld.adapters.target_files import open_path
+from qkilld.debug_log import note_once
+
+TIMEOUT_S: Final = 0.5
+"""Timeout of the path walk, which runs in its own thread. The kernel has all directories of the
+correct path in memory; searching for another one may wait for a disk."""
+MAX_FILES: Final = 256
+"""Files that are cached for each process."""
+NAMESPACES: Final = ("1", "self")
+"""The processes in whose mount namespaces the path is searched, in this order."""
+
+_LOCAL: Final = frozenset({"btrfs", "overlay", "zfs", "bcachefs", "tmpfs", "ramfs", "devtmpfs"})
+"""File systems without a block device that are implemented in this kernel."""
+
+
+class Backing(NamedTuple):
+    """A file, or the directory of an overlay."""
+
+    path: bytes
+    sizes: range | None
+    """The possible sizes of the file in bytes; None for a directory."""
+
+
+class BackingPlace(NamedTuple):
+    filesystem: Filesystem | None
+    device: str
+    """MAJOR:MINOR if the backing file is itself a block device, "" otherwise."""
+
+
+class BackingFinder:
+    """Finds backing files, and caches them. For one thread at a time."""
+
+    def __init__(self, proc: Path) -> None:
+        self._proc = proc
+        self._answers: dict[tuple[str, Backing], _FileSearch] = {}
+
+    def find(self, backing: Backing, tables: dict[str, Mounts]) -> BackingPlace | None:
+        """Return None if it is unknown. `tables`: the mounts of NAMESPACES."""
+        distant = None
+        for pid in NAMESPACES:
+            way = tables[pid].way_to(backing.path)
+            if not way:
+                continue
+            if not all(_is_local(filesystem) for filesystem in way):
+                distant = distant or BackingPlace(way[-1], "")
+            elif (device := self._walked(pid, backing)) is not None:
+                return BackingPlace(way[-1], device)
+        return distant
+
+    def _walked(self, pid: str, backing: Backing) -> str | None:
+        """Return a value for BackingPlace.device; None if the file is missing or the walk takes too
+        long."""
+        search = self._answers.get((pid, backing))
+        if search is None:
+            if len(self._answers) >= MAX_FILES:
+                return None
+            search = self._answers[pid, backing] = _FileSearch(self._proc / pid / "root", backing)
+            search.start()
+            search.join(TIMEOUT_S)
+        return search.found
+
+
+class _FileSearch(threading.Thread):
+    """Walks one path. `found` is None until the file is found."""
+
+    def __init__(self, root: Path, backing: Backing) -> None:
+        super().__init__(name="backing", daemon=True)
+        self._root, self._backing = root, backing
+        self.found: str | None = None
+
+    def run(self) -> None:
+        try:
+            self.found = _look(self._root, self._backing)
+        except OSError as error:
+            note_once(f"looking for {os.fsdecode(self._backing.path)!r} in {self._root}", error)
+
+
+def _look(root: Path, backing: Backing) -> str | None:
+    """Raises OSError."""
+    file = open_path(root, os.fsdecode(backing.path))
+    try:
+        status = os.fstat(file)
+    finally:
+        os.close(file)
+    if stat.S_ISBLK(status.st_mode):
+        return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if stat.S_ISDIR(status.st_mode):
+        same = backing.sizes is None
+    else:
+        same = stat.S_ISREG(status.st_mode) and status.st_size in (backing.sizes or ())
+    return "" if same else None
+
+
+def _is_local(filesystem: Filesystem) -> bool:
+    return not filesystem.number.startswith("0:") or filesystem.kind in _LOCAL

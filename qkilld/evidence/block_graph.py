@@ -1,0 +1,351 @@
+"""Read QEMU's storage from its command line: nodes behind connections, images, other connections.
+
+Pure. The command line is its owner's claim: it tells what a descriptor is for, never that the
+descriptor exists. Disks that were added later are in no command line, so the use of a connection
+that it does not explain is unknown. Sources: qemu-options.hx, qapi/block-core.json,
+docs/system/device-url-syntax of QEMU 2.0 to 10.0.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
+from typing import Final
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from qkilld.adapters.qemu_args import QemuOption, parse_command_line
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Node
+from qkilld.model.text import printable
+
+_DEFAULT_PORTS: Final = {
+    "nbd": 10809, "iscsi": 3260, "ssh": 22, "http": 80, "https": 443, "ftp": 21, "ftps": 990,
+    "gluster": 24007, "nfs": 2049, "rbd": None, "sheepdog": 7000, "vxhs": 9999,
+}  # fmt: skip
+"""Drivers whose storage is behind a connection, with their default port."""
+_DISK_OPTIONS: Final = frozenset(
+    ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd",
+     "pflash")
+)  # fmt: skip
+_MONITORS: Final = ("qmp", "qmp-pretty", "mon", "monitor")
+_VHOST_USER: Final = re.compile(r"vhost-user-(blk|scsi|fs|vsock|gpu|input|i2c|rng|net)")
+_URL: Final = re.compile(r"(nbd|iscsi|ssh|https?|ftps?|gluster|nfs|rbd|sheepdog|vxhs)(\+\w+)?:")
+FOREVER_S: Final = 1_000_000_000
+_MAX_DEPTH: Final = 8
+_MAX_NODES: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEnd:
+    """One end of a connection: a path, a port, or a descriptor that QEMU was given."""
+
+    path: str = ""
+    port: int | None = None
+    host: str = ""
+    descriptor: int | None = None
+
+
+@dataclass(slots=True)
+class BlockGraph:
+    nodes: list[Node] = field(default_factory=list)
+    endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
+    """The use of each connection: its node, or None if it is not for storage."""
+    raw: set[str] = field(default_factory=set)
+    """Nodes whose servers are in no option, those of rbd for example."""
+    unlocated: list[Node] = field(default_factory=list)
+    """Nodes whose servers no option names, of rbd say."""
+    pluggable: bool = False
+    """QEMU has a monitor, through which storage may have been added since its start."""
+
+    @property
+    def descriptors(self) -> frozenset[int]:
+        """Return the descriptors that QEMU was given for connections."""
+        numbers = (endpoint.descriptor for endpoint in self.endpoints)
+        return frozenset(number for number in numbers if number is not None)
+
+    def add(
+        self,
+        protocol: str,
+        name: str,
+        endpoints: Sequence[ConnectionEnd],
+        export: str = "",
+        reconnect: int | None = None,
+    ) -> None:
+        if len(self.nodes) >= _MAX_NODES:
+            return
+        title = printable(name) or f"{protocol}{len(self.nodes)}"
+        if any(node.name == title for node in self.nodes):
+            title = f"{title}-{len(self.nodes)}"
+        node = Node(title, protocol, export=printable(export), reconnect=reconnect)
+        self.nodes.append(node)
+        if not endpoints:
+            self.unlocated.append(node)
+        for endpoint in endpoints:
+            self.endpoints[endpoint] = node
+
+    def raw_paths(self, directory: str) -> frozenset[str]:
+        """Return the paths of raw images, as the kernel shows them if no link is involved."""
+        return frozenset(self.raw | _resolved(self.raw, directory))
+
+
+def _resolved(names: set[str], directory: str) -> set[str]:
+    if not directory:
+        return set()
+    return {os.path.normpath(os.path.join(directory, name)) for name in names}  # noqa: PTH118
+
+
+def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -> BlockGraph:
+    """Read the words of a command line and the sections of its -readconfig files."""
+    options = [*parse_command_line(argv), *sections]
+    graph = BlockGraph()
+    _read_disks(graph, options)
+    _read_connections(graph, options)
+    graph.pluggable = any(
+        option.name in _MONITORS and option.text not in ("", "none") for option in options
+    )
+    return graph
+
+
+def config_paths(argv: Sequence[str]) -> list[str]:
+    """Return the -readconfig files that a command line names."""
+    return [option.text for option in parse_command_line(argv) if option.name == "readconfig"]
+
+
+# ---- disks ----
+
+
+def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
+    disks: list[_DiskOption] = []
+    in_use: set[str] = set()
+    for number, option in enumerate(options):
+        flat = dict(option.flat)
+        if option.name not in _DISK_OPTIONS:
+            in_use.update(flat.values())
+            continue
+        name = flat.get("node-name") or flat.get("id") or f"{option.name}{number}"
+        _read_nodes(graph, name, flat, 0)
+        disks.append(_read_disk_option(name, option.name == "blockdev", flat))
+    graph.raw.update(path for path, raw in _images(disks, in_use).items() if raw)
+
+
+@dataclass(frozen=True, slots=True)
+class _DiskOption:
+    """One option: a node and its nested nodes."""
+
+    name: str
+    formats: frozenset[str]
+    """Formats; "" if QEMU has to probe."""
+    paths: tuple[str, ...]
+    children: frozenset[str]
+    """The names of other nodes that it uses, and other values."""
+
+
+def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _DiskOption:
+    formats, paths, children = set(), [], set()
+    for key, value in flat.items():
+        last = key.rpartition(".")[2]
+        if last in ("driver", "format"):
+            formats.add(value)
+        elif last == "filename" or (key == "file" and not is_node):
+            paths.append(value)
+        elif key not in ("node-name", "id"):
+            children.add(value)
+    formats -= {"file", "host_device"}
+    if not is_node and not {"format", "driver"} & flat.keys():
+        formats.add("")
+    return _DiskOption(name, frozenset(formats), tuple(paths), frozenset(children))
+
+
+def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:
+    """Return all paths, and whether every use of each on the command line is known to be raw.
+
+    A chain of several formats is not raw. Neither is a node that nothing uses, because something
+    that was added to the running QEMU may use it.
+    """
+    parents: dict[str, list[_DiskOption]] = {}
+    for disk in disks:
+        for child in disk.children:
+            parents.setdefault(child, []).append(disk)
+    images: dict[str, bool] = {}
+    for disk in disks:
+        users = parents.get(disk.name, [])
+        if disk.formats:
+            raw = disk.formats == {"raw"} and not users
+        else:
+            raw = all(user.formats == {"raw"} and user.name not in parents for user in users)
+            raw = raw and bool(users or disk.name in in_use)
+        for path in map(_bare, disk.paths):
+            images[path] = raw and images.get(path, True)
+    return images
+
+
+def _bare(filename: str) -> str:
+    return filename.removeprefix("file:").removeprefix("host_device:")
+
+
+def _read_nodes(graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int) -> None:
+    """Add the nodes behind connections in the options of one disk."""
+    for key, value in flat.items():
+        prefix, _, last = key.rpartition(".")
+        dotted = f"{prefix}." if prefix else ""
+        if last == "driver" and value in _DEFAULT_PORTS:
+            node = flat.get(f"{dotted}node-name") or name
+            ends = list(_endpoints_of_options(value, flat, dotted))
+            export = flat.get(f"{dotted}export", "")
+            graph.add(value, node, ends, export, _reconnects(value, flat, dotted))
+        elif last in ("file", "filename", "backing", "hda", "cdrom", "url"):
+            _read_filename(graph, name, value, depth)
+
+
+def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | None:
+    """Return Node.reconnect. libiscsi connects again for ever, unless requests have a timeout."""
+    if protocol == "iscsi":
+        return None if flat.get(f"{prefix}timeout", "0") != "0" else FOREVER_S
+    delay = flat.get(f"{prefix}reconnect-delay", "") if protocol == "nbd" else ""
+    return int(delay) if delay.isdecimal() and len(delay) < 10 else None
+
+
+def _read_filename(graph: BlockGraph, name: str, text: str, depth: int) -> None:
+    if text.startswith("json:"):
+        if depth < _MAX_DEPTH:
+            inner = QemuOption("blockdev", text.removeprefix("json:"))
+            _read_nodes(graph, name, inner.flat, depth + 1)
+        return
+    if not (match := _URL.match(text)):
+        return
+    protocol = match[1]
+    graph.add(protocol, name, list(_endpoints_of_url(protocol, text)), _export_of_url(text))
+
+
+def _endpoints_of_options(
+    protocol: str, flat: Mapping[str, str], prefix: str
+) -> Iterator[ConnectionEnd]:
+    port = _DEFAULT_PORTS[protocol]
+    for server in (f"{prefix}server.", f"{prefix}server.0.", prefix):
+        kind = flat.get(f"{server}type", "")
+        if kind == "fd" or f"{server}str" in flat:
+            number = flat.get(f"{server}str", "")
+            yield ConnectionEnd(descriptor=int(number) if number.isdecimal() else None)
+        elif path := flat.get(f"{server}path") if protocol == "nbd" or kind == "unix" else None:
+            yield ConnectionEnd(path=path)
+        elif host := flat.get(f"{server}host"):
+            yield _tcp(host, flat.get(f"{server}port", ""), port)
+    if portal := flat.get(f"{prefix}portal"):
+        host, _, number = portal.rpartition(":") if ":" in portal else (portal, "", "")
+        yield _tcp(host.strip("[]"), number.partition(",")[0], port)
+    if url := flat.get(f"{prefix}url"):
+        yield from _endpoints_of_url(protocol, url)
+
+
+def _export_of_url(text: str) -> str:
+    """Return the export in an NBD URL or in the older form."""
+    if text.startswith(("nbd://", "nbd+")):
+        return unquote(re.sub(r"[^:]*://[^/?]*/?", "", text, count=1).partition("?")[0])
+    return text.partition(":exportname=")[2]
+
+
+def _endpoints_of_url(protocol: str, text: str) -> Iterator[ConnectionEnd]:
+    port = _DEFAULT_PORTS[protocol]
+    if protocol == "nbd" and not text.startswith(("nbd://", "nbd+")):
+        # The old form: nbd:unix:PATH[:exportname=…], nbd:HOST:PORT[:…]
+        address = text.removeprefix("nbd:")
+        if address.startswith("unix:"):
+            yield ConnectionEnd(path=address.removeprefix("unix:").partition(":exportname=")[0])
+        elif match := re.match(r"(\[[^\]]*\]|[^:]*):(\d+)", address):
+            yield _tcp(match[1].strip("[]"), match[2], port)
+        return
+    try:
+        url = urlsplit(text)
+        number = url.port
+    except ValueError:
+        return
+    if "+unix:" in text:
+        for path in parse_qs(url.query).get("socket", []):
+            yield ConnectionEnd(path=unquote(path))
+    elif url.hostname:
+        yield _tcp(url.hostname, "" if number is None else str(number), port)
+
+
+def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
+    return ConnectionEnd(host=host, port=int(number) if number.isdecimal() else default)
+
+
+# ---- other connections ----
+
+
+def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
+    """Add character devices, networks and displays; only vhost-user uses them for storage."""
+    users: dict[str, str] = {}
+    for option in options:
+        flat = option.flat
+        if option.name == "device" and (match := _VHOST_USER.match(flat.get("driver", ""))):
+            users[flat.get("chardev", "")] = f"vhost-user-{match[1]}"
+        elif option.name == "netdev" and flat.get("type") == "vhost-user":
+            users[flat.get("chardev", "")] = "vhost-user-net"
+    for option in options:
+        flat = option.flat
+        match option.name:
+            case "chardev":
+                name = flat.get("id", "")
+                ends = list(_endpoints_of_chardev(flat))
+                if name in users:
+                    graph.add("vhost-user", f"{name} ({users[name]})", ends)
+                else:
+                    graph.endpoints.update(dict.fromkeys(ends))
+            case "monitor" | "qmp" | "qmp-pretty" | "serial" | "parallel" | "debugcon" | "gdb":
+                graph.endpoints.update(dict.fromkeys(_endpoints_of_chardev(flat)))
+            case "s":
+                graph.endpoints[ConnectionEnd(port=1234)] = None
+            case "netdev" | "nic" | "net":
+                graph.endpoints.update(dict.fromkeys(_endpoints_of_netdev(flat)))
+            case "vnc":
+                graph.endpoints.update(dict.fromkeys(_endpoints_of_vnc(option.text)))
+            case "spice":
+                graph.endpoints.update(dict.fromkeys(_endpoints_of_spice(flat)))
+            case "display" if flat.get("type") == "vnc" or option.text.startswith("vnc="):
+                text = option.text.removeprefix("vnc=")
+                graph.endpoints.update(dict.fromkeys(_endpoints_of_vnc(text)))
+
+
+def _endpoints_of_chardev(flat: Mapping[str, str]) -> Iterator[ConnectionEnd]:
+    if path := flat.get("path") or flat.get("addr.path"):
+        yield ConnectionEnd(path=path)
+    number = flat.get("fd") or flat.get("addr.str", "")
+    if number.isdecimal():
+        yield ConnectionEnd(descriptor=int(number))
+    port = flat.get("port") or flat.get("addr.port", "")
+    if port.isdecimal():
+        yield ConnectionEnd(host=flat.get("host", ""), port=int(port))
+
+
+def _endpoints_of_netdev(flat: Mapping[str, str]) -> Iterator[ConnectionEnd]:
+    if path := flat.get("addr.path") or flat.get("path") or flat.get("sock"):
+        yield ConnectionEnd(path=path)
+    for key in ("fd", "addr.str"):
+        if flat.get(key, "").isdecimal():
+            yield ConnectionEnd(descriptor=int(flat[key]))
+    for key in ("connect", "listen"):
+        host, _, port = flat.get(key, "").rpartition(":")
+        if port.isdecimal():
+            yield ConnectionEnd(host=host, port=int(port))
+    if flat.get("addr.port", "").isdecimal():
+        yield ConnectionEnd(host=flat.get("addr.host", ""), port=int(flat["addr.port"]))
+
+
+def _endpoints_of_vnc(text: str) -> Iterator[ConnectionEnd]:
+    first = text.partition(",")[0]
+    if first.startswith("unix:"):
+        yield ConnectionEnd(path=first.removeprefix("unix:"))
+    number = first.rpartition(":")[2]
+    if number.isdecimal():
+        yield ConnectionEnd(port=5900 + int(number))
+
+
+def _endpoints_of_spice(flat: Mapping[str, str]) -> Iterator[ConnectionEnd]:
+    if flat.get("unix") == "on" and "addr" in flat:
+        yield ConnectionEnd(path=flat["addr"])
+    for key in ("port", "tls-port"):
+        if flat.get(key, "").isdecimal():
+            yield ConnectionEnd(port=int(flat[key]))

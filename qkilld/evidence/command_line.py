@@ -1,0 +1,78 @@
+"""Read a process's block graph from its command line and -readconfig files.
+
+Reading /proc/PID/cmdline takes the target's memory lock, which may be held for as long as its
+storage hangs, and the owner chooses where files are. So a thread of its own reads both. Files of
+another user's process need the ptrace right.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Final
+
+from qkilld.adapters.procfs import read_command_line, read_uid
+from qkilld.adapters.qemu_args import parse_config
+from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, read_config
+from qkilld.adapters.target_threads import AllThreadsBlocked, shared
+from qkilld.debug_log import about, note_once
+from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_graph
+
+TIMEOUT_S: Final = 0.05
+
+
+class GraphReader:
+    """For one thread at a time. Reads once: a command line does not change."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
+        self._pid, self._proc = pid, proc
+        self._thread: threading.Thread | None = None
+        self._graph: BlockGraph | None = None
+        self._directory = ""
+        self._raw: frozenset[str] = frozenset()
+
+    def read(self) -> BlockGraph | None:
+        """Return the graph; None while it is unknown. Waits for at most TIMEOUT_S."""
+        if self._graph is None:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = self._start()
+            if self._thread is not None:
+                self._thread.join(TIMEOUT_S)
+            if self._graph is not None:
+                self._thread = None
+        return self._graph
+
+    def _start(self) -> threading.Thread | None:
+        try:
+            return shared.start(self._pid, read_uid(self._pid, self._proc), self._look)
+        except (OSError, AllThreadsBlocked) as error:
+            note_once("reading the command line", error)
+            return None
+
+    def formatted(self, paths: list[str] | None) -> int | None:
+        """Count the open images that are not known to be raw; None if that is unknown."""
+        if self._graph is None or paths is None:
+            return None
+        return sum(path not in self._raw for path in paths)
+
+    def _look(self) -> None:
+        about(self._pid)
+        try:
+            argv = read_command_line(self._pid, self._proc)
+            if not argv[0]:
+                return  # it is exiting
+            # The last word ends with a zero byte as well.
+            argv = argv[:-1]
+            self._directory = str((self._proc / str(self._pid) / "cwd").readlink())
+            files = config_paths(argv)
+            if len(files) > MAX_CONFIGS:
+                raise ValueError(f"it has more than {MAX_CONFIGS} -readconfig files")
+            texts = [read_config(self._pid, path, self._proc) for path in files]
+            if sum(map(len, texts)) > MAX_CONFIG:
+                raise ValueError("its -readconfig files are too long")
+            sections = [section for text in texts for section in parse_config(text)]
+            graph = read_block_graph(argv, sections)
+            self._raw = graph.raw_paths(self._directory)
+            self._graph = graph
+        except (OSError, ValueError) as error:
+            note_once("reading the command line", error)  # it stays unknown

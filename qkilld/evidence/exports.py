@@ -1,0 +1,86 @@
+"""Find the image that a storage server exports under a name, from its command line.
+
+qemu-storage-daemon serves many images; only its system calls on ours show progress of our request.
+The command line is the claim of its owner, and the guest's owner chose the server, so a lie affects
+only that guest.
+"""
+
+from __future__ import annotations
+
+import os.path
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from qkilld.adapters.procfs import read_command_line
+from qkilld.adapters.qemu_args import parse_command_line
+from qkilld.debug_log import about, note_once
+
+TIMEOUT_S: Final = 0.05
+_MAX_DEPTH: Final = 8
+
+
+class ExportReader:
+    """For one thread at a time. Reads once, in its own thread, because reading /proc/PID/cmdline
+    takes the server's memory lock, which may be held as long as its storage hangs."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
+        self._pid, self._proc = pid, proc
+        self._thread: threading.Thread | None = None
+        self._paths: Mapping[str, str] = {}
+
+    def path_of(self, export: str) -> str:
+        """Return the path of the image; "" if unknown. Waits for at most TIMEOUT_S."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="exports", daemon=True)
+            self._thread.start()
+            self._thread.join(TIMEOUT_S)
+        return self._paths.get(export, "")
+
+    def _look(self) -> None:
+        about(self._pid)
+        try:
+            argv = read_command_line(self._pid, self._proc)
+            directory = str((self._proc / str(self._pid) / "cwd").readlink())
+        except (OSError, ValueError) as error:
+            note_once("reading the command line of a server", error)
+            return
+        self._paths = {
+            name: os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
+            for name, path in exported_files(argv).items()
+        }
+
+
+def exported_files(argv: Sequence[str]) -> dict[str, str]:
+    """Return {export: file} from the command line of a qemu-storage-daemon."""
+    nodes: dict[str, Mapping[str, str]] = {}
+    exports: list[Mapping[str, str]] = []
+    for option in parse_command_line(argv):
+        flat = option.flat
+        if option.name == "blockdev" and "node-name" in flat:
+            nodes[flat["node-name"]] = flat
+        elif option.name == "export":
+            exports.append(flat)
+    files = {}
+    for flat in exports:
+        node = flat.get("node-name", "")
+        # By default an NBD export has the name of its node.
+        if path := _file_of(node, nodes):
+            files[flat.get("name", node)] = path
+    return files
+
+
+def _file_of(node: str, nodes: Mapping[str, Mapping[str, str]]) -> str:
+    """Follow the chain of `file` children."""
+    for _ in range(_MAX_DEPTH):
+        flat = nodes.get(node)
+        if flat is None:
+            return ""
+        prefix = ""
+        while f"{prefix}file.driver" in flat:
+            prefix += "file."
+        if path := flat.get(f"{prefix}filename"):
+            return path
+        node = flat.get(f"{prefix}file", "")
+    return ""

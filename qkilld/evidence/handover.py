@@ -1,0 +1,53 @@
+"""Hand samples from the threads that take them to the loop, many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+LATEST_S: Final = 0.02
+"""The longest delay of a sample, even if the next sample blocks."""
+AT_ONCE: Final = 4
+"""The number of samples handled before the loop checks its timers and pidfds again."""
+
+
+class Handover:
+    """Collects calls, because waking the loop costs half as much as a sample.
+
+    Create it in the running loop. Only `put` may be called in other threads.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect(self) -> None:
+        """Announce a call that will be put."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(LATEST_S, self._deal)
+
+    def put(self, call: Callable[[], None], *, more: bool) -> None:
+        """Call it in the loop; with `more`, further calls come soon. For any thread."""
+        self._calls.append(call)
+        if not more:
+            with contextlib.suppress(RuntimeError):  # The loop is closed.
+                self._loop.call_soon_threadsafe(self._deal)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _deal(self) -> None:
+        self.close()
+        try:
+            for _ in range(min(AT_ONCE, len(self._calls))):
+                self._calls.popleft()()
+        finally:
+            # Even if a call raised: nothing else would schedule the others.
+            if self._calls:
+                self._loop.call_soon(self._deal)

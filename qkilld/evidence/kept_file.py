@@ -1,0 +1,84 @@
+"""Read small files of the kernel repeatedly.
+
+A read through an open descriptor costs 1 to 10 µs, opening and closing the file 6 to 9 µs more
+(measured, kernel 6.18). A descriptor in /proc/PID belongs to that process: reading returns ESRCH
+when the process is gone, even if its pid is reused (proc(5), pidfd_open(2)).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from qkilld.debug_log import note_once
+
+MOST: Final = 1 << 16
+"""Greatest number of bytes to read. The kernel returns the whole file in one read."""
+_SHORT: Final = 4096
+
+GONE: Final = (FileNotFoundError, ProcessLookupError)
+"""Errors of opening or reading a file of a process or thread that is gone."""
+
+
+def open_directory(path: str | os.PathLike[str], dir_fd: int | None = None) -> int:
+    """Open a directory. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def read_once(path: str | os.PathLike[str], dir_fd: int | None = None, most: int = MOST) -> bytes:
+    """Open a file and read once. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        return os.read(descriptor, most)
+    finally:
+        os.close(descriptor)
+
+
+class KeptFile:
+    """A file that is opened at the first read and stays open."""
+
+    __slots__ = ("_descriptor", "_dir_fd", "_path")
+
+    def __init__(self, path: str | os.PathLike[str], dir_fd: int | None = None) -> None:
+        self._path = path
+        self._dir_fd = dir_fd
+        self._descriptor = -1
+
+    def read(self, most: int = MOST) -> bytes:
+        """Return its current text. Raises OSError; the next call then opens the file again."""
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
+        try:
+            # Most are short, and what is kept of a long buffer would keep all of it.
+            text = os.pread(self._descriptor, min(most, _SHORT), 0)
+            return text if len(text) < _SHORT else os.pread(self._descriptor, most, 0)
+        except OSError:
+            self.close()
+            raise
+
+    def read_or_none(self) -> bytes | None:
+        """Return its current text; None if it cannot be read."""
+        try:
+            return self.read()
+        except OSError as error:
+            note_once(f"reading {self._path}", error)
+            return None
+
+    def close(self) -> None:
+        """May be called again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def number_after(text: bytes, label: bytes, base: int = 10) -> int | None:
+    """Return the number between `label` and the end of its line; None if there is none."""
+    at = text.find(label)
+    if at < 0:
+        return None
+    at += len(label)
+    end = text.find(b"\n", at)
+    try:
+        return int(text[at : end if end >= 0 else None], base)
+    except ValueError:
+        return None

@@ -1,0 +1,83 @@
+"""Read counters of file systems without a block device: NFS, from /proc/PID/mountstats.
+
+Sources: nfsstat's and mountstats(8)'s own, kernel fs/nfs/super.c (nfs_show_stats) and
+net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked.
+FUSE, 9p, Ceph, SMB, ZFS and all others have no readable counters: only their existence is known,
+and their counters are None.
+
+Needs the ptrace right for another user's process; ours none. Cost: 10 µs and 20 µs a mount of NFS.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from qkilld.adapters.procfs import Filesystem, read_bounded
+from qkilld.model.sample import Mount
+from qkilld.model.text import printable
+
+MAX_BYTES: Final = 4 << 20
+"""Bytes of a mountstats, enough for about 500 NFS mounts. A longer one counts as unreadable."""
+KINDS: Final = frozenset({"nfs", "nfs4"})
+"""The types that have counters."""
+
+_BYTES: Final = re.compile(rb"^\tbytes:\t([\d ]+)$", re.MULTILINE)
+_OPERATION: Final = re.compile(rb"^\t *[A-Z0-9_]+: ([\d ]+)$", re.MULTILINE)
+
+
+class MountStatistics:
+    """/proc/PID/mountstats of any processes, each read once."""
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
+        self._texts: dict[str, bytes | None] = {}
+        self._found: dict[Filesystem, Mount] = {}
+
+    def of(self, filesystem: Filesystem) -> Mount:
+        """Return a mount; its counters are None if it has none or they are unreadable."""
+        cached = self._found.get(filesystem)
+        if cached is None:
+            operations = bytes_written = None
+            if filesystem.kind in KINDS:
+                operations, bytes_written = self._counters(filesystem)
+            cached = Mount(printable(filesystem.kind), operations, bytes_written, filesystem.number)
+            self._found[filesystem] = cached
+        return cached
+
+    def _counters(self, filesystem: Filesystem) -> tuple[int | None, int | None]:
+        pid = filesystem.pid
+        if pid not in self._texts:
+            self._texts[pid] = read_bounded(f"{self._proc}/{pid}/mountstats", MAX_BYTES)
+        text = self._texts[pid]
+        if text is None:
+            return None, None
+        # Both files use the same escapes, so the strings can be compared as they are.
+        head = b"device %b mounted on %b with fstype %b " % (
+            *(filesystem.source, filesystem.point),
+            filesystem.kind.encode(),
+        )
+        text = b"\n" + text
+        start = text.find(b"\n" + head)
+        # Two mounts stacked at one place cannot be distinguished.
+        if start < 0 or text.find(b"\n" + head, start + 1) >= 0:
+            return None, None
+        end = text.find(b"\ndevice ", start + 1)
+        return _parse(text[start : end if end >= 0 else len(text)])
+
+
+def _parse(section: bytes) -> tuple[int | None, int | None]:
+    """Return (operations, bytes written) of one mount's section.
+
+    Operations are those that the server answered with success. The kernel counts an operation when
+    it ends, even if it gave up (soft mounts); the ninth number, since Linux 5.3, is the number of
+    those that ended in an error.
+    """
+    _, separator, operations = section.partition(b"\tper-op statistics\n")
+    counts = [line.split() for line in _OPERATION.findall(operations)]
+    answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
+    numbers = match[1].split() if (match := _BYTES.search(section)) else []
+    # normal, direct and server bytes, each read and written, then pages.
+    bytes_written = int(numbers[5]) if len(numbers) > 5 else None
+    return answered if separator and counts else None, bytes_written

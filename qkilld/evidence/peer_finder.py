@@ -1,0 +1,239 @@
+"""Find the process at the other end of a connection.
+
+The kernel reports a socket's inode but not its process. That takes a search through the descriptors
+of all processes, 3 µs each, and any user can have millions. So a sample spends at most LOOK_S on a
+search, all searches together use a fifth of a processor, users take turns, and processes with many
+descriptors are searched separately.
+
+Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters.procfs import read_uid
+from qkilld.debug_log import note_once
+from qkilld.evidence.files import MAX_DESCRIPTORS, PROC
+
+LOOK_S: Final = 0.05
+"""The longest time that a sample searches, or waits for a search by another sample."""
+BETWEEN_S: Final = 1.0
+"""The same for searches between samples, while nobody waits."""
+REST: Final = 9
+"""After a search, pause for this many times its processor time."""
+AGAIN_S: Final = 5.0
+"""When to search again for a socket that no process has."""
+FEW: Final = 256
+"""Processes with this many descriptors or more are searched separately."""
+OF_A_PROGRAM: Final = 64
+"""For processes of root with this many descriptors or more, the real user is looked up."""
+MAX_WANTED: Final = 65_536
+"""The most sockets to search for at a time."""
+MAX_PLACES: Final = 16_384
+"""Sockets whose process is cached, 200 bytes each."""
+
+
+class _SocketHolder(NamedTuple):
+    """The process and the descriptor of a socket."""
+
+    pid: int
+    descriptor: str
+
+
+class _Candidate(NamedTuple):
+    pid: int
+    uid: int
+    opened: int
+    """The number of descriptors. Before Linux 6.2 it is that of the last search, 0 if there was
+    none."""
+
+
+class PeerFinder:
+    """Finds the processes of sockets. For several threads."""
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self._proc = proc
+        self._lock = threading.Lock()
+        """Protects the searches."""
+        self._places: dict[int, _SocketHolder] = {}
+        self._searches = (_Search(proc, many=False), _Search(proc, many=True))
+
+    def find(self, inodes: Iterable[int]) -> dict[int, int]:
+        """Return the process of each inode, as far as known. Takes at most about LOOK_S."""
+        inode_set = set(inodes)
+        owners = self._known(inode_set)
+        missing = inode_set - owners.keys()
+        if missing and self._lock.acquire(timeout=LOOK_S):
+            try:
+                self._search(missing, LOOK_S)
+            finally:
+                self._lock.release()
+            owners |= self._known(missing)
+        return owners
+
+    def go_on(self, inodes: Iterable[int]) -> None:
+        """Continue the search between samples, unless another thread is searching. Takes at most
+        about BETWEEN_S."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._search(set(inodes), BETWEEN_S)
+            finally:
+                self._lock.release()
+
+    def _search(self, missing: set[int], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for search in self._searches:
+            search.want(missing - self._places.keys())
+            for inode, place in search.go_on(end):
+                self._places.setdefault(inode, place)
+                for other in self._searches:
+                    other.forget(inode)
+        while len(self._places) > MAX_PLACES:
+            del self._places[next(iter(self._places))]
+
+    def _known(self, inodes: Iterable[int]) -> dict[int, int]:
+        """Return cached processes that still have their socket. Costs 3 µs each."""
+        owners = {}
+        for inode in inodes:
+            place = self._places.get(inode)
+            if place is None:
+                continue
+            try:
+                link = os.readlink(f"{self._proc}/{place.pid}/fd/{place.descriptor}")  # noqa: PTH115
+            except OSError:
+                link = ""
+            if link == _link(inode):
+                owners[inode] = place.pid
+            else:
+                self._places.pop(inode, None)
+        return owners
+
+
+class _Search:
+    """Searches either all processes with few descriptors, or all with many."""
+
+    def __init__(self, proc: Path, *, many: bool) -> None:
+        self._proc, self._many = proc, many
+        self._wanted: dict[str, int] = {}
+        """Inodes, by the text of a descriptor's link."""
+        self._late: set[int] = set()
+        """Those that were added after some processes had been searched."""
+        self._again: dict[int, float] = {}
+        """When to search again for sockets that were not found, time.monotonic()."""
+        self._left: Iterator[_Candidate] | None = None
+        """The processes still to be searched; None between searches."""
+        self._counts: dict[int, int] = {}
+        self._rests_until = 0.0
+
+    def want(self, inodes: Iterable[int]) -> None:
+        now = time.monotonic()
+        for inode in inodes:
+            if len(self._wanted) >= MAX_WANTED:
+                return
+            link = _link(inode)
+            if link not in self._wanted and now >= self._again.get(inode, 0.0):
+                self._wanted[link] = inode
+                if self._left is not None:
+                    self._late.add(inode)
+
+    def forget(self, inode: int) -> None:
+        """Stop searching for a socket that was found."""
+        self._wanted.pop(_link(inode), None)
+
+    def go_on(self, end: float) -> Iterator[tuple[int, _SocketHolder]]:
+        """Yield sockets found until `end`, time.monotonic(). Finds nothing during a pause."""
+        now = time.monotonic()
+        if now < self._rests_until or not self._wanted:
+            return
+        start = time.thread_time()
+        while self._wanted and time.monotonic() < end:
+            if self._left is None:
+                self._left = iter(self._processes())
+            process = next(self._left, None)
+            if process is None:
+                self._finish()
+            else:
+                yield from self._look_into(process.pid)
+        self._rests_until = time.monotonic() + REST * (time.thread_time() - start)
+
+    def _finish(self) -> None:
+        """After all processes: search again for sockets that were added meanwhile."""
+        now = time.monotonic()
+        self._left = None
+        self._again = {inode: at for inode, at in self._again.items() if at > now}
+        for link, inode in list(self._wanted.items()):
+            if inode not in self._late:
+                del self._wanted[link]
+                if len(self._again) < MAX_WANTED:
+                    self._again[inode] = now + AGAIN_S
+        self._late.clear()
+
+    def _processes(self) -> list[_Candidate]:
+        """List processes in the order of the search. Costs 3 µs each."""
+        pids = []
+        for name in os.listdir(self._proc):  # noqa: PTH208 - half the cost
+            if not name.isdecimal():
+                continue
+            try:
+                status = os.stat(f"{self._proc}/{name}/fd")  # noqa: PTH116 - half the cost
+            except OSError:
+                continue  # It has exited.
+            count = status.st_size or self._counts.get(int(name), 0)
+            if (count >= FEW) is self._many and count <= MAX_DESCRIPTORS:
+                pids.append(self._of_its_user(_Candidate(int(name), status.st_uid, count)))
+        self._counts = {process.pid: process.opened for process in pids}
+        return by_turns(pids)
+
+    def _of_its_user(self, process: _Candidate) -> _Candidate:
+        """Return a process of root with its real user, because root owns the /proc directory of
+        set-user-ID programs, whoever gave them their descriptors."""
+        if process.uid == 0 and process.opened >= OF_A_PROGRAM:
+            try:
+                return process._replace(uid=read_uid(process.pid, self._proc))
+            except OSError as error:
+                note_once("looking for servers", error)
+        return process
+
+    def _look_into(self, pid: int) -> Iterator[tuple[int, _SocketHolder]]:
+        try:
+            directory = os.open(f"{self._proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            note_once("looking for servers", error)
+            return
+        try:
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
+            self._counts[pid] = len(names)
+            for name in names[:MAX_DESCRIPTORS]:
+                try:
+                    link = os.readlink(name, dir_fd=directory)
+                except OSError:
+                    continue  # Closed meanwhile, or its name is too long.
+                if link in self._wanted:
+                    yield self._wanted[link], _SocketHolder(pid, name)
+        except OSError as error:
+            note_once("looking for servers", error)
+        finally:
+            os.close(directory)
+
+
+def by_turns(processes: Iterable[_Candidate]) -> list[_Candidate]:
+    """Order processes so that each user gets equally many descriptors searched; few before many."""
+    had: Counter[int] = Counter()
+    order = []
+    for process in sorted(processes, key=lambda process: (process.opened // FEW, process.pid)):
+        order.append((had[process.uid], process))
+        had[process.uid] += process.opened + 1
+    return [process for _, process in sorted(order)]
+
+
+def _link(inode: int) -> str:
+    return f"socket:[{inode}]"

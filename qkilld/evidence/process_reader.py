@@ -1,0 +1,212 @@
+"""Read the process itself: /proc/PID/stat, status and io, and with detail its threads and rings.
+
+Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
+stat and status none; io the ptrace right and, for another user's process, CAP_DAC_OVERRIDE. Cost,
+measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of them ran since the last
+read. Nothing here takes the target's memory lock, so no read waits for its storage.
+
+The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
+ran. While it stands still, no thread has run: each sleeps in the same call, and everything that
+only they can change is unchanged. What others can change (a pending signal, a debugger, requests on
+rings, control groups) is read each time. A thread that is running now may not show in the clock
+until the next tick.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from qkilld.adapters.procfs import parse_stat
+from qkilld.debug_log import note_once
+from qkilld.evidence.faults import FaultGuard
+from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
+from qkilld.evidence.rings import RingReader
+from qkilld.evidence.threads import ThreadReader
+from qkilld.model.sample import Io
+
+_TERM: Final = 1 << (signal.SIGTERM - 1)
+_IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
+_PROC: Final = Path("/proc")
+_COARSE: Final = 1_000_000
+"""Without a better clock, the kernel counts whole milliseconds (ns here), which misses short
+runs."""
+
+
+class ProcessReader:
+    """Reads one process. For one thread at a time."""
+
+    def __init__(
+        self,
+        pid: int,
+        proc: Path = Path("/proc"),
+        clock: Callable[[], float] = time.monotonic,
+        guard: FaultGuard | None = None,
+    ) -> None:
+        """Open the process that has this pid now; never read another one.
+
+        Afterwards, check with a pidfd taken before that it is the right one. Raises nothing: a
+        process that is gone has only unknown fields. `clock` returns seconds, monotonic. Without a
+        guard, faults are raised.
+        """
+        self._guard = guard or FaultGuard()
+        self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
+        """MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), linux/posix-timers.h."""
+        self._ran: int | None = None
+        self._text: int | None = None
+        """The hash of /proc/PID/status as of the last read: thousands of texts take megabytes."""
+        self._known: dict[str, Any] | None = None
+        """The results of the last read, if it was complete and all threads slept."""
+        try:
+            self._directory = open_directory(proc / str(pid))
+        except OSError as error:
+            note_once("opening /proc/PID", error)
+            self._directory = -1
+            return
+        self._stat = KeptFile("stat", self._directory)
+        self._status = KeptFile("status", self._directory)
+        self._io = KeptFile("io", self._directory)
+        self._threads = ThreadReader(self._directory)
+        self._rings = RingReader(self._directory, proc, clock)
+
+    def has_run(self) -> bool:
+        """Return whether a thread may have run since the last call, or the last read was
+        incomplete."""
+        before, self._ran = self._ran, self._time_run()
+        return self._known is None or self._ran is None or self._ran != before
+
+    def read(
+        self,
+        into: dict[str, Any],
+        *,
+        detail: bool = True,
+        opened: int | None = None,
+        has_run: bool | None = None,
+    ) -> None:
+        """Put fields of model.sample.Sample into `into`.
+
+        These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
+        threads, running, exiting, rings and direct. Unreadable fields are None, except `state`,
+        which stays as it is. Raises nothing that the process could cause.
+
+        `has_run`: a result of has_run(), if the caller has just called it.
+        """
+        if has_run is None:
+            has_run = self.has_run()
+        into.update(_NOTHING)
+        if detail:
+            into.update(_NO_DETAIL)
+        if self._directory < 0:
+            return
+        call = self._guard.call
+        known = None if has_run or not detail else self._known
+        if known and call("reading /proc/PID/status", self._is_status, self._text):
+            into.update(known)
+            call("reading rings", self._read_rings, into, opened)
+            return
+        self._known = self._text = None
+        threads, exiting = call("reading /proc/PID/stat", self._read_stat, into) or (None, False)
+        call("reading /proc/PID/status", self._read_status, into)
+        into["io"] = call("reading /proc/PID/io", self._read_io)
+        if detail:
+            if threads is not None:
+                call("reading threads", self._read_threads, into, threads, exiting)
+            self._remember(into)
+            call("reading rings", self._read_rings, into, opened)
+
+    def read_completions(self) -> int | None:
+        """See RingReader. May block briefly."""
+        return None if self._directory < 0 else self._rings.read_completions()
+
+    def close(self) -> None:
+        """May be called again."""
+        if self._directory < 0:
+            return
+        for file in (self._stat, self._status, self._io):
+            file.close()
+        self._threads.close()
+        os.close(self._directory)
+        self._directory = -1
+
+    def _read_stat(self, into: dict[str, Any]) -> tuple[int | None, bool]:
+        """Read stat; return the number of threads, and whether the first one is exiting."""
+        try:
+            stat = parse_stat(self._stat.read())
+        except OSError as error:
+            note_once("reading stat", error)
+            return None, False
+        into["state"], into["cpu"] = stat.state, stat.cpu
+        return stat.threads, stat.exiting
+
+    def _read_io(self) -> Io | None:
+        return _io(self._io.read_or_none())
+
+    def _read_threads(self, into: dict[str, Any], threads: int, exiting: bool) -> None:
+        into["switches"], into["threads"] = self._threads.read(threads)
+        into["running"] = self._threads.running
+        into["exiting"] = exiting and self._threads.alive
+        if exiting and (living := self._threads.living()) is not None:
+            # The first thread has exited, and the process continues without it.
+            into["state"], into["exiting"] = living.state, False
+
+    def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:
+        into["rings"], into["direct"] = self._rings.read(opened)
+
+    def _time_run(self) -> int | None:
+        """Return the ns that all threads have run; None if unknown or too inaccurate."""
+        if self._clock_id is None:
+            return None
+        try:
+            ran = time.clock_gettime_ns(self._clock_id)
+        except OSError as error:
+            note_once("reading the processor clock", error)
+            return None
+        return ran if ran % _COARSE else None
+
+    def _is_status(self, text: int | None) -> bool:
+        """Return whether status still has this hash: not if another process has the pid by now."""
+        now = self._status.read_or_none()
+        return now is not None and hash(now) == text
+
+    def _remember(self, found: dict[str, Any]) -> None:
+        whole = self._text is not None and all(found.get(name) is not None for name in _WHOLE)
+        sleeps = (
+            found.get("state") in ("S", "D")
+            and not found.get("exiting")
+            and self._threads.all_sleep
+        )
+        if whole and sleeps:
+            self._known = {name: found[name] for name in _WHOLE}
+
+    def _read_status(self, into: dict[str, Any]) -> None:
+        text = self._status.read_or_none()
+        self._text = None if text is None else hash(text)
+        status = text or b""
+        into["tracer"] = number_after(status, b"\nTracerPid:\t")
+        dumping = number_after(status, b"\nCoreDumping:\t")
+        into["dumping"] = None if dumping is None else bool(dumping)
+        pending = number_after(status, b"\nShdPnd:\t", 16)
+        into["term_pending"] = None if pending is None else bool(pending & _TERM)
+
+
+_NOTHING: Final = dict.fromkeys(("cpu", "term_pending", "tracer", "dumping", "io"))
+_NO_DETAIL: Final = dict.fromkeys(("switches", "threads", "running", "exiting", "rings", "direct"))
+_WHOLE: Final = (
+    "state",
+    *_NOTHING,
+    *(name for name in _NO_DETAIL if name not in ("rings", "direct")),
+)
+
+
+def _io(text: bytes | None) -> Io | None:
+    words = (text or b"").split()
+    if tuple(words[::2]) != _IO_LABELS:
+        return None
+    try:
+        return Io(*map(int, words[1::2]))
+    except ValueError:
+        return None

@@ -1,0 +1,262 @@
+"""Read requests of io_uring and Linux AIO, for which no thread waits in a call.
+
+With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
+io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those taken less those
+completed (kernel io_uring/fdinfo.c; heads and tails since Linux 5.18, before it is unknown). For
+AIO the kernel shows nothing. The process can have such requests if it has an AIO context (a mapping
+of "/[aio]") and a file opened with O_DIRECT, without which io_submit(2) is synchronous.
+
+The ring in that mapping shows completions (its tail, kernel fs/aio.c), not requests in flight. It
+is read only if a wait does not move, because that takes the target's memory lock.
+
+Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs a ring at each read. Every REFRESH_S,
+or when the number of descriptors changes, 3 µs a descriptor, 9 µs more a file (0.6 ms for 100), and
+40 to 400 µs for the mappings. The mappings are read only if a file is open with O_DIRECT and any
+process on the host has an AIO context. Reading them takes the target's memory lock, which may block
+as long as its storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S the
+result is unknown.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from qkilld.debug_log import note_once
+from qkilld.evidence.kept_file import GONE, number_after, open_directory, read_once
+
+REFRESH_S: Final = 10.0
+MAPPINGS_TIMEOUT_S: Final = 0.05
+MAX_DESCRIPTORS: Final = 1024
+"""A process with more descriptors is not examined."""
+MAX_RINGS: Final = 64
+_MAX_MAPPINGS: Final = 4 << 20
+"""Bytes of /proc/PID/maps: some 40,000 mappings."""
+_MAX_IN_FLIGHT: Final = 1 << 17
+"""More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The process can write the
+tails in the shared memory, so they are not trusted."""
+
+_AIO_RING: Final = struct.Struct("=5I")
+"""struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""
+_AIO_MAGIC: Final = 0xA10A10A1
+_RING: Final = "anon_inode:[io_uring]"
+_POLL_ADD: Final = b"  op=6,"
+
+
+class RingReader:
+    def __init__(
+        self,
+        directory: int,
+        proc: Path = Path("/proc"),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`directory`: a descriptor of /proc/PID, which the caller closes."""
+        self._directory = directory
+        self._proc = proc
+        self._clock = clock
+        self._mappings = _Mappings(directory)
+        self._refresh_at = 0.0
+        self._count = -1
+        self._rings: list[str] | None = None
+        self._direct: bool | None = None
+
+    def read_completions(self) -> int | None:
+        """Return the sum of the tails of all AIO rings. A tail counts completions modulo the ring's
+        size. None if there is no ring or it is unreadable. Takes the target's memory lock."""
+        return self._mappings.tails()
+
+    def read(self, opened: int | None = None) -> tuple[int | None, bool | None]:
+        """Return the requests in flight on all rings, and whether AIO requests may be in flight.
+
+        `opened`: the number of descriptors, if the caller has just read it: the size of
+        /proc/PID/fd since Linux 6.2, 0 before. Requests to poll a descriptor, with which some
+        versions of QEMU wait for events, do not count. Timers cannot be distinguished from
+        requests, so they count.
+        """
+        if self._descriptors_changed(self._opened() if opened is None else opened):
+            self._refresh()
+        in_flight = self._in_flight()
+        if in_flight is None and self._rings is not None:
+            # The ring was busy, or its descriptor was closed or reused.
+            self._refresh()
+            in_flight = self._in_flight()
+        return in_flight, self._direct
+
+    def _opened(self) -> int:
+        try:
+            return os.stat("fd", dir_fd=self._directory).st_size
+        except OSError:
+            return -1
+
+    def _descriptors_changed(self, opened: int) -> bool:
+        changed = opened != self._count
+        self._count = opened
+        return changed or self._clock() >= self._refresh_at
+
+    def _in_flight(self) -> int | None:
+        if self._rings is None:
+            return None
+        total = 0
+        for number in self._rings:
+            try:
+                text = read_once(f"fdinfo/{number}", self._directory)
+            except OSError as error:
+                note_once("reading an io_uring", error)
+                return None
+            if (requests := requests_in_flight(text)) is None:
+                note_once("reading an io_uring", "the kernel does not tell what is in flight")
+                return None
+            total += requests
+        return total
+
+    def _refresh(self) -> None:
+        self._refresh_at = self._clock() + REFRESH_S
+        self._rings = self._direct = None
+        try:
+            links = self._links()
+        except OSError as error:
+            note_once("looking for io_urings", error)
+            return
+        if links is None:
+            note_once("looking for io_urings", f"more than {MAX_DESCRIPTORS} descriptors")
+            return
+        rings = [number for number, link in links if link == _RING]
+        if len(rings) <= MAX_RINGS:
+            self._rings = rings
+        else:
+            note_once("looking for io_urings", f"there are more than {MAX_RINGS}")
+        paths = [number for number, link in links if link.startswith("/")]
+        direct = self._any_direct(paths)
+        if direct:
+            direct = self._may_have_context() and self._mappings.have_context()
+        self._direct = direct
+
+    def _links(self) -> list[tuple[str, str]] | None:
+        """Return (number, link) of each descriptor; None if there are too many. Raises OSError."""
+        directory = open_directory("fd", self._directory)
+        try:
+            numbers = os.listdir(directory)  # noqa: PTH208 - of a descriptor
+            if len(numbers) > MAX_DESCRIPTORS:
+                return None
+            links = []
+            for number in numbers:
+                try:
+                    links.append((number, os.readlink(number, dir_fd=directory)))
+                except GONE:  # Closed meanwhile.
+                    continue
+            return links
+        finally:
+            os.close(directory)
+
+    def _any_direct(self, numbers: list[str]) -> bool | None:
+        for number in numbers:
+            try:
+                text = read_once(f"fdinfo/{number}", self._directory)
+            except GONE:
+                continue
+            except OSError as error:
+                note_once("looking for O_DIRECT", error)
+                return None
+            flags = number_after(text, b"flags:\t", 8)
+            if flags is None:
+                return None
+            if flags & os.O_DIRECT:
+                return True
+        return False
+
+    def _may_have_context(self) -> bool:
+        """Return False only if no process of the host has an AIO context."""
+        try:
+            return int(read_once(self._proc / "sys/fs/aio-nr")) != 0
+        except (OSError, ValueError) as error:
+            note_once("reading aio-nr", error)
+            return True
+
+
+def requests_in_flight(text: bytes) -> int | None:
+    """Return the requests in flight on one ring, from its fdinfo; None if it does not show them.
+
+    Older kernels show nothing about the ring, newer ones nothing while another thread holds its
+    lock. Polled descriptors are in a separate list.
+    """
+    sq_tail = number_after(text, b"\nSqTail:\t")
+    answered = number_after(text, b"\nCqTail:\t")
+    _, separator, polls = text.partition(b"\nPollList:\n")
+    if sq_tail is None or answered is None or not separator:
+        return None
+    polls, _, overflowed = polls.partition(b"CqOverflowList:\n")
+    polling = sum(line.startswith(_POLL_ADD) for line in polls.splitlines())
+    # Completions for which the ring had no room: its tail does not count them.
+    waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
+    in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
+    return max(in_flight, 0) if in_flight <= _MAX_IN_FLIGHT else None
+
+
+class _Mappings:
+    """Finds AIO contexts among the mappings, and reads them, without blocking for long.
+
+    Both take the target's memory lock, which it may hold while it waits for its storage.
+    """
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self._thread: threading.Thread | None = None
+        self._addresses: list[int] | None = None
+        self._tails: int | None = None
+
+    def have_context(self) -> bool | None:
+        self._addresses = None
+        self._run(self._find)
+        return None if self._addresses is None else bool(self._addresses)
+
+    def tails(self) -> int | None:
+        self._tails = None
+        if self._addresses:
+            self._run(self._read)
+        return self._tails
+
+    def _run(self, work: Callable[[int], None]) -> None:
+        """Run it in a thread that may outlive this reader and has its own descriptor."""
+        if self._thread is None or not self._thread.is_alive():
+            directory = os.dup(self._directory)
+            self._thread = threading.Thread(
+                target=self._guarded, args=(work, directory), name="mappings", daemon=True
+            )
+            self._thread.start()
+        self._thread.join(MAPPINGS_TIMEOUT_S)
+
+    @staticmethod
+    def _guarded(work: Callable[[int], None], directory: int) -> None:
+        try:
+            work(directory)
+        except (OSError, ValueError, struct.error) as error:
+            note_once("reading mappings", error)  # What it should have found stays unknown.
+        finally:
+            os.close(directory)
+
+    def _find(self, directory: int) -> None:
+        descriptor = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(_MAX_MAPPINGS + 1)
+        if len(text) <= _MAX_MAPPINGS:
+            lines = (line for line in text.splitlines() if b" /[aio]" in line)
+            addresses = [int(line.partition(b"-")[0], 16) for line in lines]
+            self._addresses = addresses[:MAX_RINGS]
+
+    def _read(self, directory: int) -> None:
+        memory = os.open("mem", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            total = 0
+            for address in self._addresses or ():
+                head = _AIO_RING.unpack(os.pread(memory, _AIO_RING.size, address))
+                if head[4] != _AIO_MAGIC:
+                    return
+                total += head[3]
+            self._tails = total
+        finally:
+            os.close(memory)

@@ -1,0 +1,296 @@
+"""Take samples of many processes in threads. Implements engine.ports.Sampler."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from qkilld.debug_log import about, is_on, note_unknown
+from qkilld.engine.ports import Process
+from qkilld.evidence.block_graph import BlockGraph
+from qkilld.evidence.cgroup import CgroupReader, SharedGroups
+from qkilld.evidence.command_line import GraphReader
+from qkilld.evidence.faults import FaultGuard, OnFault
+from qkilld.evidence.files import PROC, read_descriptors
+from qkilld.evidence.handover import Handover
+from qkilld.evidence.meminfo import read_memory
+from qkilld.evidence.peer_finder import PeerFinder
+from qkilld.evidence.peers import ServerReader
+from qkilld.evidence.process_reader import ProcessReader
+from qkilld.evidence.sockdiag import Crowd
+from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.evidence.storage import StorageReader, StorageTable
+from qkilld.evidence.thread_places import place_threads
+from qkilld.evidence.workers import Workers
+from qkilld.model.sample import Memory, Node, Sample, Socket, Thread
+
+REFRESH_S: Final = 30.0
+"""How long a list of open files and sockets is valid if their number does not change."""
+RECONNECT_S: Final = 2.0
+"""How often to look for a new connection after one was lost."""
+TABLES_AGE_S: Final = 0.05
+"""How long readings of the whole host are shared by all readers."""
+MEMORY_AGE_S: Final = 5.0
+"""The greatest age of the host's page cache if no thread waits: then it is only displayed."""
+
+
+class HostTables:
+    """Readings of the whole host, shared by all readers."""
+
+    def __init__(self) -> None:
+        self._at = -1.0
+        self._crowd = Crowd()
+        self._sockets = SocketTable(self._crowd)
+        self._storage = StorageTable()
+        self._memory: Memory | None = None
+        self._memory_at = -MEMORY_AGE_S
+        self.peers = PeerFinder()
+        self.groups = SharedGroups()
+
+    def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
+        """`waits`: whether a thread may wait for storage."""
+        now = time.monotonic()
+        if now - self._at > TABLES_AGE_S:
+            self._at = now
+            self._sockets, self._storage = SocketTable(self._crowd), StorageTable()
+        if now - self._memory_at > (TABLES_AGE_S if waits else MEMORY_AGE_S):
+            self._memory_at = now
+            self._memory = read_memory()
+        return self._sockets, self._storage, self._memory
+
+
+class Reader:
+    """Takes samples of one process. For one thread at a time."""
+
+    def __init__(self, pid: int, tables: HostTables, guard: FaultGuard | None = None) -> None:
+        """Without a guard, faults of readers are raised."""
+        self._pid = pid
+        self._guard = guard or FaultGuard()
+        self._process = ProcessReader(pid, guard=self._guard)
+        self._cgroup = CgroupReader(pid, shared=tables.groups)
+        self._storage = StorageReader(pid)
+        self._sockets = SocketReader(pid)
+        self._graph = GraphReader(pid)
+        self._servers = ServerReader(pid, tables.peers)
+        self._expected = False
+        self._tables = tables
+        self._refreshed = -REFRESH_S
+        self._descriptors = -1
+        self._known_graph: BlockGraph | None = None
+        """The graph that the last reading of sockets used; it may become known late on a busy
+        host."""
+        self._fd_directory = f"{PROC}/{pid}/fd"
+
+    def read(self, *, detail: bool = False) -> Sample:
+        """Take a sample now. Raises nothing that the process could cause; may block.
+
+        `detail`: include the servers of its connections, and its AIO rings.
+        """
+        about(self._pid)
+        values: dict[str, Any] = {"state": "?"}
+        call = self._guard.call
+        graph = call("reading the command line", self._graph.read)
+        has_run = self._process.has_run()
+        self._refresh(graph, has_run)
+        self._process.read(values, opened=self._descriptors, has_run=has_run)
+        waiting = values.get("threads")
+        tables = call("reading the host's memory", self._tables.recent, waiting != ())
+        sockets, storage, memory = tables or (SocketTable(), StorageTable(), None)
+        values["threads"] = call("placing threads", self._placed, waiting) if waiting else waiting
+        devices, mounts = call("reading storage", self._storage.read, storage) or (None, None)
+        connections = call("reading sockets", self._sockets.read, sockets, has_run)
+        nodes = None if graph is None else tuple(graph.nodes)
+        if connections and not (detail or self._expected):
+            # Start early: the search takes long on a busy host, and the next sample needs its
+            # result.
+            self._expected = True
+            ends = call("looking for servers", self._sockets.peers, connections, sockets)
+            self._servers.expect((ends or {}).values())
+        if detail and nodes:
+            known = connections or ()
+            nodes = (
+                call("looking for servers", self._sockets.served, nodes, known, sockets) or nodes
+            )
+        if detail:
+            with_peers = call(
+                "reading servers", self._with_peers, connections, nodes, sockets, storage
+            )
+            connections = connections if with_peers is None else with_peers
+            if values.get("direct"):
+                values["completions"] = call("reading rings", self._process.read_completions)
+        sample = Sample(
+            at=time.monotonic_ns() // 1000,
+            devices=devices,
+            mounts=mounts,
+            sockets=connections,
+            cgroup=call("reading control groups", self._cgroup.read),
+            host=memory,
+            nodes=nodes,
+            pluggable=None if graph is None else graph.pluggable,
+            formatted=self._graph.formatted(self._storage.writable),
+            **values,
+        )
+        if is_on():
+            note_unknown(name for name in Sample.__slots__ if getattr(sample, name) is None)
+        return sample
+
+    def search(self) -> None:
+        """Search for servers that the last sample lacks. Blocks for a while; for any thread."""
+        self._servers.search()
+
+    def close(self) -> None:
+        self._process.close()
+        self._cgroup.close()
+        self._storage.close()
+        self._sockets.close()
+        self._servers.close()
+
+    def _refresh(self, graph: BlockGraph | None, has_run: bool) -> None:
+        """List the open files and sockets again, if they may have changed."""
+        count = self._count() if has_run else self._descriptors
+        age = time.monotonic() - self._refreshed
+        lost = self._sockets.lost and age >= RECONNECT_S
+        same = count == self._descriptors and graph is self._known_graph
+        if same and age < REFRESH_S and not lost:
+            return
+        self._refreshed, self._descriptors = time.monotonic(), count
+        self._known_graph = graph
+        call = self._guard.call
+        descriptors = call("listing open files", read_descriptors, self._pid)
+        call("finding the storage of open files", self._storage.refresh, descriptors)
+        call("finding sockets", self._sockets.refresh, descriptors, graph)
+
+    def _count(self) -> int:
+        """Return the number of descriptors; 0 before Linux 6.2, -1 if unknown."""
+        try:
+            return os.stat(self._fd_directory).st_size  # noqa: PTH116 - half the cost
+        except OSError:
+            return -1
+
+    def _placed(self, threads: tuple[Thread, ...]) -> tuple[Thread, ...] | None:
+        return place_threads(self._pid, threads, self._storage, PROC)
+
+    def _with_peers(
+        self,
+        connections: tuple[Socket, ...] | None,
+        nodes: tuple[Node, ...] | None,
+        sockets: SocketTable,
+        storage: StorageTable,
+    ) -> tuple[Socket, ...] | None:
+        if not connections:
+            return connections
+        exports = {node.name: node.export for node in nodes or ()}
+        ends = self._sockets.peers(connections, sockets)
+        asked = {
+            ends[connection.inode]: exports.get(connection.node)
+            for connection in connections
+            if connection.inode in ends
+        }
+        peers = self._servers.read(asked, storage, sockets)
+        return tuple(
+            replace(connection, peer=peers.get(ends.get(connection.inode, 0)))
+            for connection in connections
+        )
+
+
+class EvidenceSampler:
+    """Create and use it in a running loop."""
+
+    def __init__(self, on_fault: OnFault) -> None:
+        """`on_fault` is called in the loop, once for each cause."""
+        self._handover = Handover()
+        self._guard = FaultGuard(
+            lambda doing, error: self._handover.put(partial(on_fault, doing, error), more=False)
+        )
+        self._workers = Workers(self._guard)
+        self._tables = HostTables()
+
+    def watch(self, process: Process) -> TargetWatch:
+        identity = process.guest.identity
+        return TargetWatch(
+            identity.pid,
+            identity.uid,
+            workers=self._workers,
+            handover=self._handover,
+            tables=self._tables,
+            guard=self._guard,
+        )
+
+    def close(self) -> None:
+        self._workers.close()
+        self._handover.close()
+
+
+class TargetWatch:
+    """Implements engine.ports.Watch.
+
+    A sample that blocks keeps its thread and this watch busy: further requests share its result.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        uid: int,
+        *,
+        workers: Workers,
+        handover: Handover,
+        tables: HostTables,
+        guard: FaultGuard,
+    ) -> None:
+        self._reader: Reader | None = None
+        self._pid, self._uid, self._tables = pid, uid, tables
+        self._workers, self._handover, self._guard = workers, handover, guard
+        self._callback: Callable[[Sample], None] | None = None
+        self._detail = False
+        self._busy = False
+        self._closed = False
+
+    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+        self._callback, self._detail = callback, detail
+        if not self._busy:
+            self._busy = True
+            self._workers.submit(self._work, uid=self._uid, instead=self._not_seen)
+            self._handover.expect()
+
+    def close(self) -> None:
+        self._closed = True
+        self._callback = None
+        if not self._busy:
+            self._close_reader()
+
+    def _work(self) -> None:
+        # After a fault the sample is empty: unknown is never idle.
+        sample = self._guard.call("taking a sample", self._read)
+        if sample is None:
+            self._not_seen()
+        else:
+            self._handover.put(partial(self._done, sample), more=self._workers.waiting)
+        if (reader := self._reader) is not None:
+            self._guard.call("looking for servers", reader.search)
+
+    def _not_seen(self) -> None:
+        sample = Sample(time.monotonic_ns() // 1000, "?")
+        self._handover.put(partial(self._done, sample), more=self._workers.waiting)
+
+    def _read(self) -> Sample:
+        if self._reader is None:
+            self._reader = Reader(self._pid, self._tables, self._guard)
+        return self._reader.read(detail=self._detail)
+
+    def _done(self, sample: Sample) -> None:
+        self._busy = False
+        if self._closed:
+            self._close_reader()
+            return
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback(sample)
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

@@ -1,0 +1,502 @@
+"""Read the connections of a process: which of its sockets are connected, and their queues.
+
+The descriptors have the inodes (files.py), and the kernel, asked once for all processes
+(sockdiag.py), has the sockets. It does not report those of another network namespace; /proc/PID/net
+shows some of these.
+
+Needs the ptrace right for another user's process. For costs, see the methods. Sources:
+sock_diag(7), proc_pid_net(5), unix(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters.procfs import read_bounded
+from qkilld.debug_log import note_once
+from qkilld.evidence import files, sockdiag
+from qkilld.evidence.block_graph import BlockGraph
+from qkilld.evidence.files import Descriptors
+from qkilld.evidence.sockdiag import SocketTable, Unreadable
+from qkilld.model.sample import Node, Socket
+
+__all__ = ["SocketReader", "SocketTable"]
+
+PROC: Final = Path("/proc")
+MAX_BYTES: Final = 4 << 20
+"""Bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files count as unreadable."""
+
+# The names in /proc/net/protocols; unix stream sockets have their own since Linux 5.15.
+_UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
+_TCP: Final = frozenset({"TCP", "TCPv6"})
+_UNSEEN: Final = frozenset({"MPTCP", "MPTCPv6", "SCTP", "SCTPv6", "SMC", "SMC6", "AF_VSOCK"})
+
+_ESTABLISHED: Final = b"01"
+_LISTEN: Final = b"0A"
+_STREAM: Final = b"0001"
+_CONNECTED: Final = b"03"
+
+
+class _StreamSocket(NamedTuple):
+    id: bytes
+    client: bool
+
+
+class _Use(NamedTuple):
+    """The purpose of a connection."""
+
+    role: str
+    node: str
+
+
+_UNKNOWN: Final = _Use("unknown", "")
+_OTHER: Final = _Use("other", "")
+_LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_MAX_SETTLED: Final = 16
+"""With more sockets than this, reading all from the kernel is cheaper than each."""
+_STANDARD: Final = (0, 1, 2)
+"""Standard input, output and error, whatever they are connected to."""
+
+
+class SocketReader:
+    """The connected stream sockets of one process. For one thread at a time; holds nothing open."""
+
+    def __init__(self, pid: int, proc: Path = PROC) -> None:
+        self._pid, self._proc = pid, proc
+        self._protocols: dict[int, str] | None = None
+        self._connections: dict[int, _StreamSocket | None] = {}
+        self._foreign = False
+        self._graph: BlockGraph | None = None
+        self._ends: _Ends | None = None
+        self._given_names: dict[bytes | None, _Use] | None = None
+        """Listeners on descriptors that QEMU was given; None if this read has not searched for
+        them."""
+        self._numbers: dict[int, int] = {}
+        self._peers: dict[int, int] = {}
+        self._listed: frozenset[int] = frozenset()
+        """The inodes of the connections in the last read()."""
+        self._lost = False
+        self.accepted: set[int] = set()
+        """Those of them that it accepted from a client."""
+        self._near: set[int] = set()
+        """For a process in another network namespace: its unix sockets in that namespace."""
+        self._settled: tuple[Socket, ...] | None = None
+        """The result of the last read(), if only a new socket could become storage."""
+
+    def refresh(
+        self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
+    ) -> None:
+        """List its sockets again. Never raises.
+
+        `graph`: from its command line; without it the purpose of every connection is unknown.
+        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs with it and 4 µs a
+        descriptor more without; 3 µs for each new socket.
+        """
+        if descriptors is None:
+            descriptors = files.read_descriptors(self._pid, self._proc)
+        known, self._protocols = self._protocols or {}, None
+        self._settled = None
+        if descriptors is None or descriptors.too_many:
+            return
+        try:
+            ours = Path(f"{self._proc}/{sockdiag.namespace_of}/ns/net").readlink()
+            its = Path(f"{self._proc}/{self._pid}/ns/net").readlink()
+            found = {i: known.get(i) or self._protocol(n) for n, i in descriptors.sockets}
+        except OSError as error:
+            note_once("looking for sockets", error)
+            return
+        if graph is not self._graph or self._ends is None:
+            self._ends = None if graph is None else _Ends(graph)
+        self._foreign, self._graph = ours != its, graph
+        self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
+        self._protocols = {inode: protocol for inode, protocol in found.items() if protocol}
+        # A socket that was not connected may be now.
+        self._connections = {
+            inode: connection
+            for inode, connection in self._connections.items()
+            if connection is not None and inode in self._protocols
+        }
+
+    def read(self, table: SocketTable, has_run: bool = True) -> tuple[Socket, ...] | None:
+        """Read the queues of all connections, by inode. None if unknown: refresh() failed, the
+        kernel does not report them, there is a connection of an unsupported kind (vsock, MPTCP,
+        SCTP, SMC), or (in another network namespace) a unix socket that may be a client.
+
+        Includes established TCP and connected unix sockets, unless the other end has closed them. A
+        unix socket is a client if it has no name and its other end has one; a TCP socket is a
+        client if nobody listened on its local port when it was first seen. Costs 5 µs a socket in
+        addition to the table, and 20 µs for a TCP socket.
+
+        If all of them are unix sockets that listen or are known not to be storage, nothing is read
+        until refresh(), as long as they stay the same. `has_run`: if False, they are the same.
+        """
+        if self._settled is not None and not (has_run and self._changed()):
+            return self._settled
+        protocols = self._protocols
+        if protocols is None or not _UNSEEN.isdisjoint(protocols.values()):
+            if protocols is not None:
+                note_once("reading sockets", "it has one of a kind that is not looked into")
+            return None
+        if self._foreign and protocols:
+            return self._read_foreign(frozenset(protocols), table)
+        sockets: list[Socket] = []
+        self._peers, self._given_names = {}, None
+        self.accepted = set()
+        table.expect_tcp(
+            inode
+            for inode, protocol in protocols.items()
+            if protocol in _TCP and inode not in self._connections
+        )
+        try:
+            for inode in sorted(protocols):
+                read = self._tcp if protocols[inode] in _TCP else self._unix
+                if (socket := read(inode, table)) is not None:
+                    sockets.append(socket)
+            settled = self._settles(sockets, protocols, table)
+        except Unreadable as error:
+            note_once("reading sockets", error)
+            return None
+        inodes = frozenset(socket.inode for socket in sockets)
+        self._lost = bool(self._listed - inodes) or (self._lost and inodes <= self._listed)
+        self._listed = inodes
+        told = tuple(sockets)
+        self._settled = told if settled else None
+        return told
+
+    def _settles(
+        self, found: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
+    ) -> bool:
+        """Return whether the process has no socket that could still become storage. Raises
+        Unreadable."""
+        if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
+            return False
+        rest = protocols.keys() - {socket.inode for socket in found}
+        return all(socket.role == "other" for socket in found) and all(
+            table.is_listening(inode) for inode in rest
+        )
+
+    def _changed(self) -> bool:
+        """Return whether a descriptor is no longer the socket that it was."""
+        try:
+            return any(
+                os.readlink(f"{self._proc}/{self._pid}/fd/{number}")  # noqa: PTH115 - half the cost
+                != f"socket:[{inode}]"
+                for inode, number in self._numbers.items()
+            )
+        except OSError:
+            return True
+
+    def hidden(self, table: SocketTable) -> set[int]:
+        """Return its unix sockets that may be connected in a third network namespace, that of the
+        client, where nothing can be read. Raises Unreadable."""
+        return {
+            inode
+            for inode, protocol in (self._protocols or {}).items()
+            if protocol in _UNIX and inode not in self._near and not table.has_unix(inode)
+        }
+
+    @property
+    def lost(self) -> bool:
+        """A connection was lost, and no other was made since: QEMU may make one with the same
+        descriptor."""
+        return self._lost or any(connection is None for connection in self._connections.values())
+
+    def served(
+        self, nodes: Sequence[Node], sockets: Sequence[Socket], table: SocketTable
+    ) -> tuple[Node, ...]:
+        """Return the nodes; those without a connection with whether something listens at their
+        address.
+
+        That is only known for this host.
+        """
+        if self._graph is None or self._foreign:
+            return tuple(nodes)
+        lonely = {node.name for node in nodes} - {socket.node for socket in sockets}
+        ends = [
+            (end, node.name)
+            for end, node in self._graph.endpoints.items()
+            if node is not None and node.name in lonely
+        ]
+        served: dict[str, bool] = {}
+        try:
+            for end, name in ends:
+                if end.path:
+                    listens = table.listens(partial(_listens_at, end.path))
+                elif end.port is not None and end.host in _LOCAL:
+                    listens = table.listens_on(end.port)
+                else:
+                    continue
+                served[name] = served.get(name, False) or listens
+        except Unreadable as error:
+            note_once("looking for listening servers", error)
+            return tuple(nodes)
+        return tuple(replace(node, served=served.get(node.name)) for node in nodes)
+
+    def peers(self, sockets: tuple[Socket, ...], table: SocketTable) -> dict[int, int]:
+        """Return the inode of the other end of each local connection that may be storage."""
+        peer_ends = {}
+        for socket in sockets:
+            if socket.role == "other":
+                continue
+            peer = self._peers.get(socket.inode)
+            connection = self._connections.get(socket.inode)
+            if socket.family == "tcp" and connection is not None:
+                with contextlib.suppress(Unreadable):
+                    peer = table.tcp_peer(connection.id)
+            if peer:
+                peer_ends[socket.inode] = peer
+        return peer_ends
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._protocols, self._connections, self._graph = None, {}, None
+        self._settled = None
+
+    def _protocol(self, descriptor: str) -> str:
+        """Return the protocol of a socket; "" if it is irrelevant or was closed meanwhile.
+
+        Queries the open socket, which is in memory. Raises OSError.
+        """
+        try:
+            path = f"{self._proc}/{self._pid}/fd/{descriptor}"
+            name = (
+                os.getxattr(path, "system.sockprotoname").rstrip(b"\0").decode("ascii", "replace")
+            )
+        except OSError as error:
+            # It was closed meanwhile, or the descriptor was reused.
+            if error.errno in (errno.ENOENT, errno.ENODATA, errno.EOPNOTSUPP):
+                return ""
+            raise
+        return name if name in _UNIX | _TCP | _UNSEEN else ""
+
+    def _tcp(self, inode: int, table: SocketTable) -> Socket | None:
+        """Raises Unreadable."""
+        is_known = inode in self._connections
+        connection = self._connections.get(inode)
+        if is_known and connection is None:
+            return None
+        tcp = table.tcp(inode, connection.id if connection else b"")
+        if connection is None:
+            connection = None if tcp is None else _StreamSocket(tcp.id, not tcp.listened)
+            self._connections[inode] = connection
+        if tcp is None or connection is None:
+            return None
+        if not connection.client:
+            self.accepted.add(inode)
+        local, remote = sockdiag.ports_of(connection.id)
+        use = self._tcp_use(inode, remote if connection.client else local)
+        return Socket(
+            inode=inode,
+            family="tcp",
+            client=connection.client,
+            role=use.role,
+            node=use.node,
+            send_queue=tcp.send_queue,
+            receive_queue=tcp.receive_queue,
+            unacked=tcp.unacked,
+            acked=tcp.acked,
+            received=tcp.received,
+        )
+
+    def _unix(self, inode: int, table: SocketTable) -> Socket | None:
+        """Raises Unreadable."""
+        unix = table.unix(inode)
+        if unix is None or unix.shut:
+            return None
+        # The other end is invisible if it was not accepted yet (a hung server) or is in another
+        # network namespace. In both cases this is not half of a socket pair.
+        peer = table.unix(unix.peer)
+        self._peers[inode] = unix.peer
+        if unix.name:
+            self.accepted.add(inode)
+        use = self._unix_use(inode, unix.name or (peer.name if peer is not None else b""), table)
+        return Socket(
+            inode=inode,
+            family="unix",
+            client=not unix.name and (peer is None or bool(peer.name)),
+            send_queue=unix.send_queue,
+            receive_queue=unix.receive_queue,
+            role=use.role,
+            node=use.node,
+        )
+
+    def _unix_use(self, inode: int, name: bytes, table: SocketTable) -> _Use:
+        ends, number = self._ends, self._numbers.get(inode)
+        if number in _STANDARD:
+            return _OTHER
+        if ends is None:
+            return _UNKNOWN
+        if number in ends.descriptors:
+            return ends.descriptors[number]
+        if name and ends.descriptors:
+            if self._given_names is None:
+                given = [(i, n) for i, n in self._numbers.items() if n in ends.descriptors]
+                self._given_names = {table.listens_at(i): ends.descriptors[n] for i, n in given}
+            if name in self._given_names:
+                return self._given_names[name]
+        return ends.at_path(os.fsdecode(name.removeprefix(b"\0")))
+
+    def _tcp_use(self, inode: int, port: int) -> _Use:
+        """`port`: that of the listening end."""
+        ends, number = self._ends, self._numbers.get(inode)
+        if number in _STANDARD:
+            return _OTHER
+        if ends is None:
+            return _UNKNOWN
+        uses = [use for use in (ends.ports.get(port), ends.descriptors.get(number)) if use]
+        # The same port number may be storage on one host and something else on another.
+        return max(uses, key=lambda use: use.role == "storage", default=_UNKNOWN)
+
+    def _read_foreign(
+        self, inodes: frozenset[int], table: SocketTable
+    ) -> tuple[Socket, ...] | None:
+        """Read /proc/PID/net, which shows neither the other end of a unix socket nor the bytes sent
+        over TCP. If the other end is in our network namespace, it is used for the missing facts."""
+        net = f"{self._proc}/{self._pid}/net"
+        unix = read_bounded(f"{net}/unix", MAX_BYTES)
+        tcp = read_bounded(f"{net}/tcp", MAX_BYTES)
+        if unix is None or tcp is None:
+            return None
+        # Without IPv6 this file is missing.
+        tcp += read_bounded(f"{net}/tcp6", MAX_BYTES) or b""
+        self._peers, self._given_names = {}, None
+        self.accepted = set()
+        try:
+            # A unix connection belongs to the namespace of its client, as do both its ends.
+            by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
+            far = frozenset(inode for inode in inodes if not table.has_unix(inode))
+            sockets = [socket for socket in by_inode.values() if socket is not None]
+            sockets += self._foreign_unix(unix, far, table)
+            sockets += self._foreign_tcp(tcp, far)
+            self._near = {int(line.split()[6]) for line in unix.splitlines()[1:]}
+        except (ValueError, IndexError, Unreadable) as error:
+            note_once("reading sockets", error)
+            return None
+        return tuple(sorted(sockets, key=lambda socket: socket.inode))
+
+    def _foreign_unix(
+        self, text: bytes, inodes: frozenset[int], table: SocketTable
+    ) -> Iterator[Socket]:
+        """Parse lines of the form: Num RefCount Protocol Flags Type St Inode [Path]. Nothing shows
+        which two belong together, but only an accepted socket has a path.
+
+        So connections that it made are identified by the server's end, if there are not more of
+        these than it can have made. Raises ValueError, IndexError, and Unreadable if there are.
+        """
+        made = 0
+        ends: list[tuple[int, _Use]] = []
+        for line in text.splitlines()[1:]:
+            fields = line.split(maxsplit=7)
+            if fields[4:6] != [_STREAM, _CONNECTED]:
+                continue
+            inode, path = int(fields[6]), fields[7] if len(fields) == 8 else b""
+            use = self._unix_use(inode, path, table)
+            if inode not in inodes:
+                ends += [(inode, use)] if path else []
+            elif path or use is not _UNKNOWN:
+                self.accepted |= {inode} if path else set()
+                yield _queueless(inode, use, client=not path)
+            else:
+                made += 1
+        known_ends = [end for end in ends if end[1] is not _UNKNOWN] if made else []
+        unnamed = [end for end in ends if end[1] is _UNKNOWN] if made > len(known_ends) else []
+        if made > len(known_ends) and made - len(known_ends) != len(unnamed):
+            raise Unreadable("unix sockets in another network namespace")
+        for inode, use in (*known_ends, *unnamed):
+            self._peers[inode] = inode
+            yield _queueless(inode, use, client=True)
+
+    def _foreign_tcp(self, text: bytes, inodes: frozenset[int]) -> Iterator[Socket]:
+        """Parse lines of the form: sl local remote st tx:rx … inode (the tenth). Raises ValueError,
+        IndexError."""
+        rows = [line.split(maxsplit=10) for line in text.splitlines() if b": " in line]
+        listening = {row[1].rpartition(b":")[2] for row in rows if row[3] == _LISTEN}
+        established = [row for row in rows if row[3] == _ESTABLISHED]
+        ends = {(row[2], row[1]): int(row[9]) for row in established}
+        for row in established:
+            if (inode := int(row[9])) not in inodes:
+                continue
+            local, remote = (address.rpartition(b":")[2] for address in row[1:3])
+            client = local not in listening
+            use = self._tcp_use(inode, int(remote if client else local, 16))
+            send, _, receive = row[4].partition(b":")
+            self._peers[inode] = ends.get((row[1], row[2]), 0)
+            if not client:
+                self.accepted.add(inode)
+            yield Socket(
+                inode=inode,
+                family="tcp",
+                client=client,
+                role=use.role,
+                node=use.node,
+                send_queue=int(send, 16),
+                receive_queue=int(receive, 16),
+            )
+
+
+def _queueless(inode: int, use: _Use, *, client: bool) -> Socket:
+    return Socket(
+        inode=inode,
+        family="unix",
+        client=client,
+        role=use.role,
+        node=use.node,
+        send_queue=0,
+        receive_queue=0,
+    )
+
+
+def _use_of(node: Node | None) -> _Use:
+    return _OTHER if node is None else _Use("storage", node.name)
+
+
+class _Ends:
+    """A cache of the purposes of connections: a process may have thousands of them, and its command
+    line thousands of endpoints."""
+
+    def __init__(self, graph: BlockGraph) -> None:
+        self.descriptors: dict[int | None, _Use] = {}
+        self.ports: dict[int, _Use] = {}
+        self._paths: dict[str, _Use] = {}
+        self._names: dict[str, _Use] = {}
+        self._relative: dict[str, _Use] = {}
+        for end, node in graph.endpoints.items():
+            use = _use_of(node)
+            if end.descriptor is not None:
+                self.descriptors.setdefault(end.descriptor, use)
+            if end.port is not None and self.ports.get(end.port, _OTHER).role != "storage":
+                self.ports[end.port] = use
+            if end.path:
+                base = os.path.basename(end.path)  # noqa: PTH119
+                self._paths.setdefault(end.path, use)
+                self._names.setdefault(base, use)
+                if not end.path.startswith("/"):
+                    self._relative.setdefault(base, use)
+
+    def at_path(self, kernels: str) -> _Use:
+        """Find the endpoint with this path, compared by `_same_path`."""
+        if not kernels:
+            return _UNKNOWN
+        if kernels in self._paths:
+            return self._paths[kernels]
+        names = self._relative if kernels.startswith("/") else self._names
+        return names.get(os.path.basename(kernels), _UNKNOWN)  # noqa: PTH119
+
+
+def _listens_at(given: str, kernels: bytes) -> bool:
+    return _same_path(os.fsdecode(kernels), given)
+
+
+def _same_path(kernels: str, given: str) -> bool:
+    """Compare two paths as text: one passed to bind(2) by a server, one from a command line."""
+    if kernels == given:
+        return True
+    relative = not (kernels.startswith("/") and given.startswith("/"))
+    return relative and os.path.basename(kernels) == os.path.basename(given)  # noqa: PTH119

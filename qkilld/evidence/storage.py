@@ -1,0 +1,325 @@
+"""Find the storage under a process's images: from open files to disks and network mounts.
+
+    descriptors (files) → mounts (mountinfo) → block devices (devices) and network mounts (mounts)
+
+An image may lie on a partition, a logical volume, a loop device, or a file system in a file on
+another file system. All layers are returned with their depth. Upper layers have fewer users (a
+logical volume belongs to one guest, the disk below it to all). Lower layers do the work, which may
+continue while an upper one stands still (a loop device waits for its one flush).
+
+Costs were measured on two cores of a 2020s Xeon; see each method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters.procfs import Filesystem, Mounts, unescape
+from qkilld.debug_log import note_once
+from qkilld.evidence import devices, files, mounts
+from qkilld.evidence.backing import NAMESPACES, Backing, BackingFinder
+from qkilld.evidence.files import Descriptors
+from qkilld.model.dataclass import dataclass
+from qkilld.model.sample import Device, Mount
+from qkilld.model.text import printable
+
+PROC: Final = Path("/proc")
+SYS: Final = Path("/sys")
+MAX_DEVICES: Final = 256
+"""Greatest number of devices under one process's images; with more the answer is unknown."""
+MAX_DEPTH: Final = 16
+_STANDARD_ERROR: Final = 2
+"""Files with descriptors up to this one are logs, not images."""
+
+# File systems without storage, or without storage that a guest waits for.
+# fmt: off
+_NO_STORAGE: Final = frozenset({
+    "autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts",
+    "devtmpfs", "efivarfs", "fusectl", "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "ramfs",
+    "resctrl", "rpc_pipefs", "securityfs", "selinuxfs", "sysfs", "tmpfs", "tracefs",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    block: devices.Block
+    depth: int
+    own: bool
+    writable: bool
+
+
+class FilePlace(NamedTuple):
+    """The storage under an open file."""
+
+    disks: tuple[str, ...]
+    """MAJOR:MINOR of each block device, in every layer."""
+    mount: str
+    """MAJOR:MINOR of a file system without a block device, "" for none."""
+
+
+class StorageTable:
+    """The counters of disks and mounts at one moment, each read once.
+
+    Create one for each round of samples and pass it to all readers, in any threads: many guests
+    share few disks.
+    """
+
+    def __init__(self, proc: Path = PROC, sys: Path = SYS) -> None:
+        self.mounts = mounts.MountStatistics(proc)
+        self._counters: dict[tuple[str, ...], devices.Counters | None] = {}
+
+    def counters(self, block: devices.Block) -> devices.Counters | None:
+        """Return the counters; None if the device is gone. Raises OSError, ValueError."""
+        if block.stats not in self._counters:
+            try:
+                counters = devices.read_counters(block.stats)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+                    raise
+                counters = None
+            self._counters[block.stats] = counters
+        return self._counters[block.stats]
+
+
+class StorageReader:
+    """Reads the storage under one process's images. For one thread at a time; keeps nothing open.
+
+    Counters are host-wide: other users of a disk move them, too. A device that was once seen is
+    kept, because an image that is being closed is gone from /proc/PID/fd while close(2) still waits
+    for its storage.
+    """
+
+    def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
+        self._pid, self._proc, self._sys = pid, proc, sys
+        self._disks: dict[str, _Disk] = {}
+        self._filesystems: dict[Filesystem, None] = {}
+        self._places: dict[int, FilePlace] = {}
+        self._images: dict[int, files.Image] = {}
+        self._known = False
+        self._finder = BackingFinder(proc)
+
+    def refresh(self, descriptors: Descriptors | None = None) -> None:
+        """List the open files again. Never raises and never waits for storage.
+
+        `descriptors`: from files.read_descriptors, if just read. Costs 0.2 ms for a small QEMU, 3
+        ms for one with 100 descriptors and 16 block devices.
+        """
+        if descriptors is None:
+            descriptors = files.read_descriptors(self._pid, self._proc)
+        if descriptors is None or not descriptors.count:
+            return  # It is exiting, and waits for files that it had open before.
+        if descriptors.too_many:
+            self._known = False
+            return
+        images = files.read_images(self._pid, descriptors, self._proc)
+        if images is None:
+            return
+        stack = _Stack(self._pid, self._proc, self._sys, self._finder)
+        stacks = {image: stack.add(image) for image in set(images.values())}
+        # Closed files stay: close(2) itself may wait for its storage.
+        self._places |= {number: stacks[image] for number, image in images.items()}
+        self._images = images
+        self._keep(stack.disks)
+        self._filesystems |= stack.filesystems
+        self._known = True
+
+    def place_of(self, descriptor: int) -> FilePlace | None:
+        """Return the storage of the file that has or last had this descriptor; None if unknown."""
+        return self._places.get(descriptor)
+
+    @property
+    def writable(self) -> list[str] | None:
+        """Return the paths of images open for writing; None before a successful refresh()."""
+        if not self._known:
+            return None
+        return [i.path for n, i in self._images.items() if i.writable and n > _STANDARD_ERROR]
+
+    @property
+    def writable_places(self) -> dict[str, FilePlace]:
+        """Return the storage of each image open for writing, by its path."""
+        return {
+            image.path: self._places[number]
+            for number, image in self._images.items()
+            if image.writable and number > _STANDARD_ERROR
+        }
+
+    def read(
+        self, table: StorageTable | None = None
+    ) -> tuple[tuple[Device, ...] | None, tuple[Mount, ...] | None]:
+        """Read the counters; (None, None) before a successful refresh(), or with too many devices.
+        The order is constant; new devices come last.
+
+        Costs 15 to 25 µs for each device, 2 µs if `table` has it already, plus the cost of
+        mounts.py.
+        """
+        table = table or StorageTable(self._proc, self._sys)
+        if not self._known or len(self._disks) + len(self._filesystems) > MAX_DEVICES:
+            if self._known:
+                note_once("reading storage", f"there are more than {MAX_DEVICES} devices")
+            return None, None
+        try:
+            devices_read = tuple(
+                Device(
+                    number=disk.block.number,
+                    name=printable(disk.block.name),
+                    writes=counters.writes,
+                    sectors_written=counters.sectors_written,
+                    reads=counters.reads,
+                    in_flight=counters.in_flight,
+                    depth=disk.depth,
+                    own=disk.own,
+                    writable=disk.writable,
+                )
+                for disk in self._disks.values()
+                if (counters := table.counters(disk.block)) is not None
+            )
+        except (OSError, ValueError) as error:
+            note_once("reading the counters of disks", error)
+            devices_read = None
+        return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
+
+    def _keep(self, seen: dict[str, _Disk]) -> None:
+        """Keep also devices that are no longer in use, unless they were unplugged.
+
+        A device that was writable stays writable: while it exits, QEMU opens images again for
+        reading, and flushes.
+        """
+        for number, disk in list(self._disks.items()):
+            if number in seen:
+                writable = disk.writable or seen[number].writable
+                seen[number] = dataclasses.replace(seen[number], writable=writable)
+            elif devices.describe(number, self._sys) is None:
+                del self._disks[number]
+        self._disks |= seen
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._disks, self._filesystems, self._known = {}, {}, False
+        self._places, self._images = {}, {}
+
+
+class _Stack:
+    """Walks down from images to disks. Created for each refresh."""
+
+    def __init__(self, pid: int, proc: Path, sys: Path, finder: BackingFinder) -> None:
+        self._proc, self._sys = proc, sys
+        self._pid, self._finder = pid, finder
+        self._mounts: dict[str, Mounts] = {}
+        self._blocks: dict[str, devices.Block | None] = {}
+        self._edges: dict[str, set[str]] = {}
+        self._trail = [""]
+        self._mount = ""
+        self.disks: dict[str, _Disk] = {}
+        self.filesystems: dict[Filesystem, None] = {}
+
+    def add(self, image: files.Image) -> FilePlace:
+        """Add an image's disks and file systems, and return its storage."""
+        self._edges[""], self._mount = set(), ""
+        if image.device:
+            self._device(image.device, 0, image.writable, own=True)
+        elif image.filesystem is None:
+            self._unseen("unknown")
+        else:
+            self._filesystem(image.filesystem, 0, image.writable)
+        below, disks = list(self._edges[""]), dict.fromkeys(sorted(self._edges[""]))
+        while below:
+            new = self._edges.get(below.pop(), set()) - disks.keys()
+            disks.update(dict.fromkeys(sorted(new)))
+            below += new
+        return FilePlace(tuple(disks), self._mount)
+
+    def _filesystem(self, filesystem: Filesystem, depth: int, writable: bool) -> None:
+        kind = filesystem.kind
+        if kind in _NO_STORAGE:
+            return
+        if not filesystem.number.startswith("0:"):
+            self._device(filesystem.number, depth, writable)
+        elif kind == "btrfs" and (numbers := devices.of_btrfs(filesystem.source, self._sys)):
+            for number in numbers:
+                self._device(number, depth, writable)
+        elif kind == "overlay" and writable:
+            # A file open for writing was copied to the upper directory.
+            upper = _option(filesystem, b"upperdir") or b""
+            self._path(Backing(upper, None), kind, depth, writable)
+        elif kind in mounts.KINDS:
+            # Prefer the same file system in our own mounts, which stay readable to the end.
+            own = self._table("self").every()
+            same = (f for f in own if (f.number, f.kind) == (filesystem.number, kind))
+            self.filesystems[next(same, filesystem)] = None
+            self._mount = filesystem.number
+        else:
+            self._unseen(kind, filesystem.number)
+
+    def _path(self, backing: Backing, kind: str, depth: int, writable: bool) -> None:
+        """Add the storage under a path that the kernel reports without a process."""
+        path = None
+        if depth < MAX_DEPTH:
+            tables = {pid: self._table(pid) for pid in NAMESPACES}
+            path = self._finder.find(backing, tables)
+        if path is None:
+            self._unseen(kind)
+        elif path.device:
+            self._device(path.device, depth + 1, writable)
+        elif path.filesystem is not None:
+            self._filesystem(path.filesystem, depth + 1, writable)
+
+    def _device(self, number: str, depth: int, writable: bool, *, own: bool = False) -> None:
+        self._edges.setdefault(self._trail[-1], set()).add(number)
+        if number not in self._blocks:
+            self._blocks[number] = devices.describe(number, self._sys)
+        block = self._blocks[number]
+        if block is None:
+            self._unseen("block device")
+            return
+        before = self.disks.get(number)
+        disk = _Disk(block, depth, own, writable)
+        if before is not None:
+            disk = _Disk(
+                block,
+                min(depth, before.depth),
+                own or before.own,
+                writable or before.writable,
+            )
+        # This also ends cycles: another turn finds nothing new.
+        if disk == before or depth > MAX_DEPTH or len(self.disks) > MAX_DEVICES:
+            return
+        self.disks[number] = disk
+        self._trail.append(number)
+        for lower in block.below:
+            self._device(lower, depth + 1, writable)
+        if block.backing is not None:
+            self._path(Backing(block.backing, block.backing_sizes), "loop", depth, writable)
+        self._trail.pop()
+
+    def _unseen(self, kind: str, number: str = "0:0") -> None:
+        """Add storage without readable counters."""
+        self._mount = self._mount or number
+        nowhere = Filesystem(
+            pid="",
+            id=0,
+            parent=0,
+            number=number,
+            root=b"",
+            point=b"",
+            kind=kind,
+            source=b"",
+            options=b"",
+        )
+        self.filesystems[nowhere] = None
+
+    def _table(self, pid: str) -> Mounts:
+        if pid not in self._mounts:
+            self._mounts[pid] = Mounts(pid, self._proc)
+        return self._mounts[pid]
+
+
+def _option(filesystem: Filesystem, name: bytes) -> bytes | None:
+    for option in filesystem.options.split(b","):
+        key, equals, value = option.partition(b"=")
+        if key == name and equals:
+            return unescape(value)
+    return None

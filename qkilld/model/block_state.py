@@ -1,0 +1,97 @@
+"""The state of a guest's disks, reported by its monitor before QEMU is told to exit.
+
+None means unreadable, never that there is nothing. Names that are sent back to QEMU are kept as
+received; titles are printable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qkilld.model.dataclass import dataclass
+
+SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined"})
+"""States of a block job whose end can lose nothing more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestDisk:
+    """A disk of the guest, by its topmost node."""
+
+    node: str
+    """QEMU's name for it."""
+    title: str
+    network: bool
+    """It is reached over a network connection, as far as the monitor reports."""
+    failed: bool = False
+    """Its I/O status is not "ok": a request of the guest failed, or its file system is full."""
+    no_flush: bool = False
+    """cache=unsafe: QEMU never flushes it."""
+    device: str | None = None
+    """The path of its device; None if unknown."""
+    connections: tuple[str, ...] = ()
+    """The names of the nodes below it that use a network connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestQueue:
+    """A queue of a virtio device."""
+
+    device: str
+    number: int
+    in_flight: int
+    completed: int
+    """Modulo 2^16."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackgroundJob:
+    """A backup, mirror, commit or stream, or the migration to another host."""
+
+    title: str
+    status: str
+    done: int
+    """Bytes or another unit; grows while the job makes progress."""
+    migration: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockState:
+    """The disks at one instant."""
+
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+    runstate: str
+    disks: tuple[GuestDisk, ...]
+    """Disks open for writing."""
+    queues: tuple[RequestQueue, ...] | None = None
+    """The queues of all virtio disks."""
+    foreign: tuple[str, ...] = ()
+    """Disks whose requests bypass QEMU: vhost-user."""
+    jobs: tuple[BackgroundJob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """The result of flushing one disk."""
+
+    node: str
+    title: str
+    error: str = ""
+    """A printable description; "" if it was flushed."""
+    refused: bool = False
+    """It was not tried, because QEMU did not export the node, for example. That says nothing about
+    the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class YankInstance:
+    """A connection that can be yanked."""
+
+    kind: str
+    """block-node, chardev, migration."""
+    name: str
+    """Printable; the name for the command is in `wire`."""
+    wire: Mapping[str, Any]
+    """The instance as QEMU sent it."""

@@ -1,0 +1,49 @@
+"""The message bus that a program uses."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qkilld.model.dataclass import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BusAddress:
+    """The system bus, unless `user` (the session bus) or `address` says otherwise."""
+
+    user: bool = False
+    address: str = ""
+    """A D-Bus address, for example `unix:path=/run/bus`."""
+    host: str = ""
+    """The system bus of that host, over ssh: [USER@]HOST[:PORT]."""
+    machine: str = ""
+    """The system bus of that container, on this host or on `host`: [USER@]CONTAINER."""
+
+    @property
+    def is_remote(self) -> bool:
+        return bool(self.host or self.machine)
+
+    @property
+    def is_system_bus(self) -> bool:
+        """Whether it is the system bus of this host."""
+        return not self.user and not self.address and not self.is_remote
+
+    @property
+    def title(self) -> str:
+        if self.address:
+            return f"bus at {self.address}"
+        title = "session bus" if self.user else "system bus"
+        parts = [f"container {self.machine}"] if self.machine else []
+        parts += [self.host] if self.host else []
+        return f"{title} of {' on '.join(parts)}" if parts else title
+
+
+POLICY_ADVICE: Final = (
+    "Install the policy of the bus, dbus/org.qkilld1.conf of the sources, as "
+    "/usr/share/dbus-1/system.d/org.qkilld1.conf (`make install` does), and run "
+    "`systemctl reload dbus`"
+)
+"""Advice for a system bus that denies qkilld its name, or denies every call to qkilld."""
+
+SYSTEM_BUS: Final = BusAddress()
+SESSION_BUS: Final = BusAddress(user=True)

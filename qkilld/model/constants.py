@@ -1,0 +1,156 @@
+"""The words of the interface: flags, phases, verdicts, results, exit codes, bus names.
+
+Every value here is part of the public contract and never changes its meaning.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag, StrEnum
+from typing import Final
+
+BUS_NAME: Final = "org.qkilld1"
+MANAGER_PATH: Final = "/org/qkilld1"
+MANAGER_INTERFACE: Final = "org.qkilld1.Manager"
+JOB_INTERFACE: Final = "org.qkilld1.Job"
+JOB_PATH_PREFIX: Final = "/org/qkilld1/job/"
+GUEST_INTERFACE: Final = "org.qkilld1.Guest"
+GUEST_PATH_PREFIX: Final = "/org/qkilld1/guest/"
+
+UINT64_MAX: Final = 2**64 - 1
+INFINITY: Final = UINT64_MAX
+"""A span or deadline that never comes, as on the bus (µs)."""
+UNKNOWN: Final = UINT64_MAX
+"""An unknown number of bytes, as on the bus."""
+
+USEC_PER_SEC: Final = 1_000_000
+
+
+class Flag(IntFlag):
+    """The `flags` of Terminate.
+
+    FORCE and NOWAIT keep the values and the meaning of libvirt's VIR_QEMU_PROCESS_KILL_FORCE and
+    VIR_QEMU_PROCESS_KILL_NOWAIT (libvirt, src/qemu/qemu_process.h).
+    """
+
+    FORCE = 1
+    """The ladder may end in SIGKILL. Without it no SIGKILL is ever sent."""
+    NOWAIT = 2
+    """One signal without supervision: SIGTERM, or with FORCE SIGKILL at once."""
+    POWERDOWN = 4
+    """First ask the guest's own operating system to shut down."""
+    FIXED = 8
+    """Use the fixed timeouts of libvirt's 2012 algorithm instead of evidence."""
+
+
+KNOWN_FLAGS: Final = Flag.FORCE | Flag.NOWAIT | Flag.POWERDOWN | Flag.FIXED
+
+
+class Phase(StrEnum):
+    """The rung of the ladder that a job is on."""
+
+    POWERDOWN = "powerdown"
+    QUIT = "quit"
+    TERMINATE = "terminate"
+    KILL = "kill"
+    REAP = "reap"
+    DONE = "done"
+
+
+class Verdict(StrEnum):
+    """The meaning of the evidence, in one word."""
+
+    UNKNOWN = "unknown"
+    GUEST_SHUTDOWN = "guest-shutdown"
+    FLUSHING = "flushing"
+    STORAGE_WAIT = "storage-wait"
+    BLOCKED = "blocked"
+    STOPPED = "stopped"
+    IDLE = "idle"
+    ZOMBIE = "zombie"
+    GONE = "gone"
+
+
+class Result(StrEnum):
+    """How a job ended."""
+
+    EXITED = "exited"
+    """It exited before any SIGKILL."""
+    KILLED = "killed"
+    """It exited after SIGKILL."""
+    SURVIVED = "survived"
+    """Still running when the job gave up; it stays watched and its real end is logged."""
+    SIGNALLED = "signalled"
+    """NOWAIT: one signal was sent, and nothing else is known."""
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class GuestAsked(StrEnum):
+    """The result of asking the guest's own operating system to shut down."""
+
+    SHUT_DOWN = "shut-down"
+    IGNORED = "ignored"
+    """It was asked and did not shut down in time."""
+    DEAF = "deaf"
+    """No operating system listened."""
+    UNREACHABLE = "unreachable"
+    """It could not be asked."""
+    NOT_ASKED = "not-asked"
+    ASKED = "asked"
+    """It was asked, but the outcome was not observed: nobody watched, or QEMU ended otherwise."""
+    NOT_RUNNING = "not-running"
+    """It was paused, suspended or crashed."""
+
+
+class MonitorKind(StrEnum):
+    """The monitor of a guest, as far as qkilld can use it."""
+
+    QMP = "qmp"
+    HMP = "hmp"
+    LIBVIRT = "libvirt"
+    """libvirt holds it."""
+    NONE = "none"
+    UNKNOWN = "unknown"
+
+
+class AgentKind(StrEnum):
+    """The port of a guest's agent, as far as qkilld can use it. A monitor can reach more."""
+
+    PORT = "port"
+    """It is on a unix socket of the guest."""
+    NONE = "none"
+    UNKNOWN = "unknown"
+
+
+class NextRung(StrEnum):
+    """What a running job does next if nothing changes."""
+
+    ASK = "ask"
+    """Ask the guest's own operating system to shut down."""
+    TERMINATE = "SIGTERM"
+    YANK = "yank"
+    """Cut off network storage that does not move."""
+    KILL = "SIGKILL"
+    GIVE_UP = "give-up"
+    NONE = ""
+    """The job has ended."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `qkilld-stop` and of `qkillctl terminate --wait`."""
+
+    OK = 0
+    """It exited without SIGKILL."""
+    FAILURE = 1
+    USAGE = 2
+    KILLED = 3
+    """It exited only after SIGKILL: data may be lost."""
+    SURVIVED = 4
+    """Still running: it survived, or was not forced and its time is over."""
+    NOT_QEMU = 5
+    """Not a QEMU process, or a different process by now."""
+    NOT_PERMITTED = 6
+    NOT_FOUND = 7
+    """No such process, guest, unit or job."""
+    UNSAFE = 8
+    """qkillctl check-unit and adopt: a unit loses data, or may."""

@@ -1,0 +1,116 @@
+"""The state of a guest's operating system, as shown by its monitor and its threads.
+
+None and UNKNOWN mean that something is unreadable, never that there is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from enum import StrEnum
+from typing import Any, Final
+
+from qkilld.model.dataclass import dataclass
+
+RUNNING: Final = "running"
+"""The only runstate in which a guest can shut itself down."""
+POWERED_OFF: Final = "shutdown"
+"""The runstate after the guest's power-off with -no-shutdown or -action shutdown=pause."""
+
+
+class Button(StrEnum):
+    """Whether an operating system listens to the power button."""
+
+    LISTENED = "listened"
+    NOT_LISTENED = "not-listened"
+    """QEMU would drop a press."""
+    NO_REGISTER = "no-register"
+    """The machine has no register that shows it: arm64 virt, microvm."""
+    UNKNOWN = "unknown"
+
+
+class GuestOrder(StrEnum):
+    """An order to a monitor or an agent."""
+
+    AGENT = "agent"
+    """Ask the agent to shut the guest down."""
+    BUTTON = "button"
+    """Press the power button."""
+    WATCH = "watch"
+    """Count signs of a shutdown, although somebody else has requested it."""
+    RESUME = "resume"
+    WAKE = "wake"
+    THAW = "thaw"
+    QUIT = "quit"
+    """Exit QEMU."""
+
+
+class ShutdownSign(StrEnum):
+    """A sign that only a guest that is shutting down gives."""
+
+    AGENT_CLOSED = "agent-closed"
+    """Its agent was stopped: the port was open when the guest was asked, and has closed."""
+    PVSHUTDOWN = "pvshutdown"
+    """The guest reported it (pvpanic device, QEMU 9.1)."""
+    RESTARTED = "restarted"
+    """It has reset itself since the last observation: it shut down and is booting again."""
+    POWERED_OFF = "powered-off"
+
+
+class EventKind(StrEnum):
+    """The QMP events that concern a shutdown, by their names."""
+
+    POWERDOWN = "POWERDOWN"
+    SHUTDOWN = "SHUTDOWN"
+    RESET = "RESET"
+    VSERPORT_CHANGE = "VSERPORT_CHANGE"
+    GUEST_PVSHUTDOWN = "GUEST_PVSHUTDOWN"
+    GUEST_PANICKED = "GUEST_PANICKED"
+    STOP = "STOP"
+    RESUME = "RESUME"
+    SUSPEND = "SUSPEND"
+    WAKEUP = "WAKEUP"
+    BLOCK_IO_ERROR = "BLOCK_IO_ERROR"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEvent:
+    kind: EventKind
+    at: int
+    """µs, CLOCK_MONOTONIC."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Hostile: callers must check types and contents."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMonitor:
+    """A QMP connection with out-of-band commands that was kept from an earlier daemon."""
+
+    fd: int
+    own_chardevs: tuple[str, ...]
+    """The labels of this monitor itself, which must not be yanked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestObservation:
+    """A guest at one instant. Counters only grow while the same QEMU runs."""
+
+    at: int
+    """µs, CLOCK_MONOTONIC."""
+    runstate: str | None = None
+    """QEMU's runstate; None if the monitor did not reply."""
+    button: Button = Button.UNKNOWN
+    press_pending: bool | None = None
+    """The button was pressed, and the guest has not noticed yet."""
+    requests: int | None = None
+    """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
+    disks_idle: int | None = None
+    """µs since the last request of any disk."""
+    vcpu_time: int | None = None
+    """The total time that the virtual processors ran, µs."""
+    vcpu_wait: int | None = None
+    """The total time that they waited for a processor of the host, µs."""
+    agent_open: bool | None = None
+    """Whether the guest's agent has its port open."""
+    signs: frozenset[ShutdownSign] = frozenset()
+    """The signs seen since the guest was first asked that still hold."""

@@ -1,0 +1,318 @@
+"""The status of a job, and its presentation to users. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from qkilld.model.constants import (
+    INFINITY,
+    UNKNOWN,
+    USEC_PER_SEC,
+    Flag,
+    GuestAsked,
+    NextRung,
+    Phase,
+    Result,
+    Verdict,
+)
+from qkilld.model.dataclass import dataclass
+from qkilld.model.text import printable
+from qkilld.model.timespan import format_usec
+
+BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
+_ASKED: Final[dict[str, str]] = {
+    GuestAsked.SHUT_DOWN: "its system has shut down",
+    GuestAsked.IGNORED: "its system was asked to shut down and did not",
+    GuestAsked.ASKED: "its system was asked to shut down, and nobody saw that it did",
+    GuestAsked.DEAF: "nothing in it listened to the power button",
+    GuestAsked.UNREACHABLE: "it could not be asked to shut down",
+    GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
+}
+"""Phrases for the result of asking; none if the guest was not to be asked."""
+_ASKED_BY: Final = {
+    "agent": "its agent was asked to shut it down",
+    "button": "its power button was pressed",
+    "virsh": "libvirt was told to shut it down",
+}
+"""Phrases for rungs that are not signals."""
+_STATES: Final[dict[str, str]] = {
+    Verdict.UNKNOWN: "SIGTERM sent",
+    Verdict.FLUSHING: "flushes",
+    Verdict.STORAGE_WAIT: "waits for storage",
+    Verdict.BLOCKED: "waits in a system call",
+    Verdict.STOPPED: "is kept from running",
+    Verdict.IDLE: "idle, does not exit",
+    Verdict.ZOMBIE: "has exited",
+    Verdict.GONE: "is gone",
+}
+"""Phrases for the time after SIGTERM, by verdict."""
+_GIVES_UP: Final = "gives up"
+MOVES_FOR: Final = 6 * USEC_PER_SEC
+"""Progress within this time (µs) counts as current: disks write back in bursts up to 5 s apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """A job at one moment, in the daemon or elsewhere. Times are CLOCK_MONOTONIC in µs.
+
+    `phase`, `verdict` and `result` may be words that only a newer daemon knows.
+    """
+
+    path: str = ""
+    """The job's object on the bus; "" if it has none."""
+    id: int
+    pid: int
+    start_time: int | None = None
+    """The start of the process, in clock ticks since boot."""
+    name: str = ""
+    uuid: str = ""
+    unit: str = ""
+    uid: int = 0
+    flags: Flag
+    phase: str
+    """Printable, like `verdict`."""
+    verdict: str
+    result: str = ""
+    """Empty while it runs."""
+    started: int
+    deadline: int
+    """When it takes its next step; INFINITY for never."""
+    last_progress: int | None = None
+    bytes_written: int | None = None
+    bytes_pending: int | None = None
+    held: bool = False
+    not_before: int = 0
+    """No SIGKILL before this time, set by Extend; 0 if it was never extended."""
+    guest_asked: str = GuestAsked.NOT_ASKED
+    """As in the receipt; `asked` from the request on, while the outcome is open. Printable."""
+    powerdown_only: bool = False
+    """No signal follows if the guest does not shut down."""
+    next_rung: str = ""
+    """A NextRung, or a newer daemon's word, printable; "" if the daemon does not report it."""
+    standstill: int = 0
+    """µs without progress before the next rung; 0 if progress does not delay it."""
+    reasons: tuple[str, ...] = ()
+    """The reasons of the verdict, printable; () if the caller may not see them."""
+    rate: int | None = None
+    """Bytes a second."""
+    reason: str = ""
+    """The reason of the stop, printable."""
+    requested_by: int | None = None
+    ended: int | None = None
+    receipt: dict[str, Any] | None = None
+    """As returned by Wait; None while the job runs."""
+
+    def __post_init__(self) -> None:
+        # After an extension, the daemon updates its deadline only at its next decision.
+        if self.phase == Phase.TERMINATE and self.deadline < self.not_before:
+            object.__setattr__(self, "deadline", self.not_before)
+
+    @property
+    def forced(self) -> bool:
+        return Flag.FORCE in self.flags
+
+    @property
+    def doing(self) -> str:
+        """A phrase that follows the guest's name and says what it, or its QEMU, is doing."""
+        if self.result or self.phase == Phase.DONE:
+            return "is left alone" if self.result == Result.CANCELLED else self.result or "ended"
+        if self.phase == Phase.QUIT:
+            down = self.guest_asked == GuestAsked.SHUT_DOWN
+            return "has shut down" if down else "has its disks flushed"
+        if self.phase == Phase.POWERDOWN:
+            return self._doing_before_signals()
+        if self.phase in (Phase.KILL, Phase.REAP):
+            return "does not exit despite SIGKILL"
+        return _STATES.get(self.verdict, self.verdict)
+
+    def _doing_before_signals(self) -> str:
+        if self.verdict == Verdict.GUEST_SHUTDOWN:
+            return "shuts down"
+        was_asked = self.guest_asked != GuestAsked.NOT_ASKED
+        return "was asked to shut down" if was_asked else "is about to be asked"
+
+    @property
+    def unsupervised(self) -> bool:
+        return Flag.NOWAIT in self.flags
+
+    def elapsed(self, now: int) -> str:
+        """The running time of the job in whole seconds."""
+        seconds = max(0, now - self.started) // USEC_PER_SEC
+        return format_usec(seconds * USEC_PER_SEC) if seconds else "0"
+
+    def clock(self, now: int) -> str:
+        """The running time in the form of a clock: `1:03`, `2:00:00`."""
+        minutes, seconds = divmod(max(0, now - self.started) // USEC_PER_SEC, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+    def outlook(self, now: int, *, short: bool = False) -> str:
+        """Describe the next step and its earliest time: `SIGKILL in 7s unless it moves`.
+
+        "" if nothing follows. While there is progress, no time counts down and none is shown:
+        `SIGKILL only after 1min without progress`. `short` uses fewer words.
+        """
+        if self.result or self.phase == Phase.DONE:
+            return ""
+        if self.held:
+            return "held"
+        step = self._next_step
+        if self.deadline == INFINITY:
+            return "" if self.next_rung == NextRung.ASK else "waits without limit"
+        # Rounded up, so that the last second is not shown as 0.
+        seconds = -((now - self.deadline) // USEC_PER_SEC)
+        remaining = format_usec(seconds * USEC_PER_SEC)
+        if seconds <= 0:
+            return f"{step} now"
+        if self.phase == Phase.TERMINATE and self.deadline == self.not_before:
+            return f"no {step} for {remaining}" if self.forced else f"{step} in {remaining}"
+        if self.standstill and now - (self.deadline - self.standstill) <= MOVES_FOR:
+            span = format_usec(self.standstill)
+            return (
+                f"{step} if still {span}"
+                if short
+                else (f"{step} only after {span} without progress")
+            )
+        return f"{step} in {remaining}" if short else f"{step} in {remaining}{self._condition}"
+
+    @property
+    def _next_step(self) -> str:
+        """Name the next step; if an older daemon does not report it, infer it from the phase."""
+        if self.next_rung and self.next_rung not in (NextRung.ASK, NextRung.GIVE_UP):
+            return self.next_rung
+        if self.phase in BEFORE_SIGNALS and not self.powerdown_only:
+            return NextRung.TERMINATE.value
+        if not self.next_rung and self.phase == Phase.TERMINATE and self.forced:
+            return NextRung.KILL.value
+        return _GIVES_UP
+
+    @property
+    def _condition(self) -> str:
+        if self.phase == Phase.POWERDOWN:
+            was_asked = self.guest_asked != GuestAsked.NOT_ASKED
+            return " unless it shuts down" if was_asked else " unless it can be asked"
+        return " unless it moves" if self.standstill else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json: null for unknown values and for times that never come."""
+        return {
+            "id": self.id,
+            "path": self.path,
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "name": self.name,
+            "uuid": self.uuid,
+            "unit": self.unit,
+            "uid": self.uid,
+            "flags": flag_names(self.flags),
+            "phase": self.phase,
+            "verdict": self.verdict,
+            "result": self.result or None,
+            "started_usec": self.started,
+            "deadline_usec": known(self.deadline),
+            "last_progress_usec": self.last_progress,
+            "bytes_written": self.bytes_written,
+            "bytes_pending": self.bytes_pending,
+            "held": self.held,
+            "guest_asked": self.guest_asked,
+            "reason": self.reason or None,
+            "requested_by": self.requested_by,
+            "reasons": list(self.reasons),
+            "bytes_per_second": self.rate,
+            "next_rung": self.next_rung or None,
+            "next_rung_stall_usec": self.standstill or None,
+            "ended_usec": self.ended,
+            "receipt": None if self.receipt is None else receipt_as_json(self.receipt),
+        }
+
+
+def known(value: int) -> int | None:
+    """Return None for 2^64-1, which means "never" and "unknown" on the bus."""
+    return None if value in (INFINITY, UNKNOWN) else value
+
+
+def flag_names(flags: int) -> list[str]:
+    """Return names in lower case; bits without a name as hexadecimal numbers."""
+    names = [str(flag.name).lower() for flag in Flag if flags & flag]
+    unknown = flags & ~sum(Flag)
+    return [*names, hex(unknown)] if unknown else names
+
+
+def verdict_of(word: str) -> Verdict:
+    """Return the verdict; UNKNOWN for a word of a newer daemon."""
+    return Verdict(word) if word in set(Verdict) else Verdict.UNKNOWN
+
+
+def guest_asked_of(word: str) -> GuestAsked:
+    """Return the value; a word of a newer daemon means that the guest was asked."""
+    return GuestAsked(word) if word in set(GuestAsked) else GuestAsked.ASKED
+
+
+def label(pid: int, name: str) -> str:
+    """Return a guest's label for output lines: `web (pid 4711)`."""
+    return f"{printable(name)} (pid {pid})" if name else f"pid {pid}"
+
+
+def ending(result: str, receipt: dict[str, Any]) -> str:
+    """Describe the end of a job, as a sentence without its subject."""
+    asking = _ASKED.get(str(receipt.get("guest-asked", "")), "")
+    if not asking or result == Result.SIGNALLED:
+        return _ending(result, receipt)
+    return f"{_ending(result, receipt)}; {asking}"
+
+
+def _ending(result: str, receipt: dict[str, Any]) -> str:
+    signals = [printable(str(signal)) for _, signal, _ in receipt.get("rungs", [])]
+    elapsed = int(receipt.get("elapsed-usec", 0))
+    after = f"after {format_usec(rounded(elapsed))}"
+    match result:
+        case Result.EXITED:
+            return f"gone {after}, without SIGKILL"
+        case Result.KILLED if receipt.get("data-at-risk") is False:
+            return f"gone {after} by SIGKILL, with nothing left to write"
+        case Result.KILLED:
+            return f"gone {after}, but only by SIGKILL: data may be lost"
+        case Result.SURVIVED if "SIGKILL" in signals:
+            return (
+                f"still there {after}, despite SIGKILL: the kernel cannot end it, usually because "
+                "of its storage. qkilld logs when it exits"
+            )
+        case Result.SURVIVED if "SIGTERM" not in signals:
+            return f"still there {after}, without any signal"
+        case Result.SURVIVED:
+            return (
+                f"still there {after}; SIGKILL was not allowed (--force). It may still exit from "
+                "the SIGTERM it got, and qkilld logs that"
+            )
+        case Result.CANCELLED:
+            return (
+                f"cancelled {after}: no more signals will be sent. "
+                "It may still exit from those it got"
+            )
+        case Result.SIGNALLED:
+            last_signal = signals[-1] if signals else "the signal"
+            action = _ASKED_BY.get(last_signal, f"{last_signal} was sent")
+            return f"{action}, and the process is not watched"
+        case Result.FAILED:
+            error = printable(str(receipt.get("error", ""))) or "no reason given"
+            return f"not stopped: {error}"
+        case _:
+            return f'ended {after} as "{printable(result)}", which this qkillctl does not know'
+
+
+def rounded(usec: int) -> int:
+    """Round for readers: to µs below 1 ms, to ms below 1 minute, else to seconds."""
+    step = USEC_PER_SEC
+    if usec < 60 * USEC_PER_SEC:
+        step = 1 if usec < 1000 else 1000
+    return usec // step * step
+
+
+def receipt_as_json(receipt: dict[str, Any]) -> dict[str, Any]:
+    """Return the receipt with the same keys for every job; keys without a value are null."""
+    document = {key.replace("-", "_"): value for key, value in receipt.items()}
+    document["rungs"] = [
+        {"phase": phase, "signal": signal, "at_usec": at}
+        for phase, signal, at in receipt.get("rungs", [])
+    ]
+    return {"reason": None, "error": None, "requested_by": None} | document

@@ -1,0 +1,233 @@
+"""Raw counters of a process, read from outside at one moment, without judgement.
+
+None always means unreadable, never "nothing": unknown is never idle. Counters start anywhere and
+only grow, so only the difference of two samples has a meaning.
+"""
+
+from __future__ import annotations
+
+from qkilld.model.dataclass import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Io:
+    """/proc/PID/io of all threads, bytes and calls (kernel Documentation/filesystems/proc.rst)."""
+
+    rchar: int
+    wchar: int
+    """Bytes passed to write(2) and similar calls, without sendmsg, io_submit and io_uring."""
+    syscr: int
+    syscw: int
+    read_bytes: int
+    write_bytes: int
+    """Bytes dirtied, or written past the page cache; not the bytes that reached the disk."""
+    cancelled_write_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """A thread that waits in uninterruptible sleep, or in a call other than a wait for events."""
+
+    tid: int
+    name: str
+    """Printable."""
+    state: str
+    """proc(5): R, S, D, T, t, Z, …"""
+    syscall: int | None
+    """The number of its system call, by this architecture's table; -1 for none, None if unknown."""
+    io_call: bool | None
+    """The call reads, writes, syncs or closes a file or disk."""
+    wchan: str | None
+    """The kernel function that it sleeps in; "" if it does not sleep."""
+    call: str = ""
+    """The name of the system call, "" if it is not in our list."""
+    descriptor: int | None = None
+    """The file descriptor that the call works on."""
+    target: str = ""
+    """The kind of that descriptor: disk, mount, pipe, socket, other; "" if unknown."""
+    disks: tuple[str, ...] = ()
+    """MAJOR:MINOR of each block device under that descriptor."""
+    mount: str = ""
+    """MAJOR:MINOR of the file system under it that has no block device."""
+    switches: int | None = None
+    """Its voluntary context switches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A block device under an image. Its counters are host-wide: other users move them, too.
+
+    Each layer is a Device of its own, from the logical volume, partition or loop device that the
+    image is or lies on, down to the disks. So several may count the same write.
+    """
+
+    number: str
+    """MAJOR:MINOR."""
+    name: str
+    """The name under /sys/block, printable."""
+    writes: int
+    """Completed writes, flushes and discards. /sys/dev/block/*/stat, kernel
+    Documentation/block/stat.rst."""
+    sectors_written: int
+    """In units of 512 bytes."""
+    reads: int
+    in_flight: int
+    depth: int = 0
+    """The number of layers above it. Deeper devices have more other users; but a lower one may work
+    while an upper one stands still, as a loop device does while it waits for one flush."""
+    own: bool = False
+    """The process has the device itself open, without a file system between, so it is unlikely to
+    have other users."""
+    writable: bool = True
+    """An image on it is open for writing, not only for reading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """The control group that the process is in."""
+
+    own: bool
+    """The group contains only this guest, judging by its name and its processes."""
+    dirty: int | None
+    """Bytes of page cache not yet written."""
+    writeback: int | None
+    """Bytes being written to a disk."""
+    written: int | None
+    """Bytes written to disks (io.stat, blkio.throttle.io_service_bytes)."""
+    writes: int | None
+    frozen: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Values of the whole host from /proc/meminfo, in bytes."""
+
+    dirty: int
+    writeback: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The process at the other end of a local connection, and its activity."""
+
+    pid: int
+    command: str
+    """Printable."""
+    threads: tuple[Thread, ...] | None
+    """Like Sample.threads."""
+    switches: int | None
+    """Like Sample.switches."""
+    io: Io | None
+    devices: tuple[Device, ...] | None
+    """The block devices under its open files."""
+    shared: bool | None = None
+    """It has clients other than the process."""
+    place: tuple[str, ...] = ()
+    """MAJOR:MINOR of the storage under the image that it serves to us: block devices, or a file
+    system without one. () if unknown."""
+    behind: tuple[Peer, ...] = ()
+    """Servers on this host that it uses itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A connected stream socket of the process, by sock_diag(7)."""
+
+    inode: int
+    family: str
+    """unix or tcp."""
+    client: bool
+    """The process called connect(2), as QEMU does for a storage server, rather than accept(2)."""
+    send_queue: int
+    """Bytes. May be 0 while a request waits for its reply."""
+    receive_queue: int
+    unacked: int | None = None
+    """TCP: segments sent and not acknowledged."""
+    acked: int | None = None
+    """TCP: bytes acknowledged so far, tcp_info."""
+    received: int | None = None
+    """TCP: bytes received so far."""
+    role: str = "unknown"
+    """The purpose of the connection, by the command line: storage, other, or unknown."""
+    node: str = ""
+    """The node in Sample.nodes that it belongs to."""
+    peer: Peer | None = None
+    """None if it is not local, or was not searched for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of QEMU's block graph whose storage is remote, by the command line."""
+
+    name: str
+    """Printable."""
+    protocol: str
+    """nbd, iscsi, ssh, vhost-user, …"""
+    export: str = ""
+    """For NBD: the export that it requests from its server. Printable."""
+    reconnect: int | None = None
+    """How many seconds QEMU holds requests for a lost server: reconnect-delay of NBD, for ever with
+    iSCSI. None if unknown."""
+    served: bool | None = None
+    """A process on this host listens at its address; None if not checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A file system under an image without a block device: a network file system, FUSE, …
+
+    Only NFS has counters (/proc/PID/mountstats). Any other says that there is storage whose
+    progress cannot be seen.
+    """
+
+    kind: str
+    """nfs, nfs4, fuse.sshfs, 9p, ceph, cifs, zfs, … Printable."""
+    operations: int | None
+    """Operations that the server answered with success; None if not counted or unreadable."""
+    written: int | None
+    """Bytes."""
+    number: str = ""
+    """MAJOR:MINOR; "" if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    at: int
+    """CLOCK_MONOTONIC, µs."""
+    state: str
+    """The state of the main thread, proc(5)."""
+    term_pending: bool | None = None
+    """SIGTERM was sent and is not handled yet (ShdPnd in /proc/PID/status)."""
+    tracer: int | None = None
+    """The process id of a debugger, 0 for none."""
+    cpu: int | None = None
+    """Clock ticks of all threads."""
+    switches: int | None = None
+    """Voluntary context switches of all threads: they grow when a thread is woken."""
+    io: Io | None = None
+    threads: tuple[Thread, ...] | None = None
+    """() if no thread waits in a call or in uninterruptible sleep."""
+    exiting: bool | None = None
+    """The process is exiting: the kernel frees its memory or waits for its I/O. No signal can
+    change that."""
+    rings: int | None = None
+    """Requests in flight on its io_urings; 0 if it has none."""
+    direct: bool | None = None
+    """It has a file or device open with O_DIRECT together with an AIO context."""
+    devices: tuple[Device, ...] | None = None
+    mounts: tuple[Mount, ...] | None = None
+    sockets: tuple[Socket, ...] | None = None
+    cgroup: Cgroup | None = None
+    host: Memory | None = None
+    running: int | None = None
+    """Threads that are running or runnable."""
+    dumping: bool | None = None
+    """The kernel is writing its core dump."""
+    completions: int | None = None
+    """The sum of the tails of its AIO rings: it changes when requests complete."""
+    nodes: tuple[Node, ...] | None = None
+    """() if the command line names no storage behind a connection."""
+    pluggable: bool | None = None
+    """Storage may have been added that the command line does not name."""
+    formatted: int | None = None
+    """Images open for writing that are not known to be raw: QEMU may hold back data for them."""

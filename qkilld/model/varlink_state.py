@@ -1,0 +1,79 @@
+"""Convert the State and the Receipt of a job (org.qkilld1.varlink) to those of D-Bus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from qkilld.model.constants import INFINITY, Flag
+from qkilld.model.job_status import JobStatus
+
+_CAPITAL: Final = re.compile("[A-Z]")
+_FLAGS: Final = {str(flag.name).lower(): flag for flag in Flag}
+
+
+def flags_of(names: Iterable[str]) -> Flag:
+    """Flags that only a newer daemon knows are left out."""
+    flags = Flag(0)
+    for name in names:
+        flags |= _FLAGS.get(name, Flag(0))
+    return flags
+
+
+def status_of(state: Mapping[str, Any]) -> JobStatus:
+    return JobStatus(
+        id=state["job"],
+        pid=state["pid"],
+        start_time=state["startTime"],
+        name=state["name"],
+        uuid=state["uuid"],
+        unit=state["unit"],
+        uid=state["uid"],
+        flags=flags_of(state["flags"]),
+        phase=state["phase"],
+        verdict=state["verdict"],
+        result=state.get("result") or "",
+        started=state["startedUSec"],
+        deadline=_time(state.get("deadlineUSec")),
+        last_progress=state.get("lastProgressUSec"),
+        bytes_written=state.get("bytesWritten"),
+        bytes_pending=state.get("bytesPending"),
+        held=state["held"],
+        not_before=_time(state.get("notBeforeUSec")),
+        guest_asked=state["guestAsked"],
+        powerdown_only=state["powerdownOnly"],
+        next_rung=state["nextRung"],
+        standstill=state.get("nextRungStallUSec") or 0,
+        reasons=tuple(state["reasons"]),
+        rate=state.get("rate"),
+        reason=state["reason"],
+        requested_by=state["requestedBy"],
+        ended=state.get("endedUSec"),
+    )
+
+
+def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
+    """Return it as Wait on D-Bus returns it. Missing values are left out."""
+    found = {
+        _CAPITAL.sub(lambda word: f"-{word[0].lower()}", key.replace("USec", "Usec")): value
+        for key, value in receipt.items()
+        if value is not None
+    }
+    found["rungs"] = [
+        [rung["phase"], rung["action"], rung["afterUSec"]] for rung in found.get("rungs", ())
+    ]
+    if "verdicts" in found:
+        found["verdicts"] = [
+            [turn["verdict"], turn["afterUSec"], turn["reasons"]] for turn in found["verdicts"]
+        ]
+    if "data-at-risk" in found:
+        found["at-risk"] = [[risk["code"], risk["text"]] for risk in found.get("at-risk", ())]
+    else:
+        found.pop("at-risk", None)
+    return found
+
+
+def _time(usec: int | None) -> int:
+    """null means never."""
+    return INFINITY if usec is None else usec

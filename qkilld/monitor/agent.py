@@ -1,0 +1,116 @@
+"""A client for the guest agent. Source: QEMU's docs/interop/qemu-ga-ref.
+
+Replies come from inside the guest, which is not trusted. They carry no id, so after a missing reply
+the connection is closed: a late one would be taken for the reply to the next command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any, Final, Self
+
+from qkilld.model.errors import CommandRefused, MonitorError, MonitorProtocolError
+from qkilld.model.text import printable
+from qkilld.monitor.channel import Channel, Lines, decode_object
+
+SYNC_S: Final = 3.0
+"""Time for the first reply, guest-sync-delimited; Proxmox VE allows as much for its ping."""
+_MARK: Final = b"\xff"
+"""Precedes the reply to guest-sync-delimited. Sent to the agent, it discards half a command."""
+
+
+class AgentClient(Channel):
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines = Lines()
+        self._sync: int | None = None
+        """The id expected in the reply to guest-sync-delimited; None once it has come."""
+        self._answer: asyncio.Future[dict[str, Any]] | None = None
+
+    @classmethod
+    async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
+        """Take over a connected socket, and synchronize with the agent.
+
+        Raises MonitorTimeout if there is no reply in time, MonitorError; the socket is closed then.
+        """
+        client = await cls._over(connection)
+        try:
+            client._sync = int.from_bytes(os.urandom(4)) >> 1
+            arguments = {"id": client._sync}
+            await client._call("guest-sync-delimited", arguments, timeout_s=timeout_s, before=_MARK)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
+    ) -> Any:
+        """Run one command at a time; return its result.
+
+        Raises CommandRefused, MonitorError; after any but CommandRefused the connection is closed.
+        """
+        try:
+            message = await self._call(command, arguments, timeout_s=timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        if "return" in message:
+            return message["return"]
+        match message["error"]:
+            case {"class": str(name), "desc": str(text)}:
+                raise CommandRefused(command, printable(name), printable(text))
+        raise CommandRefused(command, "", "no reason was given")
+
+    async def _call(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        *,
+        timeout_s: float,
+        before: bytes = b"",
+    ) -> dict[str, Any]:
+        assert self._answer is None, "one command at a time"
+        request: dict[str, Any] = {"execute": command}
+        if arguments is not None:
+            request["arguments"] = arguments
+        self._answer = self._future()
+        try:
+            self._send(before + json.dumps(request).encode() + b"\n")
+            until = self._loop.time() + timeout_s
+            message: dict[str, Any] = await self._wait(self._answer, until, command)
+            return message
+        finally:
+            self._answer = None
+
+    def _feed(self, data: bytes) -> None:
+        for line in self._lines.feed(data):
+            if self._sync is not None:
+                self._take_sync(line)
+            else:
+                self._take(decode_object(line))
+
+    def _take_sync(self, line: bytes) -> None:
+        """Skip everything before the marker, and replies with another id: they were meant for other
+        clients."""
+        _, mark, text = line.rpartition(_MARK)
+        if not mark:
+            return
+        try:
+            message = decode_object(text)
+        except MonitorError:
+            return
+        if message.get("return") == self._sync:
+            self._sync = None
+            self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "return" not in message and "error" not in message:
+            raise MonitorProtocolError("The agent sent what is no answer")
+        if self._answer is None or self._answer.done():
+            raise MonitorProtocolError("The agent answered what nobody asked")
+        self._answer.set_result(message)

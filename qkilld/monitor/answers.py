@@ -1,0 +1,214 @@
+"""Parse the monitor's replies. Pure; every reply may be a lie, or garbage.
+
+The text forms are those of the human monitor of QEMU 7.2 to 10.0. Unless a function says otherwise,
+it raises MonitorProtocolError for any other form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from qkilld.model.block_state import YankInstance
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import MonitorProtocolError
+from qkilld.model.text import printable
+from qkilld.monitor.endpoints import TcpListener, UnixListener
+
+MAX_VCPUS: Final = 4096
+_RUNSTATE: Final = re.compile(r"VM status: (running|paused)(?: \(([\w-]+)\))?")
+_EVENT_REGISTERS: Final = re.compile(
+    r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, i/o\): acpi-evt$", re.MULTILINE
+)
+_PORT: Final = re.compile(r"portw\[0x([0-9a-f]{4})\] = 0x([0-9a-f]{4})")
+_THREAD: Final = re.compile(r"thread_id=([0-9]{1,10})")
+_COUNTERS: Final = ("rd_operations", "wr_operations", "flush_operations", "unmap_operations")
+_STATISTIC: Final = re.compile(r"\b(\w+)=([0-9]{1,20})\b")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTotals:
+    """Totals of all disks."""
+
+    requests: int
+    idle: int | None
+    """µs since the last request to any disk; None if unknown, or if there never was one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPort:
+    """The host's side of the agent's virtio-serial port."""
+
+    opened: bool
+    """The guest has the port open, so an agent runs."""
+    held: bool
+    """A client on the host is connected."""
+
+
+def read_runstate(answer: object) -> str:
+    """Parse query-status."""
+    match answer:
+        case {"status": str(status)}:
+            return printable(status, 32)
+    raise _unreadable("query-status")
+
+
+def read_runstate_text(text: str) -> str:
+    """Parse info status, which shows a plain stop as "paused"."""
+    if (found := _RUNSTATE.match(text)) is None:
+        raise _unreadable("info status")
+    return found[2] or found[1]
+
+
+def find_event_registers(tree: str) -> int | None:
+    """Find the I/O port of PM1_STS in info mtree; PM1_EN is at the port plus 2.
+
+    None if the machine has none. 0 if the firmware has not set it up yet, so that no guest can
+    listen.
+    """
+    found = [
+        int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
+    ]
+    if not found:
+        return None
+    port = max(found)
+    if port > 0xFFFC:
+        raise _unreadable("info mtree")
+    # Before it is set up, the block lies at 0 of a memory region of its own.
+    return port if port >= 0x100 else 0
+
+
+def read_port(text: str, port: int) -> int:
+    """Parse i/2xh PORT."""
+    found = _PORT.match(text)
+    if found is None or int(found[1], 16) != port:
+        raise _unreadable("an I/O port")
+    return int(found[2], 16)
+
+
+def read_block_totals(answer: object) -> BlockTotals:
+    """Parse query-blockstats."""
+    if not isinstance(answer, list):
+        raise _unreadable("query-blockstats")
+    disks = []
+    for disk in answer:
+        match disk:
+            case {"stats": dict(stats)}:
+                disks.append({key: n for key, n in stats.items() if _is_counter(n)})
+            case _:
+                raise _unreadable("query-blockstats")
+    return _totals(disks)
+
+
+def read_block_totals_text(text: str) -> BlockTotals:
+    """Parse info blockstats."""
+    lines = [line for line in text.splitlines() if "rd_operations=" in line]
+    return _totals({key: int(n) for key, n in _STATISTIC.findall(line)} for line in lines)
+
+
+def read_vcpu_threads(answer: object) -> tuple[int, ...]:
+    """Return the thread ids in query-cpus-fast, in QEMU's own PID namespace."""
+    if not isinstance(answer, list) or len(answer) > MAX_VCPUS:
+        raise _unreadable("query-cpus-fast")
+    threads = []
+    for vcpu in answer:
+        match vcpu:
+            case {"thread-id": int(number)} if number > 0:
+                threads.append(number)
+            case _:
+                raise _unreadable("query-cpus-fast")
+    return tuple(threads)
+
+
+def read_vcpu_threads_text(text: str) -> tuple[int, ...]:
+    """Return the thread ids in info cpus."""
+    return tuple(int(number) for number in _THREAD.findall(text)[:MAX_VCPUS])
+
+
+def read_agent_port(answer: object, label: str) -> AgentPort | None:
+    """Find the agent's character device in query-chardev; None if there is none."""
+    if not isinstance(answer, list):
+        raise _unreadable("query-chardev")
+    for chardev in answer:
+        match chardev:
+            case {"label": str(name), "frontend-open": bool(opened), "filename": str(filename)}:
+                if name == label:
+                    return AgentPort(opened, not filename.startswith("disconnected:"))
+    return None
+
+
+def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
+    """Return how query-chardev shows what listens there. `own` is our address of a connection."""
+    if isinstance(listener, UnixListener):
+        # Of an abstract one that is connected QEMU shows no name (measured, 7.2).
+        names = ["" if path.startswith("@") else path for path in listener.paths]
+        return tuple(f"unix:{name}" for name in names)
+    match own:
+        case (str(host), int(port), *_):
+            return (f"{host}:{port}", f"[{host}]:{port}", f"[::ffff:{host}]:{port}")
+    return ()
+
+
+def read_chardevs_at(answer: object, places: Iterable[str]) -> frozenset[str]:
+    """Return the labels in query-chardev that listen at one of the places, or are connected with
+    it."""
+    if not isinstance(answer, list):
+        raise _unreadable("query-chardev")
+    wanted = frozenset(places)
+    labels = set()
+    for chardev in answer:
+        match chardev:
+            case {"label": str(name), "filename": str(filename)}:
+                place = filename.removeprefix("disconnected:").partition(",")[0]
+                peer = filename.rpartition(" <-> ")[2]
+                if not wanted.isdisjoint((place, peer)):
+                    labels.add(name)
+    return frozenset(labels)
+
+
+def read_yank_instances(answer: object) -> tuple[YankInstance, ...]:
+    """Parse query-yank."""
+    if not isinstance(answer, list):
+        raise _unreadable("query-yank")
+    instances = []
+    for instance in answer:
+        match instance:
+            case {"type": str(kind)}:
+                name = instance.get("node-name", instance.get("id", ""))
+                instances.append(YankInstance(printable(kind), printable(str(name)), instance))
+            case _:
+                raise _unreadable("query-yank")
+    return tuple(instances)
+
+
+def says_powered_off(message: Mapping[str, object]) -> bool:
+    """Return whether a message is the event of a power-off, or of a restart with -no-reboot.
+
+    A panic is no shutdown. Never raises.
+    """
+    match message:
+        case {"event": "SHUTDOWN", "data": {"guest": True, **data}}:
+            return data.get("reason") != "guest-panic"
+    return False
+
+
+def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
+    requests, idle, told = 0, [], True
+    for disk in disks:
+        own = sum(disk.get(key, 0) for key in _COUNTERS)
+        requests += own
+        if "idle_time_ns" in disk and own:
+            idle.append(disk["idle_time_ns"] // 1000)
+        elif own:
+            told = False
+    return BlockTotals(requests, min(idle, default=None) if told else None)
+
+
+def _is_counter(value: object) -> bool:
+    """JSON integers have any length; a longer one would not fit into a float later."""
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _unreadable(what: str) -> MonitorProtocolError:
+    return MonitorProtocolError(f"The answer to {what} is not of the form that QEMU's has")

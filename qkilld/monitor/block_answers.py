@@ -1,0 +1,201 @@
+"""Parse the monitor's replies about disks. Pure; every reply may be a lie, or garbage.
+
+The forms are those of QEMU 7.2 to 11.1. All functions raise MonitorProtocolError for any other
+form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from qkilld.model.block_state import SETTLED, BackgroundJob, GuestDisk, RequestQueue
+from qkilld.model.errors import MonitorProtocolError
+from qkilld.model.json_text import decode_json
+from qkilld.model.text import printable
+
+MAX_DISKS: Final = 64
+"""Disks of one guest; if there are more, none is flushed."""
+MAX_TITLE: Final = 128
+NETWORK_DRIVERS: Final = frozenset(
+    {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
+    | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
+)
+_URL: Final = re.compile(r"(\w+)(?:\+\w+)?:")
+_MAX_DEPTH: Final = 16
+_DONE: Final = frozenset({"none", "completed", "failed", "cancelled"})
+"""States of a migration that has ended, or never began."""
+
+
+def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
+    """Return the writable disks in query-block; `nodes` is the reply to query-named-block-nodes."""
+    connections, unsafe = _connections(nodes), _unsafe_files(nodes)
+    disks = []
+    for entry in _list(answer, "query-block"):
+        match entry:
+            case {"inserted": {"node-name": str(node), "ro": False, "file": str(file)}}:
+                disks.append(_disk(entry, node, file, connections, unsafe))
+            case {"device": str()}:
+                pass  # Empty or read-only.
+            case _:
+                raise _unreadable("query-block")
+    if len(disks) > MAX_DISKS:
+        raise MonitorProtocolError(f"It has more than {MAX_DISKS} disks")
+    return tuple(disks)
+
+
+def read_virtio_devices(answer: object) -> tuple[tuple[str, str], ...]:
+    """Return (name, path) of each device in x-query-virtio."""
+    devices = []
+    for entry in _list(answer, "x-query-virtio"):
+        match entry:
+            case {"name": str(name), "path": str(path)}:
+                devices.append((name, path))
+            case _:
+                raise _unreadable("x-query-virtio")
+    return tuple(devices)
+
+
+def read_queue_count(answer: object) -> int:
+    """Return the number of queues in x-query-virtio-status."""
+    match answer:
+        case {"num-vqs": int(count)} if 0 <= count <= 1024:
+            return count
+    raise _unreadable("x-query-virtio-status")
+
+
+def read_queue(answer: object, device: str, number: int) -> RequestQueue:
+    """Parse x-query-virtio-queue-status."""
+    match answer:
+        case {"inuse": int(in_flight), "used-idx": int(completed)} if in_flight >= 0:
+            return RequestQueue(device, number, in_flight, completed)
+    raise _unreadable("x-query-virtio-queue-status")
+
+
+def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
+    """Return the unfinished block jobs in query-block-jobs."""
+    jobs = []
+    for entry in _list(answer, "query-block-jobs"):
+        match entry:
+            case {"type": str(kind), "device": str(name), "offset": int(done), "len": int(total)}:
+                status = str(entry.get("status", "running"))
+                if status not in SETTLED:
+                    title = f"{kind} {name} ({done} of {total} bytes)"
+                    jobs.append(BackgroundJob(_title(title), _title(status), done))
+            case _:
+                raise _unreadable("query-block-jobs")
+    return tuple(jobs)
+
+
+def read_migration(answer: object) -> tuple[BackgroundJob, ...]:
+    """Return the outgoing migration in query-migrate, if one is in progress."""
+    if not isinstance(answer, dict):
+        raise _unreadable("query-migrate")
+    status = answer.get("status", "none")
+    if not isinstance(status, str):
+        raise _unreadable("query-migrate")
+    if status in _DONE:
+        return ()
+    done = 0
+    match answer.get("ram"):
+        case {"transferred": int(transferred)}:
+            done = transferred
+    return (BackgroundJob("migration", _title(status), done, migration=True),)
+
+
+def _disk(
+    entry: Mapping[str, Any],
+    node: str,
+    file: str,
+    connections: Mapping[str, list[str]],
+    unsafe: frozenset[str],
+) -> GuestDisk:
+    inserted = entry["inserted"]
+    files = list(_files(inserted)) or [file]
+    name = entry.get("device") or node
+    device = entry.get("qdev")
+    network = any(_protocols(one) & NETWORK_DRIVERS for one in files)
+    below = [name for one in files for name in connections.get(one, ())]
+    return GuestDisk(
+        node=node,
+        title=_title(str(name)),
+        network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
+        failed=entry.get("io-status", "ok") != "ok",
+        # A backup inserts a filter on top, which flushes on request.
+        no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
+        device=device if isinstance(device, str) else None,
+        connections=tuple(dict.fromkeys(below)),
+    )
+
+
+def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
+    """Return the file names of a node and of its backing nodes."""
+    if isinstance(file := inserted.get("file"), str):
+        yield file
+    image = inserted.get("image")
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(image, dict) or not isinstance(name := image.get("filename"), str):
+            return
+        yield name
+        image = image.get("backing-image")
+
+
+def _connections(nodes: object) -> dict[str, list[str]]:
+    """Return the nodes that use a network connection: their names by file name."""
+    names: dict[str, list[str]] = {}
+    for node in _list(nodes, "query-named-block-nodes"):
+        match node:
+            case {"node-name": str(name), "drv": str(driver), "file": str(file)}:
+                if driver in NETWORK_DRIVERS:
+                    names.setdefault(file, []).append(name)
+            case _:
+                raise _unreadable("query-named-block-nodes")
+    return names
+
+
+def _unsafe_files(nodes: object) -> frozenset[str]:
+    """Return the file names of the nodes that are never flushed."""
+    return frozenset(
+        node["file"]
+        for node in _list(nodes, "query-named-block-nodes")
+        if isinstance(node, dict) and _is_unsafe(node) and isinstance(node.get("file"), str)
+    )
+
+
+def _is_unsafe(node: Mapping[str, Any]) -> bool:
+    cache = node.get("cache")
+    return isinstance(cache, dict) and cache.get("no-flush") is True
+
+
+def _protocols(file: str) -> set[str]:
+    """Return the drivers in one of QEMU's file names."""
+    if file.startswith("json:"):
+        try:
+            return set(_drivers(decode_json(file.removeprefix("json:").encode()), 0))
+        except ValueError:
+            return set()
+    match = _URL.match(file)
+    return {match[1]} if match else set()
+
+
+def _drivers(value: object, depth: int) -> Iterator[str]:
+    if isinstance(value, dict) and depth < _MAX_DEPTH:
+        for key, inner in value.items():
+            if key == "driver" and isinstance(inner, str):
+                yield inner
+            yield from _drivers(inner, depth + 1)
+
+
+def _list(answer: object, what: str) -> list[Any]:
+    if not isinstance(answer, list):
+        raise _unreadable(what)
+    return answer
+
+
+def _title(text: str) -> str:
+    return printable(text, MAX_TITLE)
+
+
+def _unreadable(what: str) -> MonitorProtocolError:
+    return MonitorProtocolError(f"The answer to {what} is not of the form that QEMU's has")

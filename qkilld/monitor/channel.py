@@ -1,0 +1,201 @@
+"""One connection to a monitor or an agent; the other end is hostile.
+
+    open ──► closed, by close(), by the other end, or because of what it sent
+
+A closed channel stays closed. Pending and later calls raise the MonitorError with the reason, and
+nothing that the other end does raises anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from typing import Any, Final, Self
+
+from qkilld.model.errors import MonitorClosed, MonitorError, MonitorProtocolError, MonitorTimeout
+from qkilld.model.json_text import decode_json
+
+MAX_MESSAGE: Final = 256 << 10
+"""Bytes of one message."""
+MAX_FLOW: Final = 4 << 20
+"""Bytes accepted in FLOW_S. More is a flood of events that would keep the loop busy."""
+FLOW_S: Final = 10.0
+TOO_LONG: Final = f"It sent a message of more than {MAX_MESSAGE} bytes"
+
+
+class Channel(asyncio.Protocol):
+    """The base class of the clients, which parse the bytes in `_feed`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._error: MonitorError | None = None
+        self._ended = False
+        """The other end closed the connection, and everything sent before that was read."""
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._flow = 0
+        self._flow_since = self._loop.time()
+
+    @classmethod
+    async def _over(cls, connection: socket.socket, *arguments: Any) -> Self:
+        """Make a client that takes over a connected stream socket."""
+        try:
+            connection.setblocking(False)
+            _, client = await asyncio.get_running_loop().create_connection(
+                lambda: cls(*arguments), sock=connection
+            )
+        except BaseException:
+            connection.close()
+            raise
+        return client
+
+    @property
+    def closed(self) -> bool:
+        return self._error is not None
+
+    def fileno(self) -> int:
+        """Return the open socket's descriptor. Raises the MonitorError that closed it."""
+        if self._error is not None:
+            raise self._error
+        assert self._transport is not None
+        number: int = self._transport.get_extra_info("socket").fileno()
+        return number
+
+    def read_rest(self) -> bool:
+        """After the other end exited: read what it sent before, without blocking.
+
+        Return whether nothing is missing; False if the connection was closed from this side.
+        """
+        if self._error is not None:
+            return self._ended
+        with socket.socket(fileno=os.dup(self.fileno())) as connection:
+            while self._error is None:
+                try:
+                    data = connection.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+                except OSError as error:
+                    # QEMU exited without reading all that was sent to it.
+                    return error.errno == errno.ECONNRESET
+                if not data:
+                    return True
+                self.data_received(data)
+        return False
+
+    def close(self) -> None:
+        """Close without waiting for the other end. May be called twice."""
+        self._fail(MonitorClosed("The connection was closed"))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._ended = self._error is None
+        self._fail(MonitorClosed("The other end closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        if self._error is not None:
+            return
+        now = self._loop.time()
+        if now - self._flow_since >= FLOW_S:
+            self._flow, self._flow_since = 0, now
+        self._flow += len(data)
+        try:
+            if self._flow > MAX_FLOW:
+                raise MonitorProtocolError(f"It sent more than {MAX_FLOW} bytes in {FLOW_S:.0f} s")
+            self._feed(data)
+        except MonitorError as error:
+            self._fail(error)
+
+    def _feed(self, data: bytes) -> None:
+        """Parse received bytes. A MonitorError raised here closes the connection."""
+        raise NotImplementedError
+
+    def _send(self, data: bytes, pass_fd: int | None = None) -> None:
+        """Send data, with the descriptor `pass_fd` if given. Raises the MonitorError that closed
+        the connection."""
+        if self._error is not None:
+            raise self._error
+        assert self._transport is not None
+        if pass_fd is None:
+            self._transport.write(data)
+        else:
+            self._send_with(data, pass_fd)
+
+    def _send_with(self, data: bytes, fd: int) -> None:
+        """Send without the transport, which cannot pass descriptors. Raises MonitorError."""
+        assert self._transport is not None
+        count = 0
+        if not self._transport.get_write_buffer_size():
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(fileno=os.dup(self.fileno())) as connection,
+            ):
+                count = socket.send_fds(connection, [data], [fd])
+        if count != len(data):
+            self._fail(MonitorProtocolError("It does not take a descriptor"))
+            assert self._error is not None
+            raise self._error
+
+    def _future(self) -> asyncio.Future[Any]:
+        """Make a future that fails when the connection does. Raises like `_send`."""
+        if self._error is not None:
+            raise self._error
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    async def _wait(self, future: asyncio.Future[Any], until: float, what: str) -> Any:
+        """Await a future until that loop time. Raises MonitorError."""
+        try:
+            async with asyncio.timeout_at(until):
+                return await future
+        except TimeoutError:
+            raise MonitorTimeout(f"No answer in time: {what}") from None
+
+    def _fail(self, error: MonitorError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        if self._transport is not None:
+            self._transport.abort()
+        for future in list(self._waiting):
+            if not future.done():
+                future.set_exception(error)
+
+
+class Lines:
+    """Splits a byte stream into lines; buffers at most MAX_MESSAGE bytes."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines completed by `data`, without line ends and empty lines.
+
+        Raises MonitorProtocolError.
+        """
+        lines: list[bytes] = []
+        if b"\n" in data:
+            *lines, data = b"".join([*self._parts, data]).split(b"\n")
+            self._parts, self._size = [], 0
+        self._parts.append(data)
+        self._size += len(data)
+        if max(self._size, *map(len, lines), 0) > MAX_MESSAGE:
+            raise MonitorProtocolError(TOO_LONG)
+        return [line for line in (line.rstrip(b"\r") for line in lines) if line]
+
+
+def decode_object(message: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises MonitorProtocolError if it is not one."""
+    try:
+        value = decode_json(message)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise MonitorProtocolError("It sent what is no JSON object")
+    return value

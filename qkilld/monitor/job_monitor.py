@@ -1,0 +1,429 @@
+"""The monitor of a job: GuestControl with callbacks. Implements the engine's ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from qkilld.debug_log import ignore, note, note_once
+from qkilld.engine.ports import GuestMonitor, Process
+from qkilld.model.block_state import (
+    BackgroundJob,
+    BlockState,
+    FlushResult,
+    GuestDisk,
+    YankInstance,
+)
+from qkilld.model.constants import USEC_PER_SEC, AgentKind, MonitorKind
+from qkilld.model.errors import (
+    InvalidArgs,
+    MonitorError,
+    MonitorUnreachable,
+    QkilldError,
+)
+from qkilld.model.guest import GuestChannels, Identity
+from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
+from qkilld.model.text import printable
+from qkilld.monitor import disks
+from qkilld.monitor.answers import says_powered_off
+from qkilld.monitor.channel import MAX_FLOW, MAX_MESSAGE, decode_object
+from qkilld.monitor.endpoints import NOT_PASSED, Role, endpoint_at, find_endpoints
+from qkilld.monitor.guest_control import GuestControl
+from qkilld.monitor.qmp import QmpClient
+from qkilld.monitor.reach import ListenerTable, prove, read_process
+
+T = TypeVar("T")
+
+LOOK_S: Final = 1.0
+"""Timeout for reading disks without stopping the guest, which takes 10 ms."""
+
+
+class JobMonitors:
+    """Implements engine.ports.Monitors. Needs a running loop."""
+
+    def __init__(self, table: ListenerTable, *, directly: bool = False) -> None:
+        """`directly`: this program may enter the network namespaces of its guests."""
+        self._table = table
+        self._directly = directly
+
+    def open(
+        self,
+        process: Process,
+        qmp_socket: str,
+        callback: Callable[[GuestMonitor | str | Exception], None],
+        *,
+        kept: KeptMonitor | None = None,
+        passed: int | None = None,
+        asked: bool = False,
+        agent_was_open: bool | None = None,
+    ) -> Callable[[], None]:
+        """See the port. A busy or silent monitor is reported within a second."""
+        tasks = _Tasks()
+        untouched = [] if kept is None else [kept.fd]
+        untouched += [] if passed is None else [passed]
+
+        async def connect() -> GuestMonitor | str:
+            control = None
+            if kept is not None:
+                untouched.remove(kept.fd)
+                control = await self._adopt(process, kept, asked, agent_was_open)
+            if passed is not None and control is None:
+                untouched.remove(passed)
+                control = await self._take(process, passed, asked, agent_was_open)
+            try:
+                control = control or await GuestControl.open(
+                    process,
+                    self._table,
+                    qmp_socket=qmp_socket,
+                    directly=self._directly,
+                    asked=asked,
+                    agent_was_open=agent_was_open,
+                )
+            except QkilldError as error:
+                return printable(str(error))
+            finally:
+                close_untouched()
+            return JobMonitor(control)
+
+        def close_untouched() -> None:
+            while untouched:
+                os.close(untouched.pop())
+
+        def cancel() -> None:
+            tasks.cancel()
+            close_untouched()
+
+        tasks.run(connect, callback)
+        return cancel
+
+    async def _adopt(
+        self, process: Process, kept: KeptMonitor, asked: bool, agent_was_open: bool | None
+    ) -> GuestControl | None:
+        """Return None if the connection is no longer usable."""
+        try:
+            control = await GuestControl.adopt(
+                process,
+                socket.socket(fileno=kept.fd),
+                frozenset(kept.own_chardevs),
+                self._table,
+                asked=asked,
+                agent_was_open=agent_was_open,
+            )
+        except (MonitorError, OSError) as error:
+            note(f"going on with the monitor of process {process.guest.identity.pid}", error)
+            return None
+        note_once("going on with a monitor that was kept", "it answers out-of-band commands")
+        return control
+
+    async def _take(
+        self, process: Process, passed: int, asked: bool, agent_was_open: bool | None
+    ) -> GuestControl | None:
+        """None if the connection that a caller passed is no good."""
+        try:
+            return await GuestControl.take(
+                process,
+                _socket_of(passed),
+                self._table,
+                asked=asked,
+                agent_was_open=agent_was_open,
+            )
+        except (MonitorError, OSError) as error:
+            note(f"using the connection passed for process {process.guest.identity.pid}", error)
+            return None
+
+    async def check_passed(self, process: Process, passed: int) -> None:
+        """See the port."""
+        try:
+            with _socket_of(os.dup(passed)) as connection:
+                if connection.type != socket.SOCK_STREAM:
+                    raise MonitorUnreachable("It is no stream socket")
+                connection.setblocking(False)
+                await prove(process, connection)
+        except (MonitorError, OSError) as error:
+            raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
+
+    def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
+        """See the port. Incomplete messages are skipped, because the previous daemon may have read
+        their other half."""
+        with socket.socket(fileno=os.dup(kept.fd)) as connection:
+            data = b""
+            with ignore("reading the rest of a monitor that was kept", OSError):
+                while len(data) < MAX_FLOW:
+                    received = connection.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+                    if not received:
+                        break
+                    data += received
+        for line in data.split(b"\n"):
+            with ignore("reading a message of a monitor that was kept", MonitorError):
+                if says_powered_off(decode_object(line)):
+                    return frozenset({ShutdownSign.POWERED_OFF})
+        return frozenset()
+
+    async def check(self, process: Process, qmp_socket: str) -> None:
+        """Raises InvalidArgs if the process does not listen there."""
+        _, listeners, _ = await read_process(process.guest.identity)
+        endpoint_at(qmp_socket, listeners)
+
+    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+        """See the port. A monitor in use by another program is left alone."""
+        try:
+            async with asyncio.timeout(LOOK_S):
+                control = await GuestControl.open(
+                    process, self._table, qmp_socket=qmp_socket, directly=self._directly
+                )
+                try:
+                    return await disks.look(control.qmp) if control.qmp is not None else None
+                finally:
+                    control.close()
+        except (TimeoutError, QkilldError) as error:
+            note(f"looking at the disks of process {process.guest.identity.pid}", error)
+            return None
+
+    async def describe(self, process: Process) -> tuple[str, ...]:
+        """Connects to nothing, because that could occupy the monitor's only connection."""
+        try:
+            guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
+        except MonitorError as error:
+            return (printable(str(error)),)
+        ways = [endpoint.title for endpoint in guest_endpoints.endpoints]
+        how = "" if self._directly else f" {NOT_PASSED}"
+        ways += [f"{endpoint.title}{how}" for endpoint in guest_endpoints.passable]
+        return (*ways, *guest_endpoints.obstacles)
+
+    async def survey(self, identity: Identity) -> GuestChannels:
+        """Connects to nothing, like `describe`."""
+        try:
+            guest_endpoints = find_endpoints(*await read_process(identity))
+        except MonitorError as error:
+            note_once(f"looking how process {identity.pid} can be talked to", error)
+            return GuestChannels()
+        if guest_endpoints.libvirt:
+            return GuestChannels(MonitorKind.LIBVIRT, AgentKind.UNKNOWN)
+        monitor = MonitorKind.NONE
+        if guest_endpoints.with_role(Role.QMP):
+            monitor = MonitorKind.QMP
+        elif guest_endpoints.with_role(Role.HMP):
+            monitor = MonitorKind.HMP
+        agent = AgentKind.PORT if guest_endpoints.with_role(Role.AGENT) else AgentKind.NONE
+        return GuestChannels(monitor, agent)
+
+
+class JobMonitor:
+    """Implements engine.ports.GuestMonitor."""
+
+    def __init__(self, control: GuestControl) -> None:
+        self._control = control
+        self._tasks = _Tasks()
+        self._can_have_agent = bool(control.guest_endpoints.with_role(Role.AGENT))
+
+    @property
+    def has_agent(self) -> bool:
+        port = self._control.last_port
+        return self._can_have_agent and port is not None and port.opened and not port.held
+
+    @property
+    def lost(self) -> bool:
+        return self._control.lost
+
+    @property
+    def adopted(self) -> bool:
+        return self._control.adopted
+
+    @property
+    def own_chardevs(self) -> tuple[str, ...]:
+        return tuple(sorted(self._control.own_chardevs))
+
+    def fileno(self) -> int | None:
+        qmp = self._control.qmp
+        return qmp.fileno() if qmp is not None and qmp.oob and not qmp.closed else None
+
+    def observe(self, callback: Callable[[GuestObservation | Exception], None]) -> None:
+        self._tasks.run(self._control.observe, callback)
+
+    def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
+        all_heard = self._control.read_rest()
+        return self._control.signs, all_heard
+
+    def order(self, what: GuestOrder, callback: Callable[[str | Exception], None]) -> None:
+        control = self._control
+        carry_out = {
+            GuestOrder.AGENT: control.ask_agent,
+            GuestOrder.BUTTON: control.press,
+            GuestOrder.WATCH: control.begin_watch,
+            GuestOrder.RESUME: control.resume,
+            GuestOrder.WAKE: control.wake,
+            GuestOrder.THAW: control.thaw,
+            GuestOrder.QUIT: control.quit,
+        }[what]
+
+        async def obey() -> str:
+            await carry_out()
+            return ""
+
+        self._run(obey, callback)
+
+    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+        async def look() -> BlockState:
+            return await disks.look(self._qmp())
+
+        self._run(look, callback)
+
+    def look_at_jobs(
+        self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
+    ) -> None:
+        async def look() -> tuple[BackgroundJob, ...]:
+            return await disks.look_at_jobs(self._qmp())
+
+        self._run(look, callback)
+
+    def stop_and_flush(
+        self,
+        of: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | str | Exception], None],
+        *,
+        stop: bool,
+        timeout: int,
+    ) -> None:
+        until = time.monotonic() + timeout / USEC_PER_SEC
+
+        async def carry_out() -> tuple[FlushResult, ...]:
+            qmp = self._qmp()
+            if stop:
+                await disks.stop_processors(qmp, timeout_s=until - time.monotonic())
+            names = [(disk.node, disk.title) for disk in of]
+            return await disks.flush(qmp, names, timeout_s=max(until - time.monotonic(), 0.1))
+
+        self._run(carry_out, callback)
+
+    def flush_running(
+        self,
+        of: Sequence[GuestDisk],
+        callback: Callable[[tuple[FlushResult, ...] | Exception], None],
+        *,
+        timeout: int,
+    ) -> None:
+        until = time.monotonic() + timeout / USEC_PER_SEC
+
+        async def carry_out() -> tuple[FlushResult, ...]:
+            found: list[FlushResult] = []
+            with contextlib.suppress(MonitorError):
+                for disk in of:
+                    left = max(until - time.monotonic(), 0.0)
+                    one = await disks.flush_by_name(
+                        self._qmp(), disk.node, disk.title, timeout_s=left
+                    )
+                    found.append(one)
+            return tuple(found)
+
+        self._tasks.run(carry_out, callback)
+
+    def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
+        async def resume() -> str:
+            await disks.resume(self._qmp())
+            return ""
+
+        self._tasks.interrupt()
+        self._run(resume, callback)
+
+    def query_yank(
+        self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
+    ) -> None:
+        self._run(self._control.query_yank, callback)
+
+    def yank(
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+    ) -> None:
+        async def cut_off() -> str:
+            await self._control.yank(instances)
+            return ""
+
+        self._run(cut_off, callback)
+
+    def close(self) -> None:
+        """Close it. May be called twice, and from a callback."""
+        self._tasks.cancel()
+        self._control.close()
+
+    def _run(
+        self, work: Callable[[], Awaitable[T]], callback: Callable[[T | str | Exception], None]
+    ) -> None:
+        """Call back with the result of `work`, or with the reason why the monitor failed."""
+
+        async def carry_out() -> T | str:
+            try:
+                return await work()
+            except MonitorError as error:
+                return printable(str(error)) or "it was refused"
+
+        self._tasks.run(carry_out, callback)
+
+    def _qmp(self) -> QmpClient:
+        """Raises MonitorUnreachable."""
+        if self._control.qmp is None:
+            raise MonitorUnreachable("The human monitor cannot tell whether a flush failed")
+        return self._control.qmp
+
+
+def _socket_of(descriptor: int) -> socket.socket:
+    """Raises OSError if it is no socket; it is closed then."""
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+async def _call_back(
+    work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
+) -> None:
+    """Call back with the result of `work`, or with the exception if it has a bug."""
+    found: T | Exception
+    try:
+        found = await work()
+    except Exception as error:
+        found = error
+    callback(found)
+
+
+class _Tasks:
+    """Keeps references to tasks until they end."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+        self._cancelled = False
+
+    def run(
+        self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
+    ) -> None:
+        """Start a task. Only the task calls `work`, so that one cancelled early leaves no
+        coroutine."""
+        if self._cancelled:
+            return
+        task = asyncio.get_running_loop().create_task(_call_back(work, callback))
+        self._running.add(task)
+        task.add_done_callback(self._done)
+
+    def cancel(self) -> None:
+        """Cancel all tasks except the calling one, which is about to end; start no more."""
+        self._cancelled = True
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Like `cancel`, but new tasks may be started."""
+        current = asyncio.current_task()
+        for task in list(self._running):
+            if task is not current:
+                task.cancel()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A bug of ours: the loop's handler reports it, and the job continues to its deadline.
+            task.get_loop().call_exception_handler(
+                {"message": "talking to a monitor", "exception": error, "task": task}
+            )

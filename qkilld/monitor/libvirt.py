@@ -1,0 +1,83 @@
+"""Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
+
+For qkilld-stop and qkillctl; the daemon starts no programs. A process is matched to a domain by
+libvirt's pid files, in a directory that only libvirt's user can write: whoever starts a process
+chooses its command line. qemu-monitor-command is never used, because it taints a domain.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from qkilld.debug_log import ignore
+from qkilld.model.dataclass import dataclass
+from qkilld.model.text import MAX_TEXT, printable
+
+SYSTEM: Final = Path("/run/libvirt/qemu")
+TIMEOUT_S: Final = 10.0
+"""virsh returns once libvirt has asked the guest, after some milliseconds."""
+MAX_DOMAINS: Final = 10_000
+_AMBIGUOUS: Final = re.compile(r"[0-9]+|[0-9a-fA-F-]{32,36}")
+"""Names that virsh takes for an id or a UUID."""
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A running guest of libvirt's."""
+
+    name: str
+    uri: str
+    """The connection URI of its libvirt."""
+
+
+def domain_of(
+    pid: int, environment: Mapping[str, str] = os.environ, system: Path = SYSTEM
+) -> Domain | None:
+    """Return the domain that runs as this process; None if none does, or its name is ambiguous for
+    virsh."""
+    places = [(system, "qemu:///system")]
+    if runtime := environment.get("XDG_RUNTIME_DIR"):
+        places.append((Path(runtime) / "libvirt/qemu/run", "qemu:///session"))
+    for directory, uri in places:
+        with ignore(f"looking for the domains of {uri}", OSError), os.scandir(directory) as entries:
+            for _, entry in zip(range(MAX_DOMAINS), entries, strict=False):
+                name, dot, suffix = entry.name.rpartition(".")
+                if dot and suffix == "pid" and _read_pid(entry.path) == pid:
+                    return None if _AMBIGUOUS.fullmatch(name) else Domain(name, uri)
+    return None
+
+
+def shut_down(domain: Domain) -> str:
+    """Tell libvirt to ask the guest, by its agent or power button. Return "", or why that failed.
+
+    Blocks for at most TIMEOUT_S.
+    """
+    if (virsh := shutil.which("virsh")) is None:
+        return "libvirt holds its monitor, and virsh is not installed"
+    command = [virsh, f"--connect={domain.uri}", "--quiet", "shutdown"]
+    command += ["--mode", "agent,acpi", f"--domain={domain.name}"]
+    try:
+        process = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+    except OSError as error:
+        return f"virsh cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"virsh does not return within {TIMEOUT_S:g} s"
+    if process.returncode == 0:
+        return ""
+    message = process.stderr.decode(errors="replace").strip()
+    return printable(message, MAX_TEXT) or "virsh failed"
+
+
+def _read_pid(path: str) -> int | None:
+    """Return the pid in the file; None if it cannot be read."""
+    with ignore(f"reading {path}", OSError, ValueError), Path(path).open("rb") as file:
+        return int(file.read(16))
+    return None

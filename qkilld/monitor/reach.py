@@ -1,0 +1,358 @@
+"""Connect to a process's monitor, and prove that it is the process's.
+
+Whoever started the QEMU chose the path of its socket. connect(2) alone can start a service, or
+occupy the only connection of another guest's monitor. Therefore the kernel must say before it that
+the process's own socket is bound to this file, and after it, before a byte is sent, that the
+process is the peer.
+
+Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
+-daemonize, and for fd= on which the parent listened first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Final, TypeVar
+
+from qkilld.adapters import procfs
+from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
+from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, open_path, read_config
+from qkilld.adapters.target_threads import AllThreadsBlocked, shared
+from qkilld.debug_log import ignore
+from qkilld.engine.ports import Process
+from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout, MonitorUnreachable
+from qkilld.model.guest import Identity
+from qkilld.monitor.endpoints import (
+    Endpoint,
+    TcpListener,
+    UnixListener,
+    endpoint_of_peer,
+    find_endpoints,
+    may_use_tcp,
+)
+from qkilld.monitor.tcp import (
+    ACCEPT_S,
+    CONNECT_S,
+    connect_directly,
+    ends_in,
+    is_direct,
+    peer_address,
+    peer_of,
+    read_tcp_listeners,
+    socket_descriptors,
+)
+
+REACH_TIMEOUT_S: Final = 1.0
+"""Timeout of file system access: a path may lead to a file server that does not answer."""
+MAX_TABLE: Final = 64 << 20
+"""Bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have many."""
+
+ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
+"""Returns the inodes of listening sockets by (device, inode) of their files: evidence.sockdiag."""
+
+T = TypeVar("T")
+
+_LISTENING: Final = 0x10000  # __SO_ACCEPTCON, include/uapi/linux/net.h
+_STREAM: Final = b"0001"
+_CONNECTED: Final = b"03"
+
+
+async def read_process(
+    identity: Identity, proc: Path = procfs.PROC
+) -> tuple[list[QemuOption], list[UnixListener], list[TcpListener]]:
+    """Read the options that a QEMU was started with, and what it listens on: the arguments of
+    find_endpoints.
+
+    Raises MonitorUnreachable if they cannot be read, MonitorTimeout.
+    """
+    work = _run(identity, lambda: read_process_blocking(identity, proc))
+    try:
+        async with asyncio.timeout(REACH_TIMEOUT_S):
+            return await work
+    except TimeoutError:
+        raise MonitorTimeout("The kernel does not tell what the guest was started with") from None
+    except OSError as error:
+        raise MonitorUnreachable(
+            f"The guest's sockets cannot be read: {os.strerror(error.errno or 0)}"
+        ) from None
+
+
+def read_process_blocking(
+    identity: Identity, proc: Path = procfs.PROC
+) -> tuple[list[QemuOption], list[UnixListener], list[TcpListener]]:
+    """Like `read_process`, in the calling thread. Raises OSError."""
+    options = read_options(identity, proc)
+    descriptors = socket_descriptors(identity.pid, proc)
+    tcp = read_tcp_listeners(identity.pid, descriptors, proc) if may_use_tcp(options) else []
+    return options, _unix_listeners(identity.pid, descriptors, proc), tcp
+
+
+def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
+    """Connect to the monitor of a guest that the daemon cannot reach, to pass it the connection.
+    None if there is none, or the daemon can.
+
+    For a thread of its own: it may block, and changes the thread's network namespace. Raises
+    OSError, MonitorUnreachable.
+    """
+    guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
+    for endpoint in () if guest_endpoints.endpoints else guest_endpoints.passable:
+        with ignore(f"connecting to {endpoint.title}", MonitorError):
+            return connect_directly(identity.pid, endpoint, proc)
+    return None
+
+
+async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
+    """Find the monitor of the process in which a connection that was made elsewhere ends.
+
+    Raises MonitorUnreachable if it ends elsewhere, MonitorTimeout.
+    """
+    identity = process.guest.identity
+
+    def look() -> Endpoint | None:
+        guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
+        return endpoint_of_peer(guest_endpoints, peer_address(connection))
+
+    await check_end(process, connection, proc)
+    if (endpoint := await _look_at(process, look)) is None:
+        raise MonitorUnreachable("The connection does not end in a monitor of the process")
+    return endpoint
+
+
+async def check_end(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> None:
+    """Raise MonitorUnreachable if the connection does not end in the process, MonitorTimeout."""
+    pid = process.guest.identity.pid
+    if not await _look_at(process, lambda: ends_in(connection, pid, proc)):
+        raise MonitorUnreachable("The connection ends in another process")
+
+
+async def _look_at(process: Process, look: Callable[[], T]) -> T:
+    work = _run(process.guest.identity, look)
+    try:
+        async with asyncio.timeout(REACH_TIMEOUT_S):
+            found = await work
+    except TimeoutError:
+        raise MonitorTimeout("The kernel does not tell where the connection ends") from None
+    except OSError as error:
+        raise MonitorUnreachable(
+            f"Where the connection ends cannot be told: {os.strerror(error.errno or 0)}"
+        ) from None
+    if process.exited():  # its number may be another's by now
+        raise MonitorUnreachable("The guest has exited")
+    return found
+
+
+async def connect(
+    process: Process, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
+) -> socket.socket:
+    """Connect to the endpoint, proven to be the process's. Sends nothing.
+
+    Raises MonitorBusy, MonitorUnreachable, MonitorTimeout.
+    """
+    if endpoint.listener.in_use:
+        raise MonitorBusy(f"Another program uses {endpoint.title}")
+    identity = process.guest.identity
+    timeout_s = REACH_TIMEOUT_S
+    if is_direct(endpoint):
+        timeout_s += CONNECT_S + ACCEPT_S
+        work = _run(identity, lambda: connect_directly(identity.pid, endpoint, proc))
+    else:
+        work = _run(identity, lambda: connect_blocking(identity, endpoint, table, proc))
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await asyncio.shield(work)
+    except BaseException as error:
+        work.add_done_callback(_discard)
+        if isinstance(error, TimeoutError):
+            raise MonitorTimeout(f"No answer from the file system: {endpoint.title}") from None
+        raise
+    if process.exited():  # Its pid may have been reused.
+        connection.close()
+        raise MonitorUnreachable("The guest has exited")
+    return connection
+
+
+def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
+    """Raises MonitorTimeout."""
+    try:
+        return shared.run(identity, function)
+    except AllThreadsBlocked:
+        raise MonitorTimeout("The file system has not answered earlier tries yet") from None
+
+
+def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:
+    """Read the options of its command line and its first -readconfig files. May block. Raises
+    OSError."""
+    options = []
+    files, left = 0, MAX_CONFIG
+    for option in parse_command_line(procfs.read_command_line(identity.pid, proc)):
+        options.append(option)
+        if option.name == "readconfig" and files < MAX_CONFIGS:
+            text = _read_config(identity, option.text, proc)
+            files, left = files + 1, left - len(text)
+            options += parse_config(text) if left >= 0 else []
+    return options
+
+
+def read_listeners(pid: int, proc: Path = procfs.PROC) -> list[UnixListener]:
+    """List the unix sockets that the process listens on. May block. Raises OSError."""
+    return _unix_listeners(pid, socket_descriptors(pid, proc), proc)
+
+
+def _unix_listeners(
+    pid: int, descriptors: Mapping[int, set[int]], proc: Path
+) -> list[UnixListener]:
+    paths: dict[int, list[str]] = {}
+    used = set()
+    for listening, inode, path in _table(proc / str(pid) / "net/unix"):
+        if inode not in descriptors:
+            continue
+        if listening:
+            paths.setdefault(inode, []).append(path)
+        else:
+            used.add(path)
+    return [
+        UnixListener(inode, tuple(names), frozenset(descriptors[inode]), not used.isdisjoint(names))
+        for inode, names in sorted(paths.items())
+    ]
+
+
+def connect_blocking(
+    identity: Identity, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
+) -> socket.socket:
+    """Like `connect`, in the calling thread."""
+    refusal: MonitorError = MonitorUnreachable(f"{endpoint.title} has no path that leads to it")
+    assert isinstance(endpoint.listener, UnixListener)
+    for path in endpoint.listener.paths:
+        for root, directory in _starts(identity.pid, path, proc):
+            try:
+                file = open_path(root, path, directory)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    refusal = _unreachable(endpoint, error)
+                continue
+            try:
+                if _is_bound_to(file, identity, endpoint, table, proc):
+                    return _connect_file(file, identity, endpoint)
+                refusal = MonitorUnreachable(f"The path of {endpoint.title} is not its own now")
+            finally:
+                os.close(file)
+    raise refusal
+
+
+def _connect_file(file: int, identity: Identity, endpoint: Endpoint) -> socket.socket:
+    """Connect through the descriptor, so that it is the file that was checked."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        connection.connect(f"/proc/self/fd/{file}")
+        if peer_of(connection) != identity.pid:
+            raise MonitorUnreachable(f"Another process listens at {endpoint.title}")
+    except BlockingIOError:
+        connection.close()
+        raise MonitorBusy(f"Others wait already for {endpoint.title}") from None
+    except OSError as error:
+        connection.close()
+        raise _unreachable(endpoint, error) from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_bound_to(
+    file: int, identity: Identity, endpoint: Endpoint, table: ListenerTable, proc: Path
+) -> bool:
+    """Return whether the process's socket is bound to this file.
+
+    The table covers one network namespace. For sockets outside it, the file's owner must be the
+    process's user, who may connect to his own sockets anyway.
+    """
+    status = os.fstat(file)
+    if not stat.S_ISSOCK(status.st_mode):
+        return False
+    listening = table()
+    if listening is not None:
+        inode = status.st_ino & 0xFFFFFFFF
+        for device in (status.st_dev, _device_of_mount(file, identity.pid, proc)):
+            if device is not None and (device, inode) in listening:
+                return listening[device, inode] == endpoint.listener.inode
+        if endpoint.listener.inode in listening.values():
+            return False
+    return status.st_uid == identity.uid
+
+
+def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
+    """Return the device in mountinfo; on btrfs and overlays, stat returns another one."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
+        mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+        for place in (proc / str(pid) / "mountinfo", Path("/proc/self/mountinfo")):
+            with place.open("rb") as mounts:
+                for line in mounts:
+                    fields = line.split(maxsplit=3)
+                    if fields[0] == mount.encode():
+                        major, _, minor = fields[2].partition(b":")
+                        return os.makedev(int(major), int(minor))
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    return None
+
+
+def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Return candidates for the start of the path: (root, directory of a relative path).
+
+    The path may be relative to the process's own root, or to that of the program that passed the
+    socket.
+    """
+    own = proc / str(pid)
+    if path.startswith("/"):
+        yield own / "root", None
+        yield Path("/"), None
+    elif path and not path.startswith("@"):
+        yield own / "root", own / "cwd"
+
+
+def _table(path: Path) -> Iterator[tuple[bool, int, str]]:
+    """Yield (listening, inode, name) of named stream sockets that listen or are connected."""
+    size = 0
+    with path.open("rb") as file:
+        for line in file:
+            size += len(line)
+            if size > MAX_TABLE:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            # Num RefCount Protocol Flags Type St Inode Path
+            fields = line.rstrip(b"\n").split(maxsplit=6)
+            if len(fields) < 7 or fields[4] != _STREAM:
+                continue
+            inode, space, name = fields[6].partition(b" ")
+            try:
+                listening = bool(int(fields[3], 16) & _LISTENING)
+                if space and name and (listening or fields[5] == _CONNECTED):
+                    yield listening, int(inode), os.fsdecode(name)
+            except ValueError:
+                continue
+
+
+def _read_config(identity: Identity, path: str, proc: Path) -> str:
+    """Read a -readconfig file that the guest's user can read; "" if there is none."""
+    try:
+        return read_config(identity.pid, path, proc)
+    except (OSError, ValueError):
+        return ""
+
+
+def _unreachable(endpoint: Endpoint, error: OSError) -> MonitorError:
+    return MonitorUnreachable(
+        f"qkilld cannot connect to {endpoint.title}: {os.strerror(error.errno or 0)}"
+    )
+
+
+def _discard(work: asyncio.Future[socket.socket]) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()

@@ -1,0 +1,247 @@
+"""Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
+
+Both kinds of socket belong to a network namespace, and only a program in the guest's can connect.
+The daemon has a network namespace of its own. It gets the connection from its caller, and proves it
+again. For TCP the kernel does not tell the peer's process. But within one network namespace, only
+one socket has the same two addresses in reverse order: the kernel's table has its inode, and the
+process must have a descriptor of that inode. Our own socket must be in the same table with its
+inode, which is unique on the host, so a connection in another namespace cannot pass for this one.
+
+All functions may block. `connect_directly` also changes the network namespace of its thread: run it
+in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters import procfs
+from qkilld.model.errors import MonitorBusy, MonitorError, MonitorUnreachable
+from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_address
+
+CONNECT_S: Final = 1.0
+ACCEPT_S: Final = 1.0
+"""QEMU accepts a connection in a millisecond; until then the other end has no inode."""
+MAX_TABLE: Final = 64 << 20
+"""Bytes of /proc/PID/net/tcp, some 400,000 sockets."""
+MAX_DESCRIPTORS: Final = 65_536
+
+_SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
+_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
+_CLONE_NEWNET: Final = 0x40000000
+_ESTABLISHED, _LISTENING = b"01", b"0A"  # include/net/tcp_states.h
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""Before an IPv4 address that is written as one of IPv6."""
+
+
+class TcpAddress(NamedTuple):
+    host: str
+    port: int
+
+
+class TableEntry(NamedTuple):
+    """A line of the kernel's table."""
+
+    local: TcpAddress
+    remote: TcpAddress
+    listening: bool
+    inode: int
+    """0 if no process has it yet."""
+
+
+def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]]:
+    """Return the descriptors of the process's sockets by inode. Raises OSError."""
+    descriptors: dict[int, set[int]] = {}
+    with os.scandir(proc / str(pid) / "fd") as entries:
+        for number, entry in enumerate(entries):
+            if number >= MAX_DESCRIPTORS:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            try:
+                found = _SOCKET.fullmatch(str(Path(entry.path).readlink()))
+            except FileNotFoundError:
+                continue
+            if found:
+                descriptors.setdefault(int(found[1]), set()).add(int(entry.name))
+    return descriptors
+
+
+def read_tcp_listeners(
+    pid: int, descriptors: Mapping[int, set[int]], proc: Path = procfs.PROC
+) -> list[TcpListener]:
+    """Return what the process, which has these sockets, listens on. Raises OSError."""
+    sockets = [each for each in read_tcp(pid, proc) if each.inode in descriptors]
+    used = {each.local.port for each in sockets if not each.listening}
+    return [
+        TcpListener(
+            each.inode, *each.local, frozenset(descriptors[each.inode]), each.local.port in used
+        )
+        for each in sockets
+        if each.listening
+    ]
+
+
+def read_tcp(pid: int, proc: Path = procfs.PROC) -> Iterator[TableEntry]:
+    """Read what listens or is connected in the process's network namespace. Raises OSError."""
+    for name in ("tcp", "tcp6"):
+        try:
+            file = (proc / str(pid) / "net" / name).open("rb")
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        with file:
+            size = 0
+            next(file, None)
+            for line in file:
+                if (size := size + len(line)) > MAX_TABLE:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+                # sl local remote st tx:rx tr:when retrnsmt uid timeout inode
+                fields = line.split(maxsplit=10)
+                if len(fields) > 9 and fields[3] in (_ESTABLISHED, _LISTENING):
+                    yield TableEntry(
+                        _parse_address(fields[1]),
+                        _parse_address(fields[2]),
+                        fields[3] == _LISTENING,
+                        int(fields[9]),
+                    )
+
+
+def peer_of(connection: socket.socket) -> int:
+    """Return the pid of the process at the other end of a unix socket. Raises OSError."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(raw)[0]
+    return pid
+
+
+def ends_in(connection: socket.socket, pid: int, proc: Path = procfs.PROC) -> bool:
+    """Return whether the other end of the connection is the process's. Raises OSError."""
+    if connection.family == socket.AF_UNIX:
+        return peer_of(connection) == pid
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    ours, theirs = _address(connection.getsockname()), _address(connection.getpeername())
+    inodes = {
+        each.local: each.inode
+        for each in read_tcp(pid, proc)
+        if not each.listening and (each.local, each.remote) in ((ours, theirs), (theirs, ours))
+    }
+    own = os.fstat(connection.fileno()).st_ino
+    return (
+        ours != theirs
+        and inodes.get(ours) == own
+        and inodes.get(theirs, 0) in socket_descriptors(pid, proc)
+    )
+
+
+def peer_address(connection: socket.socket) -> object:
+    """Return what endpoints.endpoint_of_peer compares. Raises OSError."""
+    address = connection.getpeername()
+    return address if connection.family == socket.AF_UNIX else _address(address)
+
+
+def is_direct(endpoint: Endpoint) -> bool:
+    """Return whether `connect_directly` is the way to it, and no path."""
+    listener = endpoint.listener
+    return isinstance(listener, TcpListener) or all(path.startswith("@") for path in listener.paths)
+
+
+def connect_directly(pid: int, endpoint: Endpoint, proc: Path = procfs.PROC) -> socket.socket:
+    """Connect to a monitor that no path leads to, from the process's network namespace; the other
+    end is proven to be the process's. Nothing was sent yet.
+
+    Raises MonitorBusy, MonitorUnreachable.
+    """
+    if endpoint.listener.in_use:
+        raise MonitorBusy(f"Another program uses {endpoint.title}")
+    try:
+        _enter(pid, proc)
+        connection = _connect(endpoint)
+    except OSError as error:
+        raise _unreachable(endpoint, error) from None
+    try:
+        _prove(connection, pid, endpoint, proc)
+    except OSError as error:
+        connection.close()
+        raise _unreachable(endpoint, error) from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect(endpoint: Endpoint) -> socket.socket:
+    listener = endpoint.listener
+    address: bytes | tuple[str, int]
+    if isinstance(listener, TcpListener):
+        family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
+        address = WILDCARDS.get(listener.host, listener.host), listener.port
+    else:
+        family = socket.AF_UNIX
+        address = abstract_address(listener.paths[0])
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(CONNECT_S)
+        connection.connect(address)
+        connection.setblocking(False)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prove(connection: socket.socket, pid: int, endpoint: Endpoint, proc: Path) -> None:
+    """Raises MonitorBusy, MonitorUnreachable, OSError."""
+    until = time.monotonic() + ACCEPT_S
+    while not ends_in(connection, pid, proc):
+        if connection.family == socket.AF_UNIX:
+            raise MonitorUnreachable(f"Another process listens at {endpoint.title}")
+        if time.monotonic() >= until:
+            raise MonitorBusy(f"QEMU does not accept a connection to {endpoint.title}")
+        time.sleep(0.01)
+
+
+def _enter(pid: int, proc: Path) -> None:
+    """Have this thread be in the process's network namespace. Raises OSError."""
+    with (proc / str(pid) / "ns/net").open("rb") as namespace:
+        own = Path("/proc/thread-self/ns/net").stat()
+        if os.path.samestat(os.fstat(namespace.fileno()), own):
+            return
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+
+def _address(address: tuple[str, int]) -> TcpAddress:
+    """As in the table: a socket of IPv6 may have an address of IPv4."""
+    host, port = address[:2]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return TcpAddress(_text(socket.inet_pton(family, host.partition("%")[0])), port)
+
+
+def _parse_address(text: bytes) -> TcpAddress:
+    """0100007F:115C: words of 32 bits in the machine's order."""
+    host, _, port = text.partition(b":")
+    words = [int(host[at : at + 8], 16) for at in range(0, len(host), 8)]
+    packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+    return TcpAddress(_text(packed), int(port, 16))
+
+
+def _text(packed: bytes) -> str:
+    packed = packed.removeprefix(_MAPPED) if len(packed) == 16 else packed
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def _unreachable(endpoint: Endpoint, error: OSError) -> MonitorError:
+    return MonitorUnreachable(
+        f"A connection to {endpoint.title} fails: {os.strerror(error.errno or 0)}"
+    )

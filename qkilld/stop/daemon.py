@@ -1,0 +1,498 @@
+"""Stop guests through the daemon, over Varlink. Implements stopper.Stopper. Imports little: see
+stop.main.
+
+One call starts the jobs; its replies are their states and results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from typing import Any
+
+    from qkilld.stop.guest_stop import GuestStop
+    from qkilld.stop.options import Options
+    from qkilld.stop.stopper import StopListener
+
+SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
+USER_SOCKET = "qkilld/org.qkilld1"
+"""The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
+MAX_AT_ONCE = 500
+"""Processes in one call, which may have 64 KiB."""
+CONNECT_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 3.0
+"""The daemon replies in milliseconds, or within a second if it has to start first."""
+BUSY_TIMEOUT_S = 12.0
+"""Timeout once the daemon has read the call: it is alive but busy, and stopping without it would be
+slower still."""
+RETURN_TIMEOUT_S = 3.0
+"""systemd restarts a crashed daemon within a second."""
+RETRY_S = 0.05
+SILENCE_S = 5.0
+"""A running job sends news every second. After this much silence, check that the daemon is
+alive."""
+CHECK_TIMEOUT_S = 2.0
+EXIT_TIMEOUT_S = 1.0
+"""Our pidfd reports an exit as soon as the daemon's does."""
+ENDING_S = 1.0
+"""A daemon that exits closes the connection within this time after its last reply."""
+_NEVER = float("inf")
+_SIOCOUTQ = 0x5411
+"""Linux: bytes sent and not read yet, unix(7)."""
+_SPANS = {
+    "grace": "graceUSec",
+    "stall": "stallUSec",
+    "storage_stall": "storageStallUSec",
+    "max": "maxUSec",
+    "powerdown": "powerdownUSec",
+}
+"""Field of Policy to option name."""
+_NEVER_USEC = 2**62
+"""An endless time span in a call."""
+
+
+class DaemonCall:
+    """One call on a connection of its own."""
+
+    def __init__(
+        self,
+        path: str,
+        method: str,
+        parameters: dict[str, Any],
+        *,
+        more: bool,
+        descriptor: int = -1,
+    ) -> None:
+        """`descriptor` is sent along, -1 for none. Raises OSError if no daemon listens there, or
+        one that we do not trust."""
+        self.path = path
+        self.method = method
+        self._parameters = parameters
+        self._more = more
+        self._descriptor = descriptor
+        self.answered = False
+        self._incoming = b""
+        self.sock = self._connect()
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            sock.connect(self.path)
+            _, uid, _ = struct.unpack(
+                "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
+            if uid not in (0, os.geteuid()):
+                raise PermissionError(0, f"uid {uid} serves there")
+            message = {"method": f"org.qkilld1.{self.method}", "parameters": self._parameters}
+            text = json.dumps(message | {"more": True} if self._more else message)
+            data = text.encode() + b"\0"
+            if self._descriptor >= 0:
+                data = data[socket.send_fds(sock, [data], [self._descriptor]) :]
+            sock.sendall(data)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    @property
+    def taken(self) -> bool:
+        """Whether the daemon has read the call."""
+        import fcntl
+
+        unread = fcntl.ioctl(self.sock, _SIOCOUTQ, b"\0" * 4)
+        return not any(unread)
+
+    def replies(self) -> tuple[list[dict[str, Any]], bool]:
+        """Return the replies received, and whether the daemon has closed the connection."""
+        closed = False
+        try:
+            while data := self.sock.recv(1 << 16):
+                self._incoming += data
+            closed = True
+        except BlockingIOError:
+            pass
+        except OSError:
+            closed = True
+        *texts, self._incoming = self._incoming.split(b"\0")
+        try:
+            replies = [json.loads(text) for text in texts]
+        except ValueError:
+            return [], True
+        return [reply for reply in replies if isinstance(reply, dict)], closed
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class _PendingCall:
+    """A call and the stops that it covers."""
+
+    def __init__(self, call: DaemonCall, stops: Sequence[GuestStop], deadline: float) -> None:
+        self.call = call
+        self.stops = {stop.process.pid: stop for stop in stops}
+        self.deadline = deadline
+        """When the next reply must have come."""
+        self.after_restart = False
+        """It was sent to a daemon that restarted."""
+        self.was_extended = False
+        """The deadline was extended, because the daemon is busy."""
+
+
+class DaemonStopper:
+    def __init__(
+        self,
+        path: str,
+        options: Options,
+        listener: StopListener,
+        *,
+        by_systemd: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`by_systemd`: this is the ExecStop= process of a unit."""
+        self._path = path
+        self._options = options
+        self._listener = listener
+        self._by_systemd = by_systemd
+        self._clock = clock
+        self._calls: list[_PendingCall] = []
+        self._check: tuple[DaemonCall, float] | None = None
+        """The call that checks a silent daemon, and its deadline."""
+        self._exiting: dict[GuestStop, tuple[str, float]] = {}
+        """Reported as exited: the result, and when our pidfd must agree."""
+        self._gone: dict[GuestStop, float] = {}
+        """Exited: when the daemon must have reported the result."""
+        self._cancelled: dict[GuestStop, tuple[_PendingCall, float]] = {}
+        """Cancelled: if the daemon is still there at that time, someone cancelled deliberately."""
+        self._lost: dict[GuestStop, float] = {}
+        """The daemon is gone: when to ask it again."""
+        self._until: dict[GuestStop, float] = {}
+        """When a restarted daemon must have replied."""
+
+    def start(self, stops: Sequence[GuestStop]) -> None:
+        for at in range(0, len(stops), MAX_AT_ONCE):
+            self._start(stops[at : at + MAX_AT_ONCE])
+
+    def _start(self, stops: Sequence[GuestStop]) -> None:
+        first = stops[0]
+        order: dict[str, Any] = self._order(first)
+        if self._by_systemd:
+            order["byUnit"] = True
+            order["forceAsUnit"] = self._options.force is None
+        if len(stops) == 1:
+            method, order = "Terminate", order | _process(first)
+        else:
+            method = "TerminateAll"
+            order["processes"] = [_process(stop) for stop in stops]
+        if passed := len(stops) == 1 and first.monitor >= 0:
+            order["monitorIndex"] = 0
+        try:
+            call = DaemonCall(
+                self._path,
+                method,
+                order,
+                more=True,
+                descriptor=first.monitor if passed else -1,
+            )
+        except OSError as error:
+            why = f"qkilld cannot be reached: {error.strerror or error}"
+            for stop in stops:
+                stop.close_monitor()
+                self._listener.lost(stop, why)
+            return
+        self._calls.append(_PendingCall(call, stops, self._clock() + ANSWER_TIMEOUT_S))
+
+    def _order(self, stop: GuestStop) -> dict[str, Any]:
+        """Return the parameters of Terminate, without the process."""
+        options: dict[str, Any] = {
+            _SPANS[name]: min(usec, _NEVER_USEC) for name, usec in self._options.spans.items()
+        }
+        options |= stop.options
+        if self._options.reason is not None:
+            options["reason"] = self._options.reason
+        elif not self._by_systemd:
+            options["reason"] = "qkilld-stop"
+        return {"flags": stop.flags, "options": options}
+
+    def descriptors(self) -> Collection[int]:
+        checking = [self._check[0].sock.fileno()] if self._check else []
+        return [pending.call.sock.fileno() for pending in self._calls] + checking
+
+    def deadline(self) -> float:
+        return min(
+            *(pending.deadline for pending in self._calls),
+            *(until for _, until in self._exiting.values()),
+            *self._gone.values(),
+            *(until for _, until in self._cancelled.values()),
+            *self._lost.values(),
+            self._check[1] if self._check else _NEVER,
+            _NEVER,
+            _NEVER,
+        )
+
+    def work(self) -> None:
+        now = self._clock()
+        for pending in list(self._calls):
+            replies, closed = pending.call.replies()
+            for reply in replies:
+                pending.call.answered = True
+                pending.deadline = now + SILENCE_S
+                self._handle_reply(pending, reply)
+            if closed:
+                self._handle_close(pending)
+            elif now >= pending.deadline and pending in self._calls:
+                self._handle_silence(pending)
+        self._work_check(now)
+        for stop, (result, until) in list(self._exiting.items()):
+            if stop.process.exited():
+                del self._exiting[stop]
+                self._listener.ended(stop, result)
+            elif now >= until:
+                del self._exiting[stop]
+                stop.state = None
+                self._listener.lost(stop, "qkilld says that it has exited, which it has not")
+        for stop, until in list(self._gone.items()):
+            if now >= until:
+                self._forget(stop)
+                self._listener.ended(stop, _guess(stop))
+        for stop, (_, until) in list(self._cancelled.items()):
+            if now >= until:
+                self._forget(stop)
+                self._listener.ended(stop, "cancelled")
+        for stop, at in list(self._lost.items()):
+            if now >= at:
+                self._follow_again(stop)
+
+    def exit_seen(self, stop: GuestStop) -> None:
+        # A living daemon sees the exit too, and reports the result.
+        if stop not in self._exiting:
+            self._gone[stop] = self._clock() + CHECK_TIMEOUT_S
+
+    def amend(self, stop: GuestStop) -> None:
+        if stop.state is None:
+            return
+        order = self._order(stop) | _process(stop)
+        try:
+            call = DaemonCall(self._path, "Terminate", order, more=False)
+        except OSError:
+            return  # If the daemon is gone, the other call reports it.
+        self._calls.append(_PendingCall(call, (), self._clock() + ANSWER_TIMEOUT_S))
+
+    def release(self, stop: GuestStop) -> None:
+        """Nothing to do: while the daemon runs, whoever holds the job can release it."""
+
+    def close(self) -> None:
+        for pending in self._calls:
+            pending.call.close()
+        if self._check is not None:
+            self._check[0].close()
+        self._calls.clear()
+        self._check = None
+
+    # ---- replies of the daemon ----
+
+    def _handle_reply(self, pending: _PendingCall, reply: dict[str, Any]) -> None:
+        parameters = reply.get("parameters") or {}
+        if (error := reply.get("error")) is not None:
+            self._handle_error(pending, str(error), str(parameters.get("message", error)))
+            return
+        for refusal in parameters.get("refused") or ():
+            if stop := pending.stops.pop(refusal["pid"], None):
+                self._forget(stop)
+                self._listener.refused(stop, refusal["name"], refusal["message"])
+        for state in parameters.get("states") or ():
+            self._state(pending, state, None)
+        if (state := parameters.get("state")) is not None:
+            self._state(pending, state, parameters.get("receipt"))
+        if (unit := parameters.get("unit")) is not None:
+            self._listener.unit_known(unit)
+        if (why := parameters.get("unitError")) is not None:
+            self._listener.unit_unknown(why)
+        if not reply.get("continues") and not self._awaits_close(pending):
+            stops, pending.stops = list(pending.stops.values()), {}
+            self._drop(pending)
+            for stop in stops:
+                self._lose(stop, "qkilld does not say what became of it")
+
+    def _awaits_close(self, pending: _PendingCall) -> bool:
+        return any(each is pending for each, _ in self._cancelled.values())
+
+    def _state(
+        self, pending: _PendingCall, state: dict[str, Any], receipt: dict[str, Any] | None
+    ) -> None:
+        stop = pending.stops.get(state["pid"])
+        if stop is None:
+            return
+        stop.close_monitor()
+        start_time = stop.process.start_time
+        if pending.after_restart and start_time not in (None, state["startTime"]):
+            del pending.stops[state["pid"]]
+            self._listener.lost(stop, "qkilld went away, and the new one has no job for the guest")
+            return
+        if receipt is None:
+            stop.state = state
+            self._until.pop(stop, None)
+            self._listener.heard(stop, state)
+            return
+        del pending.stops[state["pid"]]
+        self._ended(pending, stop, state, receipt)
+
+    def _ended(
+        self,
+        pending: _PendingCall,
+        stop: GuestStop,
+        state: dict[str, Any],
+        receipt: dict[str, Any],
+    ) -> None:
+        result = state["result"]
+        if str(receipt.get("errorName") or "").endswith(".ProcessChanged"):
+            self._forget(stop)
+            self._listener.refused(stop, "ProcessChanged", str(receipt.get("error", "")))
+        elif result in ("exited", "killed") and not stop.process.exited():
+            self._forget(stop)
+            self._exiting[stop] = result, self._clock() + EXIT_TIMEOUT_S
+        elif result == "cancelled" and not stop.process.exited():
+            # A daemon that is stopped for good cancels its jobs, although nobody asked for that.
+            self._cancelled[stop] = pending, self._clock() + ENDING_S
+        else:
+            self._forget(stop)
+            self._listener.ended(stop, result)
+
+    def _handle_error(self, pending: _PendingCall, error: str, message: str) -> None:
+        interface, _, name = error.rpartition(".")
+        stops, pending.stops = list(pending.stops.values()), {}
+        self._drop(pending)
+        for stop in stops:
+            passed = stop.monitor >= 0
+            stop.close_monitor()
+            if pending.after_restart:
+                self._lose(stop, f"qkilld went away, and the new one says: {message}")
+            elif passed and name in ("InvalidArgs", "InvalidParameter"):
+                self._start([stop])  # it may be for the monitor, which is not worth the daemon
+            elif interface == "org.qkilld1":
+                self._listener.refused(stop, name, message)
+            elif name == "PermissionDenied":
+                self._listener.refused(stop, "AccessDenied", message)
+            else:
+                self._lose(stop, f"qkilld says: {message}")
+
+    # ---- silence of the daemon ----
+
+    def _handle_silence(self, pending: _PendingCall) -> None:
+        if not pending.call.answered:
+            if not pending.was_extended and pending.stops and pending.call.taken:
+                pending.was_extended = True
+                pending.deadline = self._clock() + BUSY_TIMEOUT_S
+                return
+            limit = ANSWER_TIMEOUT_S + (BUSY_TIMEOUT_S if pending.was_extended else 0)
+            stops, pending.stops = list(pending.stops.values()), {}
+            self._drop(pending)
+            for stop in stops:
+                self._lose(stop, f"qkilld does not answer within {limit:g} s")
+            return
+        pending.deadline = self._clock() + SILENCE_S
+        if self._check is None and pending.stops:
+            try:
+                call = DaemonCall(self._path, "GetStatus", {}, more=False)
+            except OSError:
+                return  # Try again soon; if the daemon is gone, the connection reports it.
+            self._check = call, self._clock() + CHECK_TIMEOUT_S
+
+    def _work_check(self, now: float) -> None:
+        if self._check is None:
+            return
+        call, until = self._check
+        replies, closed = call.replies()
+        if not replies and not closed and now < until:
+            return
+        call.close()
+        self._check = None
+        if replies or closed:
+            return
+        for pending in list(self._calls):
+            stops, pending.stops = list(pending.stops.values()), {}
+            self._drop(pending)
+            for stop in stops:
+                self._lose(stop, "qkilld does not answer any more")
+
+    def _handle_close(self, pending: _PendingCall) -> None:
+        for stop in [each for each, (by, _) in self._cancelled.items() if by is pending]:
+            self._forget(stop)
+            self._listener.lost(stop, "qkilld was stopped")
+        if pending not in self._calls:
+            return
+        stops, pending.stops = list(pending.stops.values()), {}
+        self._drop(pending)
+        now = self._clock()
+        for stop in stops:
+            # A new daemon continues the jobs of the old one.
+            self._lost[stop] = now if stop not in self._until else now + RETRY_S
+            self._until.setdefault(stop, now + RETURN_TIMEOUT_S)
+
+    def _follow_again(self, stop: GuestStop) -> None:
+        """Ask a restarted daemon what became of a stop."""
+        until, now = self._until[stop], self._clock()
+        if now >= until:
+            self._lose(stop, "qkilld went away")
+            return
+        method = "Wait"
+        if stop.state is not None:
+            parameters = {"job": stop.state["job"]}
+        else:
+            # The daemon exited before it replied. Terminate can be repeated: it joins a running
+            # job.
+            stop.close_monitor()
+            method, parameters = "Terminate", self._order(stop) | _process(stop)
+        try:
+            call = DaemonCall(self._path, method, parameters, more=True)
+        except OSError:
+            self._lost[stop] = now + RETRY_S
+            return
+        pending = _PendingCall(call, (stop,), until)
+        pending.after_restart = method == "Wait"
+        del self._lost[stop]
+        self._calls.append(pending)
+
+    def _lose(self, stop: GuestStop, why: str) -> None:
+        stop.close_monitor()
+        known = stop.state is not None
+        if known and stop.process.exited():
+            self._forget(stop)
+            self._listener.ended(stop, _guess(stop))
+            return
+        self._forget(stop)
+        self._listener.lost(stop, why)
+
+    def _forget(self, stop: GuestStop) -> None:
+        self._gone.pop(stop, None)
+        self._lost.pop(stop, None)
+        self._until.pop(stop, None)
+        self._cancelled.pop(stop, None)
+        for pending in self._calls:
+            pending.stops.pop(stop.process.pid, None)
+
+    def _drop(self, pending: _PendingCall) -> None:
+        if pending in self._calls:
+            self._calls.remove(pending)
+            pending.call.close()
+
+
+def _process(stop: GuestStop) -> dict[str, Any]:
+    process: dict[str, Any] = {"pid": stop.process.pid}
+    if stop.process.start_time is not None:
+        process["startTime"] = stop.process.start_time
+    return process
+
+
+def _guess(stop: GuestStop) -> str:
+    """Guess the result for a process that is gone, if the daemon reports none."""
+    phase = stop.state["phase"] if stop.state is not None else ""
+    return "killed" if phase in ("kill", "reap") else "exited"

@@ -1,0 +1,85 @@
+"""One process that the helper stops, and its progress. Imports little: see stop.main."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from qkilld.stop.process import ProcessHandle
+
+
+ENDINGS = {
+    "exited": "is gone, without SIGKILL",
+    "killed": "is gone, but only by SIGKILL: data may be lost",
+    "survived": "is still there, and gets no more signals",
+    "cancelled": "is still there: its job was cancelled",
+    "failed": "could not be stopped, see the journal",
+}
+"""By a job's result."""
+
+
+class GuestStop:
+    def __init__(
+        self,
+        process: ProcessHandle,
+        *,
+        forced: bool,
+        powerdown: bool | None,
+        ask_at_most: int | None,
+    ) -> None:
+        """`powerdown`: ask the guest first; None follows the configuration. `ask_at_most`: for how
+        long, in µs; None for no limit."""
+        self.process = process
+        self.forced = forced
+        self.powerdown = powerdown
+        self.ask_at_most = ask_at_most
+        self.monitor = -1
+        """A connection to its monitor for the daemon; -1 for none."""
+        self.state: dict[str, Any] | None = None
+        """The last State of its job (org.qkilld1.varlink), whether here or in the daemon."""
+        self.code: int | None = None
+        """Its exit code, once it is over."""
+        self.denial = ""
+        """Why the daemon denied it."""
+        self.exit_seen = False
+        self.leave_at: float | None = None
+        """Set if the process is exiting and nothing more can be done: time.monotonic() when to give
+        up."""
+
+    def close_monitor(self) -> None:
+        """Leave it to the daemon, or to whoever connects next."""
+        if self.monitor >= 0:
+            os.close(self.monitor)
+            self.monitor = -1
+
+    def close(self) -> None:
+        self.close_monitor()
+        self.process.close()
+
+    @property
+    def flags(self) -> list[str]:
+        force = ["force"] if self.forced else []
+        return force if self.powerdown is False else [*force, "powerdown"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return its own fields of Options (org.qkilld1.varlink)."""
+        options: dict[str, Any] = {}
+        if self.powerdown is None:
+            options["powerdownAsConfigured"] = True
+        if self.ask_at_most is not None:
+            options["powerdownMaxUSec"] = self.ask_at_most
+        return options
+
+    @property
+    def running(self) -> bool:
+        return self.code is None
+
+    @property
+    def title(self) -> str:
+        from qkilld.model.job_status import label
+
+        return label(self.process.pid, self.state["name"] if self.state else "")

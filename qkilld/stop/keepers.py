@@ -1,0 +1,193 @@
+"""Leave guests to the units that shut them down with the host.
+
+Such a unit, a keeper, is active while systemd has a stop job for it. The helper waits until the
+keeper's timeout has passed, and longer while the guest makes progress; then it stops the guest
+itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qkilld.adapters import procfs
+from qkilld.debug_log import ignore, note
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import QkilldError
+from qkilld.model.unit import UnitFacts
+from qkilld.unitcheck.keepers import is_keeper, keeper_names
+
+if TYPE_CHECKING:
+    from qkilld.bus.connection import Connection
+    from qkilld.bus.systemd import Systemd
+    from qkilld.stop.process import ProcessHandle
+
+TICK_S: Final = 1.0
+TIMEOUT_S: Final = 2.0
+STALL_S: Final = 10.0
+"""A guest that has written nothing for this time makes no progress."""
+LONGEST_S: Final = 20 * 60.0
+"""Limit for a keeper without a timeout: systemd gives a shutdown 30 minutes."""
+QUEUED_S: Final = 120.0
+"""How long a keeper's stop job may wait for other jobs before it runs."""
+
+
+@dataclass
+class _StoppingKeeper:
+    facts: UnitFacts
+    seen: float
+    """When its stop job was first seen, time.monotonic()."""
+    began: float | None = None
+    """When that job was first seen running."""
+
+    def has_time(self, now: float) -> bool:
+        if self.began is None:
+            return now - self.seen < QUEUED_S
+        timeout = self.facts.timeout_stop
+        limit = LONGEST_S if timeout == INFINITY else min(timeout / 1e6, LONGEST_S)
+        return now - self.began < limit
+
+
+class KeeperWatch:
+    """Watches the keepers of all guests of one run."""
+
+    def __init__(self, systemd: Systemd) -> None:
+        self._systemd = systemd
+        self._keepers: dict[str, _StoppingKeeper] = {}
+        self._read_at: dict[str, float] = {}
+        self._own: UnitFacts | None = None
+
+    async def leave(self, process: ProcessHandle, tell: Callable[[str], None]) -> None:
+        """Return when the process is gone, or none of its keepers is active.
+
+        `tell` is called once with the name of an active keeper, if there is one.
+        """
+        names = await self._names(process.pid)
+        told = False
+        written, moved = _written(process.pid), time.monotonic()
+        while names and not process.exited():
+            working = [each for name in names if (each := await self._at_work(name)) is not None]
+            if not working:
+                return
+            if not told:
+                tell(working[0].facts.id)
+                told = True
+            now = time.monotonic()
+            if (latest := _written(process.pid)) != written:
+                written, moved = latest, now
+            if not any(each.has_time(now) for each in working) and now - moved >= STALL_S:
+                return
+            with ignore("waiting for a keeper", TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await _wait_exit(process)
+
+    async def _names(self, pid: int) -> list[str]:
+        unit = procfs.read_unit(pid)
+        if unit is None or not unit.system or unit.user:
+            return []
+        try:
+            facts = await self._systemd.unit(unit.system)
+            self._own = self._own or await self._systemd.unit_of(0)
+        except QkilldError as error:
+            note(f"asking systemd who shuts down the guest in {unit.system}", error)
+            return []
+        # A unit that stops after this one waits for us, so we must not wait for it.
+        return [name for name in keeper_names(facts) if name not in self._own.after]
+
+    async def _at_work(self, name: str) -> _StoppingKeeper | None:
+        now = time.monotonic()
+        if now - self._read_at.get(name, -TICK_S) < TICK_S / 2:
+            return self._keepers.get(name)
+        self._read_at[name] = now
+        try:
+            facts = await self._systemd.unit(name)
+            stopping = facts.active_state == "deactivating"
+            queued = bool(facts.job) and await self._systemd.job_type(name) == "stop"
+        except QkilldError as error:
+            note(f"asking systemd for {name}", error)
+            return self._keepers.get(name)
+        if not (stopping or queued) or not is_keeper(facts):
+            self._keepers.pop(name, None)
+            return None
+        keeper = self._keepers.setdefault(name, _StoppingKeeper(facts, now))
+        if stopping and keeper.began is None:
+            keeper.began = now
+        return keeper
+
+
+async def leave_all(
+    connection: Connection | str,
+    processes: Sequence[ProcessHandle],
+    tell: Callable[[ProcessHandle, str], None],
+    release: Callable[[Sequence[ProcessHandle]], None],
+) -> None:
+    """Release each process once none of its keepers is active; those without keepers at once.
+
+    `tell` is called with each other process and the name of its keeper.
+    """
+    if isinstance(connection, str):
+        release(processes)
+        return
+    from qkilld.bus.systemd import Systemd
+
+    watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
+    kept = {process: asyncio.Event() for process in processes}
+    """Set once it is known whether there is an active keeper."""
+    left = set(processes)
+
+    async def leave(process: ProcessHandle) -> None:
+        def told(keeper: str) -> None:
+            tell(process, keeper)
+            kept[process].set()
+
+        try:
+            await watch.leave(process, told)
+        finally:
+            if kept[process].is_set():
+                left.discard(process)
+                release([process])
+            kept[process].set()
+
+    tasks = {process: asyncio.create_task(leave(process)) for process in processes}
+    try:
+        await asyncio.gather(*(event.wait() for event in kept.values()))
+        await asyncio.sleep(0)
+        free = [process for process in processes if process in left and tasks[process].done()]
+        left.difference_update(free)
+        if free:
+            release(free)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+    finally:
+        # If this is cancelled, or `release` raises: nothing else ends them.
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+    if left:
+        release(list(left))
+
+
+async def _wait_exit(process: ProcessHandle) -> None:
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A loop has one reader for each descriptor, so waits on the same one would end each other.
+    pidfd = os.dup(process.pidfd)
+    loop.add_reader(pidfd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def _written(pid: int) -> tuple[int, ...]:
+    """Return counters that increase with writes; empty if unreadable."""
+    wanted = ("wchar", "syscw", "write_bytes")
+    with ignore(f"reading what process {pid} has written", OSError, ValueError):
+        pairs = (line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        return tuple(int(value) for name, value in pairs if name in wanted)
+    return ()

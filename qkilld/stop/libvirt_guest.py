@@ -1,0 +1,90 @@
+"""Ask a guest of libvirt through libvirt, and wait for it before any signal is sent."""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from qkilld.adapters import config
+from qkilld.model.errors import ConfigError
+from qkilld.model.guest import Guest
+from qkilld.model.policy import Config
+from qkilld.monitor.libvirt import Domain, domain_of, shut_down
+from qkilld.stop.guest_stop import GuestStop
+from qkilld.stop.helper_events import asked_by_libvirt, libvirt_refused
+from qkilld.stop.log import Log, say
+from qkilld.stop.mailbox import Mailbox
+
+TICK_S: Final = 1.0
+
+
+def domain_to_ask(stop: GuestStop) -> Domain | None:
+    """Return the domain that libvirt should ask to shut down; None if there is none, or it should
+    not be asked."""
+    if stop.powerdown is False:
+        return None
+    domain = domain_of(stop.process.pid)
+    if domain is None or (stop.powerdown is None and not _config().asks(domain.name)):
+        return None
+    return domain
+
+
+def shut_down_by_libvirt(
+    stop: GuestStop,
+    domain: Domain,
+    *,
+    guest: Guest,
+    span: int | None,
+    log: Log,
+    mailbox: Mailbox,
+    go_on: Callable[[GuestStop], None],
+) -> None:
+    """Ask the guest in a thread; if it stays, call `go_on` from the mailbox.
+
+    `span` is PowerdownSec= (µs) if the caller gave it. The shutdown cannot be observed, because
+    libvirt holds the monitor, so the guest gets a fixed time.
+    """
+    given = _config().policy_for(domain.name).powerdown if span is None else span
+    began = time.monotonic()
+    # The job that follows must not ask it again.
+    stop.powerdown = False
+    log.open()
+
+    def work() -> None:
+        try:
+            if why := shut_down(domain):
+                log.write(libvirt_refused(guest, domain.name, why))
+                say(f"{stop.title}: {why}")
+            else:
+                log.write(asked_by_libvirt(guest, domain.name))
+                _wait(stop, began, given)
+        finally:
+            mailbox.put(lambda: go_on(stop) if stop.running else None)
+
+    threading.Thread(target=work, name="libvirt", daemon=True).start()
+
+
+def _wait(stop: GuestStop, began: float, given: int) -> None:
+    """Return when the process is gone, or the time from its unit or the policy is over."""
+    poll = select.poll()
+    poll.register(stop.process.pidfd, select.POLLIN)
+    asked = time.monotonic()
+    while stop.running:
+        until = asked + given / 1e6
+        # The unit's limits may become known meanwhile.
+        if stop.ask_at_most is not None:
+            until = min(until, began + stop.ask_at_most / 1e6)
+        left = until - time.monotonic()
+        if left <= 0 or poll.poll(min(left, TICK_S) * 1000):
+            return
+
+
+def _config() -> Config:
+    """Load qkilld.conf; if it is invalid, use the defaults."""
+    try:
+        return config.load()
+    except ConfigError:
+        return Config()

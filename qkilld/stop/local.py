@@ -1,0 +1,128 @@
+"""Stop guests without the daemon, with its engine in a thread. Implements stopper.Stopper."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from qkilld.debug_log import note
+from qkilld.engine.events import internal_error
+from qkilld.model.errors import QkilldError
+from qkilld.stop.fallback import Fallback, LocalStop
+from qkilld.stop.log import Log
+from qkilld.stop.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from qkilld.stop.guest_stop import GuestStop
+    from qkilld.stop.options import Options
+    from qkilld.stop.stopper import StopListener
+
+CLOSE_TIMEOUT_S: Final = 3.0
+STACK_BYTES: Final = 8 << 20
+
+
+class LocalStopper:
+    def __init__(self, options: Options, listener: StopListener, log: Log, *, reason: str) -> None:
+        self._options = options
+        self._listener = listener
+        self._log = log
+        self._reason = reason
+        self._mailbox = Mailbox()
+        self._stops: dict[GuestStop, LocalStop] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fallback: Fallback | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.why: dict[GuestStop, str] = {}
+        """The reason why the daemon does not stop it."""
+
+    def start(self, stops: Sequence[GuestStop]) -> None:
+        if not self._thread.is_alive():
+            self._thread.start()
+            self._ready.wait()
+        for stop in stops:
+            local = self._stops[stop] = LocalStop.of(stop, self._options.spans, self._reason)
+            self._do(functools.partial(self._begin, stop, local))
+
+    def descriptors(self) -> Collection[int]:
+        return (self._mailbox.fileno(),)
+
+    def deadline(self) -> float:
+        return float("inf")
+
+    def work(self) -> None:
+        self._mailbox.work()
+
+    def exit_seen(self, stop: GuestStop) -> None:
+        """Nothing to do: the engine sees the exit itself."""
+
+    def amend(self, stop: GuestStop) -> None:
+        local = self._stops[stop]
+        local.amend(stop)
+        self._do(lambda fallback: fallback.join(local))
+
+    def release(self, stop: GuestStop) -> None:
+        local = self._stops[stop]
+        self._do(lambda fallback: fallback.release(local))
+
+    def close(self) -> None:
+        """Send no more signals."""
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    # ---- in the thread ----
+
+    def _run(self) -> None:
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._open())
+            self._loop = loop
+            self._ready.set()
+            loop.run_forever()
+        except Exception as error:
+            self._log.write(internal_error("stopping guests", error))
+        finally:
+            self._ready.set()
+            if self._fallback is not None:
+                loop.run_until_complete(self._fallback.close())
+
+    async def _open(self) -> None:
+        self._fallback = Fallback(self._log)
+
+    def _do(self, what: Callable[[Fallback], Any]) -> None:
+        if self._loop is not None and self._fallback is not None:
+            self._loop.call_soon_threadsafe(what, self._fallback)
+
+    def _begin(self, stop: GuestStop, local: LocalStop, fallback: Fallback) -> None:
+        task = asyncio.get_running_loop().create_task(self._follow(fallback, stop, local))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, fallback: Fallback, stop: GuestStop, local: LocalStop) -> None:
+        listener = self._listener
+
+        def heard(state: dict[str, Any]) -> None:
+            def tell() -> None:
+                stop.state = state
+                listener.heard(stop, state)
+
+            self._mailbox.put(tell)
+
+        local.on_state = heard
+        try:
+            result = await fallback.stop(local, self.why.get(stop, "qkilld is not running"))
+        except QkilldError as error:
+            name, text = error.bus_name.rpartition(".")[2], str(error)
+            self._mailbox.put(lambda: listener.refused(stop, name, text))
+        except Exception as error:
+            note("stopping a guest", error)
+            self._log.write(internal_error("stopping a guest", error))
+            self._mailbox.put(lambda: listener.ended(stop, "failed"))
+        else:
+            self._mailbox.put(lambda: listener.ended(stop, result))

@@ -1,0 +1,35 @@
+"""Pass callbacks from other threads to the main thread, which polls a descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Callable
+
+
+class Mailbox:
+    """Close it only when no thread uses it any more."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def put(self, what: Callable[[], None]) -> None:
+        """Have `what` called in the main thread. Safe in any thread."""
+        self._queue.put(what)
+        # A full pipe is readable already.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"\0")
+
+    def work(self) -> None:
+        """Call everything queued."""
+        try:
+            os.read(self._read, 1 << 16)
+        except BlockingIOError:
+            return
+        while not self._queue.empty():
+            self._queue.get()()

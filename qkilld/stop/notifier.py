@@ -1,0 +1,58 @@
+"""Tell systemd how long a stop may still take, and what it waits for.
+
+Imports little: see stop.main.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from qkilld.adapters import sd_notify
+
+_HIDDEN = frozenset({errno.EAFNOSUPPORT, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR})
+"""Errors from a sandbox that hides the socket. Others are transient, such as EAGAIN."""
+
+
+class Notifier:
+    """The notification socket; without one, calls do nothing. Never blocks.
+
+    A control process gets $NOTIFY_SOCKET only with NotifyAccess=exec or =all (systemd,
+    src/core/service.c, service_exec_needs_notify_socket).
+    """
+
+    def __init__(self, address: str) -> None:
+        """`address` is $NOTIFY_SOCKET, or ""."""
+        self._address = address
+        self._status = ""
+        self._told = False
+
+    def extend(self, usec: int) -> None:
+        """Extend the current timeout to at least `usec` µs from now. Never shortens it."""
+        self._send(f"EXTEND_TIMEOUT_USEC={usec}")
+
+    def status(self, text: str) -> None:
+        """Set the line that `systemctl status` shows."""
+        if text != self._status:
+            self._status = text
+            self._send(f"STATUS={text}")
+
+    def _send(self, text: str) -> None:
+        if not self._address:
+            return
+        try:
+            sd_notify.send(self._address, text, wait=False)
+        except OSError as error:
+            from qkilld.debug_log import note
+
+            if error.errno in _HIDDEN and not self._told:
+                from qkilld.stop.log import say
+
+                self._told = True
+                say(
+                    "The sandbox of this unit hides systemd's notification socket from qkilld-stop"
+                    f" ({error.strerror}), so that it cannot extend TimeoutStopSec=. Write"
+                    " ExecStop=+/usr/bin/qkilld-stop, which runs it outside of the sandbox"
+                )
+
+            # It is sent again in a second.
+            note("telling systemd of the stop", error)

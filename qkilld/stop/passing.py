@@ -1,0 +1,41 @@
+"""Connect to a monitor that the daemon cannot reach, on TCP or an abstract socket, for the daemon.
+
+The helper runs in the network namespace of its unit, usually the guest's; root can enter it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+from qkilld.adapters import procfs
+from qkilld.debug_log import ignore
+from qkilld.model.errors import QkilldError
+from qkilld.monitor.reach import connect_passable
+from qkilld.stop.guest_stop import GuestStop
+
+TIMEOUT_S: Final = 3.0
+"""A hostile process can delay each step."""
+
+
+def connect_monitor(stop: GuestStop) -> None:
+    """Connect to the guest's monitor if the daemon cannot do so itself, and set stop.monitor."""
+    lock = threading.Lock()
+    late = False
+
+    def work() -> None:
+        pid, connection = stop.process.pid, None
+        with ignore(f"reading what process {pid} listens on", OSError, QkilldError):
+            connection = connect_passable(procfs.read_identity(pid))
+        with lock:
+            if connection is not None and not late and not stop.process.exited():
+                stop.monitor = connection.detach()
+            elif connection is not None:
+                connection.close()
+
+    # A thread, because it changes its network namespace, and may block.
+    thread = threading.Thread(target=work, name="monitor", daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    with lock:
+        late = True

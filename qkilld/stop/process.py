@@ -1,0 +1,161 @@
+"""A process to stop, opened as a pidfd. Imports little: see stop.main."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qkilld.model.errors import QkilldError
+
+
+MAX_COMMAND_LINE = 1 << 20
+READ_TIMEOUT_S = 0.2
+
+
+class ProcessHandle:
+    """An open process: even if its pid is reused, this is the same process."""
+
+    def __init__(self, pid: int, pidfd: int, start_time: int | None) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.start_time = start_time
+        """Clock ticks since boot. None if /proc hides the process (ProtectProc=)."""
+
+    def exited(self) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
+    """Open a process by its pid.
+
+    Raises NoSuchProcess if it is gone, a zombie, or was not started at `start_time`; Failed if it
+    cannot be opened.
+    """
+    try:
+        process = ProcessHandle(pid, os.pidfd_open(pid), None)
+    except (ProcessLookupError, OverflowError):
+        raise _gone(f"process {pid} is gone") from None
+    except OSError as error:
+        raise _failed(f"cannot open process {pid}: {error.strerror}") from None
+    # It may be hidden or gone; the descriptor tells which.
+    process.start_time = read_start_time(pid)
+    if process.exited() or (
+        start_time is not None and process.start_time not in (None, start_time)
+    ):
+        process.close()
+        raise _gone(f"process {pid} is gone")
+    if start_time is not None and process.start_time is None:
+        process.close()
+        raise _failed(f"cannot tell when process {pid} was started: /proc does not show it")
+    return process
+
+
+def open_main_process(text: str) -> ProcessHandle:
+    """Open the process in $MAINPID.
+
+    Raises what `open_process` raises, and InvalidArgs.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) > 0):
+        from qkilld.model.errors import InvalidArgs
+
+        raise InvalidArgs("$MAINPID is not the id of a process")
+    process = open_process(int(text))
+    # systemd knew the process when it started us, so a younger one has reused its pid.
+    own = read_start_time(os.getpid())
+    if process.start_time is not None and own is not None and process.start_time > own:
+        process.close()
+        raise _gone("the main process is gone")
+    return process
+
+
+def by_systemd(environment: Mapping[str, str]) -> bool:
+    """Return whether a systemd manager started this program, directly or through a shell.
+
+    A user's interactive shell is in a unit too, but the guests there are not meant. Source:
+    $SYSTEMD_EXEC_PID in systemd.exec(5).
+    """
+    return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
+
+
+def may_pass_monitor(pid: int) -> bool:
+    """Whether the command line suggests a monitor on TCP or an abstract socket, to which the daemon
+    cannot connect. Takes 0.1 ms.
+
+    A hostile process can make reading its command line block; return False then.
+    """
+    import _thread
+
+    words: list[bytes] = []
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def read() -> None:
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123
+                words.extend(file.read(MAX_COMMAND_LINE).split(b"\0"))
+        except OSError:
+            pass
+        done.release()
+
+    _thread.start_new_thread(read, ())
+    return done.acquire(timeout=READ_TIMEOUT_S) and any(map(_may_name_place, words))
+
+
+def _may_name_place(word: bytes) -> bool:
+    """-qmp tcp:…, -monitor telnet:…, -chardev socket,…,port=…; in JSON, or in a file."""
+    if word.startswith((b"tcp:", b"telnet:", b"-readconfig", b"--readconfig")):
+        return True
+    named = b"port=" in word or b"abstract=" in word or b"fd=" in word
+    return (named and word.startswith((b"socket,", b"unix:"))) or b'"inet"' in word
+
+
+def ran_for_s() -> float:
+    """Return the seconds since this program was started, with a resolution of 10 ms; 0 if
+    unknown."""
+    started = read_start_time(os.getpid())
+    if started is None:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+def read_start_time(pid: int) -> int | None:
+    """Return field 22 of /proc/PID/stat, clock ticks since boot; None if unreadable."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        return int(stat[stat.rindex(b")") + 2 :].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _gone(text: str) -> QkilldError:
+    from qkilld.model.errors import NoSuchProcess
+
+    return NoSuchProcess(text)
+
+
+def _failed(text: str) -> QkilldError:
+    from qkilld.model.errors import Failed
+
+    return Failed(text)
+
+
+def has_libvirt(environment: Mapping[str, str]) -> bool:
+    """Return whether libvirt has run on this host, for the system or this user."""
+    session = f"{environment.get('XDG_RUNTIME_DIR', '')}/libvirt/qemu/run"
+    return os.access("/run/libvirt/qemu", os.F_OK) or os.access(session, os.F_OK)

@@ -1,0 +1,596 @@
+"""One run of the helper: stops all its processes at once, with the daemon or without it.
+
+Polls the stoppers, the processes, signals from systemd, and timers. Modules that only slow guests
+need are imported late: see stop.main.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from qkilld.adapters.journal_stream import stderr_is_journal
+from qkilld.stop.daemon import SYSTEM_SOCKET, USER_SOCKET, DaemonStopper
+from qkilld.stop.guest_stop import ENDINGS, GuestStop
+from qkilld.stop.limits import ASK_ALL, FIRST, extension
+from qkilld.stop.log import say, say_ending
+from qkilld.stop.process import (
+    ProcessHandle,
+    by_systemd,
+    has_libvirt,
+    may_pass_monitor,
+    open_main_process,
+    ran_for_s,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from qkilld.model.unit import UnitFacts
+    from qkilld.stop.local import LocalStopper
+    from qkilld.stop.log import Log
+    from qkilld.stop.mailbox import Mailbox
+    from qkilld.stop.notifier import Notifier
+    from qkilld.stop.options import Options
+    from qkilld.stop.stopper import Stopper
+    from qkilld.stop.targets import Targets
+
+EXITING_TIMEOUT_S = 60.0
+"""For the kernel to finish the I/O of an exiting process, and to free its memory."""
+UNIT_AFTER_S = 0.05
+"""When to read the unit's settings; an idle guest is gone before that."""
+FIRST_TICK_S = 0.2
+TICK_S = 1.0
+"""How often systemd gets a status and an extension."""
+NEVER = float("inf")
+
+LOOKS = 3
+"""How often to stop another QEMU that a shell starts. After that, systemd kills both."""
+RESTART_S = 1.0
+"""Time for a remaining shell to start another QEMU."""
+
+
+class StopRun:
+    """Implements stopper.StopListener."""
+
+    def __init__(
+        self,
+        options: Options,
+        notifier: Notifier,
+        log: Log,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._notifier = notifier
+        self._log = log
+        self._clock = clock
+        self._by_systemd = by_systemd(os.environ)
+        self._began = clock()
+        self._stops: list[GuestStop] = []
+        self._stoppers: list[Stopper | None] = [None] * (len(self._paths) + 1)
+        """In the order in which they are tried; made when needed. The last one is local."""
+        self._stopper_of: dict[GuestStop, Stopper] = {}
+        """The stopper of each running stop."""
+        self._place: dict[GuestStop, int] = {}
+        """The index of that stopper."""
+        self._why: dict[GuestStop, str] = {}
+        """Why the first stopper did not stop it."""
+        self._targets: Targets | None = None
+        self._local: LocalStopper | None = None
+        self._mailbox: Mailbox | None = None
+        self._departure: int | None = None
+        self._next_tick = self._began + FIRST_TICK_S
+        self._ask_unit_at = NEVER
+        self._leave_at = NEVER
+        """The unit's settings allow no more time than this."""
+        self._extendable = False
+        """systemd honours extensions."""
+        self._unit_seen = False
+        self._overrun = False
+        self._signals = -1
+
+    def run(self) -> int:
+        """Return the exit code. Raises QkilldError if nothing can be stopped."""
+        self._signals, wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        try:
+            self.begin(self._processes())
+            self._work_until_over()
+            for _ in range(LOOKS):
+                if not self._look_again():
+                    break
+                self._work_until_over()
+            return self.code
+        finally:
+            self.close()
+
+    def _work_until_over(self) -> None:
+        while self._departure is None and any(stop.running for stop in self._stops):
+            self._wait()
+            self.turn()
+
+    def _look_again(self) -> bool:
+        """Stop guests that a shell has started meanwhile; return whether there were any."""
+        main_pid = os.environ.get("MAINPID", "")
+        shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
+        if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
+            return False
+        until = self._clock() + RESTART_S
+        while not (others := self._substitutes()):
+            if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
+                return False
+            time.sleep(0.05)
+        say("another QEMU was started in the unit after the guest had exited: stopping it, too")
+        self.begin(others)
+        return True
+
+    @property
+    def code(self) -> int:
+        """The exit code of the run."""
+        codes = [stop.code for stop in self._stops if stop.code is not None]
+        if len(codes) < len(self._stops) and self._departure is not None:
+            return self._departure
+        if not any(codes):
+            return 0
+        from qkilld.model.exits import worst
+
+        return worst(codes)
+
+    # ---- choosing processes ----
+
+    def _processes(self) -> list[ProcessHandle]:
+        options = self._options
+        main_pid = os.environ.get("MAINPID", "")
+        if main_pid and options.pid is None and options.pidfile is None and options.names_process:
+            try:
+                return [open_main_process(main_pid)]
+            except Exception:
+                pass  # The error, or another process to stop, is found below.
+        return self.targets.choose()
+
+    @property
+    def targets(self) -> Targets:
+        if self._targets is None:
+            from qkilld.stop.targets import Targets
+
+            self._targets = Targets(self._options)
+        return self._targets
+
+    def begin(self, processes: Sequence[ProcessHandle]) -> None:
+        """Stop these processes too."""
+        options = self._options
+        stops = [
+            GuestStop(
+                process,
+                forced=bool(options.force),
+                powerdown=options.powerdown,
+                ask_at_most=ASK_ALL if options.all_guests else None,
+            )
+            for process in processes
+        ]
+        self._stops += stops
+        if options.names_process:
+            for stop in stops:
+                if may_pass_monitor(stop.process.pid):
+                    from qkilld.stop.passing import connect_monitor
+
+                    connect_monitor(stop)
+            self._start(stops)
+        else:
+            self._leave_to_keepers(stops)
+
+    def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
+        """Stop each guest once no other unit is shutting it down, as at a host's shutdown."""
+        from qkilld.stop.keepers import leave_all
+        from qkilld.stop.systemd_units import on_bus
+
+        mailbox, user = self._mail, self.targets.user
+        by_process = {stop.process: stop for stop in stops}
+
+        def tell(process: ProcessHandle, keeper: str) -> None:
+            stop = by_process[process]
+            mailbox.put(lambda: self._note_kept(stop, keeper))
+
+        def release(processes: Sequence[ProcessHandle]) -> None:
+            free = [by_process.pop(process) for process in processes]
+            mailbox.put(lambda: self._start([stop for stop in free if stop.running]))
+
+        def work() -> None:
+            try:
+                on_bus(
+                    lambda connection: leave_all(connection, list(by_process), tell, release),
+                    user=user,
+                )
+            finally:
+                release(list(by_process))
+
+        self._in_thread(work)
+
+    def _note_kept(self, stop: GuestStop, keeper: str) -> None:
+        from qkilld.stop.helper_events import stop_kept
+
+        self._log.write(stop_kept(self._guest(stop), keeper))
+
+    @property
+    def _mail(self) -> Mailbox:
+        """The mailbox of the threads that ask systemd."""
+        if self._mailbox is None:
+            from qkilld import log_setup
+            from qkilld.stop.mailbox import Mailbox
+
+            log_setup.silence()
+            self._mailbox = Mailbox()
+        return self._mailbox
+
+    def _in_thread(self, work: Callable[[], None]) -> None:
+        import threading
+
+        threading.Thread(target=work, name="systemd", daemon=True).start()
+
+    # ---- stopping ----
+
+    def _wait(self) -> None:
+        """Wait until there is something to do."""
+        poll = select.poll()
+        if self._signals >= 0:
+            poll.register(self._signals, select.POLLIN)
+        if self._mailbox is not None:
+            poll.register(self._mailbox.fileno(), select.POLLIN)
+        for stop in self._stops:
+            if stop.running and not stop.exit_seen:
+                poll.register(stop.process.pidfd, select.POLLIN)
+        due = min(self._next_tick, self._ask_unit_at, self._leave_at)
+        for stopper in self._stoppers:
+            if stopper is not None:
+                for descriptor in stopper.descriptors():
+                    poll.register(descriptor, select.POLLIN)
+                due = min(due, stopper.deadline())
+        for stop in self._stops:
+            if stop.running and stop.leave_at is not None:
+                due = min(due, stop.leave_at)
+        poll.poll(max(0, int((due - self._clock()) * 1000) + 1))
+
+    def turn(self) -> None:
+        """Handle everything received and everything due."""
+        self._take_signals()
+        for stop in list(self._stops):
+            if stop.running and not stop.exit_seen and stop.process.exited():
+                stop.exit_seen = True
+                if stop not in self._stopper_of:
+                    self._is_gone(stop)
+                elif (stopper := self._stopper_of.get(stop)) is not None:
+                    stopper.exit_seen(stop)
+        for stopper in self._stoppers:
+            if stopper is not None:
+                self._work(stopper)
+        if self._mailbox is not None:
+            self._mailbox.work()
+        now = self._clock()
+        for stop in self._stops:
+            if stop.running and stop.leave_at is not None and now >= stop.leave_at:
+                say(f"{stop.title} is exiting, but still there after {EXITING_TIMEOUT_S:g} s")
+                self._over(stop, 4)
+        if now >= self._ask_unit_at:
+            self._ask_unit()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S
+            self._tell_systemd()
+        if now >= self._leave_at:
+            self._leave_at = NEVER
+            self._leave(4, "its unit allows no more time")
+
+    def _work(self, stopper: Stopper) -> None:
+        if stopper is self._local:
+            stopper.work()
+            return
+        try:
+            stopper.work()
+        except Exception as error:
+            # Whatever the daemon's failure, the guest must be stopped.
+            for stop in self._stops:
+                if stop.running and self._stopper_of.get(stop) is stopper:
+                    self.lost(
+                        stop, f"cannot parse the reply of qkilld: {type(error).__name__}: {error}"
+                    )
+
+    def _start(self, stops: Sequence[GuestStop]) -> None:
+        """Start these stops. libvirt asks its own guests first, each in a thread."""
+        if not has_libvirt(os.environ):
+            self._hand_over(stops, 0)
+            return
+        from qkilld.stop.libvirt_guest import domain_to_ask, shut_down_by_libvirt
+
+        for stop in stops:
+            if (domain := domain_to_ask(stop)) is None:
+                self._hand_over([stop], 0)
+                continue
+            shut_down_by_libvirt(
+                stop,
+                domain,
+                guest=self._guest(stop),
+                span=self._options.spans.get("powerdown"),
+                log=self._log,
+                mailbox=self._mail,
+                go_on=lambda stop: self._hand_over([stop], 0),
+            )
+            self._ask_unit_at = min(self._ask_unit_at, self._clock() + UNIT_AFTER_S)
+
+    def _hand_over(self, stops: Sequence[GuestStop], place: int) -> None:
+        if not stops:
+            return
+        stopper = self._stopper(place)
+        for stop in stops:
+            self._place[stop] = place
+            self._stopper_of[stop] = stopper
+            if self._local is not None and stopper is self._local:
+                self._local.why[stop] = self._why.get(stop, "qkilld is not running")
+                if not self._unit_seen:
+                    self._ask_unit_at = min(self._ask_unit_at, self._clock() + UNIT_AFTER_S)
+        stopper.start(stops)
+
+    def _stopper(self, place: int) -> Stopper:
+        stopper = self._stoppers[place]
+        if stopper is None:
+            paths = self._paths
+            if place < len(paths):
+                stopper = DaemonStopper(
+                    paths[place],
+                    self._options,
+                    self,
+                    by_systemd=self._by_systemd,
+                    clock=self._clock,
+                )
+            else:
+                stopper = self._local = self._make_local()
+            self._stoppers[place] = stopper
+        return stopper
+
+    def _make_local(self) -> LocalStopper:
+        from qkilld import log_setup
+        from qkilld.stop.local import LocalStopper
+
+        log_setup.silence()
+        self._log.open()
+        reason = self._options.reason
+        if reason is None:
+            reason = self.targets.reason
+        return LocalStopper(self._options, self, self._log, reason=reason)
+
+    @property
+    def _paths(self) -> list[str]:
+        """The sockets of the system's daemon and, for this user's guests, of the user's own."""
+        if self._options.socket is not None:
+            return [self._options.socket]
+        directory = os.environ.get("XDG_RUNTIME_DIR", "")
+        return [SYSTEM_SOCKET, f"{directory}/{USER_SOCKET}"] if directory else [SYSTEM_SOCKET]
+
+    # ---- stopper.StopListener ----
+
+    def heard(self, stop: GuestStop, state: dict[str, Any]) -> None: ...
+
+    def ended(self, stop: GuestStop, result: str) -> None:
+        if result == "cancelled" and self._by_systemd and not stop.process.exited():
+            self._note_left(stop, "its job was cancelled")
+        if not stderr_is_journal():
+            say(f"{stop.title} {ENDINGS.get(result, result)}")
+        if result == "exited":
+            self._over(stop, 0)
+            return
+        from qkilld.model.exits import exit_code_of
+
+        self._over(stop, exit_code_of(result))
+
+    def refused(self, stop: GuestStop, name: str, message: str) -> None:
+        local = self._stopper_of[stop] is self._local
+        match name:
+            case "NoSuchProcess" if local or stop.process.exited():
+                self._gone(stop)
+            case "NoSuchProcess":
+                self.lost(stop, "qkilld says that it has exited, which it has not")
+            case "NotQemu" if not stop.denial:
+                self._stop_substitutes(stop, message)
+            case "ProcessChanged":
+                self._fail(stop, name, message)
+            case "AccessDenied" if not local:
+                stop.denial = stop.denial or message
+                self.lost(stop, message)
+            case "NotQemu" if local:
+                # A caller who may not stop a process does not learn what it runs.
+                self._fail(stop, "AccessDenied", stop.denial)
+            case _ if local:
+                self._fail(stop, name, message)
+            case _:
+                self.lost(stop, f"qkilld says: {message}")
+
+    def lost(self, stop: GuestStop, why: str) -> None:
+        self._why.setdefault(stop, why)
+        place = self._place[stop] + 1
+        if stop.state is not None:
+            self._why[stop] = why
+            place = len(self._stoppers) - 1  # The local engine was stopping it already.
+        self._hand_over([stop], place)
+
+    def unit_known(self, unit: dict[str, Any]) -> None:
+        self._unit_seen = True
+        self._ask_unit_at = NEVER
+        for stop in self._stops:
+            if stop.running:
+                self._obey(stop, unit)
+        self._extendable = unit["extendable"]
+        if (stay := unit["stayUSec"]) is not None:
+            self._leave_at = self._clock() + stay / 1e6 - ran_for_s()
+        for stop in self._stops:
+            if stop.running and unit["warnings"]:
+                from qkilld.stop.helper_events import stop_limited
+
+                for warning in unit["warnings"]:
+                    self._log.write(stop_limited(self._guest(stop), warning))
+
+    def unit_unknown(self, why: str) -> None:
+        if not self._unit_seen:
+            self._ask_unit_at = self._clock()
+
+    # ---- results ----
+
+    def _over(self, stop: GuestStop, code: int) -> None:
+        stop.code = code
+        self._stopper_of.pop(stop, None)
+
+    def _fail(self, stop: GuestStop, name: str, message: str) -> None:
+        from qkilld.model.errors import BY_BUS_NAME, ERROR_PREFIX, AccessDenied, Failed
+
+        known = AccessDenied if name == "AccessDenied" else BY_BUS_NAME.get(ERROR_PREFIX + name)
+        say(f"{stop.title}: {message}")
+        self._over(stop, (known or Failed).exit_code)
+
+    def _gone(self, stop: GuestStop) -> None:
+        """The process is gone or exiting, so no signal can help."""
+        if others := self._substitutes():
+            self._over(stop, 0)
+            self.begin(others)
+        elif stop.process.exited():
+            self._is_gone(stop)
+        else:
+            del self._stopper_of[stop]
+            stop.leave_at = self._clock() + EXITING_TIMEOUT_S
+
+    def _is_gone(self, stop: GuestStop) -> None:
+        say_ending(f"{stop.title} is gone already")
+        self._over(stop, 0)
+
+    def _stop_substitutes(self, stop: GuestStop, message: str) -> None:
+        if others := self._substitutes():
+            self._over(stop, 0)
+            self.begin(others)
+            return
+        self.targets.tell_not_qemu(message)
+        self._over(stop, 5)
+
+    def _substitutes(self) -> list[ProcessHandle]:
+        return self.targets.substitutes({stop.process.pid for stop in self._stops})
+
+    # ---- time limits ----
+
+    def _ask_unit(self) -> None:
+        """Read the unit's settings from systemd, in a thread."""
+        self._ask_unit_at = NEVER
+        self._unit_seen = True
+        from qkilld.stop.systemd_units import on_bus, own_facts
+
+        mailbox, user = self._mail, self.targets.user
+
+        def work() -> None:
+            facts = on_bus(own_facts, user=user)
+            if facts is not None:
+                mailbox.put(lambda: self._facts_known(facts))
+
+        self._in_thread(work)
+
+    def _facts_known(self, facts: UnitFacts) -> None:
+        from qkilld.decision.unit_limits import limits_of
+        from qkilld.varlink.values import limits_value
+
+        running = [stop for stop in self._stops if stop.running]
+        for stop in running:
+            limits = limits_of(facts, os.getpid(), stop.process.pid)
+            unit = limits_value(facts.id, limits)
+            before = stop.forced, stop.ask_at_most
+            self._obey(stop, unit)
+            stopper = self._stopper_of.get(stop)
+            if before != (stop.forced, stop.ask_at_most) and stopper is not None:
+                stopper.amend(stop)
+        if running:
+            # Each stop has its own FORCE; the rest is the same for all.
+            self.unit_known(unit | {"force": False})
+
+    def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
+        """Apply the unit's limits to a stop."""
+        if unit["force"] and self._options.force is None:
+            stop.forced = True
+        if (ask := unit["askUSec"]) is not None:
+            # The limit counts from the start of this program, a little before the start of the job.
+            before = ran_for_s() - (self._clock() - self._began)
+            ask = max(0, int(ask - max(0.0, before) * 1e6))
+            stop.ask_at_most = ask if stop.ask_at_most is None else min(ask, stop.ask_at_most)
+
+    def _tell_systemd(self) -> None:
+        now = time.monotonic_ns() // 1000
+        states = [stop.state for stop in self._stops if stop.running and stop.state is not None]
+        deadlines = [
+            2**64 if state.get("deadlineUSec") is None else state["deadlineUSec"]
+            for state in states
+        ]
+        self._notifier.extend(extension(deadlines, now) if states else FIRST)
+        try:
+            from qkilld.model.varlink_state import status_of
+            from qkilld.stop.status_line import status_line
+
+            self._notifier.status(status_line([status_of(state) for state in states], now))
+        except Exception as error:
+            from qkilld.debug_log import note
+
+            note("telling systemd what is waited for", error)
+
+    # ---- ending ----
+
+    def _take_signals(self) -> None:
+        if self._signals < 0:
+            return
+        try:
+            numbers = os.read(self._signals, 64)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            self.interrupted(signal.Signals(number))
+
+    def interrupted(self, number: signal.Signals) -> None:
+        """Handle a signal."""
+        if number == signal.SIGTERM and self._extendable and not self._overrun:
+            self._go_on()
+            return
+        self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
+
+    def _go_on(self) -> None:
+        """systemd's timeout expired despite extensions, because `systemctl daemon-reload` drops
+        them. It can be extended again until systemd sends SIGKILL."""
+        from qkilld.stop.helper_events import stop_overrun
+
+        self._overrun = True
+        self._notifier.extend(FIRST)
+        for stop in self._stops:
+            if stop.running:
+                self._log.write(stop_overrun(self._guest(stop)))
+                if (stopper := self._stopper_of.get(stop)) is not None:
+                    stopper.release(stop)
+
+    def _leave(self, code: int, why: str) -> None:
+        if self._departure is not None:
+            return
+        for stop in self._stops:
+            if stop.running and not stop.process.exited():
+                self._note_left(stop, why)
+                say_ending(f"{stop.title} is still there: {why}")
+        self._departure = code
+
+    def _note_left(self, stop: GuestStop, why: str) -> None:
+        from qkilld.stop.helper_events import stop_left
+
+        self._log.write(stop_left(self._guest(stop), why))
+
+    def _guest(self, stop: GuestStop) -> Any:
+        from qkilld.stop.helper_events import guest_of
+
+        return guest_of(stop, self.targets.finder.unit)
+
+    def close(self) -> None:
+        for stopper in self._stoppers:
+            if stopper is not None:
+                stopper.close()
+        for stop in self._stops:
+            stop.close()

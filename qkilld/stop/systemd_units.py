@@ -1,0 +1,148 @@
+"""What the helper asks systemd over D-Bus: about its own unit if the daemon cannot tell, and about
+the units of other guests."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from qkilld.debug_log import ignore, note
+from qkilld.decision.unit_limits import being_stopped
+from qkilld.model.bus_address import SESSION_BUS, SYSTEM_BUS
+from qkilld.model.errors import BusError, QkilldError
+from qkilld.model.text import MAX_TEXT, printable
+from qkilld.model.unit import UnitFacts, is_user_manager
+from qkilld.stop.log import say
+from qkilld.stop.process import ProcessHandle
+
+if TYPE_CHECKING:
+    from qkilld.bus.connection import Connection
+    from qkilld.stop.finder import OutsideGuest
+
+CONNECT_TIMEOUT_S: Final = 2.0
+TIMEOUT_S: Final = 2.0
+
+T = TypeVar("T")
+
+
+def on_bus(what: Callable[[Connection | str], Awaitable[T]], *, user: bool) -> T:
+    """Run `what` with a connection to systemd's bus, or with the reason why there is none.
+
+    Blocks. `user`: the bus of the user manager.
+    """
+
+    async def work() -> T:
+        bus = SESSION_BUS if user else SYSTEM_BUS
+        connection: Connection | str
+        try:
+            _find_packages()
+            # dbus_next may be missing, or too old for this Python.
+            from qkilld.bus.connection import connect
+
+            connection = await connect(bus, timeout_s=CONNECT_TIMEOUT_S)
+        except BusError as error:
+            connection = str(error)
+        except Exception as error:
+            fault = printable(f"{type(error).__name__}: {error}", MAX_TEXT)
+            connection = f"the bus cannot be used: {fault}"
+        try:
+            return await what(connection)
+        finally:
+            if not isinstance(connection, str):
+                connection.close()
+
+    return asyncio.run(work())
+
+
+def _find_packages() -> None:
+    """Make packages outside the standard library importable: qkilld-stop runs with -S, which saves
+    3 of the 10 ms that Python takes to start."""
+    if sys.flags.no_site:
+        import site
+
+        site.main()
+
+
+async def own_facts(connection: Connection | str) -> UnitFacts | None:
+    """Return the settings of our own unit; None if systemd cannot be asked, or is not stopping it:
+    then they do not apply."""
+    facts = await _facts(connection)
+    return facts if facts is not None and being_stopped(facts) else None
+
+
+async def guest_of_own_unit(
+    connection: Connection | str, guests: Iterable[OutsideGuest]
+) -> OutsideGuest | None:
+    """Return the one of these that the ExecStart= of our own unit starts; None if none is, or
+    systemd cannot be asked."""
+    from qkilld.unitcheck.context import is_guest_of
+
+    facts = await _facts(connection)
+    if facts is None:
+        return None
+    return next((each for each in guests if is_guest_of(facts, each.name, each.words)), None)
+
+
+async def _facts(connection: Connection | str) -> UnitFacts | None:
+    if isinstance(connection, str):
+        return None
+    from qkilld.bus.systemd import Systemd
+
+    try:
+        return await Systemd(connection, timeout_s=TIMEOUT_S).unit_of(0)
+    except QkilldError as error:
+        note("asking systemd for the unit of this process", error)
+        return None
+
+
+async def check_unit(connection: Connection | str, name: str) -> None:
+    """Raises NoSuchUnit if systemd says so."""
+    if not isinstance(connection, str):
+        from qkilld.bus.systemd import Systemd
+
+        with ignore(f"asking systemd for {name}", BusError):
+            await Systemd(connection).unit(name)
+
+
+async def unattended(
+    guests: Iterable[tuple[ProcessHandle, str | None]], connection: Connection | str
+) -> list[ProcessHandle]:
+    """Return the guests whose units do not stop them, and close the others.
+
+    Each guest has its unit, "" for none, None if unknown. `connection`: to the bus of these units'
+    manager, or the reason why there is none.
+    """
+    attended: dict[str, bool] = {}
+    processes = []
+    for process, unit in guests:
+        if unit is None:
+            say(f"process {process.pid} is left alone, for its unit cannot be read")
+            process.close()
+            continue
+        if unit not in attended:
+            attended[unit] = await _is_attended(unit, connection)
+        if attended[unit]:
+            process.close()
+        else:
+            processes.append(process)
+    return processes
+
+
+async def _is_attended(unit: str, connection: Connection | str) -> bool:
+    """Return whether that unit stops its guests by itself."""
+    # Scopes and user managers do not stop guests, so systemd need not be asked.
+    if not unit.endswith(".service") or is_user_manager(unit):
+        return False
+    why = connection
+    if not isinstance(connection, str):
+        from qkilld.bus.systemd import Systemd
+
+        try:
+            return (await Systemd(connection, timeout_s=TIMEOUT_S).unit(unit)).cares_for_guests
+        except QkilldError as error:
+            why = str(error)
+    # A signal could interrupt an orderly shutdown by its ExecStop=.
+    say(f"the guests in {unit} are left to it, for its settings are not known: {why}")
+    return True

@@ -1,0 +1,149 @@
+"""Choose what to stop if the unit's main process is not the guest, or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from qkilld.model.constants import ExitCode
+from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
+from qkilld.model.policy import Config
+from qkilld.model.text import printable
+from qkilld.stop.fallback import configuration
+from qkilld.stop.finder import OutsideGuest, ProcessFinder
+from qkilld.stop.log import say
+from qkilld.stop.options import Options
+from qkilld.stop.process import ProcessHandle
+
+OUTSIDE_TIMEOUT_S = 2.0
+
+
+class GuestElsewhere(QkilldError):
+    """The guest of a unit runs on outside of it."""
+
+    exit_code = ExitCode.SURVIVED
+
+    def __init__(self, guest: OutsideGuest) -> None:
+        place = guest.unit or "no unit"
+        super().__init__(
+            f'the guest of this unit, "{printable(guest.name or "QEMU")}" (process {guest.pid}),'
+            f" runs in {printable(place)}, outside of the unit: it was not stopped. See"
+            " `qkillctl check-unit`"
+        )
+
+
+class Targets:
+    def __init__(self, options: Options) -> None:
+        self.finder = ProcessFinder(options, os.environ)
+        self._options = options
+        self._config: Config | None = None
+
+    @property
+    def user(self) -> bool:
+        """Whether our own unit is a user manager's."""
+        unit = self.finder.unit
+        return unit is not None and bool(unit.user)
+
+    @property
+    def reason(self) -> str:
+        """The reason to record if the command line gives none."""
+        if not self.finder.by_systemd:
+            return "qkilld-stop"
+        unit = self.finder.unit
+        return f"ExecStop of {unit.name if unit is not None else 'a unit'}"
+
+    def choose(self) -> list[ProcessHandle]:
+        """Return the processes to stop, at least one.
+
+        Raises NoSuchProcess if there is none, NoSuchUnit, InvalidArgs, Failed.
+        """
+        try:
+            if (named := self.finder.named()) is not None:
+                return [named]
+        except NoSuchProcess:
+            # It may have been a shell around the guest.
+            if not (others := self.substitutes(())):
+                self.check_elsewhere()
+                raise
+            return others
+        if self._options.all_guests:
+            return self._unattended()
+        if processes := self.finder.in_unit(self._executables):
+            return processes
+        if (name := self._options.unit) is not None:
+            from qkilld.stop.systemd_units import check_unit, on_bus
+
+            on_bus(lambda connection: check_unit(connection, name), user=self.user)
+        self.check_elsewhere()
+        raise NoSuchProcess("no QEMU runs in the unit")
+
+    def check_elsewhere(self) -> None:
+        """Raise GuestElsewhere if what our own unit starts runs in another unit.
+
+        systemd is asked only if a QEMU runs outside of the unit at all.
+        """
+        if not self.finder.in_own_unit:
+            return
+        outside = self._outside()
+        if not outside:
+            return
+        from qkilld.stop.systemd_units import guest_of_own_unit, on_bus
+
+        found = on_bus(lambda connection: guest_of_own_unit(connection, outside), user=self.user)
+        if found is not None:
+            raise GuestElsewhere(found)
+
+    def substitutes(self, taken: Collection[int]) -> list[ProcessHandle]:
+        """Return the QEMUs of our own unit except the pids in `taken`, if the main process is gone
+        or not a QEMU (a shell, for example)."""
+        if not self.finder.in_own_unit:
+            return []
+        try:
+            processes = self.finder.in_unit(self._executables)
+        except Failed as error:
+            say(str(error))
+            return []
+        for process in processes:
+            if process.pid in taken:
+                process.close()
+        return [process for process in processes if process.pid not in taken]
+
+    def _outside(self) -> list[OutsideGuest]:
+        """Return the QEMUs in other units that can be read in time."""
+        import threading
+
+        found: list[OutsideGuest] = []
+        globs = self._executables
+
+        def read() -> None:
+            for guest in self.finder.outside(globs):
+                found.append(guest)
+
+        reader = threading.Thread(target=read, name="guests", daemon=True)
+        reader.start()
+        reader.join(OUTSIDE_TIMEOUT_S)
+        return list(found)
+
+    def tell_not_qemu(self, message: str) -> None:
+        """Say that the process which is named is no QEMU, and where the guest of the unit is."""
+        own = self.finder.in_own_unit
+        say(f"{message}{'; nor is another of its unit' if own else ''}")
+        try:
+            self.check_elsewhere()
+        except GuestElsewhere as error:
+            say(str(error))
+
+    def _unattended(self) -> list[ProcessHandle]:
+        from qkilld.stop.systemd_units import on_bus, unattended
+
+        guests = self.finder.of_manager(self._executables)
+        processes = on_bus(lambda connection: unattended(guests, connection), user=self.user)
+        if not processes:
+            raise NoSuchProcess("every QEMU is stopped by its own unit, or none runs")
+        return processes
+
+    @property
+    def _executables(self) -> tuple[str, ...]:
+        if self._config is None:
+            self._config = configuration()
+        return self._config.executables

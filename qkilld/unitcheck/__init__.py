@@ -1,0 +1,1 @@
+"""Judge units: which stops of a unit lose data, and the lines that prevent it. Pure."""

@@ -1,0 +1,261 @@
+"""Find the settings of a unit that lose data when it is stopped, and how to fix them.
+
+Sources: systemd.service(5), systemd.kill(5), systemd.unit(5), systemd-system.conf(5); for the
+signals on which QEMU exits: QEMU, os-posix.c, os_setup_signal_handling().
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Final
+
+from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.timespan import format_usec
+from qkilld.model.unit import UnitFacts
+from qkilld.unitcheck.command import HELPER, is_helper
+from qkilld.unitcheck.context import Surroundings, main_is_qemu, outlives, stop_lines
+from qkilld.unitcheck.execstop import (
+    check_helper,
+    check_others,
+    clock,
+    corrected,
+    has_helper,
+    is_cut,
+    waits_for_guest,
+)
+from qkilld.unitcheck.finding import Finding, Line, Severity
+from qkilld.unitcheck.programs import IGNORED, POLITE
+from qkilld.unitcheck.storage import check_storage
+
+_SHUTDOWN: Final = 30 * 60 * USEC_PER_SEC
+"""The longest shutdown: JobTimeoutSec= of reboot.target and similar targets."""
+_LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
+
+
+def check(facts: UnitFacts, around: Surroundings) -> tuple[Finding, ...]:
+    """Return all findings, the worst first."""
+    findings = [
+        *_check_killing(facts, around),
+        *_check_unit(facts),
+        *_check_manager(around),
+        *check_storage(facts, around.storage),
+        *_check_asking(facts, around),
+    ]
+    findings += _check_scope(facts, around) if facts.is_scope else _check_service(facts, around)
+    order = list(Severity)
+    return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
+
+
+def _check_killing(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    if facts.is_scope and around.is_guarded:
+        return  # Its guests are gone before systemd sends signals.
+    section = "Scope" if facts.is_scope else "Service"
+    number = facts.kill_signal
+    # A guest that was asked shuts down while systemd only waits.
+    waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, around))
+    if number not in POLITE and not waits:
+        yield Finding(
+            "kill-signal",
+            _LOSES,
+            f"it has KillSignal={_name(number)}",
+            "on SIGTERM, SIGINT and SIGHUP, QEMU writes out what it holds and exits; any other "
+            "signal ends it at once, or does nothing until SIGKILL",
+            (Line(section, "KillSignal=SIGTERM"),),
+        )
+    if facts.final_kill_signal != signal.SIGKILL:
+        yield Finding(
+            "final-kill-signal",
+            _ADVICE,
+            f"it has FinalKillSignal={_name(facts.final_kill_signal)}",
+            "a signal with a core dump writes all of QEMU's memory to a disk that is slow "
+            "already, and a signal that does not end QEMU leaves it running",
+            (Line(section, "FinalKillSignal=SIGKILL"),),
+        )
+    if not facts.sends_sigkill:
+        yield Finding(
+            "send-sigkill",
+            _MAY,
+            "it has SendSIGKILL=no",
+            "a guest that survives the timeout keeps running outside of the unit, while its "
+            "network and storage go away and the unit may be started a second time on the same "
+            "disks",
+            (Line(section, "SendSIGKILL=yes"),),
+        )
+    yield from _check_kill_mode(facts, around, section)
+
+
+def _check_kill_mode(facts: UnitFacts, around: Surroundings, section: str) -> Iterator[Finding]:
+    if outlives(facts, around):
+        return
+    mode, mend = facts.kill_mode, (Line(section, "KillMode=control-group"),)
+    qemu = main_is_qemu(facts, around)
+    if mode == "none":
+        yield Finding(
+            "kill-mode",
+            _LOSES,
+            "it has KillMode=none",
+            "if ExecStop= has not ended the guest, it keeps running and no unit stops it any "
+            "more; at host shutdown it loses its storage and then gets SIGKILL",
+            mend,
+        )
+    elif mode == "process":
+        yield Finding(
+            "kill-mode",
+            _ADVICE if qemu else _LOSES,
+            "it has KillMode=process",
+            "programs that QEMU has started (a TPM, a file server) are left running without it"
+            if qemu
+            else "SIGTERM goes to the main process alone, which is not known to be QEMU: the "
+            "guest keeps running until SIGKILL ends it at host shutdown",
+            mend,
+        )
+    elif mode == "mixed" and not facts.is_scope and not qemu:
+        yield Finding(
+            "kill-mode",
+            _MAY if has_helper(facts) else _LOSES,
+            "it has KillMode=mixed",
+            "its main process is not known to be QEMU: as soon as it has exited, everything "
+            "else in the unit gets SIGKILL, including the guest",
+            mend,
+        )
+
+
+def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
+    section = "Scope" if facts.is_scope else "Service"
+    if not facts.default_dependencies:
+        yield Finding(
+            "default-dependencies",
+            _LOSES,
+            "it has DefaultDependencies=no",
+            "at host shutdown it is not stopped in order: it runs until storage is gone and"
+            " everything that is left gets SIGTERM and SIGKILL",
+            (Line("Unit", "DefaultDependencies=yes"),),
+        )
+    if facts.job_timeout != INFINITY:
+        yield Finding(
+            "job-timeout",
+            _MAY,
+            f"it has JobTimeoutSec= or JobRunningTimeoutSec={format_usec(facts.job_timeout)}",
+            "after that, systemd no longer waits for its stop, and a shutdown continues while "
+            "the guest still writes",
+            (Line("Unit", "JobTimeoutSec=infinity"), Line("Unit", "JobRunningTimeoutSec=infinity")),
+        )
+    if facts.runtime_max != INFINITY:
+        yield Finding(
+            "runtime-max",
+            _MAY if facts.is_scope else _ADVICE,
+            f"it has RuntimeMaxSec={format_usec(facts.runtime_max)}",
+            "systemd stops the guest after this time, whatever it is doing",
+            (Line(section, "RuntimeMaxSec=infinity", by_hand=True),),
+        )
+
+
+def _check_asking(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    option = "-qmp unix:%t/%N/qmp,server=on,wait=off"
+    mends: tuple[Line, ...] = (
+        Line("Service", f"ExecStart=… {option}", by_hand=True),
+        Line("Service", "RuntimeDirectory=%N", by_hand=True),
+    )
+    if facts.is_scope:
+        mends = (Line("", "qemu-system-… -qmp unix:PATH,server=on,wait=off", by_hand=True),)
+    for why in dict.fromkeys(around.unasked):
+        yield Finding(
+            "no-monitor",
+            _ADVICE,
+            f"its guest cannot be asked to shut down: {why}",
+            "SIGTERM saves what QEMU holds, but data that the guest's own operating system has "
+            "not written yet is lost",
+            mends,
+        )
+
+
+def _check_manager(around: Surroundings) -> Iterator[Finding]:
+    if around.manager_timeout < _SHUTDOWN:
+        yield Finding(
+            "manager-timeout",
+            _ADVICE,
+            f"{around.manager} has TimeoutStopSec={format_usec(around.manager_timeout)}",
+            "at logout and at shutdown, the system gives your manager only this time for all of "
+            "its units together, and no unit can extend it: data that a guest has not written "
+            "by then is lost",
+            (
+                Line(
+                    "",
+                    f"sudo systemctl edit {around.manager}  # TimeoutStopSec=30min",
+                    by_hand=True,
+                ),
+            ),
+        )
+
+
+def _check_scope(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    if not around.is_guarded and is_cut(facts):
+        yield Finding(
+            "no-guard",
+            _LOSES,
+            f"it is a scope, which cannot have an ExecStop=, {clock(facts)}",
+            "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has not "
+            "written; a guard, which is stopped before the scope, can wait instead",
+            (Line("", f"systemctl start {around.guard}", by_hand=True),) if around.guard else (),
+        )
+
+
+def _check_service(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    yield from check_helper(facts, around) if has_helper(facts) else check_others(facts, around)
+    yield from _check_type(facts, around)
+    if facts.timeout_failure_mode != "terminate":
+        yield Finding(
+            "timeout-failure-mode",
+            _MAY,
+            f"it has TimeoutStopFailureMode={facts.timeout_failure_mode}",
+            "processes that survive the timeout of ExecStop= are aborted or killed without SIGTERM",
+            (Line("Service", "TimeoutStopFailureMode=terminate"),),
+        )
+    if facts.restart in ("always", "on-success"):
+        yield Finding(
+            "restart",
+            _ADVICE,
+            f"it has Restart={facts.restart}",
+            "a guest that is stopped by anything but `systemctl stop`, for example by `qkillctl "
+            "terminate`, is started again",
+            (Line("Service", "Restart=on-failure", by_hand=True),),
+        )
+
+
+def _check_type(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    if facts.type == "oneshot" and not facts.remain_after_exit:
+        yield Finding(
+            "type-oneshot",
+            _LOSES,
+            "it has Type=oneshot without RemainAfterExit=yes",
+            "while its command runs, the unit is still starting, and a stop then sends SIGTERM "
+            "without running ExecStop=",
+            (Line("Service", "Type=exec", by_hand=True),),
+        )
+    if facts.type == "forking" and not facts.pid_file:
+        yield Finding(
+            "forking-pid-file",
+            _ADVICE,
+            "it has Type=forking without PIDFile=",
+            "systemd has to guess the main process; if it cannot, it does not notice the end of "
+            f"the guest, and {HELPER} looks for the guest in the unit",
+            (Line("Service", "PIDFile=/run/… (and the same with -pidfile)", by_hand=True),),
+        )
+    if facts.root and any(
+        is_helper(command) and "privileged" not in command.flags for command in facts.exec_stop
+    ):
+        yield Finding(
+            "root-directory",
+            _LOSES,
+            f"it has a root directory of its own, {facts.root}",
+            f"{HELPER} is not in there and cannot be started",
+            corrected(facts, around),
+        )
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -1,0 +1,327 @@
+"""Compare what stops of a unit keep now, and after it is adopted; give a verdict. Pure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any, Final
+
+from qkilld.model import timespan
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
+from qkilld.model.policy import is_qemu
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.unitcheck.check import check
+from qkilld.unitcheck.command import HELPER
+from qkilld.unitcheck.context import (
+    Surroundings,
+    helper_in_unit,
+    is_manager,
+    main_is_qemu,
+    may_trap,
+    outlives,
+    started_qemus,
+    starts_elsewhere,
+    stop_lines,
+)
+from qkilld.unitcheck.dropin import Change, Override, changes
+from qkilld.unitcheck.finding import Finding, Line
+from qkilld.unitcheck.stop_outcome import (
+    Occasion,
+    Outcome,
+    StopSettings,
+    is_no_worse,
+    outcomes,
+)
+from qkilld.unitcheck.storage import is_ordered
+
+
+class UnitVerdict(StrEnum):
+    """The verdict, as in --json."""
+
+    SAFE = "safe"
+    """Adopted (or as it is, if adopt would write nothing), every stop keeps the guest's data, and
+    none keeps less than now."""
+    WORSE = "worse"
+    """Adopted, some stop would keep less."""
+    NO_BETTER = "no-better"
+    """adopt has nothing to write that would keep more."""
+    UNKNOWN = "unknown"
+    """It is unknown whether every stop keeps the guest's data, or whether there is a guest."""
+    MANUAL = "manual"
+    """Only the unit's owner can fix the rest."""
+    OTHER_UNIT = "other-unit"
+    """The guest that it starts runs in another unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    word: UnitVerdict
+    why: str
+    """A sentence without its full stop."""
+    now: Mapping[Occasion, Outcome]
+    adopted: Mapping[Occasion, Outcome]
+    advice: str = ""
+    """What to do, in the same form; "" for nothing."""
+    other_unit: str = ""
+    writes: bool = False
+    """adopt may write its lines, because no stop gets worse."""
+    has_guest: bool = True
+    """A QEMU that qkilld recognises runs or would run in the unit, and the unit is not a manager of
+    guests."""
+
+    @property
+    def keeps_data(self) -> bool:
+        """Whether all stops keep the disks' data now."""
+        return all(outcome.keeps_disks for outcome in self.now.values())
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.word.value,
+            "verdict_why": self.why,
+            "advice": self.advice,
+            "other_unit": self.other_unit or None,
+            "now": {occasion.value: each.as_json() for occasion, each in self.now.items()},
+            "adopted": {occasion.value: each.as_json() for occasion, each in self.adopted.items()},
+        }
+
+
+def compare(
+    facts: UnitFacts,
+    around: Surroundings,
+    findings: Sequence[Finding],
+    overrides: Sequence[Override] = (),
+) -> Comparison:
+    """`findings` are those of check(); `overrides` tells which lines of adopt have no effect."""
+    wanted = changes(findings)
+    after, around_after = adopted(facts, around, wanted, overrides)
+    before_settings = settings_of(facts, around)
+    after_settings = settings_of(after, around_after)
+    now, then = outcomes(before_settings), outcomes(after_settings)
+    found = Comparison(UnitVerdict.UNKNOWN, "", now, then)
+    if (refused := _refused(found, facts, around)) is not None:
+        return replace(refused, has_guest=False)
+    worse = is_no_worse(after_settings, before_settings)
+    if worse:
+        return _worse(found, facts, around, worse)
+    changed = bool(wanted) or around_after.is_guarded != around.is_guarded
+    found = replace(found, writes=changed)
+    left = [each for each in check(after, around_after) if each.is_unsafe]
+    if all(outcome.keeps_disks for outcome in then.values()) and not left:
+        why = "every stop waits for the guest as long as it makes progress"
+        return replace(found, word=UnitVerdict.SAFE, why=why)
+    if any(not line.is_understood for line in after_settings.lines):
+        shown = next(line.shown for line in after_settings.lines if not line.is_understood)
+        return replace(
+            found,
+            word=UnitVerdict.UNKNOWN,
+            why=f"it is not known what {shown} of its ExecStop= does to the guest",
+            advice=f"if {HELPER} does everything that this line does, remove the line",
+        )
+    if any(line.by_hand for each in left for line in each.mends) or overrides:
+        return replace(
+            found,
+            word=UnitVerdict.MANUAL,
+            why="only its owner can decide about the remaining changes",
+            advice="see the lines marked (by hand)",
+        )
+    why = "nothing that adopt can write keeps more of the guest's data"
+    return replace(found, word=UnitVerdict.NO_BETTER, why=why, writes=changed and now != then)
+
+
+def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Comparison | None:
+    """Return a verdict if the unit has no guest that qkilld would stop, or guests that are not its
+    own."""
+    if is_manager(facts, around) or (outlives(facts, around) and around.guests):
+        return replace(
+            found,
+            word=UnitVerdict.WORSE,
+            why="it manages guests that are meant to outlive it: a restart or an upgrade of it"
+            " would stop them all",
+            advice="leave it as it is; qkilld-guests.service is for its guests at host shutdown",
+        )
+    if around.guests:
+        return None
+    uncovered = [
+        *around.uncovered,
+        *(path for path in started_qemus(facts) if not is_qemu(path, around.executables)),
+    ]
+    if uncovered:
+        return replace(
+            found,
+            word=UnitVerdict.MANUAL,
+            why=f"its QEMU is {uncovered[0]}, which Executables= does not cover, so {HELPER}"
+            " would stop nothing",
+            advice="if only root can write to that place, write into [Target] of"
+            f" /etc/qkilld/qkilld.conf: {coverage_line(around.executables, uncovered[0])}",
+        )
+    if around.elsewhere or starts_elsewhere(facts):
+        named = f" {around.elsewhere}" if around.elsewhere else ""
+        return replace(
+            found,
+            word=UnitVerdict.OTHER_UNIT,
+            other_unit=around.elsewhere,
+            why=f"the guest that it starts runs in another unit{named}",
+            advice=f"check {around.elsewhere}" if around.elsewhere else "check that one",
+        )
+    if around.is_running or not started_qemus(facts):
+        return replace(
+            found,
+            why="no QEMU runs in it"
+            if around.is_running or facts.is_scope
+            else "it does not run, and its ExecStart= does not tell whether a QEMU will run in it",
+            advice="" if around.is_running or facts.is_scope else "start it and check it again",
+        )
+    return None
+
+
+def coverage_line(executables: Iterable[str], path: str) -> str:
+    """Return the line for qkilld.conf. It repeats the existing globs, because it replaces the
+    defaults."""
+    return f"Executables={' '.join((*executables, path))}"
+
+
+def _worse(
+    found: Comparison, facts: UnitFacts, around: Surroundings, worse: Sequence[Occasion]
+) -> Comparison:
+    occasions = " and ".join(_OCCASIONS[each] for each in worse)
+    lines = stop_lines(facts, around)
+    word = UnitVerdict.WORSE
+    if any(not line.is_understood for line in lines):
+        shown = next(line.shown for line in lines if not line.is_understood)
+        word, why = UnitVerdict.UNKNOWN, f"it is not known what {shown} does to the guest"
+    elif around.can_ask is None:
+        word, why = UnitVerdict.UNKNOWN, f"it is not known whether {HELPER} can ask its guest"
+    elif may_trap(facts, around) and facts.kill_mode in ("mixed", "process"):
+        word, why = (
+            UnitVerdict.UNKNOWN,
+            "it is not known what its main process does with its signal",
+        )
+    elif any(place.server and not is_ordered(facts, place) for place in around.storage):
+        why = "its disks are served by a process that may be stopped at the same time"
+    elif not around.can_ask:
+        why = f"its guest is asked to shut down, and {HELPER} cannot ask it"
+    else:
+        why = "the existing line keeps more"
+    return replace(
+        found,
+        word=word,
+        why=f"with the drop-in, {occasions} could lose data that is kept now: {why}",
+        advice=_ADVICE_FOR_WORSE,
+    )
+
+
+_OCCASIONS: Final = {
+    Occasion.STOP: "systemctl stop",
+    Occasion.RESTART: "systemctl restart",
+    Occasion.SHUTDOWN: "host shutdown",
+}
+_ADVICE_FOR_WORSE: Final = (
+    f"leave it as it is, or start its guest with a monitor that {HELPER} can use (-qmp"
+    " unix:PATH,server=on,wait=off) and check it again"
+)
+
+
+# ---- the unit after adopting ----
+
+
+def settings_of(facts: UnitFacts, around: Surroundings) -> StopSettings:
+    unordered = [place for place in around.storage if not is_ordered(facts, place)]
+    return StopSettings(
+        lines=stop_lines(facts, around),
+        kill_mode=facts.kill_mode,
+        kill_signal=facts.kill_signal,
+        # Any replacement for SIGKILL kills QEMU too.
+        sends_sigkill=facts.sends_sigkill,
+        timeout=facts.timeout_stop,
+        kills_on_timeout=facts.timeout_failure_mode != "terminate",
+        # A scope has no main process: KillMode=process signals nothing.
+        main_is_qemu=main_is_qemu(facts, around) and not facts.is_scope,
+        main_may_trap=may_trap(facts, around),
+        outlives=outlives(facts, around),
+        helper=helper_in_unit(facts),
+        guard=around.guard if around.is_guarded else "",
+        keepers=tuple(keeper.unit for keeper in around.keepers),
+        keeper_timeout=min((keeper.timeout for keeper in around.keepers), default=INFINITY),
+        guests_service=around.guests_service and not facts.cares_for_guests,
+        unordered_server=any(place.server for place in unordered),
+        storage_goes_first=any(not place.server for place in unordered)
+        or not facts.default_dependencies,
+        can_ask=around.can_ask,
+    )
+
+
+def adopted(
+    facts: UnitFacts,
+    around: Surroundings,
+    wanted: Iterable[Change],
+    overrides: Sequence[Override] = (),
+) -> tuple[UnitFacts, Surroundings]:
+    """Return the unit with these lines, except those that something overrides."""
+    if facts.is_scope:
+        return facts, replace(around, is_guarded=bool(around.guard))
+    ours = {key for each in overrides for key in each.keys}
+    lines = [
+        line
+        for change in wanted
+        for line in change.lines
+        if f"{line.text.partition('=')[0]}=" not in ours
+    ]
+    after = facts
+    for line in lines:
+        after = _with_line(after, line)
+    stops = [line for line in lines if line.text.startswith("ExecStop=")]
+    written = {line.text for line in lines}
+    ordered = [each.unit or each.server for each in around.storage if each.line in written]
+    return (
+        replace(
+            after,
+            exec_stop=_stops_with(facts.exec_stop, stops),
+            after=(*after.after, *(name for name in ordered if name)),
+        ),
+        around,
+    )
+
+
+def _with_line(facts: UnitFacts, line: Line) -> UnitFacts:
+    key, _, value = line.text.partition("=")
+    match key:
+        case "KillMode":
+            return replace(facts, kill_mode=value)
+        case "KillSignal":
+            return replace(facts, kill_signal=int(signal.Signals[value]))
+        case "FinalKillSignal":
+            return replace(facts, final_kill_signal=int(signal.Signals[value]))
+        case "SendSIGKILL":
+            return replace(facts, sends_sigkill=value == "yes")
+        case "TimeoutStopSec":
+            return replace(facts, timeout_stop=timespan.parse(value))
+        case "TimeoutStopFailureMode":
+            return replace(facts, timeout_failure_mode=value)
+        case "NotifyAccess":
+            return replace(facts, notify_access=value)
+        case "DefaultDependencies":
+            return replace(facts, default_dependencies=value == "yes")
+        case "JobTimeoutSec" | "JobRunningTimeoutSec":
+            return replace(facts, job_timeout=INFINITY)
+        case "After":
+            return replace(facts, after=(*facts.after, *value.split()))
+    return facts
+
+
+def _stops_with(own: Sequence[Command], lines: Iterable[Line]) -> tuple[Command, ...]:
+    found = list(own)
+    for line in lines:
+        value = line.text.partition("=")[2]
+        path = value.lstrip("-@:+!|")
+        prefixes = value[: len(value) - len(path)]
+        if not value:
+            found = []
+        elif line.repeats is not None:
+            found.append(replace(own[line.repeats], ignores_failure="-" in prefixes))
+        else:
+            flags = ("privileged",) if "+" in prefixes else ()
+            found.append(Command(path, (path,), "-" in prefixes, flags))
+    return tuple(found)

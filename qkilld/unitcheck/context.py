@@ -1,0 +1,230 @@
+"""Facts needed to judge a unit besides its settings, and conclusions from both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
+from pathlib import PurePosixPath
+from typing import Final
+
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
+from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy, is_qemu
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.unitcheck.command import HELPER, is_helper
+from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
+from qkilld.unitcheck.stop_line import StopLine, read_line
+from qkilld.unitcheck.stop_outcome import Helper
+from qkilld.unitcheck.storage import Storage
+
+GUESTS_SERVICE: Final = "qkilld-guests.service"
+OWN_STARTER: Final = "qemu-guest"
+"""The program that becomes the QEMU of a qemu-guest@.service."""
+_SHELLS: Final = frozenset(
+    ["sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "env", "sudo", "setpriv", "nice"]
+)
+_QEMU_NAME: Final = re.compile(
+    r"\.?(?:qemu-system-[\w.-]+|qemu-kvm|kvm)(?:-wrapped|-real)?|kvm-spice", re.ASCII
+)
+_QEMU_WORD: Final = re.compile(
+    r"(?<![\w.-])(/[\w./@%+-]*/)?(qemu-system-\w+|qemu-kvm|kvm)(?=[\s\"';|&)]|$)"
+)
+_ELSEWHERE: Final = re.compile(
+    r"\b(?:virsh\b.*\b(?:start|create)|su\s|runuser\s|machinectl\s+shell|podman\s+machine\s+start"
+    r"|(?:multipass|limactl|incus|lxc|qm|minikube|crc)\s+start|(?:docker|podman)\s+(?:run|start))"
+)
+_INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
+_HIDDEN_BUS: Final = ("/run", "/run/dbus", "/run/systemd", "/run/systemd/notify", "/var/run")
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Facts about a unit besides its settings."""
+
+    policy: Policy = field(default_factory=Policy)
+    executables: tuple[str, ...] = DEFAULT_EXECUTABLES
+    """Globs of QEMU executables."""
+    helper: str = f"/usr/bin/{HELPER}"
+    """The installed path."""
+    main_executable: str = ""
+    """The executable of the running main process; "" if there is none or it is unreadable."""
+    main_traps: bool | None = None
+    """The shell script of its main process has a `trap`; None if there is no script."""
+    guests: int = 0
+    """Running QEMUs in the unit that match Executables=."""
+    uncovered: tuple[str, ...] = ()
+    """The paths of running QEMUs in the unit that do not match."""
+    is_running: bool = False
+    """Processes of the unit were seen, so `guests` is reliable."""
+    elsewhere: str = ""
+    """The other unit in which the guest that it starts runs."""
+    can_ask: bool | None = None
+    """The guests can be asked to shut down; None if unknown."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The variables that systemd sets for its commands."""
+    stop_texts: tuple[str, ...] = ()
+    """Each ExecStop= as written in the unit's files, in order; empty if unreadable."""
+    is_template: bool = False
+    """It stands for all instances, so nothing specific to one of them may be written."""
+    keepers: tuple[GuestKeeper, ...] = ()
+    """The units that shut its guests down with the host, before the unit is stopped."""
+    guests_service: bool = False
+    """qkilld-guests.service is active, and is stopped before the unit."""
+    storage: tuple[Storage, ...] = ()
+    """The storage of the guest's disks."""
+    unasked: tuple[str, ...] = ()
+    """For each guest that should be asked to shut down but cannot be: the reason."""
+    guard: str = ""
+    """For a scope: the unit that would guard it."""
+    is_guarded: bool = False
+    """That unit is active."""
+    manager: str = ""
+    """The unit of the user manager that runs it; "" for system units."""
+    manager_timeout: int = INFINITY
+    """The time that this manager gives all of its units when it exits, µs."""
+
+
+def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether the main process is QEMU; False also if unknown."""
+    if around.main_executable:
+        return is_qemu(around.main_executable, around.executables)
+    if around.is_running and facts.type == "forking" and not facts.main_pid:
+        return False
+    starts = facts.exec_start
+    return len(starts) == 1 and is_qemu(starts[0].path, around.executables)
+
+
+def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether its main process is a shell around one guest, not a manager of guests."""
+    if around.main_executable:
+        shell = PurePosixPath(around.main_executable).name in _SHELLS
+    else:
+        shell = any(PurePosixPath(start.path).name in _SHELLS for start in facts.exec_start)
+    return shell and around.guests <= 1
+
+
+def may_trap(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether its main process may handle SIGTERM in its own way."""
+    if main_is_qemu(facts, around) or facts.is_scope:
+        return False
+    if around.main_traps is not None:
+        return around.main_traps
+    texts = [" ".join(start.arguments) for start in facts.exec_start if _is_shell_text(start)]
+    return len(texts) < len(facts.exec_start) or any("trap" in text for text in texts)
+
+
+def _is_shell_text(start: Command) -> bool:
+    return PurePosixPath(start.path).name in _SHELLS and "-c" in start.arguments
+
+
+def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
+    """Its program is known as one that others' guests are started from, whatever its own name."""
+    if facts.is_scope or main_is_qemu(facts, around):
+        return False
+    running = PurePosixPath(around.main_executable.removesuffix(" (deleted)")).name
+    return running in MANAGERS or any(
+        name in MANAGERS or (name == "podman" and "service" in start.arguments)
+        for start in facts.exec_start
+        for name in _programs(start)
+    )
+
+
+def _programs(start: Command) -> Iterator[str]:
+    """The name of the program that a command runs; of an interpreter, its script as well."""
+    for word in (start.path, *start.arguments[1:]):
+        if word.startswith("-") or "=" in word:
+            continue
+        name = PurePosixPath(word).name
+        yield name
+        if _INTERPRETER.fullmatch(name) is None:
+            return
+
+
+def outlives(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether its guests are to keep running when it is stopped, as for a manager during an
+    upgrade."""
+    if facts.is_scope or facts.kill_mode not in ("process", "none"):
+        return False
+    if is_manager(facts, around):
+        return True
+    if main_is_qemu(facts, around) or (facts.type == "forking" and around.guests == 1):
+        return False
+    return not is_wrapper(facts, around)
+
+
+def stop_lines(facts: UnitFacts, around: Surroundings) -> tuple[StopLine, ...]:
+    return tuple(read_line(command, around.environment) for command in facts.exec_stop)
+
+
+def looks_like_qemu(executable: str) -> bool:
+    """Judge by the file name alone."""
+    name = PurePosixPath(executable.removesuffix(" (deleted)")).name
+    return _QEMU_NAME.fullmatch(name) is not None
+
+
+def started_qemus(facts: UnitFacts) -> list[str]:
+    """Return the paths of the QEMUs in its ExecStart=; names without a path are looked for in
+    /usr/bin."""
+    found = []
+    for start in facts.exec_start:
+        if looks_like_qemu(start.path):
+            found.append(start.path)
+            continue
+        if PurePosixPath(start.path).name == OWN_STARTER:
+            found.append("/usr/bin/qemu-system-*")
+            continue
+        text = " ".join(start.arguments)
+        found += [
+            f"{directory or '/usr/bin/'}{name}" for directory, name in _QEMU_WORD.findall(text)
+        ]
+    return found
+
+
+def starts_elsewhere(facts: UnitFacts) -> bool:
+    """Return whether it has another service start the guest, in another unit."""
+    return any(
+        _ELSEWHERE.search(" ".join((PurePosixPath(start.path).name, *start.arguments[1:])))
+        for start in facts.exec_start
+    )
+
+
+def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
+    """The unit's ExecStart= starts the QEMU that has this name and command line."""
+    text = " ".join(word for start in facts.exec_start for word in start.arguments)
+    same = " ".join(words[1:])
+    named = bool(name) and name in re.findall(r"[\w.:-]+", text)
+    return named or (bool(same) and same in text.replace('"', ""))
+
+
+def helper_reach(facts: UnitFacts) -> Helper:
+    """Return how well a qkilld-stop without `+` works in the unit's sandbox."""
+    if facts.root or any(_covers(path, "/proc") for path in facts.hidden_paths):
+        return Helper.BLIND
+    if hides_bus(facts):
+        return Helper.TIMED
+    return Helper.EXTENDS
+
+
+def hides_bus(facts: UnitFacts) -> str:
+    """Return the setting that hides the bus and systemd's notify socket from its processes."""
+    if facts.address_families is not None and "AF_UNIX" not in facts.address_families:
+        return "RestrictAddressFamilies="
+    if any(_covers(path, place) for path in facts.hidden_paths for place in _HIDDEN_BUS):
+        return "InaccessiblePaths= or TemporaryFileSystem="
+    return ""
+
+
+def helper_in_unit(facts: UnitFacts) -> Helper:
+    """Return how well the unit's own qkilld-stop works."""
+    own = [command for command in facts.exec_stop if is_helper(command)]
+    reach = helper_reach(facts)
+    if any("privileged" in command.flags for command in own):
+        reach = Helper.EXTENDS
+    if reach is Helper.EXTENDS and facts.notify_access not in ("exec", "all"):
+        return Helper.TIMED
+    return reach
+
+
+def _covers(path: str, place: str) -> bool:
+    return PurePosixPath(place).is_relative_to(path)

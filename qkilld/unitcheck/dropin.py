@@ -1,0 +1,154 @@
+"""The drop-in that makes a unit safe: its lines and its text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Final
+
+from qkilld.model.dataclass import dataclass
+from qkilld.model.text import printable
+from qkilld.unitcheck.finding import Finding, Line
+
+FILE_NAME: Final = "50-qkilld.conf"
+_WIDTH: Final = 96
+_MARK: Final = "# Written by `qkillctl adopt`"
+_CHECKSUM: Final = "# Checksum of the rest: sha256:"
+_HEADER: Final = re.compile(
+    re.escape(_MARK) + r"[^\n]*\n(?:#[^\n]*\n)*?" + re.escape(_CHECKSUM) + r"([0-9a-f]{64})\n"
+)
+_KEPT: Final = (
+    "The lines of ExecStop= run one after the other, each when the one before has ended. What was"
+    " there stays first, with a - so that qkilld-stop runs even where it fails; that one returns"
+    " only when the guest is gone."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Lines that belong together, and their reason."""
+
+    why: str
+    lines: tuple[Line, ...]
+
+
+def changes(findings: Iterable[Finding]) -> list[Change]:
+    """Return what adopt writes: fixes for everything unsafe, except what only the owner can
+    judge."""
+    wanted_changes: list[Change] = []
+    lines_seen: set[Line] = set()
+    for finding in findings:
+        if not finding.is_unsafe:
+            continue
+        lines = tuple(line for line in finding.mends if not line.by_hand)
+        if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, lines_seen)):
+            # ExecStop= is a list, and each such change contains all of it.
+            lines = tuple(line for line in lines if not _sets_stop(line))
+        if lines := tuple(line for line in lines if line not in lines_seen):
+            wanted_changes.append(Change(f"{finding.what}: {finding.why}", lines))
+            lines_seen.update(lines)
+    return wanted_changes
+
+
+def unwritten(wanted: Iterable[Change], old: str) -> list[Change]:
+    """Return the changes that an earlier drop-in of ours does not contain completely."""
+    old_lines = set(_lines(old))
+    return [change for change in wanted if not old_lines.issuperset(change.lines)]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A drop-in that systemd reads after ours."""
+
+    path: str
+    keys: tuple[str, ...]
+    """The settings of ours that it changes, as `KillSignal=`."""
+
+    def __str__(self) -> str:
+        return (
+            f"{printable(self.path, 1000)} sorts after {FILE_NAME} and sets {', '.join(self.keys)}"
+        )
+
+
+def read_later(drop_ins: Iterable[str]) -> list[str]:
+    """Return those of a unit's drop-ins that systemd reads after ours: sorted by file name,
+    whatever their directory. systemd.unit(5)."""
+    return [path for path in drop_ins if PurePosixPath(path).name > FILE_NAME]
+
+
+def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
+    """Return what a later drop-in overrides of our lines; None for nothing."""
+    keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
+    # For a list, only an empty assignment overrides, because others append.
+    ends = {"ExecStop": r"\s*$", "After": r"\s*$", "RequiresMountsFor": r"\s*$"}
+    overridden = tuple(
+        f"{key}="
+        for key in keys
+        if re.search(rf"^\s*{key}\s*={ends.get(key, '')}", text, re.MULTILINE)
+    )
+    return Override(path, overridden) if overridden else None
+
+
+def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: str = "") -> str:
+    """Return the text of the drop-in. `old`: an earlier one of ours, whose lines are kept. `undo`:
+    the command that removes it."""
+    body = ""
+    for section in ("Unit", "Service", "Scope"):
+        old_lines = [line.text for line in _lines(old) if line.section == section]
+        parts = ["\n".join(old_lines)] if old_lines else []
+        for change in wanted:
+            lines = [line.text for line in change.lines if line.section == section]
+            if not lines:
+                continue
+            reason = f"{change.why}."
+            if "ExecStop=" in lines and len([line for line in lines if "ExecStop=" in line]) > 2:
+                reason += f" {_KEPT}"
+            parts.append("\n".join([*_comment(reason), *lines]))
+        if parts:
+            body += f"\n[{section}]\n" + "\n\n".join(parts) + "\n"
+    head = [
+        f"{_MARK}, of qkilld {version}, for {printable(unit)}, so that",
+        "# a guest in it is not stopped by the clock. To remove it:",
+        f"#     {printable(undo)}",
+        "# To change something, write a drop-in of your own with a name that sorts after this one.",
+        f"{_CHECKSUM}{_checksum(body)}",
+    ]
+    return "\n".join(head) + "\n" + body
+
+
+def is_ours(text: str) -> bool:
+    """Return whether adopt wrote it."""
+    return _HEADER.match(text) is not None
+
+
+def is_unchanged(text: str) -> bool:
+    """Return whether nobody has edited it since."""
+    header = _HEADER.match(text)
+    return header is not None and header[1] == _checksum(text[header.end() :])
+
+
+def _checksum(body: str) -> str:
+    return hashlib.sha256(body.encode(errors="surrogateescape")).hexdigest()
+
+
+def _sets_stop(line: Line) -> bool:
+    return line.text.startswith("ExecStop=")
+
+
+def _comment(reason: str) -> list[str]:
+    # A backslash at the end of a line would continue it.
+    text = printable(reason, 2000).replace("\\", "/")
+    return [f"# {line}" for line in textwrap.wrap(text[:1].upper() + text[1:], _WIDTH)]
+
+
+def _lines(text: str) -> list[Line]:
+    section, lines = "", []
+    for line in text.splitlines():
+        if line.startswith("["):
+            section = line[1:-1]
+        elif line and not line.startswith("#"):
+            lines.append(Line(section, line))
+    return lines

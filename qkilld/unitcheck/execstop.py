@@ -1,0 +1,299 @@
+"""Judge a service's ExecStop=: whether it waits for the guest, and the lines with which it would.
+
+Sources: systemd.service(5), ExecStop=, TimeoutStopSec= and NotifyAccess=.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.timespan import format_usec
+from qkilld.model.unit import UnitFacts
+from qkilld.unitcheck.command import HELPER, is_helper, line_of, quoted
+from qkilld.unitcheck.context import Surroundings, helper_reach, hides_bus, stop_lines
+from qkilld.unitcheck.finding import Finding, Line, Severity
+from qkilld.unitcheck.programs import IGNORED
+from qkilld.unitcheck.stop_act import ActKind
+from qkilld.unitcheck.stop_line import StopLine
+from qkilld.unitcheck.stop_outcome import Helper
+from qkilld.unitcheck.unit_text import ignoring_failure
+
+START: Final = 30 * USEC_PER_SEC
+"""The longest time (µs) before qkilld-stop sends its first extension, on a slow, busy disk."""
+DEFAULT_TIMEOUT: Final = "TimeoutStopSec=90s"
+_LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
+
+
+def check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    """Check a unit with qkilld-stop in ExecStop=."""
+    first = next(n for n, command in enumerate(facts.exec_stop) if is_helper(command))
+    before, lines = facts.exec_stop[:first], stop_lines(facts, around)[:first]
+    if any(line.has(ActKind.KILLS) for line in lines):
+        yield _kills(facts, around)
+    elif any(not command.ignores_failure for command in before):
+        yield Finding(
+            "exec-stop-order",
+            _MAY,
+            f"an ExecStop= comes before {HELPER} and its failure is not ignored",
+            f"if it fails, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL by the"
+            " clock",
+            corrected(facts, around),
+        )
+    yield from _check_by_name(lines)
+    if around.can_ask is not True and any(_asks_and_returns(line) for line in lines):
+        yield Finding(
+            "powerdown-cut",
+            _ADVICE,
+            f"an ExecStop= before {HELPER} asks the guest to shut down and does not wait for it",
+            f"if {HELPER} cannot ask the guest itself, it sends SIGTERM at once: data that the "
+            "disks have acknowledged is kept, data in the memory of the guest's system is not",
+        )
+    if any(not line.is_understood for line in lines) and is_cut(facts):
+        program = next(line.shown for line in lines if not line.is_understood)
+        yield Finding(
+            "exec-stop-slow",
+            _ADVICE,
+            f"an ExecStop= before {HELPER}, {program}, has to end by itself, {clock(facts)}",
+            f"if it takes longer, systemd does not run {HELPER} but ends the guest by the clock",
+            (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
+        )
+    yield from _check_listening(facts, around)
+    yield from _check_sandbox(facts, around)
+
+
+def _check_listening(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    policy, timeout = around.policy, facts.timeout_stop
+    if facts.notify_access not in ("exec", "all") and is_cut(facts):
+        ladder = max(policy.grace, policy.stall, policy.storage_stall) + policy.reap
+        short = (
+            f", which is less than the {format_usec(ladder)} that storage may stand still"
+            if timeout < ladder
+            else ""
+        )
+        yield Finding(
+            "notify-access",
+            _LOSES,
+            f"it has NotifyAccess={facts.notify_access}, {clock(facts)}{short}",
+            f"systemd ignores the extensions of {HELPER}, and ends the guest by the clock",
+            (Line("Service", "NotifyAccess=exec"),),
+        )
+    if timeout < START:
+        yield Finding(
+            "timeout-stop",
+            _MAY,
+            f"it has TimeoutStopSec={format_usec(timeout)}",
+            f"if the host is busy or its disk slow, {HELPER} may not have started by then to"
+            " extend the timeout",
+            (Line("Service", DEFAULT_TIMEOUT),),
+        )
+
+
+def _check_sandbox(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    helpers = [command for command in facts.exec_stop if is_helper(command)]
+    hiding = hides_bus(facts)
+    if hiding and is_cut(facts) and not any("privileged" in each.flags for each in helpers):
+        yield Finding(
+            "helper-sandbox",
+            _LOSES,
+            f"its {hiding} hides the bus and systemd's notify socket from {HELPER}, {clock(facts)}",
+            "it can neither ask qkilld to stop the guest nor extend the timeout: systemd ends "
+            "the guest by the clock. With a + before it, it runs outside of the sandbox",
+            corrected(facts, around),
+        )
+
+
+def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
+    for line in lines:
+        if line.is_by_name:
+            yield Finding(
+                "exec-stop-by-name",
+                _ADVICE,
+                f"its ExecStop= is {line.shown}, which signals processes by their name",
+                "the guests of other units that have the same name get the signal too, without"
+                " their own ExecStop=",
+                (Line("Service", "ExecStop=… (leave that line out)", by_hand=True),),
+            )
+
+
+def check_others(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+    """Check a unit without qkilld-stop."""
+    lines = stop_lines(facts, around)
+    mends = _helper_mends(facts, around)
+    yield from _check_by_name(lines)
+    if not lines:
+        if is_cut(facts):
+            yield Finding(
+                "no-exec-stop",
+                _LOSES,
+                f"it has no ExecStop=, {clock(facts)}",
+                "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has "
+                "not written",
+                mends,
+            )
+        else:
+            yield Finding(
+                "no-exec-stop",
+                # A guest that survives the timeout loses its storage later.
+                _ADVICE if facts.timeout_stop == INFINITY else _MAY,
+                "it has no ExecStop=, and no timeout that ends in SIGKILL",
+                "no guest is killed too early, but a guest that is stuck for good delays every "
+                "stop",
+                mends,
+            )
+    elif any(line.has(ActKind.KILLS) for line in lines):
+        yield _kills(facts, around, *_listening(facts))
+    elif waits_for_guest(facts, lines):
+        if is_cut(facts):
+            yield Finding(
+                "exec-stop-clock",
+                _MAY,
+                f"its guest is asked to shut down and has a fixed time for it, {clock(facts)}",
+                "after that, the guest is ended by the clock, and data that it or QEMU has not "
+                "written by then is lost",
+                mends,
+            )
+    else:
+        yield _early(facts, lines, mends)
+
+
+def _early(facts: UnitFacts, lines: Sequence[StopLine], mends: tuple[Line, ...]) -> Finding:
+    why = "it is not known to wait until the guest is gone; if it does not,"
+    if any(line.reads for line in lines):
+        why = (
+            "its standard input is /dev/null, where it finds the end at once: it returns early, and"
+        )
+    elif all(line.is_understood for line in lines):
+        why = "it does not wait until the guest is gone; then"
+    is_certain = all(line.is_understood for line in lines) and is_cut(facts)
+    program = lines[-1].shown
+    return Finding(
+        "exec-stop-early",
+        _LOSES if is_certain else _MAY,
+        f"its ExecStop= is {program}, {clock(facts)}",
+        f"{why} systemd sends SIGTERM in the middle of what the guest does, and SIGKILL by the"
+        " clock",
+        mends,
+    )
+
+
+def waits_for_guest(facts: UnitFacts, lines: Sequence[StopLine]) -> bool:
+    """Return whether the guest is asked to shut down and waited for, by a line or by systemd
+    (KillSignal=SIGCONT)."""
+    asks = any(line.is_understood and line.has(ActKind.ASKS) for line in lines)
+    waits = facts.kill_signal in IGNORED or any(
+        line.is_understood and line.has(ActKind.WAITS, ActKind.SLEEPS) for line in lines
+    )
+    return asks and waits
+
+
+def _asks_and_returns(line: StopLine) -> bool:
+    return line.has(ActKind.ASKS) and not line.has(ActKind.WAITS, ActKind.SLEEPS)
+
+
+def has_helper(facts: UnitFacts) -> bool:
+    return any(is_helper(command) for command in facts.exec_stop)
+
+
+def helper_line(facts: UnitFacts, around: Surroundings, *, is_last: bool = True) -> Line:
+    """Return the ExecStop= line of a service.
+
+    With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
+    the helper's exit status too, the helper reports failures in the journal. If other lines follow,
+    there is no `-`, because they must not run after a failure.
+
+    `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
+    guest or the bus. It is left out if the unit's user can write an environment file, and so choose
+    libraries that a root process loads.
+    """
+    hidden = helper_reach(facts) is not Helper.EXTENDS
+    confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
+    prefix = ("-" if is_last else "") + ("+" if confined else "")
+    return Line("Service", f"ExecStop={prefix}{quoted(around.helper)}")
+
+
+def _may_be_theirs(facts: UnitFacts) -> bool:
+    """Return whether another user can write a file that sets the helper's environment."""
+    return bool(facts.user and facts.environment_files)
+
+
+def corrected(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
+    """Return all of ExecStop= again, with the correct helper line in its place or at the end.
+
+    Other lines stay in order, without those that send SIGKILL before the helper, and those that the
+    helper replaces: see _is_replaced.
+    """
+    stops, lines = facts.exec_stop, stop_lines(facts, around)
+    place = next((n for n, command in enumerate(stops) if is_helper(command)), len(stops))
+    before = [
+        number
+        for number in range(place)
+        if not lines[number].has(ActKind.KILLS) and not _is_replaced(lines[number], lines, around)
+    ]
+    after = [number for number in range(place, len(stops)) if not is_helper(stops[number])]
+    return (
+        Line("Service", "ExecStop="),
+        *(_repeated(facts, around, number, ignore_failure=True) for number in before),
+        helper_line(facts, around, is_last=not after),
+        *(_repeated(facts, around, number, ignore_failure=False) for number in after),
+    )
+
+
+def _is_replaced(line: StopLine, lines: Sequence[StopLine], around: Surroundings) -> bool:
+    """Return whether the helper does everything that the line does, and better: asks QEMU to exit,
+    but the guest first, or waits for the guest, but with a timeout."""
+    if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
+        return True
+    is_asked = any(each.has(ActKind.ASKS) for each in lines)
+    return (
+        line.is_understood and line.has(ActKind.WAITS) and (around.can_ask is True or not is_asked)
+    )
+
+
+def is_cut(facts: UnitFacts) -> bool:
+    """Return whether the timeout ends in SIGKILL."""
+    return facts.timeout_stop != INFINITY and facts.sends_sigkill
+
+
+def clock(facts: UnitFacts) -> str:
+    """Return the unit's timeout as the end of a sentence."""
+    return f"and TimeoutStopSec={format_usec(facts.timeout_stop)}"
+
+
+def _helper_mends(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
+    lines: tuple[Line, ...] = (helper_line(facts, around),)
+    stops = stop_lines(facts, around)
+    if any(not line.ignores_failure or _is_replaced(line, stops, around) for line in stops):
+        lines = corrected(facts, around)
+    return (*lines, *_listening(facts))
+
+
+def _listening(facts: UnitFacts) -> Iterator[Line]:
+    """Yield the settings missing for systemd to honour the helper's extensions."""
+    if facts.notify_access not in ("exec", "all"):
+        yield Line("Service", "NotifyAccess=exec")
+    if facts.timeout_stop < START:
+        yield Line("Service", DEFAULT_TIMEOUT)
+
+
+def _kills(facts: UnitFacts, around: Surroundings, *more: Line) -> Finding:
+    return Finding(
+        "exec-stop-kills",
+        _LOSES,
+        "its ExecStop= sends SIGKILL",
+        "QEMU writes nothing more",
+        (*corrected(facts, around), *more),
+    )
+
+
+def _repeated(facts: UnitFacts, around: Surroundings, number: int, *, ignore_failure: bool) -> Line:
+    """Return a line of the unit again, with its specifiers. With `ignore_failure`, later lines run
+    even if it fails."""
+    command = facts.exec_stop[number]
+    if around.stop_texts:
+        text = around.stop_texts[number]
+        text = ignoring_failure(text) if ignore_failure else text
+    else:
+        text = line_of(command, ignore_failure=ignore_failure)
+    return Line("Service", f"ExecStop={text}", repeats=number)

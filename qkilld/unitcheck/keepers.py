@@ -1,0 +1,105 @@
+"""Keepers: units that shut guests down by themselves, and how the known ones do it.
+
+A guest's keeper is a unit in the Before= of the guest's own unit, as libvirt, Proxmox and pacemaker
+set it up: systemd stops the keeper first, and that shuts the guest down. Which of the units in
+Before= are keepers is known by their names. Sources: the unit files and scope properties of each
+project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
+from qkilld.model.unit import UnitFacts
+
+KEEPERS: Final = {
+    "libvirt-guests.service": "libvirt",
+    "pve-guests.service": "Proxmox VE",
+    "pve-ha-lrm.service": "Proxmox VE",
+    "qemu-server.service": "Proxmox VE",
+    "pacemaker.service": "pacemaker",
+    "pacemaker_remote.service": "pacemaker",
+    "resource-agents-deps.target": "pacemaker",
+    "incus.service": "Incus",
+    "incus-startup.service": "Incus",
+    "lxd.service": "LXD",
+    "lxd-containers.service": "LXD",
+    "snap.lxd.daemon.service": "LXD",
+    "docker.service": "docker",
+    "snap.docker.dockerd.service": "docker",
+    "podman.service": "podman",
+    "podman-restart.service": "podman",
+    "containerd.service": "containerd",
+    "snap.multipass.multipassd.service": "multipass",
+    "multipassd.service": "multipass",
+    "systemd-machined.service": "systemd-machined",
+    "machines.target": "systemd-machined",
+    "ganeti.service": "ganeti",
+    "vdsmd.service": "VDSM",
+    "kubelet.service": "kubelet",
+}
+"""The units that shut guests down with the host, and their projects."""
+MANAGERS: Final = frozenset(
+    ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
+     "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
+     "ganeti-noded", "vdsmd", "nova-compute", "pacemakerd", "pacemaker-remoted", "pve-ha-lrm",
+     "pvedaemon", "systemd", "systemd-machined", "systemd-logind", "sshd"]
+)  # fmt: skip
+"""Programs that start other units' guests: stopping or restarting the service that runs one of them
+does not stop those guests. The unit's name does not matter; `x.y` is an app of a snap."""
+_OWNERS: Final = (
+    ("machine-qemu", ("libvirt-guests.service",)),
+    ("docker-", ("docker.service", "snap.docker.dockerd.service")),
+    ("libpod-", ("podman-restart.service", "podman.service")),
+    ("cri-containerd-", ("containerd.service",)),
+    ("nerdctl-", ("containerd.service",)),
+    ("crio-", ("crio.service",)),
+)
+"""Prefixes of scopes that are not ordered before a keeper, and the services that create them."""
+NO_KEEPERS: Final = frozenset(
+    ["shutdown.target", "umount.target", "multi-user.target", "graphical.target", "default.target",
+     "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
+     "rescue.target", "emergency.target", "systemd-user-sessions.service"]
+)  # fmt: skip
+"""Units that appear in many Before= and have nothing to do with guests."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestKeeper:
+    unit: str
+    whose: str = ""
+    """"" if it is known only by the guest's ordering."""
+    timeout: int = INFINITY
+    """TimeoutStopSec=, µs."""
+
+
+def keepers_of(facts: UnitFacts, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
+    """Return the units among `active` that shut down the unit's guests before the unit is stopped.
+
+    `active`: the active ones of keeper_names().
+    """
+    names = keeper_names(facts)
+    return tuple(
+        GuestKeeper(other.id, KEEPERS.get(other.id, ""), other.timeout_stop)
+        for other in active
+        if other.id in names and is_keeper(other)
+    )
+
+
+def keeper_names(facts: UnitFacts) -> list[str]:
+    """List the services that may be keepers of the unit's guests."""
+    names = [name for name in facts.before if name.endswith(".service") and name not in NO_KEEPERS]
+    for prefix, owners in _OWNERS:
+        if facts.is_scope and facts.id.startswith(prefix):
+            names += owners
+    return list(dict.fromkeys(names))
+
+
+def is_keeper(other: UnitFacts) -> bool:
+    """Return whether a unit in the Before= of a guest's unit does something when it is stopped."""
+    if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
+        return False
+    return other.id in KEEPERS or bool(other.exec_stop)

@@ -1,0 +1,47 @@
+"""What a stop line does to a guest, as a sequence of acts.
+
+An unknown program may do anything; it is never assumed to do nothing.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from qkilld.model.constants import INFINITY
+from qkilld.model.dataclass import dataclass
+
+
+class ActKind(StrEnum):
+    """The words of --json."""
+
+    HELPER = "helper"
+    """qkilld-stop: asks the guest, then QEMU, and returns when QEMU has exited."""
+    ASKS = "asks-guest"
+    """Asks the guest's operating system to shut down, and returns."""
+    WAITS = "waits"
+    """Returns when the guest has exited, or at a timeout."""
+    SLEEPS = "sleeps"
+    """Returns after a fixed time."""
+    TERMINATES = "asks-qemu"
+    """Asks QEMU to write out its data and exit (SIGTERM, `quit`), and returns."""
+    KILLS = "kills"
+    """Kills QEMU."""
+    NOTHING = "nothing"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    kind: ActKind
+    usec: int = INFINITY
+    """For WAITS and SLEEPS: the longest time, µs."""
+    by_name: bool = False
+    """It goes to every process with some name, including guests of other units."""
+    reads: bool = False
+    """It reads its standard input, which is /dev/null, and so ends at once."""
+    if_failed: bool = False
+    """It runs only if the previous act has failed (`||`)."""
+
+
+def act(kind: ActKind, usec: int = INFINITY, *, by_name: bool = False) -> tuple[Act, ...]:
+    return (Act(kind, usec, by_name),)

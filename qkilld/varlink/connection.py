@@ -1,0 +1,259 @@
+"""One client's connection: JSON messages that end with a NUL byte, over a unix socket.
+
+Source: varlink.org, "Method Call". Clients may pipeline calls, which are answered in order.
+Descriptors sent with a call (SCM_RIGHTS, unix(7)) belong to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+from qkilld.debug_log import note_once
+
+MAX_CALL: Final = 64 << 10
+"""Bytes of a call without its NUL."""
+MAX_CALL_OF_USER: Final = 16 << 10
+"""The same for a user with limits: parsing and checking 64 KiB takes 10 ms."""
+MAX_DESCRIPTORS: Final = 4
+"""Descriptors sent with one call."""
+MAX_UNREAD: Final = 1 << 20
+"""Bytes of input not handled yet, for one user other than root, over any number of connections."""
+MAX_TOTAL: Final = 16 << 20
+"""The same for all users."""
+_READ: Final = 32 << 10
+_CONTROL: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+_SO_PEERPIDFD: Final = 77
+"""Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
+_UCRED: Final = struct.Struct("3i")
+
+
+class InputBudget:
+    """Limits the input (bytes) that is received but not handled yet."""
+
+    def __init__(self, unlimited: frozenset[int]) -> None:
+        """`unlimited`: uids without a limit."""
+        self._unlimited = unlimited
+        self._per_uid: Counter[int] = Counter()
+
+    def is_unlimited(self, uid: int) -> bool:
+        return uid in self._unlimited
+
+    def take(self, uid: int, count: int) -> bool:
+        """Return False if that exceeds the limit of the uid, or of all."""
+        if uid in self._unlimited:
+            return True
+        if self._per_uid[uid] + count > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:
+            return False
+        self._per_uid[uid] += count
+        return True
+
+    def give(self, uid: int, count: int) -> None:
+        if uid not in self._unlimited:
+            self._per_uid[uid] -= count
+            if not self._per_uid[uid]:
+                del self._per_uid[uid]
+
+
+class VarlinkConnection:
+    """Reads calls and sends replies, without interpreting them."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        budget: InputBudget,
+        on_call: Callable[[VarlinkConnection, bytes, list[int]], None],
+        on_close: Callable[[VarlinkConnection], None],
+    ) -> None:
+        """`on_call` gets each call with its descriptors, and must have `next_call` called once it
+        is answered. `on_close` is called once, whoever closes the connection."""
+        sock.setblocking(False)
+        self.name = name
+        self.pid, self.uid, _ = _UCRED.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
+        """The peer. The pid is 0 for a process in another PID namespace."""
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._budget = budget
+        self._max_call = MAX_CALL if budget.is_unlimited(self.uid) else MAX_CALL_OF_USER
+        self._on_call = on_call
+        self._on_close = on_close
+        self._incoming = bytearray()
+        self._descriptors: list[int] = []
+        self._outgoing = bytearray()
+        self._calling = False
+        """A call is being answered. Further ones wait, in the socket if they are long."""
+        self._reading = False
+        self._ended = False
+        """The client has closed its sending side; it may still read."""
+        self._when_sent: list[Callable[[], None]] = []
+        self.closed = False
+        self._read_on(True)
+
+    def open_peer(self) -> int | None:
+        """Return a pidfd of the process that connected, which the caller closes; None if the kernel
+        gives none."""
+        if self.closed:
+            return None
+        try:
+            pidfd: int = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError as error:
+            note_once("getting the pidfd of a peer on Varlink", error)
+            return None
+        return pidfd
+
+    @property
+    def blocked(self) -> bool:
+        """The client has not read everything sent."""
+        return bool(self._outgoing)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message now; what does not fit is sent once there is room."""
+        if self.closed:
+            return
+        data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
+        if not self._outgoing:
+            try:
+                sent = self._sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                note_once("answering on Varlink", error)
+                self.close()
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+            self._loop.add_writer(self._fd, self._write)
+        self._outgoing += data
+
+    def when_sent(self, callback: Callable[[], None]) -> None:
+        """Call back once everything is sent, at once if it is already, or when the connection is
+        closed."""
+        if self._outgoing and not self.closed:
+            self._when_sent.append(callback)
+        else:
+            callback()
+
+    def next_call(self) -> None:
+        """The current call is answered: handle the next."""
+        self._calling = False
+        if self.closed:
+            return
+        if self._incoming or self._ended:
+            self._loop.call_soon(self._hand_out)
+        self._read_on(not self._ended)
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._read_on(False)
+        self._loop.remove_writer(self._fd)
+        self._sock.close()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+        self._outgoing.clear()
+        self._budget.give(self.uid, len(self._incoming))
+        self._incoming.clear()
+        self._on_close(self)
+        self._sent()
+
+    def _read_on(self, wanted: bool) -> None:
+        if wanted and not self._reading:
+            self._loop.add_reader(self._fd, self._readable)
+        elif not wanted and self._reading:
+            self._loop.remove_reader(self._fd)
+        self._reading = wanted
+
+    def _readable(self) -> None:
+        try:
+            data, control, flags, _ = self._sock.recvmsg(_READ, _CONTROL, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            note_once("reading a call on Varlink", error)
+            self.close()
+            return
+        for level, kind, content in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                count = len(content) // 4
+                self._descriptors += struct.unpack(f"{count}i", content[: count * 4])
+        if not data:
+            self._end_of_calls()
+            return
+        if (
+            flags & socket.MSG_CTRUNC
+            or len(self._descriptors) > MAX_DESCRIPTORS
+            or not self._budget.take(self.uid, len(data))
+        ):
+            note_once("reading a call on Varlink", "too much came with it")
+            self.close()
+            return
+        self._incoming += data
+        if self._calling:
+            # Keep some space free, because the client's disconnect is only noticed while reading.
+            if len(self._incoming) > self._max_call:
+                self._read_on(False)
+        else:
+            self._hand_out()
+
+    def _end_of_calls(self) -> None:
+        """Calls received before are still answered, unless the client has disconnected."""
+        self._ended = True
+        self._read_on(False)
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        if poll.poll(0) and self._calling:
+            self.close()
+        else:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        if self._calling or self.closed:
+            return
+        end = self._incoming.find(0)
+        if end > self._max_call or (
+            end < 0 and (self._ended or len(self._incoming) > self._max_call)
+        ):
+            if self._incoming:
+                note_once("reading a call on Varlink", "it has no end, or is too long")
+            self.close()
+            return
+        if end < 0:
+            return
+        call = bytes(self._incoming[:end])
+        del self._incoming[: end + 1]
+        self._budget.give(self.uid, end + 1)
+        descriptors, self._descriptors = self._descriptors, []
+        self._calling = True
+        self._on_call(self, call, descriptors)
+
+    def _write(self) -> None:
+        try:
+            del self._outgoing[: self._sock.send(self._outgoing)]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            note_once("answering on Varlink", error)
+            self.close()
+            return
+        if not self._outgoing:
+            self._loop.remove_writer(self._fd)
+            self._sent()
+
+    def _sent(self) -> None:
+        waiting, self._when_sent = self._when_sent, []
+        for callback in waiting:
+            callback()

@@ -1,0 +1,186 @@
+"""Parse Varlink interface descriptions, and check values against them.
+
+Source: varlink.org, "Interface Definition". The description is the source of truth: calls are
+checked against it before they are interpreted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+_TOKEN: Final = re.compile(
+    r"\s*(?:#[^\n]*\n\s*)*(\[\]|\[string\]|->|[(),:?]|[A-Za-z][\w.-]*|\Z)", re.ASCII
+)
+_PLAIN: Final[Mapping[str, type]] = {"bool": bool, "int": int, "string": str, "object": dict}
+_INT64: Final = range(-(2**63), 2**63)
+
+
+class WrongValue(ValueError):
+    """A value of the wrong type; `where` is its parameter."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+class Type(NamedTuple):
+    """A type: `kind` is a key of _PLAIN, or enum, struct, list, map, maybe or named."""
+
+    kind: str
+    name: str = ""
+    """For `named`: the name of a type in the interface."""
+    inner: Type | None = None
+    """For list, map and maybe."""
+    fields: Mapping[str, Type] | None = None
+    """For struct."""
+    words: frozenset[str] = frozenset()
+    """For enum."""
+
+
+class InterfaceMethod(NamedTuple):
+    takes: Type
+    gives: Type
+
+
+class Description(NamedTuple):
+    """One interface."""
+
+    name: str
+    text: str
+    """The source text, as returned by GetInterfaceDescription."""
+    types: Mapping[str, Type]
+    methods: Mapping[str, InterfaceMethod]
+    errors: Mapping[str, Type]
+
+    def check(self, value: Any, hint: Type, where: str = "") -> None:
+        """Raises WrongValue, also for fields that a struct does not have."""
+        match hint.kind:
+            case "named":
+                self.check(value, self.types[hint.name], where)
+            case "maybe":
+                if value is not None:
+                    assert hint.inner is not None
+                    self.check(value, hint.inner, where)
+            case "enum":
+                if not isinstance(value, str) or value not in hint.words:
+                    raise WrongValue(where)
+            case "list":
+                self._check_list(value, hint, where)
+            case "map":
+                self._check_map(value, hint, where)
+            case "struct":
+                self._check_struct(value, hint, where)
+            case _:
+                # In Python a bool is an int, but not in JSON.
+                if type(value) is not _PLAIN[hint.kind]:
+                    raise WrongValue(where)
+                if hint.kind == "int" and value not in _INT64:
+                    raise WrongValue(where)
+                if hint.kind == "string" and not _is_text(value):
+                    raise WrongValue(where)
+
+    def _check_list(self, value: Any, hint: Type, where: str) -> None:
+        if not isinstance(value, list):
+            raise WrongValue(where)
+        assert hint.inner is not None
+        for item in value:
+            self.check(item, hint.inner, where)
+
+    def _check_map(self, value: Any, hint: Type, where: str) -> None:
+        if not isinstance(value, dict):
+            raise WrongValue(where)
+        assert hint.inner is not None
+        for item in value.values():
+            self.check(item, hint.inner, where)
+
+    def _check_struct(self, value: Any, hint: Type, where: str) -> None:
+        assert hint.fields is not None
+        if not isinstance(value, dict):
+            raise WrongValue(where)
+        for name in value:
+            if name not in hint.fields:
+                raise WrongValue(where or name)
+        for name, field in hint.fields.items():
+            self.check(value.get(name), field, where or name)
+
+
+def _is_text(value: Any) -> bool:
+    """JSON allows a lone surrogate, and NUL, which would end a path."""
+    return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def parse(text: str) -> Description:
+    """Raises ValueError if it is invalid."""
+    return _Parser(text).description()
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+        self._next = self._read()
+
+    def description(self) -> Description:
+        self._take("interface")
+        name = self._take()
+        types: dict[str, Type] = {}
+        methods: dict[str, InterfaceMethod] = {}
+        errors: dict[str, Type] = {}
+        while self._next:
+            kind, member = self._take(), self._take()
+            if kind == "type":
+                types[member] = self._body()
+            elif kind == "error":
+                errors[member] = self._body()
+            elif kind == "method":
+                takes = self._body()
+                self._take("->")
+                methods[member] = InterfaceMethod(takes, self._body())
+            else:
+                raise ValueError(f"{kind!r} is neither a type nor a method nor an error")
+        return Description(name, self._text, types, methods, errors)
+
+    def _read(self) -> str:
+        found = _TOKEN.match(self._text, self._at)
+        if found is None:
+            raise ValueError(f"cannot be read from {self._text[self._at : self._at + 20]!r} on")
+        self._at = found.end()
+        return found[1]
+
+    def _take(self, wanted: str = "") -> str:
+        token = self._next
+        if not token or (wanted and token != wanted):
+            raise ValueError(f"{wanted or 'more'} expected, not {token!r}")
+        self._next = self._read()
+        return token
+
+    def _type(self) -> Type:
+        match self._next:
+            case "?" | "[]" | "[string]":
+                kind = {"?": "maybe", "[]": "list", "[string]": "map"}[self._take()]
+                return Type(kind, inner=self._type())
+            case "(":
+                return self._body()
+        name = self._take()
+        return Type(name) if name in _PLAIN else Type("named", name)
+
+    def _body(self) -> Type:
+        """Parse the parentheses of a struct or an enum."""
+        self._take("(")
+        fields: dict[str, Type] = {}
+        words: set[str] = set()
+        while self._next != ")":
+            name = self._take()
+            if self._next == ":":
+                self._take()
+                fields[name] = self._type()
+            else:
+                words.add(name)
+            if self._next != ")":
+                self._take(",")
+        self._take(")")
+        if words and fields:
+            raise ValueError("a struct has a type for each field, an enum for none")
+        return Type("enum", words=frozenset(words)) if words else Type("struct", fields=fields)

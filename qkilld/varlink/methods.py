@@ -1,0 +1,254 @@
+"""The methods of org.qkilld1 over Varlink: parameters to engine.service and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from qkilld import __version__
+from qkilld.engine.call_limits import Cost
+from qkilld.engine.job import Job
+from qkilld.engine.service import Option, Service
+from qkilld.engine.unit_stop import UnitStops
+from qkilld.model.errors import QkilldError
+from qkilld.model.policy import SPANS
+from qkilld.varlink import values
+from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
+from qkilld.varlink.streams import JobStream, Streams
+
+UNIT_AFTER_S: Final = 0.3
+"""When to read the unit's settings: an idle guest is gone before, even among many. Early enough for
+a unit that gives one second to stop."""
+OPEN_AFTER_S: Final = 0.1
+"""The first reply waits this long for an end. It does not wait for the settings: if the daemon
+crashed before it, the caller would not know of the job, and would send SIGTERM a second time."""
+_LOOKS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
+
+
+class VarlinkMethods:
+    """Implements server.Methods."""
+
+    def __init__(self, service: Service, streams: Streams, units: UnitStops) -> None:
+        self._service = service
+        self._streams = streams
+        self._units = units
+        self._methods: Mapping[str, Method] = {
+            "GetStatus": self._get_status,
+            "Terminate": self._terminate,
+            "TerminateUnit": self._terminate_unit,
+            "TerminateAll": self._terminate_all,
+            "Plan": self._plan,
+            "Inspect": self._inspect,
+            "ListGuests": self._list_guests,
+            "ListJobs": self._list_jobs,
+            "GetJobByPID": self._get_job_by_pid,
+            "Wait": self._wait,
+            "Cancel": self._steer(service.cancel),
+            "Extend": self._extend,
+            "Hold": self._steer(service.hold),
+            "Release": self._steer(service.release),
+            "Force": self._steer(service.force),
+        }
+
+    def find(self, name: str) -> Method:
+        return self._methods[name]
+
+    def costs(self, name: str, parameters: Mapping[str, Any]) -> list[Cost]:
+        if name == "Wait":
+            return [Cost.WAIT]
+        # Each named process is as much work as one Terminate call.
+        processes = parameters.get("processes") or ()
+        return [Cost.LOOK if name in _LOOKS else Cost.OTHER] * max(1, len(processes))
+
+    async def _get_status(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        policy = self._service.config.policy
+        spans = {
+            values.camel_case(span.bus_option): values.finite(getattr(policy, span.field))
+            for span in SPANS
+        }
+        return {"version": __version__, "jobs": self._service.registry.running, **spans}
+
+    async def _terminate(self, call: VarlinkCall, given: dict[str, Any]) -> None:
+        flags, options = self._unit_order(call, given)
+        passed = None
+        if (index := given.get("monitorIndex")) is not None:
+            passed = call.take_descriptor(index)
+        job = await self._service.terminate(
+            given["pid"], flags, options, call.caller, passed=passed
+        )
+        self._started(call, given, job)
+
+    async def _terminate_unit(self, call: VarlinkCall, given: dict[str, Any]) -> None:
+        flags = values.flags_from(given.get("flags"))
+        job = await self._service.terminate_unit(given["unit"], flags, call.caller)
+        self._started(call, {}, job)
+
+    async def _terminate_all(self, call: VarlinkCall, given: dict[str, Any]) -> None:
+        flags, options = self._unit_order(call, given)
+        refused: list[dict[str, Any]] = []
+        if (processes := given.get("processes")) is None:
+            jobs = await self._service.terminate_all(flags, options, call.caller)
+        else:
+            found = await self._service.terminate_each(
+                [(process["pid"], process.get("startTime")) for process in processes],
+                flags,
+                options,
+                call.caller,
+            )
+            jobs = [each for each in found if isinstance(each, Job)]
+            refused = [
+                values.refusal(process["pid"], error)
+                for process, error in zip(processes, found, strict=True)
+                if isinstance(error, QkilldError)
+            ]
+
+        def first() -> dict[str, Any]:
+            return {"states": [values.state(job, call.uid) for job in jobs], "refused": refused}
+
+        self._begun(call, given, jobs, first)
+
+    def _started(self, call: VarlinkCall, given: dict[str, Any], job: Job) -> None:
+        """Reply with a job that has begun, and if requested with its progress and result."""
+        self._begun(call, given, [job], lambda: {"state": values.state(job, call.uid)})
+
+    def _begun(
+        self,
+        call: VarlinkCall,
+        given: dict[str, Any],
+        jobs: Sequence[Job],
+        first: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Reply with `first` when jobs have begun. If their unit matters, wait a moment: most
+        guests are gone then, and one reply is enough for them."""
+        by_unit = bool(given.get("byUnit"))
+        if not call.more or not jobs:
+            call.finish(first())
+            if by_unit:
+                self._obey_unit(call, given, jobs, None)
+            return
+        if len(jobs) > 1 and not any(job.running for job in jobs):
+            call.progress(first())
+        stream = self._follow(call, jobs, first)
+        if by_unit:
+            asyncio.get_running_loop().call_later(OPEN_AFTER_S, stream.open)
+            self._obey_unit(call, given, jobs, stream)
+        else:
+            stream.open()
+
+    def _follow(
+        self,
+        call: VarlinkCall,
+        jobs: Sequence[Job],
+        first: Callable[[], dict[str, Any]] | None = None,
+    ) -> JobStream:
+        call.now_waits()
+        stream = JobStream(self._streams, call, jobs, changes=call.more, first=first)
+
+        def left() -> None:
+            stream.close(left=True)
+            call.end()
+
+        call.on_left = left
+        return stream
+
+    def _unit_order(
+        self, call: VarlinkCall, given: dict[str, Any]
+    ) -> tuple[int, dict[str, Option]]:
+        flags, options = _order(given)
+        if given.get("byUnit") and "reason" not in options:
+            options["reason"] = Option("s", self._units.reason(call.caller.pid))
+        return flags, options
+
+    def _obey_unit(
+        self,
+        call: VarlinkCall,
+        given: dict[str, Any],
+        jobs: Sequence[Job],
+        stream: JobStream | None,
+    ) -> None:
+        """Apply the settings of the caller's unit to jobs that are still running after a moment."""
+        force = bool(given.get("forceAsUnit"))
+
+        def ask() -> None:
+            if running := [job for job in jobs if job.running and not job.process_exited]:
+                loop = asyncio.get_running_loop()
+                self._units.keep(loop.create_task(self._tell_unit(call, running, stream, force)))
+
+        asyncio.get_running_loop().call_later(UNIT_AFTER_S, ask)
+
+    async def _tell_unit(
+        self, call: VarlinkCall, jobs: Sequence[Job], stream: JobStream | None, force: bool
+    ) -> None:
+        found = await self._units.limit(jobs, call.caller.pid, call.uid, force=force)
+        name, limits, why = found
+        if stream is None:
+            return
+        if limits is not None:
+            stream.open(unit=values.limits_value(name, limits))
+        else:
+            stream.open(unitError=why)
+
+    async def _plan(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        flags, options = _order(given)
+        guest, plan = await self._service.plan(given["pid"], flags, options, call.caller)
+        return {
+            "guest": values.guest_value(guest),
+            "rungs": [
+                {
+                    "phase": rung.phase.value,
+                    "action": rung.action,
+                    "afterUSec": values.finite(rung.after),
+                }
+                for rung in plan.rungs
+            ],
+            "givesUpUSec": values.finite(plan.gives_up_after),
+            "warnings": list(plan.warnings),
+            "ways": list(plan.ways),
+        }
+
+    async def _inspect(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        found = await self._service.inspect(given["pid"], call.caller)
+        evidence = found.evidence
+        return {
+            "guest": values.guest_value(found.guest),
+            "verdict": evidence.verdict.value if evidence else "unknown",
+            "reasons": list(evidence.reasons) if evidence else ["sampling did not finish in time"],
+            "job": found.job.number if found.job else None,
+        }
+
+    async def _list_guests(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        return {"guests": [values.guest_value(each) for each in await self._service.guests()]}
+
+    async def _list_jobs(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        return {"jobs": [values.state(job, call.uid) for job in self._service.registry]}
+
+    async def _get_job_by_pid(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        return {"state": values.state(self._service.registry.by_pid(given["pid"]), call.uid)}
+
+    async def _wait(self, call: VarlinkCall, given: dict[str, Any]) -> None:
+        job = self._service.registry.get(given["job"])
+        if job.running:
+            call.progress({"state": values.state(job, call.uid)})
+        self._follow(call, [job])
+
+    async def _extend(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+        job = self._service.registry.get(given["job"])
+        values.check_span("usec", given["usec"])
+        await self._service.extend(job, given["usec"], call.caller)
+        return {}
+
+    def _steer(self, act: Callable[[Job, VarlinkCaller], Awaitable[None]]) -> Method:
+        async def method(call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+            await act(self._service.registry.get(given["job"]), call.caller)
+            return {}
+
+        return method
+
+
+def _order(given: Mapping[str, Any]) -> tuple[int, dict[str, Option]]:
+    """Return the flags and the options for engine.service."""
+    options = values.options_from(given.get("options") or {})
+    if (start_time := given.get("startTime")) is not None:
+        options["start-time"] = Option("t", start_time)
+    return values.flags_from(given.get("flags")), options

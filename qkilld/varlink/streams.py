@@ -1,0 +1,178 @@
+"""Stream the progress of jobs to calls with `more`. `Streams` implements engine.ports.Observer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from qkilld.engine.job import Job
+from qkilld.engine.ports import ObservedJob
+from qkilld.varlink.values import receipt, state
+
+MIN_INTERVAL_S: Final = 0.2
+"""Between two replies about changes."""
+
+
+class Streams:
+    """All open streams."""
+
+    def __init__(self) -> None:
+        self._by_job: dict[int, list[JobStream]] = {}
+
+    def add(self, number: int, stream: JobStream) -> None:
+        self._by_job.setdefault(number, []).append(stream)
+
+    def remove(self, number: int, stream: JobStream) -> None:
+        streams = self._by_job[number]
+        streams.remove(stream)
+        if not streams:
+            del self._by_job[number]
+
+    def job_new(self, job: ObservedJob) -> None: ...
+
+    def job_changed(self, job: ObservedJob) -> None:
+        for stream in self._by_job.get(job.number, ()):
+            stream.changed(job)
+
+    def job_ended(self, job: ObservedJob) -> None:
+        """Nothing to do: streams are told of the end earlier, by Job.when_ended."""
+
+    def job_forgotten(self, job: ObservedJob) -> None: ...
+
+
+class StreamingCall(Protocol):
+    """The call whose replies a stream sends."""
+
+    @property
+    def uid(self) -> int: ...
+
+    @property
+    def blocked(self) -> bool:
+        """The client has not read everything sent."""
+
+    def when_sent(self, callback: Callable[[], None]) -> None: ...
+
+    def progress(self, parameters: dict[str, Any]) -> None:
+        """Send a reply with more to come."""
+
+    def finish(self, parameters: dict[str, Any]) -> None:
+        """Send the last reply."""
+
+    def abandon(self) -> None:
+        """Close the connection without a reply, as a crash would."""
+
+
+class JobStream:
+    """Streams the states of some jobs until all have ended.
+
+    A slow client gets the newest state of each job, and every end.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        call: StreamingCall,
+        jobs: Sequence[Job],
+        *,
+        changes: bool,
+        first: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
+        """`changes`: send changes too, not only the end. `first`: the parameters of a first reply,
+        which waits for `open` or for an end, and is left out if all jobs have ended by then."""
+        self._streams = streams
+        self._call = call
+        self._loop = asyncio.get_running_loop()
+        self._changed: dict[int, ObservedJob] = {}
+        self._callbacks: dict[Job, Callable[[], None]] = {}
+        """The end callback of each running job."""
+        self._ended: list[Job] = []
+        """Ended jobs that are not reported yet."""
+        self._last = -MIN_INTERVAL_S
+        self._timer: asyncio.TimerHandle | None = None
+        self._changes = changes
+        self._first = first
+        for job in jobs:
+            if job.running:
+                callback = self._callbacks[job] = functools.partial(self._end, job)
+                job.when_ended(callback, call.uid)
+                if changes:
+                    streams.add(job.number, self)
+            else:
+                self._ended.append(job)
+        self._tell_ends()
+
+    def open(self, **more: object) -> None:
+        """Send the first reply with `more` in it; if that was sent before, `more` alone."""
+        first, self._first = self._first, None
+        if first is not None:
+            more = first() | more
+            self._last = self._loop.time()
+        if more:
+            self._call.progress(more)
+
+    def changed(self, job: ObservedJob) -> None:
+        if self._first is not None:
+            return  # it has the newest state
+        self._changed[job.number] = job
+        if self._timer is None:
+            wait = max(0.0, self._last + MIN_INTERVAL_S - self._loop.time())
+            if wait > 0:
+                self._timer = self._loop.call_later(wait, self._tell)
+            else:
+                self._tell()
+
+    def close(self, *, left: bool) -> None:
+        """Stop reporting. `left`: because the caller disconnected."""
+        for job, callback in self._callbacks.items():
+            job.no_longer(callback, left=left)
+            self._forget(job)
+        self._callbacks.clear()
+        self._ended.clear()
+        self._first = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _forget(self, job: Job) -> None:
+        if self._changes:
+            self._streams.remove(job.number, self)
+        self._changed.pop(job.number, None)
+
+    def _tell(self) -> None:
+        self._timer = None
+        if self._call.blocked:
+            self._call.when_sent(self._tell)
+            return
+        self._last = self._loop.time()
+        changed, self._changed = self._changed, {}
+        for job in changed.values():
+            self._call.progress({"state": state(job, self._call.uid)})
+
+    def _end(self, job: Job) -> None:
+        del self._callbacks[job]
+        self._forget(job)
+        if job.result is None:
+            # The next daemon continues it.
+            self.close(left=False)
+            self._call.abandon()
+            return
+        self._ended.append(job)
+        self._tell_ends()
+
+    def _tell_ends(self) -> None:
+        if self._call.blocked and self._callbacks:
+            self._call.when_sent(self._tell_ends)
+            return
+        if self._callbacks and self._ended:
+            self.open()
+        uid = self._call.uid
+        while self._ended:
+            job = self._ended.pop(0)
+            told = {"state": state(job, uid), "receipt": receipt(job, uid)}
+            if self._ended or self._callbacks:
+                self._call.progress(told)
+            else:
+                self._call.finish(told)
+                self.close(left=False)

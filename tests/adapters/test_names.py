@@ -1,0 +1,133 @@
+"""Names of guests whose command lines block: a deadline for all, and few threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from qkilld.adapters import names as names_module
+from qkilld.adapters.names import (
+    MAX_THREADS,
+    MAX_THREADS_OF_USER,
+    MAX_THREADS_OF_USERS,
+    UNKNOWN,
+    NameReader,
+    Names,
+)
+from qkilld.model.guest import Identity
+
+
+def identity(pid: int, uid: int = 1000, start_time: int = 1) -> Identity:
+    return Identity(pid, start_time, uid, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
+
+
+@dataclass
+class CommandLines:
+    """Reading pids below 1000 blocks until `release`."""
+
+    release: threading.Event = field(default_factory=threading.Event)
+    read: list[int] = field(default_factory=list)
+
+    def __call__(self, pid: int) -> Names:
+        self.read.append(pid)
+        if pid < 1000:
+            self.release.wait()
+        return f"guest{pid}", "", False
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandLines]:
+    # A hundred threads must start within this time, even on a busy host.
+    monkeypatch.setattr(names_module, "TIMEOUT_S", 3.0)
+    before = set(threading.enumerate())
+    lines = CommandLines()
+    yield lines
+    lines.release.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("names-") for thread in threading.enumerate())
+
+
+def test_what_blocks_is_waited_for_once_and_takes_few_threads(lines: CommandLines) -> None:
+    async def ask() -> None:
+        reader = NameReader(lines)
+        hostile = [identity(pid) for pid in range(1, 61)]
+        others = [identity(pid, uid=2000) for pid in range(1000, 1100)]
+        began = time.monotonic()
+        names = await reader.names([*hostile, *others])
+        took = time.monotonic() - began
+        assert took >= names_module.TIMEOUT_S
+        assert names == [UNKNOWN] * 60 + [(f"guest{pid}", "", False) for pid in range(1000, 1100)]
+        assert threads() <= MAX_THREADS_OF_USER
+        # They are not waited for again, and new names of other users are read as usual.
+        for pid in range(1100, 1105):
+            began = time.monotonic()
+            names = await reader.names([*hostile, identity(pid, uid=2000)])
+            assert names[-1] == (f"guest{pid}", "", False)
+            assert time.monotonic() - began < took
+        lines.release.set()
+        for _ in range(3000):
+            if UNKNOWN not in (names := await reader.names(hostile)):
+                break
+            await asyncio.sleep(0.01)
+        assert names == [(f"guest{pid}", "", False) for pid in range(1, 61)]
+
+    asyncio.run(ask())
+    assert sorted(lines.read) == sorted({*range(1, 61), *range(1000, 1105)})
+
+
+def test_time_in_which_nobody_ran_does_not_count(lines: CommandLines) -> None:
+    async def ask() -> None:
+        names = asyncio.create_task(NameReader(lines).names([identity(1)]))
+        await asyncio.sleep(0.1)
+        # The whole process is paused, and then the command line becomes readable.
+        time.sleep(names_module.TIMEOUT_S)  # noqa: ASYNC251
+        lines.release.set()
+        assert await names == [("guest1", "", False)]
+
+    asyncio.run(ask())
+
+
+def test_users_together_leave_threads_for_root(lines: CommandLines) -> None:
+    async def ask() -> None:
+        reader = NameReader(lines)
+        await reader.names([identity(pid, uid=1000 + pid) for pid in range(1, 101)])
+        assert threads() == MAX_THREADS_OF_USERS
+        assert await reader.names([identity(1000, uid=0)]) == [("guest1000", "", False)]
+        # Only the total limit applies to root's processes.
+        await reader.names([identity(pid, uid=0) for pid in range(201, 301)])
+        assert threads() == MAX_THREADS
+
+    asyncio.run(ask())
+
+
+def test_thousands_that_answer_are_all_read(lines: CommandLines) -> None:
+    everyone = [identity(pid) for pid in range(1000, 6000)]
+    names = asyncio.run(NameReader(lines).names(everyone))
+    assert names == [(f"guest{pid}", "", False) for pid in range(1000, 6000)]
+
+
+def test_processes_that_are_gone_are_forgotten(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask() -> None:
+        reader = NameReader(lines)
+        await reader.names([identity(pid) for pid in range(1, 61)])
+        for start_time in range(2, 50):
+            new = [identity(pid, start_time=start_time) for pid in range(1, 61)]
+            reader.keep(new)
+            await reader.names(new[:1])
+        # Those being read, and the last ones requested.
+        kept = (reader._names, reader._pending, reader._late)
+        assert all(len(each) <= MAX_THREADS_OF_USER + 1 for each in kept)
+
+    monkeypatch.setattr(names_module, "TIMEOUT_S", 0.02)
+    asyncio.run(ask())

@@ -1,0 +1,243 @@
+"""Jobs in files: round trips, and setting aside incomplete files and those of others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from signal import SIGTERM
+
+import pytest
+
+from qkilld.adapters.job_store import JobStore
+from qkilld.adapters.service_manager import ServiceManager
+from qkilld.adapters.state_dir import MAX_BAD, RESERVE, StateDirectory
+from qkilld.engine.snapshot import Snapshot
+from qkilld.model.constants import Flag, Phase
+from qkilld.model.event import MessageId
+from qkilld.model.guest import Guest, Identity, Label
+from qkilld.model.job import Request, Rung
+from qkilld.model.policy import Policy
+from tests.engine.conftest import FakeProcess, World
+from tests.lab import needs
+from tests.lab.process import OTHER_UID
+
+GUEST = Guest(Identity(4711, 99, 1000, "qemu", "S", "/usr/bin/qemu-system-x86_64", False), Label())
+Open = Callable[[], StateDirectory]
+
+
+def snapshot(number: int, term_at: int = 5) -> Snapshot:
+    return Snapshot.of_signals(GUEST, Request(Flag.FORCE), Policy(), number=number, started=term_at)
+
+
+@pytest.fixture
+def errors() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def opened(lab_dir: Path, errors: list[str]) -> Iterator[Open]:
+    """A function that opens the directory, as the next daemon does."""
+    lab_dir.chmod(0o700)
+    made: list[StateDirectory] = []
+
+    def open_directory() -> StateDirectory:
+        made.append(StateDirectory(lab_dir, errors.append))
+        return made[-1]
+
+    yield open_directory
+    for directory in made:
+        directory.close(0)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_was_saved_comes_back(lab_dir: Path, opened: Open) -> None:
+    first = opened()
+    assert first.load() == ([], 0, [])
+    for number in (10, 9, 8):
+        first.save(snapshot(number))
+    first.save(snapshot(9, term_at=6))
+    first.forget(8)
+    first.forget(7)
+    first.close(10)
+    assert files(lab_dir) == ["job-10.json", "job-9.json", "numbers.json"]
+    assert {(lab_dir / name).stat().st_mode & 0o777 for name in files(lab_dir)} == {0o600}
+    assert opened().load() == ([snapshot(9, term_at=6), snapshot(10)], 10, [])
+
+
+def test_no_number_is_given_twice_even_after_a_crash(lab_dir: Path, opened: Open) -> None:
+    first = opened()
+    first.load()
+    # As after a crash: job 3 has a number, but no file yet.
+    assert json.loads((lab_dir / "numbers.json").read_text())["last"] == RESERVE
+    _, last, _ = opened().load()
+    assert last >= 3
+
+
+def test_jobs_of_another_boot_are_gone(lab_dir: Path, opened: Open) -> None:
+    first = opened()
+    first.load()
+    first.save(snapshot(1))
+    first.close(1)
+    for name in ("job-1.json", "numbers.json"):
+        document = json.loads((lab_dir / name).read_text())
+        (lab_dir / name).write_text(json.dumps(document | {"boot": "another"}))
+    assert opened().load() == ([], 0, [])
+    assert files(lab_dir) == ["numbers.json"]
+
+
+def _torn(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def _foreign(path: Path) -> None:
+    needs.root("to give a file away")
+    os.chown(path, OTHER_UID, OTHER_UID)
+
+
+def _link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def _twice(path: Path) -> None:
+    path.with_name("elsewhere").hardlink_to(path)
+
+
+def _directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
+
+
+def _newer(path: Path) -> None:
+    document = json.loads(path.read_text())
+    document["job"]["version"] = 9
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _torn,
+        _foreign,
+        _link,
+        _twice,
+        _directory,
+        _fifo,
+        lambda path: path.chmod(0o640),
+        lambda path: path.write_text(""),
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: path.write_bytes(b"\xff\x00"),
+        lambda path: path.write_text("[]"),
+        lambda path: os.truncate(path, 5 << 20),
+        lambda path: path.rename(path.with_name("job-3.json")),
+    ],
+)
+def test_what_is_not_whole_and_our_own_is_set_aside(
+    lab_dir: Path, opened: Open, spoil: Callable[[Path], None]
+) -> None:
+    first = opened()
+    first.load()
+    first.save(snapshot(1))
+    first.save(snapshot(2))
+    first.close(2)
+    spoil(lab_dir / "job-1.json")
+    found, _, ((name, why),) = opened().load()
+    assert found == [snapshot(2)]
+    assert why
+    assert f"{name}.bad" in files(lab_dir)
+    assert name not in files(lab_dir)
+    # The next daemon does not find it any more.
+    assert opened().load()[2] == []
+
+
+def test_what_a_newer_program_wrote_is_left_alone(lab_dir: Path, opened: Open) -> None:
+    first = opened()
+    first.load()
+    first.save(snapshot(40))
+    first.close(1)
+    _newer(lab_dir / "job-40.json")
+    before = (lab_dir / "job-40.json").read_bytes()
+    for _ in range(2):
+        found, last, ((name, why),) = opened().load()
+        assert (found, name) == ([], "job-40.json")
+        assert "of a version that this program does not know" in why
+        assert last >= 40
+        assert (lab_dir / name).read_bytes() == before
+
+
+def test_files_set_aside_are_bounded(lab_dir: Path, opened: Open) -> None:
+    for number in range(1, MAX_BAD + 10):
+        path = lab_dir / f"job-{number}.json"
+        path.touch(0o600)
+    assert len(opened().load()[2]) == MAX_BAD + 9
+    assert len([name for name in files(lab_dir) if name.endswith(".bad")]) == MAX_BAD
+
+
+def test_a_directory_that_others_may_write_to_is_refused(lab_dir: Path) -> None:
+    lab_dir.chmod(0o777)
+    with pytest.raises(PermissionError):
+        StateDirectory(lab_dir, print)
+    lab_dir.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", [".x.tmp", ".numbers.json.tmp"])
+def test_what_is_in_the_way_keeps_no_job_from_going_on(
+    lab_dir: Path, opened: Open, errors: list[str], name: str
+) -> None:
+    first = opened()
+    first.load()
+    first.save(snapshot(1))
+    first.close(1)
+    (lab_dir / name).mkdir()
+    found, last, bad = opened().load()
+    assert (found, last, bad) == ([snapshot(1)], 1, [])
+    assert errors == ["Is a directory"] * (name == ".numbers.json.tmp")
+    (lab_dir / name).rmdir()
+
+
+def test_a_directory_that_cannot_be_read_is_told(opened: Open, world: World) -> None:
+    directory = opened()
+    read, write = os.pipe()
+    os.close(write)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.closing(ServiceManager()) as manager:
+        store = JobStore(directory, manager, world.journal, {"job-7": read})
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+            store.restore(world.registry)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert world.journal.ids == [MessageId.STATE_FAILED]
+    assert world.stop(FakeProcess()).number == 8
+    os.close(read)  # Kept open, because the process may still be needed.
+
+
+def test_a_failure_to_write_is_said_once(lab_dir: Path, opened: Open, errors: list[str]) -> None:
+    directory = opened()
+    directory.load()
+    (lab_dir / ".job-1.json.tmp").mkdir()  # An obstacle.
+    for at in range(50):
+        directory.save(replace(snapshot(1), rungs=(Rung(Phase.TERMINATE, SIGTERM.name, at),)))
+        time.sleep(0.002)
+    directory.close(1)
+    assert errors == ["Is a directory"]
+    (lab_dir / ".job-1.json.tmp").rmdir()

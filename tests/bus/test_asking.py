@@ -1,0 +1,175 @@
+"""Guests that are asked to shut down: what they do, and what the receipt says.
+
+Real guests, whose Linux is up in two seconds. They listen to their power button and have no agent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import pytest
+
+from tests.evidence.until import until
+from tests.lab.bus import Bus, Client, Daemon
+from tests.lab.guest import Guest, boot_guest, make_disk
+from tests.lab.qmp import Qmp
+
+FORCE, POWERDOWN = 1, 4
+S = 1_000_000
+JOB = "org.qkilld1.Job"
+Start = Callable[..., Daemon]
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot() -> Iterator[Boot]:
+    """boot_guest with a monitor, for a guest whose power button does what `power` says."""
+    with ExitStack() as stack:
+
+        def boot(power: str, *arguments: str, append: str = "", **options: Any) -> Guest:
+            append = f"lab.power={power} {append}"
+            guest = boot_guest(job="power", append=append, qmp=True, arguments=arguments, **options)
+            return stack.enter_context(guest)
+
+        yield boot
+
+
+@pytest.fixture
+def start(start_daemon: Start, lab_dir: Path) -> Iterator[Start]:
+    """start_daemon, with one runtime directory for all the daemons of a test."""
+    lab_dir.chmod(0o700)
+
+    def start() -> Daemon:
+        return start_daemon(env={"RUNTIME_DIRECTORY": str(lab_dir)})
+
+    yield start
+
+
+def actions(receipt: dict[str, Any]) -> list[str]:
+    return [action for _, action, _ in receipt["rungs"]]
+
+
+def at(receipt: dict[str, Any], action: str) -> float:
+    """When that action was taken last, in seconds after the start."""
+    return float(max(usec for _, what, usec in receipt["rungs"] if what == action) / S)
+
+
+def test_a_guest_that_shuts_down(client: Client, boot: Boot) -> None:
+    guest = boot("off")
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN | FORCE))
+    assert (result, receipt["guest-asked"], actions(receipt)) == ("exited", "shut-down", ["button"])
+    assert guest.wait_gone() == 0
+
+
+@pytest.mark.parametrize("busy", ["", "lab.busy=1"], ids=["idle", "busy"])
+def test_a_guest_that_ignores_it(client: Client, boot: Boot, busy: str) -> None:
+    """The guest gets SIGTERM PowerdownSec after it was asked, however busy it is."""
+    guest = boot("nothing", append=busy)
+    job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 3 * S))
+    result, receipt = client.wait(job)
+    assert (result, receipt["guest-asked"]) == ("exited", "ignored")
+    assert actions(receipt) == ["button", "SIGTERM"]
+    waited = at(receipt, "SIGTERM") - at(receipt, "button")
+    print(f"asked after {at(receipt, 'button'):.3f} s, left {waited:.3f} s after that")
+    assert 3 <= waited < 10
+
+
+def test_a_guest_without_acpi_is_deaf(client: Client, boot: Boot) -> None:
+    guest = boot("off", append="acpi=off")
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, receipt["guest-asked"]) == ("exited", "deaf")
+    print(f"known after {at(receipt, 'SIGTERM'):.3f} s")
+    assert at(receipt, "SIGTERM") < 10
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_guest_that_boots_is_waited_for(client: Client, boot: Boot, seconds: int) -> None:
+    guest = boot("off", wait=False)
+    time.sleep(seconds)
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, receipt["guest-asked"]) == ("exited", "shut-down")
+    assert set(actions(receipt)) == {"button"}
+
+
+def test_a_guest_that_restarts_instead(daemon: Daemon, client: Client, boot: Boot) -> None:
+    """It is asked once more when it is up again, and ended when it restarts again."""
+    guest = boot("reboot", "-action", "reboot=reset")
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN), timeout=150)
+    assert (result, receipt["guest-asked"]) == ("exited", "ignored")
+    assert (actions(receipt)[0], actions(receipt)[-1]) == ("button", "SIGTERM")
+    assert actions(receipt).count("button") >= 2
+    daemon.wait_for("it restarts instead of shutting down")
+
+
+def test_a_guest_that_has_powered_off_has_its_qemu_told_to_quit(client: Client, boot: Boot) -> None:
+    guest = boot("off", "-no-shutdown")
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, receipt["guest-asked"]) == ("exited", "shut-down")
+    assert actions(receipt) == ["button", "quit"]
+    assert guest.wait_gone() == 0
+
+
+def test_a_guest_whose_monitor_another_program_uses(client: Client, boot: Boot) -> None:
+    """The monitor is left alone, and the stop goes on without it."""
+    guest = boot("off")
+    with Qmp(guest):
+        result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, receipt["guest-asked"]) == ("exited", "unreachable")
+    assert at(receipt, "SIGTERM") < 10
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_paused_guest(client: Client, boot: Boot, resume: bool) -> None:
+    guest = boot("off")
+    with Qmp(guest) as qmp:
+        qmp.call("stop")
+    job = client.terminate(guest.pid, POWERDOWN, resume=("b", resume))
+    result, receipt = client.wait(job)
+    outcome = "shut-down" if resume else "not-running"
+    assert (result, receipt["guest-asked"]) == ("exited", outcome)
+
+
+def test_a_qemu_that_crashes_is_no_guest_that_shut_down(client: Client, boot: Boot) -> None:
+    guest = boot("nothing")
+    job = client.terminate(guest.pid, POWERDOWN)
+    until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
+    guest.signal(SIGKILL)
+    result, receipt = client.wait(job)
+    assert (result, receipt["guest-asked"]) == ("exited", "asked")
+
+
+def test_a_long_shutdown_outlives_the_daemon_again_and_again(
+    private_bus: Bus, start: Start, boot: Boot, lab_dir: Path
+) -> None:
+    """Killed before the guest is asked, right after, and while it shuts down for longer than
+    PowerdownSec.
+
+    A guest without an agent shows nothing that only a shutdown causes, so the daemon has to
+    remember that its work began after the press.
+    """
+    disk = make_disk(lab_dir / "disk.qcow2")
+    guest = boot("work", append="lab.seconds=25", disk=disk)
+    daemon = start()
+    with private_bus.client() as client:
+        job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
+        daemon = killed(daemon, start)
+        until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
+        daemon = killed(daemon, start)
+        for _ in range(3):
+            until(lambda: client.properties(job, JOB)["Verdict"], "guest-shutdown".__eq__)
+            daemon = killed(daemon, start)
+        result, receipt = client.wait(job)
+    assert (result, receipt["guest-asked"], actions(receipt)) == ("exited", "shut-down", ["button"])
+    assert guest.wait_gone() == 0
+
+
+def killed(daemon: Daemon, start: Start) -> Daemon:
+    """The daemon that follows that one, which is killed."""
+    daemon.process.kill()
+    daemon.wait_gone()
+    return start()

@@ -1,0 +1,78 @@
+"""Which D-Bus library qkilld takes, and that it behaves the same with each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import library
+from tests.lab.process import TOP
+
+MESSAGES = """
+import sys
+from qkilld.bus.library import Message, MessageFlag, MessageType, Variant, encode
+values = {"k": Variant("a(sst)", [["a", "b", 1]]), "n": Variant("t", 2**64 - 1)}
+for serial, message in enumerate([
+    Message(destination="a.b", path="/c", interface="d.e", member="F"),
+    Message(destination="a.b", path="/c", interface="d.e", member="F", signature="uta{sv}",
+            body=[1, 2, values], flags=MessageFlag.NO_REPLY_EXPECTED | MessageFlag.NO_AUTOSTART),
+    Message(message_type=MessageType.METHOD_RETURN, reply_serial=7, destination=":1.5",
+            signature="sa{sv}", body=["\\u00e4", values]),
+    Message.new_signal("/a", "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as",
+                       ["x.y", values, ["Held"]]),
+], 1):
+    message.serial = serial
+    print(bytes(encode(message)).hex())
+print(sys.modules[Message.__module__.partition(".")[0]].__name__, file=sys.stderr)
+"""
+
+
+def run_with(*hidden: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Runs MESSAGES in a Python that cannot import these modules."""
+    for name in hidden:
+        (directory / name).mkdir()
+        (directory / name / "__init__.py").write_text(f"raise AttributeError('no {name} here')\n")
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", MESSAGES],
+        env={"PYTHONPATH": f"{directory}:{TOP}"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_both_send_the_same_bytes(lab_dir: Path) -> None:
+    (lab_dir / "nothing").mkdir()
+    first = run_with(directory=lab_dir / "nothing")
+    second = run_with("dbus_next", directory=lab_dir)
+    assert (first.stderr, second.stderr) == ("dbus_next\n", "dbus_fast\n")
+    assert first.stdout == second.stdout
+    assert len(first.stdout.splitlines()) == 4
+
+
+def test_neither_is_there(lab_dir: Path) -> None:
+    done = run_with("dbus_next", "dbus_fast", directory=lab_dir)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "neither dbus-next (no dbus_next here) nor dbus-fast (no dbus_fast here)" in last
+    assert "python3-dbus-fast" in last
+
+
+def test_the_daemon_with_dbus_fast(request: pytest.FixtureRequest) -> None:
+    """Part of the suite; `make test-dbus-fast` runs every test that concerns the bus."""
+    if request.config.getoption("--dbus-library") != library.NAMES[0]:
+        pytest.skip("it is what runs")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+            *("--dbus-library=dbus-fast", "-m", "each_library", "tests/bus", "tests/pure"),
+        ],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

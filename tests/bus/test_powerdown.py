@@ -1,0 +1,120 @@
+"""Terminate with POWERDOWN: the real daemon and a real QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.bus import CallError, Client, plain
+from tests.lab.debian import FILES, boot_debian
+from tests.lab.guest import Guest
+from tests.lab.log import wait_for_path
+
+Make = Callable[..., Guest]
+FORCE, NOWAIT, POWERDOWN = 1, 2, 4
+
+
+def test_a_guest_without_an_operating_system_is_deaf_and_gets_sigterm(
+    client: Client, qemu: Make
+) -> None:
+    """Its virtual processors are idle, and nothing listens to the button."""
+    guest = qemu(arguments=["-M", "q35", "-m", "32"])
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, guest.wait_gone()) == ("exited", 0)
+    assert receipt["guest-asked"] in ("deaf", "not-running", "ignored")
+    assert [action for _, action, _ in receipt["rungs"]][-1] == "SIGTERM"
+
+
+def test_a_guest_without_a_monitor_gets_sigterm_at_once(client: Client, fake_qemu: Make) -> None:
+    guest = fake_qemu()
+    result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
+    assert (result, receipt["guest-asked"]) == ("exited", "unreachable")
+
+
+def test_the_plan_names_the_ways(client: Client, qemu: Make) -> None:
+    def plan(guest: Guest) -> dict[str, Any]:
+        return dict(plain(client.call("Plan", "uta{sv}", guest.pid, POWERDOWN, {})[0]))
+
+    found = plan(qemu())
+    assert [tuple(rung[:2]) for rung in found["rungs"]] == [
+        ("powerdown", "ask"),
+        ("terminate", "SIGTERM"),
+    ]
+    assert any(way.startswith("the monitor at ") for way in found["ways"])
+
+
+@pytest.mark.parametrize("kind", ["qmp", "monitor"])
+def test_the_plan_says_what_a_human_monitor_cannot_do(
+    client: Client, qemu: Make, lab_dir: Path, kind: str
+) -> None:
+    socket = f"unix:{lab_dir / 'socket'},server=on,wait=off"
+    guest = qemu(qmp=False, arguments=[f"-{kind}", socket])
+    wait_for_path(lab_dir / "socket", 30)
+    found = plain(client.call("Plan", "uta{sv}", guest.pid, 0, {})[0])
+    said = any("its only monitor is a human one" in text for text in found["warnings"])
+    assert said is (kind == "monitor")
+
+
+def test_a_socket_that_is_not_the_guests_is_refused(client: Client, qemu: Make) -> None:
+    guest = qemu()
+    with pytest.raises(CallError) as caught:
+        client.terminate(guest.pid, POWERDOWN, qmp_socket=("s", "/run/somebody/elses.sock"))
+    assert caught.value.name == "org.qkilld1.Error.InvalidArgs"
+    assert guest.alive
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "button"])
+def test_what_the_guest_had_written_is_kept(client: Client, agent: bool) -> None:
+    with boot_debian() as debian:
+        if not agent:
+            debian.shell.run("systemctl stop qemu-guest-agent")
+        debian.write_files()
+        result, receipt = client.wait(client.terminate(debian.guest.pid, POWERDOWN | FORCE))
+        assert (result, receipt["guest-asked"]) == ("exited", "shut-down")
+        assert [action for _, action, _ in receipt["rungs"]] == ["agent" if agent else "button"]
+        assert debian.guest.wait_gone(60) == 0
+        assert debian.kept() == (FILES, True)
+
+
+ANSWERING = r"""systemctl stop qemu-guest-agent; nohup perl -e '
+open(P, "+<", "/dev/virtio-ports/org.qemu.guest_agent.0") or die;
+while (1) {
+    # While no program of the host is there, nothing is read.
+    sysread(P, $asked, 4096) or select(undef, undef, undef, 0.1), next;
+    syswrite(P, "\xff{\"return\": $1}\n") if $asked =~ /sync-delimited.*"id": *([0-9]+)/s;
+}' >/dev/null 2>&1 &"""
+"""Starts an agent in the guest that answers, and does nothing it is told."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("agent", "rungs"),
+    [("kill -STOP $(pidof qemu-ga)", ["button"]), (ANSWERING, ["agent", "button"])],
+    ids=["silent", "answers"],
+)
+def test_an_agent_that_does_nothing_is_followed_by_the_button(
+    client: Client, agent: str, rungs: list[str]
+) -> None:
+    with boot_debian() as debian:
+        debian.shell.run(agent)
+        debian.write_files()
+        result, receipt = client.wait(client.terminate(debian.guest.pid, POWERDOWN), timeout=300)
+        assert (result, receipt["guest-asked"]) == ("exited", "shut-down")
+        assert [action for _, action, _ in receipt["rungs"]] == rungs
+        assert debian.guest.wait_gone(60) == 0
+        assert debian.kept() == (FILES, True)
+
+
+@pytest.mark.timeout(900)
+def test_sigterm_alone_pulls_the_plug(client: Client) -> None:
+    """Why a guest is asked at all."""
+    with boot_debian() as debian:
+        debian.write_files()
+        result, receipt = client.wait(client.terminate(debian.guest.pid, FORCE))
+        assert (result, receipt["guest-asked"]) == ("exited", "not-asked")
+        kept, clean = debian.kept()
+    assert (kept < FILES, clean) == (True, False)

@@ -1,0 +1,152 @@
+"""The campaign: `make bench-judgement`, or `python -m tests.campaign` after set-up."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final, NoReturn
+
+from tests.bench import progress
+from tests.campaign import report
+from tests.campaign.cases import CASES
+from tests.campaign.draw import draw
+from tests.campaign.keep import KEPT, keep
+from tests.campaign.pool import AT_ONCE, Done, run_all
+from tests.campaign.spec import HOST, Spec
+from tests.campaign.ways import OURS, WAYS
+
+EPILOG: Final = f"""\
+A run whose samples were late is repeated, three times at most, and counted.
+What is done is kept in {KEPT.name}/ of .lab; --continue does not do it again.
+Exit codes: 0 all runs are right, 1 some are not or could not be done, 130 interrupted.
+"""
+
+
+def main() -> int:
+    arguments = _parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, _interrupt)
+    specs = _specs(arguments)
+    if arguments.compare:
+        return _compare(specs, arguments.jobs)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    log = KEPT / f"seed-{arguments.seed}.jsonl"
+    before = _before(log) if arguments.go_on else {}
+    began = time.monotonic()
+    done: list[Done] = []
+    try:
+        with log.open("a" if arguments.go_on else "w") as file:
+            todo = [spec for spec in specs if spec.name not in before]
+            table = report.RunningTable(len(todo))
+            for one in run_all(todo, arguments.jobs, progress.show):
+                done.append(keep(one))
+                file.write(json.dumps(report.to_json(one)) + "\n")
+                file.flush()
+                if arguments.verbose or not one.clean:
+                    progress.show("")
+                    print(report.line(one), flush=True)
+                for line in table.lines(done):
+                    progress.show("")
+                    print(line, flush=True)
+    except KeyboardInterrupt:
+        progress.show("")
+        print("interrupted: the same command with --continue goes on", file=sys.stderr)
+        return 130
+    progress.show("")
+    every = [*before.values(), *done]
+    print(report.summary(every))
+    print(f"\n{len(done)} runs in {time.monotonic() - began:.0f} s")
+    return 0 if all(one.clean for one in every) else 1
+
+
+def _specs(arguments: argparse.Namespace) -> list[Spec]:
+    if arguments.replay:
+        return [Spec.from_json(json.loads(path.read_text())) for path in arguments.replay]
+    if arguments.case:
+        names = CASES if "all" in arguments.case else arguments.case
+        return [CASES[name].spec for name in names]
+    first = arguments.first
+    return [draw(arguments.seed, number) for number in range(first, first + arguments.runs)]
+
+
+def _compare(specs: Sequence[Spec], jobs: int) -> int:
+    """Print a table with the ends of the same runs under each way to stop."""
+    ends: dict[str, dict[str, Done]] = {spec.name: {} for spec in specs}
+    for way in WAYS:
+        # A clock that is not stopped itself would run on while the host stands still.
+        todo = [spec for spec in specs if way in (OURS, "fixed") or not _pauses(spec)]
+        for one in run_all(todo, jobs, lambda text, way=way: progress.show(f"{way}: {text}"), way):  # type: ignore[misc]
+            ends[one.spec.name][way] = one
+    progress.show("")
+    print("| " + " | ".join(["case", *(title for title, _ in WAYS.values())]) + " |")
+    print("|" + " --- |" * (len(WAYS) + 1))
+    for spec in specs:
+        title = CASES[spec.name].title if spec.name in CASES else spec.name
+        cells = [report.cell(ends[spec.name].get(way)) for way in WAYS]
+        print("| " + " | ".join([f"{title} (`{spec.name}`)", *cells]) + " |", flush=True)
+    return 0
+
+
+def _pauses(spec: Spec) -> bool:
+    return any(change.of == HOST for change in spec.changes)
+
+
+def _before(log: Path) -> dict[str, Done]:
+    """The runs that were judged, by name; the others are to be done again."""
+    found: dict[str, Done] = {}
+    for text in log.read_text().splitlines() if log.exists() else ():
+        # The last line may be cut off.
+        with contextlib.suppress(ValueError):
+            one = report.from_json(json.loads(text))
+            if one.judgement is not None and not one.judgement.too_late:
+                found[one.spec.name] = one
+    return found
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.campaign",
+        description="Stop real QEMUs on random storage, with the truth known, and judge qkilld.",
+        epilog=EPILOG
+        + "\ncases:\n"
+        + "\n".join(f"  {name:<24}{case.title}" for name, case in CASES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", type=int, default=200, metavar="N", help="(default 200)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="(default 1)")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="begin with that run of the seed"
+    )
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="leave out what is done of the seed"
+    )
+    parser.add_argument(
+        "--case", nargs="+", choices=[*CASES, "all"], metavar="NAME", help="these, not random ones"
+    )
+    parser.add_argument(
+        "--replay", nargs="+", type=Path, metavar="FILE", help="runs as they were kept"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=AT_ONCE, metavar="N", help=f"at once (default {AT_ONCE})"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="stop in other ways, too, and print a table of that"
+    )
+    parser.add_argument("--verbose", action="store_true", help="tell of runs that are right too")
+    return parser.parse_args()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"by {signal.Signals(number).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""Compare a run with its truth: what was wrong, and whether it can be judged at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qkilld.decision.waits import server_depth
+from qkilld.model.constants import USEC_PER_SEC, Verdict
+from qkilld.model.sample import Sample
+from qkilld.model.trace import Trace, VerdictRecord, decode
+from tests.campaign.run import Outcome
+from tests.campaign.spec import Spec
+from tests.campaign.truth import BOUNDED, RETRY_S, RIGHT, Span, State, Truth, truth
+
+LATE_S: Final = 0.5
+"""Runs with later samples are not judged, because the host was too busy."""
+INTERVAL_S: Final = 1.0
+"""The longest interval between samples, except with many jobs."""
+COUNTER_STALL_S: Final = 10.0
+DETECTION_S: Final = 1.0
+"""A process must be given up within this time after the policy's limit."""
+SETTLED_S: Final = 6.0 + 1.1
+"""For this time after a change, the verdict may be the previous one: disks write back in bursts up
+to 5 s apart, and a sample may come a second later."""
+_BEFORE: Final = 0.3
+"""SIGKILL may be this much earlier than the lab's clock says, because changes of storage take
+effect just before they are recorded."""
+MAX_DEPTH: Final = 9
+_BYTES: Final = 512
+"""QEMU has written if it is at least so much: less is a keepalive."""
+_LAST_GAP: Final = 2.0
+"""For slow storage SIGKILL may be even earlier, because its last movement may be before the
+standstill."""
+
+
+FALSE_KILL: Final = "false kill"
+FALSE_WAIT: Final = "false wait"
+WRONG_RISK: Final = "wrong risk"
+WRONG_VERDICT: Final = "wrong verdict"
+UNEXPECTED: Final = "unexpected end"
+"""The result of a handwritten case is wrong."""
+UNSEEN: Final = "unseen error"
+"""QEMU dropped records that storage refused, and exited with 0 without a message, so that nothing
+can be seen from outside. Counted, but not wrong."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str
+    text: str
+
+
+@dataclass
+class Judgement:
+    findings: list[Finding]
+    late: float
+    """The largest delay of a sample, s."""
+    detection: float | None
+    """s from the last movement to a correct SIGKILL, beyond the policy's limit."""
+    ticks: int
+    right_ticks: int
+    """The number of verdicts checked, and of correct ones."""
+    counter_kill: float
+    """When a policy that only watches wchar would have sent SIGKILL, s."""
+
+    @property
+    def right(self) -> bool:
+        return all(finding.kind == UNSEEN for finding in self.findings)
+
+    @property
+    def too_late(self) -> bool:
+        return self.late > LATE_S
+
+
+def judge(spec: Spec, outcome: Outcome) -> Judgement:
+    found = truth_of(spec, outcome)
+    trace = decode(Path(outcome.trace).read_text()) if outcome.trace else None
+    killed = kill_time(outcome)
+    end = killed if killed is not None else outcome.seconds - outcome.delay
+    findings = [
+        *_kill(found, outcome, killed),
+        *_wait(found, outcome, killed, end, trace),
+        *_risk(found, outcome, killed),
+    ]
+    wrong, ticks = _verdicts(found, trace, end)
+    findings += [
+        Finding(WRONG_VERDICT, f"{verdict} at {at:.1f} s ({count} ticks) while {state.value}")
+        for (verdict, state), (at, count) in wrong.items()
+    ]
+    return Judgement(
+        findings,
+        _lateness(trace, found, end),
+        _detection(found, killed),
+        ticks,
+        ticks - sum(count for _, count in wrong.values()),
+        _counter_kill(trace),
+    )
+
+
+def truth_of(spec: Spec, outcome: Outcome) -> Truth:
+    """Return the truth of a run. Its times count from the start of the job, as qkilld's do."""
+    return truth(spec, [(at - outcome.delay, change) for at, change in outcome.applied])
+
+
+def kill_time(outcome: Outcome) -> float | None:
+    """Return when SIGKILL was sent."""
+    for _, number, at in outcome.receipt.get("rungs", ()):
+        if number == "SIGKILL":
+            return float(at) / USEC_PER_SEC
+    return None
+
+
+def _early(found: Truth, span: Span) -> float:
+    """Return how much earlier than the policy's limit SIGKILL may be."""
+    before = [other for other in found.spans if other.until == span.since]
+    was_slow = any(other.state in (State.SLOW, State.GAPS) for other in before)
+    return _LAST_GAP if was_slow else _BEFORE
+
+
+def rightly_killed(found: Truth, at: float) -> Span | None:
+    """Return the span that justifies a SIGKILL at that time, if there is one."""
+    for span in found.spans:
+        if span.state in BOUNDED and span.since <= at < span.until + LATE_S:
+            stood = found.looked(found.stands_since(span), at)
+            if stood >= found.earliest_kill(span) - _early(found, span):
+                return span
+    return None
+
+
+def _kill(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Finding]:
+    if killed is not None and rightly_killed(found, killed) is None:
+        span = found.at(killed)
+        stood = f" for {found.looked(span.since, killed):.1f} s" if span.state in BOUNDED else ""
+        lost = f", {outcome.lost} of {outcome.records} records lost" if outcome.lost else ""
+        yield Finding(FALSE_KILL, f"at {killed:.1f} s, while {span.state.value}{stood}{lost}")
+
+
+def _wait(
+    found: Truth, outcome: Outcome, killed: float | None, end: float, trace: Trace | None
+) -> Iterator[Finding]:
+    """Where nothing moves; and where nothing holds it any more, so that it should exit."""
+    for span in found.spans:
+        since, until = span.since, min(span.until, end)
+        allowed = found.spec.longest_stall + DETECTION_S + LATE_S
+        if span.state in (State.BROKEN, State.FAST):
+            # It may have to find a server that is back first.
+            allowed += RETRY_S
+        elif span.state not in BOUNDED or since >= end or (span.mixed and not span.reconnects):
+            continue
+        elif any(other.reconnects for other in found.spans):
+            since = _last_moved(trace, found.stands_since(span), until)
+        waited = found.looked(since, until)
+        if waited > allowed:
+            how = "killed" if killed is not None else outcome.result
+            told = f"{span.state.value} from {since:.1f} s on"
+            policy = f"{found.spec.longest_stall:.0f} s"
+            yield Finding(FALSE_WAIT, f"{told}, {how} after {waited:.1f} s, not {policy}")
+            return
+
+
+def _last_moved(trace: Trace | None, since: float, until: float) -> float:
+    """When QEMU wrote or read last between these times; `since` if it did not."""
+    moved, before = since, None
+    for sample in trace.of(Sample) if trace else ():
+        at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
+        if sample.io is None:
+            continue
+        now = sample.io.write_bytes + sample.io.read_bytes
+        now += sum((socket.acked or 0) + (socket.received or 0) for socket in sample.sockets or ())
+        if before is not None and abs(now - before) >= _BYTES and since < at <= until:
+            moved = at
+        before = now
+    return moved
+
+
+def _detection(found: Truth, killed: float | None) -> float | None:
+    span = rightly_killed(found, killed) if killed is not None else None
+    if span is None or killed is None or span.state is not State.STILL or span.mixed:
+        return None
+    return found.looked(span.since, killed) - found.spec.storage_stall
+
+
+def _risk(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Finding]:
+    lost = f"{outcome.lost} of {outcome.records} records"
+    if outcome.bitmap_lost:
+        lost += " and the bitmap"
+    if outcome.result == "running":
+        return
+    something = outcome.lost > 0 or outcome.bitmap_lost
+    broken = any(span.state is State.BROKEN for span in found.spans)
+    if something and broken and not outcome.at_risk:
+        yield Finding(UNSEEN, f"{lost} lost to errors of the storage, and no data at risk")
+    elif something and not outcome.at_risk:
+        yield Finding(WRONG_RISK, f"{lost} lost, {outcome.result}, and no data at risk")
+    elif killed is not None and not outcome.at_risk and _owes(found.spec):
+        yield Finding(WRONG_RISK, "killed with writes outstanding, and no data at risk")
+    if outcome.at_risk and outcome.result == "exited" and not (something or broken):
+        yield Finding(WRONG_RISK, "exited with all of it, and data at risk")
+
+
+def _owes(spec: Spec) -> bool:
+    return any(disk.kind != "vhost" for disk in spec.disks)
+
+
+def _verdicts(
+    found: Truth, trace: Trace | None, end: float
+) -> tuple[dict[tuple[str, State], tuple[float, int]], int]:
+    """Return wrong verdicts, as (verdict, state) to (when first, how often), and the number
+    checked."""
+    wrong: dict[tuple[str, State], tuple[float, int]] = {}
+    ticks = 0
+    for at, verdict in verdicts(trace):
+        settled = all(not 0 <= at - changed < SETTLED_S for changed in (0.0, *found.changes))
+        if not 0 <= at < end - 0.1 or not settled:
+            continue
+        span = found.at(at)
+        if span.mixed or span.state not in RIGHT:
+            continue
+        ticks += 1
+        if verdict not in _right(found.spec, span.state):
+            key = (verdict.value, span.state)
+            first, count = wrong.get(key, (at, 0))
+            wrong[key] = (first, count + 1)
+    return wrong, ticks
+
+
+def _right(spec: Spec, state: State) -> frozenset[Verdict]:
+    """Unreadable storage may be called unknown, but never idle."""
+    unread = {"threads", "netns"} & set(spec.noises)
+    unread |= {disk.syntax for disk in spec.disks} & {"added", "mirror"}
+    # Of a server that has other clients, too, it may not show for whom it works.
+    unknown = {Verdict.UNKNOWN} if (unread and state in BOUNDED) or spec.doubtful else set()
+    return RIGHT[state] | unknown
+
+
+def verdicts(trace: Trace | None) -> Iterator[tuple[float, Verdict]]:
+    """Yield the verdict at each sample of a trace."""
+    if trace is None:
+        return
+    turns: Sequence[VerdictRecord] = trace.of(VerdictRecord)
+    for sample in trace.of(Sample):
+        known = [turn.verdict for turn in turns if turn.at <= sample.at]
+        if known and known[-1] not in (Verdict.GONE, Verdict.ZOMBIE):
+            yield (sample.at - trace.header.started) / USEC_PER_SEC, known[-1]
+
+
+def _counter_kill(trace: Trace | None) -> float:
+    """The policy `wchar` of tests.safety, assuming that its counter stops with the trace."""
+    moved, before = 0.0, None
+    for sample in trace.of(Sample) if trace else ():
+        at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
+        if at - moved >= COUNTER_STALL_S:
+            break
+        if sample.io is not None and sample.io.wchar != before:
+            moved, before = at, sample.io.wchar
+    return moved + COUNTER_STALL_S
+
+
+def _lateness(trace: Trace | None, found: Truth, end: float) -> float:
+    if trace is None:
+        return 0.0
+    times = [(sample.at - trace.header.started) / USEC_PER_SEC for sample in trace.of(Sample)]
+    times = [0.0, *(at for at in times if at <= end), end]
+    gaps = [found.looked(one, other) for one, other in itertools.pairwise(times)]
+    return max(0.0, max(gaps) - INTERVAL_S, _search(trace, found) - INTERVAL_S)
+
+
+def _search(trace: Trace, found: Truth) -> float:
+    """Return how long the search for a server took, s: on a busy host that is late, too.
+
+    What a server did until then may be progress, and puts SIGKILL off.
+    """
+    returns = any(change.what == "back" for change in found.spec.changes)
+    first: dict[int, float] = {}
+    depths: dict[int, int] = {}
+    longest = 0.0
+    for sample in trace.of(Sample):
+        at = sample.at / USEC_PER_SEC
+        for socket in sample.sockets or ():
+            begun = first.setdefault(socket.inode, at)
+            depth = min(server_depth(socket.peer), 1 if returns else MAX_DEPTH)
+            if depth > depths.get(socket.inode, 0):
+                depths[socket.inode] = depth
+                longest = max(longest, at - begun)
+    return longest

@@ -1,0 +1,34 @@
+"""Keep wrong runs: the spec to repeat it, and the trace to examine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Final
+
+from tests.campaign.pool import Done
+from tests.lab.image import CACHE
+
+KEPT: Final = CACHE / "campaign"
+
+
+def keep(one: Done) -> Done:
+    """Keep the run under its name, or remove an earlier one of that name if this one was right.
+
+    Otherwise the trace would be removed with the run.
+    """
+    spec, trace = KEPT / f"{one.spec.name}.json", KEPT / f"{one.spec.name}.trace.jsonl"
+    if one.clean:
+        spec.unlink(missing_ok=True)
+        trace.unlink(missing_ok=True)
+        if one.outcome is not None and one.outcome.trace:
+            Path(one.outcome.trace).unlink(missing_ok=True)
+            one.outcome.trace = ""
+    elif one.outcome is not None and one.outcome.trace:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        if Path(one.outcome.trace) != trace:
+            shutil.move(one.outcome.trace, trace)
+        spec.write_text(json.dumps(one.spec.to_json(), indent=2) + "\n")
+        one.outcome.trace = str(trace)
+    return one

@@ -1,0 +1,114 @@
+"""The quality of qkilld as a failure detector, next to simpler ones on the same runs.
+
+The metrics are those of Chen, Toueg and Aguilera (On the Quality of Service of Failure Detectors,
+IEEE Trans. Computers 51(5), 2002). The failure is a permanent standstill of a run's storage or
+process; the suspicion is SIGKILL, which is final:
+
+    detection time             from the permanent standstill to SIGKILL
+    mistake                    SIGKILL to a process that would have finished, or before the policy's
+                               limit
+    mistake recurrence time    observed time for each mistake
+    query accuracy             the share of its time in which a process that would finish was
+                               correctly trusted
+
+The other detectors are not run: their SIGKILL is computed from qkilld's runs, for the fixed clock
+from its timeout, for the counter from the trace. After qkilld has killed a process, they are judged
+as far as the schedule tells.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.campaign.judge import kill_time, rightly_killed, truth_of
+from tests.campaign.pool import Done
+from tests.campaign.truth import BOUNDED
+
+FIXED_S: Final = 10.0
+"""The fixed timeout of 2012."""
+INFINITY: Final = float("inf")
+
+
+@dataclass
+class Quality:
+    detections: list[float] = field(default_factory=list)
+    missed: int = 0
+    """Processes that would be waited for without end."""
+    mistakes: int = 0
+    watched: float = 0
+    """Seconds in which nothing had failed."""
+    trusted: float = 0
+
+
+def _ours(one: Done) -> float:
+    killed = kill_time(one.outcome) if one.outcome else None
+    return INFINITY if killed is None else killed
+
+
+def _counter(one: Done) -> float:
+    assert one.judgement is not None
+    return one.judgement.counter_kill
+
+
+POLICIES: Final[Mapping[str, Callable[[Done], float]]] = {
+    "qkilld": _ours,
+    "fixed clock, 10 s": lambda one: FIXED_S,
+    "one counter (wchar), 10 s": _counter,
+    "SIGTERM and patience": lambda one: INFINITY,
+}
+
+
+def quality(done: Sequence[Done], kills: Callable[[Done], float]) -> Quality:
+    """Judge a policy that sends SIGKILL at that time if the process is still there."""
+    found = Quality()
+    for one in done:
+        if one.outcome is None or one.judgement is None or one.judgement.too_late:
+            continue
+        known = truth_of(one.spec, one.outcome)
+        last = known.spans[-1]
+        killed = kills(one)
+        if last.state in BOUNDED and one.outcome.result != "exited":
+            since = last.since
+            if killed == INFINITY:
+                found.missed += 1
+            elif rightly_killed(known, killed):
+                found.detections.append(killed - since)
+            else:
+                found.mistakes += 1
+            found.watched += since
+            found.trusted += min(since, killed)
+            continue
+        # It finished, or would have: if qkilld killed it, not before the schedule ends.
+        finished = one.outcome.seconds - one.outcome.delay
+        if one.outcome.result != "exited":
+            finished = max([finished, *(change.at for change in one.spec.changes)])
+        if killed < finished and rightly_killed(known, killed):
+            continue
+        found.watched += finished
+        found.trusted += min(finished, killed)
+        found.mistakes += killed < finished
+    return found
+
+
+def table(done: Sequence[Done]) -> str:
+    lines = [
+        "| policy | detection time, median and most | never detected | mistakes |"
+        " mistake recurrence time | query accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, kills in POLICIES.items():
+        found = quality(done, kills)
+        detected = "none"
+        if found.detections:
+            median, most = statistics.median(found.detections), max(found.detections)
+            detected = f"{median:.1f} s, {most:.1f} s ({len(found.detections)})"
+        recurrence = f"{found.watched / found.mistakes:.0f} s" if found.mistakes else "none seen"
+        accuracy = f"{found.trusted / found.watched:.3f}" if found.watched else "-"
+        lines.append(
+            f"| {name} | {detected} | {found.missed} | {found.mistakes} | {recurrence} |"
+            f" {accuracy} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""Block QEMU itself, not its storage: by a signal, a freezer, a debugger, a full pipe.
+
+    python -m tests.campaign.standstill PID
+
+holds that process as a debugger does, prints "held" and releases it at the end of its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from tests.campaign.noise import parents
+from tests.lab.bare import BareGuest
+from tests.lab.groups import temporary_group
+from tests.lab.process import TOP, end, spawn
+
+_SEIZE: Final = 0x4206
+_INTERRUPT: Final = 0x4207
+_WAIT_ALL: Final = 0x40000000
+"""__WALL of waitpid(2): threads too."""
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+class FullPipe:
+    """A pipe that is full between `fill` and `drain`, and read at other times."""
+
+    def __init__(self) -> None:
+        self._read, self.write = os.pipe()
+        fcntl.fcntl(self.write, fcntl.F_SETPIPE_SZ, 4096)
+        self._thread: threading.Thread | None = None
+
+    def fill(self) -> None:
+        os.set_blocking(self.write, False)
+        # Short writes are atomic, so the last bytes are written one by one.
+        for size in (4096, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(self.write, b"x" * size)
+        os.set_blocking(self.write, True)
+
+    def drain(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_all, daemon=True)
+            self._thread.start()
+
+    def _read_all(self) -> None:
+        while os.read(self._read, 65536):
+            pass
+
+    def close(self) -> None:
+        """Call when the writer is gone or running again."""
+        self.drain()
+        os.close(self.write)
+        assert self._thread is not None
+        self._thread.join(30)
+        os.close(self._read)
+
+
+class Standstill:
+    """Standstills of one QEMU, undone by `go` and at the end."""
+
+    def __init__(self, guest: BareGuest, pipe: FullPipe | None, stack: contextlib.ExitStack):
+        self._guest, self._pipe, self._stack = guest, pipe, stack
+        self._undo: list[Callable[[], object]] = []
+
+    def apply(self, what: str) -> None:
+        match what:
+            case "stop":
+                self._guest.signal(signal.SIGSTOP)
+                self._undo.append(lambda: self._guest.signal(signal.SIGCONT))
+            case "frozen":
+                self._freeze()
+            case "trace":
+                self._trace()
+            case "pipe":
+                assert self._pipe is not None
+                self._pipe.fill()
+                self._undo.append(self._pipe.drain)
+            case "go":
+                self.go()
+
+    def go(self) -> None:
+        while self._undo:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                self._undo.pop()()
+
+    def _freeze(self) -> None:
+        (parent,) = parents("freezer")
+        group = self._stack.enter_context(temporary_group(parent))
+        (group / "cgroup.procs").write_text(str(self._guest.pid))
+        control, frozen, thawed = (
+            (group / "freezer.state", "FROZEN", "THAWED")
+            if (group / "freezer.state").exists()
+            else (group / "cgroup.freeze", "1", "0")
+        )
+        control.write_text(frozen)
+        self._undo.append(lambda: control.write_text(thawed))
+
+    def _trace(self) -> None:
+        argv = [sys.executable, "-m", "tests.campaign.standstill", str(self._guest.pid)]
+        tracer = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOP)
+        self._stack.callback(end, tracer)
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == b"held\n", "QEMU cannot be traced"
+        self._undo.append(lambda: end(tracer))
+
+
+def hold(pid: int) -> None:
+    """Trace and stop all threads of the process."""
+    for thread in (int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()):
+        if _libc.ptrace(_SEIZE, thread, 0, 0):
+            raise OSError(ctypes.get_errno(), f"PTRACE_SEIZE of thread {thread}")
+        _libc.ptrace(_INTERRUPT, thread, 0, 0)
+        os.waitpid(thread, _WAIT_ALL)
+
+
+if __name__ == "__main__":
+    hold(int(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+    # The end of a tracer releases its tracees.

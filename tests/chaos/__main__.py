@@ -1,0 +1,104 @@
+"""Stops while everything fails: `make chaos`, or `python -m tests.chaos` after set-up."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Final, NoReturn
+
+from tests.chaos import plan
+from tests.chaos.run import Report, prepared, run
+from tests.lab.needs import Missing
+from tests.lab.process import become_subreaper
+from tests.lab.scratch import remove_run_directory
+
+JOBS: Final = 50
+SECONDS: Final = 60.0
+
+EPILOG: Final = """\
+The same seed gives the same guests, calls and incidents at the same times; what each meets is not
+repeated to the millisecond.
+Exit codes: 0 done, 1 something that must never be, 2 this machine lacks something, 130 interrupted.
+"""
+
+
+def main() -> int:
+    arguments = _parse()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    become_subreaper()
+    print(f"seed {arguments.seed}: `make chaos OPTIONS=--seed={arguments.seed}` repeats it")
+    whole = plan.make(
+        arguments.seed, jobs=arguments.jobs, seconds=arguments.seconds, qemus=arguments.qemus
+    )
+    try:
+        with prepared() as system:
+            report = run(system, whole)
+    except Missing as missing:
+        print(missing, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        remove_run_directory()
+    print(table(report))
+    return 1 if report.broken() else 0
+
+
+def table(report: Report) -> str:
+    faults = Counter(incident.fault for incident, _, _ in report.incidents)
+    kinds: dict[str, Counter[str]] = {}
+    for record in report.records:
+        word = record.result or ("killed" if record.killed else "no result")
+        kinds.setdefault(record.guest.kind, Counter())[word] += 1
+    again = sum(len(record.signals) > 1 for record in report.records)
+    lines = ["", f"{len(report.records)} guests in {report.seconds:.0f} s", ""]
+    lines += [f"  {count:>5}  {fault}" for fault, count in faults.most_common()]
+    lines += ["", f"  {'guests':<34}{'':>3}  what came of their jobs"]
+    for kind, results in kinds.items():
+        shown = ", ".join(f"{count} {word}" for word, count in results.most_common())
+        lines.append(f"  {kind:<34}{results.total():>3}  {shown}")
+    lines += ["", "accounted for:"]
+    lines += [f"  {count:>5}  {word}" for word, count in report.outcomes().most_common()]
+    lines += [
+        "",
+        f"restarts of the daemon by systemd: {report.restarts}",
+        f"guests that got SIGTERM more than once: {again}",
+        "",
+    ]
+    lines += [f"FAULT: {text}" for text in report.broken()] or ["no fault"]
+    return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="Stop guests while the daemon, the bus, the journal and systemd fail.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().getrandbits(32), help="repeat that run"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=JOBS, metavar="N", help=f"guests (default {JOBS})"
+    )
+    parser.add_argument(
+        "--qemus", type=int, default=8, metavar="N", help="real ones among them (default 8)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help=f"default {SECONDS:g}"
+    )
+    return parser.parse_args()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"by {signal.Signals(number).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

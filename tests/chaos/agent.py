@@ -1,0 +1,215 @@
+"""Start the guests of a plan inside the throwaway system, and act as the client of every job.
+
+    python -m tests.chaos.agent DIRECTORY STAND-IN SECONDS
+
+Reads guests as JSON from its input, one a line, until an empty line. Prints {"ready": true}, waits
+for a line, and then requests the stops at their times. Its output is events as JSON, one a line:
+see Event. It ends when every job has a result, or some time after SECONDS, and ends the remaining
+guests too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import select
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.chaos.plan import GRACE_S, STALL_S, Act, Guest, Kind
+from tests.lab.bus import CallError, Client
+from tests.lab.process import end, spawn
+
+BUS: Final = "unix:path=/run/dbus/system_bus_socket"
+QEMU: Final = "/usr/bin/qemu-system-x86_64"
+JOB: Final = "org.qkilld1.Job"
+RETRY_S: Final = 0.2
+PATIENCE_S: Final = 150.0
+"""How long a job is waited for after the last incident."""
+LINGER_S: Final = GRACE_S + STALL_S + 1
+"""How long guests are watched after the last job."""
+_PASSING: Final = frozenset(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in (
+        *("NoReply", "Disconnected", "ServiceUnknown", "NameHasNoOwner", "TimedOut", "Timeout"),
+        *("Spawn.ExecFailed", "Spawn.ChildExited", "Spawn.ChildSignaled", "Failed"),
+    )
+) | {"org.freedesktop.systemd1.TransactionIsDestructive"}
+"""Transient errors of the bus and of systemd; errors of qkilld are answers."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event of a guest; times in seconds of CLOCK_MONOTONIC."""
+
+    guest: int
+    what: str
+    """started, asked (a call is sent), answered, refused, result, lost, gone, alive."""
+    at: float
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+
+def note(guest: int, what: str, at: float | None = None, **detail: Any) -> None:
+    _events.put(Event(guest, what, time.monotonic() if at is None else at, detail))
+
+
+class JobClient:
+    """Has one guest stopped, and follows its job despite all failures. Runs in its own thread."""
+
+    def __init__(self, guest: Guest, pid: int, began: float, until: float) -> None:
+        """`began`: the start of the run; `until`: when to stop waiting for its jobs."""
+        self._guest = guest
+        self._pid = pid
+        self._until = until
+        self._began = began
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            note(self._guest.number, "fault", error=repr(error))
+
+    def _run(self) -> None:
+        time.sleep(max(0.0, self._began + self._guest.start - time.monotonic()))
+        body = self._call("Terminate", "ut", self._pid, self._guest.flags)
+        if body is None:
+            return
+        path = str(body[0])
+        answered = time.monotonic()
+        acts = threading.Thread(target=self._act, args=(path, answered))
+        acts.start()
+        while (body := self._call("Wait", path=path, interface=JOB)) == ():
+            pass
+        if body is not None:
+            note(self._guest.number, "result", result=body[0], path=path)
+        acts.join()
+
+    def _act(self, path: str, answered: float) -> None:
+        for act in self._guest.acts:
+            time.sleep(max(0.0, answered + act.after - time.monotonic()))
+            arguments = () if act.usec is None else ("t", act.usec)
+            if self._call(act.member, *arguments, path=path, interface=JOB) is None:
+                return
+
+    def _call(self, member: str, *arguments: Any, **where: str) -> tuple[Any, ...] | None:
+        """Return the body of the reply; None if the daemon refuses. Repeats the call until it is
+        answered."""
+        number = self._guest.number
+        while True:
+            asked = time.monotonic()
+            if asked > self._until:
+                note(number, "lost", member=member, error="no answer")
+                return None
+            note(number, "asked", asked, member=member)
+            try:
+                with Client(BUS) as client:
+                    body = client.call(member, *arguments, timeout=self._until - asked, **where)
+                note(number, "answered", member=member, asked=asked, path=str(body[:1]))
+                return body
+            except CallError as error:
+                if error.name not in _PASSING:
+                    note(number, "refused", member=member, name=error.name, text=error.text)
+                    return None
+            except (OSError, EOFError, TimeoutError, ValueError):
+                pass  # The bus is gone, or disappeared during the call.
+            time.sleep(RETRY_S)
+
+
+def _start(guest: Guest, directory: Path, stand_in: str, stack: contextlib.ExitStack) -> int:
+    """Return its pidfd."""
+    name = f"chaos{guest.number}"
+    if guest.kind is Kind.QEMU:
+        words = [QEMU, "-M", "none", "-nodefaults", "-display", "none", "-name", name]
+    else:
+        log = str(directory / f"{guest.number}.log")
+        words = [stand_in, log, guest.mode, str(guest.milliseconds), "-name", name]
+    process = spawn(words)
+    stack.callback(end, process)
+    pidfd = os.pidfd_open(process.pid)
+    stack.callback(os.close, pidfd)
+    note(guest.number, "started", pid=process.pid)
+    return pidfd
+
+
+def _exits(pidfds: dict[int, int], stop: threading.Event) -> None:
+    """Record when each guest, given by its pidfd, exits."""
+    left = dict(pidfds)
+    while left and not stop.is_set():
+        for pidfd in select.select(list(left), [], [], 0.2)[0]:
+            at = time.monotonic()
+            # Its Popen reaps it later.
+            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+            assert status is not None
+            number = left.pop(pidfd)
+            killed = status.si_code != os.CLD_EXITED
+            note(number, "gone", at, signal=killed, status=status.si_status)
+    for number in left.values():
+        note(number, "alive")
+
+
+def _guests() -> Iterator[Guest]:
+    while line := sys.stdin.readline().strip():
+        fields = json.loads(line)
+        acts = tuple(Act(**act) for act in fields.pop("acts"))
+        yield Guest(**fields | {"kind": Kind(fields["kind"]), "acts": acts})
+
+
+def main() -> None:
+    directory, stand_in, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    with contextlib.ExitStack() as stack:
+        guests = list(_guests())
+        pidfds = {_start(guest, directory, stand_in, stack): guest for guest in guests}
+        numbers = {pidfd: guest.number for pidfd, guest in pidfds.items()}
+        print(json.dumps({"ready": True}), flush=True)
+        sys.stdin.readline()
+        began = time.monotonic()
+        note(-1, "began", began)
+        until = began + seconds + PATIENCE_S
+        stop = threading.Event()
+        watching = threading.Thread(target=_exits, args=(numbers, stop))
+        watching.start()
+        clients = []
+        pids = {event.guest: event.detail["pid"] for event in _take() if event.what == "started"}
+        for guest in guests:
+            if guest.kind is not Kind.BYSTANDER:
+                client = JobClient(guest, pids[guest.number], began, until)
+                clients.append(threading.Thread(target=client.run))
+                clients[-1].start()
+        for thread in clients:
+            while thread.is_alive():
+                thread.join(0.1)
+                _take()
+        # A forbidden signal would arrive within this time.
+        linger = time.monotonic() + LINGER_S
+        while time.monotonic() < linger:
+            time.sleep(0.1)
+            _take()
+        stop.set()
+        watching.join()
+        _take()
+
+
+def _take() -> list[Event]:
+    """Return the events recorded since the last call."""
+    taken = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            taken.append(_events.get_nowait())
+    for event in taken:
+        print(json.dumps(dataclasses.asdict(event)), flush=True)
+    return taken
+
+
+if __name__ == "__main__":
+    main()

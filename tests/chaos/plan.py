@@ -1,0 +1,163 @@
+"""Generate everything that happens in a run from one seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+GRACE_S: Final = 5.0
+STALL_S: Final = 3.0
+STORAGE_STALL_S: Final = 8.0
+CONFIG: Final = f"""\
+[Policy]
+GraceSec={GRACE_S:g}s
+StallSec={STALL_S:g}s
+StorageStallSec={STORAGE_STALL_S:g}s
+"""
+FIXED_S: Final = 10.0
+"""Time before SIGKILL with FIXED."""
+EXTEND_S: Final = 12.0
+HOLD_S: Final = 8.0
+FORCE, NOWAIT, FIXED = 1, 2, 8
+
+
+class Kind(StrEnum):
+    """What a guest does, and how it is stopped."""
+
+    POLITE = "exits on SIGTERM"
+    QEMU = "a real QEMU"
+    FLUSHING = "flushes, FORCE"
+    FORCED = "ignores SIGTERM, FORCE"
+    FIXED = "ignores SIGTERM, FORCE and FIXED"
+    SPARED = "ignores SIGTERM, no FORCE"
+    NOWAIT = "ignores SIGTERM, NOWAIT"
+    CANCELLED = "ignores SIGTERM, FORCE, cancelled"
+    HELD = "ignores SIGTERM, FORCE, held"
+    EXTENDED = "ignores SIGTERM, FORCE, extended"
+    BYSTANDER = "nobody stops it"
+
+
+_FLAGS: Final = {
+    Kind.FLUSHING: FORCE,
+    Kind.FORCED: FORCE,
+    Kind.FIXED: FORCE | FIXED,
+    Kind.NOWAIT: NOWAIT,
+    Kind.CANCELLED: FORCE,
+    Kind.HELD: FORCE,
+    Kind.EXTENDED: FORCE,
+}
+
+
+@dataclass(frozen=True)
+class Act:
+    """Another call of a client for its job."""
+
+    after: float
+    """Seconds after the reply to the call that started the job."""
+    member: str
+    usec: int | None = None
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A process, and its job."""
+
+    number: int
+    kind: Kind
+    start: float
+    """When its stop is requested: seconds after the start of the run."""
+    flags: int
+    milliseconds: int
+    """How long it takes to exit after SIGTERM."""
+    acts: Sequence[Act] = ()
+
+    @property
+    def mode(self) -> str:
+        """The mode of the stand-in."""
+        if self.kind in (Kind.POLITE, Kind.FLUSHING):
+            return self.kind.name.lower()
+        return "stubborn"
+
+
+class Fault(StrEnum):
+    """Something that fails."""
+
+    KILL = "SIGKILL to the daemon"
+    STOP = "SIGSTOP to the daemon"
+    BUS = "a restart of the bus"
+    JOURNALD = "SIGSTOP to journald"
+    FULL = "/run is full"
+    REEXEC = "systemd executes itself anew"
+    CLOCK = "the clock jumps"
+
+
+_LASTS: Final = {Fault.STOP: (0.3, 4.0), Fault.JOURNALD: (1.0, 6.0), Fault.FULL: (0.5, 3.0)}
+"""Duration in seconds, for faults that do not end by themselves."""
+
+
+@dataclass(frozen=True)
+class Incident:
+    at: float
+    """Seconds after the start of the run."""
+    fault: Fault
+    lasts: float = 0.0
+    shift: int = 0
+    """Change of the clock, in seconds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    guests: Sequence[Guest]
+    incidents: Sequence[Incident]
+    seconds: float
+    """When the last incident has ended."""
+
+
+def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 5) -> Plan:
+    """Return a plan whose jobs and incidents begin within `seconds`."""
+    rng = random.Random(seed)
+    kinds = [kind for kind in Kind if kind not in (Kind.QEMU, Kind.BYSTANDER)]
+    chosen = [Kind.QEMU] * qemus + [kinds[i % len(kinds)] for i in range(jobs - qemus)]
+    rng.shuffle(chosen)
+    guests = [_guest(rng, number, kind, seconds) for number, kind in enumerate(chosen)]
+    guests += [Guest(jobs + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(bystanders)]
+    incidents = _incidents(rng, seconds)
+    end = max(incident.at + incident.lasts for incident in incidents)
+    return Plan(tuple(guests), tuple(incidents), end)
+
+
+def _guest(rng: random.Random, number: int, kind: Kind, seconds: float) -> Guest:
+    flags = _FLAGS.get(kind, rng.choice((0, FORCE)) if kind in (Kind.POLITE, Kind.QEMU) else 0)
+    acts: list[Act] = []
+    if kind is Kind.CANCELLED:
+        acts.append(Act(rng.uniform(0.1, 3.0), "Cancel"))
+    elif kind is Kind.HELD:
+        begin = rng.uniform(0.1, 2.0)
+        acts += [Act(begin, "Hold"), Act(begin + HOLD_S, "Release")]
+    elif kind is Kind.EXTENDED:
+        acts.append(Act(rng.uniform(0.1, 2.0), "Extend", int(EXTEND_S * 1e6)))
+    takes = rng.randint(50, 800) if kind is Kind.POLITE else rng.randint(6_000, 14_000)
+    return Guest(number, kind, rng.uniform(0.0, seconds * 0.8), flags, takes, tuple(acts))
+
+
+def _incidents(rng: random.Random, seconds: float) -> list[Incident]:
+    """Every fault occurs at least once if time allows; no lasting fault overlaps itself."""
+    found: list[Incident] = []
+    free: dict[Fault, float] = {}
+    turns = [fault for fault in Fault for _ in range(3 if fault is Fault.KILL else 1)]
+    order: list[Fault] = []
+    at = 0.5
+    while at < seconds:
+        if not order:
+            order = rng.sample(turns, len(turns))
+        fault = order.pop()
+        if free.get(fault, 0.0) <= at:
+            lasts = rng.uniform(*_LASTS.get(fault, (0.0, 0.0)))
+            shift = rng.choice((-3600, 3600, -86_400, 40, 0)) if fault is Fault.CLOCK else 0
+            found.append(Incident(at, fault, lasts, shift))
+            free[fault] = at + lasts + 0.5
+        at += rng.uniform(0.2, 1.4)
+    return found

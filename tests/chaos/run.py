@@ -1,0 +1,227 @@
+"""One run: a throwaway system, the agent in it, and failures around both."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from tests.chaos import rules
+from tests.chaos.agent import Event
+from tests.chaos.plan import CONFIG, Fault, Guest, Incident, Kind, Plan
+from tests.lab import needs
+from tests.lab.container import CHECKOUT, PYTHON, Container
+from tests.lab.scratch import scratch
+from tests.safety.contained import Contained
+
+STAND_IN: Final = "/usr/local/bin/qemu-system-x86_64"
+HOME: Final = "/var/lib/chaos"
+CLOCK: Final = f"{HOME}/clock"
+"""The daemon's time of day, faketime(1)."""
+RUN_BYTES: Final = "64M"
+_FILL: Final = "/run/filled"
+END_S: Final = 300.0
+"""Time for the agent to end after the last incident."""
+
+
+@dataclass
+class Report:
+    plan: Plan
+    records: Sequence[rules.Record]
+    incidents: Sequence[rules.Lasted]
+    seconds: float
+    restarts: int
+    """Restarts of the daemon by systemd."""
+    events: Sequence[Event]
+
+    def outcomes(self) -> Counter[str]:
+        return Counter(rules.outcome(one, self.incidents) or "MISSING" for one in self.records)
+
+    def broken(self) -> list[str]:
+        """Return the broken rules."""
+        return [
+            f"guest {record.guest.number} ({record.guest.kind}): {text}"
+            for record in self.records
+            for text in rules.broken(record, self.incidents)
+        ]
+
+
+def run(system: Container, plan: Plan) -> Report:
+    """Run a plan in a system with the daemon installed, which cannot be used again.
+
+    Raises needs.Missing.
+    """
+    with scratch("h") as home:
+        return _run(system, plan, home)
+
+
+def _run(system: Container, plan: Plan, home: Path) -> Report:
+    """Guests write to `home`, a disk of the host, because writes to files in memory are no
+    progress."""
+    _prepare(system)
+    began = time.monotonic()
+    with system.spawn(
+        *(PYTHON, "-m", "tests.chaos.agent", str(home), STAND_IN, str(plan.seconds)),
+        stdin=subprocess.PIPE,
+        stderr=None,
+    ) as agent:
+        assert agent.stdin is not None and agent.stdout is not None
+        for guest in plan.guests:
+            agent.stdin.write(json.dumps(dataclasses.asdict(guest)).encode() + b"\n")
+        agent.stdin.write(b"\n")
+        agent.stdin.flush()
+        assert agent.stdout.readline() == b'{"ready": true}\n', "the agent did not start"
+        agent.stdin.write(b"\n")
+        agent.stdin.flush()
+        events: list[Event] = []
+        reading = threading.Thread(target=_read, args=(agent.stdout, events))
+        reading.start()
+        try:
+            incidents = _happen(system, plan.incidents)
+            reading.join(END_S)
+            assert not reading.is_alive(), "the agent has not ended"
+        finally:
+            if reading.is_alive():
+                agent.kill()
+                reading.join()
+        assert agent.wait(30) == 0, "the agent failed, see above"
+    took = time.monotonic() - began
+    logs = {guest: _log(home, guest) for guest in plan.guests}
+    records = [
+        rules.record_of(guest, [one for one in events if one.guest == guest.number], logs[guest])
+        for guest in plan.guests
+    ]
+    return Report(
+        plan=plan,
+        records=records,
+        incidents=incidents,
+        seconds=took,
+        restarts=int(system.property("qkilld.service", "NRestarts")),
+        events=events,
+    )
+
+
+def _prepare(system: Container) -> None:
+    library = _faketime()
+    Contained(system).show_storage()
+    system.run("mkdir", "-p", HOME)
+    system.run("gcc", "-O2", "-Wall", "-o", STAND_IN, f"{CHECKOUT}/tests/chaos/stand_in.c")
+    system.write("/etc/qkilld/qkilld.conf", CONFIG)
+    system.write(CLOCK, "+0\n")
+    system.write(
+        "/etc/systemd/system/qkilld.service.d/chaos.conf",
+        f"[Service]\nEnvironment=LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={CLOCK}\n"
+        "Environment=FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1\n",
+    )
+    system.run("mount", "-o", f"remount,size={RUN_BYTES}", "/run")
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "restart", "qkilld.service")
+
+
+def _faketime() -> str:
+    """Return the library that gives one program its own clock; the host's clock is unchanged."""
+    for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1"):
+        return str(path)
+    raise needs.Missing("libfaketime is not installed: apt-get install libfaketime")
+
+
+def _read(output: IO[bytes], events: list[Event]) -> None:
+    for line in output:
+        text = line.decode(errors="replace")
+        try:
+            events.append(Event(**json.loads(text)))
+        except (ValueError, TypeError):
+            events.append(Event(-1, "said", time.monotonic(), {"text": text}))
+
+
+def _happen(system: Container, incidents: Sequence[Incident]) -> list[rules.Lasted]:
+    """Cause all incidents at their times, and undo them."""
+    began = time.monotonic()
+    ends: list[tuple[float, int]] = []
+    lasted: list[rules.Lasted] = []
+    todo = sorted(range(len(incidents)), key=lambda i: incidents[i].at)
+    begins: dict[int, float] = {}
+    try:
+        while todo or ends:
+            first = incidents[todo[0]].at if todo else float("inf")
+            last = min(ends, default=(float("inf"), -1))
+            time.sleep(max(0.0, began + min(first, last[0]) - time.monotonic()))
+            if first <= last[0]:
+                number = todo.pop(0)
+                begins[number] = time.monotonic()
+                _begin(system, incidents[number])
+                ends.append((incidents[number].at + incidents[number].lasts, number))
+            else:
+                ends.remove(last)
+                number = last[1]
+                _end(system, incidents[number])
+                lasted.append((incidents[number], begins[number], time.monotonic()))
+    finally:
+        for _, number in ends:
+            _end(system, incidents[number])
+        for unit in ("dbus.service", "systemd-journald.service"):
+            system.run("systemctl", "start", unit, check=False)
+    return lasted
+
+
+def _begin(system: Container, incident: Incident) -> None:
+    match incident.fault:
+        case Fault.KILL:
+            _signal(system, "KILL", "qkilld.service")
+        case Fault.STOP:
+            _signal(system, "STOP", "qkilld.service")
+        case Fault.BUS:
+            system.run("systemctl", "restart", "--no-block", "dbus.service", check=False)
+        case Fault.JOURNALD:
+            _signal(system, "STOP", "systemd-journald.service")
+        case Fault.FULL:
+            system.run("dd", "if=/dev/zero", f"of={_FILL}", "bs=1M", check=False)
+        case Fault.REEXEC:
+            system.run("systemctl", "daemon-reexec", check=False)
+        case Fault.CLOCK:
+            system.write(f"{CLOCK}.new", f"{incident.shift:+d}\n")
+            system.run("mv", f"{CLOCK}.new", CLOCK)
+
+
+def _end(system: Container, incident: Incident) -> None:
+    match incident.fault:
+        case Fault.STOP:
+            _signal(system, "CONT", "qkilld.service")
+        case Fault.JOURNALD:
+            _signal(system, "CONT", "systemd-journald.service")
+        case Fault.FULL:
+            system.run("rm", "-f", _FILL)
+
+
+def _signal(system: Container, name: str, unit: str) -> None:
+    """Send a signal to its main process. systemctl could block on a service that is stopped."""
+    system.run("pkill", f"-{name}", "-f", _MAIN[unit], check=False)
+
+
+_MAIN: Final = {
+    "qkilld.service": r"/usr/bin/qkilld( |$)",
+    "systemd-journald.service": r"^/(usr/)?lib/systemd/systemd-journald",
+}
+"""The command lines of the units' main processes."""
+
+
+def _log(home: Path, guest: Guest) -> str:
+    return "" if guest.kind is Kind.QEMU else (home / f"{guest.number}.log").read_text()
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Container]:
+    """Boot a system with the daemon installed. Raises needs.Missing."""
+    from tests.lab import container
+
+    with container.boot() as system:
+        container.install(system)
+        yield system

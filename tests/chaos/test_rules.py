@@ -1,0 +1,97 @@
+"""The rules detect violations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.chaos import plan
+from tests.chaos.plan import EXTEND_S, FORCE, GRACE_S, Fault, Guest, Incident, Kind
+from tests.chaos.rules import Record, broken, outcome
+
+
+def record(kind: Kind, flags: int = FORCE, **known: Any) -> Record:
+    known.setdefault("asked", {"Terminate": [10.0]})
+    known.setdefault("answered", {"Terminate": [10.1]})
+    known.setdefault("signals", [(10.05, 15, 0)])
+    return Record(Guest(1, kind, 0.0, flags, 0), **known)
+
+
+KILLED: dict[str, Any] = {"gone": 20.0, "killed": True, "status": 9, "result": "killed"}
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        record(Kind.FORCED, **KILLED),
+        record(Kind.POLITE, gone=11.0, result="exited"),
+        record(Kind.SPARED, 0, result="survived"),
+        record(Kind.FLUSHING, gone=40.0, writes=[39.9], result="exited"),
+        record(Kind.BYSTANDER, 0, signals=[]),
+        record(
+            Kind.POLITE,
+            gone=11.0,
+            refused=[("Terminate", "org.qkilld1.Error.NoSuchProcess")],
+            answered={},
+        ),
+    ],
+)
+def test_what_may_be(good: Record) -> None:
+    assert list(broken(good, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (record(Kind.FORCED, **KILLED | {"gone": 10.0 + GRACE_S - 0.1}), "after the first call"),
+        (record(Kind.FIXED, 9, **KILLED | {"gone": 19.0}), "and not 10"),
+        (record(Kind.SPARED, 0, **KILLED), "without FORCE"),
+        (record(Kind.FLUSHING, **KILLED, writes=[19.0]), "after it had written"),
+        (
+            record(Kind.CANCELLED, **KILLED, answered={"Terminate": [10.1], "Cancel": [12.0]}),
+            "after the job was cancelled",
+        ),
+        (
+            record(Kind.HELD, **KILLED, answered={"Terminate": [10.1], "Hold": [12.0]}),
+            "while it was held",
+        ),
+        (
+            record(
+                Kind.EXTENDED,
+                **KILLED | {"gone": 11.0 + EXTEND_S - 0.1},
+                asked={"Terminate": [10.0], "Extend": [11.0]},
+                answered={"Terminate": [10.1], "Extend": [11.1]},
+            ),
+            "after it was extended",
+        ),
+        (record(Kind.BYSTANDER, 0), "a bystander got"),
+        (record(Kind.FORCED), "not accounted for"),
+        (record(Kind.FORCED, **KILLED | {"result": "exited"}), 'the result is "exited"'),
+        (record(Kind.FORCED, gone=11.0, result="killed"), "and the process was not"),
+        (record(Kind.POLITE, gone=11.0, status=1, result="exited"), "exited with code 1"),
+        (record(Kind.POLITE, signals=[(9.0, 15, 0)], result="survived"), "before it was asked for"),
+        (record(Kind.POLITE, signals=[(10.2, 2, 0)], result="survived"), "it got signal 2"),
+        (record(Kind.POLITE, signals=[(10.2, 15, 7)], result="survived"), "from uid 7"),
+    ],
+)
+def test_what_must_not_be(bad: Record, words: str) -> None:
+    assert words in "\n".join(broken(bad, []))
+
+
+def test_what_could_not_be_saved_may_be_lost() -> None:
+    full = (Incident(0.0, Fault.FULL), 9.0, 12.0)
+    lost = record(Kind.FORCED)
+    assert outcome(lost, [full]) == "unfinished, for it could not be saved"
+    assert outcome(lost, [(Incident(0.0, Fault.KILL), 9.0, 12.0)]) == ""
+    assert outcome(lost, [(Incident(0.0, Fault.FULL), 12.0, 13.0)]) == ""
+    # A full disk does not excuse a signal.
+    early = record(Kind.SPARED, 0, **KILLED)
+    assert "without FORCE" in "\n".join(broken(early, [full]))
+
+
+def test_the_same_seed_gives_the_same_plan() -> None:
+    first, second = (plan.make(7, jobs=20, seconds=20, qemus=2) for _ in range(2))
+    assert first == second
+    assert {guest.kind for guest in first.guests} == set(Kind)
+    assert {incident.fault for incident in first.incidents} == set(Fault)

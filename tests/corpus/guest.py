@@ -1,0 +1,151 @@
+"""The guest of the corpus: Linux with records on its disks and others in its memory, up in 2 s.
+
+Its first disk has acknowledged RECORDS records, half of which QEMU loses when it is killed. As many
+more are only in the guest's own memory: it writes them to its second disk when it is asked to shut
+down, which takes it HALT_S. So what an image holds tells how its guest was stopped.
+
+It is booted once, and its state saved before it has written anything: to boot dozens of them under
+tcg would cost 4 s of a processor each.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.lab import needs
+from tests.lab.guest import make_disk
+from tests.lab.image import CACHE, guest_image
+from tests.lab.log import Log
+from tests.lab.process import TOP, end, run, spawn
+from tests.lab.qmp import Qmp
+from tests.lab.records import records
+
+QEMU: Final = "/usr/bin/qemu-system-x86_64"
+RECORDS: Final = 60
+HALT_S: Final = 2
+_STRIDE: Final = 32 << 20
+_PASSES: Final = 2
+_BOOT_S: Final = 300
+_AT_ONCE: Final = {"max-bandwidth": 1 << 34, "downtime-limit": 60_000}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of RECORDS each."""
+
+    disks: int
+    """Acknowledged by its disk."""
+    guest: int
+    """Held in its own memory."""
+
+    def __str__(self) -> str:
+        return f"{self.disks:>3} {self.guest:>3}"
+
+
+@dataclass(frozen=True)
+class CorpusGuest:
+    name: str
+    directory: Path
+    """Its own: disks and serial line."""
+
+    @property
+    def serial(self) -> Log:
+        return Log(self.directory / "serial")
+
+    def make_disks(self) -> None:
+        """Empty ones, in place of those of an earlier run."""
+        for disk in self.disks:
+            disk.unlink(missing_ok=True)
+            make_disk(disk, "4G")
+        (self.directory / "serial").unlink(missing_ok=True)
+
+    def words(self, state: Path, more: Sequence[str] = ()) -> list[str]:
+        """Its command line, by which it goes on from the saved state."""
+        words = [QEMU, *_machine(self.disks, self.directory / "serial")]
+        return [*words, "-incoming", f"exec:cat {_inside(state)}", *more]
+
+    def wait_until_written(self, timeout: float) -> None:
+        """Until its first disk has acknowledged all records."""
+        said = self.serial.wait_for("^GUEST (DONE|ERROR.*)", timeout).group(1)
+        assert said == "DONE", f"{self.name}: {said}"
+
+    def kept(self) -> Kept:
+        """When nobody has its disks open."""
+        disks, guest = (len(records(disk)) for disk in self.disks)
+        return Kept(disks, guest)
+
+    @property
+    def disks(self) -> tuple[Path, Path]:
+        return self.directory / "disk.qcow2", self.directory / "late.qcow2"
+
+
+def saved_state() -> Path:
+    """Made if it is not there. Raises needs.Missing."""
+    image = guest_image()
+    key = hashlib.sha256(Path(__file__).read_bytes() + image.initramfs.name.encode()).hexdigest()
+    home = CACHE if os.access(CACHE, os.W_OK) else Path(tempfile.gettempdir())
+    state = home / f"corpus-{key[:16]}.state"
+    with (home / "corpus.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not state.exists():
+            _save(state)
+            for old in home.glob("corpus-*.state"):
+                if old != state:
+                    old.unlink(missing_ok=True)
+    return state
+
+
+def _save(state: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="corpus-", dir=state.parent) as directory:
+        guest = CorpusGuest("corpus", Path(directory))
+        guest.make_disks()
+        # As long as its first disk has this mark, it waits.
+        mark = Path(directory) / "mark"
+        mark.write_bytes(b"WAIT".ljust(512, b"\0"))
+        qemu_io = needs.program("qemu-io", "qemu-utils")
+        run([qemu_io, "-c", f"write -s {mark} 0 512", guest.disks[0]], check=True)
+        monitor = Path(directory) / "qmp"
+        words = [QEMU, *_machine(guest.disks, Path(directory) / "serial", inside=False)]
+        process = spawn([*words, "-qmp", f"unix:{monitor},server=on,wait=off"])
+        try:
+            guest.serial.wait_for("^GUEST (WAITING|ERROR.*\n)", _BOOT_S)
+            assert "GUEST ERROR" not in guest.serial.text(), guest.serial.text()
+            with Qmp(monitor) as qmp:
+                # Without `stop`, as it would be stopped when it goes on, too.
+                qmp.call("migrate-set-parameters", **_AT_ONCE)
+                qmp.call("migrate", uri=f"exec:cat >{directory}/state")
+                while (status := qmp.call("query-migrate")["status"]) in ("setup", "active"):
+                    time.sleep(0.05)
+                assert status == "completed", status
+        finally:
+            end(process)
+        Path(directory, "state").rename(state)
+
+
+def _machine(disks: Sequence[Path], serial: Path, *, inside: bool = True) -> list[str]:
+    image = guest_image()
+    kernel, initramfs = image.kernel, image.initramfs
+    shown = _inside if inside else str
+    job = f"lab.job=cached lab.records={RECORDS} lab.stride={_STRIDE} lab.passes={_PASSES}"
+    words = ["-nodefaults", "-no-user-config", "-display", "none", "-M", "pc", "-accel", "tcg"]
+    words += ["-m", "96", "-no-reboot", "-kernel", shown(kernel), "-initrd", shown(initramfs)]
+    command_line = f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check {job} lab.halt={HALT_S}"
+    words += ["-append", command_line, "-serial", f"file:{serial}"]
+    for number, disk in enumerate(disks):
+        words += ["-drive", f"file={disk},if=none,id=d{number},format=qcow2,cache=writeback"]
+        words += ["-device", f"virtio-blk-pci,drive=d{number}"]
+    return words
+
+
+def _inside(path: Path) -> str:
+    from tests.lab.container import CHECKOUT
+
+    return str(path).replace(str(TOP), CHECKOUT)

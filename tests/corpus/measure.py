@@ -1,0 +1,168 @@
+"""Really stop the guests of structures, before and after adopting, and count what they kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tests.corpus import units
+from tests.corpus.guest import CorpusGuest, Kept, saved_state
+from tests.corpus.structures import Structure
+from tests.lab import container as lab_container
+from tests.lab.container import Container
+from tests.lab.process import wait_gone
+from tests.lab.scratch import scratch
+from tests.safety.contained import Contained
+
+STOP_S: Final = 200
+_ROOM: Final = 64 << 20
+"""For a disk that a server cannot make longer."""
+START_S: Final = 180
+
+OCCASIONS: Final = {
+    "stop": "systemctl stop",
+    "poweroff": "systemctl poweroff",
+    "reboot": "systemctl reboot",
+    "kexec": "systemctl start kexec.target",
+    "isolate": "systemctl isolate emergency.target",
+    "kill": "systemctl kill",
+    "failure": "OnFailure=emergency.target of a unit that fails",
+    "soft-reboot": "systemctl soft-reboot, of systemd 254",
+}
+_ENDS_THE_HOST: Final = ("poweroff", "reboot", "kexec")
+
+
+@dataclass
+class Row:
+    """The results for one structure."""
+
+    structure: Structure
+    verdict: str = ""
+    """After adopting, from check-unit."""
+    is_written: bool = False
+    """adopt has written something."""
+    kept: dict[tuple[str, bool], Kept] = field(default_factory=dict)
+    """By occasion, and whether the unit was adopted."""
+
+    def is_measured(self, occasion: str) -> bool:
+        return (occasion, False) in self.kept and (occasion, True) in self.kept
+
+    def is_worse(self, occasion: str) -> bool:
+        if not self.is_measured(occasion):
+            return False
+        before, after = self.kept[occasion, False], self.kept[occasion, True]
+        return after.disks < before.disks or after.guest < before.guest
+
+
+@contextlib.contextmanager
+def _host(structures: Sequence[Structure], directory: Path) -> Iterator[Host]:
+    with lab_container.boot() as system:
+        lab_container.install(system)
+        Contained(system).show_storage()
+        units.prepare(system)
+        host = Host(system, {})
+        for structure in structures:
+            own = directory / structure.unit
+            own.mkdir(exist_ok=True)
+            host.guests[structure] = CorpusGuest(structure.unit, own)
+        yield host
+
+
+@dataclass
+class Host:
+    system: Container
+    guests: dict[Structure, CorpusGuest]
+
+    def start(self) -> None:
+        """Start all guests, and wait until each has written its records."""
+        state = saved_state()
+        words = {}
+        for structure, guest in self.guests.items():
+            guest.make_disks()
+            if "{served}" in structure.text:
+                os.truncate(guest.disks[0], guest.disks[0].stat().st_size + _ROOM)
+            words[structure] = units.Words(structure, guest.words(state), str(guest.disks[0]))
+            units.write(self.system, structure, words[structure])
+        self.system.run("systemctl", "daemon-reload")
+        self.system.run("systemctl", "start", "qkilld.service")
+        for structure in self.guests:
+            own = () if structure.unit in structure.starts else (structure.unit,)
+            units.start(self.system, structure, words[structure], (*structure.starts, *own))
+        for guest in self.guests.values():
+            guest.wait_until_written(START_S)
+
+    def adopt(self, rows: Mapping[Structure, Row]) -> None:
+        names = [structure.unit for structure in self.guests]
+        done = self.system.run("qkillctl", "--json", "adopt", *names, check=False, timeout=200)
+        for structure, document in zip(self.guests, json.loads(done.stdout), strict=True):
+            rows[structure].is_written = bool(document.get("path") or structure.is_scope)
+        found: dict[str, dict[str, Any]] = units.judge(self.system, names)
+        for structure in self.guests:
+            rows[structure].verdict = str(found[structure.unit].get("verdict", "error"))
+
+    def stop(self, occasion: str) -> None:
+        names = [name for each in self.guests for name in (each.unit, *each.stops)]
+        if occasion in _ENDS_THE_HOST:
+            leader = os.pidfd_open(self.system.leader)
+            try:
+                what = ["start", "kexec.target"] if occasion == "kexec" else [occasion]
+                self.system.run("systemctl", "--no-block", *what)
+                assert wait_gone(leader, STOP_S), "the host does not go down"
+            finally:
+                os.close(leader)
+            return
+        commands = {
+            "isolate": ["isolate", "emergency.target"],
+            "kill": ["kill", *names],
+            "failure": ["start", units.FAILS],
+            "soft-reboot": ["soft-reboot"],
+        }
+        what = commands.get(occasion, ["stop", *names])
+        self.system.run("systemctl", *what, check=False, timeout=STOP_S)
+        # `systemctl kill` does not wait, and KillMode=none leaves them running. isolate leaves
+        # scopes alone: IgnoreOnIsolate= in systemd.unit(5).
+        isolated = occasion in ("isolate", "failure")
+        for name in (name for name in names if not (isolated and name.endswith(".scope"))):
+            units.wait_for(lambda name=name: self._is_gone(name), STOP_S)  # type: ignore[misc]
+
+    def _is_gone(self, unit: str) -> bool:
+        return self.system.property(unit, "ActiveState") in ("inactive", "failed", "")
+
+
+def _stop_all(
+    structures: Sequence[Structure], occasion: str, rows: Mapping[Structure, Row] | None
+) -> Iterator[tuple[Structure, Kept]]:
+    """Stop a guest of each on a host of their own, adopted if there are rows to note that in."""
+    with scratch("u") as directory:
+        with _host(structures, directory) as host:
+            host.start()
+            if rows is not None:
+                host.adopt(rows)
+            host.stop(occasion)
+        for structure, guest in host.guests.items():
+            yield structure, guest.kept()
+
+
+def measure(
+    structures: Sequence[Structure],
+    occasions: Sequence[str] = ("stop", "poweroff"),
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Measure each occasion on a new host, once without and once with adopting."""
+    rows = {structure: Row(structure) for structure in structures}
+    for occasion in occasions:
+        for adopted in (False, True):
+            say(f"{occasion}, {'adopted' if adopted else 'as it is'}: {len(structures)} guests")
+            try:
+                for structure, kept in _stop_all(structures, occasion, rows if adopted else None):
+                    rows[structure].kept[occasion, adopted] = kept
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                # The other rows count all the same.
+                say(f"no result: {error}")
+    return list(rows.values())

@@ -1,0 +1,147 @@
+"""Before each signal: the process must still be the QEMU of the same user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from signal import SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+
+from qkilld.engine.job import Job
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.constants import Flag, Result
+from qkilld.model.errors import Failed, ProcessChanged, UnknownIdentity
+from qkilld.model.event import MessageId
+from qkilld.model.guest import Guest
+from qkilld.model.job import Request
+
+from .conftest import FakeProcess, World
+from .test_snapshot import crash
+
+FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
+
+ROOT = Steerer(0, Rank.ROOT)
+CHANGES: list[dict[str, Any]] = [
+    {"executable": "/usr/bin/passwd", "command": "passwd"},
+    {"uid": 0},
+    {"start_time": 100},
+]
+
+
+def becomes(process: FakeProcess, **change: Any) -> None:
+    process.guest = Guest(replace(process.guest.identity, **change), process.guest.label)
+
+
+def check_failed(job: Job, process: FakeProcess) -> None:
+    assert (job.result, job.error_name) == (Result.FAILED, ProcessChanged.bus_name)
+    assert process.sent == [SIGTERM]
+    assert process.closed
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
+def test_no_sigkill_for_what_the_process_has_become(
+    world: World, flags: Flag, change: dict[str, Any]
+) -> None:
+    process = FakeProcess()
+    job = world.stop(process, flags)
+    becomes(process, **change)
+    world.clock.advance(3600)
+    check_failed(job, process)
+    (event,) = [e for e in world.journal.events if e.id is MessageId.PROCESS_CHANGED]
+    assert event.fields["QKILLD_EXECUTABLE"] == process.guest.identity.executable
+    assert event.fields["QKILLD_UID"] == str(process.guest.identity.uid)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda job: job.force(ROOT),
+        lambda job: job.join(Request(FORCE)),
+        lambda job: job.join(Request(FORCE | NOWAIT)),
+    ],
+)
+def test_nor_when_somebody_asks_for_it(
+    world: World, act: Callable[[Job], None], change: dict[str, Any]
+) -> None:
+    process = FakeProcess()
+    job = world.stop(process)
+    becomes(process, **change)
+    with pytest.raises(ProcessChanged, match=r"4711 .*: it gets no signal"):
+        act(job)
+    check_failed(job, process)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nor_after_a_restart(world: World, change: dict[str, Any]) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    becomes(process, **change)
+    _, resumed = crash(world, job, process)
+    check_failed(resumed, process)
+    assert resumed.snapshot().error_name == ProcessChanged.bus_name
+
+
+def test_a_qemu_that_executes_another_qemu_stays_a_target(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    becomes(process, executable="/usr/bin/qemu-system-aarch64", executable_deleted=True)
+    world.clock.advance(10)
+    assert process.sent == [SIGTERM, SIGKILL]
+    process.wake()
+    assert job.result is Result.KILLED
+
+
+def test_unknown_is_not_another_one(world: World) -> None:
+    """It looks again until it can tell, and then it goes on."""
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    known = process.guest.identity.executable
+    becomes(process, executable="")
+    with pytest.raises(UnknownIdentity, match="Cannot read at the moment"):
+        job.force(ROOT)
+    with pytest.raises(UnknownIdentity, match="Cannot read at the moment"):
+        job.join(Request(FORCE | NOWAIT))
+    job.join(Request(FORCE))
+    assert issubclass(UnknownIdentity, Failed)
+    world.clock.advance(3600)
+    assert job.running
+    assert process.sent == [SIGTERM]
+    becomes(process, executable=known)
+    world.clock.advance(3)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_what_cannot_be_read_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors, say."""
+    process = FakeProcess()
+    job = world.stop(process, FORCE | FIXED)
+
+    def fail() -> None:
+        raise Failed("Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "identify", fail)
+        world.clock.advance(60)
+        assert (job.running, process.sent) == (True, [SIGTERM])
+    world.clock.advance(3)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+@pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
+def test_a_process_that_is_exiting_is_given_up_as_after_a_sigkill(
+    world: World, flags: Flag
+) -> None:
+    process = FakeProcess()
+    job = world.stop(process, flags)
+    becomes(process, executable="", exiting=True)
+    world.clock.advance(14)
+    assert job.running
+    world.clock.advance(4)
+    assert job.result is Result.SURVIVED
+    assert process.sent == [SIGTERM]
+    process.die()
+    assert world.journal.ids[-1] is MessageId.SURVIVOR_GONE

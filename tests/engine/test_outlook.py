@@ -1,0 +1,91 @@
+"""What a job says of its next rung, and of what that waits for."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from qkilld.engine.outlook import Outlook, outlook, reasons
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.constants import Flag, NextRung, Phase
+from qkilld.model.guest_state import Button, GuestObservation
+from qkilld.model.sample import Io, Sample, Socket
+
+from .conftest import IDLE, NO_FLAGS, FakeProcess, S, World, make_guest
+
+ROOT = Steerer(0, Rank.ROOT)
+NBD = Socket(7, "unix", True, 0, 0, role="unknown")
+
+
+PIDS = itertools.count(4711)
+
+
+def another(**options: Any) -> FakeProcess:
+    """A process of its own."""
+    return FakeProcess(make_guest(next(PIDS)), **options)
+
+
+def writes(now: int) -> Sample:
+    return replace(IDLE, at=now, io=Io(0, 0, 0, 0, 0, now, 0))
+
+
+def waits(now: int) -> Sample:
+    return replace(IDLE, at=now, sockets=(NBD,))
+
+
+def test_as_long_as_it_moves_sigkill_waits_for_a_standstill(world: World) -> None:
+    world.sampler.shows = writes
+    job = world.stop(another(), Flag.FORCE)
+    for _ in range(30):
+        world.clock.advance(1)
+        assert outlook(job).rung is NextRung.KILL
+    policy = job.policy
+    assert outlook(job) == Outlook(NextRung.KILL, policy.stall)
+    # Without FORCE it gives up instead, later by the time that SIGKILL would have had.
+    lax = world.stop(another(), NO_FLAGS)
+    world.clock.advance(30)
+    assert outlook(lax) == Outlook(NextRung.GIVE_UP, policy.stall + policy.reap)
+
+
+def test_of_storage_it_is_the_longer_span(world: World) -> None:
+    world.sampler.shows = waits
+    job = world.stop(another(), Flag.FORCE)
+    world.clock.advance(20)
+    assert outlook(job) == Outlook(NextRung.KILL, job.policy.storage_stall)
+    assert reasons(job) and "unknown use" in reasons(job)[0]
+
+
+def test_a_clock_that_runs_is_told_as_one(world: World) -> None:
+    """FIXED, MaxSec, an extension and the time after SIGKILL: no progress puts these off."""
+    world.sampler.shows = writes
+    fixed = world.stop(another(), Flag.FORCE | Flag.FIXED)
+    assert outlook(fixed) == Outlook(NextRung.KILL)
+    bounded = world.stop(another(), Flag.FORCE, spans={"max": 15 * S})
+    extended = world.stop(another(), Flag.FORCE)
+    extended.extend(3600 * S, ROOT)
+    world.clock.advance(8)
+    assert outlook(bounded) == Outlook(NextRung.KILL)
+    assert outlook(extended) == Outlook(NextRung.KILL)
+    assert bounded.deadline == bounded.started + 15 * S
+    stuck = another(dies_of=())
+    killed = world.stop(stuck, Flag.FORCE)
+    killed.force(ROOT)
+    assert outlook(killed) == Outlook(NextRung.GIVE_UP)
+    stuck.die()
+    assert outlook(killed) == Outlook(NextRung.NONE)
+
+
+def test_while_the_guest_is_asked(world: World) -> None:
+    world.monitors.shows = lambda now: GuestObservation(
+        at=now, runstate="running", button=Button.LISTENED, requests=0, vcpu_time=0
+    )
+    job = world.stop(another(), Flag.POWERDOWN)
+    assert outlook(job) == Outlook(NextRung.ASK)
+    world.clock.advance(3)
+    assert job.phase is Phase.POWERDOWN
+    assert outlook(job) == Outlook(NextRung.TERMINATE, job.policy.powerdown)
+    assert reasons(job) == job.history[-1].reasons
+    only = world.stop(another(), Flag.POWERDOWN, powerdown_only=True, ask_at_most=30 * S)
+    world.clock.advance(3)
+    assert outlook(only) == Outlook(NextRung.GIVE_UP)

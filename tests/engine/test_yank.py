@@ -1,0 +1,143 @@
+"""Yanking dead storage before SIGKILL: a rung of its own, only when it is certain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from signal import SIGKILL, SIGTERM
+
+import pytest
+
+from qkilld.engine.job import Job
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.block_state import YankInstance
+from qkilld.model.constants import Flag, Phase, Result
+from qkilld.model.event import MessageId, Priority
+from qkilld.model.policy import Config, Switches
+from qkilld.model.sample import Io, Node, Socket
+from tests.engine.conftest import IDLE, FakeProcess, World, make_guest
+
+FORCE = Flag.FORCE
+ROOT = Steerer(0, Rank.ROOT)
+DEAD = YankInstance("block-node", "dead", {"type": "block-node", "node-name": "dead"})
+STUCK = replace(
+    IDLE,
+    nodes=(Node("dead", "nbd", served=True),),
+    sockets=(Socket(1, "unix", True, 900, 0, role="storage", node="dead"),),
+)
+
+
+def stuck_world(config: Config | None = None) -> tuple[World, FakeProcess]:
+    world = World(config)
+    world.monitors.opens = True
+    world.monitors.instances = (DEAD,)
+    world.sampler.shows = lambda now: STUCK
+    guest = make_guest()
+    return world, FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
+
+
+def begun(world: World, process: FakeProcess, flags: Flag = FORCE) -> Job:
+    job = world.stop(process, flags)
+    world.clock.advance(0)
+    assert process.sent == [SIGTERM]
+    return job
+
+
+def test_what_is_left_exits_and_the_receipt_names_what_was_cut_off() -> None:
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.monitors.on_yank = process.die
+    world.clock.advance(59)
+    assert world.monitors.yanked == []
+    world.clock.advance(3)
+    assert world.monitors.yanked == [["dead"]]
+    assert (job.result, process.sent) == (Result.EXITED, [SIGTERM])
+
+
+def test_the_rung_the_risk_and_the_phase() -> None:
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.clock.advance(62)
+    assert [(rung.phase, rung.action) for rung in job.rungs][-1] == ("terminate", "yank")
+    assert (job.phase, job.running) == (Phase.TERMINATE, True)
+    assert [risk.code for risk in job.risks] == ["yanked"]
+    assert "dead was cut off" in job.risks[0].text
+    (entry,) = [e for e in world.journal.events if e.id is MessageId.STORAGE_CUT_OFF]
+    assert entry.priority is Priority.WARNING
+
+
+def test_windows_start_again_and_sigkill_comes_when_nothing_is_left_to_cut_off() -> None:
+    world, process = stuck_world()
+    begun(world, process)
+    world.clock.advance(62)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(57)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(5)
+    assert (process.sent, world.monitors.yanked) == ([SIGTERM, SIGKILL], [["dead"]])
+
+
+def test_a_healthy_disk_has_its_time_after_it() -> None:
+    """It needs 200 s, and writes all the time."""
+    world, process = stuck_world()
+    begun(world, process)
+    world.clock.advance(62)
+    lost = replace(STUCK, sockets=())
+    world.sampler.shows = lambda now: replace(
+        lost,
+        nodes=(),
+        io=Io(0, 0, 0, 0, 0, now, 0),
+    )
+    world.clock.advance(200)
+    assert process.sent == [SIGTERM]
+
+
+@pytest.mark.parametrize("off", [Config(switches=Switches(yank=False)), None])
+def test_without_it_sigkill_comes_at_the_same_time(off: Config | None) -> None:
+    world, process = stuck_world(off)
+    if off is None:
+        world.monitors.instances = "no out-of-band commands"
+    begun(world, process)
+    world.clock.advance(62)
+    assert (process.sent, world.monitors.yanked) == ([SIGTERM, SIGKILL], [])
+
+
+def test_never_without_force() -> None:
+    world, process = stuck_world()
+    job = begun(world, process, Flag(0))
+    world.clock.advance(100)
+    assert (job.result, process.sent, world.monitors.yanked) == (Result.SURVIVED, [SIGTERM], [])
+
+
+def test_a_hold_keeps_it_back() -> None:
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.clock.advance(30)
+    job.hold(ROOT)
+    world.clock.advance(300)
+    assert (process.sent, world.monitors.yanked) == ([SIGTERM], [])
+    job.release(ROOT)
+    world.clock.advance(2)
+    assert (process.sent, world.monitors.yanked) == ([SIGTERM], [["dead"]])
+
+
+def test_a_monitor_that_falls_silent_does_not_keep_sigkill_back() -> None:
+    world, process = stuck_world()
+    begun(world, process)
+    world.monitors.answers = False
+    world.clock.advance(64)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(4)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_the_next_daemon_knows_when_it_was_done() -> None:
+    world, process = stuck_world()
+    job = begun(world, process)
+    world.clock.advance(62)
+    past = job.snapshot()
+    after, process = stuck_world()
+    after.clock.advance(63)
+    after.registry.resume(process, past)
+    after.clock.advance(56)
+    assert process.sent == []
+    assert after.registry.get(job.number).facts.yank_at == past.done_at("yank")

@@ -1,0 +1,58 @@
+"""The storage on a real QEMU's command line and in its -readconfig files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qkilld.adapters.process import open_process
+from qkilld.evidence.command_line import GraphReader
+from qkilld.monitor.reach import read_options
+from tests.evidence.until import until
+from tests.lab.guest import Guest
+
+Make = Callable[..., Guest]
+
+
+def test_a_real_qemu_with_a_config_file(qemu: Make, lab_dir: Path) -> None:
+    """Its images, and a remote node that only the file names."""
+    image = lab_dir / "a.raw"
+    image.write_bytes(bytes(1 << 16))
+    config = lab_dir / "more.cfg"
+    config.write_text(f'[drive "d"]\n  file = "{image}"\n  format = "raw"\n  if = "none"\n')
+    guest = qemu(arguments=["-readconfig", str(config)])
+    reader = GraphReader(guest.pid)
+    until(reader.read, lambda graph: graph is not None)
+    assert reader.formatted([str(image)]) == 0
+    assert reader.formatted([str(image), "/elsewhere/b.qcow2"]) == 1
+    assert reader.formatted(None) is None
+
+
+def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_dir: Path) -> None:
+    config = lab_dir / "more.cfg"
+    config.write_text('[name]\n  guest = "lab"\n')
+    guest = qemu(arguments=["-readconfig", str(config)])
+    config.unlink()
+    reader = GraphReader(guest.pid)
+    assert [reader.read() for _ in range(3)] == [None, None, None]
+    assert reader.formatted([]) is None
+
+
+def test_very_much_in_config_files_takes_no_memory(lab_dir: Path) -> None:
+    """Once, all of 40 files of half a megabyte each was kept: 1.4 GB in 40 s."""
+    (lab_dir / "big").write_text('[drive]\nfile="y"\n' * 30_000)
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, *("-readconfig", "big") * 40]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=lab_dir, stdin=pipe, stdout=pipe) as target:
+        try:
+            assert target.stdout is not None and target.stdout.readline()
+            reader = GraphReader(target.pid)
+            assert [reader.read() for _ in range(20)] == [None] * 20
+            process = open_process(target.pid)
+            assert len(read_options(process.guest.identity)) < 100_000
+            process.close()
+        finally:
+            target.kill()

@@ -1,0 +1,180 @@
+"""The structure of block devices, and their counters."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.evidence.devices import Counters, describe, of_btrfs, read_counters
+from tests.evidence.trees import disk, lay
+from tests.lab import needs
+from tests.lab.storage import slow_disk
+
+_BLKPG, _ADD, _DELETE = 0x1269, 1, 2
+
+
+class _Partition(ctypes.Structure):
+    """struct blkpg_partition of <linux/blkpg.h>; places in bytes."""
+
+    _fields_ = (
+        ("start", ctypes.c_longlong),
+        ("length", ctypes.c_longlong),
+        ("number", ctypes.c_int),
+        ("names", ctypes.c_char * 128),
+    )
+
+
+class _Order(ctypes.Structure):
+    """struct blkpg_ioctl_arg."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_int),
+        ("partition", ctypes.POINTER(_Partition)),
+    )
+
+
+@contextlib.contextmanager
+def partition(device: Path) -> Iterator[None]:
+    """Partition 1 of the device. Not by addpart(8), which Debian 13 has no more."""
+    part = _Partition(1 << 20, 4 << 20, 1, b"")
+
+    def order(kind: int) -> None:
+        with device.open("rb") as opened:
+            fcntl.ioctl(opened, _BLKPG, _Order(kind, 0, ctypes.sizeof(part), ctypes.pointer(part)))
+
+    order(_ADD)
+    try:
+        yield
+    finally:
+        order(_DELETE)
+
+
+def test_a_partition_of_a_loop_device() -> None:
+    needs.root("a partition")
+    with slow_disk(mebibytes=8, filesystem=None) as loop:
+        with partition(loop.device):
+            name = f"{loop.device.name}p1"
+            part = describe(Path(f"/sys/class/block/{name}/dev").read_text().strip())
+            assert part is not None
+            assert (part.name, part.below, part.backing) == (name, (loop.number,), None)
+        whole = describe(loop.number)
+        assert whole is not None
+        assert (whole.name, whole.below) == (loop.device.name, ())
+        assert whole.backing is not None
+        assert Path(os.fsdecode(whole.backing)).samefile(
+            Path(f"/sys/block/{loop.device.name}/loop/backing_file").read_text().strip()
+        )
+
+
+def test_counters_of_a_real_device() -> None:
+    needs.root("a block device")
+    with slow_disk(mebibytes=8, filesystem=None) as loop:
+        block = describe(loop.number)
+        assert block is not None
+        before = read_counters(block.stats)
+        device = os.open(loop.device, os.O_RDWR | os.O_DIRECT)
+        with mmap.mmap(-1, 65536) as page:
+            os.write(device, page)
+            os.fsync(device)
+        os.close(device)
+        after = read_counters(block.stats)
+        # udev may read the device and open it for writing, but the bytes are ours.
+        assert after.sectors_written - before.sectors_written == 128
+        assert after.writes - before.writes >= 1
+        assert after.in_flight == 0
+
+
+def test_what_is_made_of_what(tmp_path: Path) -> None:
+    sys = lay(
+        tmp_path,
+        disk("sda", "8:0")
+        | disk("sda/sda1", "8:1", partition=True)
+        | disk("sdb", "8:16")
+        | disk("md0", "9:0", below={"sda1": "8:1", "sdb": "8:16"})
+        | disk("dm-0", "253:0", below={"md0": "9:0"})
+        | disk("loop0", "7:0", loop__backing_file="/var/a b (deleted)\n"),
+    )
+
+    def made_of(number: str) -> tuple[str, ...] | None:
+        block = describe(number, sys)
+        return None if block is None else block.below
+
+    assert made_of("8:0") == ()
+    assert made_of("8:1") == ("8:0",)
+    assert made_of("9:0") == ("8:1", "8:16")
+    assert made_of("253:0") == ("9:0",)
+    assert made_of("9:9") is None
+    assert made_of("../8:0") is None
+    loop = describe("7:0", sys)
+    assert loop is not None
+    assert loop.backing == b"/var/a b"
+    (sys / "devices/md0/slaves/sdb/dev").write_text("nonsense\n")
+    assert made_of("9:0") is None
+
+
+def test_the_paths_of_a_multipath_nvme(tmp_path: Path) -> None:
+    """Older kernels count only on the paths, which have no device number."""
+    sys = lay(
+        tmp_path,
+        disk("virtual/nvme-subsystem/nvme-subsys0/nvme0n1", "259:0")
+        | disk("nvme/nvme7n1", "259:9")
+        | {
+            f"block/{name}/stat": "1 0 0 0 10 0 80 0 4 0 0\n"
+            for name in ("nvme0c0n1", "nvme0c1n1", "nvme0c1n2", "nvme1c1n1")
+        },
+    )
+    block = describe("259:0", sys)
+    assert block is not None
+    assert block.name == "nvme0n1"
+    assert read_counters(block.stats) == Counters(2, 20, 160, 8)
+    single = describe("259:9", sys)
+    assert single is not None
+    assert read_counters(single.stats).writes == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "writes"),
+    [
+        ("1 0 2 0 30 0 4 0 5 0 0", 30),  # before Linux 4.18
+        ("1 0 2 0 30 0 4 0 5 0 0 7 0 9 0", 37),
+        ("1 0 2 0 30 0 4 0 5 0 0 7 0 9 0 200 0", 237),
+    ],
+)
+def test_columns_of_stat(tmp_path: Path, text: str, writes: int) -> None:
+    (tmp_path / "stat").write_text(f"   {text}\n")
+    assert read_counters((str(tmp_path / "stat"),)) == Counters(1, writes, 4, 5)
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3", "a b c d e f g h i j k"])
+def test_what_is_no_stat(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stat").write_text(text)
+    with pytest.raises(ValueError):
+        read_counters((str(tmp_path / "stat"),))
+
+
+def test_the_devices_of_a_btrfs(tmp_path: Path) -> None:
+    sys = lay(
+        tmp_path,
+        {
+            "fs/btrfs/features/raid1c34": "0\n",
+            "fs/btrfs/aaaa/devices/sda1/dev": "8:1\n",
+            "fs/btrfs/aaaa/devices/sdb1/dev": "8:17\n",
+            "fs/btrfs/bbbb/devices/dm-0/dev": "253:0\n",
+            "fs/btrfs/bbbb/devices/dm-0/dm/name": "vg-a b\n",
+        },
+    )
+    assert of_btrfs(b"/dev/sdb1", sys) == ("8:1", "8:17")
+    assert of_btrfs(b"/dev/mapper/vg-a\\040b", sys) == ("253:0",)
+    assert of_btrfs(b"/dev/root", sys) is None
+    (sys / "fs/btrfs/bbbb").rename(sys / "gone")
+    assert of_btrfs(b"/dev/root", sys) == ("8:1", "8:17")
+    assert of_btrfs(b"/dev/sda1", tmp_path / "none") is None

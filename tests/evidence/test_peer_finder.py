@@ -1,0 +1,113 @@
+"""Finding the other end of a connection on a host where others have very many sockets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from qkilld.evidence import peer_finder
+from qkilld.evidence.peer_finder import PeerFinder, _Candidate, by_turns
+
+LONG_S = 60.0
+
+
+@contextmanager
+def with_sockets(count: int, processes: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield the pid of the last of several processes with the same sockets, and one of the
+    inodes."""
+    # All read the same input, and exit when it ends.
+    code = (
+        "import os, resource, socket, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5000, 5000))\n"
+        f"kept = [socket.socket(socket.AF_UNIX) for _ in range({count})]\n"
+        "pid = os.getpid()\n"
+        f"for _ in range({processes - 1}):\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        break\n"
+        "else:\n"
+        "    print(pid, os.fstat(kept[0].fileno()).st_ino, flush=True)\n"
+        "sys.stdin.read()\n"
+        "while pid:\n"
+        "    try:\n"
+        "        os.wait()\n"
+        "    except ChildProcessError:\n"
+        "        break"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            pid, inode = process.stdout.readline().split()
+            yield int(pid), int(inode)
+        finally:
+            process.stdin.close()  # Ends all of them.
+
+
+def looks_until_found(finder: PeerFinder, inode: int) -> tuple[int, float]:
+    """Return the process, and the longest processor time of a sample."""
+    end, most = time.monotonic() + LONG_S, 0.0
+    while time.monotonic() < end:
+        before = time.thread_time()
+        found = finder.find([inode])
+        most = max(most, time.thread_time() - before)
+        if found:
+            return found[inode], most
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("count", [1, 4000])
+def test_a_server_is_found_whatever_sockets_others_have(count: int) -> None:
+    with with_sockets(4000, processes=20), with_sockets(count) as (pid, inode):
+        found, most = looks_until_found(PeerFinder(), inode)
+        assert found == pid
+        assert most < 4 * peer_finder.LOOK_S
+
+
+def test_a_server_with_few_is_found_before_others_are_searched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)
+    with with_sockets(4000, processes=20), with_sockets(1) as (pid, inode):
+        before = time.thread_time()
+        assert PeerFinder().find([inode]) == {inode: pid}
+        # The others have 80,000 descriptors, at 3 µs each.
+        assert time.thread_time() - before < 0.1
+
+
+def test_what_is_closed_is_known_no_longer() -> None:
+    finder = PeerFinder()
+    with with_sockets(1) as (pid, inode):
+        assert looks_until_found(finder, inode)[0] == pid
+    assert finder.find([inode]) == {}
+
+
+def test_what_no_process_has_is_not_searched_for_again_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "REST", 0)
+    finder = PeerFinder()
+    assert finder.find([1]) == {}
+    before = time.thread_time()
+    for _ in range(100):
+        finder.find([1])
+    assert time.thread_time() - before < 0.01
+
+
+def test_users_take_turns_by_their_descriptors() -> None:
+    hostile = [_Candidate(pid, 1000, 200) for pid in range(100, 150)]
+    others = [_Candidate(200, 0, 20), _Candidate(201, 0, 20), _Candidate(300, 64055, 250)]
+    order = [process.pid for process in by_turns([*hostile, *others])]
+    assert set(order[:4]) == {100, 200, 201, 300}
+
+
+def test_few_descriptors_come_before_many() -> None:
+    big, small = _Candidate(1, 0, 4000), _Candidate(2, 0, 3)
+    assert by_turns([big, small]) == [small, big]

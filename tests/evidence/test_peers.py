@@ -1,0 +1,175 @@
+"""Servers on this host: their processes, their images' storage, and the servers behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.evidence.exports import exported_files
+from qkilld.evidence.peer_finder import PeerFinder
+from qkilld.evidence.peers import ServerReader
+from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.evidence.storage import StorageTable
+from qkilld.model.sample import Peer
+from tests.evidence.until import until
+from tests.lab import needs
+from tests.lab.nbd import NbdClient, NbdStore, nbd_store
+from tests.lab.process import end, spawn
+
+
+def end_of(connection: socket.socket) -> int:
+    """Return the inode of the other end."""
+    unix = SocketTable().unix(os.fstat(connection.fileno()).st_ino)
+    assert unix is not None
+    return unix.peer
+
+
+def server_of(inode: int, wanted: Callable[[Peer], object] = bool) -> Peer:
+    reader = ServerReader(os.getpid(), PeerFinder())
+
+    def read() -> Peer | None:
+        return reader.read({inode: None}, StorageTable(), SocketTable()).get(inode)
+
+    with contextlib.closing(reader):
+        found = until(read, lambda peer: peer is not None and wanted(peer))
+        assert found is not None
+        return found
+
+
+@contextlib.contextmanager
+def connected(store: NbdStore, export: str = "") -> Iterator[socket.socket]:
+    with contextlib.closing(NbdClient(store, export)) as client:
+        yield client.connection
+
+
+@pytest.fixture
+def image(lab_dir: Path) -> Path:
+    path = lab_dir / "disk"
+    path.touch()
+    os.truncate(path, 1 << 20)
+    return path
+
+
+def test_a_server_and_the_one_behind_it(image: Path) -> None:
+    with (
+        nbd_store(image) as store,
+        nbd_store(image, upstream=store) as front,
+        connected(front) as connection,
+    ):
+        peer = server_of(end_of(connection), lambda peer: peer.behind)
+        assert front.process is not None and store.process is not None
+        assert (peer.pid, peer.shared) == (front.process.pid, False)
+        (behind,) = peer.behind
+        assert (behind.pid, behind.shared, behind.behind) == (store.process.pid, False, ())
+
+
+def test_a_server_that_others_use_too(image: Path) -> None:
+    """All of its clients use the same image, so its storage is known."""
+    with nbd_store(image) as store, connected(store) as connection:
+        assert server_of(end_of(connection)).shared is False
+        with connected(store):
+            peer = server_of(end_of(connection))
+            assert peer.shared is True
+            assert peer.devices is not None
+            assert set(peer.place) <= {device.number for device in peer.devices}
+
+
+def test_servers_that_are_used_no_more_are_let_go(image: Path) -> None:
+    """Their places in the finder are needed for the next servers."""
+    finder = PeerFinder()
+    with (
+        contextlib.closing(ServerReader(os.getpid(), finder)) as reader,
+        nbd_store(image) as store,
+        connected(store) as connection,
+    ):
+        before = os.listdir("/proc/self/fd")  # noqa: PTH208
+        ends: dict[int, str | None] = {end_of(connection): None}
+        assert until(lambda: reader.read(ends, StorageTable(), SocketTable()), bool)
+        assert len(os.listdir("/proc/self/fd")) > len(before)  # noqa: PTH208
+        assert reader.read({}, StorageTable(), SocketTable()) == {}
+        assert len(os.listdir("/proc/self/fd")) == len(before)  # noqa: PTH208
+
+
+QSD = [
+    "qemu-storage-daemon",
+    *("--blockdev", "driver=file,node-name=f0,filename=/images/one"),
+    *("--blockdev", '{"driver": "qcow2", "node-name": "q0", "file": "f0"}'),
+    *("--blockdev", "driver=raw,node-name=r1,file.driver=file,file.filename=two"),
+    *("--export", "type=nbd,id=e0,node-name=q0,name=disk,writable=on"),
+    *("--export", '{"type": "nbd", "id": "e1", "node-name": "r1"}'),
+    *("--export", "nbd,id=e2,node-name=missing,name=other"),
+]
+
+
+def test_which_file_is_exported_under_a_name() -> None:
+    assert exported_files(QSD) == {"disk": "/images/one", "r1": "two"}
+    assert exported_files(["--blockdev", "driver=raw,node-name=a,file=a", "--export", "nbd"]) == {}
+    loop = ["--blockdev", "driver=raw,node-name=a,file=a", "--export", "nbd,node-name=a"]
+    assert exported_files(["qemu-storage-daemon", *loop]) == {}
+
+
+CLIENT = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+client.send(b"x" * 1000)
+print(flush=True)
+input()
+"""
+
+
+def test_a_server_here_of_a_process_in_another_network_namespace(lab_dir: Path) -> None:
+    needs.root("a network namespace")
+    unshare = needs.program("unshare", "util-linux")
+    path = lab_dir / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        argv: list[str | Path] = [unshare, "--net", sys.executable, "-c", CLIENT, path]
+        child = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            accepted, _ = listener.accept()
+            assert child.stdout is not None
+            assert child.stdout.readline()
+            reader = SocketReader(child.pid)
+            reader.refresh()
+            with accepted:
+                (found,) = reader.read(SocketTable()) or ()
+                assert (found.family, found.client) == ("unix", True)
+                inode = os.fstat(accepted.fileno()).st_ino
+                assert reader.peers((found,), SocketTable()) == {found.inode: inode}
+                # The server's own sockets do not show whose this is, or whether there are others.
+                server = SocketReader(os.getpid())
+                server.refresh()
+                server.read(SocketTable())
+                assert inode in server.hidden(SocketTable())
+        finally:
+            end(child)
+
+
+def test_a_connection_under_the_descriptor_of_another(lab_dir: Path) -> None:
+    """As libiscsi reconnects: the number of descriptors does not change."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname())
+        accepted = [listener.accept()[0]]
+        reader = SocketReader(os.getpid())
+        reader.refresh()
+        table = SocketTable()
+        inodes = {found.inode for found in reader.read(table) or ()}
+        assert os.fstat(first.fileno()).st_ino in inodes
+        second = socket.create_connection(listener.getsockname())
+        accepted.append(listener.accept()[0])
+        with first, second, accepted[0], accepted[1]:
+            inode = os.fstat(second.fileno()).st_ino
+            os.dup2(second.fileno(), first.fileno())
+            assert inode not in {found.inode for found in reader.read(SocketTable()) or ()}
+            assert reader.lost
+            reader.refresh()
+            assert inode in {found.inode for found in reader.read(SocketTable()) or ()}

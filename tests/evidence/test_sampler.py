@@ -1,0 +1,148 @@
+"""Complete samples, and one that blocks does not delay the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from qkilld.decision.verdict import assess
+from qkilld.decision.waits import blind_to
+from qkilld.evidence.faults import FaultGuard
+from qkilld.evidence.sampler import HostTables, Reader
+from qkilld.evidence.workers import MAX_PER_USER, Workers
+from qkilld.model.constants import Verdict
+from tests.evidence.until import until
+from tests.lab.guest import Guest
+
+Make = Callable[..., Guest]
+
+
+def test_a_real_qemu_is_seen_whole(qemu: Make) -> None:
+    guest = qemu()
+    reader = Reader(guest.pid, HostTables())
+    first, second = reader.read(), reader.read()
+    reader.close()
+    assert blind_to(first) == blind_to(second) == []
+    assert first.state in "RS"
+    assert (first.term_pending, first.tracer) == (False, 0)
+    assert first.at < second.at
+    # Anything may have been added through its monitor.
+    assert assess(assess(None, first), second).verdict is Verdict.UNKNOWN
+    assert assess(None, replace(first, pluggable=False)).verdict is Verdict.UNKNOWN
+    alone = [replace(sample, pluggable=False) for sample in (first, second)]
+    assert assess(assess(None, alone[0]), alone[1]).verdict is Verdict.IDLE
+
+
+def test_a_process_that_is_gone_is_unknown_and_raises_nothing(fake_qemu: Make) -> None:
+    guest = fake_qemu()
+    reader = Reader(guest.pid, HostTables())
+    reader.read()
+    guest.close()
+    sample = reader.read()
+    reader.close()
+    assert blind_to(sample)
+    assert assess(assess(None, sample), sample).verdict is Verdict.UNKNOWN
+
+
+def test_readers_leave_no_descriptor_open(fake_qemu: Make) -> None:
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        guest = fake_qemu()
+        reader = Reader(guest.pid, HostTables())
+        reader.read()
+        reader.close()
+    assert psutil.Process().num_fds() == before + 3  # the guests' own pidfds
+
+
+def fail() -> None:
+    raise AssertionError("not to be called")
+
+
+def test_the_processes_of_one_user_leave_threads_for_others() -> None:
+    workers = Workers(FaultGuard())
+    release, done = threading.Event(), threading.Semaphore(0)
+    blocked, refused = threading.Semaphore(0), threading.Semaphore(0)
+
+    def block() -> None:
+        blocked.release()
+        release.wait()
+
+    count = 0
+    while not refused.acquire(timeout=0.01):
+        # A thread is added only when all others are blocked.
+        workers.submit(block, uid=1000, instead=refused.release)
+        count += 1
+        assert count < 100_000
+    for _ in range(MAX_PER_USER):
+        assert blocked.acquire(timeout=10)
+    assert not blocked.acquire(blocking=False)
+    for uid in (0, 1001):
+        workers.submit(done.release, uid=uid, instead=fail)
+        assert done.acquire(timeout=10)
+    release.set()
+    workers.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("sampler-"):
+            thread.join(10)
+
+
+def test_one_thread_does_it_all_until_a_call_blocks() -> None:
+    workers = Workers(FaultGuard())
+    before = threading.active_count()
+    release, done = threading.Event(), threading.Semaphore(0)
+    for _ in range(100):
+        workers.submit(done.release, uid=0, instead=fail)
+        assert done.acquire(timeout=10)
+    assert threading.active_count() == before + 1
+    entered = threading.Event()
+
+    def block() -> None:
+        entered.set()
+        release.wait()
+
+    workers.submit(block, uid=0, instead=fail)
+    assert entered.wait(10)
+    # Calls after that, and all waiting ones, get another thread.
+    while not done.acquire(timeout=0.05):
+        workers.submit(done.release, uid=0, instead=fail)
+    assert threading.active_count() == before + 2
+    release.set()
+    workers.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("sampler-"):
+            thread.join(10)
+
+
+def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
+    """Comparing each with each took 25 s for a sample."""
+    code = (
+        "import socket, sys\n"
+        "server = socket.socket(socket.AF_UNIX); server.bind('m7'); server.listen(4096)\n"
+        "kept = []\n"
+        "for _ in range(200):\n"
+        "    kept.append(socket.socket(socket.AF_UNIX)); kept[-1].connect('m7')\n"
+        "    kept.append(server.accept()[0])\n"
+        "print(flush=True); sys.stdin.read()"
+    )
+    uses = [word for n in range(2000) for word in ("-chardev", f"socket,id=c{n},path=/x/m{n}")]
+    command, pipe = [sys.executable, "-c", code, *uses], subprocess.PIPE
+    with subprocess.Popen(command, cwd=lab_dir, stdin=pipe, stdout=pipe) as target:
+        reader = Reader(target.pid, HostTables())
+        try:
+            assert target.stdout is not None and target.stdout.readline()
+            # Reading its command line may take a while; then a later sample has the purposes.
+            until(reader.read, lambda sample: sample.nodes is not None)
+            began = time.monotonic()
+            sockets = reader.read().sockets
+            assert time.monotonic() - began < 10
+            assert sockets is not None and {socket.role for socket in sockets} == {"other"}
+        finally:
+            reader.close()
+            target.kill()

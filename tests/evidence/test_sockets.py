@@ -1,0 +1,406 @@
+"""The connections of real processes, from sock_diag."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.evidence import sockdiag, sockets
+from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.model.sample import Socket
+from tests.evidence.trees import lay
+from tests.lab import needs
+from tests.lab.guest import Guest, start_qemu
+from tests.lab.process import OTHER_UID, end, spawn
+from tests.lab.storage import NbdServer, nbd_server
+
+
+class Monitor:
+    """A QMP connection through which QEMU reads and writes its disk d0."""
+
+    def __init__(self, guest: Guest) -> None:
+        assert guest.qmp is not None
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        self._socket.connect(str(guest.qmp))
+        self._lines = self._socket.makefile("rb")
+        self._lines.readline()
+        self.command("qmp_capabilities")
+
+    def command(self, name: str, **arguments: str) -> object:
+        request = {"execute": name, "arguments": arguments}
+        self._socket.sendall(json.dumps(request).encode())
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "event" not in answer:
+                return answer["return"]
+
+    def io(self, command: str) -> None:
+        """Run a qemu-io command."""
+        self.command("human-monitor-command", **{"command-line": f'qemu-io d0 "{command}"'})
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def qemu_over_nbd(directory: Path, *, tcp: bool) -> Iterator[tuple[NbdServer, Guest, Monitor]]:
+    image = directory / "disk"
+    image.touch()
+    with (
+        nbd_server(image, tcp=tcp, room=64 << 20) as server,
+        start_qemu(arguments=["-drive", f"file={server.uri},if=none,id=d0,format=raw"]) as guest,
+        contextlib.closing(Monitor(guest)) as monitor,
+    ):
+        yield server, guest, monitor
+
+
+def read(pid: int) -> tuple[Socket, ...]:
+    reader = SocketReader(pid)
+    reader.refresh()
+    found = reader.read(SocketTable())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_qemu_over_nbd(lab_dir: Path, tcp: bool) -> None:
+    with qemu_over_nbd(lab_dir, tcp=tcp) as (server, guest, monitor):
+        reader = SocketReader(guest.pid)
+        reader.refresh()
+
+        def connections() -> tuple[Socket, Socket]:
+            """Return the connection to the server, and the monitor's."""
+            found = reader.read(SocketTable())
+            assert found is not None
+            one, other = sorted(found, key=lambda s: not s.client)
+            assert one.client
+            assert not other.client
+            assert (one.family, other.family) == ("tcp" if tcp else "unix", "unix")
+            return one, other
+
+        idle, _ = connections()
+        assert (idle.send_queue, idle.receive_queue) == (0, 0)
+        monitor.io("write 0 1M")
+        written, _ = connections()
+        assert written.send_queue == 0
+        if tcp:
+            assert idle.acked is not None and written.acked is not None
+            assert idle.received is not None and written.received is not None
+            assert written.acked - idle.acked >= 1 << 20
+            assert written.received - idle.received >= 16  # a reply to one request
+            assert written.unacked == 0
+        else:
+            assert (written.acked, written.received, written.unacked) == (None, None, None)
+
+        server.freeze()
+        monitor.io("aio_write 0 32M")
+        monitor.command("query-status")  # QEMU's main loop has run once more.
+        frozen, _ = connections()
+        assert frozen.send_queue > 0
+        server.thaw()
+        monitor.io("aio_flush")
+        thawed, _ = connections()
+        assert thawed.send_queue == 0
+        if tcp:
+            assert written.acked is not None
+            assert frozen.acked is not None and thawed.acked is not None
+            assert thawed.acked > frozen.acked
+            assert thawed.acked - written.acked >= 32 << 20
+
+
+def test_a_server_that_is_gone(lab_dir: Path) -> None:
+    with qemu_over_nbd(lab_dir, tcp=False) as (server, guest, _):
+        assert [s.client for s in read(guest.pid) if s.client] == [True]
+        end(server.process)
+        assert not [s for s in read(guest.pid) if s.client]
+
+
+def inode(of: socket.socket) -> int:
+    return os.fstat(of.fileno()).st_ino
+
+
+def own() -> dict[int, Socket]:
+    return {s.inode: s for s in read(os.getpid())}
+
+
+def test_who_connected_on_unix(lab_dir: Path) -> None:
+    path = str(lab_dir / "s")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(path)
+        server.listen()
+        assert inode(server) not in own()
+        assert inode(client) not in own()
+        client.connect(path)
+        client.send(b"x" * 1000)
+        # Not yet accepted.
+        assert own()[inode(client)].client
+        assert own()[inode(client)].send_queue >= 1000
+        accepted, _ = server.accept()
+        with accepted:
+            found = own()
+            assert found[inode(client)].client
+            assert not found[inode(accepted)].client
+            assert found[inode(accepted)].receive_queue == 1000
+            assert found[inode(client)].send_queue >= 1000
+        assert inode(client) not in own()
+
+
+def test_output_to_a_log(lab_dir: Path) -> None:
+    """As systemd connects a service's standard output to the journal: nothing can be received."""
+    path = str(lab_dir / "s")
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(path)
+        server.listen()
+        client.connect(path)
+        accepted, _ = server.accept()
+        with accepted:
+            client.shutdown(socket.SHUT_WR)
+            assert own()[inode(client)].client
+            client.shutdown(socket.SHUT_RD)
+            assert inode(client) not in own()
+
+
+def test_a_pair_and_what_is_no_stream() -> None:
+    one, other = socket.socketpair()
+    datagrams = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other, datagrams[0], datagrams[1], socket.socket(type=socket.SOCK_DGRAM) as udp:
+        udp.connect(("127.0.0.1", 9))
+        found = own()
+        assert not found[inode(one)].client
+        assert not found[inode(other)].client
+        assert not {inode(datagrams[0]), inode(udp)} & found.keys()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_who_connected_on_tcp(family: socket.AddressFamily) -> None:
+    host = "127.0.0.1" if family == socket.AF_INET else "::1"
+    with socket.socket(family) as server, socket.socket(family) as client:
+        try:
+            server.bind((host, 0))
+        except OSError:
+            pytest.xfail(f"this machine has no {host}")
+        server.listen()
+        client.connect(server.getsockname())
+        accepted, _ = server.accept()
+        with accepted:
+            reader = SocketReader(os.getpid())
+            reader.refresh()
+            for _ in range(2):  # The second time, the places are known.
+                found = {s.inode: s for s in reader.read(SocketTable()) or ()}
+                assert inode(server) not in found
+                assert found[inode(client)].client
+                assert not found[inode(accepted)].client
+            client.send(b"x" * 1000)
+            found = {s.inode: s for s in reader.read(SocketTable()) or ()}
+            assert found[inode(accepted)].receive_queue == 1000
+            assert found[inode(accepted)].received == 1000
+            assert found[inode(client)].acked == 1001  # And the handshake.
+            assert found == own()
+            client.shutdown(socket.SHUT_WR)
+            found = {s.inode: s for s in reader.read(SocketTable()) or ()}
+            assert not {inode(client), inode(accepted)} & found.keys()
+
+
+def test_one_by_one_and_all_at_once_are_alike() -> None:
+    """A table queries single TCP sockets some times, and then reads all."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for _ in range(sockdiag._CHEAPER):
+            client = stack.enter_context(socket.create_connection(server.getsockname()))
+            client.send(b"x")
+            stack.enter_context(server.accept()[0])
+        reader = SocketReader(os.getpid())
+        reader.refresh()
+        first = reader.read(SocketTable())
+        assert first is not None
+        assert len([s for s in first if s.family == "tcp"]) == 2 * sockdiag._CHEAPER
+        assert reader.read(SocketTable()) == first
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_a_crowded_table_tells_the_same(
+    host: str, lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user with many sockets must not hide those of others."""
+    path = str(lab_dir / "s")
+    with contextlib.ExitStack() as stack:
+        for end in socket.socketpair():
+            stack.enter_context(end)
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(path)
+        server.listen()
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(path)
+        client.send(b"x")
+        stack.enter_context(server.accept()[0])
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        tcp = stack.enter_context(socket.socket(family))
+        if family == socket.AF_INET6:
+            tcp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        tcp.bind((host, 0))
+        tcp.listen()
+        for _ in range(2):
+            made = stack.enter_context(socket.socket(family))
+            made.connect(tcp.getsockname())
+            made.send(b"xy")
+            stack.enter_context(tcp.accept()[0])
+        port = tcp.getsockname()[1]
+        free = stack.enter_context(socket.socket())
+        free.bind(("127.0.0.1", 0))
+
+        def told() -> list[object]:
+            # The first read of a socket scans the whole table, the second does not.
+            reader = SocketReader(os.getpid())
+            reader.refresh()
+            found: list[object] = []
+            for _ in range(2):
+                table = SocketTable(crowd)
+                read = reader.read(table)
+                assert read is not None
+                found += [read, reader.peers(read, table), reader.accepted]
+                found += [table.listens_at(inode(s)) for s in (server, client, tcp)]
+                found += [table.has_unix(inode(s)) for s in (server, client, tcp)]
+                found += [table.listens(b.__eq__) for b in (os.fsencode(path), b"no such")]
+                found += [table.listens_on(p) for p in (port, free.getsockname()[1])]
+            return found
+
+        crowd = sockdiag.Crowd()
+        whole = told()
+        assert socket.AF_UNIX not in crowd and socket.AF_INET not in crowd
+        assert len(whole[1]) >= 6, whole[1]  # type: ignore[arg-type]
+        monkeypatch.setattr(sockdiag, "MAX_SOCKETS", 1)
+        assert told() == whole
+        assert socket.AF_UNIX in crowd and socket.AF_INET in crowd
+
+
+MANY = """
+import resource, socket, sys
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+pairs = []
+try:
+    while len(pairs) < int(sys.argv[1]) // 2:
+        pairs.append(socket.socketpair())
+except OSError:
+    pass
+print(2 * len(pairs), flush=True)
+input()
+"""
+
+
+def test_many_sockets_of_another_user_hide_nothing() -> None:
+    one, other = socket.socketpair()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(one)
+        stack.enter_context(other)
+        count = 0
+        while count <= sockdiag.MAX_SOCKETS + 100:
+            argv = [sys.executable, "-c", MANY, str(sockdiag.MAX_SOCKETS)]
+            child = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.callback(end, child)
+            assert child.stdout is not None
+            opened = int(child.stdout.readline())
+            assert opened
+            count += opened
+        reader = SocketReader(os.getpid())
+        reader.refresh()
+        found = {s.inode for s in reader.read(SocketTable()) or ()}
+        assert {inode(one), inode(other)} <= found
+
+
+def test_a_crowded_table_takes_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        reader = SocketReader(os.getpid())
+        reader.refresh()
+        monkeypatch.setattr(sockdiag, "MAX_SOCKETS", 1)
+        monkeypatch.setattr(sockdiag, "SINGLE_S", 0.0)
+        assert reader.read(SocketTable()) is None
+
+
+def test_a_kind_that_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UDP represents MPTCP and others that not every kernel has."""
+    monkeypatch.setattr(sockets, "_UNSEEN", frozenset({"UDP"}))
+    with socket.socket(type=socket.SOCK_DGRAM):
+        reader = SocketReader(os.getpid())
+        reader.refresh()
+        assert reader.read(SocketTable()) is None
+
+
+def test_not_to_be_read() -> None:
+    needs.root("to be another user")
+    with start_qemu() as guest:
+        reader = SocketReader(guest.pid)
+        assert reader.read(SocketTable()) is None
+        reader.refresh()
+        assert reader.read(SocketTable()) == ()
+        os.seteuid(OTHER_UID)
+        try:
+            reader.refresh()
+        finally:
+            os.seteuid(0)
+        assert reader.read(SocketTable()) is None
+        reader.refresh()
+        assert reader.read(SocketTable()) == ()
+    reader.refresh()
+    assert reader.read(SocketTable()) is None
+
+
+ELSEWHERE = """
+import fcntl, socket, struct, sys
+with socket.socket() as any:
+    fcntl.ioctl(any, 0x8914, struct.pack("16sh14x", b"lo", 1))  # SIOCSIFFLAGS: up
+server = socket.create_server(("127.0.0.1", 0))
+client = socket.create_connection(server.getsockname())
+accepted, _ = server.accept()
+client.send(b"x" * 1000)
+if sys.argv[1]:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    unix = socket.socket(socket.AF_UNIX)
+    unix.connect(sys.argv[1])
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("unix", [False, True])
+def test_in_another_network_namespace(lab_dir: Path, unix: bool) -> None:
+    needs.root("a network namespace")
+    unshare = needs.program("unshare", "util-linux")
+    path = str(lab_dir / "s") if unix else ""
+    argv: list[str | Path] = [unshare, "--net", sys.executable, "-c", ELSEWHERE, path]
+    child = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline()
+        reader = SocketReader(child.pid)
+        reader.refresh()
+        found = reader.read(SocketTable())
+        if unix:
+            assert found is None
+        else:
+            assert found is not None
+            assert {(s.family, s.client, s.receive_queue) for s in found} == {
+                ("tcp", True, 0),
+                ("tcp", False, 1000),
+            }
+    finally:
+        end(child)
+
+
+def test_without_proc(tmp_path: Path) -> None:
+    reader = SocketReader(7, lay(tmp_path, {"7/fd/3": "->socket:[5]"}))
+    reader.refresh()
+    assert reader.read(SocketTable()) is None

@@ -1,0 +1,23 @@
+"""The amount of input from Hypothesis: short and fixed, or random with
+--hypothesis-profile=fuzz."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+
+# A busy host does not fail a parser; an endless loop is ended by pytest's timeout.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+}
+# Shrinking a failing input may take minutes, so only `make fuzz` does it.
+_QUICK = (Phase.explicit, Phase.generate)
+settings.register_profile("short", max_examples=60, derandomize=True, phases=_QUICK, **_COMMON)
+settings.register_profile(
+    "fuzz", max_examples=int(os.environ.get("QKILLD_FUZZ_EXAMPLES", "2000")), **_COMMON
+)
+settings.load_profile("short")

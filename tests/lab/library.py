@@ -1,0 +1,34 @@
+"""Choose which D-Bus library qkilld finds: the one that it prefers, or only dbus-fast."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Final
+
+from tests.lab import needs
+from tests.lab.process import TOP
+from tests.lab.scratch import run_directory
+
+NAMES: Final = ("dbus-next", "dbus-fast")
+
+
+def use(name: str) -> None:
+    """Make this process and its children find this library. Call it before qkilld.bus is imported.
+    Raises needs.Missing if it is not installed."""
+    if name == "dbus-next":
+        return
+    if importlib.util.find_spec("dbus_fast") is None:
+        raise needs.Missing("dbus-fast is not installed: `make venv`")
+    sys.modules["dbus_next"] = None  # type: ignore[assignment]
+    shadow = run_directory() / "shadow"
+    (shadow / "dbus_next").mkdir(parents=True, exist_ok=True)
+    (shadow / "dbus_next/__init__.py").write_text("raise ImportError('hidden by the tests')\n")
+    os.environ["QKILLD_TEST_SHADOW"] = str(shadow)
+
+
+def python_path() -> str:
+    """Return PYTHONPATH for programs of the checkout."""
+    shadow = os.environ.get("QKILLD_TEST_SHADOW")
+    return f"{shadow}:{TOP}" if shadow else str(TOP)

@@ -1,0 +1,244 @@
+"""NBD servers of several makes that can freeze, exit, and start again.
+
+nbd_store runs nbdkit, qemu-nbd or qemu-storage-daemon on a unix socket, TCP, or a socket pair (only
+nbdkit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.lab import needs
+from tests.lab.process import end, spawn
+from tests.lab.scratch import scratch
+
+MAKES: Final = {
+    "nbdkit": "nbdkit",
+    "qemu-nbd": "qemu-utils",
+    "qemu-storage-daemon": "qemu-utils",
+}
+"""The makes, and the Debian packages that have them."""
+_UNLIMITED: Final = "100G"
+
+
+@dataclass
+class NbdStore:
+    """A server of one file."""
+
+    file: Path
+    make: str
+    transport: str
+    directory: Path
+    port: int = 0
+    pair: socket.socket | None = None
+    """QEMU's end of a socket pair, to be passed on and closed."""
+    other: Path | None = None
+    """A second file, exported as `other` (only qemu-storage-daemon)."""
+    upstream: NbdStore | None = None
+    """Another server to forward to instead of a file (only nbdkit)."""
+    before: Callable[[], None] | None = None
+    """Called in the child before it executes the server."""
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def server(self) -> dict[str, object]:
+        """The value of `"server":` in QEMU's NBD node; for a pair, with the same descriptor
+        number."""
+        match self.transport:
+            case "unix":
+                return {"type": "unix", "path": str(self.directory / "socket")}
+            case "tcp":
+                return {"type": "inet", "host": "127.0.0.1", "port": str(self.port)}
+        assert self.pair is not None
+        return {"type": "fd", "str": str(self.pair.fileno())}
+
+    def slow(self, bits_per_second: str) -> None:
+        """Limit the rate ("400K") of later requests (only nbdkit)."""
+        new = self.directory / "rate.new"
+        new.write_text(bits_per_second)
+        new.rename(self.directory / "rate")
+
+    def fast(self) -> None:
+        self.slow(_UNLIMITED)
+
+    def fail(self, failing: bool = True) -> None:
+        """Answer writes and flushes with EIO (only nbdkit)."""
+        if failing:
+            (self.directory / "fail").touch()
+        else:
+            (self.directory / "fail").unlink(missing_ok=True)
+
+    def freeze(self, still: str = "T") -> None:
+        """Stop it with SIGSTOP; its connections stay open.
+
+        `still`: the states of threads that do nothing more. With "D", what it writes to stands
+        still already, so that a thread in a call there stays in it.
+        """
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        # After the signal, each thread stops when it next handles signals.
+        deadline = time.monotonic() + 30
+        while not all(state in still for state in _states(self.process.pid)):
+            assert time.monotonic() < deadline, "the NBD server does not stop"
+            time.sleep(0.001)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def leave(self) -> None:
+        """Kill it: its connections break, and nothing listens."""
+        assert self.process is not None
+        end(self.process)
+        (self.directory / "socket").unlink(missing_ok=True)
+
+    def start(self) -> None:
+        """Start it at the same place; return when it accepts connections.
+
+        A second start, after leave(), is impossible if the transport is a pair.
+        """
+        ends = socket.socketpair() if self.transport == "pair" else None
+        argv = self._argv()
+        with contextlib.ExitStack() as stack:
+            if ends is not None:
+                self.pair = ends[0]
+                stack.enter_context(ends[1])
+            stdin = ends[1].fileno() if ends else subprocess.DEVNULL
+            stdout = ends[1].fileno() if ends else None
+            said = stack.enter_context((self.directory / "said").open("ab"))
+            self.process = spawn(
+                argv, stdin=stdin, stdout=stdout or said, stderr=said, before=self.before
+            )
+        if ends is None:
+            self._wait()
+
+    def _argv(self) -> list[str]:
+        program, file = str(needs.program(self.make, MAKES[self.make])), str(self.file)
+        path, port = self.directory / "socket", str(self.port)
+        if self.make == "nbdkit":
+            where = {
+                "unix": ["-U", str(path)],
+                "tcp": ["-i", "127.0.0.1", "-p", port],
+                "pair": ["-s"],
+            }[self.transport]
+            failing = ["error=EIO", "error-rate=100%", f"error-file={self.directory / 'fail'}"]
+            failing += ["error-pread-rate=0%"]
+            filters = ["--filter=rate", "--filter=error"]
+            if self.upstream is not None:
+                socket_path = self.upstream.directory / "socket"
+                return [program, "--foreground", *where, "nbd", f"socket={socket_path}"]
+            argv = [program, "--foreground", "--threads=16", *where, *filters, "file", file]
+            return [*argv, f"rate-file={self.directory / 'rate'}", *failing]
+        if self.make == "qemu-nbd":
+            where = (
+                ["-k", str(path)] if self.transport == "unix" else ["-b", "127.0.0.1", "-p", port]
+            )
+            return [program, "-t", "-e", "0", "-f", "raw", "--cache=writeback", *where, file]
+        address = f"addr.type=unix,addr.path={path}"
+        if self.transport == "tcp":
+            address = f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}"
+        node = f"driver=file,node-name=store,filename={self.file}"
+        export = "type=nbd,id=export,node-name=store,name=,writable=on"
+        argv = [program, "--blockdev", node, "--nbd-server", address, "--export", export]
+        if self.other is not None:
+            argv += ["--blockdev", f"driver=file,node-name=other,filename={self.other}"]
+            argv += ["--export", "type=nbd,id=other,node-name=other,name=other,writable=on"]
+        return argv
+
+    def _wait(self) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + 30
+        while True:
+            family = socket.AF_UNIX if self.transport == "unix" else socket.AF_INET
+            with socket.socket(family) as probe, contextlib.suppress(OSError):
+                path = str(self.directory / "socket")
+                probe.connect(path if self.transport == "unix" else ("127.0.0.1", self.port))
+                return
+            said = (self.directory / "said").read_text()
+            assert self.process.poll() is None, f"{self.make}: {said}"
+            assert time.monotonic() < deadline, f"{self.make} does not listen: {said}"
+            # None of the three announces that it listens.
+            time.sleep(0.02)
+
+
+def _states(pid: int) -> list[str]:
+    """Return the states of all threads."""
+    stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [stat[stat.rindex(")") + 2] for stat in stats]
+
+
+class NbdClient:
+    """A client for writing to a fixed-newstyle server. Source: the NBD protocol's doc/proto.md."""
+
+    def __init__(self, store: NbdStore, export: str) -> None:
+        unix = store.transport == "unix"
+        self.connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
+        path = str(store.directory / "socket")
+        self.connection.connect(path if unix else ("127.0.0.1", store.port))
+        self._read(16)
+        flags = struct.unpack(">H", self._read(2))[0]
+        assert flags & 2, "the server sends zeroes"
+        name = export.encode()
+        self.connection.sendall(
+            struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 1, len(name))
+        )
+        self.connection.sendall(name)
+        self._read(10)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write, and wait for the reply."""
+        head = struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, offset, len(data))
+        self.connection.sendall(head + data)
+        self._read(16)
+
+    def close(self) -> None:
+        """Close it, from any thread: pending calls raise ConnectionError."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+    def _read(self, size: int) -> bytes:
+        data = self.connection.recv(size, socket.MSG_WAITALL)
+        if len(data) < size:
+            raise ConnectionError("the NBD server closed the connection")
+        return data
+
+
+@contextlib.contextmanager
+def nbd_store(
+    file: Path,
+    make: str = "nbdkit",
+    transport: str = "unix",
+    *,
+    other: Path | None = None,
+    upstream: NbdStore | None = None,
+    before: Callable[[], None] | None = None,
+) -> Iterator[NbdStore]:
+    """Run a server for a file of final size, ready at entry.
+
+    Raises needs.Missing.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch("n"))
+        port = 0
+        if transport == "tcp":
+            with socket.socket() as probe:
+                # Another program could take the port first; the server would report it.
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        store = NbdStore(file, make, transport, directory, port)
+        store.other, store.upstream, store.before = other, upstream, before
+        store.fast()
+        store.start()
+        stack.callback(lambda: store.process and end(store.process))
+        if store.pair is not None:
+            stack.callback(store.pair.close)
+        yield store

@@ -1,0 +1,105 @@
+"""Parsing the monitor's replies about disks: QEMU's forms, and garbage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qkilld.decision.last_rungs import plan_flush
+from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
+from qkilld.model.errors import MonitorProtocolError
+from qkilld.monitor.block_answers import MAX_DISKS, read_disks, read_jobs, read_migration
+
+NBD = "nbd+unix://?socket=/run/x"
+
+
+def disk(name: str, file: str, drv: str = "raw", **more: object) -> dict[str, Any]:
+    inserted = {"node-name": f"#{name}", "ro": False, "file": file, "drv": drv, **more}
+    return {"device": name, "qdev": f"/machine/{name}/virtio-backend", "inserted": inserted}
+
+
+def named(name: str, file: str, drv: str, **more: object) -> dict[str, Any]:
+    return {"node-name": name, "file": file, "drv": drv, **more}
+
+
+def test_disks_and_the_connections_below_them() -> None:
+    nodes = [named("#n", NBD, "nbd"), named("#f", "/img", "file")]
+    remote, local = read_disks([disk("r", NBD), disk("l", "/img")], nodes)
+    assert (remote.network, remote.connections) == (True, ("#n",))
+    assert (local.network, local.connections) == (False, ())
+
+
+def test_a_network_is_known_by_json_and_by_what_an_image_is_backed_by() -> None:
+    inner = 'json:{"driver":"qcow2","file":{"driver":"nbd","server.path":"/x"}}'
+    assert read_disks([disk("a", inner)], [])[0].network
+    image = {"filename": "/top", "backing-image": {"filename": "https://host/base"}}
+    assert read_disks([disk("a", "/top", image=image)], [])[0].network
+
+
+def test_cache_unsafe_shows_below_the_filter_of_a_backup() -> None:
+    nodes = [named("#q", "/img", "qcow2", cache={"no-flush": True})]
+    assert read_disks([disk("a", "/img", "copy-before-write")], nodes)[0].no_flush
+    assert not read_disks([disk("a", "/other")], nodes)[0].no_flush
+
+
+def test_empty_and_read_only_drives_are_left_out() -> None:
+    assert read_disks([{"device": "cd"}, disk("a", "/img", ro=True)], []) == ()
+
+
+@pytest.mark.parametrize(
+    "answer", [None, {}, [1], [{}], [{"inserted": 3}], "text", [disk("a", "/x")] * (MAX_DISKS + 1)]
+)
+def test_anything_else_is_refused(answer: object) -> None:
+    with pytest.raises(MonitorProtocolError):
+        read_disks(answer, [])
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J\n", "‮evil", "a" * 10_000])
+def test_titles_are_printable_and_short(name: str) -> None:
+    found = read_disks([disk(name, "/img")], [])[0]
+    assert found.title.isprintable() and len(found.title) <= 128
+    assert found.node == f"#{name}"
+
+
+def test_jobs_that_are_over_do_not_count() -> None:
+    job = {"type": "backup", "device": "d", "offset": 5, "len": 9, "status": "running"}
+    assert [one.done for one in read_jobs([job, {**job, "status": "concluded"}])] == [5]
+    assert read_migration({}) == () == read_migration({"status": "completed"})
+    (migration,) = read_migration({"status": "active", "ram": {"transferred": 7}})
+    assert (migration.migration, migration.done) == (True, 7)
+    for wrong in (3, {"status": 3}, None):
+        with pytest.raises(MonitorProtocolError):
+            read_migration(wrong)
+
+
+LOCAL = GuestDisk("#l", "l", network=False, device="/m/scsi/virtio-backend/scsi.0")
+REMOTE = GuestDisk("#r", "r", network=True, device="/m/ide.0")
+
+
+def state(*disks: GuestDisk, queues: tuple[RequestQueue, ...] | None = (), **more: Any) -> Any:
+    return BlockState(at=0, runstate="running", disks=disks, queues=queues, **more)
+
+
+def test_stop_is_not_sent_if_nothing_tells_whether_a_network_disk_answers() -> None:
+    plan = plan_flush(state(LOCAL, REMOTE))
+    assert (plan.stop, plan.disks) == (False, (LOCAL,))
+    assert "r, which lies on a network" in plan.left_out
+
+
+def test_a_disk_of_a_controller_whose_queue_is_stuck_is_held_up() -> None:
+    first = RequestQueue("/m/scsi/virtio-backend", 2, 3, 65_535)
+    plan = plan_flush(state(LOCAL, queues=(first,)), state(LOCAL, queues=(first,)))
+    assert (plan.stop, plan.stuck) == (False, (LOCAL,))
+    moved = RequestQueue("/m/scsi/virtio-backend", 2, 3, 1)
+    assert plan_flush(state(LOCAL, queues=(first,)), state(LOCAL, queues=(moved,))).stop
+
+
+def test_a_vhost_device_keeps_stop_back() -> None:
+    plan = plan_flush(state(LOCAL, foreign=("vhost-user-blk",)))
+    assert (plan.stop, plan.disks) == (False, (LOCAL,))
+
+
+def test_disks_that_are_another_hosts_are_left_alone() -> None:
+    moved = BlockState(at=0, runstate="postmigrate", disks=(LOCAL,))
+    assert plan_flush(moved).disks == () and not plan_flush(moved).stop

@@ -1,0 +1,208 @@
+"""Reading storage connections and images from a command line."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from qkilld.adapters.qemu_args import parse_config
+from qkilld.evidence.block_graph import (
+    FOREVER_S,
+    BlockGraph,
+    ConnectionEnd,
+    config_paths,
+    read_block_graph,
+)
+
+
+def graph_of(text: str, config: str = "") -> BlockGraph:
+    return read_block_graph(["qemu-system-x86_64", *shlex.split(text)], parse_config(config))
+
+
+def storage(graph: BlockGraph) -> set[tuple[str, str]]:
+    return {(node.protocol, node.name) for node in graph.nodes}
+
+
+def ends(graph: BlockGraph) -> dict[ConnectionEnd, str | None]:
+    return {end: node.name if node else None for end, node in graph.endpoints.items()}
+
+
+UNIX = ConnectionEnd(path="/run/nbd.sock")
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes", "endpoints"),
+    [
+        ("-drive file=/a.qcow2,format=qcow2", set(), {}),
+        ("-drive file=nbd:unix:/run/nbd.sock,id=d", {("nbd", "d")}, {UNIX: "d"}),
+        ("-drive file=nbd:unix:/run/nbd.sock:exportname=x,id=d", {("nbd", "d")}, {UNIX: "d"}),
+        (
+            "-drive file=nbd:host:99,id=d",
+            {("nbd", "d")},
+            {ConnectionEnd(host="host", port=99): "d"},
+        ),
+        (
+            "-drive file=nbd+unix:///x?socket=/run/nbd.sock,id=d",
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
+        ("nbd://host/x", {("nbd", "hda0")}, {ConnectionEnd(host="host", port=10809): "hda0"}),
+        (
+            "-drive driver=qcow2,file.driver=nbd,file.path=/run/nbd.sock,id=d",
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
+        (
+            "-blockdev driver=nbd,node-name=n,server.type=unix,server.path=/run/nbd.sock,"
+            "reconnect-delay=300",
+            {("nbd", "n")},
+            {UNIX: "n"},
+        ),
+        (
+            '-blockdev \'{"driver":"nbd","node-name":"n","server":{"type":"fd","str":"7"}}\'',
+            {("nbd", "n")},
+            {ConnectionEnd(descriptor=7): "n"},
+        ),
+        (
+            '-drive \'file=json:{"driver":"qcow2",,"file":{"driver":"nbd",,'
+            '"server":{"type":"unix",,"path":"/run/nbd.sock"}}},id=d\'',
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
+        (
+            "-drive file=iscsi://1.2.3.4:3261/iqn.x/1,id=lun",
+            {("iscsi", "lun")},
+            {ConnectionEnd(host="1.2.3.4", port=3261): "lun"},
+        ),
+        (
+            "-blockdev driver=iscsi,node-name=n,transport=tcp,portal=1.2.3.4,target=iqn.x,lun=1",
+            {("iscsi", "n")},
+            {ConnectionEnd(host="1.2.3.4", port=3260): "n"},
+        ),
+        ("-drive file=rbd:pool/image,id=r", {("rbd", "r")}, {}),
+        (
+            "-chardev socket,id=c,path=/v.sock -device vhost-user-blk-pci,chardev=c",
+            {("vhost-user", "c (vhost-user-blk)")},
+            {ConnectionEnd(path="/v.sock"): "c (vhost-user-blk)"},
+        ),
+        # Not storage
+        ("-qmp unix:/q.sock,server=on,wait=off", set(), {ConnectionEnd(path="/q.sock"): None}),
+        (
+            "-chardev socket,id=m,fd=9,server=on -mon chardev=m",
+            set(),
+            {ConnectionEnd(descriptor=9): None},
+        ),
+        (
+            "-monitor tcp:127.0.0.1:4444,server",
+            set(),
+            {ConnectionEnd(host="127.0.0.1", port=4444): None},
+        ),
+        (
+            "-netdev stream,id=n,addr.type=unix,addr.path=/passt.sock",
+            set(),
+            {ConnectionEnd(path="/passt.sock"): None},
+        ),
+        ("-vnc 127.0.0.1:3", set(), {ConnectionEnd(port=5903): None}),
+        ("-vnc unix:/v.sock", set(), {ConnectionEnd(path="/v.sock"): None}),
+        ("-spice port=5930,disable-ticketing=on", set(), {ConnectionEnd(port=5930): None}),
+        # Text that looks like storage, where QEMU does not read it as storage
+        ("-smbios type=1,serial=ds=nocloud-net;s=http://10.0.2.2:8000/", set(), {}),
+        ("-name nbd:unix:/run/nbd.sock", set(), {}),
+    ],
+)
+def test_nodes_and_connections(
+    text: str, nodes: set[tuple[str, str]], endpoints: dict[ConnectionEnd, str | None]
+) -> None:
+    graph = graph_of(text)
+    assert storage(graph) == nodes
+    assert ends(graph) == endpoints
+
+
+def test_config_files_count_as_well() -> None:
+    assert config_paths(["qemu", "-readconfig", "/a.cfg", "-m", "1G"]) == ["/a.cfg"]
+    text = '[drive "d"]\n  file = "nbd:unix:/run/nbd.sock"\n'
+    assert storage(graph_of("-m 1G", text)) == {("nbd", "d")}
+
+
+@pytest.mark.parametrize(
+    ("text", "raw"),
+    [
+        ("-drive file=/a,format=raw", {"/a"}),
+        ("-drive file=/a,format=qcow2", set()),
+        ("-drive file=/a", set()),
+        ("-hda /a", set()),
+        ("-drive driver=raw,file.filename=/a", {"/a"}),
+        ("-blockdev driver=raw,node-name=r,file.driver=file,file.filename=/a", {"/a"}),
+        (
+            "-blockdev driver=file,node-name=f,filename=/a -blockdev driver=raw,node-name=r,file=f",
+            {"/a"},
+        ),
+        (
+            "-blockdev driver=file,node-name=f,filename=/a -blockdev driver=qcow2,file=f",
+            set(),
+        ),
+        ("-blockdev driver=file,node-name=f,filename=/a -device virtio-blk,drive=f", {"/a"}),
+        ("-blockdev driver=file,node-name=f,filename=/a -machine pc,pflash0=f", {"/a"}),
+        # A format layer may have been added to the running QEMU.
+        ("-blockdev driver=file,node-name=f,filename=/a", set()),
+        # A slice, as libvirt writes it.
+        (
+            "-blockdev driver=file,node-name=f,filename=/a -blockdev driver=raw,node-name=s,file=f"
+            " -blockdev driver=qcow2,node-name=q,file=s",
+            set(),
+        ),
+        (
+            "-blockdev driver=file,node-name=f,filename=/a"
+            " -blockdev driver=qcow2,node-name=q,file.driver=raw,file.file=f",
+            set(),
+        ),
+        (
+            "-blockdev driver=raw,node-name=s,file.driver=file,file.filename=/a"
+            " -blockdev driver=qcow2,node-name=q,file=s",
+            set(),
+        ),
+        (
+            "-blockdev driver=raw,node-name=r,file.driver=qcow2,file.file.driver=file,"
+            "file.file.filename=/a",
+            set(),
+        ),
+        ("-drive file=/a,format=raw -drive file=/a,format=qcow2", set()),
+    ],
+)
+def test_images_known_to_be_raw(text: str, raw: set[str]) -> None:
+    assert graph_of(text).raw == raw
+
+
+def test_a_relative_name_is_of_the_working_directory() -> None:
+    graph = graph_of("-drive file=disks/a.raw,format=raw")
+    assert "/vm/disks/a.raw" in graph.raw_paths("/vm")
+    assert "/elsewhere/disks/a.raw" not in graph.raw_paths("/vm")
+    assert "/vm/disks/a.raw" not in graph.raw_paths("")
+
+
+def test_names_are_printable_and_unlike_each_other() -> None:
+    graph = graph_of("-drive file=nbd:h:1,id=a\x1b[2J -drive file=nbd:h:2,id=a\x1b[2J")
+    names = [node.name for node in graph.nodes]
+    assert len(set(names)) == 2
+    assert all(name.isprintable() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("node", "seconds"),
+    [
+        ("driver=nbd,server.type=unix,server.path=/s,reconnect-delay=30", 30),
+        ("driver=nbd,server.type=unix,server.path=/s", None),
+        ("driver=nbd,server.type=unix,server.path=/s,reconnect-delay=soon", None),
+        ("driver=iscsi,transport=tcp,portal=1.2.3.4,target=iqn.x,lun=1", FOREVER_S),
+        ("driver=iscsi,transport=tcp,portal=1.2.3.4,target=iqn.x,lun=1,timeout=0", FOREVER_S),
+        ("driver=iscsi,transport=tcp,portal=1.2.3.4,target=iqn.x,lun=1,timeout=9", None),
+        ("driver=ssh,server.host=h,server.port=22,path=/x,reconnect-delay=30", None),
+    ],
+)
+def test_how_long_requests_are_held_for_a_lost_server(node: str, seconds: int | None) -> None:
+    argv = ["qemu", "-blockdev", f"node-name=n,{node}"]
+    assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
+    nested = ",".join(f"file.{word}" for word in node.split(","))
+    argv = ["qemu", "-drive", f"format=qcow2,{nested}"]
+    assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]

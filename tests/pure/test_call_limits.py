@@ -1,0 +1,62 @@
+"""The limits of concurrent calls of one user."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+
+from qkilld.engine.call_limits import CallLimits, Cost
+from qkilld.model.errors import Busy
+
+ROOT, ALICE, BOB = 0, 1000, 1001
+
+
+@pytest.mark.parametrize(
+    ("cost", "most", "named"),
+    [(Cost.WAIT, 1024, "1024"), (Cost.LOOK, 8, "8"), (Cost.OTHER, 64, "64")],
+)
+def test_limits(cost: Cost, most: int, named: str) -> None:
+    limits = CallLimits(frozenset({ROOT}))
+    for _ in range(most):
+        limits.begin(ALICE, cost)
+    with pytest.raises(Busy, match=rf"Uid 1000 has {named} calls"):
+        limits.begin(ALICE, cost)
+    limits.begin(BOB, cost)
+    for _ in range(most * 2):
+        limits.begin(ROOT, cost)
+    limits.end(ALICE, cost)
+    limits.begin(ALICE, cost)
+    with pytest.raises(Busy):
+        limits.begin(ALICE, cost)
+
+
+def test_looks_count_as_requests_and_waits_do_not() -> None:
+    limits = CallLimits(frozenset({ROOT}))
+    for _ in range(100):
+        limits.begin(ALICE, Cost.WAIT)
+    for _ in range(8):
+        limits.begin(ALICE, Cost.LOOK)
+    for _ in range(56):
+        limits.begin(ALICE, Cost.OTHER)
+    with pytest.raises(Busy):
+        limits.begin(ALICE, Cost.OTHER)
+    limits.begin(ALICE, Cost.WAIT)
+
+
+def test_nothing_is_kept_of_those_that_have_ended() -> None:
+    limits = CallLimits(frozenset({ROOT}))
+    for uid in range(1000):
+        limits.begin(uid, Cost.LOOK)
+        limits.end(uid, Cost.LOOK)
+    assert not limits._running
+
+
+def test_a_reserve_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = CallLimits(frozenset({ROOT}))
+    limits.check_descriptors(ALICE)
+    # More than three quarters of this limit are in use.
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
+    with pytest.raises(Busy, match="file descriptors"):
+        limits.check_descriptors(ALICE)
+    limits.check_descriptors(ROOT)

@@ -1,0 +1,288 @@
+"""The verdict about a unit: what its stops keep now, and after adopting."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import pytest
+
+from qkilld.model.constants import INFINITY
+from qkilld.model.unit import Command, UnitFacts
+from qkilld.unitcheck.check import check
+from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
+from qkilld.unitcheck.context import Surroundings
+from qkilld.unitcheck.dropin import Override, changes
+from qkilld.unitcheck.keepers import GuestKeeper
+from qkilld.unitcheck.stop_outcome import Occasion, Patience
+from qkilld.unitcheck.storage import Storage
+from tests.pure.test_unitcheck import SAFE, SCOPE, SHELL, STOP, S, line
+
+ASKABLE = Surroundings(guests=1, is_running=True, can_ask=True)
+MUTE = replace(ASKABLE, can_ask=False)
+BARE = replace(SAFE, exec_stop=(), notify_access="none", timeout_stop=5 * S)
+POWERDOWN = line("echo system_powerdown | socat - UNIX:/run/m")
+LOOP = line(
+    "while test -d /proc/$MAINPID; do echo system_powerdown | socat - UNIX:/run/m; sleep 60; done"
+)
+UNKNOWN = Command("/opt/vm-stop", ("/opt/vm-stop", "web"))
+NBD = Storage(protocol="nbd", server="lval.service")
+
+
+def judge(facts: UnitFacts, around: Surroundings = MUTE) -> Comparison:
+    return compare(facts, around, check(facts, around))
+
+
+def starting(*words: str, kill_mode: str = "control-group") -> UnitFacts:
+    return replace(BARE, kill_mode=kill_mode, exec_start=(Command(words[0], words),))
+
+
+def written(facts: UnitFacts, around: Surroundings) -> list[str]:
+    found = changes(check(facts, around))
+    return [one.text for change in found for one in change.lines]
+
+
+def test_a_bare_unit_is_safe_when_it_was_adopted() -> None:
+    found = judge(BARE)
+    assert found.word is UnitVerdict.SAFE and found.writes
+    assert {each.disks for each in found.now.values()} == {Patience.TIMED}
+    assert {each.disks for each in found.adopted.values()} == {Patience.PATIENT}
+    assert {each.guest for each in judge(BARE, ASKABLE).adopted.values()} == {Patience.PATIENT}
+
+
+def test_an_adopted_unit_is_safe_and_nothing_is_to_be_written() -> None:
+    found = judge(SAFE)
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, False)
+    assert found.now == found.adopted
+
+
+def test_without_a_guest_nothing_is_safe() -> None:
+    nobody = replace(MUTE, guests=0)
+    assert judge(BARE, nobody).word is UnitVerdict.UNKNOWN
+    assert "no QEMU runs in it" in judge(BARE, nobody).why
+    stopped = replace(nobody, is_running=False)
+    assert judge(BARE, stopped).word is UnitVerdict.SAFE, "its ExecStart= is a QEMU"
+    script = replace(BARE, exec_start=(Command("/opt/run", ("/opt/run",)),))
+    assert judge(script, stopped).word is UnitVerdict.UNKNOWN
+    assert not judge(script, stopped).writes
+    assert judge(replace(BARE, exec_start=(SHELL,)), stopped).word is UnitVerdict.SAFE
+
+
+def test_a_qemu_that_is_not_covered() -> None:
+    path = "/srv/qemu/bin/qemu-system-x86_64"
+    running = judge(BARE, replace(MUTE, guests=0, uncovered=(path,)))
+    stopped = judge(replace(BARE, exec_start=(Command(path, (path,)),)), Surroundings())
+    for found in (running, stopped):
+        assert (found.word, found.writes) == (UnitVerdict.MANUAL, False)
+        assert f" {path}" in found.advice and "Executables=/usr/bin/qemu-system-*" in found.advice
+
+
+def test_a_guest_in_another_unit() -> None:
+    virsh = replace(BARE, exec_start=(Command("/usr/bin/virsh", ("virsh", "start", "web")),))
+    found = judge(virsh, Surroundings())
+    assert (found.word, found.writes, found.other_unit) == (UnitVerdict.OTHER_UNIT, False, "")
+    found = judge(virsh, Surroundings(elsewhere="machine-qemu-1-web.scope", is_running=True))
+    assert (found.word, found.other_unit) == (UnitVerdict.OTHER_UNIT, "machine-qemu-1-web.scope")
+
+
+@pytest.mark.parametrize(
+    ("facts", "around"),
+    [
+        (replace(BARE, kill_mode="process", exec_start=(Command("/usr/bin/python3", ()),)),
+         replace(MUTE, guests=2)),
+        (replace(BARE, kill_mode="process", exec_start=(SHELL,)), replace(MUTE, guests=2)),
+        (starting("/usr/sbin/atd", "-f", kill_mode="process"), MUTE),
+        (starting("/usr/libexec/incus/incusd"), MUTE),
+        (starting("/usr/sbin/virtqemud", kill_mode="process"), replace(MUTE, guests=0)),
+        (starting("/usr/bin/perl", "-T", "/usr/bin/pvedaemon", "start"), MUTE),
+        (starting("/usr/bin/snap", "run", "lxd.daemon"), MUTE),
+        (starting("/usr/bin/env", "A=b", "/usr/bin/podman", "system", "service"), MUTE),
+        (starting("/opt/start"), replace(MUTE, main_executable="/usr/bin/dockerd (deleted)")),
+    ],
+)  # fmt: skip
+def test_a_manager_is_left_alone(facts: UnitFacts, around: Surroundings) -> None:
+    found = judge(facts, around)
+    assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        replace(BARE, id="libvirtd.service"),
+        replace(starting("/usr/bin/podman", "run", "vm"), id="docker.service"),
+        starting("/bin/sh", "-c", "exec qemu-system-x86_64 -name libvirtd"),
+        starting("/usr/bin/env", "qemu-system-x86_64", "-name", "libvirtd"),
+    ],
+)
+def test_the_name_of_a_unit_makes_no_manager(facts: UnitFacts) -> None:
+    assert judge(facts).word is UnitVerdict.SAFE
+
+
+def test_a_shell_around_one_guest_is_no_manager() -> None:
+    found = judge(replace(BARE, kill_mode="process", exec_start=(SHELL,)))
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+
+
+def test_a_wait_by_sigcont_is_not_made_a_power_cut() -> None:
+    facts = replace(BARE, exec_stop=(POWERDOWN,), kill_signal=signal.SIGCONT, timeout_stop=30 * S)
+    found = judge(facts, ASKABLE)
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert found.now[Occasion.STOP].guest is Patience.TIMED
+    assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
+    refused = judge(facts, MUTE)
+    assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
+    # Without a timeout it cannot get better, so nothing is written.
+    endless = judge(replace(facts, timeout_stop=INFINITY), MUTE)
+    assert not endless.writes and endless.keeps_data
+
+
+def test_a_loop_that_waits_is_replaced_by_what_waits_better() -> None:
+    facts = replace(BARE, exec_stop=(LOOP,), timeout_stop=60 * S)
+    found = judge(facts, ASKABLE)
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert found.now[Occasion.STOP].guest is Patience.TIMED
+    assert written(facts, ASKABLE) == [
+        "ExecStop=",
+        "ExecStop=-/usr/bin/qkilld-stop",
+        "NotifyAccess=exec",
+    ]
+    mute = judge(facts, MUTE)
+    assert (mute.word, mute.writes) == (UnitVerdict.NO_BETTER, False)
+    (finding,) = [each for each in check(facts, MUTE) if each.is_unsafe]
+    assert finding.key == "exec-stop-clock"
+
+
+def test_an_unknown_line_stays_and_stays_unknown() -> None:
+    facts = replace(BARE, exec_stop=(UNKNOWN,), timeout_stop=90 * S)
+    for around in (ASKABLE, MUTE):
+        found = judge(facts, around)
+        assert (found.word, found.writes) == (UnitVerdict.UNKNOWN, True)
+        assert "vm-stop" in found.why
+        assert written(facts, around)[:3] == [
+            "ExecStop=",
+            "ExecStop=-/opt/vm-stop web",
+            "ExecStop=-/usr/bin/qkilld-stop",
+        ]
+    # The line may ask the guest, and then systemd waits.
+    waits = judge(replace(facts, kill_signal=signal.SIGCONT), MUTE)
+    assert (waits.word, waits.writes) == (UnitVerdict.UNKNOWN, False)
+
+
+def test_order_and_specifiers_of_lines_are_kept() -> None:
+    facts = replace(
+        BARE,
+        exec_stop=(
+            replace(UNKNOWN, arguments=("/opt/vm-stop", "qkilld")),
+            line("kill -9 1"),
+            Command("/opt/after", ("/opt/after",), True),
+        ),
+        timeout_stop=90 * S,
+    )
+    texts = ("/opt/vm-stop %i", "/bin/sh -c 'kill -9 1'", "-/opt/after %n")
+    around = replace(ASKABLE, stop_texts=texts, is_template=True)
+    assert [text for text in written(facts, around) if text.startswith("ExecStop")] == [
+        "ExecStop=",
+        "ExecStop=-/opt/vm-stop %i",
+        "ExecStop=-/opt/after %n",
+        "ExecStop=-/usr/bin/qkilld-stop",
+    ]
+
+
+@pytest.mark.parametrize("polite", ["kill -TERM $MAINPID", "echo quit | socat - UNIX:/run/m"])
+def test_lines_that_ask_qemu_leave_the_guest_to_be_asked_first(polite: str) -> None:
+    facts = replace(BARE, exec_stop=(line(polite), UNKNOWN))
+    assert [text for text in written(facts, ASKABLE) if text.startswith("ExecStop")] == [
+        "ExecStop=",
+        "ExecStop=-/opt/vm-stop web",
+        "ExecStop=-/usr/bin/qkilld-stop",
+    ]
+    found = judge(replace(BARE, exec_stop=(line(polite),)), ASKABLE)
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert found.now[Occasion.STOP].guest is Patience.NONE
+    assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
+
+
+@pytest.mark.parametrize("killing", ["kill -n 9 $MAINPID", "kill -QUIT 1", "virsh destroy w"])
+def test_lines_that_kill_are_replaced(killing: str) -> None:
+    facts = replace(BARE, exec_stop=(line(killing),))
+    found = judge(facts)
+    assert found.now[Occasion.STOP].disks is Patience.NONE
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert not any("kill" in text for text in written(facts, MUTE) if "qkilld" not in text)
+
+
+def test_a_server_of_this_host_needs_the_order() -> None:
+    around = replace(ASKABLE, storage=(NBD,))
+    found = judge(BARE, around)
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert "After=lval.service" in written(BARE, around)
+    # Units of this kind cannot be ordered, so with the helper the server would be gone first.
+    session = replace(around, storage=(replace(NBD, server="session-3.scope"),))
+    refused = judge(BARE, session)
+    assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
+    assert "served" in refused.why
+
+
+def test_a_keeper_of_a_scope_comes_first() -> None:
+    keeper = GuestKeeper("pve-guests.service", "Proxmox VE")
+    facts = replace(
+        SCOPE, kill_mode="process", sends_sigkill=False, timeout_stop=INFINITY,
+        before=("pve-guests.service",),
+    )  # fmt: skip
+    around = replace(MUTE, guard="qkilld-scope@100.scope.service", keepers=(keeper,))
+    found = judge(facts, around)
+    assert found.now[Occasion.SHUTDOWN].guest is Patience.PATIENT
+    assert found.adopted[Occasion.SHUTDOWN].guest is Patience.PATIENT
+    assert [step.by for step in found.adopted[Occasion.SHUTDOWN].steps] == [
+        "pve-guests.service",
+        "qkilld-scope@100.scope.service",
+    ]
+
+
+def test_a_sandbox_that_hides_the_bus() -> None:
+    facts = replace(BARE, timeout_stop=90 * S, address_families=("AF_INET", "AF_INET6"))
+    assert "ExecStop=-+/usr/bin/qkilld-stop" in written(facts, MUTE)
+    assert judge(facts).word is UnitVerdict.SAFE
+    plain = replace(facts, exec_stop=(STOP,), notify_access="exec")
+    (finding,) = [each for each in check(plain, MUTE) if each.is_unsafe]
+    assert finding.key == "helper-sandbox"
+    assert judge(plain).now[Occasion.STOP].disks is Patience.TIMED
+    assert "ExecStop=-+/usr/bin/qkilld-stop" in written(plain, MUTE)
+    # The unit's user can write a file that sets the environment of a root process.
+    theirs = replace(facts, user="vm", environment_files=("/home/vm/env",))
+    assert "ExecStop=-/usr/bin/qkilld-stop" in written(theirs, MUTE)
+    assert judge(theirs).word is not UnitVerdict.SAFE
+
+
+def test_what_overrides_the_drop_in_is_counted() -> None:
+    facts = replace(BARE, kill_signal=signal.SIGKILL)
+    override = Override("/etc/x.conf", ("ExecStop=",))
+    found = compare(facts, MUTE, check(facts, MUTE), [override])
+    assert found.adopted[Occasion.STOP].disks is Patience.TIMED
+    assert found.word is UnitVerdict.MANUAL
+
+
+def test_adopting_is_never_worse_under_any_assumption() -> None:
+    """For every combination of units' settings, adopting keeps at least as much."""
+    stops = [(), (POWERDOWN,), (LOOP,), (UNKNOWN,), (line("kill -9 1"),), (line("kill 1"),),
+             (POWERDOWN, UNKNOWN), (line("pkill qemu"), UNKNOWN), (line("sleep 20"),)]  # fmt: skip
+    seen = set()
+    for exec_stop in stops:
+        for mode in ("control-group", "mixed", "process", "none"):
+            for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGKILL):
+                for limit in (5 * S, 90 * S, INFINITY):
+                    for start in (SAFE.exec_start, (SHELL,)):
+                        facts = replace(
+                            BARE, exec_stop=exec_stop, kill_mode=mode, kill_signal=number,
+                            timeout_stop=limit, exec_start=start,
+                        )  # fmt: skip
+                        for around in (ASKABLE, MUTE, replace(MUTE, can_ask=None)):
+                            found = judge(facts, around)
+                            seen.add(found.word)
+                            if found.writes:
+                                worse = [
+                                    each for each in Occasion
+                                    if not found.adopted[each] >= found.now[each]
+                                ]  # fmt: skip
+                                assert not worse, (facts, around, found)
+    assert seen == {UnitVerdict.SAFE, UnitVerdict.WORSE, UnitVerdict.UNKNOWN, UnitVerdict.NO_BETTER}

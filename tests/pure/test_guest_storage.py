@@ -1,0 +1,146 @@
+"""Reading a guest's disks from its command line, as QEMU does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qkilld.adapters.qemu_args import parse_command_line
+from qkilld.ctl.guest_storage import (
+    for_all_instances,
+    image_paths,
+    planned_options,
+    qemu_command_lines,
+    read_storage,
+)
+from qkilld.model.unit import Command
+from qkilld.unitcheck.storage import Storage, device_kind, is_ordered
+from tests.pure.test_unitcheck import SAFE
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+
+
+def places(*words: str) -> list[Storage]:
+    command = Command(QEMU, (QEMU, *words))
+    return read_storage(replace(SAFE, exec_start=(command,)), ())
+
+
+def test_images() -> None:
+    words = ["q", "-drive", "file=/srv/a.qcow2,if=none", "-hda", "/srv/b", "-blockdev"]
+    words += ['{"driver": "file", "filename": "/srv/c"}', "-drive", "file=nbd://host:1/x"]
+    words += ["-virtfs", "local,path=/srv/d,mount_tag=d", "-chardev", "socket,path=/run/x,id=y"]
+    assert image_paths(parse_command_line(words)) == ["/srv/a.qcow2", "/srv/b", "/srv/c", "/srv/d"]
+    inner = '{"driver": "qcow2", "file": {"driver": "host_device", "filename": "/dev/drbd0"}}'
+    words = ["q", "-drive", f"file=json:{inner.replace(',', ',,')}"]
+    assert image_paths(parse_command_line(words)) == ["/dev/drbd0"]
+    words = ["q", "-blockdev", '{"driver": "nfs", "path": "/export/a", "server": {"host": "h"}}']
+    assert image_paths(parse_command_line(words)) == [], "a path on the server"
+
+
+@pytest.mark.parametrize(
+    ("words", "protocols"),
+    [
+        (["-drive", "file=nbd://storage.example:1/x"], ["nbd"]),
+        (["-drive", "file=iscsi://10.0.0.1/iqn/1"], ["iscsi"]),
+        (["-drive", "file=nbd://127.0.0.1:1/x"], []),
+        (["-drive", "file=nbd:unix:/run/nobody", "-name", "nbd"], []),
+        (["-smbios", "type=1,serial=ds=nocloud-net;s=http://10.0.2.2:8000/"], []),
+        (["-kernel", "/srv/nbd://x"], []),
+        (
+            [
+                *("-blockdev", '{"driver":"rbd","pool":"p","image":"i","node-name":"d"}'),
+                *("-netdev", '{"type":"stream","id":"n","addr":{"type":"unix","path":"/run/p"}}'),
+            ],
+            ["rbd"],
+        ),
+        (["-blockdev", "driver=iscsi,transport=tcp,portal=10.0.0.1,target=t,lun=1"], ["iscsi"]),
+        # Two disks on a local server whose unit is unknown.
+        (
+            [
+                *("-drive", "file=nbd:unix:/run/nobody:exportname=a"),
+                *("-drive", "file=nbd:unix:/run/nobody:exportname=b"),
+            ],
+            [],
+        ),
+        (
+            [
+                "-blockdev",
+                '{"driver":"qcow2","node-name":"d","file":{"driver":"nbd","server":'
+                '{"type":"inet","host":"storage.example","port":"10809"}}}',
+            ],
+            ["nbd"],
+        ),
+    ],
+)
+def test_servers(words: list[str], protocols: list[str]) -> None:
+    assert [place.protocol for place in places(*words)] == protocols
+
+
+CONFIG = """\
+[drive "d"]
+  file = "nbd://storage.example/disk"
+  if = "none"
+[drive "e"]
+  file = "/dev/drbd/by-res/web/0"
+[chardev "m"]
+  backend = "socket"
+  path = "/run/web.qmp"
+  server = "on"
+  wait = "off"
+[mon "mon"]
+  chardev = "m"
+  mode = "control"
+"""
+
+
+def test_configuration_files_of_qemu(tmp_path: Path) -> None:
+    """For a QEMU that is not running; files that are not regular are not opened."""
+    (tmp_path / "web.cfg").write_text(CONFIG)
+    os.mkfifo(tmp_path / "fifo")
+    words = (QEMU, "-readconfig", f"{tmp_path}/web.cfg", "-readconfig", f"{tmp_path}/fifo")
+    facts = replace(SAFE, exec_start=(Command(QEMU, (*words, "-readconfig", "/nonexistent")),))
+    assert [place.protocol for place in read_storage(facts, ())] == ["nbd", "drbd"]
+    (options,) = planned_options(facts)
+    assert [option.name for option in options if option.name == "mon"] == ["mon"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/dev/disk/by-path/ip-10.0.0.1:3260-iscsi-iqn.x-lun-1", "iscsi"),
+        ("/dev/drbd/by-res/web/0", "drbd"),
+        ("/dev/drbd3", "drbd"),
+        ("/dev/rbd/rbd/web", "rbd"),
+        ("/dev/nbd0", "nbd"),
+        ("/dev/mapper/mpatha", "multipath"),
+        ("/dev/sda", ""),
+        ("/srv/drbd", ""),
+    ],
+)
+def test_block_devices_of_the_host(path: str, kind: str) -> None:
+    assert device_kind(path) == kind
+    found = places("-drive", f"file={path},format=raw")
+    assert [place.protocol for place in found] == ([kind] if kind else [])
+    for place in found:
+        assert not is_ordered(SAFE, place)
+        assert is_ordered(replace(SAFE, after=("remote-fs-pre.target",)), place)
+        assert "remote-fs-pre.target" in place.line
+
+
+def test_qemus_in_shells() -> None:
+    shell = Command("/bin/sh", ("/bin/sh", "-c", f"cd /srv && exec {QEMU} -hda 'a b' -S; true"))
+    assert qemu_command_lines(replace(SAFE, exec_start=(shell,))) == [[QEMU, "-hda", "a b", "-S"]]
+    script = Command("/bin/sh", ("/bin/sh", "/opt/run"))
+    assert qemu_command_lines(replace(SAFE, exec_start=(script,))) == []
+
+
+def test_templates_have_the_specifier() -> None:
+    own = Storage(protocol="nbd", server="nbd@web.service")
+    mount = Storage(mount_point="/srv/web", unit="srv-web.mount")
+    shared = Storage(mount_point="/srv/website", unit="srv-website.mount")
+    lines = [place.line for place in for_all_instances([own, mount, shared], "web")]
+    assert lines == ["After=nbd@%i.service", "RequiresMountsFor=/srv/%i",
+                     "RequiresMountsFor=/srv/website"]  # fmt: skip

@@ -1,0 +1,74 @@
+"""The modules that qkilld-stop loads, and those that it can do without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import qkilld.stop
+
+MODULES = sorted(
+    f"qkilld.stop.{path.stem}"
+    for path in Path(qkilld.stop.__file__).parent.glob("*.py")
+    if not path.stem.startswith("__")
+)
+PROGRAM = """
+import importlib, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("dbus_next", "dbus_fast"):
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Missing())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert not [name for name in sys.modules if name.startswith("qkilld.bus")]
+"""
+
+
+def test_it_starts_without_the_library_for_the_bus() -> None:
+    """It uses the library only if it is there and works."""
+    assert "qkilld.stop.fallback" in MODULES
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *MODULES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+FAST = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import qkilld.stop.main, qkilld.stop.run
+print(*sorted(sys.modules))
+"""
+ALLOWED = {
+    "qkilld",
+    "qkilld.adapters",
+    "qkilld.adapters.journal_stream",
+    "qkilld.adapters.sd_notify",
+}
+
+
+def test_the_way_of_an_idle_guest_imports_next_to_nothing() -> None:
+    """A host that shuts down pays for these imports once for each guest."""
+    command = [sys.executable, "-I", "-S", "-c", FAST, str(Path(qkilld.stop.__file__).parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    ours = {name for name in loaded if name.startswith("qkilld") and "qkilld.stop" not in name}
+    assert ours == ALLOWED
+    of_stop = {
+        "daemon",
+        "guest_stop",
+        "limits",
+        "log",
+        "main",
+        "notifier",
+        "options",
+        "process",
+        "run",
+    }
+    assert {name for name in loaded if "qkilld.stop." in name} == {
+        f"qkilld.stop.{name}" for name in of_stop
+    }
+    costly = {"asyncio", "dataclasses", "typing", "pathlib", "logging", "argparse", "threading"}
+    assert not loaded & (costly | {"subprocess", "inspect", "dbus_next", "contextlib"})

@@ -1,0 +1,160 @@
+"""The effects of ExecStop= lines on a guest."""
+
+from __future__ import annotations
+
+import pytest
+
+from qkilld.model.constants import INFINITY
+from qkilld.model.unit import Command
+from qkilld.unitcheck.shell import MAX_DEPTH, MAX_TEXT, read_shell
+from qkilld.unitcheck.stop_act import ActKind
+from qkilld.unitcheck.stop_line import StopLine, read_line
+
+HELPER, ASKS, WAITS = ActKind.HELPER, ActKind.ASKS, ActKind.WAITS
+SLEEPS, TERMINATES, KILLS = ActKind.SLEEPS, ActKind.TERMINATES, ActKind.KILLS
+NOTHING, UNKNOWN = ActKind.NOTHING, ActKind.UNKNOWN
+MONITOR = "socat - UNIX-CONNECT:/run/m"
+
+
+def shell(text: str, **environment: str) -> StopLine:
+    return read_line(Command("/bin/sh", ("/bin/sh", "-c", text)), environment)
+
+
+def program(*words: str) -> StopLine:
+    return read_line(Command(f"/usr/bin/{words[0]}", words))
+
+
+def kinds(line: StopLine) -> list[ActKind]:
+    return [each.kind for each in line.acts]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Signals, in every spelling.
+        ("kill -9 $MAINPID", [KILLS]),
+        ("kill -KILL $MAINPID", [KILLS]),
+        ("kill -SIGKILL $MAINPID", [KILLS]),
+        ("kill -s 9 $MAINPID", [KILLS]),
+        ("kill -s KILL $MAINPID", [KILLS]),
+        ("kill -sKILL $MAINPID", [KILLS]),
+        ("kill -n 9 $MAINPID", [KILLS]),
+        ("kill --signal 9 $MAINPID", [KILLS]),
+        ("kill --signal=SIGKILL $MAINPID", [KILLS]),
+        ("kill -QUIT $MAINPID", [KILLS]),
+        ("kill -ABRT $MAINPID", [KILLS]),
+        ("kill $MAINPID", [TERMINATES]),
+        ("kill -15 $MAINPID", [TERMINATES]),
+        ("kill -INT $MAINPID", [TERMINATES]),
+        ("kill -CONT $MAINPID", [NOTHING]),
+        ("kill -0 $MAINPID", [NOTHING]),
+        ("kill -$SIGNAL $MAINPID", [UNKNOWN]),
+        ("kill -9 $(cat /run/vm.pid) 2>/dev/null || true", [KILLS]),
+        ("kill -9 `cat /run/vm.pid`", [KILLS]),
+        ("sudo -u root nice -n 5 kill -9 1", [KILLS]),
+        ("busybox kill -9 1", [KILLS]),
+        ("exec env A=b kill -9 1", [KILLS]),
+        ("sh -c 'bash -c \"kill -9 1\"'", [KILLS]),
+        ("if [ -n \"$MAINPID\" ]; then kill -9 $MAINPID; fi", [KILLS]),
+        ("if true; then true; else kill -9 1; fi", [KILLS]),
+        ("pkill -9 qemu", [KILLS]),
+        ("pkill --signal=KILL -f web", [KILLS]),
+        ("killall -s KILL qemu-system-x86_64", [KILLS]),
+        ("killall -q qemu-system-x86_64", [TERMINATES]),
+        ("fuser -k /srv/vm.qcow2", [KILLS]),
+        ("systemctl kill -s KILL web", [KILLS]),
+        # Managers.
+        ("virsh destroy web", [KILLS]),
+        ("virsh -c qemu:///system destroy web", [KILLS]),
+        ("virsh destroy web --graceful", [TERMINATES]),
+        ("virsh shutdown web", [ASKS]),
+        ("docker kill web", [KILLS]),
+        ("docker kill --signal TERM web", [TERMINATES]),
+        ("podman rm -f web", [KILLS]),
+        ("docker stop web", [UNKNOWN]),
+        ("podman machine stop", [ASKS, WAITS]),
+        ("qm shutdown 100", [ASKS, WAITS]),
+        ("incus stop web", [ASKS, WAITS]),
+        ("incus stop --force web", [KILLS]),
+        ("multipass stop web", [ASKS, WAITS]),
+        ("gnt-instance shutdown web", [ASKS, WAITS]),
+        ("ssh web sudo poweroff", [ASKS]),
+        # Monitors.
+        (f"echo system_powerdown | {MONITOR}", [ASKS]),
+        (f"printf '%s' '{{\"execute\":\"system_powerdown\"}}' | {MONITOR}", [ASKS]),
+        (f"(echo system_powerdown; sleep 60) | {MONITOR}", [ASKS, SLEEPS]),
+        ("echo quit | nc -N -U /run/m", [TERMINATES]),
+        ("socat - UNIX:/run/m <<< system_powerdown", [ASKS]),
+        ("echo system_powerdown > /run/fifo", [ASKS]),
+        ("screen -S web -X stuff 'system_powerdown\\n'", [ASKS]),
+        (f"echo $COMMAND | {MONITOR}", [UNKNOWN]),
+        (f"cat /etc/commands | {MONITOR}", [UNKNOWN]),
+        # Waiting.
+        ("while kill -0 $MAINPID; do sleep 1; done", [WAITS]),
+        ("while test -d /proc/$MAINPID; do sleep 1; done", [WAITS]),
+        ("until ! kill -0 1 >/dev/null 2>&1; do sleep 1; done", [WAITS]),
+        ("while [ -e /run/vm.pid ]; do sleep 0.1; done", [WAITS]),
+        ("timeout 60 tail --pid=$MAINPID -f /dev/null || kill -9 1", [WAITS, KILLS]),
+        ("virsh shutdown web; sleep 30; virsh destroy web", [ASKS, SLEEPS, KILLS]),
+        (f"while test -d /proc/$MAINPID; do echo system_powerdown | {MONITOR}; sleep 60; done",
+         [ASKS, WAITS]),
+        ("tail --pid=$MAINPID -f /dev/null &", [NOTHING]),
+        # An unknown program does something unknown, never nothing.
+        ("/opt/vm-stop web", [UNKNOWN]),
+        ("${HALT}", [UNKNOWN]),
+        ("eval $HALT", [UNKNOWN]),
+        ("case $1 in a) true;; esac", [UNKNOWN]),
+        ("stop() { true; }; stop", [UNKNOWN]),
+        ("kill -9 '", [UNKNOWN]),
+        ("python3 -c 'import os; os.kill(1, 9)'", [UNKNOWN]),
+        ("curl -X PUT --unix-socket /run/api http://x/shutdown", [UNKNOWN]),
+        ("rm -f /run/x; true", [NOTHING]),
+    ],
+)  # fmt: skip
+def test_a_line_of_shell(text: str, expected: list[ActKind]) -> None:
+    assert kinds(shell(text)) == expected
+
+
+def test_programs_without_a_shell() -> None:
+    assert kinds(program("qkilld-stop", "--force")) == [HELPER]
+    assert kinds(read_line(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")))) == [HELPER]
+    assert kinds(program("kill", "-n", "9", "$MAINPID")) == [KILLS]
+    assert kinds(program("vm-stop")) == [UNKNOWN]
+
+
+def test_the_environment_of_the_unit() -> None:
+    command = Command("/bin/sh", ("/bin/sh", "-c", "${haltcmd}"))
+    assert kinds(read_line(command)) == [UNKNOWN]
+    halt = {"haltcmd": "echo system_powerdown | nc localhost 7101"}
+    assert kinds(read_line(command, halt)) == [ASKS]
+    raw = Command("/bin/sh", ("/bin/sh", "-c", "${haltcmd}"), flags=("no-env-expand",))
+    assert kinds(read_line(raw, halt)) == [UNKNOWN]
+    words = Command("/bin/kill", ("/bin/kill", "$SIGNAL", "$MAINPID"))
+    assert kinds(read_line(words, {"SIGNAL": "-s KILL"})) == [KILLS]
+
+
+def test_how_long_it_waits() -> None:
+    (act,) = shell("for i in $(seq 60); do kill -0 1 || exit 0; sleep 1; done").acts
+    assert (act.kind, act.usec) == (WAITS, 60_000_000)
+    (act,) = shell("while kill -0 1; do sleep 1; done").acts
+    assert act.usec == INFINITY
+    (act,) = shell("timeout 5 sleep 60").acts
+    assert (act.kind, act.usec) == (SLEEPS, 5_000_000)
+
+
+def test_what_else_is_told_of_it() -> None:
+    assert shell("pkill -9 qemu").is_by_name
+    assert not shell("kill -9 1").is_by_name
+    assert shell("read line; echo quit").reads
+    assert shell("cat > /run/m").reads
+    assert program("socat", "STDIO", "unix:/run/m").reads
+    assert not shell("echo x | cat").reads
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(" * (MAX_DEPTH + 2), "a" * (MAX_TEXT + 1), "'", '"', "`", "$(", "a >", "if x; then y", "|"],
+)
+def test_what_is_no_shell(text: str) -> None:
+    with pytest.raises(ValueError):
+        read_shell(text)

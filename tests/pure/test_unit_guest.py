@@ -1,0 +1,92 @@
+"""The guest that a unit's name means, and whether a unit stops its guests itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qkilld.engine.unit_guest import check_unit_name, choose_guest
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, NoSuchUnit, NotQemu, QkilldError
+from qkilld.model.guest import Guest, Identity, Label, Unit
+from qkilld.model.unit import Command, UnitFacts
+
+WEB = UnitFacts("web.service", main_pid=10, control_group="/system.slice/web.service")
+OWN = replace(WEB, control_group="/user.slice/user-7.slice/user@7.service/app.slice/web.service")
+SYSTEMS = Unit("web.service")
+USERS = Unit("user@7.service", "web.service")
+
+
+def guest(pid: int, unit: Unit | None) -> Guest:
+    return Guest(Identity(pid, 1, 0, "qemu", "S", "/usr/bin/kvm", False), Label(unit=unit))
+
+
+@pytest.mark.parametrize(
+    ("facts", "guests", "expected"),
+    [
+        (WEB, [(10, SYSTEMS)], 10),
+        (WEB, [(10, SYSTEMS), (11, SYSTEMS)], 10),  # the main process
+        (WEB, [(11, SYSTEMS)], 11),  # a shell around it
+        (replace(WEB, main_pid=0), [(11, SYSTEMS)], 11),  # a scope
+        (replace(WEB, id="site.service"), [(10, Unit("site.service"))], 10),  # an alias
+        (WEB, [(11, SYSTEMS), (12, USERS)], 11),  # a user's of the same name is another one
+        (OWN, [(10, USERS)], 10),
+        (None, [(12, USERS)], 12),
+        (None, [(11, SYSTEMS), (12, USERS)], 11),
+        # systemd and the control groups disagree about the main process.
+        (WEB, [(10, Unit("db.service")), (11, SYSTEMS)], 11),
+        (WEB, [(11, SYSTEMS), (12, SYSTEMS)], Failed),
+        (None, [(12, USERS), (13, USERS)], Failed),
+        (WEB, [(12, USERS)], NotQemu),
+        (WEB, [], NotQemu),
+        (WEB, [(10, Unit("db.service"))], NotQemu),
+        (replace(WEB, main_pid=0, control_group=""), [], NoSuchProcess),
+        (None, [], NoSuchUnit),
+        # An unreadable unit has no known name, and may be any.
+        (WEB, [(10, None), (11, SYSTEMS)], 11),
+        (WEB, [(10, None)], Failed),
+        (None, [(10, None)], Failed),
+    ],
+)
+def test_the_guest_of_a_unit(
+    facts: UnitFacts | None,
+    guests: list[tuple[int, Unit | None]],
+    expected: int | type[QkilldError],
+) -> None:
+    there = [guest(pid, unit) for pid, unit in guests]
+    if isinstance(expected, int):
+        chosen = choose_guest("web.service", facts, there, known=facts is not None)
+        assert chosen.identity.pid == expected
+        return
+    with pytest.raises(expected) as caught:
+        choose_guest("web.service", facts, there, known=facts is not None)
+    if expected is Failed:
+        for pid, _ in guests:
+            assert str(pid) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "web", ".service", "a b.service", "../a.service", "a/b.scope", "web.mount"]
+)
+def test_what_cannot_be_a_unit(name: str) -> None:
+    with pytest.raises(InvalidArgs):
+        check_unit_name(name)
+    with pytest.raises(InvalidArgs):
+        check_unit_name(f"{name}\nx.service")
+    check_unit_name(r"guest@a\x2db:c_d.service")
+
+
+STOP = (Command("/usr/bin/podman", ("podman", "stop", "web")),)
+
+
+@pytest.mark.parametrize(
+    "facts, cares",
+    [
+        (UnitFacts("web.service", exec_stop=STOP), True),
+        (UnitFacts("web.service"), False),
+        (UnitFacts("user@1000.service", exec_stop=STOP), False),
+        (UnitFacts("machine-qemu\\x2d1\\x2dweb.scope"), False),
+    ],
+)
+def test_who_takes_care_of_the_guests_in_it(facts: UnitFacts, cares: bool) -> None:
+    assert facts.cares_for_guests is cares

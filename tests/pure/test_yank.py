@@ -1,0 +1,143 @@
+"""Which connections are cut off, and when."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qkilld.decision.ladder import Action, JobFacts, decide
+from qkilld.decision.verdict import Assessment, assess
+from qkilld.decision.yank import choose
+from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.constants import Flag
+from qkilld.model.policy import Policy
+from qkilld.model.sample import Node, Sample, Socket, Thread
+from tests.engine.conftest import IDLE, S
+
+DEAD, WELL = Node("dead", "nbd", served=True), Node("well", "nbd", served=True)
+TERM = 100 * S
+
+
+def node(name: str) -> YankInstance:
+    return YankInstance("block-node", name, {"type": "block-node", "node-name": name})
+
+
+def chardev(name: str) -> YankInstance:
+    return YankInstance("chardev", name, {"type": "chardev", "id": name})
+
+
+def link(name: str, queue: int = 0, unacked: int = 0, inode: int = 1) -> Socket:
+    family = "tcp" if unacked else "unix"
+    return Socket(inode, family, True, queue, 0, unacked, role="storage", node=name)
+
+
+def seen(*samples: Sample) -> Assessment:
+    found = None
+    for at, sample in enumerate(samples):
+        found = assess(found, replace(sample, at=TERM + at * S))
+    assert found is not None
+    return found
+
+
+def still(sample: Sample, seconds: int = 70) -> Assessment:
+    return seen(*[sample] * seconds)
+
+
+def chosen(evidence: Assessment, *instances: YankInstance, **more: object) -> list[str]:
+    cuts = choose(instances, evidence, still_since=TERM + S, **more)  # type: ignore[arg-type]
+    return [cut.instance.name for cut in cuts]
+
+
+def with_nodes(*sockets: Socket, nodes: tuple[Node, ...] = (DEAD, WELL)) -> Sample:
+    return replace(IDLE, nodes=nodes, sockets=sockets)
+
+
+def test_what_owes_an_answer_comes_before_what_may_owe_one() -> None:
+    evidence = still(with_nodes(link("dead", queue=67_840), link("well", inode=2)))
+    assert chosen(evidence, node("dead"), node("well")) == ["dead"]
+    assert chosen(evidence, node("dead"), node("well"), done={"dead"}) == ["well"]
+
+
+def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -> None:
+    lost = still(with_nodes(link("well", inode=2)))
+    assert chosen(lost, node("dead"), node("well")) == ["dead"]
+    silent = still(with_nodes(link("dead"), link("well", inode=2)))
+    assert chosen(silent, node("dead"), node("well"), stuck={"dead"}) == ["dead"]
+    assert chosen(silent, node("dead"), node("well")) == ["dead", "well"]
+
+
+def test_what_moves_is_left_alone() -> None:
+    moving = [
+        with_nodes(link("dead"), replace(link("well", inode=2), family="tcp", acked=at, received=8))
+        for at in range(70)
+    ]
+    assert chosen(seen(*moving), node("dead"), node("well")) == ["dead"]
+
+
+def test_an_idle_server_is_left_alone_while_a_local_disk_is_stuck() -> None:
+    thread = Thread(1, "worker", "D", 74, True, "folio_wait_bit", "fsync", 3, "disk", ("8:0",))
+    evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), threads=(thread,)))
+    assert chosen(evidence, node("well")) == []
+
+
+def test_names_of_drives_are_matched_by_the_disks_that_were_seen() -> None:
+    evidence = still(with_nodes(link("dead", queue=9), link("well", inode=2)))
+    disks = (
+        GuestDisk("#block9", "dead", network=True, connections=("#block1",)),
+        GuestDisk("#block8", "well", network=True, connections=("#block2",)),
+    )
+    assert chosen(evidence, node("#block1"), node("#block2"), disks=disks) == ["#block1"]
+
+
+def test_what_is_of_unknown_use_is_cut_off_only_if_no_connection_moves() -> None:
+    evidence = still(with_nodes(link("dead"), nodes=(DEAD,)))
+    assert chosen(evidence, node("plugged")) == ["plugged"]
+    moving = [
+        with_nodes(replace(link("dead"), family="tcp", acked=at, received=8), nodes=(DEAD,))
+        for at in range(70)
+    ]
+    assert chosen(seen(*moving), node("plugged")) == []
+
+
+def test_other_character_devices_are_never_cut_off() -> None:
+    back = Node("back (vhost-user-blk)", "vhost-user")
+    evidence = still(with_nodes(link(back.name, queue=5), nodes=(back,)))
+    assert chosen(evidence, chardev("serial0"), chardev("back")) == ["back"]
+    migration = YankInstance("migration", "", {"type": "migration"})
+    assert chosen(evidence, migration) == []
+
+
+def facts(evidence: Assessment, **changes: object) -> JobFacts:
+    found = JobFacts(
+        flags=Flag.FORCE,
+        policy=Policy(),
+        started=TERM,
+        term_at=TERM,
+        assessment=evidence,
+        may_yank=True,
+    )
+    return replace(found, **changes)  # type: ignore[arg-type]
+
+
+STILL = still(with_nodes(link("dead", queue=9), nodes=(DEAD,)), 61)
+
+
+def test_it_comes_where_sigkill_would_and_starts_the_windows_again() -> None:
+    now = STILL.last.at
+    assert decide(facts(STILL), now - S).action is not Action.YANK
+    assert decide(facts(STILL), now).action is Action.YANK
+    assert decide(facts(STILL, may_yank=False), now).action is Action.KILL
+    after = decide(facts(STILL, yank_at=now), now + S)
+    assert after.action in (Action.WAIT, Action.LOOK)
+    assert after.deadline >= now + 60 * S
+
+
+def test_never_without_force_nor_when_max_sec_is_over() -> None:
+    now = STILL.last.at
+    assert decide(facts(STILL, flags=Flag(0)), now + 6 * S).action is not Action.YANK
+    limited = facts(STILL, policy=replace(Policy(), max=now - TERM))
+    assert decide(limited, now).action is Action.KILL
+
+
+def test_never_for_a_process_that_waits_for_nothing() -> None:
+    idle = still(IDLE, 12)
+    assert decide(facts(idle), idle.last.at).action is Action.KILL

@@ -1,0 +1,1 @@
+"""The rungs before SIGTERM and before SIGKILL, with real QEMUs and real storage."""

@@ -1,0 +1,256 @@
+"""Before SIGTERM: the flush that shows errors, and a guest that is never left paused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from qkilld.model.block_state import FlushResult
+from qkilld.model.constants import Flag, Result
+from qkilld.monitor import disks
+from tests.evidence.until import until as wait_until
+from tests.lab import needs
+from tests.lab.bus import Bus, Client, Daemon, plain
+from tests.lab.guest import Guest, make_disk
+from tests.lab.log import wait_for_path
+from tests.lab.nbd import NbdStore, nbd_store
+from tests.lab.process import end, run, spawn
+from tests.lab.qmp import Qmp
+from tests.monitor.connecting import run_for
+from tests.rungs.stopping import FORCE, S, actions, codes, stop, stopper, until
+
+Start = Callable[..., Guest]
+
+
+def local_disk(directory: Path, name: str = "local", more: str = "") -> list[str]:
+    image = make_disk(directory / f"{name}.qcow2")
+    drive = f"file={image},if=none,id={name},format=qcow2{more}"
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name}"]
+
+
+def nbd_disk(place: Mapping[str, object], name: str = "remote", more: str = "") -> list[str]:
+    server = ",".join(f"server.{key}={value}" for key, value in place.items())
+    drive = f"driver=nbd,{server},if=none,id={name}{more}"
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name}"]
+
+
+def machine(disks: Sequence[str]) -> list[str]:
+    """Its processor stays stopped at reset unless told otherwise, because firmware would use the
+    disks."""
+    return ["-M", "q35", *disks]
+
+
+@contextlib.contextmanager
+def flush_fails(directory: Path) -> Iterator[Path]:
+    """Yield the socket of an NBD server that accepts every write and fails to flush."""
+    path = directory / "socket"
+    script = [
+        "get_size=echo 64M",
+        "pread=dd if=/dev/zero count=$3 iflag=count_bytes status=none",
+        "pwrite=cat >/dev/null",
+        "can_write=exit 0",
+        "can_flush=exit 0",
+        "flush=echo EIO the disk is gone >&2; exit 1",
+    ]
+    server = spawn([needs.program("nbdkit", "nbdkit"), "-f", "-U", path, "eval", *script])
+    try:
+        wait_for_path(path, 30)
+        yield path
+    finally:
+        end(server)
+
+
+def kept(image: Path) -> bool:
+    """Return whether the data of `write` is in the image."""
+    qemu_io = needs.program("qemu-io", "qemu-utils")
+    shown = run([qemu_io, "-r", "-f", "qcow2", "-c", "read -P 7 32M 64k", image], check=True).stdout
+    return "verification failed" not in shown
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def write(guest: Guest, *disks: str) -> None:
+    with Qmp(guest) as qmp:
+        for disk in disks:
+            qmp.hmp(f'qemu-io {disk} "write -P 7 32M 64k"')
+
+
+DIES_LATER = """
+import sys
+from qkilld.model.block_state import FlushResult
+from qkilld.monitor import disks
+
+async def flush_by_name(qmp, node, title, *, timeout_s):
+    return FlushResult(node, title)
+
+disks.flush_by_name = flush_by_name
+"""
+"""Nothing comes of the flush before the processors are stopped, as if the storage had died right
+after it: with a storage that is dead already they are not stopped at all."""
+
+
+@pytest.fixture
+def dies_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flush_by_name(qmp: object, node: str, title: str, *, timeout_s: float) -> FlushResult:
+        return FlushResult(node, title)
+
+    monkeypatch.setattr(disks, "flush_by_name", flush_by_name)
+
+
+@pytest.fixture
+def store(lab_dir: Path) -> Iterator[NbdStore]:
+    file = lab_dir / "remote.raw"
+    file.touch()
+    with file.open("r+b") as image:
+        image.truncate(64 << 20)
+    with nbd_store(file) as running:
+        yield running
+
+
+def test_all_disks_are_flushed_and_that_is_proven(
+    qemu: Start, lab_dir: Path, store: NbdStore
+) -> None:
+    guest = qemu(arguments=machine([*local_disk(lab_dir), *nbd_disk(store.server())]))
+    write(guest, "local", "remote")
+    job = stop(guest, Flag(0))
+    print(job.flush, job.rungs, job.history)
+    assert (job.result, job.risks) == (Result.EXITED, ())
+    assert (job.flush.outcome, job.flush.proven) == ("complete", True)
+    assert actions(job) == ["flush", "SIGTERM"]
+
+
+def test_a_flush_that_fails_is_told(qemu: Start, lab_dir: Path) -> None:
+    with flush_fails(lab_dir) as path:
+        remote = nbd_disk({"type": "unix", "path": str(path)})
+        guest = qemu(arguments=machine([*local_disk(lab_dir), *remote]))
+        write(guest, "local", "remote")
+        job = stop(guest, Flag(0))
+    assert (job.result, codes(job)) == (Result.EXITED, {"flush-failed"})
+    assert (job.flush.outcome, job.flush.proven) == ("failed", False)
+    assert "remote" in job.risks[0].text and "Input/output error" in job.risks[0].text
+
+
+def test_a_disk_that_does_not_answer_keeps_nobody_from_flushing_the_others(
+    qemu: Start, lab_dir: Path, store: NbdStore
+) -> None:
+    """Nothing is in flight, so `stop` is sent; after SIGKILL, the local disk is complete."""
+    guest = qemu(arguments=machine([*local_disk(lab_dir), *nbd_disk(store.server())]))
+    write(guest, "local", "remote")
+    store.freeze()
+    job = stop(guest, Flag(0), {"storage_stall": 3 * S, "grace": S})
+    assert (job.result, job.flush.outcome) == (Result.SURVIVED, "left-out")
+    guest.signal(signal.SIGKILL)
+    guest.wait_gone()
+    assert kept(lab_dir / "local.qcow2")
+
+
+@pytest.mark.usefixtures("dies_later")
+@pytest.mark.parametrize("moment", [0.0, 0.01, 0.1, 0.5, 0.85])
+def test_cancel_at_any_moment_leaves_the_guest_running(
+    qemu: Start, lab_dir: Path, store: NbdStore, moment: float
+) -> None:
+    guest = qemu(arguments=machine([*local_disk(lab_dir), *nbd_disk(store.server())]))
+    write(guest, "local", "remote")
+    store.freeze()
+
+    async def work() -> None:
+        async with stopper() as stopping:
+            job = await stopping.begin(guest, FORCE)
+            await until(lambda: job.processors_stopped or not job.running)
+            await asyncio.sleep(moment)
+            job.cancel()
+            assert job.result is Result.CANCELLED
+            store.thaw()
+            await until(lambda: not job.processors_stopped)
+
+    run_for(60, work())
+    with Qmp(guest) as qmp:
+        assert qmp.call("query-status")["status"] == "running"
+        assert qmp.call("query-block-exports") == []
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.6])
+def test_a_daemon_that_is_killed_leaves_no_guest_paused(
+    qemu: Start,
+    lab_dir: Path,
+    store: NbdStore,
+    private_bus: Bus,
+    start_daemon: Callable[..., Daemon],
+    moment: float,
+) -> None:
+    state = lab_dir / "state"
+    state.mkdir(mode=0o700)
+    env = {"RUNTIME_DIRECTORY": str(state)}
+    main = "from qkilld.daemon import main; sys.exit(main())"
+    first = start_daemon(env=env, program=(sys.executable, "-c", DIES_LATER + main))
+    guest = qemu(arguments=machine([*local_disk(lab_dir), *nbd_disk(store.server())]))
+    write(guest, "local", "remote")
+    store.freeze()
+    with private_bus.client() as client:
+        job = client.terminate(guest.pid, int(FORCE))
+        stopped = '"processors_stopped":true'
+        wait_until(lambda: text_of(state / "job-1.json"), lambda text: stopped in text)
+        time.sleep(moment)
+        first.process.kill()
+        first.wait_gone()
+        store.thaw()
+        start_daemon(env=env)
+        result, receipt = client.wait(job)
+    assert (result, guest.wait_gone()) == ("exited", 0)
+    assert [action for _, action, _ in receipt["rungs"]][-1] == "SIGTERM"
+
+
+def test_a_server_of_somebody_elses_is_left_alone(qemu: Start, lab_dir: Path) -> None:
+    guest = qemu(arguments=machine(local_disk(lab_dir)))
+    with Qmp(guest) as qmp:
+        address = {"type": "unix", "data": {"path": str(lab_dir / "theirs")}}
+        qmp.call("nbd-server-start", addr=address)
+    job = stop(guest, Flag(0))
+    assert (job.result, job.flush.outcome) == (Result.EXITED, "left-out")
+    assert "NBD server already running" in job.flush.reason
+
+
+def test_a_backup_is_waited_for_and_told_if_it_is_cancelled(qemu: Start, lab_dir: Path) -> None:
+    guest = qemu(arguments=machine(local_disk(lab_dir)))
+    write(guest, "local")
+    with Qmp(guest) as qmp:
+        copy = {"device": "local", "target": str(lab_dir / "copy"), "sync": "full"}
+        qmp.call("drive-backup", **copy, format="raw", speed=64 << 20)
+    job = stop(guest, Flag(0))
+    assert (job.result, codes(job)) == (Result.EXITED, set())
+    assert any("backup local" in reason for turn in job.history for reason in turn.reasons)
+    guest = qemu(arguments=machine(local_disk(lab_dir, "second")))
+    with Qmp(guest) as qmp:
+        copy = {"device": "second", "target": str(lab_dir / "copy2"), "sync": "full"}
+        qmp.call("drive-backup", **copy, format="raw", speed=65536)
+        qmp.call("block-job-pause", device="second")
+    job = stop(guest, Flag(0), {"storage_stall": 2 * S})
+    assert (job.result, codes(job)) == (Result.EXITED, {"job-cancelled"})
+
+
+def test_cache_unsafe_and_a_full_disk_are_told(qemu: Start, lab_dir: Path) -> None:
+    guest = qemu(arguments=machine(local_disk(lab_dir, more=",cache=unsafe")))
+    job = stop(guest, Flag(0))
+    assert (job.result, codes(job)) == (Result.EXITED, {"no-flush"})
+
+
+def test_the_plan_names_what_is_never_flushed_and_what_would_be_cancelled(
+    qemu: Start, lab_dir: Path, client: Client
+) -> None:
+    guest = qemu(arguments=machine(local_disk(lab_dir, more=",cache=unsafe")))
+    with Qmp(guest) as qmp:
+        copy = {"device": "local", "target": str(lab_dir / "copy"), "sync": "full"}
+        qmp.call("drive-backup", **copy, format="raw", speed=65536)
+    warnings = plain(client.call("Plan", "uta{sv}", guest.pid, int(FORCE), {})[0])["warnings"]
+    assert any("local has cache=unsafe" in text for text in warnings)
+    assert any("backup local" in text and "SIGTERM cancels it" in text for text in warnings)
+    assert guest.alive

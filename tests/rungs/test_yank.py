@@ -1,0 +1,194 @@
+"""Before SIGKILL: dead network storage is yanked, and QEMU finishes the other disks.
+
+In most stops the flush before SIGTERM has saved the other disks already. Here it is skipped unless
+a test says otherwise, as if the storage had died a moment later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from qkilld.decision import last_rungs
+from qkilld.decision.last_rungs import FlushPlan
+from qkilld.engine.job import Job
+from qkilld.model.block_state import BlockState
+from qkilld.model.constants import Result
+from qkilld.model.policy import Config, Switches
+from tests.lab import needs
+from tests.lab.bare import BareGuest, Layout, bare_guest
+from tests.lab.guest import QEMU
+from tests.lab.nbd import NbdStore, nbd_store
+from tests.lab.process import run
+from tests.lab.vhost_user import vhost_backend
+from tests.monitor.connecting import run_for
+from tests.rungs.stopping import FORCE, S, actions, codes, stopper, until
+
+RECORDS = Layout(100, passes=3)
+"""300, of which SIGKILL loses about two thirds, because their L2 tables are dirty in QEMU's
+memory."""
+STALL = {"storage_stall": 6 * S, "stall": 2 * S, "grace": S}
+
+
+@pytest.fixture
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(first: BlockState, *others: object) -> FlushPlan:
+        return FlushPlan(False, True, (), "the storage died a moment later")
+
+    monkeypatch.setattr(last_rungs, "plan_flush", plan)
+
+
+def qcow2(path: Path) -> Path:
+    qemu_img = str(needs.program("qemu-img", "qemu-utils"))
+    run([qemu_img, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", path, "10G"], check=True)
+    return path
+
+
+@contextlib.contextmanager
+def two_disks(
+    directory: Path, local: Path, remote: NbdStore, more: str = ""
+) -> Iterator[BareGuest]:
+    """Run a guest with a local qcow2 of 300 acknowledged records, and an NBD disk."""
+    server = ",".join(f"server.{key}={value}" for key, value in remote.server().items())
+    arguments = ["-drive", f"file={local},if=none,id=local,format=qcow2"]
+    arguments += ["-drive", f"driver=nbd,{server},if=none,id=remote{more}"]
+    arguments += ["-device", "virtio-blk-pci,drive=local", "-device", "virtio-blk-pci,drive=remote"]
+    arguments += ["-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"]
+    with bare_guest(directory, arguments) as guest:
+        assert guest.write("local", RECORDS) == 300
+        yield guest
+
+
+@contextlib.contextmanager
+def store(directory: Path, transport: str = "unix") -> Iterator[NbdStore]:
+    file = directory / "remote.raw"
+    file.touch()
+    with file.open("r+b") as image:
+        image.truncate(64 << 20)
+    with nbd_store(file, transport=transport) as running:
+        yield running
+
+
+@pytest.fixture
+def remote(lab_dir: Path) -> Iterator[NbdStore]:
+    with store(lab_dir) as running:
+        yield running
+
+
+def stop(
+    guest: BareGuest,
+    spans: dict[str, int] | None = None,
+    *,
+    switches: Switches | None = None,
+) -> Job:
+    config = Config(
+        executables=(str(needs.program(QEMU, "qemu-system-x86").resolve()),),
+        switches=switches or Switches(),
+    )
+
+    async def work() -> Job:
+        async with stopper(config) as stopping:
+            job = await stopping.begin_pid(guest.pid, FORCE, spans or STALL)
+            await until(lambda: not job.running, 150)
+            return job
+
+    return run_for(170, work())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_all_records_of_the_healthy_disk_are_kept(lab_dir: Path, transport: str) -> None:
+    local = qcow2(lab_dir / "local.qcow2")
+    with store(lab_dir, transport) as remote, two_disks(lab_dir, local, remote) as guest:
+        remote.freeze()
+        guest.write_later("remote", 0, 4)
+        job = stop(guest)
+    assert (job.result, codes(job)) == (Result.EXITED, {"yanked"})
+    assert actions(job) == ["SIGTERM", "yank"]
+    assert "remote was cut off" in job.risks[0].text
+    assert RECORDS.kept(local, "qcow2") == 300
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+def test_without_it_sigkill_loses_most_of_them(lab_dir: Path, remote: NbdStore) -> None:
+    local = qcow2(lab_dir / "local.qcow2")
+    with two_disks(lab_dir, local, remote) as guest:
+        remote.freeze()
+        guest.write_later("remote", 0, 4)
+        job = stop(guest, switches=Switches(yank=False))
+    assert (job.result, actions(job)) == (Result.KILLED, ["SIGTERM", "SIGKILL"])
+    assert RECORDS.kept(local, "qcow2") < 200
+
+
+@pytest.mark.timeout(300)
+def test_a_server_that_is_gone_for_good_with_reconnect_delay(
+    lab_dir: Path, remote: NbdStore
+) -> None:
+    """QEMU hangs after a yank (7.2), so SIGKILL follows; the flush before SIGTERM has kept
+    everything."""
+    local = qcow2(lab_dir / "local.qcow2")
+    with two_disks(lab_dir, local, remote, ",reconnect-delay=3600") as guest:
+        remote.leave()
+        guest.write_later("remote", 0, 4)
+        job = stop(guest)
+        guest.close()
+    assert job.result in (Result.KILLED, Result.EXITED)
+    assert job.data_at_risk and "yanked" in codes(job)
+    assert RECORDS.kept(local, "qcow2") == 300
+
+
+def devices(names: Sequence[str]) -> list[str]:
+    return [word for name in names for word in ("-device", f"virtio-blk-pci,drive={name}")]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+def test_a_healthy_server_is_left_alone_and_has_all_its_time_afterwards(
+    lab_dir: Path, remote: NbdStore
+) -> None:
+    """The disk with the records is on NBD too, and needs longer than StorageStallSec."""
+    local = qcow2(lab_dir / "local.qcow2")
+    with local.open("r+b") as image:
+        image.truncate(local.stat().st_size + (64 << 20))
+    with nbd_store(local) as healthy:
+        place = f"file.server.type=unix,file.server.path={healthy.server()['path']}"
+        arguments = ["-drive", f"driver=qcow2,file.driver=nbd,{place},if=none,id=local"]
+        dead = f"driver=nbd,server.type=unix,server.path={remote.server()['path']}"
+        arguments += ["-drive", f"{dead},if=none,id=remote", *devices(["local", "remote"])]
+        arguments += ["-qmp", f"unix:{lab_dir / 'qmp'},server=on,wait=off"]
+        with bare_guest(lab_dir, arguments) as guest:
+            assert guest.write("local", RECORDS) == 300
+            healthy.slow("250K")
+            remote.freeze()
+            guest.write_later("remote", 0, 4)
+            job = stop(guest)
+    assert job.result is Result.EXITED
+    assert "remote was cut off" in job.risks[0].text
+    assert all("remote" in risk.text for risk in job.risks)
+    yanked = next(rung.at for rung in job.rungs if rung.action == "yank")
+    assert job.ended is not None and job.ended - yanked > STALL["storage_stall"]
+    assert RECORDS.kept(local, "qcow2") == 300
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("no_flush")
+def test_a_vhost_user_device_whose_backend_is_frozen(lab_dir: Path) -> None:
+    local = qcow2(lab_dir / "local.qcow2")
+    with vhost_backend(lab_dir / "vhost", connects=False) as backend:
+        arguments = ["-drive", f"file={local},if=none,id=local,format=qcow2"]
+        arguments += devices(["local"])
+        arguments += ["-chardev", f"socket,id=back,path={lab_dir / 'vhost'}"]
+        arguments += ["-device", "vhost-user-blk-pci,chardev=back,addr=6"]
+        arguments += ["-qmp", f"unix:{lab_dir / 'qmp'},server=on,wait=off"]
+        with bare_guest(lab_dir, arguments) as guest:
+            guest.start_virtio(6)
+            assert guest.write("local", RECORDS) == 300
+            backend.freeze()
+            job = stop(guest)
+    assert (job.result, "yank" in actions(job)) == (Result.EXITED, True)
+    assert RECORDS.kept(local, "qcow2") == 300

@@ -1,0 +1,361 @@
+"""How qkilld-stop reacts to the daemon's replies and to its silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkilld.stop import daemon as stop_daemon
+from qkilld.stop.daemon import DaemonStopper
+from qkilld.varlink.server import description
+from tests.stop.fakes import Clock, FakeDaemon, FakeHandle, Notes, state, stop_of, stopper
+
+DENIED = "org.varlink.service.PermissionDenied"
+
+
+class Scene:
+    """A stop of one process that a daemon has accepted."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.clock = Clock()
+        self.notes = Notes()
+        self.daemon = FakeDaemon(path)
+        self.process = FakeHandle()
+        self.stop = stop_of(self.process)
+        self.stopper: DaemonStopper = stopper(path, self.notes, self.clock, **options)
+
+    def start(self) -> None:
+        self.stopper.start([self.stop])
+        self.daemon.take()
+
+    def begun(self) -> None:
+        """It was started, and the daemon has reported so."""
+        self.start()
+        self.daemon.say(state=state())
+        assert self.work() == [("heard", "terminate")]
+
+    def exit(self) -> None:
+        self.process.exit()
+        self.stopper.exit_seen(self.stop)
+
+    def work(self, seconds: float = 0.0) -> list[tuple[str, ...]]:
+        """Advance the clock; return the events since the last call."""
+        self.clock.now += seconds
+        self.stopper.work()
+        said, self.notes.said = self.notes.said, []
+        return said
+
+    def end(self, result: str, **receipt: object) -> None:
+        over = {"elapsedUSec": 5, "rungs": [], **receipt}
+        self.daemon.say(continues=False, state=state(result=result, phase="done"), receipt=over)
+
+
+@pytest.fixture
+def scene(lab_dir: Path) -> Iterator[Scene]:
+    made = Scene(lab_dir / "socket")
+    yield made
+    made.stopper.close()
+    made.daemon.close()
+    made.process.close()
+
+
+def test_one_call_is_all(scene: Scene) -> None:
+    scene.begun()
+    scene.exit()
+    scene.end("exited")
+    assert scene.work() == [("ended", "exited")]
+    ((method, given),) = scene.daemon.calls
+    assert method == "Terminate"
+    assert given == {
+        "pid": 4711,
+        "startTime": 17,
+        "flags": ["powerdown"],
+        "options": {"powerdownAsConfigured": True},
+        "byUnit": True,
+        "forceAsUnit": True,
+    }
+    described = description()
+    described.check(json.loads(json.dumps(given)), described.methods[method].takes)
+    assert not scene.stopper.descriptors()
+
+
+def test_what_the_command_line_wants(lab_dir: Path) -> None:
+    spans = dict.fromkeys(stop_daemon._SPANS, 5)
+    scene = Scene(lab_dir / "socket", by_systemd=False, spans=spans, force=True)
+    scene.start()
+    ((_, given),) = scene.daemon.calls
+    assert given["options"]["reason"] == "qkilld-stop" and "byUnit" not in given
+    described = description()
+    described.check(given, described.methods["Terminate"].takes)
+    assert len(given["options"]) == len(spans) + 2
+    scene.stopper.close()
+    scene.daemon.close()
+    scene.process.close()
+
+
+def test_nobody_is_there(lab_dir: Path) -> None:
+    notes, process = Notes(), FakeHandle()
+    stopper(lab_dir / "nothing", notes, Clock()).start([stop_of(process)])
+    assert notes.said == [("lost", "qkilld cannot be reached: No such file or directory")]
+    process.close()
+
+
+def test_somebody_else_serves_there(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of another user is not trusted."""
+    monkeypatch.setattr("qkilld.stop.daemon.struct.unpack", lambda *_: (1, 1234, 0))
+    scene.stopper.start([scene.stop])
+    assert scene.work() == [("lost", "qkilld cannot be reached: uid 1234 serves there")]
+
+
+def test_it_has_read_the_call_and_is_busy(scene: Scene) -> None:
+    scene.start()
+    assert scene.work(3.1) == []
+    assert scene.work(11.9) == []
+    assert scene.work(0.2) == [("lost", "qkilld does not answer within 15 s")]
+
+
+def test_it_does_not_read(scene: Scene) -> None:
+    scene.stopper.start([scene.stop])
+    assert scene.work(2.9) == []
+    assert scene.stopper.deadline() == pytest.approx(scene.clock.now + 0.1)
+    assert scene.work(0.2) == [("lost", "qkilld does not answer within 3 s")]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("org.qkilld1.NoSuchProcess", ("refused", "NoSuchProcess")),
+        ("org.qkilld1.NotQemu", ("refused", "NotQemu")),
+        ("org.qkilld1.Failed", ("refused", "Failed")),
+        (DENIED, ("refused", "AccessDenied")),
+        ("org.varlink.service.MethodNotFound", ("lost", "qkilld says: no")),
+    ],
+)
+def test_it_refuses(scene: Scene, error: str, said: tuple[str, str]) -> None:
+    scene.start()
+    scene.daemon.refuse(error, "no")
+    assert scene.work() == [said]
+
+
+def test_it_ends_before_it_answers_and_comes_back(scene: Scene) -> None:
+    scene.start()
+    scene.daemon.hang_up()
+    assert scene.work() == []
+    assert scene.work() == []
+    assert scene.daemon.take()[0] == "Terminate"
+    scene.daemon.say(state=state())
+    scene.exit()
+    scene.end("exited")
+    assert scene.work() == [("heard", "terminate"), ("ended", "exited")]
+
+
+def test_it_ends_again_and_again(scene: Scene) -> None:
+    scene.start()
+    said = []
+    for _ in range(200):
+        scene.daemon.hang_up()
+        said += scene.work(0.025)
+        if scene.daemon.called:
+            continue
+    assert said == [("lost", "qkilld went away")]
+    # One attempt every 50 ms for 3 s.
+    assert 10 < len(scene.daemon.calls) < 70
+
+
+def test_it_restarts_during_the_stop(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.close()
+    assert scene.work() == []
+    assert scene.work(1) == []
+    scene.daemon.open()
+    assert scene.work(0.1) == []
+    assert scene.daemon.take() == ("Wait", {"job": 7})
+    scene.daemon.say(state=state(phase="kill"))
+    assert scene.work(1) == [("heard", "kill")]
+    scene.exit()
+    scene.end("killed")
+    assert scene.work(4) == [("ended", "killed")]
+
+
+def test_it_does_not_come_back(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.close()
+    said = [each for _ in range(100) for each in scene.work(0.05)]
+    assert said == [("lost", "qkilld went away")]
+    assert scene.stop.state == state()
+
+
+def test_it_comes_back_silent(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.hang_up()
+    said = [each for _ in range(100) for each in scene.work(0.05)]
+    assert said == [("lost", "qkilld does not answer within 3 s")]
+
+
+def test_the_new_one_does_not_know_the_job(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.hang_up()
+    scene.work()
+    scene.work()
+    scene.daemon.take()
+    scene.daemon.refuse("org.qkilld1.NoSuchJob", "There is no job 7")
+    why = "qkilld went away, and the new one says: There is no job 7"
+    assert scene.work() == [("lost", why)]
+
+
+def test_the_new_one_means_another_process(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.hang_up()
+    scene.work()
+    scene.work()
+    scene.daemon.take()
+    scene.daemon.say(state=state(startTime=18))
+    ((what, why),) = scene.work()
+    assert what == "lost" and "no job for the guest" in why
+
+
+def test_the_guest_is_gone_when_it_is_back(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.hang_up()
+    scene.exit()
+    scene.work()
+    scene.work()
+    scene.daemon.take()
+    scene.daemon.refuse("org.qkilld1.NoSuchJob", "There is no job 7")
+    assert scene.work() == [("ended", "exited")]
+
+
+@pytest.mark.parametrize(("phase", "result"), [("terminate", "exited"), ("reap", "killed")])
+def test_the_guest_is_gone_and_nobody_says_how(scene: Scene, phase: str, result: str) -> None:
+    scene.begun()
+    scene.daemon.say(state=state(phase=phase))
+    scene.work()
+    scene.exit()
+    assert scene.work(1.9) == []
+    assert scene.work(0.2) == [("ended", result)]
+
+
+def test_it_falls_silent(scene: Scene) -> None:
+    scene.begun()
+    assert scene.work(4.9) == []
+    assert scene.work(0.2) == []
+    assert scene.daemon.take()[0] == "GetStatus"
+    scene.daemon.say(continues=False, version="1", jobs=1)
+    assert scene.work(1) == []
+    assert scene.work(5) == []
+    assert scene.daemon.take()[0] == "GetStatus"
+    assert scene.work(1.9) == []
+    assert scene.work(0.2) == [("lost", "qkilld does not answer any more")]
+    assert scene.stop.state is not None
+
+
+@pytest.mark.parametrize("result", ["exited", "killed"])
+def test_it_calls_gone_what_is_there(scene: Scene, result: str) -> None:
+    scene.begun()
+    scene.end(result)
+    assert scene.work() == []
+    assert scene.work(0.9) == []
+    assert scene.work(0.2) == [("lost", "qkilld says that it has exited, which it has not")]
+    # Nothing that it reported about the job is believed.
+    assert scene.stop.state is None
+
+
+def test_our_pidfd_is_later_than_its(scene: Scene) -> None:
+    scene.begun()
+    scene.end("exited")
+    assert scene.work(0.1) == []
+    scene.exit()
+    assert scene.work(0.1) == [("ended", "exited")]
+
+
+def test_somebody_cancels(scene: Scene) -> None:
+    scene.begun()
+    scene.end("cancelled")
+    assert scene.work() == []
+    assert scene.work(1.1) == [("ended", "cancelled")]
+
+
+def test_it_is_stopped_for_good(scene: Scene) -> None:
+    """It cancels its jobs, although nobody asked for that."""
+    scene.begun()
+    scene.end("cancelled")
+    assert scene.work() == []
+    scene.daemon.hang_up()
+    assert scene.work(0.3) == [("lost", "qkilld was stopped")]
+    assert scene.stop.state is not None
+
+
+@pytest.mark.parametrize("result", ["survived", "failed", "signalled"])
+def test_it_gives_up(scene: Scene, result: str) -> None:
+    scene.begun()
+    scene.end(result)
+    assert scene.work() == [("ended", result)]
+
+
+def test_the_process_becomes_another(scene: Scene) -> None:
+    scene.begun()
+    scene.end("failed", errorName="org.qkilld1.Error.ProcessChanged", error="no QEMU by now")
+    assert scene.work() == [("refused", "ProcessChanged")]
+
+
+def test_the_unit(scene: Scene) -> None:
+    scene.begun()
+    limits = {"name": "web.service", "force": True, "extendable": True, "stayUSec": None}
+    scene.daemon.say(unit=limits)
+    scene.daemon.say(unitError="no bus")
+    assert scene.work() == [("unit", "web.service"), ("no unit", "no bus")]
+
+
+def test_many_in_one_call(lab_dir: Path) -> None:
+    clock, notes, server = Clock(), Notes(), FakeDaemon(lab_dir / "socket")
+    processes = [FakeHandle(pid) for pid in range(101, 104)]
+    stops = [stop_of(process) for process in processes]
+    stopping = stopper(lab_dir / "socket", notes, clock)
+    stopping.start(stops)
+    method, given = server.take()
+    described = description()
+    described.check(given, described.methods[method].takes)
+    assert (method, [each["pid"] for each in given["processes"]]) == (
+        "TerminateAll",
+        [101, 102, 103],
+    )
+    refusal = {"pid": 102, "name": "NotQemu", "message": "no"}
+    server.say(states=[state(101), state(103, job=8)], refused=[refusal])
+    stopping.work()
+    assert notes.said == [("refused", "NotQemu"), ("heard", "terminate"), ("heard", "terminate")]
+    notes.said.clear()
+    # It dies, and is asked about each remaining process.
+    processes[0].exit()
+    server.say(state=state(101, result="exited"), receipt={})
+    stopping.work()
+    assert notes.said == [("ended", "exited")]
+    server.hang_up()
+    stopping.work()
+    stopping.work()
+    assert server.take() == ("Wait", {"job": 8})
+    stopping.close()
+    server.close()
+    for process in processes:
+        process.close()
+
+
+def test_what_it_says_cannot_be_read(scene: Scene) -> None:
+    scene.begun()
+    scene.daemon.connections[-1].sendall(b"{nonsense\0")
+    scene.daemon.close()
+    said = [each for _ in range(100) for each in scene.work(0.05)]
+    assert said == [("lost", "qkilld went away")]
+
+
+def test_flags_that_have_become_known(scene: Scene) -> None:
+    scene.begun()
+    scene.stop.forced = True
+    scene.stopper.amend(scene.stop)
+    method, given = scene.daemon.take()
+    assert (method, given["flags"]) == ("Terminate", ["force", "powerdown"])
+    scene.daemon.say(continues=False, state=state())
+    assert scene.work() == []

@@ -1,0 +1,196 @@
+"""What adopt reverts: a result other than the predicted one, or everything at once. Also, it takes
+no time from running stops."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.evidence.until import until
+from tests.lab.container import CHECKOUT, Container
+from tests.lab.image import busybox
+from tests.lab.process import TOP
+
+DIRECTORY = "/etc/systemd/system"
+IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
+STUBBORN = "/usr/local/bin/qemu-system-stubborn"
+OURS = "50-qkilld.conf"
+
+_numbers = itertools.count(1)
+
+
+def ctl(system: Container, *words: str, code: int = 0) -> str:
+    done = system.run("qkillctl", *words, check=False, timeout=90)
+    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def shown(system: Container, unit: str, *names: str) -> list[str]:
+    return [system.property(unit, name) for name in names]
+
+
+def files(system: Container) -> str:
+    places = (DIRECTORY, "/run/systemd/system")
+    return system.run("find", *places, "-type", "f", "-printf", "%p %s\\n", check=False).stdout
+
+
+@contextlib.contextmanager
+def unit(system: Container, *lines: str, name: str = "") -> Iterator[str]:
+    """A running unit. Without lines of its own it has a QEMU that does nothing."""
+    name = name or f"safety{next(_numbers)}.service"
+    text = "[Service]\n" + "\n".join(lines or (f"ExecStart={IDLE}",)) + "\n"
+    system.write(f"{DIRECTORY}/{name.partition('@')[0]}{'@.service' if '@' in name else ''}", text)
+    system.run("systemctl", "daemon-reload")
+    system.run("systemctl", "start", name)
+    try:
+        yield name
+    finally:
+        system.run("systemctl", "kill", "--signal=KILL", name, check=False)
+        system.run("systemctl", "stop", name, check=False)
+        system.run("systemctl", "reset-failed", name, check=False)
+        template = f"{name.partition('@')[0]}@.service" if "@" in name else name
+        system.run("rm", "-rf", f"{DIRECTORY}/{template}", f"{DIRECTORY}/{template}.d")
+        system.run("systemctl", "daemon-reload")
+
+
+def test_a_result_that_is_not_what_was_predicted_is_taken_back(installed: Container) -> None:
+    wanted = ("ExecStop", "KillSignal", "NotifyAccess", "TimeoutStopUSec")
+    with unit(installed) as name:
+        settings = shown(installed, name, *wanted)
+        # systemd has not loaded it, so nobody knows of it: daemon-reload makes it count.
+        later = f"{DIRECTORY}/{name}.d/90-site.conf"
+        installed.write(later, "[Service]\nExecStop=\nExecStop=/bin/kill -9 $MAINPID\n")
+        before = files(installed)
+        said = ctl(installed, "adopt", name, code=1)
+        assert "keeps less than predicted" in said and "reverted" in said
+        assert files(installed) == before
+        assert OURS not in installed.property(name, "DropInPaths")
+        assert "kill -9" in shown(installed, name, "ExecStop")[0]
+        installed.run("rm", later)
+        installed.run("systemctl", "daemon-reload")
+        assert shown(installed, name, *wanted) == settings
+        assert "is safe" in ctl(installed, "adopt", name)
+
+
+def test_an_earlier_drop_in_of_ours_comes_back_as_it_was(installed: Container) -> None:
+    with unit(installed) as name:
+        ctl(installed, "adopt", name)
+        path = f"{DIRECTORY}/{name}.d/{OURS}"
+        # adopt would now write more than there is; another drop-in makes the unit worse.
+        installed.write(f"{DIRECTORY}/{name}.d/10-site.conf", "[Service]\nKillMode=none\n")
+        installed.run("systemctl", "daemon-reload")
+        later = f"{DIRECTORY}/{name}.d/90-site.conf"
+        installed.write(later, "[Service]\nExecStop=\nKillSignal=SIGKILL\n")
+        text = installed.run("cat", path).stdout
+        assert "reverted" in ctl(installed, "adopt", name, code=1)
+        assert installed.run("cat", path).stdout == text
+
+
+@pytest.fixture
+def stubborn(installed: Container) -> str:
+    """A QEMU that ignores SIGTERM."""
+    installed.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", STUBBORN)
+    script = 'trap "" TERM; while true; do sleep 1; done'
+    return f"ExecStart=@{STUBBORN} busybox sh -c '{script}'"
+
+
+def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: str) -> None:
+    """`daemon-reload` makes systemd forget by how much a running ExecStop= has extended its
+    time."""
+    installed.run("systemctl", "start", "qkilld.service")
+    helper = ("ExecStop=/usr/bin/qkilld-stop", "NotifyAccess=exec", "TimeoutStopSec=infinity")
+    with (
+        unit(installed) as name,
+        unit(installed) as other,
+        unit(installed, stubborn, *helper, "SendSIGKILL=no") as slow,
+    ):
+        ctl(installed, "adopt", other)
+        pid = installed.property(slow, "MainPID")
+        installed.run("systemctl", "stop", "--no-block", slow)
+        hold = ("qkillctl", "hold", pid)
+        until(lambda: installed.run(*hold, check=False).returncode, lambda code: code == 0)
+        before = files(installed)
+        with contextlib.ExitStack() as stack:
+            tries = [
+                stack.enter_context(installed.spawn("qkillctl", *words))
+                for words in (("adopt", name), ("adopt", "--undo", other))
+            ]
+            for each in tries:
+                assert each.wait(90) == 4
+                assert each.stdout is not None
+                said = each.stdout.read().decode()
+                assert slow in said and "Nothing was changed" in said and "--now" in said
+                assert "Writing" not in said and "Removed" not in said
+        assert files(installed) == before
+        assert shown(installed, name, "ExecStop") == [""]
+        assert installed.property(slow, "ActiveState") == "deactivating"
+        assert "is safe" in ctl(installed, "adopt", "--now", name)
+        ctl(installed, "adopt", "--undo", "--now", name)
+        # adopt waits for that stop and then goes on.
+        with installed.spawn("qkillctl", "adopt", name) as adopting:
+            with pytest.raises(subprocess.TimeoutExpired):
+                adopting.wait(3)
+            installed.run("qkillctl", "force", pid)
+            assert adopting.wait(60) == 0
+        assert "qkilld-stop" in shown(installed, name, "ExecStop")[0]
+
+
+def test_everything_that_was_ever_written_is_taken_back(installed: Container) -> None:
+    installed.run("systemctl", "start", "qkilld.service")
+    before = files(installed)
+    scope = f"safety{next(_numbers)}.scope"
+    transient = f"safety{next(_numbers)}.service"
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(unit(installed))
+        instance = stack.enter_context(unit(installed, name="safety-t@a.service"))
+        gone = stack.enter_context(unit(installed))
+        edited = stack.enter_context(unit(installed))
+        foreign = stack.enter_context(unit(installed))
+        installed.run("systemd-run", f"--unit={transient}", *IDLE.split())
+        stack.callback(installed.run, "systemctl", "stop", transient, check=False)
+        in_scope = ("systemd-run", "--scope", f"--unit={scope}", *IDLE.split())
+        stack.enter_context(installed.spawn(*in_scope, stderr=subprocess.DEVNULL))
+        until(lambda: installed.property(scope, "ActiveState"), lambda state: state == "active")
+        units = (plain, gone, edited, "safety-t@.service", transient, scope)
+        ctl(installed, "adopt", *units)
+        # A unit that has gone since, one whose drop-in was edited, and a file that is not ours.
+        installed.run("systemctl", "stop", gone)
+        installed.run("rm", f"{DIRECTORY}/{gone}")
+        path = f"{DIRECTORY}/{edited}.d/{OURS}"
+        installed.run("sh", "-c", 'echo Nice=1 >>"$1"', "sh", path)
+        installed.write(f"{DIRECTORY}/{foreign}.d/{OURS}", "[Service]\nNice=1\n")
+        installed.run("systemctl", "daemon-reload")
+        pids = {name: installed.property(name, "MainPID") for name in (plain, instance, transient)}
+        guard = f"qkilld-scope@{scope}.service"
+        assert installed.property(guard, "ActiveState") == "active"
+
+        said = ctl(installed, "adopt", "--undo", "--all", "--dry-run", code=1)
+        assert f"Would remove {DIRECTORY}/{plain}.d/{OURS}" in said
+        assert installed.property(guard, "ActiveState") == "active"
+        said = ctl(installed, "adopt", "--undo", "--all", code=1)
+        assert f"{path} was edited" in said
+        assert f"/{foreign}.d" not in said
+        left = installed.run("find", DIRECTORY, "/run/systemd/system", "-name", OURS).stdout
+        assert sorted(left.split()) == sorted([path, f"{DIRECTORY}/{foreign}.d/{OURS}"])
+        for name, pid in pids.items():
+            assert installed.property(name, "MainPID") == pid, f"{name} ran on"
+            assert installed.property(name, "ExecStop") == ""
+        assert installed.property(scope, "ActiveState") == "active"
+        until(lambda: installed.property(guard, "ActiveState"), lambda state: state != "active")
+        installed.run("rm", path)
+        assert "nothing to undo" in ctl(installed, "adopt", "--undo", "--all")
+        installed.run("systemctl", "kill", "--signal=KILL", scope)
+    assert files(installed) == before
+
+
+def test_what_adopt_writes_is_offered_only_if_it_writes_something(installed: Container) -> None:
+    offer = "adopt UNIT` writes these lines"
+    said = ctl(installed, "check-unit", "dbus.service", code=8)
+    assert "has no known guest" in said and offer not in said
+    with unit(installed) as name:
+        said = ctl(installed, "check-unit", name, code=8)
+        assert offer in said and "    systemd sends SIGTERM" in said

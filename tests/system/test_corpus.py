@@ -1,0 +1,66 @@
+"""The corpus of units from the field, with a real systemd: the verdict on each."""
+
+from __future__ import annotations
+
+import json
+
+from tests.corpus import units
+from tests.corpus.guest import RECORDS, Kept
+from tests.corpus.measure import measure
+from tests.corpus.structures import STRUCTURES
+from tests.lab.container import Container
+
+
+def test_the_corpus_is_what_it_says() -> None:
+    assert len(STRUCTURES) >= 60
+    assert len({structure.unit for structure in STRUCTURES}) == len(STRUCTURES)
+    assert sum(structure.runs for structure in STRUCTURES) >= 25
+    assert all(structure.source for structure in STRUCTURES)
+
+
+def test_every_verdict(installed: Container) -> None:
+    with units.idle_units(installed, STRUCTURES):
+        found = units.judge(installed, (structure.unit for structure in STRUCTURES))
+        verdicts = {name: document.get("verdict", document) for name, document in found.items()}
+    expected = {structure.unit: structure.verdict.value for structure in STRUCTURES}
+    wrong = {name: (verdicts[name], word) for name, word in expected.items()
+             if verdicts[name] != word}  # fmt: skip
+    assert not wrong, json.dumps({name: found[name] for name in wrong}, indent=1)
+    for name, document in found.items():
+        for occasion in ("stop", "restart", "shutdown"):
+            steps = document["now"][occasion]["steps"]
+            assert all(step["by"] and step["does"] for step in steps), name
+
+
+def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
+    wanted = ("100.scope", "no-sigkill.service")
+    chosen = [structure for structure in STRUCTURES if structure.unit in wanted]
+    with units.idle_units(installed, chosen):
+        installed.run("systemctl", "start", "no-sigkill.service")
+        try:
+            done = installed.run("qkillctl", "--json", "check-host", check=False)
+            said = installed.run("qkillctl", "check-host", check=False).stdout
+        finally:
+            installed.run("systemctl", "stop", "no-sigkill.service")
+    document = json.loads(done.stdout)
+    care = {guest["unit"]: (guest["care"], guest["keepers"]) for guest in document["guests"]}
+    assert care["100.scope"] == ("keeper", ["pve-guests.service"])
+    assert care["no-sigkill.service"] == ("systemd", [])
+    assert done.returncode == document["exit_code"] == 8
+    assert "pve-guests.service" in document["order"][0]
+    assert "qkillctl adopt no-sigkill.service" in said
+
+
+def test_a_host_with_six_of_them_powers_off() -> None:
+    """The whole table is `make bench-units`."""
+    names = ("plain", "sigkill", "sigcont", "loop", "on-nbd")
+    wanted = {*(f"{name}.service" for name in names), "100.scope"}
+    rows = measure([each for each in STRUCTURES if each.unit in wanted], ["poweroff"])
+    assert len(rows) == 6
+    for row in rows:
+        assert not row.is_worse("poweroff"), row
+        guest = 0 if row.structure.unit == "on-nbd.service" else RECORDS
+        assert row.kept["poweroff", True] == Kept(RECORDS, guest), row
+    before = {row.structure.unit: row.kept["poweroff", False] for row in rows}
+    assert before["sigkill.service"].disks < RECORDS, "nothing could have been lost"
+    assert before["100.scope"] == Kept(RECORDS, RECORDS), "its keeper shuts it down"

@@ -1,0 +1,210 @@
+"""A host shuts down with guests that keepers shut down: qkilld-guests.service waits for them.
+
+The keepers are stand-ins for pve-guests.service and a site's own, with their unit properties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus.guest import RECORDS, CorpusGuest, Kept, saved_state
+from tests.corpus.units import wait_for
+from tests.lab import container as lab_container
+from tests.lab.container import Container
+from tests.lab.log import Log
+from tests.lab.process import wait_gone
+from tests.lab.scratch import scratch
+from tests.safety.contained import Contained
+
+BUSY_S, HUNG_S = 3, 5
+"""How long pve-guests is busy before it asks, and the timeout of the keeper that hangs."""
+
+# Is busy for that long, or until the guest of that socket is gone (a minute at most). Then it asks
+# the guest of the next socket, and returns when that one is gone.
+KEEP = """\
+#!/bin/sh
+runs() { socat -u OPEN:/dev/null "UNIX-CONNECT:$1" 2>/dev/null; }
+i=0
+case $1 in
+    /*) while runs "$1" && [ $i -lt 300 ]; do sleep 0.2; i=$((i + 1)); done ;;
+    *) sleep "$1" ;;
+esac
+echo system_powerdown | socat - "UNIX-CONNECT:$2"
+while runs "$2"; do sleep 0.2; done
+echo "keeper ends"
+"""
+KEEPER = """\
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+ExecStop={stop}
+TimeoutStopSec={timeout}
+"""
+LINGER = """\
+[Unit]
+Before=qkilld-guests.service pve-guests.service site-keeper.service hung-keeper.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+ExecStop=/bin/sleep 2
+"""
+"""Stopped after them: a follower of the journal gets an entry only 250 ms later."""
+SCOPES = {
+    # Scopes as Proxmox VE's qemu-server makes them.
+    "100": ("Before=pve-guests.service", "KillMode=process", "SendSIGKILL=no",
+            "TimeoutStopSec=infinity"),
+    "101": ("Before=pve-guests.service", "KillMode=process", "SendSIGKILL=no",
+            "TimeoutStopSec=infinity"),
+    "site": ("Before=site-keeper.service", "TimeoutStopSec=10"),
+    "hung": ("Before=hung-keeper.service", "TimeoutStopSec=10"),
+    "free": ("TimeoutStopSec=10",),
+}  # fmt: skip
+
+
+@pytest.fixture
+def host() -> Iterator[Container]:
+    """A host for this test alone."""
+    with lab_container.boot() as booted:
+        lab_container.install(booted)
+        Contained(booted).show_storage()
+        booted.write("/usr/local/bin/keep", KEEP, 0o755)
+        stops = {
+            # pve-guests does not know 101.
+            "pve-guests": (f"/usr/local/bin/keep {BUSY_S} /run/100.monitor", "infinity"),
+            "site-keeper": ("/usr/local/bin/keep /run/free.monitor /run/site.monitor", "10min"),
+            "hung-keeper": ("/bin/sleep 1000", str(HUNG_S)),
+        }
+        for name, (stop, timeout) in stops.items():
+            text = KEEPER.format(stop=stop, timeout=timeout)
+            booted.write(f"/etc/systemd/system/{name}.service", text)
+        booted.write("/etc/systemd/system/lab-linger.service", LINGER)
+        booted.run("systemctl", "daemon-reload")
+        units = ("qkilld.service", "qkilld-guests.service", "lab-linger.service")
+        booted.run("systemctl", "start", *units, *(f"{name}.service" for name in stops))
+        yield booted
+
+
+def start(host: Container, guest: CorpusGuest, state: Path) -> None:
+    guest.make_disks()
+    monitor = ("-monitor", f"unix:/run/{guest.name}.monitor,server=on,wait=off")
+    words = guest.words(state, ("-name", guest.name, *monitor))
+    properties = (f"--property={line}" for line in SCOPES[guest.name])
+    scope = ("systemd-run", "--scope", f"--unit={guest.name}.scope", *properties)
+    # A child of the host's first process, which reaps it.
+    script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
+    host.run("sh", "-c", script, "sh", *scope, *words)
+    wait_for(lambda: host.property(f"{guest.name}.scope", "ActiveState") == "active")
+
+
+@dataclass
+class Story:
+    """The whole journal of the host."""
+
+    entries: list[dict[str, Any]]
+
+    def at(self, text: str, unit: str = "") -> list[int]:
+        """When that text was logged, µs."""
+        return [
+            int(entry["__MONOTONIC_TIMESTAMP"])
+            for entry in self.entries
+            if text in str(entry.get("MESSAGE")) and unit in entry.get("_SYSTEMD_UNIT", "")
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{e['__MONOTONIC_TIMESTAMP']} {e.get('MESSAGE')}" for e in self.entries)
+
+
+@contextlib.contextmanager
+def recorded(host: Container, log: Log) -> Iterator[None]:
+    with log.path.open("wb") as file:
+        # No child of nsenter's: see test_shutdown.
+        follow = ("setsid", "--fork", "journalctl", "--follow", "--lines=all", "--output=json")
+        with host.spawn(*follow, stdout=file) as started:
+            started.wait(30)
+    yield
+
+
+def story_of(log: Log) -> Story:
+    entries = []
+    for line in log.text().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return Story(entries)
+
+
+def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Container) -> None:
+    state = saved_state()
+    with scratch("k") as directory:
+        guests = {}
+        for name in SCOPES:
+            (directory / name).mkdir()
+            guests[name] = CorpusGuest(name, directory / name)
+            start(host, guests[name], state)
+        for guest in guests.values():
+            guest.wait_until_written(180)
+        journal = Log(directory / "journal")
+        leader = os.pidfd_open(host.leader)
+        try:
+            with recorded(host, journal):
+                host.run("systemctl", "--no-block", "poweroff")
+                assert wait_gone(leader, 300), f"it is still up:\n{story_of(journal)}"
+        finally:
+            os.close(leader)
+        story = story_of(journal)
+        kept = {name: guest.kept() for name, guest in guests.items()}
+    assert kept == dict.fromkeys(SCOPES, Kept(RECORDS, RECORDS)), story
+
+    def stopped(name: str) -> list[int]:
+        """When qkilld started the job, before it asked the guest or sent a signal."""
+        return story.at(f'Stopping guest "{name}" ')
+
+    (pve_ends,) = story.at("keeper ends", "pve-guests.service")
+    (site_ends,) = story.at("keeper ends", "site-keeper.service")
+    (hung_begins,) = story.at("Stopping hung-keeper.service")
+    # Keepers shut two of them down, and qkilld never touched those.
+    assert not stopped("100") and not stopped("site"), story
+    assert story.at("is left to site-keeper.service"), story
+    # The keeper does not know this one; qkilld asks it when the keeper has finished.
+    (left,) = stopped("101")
+    assert left >= pve_ends, story
+    # Its keeper hangs: it waits until its own timeout, no longer.
+    (stuck,) = stopped("hung")
+    assert stuck - hung_begins >= HUNG_S * 1_000_000, story
+    # A guest waits for its own keeper only: this keeper waits for the guest.
+    (free,) = stopped("free")
+    assert free < site_ends, story
+    assert not story.at("Sent SIG"), story
+
+
+def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
+    """systemd does so by itself, and a guard or qkilld-guests.service must not change that."""
+    with lab_container.boot() as host:
+        lab_container.install(host)
+        host.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep 1000\n")
+        host.run("systemctl", "daemon-reload")
+        units = ("other.service", "qkilld.service", "qkilld-guests.service")
+        host.run("systemctl", "start", *units)
+        idle = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none")
+        script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
+        for name in ("guarded.scope", "plain.scope"):
+            scope = ("systemd-run", "--scope", f"--unit={name}", *idle)
+            host.run("sh", "-c", script, "sh", *scope)
+            wait_for(lambda name=name: host.property(name, "ActiveState") == "active")  # type: ignore[misc]
+        host.run("qkillctl", "adopt", "guarded.scope")
+        host.run("systemctl", "isolate", "emergency.target", check=False)
+        wait_for(lambda: host.property("other.service", "ActiveState") == "inactive")
+        guard = "qkilld-scope@guarded.scope.service"
+        for name in ("guarded.scope", "plain.scope", guard, "qkilld-guests.service"):
+            # systemd has queued every stop before it returns.
+            assert host.property(name, "ActiveState") == "active", name
+            assert host.property(name, "Job") in ("", "0"), name
