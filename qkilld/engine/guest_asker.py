@@ -89,6 +89,7 @@ class GuestAsker:
         self._on_pressed = on_pressed
         self._on_fault = on_fault
         self._helped: set[GuestOrder] = set()
+        self._unanswered: AskMethod | None = None
         self._timer: Timer | None = None
         self._closed = False
 
@@ -105,6 +106,15 @@ class GuestAsker:
     def set_span(self, span: int) -> None:
         """Change PowerdownSec= to `span` (µs)."""
         self._span = span
+
+    def take_unanswered(self) -> GuestOrder | None:
+        """After QEMU's exit, count a request as made although its reply was not read: QEMU can exit
+        before that. Return the order; None if there is none."""
+        if (method := self._unanswered) is None:
+            return None
+        self._unanswered = None
+        self._attempt = powerdown.note_asked(self._attempt, method, self._clock.now())
+        return _ORDERS[method]
 
     def judge_exit(self) -> GuestAsked | None:
         """After QEMU's exit, return the outcome of asking; None if the guest was not asked."""
@@ -232,6 +242,7 @@ class GuestAsker:
 
     def _send(self, method: AskMethod) -> None:
         def sent(refused: str) -> None:
+            self._unanswered = None
             if not refused:
                 self._attempt = powerdown.note_asked(self._attempt, method, self._clock.now())
                 self._on_order(_ORDERS[method])
@@ -242,6 +253,7 @@ class GuestAsker:
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)
 
+        self._unanswered = method
         self._order(_ORDERS[method], sent)
 
     def _order(self, what: GuestOrder, callback: Callable[[str], None]) -> None:

@@ -117,8 +117,11 @@ class PowerdownPhase:
 
     def note_exit(self) -> None:
         """Conclude the outcome of asking. Call it when the process has exited."""
-        if self._asker is not None and self._job.guest_asked is not GuestAsked.SHUT_DOWN:
-            self._job.guest_asked = self._asker.judge_exit() or self._job.guest_asked
+        if self._asker is None or self._job.guest_asked is GuestAsked.SHUT_DOWN:
+            return
+        if (order := self._asker.take_unanswered()) is not None:
+            self._note_order(order)
+        self._job.guest_asked = self._asker.judge_exit() or self._job.guest_asked
 
     def close(self) -> None:
         """Stop asking. May be called twice."""
@@ -165,11 +168,14 @@ class PowerdownPhase:
         else:
             self._job.enter(self._job.phase)
 
+    def _note_order(self, order: GuestOrder) -> None:
+        self._job.note_rung(order.value, self._clock.now())
+        self._job.guest_asked = GuestAsked.ASKED
+        self._journal.write(events.guest_asked(self._job, self._job.rungs[-1]))
+
     def _was_asked(self, order: GuestOrder) -> None:
         job = self._job
-        job.note_rung(order.value, self._clock.now())
-        job.guest_asked = GuestAsked.ASKED
-        self._journal.write(events.guest_asked(job, job.rungs[-1]))
+        self._note_order(order)
         if Flag.NOWAIT in job.flags:
             job.finish(Result.SIGNALLED)
         else:

@@ -62,6 +62,28 @@ def test_a_guest_that_shuts_down_gets_no_signal() -> None:
     assert MessageId.GUEST_ASKED in world.journal.ids
 
 
+@pytest.mark.parametrize(
+    ("rest", "outcome"),
+    [
+        ((frozenset({ShutdownSign.POWERED_OFF}), True), GuestAsked.SHUT_DOWN),
+        ((frozenset[ShutdownSign](), True), GuestAsked.ASKED),
+    ],
+)
+def test_a_guest_that_is_gone_before_the_reply_was_asked(
+    rest: tuple[frozenset[ShutdownSign], bool], outcome: GuestAsked
+) -> None:
+    """A small guest powers off within milliseconds, so its exit is noticed first."""
+    world, process = asked_world(UP), FakeProcess()
+    world.monitors.rest = rest
+    world.monitors.on_order = lambda order: process.die()
+    job = world.stop(process, POWERDOWN)
+    world.clock.advance(0.1)
+    assert (job.result, job.guest_asked) == (Result.EXITED, outcome)
+    assert [rung.action for rung in job.rungs] == ["button"]
+    assert process.sent == []
+    assert world.journal.ids.count(MessageId.GUEST_ASKED) == 1
+
+
 def test_a_guest_that_ignores_the_button_gets_sigterm_after_powerdown_sec() -> None:
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN | FORCE)
