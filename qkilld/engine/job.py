@@ -510,6 +510,7 @@ class Job:
     def gone(self) -> None:
         if self.phase in BEFORE_SIGNALS:
             self._powerdown.note_exit()
+        self._yank.note_exit()
         self.verdict = Verdict.GONE if self._process.collected() else Verdict.ZOMBIE
         self.finish(Result.EXITED if not self._signals.killed else Result.KILLED)
 

@@ -46,6 +46,8 @@ class YankRung:
         """When something was last yanked."""
         self._done: set[str] = set()
         """The names of yanked instances."""
+        self._unanswered: tuple[CutOff, ...] = ()
+        """What is being yanked. QEMU can exit before its reply is read."""
         self._exhausted = False
         self._until: int | None = None
         """The deadline of the current attempt; None if there is none."""
@@ -65,6 +67,7 @@ class YankRung:
         Return False if nothing can be yanked, so that SIGKILL is next.
         """
         if self._until is not None and self._clock.now() >= self._until:
+            self._note_unanswered()
             self._give_up()
         if self._exhausted:
             return False
@@ -73,6 +76,10 @@ class YankRung:
         if self._until is not None:
             self._job.wait_until(self._job.deadline, self._until)
         return True
+
+    def note_exit(self) -> None:
+        """Call it when the process has exited."""
+        self._note_unanswered()
 
     def _begin(self) -> None:
         monitor = self._link.monitor
@@ -119,26 +126,32 @@ class YankRung:
             if refused:
                 self._give_up(refused)
             else:
-                self._note(chosen)
+                self.at = self._clock.now()
+                self._note_unanswered()
+                self._job.enter(Phase.TERMINATE)
             self._job.advance()
 
+        self._unanswered = chosen
         monitor.yank([cutoff.instance for cutoff in chosen], done)
 
-    def _note(self, chosen: tuple[CutOff, ...]) -> None:
+    def _note_unanswered(self) -> None:
+        """Count it as yanked: without a reply, it may be."""
+        chosen, self._unanswered = self._unanswered, ()
+        if not chosen:
+            return
         job = self._job
-        self.at = self._clock.now()
         self._until = None
         self._done |= {cutoff.instance.name for cutoff in chosen}
-        job.note_rung(YANK, self.at)
+        job.note_rung(YANK, self._clock.now())
         for cutoff in chosen:
             text = f"{', '.join(cutoff.disks)} was cut off: {cutoff.why}"
             job.risks = (*job.risks, Risk("yanked", text))
         self._journal.write(events.cut_off(job, chosen))
-        job.enter(Phase.TERMINATE)
 
     def _give_up(self, why: str | Exception = "") -> None:
         """Give up: SIGKILL is next."""
         self._until = None
+        self._unanswered = ()
         self._attempt += 1
         self._exhausted = True
         if isinstance(why, Exception):

@@ -250,6 +250,7 @@ class FakeMonitors:
         self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
         self.answers = True
         """Whether out-of-band commands are answered."""
+        self.answers_yank = True
         self.yanked: list[list[str]] = []
         self.on_yank: Callable[[], None] = lambda: None
 
@@ -392,7 +393,8 @@ class FakeMonitor:
     ) -> None:
         self._monitors.yanked.append([instance.name for instance in instances])
         self._monitors.on_yank()
-        self._call(lambda: callback(""))
+        if self._monitors.answers_yank:
+            self._call(lambda: callback(""))
 
     def close(self) -> None:
         if not self._closed:

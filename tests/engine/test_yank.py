@@ -51,6 +51,19 @@ def test_what_is_left_exits_and_the_receipt_names_what_was_cut_off() -> None:
     world.clock.advance(3)
     assert world.monitors.yanked == [["dead"]]
     assert (job.result, process.sent) == (Result.EXITED, [SIGTERM])
+    assert job.rungs[-1].action == "yank"
+    assert "yanked" in [risk.code for risk in job.risks]
+
+
+def test_what_may_have_been_cut_off_is_at_risk() -> None:
+    world, process = stuck_world()
+    world.monitors.answers_yank = False
+    job = begun(world, process)
+    world.clock.advance(68)
+    assert process.sent == [SIGTERM, SIGKILL]
+    assert "yanked" in [risk.code for risk in job.risks]
+    process.die()
+    assert [rung.action for rung in job.rungs].count("yank") == 1
 
 
 def test_the_rung_the_risk_and_the_phase() -> None:
