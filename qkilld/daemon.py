@@ -14,7 +14,7 @@ from qkilld import __version__, log_setup
 from qkilld.adapters import config, system_files
 from qkilld.adapters.argument_types import SuggestingParser
 from qkilld.adapters.journal import QueuedJournal, open_journal
-from qkilld.adapters.memlock import STACK_BYTES
+from qkilld.adapters.memlock import STACK_BYTES, share_heap
 from qkilld.adapters.trace_file import TraceDirectory
 from qkilld.engine import events
 from qkilld.model import timespan
@@ -51,6 +51,7 @@ def main() -> int:
         return ExitCode.OK
     _take_descriptors()
     threading.stack_size(STACK_BYTES)
+    share_heap()
     log_setup.set_up("qkilld", debug=arguments.debug)
     journal = open_journal()
     try:

@@ -1,11 +1,13 @@
 """Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
 
 Existing memory is locked at once, later memory page by page as it is used; otherwise each thread's
-stack would count at its full size.
+stack would count at its full size. Whatever is allocated once stays locked, so there should be
+little of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -17,8 +19,22 @@ from typing import Final
 STACK_BYTES: Final = 256 * 1024
 """Stack of each further thread in bytes; the default of 8 MiB would be locked as a whole."""
 
+_M_ARENA_MAX: Final = -8
+"""From malloc.h of glibc."""
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAP_IPC_LOCK: Final = 1 << 14
+
+
+def share_heap() -> None:
+    """Let all threads allocate from one heap. Call this before the first thread starts.
+
+    By default glibc gives each thread one of up to eight heaps for each processor, and keeps what a
+    thread once needed: a dozen of them held 9 MB, 5 MB of it free, after 200,000 hostile calls.
+    One heap costs no time, because Python's threads run one at a time. Other C libraries have
+    only one.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class MemoryLock:
