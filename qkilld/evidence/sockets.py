@@ -145,7 +145,7 @@ class SocketReader:
                 note_once("reading sockets", "it has one of a kind that is not looked into")
             return None
         if self._foreign and protocols:
-            return self._read_foreign(frozenset(protocols), table)
+            return self._read_foreign(protocols, table)
         sockets: list[Socket] = []
         self._peers, self._given_names = {}, None
         self.accepted = set()
@@ -355,17 +355,26 @@ class SocketReader:
         return max(uses, key=lambda use: use.role == "storage", default=_UNKNOWN)
 
     def _read_foreign(
-        self, inodes: frozenset[int], table: SocketTable
+        self, protocols: Mapping[int, str], table: SocketTable
     ) -> tuple[Socket, ...] | None:
         """Read /proc/PID/net, which shows neither the other end of a unix socket nor the bytes sent
-        over TCP. If the other end is in our network namespace, it is used for the missing facts."""
+        over TCP. If the other end is in our network namespace, it is used for the missing facts.
+
+        None if a file that may list one of its sockets is unreadable or longer than MAX_BYTES.
+        """
         net = f"{self._proc}/{self._pid}/net"
         unix = read_bounded(f"{net}/unix", MAX_BYTES)
         tcp = read_bounded(f"{net}/tcp", MAX_BYTES)
+        tcp6 = read_bounded(f"{net}/tcp6", MAX_BYTES)
         if unix is None or tcp is None:
             return None
-        # Without IPv6 this file is missing.
-        tcp += read_bounded(f"{net}/tcp6", MAX_BYTES) or b""
+        if tcp6 is None:
+            # Without IPv6 the file is missing, and so are such sockets.
+            if "TCPv6" in protocols.values():
+                return None
+            tcp6 = b""
+        tcp += tcp6
+        inodes = frozenset(protocols)
         self._peers, self._given_names = {}, None
         self.accepted = set()
         try:

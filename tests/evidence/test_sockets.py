@@ -19,6 +19,7 @@ from qkilld.model.sample import Socket
 from tests.evidence.trees import lay
 from tests.lab import needs
 from tests.lab.guest import Guest, start_qemu
+from tests.lab.netns import NetworkNamespace
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.lab.storage import NbdServer, nbd_server
 
@@ -398,6 +399,50 @@ def test_in_another_network_namespace(lab_dir: Path, unix: bool) -> None:
             }
     finally:
         end(child)
+
+
+CONNECTED = """
+import socket, sys
+server = socket.socket(socket.AddressFamily[sys.argv[1]])
+server.listen()
+client = socket.create_connection(server.getsockname()[:2])
+accepted, _ = server.accept()
+print(flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("crowded", ["AF_UNIX", "AF_INET", "AF_INET6"])
+@pytest.mark.parametrize("own", ["AF_INET", "AF_INET6"])
+def test_more_than_is_read_of_another_network_namespace(
+    monkeypatch: pytest.MonkeyPatch, crowded: str, own: str
+) -> None:
+    """A socket that may be beyond the limit is unknown, not missing."""
+
+    def listener() -> socket.socket:
+        made = crowd.enter_context(socket.socket(socket.AddressFamily[crowded]))
+        if crowded == "AF_UNIX":
+            made.bind("")  # The kernel chooses an abstract name.
+        made.listen()
+        return made
+
+    argv = [sys.executable, "-c", CONNECTED, own]
+    with NetworkNamespace() as namespace, contextlib.ExitStack() as crowd:
+        for _ in range(100):
+            namespace.run(listener)
+        child = namespace.run(lambda: spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        crowd.callback(end, child)
+        assert child.stdout is not None
+        assert child.stdout.readline()
+        reader = SocketReader(child.pid)
+        reader.refresh()
+        whole = reader.read(SocketTable())
+        assert whole is not None
+        assert sorted(s.client for s in whole) == [False, True]
+        monkeypatch.setattr(sockets, "MAX_BYTES", 4000)
+        # Only a socket for IPv6 can be in the file for IPv6.
+        expected = whole if (crowded, own) == ("AF_INET6", "AF_INET") else None
+        assert reader.read(SocketTable()) == expected
 
 
 def test_without_proc(tmp_path: Path) -> None:
