@@ -58,7 +58,7 @@ sys.exit({function}())
 """
 
 
-class Refused(Exception):
+class InstallError(Exception):
     """The text says what is wrong, and what to do."""
 
 
@@ -169,7 +169,7 @@ def stage(root: str, places: Places, python: str) -> None:
 
 
 def install(root: str, places: Places, python: str) -> None:
-    """`root` is DESTDIR, "" for this system. Raises Refused, OSError."""
+    """`root` is DESTDIR, "" for this system. Raises InstallError, OSError."""
     before = _read_manifest(root, places)
     made = {line for line in before if line.endswith("/")}
     written = set()
@@ -197,7 +197,7 @@ def install(root: str, places: Places, python: str) -> None:
 
 
 def uninstall(root: str, places: Places) -> bool:
-    """False where nothing of ours is there. Raises Refused, OSError."""
+    """Returns False if nothing of ours is there. Raises InstallError, OSError."""
     manifest = _read_manifest(root, places)
     if manifest:
         # The module itself: the program looks for it where it is without DESTDIR.
@@ -258,7 +258,7 @@ def _read_manifest(root: str, places: Places) -> list[str]:
         return []
     for line in lines:
         if not line.startswith("/") or ".." in line.split("/"):
-            raise Refused(
+            raise InstallError(
                 f"{root}{places.manifest} is no list of what was installed: {line!r} is no path; "
                 "install again to have it written anew, after removing it"
             )
@@ -327,7 +327,9 @@ def main() -> None:
     try:
         for name, path in [*directories.items(), ("python", arguments.python)]:
             if not re.fullmatch(r"/[\w./+@%~-]+", path):
-                raise Refused(f"{name.upper()}={path} is not an absolute path of plain characters")
+                raise InstallError(
+                    f"{name.upper()}={path} is not an absolute path of plain characters"
+                )
         places = Places(**{name: os.path.normpath(path) for name, path in directories.items()})
         if arguments.action == "install" and arguments.package == "yes":
             stage(root, places, arguments.python)
@@ -340,7 +342,7 @@ def main() -> None:
             print(f"qkilld is not installed there: there is no {root}{places.manifest}")
     except OSError as error:
         sys.exit(f"make {arguments.action}: {error.filename}: {error.strerror}")
-    except Refused as refused:
+    except InstallError as refused:
         sys.exit(f"make {arguments.action}: {refused}")
     if not root and arguments.package == "no":
         print(

@@ -62,7 +62,7 @@ def ctl_json(bus: Bus, *arguments: str, code: int = 0, uid: int | None = None) -
 
 
 @dataclass
-class Running:
+class CtlProcess:
     """A qkillctl that has not ended yet."""
 
     process: subprocess.Popen[bytes]
@@ -79,11 +79,11 @@ class Running:
 
 
 @pytest.fixture
-def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., Running]]:
+def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., CtlProcess]]:
     """A function: starts qkillctl with these arguments and its output in a file."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments: str) -> Running:
+        def start(*arguments: str) -> CtlProcess:
             out, err = Log(lab_dir / "out"), Log(lab_dir / "err")
             with out.path.open("wb") as stdout, err.path.open("wb") as stderr:
                 process = spawn(
@@ -95,12 +95,12 @@ def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., Running
             stack.callback(end, process)
             pidfd = os.pidfd_open(process.pid)
             stack.callback(os.close, pidfd)
-            return Running(process, pidfd, out, err)
+            return CtlProcess(process, pidfd, out, err)
 
         yield start
 
 
-StartCtl = Callable[..., Running]
+StartCtl = Callable[..., CtlProcess]
 
 
 # Looking

@@ -18,7 +18,7 @@ from tests.campaign import report
 from tests.campaign.cases import CASES
 from tests.campaign.draw import draw
 from tests.campaign.keep import KEPT, keep
-from tests.campaign.pool import AT_ONCE, Done, run_all
+from tests.campaign.pool import AT_ONCE, RunResult, run_all
 from tests.campaign.spec import HOST, Spec
 from tests.campaign.ways import OURS, WAYS
 
@@ -41,19 +41,19 @@ def main() -> int:
     log = KEPT / f"seed-{arguments.seed}.jsonl"
     before = _before(log) if arguments.go_on else {}
     began = time.monotonic()
-    done: list[Done] = []
+    results: list[RunResult] = []
     try:
         with log.open("a" if arguments.go_on else "w") as file:
             todo = [spec for spec in specs if spec.name not in before]
             table = report.RunningTable(len(todo))
             for one in run_all(todo, arguments.jobs, progress.show):
-                done.append(keep(one))
+                results.append(keep(one))
                 file.write(json.dumps(report.to_json(one)) + "\n")
                 file.flush()
                 if arguments.verbose or not one.clean:
                     progress.show("")
                     print(report.line(one), flush=True)
-                for line in table.lines(done):
+                for line in table.lines(results):
                     progress.show("")
                     print(line, flush=True)
     except KeyboardInterrupt:
@@ -61,9 +61,9 @@ def main() -> int:
         print("interrupted: the same command with --continue goes on", file=sys.stderr)
         return 130
     progress.show("")
-    every = [*before.values(), *done]
+    every = [*before.values(), *results]
     print(report.summary(every))
-    print(f"\n{len(done)} runs in {time.monotonic() - began:.0f} s")
+    print(f"\n{len(results)} runs in {time.monotonic() - began:.0f} s")
     return 0 if all(one.clean for one in every) else 1
 
 
@@ -79,7 +79,7 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 def _compare(specs: Sequence[Spec], jobs: int) -> int:
     """Print a table with the ends of the same runs under each way to stop."""
-    ends: dict[str, dict[str, Done]] = {spec.name: {} for spec in specs}
+    ends: dict[str, dict[str, RunResult]] = {spec.name: {} for spec in specs}
     for way in WAYS:
         # A clock that is not stopped itself would run on while the host stands still.
         todo = [spec for spec in specs if way in (OURS, "fixed") or not _pauses(spec)]
@@ -99,9 +99,9 @@ def _pauses(spec: Spec) -> bool:
     return any(change.of == HOST for change in spec.changes)
 
 
-def _before(log: Path) -> dict[str, Done]:
+def _before(log: Path) -> dict[str, RunResult]:
     """The runs that were judged, by name; the others are to be done again."""
-    found: dict[str, Done] = {}
+    found: dict[str, RunResult] = {}
     for text in log.read_text().splitlines() if log.exists() else ():
         # The last line may be cut off.
         with contextlib.suppress(ValueError):

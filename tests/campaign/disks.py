@@ -34,7 +34,7 @@ _CALLS: Final = ("flush", "fsync")
 
 
 @dataclass
-class Made:
+class RunDisk:
     """A disk of a running run."""
 
     disk: Disk
@@ -59,7 +59,7 @@ class Made:
         return f"d{self.number}"
 
     @property
-    def where(self) -> Path:
+    def path(self) -> Path:
         """The path under which the server or QEMU opens the file."""
         if self.disk.store == "fuse":
             assert self.fuse is not None
@@ -94,7 +94,7 @@ class Made:
             return ["-blockdev", json.dumps(self.node)] if disk.syntax == "blockdev" else []
         ending = f"if=none,id={self.name},cache={disk.cache}"
         if disk.syntax == "options" and disk.kind == "file":
-            options = f"file={self.where},format={disk.format},aio={disk.aio}"
+            options = f"file={self.path},format={disk.format},aio={disk.aio}"
             return ["-drive", f"{options},{ending}"]
         node = {"driver": disk.format, "file": self._protocol()}
         return ["-drive", f"{ending},file=json:{json.dumps(node)}".replace(", ", ",,")]
@@ -111,7 +111,7 @@ class Made:
             return node | ({"reconnect-delay": self.disk.reconnect} if self.disk.reconnect else {})
         if isinstance(self.server, IscsiStore):
             return self.server.node()
-        return {"driver": "file", "filename": str(self.where), "aio": self.disk.aio}
+        return {"driver": "file", "filename": str(self.path), "aio": self.disk.aio}
 
     def write(self, guest: BareGuest) -> None:
         """Write the records, and wait until all are acknowledged."""
@@ -247,7 +247,7 @@ class Made:
             self.fuse.thaw()
 
 
-def make_disk(stack: contextlib.ExitStack, number: int, disk: Disk) -> Made:
+def make_disk(stack: contextlib.ExitStack, number: int, disk: Disk) -> RunDisk:
     """Make storage that is fast and has an empty image. Raises needs.Missing."""
     directory = stack.enter_context(scratch("s"))
     below: FuseStore | None = None
@@ -266,12 +266,12 @@ def make_disk(stack: contextlib.ExitStack, number: int, disk: Disk) -> Made:
         _make_image(image, disk)
     if disk.store == "fuse":
         below = stack.enter_context(fuse_store(directory))
-    made = Made(disk, number, image, below, loop)
+    made = RunDisk(disk, number, image, below, loop)
     match disk.kind:
         case "nbd":
             other = stack.enter_context(_other()) if disk.shared else None
             store = nbd_store(
-                made.where,
+                made.path,
                 disk.make,
                 disk.transport,
                 other=other,
@@ -279,12 +279,12 @@ def make_disk(stack: contextlib.ExitStack, number: int, disk: Disk) -> Made:
             )
             made.server = stack.enter_context(store)
             if disk.proxy:
-                front = nbd_store(made.where, upstream=made.server)
+                front = nbd_store(made.path, upstream=made.server)
                 made.front = stack.enter_context(front)
             if disk.shared:
                 stack.enter_context(_busy(made.server))
         case "iscsi":
-            made.server = stack.enter_context(iscsi_store(made.where))
+            made.server = stack.enter_context(iscsi_store(made.path))
         case "vhost":
             path, log = directory / "vhost", directory / "log" if disk.logs else None
             backend = vhost_backend(path, connects=disk.connects, log=log)

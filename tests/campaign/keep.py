@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from tests.campaign.pool import Done
+from tests.campaign.pool import RunResult
 from tests.lab.image import CACHE
 
 KEPT: Final = CACHE / "campaign"
 
 
-def keep(one: Done) -> Done:
+def keep(one: RunResult) -> RunResult:
     """Keep the run under its name, or remove an earlier one of that name if this one was right.
 
     Otherwise the trace would be removed with the run.

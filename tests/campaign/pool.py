@@ -40,7 +40,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass
-class Done:
+class RunResult:
     """A run that was judged; or, in `failed`, the lab's own error."""
 
     spec: Spec
@@ -74,7 +74,7 @@ def run_all(
     said: Callable[[str], None] = lambda text: None,
     way: str = OURS,
     most: int = TRIES,
-) -> Iterator[Done]:
+) -> Iterator[RunResult]:
     """Run these specs in order; yield each when it is over."""
     with contextlib.ExitStack() as stack:
         keeper = stack.enter_context(Keeper())
@@ -155,23 +155,25 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _collect(child: _Child) -> Done:
+def _collect(child: _Child) -> RunResult:
     os.waitpid(child.pid, 0)
     os.close(child.pidfd)
     try:
         told = json.loads(child.answer.read_text())
     except (OSError, ValueError):
-        return Done(child.spec, tries=child.tries, failed="it ended without a word")
+        return RunResult(child.spec, tries=child.tries, failed="it ended without a word")
     child.answer.unlink()
     if "failed" in told:
-        return Done(child.spec, tries=child.tries, failed=told["failed"])
+        return RunResult(child.spec, tries=child.tries, failed=told["failed"])
     outcome = Outcome.from_json(told["outcome"])
     try:
         judgement = judge(child.spec, outcome)
     except Exception:
-        return Done(child.spec, outcome, tries=child.tries, failed=traceback.format_exc(limit=-8))
+        return RunResult(
+            child.spec, outcome, tries=child.tries, failed=traceback.format_exc(limit=-8)
+        )
     judgement.findings += unexpected(child.spec.name, outcome)
-    return Done(child.spec, outcome, judgement, child.tries)
+    return RunResult(child.spec, outcome, judgement, child.tries)
 
 
 def _begin(servers: contextlib.ExitStack, traces: Path) -> Server:

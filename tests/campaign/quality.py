@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.campaign.judge import kill_time, rightly_killed, truth_of
-from tests.campaign.pool import Done
+from tests.campaign.pool import RunResult
 from tests.campaign.truth import BOUNDED
 
 FIXED_S: Final = 10.0
@@ -43,17 +43,17 @@ class Quality:
     trusted: float = 0
 
 
-def _ours(one: Done) -> float:
+def _ours(one: RunResult) -> float:
     killed = kill_time(one.outcome) if one.outcome else None
     return INFINITY if killed is None else killed
 
 
-def _counter(one: Done) -> float:
+def _counter(one: RunResult) -> float:
     assert one.judgement is not None
     return one.judgement.counter_kill
 
 
-POLICIES: Final[Mapping[str, Callable[[Done], float]]] = {
+POLICIES: Final[Mapping[str, Callable[[RunResult], float]]] = {
     "qkilld": _ours,
     "fixed clock, 10 s": lambda one: FIXED_S,
     "one counter (wchar), 10 s": _counter,
@@ -61,10 +61,10 @@ POLICIES: Final[Mapping[str, Callable[[Done], float]]] = {
 }
 
 
-def quality(done: Sequence[Done], kills: Callable[[Done], float]) -> Quality:
+def quality(results: Sequence[RunResult], kills: Callable[[RunResult], float]) -> Quality:
     """Judge a policy that sends SIGKILL at that time if the process is still there."""
     found = Quality()
-    for one in done:
+    for one in results:
         if one.outcome is None or one.judgement is None or one.judgement.too_late:
             continue
         known = truth_of(one.spec, one.outcome)
@@ -93,14 +93,14 @@ def quality(done: Sequence[Done], kills: Callable[[Done], float]) -> Quality:
     return found
 
 
-def table(done: Sequence[Done]) -> str:
+def table(results: Sequence[RunResult]) -> str:
     lines = [
         "| policy | detection time, median and most | never detected | mistakes |"
         " mistake recurrence time | query accuracy |",
         "|---|---|---|---|---|---|",
     ]
     for name, kills in POLICIES.items():
-        found = quality(done, kills)
+        found = quality(results, kills)
         detected = "none"
         if found.detections:
             median, most = statistics.median(found.detections), max(found.detections)

@@ -22,7 +22,7 @@ from tests.campaign.judge import (
     Judgement,
     kill_time,
 )
-from tests.campaign.pool import Done
+from tests.campaign.pool import RunResult
 from tests.campaign.run import Outcome
 from tests.campaign.spec import Spec
 
@@ -31,7 +31,7 @@ ROW_S: Final = 60.0
 KINDS = (FALSE_KILL, FALSE_WAIT, WRONG_RISK, WRONG_VERDICT, UNEXPECTED, UNSEEN)
 
 
-def line(one: Done) -> str:
+def line(one: RunResult) -> str:
     """Describe a run in a few lines."""
     shown = f"{one.spec.name}: {_disks(one.spec)}"
     if one.spec.noises:
@@ -59,7 +59,7 @@ def line(one: Done) -> str:
     return "\n".join(lines)
 
 
-def cell(one: Done | None) -> str:
+def cell(one: RunResult | None) -> str:
     """The end of a run in a table that compares ways to stop."""
     if one is None or one.outcome is None:
         return "-" if one is None else "not done"
@@ -76,14 +76,14 @@ def cell(one: Done | None) -> str:
     return ", ".join(words) + (f" ({', '.join(told)})" if told else "")
 
 
-def summary(done: Sequence[Done]) -> str:
-    judged = [one.judgement for one in done if one.judgement and not one.judgement.too_late]
+def summary(results: Sequence[RunResult]) -> str:
+    judged = [one.judgement for one in results if one.judgement and not one.judgement.too_late]
     found = Counter(kind for one in judged for kind in {finding.kind for finding in one.findings})
-    lines = [f"{len(done)} runs, {len(judged)} judged, {sum(one.right for one in judged)} right"]
+    lines = [f"{len(results)} runs, {len(judged)} judged, {sum(one.right for one in judged)} right"]
     lines += [f"  {kind:<14}{found[kind]:>5} runs" for kind in KINDS]
-    repeats = sum(one.tries - 1 for one in done)
-    late = sum(bool(one.judgement and one.judgement.too_late) for one in done)
-    failed = [one for one in done if one.failed]
+    repeats = sum(one.tries - 1 for one in results)
+    late = sum(bool(one.judgement and one.judgement.too_late) for one in results)
+    failed = [one for one in results if one.failed]
     lines.append(f"  {repeats} repeats because samples were late, {late} runs late each time")
     lines.append(f"  {len(failed)} could not be done")
     past = [one.detection for one in judged if one.detection is not None]
@@ -94,7 +94,7 @@ def summary(done: Sequence[Done]) -> str:
         )
     ticks = sum(one.ticks for one in judged)
     right = sum(one.right_ticks for one in judged)
-    lines += [f"  {right} of {ticks} verdicts are right", "", quality.table(done)]
+    lines += [f"  {right} of {ticks} verdicts are right", "", quality.table(results)]
     return "\n".join(lines)
 
 
@@ -111,25 +111,25 @@ class RunningTable:
         self._next = time.monotonic() + ROW_S
         self._headed = False
 
-    def lines(self, done: Sequence[Done]) -> Iterator[str]:
+    def lines(self, results: Sequence[RunResult]) -> Iterator[str]:
         """The rows that are due."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + ROW_S
-        judged = [one.judgement for one in done if one.judgement and not one.judgement.too_late]
+        judged = [one.judgement for one in results if one.judgement and not one.judgement.too_late]
         found = Counter(
             kind for one in judged for kind in {finding.kind for finding in one.findings}
         )
         ticks, right = (sum(getattr(j, n) for j in judged) for n in ("ticks", "right_ticks"))
         row = (
             time.strftime("%H:%M:%S"),
-            f"{len(done)}/{self._runs}",
+            f"{len(results)}/{self._runs}",
             *(len(judged), sum(one.right for one in judged)),
             *(found[kind] for kind in (FALSE_KILL, FALSE_WAIT, WRONG_RISK)),
             f"{right}/{ticks}",
-            sum(one.tries - 1 for one in done),
-            sum(bool(one.judgement and one.judgement.too_late) for one in done),
-            sum(bool(one.failed) for one in done),
+            sum(one.tries - 1 for one in results),
+            sum(bool(one.judgement and one.judgement.too_late) for one in results),
+            sum(bool(one.failed) for one in results),
             f"{os.getloadavg()[0]:.0f}",
         )
         if not self._headed:
@@ -165,7 +165,7 @@ def _disks(spec: Spec) -> str:
     )
 
 
-def to_json(one: Done) -> dict[str, Any]:
+def to_json(one: RunResult) -> dict[str, Any]:
     return {
         "spec": one.spec.to_json(),
         "outcome": one.outcome.to_json() if one.outcome else None,
@@ -175,11 +175,13 @@ def to_json(one: Done) -> dict[str, Any]:
     }
 
 
-def from_json(value: Mapping[str, Any]) -> Done:
+def from_json(value: Mapping[str, Any]) -> RunResult:
     told = value["judgement"]
     judgement = None
     if told:
         findings = [Finding(**finding) for finding in told["findings"]]
         judgement = Judgement(**{**told, "findings": findings})
     outcome = Outcome.from_json(value["outcome"]) if value["outcome"] else None
-    return Done(Spec.from_json(value["spec"]), outcome, judgement, value["tries"], value["failed"])
+    return RunResult(
+        Spec.from_json(value["spec"]), outcome, judgement, value["tries"], value["failed"]
+    )

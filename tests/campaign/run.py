@@ -200,7 +200,7 @@ def _patience(spec: Spec) -> float:
     )
 
 
-def _pause(what: str, guest: int, by: Server, made: list[disks.Made]) -> None:
+def _pause(what: str, guest: int, by: Server, made: list[disks.RunDisk]) -> None:
     """Pause or continue the whole host. The daemon is paused first and continued last."""
     running = [disk.server for disk in made if disk.server and not disk.frozen]
     processes = [server.process for server in running if server.process]

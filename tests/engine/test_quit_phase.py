@@ -374,7 +374,7 @@ def test_the_next_daemon_ends_what_a_cancelled_job_has_begun() -> None:
     assert not job.processors_stopped
 
 
-class Hidden(FakeProcess):
+class HiddenProcess(FakeProcess):
     hidden = False
 
     def identify(self) -> Identity:
@@ -386,7 +386,7 @@ class Hidden(FakeProcess):
 def test_a_sigterm_that_cannot_be_sent_leaves_nobody_paused() -> None:
     world = flushing_world()
     guest = make_guest()
-    process = Hidden(replace(guest, label=replace(guest.label, qmp=True)))
+    process = HiddenProcess(replace(guest, label=replace(guest.label, qmp=True)))
     job = world.stop(process, FORCE)
     process.hidden = True
     world.clock.advance(0)

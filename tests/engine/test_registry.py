@@ -176,13 +176,13 @@ def test_fixed_stands_over_the_configuration() -> None:
 
 
 def test_a_broken_observer_does_not_touch_the_ladder(world: World) -> None:
-    class Broken:
+    class BrokenObserver:
         def job_new(self, job: ObservedJob) -> None:
             raise RuntimeError("the bus is gone")
 
         job_changed = job_ended = job_forgotten = job_new
 
-    world.registry.observer = Broken()
+    world.registry.observer = BrokenObserver()
     process = FakeProcess()
     job = world.stop(process, FORCE)
     world.clock.advance(10)

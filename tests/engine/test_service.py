@@ -102,12 +102,12 @@ def make_service(world: World, *processes: FakeProcess) -> tuple[Service, FakeHo
 def test_the_pidfd_comes_before_the_caller_is_asked_for(world: World) -> None:
     service, host = make_service(world, FakeProcess())
 
-    class Noting(FakeCaller):
+    class RecordingCaller(FakeCaller):
         async def uid(self) -> int:
             host.asked.append("uid")
             return 0
 
-    run(service.terminate(4711, 0, {}, Noting(0)))
+    run(service.terminate(4711, 0, {}, RecordingCaller(0)))
     assert host.asked == ["open", "uid", "label"]
 
 
@@ -305,12 +305,12 @@ def test_a_unit_where_systemd_does_not_answer(world: World, error: QkilldError) 
 def test_a_process_that_changes_while_it_is_looked_at(world: World, change: dict[str, Any]) -> None:
     """Between the first look and the signal it executes another program, or gains rights."""
 
-    class Changing(FakeProcess):
+    class ChangingProcess(FakeProcess):
         def identify(self) -> Identity:
             self.guest = Guest(replace(self.guest.identity, **change), self.guest.label)
             return self.guest.identity
 
-    process = Changing()
+    process = ChangingProcess()
     service, _ = make_service(world, process)
 
     with pytest.raises((NotQemu, ProcessChanged)):
@@ -323,12 +323,12 @@ def test_a_caller_that_cannot_be_named_gets_nothing(world: World) -> None:
     process = FakeProcess()
     service, _ = make_service(world, process)
 
-    class Gone(FakeCaller):
+    class LostCaller(FakeCaller):
         async def uid(self) -> int:
             raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        run(service.terminate(4711, 0, {}, Gone(0)))
+        run(service.terminate(4711, 0, {}, LostCaller(0)))
     assert process.closed
     assert process.sent == []
 

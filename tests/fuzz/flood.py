@@ -82,7 +82,7 @@ class Report:
 
 
 @dataclass
-class Behaved:
+class GoodClient:
     """A well-behaved client that repeats typical calls and measures their latency."""
 
     bus: Bus
@@ -142,7 +142,7 @@ def flood(seed: int, *, messages: int, seconds: float, connections: int = 8) -> 
         wanted = stack.enter_context(fake_qemu(name="wanted", stubborn=True))
         client = stack.enter_context(bus.client())
         job = client.terminate(wanted.pid, grace_usec=("t", 3_600_000_000))
-        behaved = Behaved(bus, path, wanted, job)
+        behaved = GoodClient(bus, path, wanted, job)
         order = Order(
             address=bus.address,
             seed=seed,

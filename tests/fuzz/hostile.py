@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.fuzz.calls import CallSource
-from tests.fuzz.messages import BUS_NAME, RETURN, Aims, How, Message, Source
+from tests.fuzz.messages import BUS_NAME, RETURN, Aims, Message, SendMode, Source
 
 AT_ONCE: Final = 100
 """Unanswered calls of a connection. A system bus refuses more than 128 by itself."""
@@ -174,18 +174,18 @@ class Attacker(_HostileClient):
         raw = message.marshal(self._serial)
         self._deeds.sent[name] += 1
         self._deaf -= 1
-        if how is not How.WHOLE:
+        if how is not SendMode.WHOLE:
             raw = self._source.damage(raw, how)
         self._waiting += message.wants_reply
         files: list[int] = []
         with contextlib.ExitStack() as stack:
-            if message.descriptors and how is How.WHOLE:
+            if message.descriptors and how is SendMode.WHOLE:
                 null = os.open("/dev/null", os.O_RDONLY)
                 stack.callback(os.close, null)
                 files = [null] * message.descriptors
             sent = socket.send_fds(self._socket, [raw], files) if files else self._socket.send(raw)
         self._outgoing = raw[sent:]
-        if how is How.CUT:
+        if how is SendMode.CUT:
             self._reconnect()
         return 1
 

@@ -162,7 +162,7 @@ class Message:
         return bytes(header.data) + raw
 
 
-class How(Enum):
+class SendMode(Enum):
     """How a message is sent."""
 
     WHOLE = "whole"
@@ -195,7 +195,7 @@ class Source:
         self._makers = [make for _, _, make in _KINDS]
         self._names = [name for _, name in kinds]
 
-    def next(self) -> tuple[str, Message, How]:
+    def next(self) -> tuple[str, Message, SendMode]:
         """Return the name of its kind, the message, and how to send it."""
         rng = self._rng
         number = rng.choices(range(len(_KINDS)), self._weights)[0]
@@ -204,16 +204,16 @@ class Source:
             message.flags |= rng.choice((NO_REPLY, NO_AUTOSTART, INTERACTIVE, 0x80))
         if rng.random() < 0.1:
             message.order = ">"
-        name, how = self._names[number], How.WHOLE
+        name, how = self._names[number], SendMode.WHOLE
         # Each costs a connection.
         if (luck := rng.random()) < 0.002:
-            how = How.FLIPPED if luck < 0.001 else How.CUT
+            how = SendMode.FLIPPED if luck < 0.001 else SendMode.CUT
             name = how.value
         return name, message, how
 
-    def damage(self, raw: bytes, how: How) -> bytes:
+    def damage(self, raw: bytes, how: SendMode) -> bytes:
         """Return the damaged bytes."""
-        if how is How.CUT:
+        if how is SendMode.CUT:
             return raw[: self._rng.randrange(1, len(raw))]
         damaged = bytearray(raw)
         for _ in range(self._rng.randint(1, 8)):
@@ -519,4 +519,4 @@ _KINDS: Final[Sequence[tuple[int, str, Maker]]] = (
     (2, "unknown header fields", _future_field),
     (3, "calls of the bus", _bus_itself),
 )
-KIND_NAMES: Final = (*(name for _, name, _ in _KINDS), How.FLIPPED.value, How.CUT.value)
+KIND_NAMES: Final = (*(name for _, name, _ in _KINDS), SendMode.FLIPPED.value, SendMode.CUT.value)

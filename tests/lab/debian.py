@@ -29,7 +29,7 @@ from typing import Final
 from tests.lab import needs
 from tests.lab.guest import QEMU, Guest, start_qemu
 from tests.lab.image import CACHE
-from tests.lab.log import Log, TimedOut
+from tests.lab.log import Log, WaitTimeout
 from tests.lab.process import run
 from tests.lab.qmp import Qmp
 from tests.lab.scratch import scratch
@@ -82,7 +82,7 @@ class Shell:
             try:
                 received = self._socket.recv(4096)
             except TimeoutError:
-                raise TimedOut(f"no answer to {command!r} in {timeout} s: {text!r}") from None
+                raise WaitTimeout(f"no answer to {command!r} in {timeout} s: {text!r}") from None
             assert received, f"the guest has ended: {text!r}"
             text += received.decode(errors="replace").replace("\r", "")
         printed = text[: found.start()].rpartition(f"{begin}\n")[2]
@@ -96,7 +96,7 @@ class Shell:
             try:
                 self.run("true", 3)
                 return
-            except (TimedOut, TimeoutError):
+            except (WaitTimeout, TimeoutError):
                 assert time.monotonic() < deadline, "the guest's shell does not come"
 
     def tell(self, command: str) -> None:

@@ -21,12 +21,12 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _T = TypeVar("_T")
 
 
-class TimedOut(AssertionError):
+class WaitTimeout(AssertionError):
     """A wait timed out."""
 
 
 def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> None:
-    """Wait until `path` exists. Raises TimedOut, also if the process ends."""
+    """Wait until `path` exists. Raises WaitTimeout, also if the process ends."""
     _watch(
         path.parent,
         _IN_CREATE | _IN_MOVED_TO,
@@ -56,7 +56,7 @@ class Log:
     ) -> re.Match[str]:
         """Wait for a match of `pattern` (re.MULTILINE) after `since` characters; return it.
 
-        Woken by inotify and, with `pidfd`, by the end of the writer. Raises TimedOut with the text
+        inotify and, with `pidfd`, the end of the writer wake it. Raises WaitTimeout with the text
         so far after `timeout` seconds, or if the writer ends without a match.
         """
         expression = re.compile(pattern, re.MULTILINE)
@@ -94,7 +94,7 @@ def _watch(
             left = deadline - time.monotonic()
             if ended or left <= 0:
                 why = "the process ended" if ended else f"{timeout} s went by"
-                raise TimedOut(f"{why} without {wanted()}")
+                raise WaitTimeout(f"{why} without {wanted()}")
             ready, _, _ = select.select(sources, [], [], left)
             if watch in ready:
                 os.read(watch, 65536)

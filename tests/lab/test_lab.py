@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.lab import bus, guest, process, records
-from tests.lab.log import Log, TimedOut
+from tests.lab.log import Log, WaitTimeout
 
 Factory = Callable[..., guest.Guest]
 DBUS: Any = {
@@ -112,7 +112,7 @@ def test_a_log_tells_of_a_writer_that_ended(lab_dir: Path) -> None:
     pidfd = os.pidfd_open(writer.pid)
     try:
         assert log.wait_for("^t(wo)$", pidfd=pidfd)[1] == "wo"
-        with pytest.raises(TimedOut, match="the process ended without 'three'"):
+        with pytest.raises(WaitTimeout, match="the process ended without 'three'"):
             log.wait_for("three", pidfd=pidfd)
     finally:
         os.close(pidfd)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.safety import cell
-from tests.safety.cases import CASES, Case, Unlike
+from tests.safety.cases import CASES, Case, StorageMismatch
 from tests.safety.cell import ATTEMPTS, Cell
 from tests.safety.outcome import Outcome
 from tests.safety.policies import COLUMNS, Column
@@ -27,12 +27,12 @@ def test_it_is_measured_again_and_not_for_ever(
         attempts += 1
         (tmp_path / f"{attempts}.jsonl").touch()
         if attempts <= bad:
-            raise Unlike("the disk took 0 bytes in 2 s")
+            raise StorageMismatch("the disk took 0 bytes in 2 s")
         return GOOD
 
     monkeypatch.setattr(cell, "_measure", measure)
     if bad >= ATTEMPTS:
-        with pytest.raises(Unlike):
+        with pytest.raises(StorageMismatch):
             cell.measure(CASE, COLUMN, tmp_path)
         assert attempts == ATTEMPTS
     else:

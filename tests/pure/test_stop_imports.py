@@ -15,11 +15,11 @@ MODULES = sorted(
 )
 PROGRAM = """
 import importlib, sys
-class Missing:
+class MissingModules:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("dbus_next", "dbus_fast"):
             raise ImportError(f"{name} is not there")
-sys.meta_path.insert(0, Missing())
+sys.meta_path.insert(0, MissingModules())
 for name in sys.argv[1:]:
     importlib.import_module(name)
 assert not [name for name in sys.modules if name.startswith("qkilld.bus")]

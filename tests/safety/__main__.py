@@ -43,7 +43,7 @@ Exit codes: 0 done, 1 a cell could not be measured or one of qkilld's is not as 
 
 
 @dataclass(frozen=True)
-class Found:
+class CellResult:
     """The outcome for one cell: a measurement, or why there is none."""
 
     cell: Cell | None = None
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 @dataclass(frozen=True)
-class _Running:
+class _CellProcess:
     row: Case
     column: Column
     process: subprocess.Popen[bytes]
@@ -91,7 +91,7 @@ class _Running:
     errors: IO[bytes]
 
     @classmethod
-    def start(cls, row: Case, column: Column, traces: Path | None) -> _Running:
+    def start(cls, row: Case, column: Column, traces: Path | None) -> _CellProcess:
         """Starts the cell in a process of its own, so that its failure is its own."""
         more = [str(traces)] if traces else []
         said, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
@@ -111,38 +111,38 @@ class _Running:
         self.said.close()
         self.errors.close()
 
-    def result(self) -> Found:
+    def result(self) -> CellResult:
         for file in (self.said, self.errors):
             file.seek(0)
         if text := self.said.read():
             value = json.loads(text)
             if "cell" in value:
-                return Found(Cell.from_json(value["cell"]))
-            return Found(**value)
+                return CellResult(Cell.from_json(value["cell"]))
+            return CellResult(**value)
         errors = self.errors.read().decode(errors="replace").strip()
-        return Found(failed=errors[-2000:] or "it ended without a word")
+        return CellResult(failed=errors[-2000:] or "it ended without a word")
 
 
 def _measure(
     rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
-) -> dict[Key, Found]:
+) -> dict[Key, CellResult]:
     """Measures the cells that are not kept, the long ones first."""
     # In the order of the table, whatever finishes first.
-    found = {(row.name, column.name): Found() for row in rows for column in columns}
+    found = {(row.name, column.name): CellResult() for row in rows for column in columns}
     todo: list[tuple[Case, Column]] = []
     for row in rows:
         for column in columns:
             if not fresh and (kept := _kept(row, column)):
-                found[row.name, column.name] = Found(kept)
+                found[row.name, column.name] = CellResult(kept)
             else:
                 todo.append((row, column))
     todo.sort(key=lambda cell: -cell[0].weight)
     total = len(todo)
-    running: list[_Running] = []
+    running: list[_CellProcess] = []
     try:
         while todo or running:
             while todo and len(running) < at_once:
-                running.append(_Running.start(*todo.pop(0), traces))
+                running.append(_CellProcess.start(*todo.pop(0), traces))
             names = ", ".join(f"{one.row.name}/{one.column.name}" for one in running)
             progress.show(f"{total - len(todo) - len(running)} of {total} cells; now {names}")
             ended = select.select([one.pidfd for one in running], [], [])[0]
@@ -191,7 +191,7 @@ def _qkilld() -> str:
     return digest.hexdigest()[:12]
 
 
-def _as_json(found: Mapping[Key, Found]) -> list[dict[str, Any]]:
+def _as_json(found: Mapping[Key, CellResult]) -> list[dict[str, Any]]:
     return [
         {"row": row, "column": column} | dataclasses.asdict(one)
         for (row, column), one in found.items()

@@ -62,7 +62,7 @@ class Scene:
     recover: Callable[[], None] = lambda: None
 
 
-class Unlike(Exception):
+class StorageMismatch(Exception):
     """The storage was not as its row says, so nothing was measured."""
 
 
@@ -72,8 +72,8 @@ Make = Callable[[Network], contextlib.AbstractContextManager[Scene]]
 
 
 @dataclass(frozen=True)
-class Right:
-    """Which verdicts are right from `since` seconds after the request on, until the next Right
+class RightVerdicts:
+    """Which verdicts are right from `since` seconds after the request on, until the next entry
     begins."""
 
     since: float
@@ -81,7 +81,7 @@ class Right:
 
 
 @dataclass(frozen=True)
-class Expected:
+class Expectation:
     """What qkilld does with FORCE and its default settings."""
 
     result: frozenset[str]
@@ -96,8 +96,8 @@ class Case:
     name: str
     title: str
     make: Make
-    right: Sequence[Right]
-    expected: Expected
+    right: Sequence[RightVerdicts]
+    expected: Expectation
     note: str = ""
     """Why a row lacks what the others have."""
     busy: float = 0
@@ -109,13 +109,13 @@ class Case:
 
 _EXITED: Final = frozenset({"exited"})
 _KILLED: Final = frozenset({"killed"})
-_DEAD_STORAGE: Final = Expected(
+_DEAD_STORAGE: Final = Expectation(
     frozenset({"killed", "survived"}),
     within=STORAGE_STALL_S + 1,
     not_before=STORAGE_STALL_S - 1,
     nothing_lost=False,
 )
-_STUCK: Final = Expected(_KILLED, within=GRACE_S + 1, not_before=GRACE_S)
+_STUCK: Final = Expectation(_KILLED, within=GRACE_S + 1, not_before=GRACE_S)
 
 
 def _records(count: int, passes: int, stride: int = 32 * MIB) -> str:
@@ -198,7 +198,7 @@ def _queue(aio: str) -> Make:
                 time.sleep(2)
                 took = disk.written() - before
                 if not _RATE // 2 <= took <= 4 * _RATE:
-                    raise Unlike(f"the disk took {took} bytes in 2 s and not {2 * _RATE}")
+                    raise StorageMismatch(f"the disk took {took} bytes in 2 s and not {2 * _RATE}")
 
             scene.strike = strike
             yield scene
@@ -493,21 +493,21 @@ _READ: Final = f"{MANY} lab.load=read lab.at=0 lab.bytes=65536 lab.depth=16"
 CASES: Final[Mapping[str, Case]] = {
     case.name: case
     for case in (
-        Case("fast", "fast disk", _fast, (), Expected(_EXITED, within=2), weight=5),
+        Case("fast", "fast disk", _fast, (), Expectation(_EXITED, within=2), weight=5),
         Case(
             "cache-30",
             "page cache to a 2 MB/s disk, 30 s",
             _page_cache(60),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=60),
             busy=20,
         ),
         Case(
             "cache-90",
             "page cache to a 2 MB/s disk, 90 s",
             _page_cache(180),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=150),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=150),
             weight=120,
             busy=60,
         ),
@@ -515,48 +515,48 @@ CASES: Final[Mapping[str, Case]] = {
             "queue-threads",
             "cache=none, a deep queue, aio=threads",
             _queue("threads"),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=60),
             busy=8,
         ),
         Case(
             "queue-native",
             "cache=none, a deep queue, Linux AIO",
             _queue("native"),
-            (Right(2, _EITHER), Right(_DETAIL_S, _MOVES)),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _EITHER), RightVerdicts(_DETAIL_S, _MOVES)),
+            Expectation(_EXITED, within=60),
             busy=8,
         ),
         Case(
             "queue-uring",
             "cache=none, a deep queue, io_uring",
             _queue("io_uring"),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=60),
             busy=8,
         ),
         Case(
             "nbd-unix",
             "NBD on a unix socket, 400 kbit/s",
             _nbd(rate="400K"),
-            (Right(2, _EITHER), Right(_DETAIL_S, _MOVES)),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _EITHER), RightVerdicts(_DETAIL_S, _MOVES)),
+            Expectation(_EXITED, within=60),
             busy=15,
         ),
         Case(
             "nbd-tcp",
             "NBD on TCP, 400 kbit/s",
             _nbd(tcp=True, rate="400K"),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=60),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=60),
             busy=15,
         ),
         Case(
             "nbd-unix-gaps",
             "NBD on a unix socket, 25 s a request",
             _nbd(rate=GAPS, job=TWO_TABLES),
-            (Right(2, _EITHER),),
-            Expected(_EXITED, within=200),
+            (RightVerdicts(2, _EITHER),),
+            Expectation(_EXITED, within=200),
             weight=150,
             busy=40,
         ),
@@ -564,8 +564,8 @@ CASES: Final[Mapping[str, Case]] = {
             "nbd-tcp-gaps",
             "NBD on TCP, 25 s a request",
             _nbd(tcp=True, rate=GAPS, job=TWO_TABLES),
-            (Right(2, _EITHER),),
-            Expected(_EXITED, within=200),
+            (RightVerdicts(2, _EITHER),),
+            Expectation(_EXITED, within=200),
             weight=150,
             busy=40,
         ),
@@ -573,15 +573,19 @@ CASES: Final[Mapping[str, Case]] = {
             "nbd-back",
             "NBD that freezes for 30 s and comes back",
             _nbd(freeze=True, thaw_after=30),
-            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS), Right(30, _EITHER)),
-            Expected(_EXITED, within=35),
+            (
+                RightVerdicts(2, _EITHER),
+                RightVerdicts(_SETTLED_S, _WAITS),
+                RightVerdicts(30, _EITHER),
+            ),
+            Expectation(_EXITED, within=35),
             busy=29,
         ),
         Case(
             "nbd-dead",
             "NBD frozen for good",
             _nbd(freeze=True),
-            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS)),
+            (RightVerdicts(2, _EITHER), RightVerdicts(_SETTLED_S, _WAITS)),
             _DEAD_STORAGE,
             note="what a dead storage never took is lost, whoever stops the guest",
             weight=80,
@@ -591,31 +595,31 @@ CASES: Final[Mapping[str, Case]] = {
             "debugger",
             "idle, stopped under a debugger",
             _debugger,
-            (Right(2, _STANDS),),
+            (RightVerdicts(2, _STANDS),),
             _STUCK,
         ),
-        Case("sigstop", "SIGSTOPped", _sigstopped, (), Expected(_EXITED, within=2)),
+        Case("sigstop", "SIGSTOPped", _sigstopped, (), Expectation(_EXITED, within=2)),
         Case(
             "frozen-v2",
             "idle, in a frozen cgroup (v2)",
             _frozen_cgroup(2),
-            (Right(2, _STANDS),),
+            (RightVerdicts(2, _STANDS),),
             _STUCK,
         ),
         Case(
             "frozen-v1",
             "idle, in a frozen cgroup (v1)",
             _frozen_cgroup(1),
-            (Right(2, _STANDS),),
-            Expected(frozenset({"survived"}), GRACE_S + REAP_S + 1, GRACE_S + REAP_S),
+            (RightVerdicts(2, _STANDS),),
+            Expectation(frozenset({"survived"}), GRACE_S + REAP_S + 1, GRACE_S + REAP_S),
             note="the freezer of cgroup v1 keeps SIGKILL itself waiting",
         ),
         Case(
             "neighbour",
             "hangs on a disk that a neighbour keeps busy",
             _neighbour,
-            (Right(2, _EITHER), Right(_SETTLED_S, _WAITS)),
-            Expected(
+            (RightVerdicts(2, _EITHER), RightVerdicts(_SETTLED_S, _WAITS)),
+            Expectation(
                 frozenset({"killed", "survived"}),
                 STORAGE_STALL_S + REAP_S + 1,
                 STORAGE_STALL_S - 1,
@@ -630,7 +634,7 @@ CASES: Final[Mapping[str, Case]] = {
             "error (EIO) on the last flush",
             _failing,
             (),
-            Expected(_EXITED, within=2, nothing_lost=False),
+            Expectation(_EXITED, within=2, nothing_lost=False),
             note="the storage refuses the data and QEMU exits without a word",
             weight=5,
         ),
@@ -638,16 +642,16 @@ CASES: Final[Mapping[str, Case]] = {
             "read-load",
             "under full read load",
             lambda network: _fast(network, _READ),
-            (Right(2, _MOVES),),
-            Expected(_EXITED, within=5),
+            (RightVerdicts(2, _MOVES),),
+            Expectation(_EXITED, within=5),
             weight=10,
         ),
         Case(
             "disks-16",
             "16 disks on NBD, 150 kbit/s each",
             _sixteen,
-            (Right(2, _EITHER), Right(_DETAIL_S, _MOVES)),
-            Expected(_EXITED, within=90),
+            (RightVerdicts(2, _EITHER), RightVerdicts(_DETAIL_S, _MOVES)),
+            Expectation(_EXITED, within=90),
             busy=25,
         ),
     )

@@ -22,7 +22,7 @@ from tests.lab import needs
 from tests.lab.process import run, wait_gone
 from tests.lab.records import records
 from tests.lab.scratch import remove_run_directory, run_directory
-from tests.safety.cases import CASES, Case, Scene, Unlike
+from tests.safety.cases import CASES, Case, Scene, StorageMismatch
 from tests.safety.machine import Target
 from tests.safety.outcome import Outcome, Stopper
 from tests.safety.policies import COLUMNS, OURS, Column
@@ -50,13 +50,13 @@ class Cell:
 
 
 def measure(case: Case, column: Column, traces: Path | None) -> Cell:
-    """Stops a guest, and another one if the storage was not as the row says.
+    """Stop a guest; repeat with another guest if the storage did not behave as the row says.
 
-    Raises needs.Missing, AssertionError if the guest does not come up, Unlike if the storage is
-    never as it should be.
+    Raises needs.Missing, AssertionError if the guest does not come up, and StorageMismatch if the
+    storage never behaves as the row says.
     """
     for _ in range(ATTEMPTS - 1):
-        with contextlib.suppress(Unlike):
+        with contextlib.suppress(StorageMismatch):
             return _measure(case, column, traces)
         for trace in traces.iterdir() if traces else ():
             trace.unlink()
@@ -70,7 +70,9 @@ def _measure(case: Case, column: Column, traces: Path | None) -> Cell:
         with stopper.launch(scene.machine) as target:
             acknowledged, outcome = _stop(scene, stopper, target)
         if outcome.result == "exited" and outcome.seconds < case.busy:
-            raise Unlike(f"gone after {outcome.seconds:.1f} s, its storage needs {case.busy} s")
+            raise StorageMismatch(
+                f"gone after {outcome.seconds:.1f} s, its storage needs {case.busy} s"
+            )
         found, corrupt = 0, 0
         for image in scene.images:
             corrupt += _check(image)
@@ -173,7 +175,7 @@ def main() -> int:
         print(json.dumps({"cell": dataclasses.asdict(cell)}), flush=True)
     except needs.Missing as missing:
         print(json.dumps({"missing": str(missing)}), flush=True)
-    except Unlike as unlike:
+    except StorageMismatch as unlike:
         print(json.dumps({"failed": f"{ATTEMPTS} times: {unlike}"}), flush=True)
     finally:
         remove_run_directory()

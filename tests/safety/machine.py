@@ -14,7 +14,7 @@ from typing import Final
 from tests.lab import needs
 from tests.lab.guest import QEMU
 from tests.lab.image import guest_image
-from tests.lab.log import Log, TimedOut
+from tests.lab.log import Log, WaitTimeout
 from tests.lab.process import wait_gone
 
 BOOT_TIMEOUT_S: Final = 180
@@ -105,7 +105,7 @@ class Target:
             found = Log(self.machine.serial).wait_for(
                 f"{pattern}|^GUEST ERROR.*$", BOOT_TIMEOUT_S, pidfd=self.pidfd
             )[0]
-        except TimedOut as error:
+        except WaitTimeout as error:
             raise AssertionError(f"{error}\nQEMU says: {self.machine.said()}") from None
         assert not found.startswith("GUEST ERROR"), found
 

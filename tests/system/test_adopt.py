@@ -112,7 +112,7 @@ def users(manager: Manager) -> Iterator[Manager]:
 
 
 @dataclass
-class Flushing:
+class FlushingGuest:
     """A guest whose last writes go to an NBD server that will be slow."""
 
     machine: Machine
@@ -145,7 +145,7 @@ class Flushing:
 
 
 @pytest.fixture
-def flushing(manager: Manager) -> Iterator[list[Flushing]]:
+def flushing(manager: Manager) -> Iterator[list[FlushingGuest]]:
     """Six guests, not yet started. Their files are visible in the container."""
     guest_image()
     with contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def flushing(manager: Manager) -> Iterator[list[Flushing]]:
             directory.chmod(0o777)
             drive = f"file={server.uri},format=qcow2,cache=writeback"
             machine = Machine(directory, [drive], JOB, 96, f"wild{number}")
-            guests.append(Flushing(machine, image, server))
+            guests.append(FlushingGuest(machine, image, server))
             stack.callback(guests[-1].close)
         Contained(manager.system).show_storage()
         yield guests
@@ -177,7 +177,7 @@ def service(*lines: str) -> str:
 
 
 def test_a_slow_flush_is_lost_before_and_not_after(
-    manager: Manager, users: Manager, flushing: list[Flushing]
+    manager: Manager, users: Manager, flushing: list[FlushingGuest]
 ) -> None:
     control, plain, forking, shell, scope, users_own = flushing
     before = manager.tree(), users.tree()

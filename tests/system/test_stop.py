@@ -70,7 +70,7 @@ def start_unit(system: Container) -> Iterator[StartUnit]:
 
 
 @dataclass
-class Slow:
+class SlowGuest:
     """A guest with records that its disk has acknowledged, and whose storage is slow by now."""
 
     unit: str
@@ -86,11 +86,11 @@ class Slow:
 
 
 @pytest.fixture
-def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..., Slow]]:
+def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..., SlowGuest]]:
     """A function: a guest that takes `seconds` to flush, in a unit with these lines."""
     with contextlib.ExitStack() as stack:
 
-        def start(*lines: str, seconds: int, uid: int = 0, **options: Any) -> Slow:
+        def start(*lines: str, seconds: int, uid: int = 0, **options: Any) -> SlowGuest:
             directory = stack.enter_context(scratch("m"))
             image = directory / "disk.qcow2"
             qemu_img = str(needs.program("qemu-img", "qemu-utils"))
@@ -118,7 +118,7 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
             stack.callback(os.close, target.pidfd)
             target.wait_for("^GUEST DONE")
             server.rate("400K")
-            return Slow(unit, target, image, server)
+            return SlowGuest(unit, target, image, server)
 
         yield start
 
@@ -220,7 +220,7 @@ def test_an_idle_guest_without_the_daemon(system: Container, start_unit: StartUn
 
 
 def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
-    system: Container, slow_guest: Callable[..., Slow]
+    system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
     guest = slow_guest("TimeoutStopSec=5", seconds=28)
     with stopping(system, guest.unit):
@@ -236,7 +236,7 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
 
 
 def test_the_daemon_is_killed_while_the_guest_flushes(
-    system: Container, slow_guest: Callable[..., Slow]
+    system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
     guest = slow_guest("TimeoutStopSec=3", seconds=12)
     # Nothing starts it again: the helper is alone from then on.
@@ -263,7 +263,7 @@ def test_the_daemon_is_killed_while_the_guest_flushes(
 
 @pytest.mark.parametrize("action", [("kill", "--signal=KILL"), ("restart",), ("stop",)])
 def test_the_daemon_goes_away(
-    system: Container, slow_guest: Callable[..., Slow], action: tuple[str, ...]
+    system: Container, slow_guest: Callable[..., SlowGuest], action: tuple[str, ...]
 ) -> None:
     guest = slow_guest("TimeoutStopSec=3", seconds=8)
     try:
@@ -279,7 +279,9 @@ def test_the_daemon_goes_away(
     assert "JOB_RESUMED" in told
 
 
-def test_a_daemon_that_does_not_answer(system: Container, slow_guest: Callable[..., Slow]) -> None:
+def test_a_daemon_that_does_not_answer(
+    system: Container, slow_guest: Callable[..., SlowGuest]
+) -> None:
     guest = slow_guest("TimeoutStopSec=2", seconds=8)
     system.run("systemctl", "kill", "--signal=STOP", "qkilld.service")
     try:
@@ -292,7 +294,7 @@ def test_a_daemon_that_does_not_answer(system: Container, slow_guest: Callable[.
     assert "qkilld does not answer" in said(system, guest.unit)
 
 
-def test_without_a_bus(system: Container, slow_guest: Callable[..., Slow]) -> None:
+def test_without_a_bus(system: Container, slow_guest: Callable[..., SlowGuest]) -> None:
     """The daemon stops the guest all the same, and loses nothing."""
     guest = slow_guest("TimeoutStopSec=3", seconds=8)
     units = ("dbus.socket", "dbus.service")
@@ -369,7 +371,7 @@ def test_a_daemon_that_calls_gone_what_is_there(
     ]
 
 
-def test_the_helper_is_killed(system: Container, slow_guest: Callable[..., Slow]) -> None:
+def test_the_helper_is_killed(system: Container, slow_guest: Callable[..., SlowGuest]) -> None:
     guest = slow_guest("TimeoutStopSec=20", seconds=8)
     with system.spawn("systemctl", "stop", guest.unit) as stopping:
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
@@ -386,7 +388,9 @@ def test_the_helper_is_killed(system: Container, slow_guest: Callable[..., Slow]
     assert story(system, guest.unit)[-2:] == ["WAITER_GONE", "JOB_ENDED"]
 
 
-def test_a_unit_that_does_not_listen(system: Container, slow_guest: Callable[..., Slow]) -> None:
+def test_a_unit_that_does_not_listen(
+    system: Container, slow_guest: Callable[..., SlowGuest]
+) -> None:
     guest = slow_guest("TimeoutStopSec=5", seconds=7, notify="none")
     system.run("systemctl", "stop", guest.unit)
     warning = system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.STOP_LIMITED.value}")
@@ -432,7 +436,7 @@ def test_asking_leaves_time_in_a_unit_that_does_not_listen(
 
 
 def test_a_sandbox_of_another_user_with_a_second_to_stop(
-    system: Container, slow_guest: Callable[..., Slow]
+    system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
     guest = slow_guest(
         *(f"User={OTHER_UID}", "TimeoutStopSec=1", "ProtectProc=invisible", "ProtectSystem=strict"),
@@ -502,7 +506,7 @@ def test_a_pidfile_that_is_not_there(system: Container, start_unit: StartUnit) -
 
 
 def test_systemd_is_reloaded_when_the_stop_has_outlived_its_timeout(
-    system: Container, slow_guest: Callable[..., Slow]
+    system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
     """A reload makes systemd forget the extensions, and its own ladder begins."""
     guest = slow_guest("TimeoutStopSec=4", seconds=60)

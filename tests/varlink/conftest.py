@@ -16,7 +16,7 @@ StartDaemon = Callable[..., Daemon]
 
 
 @dataclass
-class Served:
+class VarlinkService:
     """A daemon and its socket."""
 
     daemon: Daemon
@@ -34,13 +34,13 @@ def socket_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def served(private_bus: Bus, start_daemon: StartDaemon, socket_path: Path) -> Served:
+def service(private_bus: Bus, start_daemon: StartDaemon, socket_path: Path) -> VarlinkService:
     daemon = start_daemon("--varlink", str(socket_path))
     daemon.wait_for("serves the bus at")  # After it is ready.
-    return Served(daemon, socket_path)
+    return VarlinkService(daemon, socket_path)
 
 
 @pytest.fixture
-def varlink(served: Served) -> Iterator[VarlinkClient]:
-    with served.client() as client:
+def varlink(service: VarlinkService) -> Iterator[VarlinkClient]:
+    with service.client() as client:
         yield client

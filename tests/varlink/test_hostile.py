@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tests.evidence.until import until
 from tests.lab.process import OTHER_UID
-from tests.varlink.conftest import Served
+from tests.varlink.conftest import VarlinkService
 
 ROUNDS: Final = 150
 VALUES: Final[tuple[Any, ...]] = (
@@ -46,9 +46,9 @@ def message(rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def attack(served: Served, rng: random.Random) -> None:
+def attack(service: VarlinkService, rng: random.Random) -> None:
     """Open a connection as another user: some calls, an end at any time, sometimes descriptors."""
-    with served.client(OTHER_UID) as client, contextlib.suppress(OSError):
+    with service.client(OTHER_UID) as client, contextlib.suppress(OSError):
         client.socket.settimeout(5)
         for _ in range(rng.randrange(1, 5)):
             data = message(rng) + b"\0"
@@ -61,20 +61,20 @@ def attack(served: Served, rng: random.Random) -> None:
             client.socket.recv(1 << 16)
 
 
-def test_nothing_comes_of_it(served: Served) -> None:
+def test_nothing_comes_of_it(service: VarlinkService) -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    descriptors = Path(f"/proc/{served.daemon.pid}/fd")
+    descriptors = Path(f"/proc/{service.daemon.pid}/fd")
 
     def opened() -> int:
         return len(os.listdir(descriptors))  # noqa: PTH208  # the names are not wanted
 
-    with served.client() as root:
+    with service.client() as root:
         root.call("ListJobs")
         before = opened()
         for _ in range(ROUNDS):
-            attack(served, rng)
+            attack(service, rng)
             assert root.call("ListJobs") == {"jobs": []}, f"seed {seed}"
         assert until(opened, lambda count: count <= before + 1), f"seed {seed}"
-    said = served.daemon.stderr.text()
+    said = service.daemon.stderr.text()
     assert "Traceback" not in said and "internal" not in said.lower(), f"seed {seed}:\n{said}"

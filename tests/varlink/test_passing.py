@@ -22,7 +22,7 @@ from tests.lab.netns import NetworkNamespace
 from tests.lab.process import OTHER_UID, TOP, end, run, spawn
 from tests.lab.varlink import VarlinkClient, VarlinkError
 from tests.monitor.test_tcp import connected, free_port, monitor_of
-from tests.varlink.conftest import Served
+from tests.varlink.conftest import VarlinkService
 
 Start = Callable[..., Guest]
 
@@ -47,49 +47,53 @@ def descriptors_of(daemon: Daemon) -> int:
 
 
 def test_a_guest_is_asked_over_a_connection_that_is_passed(
-    served: Served, linux_guest: Start
+    service: VarlinkService, linux_guest: Start
 ) -> None:
     guest = linux_guest(job="power", append="lab.power=off", arguments=on_tcp())
-    before = descriptors_of(served.daemon)
-    with served.client() as client:
+    before = descriptors_of(service.daemon)
+    with service.client() as client:
         with connected(guest) as connection:
             last = terminate(client, guest, connection.fileno(), flags=["powerdown"])
         assert last["state"]["result"] == "exited"
         assert last["receipt"]["guestAsked"] == "shut-down"
-    until(lambda: descriptors_of(served.daemon), lambda now: now <= before)
+    until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
 
 
-def test_its_disks_are_flushed_before_sigterm(served: Served, qemu: Start, lab_dir: Path) -> None:
+def test_its_disks_are_flushed_before_sigterm(
+    service: VarlinkService, qemu: Start, lab_dir: Path
+) -> None:
     disk = make_disk(lab_dir / "disk", "1M")
     guest = qemu(qmp=False, arguments=(*on_tcp(), "-drive", f"file={disk},if=none"))
-    with served.client() as client, connected(guest) as connection:
+    with service.client() as client, connected(guest) as connection:
         receipt = terminate(client, guest, connection.fileno())["receipt"]
     assert receipt["rungs"][0]["action"] == "flush", receipt
 
 
-def test_what_does_not_end_in_the_guests_monitor_is_refused(served: Served, qemu: Start) -> None:
+def test_what_does_not_end_in_the_guests_monitor_is_refused(
+    service: VarlinkService, qemu: Start
+) -> None:
     guest, other = qemu(qmp=False, arguments=on_tcp()), qemu(qmp=False, arguments=on_tcp())
     one, two = socket.socketpair()
-    before = descriptors_of(served.daemon)
+    before = descriptors_of(service.daemon)
     with connected(other) as elsewhere, one, two, Path("/dev/null").open("rb") as file:
         for passed in (elsewhere.fileno(), one.fileno(), file.fileno()):
-            with served.client() as client, pytest.raises(VarlinkError) as caught:
+            with service.client() as client, pytest.raises(VarlinkError) as caught:
                 terminate(client, guest, passed)
             assert caught.value.name == "org.qkilld1.InvalidArgs"
-    with served.client() as client:
+    with service.client() as client:
         for given in ({"monitorIndex": 0}, {"monitorIndex": -1}):
             with pytest.raises(VarlinkError) as caught:
                 client.call("Terminate", pid=guest.pid, **given)
             assert caught.value.name == "org.qkilld1.InvalidArgs"
     assert guest.alive
-    until(lambda: descriptors_of(served.daemon), lambda now: now <= before)
+    until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
 
 
-def test_who_may_not_stop_it_gets_nowhere_with_it(served: Served, qemu: Start) -> None:
+def test_who_may_not_stop_it_gets_nowhere_with_it(service: VarlinkService, qemu: Start) -> None:
     guest = qemu(qmp=False, arguments=on_tcp())
     with (
         connected(guest) as connection,
-        served.client(OTHER_UID) as client,
+        service.client(OTHER_UID) as client,
         pytest.raises(VarlinkError) as caught,
     ):
         terminate(client, guest, connection.fileno())
@@ -97,23 +101,25 @@ def test_who_may_not_stop_it_gets_nowhere_with_it(served: Served, qemu: Start) -
     assert guest.alive
 
 
-def test_a_job_that_runs_goes_on_without_it(served: Served, qemu: Start) -> None:
+def test_a_job_that_runs_goes_on_without_it(service: VarlinkService, qemu: Start) -> None:
     guest = qemu(qmp=False, arguments=on_tcp())
-    with connected(guest) as connection, served.client() as client, served.client() as other:
+    with connected(guest) as connection, service.client() as client, service.client() as other:
         guest.signal(signal.SIGSTOP)
         job = client.call("Terminate", pid=guest.pid)["state"]["job"]
-        before = descriptors_of(served.daemon)
+        before = descriptors_of(service.daemon)
         other.send("Terminate", descriptors=[connection.fileno()], pid=guest.pid, monitorIndex=0)
         assert other.reply()[0]["state"]["job"] == job
-        until(lambda: descriptors_of(served.daemon), lambda now: now <= before)
+        until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
         guest.signal(signal.SIGCONT)
         assert client.call("Wait", job=job)["state"]["result"] == "exited"
 
 
-def test_the_connection_outlives_the_daemon_s_call(served: Served, linux_guest: Start) -> None:
+def test_the_connection_outlives_the_daemon_s_call(
+    service: VarlinkService, linux_guest: Start
+) -> None:
     """Whoever passed it has gone, and the guest is watched all the same."""
     guest = linux_guest(job="power", append="lab.power=work lab.seconds=2", arguments=on_tcp())
-    with served.client() as client, connected(guest) as connection:
+    with service.client() as client, connected(guest) as connection:
         client.send(
             "Terminate",
             descriptors=[connection.fileno()],
@@ -122,21 +128,23 @@ def test_the_connection_outlives_the_daemon_s_call(served: Served, linux_guest: 
             monitorIndex=0,
         )
         job = client.reply()[0]["state"]["job"]
-    with served.client() as client:
+    with service.client() as client:
         last = client.call("Wait", job=job)
     assert last["receipt"]["guestAsked"] == "shut-down"
 
 
-def outcome(served: Served) -> str:
+def outcome(service: VarlinkService) -> str:
     """What became of asking, in the first job, which has ended."""
-    with served.client() as client:
+    with service.client() as client:
         return str(client.call("Wait", job=1)["receipt"]["guestAsked"])
 
 
-def helper(served: Served, guest: Guest, *arguments: str) -> subprocess.CompletedProcess[str]:
+def helper(
+    service: VarlinkService, guest: Guest, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     return run(
         [
-            *(sys.executable, "-m", "qkilld.stop", f"--socket={served.path}"),
+            *(sys.executable, "-m", "qkilld.stop", f"--socket={service.path}"),
             *(f"--pid={guest.pid}", *arguments),
         ],
         env=os.environ
@@ -154,7 +162,9 @@ PLACES = {
 @pytest.mark.parametrize(
     ("place", "own"), [("tcp", True), ("telnet", False), ("abstract", True), ("abstract", False)]
 )
-def test_qkilld_stop_passes_it(served: Served, linux_guest: Start, place: str, own: bool) -> None:
+def test_qkilld_stop_passes_it(
+    service: VarlinkService, linux_guest: Start, place: str, own: bool
+) -> None:
     """From the host's network namespace and, as root, for one of the guest's own."""
     option, text = PLACES[place]
     arguments = (option, text.format(port=free_port()))
@@ -165,45 +175,45 @@ def test_qkilld_stop_passes_it(served: Served, linux_guest: Start, place: str, o
     with NetworkNamespace() as network:
         guest = network.run(start) if own else start()
         monitor_of(guest)
-        done = helper(served, guest)
+        done = helper(service, guest)
         assert done.returncode == 0, done.stderr
         assert guest.wait_gone() == 0
     # A human monitor tells of no power-off.
-    assert outcome(served) == ("asked" if place == "telnet" else "shut-down")
+    assert outcome(service) == ("asked" if place == "telnet" else "shut-down")
 
 
-def ctl(served: Served, *arguments: str) -> Any:
+def ctl(service: VarlinkService, *arguments: str) -> Any:
     """What qkillctl prints with --json."""
-    bus = served.daemon.bus.address
-    words = ["-m", "qkilld.ctl", "--bus", bus, "--json", *arguments, f"--socket={served.path}"]
+    bus = service.daemon.bus.address
+    words = ["-m", "qkilld.ctl", "--bus", bus, "--json", *arguments, f"--socket={service.path}"]
     done = run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(TOP)})
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
 
-def test_qkillctl_passes_it(served: Served, linux_guest: Start) -> None:
+def test_qkillctl_passes_it(service: VarlinkService, linux_guest: Start) -> None:
     """As root, for a guest in a network namespace of its own."""
     with NetworkNamespace() as network:
         guest = network.run(
             lambda: linux_guest(job="power", append="lab.power=off", arguments=on_tcp())
         )
         monitor_of(guest)
-        (told,) = ctl(served, "terminate", "--wait", "--powerdown", str(guest.pid))
+        (told,) = ctl(service, "terminate", "--wait", "--powerdown", str(guest.pid))
     assert told["result"] == "exited" and told["receipt"]["guest_asked"] == "shut-down"
 
 
-def test_qkillctl_stops_all_with_one_call(served: Served, fake_qemu: Start) -> None:
+def test_qkillctl_stops_all_with_one_call(service: VarlinkService, fake_qemu: Start) -> None:
     """Root's is followed on Varlink, and tells the same as over D-Bus."""
     guests = [fake_qemu(name=f"g{number}") for number in range(3)]
     stubborn = fake_qemu(name="stubborn", stubborn=True)
-    told = ctl(served, "terminate", "--all", "--force", "--wait", "--grace=1s", "--stall=1s")
+    told = ctl(service, "terminate", "--all", "--force", "--wait", "--grace=1s", "--stall=1s")
     results = {one["pid"]: one for one in told}
     assert {pid: one["result"] for pid, one in results.items()} == {
         **{guest.pid: "exited" for guest in guests},
         stubborn.pid: "killed",
     }
     assert all(one["job"] for one in told)
-    with served.daemon.bus.client() as client:
+    with service.daemon.bus.client() as client:
         _, receipt = client.wait(results[stubborn.pid]["job"])
     own = results[stubborn.pid]["receipt"]
     assert {key for key in own if own[key] is not None} == {
@@ -213,24 +223,24 @@ def test_qkillctl_stops_all_with_one_call(served: Served, fake_qemu: Start) -> N
     assert [rung["signal"] for rung in own["rungs"]] == ["SIGTERM", "SIGKILL"]
 
 
-def test_qkillctl_stops_all_without_varlink(served: Served, fake_qemu: Start) -> None:
+def test_qkillctl_stops_all_without_varlink(service: VarlinkService, fake_qemu: Start) -> None:
     guest = fake_qemu()
-    away = served.path.with_name("nowhere")
-    told = ctl(Served(served.daemon, away), "terminate", "--all", "--wait")
+    away = service.path.with_name("nowhere")
+    told = ctl(VarlinkService(service.daemon, away), "terminate", "--all", "--wait")
     assert [(one["pid"], one["result"]) for one in told] == [(guest.pid, "exited")]
 
 
 def test_qkilld_stop_uses_it_itself_without_a_daemon(
-    served: Served, linux_guest: Start, lab_dir: Path
+    service: VarlinkService, linux_guest: Start, lab_dir: Path
 ) -> None:
     guest = linux_guest(job="power", append="lab.power=off", arguments=on_tcp())
     monitor_of(guest)
-    assert stop(served.daemon.root, lab_dir, f"--pid={guest.pid}") == 0
+    assert stop(service.daemon.root, lab_dir, f"--pid={guest.pid}") == 0
     assert guest.wait_gone() == 0
     assert guest.serial is not None and "Power down" in guest.serial.text()
 
 
-def test_a_helper_of_the_guests_user_passes_it(served: Served, linux_guest: Start) -> None:
+def test_a_helper_of_the_guests_user_passes_it(service: VarlinkService, linux_guest: Start) -> None:
     guest = linux_guest(job="power", append="lab.power=off", arguments=on_tcp(), uid=OTHER_UID)
     monitor_of(guest)
     may_read = [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
@@ -238,7 +248,7 @@ def test_a_helper_of_the_guests_user_passes_it(served: Served, linux_guest: Star
         [
             *("setpriv", f"--reuid={OTHER_UID}", f"--regid={OTHER_UID}", "--clear-groups"),
             *(*may_read, "--", sys.executable, "-m", "qkilld.stop"),
-            *(f"--socket={served.path}", f"--pid={guest.pid}"),
+            *(f"--socket={service.path}", f"--pid={guest.pid}"),
         ],
         env=os.environ | {"PYTHONPATH": str(TOP)},
     )
@@ -246,4 +256,4 @@ def test_a_helper_of_the_guests_user_passes_it(served: Served, linux_guest: Star
         assert process.wait(60) == 0
     finally:
         end(process)
-    assert outcome(served) == "shut-down"
+    assert outcome(service) == "shut-down"

@@ -27,7 +27,7 @@ from tests.lab.bus import Bus
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID
 from tests.lab.varlink import VarlinkError
-from tests.varlink.conftest import Served, StartDaemon
+from tests.varlink.conftest import StartDaemon, VarlinkService
 
 Make = Callable[..., Guest]
 POLKIT = "org.freedesktop.PolicyKit1"
@@ -89,21 +89,21 @@ def authority(bus: Bus, *, descriptors: bool = True) -> Iterator[Authority]:
 
 
 @pytest.fixture
-def on_system_bus(private_bus: Bus, start_daemon: StartDaemon, socket_path: Path) -> Served:
+def on_system_bus(private_bus: Bus, start_daemon: StartDaemon, socket_path: Path) -> VarlinkService:
     daemon = start_daemon("--varlink", str(socket_path), system_bus=True)
     daemon.wait_for("serves the system bus")
-    return Served(daemon, socket_path)
+    return VarlinkService(daemon, socket_path)
 
 
-def refused(served: Served, guest: Guest, **given: Any) -> str:
-    with served.client(OTHER_UID) as client, pytest.raises(VarlinkError) as caught:
+def refused(service: VarlinkService, guest: Guest, **given: Any) -> str:
+    with service.client(OTHER_UID) as client, pytest.raises(VarlinkError) as caught:
         client.call("Terminate", pid=guest.pid, **given)
     assert caught.value.name == "org.varlink.service.PermissionDenied"
     return str(caught.value.parameters["message"])
 
 
 def test_who_is_allowed_may_stop_it(
-    private_bus: Bus, on_system_bus: Served, fake_qemu: Make
+    private_bus: Bus, on_system_bus: VarlinkService, fake_qemu: Make
 ) -> None:
     guest = fake_qemu(name="web")
     with authority(private_bus) as polkit, on_system_bus.client(OTHER_UID) as client:
@@ -117,7 +117,7 @@ def test_who_is_allowed_may_stop_it(
 @pytest.mark.parametrize("answer", [(False, False), (False, True), None])
 def test_anything_but_yes_is_no(
     private_bus: Bus,
-    on_system_bus: Served,
+    on_system_bus: VarlinkService,
     fake_qemu: Make,
     answer: tuple[bool, bool] | None,
 ) -> None:
@@ -130,7 +130,7 @@ def test_anything_but_yes_is_no(
 
 
 def test_one_that_takes_no_descriptors_is_no(
-    private_bus: Bus, on_system_bus: Served, fake_qemu: Make
+    private_bus: Bus, on_system_bus: VarlinkService, fake_qemu: Make
 ) -> None:
     guest = fake_qemu()
     with authority(private_bus, descriptors=False) as polkit:
@@ -138,15 +138,19 @@ def test_one_that_takes_no_descriptors_is_no(
     assert polkit.questions == [] and guest.alive
 
 
-def test_nobody_is_asked_on_another_bus(private_bus: Bus, served: Served, fake_qemu: Make) -> None:
+def test_nobody_is_asked_on_another_bus(
+    private_bus: Bus, service: VarlinkService, fake_qemu: Make
+) -> None:
     """Where anyone can take polkit's name."""
     guest = fake_qemu()
     with authority(private_bus) as polkit:
-        assert "D-Bus" in refused(served, guest)
+        assert "D-Bus" in refused(service, guest)
     assert polkit.questions == [] and guest.alive
 
 
-def test_nothing_is_left_open(private_bus: Bus, on_system_bus: Served, fake_qemu: Make) -> None:
+def test_nothing_is_left_open(
+    private_bus: Bus, on_system_bus: VarlinkService, fake_qemu: Make
+) -> None:
     guest = fake_qemu()
     descriptors = Path(f"/proc/{on_system_bus.daemon.pid}/fd")
     with authority(private_bus) as polkit:

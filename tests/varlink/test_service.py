@@ -21,7 +21,7 @@ from tests.lab.bus import Daemon
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID, TOP
 from tests.lab.varlink import VarlinkClient, VarlinkError
-from tests.varlink.conftest import Served
+from tests.varlink.conftest import VarlinkService
 
 TEXT = (TOP / "dbus/org.qkilld1.varlink").read_text()
 DESCRIPTION = parse(TEXT)
@@ -184,9 +184,9 @@ def test_what_is_not_there(varlink: VarlinkClient) -> None:
     assert found == (f"{service}.InterfaceNotFound", {"interface": "org.other"})
 
 
-def test_root_and_the_owner_and_nobody_else(served: Served, fake_qemu: Make) -> None:
+def test_root_and_the_owner_and_nobody_else(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
-    with served.client(OTHER_UID) as stranger:
+    with service.client(OTHER_UID) as stranger:
         for method, given in (
             ("Terminate", {"pid": guest.pid}),
             ("Inspect", {"pid": guest.pid}),
@@ -199,7 +199,7 @@ def test_root_and_the_owner_and_nobody_else(served: Served, fake_qemu: Make) -> 
         # About a process that is not QEMU, nothing else is told.
         name, _ = refused(stranger, "Terminate", pid=os.getpid())
         assert name == "org.varlink.service.PermissionDenied"
-        with served.client() as root:
+        with service.client() as root:
             job = root.call("Terminate", pid=guest.pid)["state"]["job"]
         for method in ("Cancel", "Hold", "Force"):
             name, _ = refused(stranger, method, job=job)
@@ -207,13 +207,13 @@ def test_root_and_the_owner_and_nobody_else(served: Served, fake_qemu: Make) -> 
         (state,) = stranger.call("ListJobs")["jobs"]
         assert state["job"] == job and state.get("bytesWritten") is None
     own = fake_qemu(stubborn=True, uid=OTHER_UID)
-    with served.client(OTHER_UID) as owner:
+    with service.client(OTHER_UID) as owner:
         assert owner.call("Terminate", pid=own.pid)["state"]["uid"] == OTHER_UID
 
 
-def test_jobs_are_the_same_on_the_bus(served: Served, fake_qemu: Make) -> None:
+def test_jobs_are_the_same_on_the_bus(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
-    with served.client() as varlink, served.daemon.bus.client() as client:
+    with service.client() as varlink, service.daemon.bus.client() as client:
         number = varlink.call("Terminate", pid=guest.pid)["state"]["job"]
         path = client.terminate(guest.pid, 1)
         assert path == f"/org/qkilld1/job/{number}"
@@ -223,19 +223,19 @@ def test_jobs_are_the_same_on_the_bus(served: Served, fake_qemu: Make) -> None:
         assert varlink.reply()[0]["state"]["result"] == "cancelled"
 
 
-def test_limits_are_shared_with_the_bus(served: Served, fake_qemu: Make) -> None:
+def test_limits_are_shared_with_the_bus(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
     endless = {"graceUSec": 2**62}
     with contextlib.ExitStack() as stack:
-        root = stack.enter_context(served.client())
+        root = stack.enter_context(service.client())
         state = root.call("Terminate", pid=guest.pid, flags=["force"], options=endless)["state"]
         job = state["job"]
         for _ in range(10):
-            on_bus = stack.enter_context(served.daemon.bus.client(OTHER_UID))
+            on_bus = stack.enter_context(service.daemon.bus.client(OTHER_UID))
             for _ in range(100):
                 on_bus.send("Wait", path=f"/org/qkilld1/job/{job}", interface="org.qkilld1.Job")
             on_bus.call("ListJobs")  # They are open now.
-        clients = [served.client(OTHER_UID) for _ in range(25)]
+        clients = [service.client(OTHER_UID) for _ in range(25)]
         for each in clients:
             each.send("Wait", more=True, job=job)
         # The first reply to a wait is the current state.
@@ -246,20 +246,20 @@ def test_limits_are_shared_with_the_bus(served: Served, fake_qemu: Make) -> None
     assert errors == ["org.qkilld1.Busy"]
 
 
-def test_a_message_is_at_most_64_kib(served: Served, varlink: VarlinkClient) -> None:
+def test_a_message_is_at_most_64_kib(service: VarlinkService, varlink: VarlinkClient) -> None:
     call = json.dumps({"method": "org.qkilld1.ListJobs"}).encode()
     varlink.send_raw(call + b" " * ((64 << 10) - len(call)) + b"\0")
     assert varlink.reply()[0] == {"jobs": []}
-    with served.client() as other:
+    with service.client() as other:
         other.send_raw(call + b" " * ((64 << 10) - len(call) + 1) + b"\0")
         with pytest.raises((EOFError, ConnectionResetError)):
             other.receive()
     assert varlink.call("ListJobs") == {"jobs": []}
 
 
-def test_many_processes_in_a_call_are_as_many_calls(served: Served) -> None:
+def test_many_processes_in_a_call_are_as_many_calls(service: VarlinkService) -> None:
     """60 calls with 5,500 processes each took 50 s, in which nobody else was answered."""
-    with served.client(OTHER_UID) as other, served.client() as root:
+    with service.client(OTHER_UID) as other, service.client() as root:
         for count, error in ((64, None), (65, "org.qkilld1.Busy")):
             processes = [{"pid": 1}] * count
             for client, wanted in ((other, error), (root, None)):
@@ -295,23 +295,25 @@ def test_many_processes_in_a_call_are_as_many_calls(served: Served) -> None:
     ],
 )
 def test_what_is_no_message_ends_the_connection_and_no_other(
-    served: Served, varlink: VarlinkClient, message: bytes
+    service: VarlinkService, varlink: VarlinkClient, message: bytes
 ) -> None:
-    with served.client() as other:
+    with service.client() as other:
         other.send_raw(message + b"\0")
         with pytest.raises((EOFError, ConnectionResetError)):
             other.receive()
     assert varlink.call("ListJobs") == {"jobs": []}
 
 
-def test_calls_sent_ahead_are_answered_in_order(served: Served, varlink: VarlinkClient) -> None:
+def test_calls_sent_ahead_are_answered_in_order(
+    service: VarlinkService, varlink: VarlinkClient
+) -> None:
     names = ["ListJobs", "GetStatus", "ListGuests", "org.varlink.service.GetInfo", "ListJobs"]
     for name in names:
         varlink.send(name)
     keys = [min(varlink.reply()[0]) for _ in names]
     assert keys == ["jobs", "graceUSec", "guests", "interfaces", "jobs"]
     # Nothing is lost either if a client sends, closes its sending side and then reads.
-    with served.client() as other:
+    with service.client() as other:
         for name in names:
             other.send(name)
         other.socket.shutdown(socket.SHUT_WR)
@@ -320,39 +322,43 @@ def test_calls_sent_ahead_are_answered_in_order(served: Served, varlink: Varlink
             other.receive()
 
 
-def test_oneway_is_done_without_a_word(served: Served, fake_qemu: Make) -> None:
+def test_oneway_is_done_without_a_word(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu()
-    with served.client() as client:
+    with service.client() as client:
         client.send("Terminate", oneway=True, pid=guest.pid)
         # Even if the caller has left by then.
     guest.wait_gone()
 
 
-def test_whoever_asked_for_a_stop_and_goes_is_missed(served: Served, fake_qemu: Make) -> None:
+def test_whoever_asked_for_a_stop_and_goes_is_missed(
+    service: VarlinkService, fake_qemu: Make
+) -> None:
     guest = fake_qemu(stubborn=True, name="web")
-    with served.client() as client:
+    with service.client() as client:
         client.send("Terminate", more=True, pid=guest.pid)
         client.reply()
-    served.daemon.wait_for(r"^warning: .*web.*")
-    with served.client() as client:
+    service.daemon.wait_for(r"^warning: .*web.*")
+    with service.client() as client:
         assert client.call("ListJobs")["jobs"][0]["result"] is None
         until(lambda: client.call("GetStatus")["jobs"], lambda jobs: jobs == 1)
 
 
-def test_waits_that_were_given_up_do_not_count(served: Served, fake_qemu: Make) -> None:
+def test_waits_that_were_given_up_do_not_count(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
-    with served.client() as root:
+    with service.client() as root:
         state = root.call("Terminate", pid=guest.pid, options={"graceUSec": 2**62}, flags=["force"])
         job = state["state"]["job"]
         for _ in range(1100):
-            with served.client(OTHER_UID) as waiter:
+            with service.client(OTHER_UID) as waiter:
                 waiter.send("Wait", more=True, job=job)
                 assert waiter.reply()[0]["state"]["job"] == job
 
 
-def test_descriptors_that_nobody_wants_are_closed(served: Served, varlink: VarlinkClient) -> None:
+def test_descriptors_that_nobody_wants_are_closed(
+    service: VarlinkService, varlink: VarlinkClient
+) -> None:
     def opened() -> int:
-        return len(list(Path(f"/proc/{served.daemon.pid}/fd").iterdir()))
+        return len(list(Path(f"/proc/{service.daemon.pid}/fd").iterdir()))
 
     varlink.call("ListJobs")
     before = opened()
@@ -366,7 +372,7 @@ def test_descriptors_that_nobody_wants_are_closed(served: Served, varlink: Varli
             assert varlink.reply()[0] == {"jobs": []}
         # The reply is sent a moment before they are closed.
         until(opened, lambda count: count <= before)
-        with served.client() as other:
+        with service.client() as other:
             socket.send_fds(other.socket, [call], [pipe[0]] * 9)
             with pytest.raises((EOFError, ConnectionResetError)):
                 other.receive()
@@ -374,11 +380,11 @@ def test_descriptors_that_nobody_wants_are_closed(served: Served, varlink: Varli
 
 
 def test_a_client_that_does_not_read_keeps_nobody_waiting(
-    served: Served, varlink: VarlinkClient, fake_qemu: Make
+    service: VarlinkService, varlink: VarlinkClient, fake_qemu: Make
 ) -> None:
     guest = fake_qemu(stubborn=True)
     job = varlink.call("Terminate", pid=guest.pid, options={"graceUSec": 2**62})["state"]["job"]
-    with served.client() as deaf:
+    with service.client() as deaf:
         deaf.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
             for _ in range(100_000):
@@ -390,19 +396,19 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(
 
 
 def test_the_daemon_ends_and_waiters_see_it_go(
-    served: Served, varlink: VarlinkClient, fake_qemu: Make
+    service: VarlinkService, varlink: VarlinkClient, fake_qemu: Make
 ) -> None:
     guest = fake_qemu(stubborn=True)
     varlink.send("Terminate", more=True, pid=guest.pid)
     varlink.reply()
-    assert served.daemon.stop() == 0
+    assert service.daemon.stop() == 0
     replies = []
     with pytest.raises((EOFError, ConnectionResetError)):
         while True:
             replies.append(varlink.reply()[0])
     assert replies[-1]["state"]["result"] == "cancelled"
     assert guest.alive
-    assert not served.path.exists()
+    assert not service.path.exists()
 
 
 def test_without_a_bus_it_starts_serves_and_ends(
@@ -419,22 +425,22 @@ def test_without_a_bus_it_starts_serves_and_ends(
     assert daemon.stop() == 0
 
 
-def test_losing_the_bus_ends_nothing(served: Served, fake_qemu: Make) -> None:
+def test_losing_the_bus_ends_nothing(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
-    with served.client() as client:
+    with service.client() as client:
         options = {"graceUSec": 1_500_000}
         client.send("Terminate", more=True, pid=guest.pid, flags=["force"], options=options)
         client.reply()
-        served.daemon.wait_for("serves the bus at")
-        served.daemon.bus.stop()
-        served.daemon.wait_for("qkilld has no bus")
+        service.daemon.wait_for("serves the bus at")
+        service.daemon.bus.stop()
+        service.daemon.wait_for("qkilld has no bus")
         client.socket.settimeout(60)
         continues = True
         while continues:
             last, continues = client.reply()
         assert last["state"]["result"] == "killed"
         assert client.call("GetStatus")["jobs"] == 0
-    assert served.daemon.stop() == 0
+    assert service.daemon.stop() == 0
 
 
 def test_a_type_of_every_kind() -> None:
@@ -469,15 +475,17 @@ def test_a_description_that_cannot_be_read(text: str) -> None:
         parse(text)
 
 
-def test_a_signal_does_not_disturb(served: Served, varlink: VarlinkClient) -> None:
-    os.kill(served.daemon.pid, signal.SIGWINCH)
+def test_a_signal_does_not_disturb(service: VarlinkService, varlink: VarlinkClient) -> None:
+    os.kill(service.daemon.pid, signal.SIGWINCH)
     assert varlink.call("ListJobs") == {"jobs": []}
 
 
-def test_a_guest_that_is_gone_at_once_takes_one_reply(served: Served, fake_qemu: Make) -> None:
+def test_a_guest_that_is_gone_at_once_takes_one_reply(
+    service: VarlinkService, fake_qemu: Make
+) -> None:
     """By its unit, whose settings need not be known then."""
     guest = fake_qemu()
-    with served.client() as client:
+    with service.client() as client:
         (reply,) = client.stream("Terminate", pid=guest.pid, byUnit=True)
     assert check("Terminate", reply)["state"]["result"] == "exited"
 
