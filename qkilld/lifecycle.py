@@ -14,7 +14,6 @@ import signal
 import socket
 import threading
 import time
-import uuid  # noqa: F401  # adapters.procfs would import it with the first guest that has one
 from collections.abc import Callable, Coroutine
 from enum import Enum, auto
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qkilld import __version__
 from qkilld.adapters import (
     procfs,
-    qemu_args,  # noqa: F401  # as uuid
+    qemu_args,  # noqa: F401  # adapters.procfs would import it with the first guest
 )
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost

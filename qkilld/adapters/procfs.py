@@ -30,6 +30,8 @@ _MAX_MOUNTINFO: Final = 4 << 20
 _PF_EXITING: Final = 0x4
 """A flag in stat: include/linux/sched.h."""
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+_UUID: Final = re.compile(r"(?a:[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12})", re.IGNORECASE)
+"""The only form that QEMU accepts (util/uuid.c)."""
 _UNIT_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
 
@@ -388,9 +390,4 @@ def _systemd_uses_v2(proc: Path) -> bool | None:
 
 
 def _canonical_uuid(text: str) -> str:
-    import uuid  # Imported late, because only a guest's name needs it.
-
-    try:
-        return str(uuid.UUID(text)) if len(text) == 36 else ""
-    except ValueError:
-        return ""
+    return text.lower() if _UUID.fullmatch(text) else ""

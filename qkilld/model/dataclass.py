@@ -1,14 +1,16 @@
 """Data classes that are made quickly: an eighth of the daemon's start went into those of Python.
 
 dataclasses compiles the text of six methods for each class, one by one before Python 3.13. Here
-only `__init__` is compiled, and the others are shared. Values are compared, hashed and shown as
-before. That nobody assigns to a field of a frozen class is checked by mypy alone, which also halves
-the time that it takes to make an object.
+only `__init__` is compiled, when the first object is made, since a start makes objects of few
+classes; the other methods are shared. Values are compared, hashed and shown as before. That nobody
+assigns to a field of a frozen class is checked by mypy alone, which also halves the time that it
+takes to make an object.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +20,79 @@ else:
 
     def dataclass(cls=None, /, *, frozen=False, slots=False, kw_only=False):
         def make(cls):
-            if not frozen:
-                return dataclasses.dataclass(slots=slots, kw_only=kw_only)(cls)
+            if not (frozen or slots):
+                return dataclasses.dataclass(kw_only=kw_only)(cls)
+            made = _with_slots(cls) if slots else cls
             own = cls.__dict__.keys()
-            made = dataclasses.dataclass(eq=False, repr=False, slots=slots, kw_only=kw_only)(cls)
-            made._values = _values_of(dataclasses.fields(made))
             for name, method in _SHARED.items():
                 if name not in own:
                     setattr(made, name, method)
+            if not frozen:
+                made.__hash__ = None
+            if slots:
+                _complete_later(cls, made, kw_only)
+            else:
+                _complete(cls, made, kw_only)
             return made
 
         return make if cls is None else make(cls)
+
+
+_LATER = ("__dataclass_fields__", "__dataclass_params__", "__match_args__", "_values")
+"""What is completed with `__init__`, at the first use."""
+_LOCK = threading.RLock()
+
+
+def _with_slots(cls: Any) -> Any:
+    """Return a class like `cls`, which has slots for the fields that no base class has."""
+    inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
+    kinds = cls.__annotations__.items()
+    names = [name for name, kind in kinds if not kind.startswith("ClassVar")]
+    left_out = {*names, "__dict__", "__weakref__"}
+    content = {name: value for name, value in cls.__dict__.items() if name not in left_out}
+    content["__slots__"] = tuple(name for name in names if name not in inherited)
+    content["__qualname__"] = cls.__qualname__
+    return type(cls)(cls.__name__, cls.__bases__, content)
+
+
+def _complete_later(cls: Any, made: Any, kw_only: bool) -> None:
+    """Complete `made` at its first use, from `cls`, which has the defaults."""
+    completed = False
+
+    def complete() -> None:
+        nonlocal completed
+        with _LOCK:
+            if not completed:
+                _complete(cls, made, kw_only)
+                completed = True
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        complete()
+        made.__init__(self, *args, **kwargs)
+
+    made.__init__ = __init__
+    for name in _LATER:
+        setattr(made, name, _Later(name, complete))
+
+
+class _Later:
+    """An attribute of a class that is there once the class is complete."""
+
+    def __init__(self, name: str, complete: Any) -> None:
+        self._name, self._complete = name, complete
+
+    def __get__(self, obj: Any, owner: Any) -> Any:
+        self._complete()
+        return getattr(owner if obj is None else obj, self._name)
+
+
+def _complete(cls: Any, made: Any, kw_only: bool) -> None:
+    if not cls.__doc__:
+        cls.__doc__ = made.__name__  # Otherwise the signature, which takes as long as all the rest.
+    full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
+    made._values = _values_of(dataclasses.fields(full))
+    for name in (*_LATER[:-1], "__init__"):
+        setattr(made, name, full.__dict__[name])
 
 
 def _values_of(fields: tuple[dataclasses.Field[Any], ...]) -> Any:

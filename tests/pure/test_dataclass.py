@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from typing import Any
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import pytest
 
@@ -77,3 +79,81 @@ def test_a_field_that_there_is_not() -> None:
     wrong: Any = QuickRecord(1)
     with pytest.raises(AttributeError):
         wrong.three = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    one: int
+    shared: ClassVar[str] = "of the class"
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedRecord(BaseRecord):
+    two: list[int] = dataclasses.field(default_factory=list)
+
+
+def test_a_class_is_compiled_when_it_is_used() -> None:
+    @dataclass(frozen=True, slots=True)
+    class UnusedRecord:
+        one: int
+        two: int = 2
+
+    stub = UnusedRecord.__init__
+    assert UnusedRecord(1) == UnusedRecord(one=1, two=2)
+    assert UnusedRecord.__init__ is not stub
+    assert [field.name for field in dataclasses.fields(UnusedRecord)] == ["one", "two"]
+
+
+def test_fields_are_told_without_an_object() -> None:
+    @dataclass(frozen=True, slots=True)
+    class FieldRecord:
+        one: int = 1
+
+    assert dataclasses.is_dataclass(FieldRecord)
+    assert [field.default for field in dataclasses.fields(FieldRecord)] == [1]
+
+
+def test_one_that_is_not_frozen() -> None:
+    @dataclass(slots=True)
+    class MutableRecord:
+        one: int = 1
+
+    changed = MutableRecord()
+    changed.one = 2
+    assert changed == MutableRecord(2) != MutableRecord()
+    assert repr(changed).endswith("MutableRecord(one=2)")
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(changed)
+
+
+def test_fields_are_inherited() -> None:
+    first, second = DerivedRecord(1), DerivedRecord(1)
+    assert first == second and first.two is not second.two
+    assert repr(DerivedRecord(1, [2])) == "DerivedRecord(one=1, two=[2])"
+    assert DerivedRecord.shared == "of the class" and not hasattr(first, "__dict__")
+    assert BaseRecord(1) != DerivedRecord(1)
+
+
+def test_arguments_that_are_missing() -> None:
+    make: Any = QuickRecord
+    with pytest.raises(TypeError, match="one"):
+        make()
+
+
+def test_threads_that_use_a_class_first_at_the_same_time() -> None:
+    for _ in range(50):
+
+        @dataclass(frozen=True, slots=True)
+        class SharedRecord:
+            one: int
+            two: str = "two"
+
+        start = threading.Barrier(4)
+
+        def make(cls: Any = SharedRecord, barrier: threading.Barrier = start) -> Any:
+            barrier.wait()
+            return cls(1)
+
+        with ThreadPoolExecutor(4) as pool:
+            made = [each.result() for each in [pool.submit(make) for _ in range(4)]]
+        assert made == [SharedRecord(1, "two")] * 4
