@@ -93,7 +93,7 @@ def leaves_nothing_behind() -> Iterator[None]:
     before = leaks.Snapshot.take()
     with leaks.unfinished_tasks() as tasks:
         yield
-    left = leaks.Snapshot.take().leaks_since(before) + [f"a task: {task}" for task in tasks]
+    left = leaks.lasting_leaks(before) + [f"a task: {task}" for task in tasks]
     leaks.end_processes(before)
     assert not left, "the test left behind\n" + "\n".join(left)
 

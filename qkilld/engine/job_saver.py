@@ -22,8 +22,10 @@ PER_JOB: Final = 20_000
 """With many jobs, this time (µs) for each of them."""
 
 TIMEOUT_S: Final = 0.05
-"""How long a caller waits for its job to be saved. It takes 0.1 ms, but /run may be full or
-locked."""
+"""How long SIGKILL waits for its record. Saving takes 0.1 ms, but /run may be full or locked."""
+ANSWER_TIMEOUT_S: Final = 0.5
+"""How long a caller waits for its job to be saved; longer, so that a job is not lost on a busy
+host."""
 
 
 class _SavedValues(NamedTuple):
@@ -105,14 +107,14 @@ class JobSaver:
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:
-        """Wait until all changes so far are saved; return False after TIMEOUT_S.
+        """Wait until all changes so far are saved; return False after ANSWER_TIMEOUT_S.
 
         The store reports failures.
         """
         finished = asyncio.Event()
         self._store.when_written(finished.set)
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await finished.wait()
         except TimeoutError:
             return False

@@ -443,7 +443,7 @@ class FakeStore:
 def test_an_answer_waits_until_the_job_is_written_down(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_saver, "TIMEOUT_S", 60)
+    monkeypatch.setattr(job_saver, "ANSWER_TIMEOUT_S", 60)
     store = FakeStore()
     world.registry.saver = JobSaver(store, world.clock)
     service, _ = make_service(world, FakeProcess())

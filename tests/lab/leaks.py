@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.lab import process
 
 ENDING_S: Final = 1.0
 """Time for a thread that has finished its work to end."""
+CLOSING_S: Final = 5.0
+"""Time for a worker to close what it is reading, when its job has ended, on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,16 @@ class Snapshot:
             *(f"descriptor {n}: {what}" for n, what in self.descriptors - before.descriptors),
             *(f"a thread: {name}" for name in _thread_names(self.threads - before.threads)),
         ]
+
+
+def lasting_leaks(before: Snapshot) -> list[str]:
+    """Return the leaks since `before` that do not go away."""
+    deadline = time.monotonic() + CLOSING_S
+    while leaks := Snapshot.take().leaks_since(before):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    return leaks
 
 
 @contextlib.contextmanager
