@@ -29,7 +29,8 @@ def system(installed: Container) -> Iterator[Container]:
     installed.write(
         "/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\nStallSec=0\n"
     )
-    installed.run("systemctl", "start", "qkilld.service")
+    # Another module may have left it running with another configuration.
+    installed.run("systemctl", "restart", "qkilld.service")
     yield installed
     installed.run("systemctl", "stop", "qkilld.service")
 
@@ -197,10 +198,24 @@ def test_it_is_stopped_for_good_and_starts_again(
     assert turn["QKILLD_VERDICT"] == "stopped"
 
 
-def test_a_stop_by_hand_names_the_socket_that_starts_it_again(system: Container) -> None:
-    """The socket of sock_diag(7) is stopped with the service: nobody can connect to it."""
+def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
+    system: Container, start_guest: StartGuest
+) -> None:
+    """With PartOf= in the socket systemctl would not warn, but the guest below would be stopped by
+    the helper alone, with the evidence that the user of its unit can read.
+
+    The socket of sock_diag(7) is stopped with the service: nobody can connect to it.
+    """
+    unit, _ = start_guest("ExecStop=/usr/bin/qkilld-stop", "NotifyAccess=exec", uid=OTHER_UID)
     done = system.run("systemctl", "stop", "qkilld.service")
     assert "qkilld.socket" in done.stderr
+    until(lambda: system.property("qkilld-diag.socket", "ActiveState"), "inactive".__eq__)
+    assert system.property("qkilld.service", "ActiveState") == "inactive"
+    system.run("systemctl", "stop", unit)
+    receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=exited")
+    assert receipt["SYSLOG_IDENTIFIER"] == "qkilld"
+    assert system.property("qkilld-diag.socket", "ActiveState") == "active"
+    system.run("systemctl", "stop", "qkilld.service")
     until(lambda: system.property("qkilld-diag.socket", "ActiveState"), "inactive".__eq__)
     call(system, "ListJobs")  # the bus starts the daemon, which starts the socket
     assert system.property("qkilld-diag.socket", "ActiveState") == "active"
