@@ -363,7 +363,8 @@ class Life:
         # cancelled the job deliberately.
         self._varlink.close()
         await self._leave(bus)
-        # Unless a restart is in progress, only a failure makes systemd start a daemon for the jobs.
+        # systemd starts a new daemon for the remaining jobs if a restart is in progress; otherwise,
+        # only if this one fails.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 

@@ -56,7 +56,7 @@ HELD_BACK_S: Final = 0.25
 """Delay before the refusals of a flood are sent together. Sent at once, each would cost two context
 switches, and clients that wait for an answer before they send more would send faster."""
 MAX_HELD_BACK: Final = 128 * 1024
-"""Bytes of delayed refusals after which they are sent anyway."""
+"""Delayed refusals are sent without waiting if they are more than this (bytes)."""
 MAX_UNSENT: Final = 512 * 1024
 """Bytes. While more than this waits to be sent, nothing is read."""
 
@@ -323,7 +323,8 @@ class Connection:
         descriptor: int | None = None,
     ) -> list[Any]:
         """Call a method and return the body of its reply, which must have the signature `gives` if
-        given. `descriptor` is number 0 of the body's; for a connection that was made for them.
+        given. `descriptor` is sent with the call, as index 0; this needs a connection that was made
+        for descriptors.
 
         Raises the QkilldError that the reply names, or Failed for any other error reply. Raises
         BusError if the connection is lost, no reply comes within `timeout_s`, or it cannot be

@@ -21,8 +21,8 @@ class Announcer:
         self._told: dict[int, dict[str, Any]] = {}
         """The property values last announced for each running job."""
         self._pending: dict[int, asyncio.Handle] = {}
-        """For each job: the next announcement, or the end of the interval in which there is
-        none."""
+        """For each job: the timer of its next announcement, or of the interval in which nothing is
+        announced."""
         self._told_running = 0
         self._manager_pending: asyncio.Handle | None = None
         """The same for the manager's properties."""

@@ -73,8 +73,8 @@ class Polkit:
     async def check_process(
         self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
     ) -> Answer:
-        """Ask whether a process may do that, which connected as `uid`. Nobody is asked for a
-        password. polkit before 124 does not know the subject, and denies it. Raises Busy."""
+        """Ask whether a process that connected as `uid` may do that. Nobody is asked for a
+        password. polkit before 124 does not know pidfds, and denies the request. Raises Busy."""
         if self._connect_again is None or uid > _MAX_UID:
             return Answer.DENIED
         subject = ["unix-process", {"pidfd": Variant("h", 0), "uid": Variant("i", uid)}]

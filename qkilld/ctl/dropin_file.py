@@ -155,7 +155,7 @@ class DropIn:
 def all_drop_ins(base: Path) -> list[DropIn]:
     """Return all our drop-ins below that directory, including edited ones.
 
-    A symbolic link in place of one counts too, because somebody has to check its purpose.
+    A symbolic link with the name of one is included, for the administrator to check.
     """
     found = []
     for path in sorted(base.glob(f"*.d/{FILE_NAME}")):

@@ -136,8 +136,8 @@ async def terminate(
 async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
-    """Start a job and pass it a connection to the guest's monitor, which takes Varlink; return its
-    path. None if the daemon can connect to the monitor itself, or this is not possible."""
+    """Start a job over Varlink, pass it a connection to the guest's monitor, and return the job's
+    path. Return None if the daemon can connect to the monitor itself, or nothing can be passed."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:

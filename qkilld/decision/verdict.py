@@ -49,8 +49,8 @@ MAX_MARKS: Final = 256
 
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""What moves without a meaning while no wait has signs: the time, and what others write. The
-guest's own control group is compared apart."""
+"""Fields whose changes mean nothing while no wait has signs: the time, and what others write. The
+guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
     *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),

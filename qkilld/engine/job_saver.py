@@ -79,7 +79,7 @@ class JobSaver:
         self._store.save(job.snapshot())
 
     def job_sampled(self, job: Job) -> None:
-        """A sample was taken that changed nothing."""
+        """Save the time of a sample that changed nothing, but not more often than the interval."""
         saved = self._saved.get(job.number)
         if saved is None or self._clock.now() - saved[1] >= self._interval():
             self.job_changed(job)

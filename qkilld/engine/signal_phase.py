@@ -117,7 +117,7 @@ class SignalPhase:
         )
 
     def resume(self, past: Snapshot) -> None:
-        """Continue with what an earlier daemon has done."""
+        """Continue the ladder of an earlier daemon: signals that it sent are not sent again."""
         self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
         self._continued_at = past.sent_at(SIGCONT)
         self._yank.resume(past)
@@ -170,7 +170,7 @@ class SignalPhase:
         return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
 
     def is_last_rung_due(self) -> bool:
-        """Return whether SIGKILL would be sent now, apart from the sample before it."""
+        """Return whether SIGKILL would be sent now, if one more sample shows nothing new."""
         now = self._clock.now()
         return decide(self.facts, now).deadline <= now
 

@@ -63,7 +63,7 @@ class Snapshot:
     guest_asked: GuestAsked
     flush: FlushReport
     processors_stopped: bool
-    """By this job: they must be started again unless QEMU is ended."""
+    """The job has stopped the virtual processors, and must start them again unless QEMU exits."""
     rungs: tuple[Rung, ...]
     """Rungs that were done; they are not done again."""
     history: tuple[VerdictChange, ...]
@@ -180,8 +180,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Only the written amounts of the first sample are used; the rest would take a page for
-            # each job.
+            # Only the amounts written are used of the first sample; the rest would take a
+            # page of memory for each job.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )

@@ -6,6 +6,6 @@
     cgroup      writeback, writes and the freezer of its control groups, v1 and v2
     host        writeback of the whole host
 
-Each returns None for unreadable values and never raises if the target exits. All are synchronous
-and for one thread at a time; the sampler runs them in its own threads.
+Each returns None for unreadable values and never raises if the target exits. All block, and
+none is thread-safe; the sampler runs them in its own threads.
 """

@@ -49,7 +49,7 @@ class BackingPlace(NamedTuple):
 
 
 class BackingFinder:
-    """Finds backing files, and caches them. For one thread at a time."""
+    """Finds backing files, and caches them. Not thread-safe."""
 
     def __init__(self, proc: Path) -> None:
         self._proc = proc

@@ -58,7 +58,7 @@ class SharedGroups:
 
 
 class CgroupReader:
-    """Reads one process's groups. For one thread at a time."""
+    """Reads one process's groups. Not thread-safe."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ TIMEOUT_S: Final = 0.05
 
 
 class GraphReader:
-    """For one thread at a time. Reads once: a command line does not change."""
+    """Reads once, because a command line does not change. Not thread-safe."""
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc

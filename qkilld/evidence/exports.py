@@ -22,8 +22,8 @@ _MAX_DEPTH: Final = 8
 
 
 class ExportReader:
-    """For one thread at a time. Reads once, in its own thread, because reading /proc/PID/cmdline
-    takes the server's memory lock, which may be held as long as its storage hangs."""
+    """Reads once, in its own thread, because reading /proc/PID/cmdline takes the server's memory
+    lock, which may be held as long as its storage hangs. Not thread-safe."""
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc

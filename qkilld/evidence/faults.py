@@ -17,7 +17,7 @@ def raise_fault(doing: str, error: Exception) -> None:
 
 
 class FaultGuard:
-    """Calls readers and reports their faults. For any thread."""
+    """Calls readers and reports their faults. Thread-safe."""
 
     def __init__(self, on_fault: OnFault = raise_fault) -> None:
         """`on_fault` is called in the thread of the reader, once for each place in the code."""

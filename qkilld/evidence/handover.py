@@ -31,7 +31,7 @@ class Handover:
             self._timer = self._loop.call_later(LATEST_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool) -> None:
-        """Call it in the loop; with `more`, further calls come soon. For any thread."""
+        """Make the loop run `call`. With `more`, wait for further calls. Thread-safe."""
         self._calls.append(call)
         if not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.

@@ -36,7 +36,7 @@ HOPS: Final = 2
 
 
 class ServerReader:
-    """Samples the servers of one guest. For one thread at a time."""
+    """Samples the servers of one guest. Not thread-safe."""
 
     def __init__(self, pid: int, finder: PeerFinder, proc: Path = PROC) -> None:
         """`pid`: the guest's process, which is not its own server."""
@@ -61,8 +61,8 @@ class ServerReader:
     ) -> dict[int, Peer]:
         """Sample the server of each connection, if found.
 
-        `ends`: by the inode of the server's socket, the export that the guest requested, None if
-        unknown.
+        `ends` maps the inode of each socket of a server to the export that the guest requested,
+        None if unknown.
         """
         self._used = set()
         values = self._read(ends, storage, sockets, seen={self._pid})
@@ -111,7 +111,7 @@ class ServerReader:
 
 
 class PeerReader:
-    """Samples one server. For one thread at a time."""
+    """Samples one server. Not thread-safe."""
 
     def __init__(self, pid: int, proc: Path = PROC) -> None:
         self.pid = pid

@@ -38,7 +38,7 @@ runs."""
 
 
 class ProcessReader:
-    """Reads one process. For one thread at a time."""
+    """Reads one process. Not thread-safe."""
 
     def __init__(
         self,

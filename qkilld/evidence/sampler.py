@@ -64,7 +64,7 @@ class HostTables:
 
 
 class Reader:
-    """Takes samples of one process. For one thread at a time."""
+    """Takes samples of one process. Not thread-safe."""
 
     def __init__(self, pid: int, tables: HostTables, guard: FaultGuard | None = None) -> None:
         """Without a guard, faults of readers are raised."""
@@ -139,7 +139,7 @@ class Reader:
         return sample
 
     def search(self) -> None:
-        """Search for servers that the last sample lacks. Blocks for a while; for any thread."""
+        """Search for servers that the last sample lacks. Blocks. May run in any thread."""
         self._servers.search()
 
     def close(self) -> None:

@@ -116,7 +116,7 @@ class _TooMany(ValueError):
 
 
 class Crowd:
-    """The tables that were found crowded recently. Shared by all rounds; for any thread."""
+    """The tables that were found crowded recently, shared by all rounds. Thread-safe."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}

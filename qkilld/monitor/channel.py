@@ -149,7 +149,7 @@ class Channel(asyncio.Protocol):
         return future
 
     async def _wait(self, future: asyncio.Future[Any], until: float, what: str) -> Any:
-        """Await a future until that loop time. Raises MonitorError."""
+        """Await a future until the loop's clock is `until`. Raises MonitorError."""
         try:
             async with asyncio.timeout_at(until):
                 return await future

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qkilld.stop.targets import Targets
 
 EXITING_TIMEOUT_S = 60.0
-"""For the kernel to finish the I/O of an exiting process, and to free its memory."""
+"""Time for the kernel to finish the I/O of an exiting process, and to free its memory."""
 UNIT_AFTER_S = 0.05
 """When to read the unit's settings; an idle guest is gone before that."""
 FIRST_TICK_S = 0.2

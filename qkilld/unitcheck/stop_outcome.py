@@ -130,7 +130,7 @@ class StopSettings:
     guard: str = ""
     """The unit that stops the guest with qkilld-stop before this one is stopped."""
     keepers: tuple[str, ...] = ()
-    """The units that shut the guest down with the host before this one is stopped."""
+    """At a shutdown of the host, these units shut the guest down before this one is stopped."""
     keeper_timeout: int = INFINITY
     """The shortest of their timeouts, µs."""
     guard_waits: bool = True

@@ -18,8 +18,8 @@ from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
 from qkilld.varlink.streams import JobStream, Streams
 
 UNIT_AFTER_S: Final = 0.3
-"""When to read the unit's settings: an idle guest is gone before, even among many. Early enough for
-a unit that gives one second to stop."""
+"""When to read the unit's settings. Most idle guests have exited by then, even if many are stopped,
+and it is early enough for a unit with TimeoutStopSec=1."""
 OPEN_AFTER_S: Final = 0.1
 """The first reply waits this long for an end. It does not wait for the settings: if the daemon
 crashed before it, the caller would not know of the job, and would send SIGTERM a second time."""
