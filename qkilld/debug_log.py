@@ -20,7 +20,7 @@ _MAX_NOTED: Final = 4096
 
 _is_on = False
 _here: Final = threading.local()
-_noted: Final[set[tuple[object, ...]]] = set()
+_logged_keys: Final[set[tuple[object, ...]]] = set()
 
 
 @contextlib.contextmanager
@@ -72,10 +72,10 @@ def is_on() -> bool:
 
 
 def _write_once(key: tuple[object, ...], line: str) -> None:
-    if len(_noted) >= _MAX_NOTED:
-        _noted.clear()
-    if key not in _noted:
-        _noted.add(key)
+    if len(_logged_keys) >= _MAX_NOTED:
+        _logged_keys.clear()
+    if key not in _logged_keys:
+        _logged_keys.add(key)
         import logging
 
         logging.getLogger(_NAME).debug("%s", line)

@@ -45,26 +45,26 @@ class MemoryLock:
         self._on_error = on_error
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._lock = threading.Lock()
-        self._wanted = self._locked = self._told = False
+        self._is_wanted = self._is_locked = self._has_failed = False
 
     def set(self, wanted: bool) -> None:
         """Lock or unlock the memory soon. Never blocks or raises."""
-        if self._wanted != wanted and not self._told:
-            self._wanted = wanted
+        if self._is_wanted != wanted and not self._has_failed:
+            self._is_wanted = wanted
             threading.Thread(target=self._work, name="memory", daemon=True).start()
 
     def _work(self) -> None:
         with self._lock:
-            if self._wanted == self._locked:
+            if self._is_wanted == self._is_locked:
                 return
-            if not self._wanted:
+            if not self._is_wanted:
                 self._libc.munlockall()
-                self._locked = False
+                self._is_locked = False
             elif problem := self._try():
-                self._told = True
+                self._has_failed = True
                 self._on_error(problem)
             else:
-                self._locked = True
+                self._is_locked = True
 
     def _try(self) -> str:
         """Lock the memory. Return why that is impossible, or ""."""

@@ -67,7 +67,7 @@ class NameReader:
         self._names: dict[_Key, Names] = {}
         self._pending: set[_Key] = set()
         """Names that wait for a thread or are being read."""
-        self._late: set[_Key] = set()
+        self._late_keys: set[_Key] = set()
         """Those that have missed a deadline."""
         self._wake = asyncio.Event()
 
@@ -77,7 +77,7 @@ class NameReader:
         wanted = {
             key: identity.uid
             for identity in identities
-            if (key := _key(identity)) not in self._names and key not in self._late
+            if (key := _key(identity)) not in self._names and key not in self._late_keys
         }
         if wanted:
             await self._wait(wanted)
@@ -98,7 +98,7 @@ class NameReader:
             }
         # A name that was read meanwhile counts as pending until `_collect` removes it.
         self._pending &= kept
-        self._late &= kept
+        self._late_keys &= kept
 
     async def _wait(self, wanted: Mapping[_Key, int]) -> None:
         loop = asyncio.get_running_loop()
@@ -121,7 +121,7 @@ class NameReader:
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
         for pid, *_ in missing:
             note_once(f"reading the command line of process {pid}", "it takes too long")
-        self._late |= missing
+        self._late_keys |= missing
 
     def _queue(self, key: _Key, uid: int) -> None:
         with self._lock:
@@ -178,7 +178,7 @@ class NameReader:
             if names[0] is not None:
                 self._names[key] = names
             self._pending.discard(key)
-            self._late.discard(key)
+            self._late_keys.discard(key)
         while len(self._names) > MAX_NAMES:
             del self._names[next(iter(self._names))]
 

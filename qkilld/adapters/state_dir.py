@@ -57,8 +57,8 @@ class StateDirectory:
             raise PermissionError(f"{directory} is not this user's alone to write to")
         self._boot = _BOOT_ID.read_text().strip()
         self._on_error = on_error
-        self._told = False
-        self._reserved = 0
+        self._is_error_reported = False
+        self._reserved_number = 0
         self._pending: dict[int, JobState | None] = {}
         """The newest unwritten state of each job; None for a job that was forgotten."""
         self._lock = threading.Lock()
@@ -98,14 +98,14 @@ class StateDirectory:
         try:
             self._reserve(last)
         except OSError as error:
-            self._reserved = last  # The next job tries again.
+            self._reserved_number = last  # The next job tries again.
             self._failed(error)
         return sorted(documents, key=lambda snapshot: snapshot.number), last, bad
 
     def save(self, state: JobState) -> None:
         """Write a job's state soon. Never blocks and never raises."""
-        if state.number + RESERVE // 2 > self._reserved:
-            self._reserved = state.number + RESERVE
+        if state.number + RESERVE // 2 > self._reserved_number:
+            self._reserved_number = state.number + RESERVE
             self._writer.put(0)
         self._put(state.number, state)
 
@@ -134,7 +134,7 @@ class StateDirectory:
         """
         if self._directory < 0:
             return
-        self._reserved = last
+        self._reserved_number = last
         self._writer.put(0)
         if self._writer.close():
             os.close(self._directory)
@@ -154,10 +154,10 @@ class StateDirectory:
                 item()
                 return
             if item == 0:
-                self._reserve(self._reserved - RESERVE)
+                self._reserve(self._reserved_number - RESERVE)
             else:
                 self._write_job(item)
-            self._told = False
+            self._is_error_reported = False
         except OSError as error:
             self._failed(error)
 
@@ -180,13 +180,13 @@ class StateDirectory:
             os.unlink(_name(number), dir_fd=self._directory)
 
     def _failed(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
+        if not self._is_error_reported:
+            self._is_error_reported = True
             self._on_error(_why(error))
 
     def _reserve(self, last: int) -> None:
-        self._reserved = last + RESERVE
-        self._write(_NUMBERS, {"last": self._reserved})
+        self._reserved_number = last + RESERVE
+        self._write(_NUMBERS, {"last": self._reserved_number})
 
     def _write(self, name: str, document: dict[str, Any]) -> None:
         """Write a file completely or not at all. Raises OSError."""

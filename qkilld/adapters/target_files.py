@@ -78,7 +78,7 @@ class _PathWalk:
         except BaseException:
             self._leave_all()
             raise
-        self._kept = len(self._places)
+        self._root_count = len(self._places)
 
     def open(self, path: str) -> int:
         """Call it once. Raises OSError."""
@@ -97,7 +97,7 @@ class _PathWalk:
             if name == "..":
                 # Through the descriptor from the way here, because a directory may be moved
                 # meanwhile.
-                self._leave_to(max(self._kept, len(self._places) - 1))
+                self._leave_to(max(self._root_count, len(self._places) - 1))
             if name in ("", ".", ".."):
                 continue
             steps += 1
@@ -109,7 +109,7 @@ class _PathWalk:
                 links += 1
                 _check(links <= _MAX_LINKS, errno.ELOOP)
                 if target.startswith("/"):
-                    self._kept = 1
+                    self._root_count = 1
                     self._leave_to(1)
                 else:
                     self._leave_to(len(self._places) - 1)

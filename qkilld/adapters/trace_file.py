@@ -37,14 +37,14 @@ class TraceDirectory:
 
         Raises OSError if `path` is not a directory in which files can be created.
         """
-        self._shown = printable(str(path), 4096)
+        self._printable_path = printable(str(path), 4096)
         self._directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=self._directory, effective_ids=True):
             os.close(self._directory)
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self._shown)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self._printable_path)
         self._max_bytes = max_bytes
         self._on_error = on_error
-        self._told = False
+        self._is_error_reported = False
         self._open: set[TraceFile] = set()
         self._writer = BackgroundWriter("traces", self._write, QUEUE_LENGTH)
 
@@ -74,7 +74,7 @@ class TraceDirectory:
                 return
             if file.create(self._directory):
                 self._open.add(file)
-                self._told = False
+                self._is_error_reported = False
             file.write(record, self._max_bytes)
         except OSError as error:
             file.end()
@@ -82,9 +82,9 @@ class TraceDirectory:
             self._tell(f"{error.strerror or error}")
 
     def _tell(self, what: str) -> None:
-        if not self._told:
-            self._told = True
-            self._on_error(f"Traces cannot be written to {self._shown}: {what}")
+        if not self._is_error_reported:
+            self._is_error_reported = True
+            self._on_error(f"Traces cannot be written to {self._printable_path}: {what}")
 
 
 class TraceFile:

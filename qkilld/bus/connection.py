@@ -75,7 +75,7 @@ class Connection:
         """Take over `sock`, which is connected and authenticated."""
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._end: asyncio.Future[None] = self._loop.create_future()
         self._serial = 0
         self._frames = Frames()
         self._paused = False
@@ -102,19 +102,19 @@ class Connection:
 
     @property
     def connected(self) -> bool:
-        return not self._ended.done()
+        return not self._end.done()
 
     def _lost(self, error: Exception | None) -> None:
         """End the connection; `error` is the reason, None if it was closed from here."""
-        if self._ended.done():
+        if self._end.done():
             return
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         if error is None:
-            self._ended.set_result(None)
+            self._end.set_result(None)
         else:
-            self._ended.set_exception(error)
-            self._ended.exception()  # Mark as retrieved: nobody may be waiting.
+            self._end.set_exception(error)
+            self._end.exception()  # Mark as retrieved: nobody may be waiting.
         for _, future in self._open_calls.values():
             if not future.done():
                 future.set_exception(error or EOFError("the connection is closed"))
@@ -431,7 +431,7 @@ class Connection:
     async def wait_closed(self) -> None:
         """Return when the connection has ended, for whatever reason."""
         with contextlib.suppress(Exception):
-            await asyncio.shield(self._ended)
+            await asyncio.shield(self._end)
 
     async def flush(self) -> None:
         """Return when everything queued before has been written, or the connection is lost."""

@@ -18,22 +18,22 @@ MIN_INTERVAL_S: Final = 0.2
 class Announcer:
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._told: dict[int, dict[str, Any]] = {}
+        self._announced_values: dict[int, dict[str, Any]] = {}
         """The property values last announced for each running job."""
         self._pending: dict[int, asyncio.Handle] = {}
         """For each job: the timer of its next announcement, or of the interval in which nothing is
         announced."""
-        self._told_running = 0
+        self._announced_count = 0
         self._manager_pending: asyncio.Handle | None = None
         """The same for the manager's properties."""
 
     def adopt(self, job: ObservedJob) -> None:
         """Announce changes of a running job whose start was announced by someone else."""
-        self._told[job.number] = changing(job, private=True)
-        self._told_running = len(self._told)
+        self._announced_values[job.number] = changing(job, private=True)
+        self._announced_count = len(self._announced_values)
 
     def job_new(self, job: ObservedJob) -> None:
-        self._told[job.number] = changing(job, private=True)
+        self._announced_values[job.number] = changing(job, private=True)
         self._emit("JobNew", job)
         # A broadcast, so without private values.
         values = properties(job, private=False)
@@ -42,7 +42,7 @@ class Announcer:
 
     def job_changed(self, job: ObservedJob) -> None:
         """Schedule one signal for all changes in this turn of the loop."""
-        if job.number in self._told and job.number not in self._pending:
+        if job.number in self._announced_values and job.number not in self._pending:
             loop = asyncio.get_running_loop()
             self._pending[job.number] = loop.call_soon(self._tell, job)
 
@@ -51,7 +51,7 @@ class Announcer:
             timer.cancel()
         # Announced now: after JobRemoved it would be too late.
         self._tell_changes(job)
-        del self._told[job.number]
+        del self._announced_values[job.number]
         assert job.result is not None
         self._emit("JobRemoved", job, job.result.value)
         self._manager_changed()
@@ -75,9 +75,9 @@ class Announcer:
 
     def _tell_of_manager(self) -> None:
         self._manager_pending = None
-        running = len(self._told)
-        if running != self._told_running:
-            self._told_running = running
+        running = len(self._announced_values)
+        if running != self._announced_count:
+            self._announced_count = running
             self._server.emit_changed(MANAGER_PATH, interfaces.manager(), {"NJobs": running}, ())
             loop = asyncio.get_running_loop()
             self._manager_pending = loop.call_later(MIN_INTERVAL_S, self._tell_of_manager)
@@ -90,9 +90,9 @@ class Announcer:
 
     def _tell_changes(self, job: ObservedJob) -> bool:
         now = changing(job, private=True)
-        announced = self._told[job.number]
+        announced = self._announced_values[job.number]
         if changed := {name: value for name, value in now.items() if announced[name] != value}:
-            self._told[job.number] = now
+            self._announced_values[job.number] = now
             private = [name for name in PRIVATE if changed.pop(name, None) is not None]
             self._server.emit_changed(job_path(job), interfaces.job(), changed, private)
             return True

@@ -75,8 +75,8 @@ class UnitReport:
                 {
                     "key": finding.key,
                     "severity": finding.severity.name.lower().replace("_", "-"),
-                    "what": finding.what,
-                    "why": finding.why,
+                    "what": finding.problem,
+                    "why": finding.reason,
                     "mends": [
                         {"section": line.section, "line": line.text, "by_hand": line.by_hand}
                         for line in finding.mends
@@ -186,10 +186,10 @@ def show(session: Session, report: UnitReport) -> None:
     if not report.has_guest:
         return
     for finding in report.findings:
-        what = finding.what
+        what = finding.problem
         if finding.severity is not worst_of or report.is_safe:
             what = f"{finding.severity}: {what}"
-        paragraphs = ((what, "  "), (f"{finding.why}.", "    "))
+        paragraphs = ((what, "  "), (f"{finding.reason}.", "    "))
         for text, indent in paragraphs:
             sentence = printable(_sentence(text), _SHOWN)
             for line in textwrap.wrap(sentence, columns - len(indent)):
@@ -226,7 +226,7 @@ def _verdict_lines(report: UnitReport) -> Iterator[str]:
     found = report.comparison
     if found.word is UnitVerdict.SAFE:
         return
-    yield f"{_sentence(found.why)}."
+    yield f"{_sentence(found.reason)}."
     if found.advice:
         yield f"{_sentence(found.advice)}."
 

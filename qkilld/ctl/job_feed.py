@@ -39,7 +39,7 @@ class JobFeed:
         self._listener = listener
         self._interactive = interactive
         self._connection: Connection | None = None
-        self._followed: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(MAX_READS)
 
     async def run(self) -> None:
@@ -103,10 +103,10 @@ class JobFeed:
             self._begin(manager, path)
 
     def _begin(self, manager: ManagerProxy, path: str) -> None:
-        if path not in self._followed:
+        if path not in self._tasks:
             task = asyncio.ensure_future(self._follow_job(manager.job(path)))
-            self._followed[path] = task
-            task.add_done_callback(lambda _: self._followed.pop(path, None))
+            self._tasks[path] = task
+            task.add_done_callback(lambda _: self._tasks.pop(path, None))
 
     async def _follow_job(self, job: JobProxy) -> None:
         ended = asyncio.Event()
@@ -124,7 +124,7 @@ class JobFeed:
                 await ended.wait()
 
     async def _end_all(self) -> None:
-        tasks = list(self._followed.values())
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -39,7 +39,7 @@ class FullScreen:
         self._console = console
         self._on_key = on_key
         self._fd: int | None = None
-        self._before: Any = None
+        self._saved_mode: Any = None
         """The terminal settings to restore; None if unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
@@ -99,7 +99,7 @@ class FullScreen:
         from rich.live import Live
 
         if self._fd is not None:
-            self._before = termios.tcgetattr(self._fd)
+            self._saved_mode = termios.tcgetattr(self._fd)
             # Ctrl-C and Ctrl-Z still send signals.
             tty.setcbreak(self._fd, termios.TCSADRAIN)
             asyncio.get_running_loop().add_reader(self._fd, self._read)
@@ -119,11 +119,11 @@ class FullScreen:
             # A closed terminal cannot be written to.
             with ignore("leaving the full screen", OSError):
                 live.stop()
-        if self._fd is not None and self._before is not None:
+        if self._fd is not None and self._saved_mode is not None:
             asyncio.get_running_loop().remove_reader(self._fd)
             with ignore("restoring the terminal", termios.error):
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
-            self._before = None
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved_mode)
+            self._saved_mode = None
 
     def _read(self) -> None:
         assert self._fd is not None

@@ -46,24 +46,24 @@ class LineListener:
         self._output = output
         self._lines = LineDisplay(output)
         self._json = json
-        self._ended: set[str] = set()
-        self._away: str | None = None
+        self._reported_paths: set[str] = set()
+        self._outage: str | None = None
 
     def show(self, job: JobStatus) -> None:
         if self._json:
             self._print({"job": job.as_json()})
         elif not job.result:
             self._lines.show(job)
-        elif job.receipt is not None and job.path not in self._ended:
-            self._ended.add(job.path)
+        elif job.receipt is not None and job.path not in self._reported_paths:
+            self._reported_paths.add(job.path)
             result_text = ending(job.result, job.receipt)
             self._lines.show_end(job.path, f"{label(job.pid, job.name)}: {result_text}")
 
     def show_away(self, why: str) -> None:
-        if self._away == why or (self._away is None and not why):
-            self._away = why
+        if self._outage == why or (self._outage is None and not why):
+            self._outage = why
             return
-        self._away = why
+        self._outage = why
         if self._json:
             self._print({"away": printable(why) or None})
         else:
@@ -98,7 +98,7 @@ class _Watcher:
         self._feed = JobFeed(bus, self, interactive=interactive)
         # A password prompt needs the terminal.
         self._asks = interactive and bus.is_system_bus and os.geteuid() != 0
-        self._state = WatchState(where="" if bus.is_system_bus else printable(bus.title))
+        self._state = WatchState(bus_title="" if bus.is_system_bus else printable(bus.title))
         self._screen = FullScreen(output.console(), self._key)
         self._screen.on_resume = self._redraw
         self._dirty = asyncio.Event()
@@ -106,7 +106,7 @@ class _Watcher:
         self._answer: Callable[[str], None] | None = None
         """Called with the text typed at a prompt."""
         self._question = ""
-        self._typed = ""
+        self._input = ""
         self._acts: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -141,7 +141,7 @@ class _Watcher:
         self._redraw()
 
     def show_away(self, why: str) -> None:
-        self._state.away = printable(why)
+        self._state.outage = printable(why)
         self._redraw()
 
     # Drawing
@@ -185,7 +185,7 @@ class _Watcher:
         elif key == "?":
             self._state.help = True
         elif key in ("h", "r", "e", "f", "c"):
-            job = self._state.jobs.get(self._state.chosen)
+            job = self._state.jobs.get(self._state.selection)
             if job is None or job.result:
                 self._state.message = "No running stop is chosen."
             else:
@@ -213,7 +213,7 @@ class _Watcher:
                 self._ask(question, lambda text: self._if_yes(text, "cancel", job))
 
     def _ask(self, question: str, answer: Callable[[str], None]) -> None:
-        self._question, self._typed, self._answer = question, "", answer
+        self._question, self._input, self._answer = question, "", answer
         self._state.prompt = question + "_"
 
     def _type(self, key: str) -> None:
@@ -221,16 +221,16 @@ class _Watcher:
         if key == "enter":
             self._stop_asking()
             assert answer is not None
-            answer(self._typed)
+            answer(self._input)
             return
         if key == "escape":
             self._stop_asking()
             return
         if key == "backspace":
-            self._typed = self._typed[:-1]
-        elif len(key) == 1 and len(self._typed) < MAX_TYPED:
-            self._typed += key
-        self._state.prompt = f"{self._question}{self._typed}_"
+            self._input = self._input[:-1]
+        elif len(key) == 1 and len(self._input) < MAX_TYPED:
+            self._input += key
+        self._state.prompt = f"{self._question}{self._input}_"
 
     def _stop_asking(self) -> None:
         self._answer = None

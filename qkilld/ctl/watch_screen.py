@@ -56,13 +56,13 @@ Any key leads back."""
 class WatchState:
     """The state that the screen shows."""
 
-    where: str = ""
+    bus_title: str = ""
     """The bus, if it is not the system bus. Printable."""
     jobs: dict[str, JobStatus] = field(default_factory=dict)
     """The last status of each job, by path."""
-    chosen: str = ""
+    selection: str = ""
     """The path of the job that keys act on."""
-    away: str = "qkilld has not answered yet"
+    outage: str = "qkilld has not answered yet"
     """Why the daemon is unreachable; "" if it is not."""
     message: str = ""
     """The outcome of the last key. Printable."""
@@ -74,16 +74,16 @@ class WatchState:
 
     def show(self, job: JobStatus) -> None:
         self.jobs[job.path] = job
-        if self.chosen not in self.jobs or not self.chosen:
-            self.chosen = job.path
+        if self.selection not in self.jobs or not self.selection:
+            self.selection = job.path
 
     def forget(self, now: int) -> None:
         """Drop jobs that ended more than KEEP_ENDED ago."""
         for path, job in list(self.jobs.items()):
             if job.ended is not None and now - job.ended > KEEP_ENDED:
                 del self.jobs[path]
-        if self.chosen not in self.jobs:
-            self.chosen = next((job.path for job in self.ordered if not job.result), "")
+        if self.selection not in self.jobs:
+            self.selection = next((job.path for job in self.ordered if not job.result), "")
 
     @property
     def ordered(self) -> list[JobStatus]:
@@ -99,8 +99,8 @@ class WatchState:
         paths = [job.path for job in self.ordered]
         if not paths:
             return
-        at = paths.index(self.chosen) if self.chosen in paths else 0
-        self.chosen = paths[max(0, min(at + step, len(paths) - 1))]
+        at = paths.index(self.selection) if self.selection in paths else 0
+        self.selection = paths[max(0, min(at + step, len(paths) - 1))]
 
 
 def screen(state: WatchState, now: int, columns: int, rows: int) -> list[Text]:
@@ -124,12 +124,12 @@ def _head(state: WatchState, columns: int) -> list[Text]:
         running, f"{running} guests are being stopped"
     )
     title = Text(count, style="bold", no_wrap=True)
-    if state.where:
-        title.append(f", on the {state.where}", style="not bold dim")
+    if state.bus_title:
+        title.append(f", on the {state.bus_title}", style="not bold dim")
     title.truncate(columns, overflow="ellipsis")
     lines = [title]
-    if state.away:
-        lines.append(_plain(f"{state.away}; what is shown may be old", columns, "yellow"))
+    if state.outage:
+        lines.append(_plain(f"{state.outage}; what is shown may be old", columns, "yellow"))
     return [*lines, _plain("", columns)]
 
 
@@ -139,7 +139,7 @@ def _table(state: WatchState, now: int, columns: int, room: int) -> list[Text]:
         return [_plain("A stop shows here as soon as it begins.", columns, "dim")][:room]
     rows = [cells_of(job, now) for job in jobs if not job.result]
     shape = shape_for([TITLES, *rows], columns - len(MARK) - 1)
-    at = next((i for i, job in enumerate(jobs) if job.path == state.chosen), 0)
+    at = next((i for i, job in enumerate(jobs) if job.path == state.selection), 0)
     # Titles and chosen job are always shown, and a line for jobs that do not fit.
     room -= 1
     if len(jobs) > room:
@@ -163,12 +163,12 @@ def _row(state: WatchState, job: JobStatus, now: int, shape: Shape, columns: int
         if width(f"{guest_label}: {result_text}") > room:
             guest_label = printable(job.name) or guest_label
         line = _plain(f"{guest_label}: {result_text}", room, "dim")
-    return _marked(job.path == state.chosen and state.steers, line)
+    return _marked(job.path == state.selection and state.steers, line)
 
 
 def _detail(state: WatchState, now: int, columns: int) -> list[Text]:
     """Return details of the chosen job: its guest, and the reasons for its verdict."""
-    job = state.jobs.get(state.chosen)
+    job = state.jobs.get(state.selection)
     if job is None:
         return []
     facts = [f"job {job.id}", ", ".join(flag_names(job.flags)) or "without force"]

@@ -54,7 +54,7 @@ class Access:
         before, because an exiting one can no longer be identified."""
         self._config = config
         self._host = host
-        self._known = known
+        self._is_known = known
 
     async def open_checked(
         self,
@@ -129,7 +129,7 @@ class Access:
         return Steerer(uid, Rank.AUTHORIZED)
 
     def _check(self, identity: Identity, start_time: int | None) -> None:
-        if not (identity.exiting and self._known(identity.key)):
+        if not (identity.exiting and self._is_known(identity.key)):
             check_qemu(identity, self._config.executables, os.getpid())
         if start_time is not None:
             check_same(identity, start_time)

@@ -21,16 +21,16 @@ class SharedRun(Generic[T]):
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         self._work = work
         self._running: asyncio.Task[T] | None = None
-        self._next: asyncio.Task[T] | None = None
+        self._next_run: asyncio.Task[T] | None = None
         self._rested_at = 0.0
         """When the last run ended, by the loop's clock."""
 
     async def get(self) -> T:
         """Return or raise the result of a run. It is shared: do not modify it."""
-        if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._run(self._running))
+        if self._next_run is None:
+            self._next_run = asyncio.get_running_loop().create_task(self._run(self._running))
         # A caller that is cancelled does not cancel the run for the others.
-        return await asyncio.shield(self._next)
+        return await asyncio.shield(self._next_run)
 
     async def _run(self, before: asyncio.Task[T] | None) -> T:
         if before is not None:
@@ -39,8 +39,8 @@ class SharedRun(Generic[T]):
         if (pause_s := self._rested_at - loop.time()) > 0:
             await asyncio.sleep(pause_s)
         start = loop.time()
-        running = self._running = self._next
-        self._next = None
+        running = self._running = self._next_run
+        self._next_run = None
         try:
             return await self._work()
         finally:

@@ -54,7 +54,7 @@ class GuestWatch:
         self._guests: dict[tuple[int, int], WatchedGuest] = {}
         self._last_number = 0
         self._scanning: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[None] | None = None
+        self._first_scan: asyncio.Future[None] | None = None
 
     @property
     def active(self) -> bool:
@@ -76,10 +76,10 @@ class GuestWatch:
         """
         if self._scanning is None:
             loop = asyncio.get_running_loop()
-            self._first = loop.create_future()
-            self._scanning = loop.create_task(self._scan_for_ever(self._first))
-        assert self._first is not None
-        await asyncio.shield(self._first)
+            self._first_scan = loop.create_future()
+            self._scanning = loop.create_task(self._scan_for_ever(self._first_scan))
+        assert self._first_scan is not None
+        await asyncio.shield(self._first_scan)
         return self.known
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class GuestWatch:
             self._end()
 
     def _end(self) -> None:
-        first, self._first = self._first, None
+        first, self._first_scan = self._first_scan, None
         if first is not None and not first.done():
             first.cancel()
         self._scanning = None
@@ -116,7 +116,7 @@ class GuestWatch:
 
     def _end_with(self, first: asyncio.Future[None], error: QkilldError) -> None:
         if self._scanning is asyncio.current_task():
-            self._first, self._scanning = None, None
+            self._first_scan, self._scanning = None, None
         if not first.done():
             first.set_exception(error)
             first.exception()  # Mark as retrieved: nobody may be waiting.

@@ -27,8 +27,8 @@ class MonitorLink:
         self._qmp_socket = qmp_socket
         self._on_open = on_open
         self._monitor: GuestMonitor | None = None
-        self._kept: KeptMonitor | None = None
-        self._passed: int | None = None
+        self._kept_monitor: KeptMonitor | None = None
+        self._passed_fd: int | None = None
         self._cancel: Callable[[], None] | None = None
 
     @property
@@ -41,27 +41,27 @@ class MonitorLink:
     @property
     def own_chardevs(self) -> tuple[str, ...]:
         """For the KeptMonitor of the next daemon."""
-        if self._kept is not None:
-            return self._kept.own_chardevs
+        if self._kept_monitor is not None:
+            return self._kept_monitor.own_chardevs
         return self._monitor.own_chardevs if self._monitor is not None else ()
 
     @property
     def is_kept(self) -> bool:
         """Whether a connection of an earlier daemon is kept."""
-        return self._kept is not None
+        return self._kept_monitor is not None
 
     @property
     def is_passed(self) -> bool:
         """There is a connection of a caller's to begin with."""
-        return self._passed is not None
+        return self._passed_fd is not None
 
     def offer(self, passed: int) -> None:
         """Begin with that connection, which a caller has made. To be called before `open`."""
-        self._passed = passed
+        self._passed_fd = passed
 
     def keep(self, kept: KeptMonitor) -> None:
         """Use that connection when the monitor is opened. Call it before `open`."""
-        self._kept = kept
+        self._kept_monitor = kept
 
     def open(
         self,
@@ -87,8 +87,8 @@ class MonitorLink:
                     self._on_open(found)
             callback(found)
 
-        kept, self._kept = self._kept, None
-        passed, self._passed = self._passed, None
+        kept, self._kept_monitor = self._kept_monitor, None
+        passed, self._passed_fd = self._passed_fd, None
         self._cancel = self._monitors.open(
             self._process,
             self._qmp_socket,
@@ -103,18 +103,18 @@ class MonitorLink:
         """See engine.ports.GuestMonitor."""
         if self._monitor is not None:
             return self._monitor.read_rest()
-        if self._kept is not None and self._monitors is not None:
-            return self._monitors.read_rest(self._kept), False
+        if self._kept_monitor is not None and self._monitors is not None:
+            return self._monitors.read_rest(self._kept_monitor), False
         return frozenset(), False
 
     def close(self) -> None:
         """May be called twice."""
-        if self._kept is not None:
-            os.close(self._kept.fd)
-            self._kept = None
-        if self._passed is not None:
-            os.close(self._passed)
-            self._passed = None
+        if self._kept_monitor is not None:
+            os.close(self._kept_monitor.fd)
+            self._kept_monitor = None
+        if self._passed_fd is not None:
+            os.close(self._passed_fd)
+            self._passed_fd = None
         self._close_monitor()
 
     def _close_monitor(self) -> None:

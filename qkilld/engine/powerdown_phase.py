@@ -42,17 +42,17 @@ class PowerdownPhase:
         self._job, self._process, self._clock = job, process, clock
         self._journal, self._link = journal, link
         self._asker: GuestAsker | None = None
-        self._past: Attempt | None = None
+        self._past_attempt: Attempt | None = None
         self._end: AskOutcome | None = None
 
     @property
     def attempt(self) -> Attempt | None:
         """The state of asking; for the next daemon."""
-        return self._asker.attempt if self._asker is not None else self._past
+        return self._asker.attempt if self._asker is not None else self._past_attempt
 
     def resume(self, past: Attempt | None) -> None:
         """Set what an earlier daemon knew. Call it before `begin`."""
-        self._past = past
+        self._past_attempt = past
 
     def begin(self) -> None:
         """Ask the guest, or continue what an earlier daemon has begun."""
@@ -126,14 +126,14 @@ class PowerdownPhase:
     def close(self) -> None:
         """Stop asking. May be called twice."""
         if self._asker is not None:
-            self._past = self._asker.attempt
+            self._past_attempt = self._asker.attempt
             self._asker.close()
             self._asker = None
 
     def _first_attempt(self, asked: tuple[AskRecord, ...]) -> Attempt:
         now = self._clock.now()
-        if self._past is not None:
-            return powerdown.go_on(self._past, now)
+        if self._past_attempt is not None:
+            return powerdown.go_on(self._past_attempt, now)
         if asked:
             down = self._job.verdict is Verdict.GUEST_SHUTDOWN
             return powerdown.go_on_unseen(asked, now, shutting_down=down)

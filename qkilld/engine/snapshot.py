@@ -29,7 +29,7 @@ MAX_NUMBER: Final = 10**9 - 1
 """A job's number has at most nine digits in its path."""
 
 
-_UNTOLD: Final = Risk("unknown", "it was killed, and nobody told what was seen right before")
+_UNKNOWN_RISK: Final = Risk("unknown", "it was killed, and nobody told what was seen right before")
 
 
 class SnapshotError(ValueError):
@@ -127,7 +127,7 @@ class Snapshot:
             guest_asked=guest_asked or GuestAsked.NOT_ASKED,
             flush=FlushReport(),
             processors_stopped=False,
-            risks=() if kill_at is None else (_UNTOLD,),
+            risks=() if kill_at is None else (_UNKNOWN_RISK,),
             rungs=tuple(rungs),
             history=(),
             assessment=assessment,
@@ -209,7 +209,7 @@ def decode(document: object) -> Snapshot:
         # The memory of another release's judgement is not usable here: continue as if no sample had
         # been taken.
         fields["assessment"] = None
-        fields["risks"] = to_json((_UNTOLD,) if fields.pop("data_at_risk", False) else ())
+        fields["risks"] = to_json((_UNKNOWN_RISK,) if fields.pop("data_at_risk", False) else ())
     if version < VERSION:
         fields.setdefault("flush", to_json(FlushReport()))
         fields.setdefault("processors_stopped", False)

@@ -11,13 +11,13 @@ class StopSummary:
     """Counts concurrent stops: from the first that runs until none does."""
 
     def __init__(self) -> None:
-        self._ended: list[ObservedJob] = []
+        self._ended_jobs: list[ObservedJob] = []
 
     def ended(self, job: ObservedJob, *, is_last: bool) -> Event | None:
         """Count a stop. Return the entry if no other runs (`is_last`) and there was more than
         one."""
-        self._ended.append(job)
+        self._ended_jobs.append(job)
         if not is_last:
             return None
-        jobs, self._ended = self._ended, []
+        jobs, self._ended_jobs = self._ended_jobs, []
         return events.stops_ended(jobs) if len(jobs) > 1 else None

@@ -44,7 +44,7 @@ class Turns:
         self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)
         self._round: asyncio.Handle | None = None
         """The next round of calls."""
-        self._called = False
+        self._is_scheduled = False
         """Calls have arrived since the last round."""
 
     @property
@@ -56,7 +56,7 @@ class Turns:
         """Let a call wait for its turn; if its uid is unknown, until `introduce`. Return False,
         with the call refused, if too many wait."""
         self.last_call = time.monotonic()
-        self._called = True
+        self._is_scheduled = True
         if not self._queue.put(name, uid, call, size):
             call.refuse(FULL)
             return False
@@ -84,7 +84,7 @@ class Turns:
         """Give each user a turn while time remains. The next round follows after the loop has
         handled other events and the tasks started here have begun."""
         self._round = None
-        called, self._called = self._called, False
+        called, self._is_scheduled = self._is_scheduled, False
         end = time.monotonic() + ROUND_S
         for _ in range(self._queue.users):
             uid, calls = self._queue.turn()

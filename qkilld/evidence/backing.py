@@ -78,20 +78,20 @@ class BackingFinder:
             search = self._answers[pid, backing] = _FileSearch(self._proc / pid / "root", backing)
             search.start()
             search.join(TIMEOUT_S)
-        return search.found
+        return search.result
 
 
 class _FileSearch(threading.Thread):
-    """Walks one path. `found` is None until the file is found."""
+    """Walks one path. `result` is None until the file is found."""
 
     def __init__(self, root: Path, backing: Backing) -> None:
         super().__init__(name="backing", daemon=True)
         self._root, self._backing = root, backing
-        self.found: str | None = None
+        self.result: str | None = None
 
     def run(self) -> None:
         try:
-            self.found = _look(self._root, self._backing)
+            self.result = _look(self._root, self._backing)
         except OSError as error:
             note_once(f"looking for {os.fsdecode(self._backing.path)!r} in {self._root}", error)
 

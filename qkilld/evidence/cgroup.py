@@ -42,18 +42,18 @@ class SharedGroups:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._found: dict[Path, tuple[float, _Pair]] = {}
+        self._cache: dict[Path, tuple[float, _Pair]] = {}
 
     def read(self, reader: _MemoryStat | _IoStat) -> _Pair:
         """Return what the reader's file contains, or contained at most SHARED_AGE_S ago."""
         now = self._clock()
         path = reader.path
-        if (known := self._found.get(path)) is not None and now - known[0] < SHARED_AGE_S:
+        if (known := self._cache.get(path)) is not None and now - known[0] < SHARED_AGE_S:
             return known[1]
-        if len(self._found) >= _MAX_SHARED:
-            self._found.clear()
+        if len(self._cache) >= _MAX_SHARED:
+            self._cache.clear()
         found = reader.read()
-        self._found[path] = now, found
+        self._cache[path] = now, found
         return found
 
 
@@ -91,7 +91,7 @@ class CgroupReader:
         self._freezers: list[_FreezerV1 | _FreezerV2] = []
         self._freezers_known = False
         self._memory_own = self._io_own = False
-        self._found: Cgroup | None = None
+        self._last_cgroup: Cgroup | None = None
 
     def read(self) -> Cgroup | None:
         """Read the groups; None if they are unknown.
@@ -114,9 +114,9 @@ class CgroupReader:
             written, writes = self._figures(self._io, is_own)
         found = Cgroup(is_own, dirty, writeback, written, writes, self._frozen())
         # Keep the old object if nothing changed, because comparing identical objects is cheap.
-        if found != self._found:
-            self._found = found
-        return self._found
+        if found != self._last_cgroup:
+            self._last_cgroup = found
+        return self._last_cgroup
 
     def _figures(self, reader: _MemoryStat | _IoStat, own: bool) -> _Pair:
         return reader.read() if own or self._shared is None else self._shared.read(reader)

@@ -23,7 +23,7 @@ class FaultGuard:
         """`on_fault` is called in the thread of the reader, once for each place in the code."""
         self._on_fault = on_fault
         self._lock = threading.Lock()
-        self._told: set[tuple[str, type[Exception], str, int]] = set()
+        self._reported_causes: set[tuple[str, type[Exception], str, int]] = set()
 
     def call(self, doing: str, read: Callable[..., T], *arguments: object) -> T | None:
         """Return what `read` returns; None if it raises."""
@@ -40,8 +40,8 @@ class FaultGuard:
         file = trace.tb_frame.f_code.co_filename if trace is not None else ""
         cause = (doing, type(error), file, trace.tb_lineno if trace is not None else 0)
         with self._lock:
-            is_new = cause not in self._told
-            self._told.add(cause)
+            is_new = cause not in self._reported_causes
+            self._reported_causes.add(cause)
         if is_new:
             self._on_fault(doing, error)
 

@@ -33,17 +33,17 @@ class MountStatistics:
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
         self._texts: dict[str, bytes | None] = {}
-        self._found: dict[Filesystem, Mount] = {}
+        self._cache: dict[Filesystem, Mount] = {}
 
     def of(self, filesystem: Filesystem) -> Mount:
         """Return a mount; its counters are None if it has none or they are unreadable."""
-        cached = self._found.get(filesystem)
+        cached = self._cache.get(filesystem)
         if cached is None:
             operations = bytes_written = None
             if filesystem.kind in KINDS:
                 operations, bytes_written = self._counters(filesystem)
             cached = Mount(printable(filesystem.kind), operations, bytes_written, filesystem.number)
-            self._found[filesystem] = cached
+            self._cache[filesystem] = cached
         return cached
 
     def _counters(self, filesystem: Filesystem) -> tuple[int | None, int | None]:

@@ -29,13 +29,13 @@ BETWEEN_S: Final = 1.0
 """The same for searches between samples, while nobody waits."""
 REST: Final = 9
 """After a search, pause for this many times its processor time."""
-AGAIN_S: Final = 5.0
+RETRY_S: Final = 5.0
 """When to search again for a socket that no process has."""
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
 """For processes of root with this many descriptors or more, the real user is looked up."""
-MAX_WANTED: Final = 65_536
+MAX_INODES: Final = 65_536
 """The most sockets to search for at a time."""
 MAX_PLACES: Final = 16_384
 """Sockets whose process is cached, 200 bytes each."""
@@ -51,7 +51,7 @@ class _SocketHolder(NamedTuple):
 class _Candidate(NamedTuple):
     pid: int
     uid: int
-    opened: int
+    descriptor_count: int
     """The number of descriptors. Before Linux 6.2 it is that of the last search, 0 if there was
     none."""
 
@@ -122,13 +122,13 @@ class _Search:
 
     def __init__(self, proc: Path, *, many: bool) -> None:
         self._proc, self._many = proc, many
-        self._wanted: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}
         """Inodes, by the text of a descriptor's link."""
-        self._late: set[int] = set()
+        self._latecomers: set[int] = set()
         """Those that were added after some processes had been searched."""
-        self._again: dict[int, float] = {}
+        self._retry_at: dict[int, float] = {}
         """When to search again for sockets that were not found, time.monotonic()."""
-        self._left: Iterator[_Candidate] | None = None
+        self._candidates: Iterator[_Candidate] | None = None
         """The processes still to be searched; None between searches."""
         self._counts: dict[int, int] = {}
         self._rests_until = 0.0
@@ -136,28 +136,28 @@ class _Search:
     def want(self, inodes: Iterable[int]) -> None:
         now = time.monotonic()
         for inode in inodes:
-            if len(self._wanted) >= MAX_WANTED:
+            if len(self._inodes) >= MAX_INODES:
                 return
             link = _link(inode)
-            if link not in self._wanted and now >= self._again.get(inode, 0.0):
-                self._wanted[link] = inode
-                if self._left is not None:
-                    self._late.add(inode)
+            if link not in self._inodes and now >= self._retry_at.get(inode, 0.0):
+                self._inodes[link] = inode
+                if self._candidates is not None:
+                    self._latecomers.add(inode)
 
     def forget(self, inode: int) -> None:
         """Stop searching for a socket that was found."""
-        self._wanted.pop(_link(inode), None)
+        self._inodes.pop(_link(inode), None)
 
     def go_on(self, end: float) -> Iterator[tuple[int, _SocketHolder]]:
         """Yield sockets found until `end`, time.monotonic(). Finds nothing during a pause."""
         now = time.monotonic()
-        if now < self._rests_until or not self._wanted:
+        if now < self._rests_until or not self._inodes:
             return
         start = time.thread_time()
-        while self._wanted and time.monotonic() < end:
-            if self._left is None:
-                self._left = iter(self._processes())
-            process = next(self._left, None)
+        while self._inodes and time.monotonic() < end:
+            if self._candidates is None:
+                self._candidates = iter(self._processes())
+            process = next(self._candidates, None)
             if process is None:
                 self._finish()
             else:
@@ -167,14 +167,14 @@ class _Search:
     def _finish(self) -> None:
         """After all processes: search again for sockets that were added meanwhile."""
         now = time.monotonic()
-        self._left = None
-        self._again = {inode: at for inode, at in self._again.items() if at > now}
-        for link, inode in list(self._wanted.items()):
-            if inode not in self._late:
-                del self._wanted[link]
-                if len(self._again) < MAX_WANTED:
-                    self._again[inode] = now + AGAIN_S
-        self._late.clear()
+        self._candidates = None
+        self._retry_at = {inode: at for inode, at in self._retry_at.items() if at > now}
+        for link, inode in list(self._inodes.items()):
+            if inode not in self._latecomers:
+                del self._inodes[link]
+                if len(self._retry_at) < MAX_INODES:
+                    self._retry_at[inode] = now + RETRY_S
+        self._latecomers.clear()
 
     def _processes(self) -> list[_Candidate]:
         """List processes in the order of the search. Costs 3 µs each."""
@@ -189,13 +189,13 @@ class _Search:
             count = status.st_size or self._counts.get(int(name), 0)
             if (count >= FEW) is self._many and count <= MAX_DESCRIPTORS:
                 pids.append(self._of_its_user(_Candidate(int(name), status.st_uid, count)))
-        self._counts = {process.pid: process.opened for process in pids}
+        self._counts = {process.pid: process.descriptor_count for process in pids}
         return by_turns(pids)
 
     def _of_its_user(self, process: _Candidate) -> _Candidate:
         """Return a process of root with its real user, because root owns the /proc directory of
         set-user-ID programs, whoever gave them their descriptors."""
-        if process.uid == 0 and process.opened >= OF_A_PROGRAM:
+        if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))
             except OSError as error:
@@ -217,8 +217,8 @@ class _Search:
                     link = os.readlink(name, dir_fd=directory)
                 except OSError:
                     continue  # Closed meanwhile, or its name is too long.
-                if link in self._wanted:
-                    yield self._wanted[link], _SocketHolder(pid, name)
+                if link in self._inodes:
+                    yield self._inodes[link], _SocketHolder(pid, name)
         except OSError as error:
             note_once("looking for servers", error)
         finally:
@@ -229,9 +229,11 @@ def by_turns(processes: Iterable[_Candidate]) -> list[_Candidate]:
     """Order processes so that each user gets equally many descriptors searched; few before many."""
     had: Counter[int] = Counter()
     order = []
-    for process in sorted(processes, key=lambda process: (process.opened // FEW, process.pid)):
+    for process in sorted(
+        processes, key=lambda process: (process.descriptor_count // FEW, process.pid)
+    ):
         order.append((had[process.uid], process))
-        had[process.uid] += process.opened + 1
+        had[process.uid] += process.descriptor_count + 1
     return [process for _, process in sorted(order)]
 
 

@@ -42,18 +42,18 @@ class ServerReader:
         """`pid`: the guest's process, which is not its own server."""
         self._pid, self._finder, self._proc = pid, finder, proc
         self._readers: dict[int, PeerReader] = {}
-        self._used: set[int] = set()
+        self._used_pids: set[int] = set()
         """The processes that the last read() used."""
-        self._missing: frozenset[int] = frozenset()
+        self._missing_ends: frozenset[int] = frozenset()
         """Sockets whose process has not been found yet."""
 
     def expect(self, ends: Iterable[int]) -> None:
         """Announce sockets for search() before read() needs them."""
-        self._missing = frozenset(ends)
+        self._missing_ends = frozenset(ends)
 
     def search(self) -> None:
         """Continue the search for servers that the last read() did not find. In any thread."""
-        if missing := self._missing:
+        if missing := self._missing_ends:
             self._finder.go_on(missing)
 
     def read(
@@ -64,11 +64,11 @@ class ServerReader:
         `ends` maps the inode of each socket of a server to the export that the guest requested,
         None if unknown.
         """
-        self._used = set()
+        self._used_pids = set()
         values = self._read(ends, storage, sockets, seen={self._pid})
-        self._missing = frozenset(ends) - values.keys()
+        self._missing_ends = frozenset(ends) - values.keys()
         # A server that forks for each connection has a new process after each reconnect.
-        for pid in self._readers.keys() - self._used:
+        for pid in self._readers.keys() - self._used_pids:
             self._readers.pop(pid).close()
         return values
 
@@ -106,7 +106,7 @@ class ServerReader:
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:
             self._readers[pid] = PeerReader(pid, self._proc)
-        self._used.add(pid)
+        self._used_pids.add(pid)
         return self._readers.get(pid)
 
 
@@ -119,7 +119,7 @@ class PeerReader:
         self._process = ProcessReader(pid, proc)
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
-        self._refreshed = -REFRESH_S
+        self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
         """Inodes of the remote ends of its own local connections."""
         self._sockets = SocketReader(pid, proc)
@@ -135,8 +135,8 @@ class PeerReader:
         if values["state"] in ("?", "Z", "X"):
             return None
         now = time.monotonic()
-        if now - self._refreshed >= REFRESH_S:
-            self._refreshed = now
+        if now - self._refresh_time >= REFRESH_S:
+            self._refresh_time = now
             descriptors = read_descriptors(self.pid, self._proc)
             self._storage.refresh(descriptors)
             self._sockets.refresh(descriptors)

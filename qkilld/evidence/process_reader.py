@@ -56,10 +56,10 @@ class ProcessReader:
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
         """MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), linux/posix-timers.h."""
-        self._ran: int | None = None
+        self._cpu_time: int | None = None
         self._text: int | None = None
         """The hash of /proc/PID/status as of the last read: thousands of texts take megabytes."""
-        self._known: dict[str, Any] | None = None
+        self._last_values: dict[str, Any] | None = None
         """The results of the last read, if it was complete and all threads slept."""
         try:
             self._directory = open_directory(proc / str(pid))
@@ -76,8 +76,8 @@ class ProcessReader:
     def has_run(self) -> bool:
         """Return whether a thread may have run since the last call, or the last read was
         incomplete."""
-        before, self._ran = self._ran, self._time_run()
-        return self._known is None or self._ran is None or self._ran != before
+        before, self._cpu_time = self._cpu_time, self._time_run()
+        return self._last_values is None or self._cpu_time is None or self._cpu_time != before
 
     def read(
         self,
@@ -103,12 +103,12 @@ class ProcessReader:
         if self._directory < 0:
             return
         call = self._guard.call
-        known = None if has_run or not detail else self._known
+        known = None if has_run or not detail else self._last_values
         if known and call("reading /proc/PID/status", self._is_status, self._text):
             into.update(known)
             call("reading rings", self._read_rings, into, opened)
             return
-        self._known = self._text = None
+        self._last_values = self._text = None
         threads, exiting = call("reading /proc/PID/stat", self._read_stat, into) or (None, False)
         call("reading /proc/PID/status", self._read_status, into)
         into["io"] = call("reading /proc/PID/io", self._read_io)
@@ -180,7 +180,7 @@ class ProcessReader:
             and self._threads.all_sleep
         )
         if whole and sleeps:
-            self._known = {name: found[name] for name in _WHOLE}
+            self._last_values = {name: found[name] for name in _WHOLE}
 
     def _read_status(self, into: dict[str, Any]) -> None:
         text = self._status.read_or_none()

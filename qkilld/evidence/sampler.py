@@ -78,7 +78,7 @@ class Reader:
         self._servers = ServerReader(pid, tables.peers)
         self._expected = False
         self._tables = tables
-        self._refreshed = -REFRESH_S
+        self._refresh_time = -REFRESH_S
         self._descriptors = -1
         self._known_graph: BlockGraph | None = None
         """The graph that the last reading of sockets used; it may become known late on a busy
@@ -152,12 +152,12 @@ class Reader:
     def _refresh(self, graph: BlockGraph | None, has_run: bool) -> None:
         """List the open files and sockets again, if they may have changed."""
         count = self._count() if has_run else self._descriptors
-        age = time.monotonic() - self._refreshed
+        age = time.monotonic() - self._refresh_time
         lost = self._sockets.lost and age >= RECONNECT_S
         same = count == self._descriptors and graph is self._known_graph
         if same and age < REFRESH_S and not lost:
             return
-        self._refreshed, self._descriptors = time.monotonic(), count
+        self._refresh_time, self._descriptors = time.monotonic(), count
         self._known_graph = graph
         call = self._guard.call
         descriptors = call("listing open files", read_descriptors, self._pid)

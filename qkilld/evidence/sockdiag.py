@@ -88,8 +88,8 @@ _Place = tuple[bytes, int, int]
 
 namespace_of = "self"
 """The process, as under /proc, whose network namespace is read."""
-_given: socket.socket | None = None
-_given_lock: Final = threading.Lock()
+_netlink: socket.socket | None = None
+_netlink_lock: Final = threading.Lock()
 
 
 def ask_through(fd: int) -> None:
@@ -98,13 +98,13 @@ def ask_through(fd: int) -> None:
 
     Raises ValueError, and closes it, if it is not such a socket.
     """
-    global _given, namespace_of
+    global _netlink, namespace_of
     kernel = socket.socket(fileno=fd)
     if kernel.family != socket.AF_NETLINK or kernel.proto != _NETLINK_SOCK_DIAG:
         kernel.close()
         raise ValueError("it is no netlink socket for sock_diag")
     kernel.setblocking(True)
-    _given, namespace_of = kernel, "1"
+    _netlink, namespace_of = kernel, "1"
 
 
 class Unreadable(Exception):
@@ -174,17 +174,17 @@ class SocketTable:
         self._crowd = crowd or Crowd()
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
-        self._spent = 0.0
+        self._query_time = 0.0
         """Seconds that this round spent on single sockets."""
         self._expected: set[int] = set()
-        self._scanned: dict[int, bytes] = {}
-        self._sought: set[int] = set()
+        self._tcp_infos: dict[int, bytes] = {}
+        self._searched_inodes: set[int] = set()
         self._unix: dict[int, _Place] | None = None
         self._listening: dict[int, _Place] = {}
         self._tcp: tuple[dict[int, _Place], set[int]] | None = None
         self._by_address: dict[bytes, int] | None = None
-        self._asked = 0
-        self._failed = ""
+        self._query_count = 0
+        self._failure = ""
 
     def unix(self, inode: int) -> UnixSocket | None:
         """Return the connected unix stream socket with this inode, if there is one."""
@@ -239,9 +239,9 @@ class SocketTable:
         scans its whole table, which is large even if it is almost empty.
         """
         if self._tcp is None and id:
-            with self._lock, self._asking():
-                if self._tcp is None and self._asked < _CHEAPER:
-                    self._asked += 1
+            with self._lock, self._query():
+                if self._tcp is None and self._query_count < _CHEAPER:
+                    self._query_count += 1
                     return _ask_tcp(inode, id)
         if (tables := self._reads_tcp()) is None:
             with self._single():
@@ -266,7 +266,7 @@ class SocketTable:
     def _reads_unix(self) -> bool:
         """Read the whole unix table once; return False if it is crowded."""
         if self._unix is None and socket.AF_UNIX not in self._crowd:
-            with self._lock, self._asking():
+            with self._lock, self._query():
                 if self._unix is None and socket.AF_UNIX not in self._crowd:
                     try:
                         self._unix, self._listening = _dump_unix()
@@ -277,7 +277,7 @@ class SocketTable:
     def _reads_tcp(self) -> tuple[dict[int, _Place], set[int]] | None:
         """Read the whole TCP table once; return None if it is crowded."""
         if self._tcp is None and socket.AF_INET not in self._crowd:
-            with self._lock, self._asking():
+            with self._lock, self._query():
                 if self._tcp is None and socket.AF_INET not in self._crowd:
                     try:
                         self._tcp = _dump_tcp()
@@ -302,17 +302,17 @@ class SocketTable:
 
     def _id_of(self, inode: int) -> bytes:
         """Return the id of an established TCP socket in a crowded table; b"" if there is none."""
-        if inode not in self._sought:
+        if inode not in self._searched_inodes:
             with self._lock:
-                if inode not in self._sought:
+                if inode not in self._searched_inodes:
                     sought = {inode, *self._expected}
-                    self._scanned |= _find_tcp(sought)
-                    self._sought |= sought
-        return self._scanned.get(inode, b"")
+                    self._tcp_infos |= _find_tcp(sought)
+                    self._searched_inodes |= sought
+        return self._tcp_infos.get(inode, b"")
 
     @contextlib.contextmanager
     def _single(self) -> Iterator[None]:
-        if self._spent > SINGLE_S:
+        if self._query_time > SINGLE_S:
             raise Unreadable("there are too many sockets on this host")
         start = time.monotonic()
         try:
@@ -321,18 +321,18 @@ class SocketTable:
             note_once("asking the kernel for single sockets", error)
             raise Unreadable(str(error)) from None
         finally:
-            self._spent += time.monotonic() - start
+            self._query_time += time.monotonic() - start
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
-        if self._failed:
-            raise Unreadable(self._failed)
+    def _query(self) -> Iterator[None]:
+        if self._failure:
+            raise Unreadable(self._failure)
         try:
             yield
         except (OSError, *_MALFORMED) as error:
             note_once("asking the kernel for sockets", error)
-            self._failed = str(error)
-            raise Unreadable(self._failed) from None
+            self._failure = str(error)
+            raise Unreadable(self._failure) from None
 
 
 def listening_unix() -> dict[tuple[int, int], int] | None:
@@ -490,17 +490,17 @@ def _request(request: bytes, flags: int, seconds: float | None = None) -> Iterat
 @contextlib.contextmanager
 def _kernel() -> Iterator[socket.socket]:
     """Provide a netlink socket. Raises OSError."""
-    if _given is None:
+    if _netlink is None:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as kernel:
             yield kernel
         return
-    with _given_lock:
+    with _netlink_lock:
         # Discard the rest of an unread answer, before which the kernel starts no other.
         with contextlib.suppress(BlockingIOError):
-            while _given.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
+            while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass
-        yield _given
+        yield _netlink
 
 
 def _answers(kernel: socket.socket, flags: int, seconds: float | None = None) -> Iterator[_Place]:

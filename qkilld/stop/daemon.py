@@ -166,15 +166,15 @@ class DaemonStopper:
         self._calls: list[_PendingCall] = []
         self._check: tuple[DaemonCall, float] | None = None
         """The call that checks a silent daemon, and its deadline."""
-        self._exiting: dict[GuestStop, tuple[str, float]] = {}
+        self._exits: dict[GuestStop, tuple[str, float]] = {}
         """Reported as exited: the result, and when our pidfd must agree."""
-        self._gone: dict[GuestStop, float] = {}
+        self._check_deadlines: dict[GuestStop, float] = {}
         """Exited: when the daemon must have reported the result."""
-        self._cancelled: dict[GuestStop, tuple[_PendingCall, float]] = {}
+        self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
         """Cancelled: if the daemon is still there at that time, someone cancelled deliberately."""
-        self._lost: dict[GuestStop, float] = {}
+        self._retry_times: dict[GuestStop, float] = {}
         """The daemon is gone: when to ask it again."""
-        self._until: dict[GuestStop, float] = {}
+        self._return_deadlines: dict[GuestStop, float] = {}
         """When a restarted daemon must have replied."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
@@ -229,10 +229,10 @@ class DaemonStopper:
     def deadline(self) -> float:
         return min(
             *(pending.deadline for pending in self._calls),
-            *(until for _, until in self._exiting.values()),
-            *self._gone.values(),
-            *(until for _, until in self._cancelled.values()),
-            *self._lost.values(),
+            *(until for _, until in self._exits.values()),
+            *self._check_deadlines.values(),
+            *(until for _, until in self._cancellations.values()),
+            *self._retry_times.values(),
             self._check[1] if self._check else _NEVER,
             _NEVER,
             _NEVER,
@@ -251,30 +251,30 @@ class DaemonStopper:
             elif now >= pending.deadline and pending in self._calls:
                 self._handle_silence(pending)
         self._work_check(now)
-        for stop, (result, until) in list(self._exiting.items()):
+        for stop, (result, until) in list(self._exits.items()):
             if stop.process.exited():
-                del self._exiting[stop]
+                del self._exits[stop]
                 self._listener.ended(stop, result)
             elif now >= until:
-                del self._exiting[stop]
+                del self._exits[stop]
                 stop.state = None
                 self._listener.lost(stop, "qkilld says that it has exited, which it has not")
-        for stop, until in list(self._gone.items()):
+        for stop, until in list(self._check_deadlines.items()):
             if now >= until:
                 self._forget(stop)
                 self._listener.ended(stop, _guess(stop))
-        for stop, (_, until) in list(self._cancelled.items()):
+        for stop, (_, until) in list(self._cancellations.items()):
             if now >= until:
                 self._forget(stop)
                 self._listener.ended(stop, "cancelled")
-        for stop, at in list(self._lost.items()):
+        for stop, at in list(self._retry_times.items()):
             if now >= at:
                 self._follow_again(stop)
 
     def exit_seen(self, stop: GuestStop) -> None:
         # A living daemon sees the exit too, and reports the result.
-        if stop not in self._exiting:
-            self._gone[stop] = self._clock() + CHECK_TIMEOUT_S
+        if stop not in self._exits:
+            self._check_deadlines[stop] = self._clock() + CHECK_TIMEOUT_S
 
     def amend(self, stop: GuestStop) -> None:
         if stop.state is None:
@@ -323,7 +323,7 @@ class DaemonStopper:
                 self._lose(stop, "qkilld does not say what became of it")
 
     def _awaits_close(self, pending: _PendingCall) -> bool:
-        return any(each is pending for each, _ in self._cancelled.values())
+        return any(each is pending for each, _ in self._cancellations.values())
 
     def _state(
         self, pending: _PendingCall, state: dict[str, Any], receipt: dict[str, Any] | None
@@ -339,7 +339,7 @@ class DaemonStopper:
             return
         if receipt is None:
             stop.state = state
-            self._until.pop(stop, None)
+            self._return_deadlines.pop(stop, None)
             self._listener.heard(stop, state)
             return
         del pending.stops[state["pid"]]
@@ -358,10 +358,10 @@ class DaemonStopper:
             self._listener.refused(stop, "ProcessChanged", str(receipt.get("error", "")))
         elif result in ("exited", "killed") and not stop.process.exited():
             self._forget(stop)
-            self._exiting[stop] = result, self._clock() + EXIT_TIMEOUT_S
+            self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
             # A daemon that is stopped for good cancels its jobs, although nobody asked for that.
-            self._cancelled[stop] = pending, self._clock() + ENDING_S
+            self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)
             self._listener.ended(stop, result)
@@ -424,7 +424,7 @@ class DaemonStopper:
                 self._lose(stop, "qkilld does not answer any more")
 
     def _handle_close(self, pending: _PendingCall) -> None:
-        for stop in [each for each, (by, _) in self._cancelled.items() if by is pending]:
+        for stop in [each for each, (by, _) in self._cancellations.items() if by is pending]:
             self._forget(stop)
             self._listener.lost(stop, "qkilld was stopped")
         if pending not in self._calls:
@@ -434,12 +434,12 @@ class DaemonStopper:
         now = self._clock()
         for stop in stops:
             # A new daemon continues the jobs of the old one.
-            self._lost[stop] = now if stop not in self._until else now + RETRY_S
-            self._until.setdefault(stop, now + RETURN_TIMEOUT_S)
+            self._retry_times[stop] = now if stop not in self._return_deadlines else now + RETRY_S
+            self._return_deadlines.setdefault(stop, now + RETURN_TIMEOUT_S)
 
     def _follow_again(self, stop: GuestStop) -> None:
         """Ask a restarted daemon what became of a stop."""
-        until, now = self._until[stop], self._clock()
+        until, now = self._return_deadlines[stop], self._clock()
         if now >= until:
             self._lose(stop, "qkilld went away")
             return
@@ -454,11 +454,11 @@ class DaemonStopper:
         try:
             call = DaemonCall(self._path, method, parameters, more=True)
         except OSError:
-            self._lost[stop] = now + RETRY_S
+            self._retry_times[stop] = now + RETRY_S
             return
         pending = _PendingCall(call, (stop,), until)
         pending.after_restart = method == "Wait"
-        del self._lost[stop]
+        del self._retry_times[stop]
         self._calls.append(pending)
 
     def _lose(self, stop: GuestStop, why: str) -> None:
@@ -472,10 +472,10 @@ class DaemonStopper:
         self._listener.lost(stop, why)
 
     def _forget(self, stop: GuestStop) -> None:
-        self._gone.pop(stop, None)
-        self._lost.pop(stop, None)
-        self._until.pop(stop, None)
-        self._cancelled.pop(stop, None)
+        self._check_deadlines.pop(stop, None)
+        self._retry_times.pop(stop, None)
+        self._return_deadlines.pop(stop, None)
+        self._cancellations.pop(stop, None)
         for pending in self._calls:
             pending.stops.pop(stop.process.pid, None)
 

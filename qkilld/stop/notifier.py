@@ -24,7 +24,7 @@ class Notifier:
         """`address` is $NOTIFY_SOCKET, or ""."""
         self._address = address
         self._status = ""
-        self._told = False
+        self._is_error_reported = False
 
     def extend(self, usec: int) -> None:
         """Extend the current timeout to at least `usec` µs from now. Never shortens it."""
@@ -44,10 +44,10 @@ class Notifier:
         except OSError as error:
             from qkilld.debug_log import note
 
-            if error.errno in _HIDDEN and not self._told:
+            if error.errno in _HIDDEN and not self._is_error_reported:
                 from qkilld.stop.log import say
 
-                self._told = True
+                self._is_error_reported = True
                 say(
                     "The sandbox of this unit hides systemd's notification socket from qkilld-stop"
                     f" ({error.strerror}), so that it cannot extend TimeoutStopSec=. Write"

@@ -59,7 +59,7 @@ class UnitVerdict(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Comparison:
     word: UnitVerdict
-    why: str
+    reason: str
     """A sentence without its full stop."""
     now: Mapping[Occasion, Outcome]
     adopted: Mapping[Occasion, Outcome]
@@ -80,7 +80,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         return {
             "verdict": self.word.value,
-            "verdict_why": self.why,
+            "verdict_why": self.reason,
             "advice": self.advice,
             "other_unit": self.other_unit or None,
             "now": {occasion.value: each.as_json() for occasion, each in self.now.items()},
@@ -110,25 +110,25 @@ def compare(
     found = replace(found, writes=changed)
     left = [each for each in check(after, around_after) if each.is_unsafe]
     if all(outcome.keeps_disks for outcome in then.values()) and not left:
-        why = "every stop waits for the guest as long as it makes progress"
-        return replace(found, word=UnitVerdict.SAFE, why=why)
+        reason = "every stop waits for the guest as long as it makes progress"
+        return replace(found, word=UnitVerdict.SAFE, reason=reason)
     if any(not line.is_understood for line in after_settings.lines):
         shown = next(line.shown for line in after_settings.lines if not line.is_understood)
         return replace(
             found,
             word=UnitVerdict.UNKNOWN,
-            why=f"it is not known what {shown} of its ExecStop= does to the guest",
+            reason=f"it is not known what {shown} of its ExecStop= does to the guest",
             advice=f"if {HELPER} does everything that this line does, remove the line",
         )
     if any(line.by_hand for each in left for line in each.mends) or overrides:
         return replace(
             found,
             word=UnitVerdict.MANUAL,
-            why="only its owner can decide about the remaining changes",
+            reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
         )
-    why = "nothing that adopt can write keeps more of the guest's data"
-    return replace(found, word=UnitVerdict.NO_BETTER, why=why, writes=changed and now != then)
+    reason = "nothing that adopt can write keeps more of the guest's data"
+    return replace(found, word=UnitVerdict.NO_BETTER, reason=reason, writes=changed and now != then)
 
 
 def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Comparison | None:
@@ -138,7 +138,7 @@ def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Compa
         return replace(
             found,
             word=UnitVerdict.WORSE,
-            why="it manages guests that are meant to outlive it: a restart or an upgrade of it"
+            reason="it manages guests that are meant to outlive it: a restart or an upgrade of it"
             " would stop them all",
             advice="leave it as it is; qkilld-guests.service is for its guests at host shutdown",
         )
@@ -152,7 +152,7 @@ def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Compa
         return replace(
             found,
             word=UnitVerdict.MANUAL,
-            why=f"its QEMU is {uncovered[0]}, which Executables= does not cover, so {HELPER}"
+            reason=f"its QEMU is {uncovered[0]}, which Executables= does not cover, so {HELPER}"
             " would stop nothing",
             advice="if only root can write to that place, write into [Target] of"
             f" /etc/qkilld/qkilld.conf: {coverage_line(around.executables, uncovered[0])}",
@@ -163,13 +163,13 @@ def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Compa
             found,
             word=UnitVerdict.OTHER_UNIT,
             other_unit=around.elsewhere,
-            why=f"the guest that it starts runs in another unit{named}",
+            reason=f"the guest that it starts runs in another unit{named}",
             advice=f"check {around.elsewhere}" if around.elsewhere else "check that one",
         )
     if around.is_running or not started_qemus(facts):
         return replace(
             found,
-            why="no QEMU runs in it"
+            reason="no QEMU runs in it"
             if around.is_running or facts.is_scope
             else "it does not run, and its ExecStart= does not tell whether a QEMU will run in it",
             advice="" if around.is_running or facts.is_scope else "start it and check it again",
@@ -191,24 +191,24 @@ def _worse(
     word = UnitVerdict.WORSE
     if any(not line.is_understood for line in lines):
         shown = next(line.shown for line in lines if not line.is_understood)
-        word, why = UnitVerdict.UNKNOWN, f"it is not known what {shown} does to the guest"
+        word, reason = UnitVerdict.UNKNOWN, f"it is not known what {shown} does to the guest"
     elif around.can_ask is None:
-        word, why = UnitVerdict.UNKNOWN, f"it is not known whether {HELPER} can ask its guest"
+        word, reason = UnitVerdict.UNKNOWN, f"it is not known whether {HELPER} can ask its guest"
     elif may_trap(facts, around) and facts.kill_mode in ("mixed", "process"):
-        word, why = (
+        word, reason = (
             UnitVerdict.UNKNOWN,
             "it is not known what its main process does with its signal",
         )
     elif any(place.server and not is_ordered(facts, place) for place in around.storage):
-        why = "its disks are served by a process that may be stopped at the same time"
+        reason = "its disks are served by a process that may be stopped at the same time"
     elif not around.can_ask:
-        why = f"its guest is asked to shut down, and {HELPER} cannot ask it"
+        reason = f"its guest is asked to shut down, and {HELPER} cannot ask it"
     else:
-        why = "the existing line keeps more"
+        reason = "the existing line keeps more"
     return replace(
         found,
         word=word,
-        why=f"with the drop-in, {occasions} could lose data that is kept now: {why}",
+        reason=f"with the drop-in, {occasions} could lose data that is kept now: {reason}",
         advice=_ADVICE_FOR_WORSE,
     )
 

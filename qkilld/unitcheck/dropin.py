@@ -31,7 +31,7 @@ _KEPT: Final = (
 class Change:
     """Lines that belong together, and their reason."""
 
-    why: str
+    reason: str
     lines: tuple[Line, ...]
 
 
@@ -48,7 +48,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
             # ExecStop= is a list, and each such change contains all of it.
             lines = tuple(line for line in lines if not _sets_stop(line))
         if lines := tuple(line for line in lines if line not in lines_seen):
-            wanted_changes.append(Change(f"{finding.what}: {finding.why}", lines))
+            wanted_changes.append(Change(f"{finding.problem}: {finding.reason}", lines))
             lines_seen.update(lines)
     return wanted_changes
 
@@ -103,7 +103,7 @@ def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: s
             lines = [line.text for line in change.lines if line.section == section]
             if not lines:
                 continue
-            reason = f"{change.why}."
+            reason = f"{change.reason}."
             if "ExecStop=" in lines and len([line for line in lines if "ExecStop=" in line]) > 2:
                 reason += f" {_KEPT}"
             parts.append("\n".join([*_comment(reason), *lines]))

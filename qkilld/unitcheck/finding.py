@@ -43,9 +43,9 @@ class Finding:
     key: str
     """For scripts; one for each kind of finding."""
     severity: Severity
-    what: str
+    problem: str
     """What is wrong, with the unit's value. May contain any text from the unit."""
-    why: str
+    reason: str
     """How that loses data."""
     mends: tuple[Line, ...] = ()
 

@@ -149,7 +149,7 @@ class VarlinkMethods:
             stream.close(left=True)
             call.end()
 
-        call.on_left = left
+        call.on_disconnect = left
         return stream
 
     def _unit_order(

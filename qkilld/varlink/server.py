@@ -180,11 +180,11 @@ class VarlinkCall:
         self.more = False
         self.oneway = False
         self.task: asyncio.Task[None] | None = None
-        self.on_left: Callable[[], None] = lambda: None
+        self.on_disconnect: Callable[[], None] = lambda: None
         """Called if the client disconnects before the reply."""
         self.costs: list[Cost] = []
         """What the call counts as in the limits."""
-        self._over = False
+        self._has_ended = False
 
     def start(self, uid: int) -> None:
         self._server.begin(self)
@@ -241,9 +241,9 @@ class VarlinkCall:
     def end(self) -> None:
         """End an answered call. The connection's next call begins once the client has read the
         reply."""
-        if self._over:
+        if self._has_ended:
             return
-        self._over = True
+        self._has_ended = True
         self._close_descriptors()
         self.connection.when_sent(self._ended)
 
@@ -255,7 +255,7 @@ class VarlinkCall:
         self.connection.next_call()
 
     def _reply(self, message: dict[str, Any]) -> None:
-        if not self.oneway and not self._over:
+        if not self.oneway and not self._has_ended:
             self.connection.send(message)
 
 
@@ -382,7 +382,7 @@ class VarlinkServer:
             del self._per_uid[connection.uid]
         # The operation continues, but nobody waits for its end any more.
         if call is not None:
-            call.on_left()
+            call.on_disconnect()
 
     def ended(self, call: VarlinkCall) -> None:
         """Note that a call is over."""

@@ -84,15 +84,15 @@ class JobStream:
         self._streams = streams
         self._call = call
         self._loop = asyncio.get_running_loop()
-        self._changed: dict[int, ObservedJob] = {}
+        self._changed_jobs: dict[int, ObservedJob] = {}
         self._callbacks: dict[Job, Callable[[], None]] = {}
         """The end callback of each running job."""
-        self._ended: list[Job] = []
+        self._ended_jobs: list[Job] = []
         """Ended jobs that are not reported yet."""
-        self._last = -MIN_INTERVAL_S
+        self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._changes = changes
-        self._first = first
+        self._first_reply = first
         for job in jobs:
             if job.running:
                 callback = self._callbacks[job] = functools.partial(self._end, job)
@@ -100,24 +100,24 @@ class JobStream:
                 if changes:
                     streams.add(job.number, self)
             else:
-                self._ended.append(job)
+                self._ended_jobs.append(job)
         self._tell_ends()
 
     def open(self, **more: object) -> None:
         """Send the first reply with `more` in it; if that was sent before, `more` alone."""
-        first, self._first = self._first, None
+        first, self._first_reply = self._first_reply, None
         if first is not None:
             more = first() | more
-            self._last = self._loop.time()
+            self._last_report = self._loop.time()
         if more:
             self._call.progress(more)
 
     def changed(self, job: ObservedJob) -> None:
-        if self._first is not None:
+        if self._first_reply is not None:
             return  # it has the newest state
-        self._changed[job.number] = job
+        self._changed_jobs[job.number] = job
         if self._timer is None:
-            wait = max(0.0, self._last + MIN_INTERVAL_S - self._loop.time())
+            wait = max(0.0, self._last_report + MIN_INTERVAL_S - self._loop.time())
             if wait > 0:
                 self._timer = self._loop.call_later(wait, self._tell)
             else:
@@ -129,8 +129,8 @@ class JobStream:
             job.no_longer(callback, left=left)
             self._forget(job)
         self._callbacks.clear()
-        self._ended.clear()
-        self._first = None
+        self._ended_jobs.clear()
+        self._first_reply = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -138,15 +138,15 @@ class JobStream:
     def _forget(self, job: Job) -> None:
         if self._changes:
             self._streams.remove(job.number, self)
-        self._changed.pop(job.number, None)
+        self._changed_jobs.pop(job.number, None)
 
     def _tell(self) -> None:
         self._timer = None
         if self._call.blocked:
             self._call.when_sent(self._tell)
             return
-        self._last = self._loop.time()
-        changed, self._changed = self._changed, {}
+        self._last_report = self._loop.time()
+        changed, self._changed_jobs = self._changed_jobs, {}
         for job in changed.values():
             self._call.progress({"state": state(job, self._call.uid)})
 
@@ -158,20 +158,20 @@ class JobStream:
             self.close(left=False)
             self._call.abandon()
             return
-        self._ended.append(job)
+        self._ended_jobs.append(job)
         self._tell_ends()
 
     def _tell_ends(self) -> None:
         if self._call.blocked and self._callbacks:
             self._call.when_sent(self._tell_ends)
             return
-        if self._callbacks and self._ended:
+        if self._callbacks and self._ended_jobs:
             self.open()
         uid = self._call.uid
-        while self._ended:
-            job = self._ended.pop(0)
+        while self._ended_jobs:
+            job = self._ended_jobs.pop(0)
             told = {"state": state(job, uid), "receipt": receipt(job, uid)}
-            if self._ended or self._callbacks:
+            if self._ended_jobs or self._callbacks:
                 self._call.progress(told)
             else:
                 self._call.finish(told)

@@ -126,7 +126,7 @@ def test_processes_that_are_gone_are_forgotten(
             reader.keep(new)
             await reader.names(new[:1])
         # Those being read, and the last ones requested.
-        kept = (reader._names, reader._pending, reader._late)
+        kept = (reader._names, reader._pending, reader._late_keys)
         assert all(len(each) <= MAX_THREADS_OF_USER + 1 for each in kept)
 
     monkeypatch.setattr(names_module, "TIMEOUT_S", 0.02)

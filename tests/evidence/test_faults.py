@@ -141,7 +141,7 @@ def test_each_field_that_is_unknown_has_a_line_and_a_reason(
     qemu: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(debug_log, "_is_on", True)
-    monkeypatch.setattr(debug_log, "_noted", set())
+    monkeypatch.setattr(debug_log, "_logged_keys", set())
     caplog.set_level(logging.DEBUG, "qkilld")
 
     def refuse(file: KeptFile, most: int = 0) -> bytes:

@@ -59,7 +59,7 @@ def test_an_adopted_unit_is_safe_and_nothing_is_to_be_written() -> None:
 def test_without_a_guest_nothing_is_safe() -> None:
     nobody = replace(MUTE, guests=0)
     assert judge(BARE, nobody).word is UnitVerdict.UNKNOWN
-    assert "no QEMU runs in it" in judge(BARE, nobody).why
+    assert "no QEMU runs in it" in judge(BARE, nobody).reason
     stopped = replace(nobody, is_running=False)
     assert judge(BARE, stopped).word is UnitVerdict.SAFE, "its ExecStart= is a QEMU"
     script = replace(BARE, exec_start=(Command("/opt/run", ("/opt/run",)),))
@@ -157,7 +157,7 @@ def test_an_unknown_line_stays_and_stays_unknown() -> None:
     for around in (ASKABLE, MUTE):
         found = judge(facts, around)
         assert (found.word, found.writes) == (UnitVerdict.UNKNOWN, True)
-        assert "vm-stop" in found.why
+        assert "vm-stop" in found.reason
         assert written(facts, around)[:3] == [
             "ExecStop=",
             "ExecStop=-/opt/vm-stop web",
@@ -220,7 +220,7 @@ def test_a_server_of_this_host_needs_the_order() -> None:
     session = replace(around, storage=(replace(NBD, server="session-3.scope"),))
     refused = judge(BARE, session)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
-    assert "served" in refused.why
+    assert "served" in refused.reason
 
 
 def test_a_keeper_of_a_scope_comes_first() -> None:

@@ -82,9 +82,9 @@ def test_the_time_and_what_comes_next_are_there(columns: int) -> None:
 
 CHANGES: list[dict[str, Any]] = [
     {},
-    {"away": ""},
+    {"outage": ""},
     {"help": True},
-    {"message": "word " * 60, "where": "bus at unix:path=/" + "x" * 200},
+    {"message": "word " * 60, "bus_title": "bus at unix:path=/" + "x" * 200},
     {"prompt": "SIGKILL now to " + "x" * 100 + " Type yes: _", "steers": False},
 ]
 
@@ -116,27 +116,27 @@ def test_a_screen_fits(columns: int, rows: int) -> None:
 
 
 def test_the_chosen_job_is_always_to_be_seen() -> None:
-    state = WatchState(away="")
+    state = WatchState(outage="")
     for number in range(1, 101):
         state.show(numbered(number, name=f"guest{number}"))
     for step in (1, 1, 30, 30, 1000, -1, -50, -1000):
         state.choose(step)
-        chosen = state.jobs[state.chosen].name
+        chosen = state.jobs[state.selection].name
         for rows in (6, 12, 24):
             marked = [line.plain for line in screen(state, NOW, 80, rows) if "▸" in line.plain]
             assert len(marked) == 1 and chosen in marked[0], (rows, chosen)
 
 
 def test_one_that_has_ended_is_shown_for_a_while() -> None:
-    state = WatchState(away="")
+    state = WatchState(outage="")
     state.show(JOB)
     state.show(ENDED)
     assert state.running == 1
     assert any("but only by SIGKILL" in line.plain for line in screen(state, NOW, 100, 24))
     state.choose(1)
-    assert state.chosen == ENDED.path
+    assert state.selection == ENDED.path
     state.forget(NOW + KEEP_ENDED)
-    assert state.jobs.keys() == {JOB.path} and state.chosen == JOB.path
+    assert state.jobs.keys() == {JOB.path} and state.selection == JOB.path
 
 
 def test_a_question_is_seen_to_its_end() -> None:

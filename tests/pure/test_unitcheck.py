@@ -270,12 +270,12 @@ def test_mixed_kills_the_guest_behind_a_shell_at_once_without_a_helper() -> None
 
 def test_the_texts_have_the_units_own_values() -> None:
     (finding,) = check(replace(SAFE, exec_stop=(), timeout_stop=7 * S), AROUND)
-    assert finding.what == "it has no ExecStop=, and TimeoutStopSec=7s"
+    assert finding.problem == "it has no ExecStop=, and TimeoutStopSec=7s"
     (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), AROUND)
-    assert "less than the 1min 5s that storage may stand still" in finding.what
+    assert "less than the 1min 5s that storage may stand still" in finding.problem
     quick = replace(AROUND, policy=Policy(grace=S, stall=S, storage_stall=S, reap=S))
     (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), quick)
-    assert finding.what == "it has NotifyAccess=none, and TimeoutStopSec=5s"
+    assert finding.problem == "it has NotifyAccess=none, and TimeoutStopSec=5s"
 
 
 def test_a_scope_needs_a_guard() -> None:
