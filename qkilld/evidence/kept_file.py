@@ -3,11 +3,15 @@
 A read through an open descriptor costs 1 to 10 µs, opening and closing the file 6 to 9 µs more
 (measured, kernel 6.18). A descriptor in /proc/PID belongs to that process: reading returns ESRCH
 when the process is gone, even if its pid is reused (proc(5), pidfd_open(2)).
+
+A guest has about ten files to keep. When most of the descriptors that this program may have are in
+use, files are no longer kept, so that enough remain for many more guests.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 from typing import Final
 
 from qkilld.debug_log import note_once
@@ -20,9 +24,36 @@ GONE: Final = (FileNotFoundError, ProcessLookupError)
 """Errors of opening or reading a file of a process or thread that is gone."""
 
 
+class DescriptorShortage:
+    """Knows whether descriptors are scarce by the number of the last one that was opened: the
+    kernel gives the lowest that is free (open(2)), so all below it are in use."""
+
+    def __init__(self) -> None:
+        self.lasts = False
+
+    def note(self, descriptor: int) -> None:
+        """A descriptor that is kept was opened. It begins at two thirds of the limit, and ends
+        at half of it, so that files are not opened and closed by turns."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptor >= limit * 2 // 3:
+            self.lasts = True
+        elif descriptor < limit // 2:
+            self.lasts = False
+
+
+_shortage: Final = DescriptorShortage()
+
+
+def descriptors_are_scarce() -> bool:
+    """Return whether files that were not read must not stay open either."""
+    return _shortage.lasts
+
+
 def open_directory(path: str | os.PathLike[str], dir_fd: int | None = None) -> int:
     """Open a directory. Raises OSError."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
+    _shortage.note(descriptor)
+    return descriptor
 
 
 def read_once(path: str | os.PathLike[str], dir_fd: int | None = None, most: int = MOST) -> bytes:
@@ -35,7 +66,7 @@ def read_once(path: str | os.PathLike[str], dir_fd: int | None = None, most: int
 
 
 class KeptFile:
-    """A file that is opened at the first read and stays open."""
+    """A file that is opened at the first read, and stays open unless descriptors are scarce."""
 
     __slots__ = ("_descriptor", "_dir_fd", "_path")
 
@@ -48,13 +79,18 @@ class KeptFile:
         """Return its current text. Raises OSError; the next call then opens the file again."""
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
+            _shortage.note(self._descriptor)
         try:
             # Most are short, and what is kept of a long buffer would keep all of it.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
-            return text if len(text) < _SHORT else os.pread(self._descriptor, most, 0)
+            if len(text) >= _SHORT:
+                text = os.pread(self._descriptor, most, 0)
         except OSError:
             self.close()
             raise
+        if _shortage.lasts:
+            self.close()
+        return text
 
     def read_or_none(self) -> bytes | None:
         """Return its current text; None if it cannot be read."""

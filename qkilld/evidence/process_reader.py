@@ -24,7 +24,12 @@ from typing import Any, Final
 from qkilld.adapters.procfs import parse_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.faults import FaultGuard
-from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
+from qkilld.evidence.kept_file import (
+    KeptFile,
+    descriptors_are_scarce,
+    number_after,
+    open_directory,
+)
 from qkilld.evidence.rings import RingReader
 from qkilld.evidence.threads import ThreadReader
 from qkilld.model.sample import Io
@@ -106,6 +111,8 @@ class ProcessReader:
         known = None if has_run or not detail else self._last_values
         if known and call("reading /proc/PID/status", self._is_status, self._text):
             into.update(known)
+            if descriptors_are_scarce():
+                self._close_files()
             call("reading rings", self._read_rings, into, opened)
             return
         self._last_values = self._text = None
@@ -126,11 +133,16 @@ class ProcessReader:
         """May be called again."""
         if self._directory < 0:
             return
-        for file in (self._stat, self._status, self._io):
-            file.close()
+        self._close_files()
         self._threads.close()
         os.close(self._directory)
         self._directory = -1
+
+    def _close_files(self) -> None:
+        """Close what the next read opens again."""
+        for file in (self._stat, self._status, self._io):
+            file.close()
+        self._threads.close_files()
 
     def _read_stat(self, into: dict[str, Any]) -> tuple[int | None, bool]:
         """Read stat; return the number of threads, and whether the first one is exiting."""

@@ -130,9 +130,13 @@ class ThreadReader:
         """Return whether each thread slept in a known call at the last read."""
         return all(entry.wait_known and not entry.may_have_run for entry in self._entries.values())
 
-    def close(self) -> None:
+    def close_files(self) -> None:
+        """Close what the next read opens again."""
         for entry in self._entries.values():
             entry.schedstat.close()
+
+    def close(self) -> None:
+        self.close_files()
         self._entries.clear()
 
     def _list(self) -> None:
