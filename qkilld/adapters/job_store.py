@@ -70,7 +70,7 @@ class JobStore:
         for snapshot in snapshots:
             monitor = self._stored_monitor(snapshot)
             try:
-                registry.resume(self._process(snapshot), snapshot, monitor)
+                registry.resume(self._process(snapshot), snapshot, monitor, among_many=True)
                 if monitor is not None:
                     self._stored.pop(_monitor_name(snapshot.number))
             except SnapshotError as error:
@@ -78,6 +78,7 @@ class JobStore:
                 self._directory.set_aside(f"{_name(snapshot.number)}.json")
                 self.drop_fd(snapshot.number)
                 self.drop_monitor(snapshot.number)
+        registry.follow_resumed()
         for name in list(self._stored):
             self._reject(name, "no job here needs it")
 

@@ -189,6 +189,11 @@ class Job:
     def by_evidence(self) -> bool:
         return self.facts.by_evidence
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether it waits for a sample."""
+        return self._signals.is_looking
+
     def offer_monitor(self, passed: int) -> None:
         """Talk to the guest over that connection; to be called before `start`. It is the job's once
         that has succeeded."""

@@ -15,9 +15,10 @@ from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.ports import Clock, Journal, Monitors, Observer, Process, Sampler, Traces
+from qkilld.engine.resumed_jobs import ResumedJobs
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.engine.summary import StopSummary
-from qkilld.model.constants import USEC_PER_SEC, Result
+from qkilld.model.constants import USEC_PER_SEC, Phase, Result
 from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.event import Event
 from qkilld.model.guest import Guest, Identity, Label
@@ -76,6 +77,7 @@ class Registry:
         self._per_uid: Counter[int] = Counter()
         self._last = 0
         self._summary = StopSummary()
+        self._resumed = ResumedJobs(clock)
         self.on_busy: Callable[[bool], None] = lambda busy: None
         """Called when the first job starts to run, and when the last one ends."""
 
@@ -121,14 +123,20 @@ class Registry:
         return job
 
     def resume(
-        self, process: Process | None, past: Snapshot, monitor: KeptMonitor | None = None
+        self,
+        process: Process | None,
+        past: Snapshot,
+        monitor: KeptMonitor | None = None,
+        *,
+        among_many: bool = False,
     ) -> Job:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
         Becomes the owner of the process, which must be the snapshot's, and of `monitor`. None for
         the process means that it has exited; then a running job ends as exited or killed. Raises
         SnapshotError if the job conflicts with an existing one, or has times in the future; the
-        caller keeps `monitor` then.
+        caller keeps `monitor` then. With `among_many`, a job that would begin with a sample does
+        nothing until `follow_resumed`.
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or GoneProcess(past.guest)
@@ -153,8 +161,16 @@ class Registry:
         if past.ended is not None:
             self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
         job.check_process()
-        job.follow()
+        samples = job.phase is Phase.TERMINATE and job.by_evidence and not job.processors_stopped
+        if among_many and job.running and samples:
+            self._resumed.add(job)
+        else:
+            job.follow()
         return job
+
+    def follow_resumed(self) -> None:
+        """Let the jobs continue that were resumed among many."""
+        self._resumed.follow()
 
     def get(self, number: int) -> Job:
         try:

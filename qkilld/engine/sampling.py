@@ -23,6 +23,11 @@ class JobSampler:
         self._watch: Watch | None = None
         self._timeout: Timer | None = None
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a sample was requested and has not come, and may still come in time."""
+        return self._timeout is not None
+
     def look(self, seen: Callable[[Sample], None], *, detail: bool) -> None:
         """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
 

@@ -97,6 +97,11 @@ class SignalPhase:
         return self._term_at is not None or self._kill_at is not None
 
     @property
+    def is_looking(self) -> bool:
+        """Whether a sample was requested and has not come."""
+        return self._sampler.is_pending
+
+    @property
     def facts(self) -> JobFacts:
         """The facts for the next decision."""
         job = self._job

@@ -1,0 +1,50 @@
+"""Let the jobs of an earlier daemon continue: the most urgent first, a few at a time.
+
+Each begins with a sample, and the first one of a process takes the longest. If all were requested
+at once, most would come later than a blocked one may, and SIGKILL would wait as for dead storage.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qkilld.decision.ladder import decide
+from qkilld.engine.job import Job
+from qkilld.engine.ports import Clock
+
+AT_ONCE: Final = 16
+"""How many first samples are taken at a time."""
+PAUSE: Final = 5_000
+"""How long (µs) other work of the loop has before more samples are requested."""
+
+
+class ResumedJobs:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: list[Job] = []
+        self._looking: list[Job] = []
+
+    def add(self, job: Job) -> None:
+        self._waiting.append(job)
+
+    def follow(self) -> None:
+        """Let the jobs continue that were added, as soon as possible. Call it once."""
+        now = self._clock.now()
+        self._waiting.sort(key=lambda job: decide(job.facts, now).deadline)
+        self._waiting.reverse()  # The last one is the next.
+        self._follow_some()
+
+    def _follow_some(self) -> None:
+        try:
+            self._looking = [job for job in self._looking if job.is_looking]
+            while self._waiting and len(self._looking) < AT_ONCE:
+                job = self._waiting.pop()
+                if job.running:
+                    self._looking.append(job)
+                    job.follow()
+        finally:
+            # Even after a fault of one job, the others must continue.
+            if self._waiting:
+                self._clock.call_at(self._clock.now() + PAUSE, self._follow_some)
+            else:
+                self._looking.clear()
