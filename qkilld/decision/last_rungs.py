@@ -25,7 +25,7 @@ from qkilld.model.job import Risk
 
 OLD: Final = USEC_PER_SEC
 """A request that has been outstanding for this long (µs) may be for a disk that does not answer."""
-_INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
+INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
 """Runstates in which the disks belong to another host, or are about to."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
@@ -73,31 +73,35 @@ def plan_flush(
     """
     state = second or first
     running = state.runstate == RUNNING
-    if state.runstate in _INACTIVE:
+    if state.runstate in INACTIVE:
         return FlushPlan(False, False, (), "its disks are not active on this host")
-    stuck = _stuck_devices(first.queues or (), state.queues or ()) if second else frozenset()
     queue_devices = _queue_devices(state)
-    stuck_disks = tuple(disk for disk in state.disks if _device_of(disk, stuck))
+    stuck = stuck_disks(first, second)
     blind = [
         disk.title
         for disk in state.disks
-        if disk.network and not _device_of(disk, queue_devices) and disk not in stuck_disks
+        if disk.network and not _device_of(disk, queue_devices) and disk not in stuck
     ]
-    if stuck_disks:
-        why = f"requests of {_list(stuck_disks)} have not been answered for 1 s"
+    if stuck:
+        why = f"requests of {list_titles(stuck)} have not been answered for 1 s"
     elif state.foreign and running:
         why = f"nothing tells whether {state.foreign[0]} answers"
     elif blind and running:
         why = f"nothing tells whether {blind[0]}, which lies on a network, answers"
-    elif running and second and evidence and (standing := _standing(evidence)):
-        why = f"a request may be stuck: {standing}"
+    elif running and second and evidence and (standing := standing_waits(evidence)):
+        why = f"a request may be stuck: {standing[0].text}"
     else:
-        in_order = tuple(sorted(state.disks, key=lambda disk: disk.network))
+        in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
     # Local disks come first, while the monitor still answers.
-    healthy = [disk for disk in state.disks if disk not in stuck_disks and disk.title not in blind]
-    healthy.sort(key=lambda disk: disk.network)
-    return FlushPlan(False, running, tuple(healthy), why, stuck=stuck_disks)
+    healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in blind]
+    return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
+
+
+def sorted_by_risk(disks: Sequence[GuestDisk]) -> tuple[GuestDisk, ...]:
+    """Sort disks for a flush one by one, where one that hangs ends it: those on a network last, and
+    those without a device, whose flush waits for all other disks (QEMU 8 and later)."""
+    return tuple(sorted(disks, key=lambda disk: (disk.network, not disk.qdev)))
 
 
 def risks_of_state(state: BlockState) -> tuple[Risk, ...]:
@@ -182,6 +186,14 @@ def is_powered_off(state: BlockState) -> bool:
     return state.runstate == POWERED_OFF
 
 
+def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk, ...]:
+    """Return the disks whose requests were not answered from one look to the next."""
+    if second is None:
+        return ()
+    stuck = _stuck_devices(first.queues or (), second.queues or ())
+    return tuple(disk for disk in second.disks if _device_of(disk, stuck))
+
+
 def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]) -> frozenset[str]:
     """Return devices with a queue that had requests in flight and completed none in between."""
     before = {(queue.device, queue.number): queue for queue in first}
@@ -200,14 +212,14 @@ def _requests(evidence: Assessment) -> list[OpenWait]:
     return [wait for wait in evidence.waits if wait.key.startswith(_REQUESTS)]
 
 
-def _standing(evidence: Assessment) -> str:
-    """Return, in words, such a wait that has not moved for OLD; "" for none."""
+def standing_waits(evidence: Assessment) -> list[OpenWait]:
+    """Return such waits that have not moved for OLD."""
     since = evidence.last.at - OLD // 2
-    for wait in _requests(evidence):
-        moved_at = wait.since if wait.moved_at is None else wait.moved_at
-        if moved_at < since:
-            return wait.text
-    return ""
+    return [
+        wait
+        for wait in _requests(evidence)
+        if (wait.since if wait.moved_at is None else wait.moved_at) < since
+    ]
 
 
 def _queue_devices(state: BlockState) -> frozenset[str]:
@@ -226,6 +238,6 @@ def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
     return any(path == stem or path.startswith(f"{stem}/") for stem in stems)
 
 
-def _list(disks: Sequence[GuestDisk]) -> str:
+def list_titles(disks: Sequence[GuestDisk]) -> str:
     titles = ", ".join(disk.title for disk in disks[:4])
     return f"{titles}, …" if len(disks) > 4 else titles

@@ -149,9 +149,12 @@ class GuestMonitor(Protocol):
         """After QEMU's exit, return the signs up to its end, and whether none can be missing. Does
         not block."""
 
-    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+    def look_at_disks(
+        self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
+    ) -> None:
         """Read the state of the disks; call back with it, or with the reason why that is
-        impossible."""
+        impossible. Without `files`, no file system is asked, and the state lacks some facts
+        (monitor.disks.look)."""
 
     def look_at_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
@@ -234,9 +237,11 @@ class Monitors(Protocol):
     async def check_passed(self, process: Process, passed: int) -> None:
         """Raises InvalidArgs if that descriptor is no connection to a monitor of the process."""
 
-    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+    async def look_at_disks(
+        self, process: Process, qmp_socket: str, *, files: bool
+    ) -> BlockState | None:
         """Read the disks of a guest that is not being stopped, if its QMP monitor is free; None if
-        that takes longer than a second."""
+        that takes longer than a second. `files` as in GuestMonitor.look_at_disks."""
 
     async def describe(self, process: Process) -> tuple[str, ...]:
         """Describe the ways to talk to the guest, and the obstacles."""

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from qkilld.decision import last_rungs
+from qkilld.decision import early_flush, last_rungs
+from qkilld.decision.early_flush import EarlyFlush
 from qkilld.decision.last_rungs import FlushPlan, JobsProgress
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
@@ -66,6 +67,8 @@ class QuitPhase:
         self._sampler = JobSampler(process, sampler, clock)
         self._evidence: Assessment | None = None
         """What was seen of the process from outside."""
+        self._on_sample: tuple[int, Callable[[bool], None]] | None = None
+        """The step that waits for a sample, and what it does then."""
         self.stopped = False
         """This job has stopped the processors, or may have."""
         self._timer: Timer | None = None
@@ -80,6 +83,11 @@ class QuitPhase:
         self.stuck: tuple[str, ...] = ()
         """The names of nodes that did not answer."""
         self._first: BlockState | None = None
+        self._early = False
+        """The disks that certainly answer are flushed before QEMU asks the file systems."""
+        self._flushed: list[str] = []
+        """The disks that were flushed early."""
+        self._unflushed: list[str] = []
         self._jobs = JobsProgress()
 
     # ---- beginning ----
@@ -183,15 +191,31 @@ class QuitPhase:
 
     def _open(self) -> None:
         step = self._start(OPEN_TIMEOUT)
+        is_open = False
+        sample: Sample | None = None
 
         def opened(found: GuestMonitor | str | Exception) -> None:
+            nonlocal is_open
             if not self._is_current(step):
                 return
             if isinstance(found, str | Exception):
                 self._fail(found)
-            else:
+                return
+            is_open = True
+            begin()
+
+        def sampled(first: Sample) -> None:
+            nonlocal sample
+            sample = first
+            begin()
+
+        def begin() -> None:
+            if self._is_current(step) and is_open and sample is not None:
+                self._early = early_flush.may_hang(sample)
                 self._look()
 
+        # Takes less time than opening the monitor.
+        self._sampler.look(sampled, detail=False)
         self._link.open(opened, asked=bool(self._job.rungs))
 
     def _look(self) -> None:
@@ -207,21 +231,40 @@ class QuitPhase:
             else:
                 self._seen(found)
 
-        if (monitor := self._monitor()) is not None:
+        if self._early:
+            self._look_early(step)
+        elif (monitor := self._monitor()) is not None:
             monitor.look_at_disks(looked)
 
-    def _look_from_outside(self, step: int, seen: Callable[[bool], None]) -> None:
-        """Take a sample, and tell whether anything has moved since the last one."""
+    def _look_early(self, step: int) -> None:
+        """Look at the disks without a question to a file system."""
 
-        def sampled(sample: Sample) -> None:
+        def looked(state: BlockState | str | Exception) -> None:
             if not self._is_current(step):
                 return
-            before = self._evidence
-            self._evidence = after = assess(before, sample)
-            moved = before is not None and after.progress_at != before.progress_at
-            seen(moved)
+            if isinstance(state, str | Exception):
+                self._fail(state)
+            else:
+                self._look_from_outside(step, lambda moved: self._seen_early(state))
 
-        self._sampler.look(sampled, detail=False)
+        if (monitor := self._monitor()) is not None:
+            monitor.look_at_disks(looked, files=False)
+
+    def _look_from_outside(self, step: int, seen: Callable[[bool], None]) -> None:
+        """Take a sample, and tell whether anything has moved since the last one.
+
+        If a sample was requested before, its result serves.
+        """
+        self._on_sample = (step, seen)
+        self._sampler.look(self._sampled, detail=False)
+
+    def _sampled(self, sample: Sample) -> None:
+        wanted, self._on_sample = self._on_sample, None
+        if wanted is None or not self._is_current(wanted[0]):
+            return
+        before = self._evidence
+        self._evidence = after = assess(before, sample)
+        wanted[1](before is not None and after.progress_at != before.progress_at)
 
     def _monitor(self) -> GuestMonitor | None:
         """Return the open monitor; None if it was lost, which ends this phase."""
@@ -251,16 +294,66 @@ class QuitPhase:
     def _seen(self, state: BlockState) -> None:
         self._powered_off = last_rungs.is_powered_off(state)
         self.disks = state.disks
+        evidence = self._evidence if last_rungs.wants_evidence(state) else None
         if self._waits_for_jobs(state):
             self._look_later(LOOK_INTERVAL)
-        elif self._first is None and last_rungs.needs_second_look(state, self._evidence):
+        elif self._first is None and last_rungs.needs_second_look(state, evidence):
             self._first = state
             self._look_later(last_rungs.OLD)
         elif self._job.control.held:
             self._look_later(LOOK_INTERVAL)
         else:
             first, second = self._first or state, self._second(state)
-            self._carry_out(last_rungs.plan_flush(first, second, self._evidence), state)
+            self._carry_out(last_rungs.plan_flush(first, second, evidence), state)
+
+    def _seen_early(self, state: BlockState) -> None:
+        evidence = self._evidence
+        self._powered_off = last_rungs.is_powered_off(state)
+        if self._job.control.held or evidence is None:
+            self._look_later(LOOK_INTERVAL)
+        elif self._first is None and early_flush.needs_second_look(state, evidence):
+            self._first = state
+            self._look_later(last_rungs.OLD)
+        else:
+            plan = early_flush.plan_early_flush(self._first or state, self._second(state), evidence)
+            self._unflushed = [disk.title for disk in state.disks]
+            batches = [batch for batch in (plan.healthy, plan.others) if batch]
+            self._flush_early(plan, state, batches)
+
+    def _flush_early(
+        self, plan: EarlyFlush, state: BlockState, batches: Sequence[tuple[GuestDisk, ...]]
+    ) -> None:
+        """Flush these disks, one batch after the other, and continue."""
+        if not batches:
+            self._end_early(plan, state)
+            return
+        batch, *others = batches
+        step, most = self._start_flush()
+
+        def flushed(results: tuple[FlushResult, ...] | Exception) -> None:
+            if not self._is_current(step):
+                return
+            if isinstance(results, Exception):
+                self._fail(results)
+                return
+            titles = [one.title for one in results if not one.error]
+            self._flushed += titles
+            self._unflushed = [title for title in self._unflushed if title not in titles]
+            if len(results) < len(batch):
+                self._fail("a disk takes longer to be flushed")
+            else:
+                self._flush_early(plan, state, others)
+
+        if (monitor := self._monitor()) is not None:
+            monitor.flush_running(batch, flushed, timeout=most)
+
+    def _end_early(self, plan: EarlyFlush, state: BlockState) -> None:
+        self._early = False
+        if plan.hung:
+            self._add_risks(last_rungs.risks_of_state(state))
+            self._fail(plan.hung)
+        else:
+            self._look()
 
     def _second(self, state: BlockState) -> BlockState | None:
         return state if self._first is not None else None
@@ -366,7 +459,7 @@ class QuitPhase:
                 self._end_qemu()
 
         if (monitor := self._monitor()) is not None:
-            self._job.note_rung("flush", self._clock.now())
+            self._note_flush()
             monitor.stop_and_flush(plan.disks, flushed, stop=plan.running, timeout=timeout)
 
     def _flush_running(self, plan: FlushPlan, state: BlockState) -> None:
@@ -385,7 +478,7 @@ class QuitPhase:
                 self._end_qemu()
 
         if (monitor := self._monitor()) is not None:
-            self._job.note_rung("flush", self._clock.now())
+            self._note_flush()
             monitor.flush_running(plan.disks, flushed, timeout=most)
 
     def _end_qemu(self) -> None:
@@ -418,8 +511,17 @@ class QuitPhase:
         self._tell(FlushReport(outcome, reason, proven), risks)
 
     def _leave_out(self, reason: str) -> None:
-        if self._job.flush == FlushReport():
-            self._tell(FlushReport("left-out", reason), ())
+        if self._job.flush != FlushReport():
+            return
+        outcome = "left-out"
+        if self._flushed:
+            missing = _join_titles(self._unflushed)
+            outcome, reason = "partial", f"{reason}; flushed but for {missing}"
+            self._note_flush()
+        self._tell(FlushReport(outcome, reason), ())
+
+    def _note_flush(self) -> None:
+        self._job.note_rung("flush", self._clock.now())
 
     def _tell(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
         self._add_risks(risks)

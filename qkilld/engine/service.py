@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Final
 from weakref import WeakValueDictionary
 
+from qkilld.decision.early_flush import NOT_ASKED, may_hang
 from qkilld.decision.ladder import policy_for
 from qkilld.decision.last_rungs import HUMAN_MONITOR_ALONE, notes_of_plan
 from qkilld.decision.plan import Plan, make_plan
@@ -296,12 +297,14 @@ class Service:
         policy = policy_for(asked, configured, _spans(given))
         request = _request(asked, given, identity.uid)
         plan = make_plan(identity, request, policy, found.evidence, self._clock.now())
-        notes = await self._notes(found.guest, request)
+        notes = await self._notes(found.guest, request, found.evidence)
         if found.guest.label.name is None:
             notes = (events.NAME_UNKNOWN, *notes)
         return found.guest, replace(plan, ways=ways, warnings=(*plan.warnings, *notes))
 
-    async def _notes(self, guest: Guest, request: Request) -> tuple[str, ...]:
+    async def _notes(
+        self, guest: Guest, request: Request, evidence: Assessment | None
+    ) -> tuple[str, ...]:
         """Describe disks that are never flushed, and what SIGTERM would cancel."""
         reachable = guest.label.qmp or bool(request.qmp_socket)
         by_evidence = not request.flags & (Flag.FIXED | Flag.NOWAIT)
@@ -313,8 +316,12 @@ class Service:
         process = self._host.open(guest.identity.pid)
         try:
             check_same(process.guest.identity, guest.identity.start_time)
-            state = await self._monitors.look_at_disks(process, request.qmp_socket)
-            return () if state is None else notes_of_plan(state)
+            # A plan must not block a guest in a file system that does not answer.
+            files = evidence is not None and not may_hang(evidence.last)
+            state = await self._monitors.look_at_disks(process, request.qmp_socket, files=files)
+            if state is None:
+                return ()
+            return notes_of_plan(state) if files else (*notes_of_plan(state), NOT_ASKED)
         finally:
             process.close()
 

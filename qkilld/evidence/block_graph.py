@@ -53,7 +53,9 @@ class BlockGraph:
     endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
     """The use of each connection: its node, or None if it is not for storage."""
     raw: set[str] = field(default_factory=set)
-    """Nodes whose servers are in no option, those of rbd for example."""
+    """The paths of raw images."""
+    images: dict[str, set[str]] = field(default_factory=dict)
+    """The names of the nodes and drives that use each image, by its path."""
     unlocated: list[Node] = field(default_factory=list)
     """Nodes whose servers no option names, of rbd say."""
     pluggable: bool = False
@@ -88,6 +90,14 @@ class BlockGraph:
     def raw_paths(self, directory: str) -> frozenset[str]:
         """Return the paths of raw images, as the kernel shows them if no link is involved."""
         return frozenset(self.raw | _resolved(self.raw, directory))
+
+    def image_names(self, directory: str) -> dict[str, frozenset[str]]:
+        """Return the names of the nodes that use each image, by the paths of `raw_paths`."""
+        names: dict[str, frozenset[str]] = {}
+        for path, given in self.images.items():
+            for each in {path} | _resolved({path}, directory):
+                names[each] = names.get(each, frozenset()) | given
+        return names
 
 
 def _resolved(names: set[str], directory: str) -> set[str]:
@@ -126,7 +136,11 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
             continue
         name = flat.get("node-name") or flat.get("id") or f"{option.name}{number}"
         _read_nodes(graph, name, flat, 0)
-        disks.append(_read_disk_option(name, option.name == "blockdev", flat))
+        disk = _read_disk_option(name, option.name == "blockdev", flat)
+        disks.append(disk)
+        for path in map(_bare, disk.paths):
+            own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
+            graph.images.setdefault(path, set()).update(own)
     graph.raw.update(path for path, raw in _images(disks, in_use).items() if raw)
 
 

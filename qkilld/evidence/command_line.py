@@ -8,6 +8,7 @@ another user's process need the ptrace right.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +18,8 @@ from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, read_config
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.debug_log import about, note_once
 from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_graph
+from qkilld.model.sample import ImagePlace
+from qkilld.model.text import printable
 
 TIMEOUT_S: Final = 0.05
 
@@ -30,6 +33,7 @@ class GraphReader:
         self._graph: BlockGraph | None = None
         self._directory = ""
         self._raw: frozenset[str] = frozenset()
+        self._names: dict[str, frozenset[str]] = {}
 
     def read(self) -> BlockGraph | None:
         """Return the graph; None while it is unknown. Waits for at most TIMEOUT_S."""
@@ -55,6 +59,15 @@ class GraphReader:
             return None
         return sum(path not in self._raw for path in paths)
 
+    def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
+        """Name open images. `mounts`: ImagePlace.mount by path. None if that is unknown."""
+        if self._graph is None or mounts is None:
+            return None
+        return tuple(
+            ImagePlace(tuple(sorted(map(printable, self._names.get(path, ())))), mount)
+            for path, mount in mounts.items()
+        )
+
     def _look(self) -> None:
         about(self._pid)
         try:
@@ -73,6 +86,7 @@ class GraphReader:
             sections = [section for text in texts for section in parse_config(text)]
             graph = read_block_graph(argv, sections)
             self._raw = graph.raw_paths(self._directory)
+            self._names = graph.image_names(self._directory)
             self._graph = graph
         except (OSError, ValueError) as error:
             note_once("reading the command line", error)  # it stays unknown

@@ -132,6 +132,7 @@ class Reader:
             nodes=nodes,
             pluggable=None if graph is None else graph.pluggable,
             formatted=self._graph.formatted(self._storage.writable),
+            images=self._graph.images(self._storage.writable_mounts) if mounts != () else (),
             **values,
         )
         if is_on():

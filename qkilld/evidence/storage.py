@@ -139,6 +139,14 @@ class StorageReader:
         return [i.path for n, i in self._images.items() if i.writable and n > _STANDARD_ERROR]
 
     @property
+    def writable_mounts(self) -> dict[str, str] | None:
+        """Return FilePlace.mount of each image open for writing, by its path; None before a
+        successful refresh()."""
+        if not self._known:
+            return None
+        return {path: place.mount for path, place in self.writable_places.items()}
+
+    @property
     def writable_places(self) -> dict[str, FilePlace]:
         """Return the storage of each image open for writing, by its path."""
         return {

@@ -30,8 +30,12 @@ class GuestDisk:
     """cache=unsafe: QEMU never flushes it."""
     device: str | None = None
     """The path of its device; None if unknown."""
+    qdev: str = ""
+    """QEMU's name for its device; "" if unknown."""
     connections: tuple[str, ...] = ()
     """The names of the nodes below it that use a network connection."""
+    names: tuple[str, ...] = ()
+    """If only its statistics were read: its name and those of the nodes below it, printable."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,17 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePlace:
+    """An image that is open for writing, while one lies on a file system without a block device."""
+
+    names: tuple[str, ...]
+    """QEMU's names of the nodes that use it, by the command line. () if it does not tell: the image
+    was added later, or is named by way of a link."""
+    mount: str
+    """MAJOR:MINOR of its file system without a block device; "" if it lies on block devices."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     at: int
     """CLOCK_MONOTONIC, µs."""
@@ -231,3 +242,5 @@ class Sample:
     """Storage may have been added that the command line does not name."""
     formatted: int | None = None
     """Images open for writing that are not known to be raw: QEMU may hold back data for them."""
+    images: tuple[ImagePlace, ...] | None = None
+    """() if `mounts` is empty."""

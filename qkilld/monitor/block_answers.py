@@ -22,6 +22,7 @@ NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
     | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
 )
+_FILE_DRIVERS: Final = frozenset({"file", "host_device"})
 _URL: Final = re.compile(r"(\w+)(?:\+\w+)?:")
 _MAX_DEPTH: Final = 16
 _DONE: Final = frozenset({"none", "completed", "failed", "cancelled"})
@@ -40,6 +41,26 @@ def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
                 pass  # Empty or read-only.
             case _:
                 raise _unreadable("query-block")
+    if len(disks) > MAX_DISKS:
+        raise MonitorProtocolError(f"It has more than {MAX_DISKS} disks")
+    return tuple(disks)
+
+
+def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
+    """Return the disks in query-blockstats, read-only ones as well.
+
+    QEMU answers it without asking a file system, which it does for query-block and
+    query-named-block-nodes (7.2 to 11.1). But it does not tell how a disk is cached.
+    """
+    disks = []
+    for entry in _list(answer, "query-blockstats"):
+        match entry:
+            case {"node-name": str(node)}:
+                disks.append(_disk_of_statistics(entry, node))
+            case {"stats": dict()}:
+                pass  # Empty.
+            case _:
+                raise _unreadable("query-blockstats")
     if len(disks) > MAX_DISKS:
         raise MonitorProtocolError(f"It has more than {MAX_DISKS} disks")
     return tuple(disks)
@@ -88,6 +109,13 @@ def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
     return tuple(jobs)
 
 
+def read_export_ids(answer: object) -> tuple[str, ...]:
+    """Return the ids in query-block-exports; "" for one that is unreadable, because nothing here
+    may keep a guest paused."""
+    entries = answer if isinstance(answer, list) else [None]
+    return tuple(str(one.get("id", "")) if isinstance(one, dict) else "" for one in entries)
+
+
 def read_migration(answer: object) -> tuple[BackgroundJob, ...]:
     """Return the outgoing migration in query-migrate, if one is in progress."""
     if not isinstance(answer, dict):
@@ -125,7 +153,29 @@ def _disk(
         # A backup inserts a filter on top, which flushes on request.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
+        qdev=device if isinstance(device, str) else "",
         connections=tuple(dict.fromkeys(below)),
+    )
+
+
+def _disk_of_statistics(entry: Mapping[str, Any], node: str) -> GuestDisk:
+    name, device = entry.get("device"), entry.get("qdev")
+    names = [name, node] if isinstance(name, str) and name else [node]
+    lowest = entry
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(below := lowest.get("parent"), dict):
+            break
+        lowest = below
+        if isinstance(lower := lowest.get("node-name"), str):
+            names.append(lower)
+    details = lowest.get("driver-specific")
+    return GuestDisk(
+        node=node,
+        title=_title(names[0]),
+        network=not (isinstance(details, dict) and details.get("driver") in _FILE_DRIVERS),
+        device=device if isinstance(device, str) else None,
+        qdev=device if isinstance(device, str) else "",
+        names=tuple(map(printable, names)),
     )
 
 

@@ -17,7 +17,7 @@ import re
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, RequestQueue
@@ -37,21 +37,31 @@ EXPORT_PREFIX: Final = "qkilld-"
 _LISTENER: Final = "qkilld-nbd"
 _COMMAND_NAME: Final = re.compile(r"[#\w.-]{1,64}", re.ASCII)
 """A node name that the human monitor takes as one word."""
+_DEVICE_NAME: Final = re.compile(r"[/\w][][/\w.-]{0,255}", re.ASCII)
+"""The same for the id or path of a device; it must not look like an option."""
 _VIRTIO_DISKS: Final = {"virtio-blk": 0, "virtio-scsi": 2}
 """Virtio devices with disks, and the number of queues before their request queues."""
 _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-user-fs"})
 
 
-async def look(qmp: QmpClient) -> BlockState:
-    """Read the disks, their requests in flight, and background jobs. Raises MonitorError."""
+async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
+    """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
+
+    QEMU's main thread asks the file systems of all images for their sizes, and hangs with one that
+    does not answer. Without `files` it asks none, and the state shows all disks, but not whether
+    they failed, or are never flushed.
+    """
 
     async def ask(command: str, **arguments: Any) -> Any:
         return await qmp.execute(command, arguments or None, timeout_s=QUERY_S)
 
     at = time.monotonic_ns() // 1000
     runstate = answers.read_runstate(await ask("query-status"))
-    nodes = await ask("query-named-block-nodes", flat=True)
-    disks = block_answers.read_disks(await ask("query-block"), nodes)
+    if files:
+        nodes = await ask("query-named-block-nodes", flat=True)
+        disks = block_answers.read_disks(await ask("query-block"), nodes)
+    else:
+        disks = block_answers.read_disk_statistics(await ask("query-blockstats"))
     jobs = await look_at_jobs(qmp)
     queues: tuple[RequestQueue, ...] | None = None
     foreign: tuple[str, ...] = ()
@@ -115,13 +125,30 @@ async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     await qmp.execute("stop", timeout_s=timeout_s)
 
 
-async def flush(
-    qmp: QmpClient, disks: Sequence[tuple[str, str]], *, timeout_s: float
-) -> tuple[FlushResult, ...]:
-    """Flush nodes, given as (name, title), and report each result; leaves no export behind.
+@dataclass(slots=True)
+class ExportServer:
+    """What is known of the NBD server in QEMU."""
 
-    The processors must be stopped. Raises MonitorError if QEMU cannot export anything.
+    ours: bool | None = None
+    """Whether it is, or may be, one that we started over this connection; None if it may have been
+    started over an earlier one."""
+
+
+async def flush(
+    qmp: QmpClient,
+    disks: Sequence[tuple[str, str]],
+    server: ExportServer | None = None,
+    *,
+    timeout_s: float,
+) -> tuple[FlushResult, ...]:
+    """Flush nodes, given as (name, title), and report each result.
+
+    Leaves no server behind if QEMU answers in time; otherwise `resume` removes it, with the same
+    `server`. The processors must be stopped. Raises MonitorError if QEMU cannot export anything.
     """
+    server = server or ExportServer()
+    if server.ours is None:
+        server.ours = False
     if not disks:
         return ()
     until = time.monotonic() + timeout_s
@@ -129,15 +156,19 @@ async def flush(
     with contextlib.ExitStack() as stack:
         try:
             async with asyncio.timeout(timeout_s):
-                connections = await _serve(qmp, len(disks), stack)
+                connections = await _serve(qmp, len(disks), stack, server)
                 for number, ((node, title), one) in enumerate(zip(disks, connections, strict=True)):
                     results.append(await _flush_one(qmp, number, node, title, one))
         except TimeoutError:
             pass
         finally:
+            # QEMU 7.2 waits in nbd-server-stop for connections that are being negotiated.
+            stack.close()
             remaining_s = max(until - time.monotonic(), QUERY_S / 10)
-            with contextlib.suppress(MonitorError):
-                await qmp.execute("nbd-server-stop", timeout_s=remaining_s)
+            if server.ours:
+                with contextlib.suppress(MonitorError):
+                    await qmp.execute("nbd-server-stop", timeout_s=remaining_s)
+                    server.ours = False
     unfinished = disks[len(results) :]
     return (
         *results,
@@ -145,34 +176,54 @@ async def flush(
     )
 
 
-async def flush_by_name(qmp: QmpClient, node: str, title: str, *, timeout_s: float) -> FlushResult:
-    """Flush a node while the processors run; errors of the disk are not reported.
+async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
+    """Flush a disk while the processors run; its errors are not reported.
 
-    Raises MonitorTimeout, with the monitor blocked until the flush is done; MonitorError.
+    It is named by its device if it has one: from QEMU 8 on, naming a node waits for all requests of
+    all disks first (measured, 10.0 and 11.1). Raises MonitorTimeout, with the monitor blocked until
+    the flush is done; MonitorError.
     """
-    if not _COMMAND_NAME.fullmatch(node):
-        return FlushResult(node, title, "its name cannot be given to the monitor", refused=True)
-    try:
-        await qmp.hmp(f"qemu-io {node} flush", timeout_s=timeout_s)
-    except CommandRefused as error:
-        return FlushResult(node, title, printable(str(error)), refused=True)
-    return FlushResult(node, title)
+    names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []
+    names += [disk.node] if _COMMAND_NAME.fullmatch(disk.node) else []
+    why = "its name cannot be given to the monitor"
+    until = time.monotonic() + timeout_s
+    for name in names:
+        try:
+            remaining_s = max(until - time.monotonic(), 0.0)
+            await qmp.hmp(f"qemu-io {name} flush", timeout_s=remaining_s)
+        except CommandRefused as error:  # QEMU 4.0 and older know no -d.
+            why = printable(str(error))
+        else:
+            return FlushResult(disk.node, disk.title)
+    return FlushResult(disk.node, disk.title, why, refused=True)
 
 
-async def resume(qmp: QmpClient) -> None:
-    """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError."""
-    exports = await qmp.execute("query-block-exports", timeout_s=CONTINUE_S)
-    all_ours = isinstance(exports, list) and all(
-        isinstance(one, dict) and str(one.get("id", "")).startswith(EXPORT_PREFIX)
-        for one in exports
-    )
-    if all_ours and exports:
+async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
+    """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
+
+    A server without exports is removed as well if it may be ours, because an interrupted flush may
+    have added none yet. One with exports of another program stays, without ours.
+    """
+    ids: tuple[str, ...] = ()
+    with contextlib.suppress(CommandRefused):  # It has no exports before QEMU 5.2.
+        ids = block_answers.read_export_ids(
+            await qmp.execute("query-block-exports", timeout_s=CONTINUE_S)
+        )
+    own = [one for one in ids if one.startswith(EXPORT_PREFIX)]
+    if len(own) < len(ids):
+        for one in own:
+            with contextlib.suppress(CommandRefused):
+                arguments = {"id": one, "mode": "hard"}
+                await qmp.execute("block-export-del", arguments, timeout_s=CONTINUE_S)
+    elif own or server is None or server.ours is not False:
         with contextlib.suppress(CommandRefused):
             await qmp.execute("nbd-server-stop", timeout_s=CONTINUE_S)
     await qmp.execute("cont", timeout_s=CONTINUE_S)
 
 
-async def _serve(qmp: QmpClient, count: int, stack: contextlib.ExitStack) -> list[NbdConnection]:
+async def _serve(
+    qmp: QmpClient, count: int, stack: contextlib.ExitStack, server: ExportServer
+) -> list[NbdConnection]:
     """Make `count` connections to an NBD server that accepts no other. Raises MonitorError,
     TimeoutError."""
     listener = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -187,10 +238,14 @@ async def _serve(qmp: QmpClient, count: int, stack: contextlib.ExitStack) -> lis
         raise MonitorTimeout(f"No connection for a flush could be made: {error.strerror}") from None
     await qmp.execute("getfd", {"fdname": _LISTENER}, timeout_s=QUERY_S, pass_fd=listener.fileno())
     address = {"type": "fd", "data": {"str": _LISTENER}}
-    # Refused if QEMU has a server already, which is not ours.
-    await qmp.execute(
-        "nbd-server-start", {"addr": address, "max-connections": count}, timeout_s=QUERY_S
-    )
+    before, server.ours = server.ours, True
+    try:
+        await qmp.execute(
+            "nbd-server-start", {"addr": address, "max-connections": count}, timeout_s=QUERY_S
+        )
+    except CommandRefused:
+        server.ours = before  # It has another one already.
+        raise
     connections = [NbdConnection(one) for one in sockets]
     for each in connections:
         await each.greet()

@@ -169,7 +169,9 @@ class JobMonitors:
         _, listeners, _ = await read_process(process.guest.identity)
         endpoint_at(qmp_socket, listeners)
 
-    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+    async def look_at_disks(
+        self, process: Process, qmp_socket: str, *, files: bool
+    ) -> BlockState | None:
         """See the port. A monitor in use by another program is left alone."""
         try:
             async with asyncio.timeout(LOOK_S):
@@ -177,7 +179,8 @@ class JobMonitors:
                     process, self._table, qmp_socket=qmp_socket, directly=self._directly
                 )
                 try:
-                    return await disks.look(control.qmp) if control.qmp is not None else None
+                    qmp = control.qmp
+                    return await disks.look(qmp, files=files) if qmp is not None else None
                 finally:
                     control.close()
         except (TimeoutError, QkilldError) as error:
@@ -219,6 +222,7 @@ class JobMonitor:
     def __init__(self, control: GuestControl) -> None:
         self._control = control
         self._tasks = _Tasks()
+        self._server = disks.ExportServer()
         self._can_have_agent = bool(control.guest_endpoints.with_role(Role.AGENT))
 
     @property
@@ -267,9 +271,11 @@ class JobMonitor:
 
         self._run(obey, callback)
 
-    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+    def look_at_disks(
+        self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
+    ) -> None:
         async def look() -> BlockState:
-            return await disks.look(self._qmp())
+            return await disks.look(self._qmp(), files=files)
 
         self._run(look, callback)
 
@@ -296,7 +302,8 @@ class JobMonitor:
             if stop:
                 await disks.stop_processors(qmp, timeout_s=until - time.monotonic())
             names = [(disk.node, disk.title) for disk in of]
-            return await disks.flush(qmp, names, timeout_s=max(until - time.monotonic(), 0.1))
+            timeout_s = max(until - time.monotonic(), 0.1)
+            return await disks.flush(qmp, names, self._server, timeout_s=timeout_s)
 
         self._run(carry_out, callback)
 
@@ -314,9 +321,7 @@ class JobMonitor:
             with contextlib.suppress(MonitorError):
                 for disk in of:
                     left = max(until - time.monotonic(), 0.0)
-                    one = await disks.flush_by_name(
-                        self._qmp(), disk.node, disk.title, timeout_s=left
-                    )
+                    one = await disks.flush_by_name(self._qmp(), disk, timeout_s=left)
                     found.append(one)
             return tuple(found)
 
@@ -324,7 +329,7 @@ class JobMonitor:
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
         async def resume() -> str:
-            await disks.resume(self._qmp())
+            await disks.resume(self._qmp(), self._server)
             return ""
 
         self._tasks.interrupt()

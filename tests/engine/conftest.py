@@ -245,8 +245,10 @@ class FakeMonitors:
         """The result of a flush; None for no reply."""
         self.answers_flush = True
         """Whether a flush while the processors run is answered."""
+        self.files_answer = True
+        """Whether a look at the disks that asks the file systems is answered."""
         self.done: list[str] = []
-        """Operations on the disks."""
+        """Operations on the disks; looks at them from the first one on that asks no file system."""
         self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
         self.answers = True
         """Whether out-of-band commands are answered."""
@@ -287,7 +289,9 @@ class FakeMonitors:
 
     async def check_passed(self, process: Process, passed: int) -> None: ...
 
-    async def look_at_disks(self, process: Process, qmp_socket: str) -> BlockState | None:
+    async def look_at_disks(
+        self, process: Process, qmp_socket: str, *, files: bool
+    ) -> BlockState | None:
         found = self.disks(self._clock.now())
         return None if isinstance(found, str) else found
 
@@ -341,7 +345,15 @@ class FakeMonitor:
             self._monitors.on_order(what)
         self._call(lambda: callback(refused))
 
-    def look_at_disks(self, callback: Callable[[BlockState | str | Exception], None]) -> None:
+    def look_at_disks(
+        self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
+    ) -> None:
+        if not files:
+            self._monitors.done.append("look")
+        elif "look" in self._monitors.done:
+            self._monitors.done.append("look at files")
+        if files and not self._monitors.files_answer:
+            return
         found = self._monitors.disks(self._clock.now())
         if not isinstance(found, str):
             found = replace(found, at=self._clock.now())

@@ -24,7 +24,7 @@ from qkilld.model.errors import Busy, UnknownIdentity
 from qkilld.model.guest import Identity, Label
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Control
-from qkilld.model.sample import Device, Thread
+from qkilld.model.sample import Device, ImagePlace, Mount, Thread
 from tests.engine.conftest import IDLE, FakeProcess, S, World, make_guest
 
 FORCE = Flag.FORCE
@@ -470,3 +470,71 @@ def test_label_of_a_guest_survives() -> None:
     assert (
         decode(saved_when_stopped()).guest.label == replace(make_guest().label, qmp=True) != Label()
     )
+
+
+FUSE = Mount("fuse.lab", None, None, "0:53")
+PLACES = (ImagePlace(("remote",), "0:53"), ImagePlace(("local",), ""))
+
+
+def world_with_fuse() -> World:
+    """A guest with a disk on FUSE, and a local one."""
+    names = replace(LOCAL, names=("local",)), replace(LOCAL, title="remote", names=("remote",))
+    world = flushing_world(replace(QUIET, disks=names))
+    shown = replace(IDLE, mounts=(FUSE,), images=PLACES)
+    world.sampler.shows = lambda now: shown
+    return world
+
+
+def test_before_a_file_system_is_asked_the_local_disk_is_flushed() -> None:
+    world, process = world_with_fuse(), with_monitor()
+    job = world.stop(process)
+    world.clock.advance(0)
+    assert world.monitors.done == [
+        *("look", "flush local", "look at files"),
+        *("flush local", "flush remote", "stop", "flush"),
+    ]
+    assert (process.sent, job.flush.outcome) == ([SIGTERM], "complete")
+    assert [rung.action for rung in job.rungs] == ["flush", "SIGTERM"]
+
+
+def test_a_file_system_that_does_not_answer_hides_no_flush() -> None:
+    world, process = world_with_fuse(), with_monitor()
+    world.monitors.files_answer = False
+    job = world.stop(process)
+    world.clock.advance(4)
+    assert world.monitors.done == ["look", "flush local", "look at files"]
+    assert (process.sent, job.flush.outcome, job.flush.proven) == ([SIGTERM], "partial", False)
+    assert job.flush.reason.endswith("did not answer in time; flushed but for remote")
+    assert [rung.action for rung in job.rungs] == ["flush", "SIGTERM"]
+
+
+def test_a_call_that_stands_keeps_it_from_being_asked() -> None:
+    world, process = world_with_fuse(), with_monitor()
+    held = Thread(7, "w", "D", 18, True, "fuse", "pwrite64", 9, "mount", (), "0:53")
+    shown = replace(IDLE, mounts=(FUSE,), images=PLACES, threads=(held,))
+    world.sampler.shows = lambda now: shown
+    job = world.stop(process)
+    world.clock.advance(2)
+    assert world.monitors.done == ["look", "look", "flush local"]
+    assert (process.sent, job.flush.outcome) == ([SIGTERM], "partial")
+    assert "a request may be stuck" in job.flush.reason
+
+
+def test_a_held_job_asks_no_file_system() -> None:
+    world, process = world_with_fuse(), with_monitor()
+    world.monitors.files_answer = False
+    job = world.stop(process)
+    job.hold(ROOT)
+    world.clock.advance(10)
+    assert process.sent == [] and set(world.monitors.done) == {"look"}
+    job.release(ROOT)
+    world.clock.advance(6)
+    assert "flush local" in world.monitors.done and process.sent == [SIGTERM]
+
+
+def test_without_such_a_file_system_nothing_is_looked_at_twice() -> None:
+    world, process = flushing_world(), with_monitor()
+    world.stop(process)
+    world.clock.advance(0)
+    assert world.monitors.done == ["flush local", "stop", "flush"]
+    assert world.sampler.looks <= 2

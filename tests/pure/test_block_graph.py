@@ -206,3 +206,23 @@ def test_how_long_requests_are_held_for_a_lost_server(node: str, seconds: int | 
     nested = ",".join(f"file.{word}" for word in node.split(","))
     argv = ["qemu", "-drive", f"format=qcow2,{nested}"]
     assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
+
+
+def test_the_names_of_each_image() -> None:
+    argv = [
+        *("qemu", "-drive", "file=a.qcow2,if=none,id=local", "-hda", "/d/b"),
+        *("-blockdev", "driver=file,node-name=low,filename=/d/c"),
+        *(
+            "-blockdev",
+            "driver=qcow2,node-name=top,file.driver=file,file.node-name=f,file.filename=/e",
+        ),
+        *("-drive", "file=/d/c,id=second,format=raw"),
+    ]
+    names = read_block_graph(argv).image_names("/d")
+    assert names == {
+        "a.qcow2": {"local"},
+        "/d/a.qcow2": {"local"},
+        "/d/b": set(),
+        "/d/c": {"low", "second"},
+        "/e": {"top", "f"},
+    }

@@ -13,6 +13,7 @@ from qkilld.model.policy import Policy
 from qkilld.model.sample import (
     Cgroup,
     Device,
+    ImagePlace,
     Io,
     Memory,
     Mount,
@@ -67,6 +68,7 @@ FULL = Sample(
     direct=False,
     nodes=(Node("d", "nbd"),),
     formatted=0,
+    images=(ImagePlace(("disk", HOSTILE), "0:53"),),
     pluggable=False,
     running=1,
     dumping=False,

@@ -7,14 +7,20 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qkilld.model.block_state import FlushResult
+from qkilld.adapters.host import LocalHost
+from qkilld.engine.ports import GuestMonitor
+from qkilld.evidence.sockdiag import listening_unix
+from qkilld.model.block_state import FlushResult, GuestDisk
 from qkilld.model.constants import Flag, Result
 from qkilld.monitor import disks
+from qkilld.monitor.job_monitor import JobMonitors
+from qkilld.monitor.nbd import NbdConnection
 from tests.evidence.until import until as wait_until
 from tests.lab import needs
 from tests.lab.bus import Bus, Client, Daemon, plain
@@ -89,8 +95,8 @@ import sys
 from qkilld.model.block_state import FlushResult
 from qkilld.monitor import disks
 
-async def flush_by_name(qmp, node, title, *, timeout_s):
-    return FlushResult(node, title)
+async def flush_by_name(qmp, disk, *, timeout_s):
+    return FlushResult(disk.node, disk.title)
 
 disks.flush_by_name = flush_by_name
 """
@@ -100,8 +106,8 @@ after it: with a storage that is dead already they are not stopped at all."""
 
 @pytest.fixture
 def dies_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def flush_by_name(qmp: object, node: str, title: str, *, timeout_s: float) -> FlushResult:
-        return FlushResult(node, title)
+    async def flush_by_name(qmp: object, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
+        return FlushResult(disk.node, disk.title)
 
     monkeypatch.setattr(disks, "flush_by_name", flush_by_name)
 
@@ -254,3 +260,136 @@ def test_the_plan_names_what_is_never_flushed_and_what_would_be_cancelled(
     assert any("local has cache=unsafe" in text for text in warnings)
     assert any("backup local" in text and "SIGTERM cancels it" in text for text in warnings)
     assert guest.alive
+
+
+def server_of(guest: Guest) -> str:
+    """Return what QEMU says to another NBD server: "" if it has none."""
+    with Qmp(guest) as qmp:
+        assert qmp.call("query-status")["status"] == "running"
+        assert qmp.call("query-block-exports") == []
+        address = {"type": "unix", "data": {"path": str(guest.directory / "another")}}
+        try:
+            qmp.call("nbd-server-start", addr=address)
+        except AssertionError as refused:
+            return str(refused)
+        qmp.call("nbd-server-stop")
+    return ""
+
+
+@contextlib.asynccontextmanager
+async def open_monitor(guest: Guest) -> AsyncIterator[GuestMonitor]:
+    opened: list[GuestMonitor | str | Exception] = []
+    with contextlib.closing(LocalHost().open(guest.pid)) as process:
+        JobMonitors(listening_unix).open(process, "", opened.append)
+        await until(lambda: bool(opened))
+        monitor = opened[0]
+        assert not isinstance(monitor, str | Exception), monitor
+        yield monitor
+        monitor.close()
+
+
+async def resume(monitor: GuestMonitor) -> None:
+    ends: list[str | Exception] = []
+    monitor.resume_guest(ends.append)
+    await until(lambda: bool(ends))
+    assert ends == [""]
+
+
+@pytest.mark.parametrize(
+    "device", [["virtio-blk-pci,drive=local"], ["virtio-scsi-pci", "scsi-hd,drive=local,id=disk"]]
+)
+def test_a_disk_is_flushed_by_its_device(qemu: Start, lab_dir: Path, device: list[str]) -> None:
+    drive = f"file={make_disk(lab_dir / 'd')},if=none,id=local,format=qcow2"
+    devices = [word for each in device for word in ("-device", each)]
+    guest = qemu(arguments=machine(["-drive", drive, *devices]))
+    with Qmp(guest) as qmp:
+        name = qmp.call("query-blockstats")[0]["qdev"]
+    disk = GuestDisk("no-such-node", "local", network=False, qdev=name)
+
+    async def work() -> list[tuple[FlushResult, ...] | Exception]:
+        async with open_monitor(guest) as monitor:
+            ends: list[tuple[FlushResult, ...] | Exception] = []
+            monitor.flush_running([disk, replace(disk, qdev="-x")], ends.append, timeout=30 * S)
+            await until(lambda: bool(ends))
+            return ends
+
+    ends = run_for(120, work())
+    assert isinstance(ends[0], tuple)
+    by_device, by_name = ends[0]
+    assert (by_device.error, by_name.refused) == ("", True)
+
+
+NODE = GuestDisk("local", "local", network=False)
+
+
+@pytest.mark.parametrize("moment", ["no-export", "export"])
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_interrupted_flush_leaves_no_server(
+    qemu: Start, lab_dir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, dies: bool
+) -> None:
+    """It is interrupted when the server runs, before and after its first export; `dies`: the
+    daemon does, and its next one starts the processors again."""
+    reached = asyncio.Event()
+
+    async def stay(*arguments: object) -> None:
+        reached.set()
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(NbdConnection, "greet" if moment == "no-export" else "open_export", stay)
+    node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={make_disk(lab_dir / 'd')}"
+    guest = qemu(arguments=machine(["-blockdev", node]))
+
+    async def work() -> None:
+        async with open_monitor(guest) as monitor:
+            monitor.stop_and_flush([NODE], lambda results: None, stop=True, timeout=60 * S)
+            async with asyncio.timeout(60):
+                await reached.wait()
+            if not dies:
+                await resume(monitor)
+        if dies:
+            async with open_monitor(guest) as monitor:
+                await resume(monitor)
+
+    run_for(120, work())
+    assert server_of(guest) == ""
+
+
+def test_a_server_without_exports_of_somebody_elses_survives_a_cancel(
+    qemu: Start, lab_dir: Path
+) -> None:
+    node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={make_disk(lab_dir / 'd')}"
+    guest = qemu(arguments=machine(["-blockdev", node]))
+    with Qmp(guest) as qmp:
+        address = {"type": "unix", "data": {"path": str(lab_dir / "theirs")}}
+        qmp.call("nbd-server-start", addr=address)
+
+    async def work() -> None:
+        async with open_monitor(guest) as monitor:
+            ends: list[object] = []
+            monitor.stop_and_flush([NODE], ends.append, stop=True, timeout=5 * S)
+            await until(lambda: bool(ends))
+            assert "NBD server already running" in str(ends[0])
+            await resume(monitor)
+
+    run_for(120, work())
+    assert "already running" in server_of(guest)
+
+
+def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_dir: Path) -> None:
+    """Another program has used the server that an earlier daemon left."""
+    node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={make_disk(lab_dir / 'd')}"
+    guest = qemu(arguments=machine(["-blockdev", node]))
+    with Qmp(guest) as qmp:
+        address = {"type": "unix", "data": {"path": str(lab_dir / "server")}}
+        qmp.call("nbd-server-start", addr=address)
+        for name in (f"{disks.EXPORT_PREFIX}0", "theirs"):
+            export = {"type": "nbd", "id": name, "node-name": "local", "name": name}
+            qmp.call("block-export-add", **export)
+
+    async def work() -> None:
+        async with open_monitor(guest) as monitor:
+            await resume(monitor)
+
+    run_for(120, work())
+    with Qmp(guest) as qmp:
+        assert [one["id"] for one in qmp.call("query-block-exports")] == ["theirs"]
