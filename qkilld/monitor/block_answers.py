@@ -78,14 +78,6 @@ def read_virtio_devices(answer: object) -> tuple[tuple[str, str], ...]:
     return tuple(devices)
 
 
-def read_queue_count(answer: object) -> int:
-    """Return the number of queues in x-query-virtio-status."""
-    match answer:
-        case {"num-vqs": int(count)} if 0 <= count <= 1024:
-            return count
-    raise _unreadable("x-query-virtio-status")
-
-
 def read_queue(answer: object, device: str, number: int) -> RequestQueue:
     """Parse x-query-virtio-queue-status."""
     match answer:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import socket
 import time
@@ -101,18 +102,25 @@ async def _with_bus_path(
 async def _read_queues(
     qmp: QmpClient, devices: Sequence[tuple[str, str]]
 ) -> tuple[RequestQueue, ...] | None:
+    """Read the queues until QEMU refuses one that the device does not have.
+
+    x-query-virtio-status would tell their number, but QEMU 11.1 fails an assertion in it, and
+    aborts, if no driver has started the device (measured).
+    """
     queues: list[RequestQueue] = []
     for name, path in devices:
         if name not in _VIRTIO_DISKS:
             continue
-        status = await qmp.execute("x-query-virtio-status", {"path": path}, timeout_s=QUERY_S)
-        count = block_answers.read_queue_count(status)
-        for number in range(_VIRTIO_DISKS[name], count):
+        for number in itertools.count(_VIRTIO_DISKS[name]):
             if len(queues) >= MAX_QUEUES:
                 return None
-            queue = await qmp.execute(
-                "x-query-virtio-queue-status", {"path": path, "queue": number}, timeout_s=QUERY_S
-            )
+            arguments = {"path": path, "queue": number}
+            try:
+                queue = await qmp.execute(
+                    "x-query-virtio-queue-status", arguments, timeout_s=QUERY_S
+                )
+            except CommandRefused:
+                break
             queues.append(block_answers.read_queue(queue, path, number))
     return tuple(queues)
 

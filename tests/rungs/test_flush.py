@@ -16,7 +16,7 @@ import pytest
 from qkilld.adapters.host import LocalHost
 from qkilld.engine.ports import GuestMonitor
 from qkilld.evidence.sockdiag import listening_unix
-from qkilld.model.block_state import FlushResult, GuestDisk
+from qkilld.model.block_state import BlockState, FlushResult, GuestDisk
 from qkilld.model.constants import Flag, Result
 from qkilld.monitor import disks
 from qkilld.monitor.job_monitor import JobMonitors
@@ -393,3 +393,23 @@ def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_d
     run_for(120, work())
     with Qmp(guest) as qmp:
         assert [one["id"] for one in qmp.call("query-block-exports")] == ["theirs"]
+
+
+def test_all_queues_are_seen(qemu: Start, lab_dir: Path) -> None:
+    """No driver runs: QEMU 11.1 aborts if it is asked for the status of such a device."""
+    drive = f"file={make_disk(lab_dir / 'd')},if=none,id=local,format=qcow2"
+    devices = ["-device", "virtio-blk-pci,drive=local,num-queues=3", "-device", "virtio-scsi-pci"]
+    guest = qemu(arguments=machine(["-drive", drive, *devices]))
+
+    async def work() -> list[BlockState | str | Exception]:
+        async with open_monitor(guest) as monitor:
+            states: list[BlockState | str | Exception] = []
+            monitor.look_at_disks(states.append)
+            await until(lambda: bool(states))
+            return states
+
+    state = run_for(120, work())[0]
+    assert isinstance(state, BlockState)
+    queues = {(queue.device.rpartition("[")[2], queue.number) for queue in state.queues or ()}
+    assert {number for name, number in queues if name.startswith("0]")} == {0, 1, 2}
+    assert min(number for name, number in queues if name.startswith("1]")) == 2
