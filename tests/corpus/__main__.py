@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from tests.corpus.guest import RECORDS
-from tests.corpus.measure import OCCASIONS, Row, measure
-from tests.corpus.structures import STRUCTURES
+from tests.corpus.measure import OCCASIONS, SOFT_REBOOTS, Row, measure, newer_debian
+from tests.corpus.structures import STRUCTURES, Structure
+from tests.lab.needs import Missing
 from tests.lab.process import run
 from tests.lab.scratch import remove_run_directory, run_directory
 
 _AT_ONCE: Final = 9
 """Guests on one host: two processors boot, adopt and stop so many in half a minute."""
-_SOFT_REBOOT: Final = 254
-"""The release of systemd that it came with."""
 _FEW: Final = (
     *("plain.service", "short.service", "sigkill.service", "sigcont.service", "helper.service"),
     *("on-failure.service", "on-nbd.service", "run-plain.scope", "100.scope"),
@@ -34,6 +33,9 @@ def main() -> int:
     run_directory()
     try:
         rows = _measure(arguments)
+    except Missing as error:
+        print(f"cannot measure: {error}", file=sys.stderr)
+        return 1
     finally:
         remove_run_directory()
     if arguments.json:
@@ -43,7 +45,7 @@ def main() -> int:
     worse = [row for row in rows if any(row.is_worse(occasion) for occasion, _ in row.kept)]
     for row in worse:
         print(f"{row.structure.unit} kept less after it was adopted", file=sys.stderr)
-    wanted = arguments.occasions
+    wanted = SOFT_REBOOTS[:1] if arguments.soft_reboot else arguments.occasions
     missing = [row for row in rows if not all(map(row.is_measured, wanted))]
     for row in missing:
         print(f"{row.structure.unit} was not measured on every occasion", file=sys.stderr)
@@ -54,16 +56,36 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
     chosen = [each for each in STRUCTURES if each.runs]
     if arguments.unit:
         chosen = [each for each in STRUCTURES if each.unit in arguments.unit]
+    if arguments.soft_reboot:
+        return _measure_soft_reboots(chosen if arguments.unit else _few(), make=True)
     rows: list[Row] = []
     for number in range(0, len(chosen), _AT_ONCE):
         rows += measure(chosen[number : number + _AT_ONCE], arguments.occasions, _say)
     if not arguments.unit:
-        few = [each for each in STRUCTURES if each.unit in _FEW]
-        others = [each for each in OCCASIONS if each not in arguments.occasions]
-        if _systemd() < _SOFT_REBOOT:
-            others.remove("soft-reboot")
+        done = (*arguments.occasions, *SOFT_REBOOTS)
+        others = [each for each in OCCASIONS if each not in done]
+        more = measure(_few(), others, _say) + _measure_soft_reboots(_few(), make=False)
         by_structure = {row.structure: row for row in rows}
-        for row in measure(few, others, _say):
+        for row in more:
+            by_structure[row.structure].kept |= row.kept
+    return rows
+
+
+def _few() -> list[Structure]:
+    return [each for each in STRUCTURES if each.unit in _FEW]
+
+
+def _measure_soft_reboots(structures: list[Structure], *, make: bool) -> list[Row]:
+    newer = newer_debian(make=make)
+    if newer is None:
+        _say("soft-reboot is not measured: it needs a Debian 13, which OPTIONS=--soft-reboot makes")
+        return []
+    by_adopting, by_service = SOFT_REBOOTS
+    rows = measure(structures, [by_adopting], _say, newer=newer)
+    scopes = [each for each in structures if each.is_scope]
+    by_structure = {row.structure: row for row in rows}
+    if scopes:
+        for row in measure(scopes, [by_service], _say, newer=newer):
             by_structure[row.structure].kept |= row.kept
     return rows
 
@@ -92,8 +114,7 @@ def table(rows: Sequence[Row]) -> str:
     lines += [
         "",
         "*: a stand-in with the same unit properties and commands; !: less than before.",
-        f"systemd {_systemd()} (soft-reboot needs {_SOFT_REBOOT}), kernel {platform.release()},"
-        f" {today}",
+        f"systemd {_systemd()}, kernel {platform.release()}, {today}. soft-reboot: Debian 13.",
     ]
     return "\n".join(lines)
 
@@ -125,16 +146,22 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.corpus",
         description="Stop guests in units from the field, before and after adopting these.",
-        epilog="Exit codes: 0 done, 1 a unit kept less after it was adopted.",
+        epilog="Exit codes: 0 done, 1 a unit kept less after it was adopted, or was not measured.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and no table")
     parser.add_argument("--unit", action="append", help="this one alone; may be repeated")
     parser.add_argument(
         "--occasions",
         nargs="+",
-        choices=list(OCCASIONS),
+        choices=[each for each in OCCASIONS if each not in SOFT_REBOOTS],
         default=["stop", "poweroff"],
         help="for every unit; the others are tried with a few",
+    )
+    parser.add_argument(
+        "--soft-reboot",
+        action="store_true",
+        help="measure this alone, in a Debian 13, which is made first (takes minutes). Once that "
+        "Debian is there, this is measured with the other occasions, too",
     )
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from tests.lab.records import records
 QEMU: Final = "/usr/bin/qemu-system-x86_64"
 RECORDS: Final = 60
 HALT_S: Final = 2
+MACHINE: Final = "pc"
 _STRIDE: Final = 32 << 20
 _PASSES: Final = 2
 _BOOT_S: Final = 300
@@ -67,9 +69,9 @@ class CorpusGuest:
             make_disk(disk, "4G")
         (self.directory / "serial").unlink(missing_ok=True)
 
-    def words(self, state: Path, more: Sequence[str] = ()) -> list[str]:
+    def words(self, state: Path, more: Sequence[str] = (), *, machine: str = MACHINE) -> list[str]:
         """Its command line, by which it goes on from the saved state."""
-        words = [QEMU, *_machine(self.disks, self.directory / "serial")]
+        words = [QEMU, *_machine(self.disks, self.directory / "serial", machine=machine)]
         return [*words, "-incoming", f"exec:cat {_inside(state)}", *more]
 
     def wait_until_written(self, timeout: float) -> None:
@@ -130,12 +132,22 @@ def _save(state: Path) -> None:
         Path(directory, "state").rename(state)
 
 
-def _machine(disks: Sequence[Path], serial: Path, *, inside: bool = True) -> list[str]:
+def machine_for_newer() -> str:
+    """The machine of a saved state, by the name that a newer QEMU has for it."""
+    listed = run([QEMU, "-M", "help"], check=True).stdout
+    found = re.search(rf"^{MACHINE} .*\(alias of (\S+)\)", listed, re.MULTILINE)
+    assert found is not None, listed
+    return found[1]
+
+
+def _machine(
+    disks: Sequence[Path], serial: Path, *, inside: bool = True, machine: str = MACHINE
+) -> list[str]:
     image = guest_image()
     kernel, initramfs = image.kernel, image.initramfs
     shown = _inside if inside else str
     job = f"lab.job=cached lab.records={RECORDS} lab.stride={_STRIDE} lab.passes={_PASSES}"
-    words = ["-nodefaults", "-no-user-config", "-display", "none", "-M", "pc", "-accel", "tcg"]
+    words = ["-nodefaults", "-no-user-config", "-display", "none", "-M", machine, "-accel", "tcg"]
     words += ["-m", "96", "-no-reboot", "-kernel", shown(kernel), "-initrd", shown(initramfs)]
     command_line = f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check {job} lab.halt={HALT_S}"
     words += ["-append", command_line, "-serial", f"file:{serial}"]

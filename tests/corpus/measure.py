@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.corpus import units
-from tests.corpus.guest import CorpusGuest, Kept, saved_state
+from tests.corpus.guest import MACHINE, CorpusGuest, Kept, machine_for_newer, saved_state
 from tests.corpus.structures import Structure
+from tests.distros.trees import DIRECTORY, RELEASES, tree
 from tests.lab import container as lab_container
 from tests.lab.container import Container
 from tests.lab.process import wait_gone
@@ -33,8 +34,17 @@ OCCASIONS: Final = {
     "isolate": "systemctl isolate emergency.target",
     "kill": "systemctl kill",
     "failure": "OnFailure=emergency.target of a unit that fails",
-    "soft-reboot": "systemctl soft-reboot, of systemd 254",
+    "soft-reboot": "systemctl soft-reboot",
+    "soft-reboot, service": "the same with qkilld-guests.service and without adopting, for scopes",
 }
+SOFT_REBOOTS: Final = ("soft-reboot", "soft-reboot, service")
+"""They need systemd 254, and so a Debian 13, which newer_debian() makes."""
+_WITH_SERVICE: Final = ("soft-reboot, service",)
+_VARIANT: Final = "-units"
+_PACKAGES: Final = (
+    *("default-dbus-system-bus", "python3", "python3-dbus-next", "python3-psutil", "python3-rich"),
+    *("python3-systemd", "qemu-system-x86", "socat", "nbdkit", "make"),
+)
 _ENDS_THE_HOST: Final = ("poweroff", "reboot", "kexec")
 
 
@@ -60,13 +70,32 @@ class Row:
         return after.disks < before.disks or after.guest < before.guest
 
 
+def newer_debian(*, make: bool) -> Path | None:
+    """Return the root file system of a Debian 13 with what the units need.
+
+    It is made if `make`, which takes minutes; otherwise None if there is none.
+    """
+    release = next(each for each in RELEASES if each.name == "trixie")
+    if not make and not (DIRECTORY / f"{release.name}{_VARIANT}").is_dir():
+        return None
+    return tree(release, _PACKAGES, variant=_VARIANT)
+
+
 @contextlib.contextmanager
-def _host(structures: Sequence[Structure], directory: Path) -> Iterator[Host]:
-    with lab_container.boot() as system:
-        lab_container.install(system)
+def _host(
+    structures: Sequence[Structure], directory: Path, newer: Path | None = None
+) -> Iterator[Host]:
+    """`newer`: boot the system there instead of this machine's."""
+    with contextlib.ExitStack() as stack:
+        if newer is None:
+            system = stack.enter_context(lab_container.boot())
+            lab_container.install(system)
+        else:
+            system = stack.enter_context(lab_container.boot(newer, unified=True))
+            lab_container.install(system, "PYTHON=/usr/bin/python3")
         Contained(system).show_storage()
         units.prepare(system)
-        host = Host(system, {})
+        host = Host(system, {}, machine_for_newer() if newer else MACHINE)
         for structure in structures:
             own = directory / structure.unit
             own.mkdir(exist_ok=True)
@@ -78,6 +107,8 @@ def _host(structures: Sequence[Structure], directory: Path) -> Iterator[Host]:
 class Host:
     system: Container
     guests: dict[Structure, CorpusGuest]
+    machine: str = MACHINE
+    """The machine of its guests, for its QEMU."""
 
     def start(self) -> None:
         """Start all guests, and wait until each has written its records."""
@@ -87,7 +118,9 @@ class Host:
             guest.make_disks()
             if "{served}" in structure.text:
                 os.truncate(guest.disks[0], guest.disks[0].stat().st_size + _ROOM)
-            words[structure] = units.Words(structure, guest.words(state), str(guest.disks[0]))
+            words[structure] = units.Words(
+                structure, guest.words(state, machine=self.machine), str(guest.disks[0])
+            )
             units.write(self.system, structure, words[structure])
         self.system.run("systemctl", "daemon-reload")
         self.system.run("systemctl", "start", "qkilld.service")
@@ -117,11 +150,14 @@ class Host:
             finally:
                 os.close(leader)
             return
+        if occasion in SOFT_REBOOTS:
+            self.system.run("systemctl", "soft-reboot")
+            units.wait_for(self._has_rebooted, STOP_S)
+            return
         commands = {
             "isolate": ["isolate", "emergency.target"],
             "kill": ["kill", *names],
             "failure": ["start", units.FAILS],
-            "soft-reboot": ["soft-reboot"],
         }
         what = commands.get(occasion, ["stop", *names])
         self.system.run("systemctl", *what, check=False, timeout=STOP_S)
@@ -131,18 +167,30 @@ class Host:
         for name in (name for name in names if not (isolated and name.endswith(".scope"))):
             units.wait_for(lambda name=name: self._is_gone(name), STOP_S)  # type: ignore[misc]
 
+    def _has_rebooted(self) -> bool:
+        show = ("systemctl", "show", "--value", "--property=SoftRebootsCount")
+        # Between the two, there is no manager that answers.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.system.run(*show, check=False, timeout=10).stdout.strip() == "1"
+        return False
+
     def _is_gone(self, unit: str) -> bool:
         return self.system.property(unit, "ActiveState") in ("inactive", "failed", "")
 
 
 def _stop_all(
-    structures: Sequence[Structure], occasion: str, rows: Mapping[Structure, Row] | None
+    structures: Sequence[Structure],
+    occasion: str,
+    rows: Mapping[Structure, Row] | None,
+    newer: Path | None,
 ) -> Iterator[tuple[Structure, Kept]]:
     """Stop a guest of each on a host of their own, adopted if there are rows to note that in."""
     with scratch("u") as directory:
-        with _host(structures, directory) as host:
+        with _host(structures, directory, newer) as host:
             host.start()
-            if rows is not None:
+            if rows is not None and occasion in _WITH_SERVICE:
+                host.system.run("systemctl", "start", "qkilld-guests.service")
+            elif rows is not None:
                 host.adopt(rows)
             host.stop(occasion)
         for structure, guest in host.guests.items():
@@ -153,14 +201,20 @@ def measure(
     structures: Sequence[Structure],
     occasions: Sequence[str] = ("stop", "poweroff"),
     say: Callable[[str], None] = lambda text: None,
+    *,
+    newer: Path | None = None,
 ) -> list[Row]:
-    """Measure each occasion on a new host, once without and once with adopting."""
+    """Measure each occasion on a new host, once without and once with adopting.
+
+    `newer`: a root file system to boot instead of this machine's, with a newer QEMU.
+    """
     rows = {structure: Row(structure) for structure in structures}
     for occasion in occasions:
         for adopted in (False, True):
             say(f"{occasion}, {'adopted' if adopted else 'as it is'}: {len(structures)} guests")
             try:
-                for structure, kept in _stop_all(structures, occasion, rows if adopted else None):
+                noted = rows if adopted else None
+                for structure, kept in _stop_all(structures, occasion, noted, newer):
                     rows[structure].kept[occasion, adopted] = kept
             except (AssertionError, subprocess.TimeoutExpired) as error:
                 # The other rows count all the same.
