@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from qkilld.adapters import procfs
@@ -17,7 +18,14 @@ from qkilld.model.unit import UnitFacts, is_user_manager
 from qkilld.unitcheck.comparison import coverage_line
 from qkilld.unitcheck.context import GUESTS_SERVICE, looks_like_qemu
 from qkilld.unitcheck.host_shutdown import Care, HostGuest, HostReport, care_of, shutdown_order
-from qkilld.unitcheck.keepers import KEEPERS, GuestKeeper, keeper_names, keepers_of
+from qkilld.unitcheck.keepers import (
+    KEEPERS,
+    PROGRAMS,
+    GuestKeeper,
+    keeper_names,
+    keepers_of,
+    project_of,
+)
 
 
 async def check_host(session: Session) -> int:
@@ -42,16 +50,21 @@ class _HostCheck:
 
     async def report(self) -> HostReport:
         guests = []
+        names = [name for name in KEEPERS if name.endswith(".service")]
         for pid in procfs.pids():
             with ignore(f"looking at process {pid}", OSError):
                 executable = procfs.read_executable(pid)[0]
+                if PurePosixPath(executable).name in PROGRAMS:
+                    names += _service_of(pid)
                 covered = is_qemu(executable, self._config.executables)
                 if covered or looks_like_qemu(executable):
                     guests.append(await self._guest(pid, executable, is_covered=covered))
         keepers = []
-        for name, whose in KEEPERS.items():
-            facts = await self._unit(name) if name.endswith(".service") else None
-            if facts is not None and facts.active_state == "active":
+        for name in dict.fromkeys(names):
+            facts = await self._unit(name)
+            if facts is None or facts.active_state != "active":
+                continue
+            if whose := project_of(facts):
                 keepers.append(GuestKeeper(name, whose, facts.timeout_stop))
         service = await self._unit(GUESTS_SERVICE)
         is_active = service is not None and service.active_state == "active"
@@ -89,6 +102,14 @@ class _HostCheck:
             with ignore(f"asking systemd for {name}", QkilldError):
                 self._units[name] = await self._systemd.unit(name)
         return self._units[name]
+
+
+def _service_of(pid: int) -> list[str]:
+    """Return the system service in which a process runs, if there is one."""
+    unit = procfs.read_unit(pid)
+    if unit is None or unit.user or not unit.system.endswith(".service"):
+        return []
+    return [unit.system]
 
 
 def _is_before(facts: UnitFacts) -> bool:

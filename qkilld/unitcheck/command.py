@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from qkilld.model.unit import Command
 
 HELPER: Final = "qkilld-stop"
+_INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
 
 
 def is_helper(command: Command) -> bool:
@@ -17,6 +19,17 @@ def is_helper(command: Command) -> bool:
     return PurePosixPath(command.path).name == HELPER or any(
         pair == ("-m", "qkilld.stop") for pair in pairwise(words)
     )
+
+
+def programs_of(command: Command) -> Iterator[str]:
+    """Yield the name of the program that a command runs; of an interpreter, its script as well."""
+    for word in (command.path, *command.arguments[1:]):
+        if word.startswith("-") or "=" in word:
+            continue
+        name = PurePosixPath(word).name
+        yield name
+        if _INTERPRETER.fullmatch(name) is None:
+            return
 
 
 def line_of(command: Command, *, ignore_failure: bool = False) -> str:

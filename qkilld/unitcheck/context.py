@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Final
@@ -12,7 +12,7 @@ from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy, is_qemu
 from qkilld.model.unit import Command, UnitFacts
-from qkilld.unitcheck.command import HELPER, is_helper
+from qkilld.unitcheck.command import HELPER, is_helper, programs_of
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
 from qkilld.unitcheck.stop_line import StopLine, read_line
 from qkilld.unitcheck.stop_outcome import Helper
@@ -34,7 +34,6 @@ _ELSEWHERE: Final = re.compile(
     r"\b(?:virsh\b.*\b(?:start|create)|su\s|runuser\s|machinectl\s+shell|podman\s+machine\s+start"
     r"|(?:multipass|limactl|incus|lxc|qm|minikube|crc)\s+start|(?:docker|podman)\s+(?:run|start))"
 )
-_INTERPRETER: Final = re.compile(r"(?:python|perl|ruby)[\d.]*|(?:ba|da)?sh|env|nice|snap|run")
 _HIDDEN_BUS: Final = ("/run", "/run/dbus", "/run/systemd", "/run/systemd/notify", "/var/run")
 
 
@@ -126,19 +125,8 @@ def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
     return running in MANAGERS or any(
         name in MANAGERS or (name == "podman" and "service" in start.arguments)
         for start in facts.exec_start
-        for name in _programs(start)
+        for name in programs_of(start)
     )
-
-
-def _programs(start: Command) -> Iterator[str]:
-    """The name of the program that a command runs; of an interpreter, its script as well."""
-    for word in (start.path, *start.arguments[1:]):
-        if word.startswith("-") or "=" in word:
-            continue
-        name = PurePosixPath(word).name
-        yield name
-        if _INTERPRETER.fullmatch(name) is None:
-            return
 
 
 def outlives(facts: UnitFacts, around: Surroundings) -> bool:

@@ -2,8 +2,8 @@
 
 A guest's keeper is a unit in the Before= of the guest's own unit, as libvirt, Proxmox and pacemaker
 set it up: systemd stops the keeper first, and that shuts the guest down. Which of the units in
-Before= are keepers is known by their names. Sources: the unit files and scope properties of each
-project.
+Before= are keepers is known by their names, or by the programs that they run. Sources: the unit
+files and scope properties of each project.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.unit import UnitFacts
+from qkilld.unitcheck.command import programs_of
 
 KEEPERS: Final = {
     "libvirt-guests.service": "libvirt",
@@ -42,6 +43,25 @@ KEEPERS: Final = {
     "kubelet.service": "kubelet",
 }
 """The units that shut guests down with the host, and their projects."""
+PROGRAMS: Final = {
+    "libvirt-guests.sh": "libvirt",
+    "pve-ha-lrm": "Proxmox VE",
+    "pacemakerd": "pacemaker",
+    "pacemaker-remoted": "pacemaker",
+    "pacemaker_remoted": "pacemaker",
+    "incusd": "Incus",
+    "lxd": "LXD",
+    "lxd.daemon": "LXD",
+    "dockerd": "docker",
+    "docker.dockerd": "docker",
+    "containerd": "containerd",
+    "multipassd": "multipass",
+    "multipass.multipassd": "multipass",
+    "ganeti-noded": "ganeti",
+    "vdsmd": "VDSM",
+    "kubelet": "kubelet",
+}
+"""The programs that keepers run, whatever the names of their units, and their projects."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
@@ -83,7 +103,7 @@ def keepers_of(facts: UnitFacts, active: Iterable[UnitFacts]) -> tuple[GuestKeep
     """
     names = keeper_names(facts)
     return tuple(
-        GuestKeeper(other.id, KEEPERS.get(other.id, ""), other.timeout_stop)
+        GuestKeeper(other.id, project_of(other), other.timeout_stop)
         for other in active
         if other.id in names and is_keeper(other)
     )
@@ -102,4 +122,14 @@ def is_keeper(other: UnitFacts) -> bool:
     """Return whether a unit in the Before= of a guest's unit does something when it is stopped."""
     if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
         return False
-    return other.id in KEEPERS or bool(other.exec_stop)
+    return bool(project_of(other)) or bool(other.exec_stop)
+
+
+def project_of(keeper: UnitFacts) -> str:
+    """Return the project of a keeper, by its name or what it runs; "" if neither is known."""
+    if keeper.id in KEEPERS:
+        return KEEPERS[keeper.id]
+    names = (
+        name for command in (*keeper.exec_start, *keeper.exec_stop) for name in programs_of(command)
+    )
+    return next((PROGRAMS[name] for name in names if name in PROGRAMS), "")

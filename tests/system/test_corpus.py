@@ -35,18 +35,27 @@ def test_every_verdict(installed: Container) -> None:
 def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
     wanted = ("100.scope", "no-sigkill.service")
     chosen = [structure for structure in STRUCTURES if structure.unit in wanted]
+    program = "/usr/local/sbin/pacemakerd"
+    installed.run("cp", "/usr/bin/sleep", program)
     with units.idle_units(installed, chosen):
         installed.run("systemctl", "start", "no-sigkill.service")
+        keeper = ("--unit=our-cluster.service", "--property=Type=exec", program, "infinity")
+        installed.run("systemd-run", *keeper)
         try:
             done = installed.run("qkillctl", "--json", "check-host", check=False)
             said = installed.run("qkillctl", "check-host", check=False).stdout
         finally:
-            installed.run("systemctl", "stop", "no-sigkill.service")
+            installed.run("systemctl", "stop", "no-sigkill.service", "our-cluster.service")
+            installed.run("rm", program)
     document = json.loads(done.stdout)
     care = {guest["unit"]: (guest["care"], guest["keepers"]) for guest in document["guests"]}
     assert care["100.scope"] == ("keeper", ["pve-guests.service"])
     assert care["no-sigkill.service"] == ("systemd", [])
     assert done.returncode == document["exit_code"] == 8
+    # Its program tells what it is.
+    keepers = {each["unit"]: each["whose"] for each in document["keepers"]}
+    assert keepers["our-cluster.service"] == "pacemaker"
+    assert keepers["pve-guests.service"] == "Proxmox VE"
     assert "pve-guests.service" in document["order"][0]
     assert "qkillctl adopt no-sigkill.service" in said
 
