@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from qkilld import log_setup
+from qkilld import foreign_descriptors, log_setup
 from qkilld.adapters import config, system_files
 from qkilld.adapters.journal import QueuedJournal, open_journal
 from qkilld.adapters.memlock import STACK_BYTES, share_heap
@@ -38,6 +38,7 @@ def main() -> int:
     _take_descriptors()
     threading.stack_size(STACK_BYTES)
     share_heap()
+    foreign_descriptors.set_up()
     log_setup.set_up("qkilld", debug=arguments.debug)
     journal = open_journal()
     try:

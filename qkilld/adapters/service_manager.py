@@ -14,6 +14,7 @@ from typing import Final
 from qkilld.adapters import sd_notify
 from qkilld.adapters.background import BackgroundWriter
 from qkilld.debug_log import ignore, note
+from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
 """The most messages waiting to be sent. If a descriptor is dropped, the next daemon looks the
@@ -92,7 +93,11 @@ class ServiceManager:
             self._pinging = False
         with ignore("telling systemd", OSError):
             sd_notify.send(self._address, state, fd, wait=True)
-        if fd is not None:
+        if fd is None:
+            return
+        if is_socket(fd):  # A monitor, which the caller may have made.
+            close_later(fd)
+        else:
             os.close(fd)
 
 

@@ -7,10 +7,10 @@ a copy of it for the next one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from qkilld.engine.ports import GuestMonitor, Monitors, Process
+from qkilld.foreign_descriptors import close_later
 from qkilld.model.guest_state import KeptMonitor, ShutdownSign
 
 
@@ -110,10 +110,10 @@ class MonitorLink:
     def close(self) -> None:
         """May be called twice."""
         if self._kept_monitor is not None:
-            os.close(self._kept_monitor.fd)
+            close_later(self._kept_monitor.fd)
             self._kept_monitor = None
         if self._passed_fd is not None:
-            os.close(self._passed_fd)
+            close_later(self._passed_fd)
             self._passed_fd = None
         self._close_monitor()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from signal import Signals
@@ -18,6 +17,7 @@ from qkilld.engine.ports import Clock, Journal, Monitors, Observer, Process, Sam
 from qkilld.engine.resumed_jobs import ResumedJobs
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.engine.summary import StopSummary
+from qkilld.foreign_descriptors import close_later
 from qkilld.model.constants import USEC_PER_SEC, Phase, Result
 from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.event import Event
@@ -101,7 +101,7 @@ class Registry:
             before = job.request.uid
             job.join(request)
             if passed is not None:
-                os.close(passed)
+                close_later(passed)
             # A job that is taken over counts for its new requester.
             self._per_uid -= Counter((before,))
             self._per_uid[job.request.uid] += 1

@@ -6,7 +6,6 @@ Every method checks the process and the caller itself; nothing here trusts an ar
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -31,6 +30,7 @@ from qkilld.engine.job import Job
 from qkilld.engine.ports import Caller, Clock, Host, Monitors, Process, Sampler, Units, Watch
 from qkilld.engine.registry import Registry
 from qkilld.engine.unit_guest import check_unit_name, choose_guest
+from qkilld.foreign_descriptors import close_later
 from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, MonitorKind
 from qkilld.model.dataclass import dataclass
@@ -132,7 +132,7 @@ class Service:
             job = self._start(checked, asked, given, passed)
         except BaseException:
             if passed is not None:
-                os.close(passed)
+                close_later(passed)
             raise
         await self._keep(job)
         return job

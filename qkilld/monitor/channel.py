@@ -15,6 +15,7 @@ import os
 import socket
 from typing import Any, Final, Self
 
+from qkilld.foreign_descriptors import take_over
 from qkilld.model.errors import MonitorClosed, MonitorError, MonitorProtocolError, MonitorTimeout
 from qkilld.model.json_text import decode_json
 
@@ -43,7 +44,7 @@ class Channel(asyncio.Protocol):
     async def _over(cls, connection: socket.socket, *arguments: Any) -> Self:
         """Make a client that takes over a connected stream socket."""
         try:
-            connection.setblocking(False)
+            connection = take_over(connection)
             _, client = await asyncio.get_running_loop().create_connection(
                 lambda: cls(*arguments), sock=connection
             )
@@ -71,10 +72,10 @@ class Channel(asyncio.Protocol):
         """
         if self._error is not None:
             return self._ended
-        with socket.socket(fileno=os.dup(self.fileno())) as connection:
+        with take_over(socket.socket(fileno=os.dup(self.fileno()))) as connection:
             while self._error is None:
                 try:
-                    data = connection.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+                    data = connection.recv(MAX_MESSAGE)
                 except OSError as error:
                     # QEMU exited without reading all that was sent to it.
                     return error.errno == errno.ECONNRESET
@@ -131,7 +132,7 @@ class Channel(asyncio.Protocol):
         if not self._transport.get_write_buffer_size():
             with (
                 contextlib.suppress(OSError),
-                socket.socket(fileno=os.dup(self.fileno())) as connection,
+                take_over(socket.socket(fileno=os.dup(self.fileno()))) as connection,
             ):
                 count = socket.send_fds(connection, [data], [fd])
         if count != len(data):

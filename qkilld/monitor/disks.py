@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from qkilld.foreign_descriptors import take_over
 from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, RequestQueue
 from qkilld.model.errors import CommandRefused, MonitorError, MonitorTimeout
 from qkilld.model.text import printable
@@ -238,9 +239,10 @@ async def _serve(
     try:
         listener.bind("")  # The kernel chooses a name.
         listener.listen(count)
-        sockets = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(count)]
+        sockets = [
+            stack.enter_context(take_over(socket.socket(socket.AF_UNIX))) for _ in range(count)
+        ]
         for one in sockets:
-            one.setblocking(False)
             one.connect(listener.getsockname())
     except OSError as error:
         raise MonitorTimeout(f"No connection for a flush could be made: {error.strerror}") from None

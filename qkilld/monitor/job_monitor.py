@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from qkilld.debug_log import ignore, note, note_once
 from qkilld.engine.ports import GuestMonitor, Process
+from qkilld.foreign_descriptors import close_later, take_over
 from qkilld.model.block_state import (
     BackgroundJob,
     BlockState,
@@ -92,7 +93,7 @@ class JobMonitors:
 
         def close_untouched() -> None:
             while untouched:
-                os.close(untouched.pop())
+                close_later(untouched.pop())
 
         def cancel() -> None:
             tasks.cancel()
@@ -108,7 +109,7 @@ class JobMonitors:
         try:
             control = await GuestControl.adopt(
                 process,
-                socket.socket(fileno=kept.fd),
+                take_over(socket.socket(fileno=kept.fd)),
                 frozenset(kept.own_chardevs),
                 self._table,
                 asked=asked,
@@ -142,7 +143,6 @@ class JobMonitors:
             with _socket_of(os.dup(passed)) as connection:
                 if connection.type != socket.SOCK_STREAM:
                     raise MonitorUnreachable("It is no stream socket")
-                connection.setblocking(False)
                 await prove(process, connection)
         except (MonitorError, OSError) as error:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
@@ -150,11 +150,11 @@ class JobMonitors:
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         """See the port. Incomplete messages are skipped, because the previous daemon may have read
         their other half."""
-        with socket.socket(fileno=os.dup(kept.fd)) as connection:
+        with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
             with ignore("reading the rest of a monitor that was kept", OSError):
                 while len(data) < MAX_FLOW:
-                    received = connection.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+                    received = connection.recv(MAX_MESSAGE)
                     if not received:
                         break
                     data += received
@@ -377,9 +377,9 @@ class JobMonitor:
 def _socket_of(descriptor: int) -> socket.socket:
     """Raises OSError if it is no socket; it is closed then."""
     try:
-        return socket.socket(fileno=descriptor)
+        return take_over(socket.socket(fileno=descriptor))
     except OSError:
-        os.close(descriptor)
+        close_later(descriptor)
         raise
 
 

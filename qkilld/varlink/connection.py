@@ -7,8 +7,8 @@ Descriptors sent with a call (SCM_RIGHTS, unix(7)) belong to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import os
 import select
 import socket
 import struct
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from qkilld.debug_log import note_once
+from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 
 MAX_CALL: Final = 64 << 10
 """Bytes of a call without its NUL."""
@@ -29,7 +30,6 @@ MAX_UNREAD: Final = 1 << 20
 MAX_TOTAL: Final = 16 << 20
 """The same for all users."""
 _READ: Final = 32 << 10
-_CONTROL: Final = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
 _UCRED: Final = struct.Struct("3i")
@@ -76,6 +76,7 @@ class VarlinkConnection:
         """`on_call` gets each call with its descriptors, and must have `next_call` called once it
         is answered. `on_close` is called once, whoever closes the connection."""
         sock.setblocking(False)
+        keep_urgent_data(sock)
         self.name = name
         self.pid, self.uid, _ = _UCRED.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -160,9 +161,14 @@ class VarlinkConnection:
         self.closed = True
         self._read_on(False)
         self._loop.remove_writer(self._fd)
-        self._sock.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._budget.is_unlimited(self.uid):
+            self._sock.close()
+        else:
+            close_later(self._sock.detach())  # There may be descriptors in it.
         for descriptor in self._descriptors:
-            os.close(descriptor)
+            close_later(descriptor)
         self._descriptors.clear()
         self._outgoing.clear()
         self._budget.give(self.uid, len(self._incoming))
@@ -179,25 +185,20 @@ class VarlinkConnection:
 
     def _readable(self) -> None:
         try:
-            data, control, flags, _ = self._sock.recvmsg(_READ, _CONTROL, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors = receive(
+                self._sock, _READ, trusted=self._budget.is_unlimited(self.uid)
+            )
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             note_once("reading a call on Varlink", error)
             self.close()
             return
-        for level, kind, content in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                count = len(content) // 4
-                self._descriptors += struct.unpack(f"{count}i", content[: count * 4])
+        self._descriptors += descriptors
         if not data:
             self._end_of_calls()
             return
-        if (
-            flags & socket.MSG_CTRUNC
-            or len(self._descriptors) > MAX_DESCRIPTORS
-            or not self._budget.take(self.uid, len(data))
-        ):
+        if len(self._descriptors) > MAX_DESCRIPTORS or not self._budget.take(self.uid, len(data)):
             note_once("reading a call on Varlink", "too much came with it")
             self.close()
             return

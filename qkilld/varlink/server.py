@@ -22,6 +22,7 @@ from qkilld import __version__
 from qkilld.debug_log import note_once
 from qkilld.engine.call_limits import Cost
 from qkilld.engine.turns import Turns
+from qkilld.foreign_descriptors import close_later
 from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.errors import (
     AccessDenied,
@@ -228,7 +229,7 @@ class VarlinkCall:
 
     def _close_descriptors(self) -> None:
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            close_later(self._descriptors.popitem()[1])
 
     def now_waits(self) -> None:
         """Its work is done, and it only waits for its job."""

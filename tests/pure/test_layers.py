@@ -77,12 +77,29 @@ def test_imports(path: Path) -> None:
 
 def test_no_circle_of_imports() -> None:
     """Imports for types (TYPE_CHECKING) and inside functions count too."""
-    modules = {_module(path): path for path in FILES}
-    graph = {name: _imported(name, path, modules.keys()) for name, path in modules.items()}
     try:
-        tuple(graphlib.TopologicalSorter(graph).static_order())
+        tuple(graphlib.TopologicalSorter(_graph()).static_order())
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_daemon_does_not_read_the_journal() -> None:
+    """systemd-python holds Python's lock while it reads from a disk, which may hang."""
+    graph = _graph()
+    reached: set[str] = set()
+    ahead = {"qkilld.daemon"}
+    while ahead:
+        name = ahead.pop()
+        reached.add(name)
+        ahead |= graph[name] - reached
+    assert "qkilld.adapters.journal" in reached
+    assert "qkilld.adapters.journal_reader" not in reached
+
+
+def _graph() -> dict[str, set[str]]:
+    """Return the imports of each module."""
+    modules = {_module(path): path for path in FILES}
+    return {name: _imported(name, path, modules.keys()) for name, path in modules.items()}
 
 
 def _module(path: Path) -> str:

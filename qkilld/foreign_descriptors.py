@@ -1,0 +1,212 @@
+"""Receive and close descriptors, and use sockets, that a stranger shares with us. Never blocks.
+
+close(2) may block as long as the stranger likes: a TCP socket with SO_LINGER waits until its
+data is acknowledged, a file on FUSE until its server answers FUSE_FLUSH, even after SIGKILL. The
+same happens if the kernel drops descriptors: those for which a recvmsg(2) has no room, or those in
+a socket that is closed before it was read. And whoever shares a socket with us can make it block by
+clearing O_NONBLOCK.
+
+So descriptors are always received, threads close them, and no call depends on O_NONBLOCK. Threads
+that wait for sockets are interrupted by a signal. Those that wait for files cannot be, so there are
+few of them, and no descriptors are accepted while all of them wait.
+
+Every package may use this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from qkilld.debug_log import note
+
+MAX_THREADS: Final = 8
+"""Of each kind: for sockets and for files."""
+MAX_PENDING: Final = 1024
+"""Files that may wait to be closed."""
+STUCK_S: Final = 0.1
+"""A close(2) of a socket that takes longer is interrupted."""
+WATCH_S: Final = 0.02
+WAKE_UP: Final = signal.SIGURG
+"""Interrupts a blocking system call. By default it is ignored."""
+_MOST: Final = 253
+"""SCM_MAX_FD, the most descriptors that one message may carry (unix(7))."""
+_CONTROL: Final = socket.CMSG_SPACE(_MOST * 4)
+_NO_LINGER: Final = struct.pack("@ii", 0, 0)
+
+
+class _Closer:
+    """Threads that close descriptors. They exist only while there is something to close."""
+
+    def __init__(self, *, interruptible: bool) -> None:
+        self._interruptible = interruptible
+        self._lock = threading.Lock()
+        self._waiting: deque[int] = deque()
+        self._threads = 0
+        self._busy_since: dict[int, float] = {}
+        """By thread that closes a descriptor."""
+        self._is_watched = False
+
+    @property
+    def full(self) -> bool:
+        """Whether all threads are stuck, or too much waits for them."""
+        if self._threads < MAX_THREADS:
+            return False
+        limit = time.monotonic() - STUCK_S
+        with self._lock:
+            stuck = sum(since < limit for since in self._busy_since.values())
+            return stuck == MAX_THREADS or len(self._waiting) >= MAX_PENDING
+
+    def put(self, fd: int) -> None:
+        with self._lock:
+            self._waiting.append(fd)
+            starts = self._threads < MAX_THREADS
+            self._threads += starts
+            watches = self._interruptible and not self._is_watched
+            self._is_watched |= watches
+        if starts and not self._start(self._work):
+            with self._lock:
+                self._threads -= 1
+        if watches and not self._start(self._watch):
+            with self._lock:
+                self._is_watched = False
+
+    def _start(self, work: Callable[[], None]) -> bool:
+        """Return whether there was room for a thread."""
+        try:
+            threading.Thread(target=work, name="closer", daemon=True).start()
+        except RuntimeError as error:
+            note("starting a thread to close descriptors", error)
+            return False
+        return True
+
+    def _work(self) -> None:
+        own = threading.get_ident()
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                fd = self._waiting.popleft()
+                self._busy_since[own] = time.monotonic()
+            if self._interruptible:
+                _forbid_linger(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
+            with self._lock:
+                del self._busy_since[own]
+
+    def _watch(self) -> None:
+        """Interrupt threads that wait, as long as there are threads."""
+        while True:
+            with self._lock:
+                if not self._threads:
+                    self._is_watched = False
+                    return
+                now = time.monotonic()
+                for thread, since in self._busy_since.items():
+                    if now - since > STUCK_S:
+                        signal.pthread_kill(thread, WAKE_UP)
+            time.sleep(WATCH_S)
+
+
+_sockets: Final = _Closer(interruptible=True)
+_files: Final = _Closer(interruptible=False)
+
+
+def set_up() -> None:
+    """Make it possible to interrupt system calls. To be called in the main thread."""
+    signal.signal(WAKE_UP, lambda number, frame: None)
+
+
+def close_later(fd: int) -> None:
+    """Close a descriptor that came from a stranger, in a thread."""
+    (_sockets if is_socket(fd) else _files).put(fd)
+
+
+def is_socket(fd: int) -> bool:
+    """Return whether it is a socket, without asking a file system, which may block."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")  # noqa: PTH115
+    except OSError:
+        return False
+
+
+def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[bytes, list[int]]:
+    """Receive up to `size` bytes, and all descriptors that came with them.
+
+    Raises OSError: BlockingIOError if there is nothing, ConnectionResetError if descriptors came
+    and none can be accepted at the moment, unless the other end is `trusted`.
+    """
+    if _files.full and not trusted:
+        # Without room for descriptors, peeking tells whether there are some and leaves them there.
+        seen, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        if flags & socket.MSG_CTRUNC:
+            raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")
+        size = len(seen) or size
+    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    data, control, _, _ = sock.recvmsg(size, _CONTROL, flags)
+    fds: list[int] = []
+    for level, kind, content in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            count = len(content) // 4
+            fds += struct.unpack(f"{count}i", content[: count * 4])
+    return data, fds
+
+
+class ForeignSocket(socket.socket):
+    """A socket that a stranger shares, or whose other end may send descriptors; those are dropped.
+
+    No method waits, whatever O_NONBLOCK says.
+    """
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if self.family != socket.AF_UNIX or flags & ~socket.MSG_DONTWAIT:
+            return super().recv(size, flags | socket.MSG_DONTWAIT)
+        data, fds = receive(self, size)
+        for fd in fds:
+            close_later(fd)
+        return data
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        return super().send(data, flags | socket.MSG_DONTWAIT)
+
+    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None) -> int:
+        return super().sendmsg(buffers, ancdata, flags | socket.MSG_DONTWAIT)
+
+    def close(self) -> None:
+        if (fd := self.detach()) >= 0:
+            _sockets.put(fd)
+
+
+def take_over(sock: socket.socket) -> ForeignSocket:
+    """Turn a socket into a ForeignSocket, which owns the descriptor then."""
+    foreign = ForeignSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    foreign.setblocking(False)
+    if foreign.family == socket.AF_UNIX:
+        keep_urgent_data(foreign)
+    return foreign
+
+
+def keep_urgent_data(sock: socket.socket) -> None:
+    """Receive bytes sent with MSG_OOB like all others: the kernel would drop them, and with them
+    their descriptors."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def _forbid_linger(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        sock = socket.socket(fileno=fd)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        finally:
+            sock.detach()

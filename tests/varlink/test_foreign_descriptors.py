@@ -1,0 +1,211 @@
+"""Descriptors and sockets that a stranger shares with the daemon never make it wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld import foreign_descriptors
+from tests.evidence.until import until
+from tests.lab import needs
+from tests.lab.fuse import fuse_store
+from tests.lab.guest import Guest
+from tests.lab.process import OTHER_UID, end, spawn
+from tests.monitor.test_tcp import connected
+from tests.varlink.conftest import VarlinkService
+from tests.varlink.test_passing import descriptors_of, on_tcp
+
+Start = Callable[..., Guest]
+CALL = b'{"method":"org.qkilld1.GetStatus","parameters":{}}\0'
+PATIENCE_S = 40.0
+"""Less than the daemon would be made to wait."""
+
+
+def uid() -> int | None:
+    return OTHER_UID if os.geteuid() == 0 else None
+
+
+def is_served(service: VarlinkService) -> bool:
+    with service.client() as client:
+        client.socket.settimeout(PATIENCE_S)
+        return bool(client.call("GetStatus"))
+
+
+@pytest.fixture
+def lingering() -> Iterator[Callable[[], socket.socket]]:
+    """A function: makes a TCP socket whose last close(2) takes five minutes."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def make() -> socket.socket:
+            made = socket.create_connection(server.getsockname())
+            stack.enter_context(server.accept()[0])
+            made.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    made.send(bytes(1 << 16))
+            made.setblocking(True)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 300))
+            return made
+
+        yield make
+
+
+def in_a_socket(passed: list[socket.socket]) -> list[socket.socket]:
+    """Put them into the buffer of a socket; return that."""
+    one, other = socket.socketpair()
+    socket.send_fds(one, [b"x"], [each.fileno() for each in passed])
+    one.close()
+    return [other]
+
+
+@pytest.mark.parametrize("way", ["call", "too many", "urgent", "within a socket", "no end", "rest"])
+def test_a_socket_that_lingers(
+    service: VarlinkService, lingering: Callable[[], socket.socket], way: str
+) -> None:
+    before = descriptors_of(service.daemon)
+    passed = [lingering() for _ in range(6 if way == "too many" else 1)]
+    if way == "within a socket":
+        inner, passed = passed, in_a_socket(passed)
+        inner[0].close()
+    with service.client(uid()) as client:
+        numbers = [each.fileno() for each in passed]
+        match way:
+            case "urgent":
+                socket.send_fds(client.socket, [b" "], numbers, socket.MSG_OOB)
+                client.send_raw(CALL)
+            case "no end":  # It is more than a call may have, and never read to its end.
+                client.socket.setblocking(False)
+                with contextlib.suppress(OSError):
+                    while True:
+                        socket.send_fds(client.socket, [b" " * 4096], numbers)
+            case "rest":
+                client.send_raw(CALL * 100)
+                socket.send_fds(client.socket, [CALL], numbers)
+            case _:
+                socket.send_fds(client.socket, [CALL], numbers)
+        for each in passed:
+            each.close()
+        if way == "rest":
+            client.socket.close()
+        assert is_served(service)
+        assert is_served(service)
+    until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
+
+
+FROM_A_FILE_SERVER = """
+import os, socket, sys
+socket_path, uid, count, file = sys.argv[1:]
+fd = os.open(file, os.O_RDONLY)
+print(flush=True)
+input()
+os.setuid(int(uid))
+for _ in range(int(count)):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(socket_path)
+        socket.send_fds(client, [CALL], [fd])
+        try:
+            client.recv(4096)
+        except OSError:
+            pass
+print(flush=True)
+input()
+""".replace("CALL", repr(CALL))
+
+
+def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: Path) -> None:
+    """Not even SIGKILL ends such a close(2)."""
+    needs.root("to mount a file system in user space")
+    before = descriptors_of(service.daemon)
+    (lab_dir / "file").write_bytes(b"x")
+    with contextlib.ExitStack() as stack:
+        # The store ends first, because nothing ends a process that has the file before that.
+        ends = stack.enter_context(contextlib.ExitStack())
+        store = stack.enter_context(fuse_store(lab_dir))
+        store.hang("flush")
+        count = 3 * foreign_descriptors.MAX_THREADS
+        argv = [sys.executable, "-c", FROM_A_FILE_SERVER, str(service.path)]
+        argv += [str(OTHER_UID), str(count)]
+        argv += [str(store.directory / "file")]
+        child = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        ends.callback(end, child)
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline()
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        assert child.stdout.readline()
+        assert is_served(service)
+        with service.client(OTHER_UID) as client:
+            assert client.call("GetStatus")
+
+        def is_refused() -> bool:
+            """Whether the daemon takes no more descriptors of users."""
+            read, write = os.pipe()
+            with service.client(OTHER_UID) as client:
+                socket.send_fds(client.socket, [CALL], [read])
+                os.close(read)
+                os.close(write)
+                try:
+                    return client.receive() is None
+                except (EOFError, ConnectionResetError):
+                    return True
+
+        until(is_refused, bool)
+        read, write = os.pipe()
+        with service.client() as client:
+            socket.send_fds(client.socket, [CALL], [read])
+            assert client.reply()
+        os.close(read)
+        os.close(write)
+    until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
+
+
+def test_a_monitor_that_is_made_to_block(service: VarlinkService, qemu: Start) -> None:
+    """Whoever passed the connection still has it, and its flags are shared."""
+    guest = qemu(qmp=False, arguments=on_tcp())
+    with connected(guest) as connection, service.client() as client:
+        assert select.select([connection], [], [], 30)[0]  # The greeting, which is left there.
+        guest.signal(signal.SIGSTOP)
+        stop = threading.Event()
+
+        def block() -> None:
+            """Keep its buffer full, and its calls blocking."""
+            while not stop.wait(0.001):
+                connection.setblocking(True)
+                with contextlib.suppress(OSError):
+                    while not stop.is_set():
+                        connection.send(b" " * (1 << 16), socket.MSG_DONTWAIT)
+
+        thread = threading.Thread(target=block)
+        thread.start()
+        try:
+            # The kernel may enlarge buffers for a while.
+            until(lambda: select.select([], [connection], [], 1)[1], lambda room: not room)
+            client.send(
+                "Terminate",
+                descriptors=[connection.fileno()],
+                pid=guest.pid,
+                flags=["powerdown"],
+                monitorIndex=0,
+            )
+            assert client.reply()
+            deadline = time.monotonic() + 3
+            while time.monotonic() < deadline:
+                assert is_served(service)
+                time.sleep(0.05)
+        finally:
+            stop.set()
+            thread.join()
+            guest.signal(signal.SIGCONT)
