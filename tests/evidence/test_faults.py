@@ -52,7 +52,7 @@ def fail(*arguments: object) -> Any:
         (ThreadReader, "read", THREADS),
         (RingReader, "read", {"rings", "direct"}),
         (StorageReader, "read", {"devices", "mounts"}),
-        (StorageReader, "refresh", {"devices", "mounts", "formatted"}),
+        (StorageReader, "refresh", {"devices", "mounts", "formatted", "images"}),
         (SocketReader, "read", {"sockets"}),
         (SocketReader, "refresh", {"sockets"}),
         (CgroupReader, "read", {"cgroup"}),
