@@ -59,6 +59,12 @@ LEAST_REQUESTS: Final = 1
 """Requests a second; fewer count as none."""
 HALF_BUSY: Final = 0.5
 """Share of one processor: the end of such a load is visible."""
+CALM: Final = 0.2
+"""Share of one processor. A guest whose disks are idle, and whose virtual processors have wanted no
+more than this in the last tenth of a second, is asked at once. As this is a short time, CALM itself
+is then what later work is compared with."""
+SETTLE: Final = 10 * USEC_PER_SEC
+"""How long (µs) to wait at most until a guest that was resumed or woken has done what was due."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -131,6 +137,8 @@ class _Rates:
     """Per second."""
     vcpus: float | None = None
     """In processors; a busy host does not provide all of it."""
+    granted: float | None = None
+    """The share of it that the host provided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,8 @@ class Attempt:
     """Measured before the guest was first asked."""
     boots: bool = False
     """The guest did not listen to the button at first."""
+    helped_at: int | None = None
+    """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()
     """Signs in the last observation."""
     old_signs: frozenset[ShutdownSign] = frozenset()
@@ -199,6 +209,11 @@ def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
     )
 
 
+def note_helped(attempt: Attempt, at: int) -> Attempt:
+    """Note that the guest was resumed or woken: what it did before that is no baseline."""
+    return replace(attempt, started=at, recent=(), helped_at=at)
+
+
 def observe(attempt: Attempt, seen: GuestObservation) -> Attempt:
     """Return the attempt after one more observation, which must be the newest."""
     before = attempt.last
@@ -207,6 +222,8 @@ def observe(attempt: Attempt, seen: GuestObservation) -> Attempt:
     signs = (seen.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
         return _begin_again(attempt, seen)
+    if _is_unsettled(attempt, before, seen):
+        attempt, before = replace(attempt, started=seen.at, recent=()), None
     # The last observation from before a gap is kept, too.
     recent = (one for one in attempt.recent if one is before or one.at > seen.at - RECENT)
     after = replace(
@@ -300,7 +317,7 @@ def _judge_before(
     if not agent and last.button is Button.NOT_LISTENED:
         return _judge_deafness(attempt, last, powerdown)
     measured = attempt.started + 2 * BASELINE
-    if not _is_measured(attempt.recent) and last.at < measured:
+    if not _is_measured(attempt) and last.at < measured:
         return Judgement(Conclusion.MEASURE, "measuring what the guest does", measured)
     if agent:
         return Judgement(Conclusion.ASK, "the agent answers", method=AskMethod.AGENT)
@@ -392,9 +409,27 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
     return Judgement(conclusion, "its monitor does not answer", until)
 
 
-def _is_measured(recent: tuple[GuestObservation, ...]) -> bool:
-    """Return whether the baseline is measured; at once if the disks have long been idle."""
-    return _measure(recent).requests is not None
+def _is_unsettled(
+    attempt: Attempt, before: GuestObservation | None, seen: GuestObservation
+) -> bool:
+    """Return whether a guest that was resumed or woken still does what was due meanwhile."""
+    if before is None or attempt.helped_at is None or attempt.asked:
+        return False
+    time = _wanted_time(before, seen)
+    busy = time is not None and time > HALF_BUSY * (seen.at - before.at)
+    return busy and seen.at < attempt.helped_at + SETTLE
+
+
+def _is_measured(attempt: Attempt) -> bool:
+    """Return whether the baseline is measured; at once if the guest has long been idle."""
+    rates = _measure(attempt.recent)
+    if rates.requests is None:
+        return False
+    first, last = attempt.recent[0], attempt.recent[-1]
+    if last.at - first.at >= BASELINE:
+        return True
+    calm = last.vcpu_load is None or last.vcpu_load <= CALM
+    return calm and attempt.helped_at is None
 
 
 def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
@@ -414,15 +449,21 @@ def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
     idle = last.requests == 0 or (last.disks_idle is not None and last.disks_idle >= BASELINE)
     if not requests and idle:
         requests = [0.0]
-    return _Rates(max(requests, default=None), max(vcpus, default=None))
+        if last.vcpu_load is not None and last.vcpu_load <= CALM:
+            vcpus = [CALM]
+    return _Rates(max(requests, default=None), max(vcpus, default=None), _granted(recent[0], last))
 
 
 def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> bool:
-    """Return whether there was clearly more work between the two than in the baseline."""
+    """Return whether there was clearly more work between the two than in the baseline.
+
+    A guest that keeps its processors busy makes more requests only because the host has become less
+    busy: that is no growth.
+    """
     duration = after.at - before.at
     requests = _difference(before.requests, after.requests)
     if requests is not None and baseline.requests is not None:
-        limit = GROWTH * baseline.requests + LEAST_REQUESTS
+        limit = GROWTH * baseline.requests * _relief(before, after, baseline) + LEAST_REQUESTS
         if requests > limit * max(duration / USEC_PER_SEC, 1.0):
             return True
     time = _wanted_time(before, after)
@@ -484,6 +525,21 @@ def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | No
     if time is None:
         return None
     return time + (_difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
+
+
+def _granted(earlier: GuestObservation, later: GuestObservation) -> float | None:
+    """Return the share of the wanted time that the host provided."""
+    ran, wanted = _difference(earlier.vcpu_time, later.vcpu_time), _wanted_time(earlier, later)
+    return ran / wanted if ran and wanted else None
+
+
+def _relief(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> float:
+    """Return how many times as much the host provided to a busy guest as in the baseline; at least
+    1."""
+    granted = _granted(before, after)
+    if granted is None or baseline.granted is None or (baseline.vcpus or 0.0) < HALF_BUSY:
+        return 1.0
+    return max(granted / baseline.granted, 1.0)
 
 
 def _difference(earlier: int | None, later: int | None) -> int | None:

@@ -228,8 +228,12 @@ class GuestAsker:
             self._look_later()
             return True
         self._helped.add(order)
-        self._order(order, lambda refused: self._look_later())
+        self._order(order, self._runs_again)
         return True
+
+    def _runs_again(self, refused: str) -> None:
+        self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
+        self._look_later()
 
     def _ask(self, method: AskMethod) -> None:
         if method is AskMethod.AGENT:

@@ -110,6 +110,9 @@ class GuestObservation:
     """The total time that the virtual processors ran, µs."""
     vcpu_wait: int | None = None
     """The total time that they waited for a processor of the host, µs."""
+    vcpu_load: float | None = None
+    """Processors that they have wanted in the last tenth of a second. Only before the guest is
+    asked."""
     agent_open: bool | None = None
     """Whether the guest's agent has its port open."""
     signs: frozenset[ShutdownSign] = frozenset()

@@ -43,6 +43,7 @@ from qkilld.monitor.endpoints import (
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
 from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_process
+from qkilld.monitor.vcpu_threads import VcpuThreads
 
 BUSY_S: Final = 1.0
 """Wait for a busy monitor; programs that poll it are done sooner."""
@@ -93,7 +94,7 @@ class GuestControl:
         """The labels of this monitor, which must not be yanked; to be kept for `adopt`."""
         self._registers: int | None = 0
         """The I/O port of PM1_STS; 0 if not known yet, None if the machine has none."""
-        self._threads: tuple[int, ...] | None = None
+        self._vcpus: VcpuThreads | None = None
         self._signs: set[ShutdownSign] = set()
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
@@ -329,24 +330,6 @@ class GuestControl:
         port = await self.agent_port()
         return port is None or (port.opened and not port.held)
 
-    def vcpu_times(self) -> tuple[int | None, int | None]:
-        """Return (time run, time waited for a host processor) of all virtual processors, in µs.
-
-        None if unreadable, or before the first observation. Source: proc(5), schedstat.
-        """
-        if self._threads is None:
-            return None, None
-        ran = waited = 0
-        for thread in self._threads:
-            path = self._proc / str(self._process.guest.identity.pid) / f"task/{thread}/schedstat"
-            try:
-                fields = path.read_bytes().split()
-                ran += int(fields[0])
-                waited += int(fields[1])
-            except (OSError, ValueError, IndexError):
-                return None, None
-        return ran // 1000, waited // 1000
-
     async def observe(self) -> GuestObservation:
         """Observe the guest. Never raises MonitorError: what cannot be read is unknown."""
         at = time.monotonic_ns() // 1000
@@ -360,9 +343,10 @@ class GuestControl:
             self.last_port = await self.agent_port(max_age_s=LATELY_S)
             if self._asked:
                 self._note_agent(self.last_port)
-            if self._threads is None:
-                self._threads = await self._read_threads()
-        ran, waited = self.vcpu_times()
+            if self._vcpus is None:
+                self._vcpus = await self._find_vcpus()
+        vcpus = self._vcpus
+        ran, waited = vcpus.times() if vcpus is not None else (None, None)
         signs = self.signs
         self._signs.discard(ShutdownSign.RESTARTED)
         return GuestObservation(
@@ -374,6 +358,7 @@ class GuestControl:
             disks_idle=None if totals is None else totals.idle,
             vcpu_time=ran,
             vcpu_wait=waited,
+            vcpu_load=vcpus.load() if vcpus is not None and not self._asked else None,
             agent_open=self.last_port.opened if self.last_port is not None else None,
             signs=signs,
         )
@@ -459,21 +444,21 @@ class GuestControl:
         else:
             self._hmp = await HmpClient.open(connection)
 
-    async def _read_threads(self) -> tuple[int, ...] | None:
-        """Return the threads of the virtual processors; None if unknown. Raises MonitorError."""
+    async def _find_vcpus(self) -> VcpuThreads | None:
+        """Find the threads of the virtual processors; None if unknown. Raises MonitorError."""
         if self.qmp is not None:
             vcpus = await self.qmp.execute("query-cpus-fast", timeout_s=QUERY_S)
             return self._own_threads(answers.read_vcpu_threads(vcpus))
         return self._own_threads(answers.read_vcpu_threads_text(await self.hmp("info cpus")))
 
-    def _own_threads(self, threads: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
         """Return None if QEMU runs in another PID namespace, where they have other numbers."""
         tasks = self._proc / str(self._process.guest.identity.pid) / "task"
         try:
             known = all((tasks / str(thread)).exists() for thread in threads)
         except OSError:
             return None
-        return threads if known else None
+        return VcpuThreads(tasks, threads) if known else None
 
     async def _order(self, command: str, timeout_s: float = ORDER_S) -> None:
         if self.qmp is not None:

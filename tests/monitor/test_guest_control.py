@@ -97,6 +97,18 @@ async def ask(
     return conclusions
 
 
+async def load_becomes(control: GuestControl, is_reached: Callable[[float], bool]) -> bool:
+    """Return whether the kernel's average of the virtual processors becomes such, within a
+    minute."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        load = (await control.observe()).vcpu_load
+        if load is not None and is_reached(load):
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
 def process_of(guest: Guest) -> PidfdProcess:
     return open_process(guest.pid)
 
@@ -125,6 +137,7 @@ def test_what_is_seen_of_an_idle_guest() -> None:
                 assert port is not None and port.opened and not port.held
                 assert await control.has_agent()
                 debian.shell.run("sync; head -c 100000 /dev/zero >/data/x; sync /data/x")
+                assert await load_becomes(control, lambda load: load <= powerdown.CALM)
                 second = await control.observe()
                 assert first.requests is not None and second.requests is not None
                 assert second.requests > first.requests
@@ -132,6 +145,8 @@ def test_what_is_seen_of_an_idle_guest() -> None:
                 assert second.vcpu_time > first.vcpu_time
                 assert second.disks_idle is not None and second.disks_idle >= 0
                 assert not await control.is_frozen()
+                debian.shell.tell("while :; do :; done &")
+                assert await load_becomes(control, lambda load: load > powerdown.HALF_BUSY)
                 with pytest.raises(InvalidArgs):
                     process = process_of(debian.guest)
                     try:

@@ -34,6 +34,8 @@ class Moment:
     """Of a processor: what it would have used, and the host did not give it."""
     signs: frozenset[ShutdownSign] = frozenset()
     agent: bool = False
+    load: float | None = None
+    """The kernel's average of what the virtual processors want."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Course:
                     disks_idle=9 * S if self.idle_disks and not self.asked else 0,
                     vcpu_time=None if moment.vcpus is None else int(vcpu_time),
                     vcpu_wait=int(vcpu_wait),
+                    vcpu_load=moment.load,
                     signs=moment.signs if self.asked else frozenset(),
                 ),
             )
@@ -107,6 +110,8 @@ def test_an_idle_guest_is_asked_at_once() -> None:
         (Moment(requests=50), False, 1),
         (Moment(), False, 1),
         (Moment(requests=None), False, 2),
+        (Moment(load=0.1), True, 0),
+        (Moment(load=0.9, vcpus=0.9), True, 1),
         (Moment(button=Button.NO_REGISTER), True, 0),
         (Moment(button=Button.UNKNOWN), True, 3),
         (Moment(agent=True), True, 0),
@@ -262,6 +267,99 @@ def test_a_stop_job_that_computes_for_long() -> None:
 
     course = Course(goes_down, idle_disks=False).run(300)
     assert course.end[1] is Conclusion.SHUT_DOWN
+
+
+def test_work_that_begins_in_a_guest_that_was_asked_at_once() -> None:
+    """The kernel's average of its processors is the measure from before."""
+
+    def goes_down(now: float, since: float | None) -> Moment:
+        if since is not None and since >= 150:
+            return Moment(runstate="shutdown")
+        return Moment(vcpus=0.1, waiting=0.8) if since else Moment(load=0.02)
+
+    course = Course(goes_down).run(300)
+    assert course.asked == [(0, AskMethod.BUTTON)]
+    assert course.end == (150, Conclusion.SHUT_DOWN)
+
+
+@pytest.mark.parametrize("vcpus", [0.1, 0.4])
+def test_an_ignoring_guest_that_was_asked_at_once(vcpus: float) -> None:
+    """The average is of a short time: a moment without work in it is no sign."""
+    course = Course(constantly(Moment(vcpus=vcpus, load=0.01))).run(200)
+    assert course.end == (60, Conclusion.IGNORED)
+
+
+@pytest.mark.parametrize("waiting", [0.9, 0.6])
+def test_a_busy_guest_that_ignores_it_on_a_host_that_becomes_less_busy(waiting: float) -> None:
+    """It makes more requests because it gets more of the host, not because it shuts down."""
+
+    def works(now: float, since: float | None) -> Moment:
+        if since is None or since < 20:
+            return Moment(vcpus=1 - waiting, waiting=waiting, requests=100 * (1 - waiting))
+        return Moment(vcpus=1.0, requests=140)
+
+    course = Course(works, idle_disks=False).run(400)
+    assert course.end == (course.asked[0][0] + 60, Conclusion.IGNORED)
+
+
+def test_a_busy_guest_whose_requests_grow_on_a_starved_host() -> None:
+    def works(now: float, since: float | None) -> Moment:
+        requests = 5 if since is None else 40
+        return Moment(vcpus=0.2, waiting=0.8, requests=requests)
+
+    course = Course(works, idle_disks=False).run(120)
+    assert course.end[1] is Conclusion.SHUTTING_DOWN
+
+
+def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
+    """Return an attempt with a guest that was resumed at START, was busy for so long, and was asked
+    when that was concluded."""
+    attempt = powerdown.start(START - 9 * S)
+    for second in range(-9, 1):
+        seen = GuestObservation(
+            at=START + second * S,
+            runstate="paused",
+            button=Button.LISTENED,
+            requests=7,
+            disks_idle=60 * S,
+            vcpu_time=0,
+            vcpu_load=0.0,
+        )
+        attempt = powerdown.observe(attempt, seen)
+    attempt = powerdown.note_helped(attempt, START)
+    for quarter in range(1, 80):
+        at = START + quarter * S // 4
+        busy = min(quarter / 4, busy_s)
+        seen = replace(seen, at=at, runstate="running", vcpu_time=int(busy * S))
+        attempt = powerdown.observe(attempt, seen)
+        if powerdown.judge(attempt, powerdown=POWERDOWN, agent=False).method is not None:
+            asked_at.append(quarter / 4)
+            return powerdown.note_asked(attempt, AskMethod.BUTTON, at)
+    raise AssertionError("it is never asked")
+
+
+@pytest.mark.parametrize(("busy_s", "asked"), [(0, 1.25), (4, 5.0), (100, 11.0)])
+def test_a_guest_that_was_resumed_is_measured_first(busy_s: float, asked: float) -> None:
+    """From when it has done what was due, but not for ever."""
+    asked_at: list[float] = []
+    resumed(busy_s, asked_at)
+    assert asked - 0.5 <= asked_at[0] <= asked + 0.5
+
+
+@pytest.mark.parametrize("busy_s", [0, 4])
+def test_the_shutdown_of_a_guest_that_was_resumed_shows(busy_s: float) -> None:
+    """On a host that gives it hardly any processor; its disks do nothing for long."""
+    attempt = resumed(busy_s, [])
+    last = attempt.last
+    assert last is not None and last.vcpu_time is not None
+    for second in range(1, 100):
+        vcpu_time, vcpu_wait = last.vcpu_time + second * S // 10, second * S * 8 // 10
+        seen = replace(
+            last, at=last.at + second * S, vcpu_time=vcpu_time, vcpu_wait=vcpu_wait, vcpu_load=None
+        )
+        attempt = powerdown.observe(attempt, replace(seen, disks_idle=0))
+    judgement = powerdown.judge(attempt, powerdown=POWERDOWN, agent=False)
+    assert judgement.conclusion is Conclusion.SHUTTING_DOWN
 
 
 def test_a_shutdown_on_a_host_that_gives_it_hardly_any_processor() -> None:

@@ -1,0 +1,67 @@
+"""Read how busy the threads of a guest's virtual processors are.
+
+Sources: proc(5), schedstat; Linux's Documentation/scheduler/sched-debug.rst and sched-pelt.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+FULL_LOAD: Final = 1024
+"""The kernel's average of a thread that always wants a processor."""
+_FAIR: Final = frozenset({0, 3, 5})
+"""SCHED_NORMAL, SCHED_BATCH and SCHED_IDLE: the policies under which there is such an average."""
+_POLICY: Final = re.compile(r"^policy\s*:\s*([0-9]{1,10})$", re.MULTILINE)
+_RUNNABLE: Final = re.compile(r"^se\.avg\.runnable_avg\s*:\s*([0-9]{1,10})$", re.MULTILINE)
+
+
+class VcpuThreads:
+    def __init__(self, tasks: Path, threads: tuple[int, ...]) -> None:
+        """`tasks` is /proc/PID/task."""
+        self._tasks, self._threads = tasks, threads
+
+    def times(self) -> tuple[int | None, int | None]:
+        """Return (time run, time waited for a host processor) of all threads, in µs.
+
+        None if unreadable.
+        """
+        ran = waited = 0
+        for thread in self._threads:
+            try:
+                fields = (self._tasks / f"{thread}/schedstat").read_bytes().split()
+                ran += int(fields[0])
+                waited += int(fields[1])
+            except (OSError, ValueError, IndexError):
+                return None, None
+        return ran // 1000, waited // 1000
+
+    def load(self) -> float | None:
+        """Return how many processors of the host the threads have wanted lately.
+
+        This is the kernel's own average, in which 32 ms ago counts half. Time in which a thread
+        waited for a processor counts as well. None if unreadable, or if a thread has a real-time
+        policy.
+        """
+        load = 0
+        for thread in self._threads:
+            try:
+                one = parse_load((self._tasks / f"{thread}/sched").read_text(errors="replace"))
+            except OSError:
+                return None
+            if one is None:
+                return None
+            load += one
+        return load / FULL_LOAD
+
+
+def parse_load(text: str) -> int | None:
+    """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if it has none.
+
+    The first line has the thread's name, which may be any text, so the last match counts.
+    """
+    policies, averages = _POLICY.findall(text), _RUNNABLE.findall(text)
+    if not policies or not averages or int(policies[-1]) not in _FAIR:
+        return None
+    return int(averages[-1])
