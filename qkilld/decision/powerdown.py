@@ -13,6 +13,10 @@ guest was asked. `judge` interprets all of that at any time. It rests on these f
 - After a sign that only a shutdown gives, all work counts, as long as the sign holds: if the agent
   is back, it was only restarted. Without such a sign, work that began after the press counts as a
   shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
+- Two other signs are not used. An agent that no longer answers may be starved or hung; one that was
+  stopped closes its port. x-query-virtio-status shows whether the guest has reset a device, but
+  QEMU aborts if it cannot decode the features of that kind of device (qmp_decode_features in
+  hw/virtio/virtio-qmp.c), and then everything that it holds is lost.
 - A guest that restarts has shut down and booted again. It is asked once more, like one that boots,
   but not a third time.
 
@@ -194,6 +198,17 @@ def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) 
     return Attempt(
         started=at, asked=asked, answered_at=at, progress_at=at if shutting_down else None
     )
+
+
+def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
+    """Return whether the guest need not be asked again at `at`, after an attempt that has ended: it
+    was asked a moment ago, or it was shutting down. `powerdown` is PowerdownSec= in µs."""
+    if not attempt.asked:
+        return False
+    asked_at = attempt.asked[-1].at
+    if attempt.signs or attempt.progress_at is not None:
+        return at < max(asked_at, attempt.progress_at or 0) + powerdown
+    return at < asked_at + min(EFFECT, powerdown)
 
 
 def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:

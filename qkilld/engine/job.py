@@ -199,6 +199,11 @@ class Job:
         that has succeeded."""
         self._link.offer(passed)
 
+    def follow_up(self, ended: Job) -> None:
+        """Do not ask the guest again if that job for the same process has just asked it. Call it
+        before `start`."""
+        self._powerdown.follow_up(ended._powerdown.attempt)
+
     def start(self) -> None:
         """Send the first signal, unless the guest is asked or its disks are flushed first.
 

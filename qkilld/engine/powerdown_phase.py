@@ -54,6 +54,16 @@ class PowerdownPhase:
         """Set what an earlier daemon knew. Call it before `begin`."""
         self._past_attempt = past
 
+    def follow_up(self, ended: Attempt | None) -> None:
+        """Continue asking where an earlier job for the same process ended, if that still counts: a
+        second press cancels the shutdown of some systems. Call it before `begin`."""
+        job = self._job
+        if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
+            return
+        if powerdown.still_counts(ended, self._clock.now(), job.policy.powerdown):
+            self._past = ended
+            job.guest_asked = GuestAsked.ASKED
+
     def begin(self) -> None:
         """Ask the guest, or continue what an earlier daemon has begun."""
         job = self._job

@@ -74,6 +74,8 @@ class Registry:
         self._jobs: dict[int, Job] = {}
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
+        self._ended_jobs: dict[tuple[int, int], Job] = {}
+        """The last one of each process."""
         self._per_uid: Counter[int] = Counter()
         self._last = 0
         self._summary = StopSummary()
@@ -116,6 +118,8 @@ class Registry:
         job = self._job(self._last + 1, process, request, policy)
         if passed is not None:
             job.offer_monitor(passed)
+        if ended := self._ended_jobs.get(key):
+            job.follow_up(ended)
         job.start()
         self._add(job, process)
         self._tell(lambda observer: observer.job_new(job))
@@ -273,6 +277,7 @@ class Registry:
     def _ended(self, job: Job) -> None:
         key = job.guest.identity.key
         del self._running[key]
+        self._ended_jobs[key] = job
         if job.result is Result.SURVIVED:
             self._survivors[key] = job
         self._tell(lambda observer: observer.job_ended(job))
@@ -306,6 +311,8 @@ class Registry:
             self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
             return
         del self._jobs[job.number]
+        if self._ended_jobs.get(job.guest.identity.key) is job:
+            del self._ended_jobs[job.guest.identity.key]
         if self.saver is not None and self._survivors.get(job.guest.identity.key) is not job:
             self.saver.forget(job)
         self._per_uid -= Counter((job.request.uid,))

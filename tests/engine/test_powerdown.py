@@ -558,6 +558,58 @@ def test_a_press_of_somebody_else_is_watched(flags: Flag) -> None:
     assert (process.sent, job.guest_asked) == ([SIGTERM], GuestAsked.IGNORED)
 
 
+@pytest.mark.parametrize(
+    ("later_s", "orders"), [(3, [GuestOrder.BUTTON]), (12, [GuestOrder.BUTTON] * 2)]
+)
+def test_a_press_of_an_earlier_job_is_not_repeated_at_once(
+    later_s: float, orders: list[GuestOrder]
+) -> None:
+    """The guest has taken the press, so its register shows nothing any more."""
+    world, process = asked_world(UP), FakeProcess()
+    world.stop(process, POWERDOWN | NOWAIT)
+    world.clock.advance(0.1)
+    pressed = world.clock.now()
+    world.clock.advance(later_s)
+    process = FakeProcess()
+    job = world.stop(process, POWERDOWN)
+    assert job.guest_asked is (GuestAsked.ASKED if later_s < 10 else GuestAsked.NOT_ASKED)
+    world.clock.advance(30)
+    assert (world.monitors.orders, process.sent, job.rungs == []) == (orders, [], len(orders) == 1)
+    world.clock.advance(35)
+    if later_s < 10:
+        assert (process.sent, job.guest_asked) == ([SIGTERM], GuestAsked.IGNORED)
+        assert pressed + 59 * S <= job.rungs[-1].at <= pressed + 62 * S
+
+
+def test_a_shutdown_that_an_earlier_job_began_is_watched() -> None:
+    world, process = asked_world(UP), FakeProcess()
+    job = world.stop(process, POWERDOWN)
+    world.clock.advance(1)
+    closing = replace(UP, signs=frozenset({ShutdownSign.AGENT_CLOSED}))
+    world.monitors.shows = lambda now: replace(closing, requests=now)
+    world.clock.advance(20)
+    job.cancel()
+    world.clock.advance(30)
+    process = FakeProcess()
+    job = world.stop(process, POWERDOWN | FORCE)
+    world.clock.advance(200)
+    assert (world.monitors.orders, process.sent) == ([GuestOrder.BUTTON], [])
+    assert job.verdict is Verdict.GUEST_SHUTDOWN
+    world.monitors.rest = frozenset({ShutdownSign.POWERED_OFF}), True
+    process.die()
+    assert (job.result, job.guest_asked) == (Result.EXITED, GuestAsked.SHUT_DOWN)
+
+
+def test_a_job_without_powerdown_does_not_ask_after_one_that_has() -> None:
+    world, process = asked_world(UP), FakeProcess()
+    world.stop(process, POWERDOWN | NOWAIT)
+    world.clock.advance(1)
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    assert (process.sent, job.guest_asked) == ([SIGTERM], GuestAsked.NOT_ASKED)
+
+
 def test_a_monitor_that_is_lost_is_opened_again() -> None:
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN)
