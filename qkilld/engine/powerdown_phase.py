@@ -61,7 +61,7 @@ class PowerdownPhase:
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
             return
         if powerdown.still_counts(ended, self._clock.now(), job.policy.powerdown):
-            self._past = ended
+            self._past_attempt = ended
             job.guest_asked = GuestAsked.ASKED
 
     def begin(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.agents import ANSWERING, SILENT
 from tests.lab.bus import CallError, Client, plain
 from tests.lab.debian import FILES, boot_debian
 from tests.lab.guest import Guest
@@ -80,20 +81,10 @@ def test_what_the_guest_had_written_is_kept(client: Client, agent: bool) -> None
         assert debian.kept() == (FILES, True)
 
 
-ANSWERING = r"""systemctl stop qemu-guest-agent; nohup perl -e '
-open(P, "+<", "/dev/virtio-ports/org.qemu.guest_agent.0") or die;
-while (1) {
-    # While no program of the host is there, nothing is read.
-    sysread(P, $asked, 4096) or select(undef, undef, undef, 0.1), next;
-    syswrite(P, "\xff{\"return\": $1}\n") if $asked =~ /sync-delimited.*"id": *([0-9]+)/s;
-}' >/dev/null 2>&1 &"""
-"""Starts an agent in the guest that answers, and does nothing it is told."""
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("agent", "rungs"),
-    [("kill -STOP $(pidof qemu-ga)", ["button"]), (ANSWERING, ["agent", "button"])],
+    [(SILENT, ["button"]), (ANSWERING, ["agent", "button"])],
     ids=["silent", "answers"],
 )
 def test_an_agent_that_does_nothing_is_followed_by_the_button(

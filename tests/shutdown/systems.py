@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.model.guest_state import GuestOrder
+from tests.lab.agents import ANSWERING, SILENT
 from tests.lab.arm import arm_guest
 from tests.lab.debian import FILES, Shell, boot_debian, continued, kept_files, write_files
 from tests.lab.log import wait_for_path
@@ -60,10 +61,14 @@ def _with_data(words: list[str], drive: str) -> list[str]:
 
 @contextlib.contextmanager
 def _running(
-    directory: Path, launcher: Launcher, words: Sequence[str], *prepare: str
+    directory: Path,
+    launcher: Launcher,
+    words: Sequence[str],
+    *prepare: str,
+    monitor: str = "qmp",
 ) -> Iterator[_Debian]:
     qmp = directory / "qmp"
-    words = [*words, "-qmp", f"unix:{qmp},server=on,wait=off"]
+    words = [*words, f"-{monitor}", f"unix:{qmp},server=on,wait=off"]
     with launcher.start(directory, words) as target:
         wait_for_path(directory / "shell", 60, pidfd=target.pidfd)
         shell = _connect(directory / "shell")
@@ -93,15 +98,16 @@ def _debian(
     *prepare: str,
     more: Sequence[str] = (),
     agent: bool = False,
+    monitor: str = "qmp",
     strike: Callable[[_Debian], None] | None = None,
 ) -> Make:
-    """A guest in which these commands were run."""
+    """A guest in which these commands were run. `monitor`: qmp, or monitor for a human one."""
 
     @contextlib.contextmanager
     def make(directory: Path, launcher: Launcher) -> Iterator[Scene]:
         commands = prepare if agent else (_NO_AGENT, *prepare)
         words = [*continued(directory), *more]
-        with _running(directory, launcher, words, *commands) as debian:
+        with _running(directory, launcher, words, *commands, monitor=monitor) as debian:
             if strike is not None:
                 strike(debian)
             data = directory / "data.qcow2"
@@ -177,18 +183,29 @@ def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 
 @contextlib.contextmanager
-def _booting(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Its boot takes 30 s and more; 15 s of them are over."""
-    with boot_debian(state=False, wait=False) as debian:
-        guest = debian.guest
-        time.sleep(15)
-        root = debian.data.with_name("root.qcow2")
+def _held(directory: Path, launcher: Launcher) -> Iterator[Scene]:
+    """Another program uses its only monitor."""
+    with _debian()(directory, launcher) as scene, Qmp(scene.qmp):
+        yield scene
 
-        def count() -> Kept:
-            return Kept(0, 0, (_files(root).notes[0],))
 
-        assert guest.qmp is not None
-        yield Scene(Target(guest.pid, guest.pidfd), guest.qmp, count)
+def _booting(seconds: float) -> Make:
+    """A guest so long after its start. Its boot takes 30 s and more."""
+
+    @contextlib.contextmanager
+    def make(directory: Path, launcher: Launcher) -> Iterator[Scene]:
+        with boot_debian(state=False, wait=False) as debian:
+            guest = debian.guest
+            time.sleep(seconds)
+            root = debian.data.with_name("root.qcow2")
+
+            def count() -> Kept:
+                return Kept(0, 0, (_files(root).notes[0],))
+
+            assert guest.qmp is not None
+            yield Scene(Target(guest.pid, guest.pidfd), guest.qmp, count)
+
+    return make
 
 
 @contextlib.contextmanager
@@ -219,6 +236,22 @@ def _row(title: str, make: Make, kept: int = FILES, **more: object) -> Row:
 ROWS: Final = {
     "agent": _row("Debian with its agent", _debian(agent=True)),
     "button": _row("Debian without an agent", _debian()),
+    "hmp": _row(
+        "Debian with a human monitor alone",
+        _debian(monitor="monitor"),
+        columns=("qkilld", "sigterm"),
+    ),
+    "agent-answers": _row(
+        "Debian, its agent answers and does nothing", _debian(ANSWERING, agent=True)
+    ),
+    "agent-silent": _row("Debian, its agent does not answer", _debian(SILENT, agent=True)),
+    "held": _row(
+        "Debian, another program uses its monitor",
+        _held,
+        kept=0,
+        asked="unreachable",
+        columns=_WITHOUT_LIBVIRT,
+    ),
     "libvirt": _row(
         "a guest of libvirt's: Debian",
         _debian(),
@@ -234,13 +267,16 @@ ROWS: Final = {
         note="",
         columns=_WITHOUT_LIBVIRT,
     ),
-    "booting": _row(
-        "Debian, 15 s after its start",
-        _booting,
-        kept=0,
-        columns=_WITHOUT_LIBVIRT,
-        note=_CLEAN,
-    ),
+    **{
+        f"booting-{seconds}": _row(
+            f"Debian, {seconds} s after its start",
+            _booting(seconds),
+            kept=0,
+            columns=_WITHOUT_LIBVIRT,
+            note=_CLEAN,
+        )
+        for seconds in (0.5, 2, 15)
+    },
     "ignores": _row("Debian ignores the button, idle", _debian(_IGNORE), kept=0, asked="ignored"),
     "loaded": _row(
         "Debian ignores the button, at full load",
