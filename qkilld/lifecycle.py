@@ -214,13 +214,13 @@ class Life:
         self._journal = journal
         self._manager = manager
         self._store = store
-        self._limited = limited = RateLimitedJournal(journal, clock)
+        self._limited = limited_journal = RateLimitedJournal(journal, clock)
         monitors = JobMonitors(listening_unix)
-        self._observers = Observers(limited)
+        self._observers = Observers(limited_journal)
         self._registry = Registry(
             config,
             clock,
-            limited,
+            limited_journal,
             observer=self._observers,
             sampler=sampler,
             monitors=monitors,

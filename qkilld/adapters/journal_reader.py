@@ -106,20 +106,20 @@ def read_job(number: int, directory: Path | None = None) -> list[JobEntry]:
 def entries_of(entries: Iterable[Mapping[str, Any]]) -> list[JobEntry]:
     """Of several jobs with the same number, return the newest, because a daemon without state
     counts from 1. Entries that may be forged are left out."""
-    found: list[JobEntry] = []
+    job_entries: list[JobEntry] = []
     boot = ""
     for entry in entries:
         message = _MESSAGES.get(_text(entry, "MESSAGE_ID").replace("-", ""))
         if message is None or not _is_credible(entry):
             continue
         begins = message in (MessageId.JOB_STARTED, MessageId.JOB_RESUMED)
-        same = found and found[0].pid == _number(entry, "OBJECT_PID")
+        same = job_entries and job_entries[0].pid == _number(entry, "OBJECT_PID")
         if message is MessageId.JOB_STARTED or (begins and not same):
-            found, boot = [], _text(entry, "_BOOT_ID")
+            job_entries, boot = [], _text(entry, "_BOOT_ID")
         elif not (same and boot == _text(entry, "_BOOT_ID")):
             continue
-        found.append(_job_entry(message, entry))
-    return found
+        job_entries.append(_job_entry(message, entry))
+    return job_entries
 
 
 _MESSAGES: Final = {message.value: message for message in MessageId}

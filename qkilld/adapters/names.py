@@ -93,12 +93,12 @@ class NameReader:
             self._users = {
                 uid: queue for uid, queue in self._users.items() if queue.waiting or queue.threads
             }
-            kept = {
+            keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
         # A name that was read meanwhile counts as pending until `_collect` removes it.
-        self._pending &= kept
-        self._late_keys &= kept
+        self._pending &= keys
+        self._late_keys &= keys
 
     async def _wait(self, wanted: Mapping[_Key, int]) -> None:
         loop = asyncio.get_running_loop()

@@ -63,8 +63,8 @@ class ManagerObject:
         flags: int,
         options: dict[str, VariantValue] | None = None,
     ) -> list[Any]:
-        given = _given(options or {})
-        job = await self._service.terminate(pid, flags, given, caller)
+        parsed_options = _given(options or {})
+        job = await self._service.terminate(pid, flags, parsed_options, caller)
         return [job_path(job)]
 
     async def _terminate_unit(self, caller: BusCaller, unit: str, flags: int) -> list[Any]:

@@ -497,9 +497,9 @@ class Server:
             self._connection.send(message)
 
 
-def _all_properties(found: BusObject, uid: int) -> dict[str, Variant]:
-    types = found.interface.properties
-    return {name: Variant(kind, found.property(name, uid)) for name, kind in types.items()}
+def _all_properties(bus_object: BusObject, uid: int) -> dict[str, Variant]:
+    types = bus_object.interface.properties
+    return {name: Variant(kind, bus_object.property(name, uid)) for name, kind in types.items()}
 
 
 def _arguments(call: IncomingMessage, takes: str, shown: str) -> list[Any]:

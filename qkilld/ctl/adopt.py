@@ -85,7 +85,7 @@ class _Adopter:
     async def adopt(self, name: str) -> tuple[int, dict[str, Any]]:
         report = await self._check(name)
         wanted = changes(report.findings)
-        if report.facts.is_scope and not report.around.guard:
+        if report.facts.is_scope and not report.surroundings.guard:
             raise _no_users_guard(report.name)
         if not report.comparison.writes:
             return self._left_alone(report)
@@ -138,15 +138,15 @@ class _Adopter:
 
     async def adopted_units(self) -> list[str]:
         """List all units with our drop-in and all scopes with a guard."""
-        found: dict[str, None] = {}
+        unit_names: dict[str, None] = {}
         for transient in (False, True):
             base = await self._base(transient)
-            found.update(dict.fromkeys(each.unit for each in all_drop_ins(base)))
+            unit_names.update(dict.fromkeys(each.unit for each in all_drop_ins(base)))
         if not self._session.bus.user:
             guards = await self._systemd.list_units("qkilld-scope@*.service", states=["active"])
             for guard in guards:
-                found[guard.removeprefix("qkilld-scope@").removesuffix(".service")] = None
-        return list(found)
+                unit_names[guard.removeprefix("qkilld-scope@").removesuffix(".service")] = None
+        return list(unit_names)
 
     async def _wait_for_stops(self) -> None:
         """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget how
@@ -164,13 +164,13 @@ class _Adopter:
             await asyncio.sleep(_POLL_S)
 
     async def _stopping_units(self) -> list[str]:
-        found = []
+        unit_names = []
         for name in await self._systemd.list_units("*.service", states=["deactivating"]):
             with ignore(f"asking systemd for {name}", QkilldError):
                 facts = await self._systemd.unit(name)
                 if facts.control_pid and any(map(is_helper, facts.exec_stop)):
-                    found.append(name)
-        return found
+                    unit_names.append(name)
+        return unit_names
 
     async def undo(self, name: str) -> tuple[int, dict[str, Any]]:
         try:
@@ -215,10 +215,10 @@ class _Adopter:
     # Scopes have no ExecStop=, so a unit that is stopped earlier does the waiting for them.
 
     async def _guard(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
-        guard = report.around.guard
+        guard = report.surroundings.guard
         if not guard:
             raise _no_users_guard(report.name)
-        if not report.around.is_guarded:
+        if not report.surroundings.is_guarded:
             try:
                 await self._systemd.unit(guard)
             except NoSuchUnit:
@@ -331,10 +331,10 @@ class _Adopter:
                 )
 
     def _show_file(self, drop_in: DropIn, text: str, old: str) -> None:
-        kept = set(old.splitlines())
+        old_lines = set(old.splitlines())
         self._say(f"{'Would write' if self._dry_run else 'Writing'} {drop_in.path}:")
         for line in text.splitlines():
-            self._say(f"  {' ' if line in kept else '+'} {line}")
+            self._say(f"  {' ' if line in old_lines else '+'} {line}")
 
     def _report(
         self, report: UnitReport, drop_in: DropIn | None, text: str

@@ -41,7 +41,7 @@ class UnitReport:
     facts: UnitFacts
     name: str
     """The primary name; for a template, that of the template."""
-    around: Surroundings
+    surroundings: Surroundings
     findings: tuple[Finding, ...]
     overrides: tuple[Override, ...]
     """What overrides the settings that adopt would write."""
@@ -122,11 +122,13 @@ async def check_unit(session: Session, systemd: Systemd, name: str, config: Conf
     """Raises NoSuchUnit, InvalidArgs, Failed if the unit is masked or cannot be read."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
-    around = await gather(systemd, facts, config, user=session.bus.user, is_template=is_template)
-    findings = check(facts, around)
+    surroundings = await gather(
+        systemd, facts, config, user=session.bus.user, is_template=is_template
+    )
+    findings = check(facts, surroundings)
     over = tuple(overrides(facts, changes(findings)))
-    comparison = compare(facts, around, findings, over)
-    return UnitReport(facts, name, around, findings, over, comparison)
+    comparison = compare(facts, surroundings, findings, over)
+    return UnitReport(facts, name, surroundings, findings, over, comparison)
 
 
 async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
@@ -223,12 +225,12 @@ _WITHOUT_GUEST: Final = {
 
 def _verdict_lines(report: UnitReport) -> Iterator[str]:
     """Yield what the comparison found and the findings do not mention."""
-    found = report.comparison
-    if found.word is UnitVerdict.SAFE:
+    comparison = report.comparison
+    if comparison.word is UnitVerdict.SAFE:
         return
-    yield f"{_sentence(found.reason)}."
-    if found.advice:
-        yield f"{_sentence(found.advice)}."
+    yield f"{_sentence(comparison.reason)}."
+    if comparison.advice:
+        yield f"{_sentence(comparison.advice)}."
 
 
 def _sentence(text: str) -> str:

@@ -157,12 +157,12 @@ def all_drop_ins(base: Path) -> list[DropIn]:
 
     A symbolic link with the name of one is included, for the administrator to check.
     """
-    found = []
+    drop_ins = []
     for path in sorted(base.glob(f"*.d/{FILE_NAME}")):
         with ignore(f"reading {path}, which may not be ours to read", OSError):
             if path.is_symlink() or (path.is_file() and is_ours(_text(path))):
-                found.append(DropIn(base, path.parent.name.removesuffix(".d")))
-    return found
+                drop_ins.append(DropIn(base, path.parent.name.removesuffix(".d")))
+    return drop_ins
 
 
 def _text(path: Path) -> str:

@@ -125,10 +125,10 @@ async def _status(manager: ManagerProxy, path: str) -> JobStatus | None:
 def _replace(path: str, text: str) -> None:
     """Replace the file atomically. Raises Failed."""
     try:
-        beside = Path(f"{path}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.chmod(0o644)
-        beside.rename(path)
+        temporary = Path(f"{path}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(0o644)
+        temporary.rename(path)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "this is no path"
         raise Failed(f"The metrics cannot be written: {why}") from None

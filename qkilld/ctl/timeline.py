@@ -96,7 +96,7 @@ def of_trace(trace: Trace) -> Timeline:
         for step in steps
         if step.assessment is not None and step.assessment.pending is not None
     ]
-    left = [
+    remaining = [
         (_seconds(trace, step.at), _time_left(step.decision.deadline, step.at)) for step in steps
     ]
     flags = changes[-1].flags if changes else header.flags
@@ -110,7 +110,7 @@ def of_trace(trace: Trace) -> Timeline:
         held=_held(trace, length),
         written=tuple(written) if trace.of(Sample) else None,
         pending=tuple(pending),
-        time_left=tuple(left),
+        time_left=tuple(remaining),
         next_rung=NextRung.KILL.value if Flag.FORCE in flags else "giving up",
     )
 

@@ -34,11 +34,11 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
     """Assess a process of which only a verdict and a time of progress are known."""
     # As old as the job, so that the only decision it allows is to take a sample.
-    nothing = Sample(began, "?")
+    empty_sample = Sample(began, "?")
     return Assessment(
-        first=nothing,
-        last=nothing,
-        seen=nothing,
+        first=empty_sample,
+        last=empty_sample,
+        seen=empty_sample,
         waits=(),
         verdict=verdict,
         reasons=("not looked at yet",),

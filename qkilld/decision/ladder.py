@@ -113,18 +113,18 @@ class Decision:
     """JobFacts.promised for the next decision."""
 
 
-def policy_for(flags: Flag, configured: Policy, asked: Mapping[str, int]) -> Policy:
+def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Policy:
     """Return the policy of a job: FIXED overrides the configuration, the caller overrides both.
 
-    `asked` are fields of Policy, in µs.
+    `spans` are fields of Policy, in µs.
     """
-    return replace(FIXED_POLICY if Flag.FIXED in flags else configured, **asked)
+    return replace(FIXED_POLICY if Flag.FIXED in flags else configured, **spans)
 
 
-def lengthen(policy: Policy, asked: Mapping[str, int]) -> Policy:
+def lengthen(policy: Policy, spans: Mapping[str, int]) -> Policy:
     """Return the policy with the requested longer spans; none becomes shorter."""
     return replace(
-        policy, **{name: max(usec, getattr(policy, name)) for name, usec in asked.items()}
+        policy, **{name: max(usec, getattr(policy, name)) for name, usec in spans.items()}
     )
 
 

@@ -333,7 +333,7 @@ def _follow(
         return tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None)), [], []
     known = {wait.key: wait for wait in before.waits}
     waits, moves, doubts = [], [], []
-    held = False
+    is_certain = False
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
         followed = _new_wait(wait, sample.at) if old is None else _update_wait(wait, old, sample.at)
@@ -343,8 +343,8 @@ def _follow(
         elif followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, for this guest or for others")
         else:
-            held = held or wait.certain
-    if held:
+            is_certain = is_certain or wait.certain
+    if is_certain:
         # The process cannot exit before a wait ends, so the end of one is progress.
         doubts = []
     moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
@@ -488,19 +488,19 @@ def _verdict(
         return Verdict.ZOMBIE, ["it has exited, and only its debugger or parent still holds it"]
     if obstacle := standstill(sample):
         return Verdict.STOPPED, [obstacle]
-    standing_waits = [_describe(wait, sample.at) for wait in waits if wait.kind in _OUTSTANDING]
+    texts = [_describe(wait, sample.at) for wait in waits if wait.kind in _OUTSTANDING]
     if moves:
-        return Verdict.FLUSHING, [*moves, *standing_waits]
+        return Verdict.FLUSHING, [*moves, *texts]
     recent = progress_at is not None and sample.at - progress_at <= FLUSHING_FOR
     storage = [wait for wait in waits if wait.kind in (WaitKind.STORAGE, WaitKind.EXIT)]
     if storage and recent:
-        return Verdict.FLUSHING, ["it moved a moment ago", *standing_waits]
+        return Verdict.FLUSHING, ["it moved a moment ago", *texts]
     if doubts:
-        return Verdict.UNKNOWN, [*doubts, *standing_waits]
+        return Verdict.UNKNOWN, [*doubts, *texts]
     if storage:
-        return Verdict.STORAGE_WAIT, standing_waits
-    if standing_waits:
-        return Verdict.BLOCKED, standing_waits
+        return Verdict.STORAGE_WAIT, texts
+    if texts:
+        return Verdict.BLOCKED, texts
     if wanting := [wait.text for wait in waits if wait.kind is WaitKind.PROCESSOR]:
         return Verdict.UNKNOWN, wanting
     if unseen_texts := [wait.text for wait in waits if wait.kind is WaitKind.UNSEEN]:

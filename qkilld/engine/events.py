@@ -212,13 +212,13 @@ def job_forced(job: ObservedJob, uid: int) -> Event:
 
 
 def job_resumed(job: ObservedJob) -> Event:
-    sent = ", ".join(rung.action for rung in job.rungs) or "nothing"
+    actions = ", ".join(rung.action for rung in job.rungs) or "nothing"
     return _of_job(
         job,
         MessageId.JOB_RESUMED,
         Priority.NOTICE,
         f"Resuming the stop of {job.guest.title} for uid {job.request.uid}, "
-        f"{_ladder(job.flags)}, after {_seconds(job.elapsed)}; done so far: {sent}.",
+        f"{_ladder(job.flags)}, after {_seconds(job.elapsed)}; done so far: {actions}.",
         QKILLD_FLAGS=str(int(job.flags)),
         QKILLD_REQUESTED_BY=str(job.request.uid),
         QKILLD_ELAPSED_USEC=str(job.elapsed),
@@ -301,16 +301,16 @@ def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
     at_risk = [job.guest.title for job in jobs if job.data_at_risk]
     named = ", ".join(at_risk[:MAX_NAMED]) + (", ..." if len(at_risk) > MAX_NAMED else "")
     began = min(job.started for job in jobs)
-    took = max(job.started + job.elapsed for job in jobs) - began
+    duration = max(job.started + job.elapsed for job in jobs) - began
     risk = f"Data of {len(at_risk)} is at risk: {named}" if at_risk else "No data is at risk"
     return Event(
         MessageId.STOPS_ENDED,
         Priority.NOTICE,
-        f"Stopped {len(jobs)} guests in {_seconds(took)}: {', '.join(counts)}. {risk}.",
+        f"Stopped {len(jobs)} guests in {_seconds(duration)}: {', '.join(counts)}. {risk}.",
         fields={
             "QKILLD_STOPS": str(len(jobs)),
             "QKILLD_STOPS_AT_RISK": str(len(at_risk)),
-            "QKILLD_ELAPSED_USEC": str(took),
+            "QKILLD_ELAPSED_USEC": str(duration),
         },
     )
 
@@ -339,10 +339,10 @@ def waiter_gone(job: ObservedJob) -> Event:
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
     """A guest of TerminateAll could not be stopped; if it has just exited by itself, nothing is
     wrong."""
-    gone = isinstance(error, NoSuchProcess)
+    is_gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,
-        Priority.INFO if gone else Priority.WARNING,
+        Priority.INFO if is_gone else Priority.WARNING,
         f"Failed to stop {guest.title}, one of all guests, for uid {uid}: {error}.",
         guest=guest,
         fields={"QKILLD_GUEST": guest.label.shown_name, "QKILLD_REQUESTED_BY": str(uid)},
@@ -355,15 +355,15 @@ def daemon_started(version: str, where: str) -> Event:
 
 def daemon_stopping(running: int, *, to_go_on: bool = False) -> Event:
     if not running:
-        left = ""
+        consequence = ""
     elif to_go_on:
-        left = f"; {running} jobs continue when it is started again"
+        consequence = f"; {running} jobs continue when it is started again"
     else:
-        left = f"; {running} jobs are cancelled, and their guests get no more signals"
+        consequence = f"; {running} jobs are cancelled, and their guests get no more signals"
     return Event(
         MessageId.DAEMON_STOPPING,
         Priority.WARNING if running and not to_go_on else Priority.INFO,
-        f"qkilld is stopping{left}.",
+        f"qkilld is stopping{consequence}.",
     )
 
 
@@ -374,13 +374,13 @@ def daemon_idle() -> Event:
 def bus_lost(running: int, why: str, *, goes_on: bool) -> Event:
     """`goes_on`: Varlink is still served, which needs no bus."""
     if goes_on:
-        then = "it serves Varlink alone until the bus is there"
+        consequence = "it serves Varlink alone until the bus is there"
     elif running:
-        then = f"{running} jobs continue, and it exits after them unless the bus comes back"
+        consequence = f"{running} jobs continue, and it exits after them unless the bus comes back"
     else:
-        then = "it exits, because no job is running"
+        consequence = "it exits, because no job is running"
     priority, what = (Priority.NOTICE, "no") if goes_on else (Priority.ERR, "lost the")
-    return Event(MessageId.BUS_LOST, priority, f"qkilld has {what} bus ({why}): {then}.")
+    return Event(MessageId.BUS_LOST, priority, f"qkilld has {what} bus ({why}): {consequence}.")
 
 
 def traces_failed(text: str) -> Event:

@@ -121,13 +121,13 @@ class FairQueue(Generic[Item]):
         most = 1 if group.count > CROWD and uid not in self._unlimited else CALLS_PER_TURN
         self._groups.move_to_end(uid)
         items: list[Item] = []
-        taken = 0
-        while group.count and len(items) < most and taken < BYTES_PER_TURN:
-            name, waiting = next(iter(group.waiting.items()))
-            item, size = waiting.popleft()
+        total_size = 0
+        while group.count and len(items) < most and total_size < BYTES_PER_TURN:
+            name, queue = next(iter(group.waiting.items()))
+            item, size = queue.popleft()
             items.append(item)
-            taken += size
-            if waiting:
+            total_size += size
+            if queue:
                 group.waiting.move_to_end(name)
             else:
                 del group.waiting[name]

@@ -123,10 +123,10 @@ class GuestWatch:
 
     async def _scan(self, *, tell: bool) -> None:
         guests = {guest.identity.key: guest for guest in await self._look()}
-        for key, gone in list(self._guests.items()):
+        for key, lost_guest in list(self._guests.items()):
             if key not in guests:
                 del self._guests[key]
-                self._listener.guest_gone(gone)
+                self._listener.guest_gone(lost_guest)
         fresh = [guest for key, guest in guests.items() if key not in self._guests]
         channels = await self._survey(fresh)
         for guest, ways in zip(fresh, channels, strict=True):

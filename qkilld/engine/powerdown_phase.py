@@ -140,13 +140,13 @@ class PowerdownPhase:
             self._asker.close()
             self._asker = None
 
-    def _first_attempt(self, asked: tuple[AskRecord, ...]) -> Attempt:
+    def _first_attempt(self, records: tuple[AskRecord, ...]) -> Attempt:
         now = self._clock.now()
         if self._past_attempt is not None:
             return powerdown.go_on(self._past_attempt, now)
-        if asked:
+        if records:
             down = self._job.verdict is Verdict.GUEST_SHUTDOWN
-            return powerdown.go_on_unseen(asked, now, shutting_down=down)
+            return powerdown.go_on_unseen(records, now, shutting_down=down)
         return powerdown.start(now)
 
     @property
@@ -154,8 +154,8 @@ class PowerdownPhase:
         """Return the latest time for SIGTERM so that GraceSec, or half of MaxSec, remains of
         MaxSec."""
         job, policy = self._job, self._job.policy
-        alone = job.request.powerdown_only or Flag.NOWAIT in job.flags
-        reserve = 0 if alone else min(policy.grace, policy.max // 2)
+        is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
+        reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)
         return min(job.started + policy.max - reserve, INFINITY)
 
     @property

@@ -48,13 +48,13 @@ class SharedGroups:
         """Return what the reader's file contains, or contained at most SHARED_AGE_S ago."""
         now = self._clock()
         path = reader.path
-        if (known := self._cache.get(path)) is not None and now - known[0] < SHARED_AGE_S:
-            return known[1]
+        if (cached := self._cache.get(path)) is not None and now - cached[0] < SHARED_AGE_S:
+            return cached[1]
         if len(self._cache) >= _MAX_SHARED:
             self._cache.clear()
-        found = reader.read()
-        self._cache[path] = now, found
-        return found
+        values = reader.read()
+        self._cache[path] = now, values
+        return values
 
 
 class CgroupReader:
@@ -112,10 +112,10 @@ class CgroupReader:
             dirty, writeback = self._figures(self._memory, is_own)
         if self._io is not None and self._io_own == is_own:
             written, writes = self._figures(self._io, is_own)
-        found = Cgroup(is_own, dirty, writeback, written, writes, self._frozen())
+        cgroup = Cgroup(is_own, dirty, writeback, written, writes, self._frozen())
         # Keep the old object if nothing changed, because comparing identical objects is cheap.
-        if found != self._last_cgroup:
-            self._last_cgroup = found
+        if cgroup != self._last_cgroup:
+            self._last_cgroup = cgroup
         return self._last_cgroup
 
     def _figures(self, reader: _MemoryStat | _IoStat, own: bool) -> _Pair:

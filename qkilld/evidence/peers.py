@@ -171,9 +171,9 @@ class PeerReader:
         which."""
         images = self._storage.writable_places
         if len(set(images.values())) > 1:
-            known = [export for export in exports if export is not None]
-            paths = {self._exports.path_of(export) for export in known}
-            if len(known) < len(exports):
+            known_exports = [export for export in exports if export is not None]
+            paths = {self._exports.path_of(export) for export in known_exports}
+            if len(known_exports) < len(exports):
                 return ()
             images = {path: place for path, place in images.items() if path in paths}
         places = set(images.values())

@@ -247,10 +247,10 @@ class SocketTable:
             with self._single():
                 id = id or self._id_of(inode)
                 return _ask_tcp(inode, id, alone=True) if id else None
-        sockets, listening = tables
+        sockets, listeners = tables
         place = sockets.get(inode)
         try:
-            return None if place is None else _tcp(*place, listening)
+            return None if place is None else _tcp(*place, listeners)
         except _MALFORMED as error:
             raise Unreadable(str(error)) from None
 
@@ -297,8 +297,8 @@ class SocketTable:
         place = self._singles[inode]
         if place is None:
             return None
-        _, kind, found, _ = _UNIX_MESSAGE.unpack_from(place[0], place[1])
-        return place if (kind, found) == (_SOCK_STREAM, state) else None
+        _, kind, reply_inode, _ = _UNIX_MESSAGE.unpack_from(place[0], place[1])
+        return place if (kind, reply_inode) == (_SOCK_STREAM, state) else None
 
     def _id_of(self, inode: int) -> bytes:
         """Return the id of an established TCP socket in a crowded table; b"" if there is none."""
@@ -380,27 +380,27 @@ def _dump_unix() -> tuple[dict[int, _Place], dict[int, _Place]]:
     states = 1 << _ESTABLISHED | 1 << _LISTEN
     request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, states, 0, _UNIX_SHOW, 0, 0)
     connected: dict[int, _Place] = {}
-    listening: dict[int, _Place] = {}
+    listeners: dict[int, _Place] = {}
     for buffer, start, end in _request(request, _DUMP):
         _, kind, state, inode = _UNIX_MESSAGE.unpack_from(buffer, start)
         if kind == _SOCK_STREAM:
-            sockets = listening if state == _LISTEN else connected
+            sockets = listeners if state == _LISTEN else connected
             sockets[inode] = (buffer, start, end)
-    return connected, listening
+    return connected, listeners
 
 
 def _dump_tcp() -> tuple[dict[int, _Place], set[int]]:
     """Return the established sockets, and the ports with listeners."""
-    sockets, listening = {}, set()
+    sockets, listeners = {}, set()
     for family in (socket.AF_INET, socket.AF_INET6):
         states = 1 << _ESTABLISHED | 1 << _LISTEN
         request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, _TCP_SHOW, states, bytes(48))
         for buffer, start, end in _request(request, _DUMP):
             if buffer[start + 1] == _LISTEN:
-                listening.add(_PORT.unpack_from(buffer, start + 4)[0])
+                listeners.add(_PORT.unpack_from(buffer, start + 4)[0])
             else:
                 sockets[_U32.unpack_from(buffer, start + 68)[0]] = (buffer, start, end)
-    return sockets, listening
+    return sockets, listeners
 
 
 def _ask_unix(inode: int) -> _Place | None:
@@ -555,7 +555,7 @@ def _unix(buffer: bytes, start: int, end: int) -> UnixSocket:
     return UnixSocket(name, peer, shut, send, receive)
 
 
-def _tcp(buffer: bytes, start: int, end: int, listening: set[int]) -> TcpSocket:
+def _tcp(buffer: bytes, start: int, end: int, listeners: set[int]) -> TcpSocket:
     id = buffer[start : start + 1] + buffer[start + 4 : start + 52]
     (port,) = _PORT.unpack_from(buffer, start + 4)
     receive, send = _U32_U32.unpack_from(buffer, start + 56)
@@ -564,4 +564,4 @@ def _tcp(buffer: bytes, start: int, end: int, listening: set[int]) -> TcpSocket:
         if kind == _TCP_INFO and past - at >= _INFO_BYTES_ACKED + _U64_U64.size:
             (unacked,) = _U32.unpack_from(buffer, at + _INFO_UNACKED)
             acked, received = _U64_U64.unpack_from(buffer, at + _INFO_BYTES_ACKED)
-    return TcpSocket(id, port in listening, send, receive, unacked, acked, received)
+    return TcpSocket(id, port in listeners, send, receive, unacked, acked, received)

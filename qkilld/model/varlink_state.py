@@ -55,23 +55,23 @@ def status_of(state: Mapping[str, Any]) -> JobStatus:
 
 def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
     """Return it as Wait on D-Bus returns it. Missing values are left out."""
-    found = {
+    values = {
         _CAPITAL.sub(lambda word: f"-{word[0].lower()}", key.replace("USec", "Usec")): value
         for key, value in receipt.items()
         if value is not None
     }
-    found["rungs"] = [
-        [rung["phase"], rung["action"], rung["afterUSec"]] for rung in found.get("rungs", ())
+    values["rungs"] = [
+        [rung["phase"], rung["action"], rung["afterUSec"]] for rung in values.get("rungs", ())
     ]
-    if "verdicts" in found:
-        found["verdicts"] = [
-            [turn["verdict"], turn["afterUSec"], turn["reasons"]] for turn in found["verdicts"]
+    if "verdicts" in values:
+        values["verdicts"] = [
+            [turn["verdict"], turn["afterUSec"], turn["reasons"]] for turn in values["verdicts"]
         ]
-    if "data-at-risk" in found:
-        found["at-risk"] = [[risk["code"], risk["text"]] for risk in found.get("at-risk", ())]
+    if "data-at-risk" in values:
+        values["at-risk"] = [[risk["code"], risk["text"]] for risk in values.get("at-risk", ())]
     else:
-        found.pop("at-risk", None)
-    return found
+        values.pop("at-risk", None)
+    return values
 
 
 def _time(usec: int | None) -> int:

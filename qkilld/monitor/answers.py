@@ -56,9 +56,9 @@ def read_runstate(answer: object) -> str:
 
 def read_runstate_text(text: str) -> str:
     """Parse info status, which shows a plain stop as "paused"."""
-    if (found := _RUNSTATE.match(text)) is None:
+    if (match := _RUNSTATE.match(text)) is None:
         raise _unreadable("info status")
-    return found[2] or found[1]
+    return match[2] or match[1]
 
 
 def find_event_registers(tree: str) -> int | None:
@@ -67,12 +67,12 @@ def find_event_registers(tree: str) -> int | None:
     None if the machine has none. 0 if the firmware has not set it up yet, so that no guest can
     listen.
     """
-    found = [
+    registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
     ]
-    if not found:
+    if not registers:
         return None
-    port = max(found)
+    port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
     # Before it is set up, the block lies at 0 of a memory region of its own.
@@ -81,10 +81,10 @@ def find_event_registers(tree: str) -> int | None:
 
 def read_port(text: str, port: int) -> int:
     """Parse i/2xh PORT."""
-    found = _PORT.match(text)
-    if found is None or int(found[1], 16) != port:
+    match = _PORT.match(text)
+    if match is None or int(match[1], 16) != port:
         raise _unreadable("an I/O port")
-    return int(found[2], 16)
+    return int(match[2], 16)
 
 
 def read_block_totals(answer: object) -> BlockTotals:
@@ -194,15 +194,15 @@ def says_powered_off(message: Mapping[str, object]) -> bool:
 
 
 def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
-    requests, idle, told = 0, [], True
+    requests, idle, is_complete = 0, [], True
     for disk in disks:
         own = sum(disk.get(key, 0) for key in _COUNTERS)
         requests += own
         if "idle_time_ns" in disk and own:
             idle.append(disk["idle_time_ns"] // 1000)
         elif own:
-            told = False
-    return BlockTotals(requests, min(idle, default=None) if told else None)
+            is_complete = False
+    return BlockTotals(requests, min(idle, default=None) if is_complete else None)
 
 
 def _is_counter(value: object) -> bool:

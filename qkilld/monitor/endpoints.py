@@ -261,11 +261,13 @@ def _chardev(flat: Mapping[str, str]) -> Mapping[str, str]:
     place = "backend.data.addr.data."
     if "backend.type" not in flat:
         return flat
-    found = {key.removeprefix(place): value for key, value in flat.items() if key.startswith(place)}
-    found |= {"id": flat["id"], "backend": flat["backend.type"]}
+    values = {
+        key.removeprefix(place): value for key, value in flat.items() if key.startswith(place)
+    }
+    values |= {"id": flat["id"], "backend": flat["backend.type"]}
     if "backend.data.server" in flat:
-        found["server"] = flat["backend.data.server"]
-    return found
+        values["server"] = flat["backend.data.server"]
+    return values
 
 
 def _is_on(chardev: Mapping[str, str], listener: UnixListener) -> bool:

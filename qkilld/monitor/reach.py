@@ -135,7 +135,7 @@ async def _look_at(process: Process, look: Callable[[], T]) -> T:
     work = _run(process.guest.identity, look)
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
-            found = await work
+            result = await work
     except TimeoutError:
         raise MonitorTimeout("The kernel does not tell where the connection ends") from None
     except OSError as error:
@@ -144,7 +144,7 @@ async def _look_at(process: Process, look: Callable[[], T]) -> T:
         ) from None
     if process.exited():  # its number may be another's by now
         raise MonitorUnreachable("The guest has exited")
-    return found
+    return result
 
 
 async def connect(
@@ -189,13 +189,13 @@ def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOptio
     """Read the options of its command line and its first -readconfig files. May block. Raises
     OSError."""
     options = []
-    files, left = 0, MAX_CONFIG
+    files, remaining = 0, MAX_CONFIG
     for option in parse_command_line(procfs.read_command_line(identity.pid, proc)):
         options.append(option)
         if option.name == "readconfig" and files < MAX_CONFIGS:
             text = _read_config(identity, option.text, proc)
-            files, left = files + 1, left - len(text)
-            options += parse_config(text) if left >= 0 else []
+            files, remaining = files + 1, remaining - len(text)
+            options += parse_config(text) if remaining >= 0 else []
     return options
 
 

@@ -66,11 +66,11 @@ def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]
             if number >= MAX_DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             try:
-                found = _SOCKET.fullmatch(str(Path(entry.path).readlink()))
+                match = _SOCKET.fullmatch(str(Path(entry.path).readlink()))
             except FileNotFoundError:
                 continue
-            if found:
-                descriptors.setdefault(int(found[1]), set()).add(int(entry.name))
+            if match:
+                descriptors.setdefault(int(match[1]), set()).add(int(entry.name))
     return descriptors
 
 

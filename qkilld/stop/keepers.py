@@ -68,19 +68,19 @@ class KeeperWatch:
         `tell` is called once with the name of an active keeper, if there is one.
         """
         names = await self._names(process.pid)
-        told = False
-        written, moved = _written(process.pid), time.monotonic()
+        is_reported = False
+        written, moved_at = _written(process.pid), time.monotonic()
         while names and not process.exited():
             working = [each for name in names if (each := await self._at_work(name)) is not None]
             if not working:
                 return
-            if not told:
+            if not is_reported:
                 tell(working[0].facts.id)
-                told = True
+                is_reported = True
             now = time.monotonic()
             if (latest := _written(process.pid)) != written:
-                written, moved = latest, now
-            if not any(each.has_time(now) for each in working) and now - moved >= STALL_S:
+                written, moved_at = latest, now
+            if not any(each.has_time(now) for each in working) and now - moved_at >= STALL_S:
                 return
             with ignore("waiting for a keeper", TimeoutError):
                 async with asyncio.timeout(TICK_S):
@@ -136,29 +136,29 @@ async def leave_all(
     from qkilld.bus.systemd import Systemd
 
     watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
-    kept = {process: asyncio.Event() for process in processes}
+    events = {process: asyncio.Event() for process in processes}
     """Set once it is known whether there is an active keeper."""
-    left = set(processes)
+    remaining = set(processes)
 
     async def leave(process: ProcessHandle) -> None:
         def told(keeper: str) -> None:
             tell(process, keeper)
-            kept[process].set()
+            events[process].set()
 
         try:
             await watch.leave(process, told)
         finally:
-            if kept[process].is_set():
-                left.discard(process)
+            if events[process].is_set():
+                remaining.discard(process)
                 release([process])
-            kept[process].set()
+            events[process].set()
 
     tasks = {process: asyncio.create_task(leave(process)) for process in processes}
     try:
-        await asyncio.gather(*(event.wait() for event in kept.values()))
+        await asyncio.gather(*(event.wait() for event in events.values()))
         await asyncio.sleep(0)
-        free = [process for process in processes if process in left and tasks[process].done()]
-        left.difference_update(free)
+        free = [process for process in processes if process in remaining and tasks[process].done()]
+        remaining.difference_update(free)
         if free:
             release(free)
         await asyncio.gather(*tasks.values(), return_exceptions=True)
@@ -167,18 +167,18 @@ async def leave_all(
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-    if left:
-        release(list(left))
+    if remaining:
+        release(list(remaining))
 
 
 async def _wait_exit(process: ProcessHandle) -> None:
-    gone = asyncio.Event()
+    exit_event = asyncio.Event()
     loop = asyncio.get_running_loop()
     # A loop has one reader for each descriptor, so waits on the same one would end each other.
     pidfd = os.dup(process.pidfd)
-    loop.add_reader(pidfd, gone.set)
+    loop.add_reader(pidfd, exit_event.set)
     try:
-        await gone.wait()
+        await exit_event.wait()
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

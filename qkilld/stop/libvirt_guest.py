@@ -47,7 +47,7 @@ def shut_down_by_libvirt(
     `span` is PowerdownSec= (µs) if the caller gave it. The shutdown cannot be observed, because
     libvirt holds the monitor, so the guest gets a fixed time.
     """
-    given = _config().policy_for(domain.name).powerdown if span is None else span
+    timeout = _config().policy_for(domain.name).powerdown if span is None else span
     began = time.monotonic()
     # The job that follows must not ask it again.
     stop.powerdown = False
@@ -60,25 +60,25 @@ def shut_down_by_libvirt(
                 say(f"{stop.title}: {why}")
             else:
                 log.write(asked_by_libvirt(guest, domain.name))
-                _wait(stop, began, given)
+                _wait(stop, began, timeout)
         finally:
             mailbox.put(lambda: go_on(stop) if stop.running else None)
 
     threading.Thread(target=work, name="libvirt", daemon=True).start()
 
 
-def _wait(stop: GuestStop, began: float, given: int) -> None:
+def _wait(stop: GuestStop, began: float, timeout: int) -> None:
     """Return when the process is gone, or the time from its unit or the policy is over."""
     poll = select.poll()
     poll.register(stop.process.pidfd, select.POLLIN)
-    asked = time.monotonic()
+    asked_at = time.monotonic()
     while stop.running:
-        until = asked + given / 1e6
+        until = asked_at + timeout / 1e6
         # The unit's limits may become known meanwhile.
         if stop.ask_at_most is not None:
             until = min(until, began + stop.ask_at_most / 1e6)
-        left = until - time.monotonic()
-        if left <= 0 or poll.poll(min(left, TICK_S) * 1000):
+        remaining = until - time.monotonic()
+        if remaining <= 0 or poll.poll(min(remaining, TICK_S) * 1000):
             return
 
 

@@ -98,8 +98,8 @@ def may_pass_monitor(pid: int) -> bool:
     import _thread
 
     words: list[bytes] = []
-    done = _thread.allocate_lock()
-    done.acquire()
+    finished = _thread.allocate_lock()
+    finished.acquire()
 
     def read() -> None:
         try:
@@ -107,10 +107,10 @@ def may_pass_monitor(pid: int) -> bool:
                 words.extend(file.read(MAX_COMMAND_LINE).split(b"\0"))
         except OSError:
             pass
-        done.release()
+        finished.release()
 
     _thread.start_new_thread(read, ())
-    return done.acquire(timeout=READ_TIMEOUT_S) and any(map(_may_name_place, words))
+    return finished.acquire(timeout=READ_TIMEOUT_S) and any(map(_may_name_place, words))
 
 
 def _may_name_place(word: bytes) -> bool:

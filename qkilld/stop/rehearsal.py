@@ -98,19 +98,19 @@ async def _plan(options: Options, process: ProcessHandle, facts: UnitFacts | Non
     flags = Flag(0) if options.powerdown is False else Flag.POWERDOWN
     if limits.force if options.force is None else options.force:
         flags |= Flag.FORCE
-    given: dict[str, Option] = {
+    bus_options: dict[str, Option] = {
         span.bus_option: Option("t", options.spans[span.field])
         for span in JOB_SPANS
         if span.field in options.spans
     }
     if options.powerdown is None:
-        given["powerdown-as-configured"] = Option("b", True)
+        bus_options["powerdown-as-configured"] = Option("b", True)
     ask = min(limits.ask, ASK_ALL) if options.all_guests else limits.ask
     if ask != INFINITY:
-        given["powerdown-max-usec"] = Option("t", ask)
+        bus_options["powerdown-max-usec"] = Option("t", ask)
     fallback = Fallback(Log())
     try:
-        guest, plan = await fallback.service.plan(process.pid, flags, given, LocalCaller())
+        guest, plan = await fallback.service.plan(process.pid, flags, bus_options, LocalCaller())
     finally:
         await fallback.close()
     return GuestPlan(

@@ -89,9 +89,9 @@ class Targets:
             return
         from qkilld.stop.systemd_units import guest_of_own_unit, on_bus
 
-        found = on_bus(lambda connection: guest_of_own_unit(connection, outside), user=self.user)
-        if found is not None:
-            raise GuestElsewhere(found)
+        guest = on_bus(lambda connection: guest_of_own_unit(connection, outside), user=self.user)
+        if guest is not None:
+            raise GuestElsewhere(guest)
 
     def substitutes(self, taken: Collection[int]) -> list[ProcessHandle]:
         """Return the QEMUs of our own unit except the pids in `taken`, if the main process is gone
@@ -112,17 +112,17 @@ class Targets:
         """Return the QEMUs in other units that can be read in time."""
         import threading
 
-        found: list[OutsideGuest] = []
+        guests: list[OutsideGuest] = []
         globs = self._executables
 
         def read() -> None:
             for guest in self.finder.outside(globs):
-                found.append(guest)
+                guests.append(guest)
 
         reader = threading.Thread(target=read, name="guests", daemon=True)
         reader.start()
         reader.join(OUTSIDE_TIMEOUT_S)
-        return list(found)
+        return list(guests)
 
     def tell_not_qemu(self, message: str) -> None:
         """Say that the process which is named is no QEMU, and where the guest of the unit is."""

@@ -33,27 +33,29 @@ _SHUTDOWN: Final = 30 * 60 * USEC_PER_SEC
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
 
-def check(facts: UnitFacts, around: Surroundings) -> tuple[Finding, ...]:
+def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
     """Return all findings, the worst first."""
     findings = [
-        *_check_killing(facts, around),
+        *_check_killing(facts, surroundings),
         *_check_unit(facts),
-        *_check_manager(around),
-        *check_storage(facts, around.storage),
-        *_check_asking(facts, around),
+        *_check_manager(surroundings),
+        *check_storage(facts, surroundings.storage),
+        *_check_asking(facts, surroundings),
     ]
-    findings += _check_scope(facts, around) if facts.is_scope else _check_service(facts, around)
+    findings += (
+        _check_scope(facts, surroundings) if facts.is_scope else _check_service(facts, surroundings)
+    )
     order = list(Severity)
     return tuple(sorted(findings, key=lambda finding: order.index(finding.severity)))
 
 
-def _check_killing(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
-    if facts.is_scope and around.is_guarded:
+def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
+    if facts.is_scope and surroundings.is_guarded:
         return  # Its guests are gone before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
     # A guest that was asked shuts down while systemd only waits.
-    waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, around))
+    waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(
             "kill-signal",
@@ -82,14 +84,16 @@ def _check_killing(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             "disks",
             (Line(section, "SendSIGKILL=yes"),),
         )
-    yield from _check_kill_mode(facts, around, section)
+    yield from _check_kill_mode(facts, surroundings, section)
 
 
-def _check_kill_mode(facts: UnitFacts, around: Surroundings, section: str) -> Iterator[Finding]:
-    if outlives(facts, around):
+def _check_kill_mode(
+    facts: UnitFacts, surroundings: Surroundings, section: str
+) -> Iterator[Finding]:
+    if outlives(facts, surroundings):
         return
     mode, mend = facts.kill_mode, (Line(section, "KillMode=control-group"),)
-    qemu = main_is_qemu(facts, around)
+    qemu = main_is_qemu(facts, surroundings)
     if mode == "none":
         yield Finding(
             "kill-mode",
@@ -151,7 +155,7 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
         )
 
 
-def _check_asking(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+def _check_asking(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     option = "-qmp unix:%t/%N/qmp,server=on,wait=off"
     mends: tuple[Line, ...] = (
         Line("Service", f"ExecStart=… {option}", by_hand=True),
@@ -159,7 +163,7 @@ def _check_asking(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
     )
     if facts.is_scope:
         mends = (Line("", "qemu-system-… -qmp unix:PATH,server=on,wait=off", by_hand=True),)
-    for why in dict.fromkeys(around.unasked):
+    for why in dict.fromkeys(surroundings.unasked):
         yield Finding(
             "no-monitor",
             _ADVICE,
@@ -170,40 +174,47 @@ def _check_asking(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
         )
 
 
-def _check_manager(around: Surroundings) -> Iterator[Finding]:
-    if around.manager_timeout < _SHUTDOWN:
+def _check_manager(surroundings: Surroundings) -> Iterator[Finding]:
+    timeout = surroundings.manager_timeout
+    if timeout < _SHUTDOWN:
         yield Finding(
             "manager-timeout",
             _ADVICE,
-            f"{around.manager} has TimeoutStopSec={format_usec(around.manager_timeout)}",
+            f"{surroundings.manager} has TimeoutStopSec={format_usec(timeout)}",
             "at logout and at shutdown, the system gives your manager only this time for all of "
             "its units together, and no unit can extend it: data that a guest has not written "
             "by then is lost",
             (
                 Line(
                     "",
-                    f"sudo systemctl edit {around.manager}  # TimeoutStopSec=30min",
+                    f"sudo systemctl edit {surroundings.manager}  # TimeoutStopSec=30min",
                     by_hand=True,
                 ),
             ),
         )
 
 
-def _check_scope(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
-    if not around.is_guarded and is_cut(facts):
+def _check_scope(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
+    if not surroundings.is_guarded and is_cut(facts):
         yield Finding(
             "no-guard",
             _LOSES,
             f"it is a scope, which cannot have an ExecStop=, {clock(facts)}",
             "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has not "
             "written; a guard, which is stopped before the scope, can wait instead",
-            (Line("", f"systemctl start {around.guard}", by_hand=True),) if around.guard else (),
+            (Line("", f"systemctl start {surroundings.guard}", by_hand=True),)
+            if surroundings.guard
+            else (),
         )
 
 
-def _check_service(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
-    yield from check_helper(facts, around) if has_helper(facts) else check_others(facts, around)
-    yield from _check_type(facts, around)
+def _check_service(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
+    yield from (
+        check_helper(facts, surroundings)
+        if has_helper(facts)
+        else check_others(facts, surroundings)
+    )
+    yield from _check_type(facts, surroundings)
     if facts.timeout_failure_mode != "terminate":
         yield Finding(
             "timeout-failure-mode",
@@ -223,7 +234,7 @@ def _check_service(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
         )
 
 
-def _check_type(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+def _check_type(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     if facts.type == "oneshot" and not facts.remain_after_exit:
         yield Finding(
             "type-oneshot",
@@ -250,7 +261,7 @@ def _check_type(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             _LOSES,
             f"it has a root directory of its own, {facts.root}",
             f"{HELPER} is not in there and cannot be started",
-            corrected(facts, around),
+            corrected(facts, surroundings),
         )
 
 

@@ -90,89 +90,97 @@ class Comparison:
 
 def compare(
     facts: UnitFacts,
-    around: Surroundings,
+    surroundings: Surroundings,
     findings: Sequence[Finding],
     overrides: Sequence[Override] = (),
 ) -> Comparison:
     """`findings` are those of check(); `overrides` tells which lines of adopt have no effect."""
-    wanted = changes(findings)
-    after, around_after = adopted(facts, around, wanted, overrides)
-    before_settings = settings_of(facts, around)
-    after_settings = settings_of(after, around_after)
+    planned_changes = changes(findings)
+    after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
+    before_settings = settings_of(facts, surroundings)
+    after_settings = settings_of(after, surroundings_after)
     now, then = outcomes(before_settings), outcomes(after_settings)
-    found = Comparison(UnitVerdict.UNKNOWN, "", now, then)
-    if (refused := _refused(found, facts, around)) is not None:
+    comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
+    if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
     worse = is_no_worse(after_settings, before_settings)
     if worse:
-        return _worse(found, facts, around, worse)
-    changed = bool(wanted) or around_after.is_guarded != around.is_guarded
-    found = replace(found, writes=changed)
-    left = [each for each in check(after, around_after) if each.is_unsafe]
-    if all(outcome.keeps_disks for outcome in then.values()) and not left:
+        return _worse(comparison, facts, surroundings, worse)
+    changed = bool(planned_changes) or surroundings_after.is_guarded != surroundings.is_guarded
+    comparison = replace(comparison, writes=changed)
+    unsafe = [each for each in check(after, surroundings_after) if each.is_unsafe]
+    if all(outcome.keeps_disks for outcome in then.values()) and not unsafe:
         reason = "every stop waits for the guest as long as it makes progress"
-        return replace(found, word=UnitVerdict.SAFE, reason=reason)
+        return replace(comparison, word=UnitVerdict.SAFE, reason=reason)
     if any(not line.is_understood for line in after_settings.lines):
         shown = next(line.shown for line in after_settings.lines if not line.is_understood)
         return replace(
-            found,
+            comparison,
             word=UnitVerdict.UNKNOWN,
             reason=f"it is not known what {shown} of its ExecStop= does to the guest",
             advice=f"if {HELPER} does everything that this line does, remove the line",
         )
-    if any(line.by_hand for each in left for line in each.mends) or overrides:
+    if any(line.by_hand for each in unsafe for line in each.mends) or overrides:
         return replace(
-            found,
+            comparison,
             word=UnitVerdict.MANUAL,
             reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
         )
     reason = "nothing that adopt can write keeps more of the guest's data"
-    return replace(found, word=UnitVerdict.NO_BETTER, reason=reason, writes=changed and now != then)
+    return replace(
+        comparison, word=UnitVerdict.NO_BETTER, reason=reason, writes=changed and now != then
+    )
 
 
-def _refused(found: Comparison, facts: UnitFacts, around: Surroundings) -> Comparison | None:
+def _refused(
+    comparison: Comparison, facts: UnitFacts, surroundings: Surroundings
+) -> Comparison | None:
     """Return a verdict if the unit has no guest that qkilld would stop, or guests that are not its
     own."""
-    if is_manager(facts, around) or (outlives(facts, around) and around.guests):
+    if is_manager(facts, surroundings) or (outlives(facts, surroundings) and surroundings.guests):
         return replace(
-            found,
+            comparison,
             word=UnitVerdict.WORSE,
             reason="it manages guests that are meant to outlive it: a restart or an upgrade of it"
             " would stop them all",
             advice="leave it as it is; qkilld-guests.service is for its guests at host shutdown",
         )
-    if around.guests:
+    if surroundings.guests:
         return None
     uncovered = [
-        *around.uncovered,
-        *(path for path in started_qemus(facts) if not is_qemu(path, around.executables)),
+        *surroundings.uncovered,
+        *(path for path in started_qemus(facts) if not is_qemu(path, surroundings.executables)),
     ]
     if uncovered:
         return replace(
-            found,
+            comparison,
             word=UnitVerdict.MANUAL,
             reason=f"its QEMU is {uncovered[0]}, which Executables= does not cover, so {HELPER}"
             " would stop nothing",
             advice="if only root can write to that place, write into [Target] of"
-            f" /etc/qkilld/qkilld.conf: {coverage_line(around.executables, uncovered[0])}",
+            f" /etc/qkilld/qkilld.conf: {coverage_line(surroundings.executables, uncovered[0])}",
         )
-    if around.elsewhere or starts_elsewhere(facts):
-        named = f" {around.elsewhere}" if around.elsewhere else ""
+    if surroundings.elsewhere or starts_elsewhere(facts):
+        named = f" {surroundings.elsewhere}" if surroundings.elsewhere else ""
         return replace(
-            found,
+            comparison,
             word=UnitVerdict.OTHER_UNIT,
-            other_unit=around.elsewhere,
+            other_unit=surroundings.elsewhere,
             reason=f"the guest that it starts runs in another unit{named}",
-            advice=f"check {around.elsewhere}" if around.elsewhere else "check that one",
+            advice=f"check {surroundings.elsewhere}"
+            if surroundings.elsewhere
+            else "check that one",
         )
-    if around.is_running or not started_qemus(facts):
+    if surroundings.is_running or not started_qemus(facts):
         return replace(
-            found,
+            comparison,
             reason="no QEMU runs in it"
-            if around.is_running or facts.is_scope
+            if surroundings.is_running or facts.is_scope
             else "it does not run, and its ExecStart= does not tell whether a QEMU will run in it",
-            advice="" if around.is_running or facts.is_scope else "start it and check it again",
+            advice=""
+            if surroundings.is_running or facts.is_scope
+            else "start it and check it again",
         )
     return None
 
@@ -184,29 +192,29 @@ def coverage_line(executables: Iterable[str], path: str) -> str:
 
 
 def _worse(
-    found: Comparison, facts: UnitFacts, around: Surroundings, worse: Sequence[Occasion]
+    comparison: Comparison, facts: UnitFacts, surroundings: Surroundings, worse: Sequence[Occasion]
 ) -> Comparison:
     occasions = " and ".join(_OCCASIONS[each] for each in worse)
-    lines = stop_lines(facts, around)
+    lines = stop_lines(facts, surroundings)
     word = UnitVerdict.WORSE
     if any(not line.is_understood for line in lines):
         shown = next(line.shown for line in lines if not line.is_understood)
         word, reason = UnitVerdict.UNKNOWN, f"it is not known what {shown} does to the guest"
-    elif around.can_ask is None:
+    elif surroundings.can_ask is None:
         word, reason = UnitVerdict.UNKNOWN, f"it is not known whether {HELPER} can ask its guest"
-    elif may_trap(facts, around) and facts.kill_mode in ("mixed", "process"):
+    elif may_trap(facts, surroundings) and facts.kill_mode in ("mixed", "process"):
         word, reason = (
             UnitVerdict.UNKNOWN,
             "it is not known what its main process does with its signal",
         )
-    elif any(place.server and not is_ordered(facts, place) for place in around.storage):
+    elif any(place.server and not is_ordered(facts, place) for place in surroundings.storage):
         reason = "its disks are served by a process that may be stopped at the same time"
-    elif not around.can_ask:
+    elif not surroundings.can_ask:
         reason = f"its guest is asked to shut down, and {HELPER} cannot ask it"
     else:
         reason = "the existing line keeps more"
     return replace(
-        found,
+        comparison,
         word=word,
         reason=f"with the drop-in, {occasions} could lose data that is kept now: {reason}",
         advice=_ADVICE_FOR_WORSE,
@@ -227,10 +235,10 @@ _ADVICE_FOR_WORSE: Final = (
 # ---- the unit after adopting ----
 
 
-def settings_of(facts: UnitFacts, around: Surroundings) -> StopSettings:
-    unordered = [place for place in around.storage if not is_ordered(facts, place)]
+def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
+    unordered = [place for place in surroundings.storage if not is_ordered(facts, place)]
     return StopSettings(
-        lines=stop_lines(facts, around),
+        lines=stop_lines(facts, surroundings),
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
         # Any replacement for SIGKILL kills QEMU too.
@@ -238,30 +246,30 @@ def settings_of(facts: UnitFacts, around: Surroundings) -> StopSettings:
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",
         # A scope has no main process: KillMode=process signals nothing.
-        main_is_qemu=main_is_qemu(facts, around) and not facts.is_scope,
-        main_may_trap=may_trap(facts, around),
-        outlives=outlives(facts, around),
+        main_is_qemu=main_is_qemu(facts, surroundings) and not facts.is_scope,
+        main_may_trap=may_trap(facts, surroundings),
+        outlives=outlives(facts, surroundings),
         helper=helper_in_unit(facts),
-        guard=around.guard if around.is_guarded else "",
-        keepers=tuple(keeper.unit for keeper in around.keepers),
-        keeper_timeout=min((keeper.timeout for keeper in around.keepers), default=INFINITY),
-        guests_service=around.guests_service and not facts.cares_for_guests,
+        guard=surroundings.guard if surroundings.is_guarded else "",
+        keepers=tuple(keeper.unit for keeper in surroundings.keepers),
+        keeper_timeout=min((keeper.timeout for keeper in surroundings.keepers), default=INFINITY),
+        guests_service=surroundings.guests_service and not facts.cares_for_guests,
         unordered_server=any(place.server for place in unordered),
         storage_goes_first=any(not place.server for place in unordered)
         or not facts.default_dependencies,
-        can_ask=around.can_ask,
+        can_ask=surroundings.can_ask,
     )
 
 
 def adopted(
     facts: UnitFacts,
-    around: Surroundings,
+    surroundings: Surroundings,
     wanted: Iterable[Change],
     overrides: Sequence[Override] = (),
 ) -> tuple[UnitFacts, Surroundings]:
     """Return the unit with these lines, except those that something overrides."""
     if facts.is_scope:
-        return facts, replace(around, is_guarded=bool(around.guard))
+        return facts, replace(surroundings, is_guarded=bool(surroundings.guard))
     ours = {key for each in overrides for key in each.keys}
     lines = [
         line
@@ -274,14 +282,14 @@ def adopted(
         after = _with_line(after, line)
     stops = [line for line in lines if line.text.startswith("ExecStop=")]
     written = {line.text for line in lines}
-    ordered = [each.unit or each.server for each in around.storage if each.line in written]
+    ordered = [each.unit or each.server for each in surroundings.storage if each.line in written]
     return (
         replace(
             after,
             exec_stop=_stops_with(facts.exec_stop, stops),
             after=(*after.after, *(name for name in ordered if name)),
         ),
-        around,
+        surroundings,
     )
 
 
@@ -312,16 +320,16 @@ def _with_line(facts: UnitFacts, line: Line) -> UnitFacts:
 
 
 def _stops_with(own: Sequence[Command], lines: Iterable[Line]) -> tuple[Command, ...]:
-    found = list(own)
+    commands = list(own)
     for line in lines:
         value = line.text.partition("=")[2]
         path = value.lstrip("-@:+!|")
         prefixes = value[: len(value) - len(path)]
         if not value:
-            found = []
+            commands = []
         elif line.repeats is not None:
-            found.append(replace(own[line.repeats], ignores_failure="-" in prefixes))
+            commands.append(replace(own[line.repeats], ignores_failure="-" in prefixes))
         else:
             flags = ("privileged",) if "+" in prefixes else ()
-            found.append(Command(path, (path,), "-" in prefixes, flags))
-    return tuple(found)
+            commands.append(Command(path, (path,), "-" in prefixes, flags))
+    return tuple(commands)

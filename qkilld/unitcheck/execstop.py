@@ -26,12 +26,12 @@ DEFAULT_TIMEOUT: Final = "TimeoutStopSec=90s"
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
 
-def check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     """Check a unit with qkilld-stop in ExecStop=."""
     first = next(n for n, command in enumerate(facts.exec_stop) if is_helper(command))
-    before, lines = facts.exec_stop[:first], stop_lines(facts, around)[:first]
+    before, lines = facts.exec_stop[:first], stop_lines(facts, surroundings)[:first]
     if any(line.has(ActKind.KILLS) for line in lines):
-        yield _kills(facts, around)
+        yield _kills(facts, surroundings)
     elif any(not command.ignores_failure for command in before):
         yield Finding(
             "exec-stop-order",
@@ -39,10 +39,10 @@ def check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"an ExecStop= comes before {HELPER} and its failure is not ignored",
             f"if it fails, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL by the"
             " clock",
-            corrected(facts, around),
+            corrected(facts, surroundings),
         )
     yield from _check_by_name(lines)
-    if around.can_ask is not True and any(_asks_and_returns(line) for line in lines):
+    if surroundings.can_ask is not True and any(_asks_and_returns(line) for line in lines):
         yield Finding(
             "powerdown-cut",
             _ADVICE,
@@ -59,12 +59,12 @@ def check_helper(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"if it takes longer, systemd does not run {HELPER} but ends the guest by the clock",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
-    yield from _check_listening(facts, around)
-    yield from _check_sandbox(facts, around)
+    yield from _check_listening(facts, surroundings)
+    yield from _check_sandbox(facts, surroundings)
 
 
-def _check_listening(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
-    policy, timeout = around.policy, facts.timeout_stop
+def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
+    policy, timeout = surroundings.policy, facts.timeout_stop
     if facts.notify_access not in ("exec", "all") and is_cut(facts):
         ladder = max(policy.grace, policy.stall, policy.storage_stall) + policy.reap
         short = (
@@ -90,7 +90,7 @@ def _check_listening(facts: UnitFacts, around: Surroundings) -> Iterator[Finding
         )
 
 
-def _check_sandbox(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     helpers = [command for command in facts.exec_stop if is_helper(command)]
     hiding = hides_bus(facts)
     if hiding and is_cut(facts) and not any("privileged" in each.flags for each in helpers):
@@ -100,7 +100,7 @@ def _check_sandbox(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
             f"its {hiding} hides the bus and systemd's notify socket from {HELPER}, {clock(facts)}",
             "it can neither ask qkilld to stop the guest nor extend the timeout: systemd ends "
             "the guest by the clock. With a + before it, it runs outside of the sandbox",
-            corrected(facts, around),
+            corrected(facts, surroundings),
         )
 
 
@@ -117,10 +117,10 @@ def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
             )
 
 
-def check_others(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
+def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     """Check a unit without qkilld-stop."""
-    lines = stop_lines(facts, around)
-    mends = _helper_mends(facts, around)
+    lines = stop_lines(facts, surroundings)
+    mends = _helper_mends(facts, surroundings)
     yield from _check_by_name(lines)
     if not lines:
         if is_cut(facts):
@@ -143,7 +143,7 @@ def check_others(facts: UnitFacts, around: Surroundings) -> Iterator[Finding]:
                 mends,
             )
     elif any(line.has(ActKind.KILLS) for line in lines):
-        yield _kills(facts, around, *_listening(facts))
+        yield _kills(facts, surroundings, *_listening(facts))
     elif waits_for_guest(facts, lines):
         if is_cut(facts):
             yield Finding(
@@ -196,7 +196,7 @@ def has_helper(facts: UnitFacts) -> bool:
     return any(is_helper(command) for command in facts.exec_stop)
 
 
-def helper_line(facts: UnitFacts, around: Surroundings, *, is_last: bool = True) -> Line:
+def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool = True) -> Line:
     """Return the ExecStop= line of a service.
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
@@ -210,7 +210,7 @@ def helper_line(facts: UnitFacts, around: Surroundings, *, is_last: bool = True)
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
     prefix = ("-" if is_last else "") + ("+" if confined else "")
-    return Line("Service", f"ExecStop={prefix}{quoted(around.helper)}")
+    return Line("Service", f"ExecStop={prefix}{quoted(surroundings.helper)}")
 
 
 def _may_be_theirs(facts: UnitFacts) -> bool:
@@ -218,36 +218,39 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
     return bool(facts.user and facts.environment_files)
 
 
-def corrected(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
+def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     """Return all of ExecStop= again, with the correct helper line in its place or at the end.
 
     Other lines stay in order, without those that send SIGKILL before the helper, and those that the
     helper replaces: see _is_replaced.
     """
-    stops, lines = facts.exec_stop, stop_lines(facts, around)
+    stops, lines = facts.exec_stop, stop_lines(facts, surroundings)
     place = next((n for n, command in enumerate(stops) if is_helper(command)), len(stops))
     before = [
         number
         for number in range(place)
-        if not lines[number].has(ActKind.KILLS) and not _is_replaced(lines[number], lines, around)
+        if not lines[number].has(ActKind.KILLS)
+        and not _is_replaced(lines[number], lines, surroundings)
     ]
     after = [number for number in range(place, len(stops)) if not is_helper(stops[number])]
     return (
         Line("Service", "ExecStop="),
-        *(_repeated(facts, around, number, ignore_failure=True) for number in before),
-        helper_line(facts, around, is_last=not after),
-        *(_repeated(facts, around, number, ignore_failure=False) for number in after),
+        *(_repeated(facts, surroundings, number, ignore_failure=True) for number in before),
+        helper_line(facts, surroundings, is_last=not after),
+        *(_repeated(facts, surroundings, number, ignore_failure=False) for number in after),
     )
 
 
-def _is_replaced(line: StopLine, lines: Sequence[StopLine], around: Surroundings) -> bool:
+def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:
     """Return whether the helper does everything that the line does, and better: asks QEMU to exit,
     but the guest first, or waits for the guest, but with a timeout."""
     if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
         return True
     is_asked = any(each.has(ActKind.ASKS) for each in lines)
     return (
-        line.is_understood and line.has(ActKind.WAITS) and (around.can_ask is True or not is_asked)
+        line.is_understood
+        and line.has(ActKind.WAITS)
+        and (surroundings.can_ask is True or not is_asked)
     )
 
 
@@ -261,11 +264,11 @@ def clock(facts: UnitFacts) -> str:
     return f"and TimeoutStopSec={format_usec(facts.timeout_stop)}"
 
 
-def _helper_mends(facts: UnitFacts, around: Surroundings) -> tuple[Line, ...]:
-    lines: tuple[Line, ...] = (helper_line(facts, around),)
-    stops = stop_lines(facts, around)
-    if any(not line.ignores_failure or _is_replaced(line, stops, around) for line in stops):
-        lines = corrected(facts, around)
+def _helper_mends(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
+    lines: tuple[Line, ...] = (helper_line(facts, surroundings),)
+    stops = stop_lines(facts, surroundings)
+    if any(not line.ignores_failure or _is_replaced(line, stops, surroundings) for line in stops):
+        lines = corrected(facts, surroundings)
     return (*lines, *_listening(facts))
 
 
@@ -277,22 +280,24 @@ def _listening(facts: UnitFacts) -> Iterator[Line]:
         yield Line("Service", DEFAULT_TIMEOUT)
 
 
-def _kills(facts: UnitFacts, around: Surroundings, *more: Line) -> Finding:
+def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding:
     return Finding(
         "exec-stop-kills",
         _LOSES,
         "its ExecStop= sends SIGKILL",
         "QEMU writes nothing more",
-        (*corrected(facts, around), *more),
+        (*corrected(facts, surroundings), *more),
     )
 
 
-def _repeated(facts: UnitFacts, around: Surroundings, number: int, *, ignore_failure: bool) -> Line:
+def _repeated(
+    facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
+) -> Line:
     """Return a line of the unit again, with its specifiers. With `ignore_failure`, later lines run
     even if it fails."""
     command = facts.exec_stop[number]
-    if around.stop_texts:
-        text = around.stop_texts[number]
+    if surroundings.stop_texts:
+        text = surroundings.stop_texts[number]
         text = ignoring_failure(text) if ignore_failure else text
     else:
         text = line_of(command, ignore_failure=ignore_failure)

@@ -203,13 +203,13 @@ def _after_options(words: Sequence[str], with_value: Sequence[str]) -> list[str]
 
 
 def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
-    found: list[Act] = []
+    acts_so_far: list[Act] = []
     for node in nodes:
         acts = _acts_of_node(node, depth)
         if isinstance(node, Pipeline) and node.joined_by == "||":
             acts = tuple(replace(each, if_failed=True) for each in acts)
-        found += acts
-    return tuple(found)
+        acts_so_far += acts
+    return tuple(acts_so_far)
 
 
 def _acts_of_node(node: Node, depth: int, text: str = "") -> tuple[Act, ...]:

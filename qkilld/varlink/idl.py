@@ -143,11 +143,11 @@ class _Parser:
         return Description(name, self._text, types, methods, errors)
 
     def _read(self) -> str:
-        found = _TOKEN.match(self._text, self._at)
-        if found is None:
+        match = _TOKEN.match(self._text, self._at)
+        if match is None:
             raise ValueError(f"cannot be read from {self._text[self._at : self._at + 20]!r} on")
-        self._at = found.end()
-        return found[1]
+        self._at = match.end()
+        return match[1]
 
     def _take(self, wanted: str = "") -> str:
         token = self._next

@@ -61,7 +61,7 @@ class VarlinkMethods:
         processes = parameters.get("processes") or ()
         return [Cost.LOOK if name in _LOOKS else Cost.OTHER] * max(1, len(processes))
 
-    async def _get_status(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+    async def _get_status(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
         policy = self._service.config.policy
         spans = {
             values.camel_case(span.bus_option): values.finite(getattr(policy, span.field))
@@ -69,70 +69,70 @@ class VarlinkMethods:
         }
         return {"version": __version__, "jobs": self._service.registry.running, **spans}
 
-    async def _terminate(self, call: VarlinkCall, given: dict[str, Any]) -> None:
-        flags, options = self._unit_order(call, given)
+    async def _terminate(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        flags, options = self._unit_order(call, parameters)
         passed = None
-        if (index := given.get("monitorIndex")) is not None:
+        if (index := parameters.get("monitorIndex")) is not None:
             passed = call.take_descriptor(index)
         job = await self._service.terminate(
-            given["pid"], flags, options, call.caller, passed=passed
+            parameters["pid"], flags, options, call.caller, passed=passed
         )
-        self._started(call, given, job)
+        self._started(call, parameters, job)
 
-    async def _terminate_unit(self, call: VarlinkCall, given: dict[str, Any]) -> None:
-        flags = values.flags_from(given.get("flags"))
-        job = await self._service.terminate_unit(given["unit"], flags, call.caller)
+    async def _terminate_unit(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        flags = values.flags_from(parameters.get("flags"))
+        job = await self._service.terminate_unit(parameters["unit"], flags, call.caller)
         self._started(call, {}, job)
 
-    async def _terminate_all(self, call: VarlinkCall, given: dict[str, Any]) -> None:
-        flags, options = self._unit_order(call, given)
+    async def _terminate_all(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        flags, options = self._unit_order(call, parameters)
         refused: list[dict[str, Any]] = []
-        if (processes := given.get("processes")) is None:
+        if (processes := parameters.get("processes")) is None:
             jobs = await self._service.terminate_all(flags, options, call.caller)
         else:
-            found = await self._service.terminate_each(
+            outcomes = await self._service.terminate_each(
                 [(process["pid"], process.get("startTime")) for process in processes],
                 flags,
                 options,
                 call.caller,
             )
-            jobs = [each for each in found if isinstance(each, Job)]
+            jobs = [each for each in outcomes if isinstance(each, Job)]
             refused = [
                 values.refusal(process["pid"], error)
-                for process, error in zip(processes, found, strict=True)
+                for process, error in zip(processes, outcomes, strict=True)
                 if isinstance(error, QkilldError)
             ]
 
         def first() -> dict[str, Any]:
             return {"states": [values.state(job, call.uid) for job in jobs], "refused": refused}
 
-        self._begun(call, given, jobs, first)
+        self._begun(call, parameters, jobs, first)
 
-    def _started(self, call: VarlinkCall, given: dict[str, Any], job: Job) -> None:
+    def _started(self, call: VarlinkCall, parameters: dict[str, Any], job: Job) -> None:
         """Reply with a job that has begun, and if requested with its progress and result."""
-        self._begun(call, given, [job], lambda: {"state": values.state(job, call.uid)})
+        self._begun(call, parameters, [job], lambda: {"state": values.state(job, call.uid)})
 
     def _begun(
         self,
         call: VarlinkCall,
-        given: dict[str, Any],
+        parameters: dict[str, Any],
         jobs: Sequence[Job],
         first: Callable[[], dict[str, Any]],
     ) -> None:
         """Reply with `first` when jobs have begun. If their unit matters, wait a moment: most
         guests are gone then, and one reply is enough for them."""
-        by_unit = bool(given.get("byUnit"))
+        by_unit = bool(parameters.get("byUnit"))
         if not call.more or not jobs:
             call.finish(first())
             if by_unit:
-                self._obey_unit(call, given, jobs, None)
+                self._obey_unit(call, parameters, jobs, None)
             return
         if len(jobs) > 1 and not any(job.running for job in jobs):
             call.progress(first())
         stream = self._follow(call, jobs, first)
         if by_unit:
             asyncio.get_running_loop().call_later(OPEN_AFTER_S, stream.open)
-            self._obey_unit(call, given, jobs, stream)
+            self._obey_unit(call, parameters, jobs, stream)
         else:
             stream.open()
 
@@ -153,22 +153,22 @@ class VarlinkMethods:
         return stream
 
     def _unit_order(
-        self, call: VarlinkCall, given: dict[str, Any]
+        self, call: VarlinkCall, parameters: dict[str, Any]
     ) -> tuple[int, dict[str, Option]]:
-        flags, options = _order(given)
-        if given.get("byUnit") and "reason" not in options:
+        flags, options = _order(parameters)
+        if parameters.get("byUnit") and "reason" not in options:
             options["reason"] = Option("s", self._units.reason(call.caller.pid))
         return flags, options
 
     def _obey_unit(
         self,
         call: VarlinkCall,
-        given: dict[str, Any],
+        parameters: dict[str, Any],
         jobs: Sequence[Job],
         stream: JobStream | None,
     ) -> None:
         """Apply the settings of the caller's unit to jobs that are still running after a moment."""
-        force = bool(given.get("forceAsUnit"))
+        force = bool(parameters.get("forceAsUnit"))
 
         def ask() -> None:
             if running := [job for job in jobs if job.running and not job.process_exited]:
@@ -180,8 +180,8 @@ class VarlinkMethods:
     async def _tell_unit(
         self, call: VarlinkCall, jobs: Sequence[Job], stream: JobStream | None, force: bool
     ) -> None:
-        found = await self._units.limit(jobs, call.caller.pid, call.uid, force=force)
-        name, limits, why = found
+        settings = await self._units.limit(jobs, call.caller.pid, call.uid, force=force)
+        name, limits, why = settings
         if stream is None:
             return
         if limits is not None:
@@ -189,9 +189,9 @@ class VarlinkMethods:
         else:
             stream.open(unitError=why)
 
-    async def _plan(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
-        flags, options = _order(given)
-        guest, plan = await self._service.plan(given["pid"], flags, options, call.caller)
+    async def _plan(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
+        flags, options = _order(parameters)
+        guest, plan = await self._service.plan(parameters["pid"], flags, options, call.caller)
         return {
             "guest": values.guest_value(guest),
             "rungs": [
@@ -207,48 +207,50 @@ class VarlinkMethods:
             "ways": list(plan.ways),
         }
 
-    async def _inspect(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
-        found = await self._service.inspect(given["pid"], call.caller)
-        evidence = found.evidence
+    async def _inspect(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
+        inspection = await self._service.inspect(parameters["pid"], call.caller)
+        evidence = inspection.evidence
         return {
-            "guest": values.guest_value(found.guest),
+            "guest": values.guest_value(inspection.guest),
             "verdict": evidence.verdict.value if evidence else "unknown",
             "reasons": list(evidence.reasons) if evidence else ["sampling did not finish in time"],
-            "job": found.job.number if found.job else None,
+            "job": inspection.job.number if inspection.job else None,
         }
 
-    async def _list_guests(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+    async def _list_guests(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
         return {"guests": [values.guest_value(each) for each in await self._service.guests()]}
 
-    async def _list_jobs(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
+    async def _list_jobs(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
         return {"jobs": [values.state(job, call.uid) for job in self._service.registry]}
 
-    async def _get_job_by_pid(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
-        return {"state": values.state(self._service.registry.by_pid(given["pid"]), call.uid)}
+    async def _get_job_by_pid(
+        self, call: VarlinkCall, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {"state": values.state(self._service.registry.by_pid(parameters["pid"]), call.uid)}
 
-    async def _wait(self, call: VarlinkCall, given: dict[str, Any]) -> None:
-        job = self._service.registry.get(given["job"])
+    async def _wait(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        job = self._service.registry.get(parameters["job"])
         if job.running:
             call.progress({"state": values.state(job, call.uid)})
         self._follow(call, [job])
 
-    async def _extend(self, call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
-        job = self._service.registry.get(given["job"])
-        values.check_span("usec", given["usec"])
-        await self._service.extend(job, given["usec"], call.caller)
+    async def _extend(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
+        job = self._service.registry.get(parameters["job"])
+        values.check_span("usec", parameters["usec"])
+        await self._service.extend(job, parameters["usec"], call.caller)
         return {}
 
     def _steer(self, act: Callable[[Job, VarlinkCaller], Awaitable[None]]) -> Method:
-        async def method(call: VarlinkCall, given: dict[str, Any]) -> dict[str, Any]:
-            await act(self._service.registry.get(given["job"]), call.caller)
+        async def method(call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
+            await act(self._service.registry.get(parameters["job"]), call.caller)
             return {}
 
         return method
 
 
-def _order(given: Mapping[str, Any]) -> tuple[int, dict[str, Option]]:
+def _order(parameters: Mapping[str, Any]) -> tuple[int, dict[str, Option]]:
     """Return the flags and the options for engine.service."""
-    options = values.options_from(given.get("options") or {})
-    if (start_time := given.get("startTime")) is not None:
+    options = values.options_from(parameters.get("options") or {})
+    if (start_time := parameters.get("startTime")) is not None:
         options["start-time"] = Option("t", start_time)
-    return values.flags_from(given.get("flags")), options
+    return values.flags_from(parameters.get("flags")), options

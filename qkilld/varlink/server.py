@@ -480,7 +480,7 @@ class VarlinkServer:
         answer: Coroutine[Any, Any, dict[str, Any] | None],
     ) -> None:
         try:
-            found = await answer
+            result = await answer
         except QkilldError as error:
             if isinstance(error, BusError):
                 self._failed(call, error)
@@ -491,8 +491,8 @@ class VarlinkServer:
         except Exception as error:
             self._failed(call, error)
         else:
-            if found is not None:
-                call.finish(found)
+            if result is not None:
+                call.finish(result)
 
     def _failed(self, call: VarlinkCall, error: Exception) -> None:
         self._on_fault("answering a call on Varlink", error)

@@ -170,9 +170,9 @@ class JobStream:
         uid = self._call.uid
         while self._ended_jobs:
             job = self._ended_jobs.pop(0)
-            told = {"state": state(job, uid), "receipt": receipt(job, uid)}
+            end = {"state": state(job, uid), "receipt": receipt(job, uid)}
             if self._ended_jobs or self._callbacks:
-                self._call.progress(told)
+                self._call.progress(end)
             else:
-                self._call.finish(told)
+                self._call.finish(end)
                 self.close(left=False)

@@ -40,10 +40,10 @@ def flag_list(flags: Flag) -> list[str]:
     return [name for name, flag in _FLAG_BITS.items() if flag in flags]
 
 
-def options_from(given: Mapping[str, Any]) -> dict[str, Option]:
+def options_from(parameters: Mapping[str, Any]) -> dict[str, Option]:
     """Return the options for engine.service; null counts as missing. Raises InvalidArgs."""
     options = {}
-    for name, value in given.items():
+    for name, value in parameters.items():
         if value is not None:
             option, kind = _OPTIONS[name]
             if kind == "t":

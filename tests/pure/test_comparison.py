@@ -29,16 +29,16 @@ UNKNOWN = Command("/opt/vm-stop", ("/opt/vm-stop", "web"))
 NBD = Storage(protocol="nbd", server="lval.service")
 
 
-def judge(facts: UnitFacts, around: Surroundings = MUTE) -> Comparison:
-    return compare(facts, around, check(facts, around))
+def judge(facts: UnitFacts, surroundings: Surroundings = MUTE) -> Comparison:
+    return compare(facts, surroundings, check(facts, surroundings))
 
 
 def starting(*words: str, kill_mode: str = "control-group") -> UnitFacts:
     return replace(BARE, kill_mode=kill_mode, exec_start=(Command(words[0], words),))
 
 
-def written(facts: UnitFacts, around: Surroundings) -> list[str]:
-    found = changes(check(facts, around))
+def written(facts: UnitFacts, surroundings: Surroundings) -> list[str]:
+    found = changes(check(facts, surroundings))
     return [one.text for change in found for one in change.lines]
 
 
@@ -86,7 +86,7 @@ def test_a_guest_in_another_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "around"),
+    ("facts", "surroundings"),
     [
         (replace(BARE, kill_mode="process", exec_start=(Command("/usr/bin/python3", ()),)),
          replace(MUTE, guests=2)),
@@ -100,8 +100,8 @@ def test_a_guest_in_another_unit() -> None:
         (starting("/opt/start"), replace(MUTE, main_executable="/usr/bin/dockerd (deleted)")),
     ],
 )  # fmt: skip
-def test_a_manager_is_left_alone(facts: UnitFacts, around: Surroundings) -> None:
-    found = judge(facts, around)
+def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -> None:
+    found = judge(facts, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
 
 
@@ -154,11 +154,11 @@ def test_a_loop_that_waits_is_replaced_by_what_waits_better() -> None:
 
 def test_an_unknown_line_stays_and_stays_unknown() -> None:
     facts = replace(BARE, exec_stop=(UNKNOWN,), timeout_stop=90 * S)
-    for around in (ASKABLE, MUTE):
-        found = judge(facts, around)
+    for surroundings in (ASKABLE, MUTE):
+        found = judge(facts, surroundings)
         assert (found.word, found.writes) == (UnitVerdict.UNKNOWN, True)
         assert "vm-stop" in found.reason
-        assert written(facts, around)[:3] == [
+        assert written(facts, surroundings)[:3] == [
             "ExecStop=",
             "ExecStop=-/opt/vm-stop web",
             "ExecStop=-/usr/bin/qkilld-stop",
@@ -179,8 +179,8 @@ def test_order_and_specifiers_of_lines_are_kept() -> None:
         timeout_stop=90 * S,
     )
     texts = ("/opt/vm-stop %i", "/bin/sh -c 'kill -9 1'", "-/opt/after %n")
-    around = replace(ASKABLE, stop_texts=texts, is_template=True)
-    assert [text for text in written(facts, around) if text.startswith("ExecStop")] == [
+    surroundings = replace(ASKABLE, stop_texts=texts, is_template=True)
+    assert [text for text in written(facts, surroundings) if text.startswith("ExecStop")] == [
         "ExecStop=",
         "ExecStop=-/opt/vm-stop %i",
         "ExecStop=-/opt/after %n",
@@ -212,12 +212,12 @@ def test_lines_that_kill_are_replaced(killing: str) -> None:
 
 
 def test_a_server_of_this_host_needs_the_order() -> None:
-    around = replace(ASKABLE, storage=(NBD,))
-    found = judge(BARE, around)
+    surroundings = replace(ASKABLE, storage=(NBD,))
+    found = judge(BARE, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
-    assert "After=lval.service" in written(BARE, around)
+    assert "After=lval.service" in written(BARE, surroundings)
     # Units of this kind cannot be ordered, so with the helper the server would be gone first.
-    session = replace(around, storage=(replace(NBD, server="session-3.scope"),))
+    session = replace(surroundings, storage=(replace(NBD, server="session-3.scope"),))
     refused = judge(BARE, session)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
     assert "served" in refused.reason
@@ -229,8 +229,8 @@ def test_a_keeper_of_a_scope_comes_first() -> None:
         SCOPE, kill_mode="process", sends_sigkill=False, timeout_stop=INFINITY,
         before=("pve-guests.service",),
     )  # fmt: skip
-    around = replace(MUTE, guard="qkilld-scope@100.scope.service", keepers=(keeper,))
-    found = judge(facts, around)
+    surroundings = replace(MUTE, guard="qkilld-scope@100.scope.service", keepers=(keeper,))
+    found = judge(facts, surroundings)
     assert found.now[Occasion.SHUTDOWN].guest is Patience.PATIENT
     assert found.adopted[Occasion.SHUTDOWN].guest is Patience.PATIENT
     assert [step.by for step in found.adopted[Occasion.SHUTDOWN].steps] == [
@@ -276,13 +276,13 @@ def test_adopting_is_never_worse_under_any_assumption() -> None:
                             BARE, exec_stop=exec_stop, kill_mode=mode, kill_signal=number,
                             timeout_stop=limit, exec_start=start,
                         )  # fmt: skip
-                        for around in (ASKABLE, MUTE, replace(MUTE, can_ask=None)):
-                            found = judge(facts, around)
+                        for surroundings in (ASKABLE, MUTE, replace(MUTE, can_ask=None)):
+                            found = judge(facts, surroundings)
                             seen.add(found.word)
                             if found.writes:
                                 worse = [
                                     each for each in Occasion
                                     if not found.adopted[each] >= found.now[each]
                                 ]  # fmt: skip
-                                assert not worse, (facts, around, found)
+                                assert not worse, (facts, surroundings, found)
     assert seen == {UnitVerdict.SAFE, UnitVerdict.WORSE, UnitVerdict.UNKNOWN, UnitVerdict.NO_BETTER}

@@ -41,30 +41,32 @@ def line(text: str) -> Command:
     return Command("/bin/sh", ("/bin/sh", "-c", text))
 
 
-def found(facts: UnitFacts, around: Surroundings = AROUND) -> dict[str, tuple[Severity, list[str]]]:
+def found(
+    facts: UnitFacts, surroundings: Surroundings = AROUND
+) -> dict[str, tuple[Severity, list[str]]]:
     return {
         finding.key: (finding.severity, [str(mend) for mend in finding.mends])
-        for finding in check(facts, around)
+        for finding in check(facts, surroundings)
     }
 
 
 def test_the_manager_of_a_user_has_a_limit_of_its_own() -> None:
-    around = replace(AROUND, manager="user@1000.service", manager_timeout=120 * S)
-    severity, (mend,) = found(SAFE, around)["manager-timeout"]
+    surroundings = replace(AROUND, manager="user@1000.service", manager_timeout=120 * S)
+    severity, (mend,) = found(SAFE, surroundings)["manager-timeout"]
     assert severity is ADVICE
     assert mend == "sudo systemctl edit user@1000.service  # TimeoutStopSec=30min"
-    assert found(SAFE, replace(around, manager_timeout=1800 * S)) == {}
+    assert found(SAFE, replace(surroundings, manager_timeout=1800 * S)) == {}
 
 
 def test_a_guest_that_cannot_be_asked_is_told_with_the_line_to_add() -> None:
-    around = replace(AROUND, unasked=("the guest has no monitor",) * 2)
-    severity, mends = found(SAFE, around)["no-monitor"]
+    surroundings = replace(AROUND, unasked=("the guest has no monitor",) * 2)
+    severity, mends = found(SAFE, surroundings)["no-monitor"]
     assert severity is ADVICE
     assert mends == [
         "[Service] ExecStart=… -qmp unix:%t/%N/qmp,server=on,wait=off",
         "[Service] RuntimeDirectory=%N",
     ]
-    (mend,) = found(SCOPE, around)["no-monitor"][1]
+    (mend,) = found(SCOPE, surroundings)["no-monitor"][1]
     assert "-qmp unix:PATH,server=on,wait=off" in mend
 
 
@@ -279,13 +281,13 @@ def test_the_texts_have_the_units_own_values() -> None:
 
 
 def test_a_scope_needs_a_guard() -> None:
-    around = replace(AROUND, guard=GUARD)
-    assert found(SCOPE, around) == {
+    surroundings = replace(AROUND, guard=GUARD)
+    assert found(SCOPE, surroundings) == {
         "no-guard": (LOSES, [f"systemctl start {GUARD}"]),
     }
-    assert found(SCOPE, replace(around, is_guarded=True)) == {}
-    assert found(replace(SCOPE, timeout_stop=INFINITY), around) == {}
-    guarded = replace(around, is_guarded=True)
+    assert found(SCOPE, replace(surroundings, is_guarded=True)) == {}
+    assert found(replace(SCOPE, timeout_stop=INFINITY), surroundings) == {}
+    guarded = replace(surroundings, is_guarded=True)
     assert found(replace(SCOPE, runtime_max=S), guarded)["runtime-max"][0] is MAY
 
 
