@@ -42,7 +42,7 @@ def run(*argv: str, level: str | None = None) -> subprocess.CompletedProcess[str
         ("no", "nonsense", False),
     ],
 )
-def test_a_line_for_what_is_ignored(option: str, level: str | None, shown: bool) -> None:
+def test_ignored_errors_are_logged(option: str, level: str | None, shown: bool) -> None:
     done = run("-c", PROGRAM, option, level=level)
     line = "program: debug: ignored while reading /x: FileNotFoundError: not\ufffd there\n"
     assert (done.returncode, done.stderr) == (0, line if shown else "")
@@ -56,7 +56,7 @@ def test_a_line_for_what_is_ignored(option: str, level: str | None, shown: bool)
         ("-m", "qkilld", "--bus", "unix:path=/nonexistent"),
     ],
 )
-def test_every_program_has_it(argv: tuple[str, ...]) -> None:
+def test_every_program_has_the_debug_option(argv: tuple[str, ...]) -> None:
     """The other output and the exit code are the same."""
     quiet, loud = run(*argv), run(*argv, "--debug")
     assert loud.returncode == quiet.returncode
@@ -78,7 +78,7 @@ logging.shutdown()
 """
 
 
-def test_what_happens_each_second_is_told_once_a_process_and_cause() -> None:
+def test_repeated_failures_are_logged_once_per_process_and_cause() -> None:
     lines = run("-c", REPEATED).stderr.splitlines()
     each = [
         "program: debug: ignored while reading io of process {}: PermissionError: "

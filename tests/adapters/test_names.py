@@ -56,7 +56,7 @@ def threads() -> int:
     return sum(thread.name.startswith("names-") for thread in threading.enumerate())
 
 
-def test_what_blocks_is_waited_for_once_and_takes_few_threads(lines: CommandLines) -> None:
+def test_blocking_names_are_waited_for_once_and_take_few_threads(lines: CommandLines) -> None:
     async def ask() -> None:
         reader = NameReader(lines)
         hostile = [identity(pid) for pid in range(1, 61)]

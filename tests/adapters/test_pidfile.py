@@ -100,7 +100,7 @@ def test_writer(uid: int, gid: int, mode: int, good: bool, kind: int) -> None:
         check(*steps)
 
 
-def test_who_owns_a_link() -> None:
+def test_a_symbolic_link_must_belong_to_root_the_caller_or_the_process() -> None:
     file = step(0, 0o644, kind=stat.S_IFREG)
     for uid in (0, CALLER, PROCESS):
         check(step(0, 0o1777), step(uid, 0o777, kind=stat.S_IFLNK), file)
@@ -117,7 +117,7 @@ def test_the_process_it_was_written_for(tmp_path: Path, child: subprocess.Popen[
     assert named.start_time == procfs.read_stat(child.pid).start_time
 
 
-def test_a_symbolic_link_to_it(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+def test_a_pidfile_behind_a_symbolic_link(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
     (tmp_path / "pid").write_text(str(child.pid))
     (tmp_path / "pid").chmod(0o644)
     (tmp_path / "link").symlink_to("pid")
@@ -209,7 +209,7 @@ def test_a_process_that_is_gone(tmp_path: Path, child: subprocess.Popen[bytes]) 
         pidfile.read(str(path))
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_paths_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # without a writer: opening it must not block
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero"), Path("/dev/tty")):
@@ -277,7 +277,7 @@ def test_a_qemu_in_another_pid_namespace(tmp_path: Path) -> None:
         end_namespace(process)
 
 
-def test_nobody_is_taken_for_one_of_another_namespace(tmp_path: Path) -> None:
+def test_process_ids_of_another_namespace_are_not_confused(tmp_path: Path) -> None:
     needs.root("a PID namespace")
     unshare = [str(needs.program("unshare", "util-linux")), "--fork", "--pid", "--kill-child"]
     # The last of its ids does not exist in our namespace.

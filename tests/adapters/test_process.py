@@ -103,7 +103,7 @@ def test_out_of_descriptors(fake_qemu: Make) -> None:
         process.close()
 
 
-def test_what_the_kernel_does_not_show_is_no_qemu(fake_qemu: Make) -> None:
+def test_a_process_with_an_unreadable_executable_is_not_qemu(fake_qemu: Make) -> None:
     """As another user, because exe of a root process is unreadable."""
     needs.root("to be another user")
     guest = fake_qemu()

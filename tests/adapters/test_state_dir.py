@@ -64,7 +64,7 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_what_was_saved_comes_back(lab_dir: Path, opened: Open) -> None:
+def test_saved_jobs_are_loaded_again(lab_dir: Path, opened: Open) -> None:
     first = opened()
     assert first.load() == ([], 0, [])
     for number in (10, 9, 8):
@@ -151,7 +151,7 @@ def _newer(path: Path) -> None:
         lambda path: path.rename(path.with_name("job-3.json")),
     ],
 )
-def test_what_is_not_whole_and_our_own_is_set_aside(
+def test_damaged_files_are_set_aside(
     lab_dir: Path, opened: Open, spoil: Callable[[Path], None]
 ) -> None:
     first = opened()
@@ -169,7 +169,7 @@ def test_what_is_not_whole_and_our_own_is_set_aside(
     assert opened().load()[2] == []
 
 
-def test_what_a_newer_program_wrote_is_left_alone(lab_dir: Path, opened: Open) -> None:
+def test_files_of_a_newer_version_are_not_changed(lab_dir: Path, opened: Open) -> None:
     first = opened()
     first.load()
     first.save(snapshot(40))
@@ -200,7 +200,7 @@ def test_a_directory_that_others_may_write_to_is_refused(lab_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".x.tmp", ".numbers.json.tmp"])
-def test_what_is_in_the_way_keeps_no_job_from_going_on(
+def test_a_blocked_file_name_stops_no_job(
     lab_dir: Path, opened: Open, errors: list[str], name: str
 ) -> None:
     first = opened()

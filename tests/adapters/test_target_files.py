@@ -49,7 +49,7 @@ def test_links_and_dots_stay_below_the_root(tmp_path: Path, path: str) -> None:
         ("/self/fd", errno.ENOENT),
     ],
 )
-def test_what_leads_nowhere(tmp_path: Path, path: str, error: int) -> None:
+def test_paths_that_end_nowhere_fail(tmp_path: Path, path: str, error: int) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "out").symlink_to(Path(__file__))
@@ -85,7 +85,9 @@ def test_a_relative_path_and_its_links(tmp_path: Path) -> None:
         ("fan/" * 20, errno.ELOOP),
     ],
 )
-def test_what_a_path_may_cost(tmp_path: Path, path: str, error: int | None) -> None:
+def test_descriptors_and_steps_of_a_path_are_bounded(
+    tmp_path: Path, path: str, error: int | None
+) -> None:
     """The number of descriptors and steps is bounded."""
     place = tmp_path
     for _ in range(target_files.MAX_DEPTH + 1):
@@ -117,7 +119,7 @@ def test_no_link_of_procfs_is_gone_through(tmp_path: Path) -> None:
         run(["umount", tmp_path / "proc"], check=True)
 
 
-def test_who_moves_directories_meanwhile_leads_nobody_out(tmp_path: Path) -> None:
+def test_renaming_directories_meanwhile_does_not_escape_the_root(tmp_path: Path) -> None:
     """Whatever is renamed meanwhile, the path ends below the root or fails."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     (root / "a/b").mkdir(parents=True)

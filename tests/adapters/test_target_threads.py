@@ -43,7 +43,7 @@ def blocked(threads: TargetThreads, gate: threading.Event, pids: range, uid: int
     return count
 
 
-def test_what_blocks_is_not_tried_again_and_again(gate: threading.Event) -> None:
+def test_a_blocking_target_gets_no_more_threads(gate: threading.Event) -> None:
     async def work() -> None:
         threads = TargetThreads()
         assert blocked(threads, gate, range(1, 2), 1000) == MAX_OF_TARGET
@@ -73,7 +73,7 @@ def test_one_user_leaves_room_for_others_and_all_for_root(gate: threading.Event)
     asyncio.run(work())
 
 
-def test_what_it_raises_is_handed_on_and_counts_no_more() -> None:
+def test_exceptions_reach_the_caller_and_free_the_thread() -> None:
     def fail() -> None:
         raise OSError("no")
 

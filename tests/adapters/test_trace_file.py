@@ -79,7 +79,7 @@ def test_nothing_is_made_before_the_first_record(open_traces: Open, tmp_path: Pa
     assert names(tmp_path) == []
 
 
-def test_what_is_there_already_is_left_alone(open_traces: Open, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(open_traces: Open, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / NAME).symlink_to(victim)
@@ -148,7 +148,7 @@ def test_a_disk_that_stands_still_holds_nothing_up(
     assert records[-1].at == T0 + 4
 
 
-def test_what_cannot_be_written_is_said_once(
+def test_a_failing_directory_is_reported_once(
     open_traces: Open, tmp_path: Path, errors: list[str]
 ) -> None:
     traces = open_traces()
@@ -185,7 +185,7 @@ def test_a_failed_write_ends_that_trace_alone(
     assert read(tmp_path / NAME).records == (SENT, sample(2))
 
 
-def test_what_is_no_directory_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "missing"):
         with pytest.raises(OSError):

@@ -134,7 +134,7 @@ def test_how_much_a_guest_writes_is_not_for_everybody(
     ]
 
 
-def test_a_client_that_follows_hears_of_it(daemon: Daemon, fake_qemu: Make) -> None:
+def test_a_client_that_follows_a_job_sees_its_end(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
 
     async def follow() -> None:

@@ -268,7 +268,7 @@ def test_too_many_waits_of_one_user(roomy_daemon: Daemon, fake_qemu: Make) -> No
         assert other.reply(others[-1])[0] == root.reply(roots[-1])[0] == "exited"
 
 
-def test_more_who_wait_than_the_bus_lets_it_ask_about(fake_qemu: Make) -> None:
+def test_more_waiting_callers_than_match_rules(fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
     with (
         private_bus({"max_match_rules_per_connection": 2}) as bus,

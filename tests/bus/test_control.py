@@ -106,7 +106,7 @@ def test_the_owner_does_not_overrule_root(daemon: Daemon, client: Client, fake_q
     assert client.wait(job)[0] == "killed"
 
 
-def test_root_takes_over_what_the_owner_made_last_for_ever(
+def test_root_takes_over_a_job_with_infinite_spans(
     daemon: Daemon, client: Client, fake_qemu: Make
 ) -> None:
     needs.root("to stop the guest of another user")

@@ -207,7 +207,7 @@ def copied(lab_dir: Path) -> Path:
     return lab_dir
 
 
-def test_it_goes_on_while_it_is_uninstalled(
+def test_the_daemon_runs_on_while_it_is_uninstalled(
     private_bus: Bus, start_daemon: Start, copied: Path, fake_qemu: Make
 ) -> None:
     start_daemon(env={"PYTHONPATH": str(copied)})

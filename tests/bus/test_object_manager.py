@@ -149,7 +149,9 @@ def test_jobs_are_objects_with_signals(client: Client, fake_qemu: Make) -> None:
     assert plain(changed) == {"NJobs": 0}
 
 
-def test_what_others_may_see(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
+def test_other_users_see_no_private_properties(
+    daemon: Daemon, client: Client, fake_qemu: Make
+) -> None:
     needs.root("to be another user")
     guest = fake_qemu(stubborn=True)
     job = client.terminate(guest.pid)
@@ -160,7 +162,7 @@ def test_what_others_may_see(daemon: Daemon, client: Client, fake_qemu: Make) ->
     assert (seen["BytesWritten"], seen["Rate"], seen["Reasons"]) == (UNKNOWN, UNKNOWN, [])
 
 
-def test_many_who_ask(daemon: Daemon, fake_qemu: Make) -> None:
+def test_more_watchers_than_are_remembered(daemon: Daemon, fake_qemu: Make) -> None:
     """One user has more connections than are remembered: the newest ones count."""
     guest = fake_qemu()
     clients = [daemon.bus.client() for _ in range(3 * MAX_WATCHERS_PER_UID)]

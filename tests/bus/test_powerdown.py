@@ -69,7 +69,7 @@ def test_a_socket_that_is_not_the_guests_is_refused(client: Client, qemu: Make) 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("agent", [True, False], ids=["agent", "button"])
-def test_what_the_guest_had_written_is_kept(client: Client, agent: bool) -> None:
+def test_data_written_by_the_guest_is_kept(client: Client, agent: bool) -> None:
     with boot_debian() as debian:
         if not agent:
             debian.shell.run("systemctl stop qemu-guest-agent")

@@ -106,7 +106,7 @@ StartCtl = Callable[..., CtlProcess]
 # Looking
 
 
-def test_nothing_there(start_daemon: Start) -> None:
+def test_empty_lists(start_daemon: Start) -> None:
     daemon = start_daemon(config="[Target]\nExecutables=/nonexistent/qemu\n")
     assert ctl(daemon.bus, "list").stdout == "No QEMU guests found.\n"
     assert ctl(daemon.bus, "jobs").stdout == "No jobs.\n"

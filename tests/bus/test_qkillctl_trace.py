@@ -52,7 +52,7 @@ def test_until_it_is_gone(daemon: Daemon, fake_qemu: Make) -> None:
         assert looking.wait(30) == 0
 
 
-def test_what_changes_is_a_line(daemon: Daemon, fake_qemu: Make) -> None:
+def test_each_change_is_a_line(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu()
     with trace(daemon.bus, "--json", str(guest.pid)) as looking:
         assert json.loads(next_line(looking))["verdict"] == "idle"
@@ -81,7 +81,7 @@ def test_it_ends_with_its_reader(daemon: Daemon, fake_qemu: Make) -> None:
 
 
 @pytest.mark.parametrize(("target", "code"), [("4194304", 7), ("no-such-guest", 7)])
-def test_what_cannot_be_looked_at(daemon: Daemon, target: str, code: int) -> None:
+def test_an_unobservable_target_has_its_exit_code(daemon: Daemon, target: str, code: int) -> None:
     with trace(daemon.bus, target) as looking:
         assert looking.wait(30) == code
         assert next_line(looking) == ""

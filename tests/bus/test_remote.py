@@ -103,7 +103,7 @@ def test_a_host_that_cannot_be_reached(ctl: Ctl, lab_dir: Path) -> None:
         (["list", "-H", "far", "--bus", "unix:path=/x"], "leave out either"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_contradictory_arguments_are_refused(
     ctl: Ctl, arguments: list[str], said: str, lab_dir: Path
 ) -> None:
     refused = ctl(*arguments, code=2, host="")

@@ -110,7 +110,7 @@ def test_the_dry_run_tells_the_ways(daemon: Daemon, qemu: Make, lab_dir: Path) -
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("by_daemon", [True, False], ids=["daemon", "alone"])
-def test_what_the_guest_had_written_is_kept(
+def test_data_written_by_the_guest_is_kept(
     start_daemon: Start, lab_dir: Path, by_daemon: bool
 ) -> None:
     daemon = started(start_daemon, lab_dir)

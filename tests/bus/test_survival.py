@@ -66,7 +66,7 @@ def test_a_job_goes_on_with_no_descriptor_kept(
     assert receipt["elapsed-usec"] >= 3_000_000
 
 
-def test_what_was_answered_outlives_a_crash_right_after_it(
+def test_a_job_outlives_a_crash_right_after_its_reply(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
     """Before answers waited for the file, every third job was lost."""

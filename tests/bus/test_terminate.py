@@ -174,7 +174,7 @@ def test_progress_is_announced(client: Client, fake_qemu: Make) -> None:
     assert changed["Result"] == ("s", result)
 
 
-def test_what_a_desktop_tool_shows_of_a_job(client: Client, fake_qemu: Make) -> None:
+def test_properties_of_a_job_for_desktop_tools(client: Client, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
     spans = {"grace_usec": ("t", 2_000_000), "stall_usec": ("t", 2_000_000)}
     job = client.terminate(guest.pid, FORCE, reason=("s", "move"), **spans)

@@ -43,7 +43,7 @@ def listening(lab_dir: Path) -> Iterator[tuple[socket.socket, str]]:
         (b"OK 1234\r\n", "(the bus closed the connection|Broken pipe|reset)"),
     ],
 )
-def test_what_answers_is_no_bus(
+def test_a_peer_that_is_not_a_bus_is_reported(
     listening: tuple[socket.socket, str], answer: bytes, said: str
 ) -> None:
     def serve() -> None:
@@ -66,7 +66,7 @@ def test_a_bus_that_does_not_answer(listening: tuple[socket.socket, str]) -> Non
         asyncio.run(version_of(listening[1], 0.2))
 
 
-def test_a_bus_with_too_many_who_want_to_connect(listening: tuple[socket.socket, str]) -> None:
+def test_a_bus_with_a_full_backlog(listening: tuple[socket.socket, str]) -> None:
     """connect(2) would block; the event loop goes on until the timeout."""
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(listening[0].getsockname())
@@ -89,7 +89,7 @@ def test_the_first_address_that_works(private_bus: Bus, lab_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["unix:path=/nowhere/bus", "tcp:port=x", "launchd:env=X", "y"])
-def test_addresses_of_nothing(address: str) -> None:
+def test_unreachable_addresses(address: str) -> None:
     with pytest.raises(BusError, match="cannot connect to the bus at"):
         asyncio.run(version_of(address))
 

@@ -44,7 +44,7 @@ def kinds(of: Outcome, *disks: Disk) -> list[str]:
     return [finding.kind for finding in judge(Spec("x", disks or (NBD,)), of).findings]
 
 
-def test_what_comes_before_the_stop_holds_at_it() -> None:
+def test_changes_before_the_stop_apply_at_its_start() -> None:
     assert states(NBD, Change(-2, 0, "slow", 1), Change(-1, 0, "freeze")) == [(0, State.STILL)]
 
 
@@ -53,7 +53,7 @@ def test_storage_that_was_slow_is_slow_once_it_goes_on() -> None:
     assert states(NBD, *schedule) == [(0, State.SLOW), (3, State.STILL), (9, State.SLOW)]
 
 
-def test_a_server_that_goes_breaks_what_does_not_wait_for_it() -> None:
+def test_a_server_that_leaves_breaks_disks_without_reconnect() -> None:
     leave = Change(0, 0, "leave")
     assert states(NBD, leave) == [(0, State.BROKEN)]
     assert states(Disk("nbd", reconnect=300), leave) == [(0, State.STILL)]
@@ -93,7 +93,7 @@ def test_a_kill_is_right_from_the_time_of_the_policy_on(killed: float, right: bo
     assert (FALSE_KILL in found) is not right
 
 
-def test_a_kill_of_what_goes_on_is_false() -> None:
+def test_a_kill_of_storage_that_continues_is_false() -> None:
     assert FALSE_KILL in kinds(outcome(FREEZE, THAW, killed=20.1, at_risk=True))
 
 
@@ -131,7 +131,7 @@ def test_records_that_are_lost_are_to_be_announced() -> None:
     assert kinds(outcome(at_risk=True)) == [WRONG_RISK]
 
 
-def test_what_storage_refused_in_a_moment_is_counted_apart() -> None:
+def test_records_refused_by_storage_are_counted_separately() -> None:
     assert kinds(outcome(Change(0, 0, "fail"), lost=1)) == [UNSEEN]
 
 

@@ -37,7 +37,7 @@ KILLED: dict[str, Any] = {"gone": 20.0, "killed": True, "status": 9, "result": "
         ),
     ],
 )
-def test_what_may_be(good: Record) -> None:
+def test_a_good_record_breaks_no_rule(good: Record) -> None:
     assert list(broken(good, [])) == []
 
 
@@ -75,11 +75,11 @@ def test_what_may_be(good: Record) -> None:
         (record(Kind.POLITE, signals=[(10.2, 15, 7)], result="survived"), "from uid 7"),
     ],
 )
-def test_what_must_not_be(bad: Record, words: str) -> None:
+def test_a_bad_record_breaks_its_rule(bad: Record, words: str) -> None:
     assert words in "\n".join(broken(bad, []))
 
 
-def test_what_could_not_be_saved_may_be_lost() -> None:
+def test_a_job_may_be_lost_if_saving_failed() -> None:
     full = (Incident(0.0, Fault.FULL), 9.0, 12.0)
     lost = record(Kind.FORCED)
     assert outcome(lost, [full]) == "unfinished, for it could not be saved"

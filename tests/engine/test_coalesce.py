@@ -23,7 +23,7 @@ class Work:
         return number
 
 
-def test_who_asks_while_it_runs_shares_the_next_run() -> None:
+def test_callers_during_a_run_share_the_next_one() -> None:
     async def run() -> None:
         work = Work()
         shared = SharedRun(work)

@@ -50,7 +50,7 @@ def test_released_in_time_it_goes_on_as_before(world: World) -> None:
     assert world.journal.ids.count(MessageId.JOB_RELEASED) == 1
 
 
-def test_what_moves_while_it_is_held_counts(world: World) -> None:
+def test_progress_during_a_hold_counts(world: World) -> None:
     process = FakeProcess()
     world.sampler.shows = lambda now: replace(IDLE, io=Io(0, 0, 0, 0, 0, now, 0))
     job = world.stop(process, FORCE)
@@ -187,7 +187,7 @@ def test_after_the_end_there_is_nothing_to_do(world: World, dies_of: tuple[Signa
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_what_was_promised_is_not_taken_back_by_another_request(world: World, held: bool) -> None:
+def test_another_request_does_not_revoke_a_hold_or_extension(world: World, held: bool) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
     if held:

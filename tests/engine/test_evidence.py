@@ -86,7 +86,7 @@ def test_storage_that_comes_back_in_time(world: World) -> None:
     assert process.sent == [SIGTERM]
 
 
-def test_what_cannot_be_seen_is_not_idle(world: World) -> None:
+def test_a_process_without_evidence_is_not_idle(world: World) -> None:
     world.sampler.shows = lambda now: Sample(now, "S")
     process = FakeProcess()
     job = world.stop(process, FORCE)
@@ -203,7 +203,7 @@ def test_without_force_it_gives_up_but_never_kills(world: World) -> None:
     assert job.running
 
 
-def test_what_holds_a_process_after_sigkill_is_said(world: World) -> None:
+def test_the_end_names_the_wait_of_a_survivor(world: World) -> None:
     stuck = replace(IDLE, threads=(replace(SYNC, wchan="nfs_wait_bit_killable"),))
     world.sampler.shows = lambda now: stuck
     process = FakeProcess(dies_of=())

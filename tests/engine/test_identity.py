@@ -64,7 +64,7 @@ def test_no_sigkill_for_what_the_process_has_become(
         lambda job: job.join(Request(FORCE | NOWAIT)),
     ],
 )
-def test_nor_when_somebody_asks_for_it(
+def test_no_sigkill_on_request_for_another_program(
     world: World, act: Callable[[Job], None], change: dict[str, Any]
 ) -> None:
     process = FakeProcess()
@@ -115,7 +115,7 @@ def test_unknown_is_not_another_one(world: World) -> None:
     assert process.sent == [SIGTERM, SIGKILL]
 
 
-def test_what_cannot_be_read_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_identity_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of descriptors, say."""
     process = FakeProcess()
     job = world.stop(process, FORCE | FIXED)

@@ -171,7 +171,7 @@ def test_grace_option(world: World) -> None:
     assert process.sent == [SIGTERM, SIGKILL]
 
 
-def test_who_waits_is_told_before_the_journal(world: World) -> None:
+def test_waiting_callers_get_the_result_before_the_journal(world: World) -> None:
     order: list[str] = []
     process = FakeProcess()
     job = world.stop(process)

@@ -54,7 +54,7 @@ def test_the_bus_carries_all_of_it(world: World) -> None:
     check()
 
 
-def test_the_bus_carries_what_a_guest_makes_of_being_asked(world: World) -> None:
+def test_the_bus_carries_the_reaction_of_the_guest(world: World) -> None:
     world.monitors.shows = lambda now: GuestObservation(
         at=now, runstate="running", button=Button.LISTENED, requests=0, vcpu_time=0
     )
@@ -65,14 +65,14 @@ def test_the_bus_carries_what_a_guest_makes_of_being_asked(world: World) -> None
     assert (status.doing, status.powerdown_only) == ("was asked to shut down", True)
 
 
-def test_what_is_not_known_is_none(world: World) -> None:
+def test_unknown_values_are_none(world: World) -> None:
     world.sampler.shows = lambda now: None
     job = world.stop(FakeProcess())
     received = client.job_status("", properties(job, private=True))
     assert (received.bytes_written, received.bytes_pending, received.last_progress) == (None,) * 3
 
 
-def test_what_never_comes_waits_for_no_standstill(world: World) -> None:
+def test_without_a_next_rung_there_is_no_standstill(world: World) -> None:
     world.sampler.shows = lambda now: replace(IDLE, io=Io(0, 0, 0, 0, 0, now, 0))
     spans = dict.fromkeys(("grace", "stall", "storage_stall", "max"), INFINITY)
     job = world.stop(FakeProcess(), Flag.FORCE, spans=spans)

@@ -94,7 +94,7 @@ def test_a_guest_that_went_with_the_daemon_was_killed(world: World, store: SlowS
     assert resumed.risks == job.risks
 
 
-def test_what_was_not_sent_is_not_taken_for_sent(world: World, store: SlowStore) -> None:
+def test_a_saved_but_unsent_sigkill_is_not_taken_for_sent(world: World, store: SlowStore) -> None:
     process = FakeProcess()
     world.stop(process, FORCE | FIXED)
     world.clock.advance(10)
@@ -154,7 +154,7 @@ def test_progress_meanwhile_counts(world: World, store: SlowStore) -> None:
     assert process.sent == [SIGTERM]
 
 
-def test_force_and_who_wants_it_at_once(world: World, store: SlowStore) -> None:
+def test_force_waits_until_sigkill_is_saved(world: World, store: SlowStore) -> None:
     process, other = FakeProcess(), FakeProcess()
     job = world.stop(process)
     job.force(ROOT)

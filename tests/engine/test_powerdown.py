@@ -137,7 +137,7 @@ def test_a_call_that_joins_may_end_asking_earlier_and_not_later() -> None:
     assert process.sent == [SIGTERM]
 
 
-def test_who_has_no_right_to_steer_a_job_cannot_end_its_asking() -> None:
+def test_a_caller_without_the_right_to_steer_cannot_end_asking() -> None:
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN, uid=0)
     job.join(Request(POWERDOWN, uid=1000, ask_at_most=0))
@@ -385,7 +385,7 @@ def test_root_does_not_wait_for_the_span_of_the_owner() -> None:
 
 
 @pytest.mark.parametrize("uid", [0, 1000])
-def test_who_joins_asking_alone_has_the_guest_stopped(uid: int) -> None:
+def test_joining_a_powerdown_only_job_stops_the_guest(uid: int) -> None:
     world, process = asked_world(UP), FakeProcess()
     world.stop(process, POWERDOWN, uid=uid, powerdown_only=True)
     world.clock.advance(1)
@@ -396,7 +396,7 @@ def test_who_joins_asking_alone_has_the_guest_stopped(uid: int) -> None:
     assert (job.running, process.sent) == (True, [SIGTERM])
 
 
-def test_who_joins_a_single_press_has_the_guest_stopped() -> None:
+def test_joining_a_single_press_stops_the_guest() -> None:
     working = replace(DEAF, requests=None)
     world, process = asked_world(working), FakeProcess()
     world.stop(process, POWERDOWN | NOWAIT)

@@ -78,7 +78,7 @@ def test_a_fixed_clock_and_single_signals_do_not_wait(flags: Flag) -> None:
     assert process.sent and world.monitors.done == []
 
 
-def test_what_is_proven_to_be_flushed_is_not_at_risk_by_sigkill() -> None:
+def test_sigkill_does_not_risk_disks_that_are_proven_flushed() -> None:
     world, process = flushing_world(), with_monitor()
     world.sampler.shows = lambda now: None
     job = world.stop(process, FORCE)

@@ -133,7 +133,7 @@ def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
         assert len(said) == 1
 
 
-def test_who_is_authorized_is_told_more(world: World) -> None:
+def test_an_authorized_caller_gets_details(world: World) -> None:
     shell = Guest(replace(make_guest().identity, executable="/bin/sh"), Label())
     process = FakeProcess(shell)
     service, _ = make_service(world, process)
@@ -143,7 +143,7 @@ def test_who_is_authorized_is_told_more(world: World) -> None:
     assert process.sent == []
 
 
-def test_what_each_call_needs(world: World) -> None:
+def test_each_call_asks_for_its_polkit_action(world: World) -> None:
     service, _ = make_service(world, FakeProcess())
     caller = FakeCaller(STRANGER, Answer.GRANTED)
     run(service.inspect(4711, caller))

@@ -97,7 +97,7 @@ def test_a_crash_at_any_time_ends_as_none_at_all(flags: Flag, cut: float, shows:
         assert (kill_after, end_after) == (kill, end)
 
 
-def test_what_moved_while_nobody_looked_is_progress() -> None:
+def test_movement_between_two_daemons_is_progress() -> None:
     world, process = World(), FakeProcess()
     world.sampler.shows = WAITS
     job = world.stop(process, FORCE)
@@ -411,7 +411,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         changed("unknown", 1),
     ],
 )
-def test_what_is_no_snapshot_is_refused(wrong: object) -> None:
+def test_a_malformed_snapshot_is_refused(wrong: object) -> None:
     with pytest.raises(SnapshotError) as refused:
         decode(wrong)
     assert "murder" not in str(refused.value)
@@ -430,7 +430,7 @@ def test_those_of_the_versions_before_are_not_refused() -> None:
     assert decode(document).control == Control()
 
 
-def test_what_was_held_and_extended_stays_so(world: World) -> None:
+def test_holds_and_extensions_survive_a_crash(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, FORCE)
     job.hold(ADMIN)

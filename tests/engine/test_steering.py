@@ -39,7 +39,7 @@ STEER: dict[str, Act] = {
 
 @pytest.mark.parametrize("uid", [0, STRANGER])
 @pytest.mark.parametrize("act", STEER)
-def test_the_owner_does_not_steer_what_runs_by_more_right(world: World, act: str, uid: int) -> None:
+def test_the_owner_cannot_steer_a_job_of_root(world: World, act: str, uid: int) -> None:
     service, _ = make_service(world)
     process = FakeProcess()
     job = world.stop(process, FORCE, uid=uid)
@@ -142,7 +142,7 @@ def test_root_takes_a_job_over(world: World, flags: Flag) -> None:
     assert event.message.startswith("Uid 0 took over the stop of")
 
 
-def test_what_root_promised_outlives_a_takeover(world: World) -> None:
+def test_holds_and_extensions_of_root_outlive_a_takeover(world: World) -> None:
     job = world.stop(FakeProcess(), FORCE, uid=OWNER)
     job.extend(30 * S, BY_ROOT)
     job.extend(INFINITY, BY_OWNER)
@@ -152,7 +152,7 @@ def test_what_root_promised_outlives_a_takeover(world: World) -> None:
     assert job.control.not_before == job.started + 30 * S
 
 
-def test_root_kills_at_once_what_only_the_owner_holds(world: World) -> None:
+def test_root_forces_a_job_that_its_owner_holds(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, uid=OWNER)
     job.hold(BY_OWNER)
@@ -173,7 +173,7 @@ def test_a_request_that_fails_takes_nothing_over(world: World) -> None:
     assert world.registry._per_uid == {OWNER: 1}
 
 
-def test_the_owner_does_not_lengthen_what_runs_by_more_right(world: World) -> None:
+def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
     process = FakeProcess()
     job = world.stop(process, uid=0)
     world.stop(FakeProcess(), FORCE, uid=OWNER, spans={"grace": INFINITY})
@@ -183,7 +183,7 @@ def test_the_owner_does_not_lengthen_what_runs_by_more_right(world: World) -> No
     assert (job.policy.grace, job.request.uid) == (20 * S, 0)
 
 
-def test_a_job_that_was_taken_over_counts_for_who_took_it(world: World) -> None:
+def test_a_job_taken_over_counts_for_its_new_requester(world: World) -> None:
     world.stop(FakeProcess(), uid=OWNER)
     assert world.registry._per_uid == {OWNER: 1}
     world.stop(FakeProcess(), uid=0)

@@ -90,7 +90,7 @@ def test_the_story_of_a_job(recorded: World, traces: FakeTraces) -> None:
     assert traces.records[-1] == EndRecord(start + 450_000, Result.EXITED)
 
 
-def test_who_joins_is_recorded(recorded: World, traces: FakeTraces) -> None:
+def test_joining_requests_are_recorded(recorded: World, traces: FakeTraces) -> None:
     job = recorded.stop(FakeProcess())
     recorded.clock.advance(3)
     job.join(Request(FORCE, {"grace": 30 * S}))

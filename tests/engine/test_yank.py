@@ -42,7 +42,7 @@ def begun(world: World, process: FakeProcess, flags: Flag = FORCE) -> Job:
     return job
 
 
-def test_what_is_left_exits_and_the_receipt_names_what_was_cut_off() -> None:
+def test_the_receipt_names_storage_that_was_cut_off() -> None:
     world, process = stuck_world()
     job = begun(world, process)
     world.monitors.on_yank = process.die
@@ -55,7 +55,7 @@ def test_what_is_left_exits_and_the_receipt_names_what_was_cut_off() -> None:
     assert "yanked" in [risk.code for risk in job.risks]
 
 
-def test_what_may_have_been_cut_off_is_at_risk() -> None:
+def test_storage_that_may_have_been_cut_off_is_at_risk() -> None:
     world, process = stuck_world()
     world.monitors.answers_yank = False
     job = begun(world, process)

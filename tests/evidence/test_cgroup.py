@@ -112,7 +112,7 @@ def test_v1_takes_groups_below_along_where_the_kernel_adds_them_up(tree: Tree) -
 
 
 @pytest.mark.parametrize("text", ["Total 0\n", "", "8:0 Write\n", "8:0 Write x\n"])
-def test_v1_what_is_not_counted_is_unknown(tree: Tree, text: str) -> None:
+def test_v1_missing_counters_are_unknown(tree: Tree, text: str) -> None:
     put_v1(tree)
     tree.put("cg/blkio/vm/blkio.throttle.io_service_bytes", text)
     assert tree.reader().read() == Cgroup(True, 3, 4, None, 7, False)
@@ -123,7 +123,7 @@ def test_v2(tree: Tree) -> None:
     assert tree.reader().read() == Cgroup(True, 3, 4, 12, 14, False)
 
 
-def test_v2_wrote_nothing_yet(tree: Tree) -> None:
+def test_v2_a_group_without_writes(tree: Tree) -> None:
     tree.put(f"{put_v2(tree)}/io.stat", "")
     assert tree.reader().read() == Cgroup(True, 3, 4, 0, 0, False)
 
@@ -252,7 +252,7 @@ def test_a_controller_that_does_not_reach_down_is_read_above(tree: Tree) -> None
         ("\n".join(map(str, [7, *range(100, 200)])), False),
     ],
 )
-def test_own_is_alone_with_what_it_started(tree: Tree, members: str, own: bool) -> None:
+def test_a_group_with_only_descendants_is_own(tree: Tree, members: str, own: bool) -> None:
     tree.put(f"{put_v2(tree)}/cgroup.procs", members)
     tree.process(8, parent=7)
     tree.process(9, parent=8)
@@ -284,7 +284,7 @@ def test_a_scope_of_machined_is_own_with_helpers_in_it(tree: Tree) -> None:
     assert found is not None and found.own
 
 
-def test_the_root_group_is_nobodys_own(tree: Tree) -> None:
+def test_the_root_group_is_never_own(tree: Tree) -> None:
     put_v2(tree)
     for path in ((tree.top / UNIFIED) / "vm").iterdir():
         path.rename(tree.top / UNIFIED / path.name)
@@ -391,7 +391,7 @@ for line in sys.stdin.buffer.raw:
 """
 
 
-def test_what_a_process_writes_in_groups_of_its_own(read_group: ReadGroup) -> None:
+def test_writes_of_a_process_in_its_own_groups(read_group: ReadGroup) -> None:
     with slow_disk(1 << 30) as disk:
         assert disk.directory is not None
         process = spawn(

@@ -93,7 +93,7 @@ def test_counters_of_a_real_device() -> None:
         assert after.in_flight == 0
 
 
-def test_what_is_made_of_what(tmp_path: Path) -> None:
+def test_the_layers_of_each_device(tmp_path: Path) -> None:
     sys = lay(
         tmp_path,
         disk("sda", "8:0")
@@ -155,7 +155,7 @@ def test_columns_of_stat(tmp_path: Path, text: str, writes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1 2 3", "a b c d e f g h i j k"])
-def test_what_is_no_stat(tmp_path: Path, text: str) -> None:
+def test_malformed_counters_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "stat").write_text(text)
     with pytest.raises(ValueError):
         read_counters((str(tmp_path / "stat"),))

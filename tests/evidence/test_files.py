@@ -87,7 +87,7 @@ def test_how_a_file_is_open(home: Path, flags: int, expected: list[bool]) -> Non
         assert [where(i) for i in images(pid)] == [(number_of(home), w) for w in expected]
 
 
-def test_what_is_no_image(lab_dir: Path) -> None:
+def test_descriptors_that_are_not_images(lab_dir: Path) -> None:
     directory = os.open(lab_dir, os.O_RDONLY | os.O_DIRECTORY)
     shared = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
     kernel = os.open("/proc/self/stat", os.O_RDONLY)

@@ -34,7 +34,7 @@ def test_in_order_and_in_portions_that_let_the_loop_look_around() -> None:
     assert {AT_ONCE, 2 * AT_ONCE} <= set(between)
 
 
-def test_what_is_there_comes_even_if_what_should_follow_blocks() -> None:
+def test_queued_calls_run_even_if_further_calls_block() -> None:
     async def main() -> None:
         handover, came = Handover(), asyncio.Event()
         handover.expect()

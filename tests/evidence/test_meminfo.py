@@ -22,12 +22,12 @@ from qkilld.model.sample import Memory
         ("", None),
     ],
 )
-def test_what_it_says(lab_dir: Path, text: str, told: Memory | None) -> None:
+def test_values_of_meminfo(lab_dir: Path, text: str, told: Memory | None) -> None:
     (lab_dir / "meminfo").write_text(text)
     assert read_memory(lab_dir) == told
 
 
-def test_not_there(lab_dir: Path) -> None:
+def test_a_missing_meminfo_is_unknown(lab_dir: Path) -> None:
     assert read_memory(lab_dir) is None
 
 

@@ -110,7 +110,7 @@ UNKNOWN = Mount("nfs4", None, None, "0:30")
         (NFS.partition("\topts")[0] + AFTER + NFS.partition("nfs4 statvers=1.1")[2], UNKNOWN),
     ],
 )
-def test_what_nfs_counts(tmp_path: Path, text: str, expected: Mount) -> None:
+def test_operations_of_an_nfs_mount(tmp_path: Path, text: str, expected: Mount) -> None:
     proc = lay(tmp_path, {"7/mountstats": text})
     assert MountStatistics(proc).of(FILESYSTEM) == expected
 
@@ -131,7 +131,7 @@ def test_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fuse.sshfs", "9p", "ceph", "cifs", "zfs"])
-def test_what_counts_nothing(tmp_path: Path, kind: str) -> None:
+def test_file_systems_without_counters(tmp_path: Path, kind: str) -> None:
     filesystem = FILESYSTEM._replace(kind=kind)
     text = NFS.replace("nfs4 statvers", f"{kind} statvers")
     assert MountStatistics(lay(tmp_path, {"7/mountstats": text})).of(filesystem) == Mount(

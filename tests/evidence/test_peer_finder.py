@@ -81,14 +81,14 @@ def test_a_server_with_few_is_found_before_others_are_searched(
         assert time.thread_time() - before < 0.1
 
 
-def test_what_is_closed_is_known_no_longer() -> None:
+def test_a_closed_socket_is_forgotten() -> None:
     finder = PeerFinder()
     with with_sockets(1) as (pid, inode):
         assert looks_until_found(finder, inode)[0] == pid
     assert finder.find([inode]) == {}
 
 
-def test_what_no_process_has_is_not_searched_for_again_at_once(
+def test_a_failed_search_is_not_repeated_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)

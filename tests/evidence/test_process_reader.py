@@ -133,7 +133,7 @@ def test_garbage_is_unknown(lab_dir: Path, reader_of: ReaderOf, text: str) -> No
     }  # fmt: skip
 
 
-def test_nothing_there(lab_dir: Path, reader_of: ReaderOf) -> None:
+def test_a_missing_process_has_unknown_values(lab_dir: Path, reader_of: ReaderOf) -> None:
     assert read(reader_of(7, lab_dir)) == {"state": "?", **UNKNOWN}
     (lab_dir / "7").mkdir()
     assert read(reader_of(7, lab_dir)) == {"state": "?", **UNKNOWN}
@@ -189,7 +189,7 @@ def test_a_thread(
         assert thread.wchan == "folio_wait_bit"
 
 
-def test_what_is_not_shown_is_unknown(lab_dir: Path, reader_of: ReaderOf) -> None:
+def test_values_the_kernel_hides_are_unknown(lab_dir: Path, reader_of: ReaderOf) -> None:
     own = put_process(lab_dir, threads=2)
     put_thread(own, 8, "S", "nonsense")
     thread = put_thread(own, 9, "S", "-1 0x0 0x0")
@@ -313,7 +313,7 @@ def test_calls_that_wait_for_events_are_no_waits() -> None:
     assert not none.waits
 
 
-def test_of_another_machine_nothing_is_known() -> None:
+def test_no_system_calls_are_known_of_another_architecture() -> None:
     assert syscalls.describe_call(1, (), "alpha") is None
 
 
@@ -398,9 +398,7 @@ def test_a_debugger_shows(qemu: Make, reader_of: ReaderOf) -> None:
     until(lambda: read(reader)["tracer"], lambda tracer: tracer == 0)
 
 
-def test_nobody_else_is_read_when_its_number_is_given_again(
-    fake_qemu: Make, reader_of: ReaderOf
-) -> None:
+def test_a_reused_process_id_is_not_read(fake_qemu: Make, reader_of: ReaderOf) -> None:
     needs.root("to have a process id given again")
     guest = fake_qemu()
     reader = reader_of(guest.pid)

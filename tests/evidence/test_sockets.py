@@ -171,7 +171,7 @@ def test_output_to_a_log(lab_dir: Path) -> None:
             assert inode(client) not in own()
 
 
-def test_a_pair_and_what_is_no_stream() -> None:
+def test_socket_pairs_and_datagram_sockets() -> None:
     one, other = socket.socketpair()
     datagrams = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with one, other, datagrams[0], datagrams[1], socket.socket(type=socket.SOCK_DGRAM) as udp:

@@ -246,7 +246,7 @@ def fake_proc(contents: dict[str, bytes]) -> Iterator[Path]:
 
 
 @given(kernel_files)
-def test_what_a_process_is_read_from(contents: dict[str, bytes]) -> None:
+def test_the_readers_of_proc(contents: dict[str, bytes]) -> None:
     with fake_proc(contents) as proc:
         reader = ProcessReader(7, proc)
         groups = CgroupReader(7, proc)
@@ -585,7 +585,7 @@ def test_bodies(signature: str, body: bytes) -> None:
 
 
 @given(st.integers(0, 2**32))
-def test_what_a_bus_lets_pass_is_read(seed: int) -> None:
+def test_messages_that_a_bus_lets_pass_are_read(seed: int) -> None:
     for raw in bus_stream(seed, 5):
         (message,) = Frames().feed(raw)
         if message is None or message.body is None:

@@ -21,7 +21,7 @@ def test_sigterm_alone_loses_what_the_guest_holds() -> None:
         assert debian.kept() == (0, False)
 
 
-def test_a_press_of_the_power_button_keeps_it() -> None:
+def test_a_press_of_the_power_button_keeps_the_data() -> None:
     with boot_debian() as debian:
         debian.write_files()
         with Qmp(debian.guest) as qmp:

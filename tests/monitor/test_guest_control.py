@@ -126,7 +126,7 @@ async def ask_guest(
         process.close()
 
 
-def test_what_is_seen_of_an_idle_guest() -> None:
+def test_observations_of_an_idle_guest() -> None:
     async def look() -> None:
         with boot_debian() as debian:
             async with controlled(debian.guest) as control:

@@ -248,7 +248,7 @@ def test_a_message_byte_by_byte() -> None:
     run(talk())
 
 
-def test_answers_to_other_commands_are_nobodys() -> None:
+def test_replies_with_a_wrong_id_are_ignored() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await answer_qmp(reader, writer)
         number = json.loads(await reader.readline())["id"]

@@ -124,7 +124,7 @@ def test_the_agents_socket(qemu: Start, lab_dir: Path) -> None:
     assert (guest_endpoints.agent_chardev, guest_endpoints.agent_device) == ("g", "port")
 
 
-def test_a_config_file_names_it(qemu: Start, lab_dir: Path) -> None:
+def test_monitors_of_a_config_file_are_found(qemu: Start, lab_dir: Path) -> None:
     text = '[chardev "m"]\n backend = "socket"\n server = "on"\n wait = "off"\n'
     text += f' path = "{lab_dir}/other"\n[mon]\n chardev = "m"\n mode = "control"\n'
     (lab_dir / "config").write_text(text)

@@ -159,7 +159,7 @@ def refusal(guest: Guest, passed: int) -> str:
     return str(caught.value)
 
 
-def test_what_ends_elsewhere_is_refused(qemu: Start, lab_dir: Path) -> None:
+def test_a_connection_to_another_process_is_refused(qemu: Start, lab_dir: Path) -> None:
     guest = qemu(qmp=False, arguments=("-qmp", PLACES[0][1].format(port=free_port())))
     other = qemu(qmp=False, arguments=("-qmp", PLACES[0][1].format(port=free_port())))
     with connected(other) as connection:
@@ -175,7 +175,7 @@ def test_what_ends_elsewhere_is_refused(qemu: Start, lab_dir: Path) -> None:
         assert refusal(guest, file.fileno())
 
 
-def test_what_ends_in_the_process_but_not_in_its_monitor(qemu: Start) -> None:
+def test_a_connection_to_another_port_of_the_process(qemu: Start) -> None:
     port = free_port()
     serial = ("-serial", f"tcp:127.0.0.1:{port},server=on,wait=off")
     guest = qemu(qmp=False, arguments=("-M", "pc", *serial))

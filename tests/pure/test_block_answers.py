@@ -50,7 +50,7 @@ def test_empty_and_read_only_drives_are_left_out() -> None:
 @pytest.mark.parametrize(
     "answer", [None, {}, [1], [{}], [{"inserted": 3}], "text", [disk("a", "/x")] * (MAX_DISKS + 1)]
 )
-def test_anything_else_is_refused(answer: object) -> None:
+def test_malformed_replies_are_refused(answer: object) -> None:
     with pytest.raises(MonitorProtocolError):
         read_disks(answer, [])
 

@@ -103,7 +103,7 @@ def test_another_process_by_now() -> None:
 @pytest.mark.parametrize(
     ("uid", "expected"), [(0, True), (1000, True), (1001, False), (65534, False)]
 )
-def test_who_needs_no_permission(uid: int, expected: bool) -> None:
+def test_root_and_the_owner_need_no_permission(uid: int, expected: bool) -> None:
     assert is_free(uid, QEMU) is expected
 
 
@@ -132,7 +132,7 @@ def test_another_user_by_now() -> None:
             check_free(uid, QEMU, changed)
 
 
-def test_what_a_dialog_shows_is_harmless() -> None:
+def test_dialogs_get_no_markup() -> None:
     name = 'web</b>" of root\n$(pid)' + "x" * 100
     details = details_of(Guest(QEMU, Label(name, unit=Unit("a\\x2db.service"))), Flag.FORCE)
     for value in details.values():

@@ -254,7 +254,7 @@ def test_a_sandbox_that_hides_the_bus() -> None:
     assert judge(theirs).word is not UnitVerdict.SAFE
 
 
-def test_what_overrides_the_drop_in_is_counted() -> None:
+def test_overrides_of_the_drop_in_are_counted() -> None:
     facts = replace(BARE, kill_signal=signal.SIGKILL)
     override = Override("/etc/x.conf", ("ExecStop=",))
     found = compare(facts, MUTE, check(facts, MUTE), [override])

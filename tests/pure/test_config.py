@@ -38,7 +38,7 @@ def complaints(root: Path) -> list[str]:
     return str(caught.value).replace(f"{root}/", "").split("\n")
 
 
-def test_nothing_there_is_the_defaults(tmp_path: Path) -> None:
+def test_without_files_the_defaults_apply(tmp_path: Path) -> None:
     assert load(tmp_path) == Config()
 
 
@@ -170,7 +170,7 @@ def test_files_are_read_in_the_order_in_which_systemd_reads_them(tmp_path: Path)
     assert list(load(tmp_path).executables) == theirs
 
 
-def test_what_is_no_drop_in_is_left_alone(tmp_path: Path) -> None:
+def test_files_with_other_suffixes_are_not_read(tmp_path: Path) -> None:
     for name in ("README", "50-x.conf.bak", ".hidden.conf", "50-x.conf~"):
         write(tmp_path, ETC + ".d/" + name, "nonsense")
     assert load(tmp_path) == Config()
@@ -331,7 +331,7 @@ def test_complaints(tmp_path: Path, text: str, expected: str) -> None:
         (b"#" * ((1 << 20) + 1), f"{ETC}: is larger than 1 MiB"),
     ],
 )
-def test_what_is_no_text(tmp_path: Path, raw: bytes, expected: str) -> None:
+def test_binary_files_are_refused(tmp_path: Path, raw: bytes, expected: str) -> None:
     write(tmp_path, ETC, raw)
     assert complaints(tmp_path) == [expected]
 

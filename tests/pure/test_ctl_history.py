@@ -41,7 +41,7 @@ def test_before_there_was_time() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2026-13-01", "25.11.2026", "\x1b[2J"])
-def test_what_is_no_time(text: str) -> None:
+def test_malformed_times_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgs) as caught:
         parse_time(text, NOW)
     assert str(caught.value).isprintable()
@@ -102,7 +102,7 @@ def test_a_field_may_be_anything(fields: dict[str, Any]) -> None:
         ({"_UID": 4242, "OBJECT_SYSTEMD_UNIT": "", "_SYSTEMD_UNIT": ""}, False),
     ],
 )
-def test_who_vouches_for_it(writer: dict[str, Any], counts: bool) -> None:
+def test_only_trusted_senders_count(writer: dict[str, Any], counts: bool) -> None:
     assert (receipt_of(entry(**writer)) is not None) is counts
 
 

@@ -45,7 +45,7 @@ def test_every_trace_is_drawn(path: Path) -> None:
     }
 
 
-def test_what_a_trace_shows() -> None:
+def test_the_timeline_of_a_trace() -> None:
     timeline = of_trace(read(str(TRACES / "ignores-sigterm.jsonl")))
     assert [mark.text for mark in timeline.marks] == ["SIGTERM", "SIGKILL", "killed"]
     assert [mark.drastic for mark in timeline.marks] == [False, True, True]
@@ -107,7 +107,7 @@ STORY = [
 ]
 
 
-def test_what_the_journal_shows() -> None:
+def test_the_timeline_of_journal_entries() -> None:
     older = [entry(MessageId.JOB_STARTED, 10, pid=6), entry(MessageId.JOB_ENDED, 11, pid=6)]
     stranger = entry(MessageId.SIGNAL_SENT, 107, QKILLD_SIGNAL="SIGKILL", _UID=4711)
     other = entry(MessageId.SIGNAL_SENT, 107, pid=8, QKILLD_SIGNAL="SIGKILL")

@@ -63,7 +63,7 @@ def test_they_compare_hash_and_show_alike() -> None:
     assert QuickRecord(1).__match_args__ == SlowRecord(1).__match_args__
 
 
-def test_of_one_field_and_of_none() -> None:
+def test_classes_with_one_field_and_with_none() -> None:
     assert OneField(1) == OneField(1) != OneField(2)
     assert hash(OneField(1)) == hash(OneField(1))
     assert OneField(1) != OneField((1,))

@@ -77,7 +77,7 @@ def test_an_earlier_one_of_ours_is_kept() -> None:
     ]
 
 
-def test_what_is_in_there_is_not_written_again() -> None:
+def test_changes_already_in_the_file_are_not_written_again() -> None:
     more = Change("another", (Line("Service", "KillMode=control-group"),))
     assert unwritten([*CHANGES, more], TEXT) == [more]
     assert unwritten([more], "") == [more]
@@ -141,7 +141,7 @@ def test_a_file_is_written_and_taken_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_beside_it_stays(tmp_path: Path) -> None:
+def test_other_files_in_the_directory_stay(tmp_path: Path) -> None:
     drop_in = DropIn(tmp_path, "web.service")
     drop_in.write(TEXT)
     (drop_in.directory / "other.conf").touch()
@@ -180,7 +180,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert list((tmp_path / "dir").iterdir()) == []
 
 
-def test_what_others_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+def test_a_directory_writable_by_others_is_refused(tmp_path: Path) -> None:
     drop_in = DropIn(tmp_path, "web.service")
     drop_in.directory.mkdir()
     drop_in.directory.chmod(0o777)

@@ -112,7 +112,7 @@ def test_the_agent_is_named_as_events_name_it() -> None:
         ("-monitor pty", "the monitor on pty is no way for qkilld to talk"),
     ],
 )
-def test_what_cannot_be_reached(arguments: str, expected: str) -> None:
+def test_obstacles_of_unreachable_monitors(arguments: str, expected: str) -> None:
     assert find(arguments, A).obstacles == (expected + QMP_ADVICE,)
 
 
@@ -162,7 +162,9 @@ PADDED = UnixListener(6, ("@y".ljust(108, "@"),))
         (f"{AGENT} -chardev socket,id=g,host=h,port=4444,server=on", []),
     ],
 )
-def test_what_a_caller_may_connect_to(arguments: str, expected: list[tuple[str, int]]) -> None:
+def test_listeners_that_a_caller_may_connect_to(
+    arguments: str, expected: list[tuple[str, int]]
+) -> None:
     options = parse_command_line(["qemu", *shlex.split(arguments)])
     guest_endpoints = find_endpoints(options, [X, PADDED], [T4, T6])
     assert [(one.role.value, one.listener.inode) for one in guest_endpoints.passable] == expected

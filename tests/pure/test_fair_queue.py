@@ -62,7 +62,7 @@ def test_a_stranger_has_no_turn() -> None:
     assert turns(queue) == ["1000: t1"]
 
 
-def test_who_is_gone_is_forgotten() -> None:
+def test_calls_of_a_closed_connection_are_forgotten() -> None:
     queue: FairQueue[str] = FairQueue()
     put(queue, "a1 a2 c1", ALICE)
     put(queue, "s1", None)
@@ -105,7 +105,7 @@ def test_a_limit_for_all_together_leaves_everybody_a_few() -> None:
     assert accepted == [True] * SPARE + [False] * (100 - SPARE)
 
 
-def test_who_has_a_crowd_waiting_gets_one_at_a_time() -> None:
+def test_a_connection_with_many_calls_gets_one_at_a_time() -> None:
     queue: FairQueue[str] = FairQueue()
     for _ in range(CROWD + 1):
         queue.put("a", ALICE, "x", 0)

@@ -66,7 +66,7 @@ def test_whole_messages_however_they_arrive(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 22])
-def test_what_is_too_long_is_not_kept(size: int) -> None:
+def test_messages_that_are_too_long_are_skipped(size: int) -> None:
     stream = message(MessageKind.REPLY, 8, MAX_MESSAGE) + message(
         MessageKind.REPLY, MAX_FIELDS + 8, 100
     )

@@ -44,7 +44,7 @@ def test_each_line_is_an_option_and_its_value_as_it_stands() -> None:
     )
 
 
-def test_what_it_leaves_open_is_added() -> None:
+def test_missing_options_are_added() -> None:
     assert argv("-m 1G", "a,b") == [
         *("/usr/bin/qemu-system-x86_64", "-name", "guest=a,,b", "-display", "none"),
         *("-qmp", "unix:/run/qemu-guest/a,,b/qmp,server=on,wait=off", "-m", "1G"),
@@ -123,7 +123,7 @@ def test_the_machines_own_qemu(machine: str, program: str) -> None:
         ("\x1b[31m 1\n", "x.conf:1: "),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(text: str, complaint: str) -> None:
+def test_errors_name_their_line(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text, "x.conf")
     assert str(caught.value).startswith(complaint)

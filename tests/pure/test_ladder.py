@@ -246,9 +246,7 @@ def test_unknown_is_bounded_from_the_last_look_that_told_anything() -> None:
 
 
 @pytest.mark.parametrize(("doubt", "due"), [(None, 70), (15, 75), (200, 260), (900, 310)])
-def test_what_moves_for_others_perhaps_puts_it_off_but_not_for_ever(
-    doubt: int | None, due: int
-) -> None:
+def test_doubtful_movement_delays_sigkill_for_a_limited_time(doubt: int | None, due: int) -> None:
     evidence = replace(seen(1000, progress=10, outstanding=True), doubt_at=doubt and T0 + doubt * S)
     facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=evidence)
     assert kill_due(facts) == T0 + due * S
@@ -280,7 +278,7 @@ def test_cadence(evidence: Assessment | None, jobs: int, look: float) -> None:
     assert next_look(facts, T0) == T0 + round(look * S)
 
 
-def test_what_is_merely_stopped_is_continued_and_its_time_starts_again() -> None:
+def test_a_stopped_process_is_continued_and_its_stall_restarts() -> None:
     stopped = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(3, state="T"))
     assert decide(stopped, T0 + 3 * S).action is Action.CONTINUE
     again = replace(stopped, continued_at=T0 + 3 * S, continues=1)
@@ -297,7 +295,7 @@ def test_what_is_merely_stopped_is_continued_and_its_time_starts_again() -> None
     "change",
     [{"state": "t"}, {"state": "T", "tracer": 7}, {"state": "T", "cgroup": FROZEN}],
 )
-def test_what_somebody_else_holds_is_not_continued(change: dict[str, Any]) -> None:
+def test_a_traced_or_frozen_process_is_not_continued(change: dict[str, Any]) -> None:
     evidence = seen(3)
     held = replace(evidence, last=replace(evidence.last, **change))
     facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=held)

@@ -154,13 +154,13 @@ def test_yank_instances() -> None:
         answers.read_yank_instances,
     ],
 )
-def test_what_is_no_answer(read: Callable[[object], object], answer: object) -> None:
+def test_malformed_replies_are_refused(read: Callable[[object], object], answer: object) -> None:
     with pytest.raises(MonitorProtocolError):
         read(answer)
 
 
 @pytest.mark.parametrize("answer", [None, 1, "x", {}])
-def test_what_is_no_list_of_chardevs(answer: object) -> None:
+def test_malformed_lists_of_chardevs_are_refused(answer: object) -> None:
     with pytest.raises(MonitorProtocolError):
         answers.read_agent_port(answer, "g")
     with pytest.raises(MonitorProtocolError):
@@ -168,6 +168,6 @@ def test_what_is_no_list_of_chardevs(answer: object) -> None:
 
 
 @pytest.mark.parametrize("thread", [0, -1, "1", None, 1.5])
-def test_threads_that_are_none(thread: object) -> None:
+def test_malformed_thread_ids_are_refused(thread: object) -> None:
     with pytest.raises(MonitorProtocolError):
         answers.read_vcpu_threads([{"thread-id": thread}])

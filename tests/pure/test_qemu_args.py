@@ -48,7 +48,7 @@ def test_properties(option: str, text: str, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "text", ["{", "{}{}", '{"a": NaN}', "{" * 100_000, '{"a":' * 5_000 + "1" + "}" * 5_000]
 )
-def test_what_is_no_json_object_has_no_properties(text: str) -> None:
+def test_malformed_json_has_no_properties(text: str) -> None:
     (parsed,) = parse_command_line(["qemu", "-blockdev", text])
     assert not parsed.properties
 

@@ -144,7 +144,7 @@ def test_an_exit_comes_before_the_deadline_of_its_time() -> None:
     assert outcome(replay(traced(looks(IDLE, [1]), 10.000001))) == (Result.KILLED, 10)
 
 
-def test_what_was_never_seen_is_not_idle() -> None:
+def test_a_trace_without_samples_is_not_idle() -> None:
     nothing = traced([], 100)
     assert outcome(replay(nothing)) == (Result.KILLED, 60)
     assert replay(nothing).steps[-1].assessment is None
@@ -152,7 +152,7 @@ def test_what_was_never_seen_is_not_idle() -> None:
     assert outcome(replay(nothing, Terms(add=FIXED))) == (Result.KILLED, 10)
 
 
-def test_nothing_is_made_of_what_follows_a_real_sigkill() -> None:
+def test_samples_after_a_real_sigkill_are_ignored() -> None:
     trace = traced(
         looks(WAITING, [*range(1, 10)]) + looks(IDLE, [*range(11, 40)]),
         40,
@@ -194,13 +194,13 @@ def test_a_stopped_guest_is_continued_and_its_time_starts_again() -> None:
     ] == [(Action.CONTINUE, at(5)), (Action.KILL, at(15))]
 
 
-def test_who_is_stopped_again_and_again_is_stopped_by_somebody_who_means_it() -> None:
+def test_sigcont_is_sent_three_times_at_most() -> None:
     trace = traced(looks(replace(IDLE, state="T"), range(1, 40)), 40)
     actions = [step.decision.action for step in replay(trace).steps]
     assert actions.count(Action.CONTINUE) == 3
 
 
-def test_what_would_have_been_lost() -> None:
+def test_replay_shows_data_that_a_clock_would_have_lost() -> None:
     replayed = replay(FLUSHING, Terms(add=FIXED))
     assert replayed.data_at_risk
     assert replayed.written_later == 19 * S  # from 10 s to the last look at 29 s
@@ -261,7 +261,9 @@ def test_nothing_hostile_reaches_the_terminal(
     assert "[2J\ufffd[bold]" in captured.out
 
 
-def test_what_is_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_are_not_traces_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path, said in (
         (tmp_path, "Is a directory"),
         (tmp_path / "missing", "No such file"),

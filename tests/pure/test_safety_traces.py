@@ -47,7 +47,7 @@ def test_every_verdict_of_a_row_is_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_the_clock_would_have_done(case: Case) -> None:
+def test_a_fixed_clock_kills_guests_that_have_not_exited(case: Case) -> None:
     trace = trace_of(case)
     replayed = replay(trace, Terms(add=Flag.FIXED))
     due = min(rung.at for rung in trace.of(RungRecord)) + CLOCK_USEC

@@ -75,7 +75,7 @@ def test_force_is_for_what_systemd_would_kill() -> None:
     assert not would_be_killed(unit(timeout_stop=INFINITY), 16)
 
 
-def test_only_a_unit_that_is_being_stopped_concerns_it() -> None:
+def test_only_a_unit_that_is_being_stopped_counts() -> None:
     assert being_stopped(unit())
     assert not being_stopped(unit(control_pid=0))
     assert not being_stopped(unit(active_state="active"))

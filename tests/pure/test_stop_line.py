@@ -142,7 +142,7 @@ def test_how_long_it_waits() -> None:
     assert (act.kind, act.usec) == (SLEEPS, 5_000_000)
 
 
-def test_what_else_is_told_of_it() -> None:
+def test_other_properties_of_a_line() -> None:
     assert shell("pkill -9 qemu").is_by_name
     assert not shell("kill -9 1").is_by_name
     assert shell("read line; echo quit").reads
@@ -155,6 +155,6 @@ def test_what_else_is_told_of_it() -> None:
     "text",
     ["(" * (MAX_DEPTH + 2), "a" * (MAX_TEXT + 1), "'", '"', "`", "$(", "a >", "if x; then y", "|"],
 )
-def test_what_is_no_shell(text: str) -> None:
+def test_unsupported_shell_syntax_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         read_shell(text)

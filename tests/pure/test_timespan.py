@@ -64,7 +64,7 @@ def test_bad(text: str) -> None:
         parse(text)
 
 
-def test_what_is_wrong_is_told_on_one_short_line() -> None:
+def test_errors_are_one_short_printable_line() -> None:
     with pytest.raises(ValueError) as caught:
         parse("\x1b[2J\n" + "x" * 5000)
     assert str(caught.value).isprintable()
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_told_on_one_short_line() -> None:
 
 
 @pytest.mark.parametrize("text", [*GOOD, *BAD])
-def test_as_systemd_reads_it(text: str) -> None:
+def test_systemd_reads_the_same_spans(text: str) -> None:
     program = str(needs.program("systemd-analyze", "systemd"))
     done = run([program, "timespan", "--", text], env={"LANG": "C.UTF-8"})
     try:

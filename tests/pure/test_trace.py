@@ -102,7 +102,7 @@ def changed(line: str, **values: Any) -> str:
     return json.dumps({k: v for k, v in document.items() if v is not ...}) + "\n"
 
 
-def test_what_goes_in_comes_out() -> None:
+def test_a_trace_is_decoded_as_it_was_encoded() -> None:
     assert all(getattr(FULL, field.name) is not None for field in fields(FULL))
     assert decode(lines(*RECORDS)) == Trace(HEADER, RECORDS)
 
@@ -133,14 +133,14 @@ def test_a_line_that_was_being_written_does_not_count() -> None:
     assert decode(text[: len(lines(FULL)) + 20]).records == (FULL,)
 
 
-def test_what_a_newer_version_adds_is_passed_over() -> None:
+def test_fields_of_a_newer_version_are_ignored() -> None:
     header = changed(header_line(HEADER), colour="red")
     sample = changed(record_line(HEADER, FULL), weight={"kg": 3})
     other = '{"at":1,"kind":"omen"}\n{"at":1,"kind":[]}\n{}\n'
     assert decode(header + other + sample) == Trace(HEADER, (FULL,))
 
 
-def test_what_an_older_version_lacks_has_its_default() -> None:
+def test_missing_fields_of_an_older_version_have_defaults() -> None:
     header = changed(header_line(HEADER), policy={"grace": "3s"})
     sample = changed(record_line(HEADER, FULL), host=..., rings=...)
     trace = decode(header + sample)
@@ -202,14 +202,14 @@ def test_wrong_records(record: Record, values: dict[str, Any], said: str) -> Non
 @pytest.mark.parametrize(
     "line", ["", "[]", "null", '"x"', "{", "[" * 100_000, "9" * 5_000, '{"a":' * 50_000]
 )
-def test_what_is_no_object(line: str) -> None:
+def test_a_line_that_is_not_an_object_is_refused(line: str) -> None:
     for text, number in ((f"{line}\n", 1), (f"{lines(EMPTY)}{line}\n", 3)):
         with pytest.raises(ValueError, match=f"^line {number}: it is not a JSON object$"):
             decode(text)
 
 
 @pytest.mark.parametrize("text", ["", "{}", header_line(HEADER)[:-1]])
-def test_nothing_at_all(text: str) -> None:
+def test_an_empty_trace_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^it is empty$"):
         decode(text)
 

@@ -68,7 +68,7 @@ def test_the_guest_of_a_unit(
 @pytest.mark.parametrize(
     "name", ["", "web", ".service", "a b.service", "../a.service", "a/b.scope", "web.mount"]
 )
-def test_what_cannot_be_a_unit(name: str) -> None:
+def test_impossible_unit_names_are_refused(name: str) -> None:
     with pytest.raises(InvalidArgs):
         check_unit_name(name)
     with pytest.raises(InvalidArgs):
@@ -88,5 +88,5 @@ STOP = (Command("/usr/bin/podman", ("podman", "stop", "web")),)
         (UnitFacts("machine-qemu\\x2d1\\x2dweb.scope"), False),
     ],
 )
-def test_who_takes_care_of_the_guests_in_it(facts: UnitFacts, cares: bool) -> None:
+def test_units_that_stop_their_own_guests(facts: UnitFacts, cares: bool) -> None:
     assert facts.cares_for_guests is cares

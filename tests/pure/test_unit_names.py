@@ -32,6 +32,6 @@ def test_full_names(name: str, full: str) -> None:
         ("", "not the name of a unit"),
     ],
 )
-def test_what_no_guest_runs_in(name: str, part: str) -> None:
+def test_units_of_other_kinds_are_refused(name: str, part: str) -> None:
     with pytest.raises(InvalidArgs, match=part):
         full_name(name)

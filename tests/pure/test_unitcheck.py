@@ -90,7 +90,7 @@ POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
         replace(SAFE, exec_stop=(Command("/opt/py", ("/opt/py", "-m", "qkilld.stop")),)),
     ],
 )
-def test_nothing_is_wrong(facts: UnitFacts) -> None:
+def test_units_without_findings(facts: UnitFacts) -> None:
     assert found(facts) == {}
 
 

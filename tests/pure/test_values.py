@@ -54,7 +54,7 @@ def test_big_endian() -> None:
 
 
 @pytest.mark.parametrize("signature", ["(", ")", "a", "(y", "{sv", "z", "a{", "aa", "y)"])
-def test_signatures_that_are_none(signature: str) -> None:
+def test_malformed_signatures_are_refused(signature: str) -> None:
     with pytest.raises(ValueError):
         parse(signature, bytes(64))
 
@@ -102,7 +102,7 @@ def test_values_that_are_nested_too_deeply() -> None:
         parse("v", body("v", Variant("as", [])), max_depth=1)
 
 
-def test_the_signatures_of_strangers_leave_nothing_behind() -> None:
+def test_hostile_signatures_are_not_cached() -> None:
     """The libraries keep each for ever: 183 MB for one message of 1 MiB with dbus-next."""
     source = random.Random(1)
 

@@ -462,7 +462,7 @@ def test_verdicts(before: dict[str, Any], now: dict[str, Any], expected: Verdict
     assert verdict(before, now) is expected
 
 
-def test_one_look_is_none() -> None:
+def test_one_sample_gives_no_verdict_of_an_idle_process() -> None:
     first = assess(None, IDLE)
     assert first.verdict is Verdict.UNKNOWN
     assert first.outstanding is False
@@ -502,7 +502,7 @@ def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
         assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, second * S)
 
 
-def test_what_a_server_behind_a_unix_socket_writes_counts() -> None:
+def test_writes_of_a_server_on_a_unix_socket_are_progress() -> None:
     """The socket has no counter, and the server is sampled rarely."""
 
     def serving(written: int | None, *, shared: bool = False, pid: int = 90) -> dict[str, Any]:
@@ -663,7 +663,7 @@ UNSERVED = {"nodes": (NBD,), "sockets": (UNIX,)}
 
 
 @pytest.mark.parametrize(("found", "late"), [(1, 0), (4, 4 * S), (None, 0)])
-def test_what_a_server_did_before_it_was_found_is_unknown(found: int | None, late: int) -> None:
+def test_activity_of_a_server_before_it_was_found_is_unknown(found: int | None, late: int) -> None:
     """On a busy host, the search takes a while."""
     whats = [
         served(SERVER) if found is not None and second >= found else UNSERVED for second in range(8)
@@ -674,7 +674,7 @@ def test_what_a_server_did_before_it_was_found_is_unknown(found: int | None, lat
 
 
 @pytest.mark.parametrize(("found", "late"), [(0, 0), (1, 0), (4, 4 * S), (9, 0)])
-def test_what_a_server_behind_a_proxy_did_before_it_was_found_is_unknown(
+def test_activity_of_a_server_behind_a_proxy_before_it_was_found_is_unknown(
     found: int, late: int
 ) -> None:
     proxy = replace(SERVER, behind=(BEHIND,))

@@ -51,7 +51,7 @@ def with_nodes(*sockets: Socket, nodes: tuple[Node, ...] = (DEAD, WELL)) -> Samp
     return replace(IDLE, nodes=nodes, sockets=sockets)
 
 
-def test_what_owes_an_answer_comes_before_what_may_owe_one() -> None:
+def test_connections_that_owe_a_reply_are_cut_off_first() -> None:
     evidence = still(with_nodes(link("dead", queue=67_840), link("well", inode=2)))
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]
     assert chosen(evidence, node("dead"), node("well"), done={"dead"}) == ["well"]
@@ -65,7 +65,7 @@ def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -
     assert chosen(silent, node("dead"), node("well")) == ["dead", "well"]
 
 
-def test_what_moves_is_left_alone() -> None:
+def test_a_moving_connection_is_not_cut_off() -> None:
     moving = [
         with_nodes(link("dead"), replace(link("well", inode=2), family="tcp", acked=at, received=8))
         for at in range(70)
@@ -88,7 +88,7 @@ def test_names_of_drives_are_matched_by_the_disks_that_were_seen() -> None:
     assert chosen(evidence, node("#block1"), node("#block2"), disks=disks) == ["#block1"]
 
 
-def test_what_is_of_unknown_use_is_cut_off_only_if_no_connection_moves() -> None:
+def test_an_unknown_node_is_cut_off_only_if_no_connection_moves() -> None:
     evidence = still(with_nodes(link("dead"), nodes=(DEAD,)))
     assert chosen(evidence, node("plugged")) == ["plugged"]
     moving = [

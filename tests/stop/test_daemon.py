@@ -83,7 +83,7 @@ def test_one_call_is_all(scene: Scene) -> None:
     assert not scene.stopper.descriptors()
 
 
-def test_what_the_command_line_wants(lab_dir: Path) -> None:
+def test_options_of_the_command_line_are_sent(lab_dir: Path) -> None:
     spans = dict.fromkeys(stop_daemon._SPANS, 5)
     scene = Scene(lab_dir / "socket", by_systemd=False, spans=spans, force=True)
     scene.start()
@@ -97,7 +97,7 @@ def test_what_the_command_line_wants(lab_dir: Path) -> None:
     scene.process.close()
 
 
-def test_nobody_is_there(lab_dir: Path) -> None:
+def test_a_missing_daemon_is_lost(lab_dir: Path) -> None:
     notes, process = Notes(), FakeHandle()
     stopper(lab_dir / "nothing", notes, Clock()).start([stop_of(process)])
     assert notes.said == [("lost", "qkilld cannot be reached: No such file or directory")]
@@ -141,7 +141,7 @@ def test_it_refuses(scene: Scene, error: str, said: tuple[str, str]) -> None:
     assert scene.work() == [said]
 
 
-def test_it_ends_before_it_answers_and_comes_back(scene: Scene) -> None:
+def test_the_daemon_ends_before_it_replies_and_returns(scene: Scene) -> None:
     scene.start()
     scene.daemon.hang_up()
     assert scene.work() == []
@@ -189,7 +189,7 @@ def test_it_does_not_come_back(scene: Scene) -> None:
     assert scene.stop.state == state()
 
 
-def test_it_comes_back_silent(scene: Scene) -> None:
+def test_the_daemon_returns_but_does_not_reply(scene: Scene) -> None:
     scene.begun()
     scene.daemon.hang_up()
     said = [each for _ in range(100) for each in scene.work(0.05)]
@@ -254,7 +254,7 @@ def test_it_falls_silent(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("result", ["exited", "killed"])
-def test_it_calls_gone_what_is_there(scene: Scene, result: str) -> None:
+def test_a_false_report_of_an_exit_counts_as_a_lost_daemon(scene: Scene, result: str) -> None:
     scene.begun()
     scene.end(result)
     assert scene.work() == []
@@ -279,7 +279,7 @@ def test_somebody_cancels(scene: Scene) -> None:
     assert scene.work(1.1) == [("ended", "cancelled")]
 
 
-def test_it_is_stopped_for_good(scene: Scene) -> None:
+def test_the_daemon_is_stopped_and_cancels_its_jobs(scene: Scene) -> None:
     """It cancels its jobs, although nobody asked for that."""
     scene.begun()
     scene.end("cancelled")
@@ -296,7 +296,7 @@ def test_it_gives_up(scene: Scene, result: str) -> None:
     assert scene.work() == [("ended", result)]
 
 
-def test_the_process_becomes_another(scene: Scene) -> None:
+def test_a_process_that_becomes_another_program(scene: Scene) -> None:
     scene.begun()
     scene.end("failed", errorName="org.qkilld1.Error.ProcessChanged", error="no QEMU by now")
     assert scene.work() == [("refused", "ProcessChanged")]
@@ -343,7 +343,7 @@ def test_many_in_one_call(lab_dir: Path) -> None:
         process.close()
 
 
-def test_what_it_says_cannot_be_read(scene: Scene) -> None:
+def test_an_unreadable_reply_counts_as_a_lost_daemon(scene: Scene) -> None:
     scene.begun()
     scene.daemon.connections[-1].sendall(b"{nonsense\0")
     scene.daemon.close()

@@ -351,7 +351,7 @@ def test_a_stop_that_failed_is_told_where_systemd_does_not_tell_it(manager: Mana
         assert ["exit status 5" in each["MESSAGE"] for each in errors] == [True]
 
 
-def test_what_stands_over_it_is_named(manager: Manager) -> None:
+def test_drop_ins_that_override_ours_are_named(manager: Manager) -> None:
     with idle(manager) as unit:
         manager.write(f"{unit}.d/override.conf", "[Service]\nKillSignal=SIGKILL\n")
         path = f"{manager.directory}/{unit}.d/override.conf"
@@ -416,7 +416,7 @@ def test_a_transient_service(manager: Manager) -> None:
     assert manager.tree() == before
 
 
-def test_what_is_a_qemu_says_the_configuration(manager: Manager) -> None:
+def test_the_configuration_decides_what_a_qemu_is(manager: Manager) -> None:
     vmm, unit, conf = "/usr/local/bin/my-vmm", "wild-vmm.service", "/etc/qkilld/qkilld.conf"
     manager.run("cp", "/usr/bin/sleep", vmm)
     manager.write(unit, f"[Service]\nExecStart={vmm} 1000\nKillMode=process\n")
@@ -506,7 +506,7 @@ def test_dry_run_templates_instances_and_aliases(manager: Manager) -> None:
         manager.run("rm", alias)
 
 
-def test_what_is_refused(manager: Manager) -> None:
+def test_adopt_and_check_unit_refuse_these_names(manager: Manager) -> None:
     assert 'knows no unit "wild-no.service"' in manager.ctl("adopt", "wild-no", code=7)
     assert 'knows no unit "wild-no@.service"' in manager.ctl("check-unit", "wild-no@", code=7)
     assert "not the name of a unit" in manager.ctl("check-unit", "/etc/passwd", code=2)

@@ -187,7 +187,7 @@ def test_everything_that_was_ever_written_is_taken_back(installed: Container) ->
     assert files(installed) == before
 
 
-def test_what_adopt_writes_is_offered_only_if_it_writes_something(installed: Container) -> None:
+def test_adopt_is_offered_only_if_it_would_write(installed: Container) -> None:
     offer = "adopt UNIT` writes these lines"
     said = ctl(installed, "check-unit", "dbus.service", code=8)
     assert "has no known guest" in said and offer not in said

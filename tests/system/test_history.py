@@ -101,14 +101,14 @@ def test_since(system: Container) -> None:
     assert done.returncode == 2 and '"teatime" is not a time' in done.stderr
 
 
-def test_what_others_write_does_not_count(system: Container) -> None:
+def test_forged_journal_entries_do_not_count(system: Container) -> None:
     system.run("python3", "-c", FORGERY, uid=OTHER_UID)
     system.wait_journal("MESSAGE=forged")
     assert [row["name"] for row in history(system, "past1.service")] == ["past1"]
     assert history(system, "forged") == []
 
 
-def test_who_may_not_read_the_journal_is_told(system: Container) -> None:
+def test_a_user_without_access_to_the_journal_is_told(system: Container) -> None:
     done = system.run("qkillctl", "--json", "history", uid=OTHER_UID)
     assert "group systemd-journal" in done.stderr
     assert "past1" not in done.stdout

@@ -42,7 +42,7 @@ def tree(root: Path) -> dict[str, str]:
     }
 
 
-def test_what_was_installed_is_taken_away_and_nothing_else(lab_dir: Path) -> None:
+def test_uninstall_removes_only_installed_files(lab_dir: Path) -> None:
     kept = {
         "etc/qkilld/qkilld.conf": "[Policy]\n",
         "usr/lib/qkilld/qkilld.conf.d/50-vendor.conf": "[Policy]\n",
@@ -167,7 +167,7 @@ def on_debian(lab_dir: Path) -> Iterator[Path]:
     assert tree(lab_dir) == {}
 
 
-def test_it_runs_on_what_debian_has(
+def test_qkilld_runs_with_the_packages_of_debian(
     on_debian: Path, private_bus: bus.Bus, qemu: Callable[..., guest.Guest]
 ) -> None:
     target = qemu(name="web")

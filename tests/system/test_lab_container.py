@@ -22,7 +22,7 @@ def test_its_systemd_comes_up_with_nothing_failed() -> None:
         assert fresh.run("systemctl", "is-system-running").stdout == "running\n"
 
 
-def test_a_guest_is_a_unit_of_it(container: Container) -> None:
+def test_a_guest_runs_as_a_unit_of_the_container(container: Container) -> None:
     container.run(
         *("systemd-run", "--unit=lab-guest", "qemu-system-x86_64"),
         *("-M", "none", "-nodefaults", "-display", "none"),
@@ -51,7 +51,7 @@ def test_a_command_that_is_given_up_is_gone_inside_too(container: Container) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_of_it_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Signals) -> None:
+def test_no_container_outlives_a_run_that_is_ended(lab_dir: Path, number: signal.Signals) -> None:
     needs.root("a container")
     script = f"""
         import pathlib, signal

@@ -81,7 +81,7 @@ def test_qkillctl_has_libvirt_ask_its_guest(
     assert "libvirt has asked it" in said and "its system has shut down" in said
 
 
-def test_all_guests_are_asked_each_by_who_can(
+def test_each_guest_is_asked_by_libvirt_or_qkilld(
     installed: Container, libvirt: subprocess.Popen[bytes]
 ) -> None:
     with domain(installed, libvirt, "mail", "off") as pid:

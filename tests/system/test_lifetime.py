@@ -40,7 +40,7 @@ def test_nothing_that_it_requires_is_stopped_by_a_shutdown(installed: Container,
         assert "shutdown.target" not in conflicts, f"{name} of {sorted(needed)}"
 
 
-def test_what_the_test_above_would_find(installed: Container) -> None:
+def test_an_indirect_default_dependency_is_found(installed: Container) -> None:
     """A unit with default dependencies that one of them requires, even indirectly."""
     drop_in = "/run/systemd/system/qkilld.service.d/needs.conf"
     installed.write("/run/systemd/system/far.service", "[Service]\nExecStart=/bin/true\n")

@@ -136,7 +136,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 """
 
 
-def test_on_varlink_by_the_pidfd_of_who_connects(system: Container, start: Start) -> None:
+def test_callers_on_varlink_are_authorized_by_their_pidfd(system: Container, start: Start) -> None:
     """A polkit before 124 does not know it, and then nobody is let in whom D-Bus would let in."""
     _, pid = start("any-")
     (version,) = re.findall(r"[0-9.]+", system.run("pkaction", "--version").stdout)
@@ -178,7 +178,7 @@ def _sleeper(system: Container) -> int:
     return int(system.property(unit, "MainPID"))
 
 
-def test_what_is_no_qemu_gives_the_same_answer(system: Container, start: Start) -> None:
+def test_errors_do_not_reveal_whether_a_process_is_qemu(system: Container, start: Start) -> None:
     _, pid = start("any-")
     answers = [
         call(system, member, *arguments, uid=OTHER_UID).replace(str(target), "PID")
@@ -364,7 +364,7 @@ def test_a_scope(system: Container) -> None:
         process.wait(30)  # SIGTERM may have reached QEMU before its main loop ran
 
 
-def test_what_is_no_guests_unit(system: Container, start: Start) -> None:
+def test_units_without_exactly_one_guest_are_refused(system: Container, start: Start) -> None:
     two, _ = start("any-", f"{QEMU} -name {{name}} & {QEMU} & wait")
     _until(lambda: call(system, "ListGuests").count(f'"{two}"') == 2)
     for unit, part in (

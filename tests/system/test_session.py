@@ -74,7 +74,7 @@ def test_a_stop_outlives_it(system: Container) -> None:
     assert 4 <= int(receipt["QKILLD_ELAPSED_USEC"]) / 1e6 < 20
 
 
-def test_it_stops_nobody_elses(system: Container) -> None:
+def test_guests_of_other_users_are_not_stopped(system: Container) -> None:
     sleep = ("bash", "-c", f"echo $$; exec -a sleep {STAND_IN} 1000")
     with system.spawn(*sleep) as others:
         assert others.stdout is not None

@@ -353,7 +353,7 @@ while True:
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_a_daemon_that_calls_gone_what_is_there(
+def test_a_daemon_that_falsely_reports_an_exit(
     system: Container, start_unit: StartUnit, refuses: bool
 ) -> None:
     unit = start_unit()
@@ -538,7 +538,7 @@ def test_a_guest_that_is_gone_already(system: Container, start_unit: StartUnit) 
     assert "there is nothing to stop" in said(system, unit)
 
 
-def test_what_is_no_qemu(system: Container, start_unit: StartUnit) -> None:
+def test_a_unit_without_qemu_exits_with_5(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit(command="/bin/sleep infinity")
     system.run("systemctl", "stop", unit)
     assert "nor is another of its unit" in said(system, unit)

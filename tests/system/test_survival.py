@@ -301,7 +301,7 @@ def test_a_guest_that_goes_while_nobody_looks(system: Container, start_guest: St
     assert signals(system, unit) == ["SIGTERM"]
 
 
-def test_a_restart_and_those_who_wait(system: Container, start_guest: StartGuest) -> None:
+def test_waiting_callers_outlive_a_restart(system: Container, start_guest: StartGuest) -> None:
     unit, pid = start_guest()
     with system.spawn(
         *("qkillctl", "terminate", "--wait", "--force", "--fixed", "--grace", "6s", str(pid))
@@ -349,7 +349,7 @@ def test_a_wrong_configuration_fails_once_and_loses_no_job(
     assert signals(system, unit) == ["SIGTERM", "SIGKILL"]
 
 
-def test_stopped_for_good_it_cancels(system: Container, start_guest: StartGuest) -> None:
+def test_a_stopped_daemon_cancels_its_jobs(system: Container, start_guest: StartGuest) -> None:
     _, pid = start_guest()
     job = terminate(system, pid, FORCE | FIXED, grace=2)
     system.run("systemctl", "stop", "qkilld.service")
@@ -535,7 +535,7 @@ def test_a_stop_that_is_held_outlives_its_units_timeout_and_the_daemon(
 
 
 @pytest.mark.parametrize("how", [("Hold",), ("Extend", "t", str(2**64 - 1))])
-def test_what_was_promised_is_kept_by_the_helper_alone(
+def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
     system: Container, start_guest: StartGuest, drop_in: Callable[[str], None], how: tuple[str, ...]
 ) -> None:
     drop_in("Restart=no")

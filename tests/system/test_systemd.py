@@ -115,7 +115,7 @@ def test_a_scope(container: Container) -> None:
         assert len(ask(container, "processes", "facts.scope")) == 1
 
 
-def test_what_there_is_not(container: Container) -> None:
+def test_unknown_units_have_errors(container: Container) -> None:
     for name in ("nosuch.service", "nosuch.scope"):
         assert ask(container, "unit", name) == [
             "NoSuchUnit",

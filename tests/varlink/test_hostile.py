@@ -61,7 +61,7 @@ def attack(service: VarlinkService, rng: random.Random) -> None:
             client.socket.recv(1 << 16)
 
 
-def test_nothing_comes_of_it(service: VarlinkService) -> None:
+def test_hostile_messages_neither_leak_nor_block(service: VarlinkService) -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     descriptors = Path(f"/proc/{service.daemon.pid}/fd")

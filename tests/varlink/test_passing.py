@@ -69,7 +69,7 @@ def test_its_disks_are_flushed_before_sigterm(
     assert receipt["rungs"][0]["action"] == "flush", receipt
 
 
-def test_what_does_not_end_in_the_guests_monitor_is_refused(
+def test_a_connection_to_anything_but_the_monitor_is_refused(
     service: VarlinkService, qemu: Start
 ) -> None:
     guest, other = qemu(qmp=False, arguments=on_tcp()), qemu(qmp=False, arguments=on_tcp())
@@ -89,7 +89,9 @@ def test_what_does_not_end_in_the_guests_monitor_is_refused(
     until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
 
 
-def test_who_may_not_stop_it_gets_nowhere_with_it(service: VarlinkService, qemu: Start) -> None:
+def test_a_caller_who_may_not_stop_the_guest_is_denied(
+    service: VarlinkService, qemu: Start
+) -> None:
     guest = qemu(qmp=False, arguments=on_tcp())
     with (
         connected(guest) as connection,
@@ -162,7 +164,7 @@ PLACES = {
 @pytest.mark.parametrize(
     ("place", "own"), [("tcp", True), ("telnet", False), ("abstract", True), ("abstract", False)]
 )
-def test_qkilld_stop_passes_it(
+def test_qkilld_stop_passes_a_connection(
     service: VarlinkService, linux_guest: Start, place: str, own: bool
 ) -> None:
     """From the host's network namespace and, as root, for one of the guest's own."""
@@ -191,7 +193,7 @@ def ctl(service: VarlinkService, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_qkillctl_passes_it(service: VarlinkService, linux_guest: Start) -> None:
+def test_qkillctl_passes_a_connection(service: VarlinkService, linux_guest: Start) -> None:
     """As root, for a guest in a network namespace of its own."""
     with NetworkNamespace() as network:
         guest = network.run(

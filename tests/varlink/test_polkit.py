@@ -102,7 +102,7 @@ def refused(service: VarlinkService, guest: Guest, **given: Any) -> str:
     return str(caught.value.parameters["message"])
 
 
-def test_who_is_allowed_may_stop_it(
+def test_an_authorized_caller_may_stop_the_guest(
     private_bus: Bus, on_system_bus: VarlinkService, fake_qemu: Make
 ) -> None:
     guest = fake_qemu(name="web")
@@ -115,7 +115,7 @@ def test_who_is_allowed_may_stop_it(
 
 
 @pytest.mark.parametrize("answer", [(False, False), (False, True), None])
-def test_anything_but_yes_is_no(
+def test_any_answer_but_yes_is_a_denial(
     private_bus: Bus,
     on_system_bus: VarlinkService,
     fake_qemu: Make,

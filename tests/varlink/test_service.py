@@ -122,7 +122,7 @@ def test_all_in_one_call(varlink: VarlinkClient, fake_qemu: Make) -> None:
     assert ends == {guests[0].pid: "exited", guests[1].pid: "killed", guests[2].pid: "exited"}
 
 
-def test_of_no_process_nothing_is_awaited(varlink: VarlinkClient) -> None:
+def test_an_empty_list_of_processes_has_an_empty_reply(varlink: VarlinkClient) -> None:
     assert list(varlink.stream("TerminateAll", processes=[])) == [{"states": [], "refused": []}]
 
 
@@ -175,7 +175,7 @@ def test_wrong_parameters_are_named(
     assert refused(varlink, method, **given) == expected
 
 
-def test_what_is_not_there(varlink: VarlinkClient) -> None:
+def test_unknown_methods_and_interfaces_have_errors(varlink: VarlinkClient) -> None:
     service = "org.varlink.service"
     assert refused(varlink, "Murder")[0] == f"{service}.MethodNotFound"
     assert refused(varlink, "org.other.Murder")[0] == f"{service}.InterfaceNotFound"
@@ -294,7 +294,7 @@ def test_many_processes_in_a_call_are_as_many_calls(service: VarlinkService) -> 
         b'{"method": NaN}',
     ],
 )
-def test_what_is_no_message_ends_the_connection_and_no_other(
+def test_a_malformed_message_ends_only_its_own_connection(
     service: VarlinkService, varlink: VarlinkClient, message: bytes
 ) -> None:
     with service.client() as other:
@@ -330,9 +330,7 @@ def test_oneway_is_done_without_a_word(service: VarlinkService, fake_qemu: Make)
     guest.wait_gone()
 
 
-def test_whoever_asked_for_a_stop_and_goes_is_missed(
-    service: VarlinkService, fake_qemu: Make
-) -> None:
+def test_a_requester_that_disconnects_is_reported(service: VarlinkService, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True, name="web")
     with service.client() as client:
         client.send("Terminate", more=True, pid=guest.pid)
