@@ -68,7 +68,7 @@ class NameReader:
         self._pending: set[_Key] = set()
         """Names that wait for a thread or are being read."""
         self._late_keys: set[_Key] = set()
-        """Those that have missed a deadline."""
+        """Names that were not read before a deadline."""
         self._wake = asyncio.Event()
 
     async def names(self, identities: Sequence[Identity]) -> list[Names]:

@@ -70,6 +70,6 @@ __all__ = [
 
 
 def encode(message: Message) -> bytes | bytearray:
-    """Encode a message for the bus; its serial must be set. Its descriptors are sent beside it."""
+    """Encode a message for the bus; its serial must be set. Send its descriptors with it."""
     encoded: bytes | bytearray = message._marshall(bool(message.unix_fds))
     return encoded

@@ -31,7 +31,7 @@ _PATH: Final = "/org/freedesktop/PolicyKit1/Authority"
 _INTERFACE: Final = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_INTERACTION: Final = 1
 _MAX_UID: Final = 2**31 - 1
-"""Of a subject with a pidfd."""
+"""polkit takes no higher uid in a subject with a pidfd."""
 
 
 class Polkit:

@@ -93,7 +93,7 @@ class BusObject(Protocol):
 
 
 class Authority(Protocol):
-    """Authorizes callers for what they may not do by themselves: polkit."""
+    """Decides whether a caller who is neither root nor the owner may do something: polkit."""
 
     async def check(
         self,

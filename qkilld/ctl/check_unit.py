@@ -33,7 +33,7 @@ _OTHER_KINDS: Final = (
 """systemd.unit(5)."""
 _SHOWN: Final = 1000
 _WIDTH: Final = 96
-"""Of lines, on a terminal that is that wide."""
+"""The maximum length of lines."""
 
 
 @dataclass(frozen=True, slots=True)

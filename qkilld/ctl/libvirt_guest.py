@@ -26,7 +26,7 @@ class LibvirtShutdown:
 
     asked: bool
     result: str = ""
-    """Like a job's result, if no job of qkilld follows; "" if one does."""
+    """The result, in the words of a job's; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ only the clock counts, otherwise the evidence:
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
 - No SIGKILL if there was progress within the last `stall`.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
-  last progress. What cannot be seen counts as waited for.
+  last progress. If evidence is missing, the process counts as waiting.
 - Movement that others may have caused delays SIGKILL, but not for ever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
 - After `max`, SIGKILL in any case. If SIGTERM came late, because the guest was asked first or the
@@ -180,7 +180,7 @@ def _last(flags: Flag) -> Action:
 
 
 def _deadline(facts: JobFacts, due: int) -> int:
-    """Return when the last rung comes, or the job gives up, if SIGKILL is allowed from `due` on."""
+    """Return the time of SIGKILL, or of giving up, if evidence allows it from `due` on."""
     due = max(due, facts.control.not_before)
     deadline = due if Flag.FORCE in facts.flags else _add(due, facts.policy.reap)
     return max(deadline, facts.control.held_until) if facts.control.held else deadline

@@ -67,9 +67,10 @@ def needs_second_look(state: BlockState, evidence: Assessment | None = None) -> 
 def plan_flush(
     first: BlockState, second: BlockState | None = None, evidence: Assessment | None = None
 ) -> FlushPlan:
-    """Plan the flush. `second` is the look OLD later; None if nothing was in flight.
+    """Plan the flush.
 
-    `evidence` is what was seen from outside at the same times, if anything was.
+    `second` was read at least OLD µs after `first`; None if nothing was in flight. `evidence` is
+    the assessment from outside at that time, if there is one.
     """
     state = second or first
     running = state.runstate == RUNNING

@@ -44,7 +44,7 @@ _STORAGE_WCHAN: Final = (
 
 
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
-"""Those of them that mean a file system without a block device."""
+"""The parts among them that mean a file system without a block device."""
 
 
 class SignKind(StrEnum):
@@ -110,8 +110,8 @@ def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) 
 def _handed_down(devices: Iterable[Device]) -> bool:
     """Return whether the top layer has passed requests down.
 
-    Only then does a lower one count: otherwise a neighbour may move it. Requests held back by
-    throttling are not visible in any layer.
+    Movement of a lower layer counts only then; otherwise it may be caused by other users of that
+    layer. Requests held back by throttling are not visible in any layer.
     """
     return any(device.depth == 0 and device.in_flight for device in devices)
 

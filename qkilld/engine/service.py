@@ -102,7 +102,7 @@ class Service:
         self._monitors = monitors
         self._guests = SharedRun(self._look_for_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-        """By the uid of the caller, while calls use them."""
+        """The slots of each calling uid, kept while calls use them."""
 
     @property
     def monitors(self) -> Monitors | None:

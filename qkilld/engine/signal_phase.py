@@ -145,13 +145,13 @@ class SignalPhase:
                     job.wait_until(decision.deadline, decision.wake)
                     return
                 case Action.LOOK:
-                    # The sample, or its timeout, calls `advance` again.
+                    # `advance` is called again with the sample, or at its timeout.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
                     self._sampler.look(self._seen, detail=detail)
                     return
                 case Action.YANK:
-                    # The result calls `advance` again.
+                    # `advance` is called again when the reply arrives.
                     if self._yank.step():
                         return
                 case Action.GIVE_UP:

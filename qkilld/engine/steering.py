@@ -2,8 +2,8 @@
 
 A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
 process. Root and authorized users steer every job. The owner steers only jobs that run by the
-owner's right. Other jobs the owner may only extend, up to a bound; otherwise owners could keep root
-from stopping their guests.
+owner's right, and may extend other jobs up to a bound; more would let owners keep root from
+stopping their guests.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class CgroupReader:
         clock: Callable[[], float] = time.monotonic,
         shared: SharedGroups | None = None,
     ) -> None:
-        """Like ProcessReader, read the process that has this pid now, and no other.
+        """Read the process that has this pid now, and no other process that reuses the pid.
 
         `hierarchies` overrides those of this system. Without `shared`, figures of shared groups are
         not cached.

@@ -135,7 +135,7 @@ def is_alone(group: Group, directory: Path, pid: int, proc: Path) -> bool:
         try:
             members.update(map(int, read_once(Path(path, "cgroup.procs")).split()))
         except (OSError, ValueError):
-            # In a threaded v2 group: the processes are listed by the group above.
+            # A threaded v2 group cannot be read; the group above lists its processes.
             if Path(path) == directory:
                 return False
         if len(members) > _MAX_PROCESSES:

@@ -125,7 +125,7 @@ class _Search:
         self._inodes: dict[str, int] = {}
         """Inodes, by the text of a descriptor's link."""
         self._latecomers: set[int] = set()
-        """Those that were added after some processes had been searched."""
+        """Inodes that were added after some processes had been searched."""
         self._retry_at: dict[int, float] = {}
         """When to search again for sockets that were not found, time.monotonic()."""
         self._candidates: Iterator[_Candidate] | None = None

@@ -235,7 +235,7 @@ class _Mappings:
         try:
             work(directory)
         except (OSError, ValueError, struct.error) as error:
-            note_once("reading mappings", error)  # What it should have found stays unknown.
+            note_once("reading mappings", error)  # Its results stay unknown.
         finally:
             os.close(directory)
 

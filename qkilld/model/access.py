@@ -21,7 +21,7 @@ class Answer(Enum):
 
     GRANTED = "granted"
     DENIED = "denied"
-    """Also if polkit could not be asked or did not answer."""
+    """polkit denied the request, could not be asked, or did not answer."""
     CHALLENGE = "challenge"
     """Interactive authorization could help, but the caller did not allow it."""
 

@@ -139,9 +139,10 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
-    """Return how query-chardev shows what listens there. `own` is our address of a connection."""
+    """Return the names by which query-chardev may show a listener. `own` is the address of our end
+    of a connection to it."""
     if isinstance(listener, UnixListener):
-        # Of an abstract one that is connected QEMU shows no name (measured, 7.2).
+        # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]
         return tuple(f"unix:{name}" for name in names)
     match own:

@@ -28,7 +28,7 @@ _ADDRESS: Final = re.compile(r"[0-9.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 _FULL_NAME: Final = 107
 """Bytes of the longest abstract name: sun_path without its first NUL, unix(7)."""
 WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Of every address of the machine: the one to connect to."""
+"""For a listener on all addresses of the host: the address to connect to."""
 _NO_DEVICE: Final = frozenset({"null", "none"})
 
 

@@ -23,7 +23,7 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel
 OPEN_S: Final = 1.0
 _PROMPT: Final = b"(qemu) "
 _ESCAPES: Final = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]|\xff[\xfb-\xfe].", re.DOTALL)
-"""Of the terminal, and what a monitor on telnet: has to say of the line (RFC 854)."""
+"""Escape sequences of a terminal, and telnet commands (RFC 854) of a monitor on telnet:."""
 _REFUSAL: Final = re.compile(r"unknown command: '|Error: |[^\n]*\nTry \"help ")
 
 

@@ -222,7 +222,7 @@ def _enter(pid: int, proc: Path) -> None:
 
 
 def _address(address: tuple[str, int]) -> TcpAddress:
-    """As in the table: a socket of IPv6 may have an address of IPv4."""
+    """Return the address in the form of the socket table; an IPv6 socket may have an IPv4 one."""
     host, port = address[:2]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return TcpAddress(_text(socket.inet_pton(family, host.partition("%")[0])), port)

@@ -18,7 +18,7 @@ ENDINGS = {
     "cancelled": "is still there: its job was cancelled",
     "failed": "could not be stopped, see the journal",
 }
-"""By a job's result."""
+"""How the guest ended, by the result of its job."""
 
 
 class GuestStop:

@@ -14,7 +14,7 @@ _FAILURES = {
     6: "it may not stop the guest",
     7: "there is no such unit",
 }
-"""By exit status; 1 is any other failure."""
+"""Reasons by exit status; 1 is any other failure."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

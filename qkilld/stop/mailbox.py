@@ -19,7 +19,7 @@ class Mailbox:
         return self._read
 
     def put(self, what: Callable[[], None]) -> None:
-        """Have `what` called in the main thread. Safe in any thread."""
+        """Make the main thread call `what`. Thread-safe."""
         self._queue.put(what)
         # A full pipe is readable already.
         with contextlib.suppress(BlockingIOError):

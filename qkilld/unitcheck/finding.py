@@ -15,7 +15,7 @@ class Severity(StrEnum):
     LOSES = "loses data"
     """Every stop that takes time loses what the guest's disks have acknowledged."""
     MAY_LOSE = "may lose data"
-    """A stop loses that too, under additional circumstances."""
+    """The same data is lost, but only under additional circumstances."""
     ADVICE = "advice"
 
 

@@ -22,7 +22,7 @@ from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 MAX_CALL: Final = 64 << 10
 """Bytes of a call without its NUL."""
 MAX_CALL_OF_USER: Final = 16 << 10
-"""The same for a user with limits: parsing and checking 64 KiB takes 10 ms."""
+"""The same for users who have limits: parsing and checking 64 KiB takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
 """Descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20

@@ -42,7 +42,7 @@ from qkilld.varlink.values import type_name
 INTERFACE: Final = "org.qkilld1"
 SERVICE_INTERFACE: Final = "org.varlink.service"
 MAX_CONNECTIONS: Final = 512
-"""For one user other than root."""
+"""The maximum for each user other than root."""
 ACCEPT_AT_ONCE: Final = 16
 RETRY_ACCEPT_S: Final = 0.2
 ADVICE: Final = (
@@ -50,7 +50,7 @@ ADVICE: Final = (
 )
 
 _SERVICE_TEXT: Final = """\
-# What every service has.
+# The interface that every Varlink service has.
 interface org.varlink.service
 
 method GetInfo() -> (
@@ -184,7 +184,7 @@ class VarlinkCall:
         self.on_disconnect: Callable[[], None] = lambda: None
         """Called if the client disconnects before the reply."""
         self.costs: list[Cost] = []
-        """What the call counts as in the limits."""
+        """The kind of call for which the limits count it."""
         self._has_ended = False
 
     def start(self, uid: int) -> None:
