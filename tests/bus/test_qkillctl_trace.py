@@ -43,45 +43,45 @@ def next_line(process: subprocess.Popen[bytes]) -> str:
 
 def test_until_it_is_gone(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(name="\x1b[2Jweb")
-    with trace(daemon.bus, str(guest.pid)) as looking:
-        assert next_line(looking) == f"\ufffd[2Jweb (pid {guest.pid}), sampled every second\n"
-        assert re.match(r" +0\.\d s  idle: nothing moves", next_line(looking))
+    with trace(daemon.bus, str(guest.pid)) as trace_process:
+        assert next_line(trace_process) == f"\ufffd[2Jweb (pid {guest.pid}), sampled every second\n"
+        assert re.match(r" +0\.\d s  idle: nothing moves", next_line(trace_process))
         assert guest.alive
         guest.signal(signal.SIGKILL)
-        assert re.match(r" +\d+\.\d s  gone$", next_line(looking))
-        assert looking.wait(30) == 0
+        assert re.match(r" +\d+\.\d s  gone$", next_line(trace_process))
+        assert trace_process.wait(30) == 0
 
 
 def test_each_change_is_a_line(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu()
-    with trace(daemon.bus, "--json", str(guest.pid)) as looking:
-        assert json.loads(next_line(looking))["verdict"] == "idle"
+    with trace(daemon.bus, "--json", str(guest.pid)) as trace_process:
+        assert json.loads(next_line(trace_process))["verdict"] == "idle"
         guest.signal(signal.SIGSTOP)
-        stopped = json.loads(next_line(looking))
+        stopped = json.loads(next_line(trace_process))
         assert stopped["verdict"] == "stopped"
         assert stopped["reasons"] == ["it is stopped (SIGSTOP)"]
         assert stopped["at_usec"] > 500_000
         guest.signal(signal.SIGCONT)
-        assert json.loads(next_line(looking))["verdict"] == "idle"
-        looking.send_signal(signal.SIGINT)
-        assert looking.wait(30) == 130
+        assert json.loads(next_line(trace_process))["verdict"] == "idle"
+        trace_process.send_signal(signal.SIGINT)
+        assert trace_process.wait(30) == 130
     assert guest.alive
 
 
 def test_it_ends_with_its_reader(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu()
-    with trace(daemon.bus, str(guest.pid)) as looking:
-        next_line(looking)
-        next_line(looking)
-        assert looking.stdout is not None
-        looking.stdout.close()
+    with trace(daemon.bus, str(guest.pid)) as trace_process:
+        next_line(trace_process)
+        next_line(trace_process)
+        assert trace_process.stdout is not None
+        trace_process.stdout.close()
         guest.signal(signal.SIGSTOP)  # qkillctl reports it
-        assert looking.wait(30) == 0
+        assert trace_process.wait(30) == 0
     assert guest.alive
 
 
 @pytest.mark.parametrize(("target", "code"), [("4194304", 7), ("no-such-guest", 7)])
 def test_an_unobservable_target_has_its_exit_code(daemon: Daemon, target: str, code: int) -> None:
-    with trace(daemon.bus, target) as looking:
-        assert looking.wait(30) == code
-        assert next_line(looking) == ""
+    with trace(daemon.bus, target) as trace_process:
+        assert trace_process.wait(30) == code
+        assert next_line(trace_process) == ""

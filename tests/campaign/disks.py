@@ -147,8 +147,8 @@ class RunDisk:
         if not self.disk.bitmap:
             return False
         argv = [str(needs.program("qemu-img", "qemu-utils")), "info", "--output=json"]
-        told = json.loads(run([*argv, str(self.image)], check=True).stdout)
-        bitmaps = told["format-specific"]["data"].get("bitmaps", [])
+        info = json.loads(run([*argv, str(self.image)], check=True).stdout)
+        bitmaps = info["format-specific"]["data"].get("bitmaps", [])
         return not bitmaps or "in-use" in bitmaps[0]["flags"]
 
     def apply(self, change: Change) -> None:

@@ -156,9 +156,9 @@ def _wait(
         waited = found.looked(since, until)
         if waited > allowed:
             how = "killed" if killed is not None else outcome.result
-            told = f"{span.state.value} from {since:.1f} s on"
+            text = f"{span.state.value} from {since:.1f} s on"
             policy = f"{found.spec.longest_stall:.0f} s"
-            yield Finding(FALSE_WAIT, f"{told}, {how} after {waited:.1f} s, not {policy}")
+            yield Finding(FALSE_WAIT, f"{text}, {how} after {waited:.1f} s, not {policy}")
             return
 
 

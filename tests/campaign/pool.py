@@ -159,13 +159,13 @@ def _collect(child: _Child) -> RunResult:
     os.waitpid(child.pid, 0)
     os.close(child.pidfd)
     try:
-        told = json.loads(child.answer.read_text())
+        answer = json.loads(child.answer.read_text())
     except (OSError, ValueError):
         return RunResult(child.spec, tries=child.tries, failed="it ended without a word")
     child.answer.unlink()
-    if "failed" in told:
-        return RunResult(child.spec, tries=child.tries, failed=told["failed"])
-    outcome = Outcome.from_json(told["outcome"])
+    if "failed" in answer:
+        return RunResult(child.spec, tries=child.tries, failed=answer["failed"])
+    outcome = Outcome.from_json(answer["outcome"])
     try:
         judgement = judge(child.spec, outcome)
     except Exception:

@@ -72,8 +72,8 @@ def cell(one: RunResult | None) -> str:
     words.append(f"{'> ' if still else ''}{outcome.seconds:.1f} s")
     words += [] if still else [outcome.result]
     words += ["at risk"] if outcome.at_risk else []
-    told = dict.fromkeys(name for name, _, _ in outcome.receipt.get("verdicts", ()))
-    return ", ".join(words) + (f" ({', '.join(told)})" if told else "")
+    verdicts = dict.fromkeys(name for name, _, _ in outcome.receipt.get("verdicts", ()))
+    return ", ".join(words) + (f" ({', '.join(verdicts)})" if verdicts else "")
 
 
 def summary(results: Sequence[RunResult]) -> str:

@@ -147,8 +147,8 @@ def run(
             patience = _patience(spec)
             while True:
                 next_change = began + (schedule[0].at if schedule else patience)
-                left = next_change - time.monotonic()
-                if (end := stop.wait(max(0.0, left))) is not None or not schedule:
+                remaining = next_change - time.monotonic()
+                if (end := stop.wait(max(0.0, remaining))) is not None or not schedule:
                     break
                 apply(schedule.pop(0))
         seconds = time.monotonic() - began

@@ -55,10 +55,10 @@ class Qkilld:
 
     def wait(self, seconds: float) -> tuple[str, dict[str, Any]] | None:
         try:
-            result, told = self._client.reply(self._serial, seconds)
+            result, receipt = self._client.reply(self._serial, seconds)
         except TimeoutError:
             return None
-        return result, plain(told)
+        return result, plain(receipt)
 
     def close(self) -> None:
         self._client.close()
@@ -84,8 +84,8 @@ class Clock:
         until = time.monotonic() + seconds
         while True:
             due = self._kill_at + (REAP_S if self._killed else 0.0)
-            left = min(until, due, time.monotonic() + TICK_S) - time.monotonic()
-            if wait_gone(self._guest.pidfd, max(0.0, left)):
+            remaining = min(until, due, time.monotonic() + TICK_S) - time.monotonic()
+            if wait_gone(self._guest.pidfd, max(0.0, remaining)):
                 return ("killed" if self._killed else "exited"), {}
             now = time.monotonic()
             self._look(now)

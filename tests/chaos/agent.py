@@ -107,15 +107,15 @@ class JobClient:
         answered."""
         number = self._guest.number
         while True:
-            asked = time.monotonic()
-            if asked > self._until:
+            began = time.monotonic()
+            if began > self._until:
                 note(number, "lost", member=member, error="no answer")
                 return None
-            note(number, "asked", asked, member=member)
+            note(number, "asked", began, member=member)
             try:
                 with Client(BUS) as client:
-                    body = client.call(member, *arguments, timeout=self._until - asked, **where)
-                note(number, "answered", member=member, asked=asked, path=str(body[:1]))
+                    body = client.call(member, *arguments, timeout=self._until - began, **where)
+                note(number, "answered", member=member, asked=began, path=str(body[:1]))
                 return body
             except CallError as error:
                 if error.name not in _PASSING:
@@ -144,17 +144,17 @@ def _start(guest: Guest, directory: Path, stand_in: str, stack: contextlib.ExitS
 
 def _exits(pidfds: dict[int, int], stop: threading.Event) -> None:
     """Record when each guest, given by its pidfd, exits."""
-    left = dict(pidfds)
-    while left and not stop.is_set():
-        for pidfd in select.select(list(left), [], [], 0.2)[0]:
+    remaining = dict(pidfds)
+    while remaining and not stop.is_set():
+        for pidfd in select.select(list(remaining), [], [], 0.2)[0]:
             at = time.monotonic()
             # Its Popen reaps it later.
             status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
             assert status is not None
-            number = left.pop(pidfd)
+            number = remaining.pop(pidfd)
             killed = status.si_code != os.CLD_EXITED
             note(number, "gone", at, signal=killed, status=status.si_status)
-    for number in left.values():
+    for number in remaining.values():
         note(number, "alive")
 
 

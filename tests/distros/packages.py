@@ -58,8 +58,8 @@ def run(release: Release, deb: Path) -> Iterator[str]:
         _remove(system)
         yield "took its drop-ins back; a unit that still names the helper stops"
         _apt(system, "purge", "qkilld")
-        left = _left(system)
-        assert not left, f"purged, but these are left: {left}"
+        leftovers = _left(system)
+        assert not leftovers, f"purged, but these are left: {leftovers}"
         yield "left nothing"
 
 

@@ -74,8 +74,8 @@ def run(release: Release, *arguments: str) -> bool:
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             print(f"    {line}", flush=True)
     if code:
-        kept = log.with_name(f"{release.name}-failed-{os.getpid()}-{len(lines)}.log")
-        log.rename(kept)
+        copy = log.with_name(f"{release.name}-failed-{os.getpid()}-{len(lines)}.log")
+        log.rename(copy)
         why = f"after {_TIMEOUT_S} s" if code in (124, 137) else f"with exit code {code}"
-        print(f"    ended {why}; see {kept}", flush=True)
+        print(f"    ended {why}; see {copy}", flush=True)
     return code == 0

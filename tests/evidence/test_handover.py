@@ -36,13 +36,13 @@ def test_in_order_and_in_portions_that_let_the_loop_look_around() -> None:
 
 def test_queued_calls_run_even_if_further_calls_block() -> None:
     async def main() -> None:
-        handover, came = Handover(), asyncio.Event()
+        handover, called = Handover(), asyncio.Event()
         handover.expect()
-        thread = threading.Thread(target=partial(handover.put, came.set, more=True))
+        thread = threading.Thread(target=partial(handover.put, called.set, more=True))
         thread.start()
         thread.join()
-        assert not came.is_set()
-        await came.wait()
+        assert not called.is_set()
+        await called.wait()
         handover.close()
 
     asyncio.run(asyncio.wait_for(main(), 10))

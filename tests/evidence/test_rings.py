@@ -190,9 +190,9 @@ def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> No
     with (lab_dir / "7/maps").open("w") as pipe:  # One thread reads, not two.
         pipe.write(AIO)
     now += rings.REFRESH_S
-    looking = reading._mappings._thread
-    assert looking is not None
-    looking.join(30)
+    thread = reading._mappings._thread
+    assert thread is not None
+    thread.join(30)
     (lab_dir / "7/maps").unlink()
     (lab_dir / "7/maps").write_text(AIO)
     assert reading.read() == (2, True)

@@ -36,8 +36,8 @@ def test_a_real_qemu_is_seen_whole(qemu: Make) -> None:
     # Anything may have been added through its monitor.
     assert assess(assess(None, first), second).verdict is Verdict.UNKNOWN
     assert assess(None, replace(first, pluggable=False)).verdict is Verdict.UNKNOWN
-    alone = [replace(sample, pluggable=False) for sample in (first, second)]
-    assert assess(assess(None, alone[0]), alone[1]).verdict is Verdict.IDLE
+    samples = [replace(sample, pluggable=False) for sample in (first, second)]
+    assert assess(assess(None, samples[0]), samples[1]).verdict is Verdict.IDLE
 
 
 def test_a_process_that_is_gone_is_unknown_and_raises_nothing(fake_qemu: Make) -> None:

@@ -136,10 +136,10 @@ def test_sockets_that_are_no_storage_are_asked_for_once(
         two = tuple((str(one.fileno()), os.fstat(one.fileno()).st_ino) for one in (server, served))
         reader = SocketReader(os.getpid())
         reader.refresh(Descriptors(2, (), two), graph)
-        told = reader.read(SocketTable())
-        assert told is not None and [socket.role for socket in told] == ["other"]
+        sockets = reader.read(SocketTable())
+        assert sockets is not None and [socket.role for socket in sockets] == ["other"]
         calls = dumps.calls
-        assert reader.read(SocketTable()) is told
+        assert reader.read(SocketTable()) is sockets
         assert dumps.calls == calls
         # Another socket replaces one that was not storage.
         os.dup2(fresh.fileno(), served.fileno())

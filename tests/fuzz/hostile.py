@@ -259,8 +259,8 @@ def attack(order: Order) -> Deeds:
     attackers: list[Attacker | VarlinkAttacker] = [Attacker(order, each, deeds) for each in numbers]
     if order.varlink:
         attackers += [VarlinkAttacker(order, each, deeds) for each in numbers]
-    left = order.messages
-    while left > 0 and (now := time.monotonic()) < end:
+    remaining = order.messages
+    while remaining > 0 and (now := time.monotonic()) < end:
         with selectors.DefaultSelector() as selector:
             for one in attackers:
                 wanted = 0 if one.deaf else selectors.EVENT_READ
@@ -273,9 +273,9 @@ def attack(order: Order) -> Deeds:
                 one.read()
             if events & selectors.EVENT_WRITE:
                 for _ in range(16):
-                    if left <= 0 or not (one.ready or one.deaf):
+                    if remaining <= 0 or not (one.ready or one.deaf):
                         break
-                    left -= one.send()
+                    remaining -= one.send()
     return deeds
 
 

@@ -63,12 +63,12 @@ _CONFIG: Final = """\
 
 def environment(address: str) -> dict[str, str]:
     """Return this process's environment with that bus as its only one."""
-    kept = {
+    variables = {
         key: value
         for key, value in os.environ.items()
         if not key.startswith("DBUS_") and key not in ("NOTIFY_SOCKET", "JOURNAL_STREAM")
     }
-    return kept | {
+    return variables | {
         "DBUS_SYSTEM_BUS_ADDRESS": address,
         "DBUS_SESSION_BUS_ADDRESS": address,
         "DBUS_STARTER_ADDRESS": address,

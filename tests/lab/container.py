@@ -224,8 +224,8 @@ class Container:
             assert journalctl.stdout is not None
             line = b""
             while not line.endswith(b"\n"):
-                left = max(0.0, deadline - time.monotonic())
-                ready, _, _ = select.select([journalctl.stdout], [], [], left)
+                remaining = max(0.0, deadline - time.monotonic())
+                ready, _, _ = select.select([journalctl.stdout], [], [], remaining)
                 assert ready, f"no journal entry with {matches} came within {timeout} s"
                 more = os.read(journalctl.stdout.fileno(), 1)
                 assert more, f"journalctl ended: {line.decode(errors='replace')}"

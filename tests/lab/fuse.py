@@ -208,16 +208,16 @@ class _Server:
 
     def _answer_due(self, now: float) -> float | None:
         """Answer the calls that are due; return the seconds until the next one is."""
-        soonest, left = None, []
+        soonest, remaining = None, []
         for since, request in self._waiting:
             due = since + self._delays.get(_CALLS.get(_IN.unpack_from(request)[1], ""), 0)
             if due <= now:
                 self._answer(request)
                 continue
-            left.append((since, request))
+            remaining.append((since, request))
             if due != float("inf"):
                 soonest = min(due - now, soonest if soonest is not None else due - now)
-        self._waiting = left
+        self._waiting = remaining
         return soonest
 
     def _answer(self, request: bytes) -> None:

@@ -88,8 +88,8 @@ def _marked(mark: str) -> list[int]:
 
 def _end_all(mark: str, grace: float) -> None:
     began = time.monotonic()
-    while (left := _marked(mark)) and time.monotonic() - began < grace + _TRIES_S:
-        for pidfd in left:
+    while (survivors := _marked(mark)) and time.monotonic() - began < grace + _TRIES_S:
+        for pidfd in survivors:
             if time.monotonic() - began >= grace:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)

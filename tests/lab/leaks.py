@@ -66,16 +66,16 @@ def unfinished_tasks() -> Iterator[list[str]]:
 
     asyncio cancels them silently. Loops that are not closed appear as open descriptors.
     """
-    left: list[str] = []
+    leftovers: list[str] = []
     cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]
 
     def note_and_cancel(loop: asyncio.AbstractEventLoop) -> None:
-        left.extend(repr(task) for task in asyncio.all_tasks(loop))
+        leftovers.extend(repr(task) for task in asyncio.all_tasks(loop))
         cancel_all(loop)
 
     asyncio.runners._cancel_all_tasks = note_and_cancel  # type: ignore[attr-defined]
     try:
-        yield left
+        yield leftovers
     finally:
         asyncio.runners._cancel_all_tasks = cancel_all  # type: ignore[attr-defined]
 

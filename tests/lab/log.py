@@ -91,11 +91,11 @@ def _watch(
         while True:
             if (found := look()) is not None:
                 return found
-            left = deadline - time.monotonic()
-            if ended or left <= 0:
+            remaining = deadline - time.monotonic()
+            if ended or remaining <= 0:
                 why = "the process ended" if ended else f"{timeout} s went by"
                 raise WaitTimeout(f"{why} without {wanted()}")
-            ready, _, _ = select.select(sources, [], [], left)
+            ready, _, _ = select.select(sources, [], [], remaining)
             if watch in ready:
                 os.read(watch, 65536)
             ended = pidfd in ready

@@ -28,8 +28,8 @@ class NotifySocket:
             poll = select.poll()  # select(2) takes no descriptor from 1024 on
             poll.register(self._socket, select.POLLIN)
             poll.register(pidfd, select.POLLIN)
-            left = max(0.0, deadline - time.monotonic())
-            ready = [fd for fd, _ in poll.poll(left * 1000)]
+            remaining = max(0.0, deadline - time.monotonic())
+            ready = [fd for fd, _ in poll.poll(remaining * 1000)]
             if self._socket.fileno() in ready:
                 self._take(self._socket.recv(65536))
             elif pidfd in ready:

@@ -25,7 +25,7 @@ def table(
         "| " + " | ".join(t.ljust(w) for t, w in zip(x, widths, strict=True)) + " |" for x in lines
     ]
     padded.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    told = [f"- {row.title}: {row.note}." for row in rows if row.note]
+    notes = [f"- {row.title}: {row.note}." for row in rows if row.note]
     bad = [
         f"- {row.title}: {what}"
         for row in rows
@@ -34,8 +34,8 @@ def table(
         for what in cell.wrong
     ]
     parts = ["\n".join(padded), _LEGEND]
-    if told:
-        parts.append("\n".join(told))
+    if notes:
+        parts.append("\n".join(notes))
     parts.append(
         "\n".join(["qkilld's cells that are not as expected:", *bad])
         if bad

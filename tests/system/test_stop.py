@@ -215,8 +215,8 @@ def test_an_idle_guest_without_the_daemon(system: Container, start_unit: StartUn
         "SIGNAL_SENT",
         "JOB_ENDED",
     ]
-    (alone, *_) = system.journal("-u", unit, f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
-    assert alone["SYSLOG_IDENTIFIER"] == "qkilld-stop"
+    (event, *_) = system.journal("-u", unit, f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
+    assert event["SYSLOG_IDENTIFIER"] == "qkilld-stop"
 
 
 def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
@@ -230,8 +230,8 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
     assert guest.lost() == 0
     # FORCE is granted because systemd would have killed the guest, and was not needed. On a busy
     # machine the helper may ask for it twice before the first answer.
-    told = list(dict.fromkeys(story(system, guest.unit)))
-    assert told == ["JOB_STARTED", "SIGNAL_SENT", "JOB_JOINED", "JOB_ENDED"]
+    events = list(dict.fromkeys(story(system, guest.unit)))
+    assert events == ["JOB_STARTED", "SIGNAL_SENT", "JOB_JOINED", "JOB_ENDED"]
     assert "Stopping timed out" not in said(system, guest.unit)
 
 
@@ -252,12 +252,12 @@ def test_the_daemon_is_killed_while_the_guest_flushes(
         system.run("systemctl", "daemon-reload")
         system.run("systemctl", "restart", "qkilld.service")
     assert guest.lost() == 0
-    told = story(system, guest.unit)
+    events = story(system, guest.unit)
     # A signal that the daemon had sent is not sent again.
-    assert told.count("SIGNAL_SENT") == 1, said(system, guest.unit)
+    assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
     # The daemon that comes back last finds the guest gone.
-    alone = told.index("STOP_ALONE")
-    rest = [name for name in told[alone:] if name != "JOB_JOINED"]
+    position = events.index("STOP_ALONE")
+    rest = [name for name in events[position:] if name != "JOB_JOINED"]
     assert rest[:3] == ["STOP_ALONE", "JOB_RESUMED", "JOB_ENDED"], said(system, guest.unit)
 
 
@@ -273,10 +273,10 @@ def test_the_daemon_goes_away(
     finally:
         system.run("systemctl", "start", "qkilld.service")
     assert guest.lost() == 0
-    told = story(system, guest.unit)
-    assert told.count("SIGNAL_SENT") == 1, said(system, guest.unit)
+    events = story(system, guest.unit)
+    assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
     # The next daemon goes on with the job, or the helper does.
-    assert "JOB_RESUMED" in told
+    assert "JOB_RESUMED" in events
 
 
 def test_a_daemon_that_does_not_answer(
@@ -305,8 +305,8 @@ def test_without_a_bus(system: Container, slow_guest: Callable[..., SlowGuest]) 
     finally:
         system.run("systemctl", "start", *units)
     assert guest.lost() == 0
-    told = story(system, guest.unit)
-    assert told == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
+    events = story(system, guest.unit)
+    assert events == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
     # It takes its bus name again.
     system.run("busctl", "call", "org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager", "ListJobs")
 

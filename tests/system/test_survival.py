@@ -550,14 +550,14 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         # the socket back.
         system.run("systemctl", "stop", "qkilld.socket")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
-        alone = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
+        entry = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
         time.sleep(6)
         assert main_pid(system) == 0
         assert system.property(unit, "ActiveState") == "deactivating"
         assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
         if how == ("Hold",):
             # No qkilld is left that could release it.
-            assert "only a SIGTERM to qkilld-stop ends" in alone["MESSAGE"]
+            assert "only a SIGTERM to qkilld-stop ends" in entry["MESSAGE"]
             system.run("systemctl", "kill", "--kill-whom=control", "--signal=TERM", unit)
             system.wait_journal(f"OBJECT_PID={pid}", "QKILLD_RESULT=killed")
         else:

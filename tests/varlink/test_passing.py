@@ -200,21 +200,21 @@ def test_qkillctl_passes_a_connection(service: VarlinkService, linux_guest: Star
             lambda: linux_guest(job="power", append="lab.power=off", arguments=on_tcp())
         )
         monitor_of(guest)
-        (told,) = ctl(service, "terminate", "--wait", "--powerdown", str(guest.pid))
-    assert told["result"] == "exited" and told["receipt"]["guest_asked"] == "shut-down"
+        (document,) = ctl(service, "terminate", "--wait", "--powerdown", str(guest.pid))
+    assert document["result"] == "exited" and document["receipt"]["guest_asked"] == "shut-down"
 
 
 def test_qkillctl_stops_all_with_one_call(service: VarlinkService, fake_qemu: Start) -> None:
     """Root's is followed on Varlink, and tells the same as over D-Bus."""
     guests = [fake_qemu(name=f"g{number}") for number in range(3)]
     stubborn = fake_qemu(name="stubborn", stubborn=True)
-    told = ctl(service, "terminate", "--all", "--force", "--wait", "--grace=1s", "--stall=1s")
-    results = {one["pid"]: one for one in told}
+    documents = ctl(service, "terminate", "--all", "--force", "--wait", "--grace=1s", "--stall=1s")
+    results = {one["pid"]: one for one in documents}
     assert {pid: one["result"] for pid, one in results.items()} == {
         **{guest.pid: "exited" for guest in guests},
         stubborn.pid: "killed",
     }
-    assert all(one["job"] for one in told)
+    assert all(one["job"] for one in documents)
     with service.daemon.bus.client() as client:
         _, receipt = client.wait(results[stubborn.pid]["job"])
     own = results[stubborn.pid]["receipt"]
@@ -228,8 +228,8 @@ def test_qkillctl_stops_all_with_one_call(service: VarlinkService, fake_qemu: St
 def test_qkillctl_stops_all_without_varlink(service: VarlinkService, fake_qemu: Start) -> None:
     guest = fake_qemu()
     away = service.path.with_name("nowhere")
-    told = ctl(VarlinkService(service.daemon, away), "terminate", "--all", "--wait")
-    assert [(one["pid"], one["result"]) for one in told] == [(guest.pid, "exited")]
+    documents = ctl(VarlinkService(service.daemon, away), "terminate", "--all", "--wait")
+    assert [(one["pid"], one["result"]) for one in documents] == [(guest.pid, "exited")]
 
 
 def test_qkilld_stop_uses_it_itself_without_a_daemon(
