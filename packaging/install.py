@@ -35,7 +35,7 @@ PRIVATE_PROGRAMS: Final = {
     "qemu-guest": "qkilld.guest.main:main",
     "undo-adopt": "qkilld.ctl.undo_adopt:main",
 }
-"""Run by shells, our units, and at the removal; in PREFIX/lib/qkilld. Name → module:function."""
+"""Programs in PREFIX/lib/qkilld for shells, our units and the removal. Name → module:function."""
 
 DEBIAN: Final = {
     "dbus-next": "python3-dbus-next",
@@ -192,7 +192,7 @@ def install(root: str, places: Places, python: str) -> None:
         written.add(compiled)
     manifest = sorted(made | written | {places.manifest})
     _write(root + places.manifest, File("".join(f"{line}\n" for line in manifest).encode()))
-    # Of a version that had other files.
+    # Remove files that only the previous version had.
     _remove(root, set(before) - set(manifest))
 
 
@@ -200,7 +200,7 @@ def uninstall(root: str, places: Places) -> bool:
     """Returns False if nothing of ours is there. Raises InstallError, OSError."""
     manifest = _read_manifest(root, places)
     if manifest:
-        # The module itself: the program looks for it where it is without DESTDIR.
+        # Run the module, because the program expects it at its place without DESTDIR.
         undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
         subprocess.run(undo, cwd="/", env={"PYTHONPATH": root + places.package}, check=False)
     _remove_links(root, {line for line in manifest if line.endswith(".service")})
@@ -251,7 +251,7 @@ def _write(target: str, file: File) -> None:
 
 
 def _read_manifest(root: str, places: Places) -> list[str]:
-    """Empty where there is none."""
+    """Return the lines of the manifest; empty if there is none."""
     try:
         lines = Path(root + places.manifest).read_text().splitlines()
     except FileNotFoundError:
@@ -266,7 +266,7 @@ def _read_manifest(root: str, places: Places) -> list[str]:
 
 
 def _remove(root: str, lines: Iterable[str]) -> None:
-    """Files, then the directories that nothing else is in, the deepest first."""
+    """Remove files, and then empty directories, the deepest first."""
     for line in lines:
         if not line.endswith("/"):
             Path(root + line).unlink(missing_ok=True)
@@ -276,7 +276,7 @@ def _remove(root: str, lines: Iterable[str]) -> None:
 
 
 def _remove_links(root: str, units: set[str]) -> None:
-    """What `systemctl enable` has made for these units."""
+    """Remove the links that `systemctl enable` made for these units."""
     for link in Path(f"{root}/etc/systemd").glob("*/*.*/*"):
         if link.is_symlink():
             target = Path(root + str(link.readlink()))
@@ -285,7 +285,7 @@ def _remove_links(root: str, units: set[str]) -> None:
 
 
 def missing() -> list[str]:
-    """The Debian packages of what this interpreter lacks, with the version where it is another."""
+    """Return the Debian packages that this interpreter lacks, with versions that are needed."""
     wanted = [each.partition(";")[0] for each in PROJECT["dependencies"]]
     # One of the two will do: qkilld takes whichever works.
     buses = [each for each in wanted if each.startswith("dbus-")]
@@ -297,7 +297,7 @@ def missing() -> list[str]:
 
 
 def _lacking(wanted: str) -> str:
-    """The Debian package of a requirement, or "" if it is met."""
+    """Return the Debian package of a requirement; "" if it is met."""
     name, relation, version = re.split("(==|>=)", wanted)
     try:
         found = importlib.metadata.version(name)

@@ -122,7 +122,7 @@ async def _authenticate(sock: socket.socket, *, descriptors: bool = False) -> No
 
 
 async def _read_line(sock: socket.socket) -> str:
-    """Read up to CR LF. Raises EOFError if the connection ends, where dbus-next would wait for
+    """Read up to CR LF. Raises EOFError if the connection ends; dbus-next would wait for
     ever."""
     loop = asyncio.get_running_loop()
     line = b""

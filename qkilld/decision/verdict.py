@@ -516,8 +516,8 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 
 def is_dead(sample: Sample) -> bool:
-    """Return whether it has exited, whatever its pidfd says: that reports it only after the last
-    thread is reaped, which a debugger waiting at its prompt does not do."""
+    """Return whether the process has exited. Its pidfd reports an exit only after the last thread
+    is reaped, which a debugger delays while it waits at its prompt."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 

@@ -32,7 +32,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
-"""The sign with the number of a node's connections; its mark tells since when."""
+"""The sign that counts the connections of a node; its mark has the time of the last change."""
 
 
 class WaitKind(StrEnum):

@@ -69,10 +69,10 @@ class Access:
     ) -> CheckedProcess:
         """Return the process with its label. Use it before the loop runs again, and close it.
 
-        action      what to be authorized for; by default what `flags` ask for
-        start_time  clock ticks since boot: refuse another process
-        unit        refuse a process that is not in it
-        answer      what polkit has said already, in place of asking it
+        action      the polkit action; None for that of `flags`
+        start_time  refuse a process that started at another time (clock ticks since boot)
+        unit        refuse a process that is not in this unit
+        answer      polkit's answer, if it was asked before
 
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied,
         InteractiveAuthorizationRequired, Busy, Failed.

@@ -52,11 +52,11 @@ class MonitorLink:
 
     @property
     def is_passed(self) -> bool:
-        """There is a connection of a caller's to begin with."""
+        """Whether there is a connection of a caller that is not used yet."""
         return self._passed_fd is not None
 
     def offer(self, passed: int) -> None:
-        """Begin with that connection, which a caller has made. To be called before `open`."""
+        """Use this connection of a caller first. Call it before `open`."""
         self._passed_fd = passed
 
     def keep(self, kept: KeptMonitor) -> None:

@@ -30,9 +30,10 @@ def choose_guest(
     A unit of the system takes precedence over units of the same name of users' managers, because
     users may choose any name. If we ask a user's manager, only that user's units are visible.
 
-    facts   what systemd says of the unit, None where it does not answer
-    known   False where systemd says that there is no such unit
-    Raises NoSuchUnit, NoSuchProcess, NotQemu, Failed where there are several.
+    facts   the unit's properties; None if systemd does not answer
+    known   False if systemd says that there is no such unit
+
+    Raises NoSuchUnit, NoSuchProcess, NotQemu, and Failed if there are several guests.
     """
     primary = facts.id if facts is not None else name
     inside = [guest for guest in guests if guest.label.unit_name == primary]

@@ -62,7 +62,7 @@ class YankRung:
         self.at = past.done_at(YANK)
 
     def step(self) -> bool:
-        """Start an attempt, unless one is in progress; it advances the job in the end.
+        """Start an attempt, unless one is in progress; its end advances the job.
 
         Return False if nothing can be yanked, so that SIGKILL is next.
         """

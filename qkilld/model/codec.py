@@ -40,8 +40,8 @@ def to_json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any:
-    """Convert `value` to the type `hint`. Raises ValueError, which names the place `where`.
+def from_json(hint: Any, value: Any, place: str, *, strict: bool = False) -> Any:
+    """Convert `value` to the type `hint`. Raises ValueError, which names `place`.
 
     A missing field gets its default and an unknown one is ignored; with `strict` both are errors.
     """
@@ -49,27 +49,27 @@ def from_json(hint: Any, value: Any, where: str, *, strict: bool = False) -> Any
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         (hint,) = (one for one in arguments if one is not types.NoneType)
-        return None if value is None else decode(hint, value, where)
+        return None if value is None else decode(hint, value, place)
     if origin in (tuple, frozenset):
         if not isinstance(value, list):
-            raise ValueError(f"{where} is not a list")
-        return origin(decode(arguments[0], item, where) for item in value)
+            raise ValueError(f"{place} is not a list")
+        return origin(decode(arguments[0], item, place) for item in value)
     if origin is Mapping:
-        return {key: decode(arguments[1], i, where) for key, i in _object(value, where).items()}
+        return {key: decode(arguments[1], i, place) for key, i in _object(value, place).items()}
     if hint is Policy:
-        return _policy(value, where, strict)
+        return _policy(value, place, strict)
     if hint is Flag:
-        return _flags(value, where)
+        return _flags(value, place)
     if is_dataclass(hint):
-        return _dataclass(hint, value, where, strict)
+        return _dataclass(hint, value, place, strict)
     if issubclass(hint, Enum):
         for member in hint:
             if type(value) is type(member.value) and value == member.value:
                 return member
-        raise ValueError(f"{where} is not one of {', '.join(str(m.value) for m in hint)}")
+        raise ValueError(f"{place} is not one of {', '.join(str(m.value) for m in hint)}")
     # In Python a bool is an int; in JSON it is not.
     if type(value) is not hint:
-        raise ValueError(f"{where} is not of the type {hint.__name__}")
+        raise ValueError(f"{place} is not of the type {hint.__name__}")
     return value
 
 
@@ -77,12 +77,12 @@ def _span(usec: int) -> str:
     return timespan.format_usec(usec if usec < _ENDLESS else INFINITY)
 
 
-def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:
-    document, hints = _object(value, where), _hints(cls)
+def _dataclass(cls: Any, value: Any, place: str, strict: bool) -> Any:
+    document, hints = _object(value, place), _hints(cls)
     if strict and not document.keys() <= hints.keys():
-        raise ValueError(f"{where} has a field that is not known")
+        raise ValueError(f"{place} has a field that is not known")
     known = {
-        name: from_json(hint, document[name], f"{where}, {name},", strict=strict)
+        name: from_json(hint, document[name], f"{place}, {name},", strict=strict)
         for name, hint in hints.items()
         if name in document
     }
@@ -92,39 +92,39 @@ def _dataclass(cls: Any, value: Any, where: str, strict: bool) -> Any:
             or field.default_factory is not dataclasses.MISSING
         )
         if field.name not in known and not optional:
-            raise ValueError(f"{where} lacks {field.name}")
+            raise ValueError(f"{place} lacks {field.name}")
     return cls(**known)
 
 
-def _policy(value: Any, where: str, strict: bool) -> Policy:
-    document = _object(value, where)
+def _policy(value: Any, place: str, strict: bool) -> Policy:
+    document = _object(value, place)
     spans = {}
     for field in fields(Policy):
         if field.name in document:
             try:
                 spans[field.name] = timespan.parse(str(document[field.name]))
             except ValueError:
-                raise ValueError(f"{where} {field.name}, is not a time span") from None
+                raise ValueError(f"{place} {field.name}, is not a time span") from None
     if strict and spans.keys() != document.keys() | {field.name for field in fields(Policy)}:
-        raise ValueError(f"{where} lacks a time span, or has one that is not known")
+        raise ValueError(f"{place} lacks a time span, or has one that is not known")
     return Policy(**spans)
 
 
-def _flags(value: Any, where: str) -> Flag:
+def _flags(value: Any, place: str) -> Flag:
     if not isinstance(value, list):
-        raise ValueError(f"{where} is not a list")
+        raise ValueError(f"{place} is not a list")
     names = {str(flag.name).lower(): flag for flag in Flag}
     flags = Flag(0)
     for name in value:
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{where} has a flag that is not one of {', '.join(names)}")
+            raise ValueError(f"{place} has a flag that is not one of {', '.join(names)}")
         flags |= names[name]
     return flags
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object")
+        raise ValueError(f"{place} is not an object")
     return value
 
 

@@ -124,7 +124,7 @@ class JobMonitors:
     async def _take(
         self, process: Process, passed: int, asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
-        """None if the connection that a caller passed is no good."""
+        """None if the connection that a caller passed cannot be used."""
         try:
             return await GuestControl.take(
                 process,

@@ -153,8 +153,8 @@ def is_direct(endpoint: Endpoint) -> bool:
 
 
 def connect_directly(pid: int, endpoint: Endpoint, proc: Path = procfs.PROC) -> socket.socket:
-    """Connect to a monitor that no path leads to, from the process's network namespace; the other
-    end is proven to be the process's. Nothing was sent yet.
+    """Connect to a monitor on TCP or an abstract socket, from the process's network namespace, and
+    prove that the process has the other end. Send nothing.
 
     Raises MonitorBusy, MonitorUnreachable.
     """

@@ -22,7 +22,7 @@ _HEADER: Final = re.compile(
 )
 _KEPT: Final = (
     "The lines of ExecStop= run one after the other, each when the one before has ended. What was"
-    " there stays first, with a - so that qkilld-stop runs even where it fails; that one returns"
+    " there stays first, with a - so that qkilld-stop runs even if it fails; that one returns"
     " only when the guest is gone."
 )
 

@@ -18,11 +18,11 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 class WrongValue(ValueError):
-    """A value of the wrong type; `where` is its parameter."""
+    """A value of the wrong type; `place` is its parameter."""
 
-    def __init__(self, where: str) -> None:
-        super().__init__(where)
-        self.where = where
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
 
 
 class Type(NamedTuple):
@@ -54,56 +54,56 @@ class Description(NamedTuple):
     methods: Mapping[str, InterfaceMethod]
     errors: Mapping[str, Type]
 
-    def check(self, value: Any, hint: Type, where: str = "") -> None:
+    def check(self, value: Any, hint: Type, place: str = "") -> None:
         """Raises WrongValue, also for fields that a struct does not have."""
         match hint.kind:
             case "named":
-                self.check(value, self.types[hint.name], where)
+                self.check(value, self.types[hint.name], place)
             case "maybe":
                 if value is not None:
                     assert hint.inner is not None
-                    self.check(value, hint.inner, where)
+                    self.check(value, hint.inner, place)
             case "enum":
                 if not isinstance(value, str) or value not in hint.words:
-                    raise WrongValue(where)
+                    raise WrongValue(place)
             case "list":
-                self._check_list(value, hint, where)
+                self._check_list(value, hint, place)
             case "map":
-                self._check_map(value, hint, where)
+                self._check_map(value, hint, place)
             case "struct":
-                self._check_struct(value, hint, where)
+                self._check_struct(value, hint, place)
             case _:
                 # In Python a bool is an int, but not in JSON.
                 if type(value) is not _PLAIN[hint.kind]:
-                    raise WrongValue(where)
+                    raise WrongValue(place)
                 if hint.kind == "int" and value not in _INT64:
-                    raise WrongValue(where)
+                    raise WrongValue(place)
                 if hint.kind == "string" and not _is_text(value):
-                    raise WrongValue(where)
+                    raise WrongValue(place)
 
-    def _check_list(self, value: Any, hint: Type, where: str) -> None:
+    def _check_list(self, value: Any, hint: Type, place: str) -> None:
         if not isinstance(value, list):
-            raise WrongValue(where)
+            raise WrongValue(place)
         assert hint.inner is not None
         for item in value:
-            self.check(item, hint.inner, where)
+            self.check(item, hint.inner, place)
 
-    def _check_map(self, value: Any, hint: Type, where: str) -> None:
+    def _check_map(self, value: Any, hint: Type, place: str) -> None:
         if not isinstance(value, dict):
-            raise WrongValue(where)
+            raise WrongValue(place)
         assert hint.inner is not None
         for item in value.values():
-            self.check(item, hint.inner, where)
+            self.check(item, hint.inner, place)
 
-    def _check_struct(self, value: Any, hint: Type, where: str) -> None:
+    def _check_struct(self, value: Any, hint: Type, place: str) -> None:
         assert hint.fields is not None
         if not isinstance(value, dict):
-            raise WrongValue(where)
+            raise WrongValue(place)
         for name in value:
             if name not in hint.fields:
-                raise WrongValue(where or name)
+                raise WrongValue(place or name)
         for name, field in hint.fields.items():
-            self.check(value.get(name), field, where or name)
+            self.check(value.get(name), field, place or name)
 
 
 def _is_text(value: Any) -> bool:

@@ -440,7 +440,7 @@ class VarlinkServer:
         try:
             interface.check(parameters, interface.methods[name].takes)
         except idl.WrongValue as error:
-            raise _ServiceError("InvalidParameter", parameter=printable(error.where)) from None
+            raise _ServiceError("InvalidParameter", parameter=printable(error.place)) from None
 
     def _about(self, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
         self._check(_service_description(), name, parameters)
