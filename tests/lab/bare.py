@@ -1,9 +1,10 @@
 """A real QEMU without a guest system, whose disks take records at almost no cost.
 
-Its one processor halts at the first instruction. The records are written through the block layer of
-that QEMU itself, by `qemu-io` of its human monitor, on a socket pair that nobody else can find: to
-the disk it is the write of a guest, and QEMU acknowledges it in the same way. A record costs 0.3 ms
-of a processor (a Linux guest: 4 s to boot), so dozens of these run at a time on two cores.
+Its one processor halts at the first instruction. The command `qemu-io` of the human monitor writes
+the records through QEMU's own block layer, so a disk sees the writes of a guest, and QEMU
+acknowledges them in the same way. The monitor is on a socket pair, which no other program can
+find. A record costs 0.3 ms of a processor (a Linux guest takes 4 s to boot), so dozens of these
+guests run at a time on two cores.
 """
 
 from __future__ import annotations
@@ -28,32 +29,32 @@ from tests.lab.scratch import scratch
 BLOCK: Final = 4096
 MIB: Final = 1 << 20
 _WINDOW: Final = 64
-"""Commands that are sent before their answers are read; more would fill the sockets' buffers."""
+"""Commands sent before their replies are read; more would fill the buffers of the sockets."""
 _HELD_S: Final = 1.0
 _FIRMWARE_BYTES: Final = 65536
 _RESET_VECTOR: Final = b"\xfa\xf4\xeb\xfd"
-"""At 16 bytes below the end: cli; hlt; back to the hlt."""
+"""The code 16 bytes before the end of the firmware: cli; hlt; jump to the hlt."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the records of a disk are: one after the other, once for each pass."""
+    """The places of the records on a disk: `count` records, `stride` apart, in each pass."""
 
     count: int
-    """Of a pass."""
+    """Records in one pass."""
     passes: int = 2
-    """In a qcow2 with clusters of 4 KiB, the first pass makes an L2 table for each record and the
-    later ones leave them dirty in QEMU's memory."""
+    """In a qcow2 with clusters of 4 KiB, the first pass makes an L2 table for each record; the
+    later passes leave these tables dirty in QEMU's memory."""
     stride: int = 32 * MIB
 
     def offsets(self) -> Iterator[tuple[int, int]]:
-        """(offset, the byte that fills the record); the passes overwrite nothing."""
+        """Yield (offset, the byte that fills the record). No pass overwrites another one."""
         for number in range(self.count * self.passes):
             turn, index = divmod(number, self.count)
             yield index * self.stride + turn * BLOCK, number * 7 % 255 + 1
 
     def kept(self, image: Path, format: str) -> int:
-        """How many of them an image holds that nobody has open."""
+        """Return how many records an image contains. No process may have it open."""
         with contextlib.ExitStack() as stack:
             raw = image
             if format != "raw":
@@ -68,7 +69,7 @@ class Layout:
 
 
 class BareGuest:
-    """A running one. `monitor` is a connection to a monitor of its own, mostly a socket pair."""
+    """A running guest. `monitor` is a connection to its QMP monitor, usually a socket pair."""
 
     def __init__(self, process: subprocess.Popen[bytes] | Orphan, monitor: socket.socket) -> None:
         self.process = process
@@ -80,11 +81,11 @@ class BareGuest:
         self._command("qmp_capabilities")
 
     def hmp(self, line: str) -> str:
-        """A line for the human monitor; what it printed."""
+        """Run a line in the human monitor, and return its output."""
         return str(self._command("human-monitor-command", **{"command-line": line}))
 
     def add(self, node: Mapping[str, object]) -> None:
-        """A node of the block layer (blockdev-add), which the command line does not tell of."""
+        """Add a node to the block layer (blockdev-add), which the command line does not show."""
         self._command("blockdev-add", **node)
 
     def mirror(self, source: str, target: str) -> None:
@@ -93,17 +94,17 @@ class BareGuest:
         self._command("blockdev-mirror", **arguments)
 
     def write(self, drive: str, layout: Layout) -> int:
-        """Write the records and return how many were acknowledged, which is all of them.
+        """Write the records, and return how many were acknowledged: all of them.
 
-        AssertionError with what QEMU says where one is not.
+        Raises AssertionError with QEMU's message if one fails.
         """
         lines = [f'qemu-io {drive} "write -q -P {b} {o} {BLOCK}"' for o, b in layout.offsets()]
         return self._all(lines)
 
     def write_later(self, drive: str, offset: int, count: int, length: int = BLOCK) -> None:
-        """Hand over so many writes, side by side from `offset` on, and wait for none.
+        """Start `count` writes at consecutive offsets, and wait for none of them.
 
-        A QEMU that is held by the first of them answers no more; nothing can be asked of it then.
+        If the first one blocks QEMU's main loop, QEMU answers no further command.
         """
         for number in range(count):
             line = f'qemu-io {drive} "aio_write -q {offset + number * length} {length}"'
@@ -117,8 +118,8 @@ class BareGuest:
         self.hmp(f'qemu-io {drive} "flush"')
 
     def start_virtio(self, slot: int) -> None:
-        """Do what a driver does to a transitional virtio device on PCI: set up its first queue, in
-        memory that is all zero, and say that it is there. From then on a vhost backend runs."""
+        """Start a transitional virtio device on PCI as a driver does: set up its first queue, in
+        memory that is all zero, and set DRIVER_OK. This starts a vhost backend."""
         ports = 0xC000 + slot * 0x100
         config = 0x80000000 | slot << 11
         for register, value in ((0x10, ports), (0x04, 0x5)):
@@ -129,7 +130,7 @@ class BareGuest:
         self.hmp(f"o/b {ports + 18:#x} 0x7")
 
     def close_monitor(self) -> None:
-        """As if its owner had gone: the human monitor is not there any more."""
+        """Close the monitor, as if its owner had exited."""
         self._stream.close()
         self._monitor.close()
 
@@ -138,12 +139,12 @@ class BareGuest:
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Raises ProcessLookupError where it is gone."""
+        """Raises ProcessLookupError if the process is gone."""
         signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
-        """It is gone afterwards; nothing where it is already. Takes as long as what holds it in the
-        kernel."""
+        """End the process and wait until it is gone, however long the kernel holds it. May be
+        called again."""
         with contextlib.suppress(OSError):
             self.close_monitor()
         if not isinstance(self.process, Orphan):
@@ -153,7 +154,7 @@ class BareGuest:
             self.pidfd = -1
 
     def call(self, command: str, **arguments: object) -> Any:
-        """What QMP returns."""
+        """Run a QMP command, and return its result."""
         return self._command(command, **arguments)
 
     def _all(self, lines: Sequence[str]) -> int:
@@ -189,7 +190,7 @@ class BareGuest:
 
 
 def halting_firmware(directory: Path) -> Path:
-    """For -bios: it halts the processor."""
+    """Write a firmware for -bios that halts the processor; return its path."""
     firmware = directory / "halt.bin"
     firmware.write_bytes(_RESET_VECTOR.rjust(_FIRMWARE_BYTES - 12, b"\xf4").ljust(_FIRMWARE_BYTES))
     return firmware
@@ -205,11 +206,10 @@ def bare_guest(
     stderr: int | None = None,
     before: Callable[[], None] | None = None,
 ) -> Iterator[BareGuest]:
-    """A QEMU with these arguments (disks as `-drive …,if=none,id=…`), up at entry.
+    """Run a QEMU with these arguments (disks as `-drive …,if=none,id=…`) inside the context.
 
-    `directory`: for its firmware and, without `stderr`, for what it says. `before`: called in the
-    child before it executes QEMU. Its memory is shared, as vhost-user needs it. Afterwards it is
-    gone.
+    `directory` is for its firmware and, without `stderr`, for its messages. `before` is called in
+    the child before it executes QEMU. The guest's memory is shared, because vhost-user needs that.
     """
     program = str(needs.program(QEMU, "qemu-system-x86").resolve())
     firmware = halting_firmware(directory)

@@ -1,11 +1,11 @@
 """A guest that runs Debian: systemd, logind and the guest agent.
 
-`boot_debian` continues it from the state that it had when it was up, which takes a second under
-tcg; a boot takes a minute. `python -m tests.lab.debian` makes that state, if it is not there, from
-the disk that set-up has made (packaging/setup, step debian).
+`boot_debian` continues the guest from a state saved after its boot. This takes a second under tcg;
+a boot takes a minute. `python -m tests.lab.debian` saves that state, if there is none, from the
+disk that packaging/setup makes (step debian).
 
-Nothing that is written in it reaches its disks before somebody asks for it, so that what is lost is
-lost in every run. Its second disk, mounted on /data, is for files to count afterwards.
+The guest writes nothing to its disks before it is asked to, so every run loses the same data. Its
+second disk, mounted on /data, has the files that are counted afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.lab.qmp import Qmp
 from tests.lab.scratch import scratch
 
 BOOT_S: Final = 400
-"""For a boot on a busy machine; 30 s on an idle one."""
+"""Timeout for a boot on a busy machine; an idle one takes 30 s."""
 FILES: Final = 8
 _DATA_SIZE: Final = "32M"
 # fmt: off
@@ -68,10 +68,11 @@ class Shell:
         self._numbers = itertools.count(1)
 
     def run(self, command: str, timeout: float = BOOT_S) -> str:
-        """What the command prints; AssertionError if it fails or takes longer (seconds)."""
+        """Run a command and return its output. Raises AssertionError if it fails, or takes longer
+        than `timeout` seconds."""
         number = next(self._numbers)
         begin, end = f"LAB-{number}-BEGIN", f"LAB-{number}-END"
-        # The first line break ends what the serial line may have had in it before.
+        # The first line break ends any earlier input on the serial line.
         line = f"\necho {begin}; ( {command} ) </dev/null; echo {end}=$?\n"
         self._socket.settimeout(timeout)
         self._socket.sendall(line.encode())
@@ -90,7 +91,7 @@ class Shell:
         return printed
 
     def wait_until_there(self) -> None:
-        """What is sent before the shell is there may be lost."""
+        """Wait for the shell; commands sent before may be lost."""
         deadline = time.monotonic() + BOOT_S
         while True:
             try:
@@ -100,7 +101,7 @@ class Shell:
                 assert time.monotonic() < deadline, "the guest's shell does not come"
 
     def tell(self, command: str) -> None:
-        """The same without waiting for its end."""
+        """Start a command, and do not wait for its end."""
         self._socket.sendall(f"\n{command}\n".encode())
 
     def close(self) -> None:
@@ -109,7 +110,7 @@ class Shell:
 
 @dataclass
 class Debian:
-    """A running Debian guest and what is around it."""
+    """A running Debian guest, with its disk, its shell and its agent."""
 
     guest: Guest
     shell: Shell
@@ -119,16 +120,17 @@ class Debian:
     """The agent's socket on the host."""
 
     def write_files(self) -> None:
-        """FILES files that its kernel has in memory alone."""
+        """Write FILES files in the guest, which stay in its page cache."""
         write_files(self.shell)
 
     def kept(self) -> tuple[int, bool]:
-        """After its end: how many of the files are whole, and whether its file system is clean."""
+        """Return how many of the files are complete, and whether the file system is clean. Call it
+        after the guest has exited."""
         return kept_files(self.data)
 
 
 def write_files(shell: Shell) -> None:
-    """FILES files that the guest's kernel has in memory alone."""
+    """Write FILES files in a guest, which stay in its page cache."""
     shell.run(
         f"for i in $(seq {FILES}); do"
         " head -c 65536 /dev/zero | tr '\\0' $i >/data/file$i || exit 1; done"
@@ -136,7 +138,7 @@ def write_files(shell: Shell) -> None:
 
 
 def kept_files(data: Path) -> tuple[int, bool]:
-    """How many of the files are whole on that disk, and whether its file system is clean."""
+    """Return how many of the files on a disk are complete, and whether its file system is clean."""
     with scratch("k") as directory:
         image = directory / "data"
         _qemu_img("convert", "-O", "raw", data, image)
@@ -158,10 +160,10 @@ def boot_debian(
     append: str = "",
     wait: bool = True,
 ) -> Iterator[Debian]:
-    """A Debian guest that is up; without `state` it boots, with `append` on its command line.
+    """Run a Debian guest. Without `state` it boots, with `append` on its kernel command line.
 
-    "{directory}" in `arguments` is its own one. `wait`: until it runs, and if it boots until
-    everything in it has started. Raises needs.Missing if set-up has not made it.
+    "{directory}" in `arguments` is replaced by the guest's directory. With `wait`, the guest runs
+    at entry; if it boots, all its units have started. Raises needs.Missing if its disk is missing.
     """
     with scratch("d") as directory:
         disks, more = _continued(directory) if state else _fresh(directory)
@@ -189,7 +191,7 @@ def _start(
 
 
 def continued(directory: Path) -> list[str]:
-    """The arguments of a QEMU that goes on with the saved guest, whoever starts it.
+    """Return the arguments of a QEMU that continues the saved guest.
 
     Its disks `root.qcow2` and `data.qcow2` and its sockets `agent` and `shell` are in `directory`.
     """
@@ -239,14 +241,15 @@ def _wait_until_up(shell: Shell) -> None:
     shell.wait_until_there()
     shell.run("systemctl is-system-running --wait || systemctl list-units --failed | grep .")
     shell.run("systemctl is-active qemu-guest-agent")
-    # On a busy machine systemd gives its disk up before the kernel has found it.
+    # On a busy machine, systemd may stop waiting for the disk before the kernel has found it.
     shell.run("mountpoint -q /data || mount /data")
 
 
 def saved_state() -> Path:
-    """Where the booted guest is kept; made now if it is not of this QEMU and these sources.
+    """Return the directory of the saved guest; save it first if it belongs to another QEMU or to
+    other sources.
 
-    Raises needs.Missing if its disk was not made.
+    Raises needs.Missing if its disk is missing.
     """
     qemu = needs.program(QEMU, "qemu-system-x86")
     made = _made()
@@ -275,10 +278,10 @@ def _save_state(place: Path) -> None:
         raw.unlink()
         with scratch("b") as sockets, _start(sockets, disks, ()) as debian:
             _wait_until_up(debian.shell)
-            # What still goes on after the boot is over in a few seconds.
+            # Late start-up work of the guest ends within a few seconds.
             debian.shell.run("sync; sleep 5; sync")
             with Qmp(debian.guest) as qmp:
-                # Not stopped before that, for it would be continued as it was: stopped.
+                # Do not stop it before: it would be saved as stopped, and continue as stopped.
                 limits = {"max-bandwidth": 1 << 40, "downtime-limit": 60_000}
                 qmp.call("migrate-set-parameters", **limits)
                 qmp.call("migrate", uri=f"exec:cat >{work}/state")
@@ -306,7 +309,7 @@ def _made() -> Path:
 
 
 def _overlay(backing: Path, path: Path, format: str = "qcow2") -> None:
-    """A qcow2 at `path` that takes what is written, above `backing`."""
+    """Make a qcow2 image at `path`, with `backing` as its backing file."""
     _qemu_img("create", "-q", "-f", "qcow2", "-b", backing.resolve(), "-F", format, path)
 
 

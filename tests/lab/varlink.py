@@ -1,4 +1,4 @@
-"""A client of the daemon's Varlink socket: bytes as the specification has them, and no library."""
+"""A client of the daemon's Varlink socket, without a library: JSON and NUL bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.lab import needs
 
 
 class VarlinkError(Exception):
-    """An error reply. `name` is the error, `parameters` are its own."""
+    """An error reply, with the name of the error and its parameters."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
         super().__init__(f"{name}: {parameters}")
@@ -23,7 +23,7 @@ class VarlinkError(Exception):
 
 
 class VarlinkClient:
-    """A blocking one; a context manager."""
+    """A blocking client; a context manager."""
 
     def __init__(self, path: Path, uid: int | None = None) -> None:
         """`uid`: connect as that user; needs root."""
@@ -42,7 +42,7 @@ class VarlinkClient:
         descriptors: Sequence[int] = (),
         **given: Any,
     ) -> None:
-        """Send a call and do not wait; `method` without the interface is one of ours."""
+        """Send a call without waiting. A `method` without an interface is one of org.qkilld1."""
         name = method if "." in method else f"org.qkilld1.{method}"
         call: dict[str, Any] = {"method": name, "parameters": given}
         if more:
@@ -59,7 +59,7 @@ class VarlinkClient:
         self.socket.sendall(data)
 
     def receive(self) -> dict[str, Any]:
-        """The next reply as it came. Raises EOFError if the daemon closes the connection."""
+        """Return the next reply, unchanged. Raises EOFError if the daemon closes the connection."""
         while b"\0" not in self._incoming:
             data = self.socket.recv(1 << 16)
             if not data:
@@ -70,7 +70,7 @@ class VarlinkClient:
         return found
 
     def reply(self) -> tuple[dict[str, Any], bool]:
-        """The parameters of the next reply, and whether more come. Raises VarlinkError."""
+        """Return the parameters of the next reply, and whether more follow. Raises VarlinkError."""
         found = self.receive()
         if "error" in found:
             raise VarlinkError(found["error"], found.get("parameters", {}))
@@ -83,7 +83,7 @@ class VarlinkClient:
         return parameters
 
     def stream(self, method: str, **given: Any) -> Iterator[dict[str, Any]]:
-        """Every reply to a call with `more`; the last one is the last."""
+        """Yield the parameters of every reply to a call with `more`, until the last one."""
         self.send(method, more=True, **given)
         continues = True
         while continues:
