@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable
 
-import psutil
 import pytest
 
+from tests.evidence.until import until
 from tests.lab.bus import CallError, Client, Daemon
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID
 
+JOB = "org.qkilld1.Job"
 LIMIT = 160
 LONG = ("t", 600_000_000)
 
@@ -24,31 +24,27 @@ def few_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
 
 
-def wait_descriptors(daemon: Daemon, more_than: int) -> None:
-    """Waits until the daemon reads evidence of the guest."""
-    deadline = time.monotonic() + 20
-    while psutil.Process(daemon.pid).num_fds() <= more_than:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def wait_sample(client: Client, job: str) -> None:
+    """Wait until the daemon has read evidence of the guest."""
+    until(lambda: client.properties(job, JOB)["Verdict"], lambda verdict: verdict != "unknown")
 
 
 def kill(client: Client, job: str) -> str:
-    client.call("Force", path=job, interface="org.qkilld1.Job")
+    client.call("Force", path=job, interface=JOB)
     return client.wait(job)[0]
 
 
 def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Make) -> None:
     """And no living guest is reported as gone."""
     daemon = start_daemon(before=few_descriptors)
-    guests = [fake_qemu(uid=OTHER_UID, stubborn=True) for _ in range(20)]
+    guests = [fake_qemu(uid=OTHER_UID, stubborn=True) for _ in range(40)]
     roots = fake_qemu(stubborn=True)
     with daemon.bus.client(uid=OTHER_UID) as user, daemon.bus.client() as root:
         jobs = []
         with pytest.raises(CallError, match="short of file descriptors") as caught:
             for guest in guests:
-                before = psutil.Process(daemon.pid).num_fds()
                 jobs.append(user.terminate(guest.pid, grace_usec=LONG))
-                wait_descriptors(daemon, before + 5)
+                wait_sample(user, jobs[-1])
         assert caught.value.name == "org.qkilld1.Error.Busy"
         assert len(jobs) > 3
         with pytest.raises(CallError, match="short of file descriptors"):
