@@ -191,31 +191,20 @@ class QuitPhase:
 
     def _open(self) -> None:
         step = self._start(OPEN_TIMEOUT)
-        is_open = False
-        sample: Sample | None = None
 
         def opened(found: GuestMonitor | str | Exception) -> None:
-            nonlocal is_open
             if not self._is_current(step):
                 return
             if isinstance(found, str | Exception):
                 self._fail(found)
-                return
-            is_open = True
-            begin()
+            else:
+                self._sampler.look(sampled, detail=False)
 
-        def sampled(first: Sample) -> None:
-            nonlocal sample
-            sample = first
-            begin()
-
-        def begin() -> None:
-            if self._is_current(step) and is_open and sample is not None:
+        def sampled(sample: Sample) -> None:
+            if self._is_current(step):
                 self._early = early_flush.may_hang(sample)
                 self._look()
 
-        # Takes less time than opening the monitor.
-        self._sampler.look(sampled, detail=False)
         self._link.open(opened, asked=bool(self._job.rungs))
 
     def _look(self) -> None:
