@@ -261,12 +261,15 @@ class _Watcher:
         guest_label = label(job.pid, job.name)
         try:
             proxy = self._feed.job(job.path)
+            before = after = job
+            # Changes are announced five times a second, and keys can be faster.
+            with ignore(f"reading job {job.id}", QkilldError):
+                before = await proxy.status()
             await self._with_terminal(job, lambda: command.act(proxy))
-            after = job
             # The command has succeeded; the status is only for the message.
             with ignore(f"reading job {job.id} again", QkilldError):
                 after = await proxy.status()
-            self._state.message = f"{guest_label} {command.report(job, after)}."
+            self._state.message = f"{guest_label} {command.report(before, after)}."
         except QkilldError as error:
             self._state.message = f"{guest_label}: {printable(explain(error, self._bus), 400)}"
         self._redraw()

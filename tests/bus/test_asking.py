@@ -153,12 +153,20 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
     A guest without an agent shows nothing that only a shutdown causes, so the daemon has to
     remember that its work began after the press.
     """
-    disk = make_disk(lab_dir / "disk.qcow2")
-    guest = boot("work", append="lab.seconds=25", disk=disk)
     daemon = start()
     with private_bus.client() as client:
-        job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
-        daemon = killed(daemon, start, guest)
+        # A QEMU 7.2 was seen to keep a connection that ended while it was negotiated, for 30 s and
+        # more. Nobody can ask such a guest, so another one is taken.
+        for number in range(4):
+            disk = make_disk(lab_dir / f"disk{number}.qcow2")
+            guest = boot("work", append="lab.seconds=25", disk=disk)
+            job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 10 * S))
+            daemon.process.kill()
+            daemon.wait_gone()
+            is_free = becomes_free(guest)
+            daemon = start()
+            if is_free:
+                break
         until(lambda: client.properties(job, JOB)["GuestAsked"], "asked".__eq__)
         daemon = killed(daemon, start, guest)
         for _ in range(3):
@@ -177,5 +185,15 @@ def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
     """
     daemon.process.kill()
     daemon.wait_gone()
-    until(lambda: any(each.in_use for each in read_listeners(guest.pid)), lambda used: not used)
+    assert becomes_free(guest)
     return start()
+
+
+def becomes_free(guest: Guest) -> bool:
+    """Return whether the guest's monitor has no client within a few seconds."""
+    deadline = time.monotonic() + 10
+    while any(each.in_use for each in read_listeners(guest.pid)):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
