@@ -17,7 +17,7 @@ DOING = {"flushing": "writes out its data", "storage-wait": "waits for its stora
 
 
 class Row(Gtk.ListBoxRow):
-    """One guest, by its object on the bus."""
+    """One guest of the list."""
 
     def __init__(self, window, guest):
         super().__init__()
@@ -40,7 +40,7 @@ class Row(Gtk.ListBoxRow):
         return self.guest.get_cached_property(name).unpack()
 
     def stop(self):
-        # With the start time it is this process, or none: its id may be another's by now.
+        # Without the start time, this would stop another process that has this id by now.
         options = {"start-time": GLib.Variant("t", self.get("StartTime"))}
         body = GLib.Variant("(uta{sv})", (self.get("PID"), FORCE | POWERDOWN, options))
         flags = Gio.DBusCallFlags.ALLOW_INTERACTIVE_AUTHORIZATION

@@ -33,7 +33,7 @@ int main(int argc, char **argv)
     r = sd_bus_message_new_method_call(bus, &call, NAME, job, "org.qkilld1.Job", "Wait");
     if (r < 0)
         goto failed;
-    /* It takes as long as the stop does: no time limit. */
+    /* No timeout, because Wait takes as long as the stop. */
     r = sd_bus_call(bus, call, UINT64_MAX, &error, &ended);
     if (r < 0 || (r = sd_bus_message_read(ended, "s", &result)) < 0)
         goto failed;

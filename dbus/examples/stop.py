@@ -34,7 +34,7 @@ async def main(name: str) -> int:
         return 7
     pid, start_time = found[0]["PID"].value, found[0]["StartTime"].value
 
-    # With the start time it is this process, or none: its id may be another's by now.
+    # Without the start time, this would stop another process that has this id by now.
     options = {"start-time": Variant("t", start_time), "reason": Variant("s", "stop.py")}
     try:
         path = await manager.call_terminate_with_options(pid, FORCE | POWERDOWN, options)
@@ -52,7 +52,7 @@ async def main(name: str) -> int:
                 print(f"{key}: {values[key].value}")
 
     properties.on_properties_changed(changed)
-    # It takes as long as the stop does.
+    # Wait takes as long as the stop.
     result, receipt = await job.call_wait()
     print(f"{result} after {receipt['elapsed-usec'].value / 1e6:.3f} s")
     if "data-at-risk" in receipt and receipt["data-at-risk"].value:

@@ -9,7 +9,7 @@ from gi.repository import Gio, GLib
 NAME, PATH = "org.qkilld1", "/org/qkilld1"
 NO_FLAGS = Gio.DBusProxyFlags.NONE
 FORCE = 1
-NEVER = GLib.MAXINT32  # ms: no time limit for a call that takes as long as the stop does
+NEVER = GLib.MAXINT32  # ms; no timeout for Wait, which takes as long as the stop
 
 
 def main(pid: int) -> int:
