@@ -1,12 +1,13 @@
-"""`make install` and `make uninstall`: puts every file where systemd, D-Bus, polkit and the message
-catalogue look for it, and takes exactly those away again.
+"""`make install` and `make uninstall`: put every file where systemd, D-Bus, polkit and the message
+catalogue look for it, and remove exactly these files again.
 
-The package goes, byte-compiled, to a directory of its own, so that nothing else on the machine
-imports it by chance; the programs are short scripts that find it there. What lies in units/, dbus/
-and packaging/ under the patterns below is installed. The files there are written for PREFIX=/usr:
-a program of ours that they name becomes the one that is installed.
+The Python package goes, byte-compiled, to a directory of its own, so that nothing else on the
+machine imports it by accident; the programs are short scripts that import it from there. Files in
+units/, dbus/ and packaging/ that match the patterns below are installed. They are written for
+PREFIX=/usr; paths of our programs in them are replaced by the installed ones.
 
-Needs no network and nothing beside Python: it runs under the interpreter that the programs will.
+Needs no network and no module outside of the standard library, and runs under the interpreter that
+the programs will use.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ PRIVATE_PROGRAMS: Final = {
     "qemu-guest": "qkilld.guest.main:main",
     "undo-adopt": "qkilld.ctl.undo_adopt:main",
 }
-"""Programs in PREFIX/lib/qkilld for shells, our units and the removal. Name → module:function."""
+"""Programs in PREFIX/lib/qkilld, which shells, our units and package removal run. Name →
+module:function."""
 
 DEBIAN: Final = {
     "dbus-next": "python3-dbus-next",
@@ -44,11 +46,11 @@ DEBIAN: Final = {
     "rich": "python3-rich",
     "systemd-python": "python3-systemd",
 }
-"""What the project depends on → the Debian package that has it."""
+"""Python distribution that the project depends on → Debian package that contains it."""
 
 _SCRIPT: Final = """\
 #!{python} {options}
-# Isolated (-I): nothing in the environment of who runs this leads to other modules.
+# Isolated (-I), so that no variable in the environment adds other modules.
 import sys
 
 sys.path.insert(0, {package!r})
@@ -59,7 +61,7 @@ sys.exit({function}())
 
 
 class InstallError(Exception):
-    """The text says what is wrong, and what to do."""
+    """An error whose text says what is wrong, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,18 @@ class Places:
 
     bindir: str
     libdir: str
-    """PREFIX/lib: qkilld/ in it is ours."""
+    """PREFIX/lib, whose subdirectory qkilld/ is ours."""
     mandir: str
     docdir: str
     unitdir: str
     userunitdir: str
     catalogdir: str
     dbusdatadir: str
-    """Where dbus-1/ is."""
+    """The parent of dbus-1/."""
     polkitdir: str
-    """Of actions."""
+    """The directory of polkit's actions."""
     bashdir: str
-    """Of completions, as the next two."""
+    """The directory of completions; likewise the next two."""
     zshdir: str
     fishdir: str
 
@@ -93,7 +95,8 @@ class Places:
 
     @property
     def manifest(self) -> str:
-        """What was installed: a path a line, of directories that were made for it with a slash."""
+        """The path of the manifest: one installed path on each line, and each directory that was
+        created, with a slash at its end."""
         return f"{self.private}/installed-files"
 
 
@@ -104,7 +107,7 @@ class File:
 
 
 def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str, File]]:
-    """The path and the content of everything that is installed; what is compiled comes on top."""
+    """Yield the path and the content of every installed file except byte code."""
     public = {f"{places.bindir}/{name}": entry for name, entry in PROJECT["scripts"].items()}
     private = {f"{places.private}/{name}": entry for name, entry in PRIVATE_PROGRAMS.items()}
     for path, entry in (public | private).items():
@@ -153,7 +156,7 @@ def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str,
 
 
 def _completions() -> dict[str, str]:
-    """Shell → script, made by the package that is installed."""
+    """Generate the completion scripts with the package in this checkout. Shell → script."""
     sys.path.insert(0, str(TOP))
     from qkilld.ctl.completion import scripts
 
@@ -161,15 +164,15 @@ def _completions() -> dict[str, str]:
 
 
 def stage(root: str, places: Places, python: str) -> None:
-    """What a package is made of: without byte code, a list of it, and the licence, for which
-    packages have places and means of their own. Raises OSError."""
+    """Write the files of a package below `root`. Byte code, the manifest and the licence are left
+    out, because package managers handle them. Raises OSError."""
     for path, file in files(places, python, packaged=True):
         _make_directories(root, path)
         _write(root + path, file)
 
 
 def install(root: str, places: Places, python: str) -> None:
-    """`root` is DESTDIR, "" for this system. Raises InstallError, OSError."""
+    """Install everything. `root` is DESTDIR, "" for this system. Raises InstallError, OSError."""
     before = _read_manifest(root, places)
     made = {line for line in before if line.endswith("/")}
     written = set()
@@ -180,8 +183,7 @@ def install(root: str, places: Places, python: str) -> None:
     for source in sorted(path for path in written if path.endswith(".py")):
         compiled = importlib.util.cache_from_source(source)
         made |= _make_directories(root, compiled)
-        # By the hash of the source, unchecked: the same bytes in every build, and no look at the
-        # source when a program starts.
+        # Unchecked hashes make every build the same, and no program reads sources when it starts.
         py_compile.compile(
             root + source,
             cfile=root + compiled,
@@ -197,14 +199,15 @@ def install(root: str, places: Places, python: str) -> None:
 
 
 def uninstall(root: str, places: Places) -> bool:
-    """Returns False if nothing of ours is there. Raises InstallError, OSError."""
+    """Remove everything that was installed. Return False if there was nothing. Raises
+    InstallError, OSError."""
     manifest = _read_manifest(root, places)
     if manifest:
         # Run the module, because the program expects it at its place without DESTDIR.
         undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
         subprocess.run(undo, cwd="/", env={"PYTHONPATH": root + places.package}, check=False)
     _remove_links(root, {line for line in manifest if line.endswith(".service")})
-    # Another interpreter than that of the installation has compiled for itself.
+    # Other interpreters may have written byte code, too.
     for compiled in Path(root + places.package).rglob("__pycache__/*.pyc"):
         compiled.unlink()
     _remove(root, manifest)
@@ -222,13 +225,13 @@ def _script(python: str, package: str, entry: str) -> bytes:
 
 
 def _relocated(text: str, moved: dict[str, str]) -> str:
-    # The longest first: one name begins with another.
+    # The longest first, because some names begin with another one.
     names = "|".join(re.escape(name) for name in sorted(moved, key=len, reverse=True))
     return re.sub(rf"(?:{names})(?![\w-])", lambda found: moved[found[0]], text)
 
 
 def _make_directories(root: str, path: str) -> set[str]:
-    """Those above the file that were not there, as the manifest has them."""
+    """Create the missing parents of a file. Return them in the form of the manifest."""
     made = set()
     for directory in reversed(Path(path).parents):
         with contextlib.suppress(FileExistsError):
@@ -238,7 +241,7 @@ def _make_directories(root: str, path: str) -> set[str]:
 
 
 def _write(target: str, file: File) -> None:
-    """In one step: a program that starts meanwhile gets the old or the new one."""
+    """Replace a file atomically: a program that starts meanwhile reads the old or the new one."""
     handle, new = tempfile.mkstemp(dir=Path(target).parent, prefix=".qkilld-")
     try:
         with os.fdopen(handle, "wb") as opened:
@@ -259,8 +262,8 @@ def _read_manifest(root: str, places: Places) -> list[str]:
     for line in lines:
         if not line.startswith("/") or ".." in line.split("/"):
             raise InstallError(
-                f"{root}{places.manifest} is no list of what was installed: {line!r} is no path; "
-                "install again to have it written anew, after removing it"
+                f"{root}{places.manifest} is not a list of installed files: {line!r} is not a "
+                "path; remove this file and install again"
             )
     return lines
 
@@ -287,7 +290,7 @@ def _remove_links(root: str, units: set[str]) -> None:
 def missing() -> list[str]:
     """Return the Debian packages that this interpreter lacks, with versions that are needed."""
     wanted = [each.partition(";")[0] for each in PROJECT["dependencies"]]
-    # One of the two will do: qkilld takes whichever works.
+    # One of the two D-Bus libraries is enough.
     buses = [each for each in wanted if each.startswith("dbus-")]
     lacking = [name for each in wanted if each not in buses and (name := _lacking(each))]
     if all(map(_lacking, buses)):
@@ -337,7 +340,7 @@ def main() -> None:
             install(root, places, arguments.python)
             lacking = missing()
             if lacking:
-                print(f"It runs when this is there too: apt-get install {', '.join(lacking)}")
+                print(f"Packages that qkilld still needs: apt-get install {', '.join(lacking)}")
         elif not uninstall(root, places):
             print(f"qkilld is not installed there: there is no {root}{places.manifest}")
     except OSError as error:

@@ -128,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--exit-idle",
         type=_seconds,
         metavar="SPAN",
-        help="exit after this time without work, such as 60s; the bus must start qkilld again",
+        help="exit when idle for this long, such as 60s; use it only if the bus can activate "
+        "qkilld again",
     )
     parser.add_argument("--debug", action="store_true", help="print each failure that is ignored")
     parser.add_argument(

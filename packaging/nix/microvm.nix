@@ -1,5 +1,5 @@
-# An example: the guests of microvm.nix, whose units microvm@NAME.service run one QEMU each, stopped by
-# qkilld-stop. The unit asks the guest first; what it does not do in time is judged by evidence.
+# An example: qkilld-stop stops the guests of microvm.nix, whose units microvm@NAME.service run one QEMU
+# each. It asks the guest to shut down, then sends SIGTERM and waits as long as QEMU makes progress.
 { config, ... }:
 
 {

@@ -61,12 +61,12 @@ in
         options.Policy = mkOption {
           type = section;
           default = { };
-          description = "How long to wait for what.";
+          description = "Time spans, and what to do before SIGTERM and SIGKILL.";
         };
         options.Target.Executables = mkOption {
           type = types.listOf types.str;
           default = [ ];
-          description = "Globs of executables that are QEMU; with none, qkilld's own list.";
+          description = "Globs of executables that are QEMU. If empty, the defaults of qkilld apply.";
         };
       };
     };

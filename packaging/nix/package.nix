@@ -34,7 +34,7 @@ stdenv.mkDerivation {
       UNITDIR=$out/lib/systemd/system USERUNITDIR=$out/lib/systemd/user \
       CATALOGDIR=$out/lib/systemd/catalog DBUSDATADIR=$out/share \
       POLKITDIR=$out/share/polkit-1/actions ZSHDIR=$out/share/zsh/site-functions
-    # Byte code by the hash of the source, since all dates in the store are the same.
+    # Identify byte code by hashes of the sources, because all dates in the store are the same.
     ${python}/bin/python3 -m compileall -q --invalidation-mode unchecked-hash \
       $out/lib/qkilld/python
     runHook postInstall
