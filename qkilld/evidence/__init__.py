@@ -1,11 +1,14 @@
 """Read what can be observed of a process from outside; one reader for each source.
 
-    process     /proc/PID: state, signals, tracer, CPU time, I/O counters
-    threads     where its threads wait, and how often they were woken
-    rings       requests in flight on io_uring; whether Linux AIO may have some
-    cgroup      writeback, writes and the freezer of its control groups, v1 and v2
-    host        writeback of the whole host
+    process_reader  /proc/PID: state, signals, tracer, CPU time, I/O counters
+    threads         where its threads wait, and how often they were woken
+    rings           requests in flight on io_uring; whether Linux AIO may have some
+    storage         counters of the disks and network mounts under its images
+    sockets         its connections and their queues
+    peers           the servers on this host that it is connected to
+    cgroup          writeback, writes and the freezer of its control groups, v1 and v2
+    meminfo         writeback of the whole host
 
-Each returns None for unreadable values and never raises if the target exits. All block, and
-none is thread-safe; the sampler runs them in its own threads.
+Readers return None for unreadable values, and never raise if the target exits. They may block,
+and are not thread-safe; the sampler runs them in its own threads.
 """

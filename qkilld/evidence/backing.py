@@ -1,13 +1,13 @@
 """Find the file system under a file that the kernel names only by its path.
 
 This concerns the backing file of a loop device and the upper directory of an overlay. The path
-belongs to the mount namespace in which it was given, and the kernel does not tell which one that
-is: a container's "/tmp/image" would be taken for a path on the host's root disk. So a local file
-system counts only if the file is found there and has the length that the loop device reports. The
-driver could tell device and inode (LOOP_GET_STATUS64), but it asks the file system for them, and
-blocks while that hangs.
+belongs to the mount namespace in which it was given, and the kernel does not report which: a
+container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
+system is accepted only if it has a file at this path, with the length that the loop device reports.
+LOOP_GET_STATUS64 would return device and inode, but it asks the file system for them, and blocks
+if the file system hangs.
 
-Paths that lead over a remote file system or FUSE are never walked.
+Paths that cross a remote file system or FUSE are never walked.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from qkilld.debug_log import note_once
 
 TIMEOUT_S: Final = 0.5
 """Timeout of the path walk, which runs in its own thread. The kernel has all directories of the
-correct path in memory; searching for another one may wait for a disk."""
+correct path in memory; looking up a wrong path may wait for a disk."""
 MAX_FILES: Final = 256
-"""Files that are cached for each process."""
+"""The most files cached for each process."""
 NAMESPACES: Final = ("1", "self")
 """The processes in whose mount namespaces the path is searched, in this order."""
 
 _LOCAL: Final = frozenset({"btrfs", "overlay", "zfs", "bcachefs", "tmpfs", "ramfs", "devtmpfs"})
-"""File systems without a block device that are implemented in this kernel."""
+"""Local file systems whose st_dev is not the number of a block device."""
 
 
 class Backing(NamedTuple):
-    """A file, or the directory of an overlay."""
+    """The backing file of a loop device, or the upper directory of an overlay."""
 
     path: bytes
     sizes: range | None
@@ -56,7 +56,7 @@ class BackingFinder:
         self._answers: dict[tuple[str, Backing], _FileSearch] = {}
 
     def find(self, backing: Backing, tables: dict[str, Mounts]) -> BackingPlace | None:
-        """Return None if it is unknown. `tables`: the mounts of NAMESPACES."""
+        """Return where it lies; None if unknown. `tables` has the mounts of each of NAMESPACES."""
         distant = None
         for pid in NAMESPACES:
             way = tables[pid].way_to(backing.path)
@@ -64,11 +64,11 @@ class BackingFinder:
                 continue
             if not all(_is_local(filesystem) for filesystem in way):
                 distant = distant or BackingPlace(way[-1], "")
-            elif (device := self._walked(pid, backing)) is not None:
+            elif (device := self._walk(pid, backing)) is not None:
                 return BackingPlace(way[-1], device)
         return distant
 
-    def _walked(self, pid: str, backing: Backing) -> str | None:
+    def _walk(self, pid: str, backing: Backing) -> str | None:
         """Return a value for BackingPlace.device; None if the file is missing or the walk takes too
         long."""
         search = self._answers.get((pid, backing))
@@ -97,7 +97,7 @@ class _FileSearch(threading.Thread):
 
 
 def _look(root: Path, backing: Backing) -> str | None:
-    """Raises OSError."""
+    """Return a value for BackingPlace.device; None if the file is another one. Raises OSError."""
     file = open_path(root, os.fsdecode(backing.path))
     try:
         status = os.fstat(file)

@@ -1,8 +1,8 @@
 """Read QEMU's storage from its command line: nodes behind connections, images, other connections.
 
-Pure. The command line is its owner's claim: it tells what a descriptor is for, never that the
-descriptor exists. Disks that were added later are in no command line, so the use of a connection
-that it does not explain is unknown. Sources: qemu-options.hx, qapi/block-core.json,
+Pure. The command line is its owner's claim: it says what a descriptor is for, but does not prove
+that the descriptor exists. It lacks disks that were added later, so the use of a connection that it
+does not name is unknown. Sources: qemu-options.hx, qapi/block-core.json,
 docs/system/device-url-syntax of QEMU 2.0 to 10.0.
 """
 
@@ -55,11 +55,11 @@ class BlockGraph:
     raw: set[str] = field(default_factory=set)
     """The paths of raw images."""
     images: dict[str, set[str]] = field(default_factory=dict)
-    """The names of the nodes and drives that use each image, by its path."""
+    """The names of the nodes and drives that use each image, by the image's path."""
     unlocated: list[Node] = field(default_factory=list)
-    """Nodes whose servers no option names, of rbd say."""
+    """Nodes whose server no option names, such as those of rbd."""
     pluggable: bool = False
-    """QEMU has a monitor, through which storage may have been added since its start."""
+    """QEMU has a monitor, through which storage may have been added since QEMU started."""
 
     @property
     def descriptors(self) -> frozenset[int]:
@@ -88,11 +88,12 @@ class BlockGraph:
             self.endpoints[endpoint] = node
 
     def raw_paths(self, directory: str) -> frozenset[str]:
-        """Return the paths of raw images, as the kernel shows them if no link is involved."""
+        """Return the paths of raw images, as given, and as the kernel shows them if no symbolic
+        link is involved. `directory` is QEMU's working directory."""
         return frozenset(self.raw | _resolved(self.raw, directory))
 
     def image_names(self, directory: str) -> dict[str, frozenset[str]]:
-        """Return the names of the nodes that use each image, by the paths of `raw_paths`."""
+        """Return the names of the nodes that use each image, by its path in both these forms."""
         names: dict[str, frozenset[str]] = {}
         for path, given in self.images.items():
             for each in {path} | _resolved({path}, directory):
@@ -146,14 +147,14 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _DiskOption:
-    """One option: a node and its nested nodes."""
+    """One option that describes a disk: a node and the nodes nested in it."""
 
     name: str
     formats: frozenset[str]
-    """Formats; "" if QEMU has to probe."""
+    """The formats of its nodes, "" for one that QEMU probes."""
     paths: tuple[str, ...]
     children: frozenset[str]
-    """The names of other nodes that it uses, and other values."""
+    """The values of all its other keys, among them the names of the nodes that it uses."""
 
 
 def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _DiskOption:
@@ -173,10 +174,10 @@ def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _Dis
 
 
 def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:
-    """Return all paths, and whether every use of each on the command line is known to be raw.
+    """Return the path of each image, and whether the command line uses it only as raw.
 
-    A chain of several formats is not raw. Neither is a node that nothing uses, because something
-    that was added to the running QEMU may use it.
+    A chain of several formats is not raw. Neither is a node that nothing uses, because a disk that
+    was added to the running QEMU may use it.
     """
     parents: dict[str, list[_DiskOption]] = {}
     for disk in disks:
@@ -200,7 +201,7 @@ def _bare(filename: str) -> str:
 
 
 def _read_nodes(graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int) -> None:
-    """Add the nodes behind connections in the options of one disk."""
+    """Add those nodes of one disk option that are behind connections."""
     for key, value in flat.items():
         prefix, _, last = key.rpartition(".")
         dotted = f"{prefix}." if prefix else ""
@@ -214,7 +215,7 @@ def _read_nodes(graph: BlockGraph, name: str, flat: Mapping[str, str], depth: in
 
 
 def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | None:
-    """Return Node.reconnect. libiscsi connects again for ever, unless requests have a timeout."""
+    """Return Node.reconnect (s). libiscsi reconnects for ever unless requests have a timeout."""
     if protocol == "iscsi":
         return None if flat.get(f"{prefix}timeout", "0") != "0" else FOREVER_S
     delay = flat.get(f"{prefix}reconnect-delay", "") if protocol == "nbd" else ""
@@ -254,7 +255,7 @@ def _endpoints_of_options(
 
 
 def _export_of_url(text: str) -> str:
-    """Return the export in an NBD URL or in the older form."""
+    """Return the export that an NBD address names, as a URL or in the older form."""
     if text.startswith(("nbd://", "nbd+")):
         return unquote(re.sub(r"[^:]*://[^/?]*/?", "", text, count=1).partition("?")[0])
     return text.partition(":exportname=")[2]
@@ -290,7 +291,7 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add character devices, networks and displays; only vhost-user uses them for storage."""
+    """Add character devices, networks and displays, which only vhost-user uses for storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

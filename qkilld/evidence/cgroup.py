@@ -4,11 +4,12 @@
     v1   memory.stat, blkio.throttle.*, freezer.state (kernel admin-guide/cgroup-v1/)
 
 Both are read if the host has both. Rights: none. Cost, measured on kernel 6.18: 30 µs a read; 0.2
-ms more when the process changes its group, and every REFRESH_S to see who else is in it. If a
-controller is not enabled for the process's group, the nearest group above is read.
+ms more when the process moves to another group, and every REFRESH_S to list the group's other
+processes. If a controller is not enabled for the process's group, the nearest ancestor that has it
+is read.
 
-Limits of v1: blkio counts writeback only for the root group, and since 6.10 only disks for which a
-limit was ever set.
+Limits of v1: blkio counts writeback only for the root group, and since 6.10 counts only disks for
+which a limit was ever set.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _UNKNOWN: Final[_Pair] = (None, None)
 class SharedGroups:
     """Cached figures of groups that several processes share.
 
-    Verdicts only use figures of a guest's own groups. These are displayed, so a few seconds do not
-    matter.
+    They are only displayed, so an age of a few seconds does not matter: verdicts use the figures of
+    groups that a guest has for itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -70,7 +71,7 @@ class CgroupReader:
     ) -> None:
         """Read the process that has this pid now, and no other process that reuses the pid.
 
-        `hierarchies` overrides those of this system. Without `shared`, figures of shared groups are
+        `hierarchies` replaces those of this system. Without `shared`, figures of shared groups are
         not cached.
         """
         self._pid = pid
@@ -97,7 +98,7 @@ class CgroupReader:
         """Read the groups; None if they are unknown.
 
         If one of the groups is the guest's own, figures of shared groups are None, because they
-        would include others.
+        would include other processes.
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):
             return None
@@ -149,8 +150,8 @@ class CgroupReader:
             if (directory := _nearest(io, name)) is not None:
                 self._io = _IoStat(io, directory)
         frozen_by = [group for name in ("freezer", "") if (group := groups.get(name)) is not None]
-        # The root group of a hierarchy cannot be frozen. For a hierarchy that is not mounted,
-        # nothing is known.
+        # The root group of a hierarchy cannot be frozen. Without a mount of a hierarchy, the state
+        # of its freezer is unknown.
         below = [group for group in frozen_by if not group.is_root]
         self._freezers_known = bool(frozen_by) and all(group.ways for group in below)
         self._freezers = [
@@ -199,14 +200,15 @@ class _MemoryStat:
 
 
 class _IoStat:
-    """Bytes and writes to all disks. With stacked devices, each layer counts the same write."""
+    """Bytes written and writes, summed over all disks. Each layer of stacked devices counts the
+    same write."""
 
     def __init__(self, group: Group, directory: Path) -> None:
         self.group, self.directory = group, directory
         names = ["io.stat"]
         if not group.v2:
             names = ["blkio.throttle.io_service_bytes", "blkio.throttle.io_serviced"]
-            # Includes descendants, since Linux 5.3.
+            # The files that include descendants, since Linux 5.3.
             if (directory / f"{names[0]}_recursive").exists():
                 names = [f"{name}_recursive" for name in names]
         self.path = directory / names[0]
@@ -244,8 +246,8 @@ def _sum_v1(text: bytes | None) -> int | None:
 
 
 class _FreezerV2:
-    """Reports a group that is frozen or being frozen, because a thread in uninterruptible sleep
-    delays the event."""
+    """Reports a group as frozen as soon as its freezing begins: cgroup.events shows it only after
+    threads in uninterruptible sleep have woken."""
 
     def __init__(self, group: Group) -> None:
         self._events = KeptFile(group.ways[0] / "cgroup.events")
@@ -258,7 +260,7 @@ class _FreezerV2:
         states = [file.read_or_none() for file in self._freeze]
         if any(text is not None and text.strip() == b"1" for text in states):
             return True
-        # The group's own events include freezes of ancestors that are not visible.
+        # The group's own cgroup.events includes freezes of ancestors that are not visible.
         return None if frozen is None or None in states else False
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Read a process's block graph from its command line and -readconfig files.
 
-Reading /proc/PID/cmdline takes the target's memory lock, which may be held for as long as its
-storage hangs, and the owner chooses where files are. So a thread of its own reads both. Files of
-another user's process need the ptrace right.
+Reading /proc/PID/cmdline takes the target's memory lock, which may be held as long as its storage
+hangs, and the process's user may have put the files on such storage. So a separate thread reads
+both. Another user's files need the ptrace right.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ class GraphReader:
             return None
 
     def formatted(self, paths: list[str] | None) -> int | None:
-        """Count the open images that are not known to be raw; None if that is unknown."""
+        """Count the open images that are not known to be raw. None if `paths`, those of the open
+        images, or the command line is unknown."""
         if self._graph is None or paths is None:
             return None
         return sum(path not in self._raw for path in paths)
 
     def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
-        """Name open images. `mounts`: ImagePlace.mount by path. None if that is unknown."""
+        """Return the open images. `mounts` has ImagePlace.mount by path. None if `mounts` or the
+        command line is unknown."""
         if self._graph is None or mounts is None:
             return None
         return tuple(
@@ -73,7 +75,7 @@ class GraphReader:
         try:
             argv = read_command_line(self._pid, self._proc)
             if not argv[0]:
-                return  # it is exiting
+                return  # The process is exiting.
             # The last word ends with a zero byte as well.
             argv = argv[:-1]
             self._directory = str((self._proc / str(self._pid) / "cwd").readlink())
@@ -89,4 +91,4 @@ class GraphReader:
             self._names = graph.image_names(self._directory)
             self._graph = graph
         except (OSError, ValueError) as error:
-            note_once("reading the command line", error)  # it stays unknown
+            note_once("reading the command line", error)  # The graph stays unknown.

@@ -32,14 +32,15 @@ class Block(NamedTuple):
     name: str
     """The kernel's name, unchecked."""
     below: tuple[str, ...]
-    """The devices below it (partition, dm, md, bcache), MAJOR:MINOR."""
+    """MAJOR:MINOR of each device that it consists of: a partition's disk, the members of dm, md or
+    bcache."""
     backing: bytes | None
-    """The path of its backing file (loop), as the kernel shows it to us."""
+    """For a loop device, the path of its backing file as the kernel shows it to us."""
     backing_sizes: range
-    """The bytes that the backing file can have, by the size of the device."""
+    """The possible sizes of the backing file in bytes, given the size of the device."""
     stats: tuple[str, ...]
-    """The files with its counters: for a multipath NVMe those of its paths, because older kernels
-    do not count for the disk itself."""
+    """The files with its counters. A multipath NVMe disk has one for each path to it, because older
+    kernels do not count for the disk itself."""
 
 
 class Counters(NamedTuple):
@@ -84,7 +85,8 @@ def describe(number: str, sys: Path = SYS) -> Block | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Whole sectors from the offset to the end of the file, or to a limit."""
+    """Return the possible sizes of the backing file. The device has the whole sectors between its
+    offset in the file and the end of the file, or a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)
@@ -96,7 +98,7 @@ def _backing_sizes(path: str) -> range:
 
 
 def read_counters(stats: tuple[str, ...]) -> Counters:
-    """Read a Block's `stats`. Raises OSError (FileNotFoundError, ENODEV: unplugged), ValueError."""
+    """Sum up Block.stats. Raises OSError (FileNotFoundError, ENODEV: unplugged), ValueError."""
     reads = writes = sectors = in_flight = 0
     for path in stats:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -110,15 +112,16 @@ def read_counters(stats: tuple[str, ...]) -> Counters:
         writes += int(fields[4])
         sectors += int(fields[6])
         in_flight += int(fields[8])
-        # Since Linux 4.18 and 5.5: discards, flushes.
+        # Discards (since Linux 4.18) and flushes (since 5.5).
         writes += sum(map(int, fields[11:12] + fields[15:16]))
     return Counters(reads, writes, sectors, in_flight)
 
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
-    """Return the devices (MAJOR:MINOR) of a btrfs, given the one in mountinfo; None if not found.
+    """Return all devices (MAJOR:MINOR) of the btrfs that has the device `source`, a path in
+    mountinfo; None if not found.
 
-    The device number of files on btrfs belongs to no device (kernel
+    st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).
     """
     device = os.fsdecode(unescape(source))
@@ -150,5 +153,5 @@ def _number_of(path: str) -> str:
     """Raises OSError."""
     text = (read_bounded(path, _MAX_ATTRIBUTE) or b"").decode("ascii", "replace").strip()
     if not _NUMBER.fullmatch(text):
-        raise OSError(f"{path} does not tell a device number: {text!r}")
+        raise OSError(f"{path} does not contain a device number: {text!r}")
     return text

@@ -1,8 +1,8 @@
 """Find the image that a storage server exports under a name, from its command line.
 
-qemu-storage-daemon serves many images; only its system calls on ours show progress of our request.
-The command line is the claim of its owner, and the guest's owner chose the server, so a lie affects
-only that guest.
+qemu-storage-daemon serves many images; only its system calls on the guest's image show progress of
+the guest's request. The command line is the claim of its owner, and the guest's owner chose the
+server, so a lie affects only that guest.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def exported_files(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _file_of(node: str, nodes: Mapping[str, Mapping[str, str]]) -> str:
-    """Follow the chain of `file` children."""
+    """Return the file at the end of a chain of `file` children; "" if there is none."""
     for _ in range(_MAX_DEPTH):
         flat = nodes.get(node)
         if flat is None:

@@ -1,4 +1,4 @@
-"""Isolate faults of the readers: a fault of one never loses what the others have read."""
+"""Isolate faults: an exception in one reader never discards what the others have read."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
-No path of the process is opened or accessed. The link of a descriptor tells what it refers to
-(readlink(2) returns text without access to the file), fdinfo its mode and mount, and mountinfo the
-file system. Only on tmpfs and devtmpfs, which are in memory, a stat of /proc/PID/fd/N tells whether
-the file is a block device. On a network file system that could wait for a dead server.
+No path of the process is opened or accessed. The link of a descriptor shows what it refers to
+(readlink(2) returns text without access to the file), fdinfo shows its mode and mount, and
+mountinfo shows the file system. stat(2), which shows whether a file is a block device, is called
+only on tmpfs and devtmpfs, which are in memory: on a network file system it could wait for a dead
+server.
 
-Which open files are images cannot be known for certain. Regular files and block devices that are
-open for reading, or for reading and writing, count as images. QEMU opens all images in this way,
-and its logs and pidfile only for writing.
+The kernel does not show which open files are images. Regular files and block devices count as
+images unless they are open only for writing, as QEMU's logs and pidfile are.
 
 Needs the ptrace right (PTRACE_MODE_READ_FSCREDS) for another user's process: CAP_SYS_PTRACE.
 """
@@ -32,7 +32,7 @@ MAX_DESCRIPTORS: Final = 4096
 """Greatest number of descriptors; a process with more is not examined."""
 
 _FDINFO_BYTES: Final = 256
-"""Enough for pos, flags and mnt_id, which come first; the locks after them are unbounded."""
+"""Enough for pos, flags and mnt_id, which come first; any number of locks may follow."""
 _FORMATS: Final = (
     *(b"QFI\xfb", b"QED\0", b"KDMV", b"COWD", b"vhdxfile", b"conectix", b"LUKS\xba\xbe"),
     *(b"WithoutFreeSpace", b"WithouFreSpacExt"),
@@ -56,7 +56,7 @@ class Descriptors:
 
     @property
     def too_many(self) -> bool:
-        """There were too many, and none is listed."""
+        """The process has too many descriptors, and none is listed."""
         return self.count > MAX_DESCRIPTORS
 
 
@@ -64,9 +64,10 @@ class Image(NamedTuple):
     """A file or block device that the process has open."""
 
     device: str
-    """MAJOR:MINOR of the block device that is open itself; "" for a file."""
+    """MAJOR:MINOR if it is a block device; "" for a file."""
     filesystem: Filesystem | None
-    """The file system that holds the file; None if its mount is not visible."""
+    """The file system that holds the file; None for a block device, or if the mount is not
+    visible."""
     writable: bool
     path: str
     """As the kernel shows it; "" if it is too long for that."""
@@ -116,7 +117,7 @@ def _sort(directory: int, names: list[str]) -> Descriptors:
 def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[int, Image] | None:
     """Return the files that may be images, by descriptor. None if unreadable.
 
-    10 µs a file, and mountinfo.
+    Costs 10 µs for each file, and reads mountinfo.
     """
     if not descriptors.files:
         return {}
@@ -141,8 +142,8 @@ def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[i
 
 
 class _Tables:
-    """The mounts of the process, and for descriptors that it inherited, those of the system
-    (systemd opens /dev/null before the process gets its own mounts) and our own."""
+    """The mounts of the process, of process 1 and our own, because a descriptor may be inherited
+    (systemd opens /dev/null before the process gets its own mounts)."""
 
     def __init__(self, pid: int, proc: Path) -> None:
         self._pids = (pid, "1", "self")
@@ -169,8 +170,7 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
     writable = flags & os.O_ACCMODE == os.O_RDWR
     filesystem = tables.filesystem(mount)
     if filesystem is None:
-        # A memfd, for example: on an internal mount of the kernel, where files have a name and no
-        # directory.
+        # Files on an internal mount of the kernel, such as a memfd, have a name but no directory.
         internal = path.endswith(" (deleted)") and path.rfind("/") == 0
         return None if internal else Image("", None, writable, path)
     if filesystem.kind not in _IN_MEMORY:
@@ -189,8 +189,8 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
 def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
-    The command line does not tell: a monitor may have added images. Reading from tmpfs does not
-    block.
+    The command line does not show this, because images may have been added through a monitor.
+    Reading from tmpfs does not block.
     """
     if path.endswith(" (deleted)"):
         return True

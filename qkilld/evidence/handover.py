@@ -1,4 +1,4 @@
-"""Hand samples from the threads that take them to the loop, many at once."""
+"""Hand samples from the threads that take them to the loop, in batches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-LATEST_S: Final = 0.02
+MAX_DELAY_S: Final = 0.02
 """The longest delay of a sample, even if the next sample blocks."""
 AT_ONCE: Final = 4
 """The number of samples handled before the loop checks its timers and pidfds again."""
 
 
 class Handover:
-    """Collects calls, because waking the loop costs half as much as a sample.
+    """Collects calls, because one wake-up of the loop costs half as much as a sample.
 
     Create it in the running loop. Only `put` may be called in other threads.
     """
@@ -28,10 +28,11 @@ class Handover:
     def expect(self) -> None:
         """Announce a call that will be put."""
         if self._timer is None:
-            self._timer = self._loop.call_later(LATEST_S, self._deal)
+            self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool) -> None:
-        """Make the loop run `call`. With `more`, wait for further calls. Thread-safe."""
+        """Make the loop run `call`. With `more`, other calls will follow soon, and the last of them
+        wakes the loop. Thread-safe."""
         self._calls.append(call)
         if not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.
@@ -48,6 +49,6 @@ class Handover:
             for _ in range(min(AT_ONCE, len(self._calls))):
                 self._calls.popleft()()
         finally:
-            # Even if a call raised: nothing else would schedule the others.
+            # Schedule the other calls even if this one raised, because nothing else does.
             if self._calls:
                 self._loop.call_soon(self._deal)

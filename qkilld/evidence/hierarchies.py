@@ -1,7 +1,7 @@
 """Find the directories of a process's control groups, from /proc/PID/cgroup and the mounts.
 
-Source: cgroups(7), proc_pid_mountinfo(5). A process is in one group of each hierarchy: of v2, or of
-several of v1, or of both kinds.
+Source: cgroups(7), proc_pid_mountinfo(5). A process is in one group of each hierarchy. A host has
+the hierarchy of v2, several of v1, or both.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Group(NamedTuple):
     path: str
     """The path within its hierarchy, as in /proc/PID/cgroup."""
     ways: tuple[Path, ...]
-    """Its directory and its ancestors', nearest first, as far as they are visible. The root group
-    is included only if the process itself is in it. () if the hierarchy is not mounted here."""
+    """The directories of the group and of its visible ancestors, nearest first. The root group is
+    included only if the process itself is in it. () if the hierarchy is not mounted here."""
 
     @property
     def is_root(self) -> bool:
@@ -152,6 +152,6 @@ def _descends(pid: int, ancestor: int, proc: Path) -> bool:
         try:
             pid = procfs.parse_stat(read_once(proc / str(pid) / "stat")).parent
         except OSError as error:
-            note_once("looking who is in a control group", error)
+            note_once("listing the processes of a control group", error)
             return False
     return False

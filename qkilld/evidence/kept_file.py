@@ -4,8 +4,8 @@ A read through an open descriptor costs 1 to 10 µs, opening and closing the fil
 (measured, kernel 6.18). A descriptor in /proc/PID belongs to that process: reading returns ESRCH
 when the process is gone, even if its pid is reused (proc(5), pidfd_open(2)).
 
-A guest has about ten files to keep. When most of the descriptors that this program may have are in
-use, files are no longer kept, so that enough remain for many more guests.
+About ten files are kept open for each guest. When most descriptors that this program may have are
+in use, files are closed after each read, so that enough descriptors remain for many more guests.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ GONE: Final = (FileNotFoundError, ProcessLookupError)
 
 
 class DescriptorShortage:
-    """Knows whether descriptors are scarce by the number of the last one that was opened: the
-    kernel gives the lowest that is free (open(2)), so all below it are in use."""
+    """Detects a shortage of descriptors by the number of the last one that was opened: open(2)
+    returns the lowest free number, so all lower numbers are in use."""
 
     def __init__(self) -> None:
         self.lasts = False
 
     def note(self, descriptor: int) -> None:
-        """A descriptor that is kept was opened. It begins at two thirds of the limit, and ends
-        at half of it, so that files are not opened and closed by turns."""
+        """Take note of a new descriptor that is kept. The shortage begins at two thirds of the
+        limit and ends at half of it, so that it does not begin and end with every file."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if descriptor >= limit * 2 // 3:
             self.lasts = True
@@ -45,7 +45,7 @@ _shortage: Final = DescriptorShortage()
 
 
 def descriptors_are_scarce() -> bool:
-    """Return whether files that were not read must not stay open either."""
+    """Return whether files must be closed even if they were not read this time."""
     return _shortage.lasts
 
 
@@ -81,7 +81,8 @@ class KeptFile:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
             _shortage.note(self._descriptor)
         try:
-            # Most are short, and what is kept of a long buffer would keep all of it.
+            # Most files are short, and a text that is kept may occupy the whole buffer that it was
+            # read into.
             text = os.pread(self._descriptor, min(most, _SHORT), 0)
             if len(text) >= _SHORT:
                 text = os.pread(self._descriptor, most, 0)

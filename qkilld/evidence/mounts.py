@@ -1,11 +1,11 @@
 """Read counters of file systems without a block device: NFS, from /proc/PID/mountstats.
 
-Sources: nfsstat's and mountstats(8)'s own, kernel fs/nfs/super.c (nfs_show_stats) and
+Sources: the code of nfsstat(8) and mountstats(8), kernel fs/nfs/super.c (nfs_show_stats) and
 net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked.
-FUSE, 9p, Ceph, SMB, ZFS and all others have no readable counters: only their existence is known,
-and their counters are None.
+FUSE, 9p, Ceph, SMB, ZFS and all other types have no readable counters: only their existence is
+known, and their counters are None.
 
-Needs the ptrace right for another user's process; ours none. Cost: 10 µs and 20 µs a mount of NFS.
+Needs the ptrace right for another user's process. Cost: 10 µs, and 20 µs for each NFS mount.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qkilld.model.sample import Mount
 from qkilld.model.text import printable
 
 MAX_BYTES: Final = 4 << 20
-"""Bytes of a mountstats, enough for about 500 NFS mounts. A longer one counts as unreadable."""
+"""The most bytes of a mountstats file, about 500 NFS mounts. A longer file is unreadable."""
 KINDS: Final = frozenset({"nfs", "nfs4"})
 """The types that have counters."""
 
@@ -28,7 +28,7 @@ _OPERATION: Final = re.compile(rb"^\t *[A-Z0-9_]+: ([\d ]+)$", re.MULTILINE)
 
 
 class MountStatistics:
-    """/proc/PID/mountstats of any processes, each read once."""
+    """The mountstats files of any number of processes, each read once."""
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
@@ -36,7 +36,7 @@ class MountStatistics:
         self._cache: dict[Filesystem, Mount] = {}
 
     def of(self, filesystem: Filesystem) -> Mount:
-        """Return a mount; its counters are None if it has none or they are unreadable."""
+        """Return a mount with its counters, None if it has none or they are unreadable."""
         cached = self._cache.get(filesystem)
         if cached is None:
             operations = bytes_written = None
@@ -53,7 +53,7 @@ class MountStatistics:
         text = self._texts[pid]
         if text is None:
             return None, None
-        # Both files use the same escapes, so the strings can be compared as they are.
+        # mountinfo and mountstats use the same escapes, so their strings can be compared.
         head = b"device %b mounted on %b with fstype %b " % (
             *(filesystem.source, filesystem.point),
             filesystem.kind.encode(),
@@ -70,14 +70,14 @@ class MountStatistics:
 def _parse(section: bytes) -> tuple[int | None, int | None]:
     """Return (operations, bytes written) of one mount's section.
 
-    Operations are those that the server answered with success. The kernel counts an operation when
-    it ends, even if it gave up (soft mounts); the ninth number, since Linux 5.3, is the number of
-    those that ended in an error.
+    Operations are those that the server answered with success. The kernel counts each operation
+    that has ended, even if it gave up waiting (soft mounts). Those that ended in an error, the
+    ninth number since Linux 5.3, are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # normal, direct and server bytes, each read and written, then pages.
+    # Bytes read and written in three ways (normal, direct, server), then pages.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written

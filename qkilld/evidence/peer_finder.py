@@ -1,9 +1,9 @@
 """Find the process at the other end of a connection.
 
-The kernel reports a socket's inode but not its process. That takes a search through the descriptors
-of all processes, 3 µs each, and any user can have millions. So a sample spends at most LOOK_S on a
-search, all searches together use a fifth of a processor, users take turns, and processes with many
-descriptors are searched separately.
+The kernel reports a socket's inode but not its process. To find the process, the descriptors of all
+processes are searched, 3 µs each, and any user can have millions. So a sample spends at most LOOK_S
+on a search, all searches together use a fifth of a processor, users take turns, and processes with
+many descriptors are searched separately.
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 """
@@ -25,12 +25,12 @@ from qkilld.evidence.files import MAX_DESCRIPTORS, PROC
 
 LOOK_S: Final = 0.05
 """The longest time that a sample searches, or waits for a search by another sample."""
-BETWEEN_S: Final = 1.0
-"""The same for searches between samples, while nobody waits."""
-REST: Final = 9
+BACKGROUND_SEARCH_S: Final = 1.0
+"""The longest time of a search between samples, for which no sample waits."""
+PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0
-"""When to search again for a socket that no process has."""
+"""How long to wait before searching again for a socket that no process has."""
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
@@ -38,7 +38,7 @@ OF_A_PROGRAM: Final = 64
 MAX_INODES: Final = 65_536
 """The most sockets to search for at a time."""
 MAX_PLACES: Final = 16_384
-"""Sockets whose process is cached, 200 bytes each."""
+"""The most sockets whose process is cached, 200 bytes each."""
 
 
 class _SocketHolder(NamedTuple):
@@ -52,12 +52,11 @@ class _Candidate(NamedTuple):
     pid: int
     uid: int
     descriptor_count: int
-    """The number of descriptors. Before Linux 6.2 it is that of the last search, 0 if there was
-    none."""
+    """The number of its descriptors; before Linux 6.2, the number at the last search, or 0."""
 
 
 class PeerFinder:
-    """Finds the processes of sockets. For several threads."""
+    """Finds the processes of sockets. Thread-safe."""
 
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
@@ -67,7 +66,8 @@ class PeerFinder:
         self._searches = (_Search(proc, many=False), _Search(proc, many=True))
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return the process of each inode, as far as known. Takes at most about LOOK_S."""
+        """Return the process id of each socket that was found, by inode. Takes at most about
+        LOOK_S."""
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
@@ -81,10 +81,10 @@ class PeerFinder:
 
     def go_on(self, inodes: Iterable[int]) -> None:
         """Continue the search between samples, unless another thread is searching. Takes at most
-        about BETWEEN_S."""
+        about BACKGROUND_SEARCH_S."""
         if self._lock.acquire(blocking=False):
             try:
-                self._search(set(inodes), BETWEEN_S)
+                self._search(set(inodes), BACKGROUND_SEARCH_S)
             finally:
                 self._lock.release()
 
@@ -123,7 +123,7 @@ class _Search:
     def __init__(self, proc: Path, *, many: bool) -> None:
         self._proc, self._many = proc, many
         self._inodes: dict[str, int] = {}
-        """Inodes, by the text of a descriptor's link."""
+        """The inodes to search for, by the text of a descriptor's link."""
         self._latecomers: set[int] = set()
         """Inodes that were added after some processes had been searched."""
         self._retry_at: dict[int, float] = {}
@@ -162,10 +162,10 @@ class _Search:
                 self._finish()
             else:
                 yield from self._look_into(process.pid)
-        self._rests_until = time.monotonic() + REST * (time.thread_time() - start)
+        self._rests_until = time.monotonic() + PAUSE_FACTOR * (time.thread_time() - start)
 
     def _finish(self) -> None:
-        """After all processes: search again for sockets that were added meanwhile."""
+        """End a search of all processes; keep only the sockets that were added meanwhile."""
         now = time.monotonic()
         self._candidates = None
         self._retry_at = {inode: at for inode, at in self._retry_at.items() if at > now}
@@ -193,8 +193,8 @@ class _Search:
         return by_turns(pids)
 
     def _of_its_user(self, process: _Candidate) -> _Candidate:
-        """Return a process of root with its real user, because root owns the /proc directory of
-        set-user-ID programs, whoever gave them their descriptors."""
+        """Return the process with its real user: root owns the /proc directory of a set-user-ID
+        program even if another user started it and gave it its descriptors."""
         if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))
@@ -226,14 +226,15 @@ class _Search:
 
 
 def by_turns(processes: Iterable[_Candidate]) -> list[_Candidate]:
-    """Order processes so that each user gets equally many descriptors searched; few before many."""
-    had: Counter[int] = Counter()
+    """Order processes so that equally many descriptors of each user are searched. A user's
+    processes with few descriptors come first."""
+    searched_per_uid: Counter[int] = Counter()
     order = []
     for process in sorted(
         processes, key=lambda process: (process.descriptor_count // FEW, process.pid)
     ):
-        order.append((had[process.uid], process))
-        had[process.uid] += process.descriptor_count + 1
+        order.append((searched_per_uid[process.uid], process))
+        searched_per_uid[process.uid] += process.descriptor_count + 1
     return [process for _, process in sorted(order)]
 
 

@@ -32,7 +32,7 @@ REFRESH_S: Final = 10.0
 MAX_PEERS: Final = 64
 """The most servers of one guest that are sampled."""
 HOPS: Final = 2
-"""A server that forwards requests is a client itself: this many servers behind it are sampled."""
+"""How many servers to follow behind a server that forwards requests to another one."""
 
 
 class ServerReader:
@@ -48,11 +48,11 @@ class ServerReader:
         """Sockets whose process has not been found yet."""
 
     def expect(self, ends: Iterable[int]) -> None:
-        """Announce sockets for search() before read() needs them."""
+        """Announce sockets of servers, so that search() can find them before read() needs them."""
         self._missing_ends = frozenset(ends)
 
     def search(self) -> None:
-        """Continue the search for servers that the last read() did not find. In any thread."""
+        """Continue the search for servers that were not found yet. May run in any thread."""
         if missing := self._missing_ends:
             self._finder.go_on(missing)
 
@@ -121,15 +121,15 @@ class PeerReader:
         self._command = _command(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """Inodes of the remote ends of its own local connections."""
+        """Inodes of the other ends of local connections that it made to servers of its own."""
         self._sockets = SocketReader(pid, proc)
         self._exports = ExportReader(pid, proc)
 
     def read(
         self, table: StorageTable, sockets: SocketTable, ours: Mapping[int, str | None]
     ) -> Peer | None:
-        """Return None if the process is gone. `ours`: for each of our connections, by the inode of
-        the server's end, the export that we requested."""
+        """Sample the server; None if it is gone. `ours`: the export that the guest requested over
+        each of its connections, by the inode of the server's end."""
         values: dict[str, Any] = {"state": "?"}
         self._process.read(values)
         if values["state"] in ("?", "Z", "X"):
@@ -167,8 +167,8 @@ class PeerReader:
             return None
 
     def _place(self, exports: set[str | None]) -> tuple[str, ...]:
-        """Return the storage of our image, if the server has only one, or its command line tells
-        which."""
+        """Return the storage of the guest's image; () unless the server has only one image, or its
+        command line shows which one it is."""
         images = self._storage.writable_places
         if len(set(images.values())) > 1:
             known_exports = [export for export in exports if export is not None]

@@ -1,15 +1,16 @@
 """Read the process itself: /proc/PID/stat, status and io, and with detail its threads and rings.
 
 Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
-stat and status none; io the ptrace right and, for another user's process, CAP_DAC_OVERRIDE. Cost,
-measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of them ran since the last
-read. Nothing here takes the target's memory lock, so no read waits for its storage.
+stat and status need none; io needs the ptrace right and, for another user's process,
+CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
+them ran since the last read. Nothing here takes the target's memory lock, so no read waits for the
+target's storage.
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
-ran. While it stands still, no thread has run: each sleeps in the same call, and everything that
-only they can change is unchanged. What others can change (a pending signal, a debugger, requests on
-rings, control groups) is read each time. A thread that is running now may not show in the clock
-until the next tick.
+ran. If it has not advanced, no thread has run: each sleeps in the same call, and everything that
+only the threads can change is unchanged. What others can change (a pending signal, a debugger,
+requests on rings) is read each time. The clock may omit a thread that is running now until the next
+tick.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ _TERM: Final = 1 << (signal.SIGTERM - 1)
 _IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
 _PROC: Final = Path("/proc")
 _COARSE: Final = 1_000_000
-"""Without a better clock, the kernel counts whole milliseconds (ns here), which misses short
-runs."""
+"""1 ms in ns. A clock that shows only multiples of it misses short runs, so its time is unknown."""
 
 
 class ProcessReader:
@@ -54,16 +54,17 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now; never read another one.
 
-        Afterwards, check with a pidfd taken before that it is the right one. Raises nothing: a
-        process that is gone has only unknown fields. `clock` returns seconds, monotonic. Without a
-        guard, faults are raised.
+        Afterwards, check that it is the right one, with a pidfd that was opened before. Raises
+        nothing: if the process is gone, all fields are unknown. `clock` returns seconds, monotonic.
+        Without a guard, reads raise faults.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
         """MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), linux/posix-timers.h."""
         self._cpu_time: int | None = None
         self._text: int | None = None
-        """The hash of /proc/PID/status as of the last read: thousands of texts take megabytes."""
+        """The hash of /proc/PID/status at the last read. The texts of thousands of processes would
+        take megabytes."""
         self._last_values: dict[str, Any] | None = None
         """The results of the last read, if it was complete and all threads slept."""
         try:
@@ -95,8 +96,8 @@ class ProcessReader:
         """Put fields of model.sample.Sample into `into`.
 
         These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
-        threads, running, exiting, rings and direct. Unreadable fields are None, except `state`,
-        which stays as it is. Raises nothing that the process could cause.
+        threads, running, exiting, rings and direct. Unreadable fields are None, except that `state`
+        keeps its value in `into`. Raises nothing that the process could cause.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """
@@ -139,7 +140,7 @@ class ProcessReader:
         self._directory = -1
 
     def _close_files(self) -> None:
-        """Close what the next read opens again."""
+        """Close files; the next read opens them again."""
         for file in (self._stat, self._status, self._io):
             file.close()
         self._threads.close_files()
@@ -180,7 +181,7 @@ class ProcessReader:
         return ran if ran % _COARSE else None
 
     def _is_status(self, text: int | None) -> bool:
-        """Return whether status still has this hash: not if another process has the pid by now."""
+        """Return whether status still has this hash."""
         now = self._status.read_or_none()
         return now is not None and hash(now) == text
 

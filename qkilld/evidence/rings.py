@@ -1,20 +1,20 @@
 """Read requests of io_uring and Linux AIO, for which no thread waits in a call.
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
-io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those taken less those
-completed (kernel io_uring/fdinfo.c; heads and tails since Linux 5.18, before it is unknown). For
-AIO the kernel shows nothing. The process can have such requests if it has an AIO context (a mapping
-of "/[aio]") and a file opened with O_DIRECT, without which io_submit(2) is synchronous.
+io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
+completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). For AIO the kernel does not show
+them. The process can have AIO requests in flight only if it has an AIO context (a mapping of
+"/[aio]") and a file open with O_DIRECT, without which io_submit(2) is synchronous.
 
-The ring in that mapping shows completions (its tail, kernel fs/aio.c), not requests in flight. It
-is read only if a wait does not move, because that takes the target's memory lock.
+The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests in flight.
+It is read only in samples with detail, because reading it takes the target's memory lock.
 
-Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs a ring at each read. Every REFRESH_S,
-or when the number of descriptors changes, 3 µs a descriptor, 9 µs more a file (0.6 ms for 100), and
-40 to 400 µs for the mappings. The mappings are read only if a file is open with O_DIRECT and any
-process on the host has an AIO context. Reading them takes the target's memory lock, which may block
-as long as its storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S the
-result is unknown.
+Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
+REFRESH_S, or when the number of descriptors changes, 3 µs for each descriptor, 9 µs more for each
+file (0.6 ms for 100), and 40 to 400 µs for the mappings. The mappings are read only if a file is
+open with O_DIRECT and any process on the host has an AIO context. Reading them takes the target's
+memory lock, which may block as long as its storage hangs. So a separate thread reads them, and
+after MAPPINGS_TIMEOUT_S the result is unknown.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
 """Bytes of /proc/PID/maps: some 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
-"""More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The process can write the
-tails in the shared memory, so they are not trusted."""
+"""More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The tails are in memory that
+the process can write to, so a greater difference is not believed."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""
@@ -71,12 +71,12 @@ class RingReader:
         return self._mappings.tails()
 
     def read(self, opened: int | None = None) -> tuple[int | None, bool | None]:
-        """Return the requests in flight on all rings, and whether AIO requests may be in flight.
+        """Return the number of requests in flight on all rings, and whether AIO requests may be in
+        flight.
 
-        `opened`: the number of descriptors, if the caller has just read it: the size of
-        /proc/PID/fd since Linux 6.2, 0 before. Requests to poll a descriptor, with which some
-        versions of QEMU wait for events, do not count. Timers cannot be distinguished from
-        requests, so they count.
+        `opened`: st_size of /proc/PID/fd, if the caller has just read it: the number of
+        descriptors, or 0 before Linux 6.2. Requests to poll a descriptor, with which some versions
+        of QEMU wait for events, do not count. Timers count, because they look like other requests.
         """
         if self._descriptors_changed(self._opened() if opened is None else opened):
             self._refresh()
@@ -109,7 +109,7 @@ class RingReader:
                 note_once("reading an io_uring", error)
                 return None
             if (requests := requests_in_flight(text)) is None:
-                note_once("reading an io_uring", "the kernel does not tell what is in flight")
+                note_once("reading an io_uring", "the kernel shows no requests in flight")
                 return None
             total += requests
         return total
@@ -179,10 +179,10 @@ class RingReader:
 
 
 def requests_in_flight(text: bytes) -> int | None:
-    """Return the requests in flight on one ring, from its fdinfo; None if it does not show them.
+    """Return the number of requests in flight on one ring, from its fdinfo; None if not shown.
 
-    Older kernels show nothing about the ring, newer ones nothing while another thread holds its
-    lock. Polled descriptors are in a separate list.
+    Older kernels show nothing about the ring, and newer ones show nothing while another thread
+    holds its lock. Requests to poll a descriptor are in a separate list.
     """
     sq_tail = number_after(text, b"\nSqTail:\t")
     answered = number_after(text, b"\nCqTail:\t")
@@ -191,7 +191,7 @@ def requests_in_flight(text: bytes) -> int | None:
         return None
     polls, _, overflowed = polls.partition(b"CqOverflowList:\n")
     polling = sum(line.startswith(_POLL_ADD) for line in polls.splitlines())
-    # Completions for which the ring had no room: its tail does not count them.
+    # The ring's tail does not count completions for which the ring had no room.
     waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
     in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
     return max(in_flight, 0) if in_flight <= _MAX_IN_FLIGHT else None
@@ -200,7 +200,7 @@ def requests_in_flight(text: bytes) -> int | None:
 class _Mappings:
     """Finds AIO contexts among the mappings, and reads them, without blocking for long.
 
-    Both take the target's memory lock, which it may hold while it waits for its storage.
+    Both take the target's memory lock, which the target may hold while it waits for its storage.
     """
 
     def __init__(self, directory: int) -> None:
@@ -221,7 +221,7 @@ class _Mappings:
         return self._tails
 
     def _run(self, work: Callable[[int], None]) -> None:
-        """Run it in a thread that may outlive this reader and has its own descriptor."""
+        """Run `work` in a thread. It has its own descriptor, because it may outlive this reader."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
             self._thread = threading.Thread(

@@ -21,7 +21,7 @@ from qkilld.evidence.meminfo import read_memory
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.process_reader import ProcessReader
-from qkilld.evidence.sockdiag import Crowd
+from qkilld.evidence.sockdiag import CrowdedTables
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
@@ -33,9 +33,10 @@ REFRESH_S: Final = 30.0
 RECONNECT_S: Final = 2.0
 """How often to look for a new connection after one was lost."""
 TABLES_AGE_S: Final = 0.05
-"""How long readings of the whole host are shared by all readers."""
+"""How long all readers share a reading of the whole host."""
 MEMORY_AGE_S: Final = 5.0
-"""The greatest age of the host's page cache if no thread waits: then it is only displayed."""
+"""How long a reading of the host's page cache is shared if no thread waits for storage: it is only
+displayed then."""
 
 
 class HostTables:
@@ -43,8 +44,8 @@ class HostTables:
 
     def __init__(self) -> None:
         self._at = -1.0
-        self._crowd = Crowd()
-        self._sockets = SocketTable(self._crowd)
+        self._crowded = CrowdedTables()
+        self._sockets = SocketTable(self._crowded)
         self._storage = StorageTable()
         self._memory: Memory | None = None
         self._memory_at = -MEMORY_AGE_S
@@ -52,11 +53,11 @@ class HostTables:
         self.groups = SharedGroups()
 
     def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
-        """`waits`: whether a thread may wait for storage."""
+        """Return tables that are not too old. `waits`: whether a thread may wait for storage."""
         now = time.monotonic()
         if now - self._at > TABLES_AGE_S:
             self._at = now
-            self._sockets, self._storage = SocketTable(self._crowd), StorageTable()
+            self._sockets, self._storage = SocketTable(self._crowded), StorageTable()
         if now - self._memory_at > (TABLES_AGE_S if waits else MEMORY_AGE_S):
             self._memory_at = now
             self._memory = read_memory()
@@ -81,8 +82,8 @@ class Reader:
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
         self._known_graph: BlockGraph | None = None
-        """The graph that the last reading of sockets used; it may become known late on a busy
-        host."""
+        """The block graph that was used when sockets were last listed. It may be None at first,
+        because reading it takes long on a busy host."""
         self._fd_directory = f"{PROC}/{pid}/fd"
 
     def read(self, *, detail: bool = False) -> Sample:
@@ -229,7 +230,7 @@ class EvidenceSampler:
 class TargetWatch:
     """Implements engine.ports.Watch.
 
-    A sample that blocks keeps its thread and this watch busy: further requests share its result.
+    A sample that blocks occupies its thread, and a further request waits for the same sample.
     """
 
     def __init__(
@@ -264,7 +265,7 @@ class TargetWatch:
             self._close_reader()
 
     def _work(self) -> None:
-        # After a fault the sample is empty: unknown is never idle.
+        # After a fault, report an empty sample: unknown never counts as idle.
         sample = self._guard.call("taking a sample", self._read)
         if sample is None:
             self._not_seen()

@@ -1,15 +1,15 @@
 """Read all stream sockets of a network namespace at once, by sock_diag(7).
 
 This implements netlink directly. pyroute2 (0.9.7) was measured for comparison: its import keeps 25
-MB resident, more than the rest of the daemon, and it takes 60 µs a socket, while 1,000 guests have
-thousands.
+MB resident, more than the rest of the daemon, and it takes 60 µs for each of the thousands of
+sockets of 1,000 guests.
 
-Any user can have 100,000s of sockets. A table with more than MAX_SOCKETS of a family is crowded:
-then sockets are queried individually, and of the TCP table only watched ones are kept.
+Any user can have 100,000s of sockets. The table of a family with more than MAX_SOCKETS is crowded:
+its sockets are then queried one by one, and only watched TCP sockets are kept.
 
-Needs no rights. Cost: 30 µs for all of unix and 2 µs for each on the host; 600 µs for all of TCP
-(the kernel scans a table with 100,000s of slots) and 20 µs for one whose id is known. In the
-kernel, one unix socket out of 40,000 costs 1 ms, out of 200,000 40 ms. Sources: sock_diag(7),
+Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
+table (the kernel scans 100,000s of slots), and 20 µs for one TCP socket whose id is known. The
+kernel finds one unix socket among 40,000 in 1 ms, among 200,000 in 40 ms. Sources: sock_diag(7),
 netlink(7), linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h.
 """
 
@@ -31,7 +31,7 @@ MAX_SOCKETS: Final = 32_768
 CROWDED_S: Final = 30.0
 """How long a table counts as crowded after it was found too large."""
 SINGLE_S: Final = 2.0
-"""The time that one round spends on single sockets of a crowded table; the others are
+"""The most time that one round spends on single sockets of crowded tables. Sockets that remain are
 unreadable."""
 
 _CHEAPER: Final = 32
@@ -80,29 +80,29 @@ _INFO_UNACKED, _INFO_BYTES_ACKED = 24, 120  # Offsets in struct tcp_info.
 _MALFORMED: Final = (ValueError, IndexError, struct.error)
 """Errors for a message that violates linux/*_diag.h."""
 _MAPPED: Final = bytes(10) + b"\xff\xff"
-"""The prefix of an IPv4 address in IPv6."""
+"""The prefix of an IPv4-mapped IPv6 address."""
 
 _Place = tuple[bytes, int, int]
 """(buffer, start, end) of a message body."""
 
 
 namespace_of = "self"
-"""The process, as under /proc, whose network namespace is read."""
+"""The process, by its name under /proc, whose network namespace is read."""
 _netlink: socket.socket | None = None
 _netlink_lock: Final = threading.Lock()
 
 
 def ask_through(fd: int) -> None:
-    """Use this netlink socket, and so the network namespace of the process that opened it: our own
-    may be empty (PrivateNetwork= in qkilld.service). Takes the descriptor over.
+    """Query the network namespace of the process that opened this netlink socket, because our own
+    may be empty (PrivateNetwork= in qkilld.service). Becomes the owner of the descriptor.
 
-    Raises ValueError, and closes it, if it is not such a socket.
+    Raises ValueError, and closes the descriptor, if it is not such a socket.
     """
     global _netlink, namespace_of
     kernel = socket.socket(fileno=fd)
     if kernel.family != socket.AF_NETLINK or kernel.proto != _NETLINK_SOCK_DIAG:
         kernel.close()
-        raise ValueError("it is no netlink socket for sock_diag")
+        raise ValueError("the descriptor is not a netlink socket for sock_diag")
     kernel.setblocking(True)
     _netlink, namespace_of = kernel, "1"
 
@@ -115,8 +115,8 @@ class _TooMany(ValueError):
     """The table has more sockets than are read at once."""
 
 
-class Crowd:
-    """The tables that were found crowded recently, shared by all rounds. Thread-safe."""
+class CrowdedTables:
+    """The tables that were found crowded recently, in any round. Thread-safe."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}
@@ -130,18 +130,18 @@ class Crowd:
 
 
 class UnixSocket(NamedTuple):
-    """A connected unix socket. Queue sizes are in bytes, as unix_diag reports them (sent data with
-    the kernel's overhead)."""
+    """A connected unix socket. Queue sizes are in bytes, as unix_diag reports them (the send queue
+    includes the kernel's overhead)."""
 
     name: bytes
     """The path that it is bound to, with a zero byte first if abstract; b"" for none. An accepted
-    socket has the path of its server."""
+    socket has the path of the listening one."""
     peer: int
-    """The inode of the other end; 0 if it was not accepted yet, or is closed."""
+    """The inode of the other end; 0 if the connection was not accepted yet, or it is closed."""
     shut: bool
-    """Nothing can be received: the other end is closed, or this one is shut down for reading, as
-    systemd does for a service's output to the journal (src/core/execute.c, connect_logger_as). So
-    nobody waits here for a reply."""
+    """Nothing can be received, so the process does not wait for a reply: the other end is closed,
+    or this one is shut down for reading, as systemd does with a service's output to the journal
+    (src/core/execute.c, connect_logger_as)."""
     send_queue: int
     receive_queue: int
 
@@ -170,8 +170,8 @@ class SocketTable:
     are too many sockets; failures are not retried.
     """
 
-    def __init__(self, crowd: Crowd | None = None) -> None:
-        self._crowd = crowd or Crowd()
+    def __init__(self, crowded: CrowdedTables | None = None) -> None:
+        self._crowded = crowded or CrowdedTables()
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
@@ -212,7 +212,7 @@ class SocketTable:
         return self._listener(inode) is not None
 
     def listens(self, matches: Callable[[bytes], bool]) -> bool:
-        """Return whether a unix socket listens whose name matches."""
+        """Return whether any listening unix socket has a matching name."""
         if self._reads_unix():
             return any(matches(_unix(*place).name) for place in self._listening.values())
         request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 1 << _LISTEN, 0, _UNIX_SHOW_NAME, 0, 0)
@@ -235,8 +235,8 @@ class SocketTable:
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
         """Return None if there is no established socket with this inode.
 
-        `id`: from an earlier result. With it the kernel finds the socket at once; otherwise it
-        scans its whole table, which is large even if it is almost empty.
+        `id`: TcpSocket.id of an earlier result. With it, the kernel finds the socket at once;
+        otherwise it scans its whole table, which is large even if it has few sockets.
         """
         if self._tcp is None and id:
             with self._lock, self._query():
@@ -255,7 +255,7 @@ class SocketTable:
             raise Unreadable(str(error)) from None
 
     def tcp_peer(self, id: bytes) -> int | None:
-        """Return the inode of the other end, if that is in this network namespace, too."""
+        """Return the inode of the other end, if it is in this network namespace too."""
         if (tables := self._reads_tcp()) is None:
             with self._single():
                 return _ask_peer(id)
@@ -265,24 +265,24 @@ class SocketTable:
 
     def _reads_unix(self) -> bool:
         """Read the whole unix table once; return False if it is crowded."""
-        if self._unix is None and socket.AF_UNIX not in self._crowd:
+        if self._unix is None and socket.AF_UNIX not in self._crowded:
             with self._lock, self._query():
-                if self._unix is None and socket.AF_UNIX not in self._crowd:
+                if self._unix is None and socket.AF_UNIX not in self._crowded:
                     try:
                         self._unix, self._listening = _dump_unix()
                     except _TooMany:
-                        self._crowd.note(socket.AF_UNIX)
+                        self._crowded.note(socket.AF_UNIX)
         return self._unix is not None
 
     def _reads_tcp(self) -> tuple[dict[int, _Place], set[int]] | None:
         """Read the whole TCP table once; return None if it is crowded."""
-        if self._tcp is None and socket.AF_INET not in self._crowd:
+        if self._tcp is None and socket.AF_INET not in self._crowded:
             with self._lock, self._query():
-                if self._tcp is None and socket.AF_INET not in self._crowd:
+                if self._tcp is None and socket.AF_INET not in self._crowded:
                     try:
                         self._tcp = _dump_tcp()
                     except _TooMany:
-                        self._crowd.note(socket.AF_INET)
+                        self._crowded.note(socket.AF_INET)
         return self._tcp
 
     def _listener(self, inode: int) -> _Place | None:
@@ -336,10 +336,11 @@ class SocketTable:
 
 
 def listening_unix() -> dict[tuple[int, int], int] | None:
-    """Return the listening unix sockets, by the files that they are bound to; None if unknown.
+    """Return the inodes of listening unix sockets, by the files that they are bound to; None if
+    unknown.
 
-    The key is (device, inode) as in the kernel: `st_dev` differs on btrfs and overlays (mountinfo
-    has the kernel's), and only the lower 32 bits of the inode are reported.
+    The key is (device, inode) of the file as in the kernel. On btrfs and overlays, the device is
+    the one in mountinfo, not `st_dev`. Only the lower 32 bits of the inode are reported.
     """
     request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 1 << _LISTEN, 0, _UNIX_SHOW_VFS, 0, 0)
     inodes = {}
@@ -362,7 +363,8 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return an address, IPv4 mapped to IPv6: a server may listen for both."""
+    """Return the ports and addresses of a message. IPv4 addresses are mapped to IPv6, because a
+    server may listen for both."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
         source, target = (_MAPPED + address[:4] for address in (source, target))
@@ -459,7 +461,7 @@ def _ask_peer(id: bytes) -> int | None:
 def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
     """Ask about one socket. The id includes the kernel's cookie, so it matches no other.
 
-    `alone`: also whether its port has a listener.
+    With `alone`, also ask whether something listens on its port.
     """
     request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, _TCP_SHOW, 0, id[1:])
     try:
@@ -496,7 +498,8 @@ def _kernel() -> Iterator[socket.socket]:
             yield kernel
         return
     with _netlink_lock:
-        # Discard the rest of an unread answer, before which the kernel starts no other.
+        # Discard the rest of an answer that was not read completely: otherwise the kernel does not
+        # start another one.
         with contextlib.suppress(BlockingIOError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass

@@ -1,8 +1,8 @@
 """Read the connections of a process: which of its sockets are connected, and their queues.
 
-The descriptors have the inodes (files.py), and the kernel, asked once for all processes
-(sockdiag.py), has the sockets. It does not report those of another network namespace; /proc/PID/net
-shows some of these.
+The links of its descriptors show the inodes of its sockets (files.py). The sockets of our network
+namespace are read from the kernel once for all processes (sockdiag.py). /proc/PID/net shows some
+facts about those in another one.
 
 Needs the ptrace right for another user's process. For costs, see the methods. Sources:
 sock_diag(7), proc_pid_net(5), unix(7).
@@ -31,7 +31,7 @@ __all__ = ["SocketReader", "SocketTable"]
 
 PROC: Final = Path("/proc")
 MAX_BYTES: Final = 4 << 20
-"""Bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files count as unreadable."""
+"""The most bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files are unreadable."""
 
 # The names in /proc/net/protocols; unix stream sockets have their own since Linux 5.15.
 _UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
@@ -60,7 +60,7 @@ _UNKNOWN: Final = _Use("unknown", "")
 _OTHER: Final = _Use("other", "")
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
-"""With more sockets than this, reading all from the kernel is cheaper than each."""
+"""With more sockets than this, reading the kernel's table is cheaper than checking each link."""
 _STANDARD: Final = (0, 1, 2)
 """Standard input, output and error, whatever they are connected to."""
 
@@ -76,19 +76,19 @@ class SocketReader:
         self._graph: BlockGraph | None = None
         self._ends: _Ends | None = None
         self._given_names: dict[bytes | None, _Use] | None = None
-        """Listeners on descriptors that QEMU was given; None if this read has not searched for
-        them."""
+        """The uses of listening sockets whose descriptors QEMU was given, by their name; None until
+        a read() needs them."""
         self._numbers: dict[int, int] = {}
         self._peers: dict[int, int] = {}
         self._listed: frozenset[int] = frozenset()
         """The inodes of the connections in the last read()."""
-        self._lost = False
         self.accepted: set[int] = set()
-        """Those of them that it accepted from a client."""
-        self._near: set[int] = set()
-        """For a process in another network namespace: its unix sockets in that namespace."""
+        """The inodes of those connections that the process accepted from a client."""
+        self._lost = False
+        self._in_its_namespace: set[int] = set()
+        """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
-        """The result of the last read(), if only a new socket could become storage."""
+        """The result of the last read(), if it stays valid until the process has a new socket."""
 
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
@@ -96,8 +96,8 @@ class SocketReader:
         """List its sockets again. Never raises.
 
         `graph`: from its command line; without it the purpose of every connection is unknown.
-        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs with it and 4 µs a
-        descriptor more without; 3 µs for each new socket.
+        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs, 3 µs for each new
+        socket, and without `descriptors` 4 µs for each descriptor.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
@@ -134,15 +134,16 @@ class SocketReader:
         client if nobody listened on its local port when it was first seen. Costs 5 µs a socket in
         addition to the table, and 20 µs for a TCP socket.
 
-        If all of them are unix sockets that listen or are known not to be storage, nothing is read
-        until refresh(), as long as they stay the same. `has_run`: if False, they are the same.
+        If all of them are unix sockets that listen or are known not to be storage, the same result
+        is returned until refresh(), or until a descriptor changes. `has_run`: whether the process
+        may have run since the last call; if not, its descriptors are not checked.
         """
         if self._settled is not None and not (has_run and self._changed()):
             return self._settled
         protocols = self._protocols
         if protocols is None or not _UNSEEN.isdisjoint(protocols.values()):
             if protocols is not None:
-                note_once("reading sockets", "it has one of a kind that is not looked into")
+                note_once("reading sockets", "it has one of an unsupported kind")
             return None
         if self._foreign and protocols:
             return self._read_foreign(protocols, table)
@@ -166,9 +167,9 @@ class SocketReader:
         inodes = frozenset(socket.inode for socket in sockets)
         self._lost = bool(self._listed - inodes) or (self._lost and inodes <= self._listed)
         self._listed = inodes
-        told = tuple(sockets)
-        self._settled = told if settled else None
-        return told
+        result = tuple(sockets)
+        self._settled = result if settled else None
+        return result
 
     def _settles(
         self, found: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
@@ -183,7 +184,7 @@ class SocketReader:
         )
 
     def _changed(self) -> bool:
-        """Return whether a descriptor is no longer the socket that it was."""
+        """Return whether a descriptor no longer refers to the same socket."""
         try:
             return any(
                 os.readlink(f"{self._proc}/{self._pid}/fd/{number}")  # noqa: PTH115 - half the cost
@@ -194,28 +195,27 @@ class SocketReader:
             return True
 
     def hidden(self, table: SocketTable) -> set[int]:
-        """Return its unix sockets that may be connected in a third network namespace, that of the
-        client, where nothing can be read. Raises Unreadable."""
+        """Return its unix sockets that may be connected to a client in a third network namespace,
+        whose sockets cannot be read. Raises Unreadable."""
         return {
             inode
             for inode, protocol in (self._protocols or {}).items()
-            if protocol in _UNIX and inode not in self._near and not table.has_unix(inode)
+            if protocol in _UNIX
+            and inode not in self._in_its_namespace
+            and not table.has_unix(inode)
         }
 
     @property
     def lost(self) -> bool:
-        """A connection was lost, and no other was made since: QEMU may make one with the same
-        descriptor."""
+        """Return whether a connection was lost and no new one seen since. QEMU may make a new one
+        with the same descriptor number."""
         return self._lost or any(connection is None for connection in self._connections.values())
 
     def served(
         self, nodes: Sequence[Node], sockets: Sequence[Socket], table: SocketTable
     ) -> tuple[Node, ...]:
-        """Return the nodes; those without a connection with whether something listens at their
-        address.
-
-        That is only known for this host.
-        """
+        """Return the nodes. Those without a connection get Node.served: whether something listens
+        at their address, if that is on this host."""
         if self._graph is None or self._foreign:
             return tuple(nodes)
         lonely = {node.name for node in nodes} - {socket.node for socket in sockets}
@@ -240,7 +240,8 @@ class SocketReader:
         return tuple(replace(node, served=served.get(node.name)) for node in nodes)
 
     def peers(self, sockets: tuple[Socket, ...], table: SocketTable) -> dict[int, int]:
-        """Return the inode of the other end of each local connection that may be storage."""
+        """Return the inode of the other end of each local connection that may be storage, by the
+        inode of the process's end."""
         peer_ends = {}
         for socket in sockets:
             if socket.role == "other":
@@ -310,8 +311,8 @@ class SocketReader:
         unix = table.unix(inode)
         if unix is None or unix.shut:
             return None
-        # The other end is invisible if it was not accepted yet (a hung server) or is in another
-        # network namespace. In both cases this is not half of a socket pair.
+        # The other end is invisible if a hung server has not accepted the connection yet, or if it
+        # is in another network namespace. In both cases this is not half of a socket pair.
         peer = table.unix(unix.peer)
         self._peers[inode] = unix.peer
         if unix.name:
@@ -344,7 +345,7 @@ class SocketReader:
         return ends.at_path(os.fsdecode(name.removeprefix(b"\0")))
 
     def _tcp_use(self, inode: int, port: int) -> _Use:
-        """`port`: that of the listening end."""
+        """Return the purpose of a TCP connection. `port`: that of the listening end."""
         ends, number = self._ends, self._numbers.get(inode)
         if number in _STANDARD:
             return _OTHER
@@ -358,7 +359,7 @@ class SocketReader:
         self, protocols: Mapping[int, str], table: SocketTable
     ) -> tuple[Socket, ...] | None:
         """Read /proc/PID/net, which shows neither the other end of a unix socket nor the bytes sent
-        over TCP. If the other end is in our network namespace, it is used for the missing facts.
+        over TCP. These come from the other end, if it is in our network namespace.
 
         None if a file that may list one of its sockets is unreadable or longer than MAX_BYTES.
         """
@@ -369,7 +370,7 @@ class SocketReader:
         if unix is None or tcp is None:
             return None
         if tcp6 is None:
-            # Without IPv6 the file is missing, and so are such sockets.
+            # Without IPv6, neither this file nor such sockets exist.
             if "TCPv6" in protocols.values():
                 return None
             tcp6 = b""
@@ -378,13 +379,13 @@ class SocketReader:
         self._peers, self._given_names = {}, None
         self.accepted = set()
         try:
-            # A unix connection belongs to the namespace of its client, as do both its ends.
+            # Both ends of a unix connection belong to the network namespace of its client.
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
-            far = frozenset(inode for inode in inodes if not table.has_unix(inode))
+            elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))
             sockets = [socket for socket in by_inode.values() if socket is not None]
-            sockets += self._foreign_unix(unix, far, table)
-            sockets += self._foreign_tcp(tcp, far)
-            self._near = {int(line.split()[6]) for line in unix.splitlines()[1:]}
+            sockets += self._foreign_unix(unix, elsewhere, table)
+            sockets += self._foreign_tcp(tcp, elsewhere)
+            self._in_its_namespace = {int(line.split()[6]) for line in unix.splitlines()[1:]}
         except (ValueError, IndexError, Unreadable) as error:
             note_once("reading sockets", error)
             return None
@@ -393,11 +394,12 @@ class SocketReader:
     def _foreign_unix(
         self, text: bytes, inodes: frozenset[int], table: SocketTable
     ) -> Iterator[Socket]:
-        """Parse lines of the form: Num RefCount Protocol Flags Type St Inode [Path]. Nothing shows
-        which two belong together, but only an accepted socket has a path.
+        """Parse lines of the form: Num RefCount Protocol Flags Type St Inode [Path].
 
-        So connections that it made are identified by the server's end, if there are not more of
-        these than it can have made. Raises ValueError, IndexError, and Unreadable if there are.
+        They do not show which two sockets are connected with each other. But only an accepted
+        socket has a path, so connections that the process made are identified by accepted sockets
+        of other processes. Raises ValueError, IndexError, and Unreadable if there are more of those
+        than the process has made connections.
         """
         made = 0
         ends: list[tuple[int, _Use]] = []
@@ -490,7 +492,7 @@ class _Ends:
                     self._relative.setdefault(base, use)
 
     def at_path(self, kernels: str) -> _Use:
-        """Find the endpoint with this path, compared by `_same_path`."""
+        """Return the use of the connection with this path, compared as by `_same_path`."""
         if not kernels:
             return _UNKNOWN
         if kernels in self._paths:

@@ -3,9 +3,9 @@
     descriptors (files) → mounts (mountinfo) → block devices (devices) and network mounts (mounts)
 
 An image may lie on a partition, a logical volume, a loop device, or a file system in a file on
-another file system. All layers are returned with their depth. Upper layers have fewer users (a
-logical volume belongs to one guest, the disk below it to all). Lower layers do the work, which may
-continue while an upper one stands still (a loop device waits for its one flush).
+another file system. All layers are returned with their depth. Upper layers have fewer users: one
+guest may use a logical volume, and all guests the disk below it. Lower layers do the work, which
+may continue while an upper one makes no progress, such as a loop device during a flush.
 
 Costs were measured on two cores of a 2020s Xeon; see each method.
 """
@@ -111,7 +111,7 @@ class StorageReader:
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
         if descriptors is None or not descriptors.count:
-            return  # It is exiting, and waits for files that it had open before.
+            return  # The process is exiting, and waits for files that it had open before.
         if descriptors.too_many:
             self._known = False
             return
@@ -191,10 +191,10 @@ class StorageReader:
         return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
 
     def _keep(self, seen: dict[str, _Disk]) -> None:
-        """Keep also devices that are no longer in use, unless they were unplugged.
+        """Add these devices, and keep those no longer in use unless they were unplugged.
 
-        A device that was writable stays writable: while it exits, QEMU opens images again for
-        reading, and flushes.
+        A device that was writable stays writable: an exiting QEMU opens its images again for
+        reading, and then flushes.
         """
         for number, disk in list(self._disks.items()):
             if number in seen:
@@ -254,7 +254,8 @@ class _Stack:
             upper = _option(filesystem, b"upperdir") or b""
             self._path(Backing(upper, None), kind, depth, writable)
         elif kind in mounts.KINDS:
-            # Prefer the same file system in our own mounts, which stay readable to the end.
+            # Prefer the same file system in our own mounts, which stay readable when the process
+            # has exited.
             own = self._table("self").every()
             same = (f for f in own if (f.number, f.kind) == (filesystem.number, kind))
             self.filesystems[next(same, filesystem)] = None
@@ -263,7 +264,7 @@ class _Stack:
             self._unseen(kind, filesystem.number)
 
     def _path(self, backing: Backing, kind: str, depth: int, writable: bool) -> None:
-        """Add the storage under a path that the kernel reports without a process."""
+        """Add the storage under a path whose mount namespace the kernel does not report."""
         path = None
         if depth < MAX_DEPTH:
             tables = {pid: self._table(pid) for pid in NAMESPACES}
@@ -292,7 +293,7 @@ class _Stack:
                 own or before.own,
                 writable or before.writable,
             )
-        # This also ends cycles: another turn finds nothing new.
+        # This also ends cycles, because a second visit finds nothing new.
         if disk == before or depth > MAX_DEPTH or len(self.disks) > MAX_DEVICES:
             return
         self.disks[number] = disk

@@ -1,7 +1,7 @@
 """Interpret the system call of a waiting thread, from /proc/PID/task/TID/syscall (proc(5)).
 
-The decisive list is that of calls that wait for events, in which an idle QEMU sleeps. Every other
-call in which a thread sleeps is a wait for something, whatever its name. Numbers:
+An idle QEMU sleeps in calls that wait for events, which are listed here. A thread that sleeps in
+any other call waits for something, whatever the name of the call. Numbers:
 x86_64 from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from the generic table,
 include/uapi/asm-generic/unistd.h.
 """
@@ -24,9 +24,9 @@ _EVENTS: Final = frozenset(
     )
 )
 """Calls that wait for events, other threads or input. Requests in flight on a ring or at a server
-show elsewhere."""
+are read by other readers."""
 _SUBMITS: Final = frozenset(("io_uring_enter",))
-"""Calls that wait for events, or for storage while the call itself executes a request."""
+"""Calls that either wait for events, or execute a request themselves and wait for storage."""
 _INPUT: Final = frozenset(("read", "readv"))
 """Calls that wait for input, unless the descriptor is a file or disk."""
 _FILES: Final = frozenset(
@@ -104,7 +104,7 @@ class Call:
     reads: bool
     """It waits for input, unless the descriptor is a file or disk."""
     submits: bool
-    """It waits for events or for storage; only the kernel function in which it sleeps tells."""
+    """It waits for events or for storage; only the thread's kernel function (wchan) shows which."""
     of_files: bool
     """It works only on files or disks."""
     descriptor: int | None
@@ -113,10 +113,10 @@ class Call:
 def describe_call(
     number: int, arguments: Sequence[int], machine: str = os.uname().machine
 ) -> Call | None:
-    """Return the call of that number; -1 means no call. None on an unknown architecture.
+    """Return the call with that number; -1 means no call. None on an unknown architecture.
 
-    A 32-bit QEMU on a 64-bit kernel would be misread: its numbers are from another table, and the
-    file does not tell.
+    The calls of a 32-bit QEMU on a 64-bit kernel are misread: their numbers are from another table,
+    and /proc does not show which table applies.
     """
     names = _NUMBERS.get(machine)
     if names is None:

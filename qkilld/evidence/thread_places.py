@@ -1,6 +1,6 @@
 """Find the file, disk, pipe or socket behind a waiting thread's descriptor.
 
-The link in /proc/PID/fd tells, without access to the file. Cost: 5 µs for each waiting thread.
+The link in /proc/PID/fd shows this without access to the file. Cost: 5 µs for each waiting thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qkilld.model.sample import Thread
 def place_threads(
     pid: int, threads: tuple[Thread, ...] | None, storage: StorageReader, proc: Path
 ) -> tuple[Thread, ...] | None:
-    """Add what the threads wait on, and leave out those that wait for input or other events."""
+    """Add what each thread's descriptor refers to; leave out threads that wait for input."""
     if not threads:
         return threads
     threads_with_places = (_place_thread(pid, thread, storage, proc) for thread in threads)
@@ -30,7 +30,7 @@ def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) 
     kind = _kind(pid, thread.descriptor, proc)
     if kind not in ("file", ""):
         return dataclasses.replace(thread, target=kind)
-    # A file that is being closed has no link any more; its disks are remembered.
+    # A file that is being closed no longer has a link, but `storage` remembers its disks.
     place = storage.place_of(thread.descriptor)
     if place is None and kind == "file":
         storage.refresh()
@@ -46,7 +46,7 @@ def _kind(pid: int, descriptor: int, proc: Path) -> str:
     try:
         link = os.readlink(f"{proc}/{pid}/fd/{descriptor}")  # noqa: PTH115 - half the cost
     except OSError as error:
-        note_once("looking what a thread works on", error)
+        note_once("reading the link of a thread's descriptor", error)
         return ""
     if link.startswith("/"):
         return "file"

@@ -1,14 +1,15 @@
 """Read the threads of a process: /proc/PID/task/TID/{schedstat,status,syscall,wchan}.
 
-Cost, measured on kernel 6.18: 2 µs a thread that has not run since the last read, 40 µs one that
-has (64 threads: 0.14 ms asleep, 2.7 ms if each was awake; 3 ms the first time). Rights: schedstat
-and status none; syscall and wchan the ptrace right (proc(5): PTRACE_MODE_ATTACH_FSCREDS and
-PTRACE_MODE_READ_FSCREDS). Nothing here takes the target's memory lock, so nothing blocks with it.
+Cost, measured on kernel 6.18: 2 µs for a thread that has not run since the last read, 40 µs for one
+that has (64 threads: 0.14 ms if all slept, 2.7 ms if all ran; 3 ms the first time). Rights:
+schedstat and status need none; syscall and wchan need the ptrace right (proc(5):
+PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). Nothing here takes the target's memory
+lock, so no read waits for a thread that holds it.
 
 schedstat (kernel Documentation/scheduler/sched-stats.rst) has the nanoseconds that the thread ran
-and how often it was put on a processor. As long as its text stays the same, a thread that slept
-has not run, and so sleeps in the same call with the same count of switches: only threads whose
-schedstat moved are read in full.
+and how often it was put on a processor. If its text is the same, a thread that slept has not run,
+and so sleeps in the same call with the same count of switches. Only threads whose schedstat changed
+are read in full.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MAX_THREADS: Final = 512
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
 _MAX_KEPT: Final = 128
-"""Threads whose schedstat stays open; for others it is opened for each read."""
+"""The most threads whose schedstat stays open; that of other threads is opened for each read."""
 
 
 class _ThreadEntry:
@@ -76,12 +77,13 @@ class ThreadReader:
         """Switches of threads that have ended, so that the sum never falls."""
 
     def read(self, count: int) -> tuple[int | None, tuple[Thread, ...] | None]:
-        """Return voluntary switches of all threads, and the threads that wait in a call or in D.
+        """Return the sum of the voluntary context switches of all threads, and the threads that
+        wait in a call or in state D.
 
-        `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete: with
-        more than MAX_THREADS, or out of descriptors. Without the ptrace right, only threads in
-        uninterruptible sleep are known, so () becomes None. A thread held by the freezer of cgroup
-        v1 may show as D too.
+        `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, with
+        more than MAX_THREADS or when no descriptors are left. Without the ptrace right, only
+        threads in state D are known, so the second result is None instead of (). The freezer of
+        cgroup v1 may put threads into state D too.
         """
         if count > MAX_THREADS:
             note_once("reading threads", f"there are more than {MAX_THREADS}")
@@ -104,11 +106,11 @@ class ThreadReader:
 
     @property
     def alive(self) -> bool:
-        """Return whether a thread was not a zombie at the last read; True if none was read."""
+        """Return whether any thread was not a zombie at the last read; True if none was read."""
         return not self._entries or any(entry.alive for entry in self._entries.values())
 
     def living(self) -> Stat | None:
-        """Return a thread, of the last read, that is not exiting; None if none is known."""
+        """Return the stat of a thread that is not exiting; None if the last read found none."""
         for entry in self._entries.values():
             if entry.alive:
                 try:
@@ -131,7 +133,7 @@ class ThreadReader:
         return all(entry.wait_known and not entry.may_have_run for entry in self._entries.values())
 
     def close_files(self) -> None:
-        """Close what the next read opens again."""
+        """Close files; the next read opens them again."""
         for entry in self._entries.values():
             entry.schedstat.close()
 
@@ -173,7 +175,7 @@ class ThreadReader:
         """Raises OSError."""
         try:
             schedstat = entry.schedstat.read(128)
-        except FileNotFoundError:  # Exited, which status shows, or a kernel without it.
+        except FileNotFoundError:  # The thread has exited, or the kernel has no schedstat.
             schedstat = b""
         if not keep:
             entry.schedstat.close()
@@ -185,7 +187,7 @@ class ThreadReader:
             and not schedstat.startswith(b"0 0 0")
         ):
             return
-        # Read before the rest, so that a change in between shows next time.
+        # schedstat was read before the rest, so that the next read detects a change in between.
         entry.last_schedstat = schedstat
         status = read_once(f"task/{entry.tid}/status", self._directory)
         switches = number_after(status, b"\nvoluntary_ctxt_switches:\t")
@@ -210,7 +212,7 @@ class ThreadReader:
     def _waiting(
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
-        """Return the thread; None for an idle kernel worker, whose call is its creator's."""
+        """Return the thread; None for an idle kernel worker, which shows its creator's call."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None
@@ -255,5 +257,5 @@ class ThreadReader:
         except OSError as error:
             note_once("reading the wchan of a thread", error)
             return None
-        # "0" for a sleeping thread: hidden from us, or unknown to the kernel.
+        # A sleeping thread has "0" if the function is hidden from us, or unknown to the kernel.
         return None if name == b"0" else printable(name.decode("utf-8", "surrogateescape"))

@@ -14,9 +14,9 @@ from qkilld.evidence.faults import FaultGuard
 STUCK_S: Final = 0.1
 """A call that takes longer counts as blocked; later calls do not wait for it."""
 MAX_WORKERS: Final = 64
-"""Each worker may be blocked by dead storage."""
+"""The most worker threads, each of which dead storage may block."""
 MAX_PER_USER: Final = 48
-"""Workers that one user's processes, other than root's, may block; the rest is for others."""
+"""The most workers that one user other than root may occupy; the others are for other users."""
 
 Call = Callable[[], None]
 
@@ -35,8 +35,8 @@ class Workers:
         self._count = 0
 
     def submit(self, call: Call, *, uid: int, instead: Call) -> None:
-        """Call it soon in a worker; the guard reports exceptions. If that user's processes block
-        too many workers already, call `instead`."""
+        """Run `call` soon in a worker; the guard reports exceptions. If `uid` occupies too many
+        workers already, run `instead`."""
         self._queue.put((call, instead, uid))
         with self._lock:
             now = time.monotonic()

@@ -92,7 +92,7 @@ def test_a_failed_search_is_not_repeated_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)
-    monkeypatch.setattr(peer_finder, "REST", 0)
+    monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
     finder = PeerFinder()
     assert finder.find([1]) == {}
     before = time.thread_time()

@@ -275,7 +275,7 @@ def test_a_crowded_table_tells_the_same(
                 found += [table.listens_on(p) for p in (port, free.getsockname()[1])]
             return found
 
-        crowd = sockdiag.Crowd()
+        crowd = sockdiag.CrowdedTables()
         whole = told()
         assert socket.AF_UNIX not in crowd and socket.AF_INET not in crowd
         assert len(whole[1]) >= 6, whole[1]  # type: ignore[arg-type]
