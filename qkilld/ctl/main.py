@@ -24,7 +24,7 @@ from qkilld.model.exits import INTERRUPTED
 from qkilld.model.policy import JOB_SPANS, SPANS
 
 if TYPE_CHECKING:
-    from qkilld.decision.replay import Terms
+    from qkilld.decision.replay import Overrides
 
 _MAY_NEED_A_PASSWORD: Final = (
     *("terminate", "cancel", "hold", "release", "extend", "force"),
@@ -73,7 +73,7 @@ async def _run(
         # Imports all of `decision`, which no other command needs.
         from qkilld.ctl import replay
 
-        return replay.run(output, arguments.file, _terms(arguments), json=arguments.json)
+        return replay.run(output, arguments.file, _overrides(arguments), json=arguments.json)
     if arguments.command == "timeline":
         from qkilld.ctl import timeline
 
@@ -173,9 +173,9 @@ def _terminate_options(arguments: argparse.Namespace) -> TerminateOptions:
     return TerminateOptions(flags, arguments.wait, options)
 
 
-def _terms(arguments: argparse.Namespace) -> Terms:
+def _overrides(arguments: argparse.Namespace) -> Overrides:
     """Return the changes to replay a trace with. Missing options keep what was recorded."""
-    from qkilld.decision.replay import Terms
+    from qkilld.decision.replay import Overrides
 
     add = remove = Flag(0)
     for flag, choice in ((Flag.FORCE, arguments.force), (Flag.FIXED, arguments.fixed)):
@@ -184,7 +184,7 @@ def _terms(arguments: argparse.Namespace) -> Terms:
     changes = {
         span.field: usec for span in SPANS if (usec := getattr(arguments, span.field)) is not None
     }
-    return Terms(add, remove, changes)
+    return Overrides(add, remove, changes)
 
 
 if __name__ == "__main__":

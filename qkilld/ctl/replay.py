@@ -7,7 +7,7 @@ from typing import Any
 
 from qkilld.ctl.output import Output
 from qkilld.decision.ladder import Action
-from qkilld.decision.replay import RealOutcome, Replay, Step, Terms, replay
+from qkilld.decision.replay import Overrides, RealOutcome, Replay, Step, replay
 from qkilld.model import trace
 from qkilld.model.constants import USEC_PER_SEC, ExitCode, Flag, Result
 from qkilld.model.errors import InvalidArgs
@@ -18,10 +18,10 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.trace import Trace
 
 
-def run(output: Output, path: str, terms: Terms, *, json: bool) -> int:
+def run(output: Output, path: str, overrides: Overrides, *, json: bool) -> int:
     """Replay the trace at `path` and print it. Raises InvalidArgs if it is not a trace."""
     recording = read(path)
-    replayed = replay(recording, terms)
+    replayed = replay(recording, overrides)
     if json:
         output.json(as_json(recording, replayed))
         return ExitCode.OK

@@ -1,8 +1,8 @@
 """Count the bytes that a process has written, to disks and through storage servers. Pure.
 
-Its own counters cover its disks and, over TCP, the bytes that servers have acknowledged. A unix
-socket has no counter, so the server's own writes count if it has no other client. A server is not
-read in every sample, so its writes are added up from one reading to the next.
+The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
+A unix socket has no counter; instead, the writes of a server that has no other client count. Not
+every sample reads the servers, so their writes are added up from one reading to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEP: Final = 2 * USEC_PER_SEC
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A total at one moment."""
+    """The bytes written up to a certain time."""
 
     at: int
     """CLOCK_MONOTONIC, µs."""
@@ -46,7 +46,7 @@ class Amounts:
     points: tuple[Point, ...] = ()
     """Totals of the last RATE_WINDOW, the oldest first."""
     rate: int | None = None
-    """Bytes a second over that time; None if unknown."""
+    """Bytes per second over RATE_WINDOW; None if unknown."""
 
 
 NOTHING_COUNTED: Final = Amounts()
@@ -75,11 +75,11 @@ def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
 
 
 def written_since(first: Sample, last: Sample, served: int) -> int | None:
-    """Return the bytes written between two samples; None if nothing counts them."""
-    before, after = _counted_by_itself(first), _counted_by_itself(last)
+    """Return the bytes written between two samples; None if no counter covers them."""
+    before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # A counter that fell has started again, so the difference is meaningless.
+    # A counter that fell was reset, so the difference is meaningless.
     return max(0, after - before) + served
 
 
@@ -87,8 +87,9 @@ def is_storage(socket: Socket) -> bool:
     return socket.role != "other"
 
 
-def _counted_by_itself(sample: Sample) -> int | None:
-    """Return the bytes counted by its own control group, or else by the process, plus TCP."""
+def _own_bytes(sample: Sample) -> int | None:
+    """Return the bytes written to disks, by the counter of the process's own control group or else
+    of the process, plus the bytes acknowledged over TCP."""
     group = sample.cgroup
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:

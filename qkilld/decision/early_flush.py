@@ -1,14 +1,14 @@
-"""Plan the flush of healthy disks that comes before any question to the file systems. Pure.
+"""Plan the flush of healthy disks that precedes any question to the file systems. Pure.
 
-QEMU's main thread asks the file systems of all images for their sizes when a monitor asks for its
-disks (query-block and query-named-block-nodes, 7.2 to 11.1). If one of them does not answer, the
-thread hangs, and with it the monitor, so that no disk can be flushed any more: 201 of 300
-records of a local disk were lost beside an image on FUSE (measured). Only a file system without a
-block device can do that: NFS, FUSE. If there is one, the disks that do not lie on it are flushed
-first, by their names, which query-blockstats tells without asking a file system.
+When a monitor asks QEMU for its disks (query-block and query-named-block-nodes, 7.2 to 11.1), the
+main thread asks the file systems of all images for their sizes. If a file system does not answer,
+the main thread and the monitor hang, so no disk can be flushed any more: 201 of 300 records of a
+local disk were lost beside an image on FUSE (measured). Only a file system without a block device
+can hang like this: NFS, FUSE. So if an image may lie on one, disks that lie elsewhere are flushed
+first, by the names from query-blockstats, which asks no file system.
 
-Which disk lies on it is known from outside: the command line names the images, and the process has
-them open. This decides only in which order the disks are flushed, never whether one was flushed.
+The command line and the open files of the process show which disks lie on such a file system. They
+decide only the order of flushes, never which disks count as flushed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""How the key of a wait for the storage of a file begins; its numbers follow (decision.waits)."""
+"""The prefix of the key of a wait for storage; numbers of disks and mounts follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyFlush:
     healthy: tuple[GuestDisk, ...]
-    """The local disks that certainly do not lie on such a file system."""
+    """The local disks that certainly lie elsewhere."""
     others: tuple[GuestDisk, ...]
-    """The disks to flush after these, because it is not known where they lie."""
-    hung: str
-    """What shows that such a file system does not answer; "" if nothing does. It must not be asked
-    then."""
+    """The disks to flush after `healthy`, because their flush may hang."""
+    hang_reason: str
+    """Why such a file system probably does not answer and must not be asked; "" if it may be."""
 
 
 def may_hang(sample: Sample) -> bool:
@@ -48,15 +47,15 @@ def may_hang(sample: Sample) -> bool:
 
 
 def needs_second_look(state: BlockState, evidence: Assessment) -> bool:
-    """Return whether requests are in flight; a second look after OLD shows if they are stuck."""
+    """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 
 
 def plan_early_flush(
     first: BlockState, second: BlockState | None, evidence: Assessment
 ) -> EarlyFlush:
-    """Plan the flush. The states are those of statistics alone; `second` is the look OLD later,
-    None if nothing was in flight. `evidence` was seen from outside at the same times."""
+    """Plan the flush. The states contain only statistics; `second` was read OLD after `first`, None
+    if nothing was in flight. `evidence` was read from outside at the same times."""
     state, images = second or first, evidence.last.images
     stuck = stuck_disks(first, second)
     usable = [disk for disk in state.disks if disk not in stuck]
@@ -73,23 +72,23 @@ def plan_early_flush(
         if disk not in doubtful and (all_placed or _lies(disk, images, on_mount=False))
     ]
     others = [disk for disk in local if disk not in doubtful and disk not in healthy]
-    hung = _hung_call(evidence) if second else ""
+    hang_reason = _hung_call(evidence) if second else ""
     unanswered = [
         disk for disk in stuck if not disk.network and not _lies(disk, images, on_mount=False)
     ]
-    if not hung and unanswered:
-        hung = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
-    if hung:
-        # No look at their state follows, which would tell more of those on a network.
+    if not hang_reason and unanswered:
+        hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
+    if hang_reason:
+        # query-block, which would show more about disks on a network, is not sent.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # They share a controller with those that do not answer, and its queues.
+        # These only share the queues of a controller with disks that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
-    return EarlyFlush(sorted_by_risk(healthy), tuple(others), hung)
+    return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 
 
 def _lies(disk: GuestDisk, images: tuple[ImagePlace, ...] | None, *, on_mount: bool) -> bool:
-    """Return whether an image of the disk is known to lie there."""
+    """Return whether an image of the disk is known to lie on such a file system, or elsewhere."""
     return any(bool(image.mount) == on_mount and _is_of(disk, image) for image in images or ())
 
 
@@ -98,7 +97,7 @@ def _is_of(disk: GuestDisk, image: ImagePlace) -> bool:
 
 
 def _hung_call(evidence: Assessment) -> str:
-    """Return, in words, a call to a file system without a block device that has not moved."""
+    """Describe a call to such a file system that has not moved; "" if there is none."""
     calls = _mount_calls(evidence)
     hung = [wait for wait in standing_waits(evidence) if wait in calls]
     return f"a request may be stuck: {hung[0].text}" if hung else ""
@@ -114,7 +113,7 @@ def _mount_calls(evidence: Assessment) -> list[OpenWait]:
 
 
 NOT_ASKED: Final = (
-    "an image lies on a file system that may not answer, so QEMU was not asked whether one of its"
-    " disks is never flushed (cache=unsafe)"
+    "an image lies on a file system that may not answer, so QEMU was not asked for disks that are"
+    " never flushed (cache=unsafe)"
 )
 """A note for a plan."""

@@ -1,8 +1,8 @@
 """Assess a process after a time without samples. Pure.
 
-A daemon that resumes a job continues from this. The gap is never held against the guest's data:
-what moved before may have moved until now, and what was outstanding may still be. Counters are
-compared across the gap, and `assess` does not count its time.
+A daemon that resumes a job continues from this assessment. It errs in favour of the guest's data:
+what moved before the gap may have moved until now, and what was outstanding may still be. `assess`
+compares counters across the gap, but counts the gap as time without samples.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
-    """Assess a process of which only a verdict and a time of progress are known."""
-    # As old as the job, so that the only decision it allows is to take a sample.
+    """Return an assessment of which only a verdict and a time of progress are known."""
+    # This sample is as old as the job, so the only decision it allows is to take a new one.
     empty_sample = Sample(began, "?")
     return Assessment(
         first=empty_sample,
@@ -41,7 +41,7 @@ def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Asse
         seen=empty_sample,
         waits=(),
         verdict=verdict,
-        reasons=("not looked at yet",),
+        reasons=("no sample was taken yet",),
         progress_at=progress_at,
         outstanding=None,
         outstanding_at=progress_at,

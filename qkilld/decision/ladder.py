@@ -3,19 +3,19 @@
 Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
 
 While a job is held, nothing is sent and the job does not give up. Extend delays SIGKILL. With FIXED
-only the clock counts, otherwise the evidence:
+only time counts; otherwise evidence counts:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
 - No SIGKILL if there was progress within the last `stall`.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
   last progress. If evidence is missing, the process counts as waiting.
-- Movement that others may have caused delays SIGKILL, but not for ever (DOUBT).
+- Movement that other processes may have caused delays SIGKILL, but not for ever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
-- After `max`, SIGKILL in any case. If SIGTERM came late, because the guest was asked first or the
-  job was held, the grace still follows it, or half of `max` if that is less.
-- Before a SIGKILL for storage that does not move, that storage is cut off if possible, and the time
-  starts again, because QEMU may have another disk to finish.
-- A process that was only stopped gets SIGCONT, and its time starts again.
+- After `max`, SIGKILL in any case. But if SIGTERM was late, because the guest was asked first or
+  the job was held, SIGKILL waits for the grace after SIGTERM, or for half of `max` if that is less.
+- Before a SIGKILL because of storage that does not move, that storage is cut off if possible, and
+  the waiting times start again, because QEMU may have another disk to finish.
+- A process that is only stopped gets SIGCONT, and the waiting times start again.
 - Right before SIGKILL, a last sample is taken.
 """
 
@@ -34,17 +34,17 @@ from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
 
 FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max=INFINITY)
-"""libvirt's clock since 2012 (virProcessKillPainfully): SIGKILL after 10 s with force, 15 s in
-all."""
+"""The times that libvirt uses since 2012 (virProcessKillPainfully): SIGKILL after 10 s with force,
+15 s in all."""
 FRESH: Final = 200_000
-"""SIGKILL needs a sample that is not older than this (µs)."""
+"""SIGKILL needs a sample no older than this (µs)."""
 LATE: Final = 1_000_000
 """A sample that was taken when SIGKILL was already due may be this old (µs): on a busy host all
 samples are late, and none would be fresh."""
 GRID: Final = 100_000
 """Samples are taken at multiples of this (µs)."""
 PER_JOB: Final = 2_000
-"""Least time (µs), for each running job, between two samples of one process."""
+"""Two samples of one process are at least this far apart (µs), times the number of jobs."""
 DOUBT: Final = 5
 """Movement that others may have caused delays SIGKILL by at most this many times `storage_stall`: a
 server with other clients may be stuck only for this guest."""
@@ -68,7 +68,7 @@ class Action(Enum):
     GIVE_UP = auto()
     """End the job: the process outlived the ladder."""
     LEAVE = auto()
-    """End the job: with NOWAIT, the signal was sent."""
+    """End the job: the signal was sent, and NOWAIT is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class JobFacts:
     flags: Flag
     policy: Policy
     started: int | None = None
-    """When the job began; None if unknown: then SIGTERM counts."""
+    """When the job began; None if unknown, and `term_at` is used instead."""
     term_at: int | None = None
     """When SIGTERM was sent."""
     kill_at: int | None = None
@@ -89,13 +89,13 @@ class JobFacts:
     yank_at: int | None = None
     """When dead storage was last cut off."""
     may_yank: bool = False
-    """Whether storage may be there that can be yanked."""
+    """Whether QEMU may have storage that can be cut off."""
     assessment: Assessment | None = None
     jobs: int = 1
-    """The number of sampled jobs: with many, each is sampled more rarely."""
+    """The number of sampled jobs; if there are many, each is sampled more rarely."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """The latest due time for SIGKILL that the evidence gave so far; it never becomes earlier."""
+    """The latest due time of SIGKILL that evidence has led to; it never becomes earlier."""
 
     @property
     def by_evidence(self) -> bool:
@@ -110,7 +110,7 @@ class Decision:
     wake: int = INFINITY
     """With WAIT: when to decide again; INFINITY if only an event can change the decision."""
     promised: int = 0
-    """JobFacts.promised for the next decision."""
+    """The value of JobFacts.promised for the next decision."""
 
 
 def policy_for(flags: Flag, configured: Policy, spans: Mapping[str, int]) -> Policy:
@@ -199,7 +199,7 @@ def kill_due(facts: JobFacts) -> int:
     latest = min(max(began_at + policy.max, earliest), INFINITY)
     due = max(start + policy.grace, facts.promised)
     if evidence is None:
-        # Before the first sample: this cannot lead to SIGKILL, which needs a fresh sample.
+        # This cannot lead to SIGKILL, which needs a fresh sample.
         return min(max(due, start + policy.stall), latest)
     since = max(start + _unsampled(start, evidence), evidence.progress_from)
     if evidence.progress_at is not None:
@@ -242,7 +242,7 @@ def next_look(facts: JobFacts, began: int) -> int:
         return began + 100_000
     interval = 250_000 if sampled_at - began < 2 * USEC_PER_SEC else USEC_PER_SEC
     due = sampled_at + max(interval, facts.jobs * PER_JOB)
-    # All jobs share this grid, so that samples taken together share readings of the host.
+    # On a common grid, jobs are sampled together and share readings of the host.
     return -(-due // GRID) * GRID
 
 
@@ -268,7 +268,7 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether SIGKILL is due because storage does not move, not because MaxSec is over."""
+    """Return whether SIGKILL is due because storage does not move, not because of MaxSec=."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

@@ -1,13 +1,13 @@
 """Plan the flush before SIGTERM, and say what it proves. Pure.
 
-A flush before SIGTERM shows errors that are hidden afterwards, and with the processors stopped it
+A flush before SIGTERM shows errors that QEMU hides afterwards. With the processors stopped, it also
 proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so a disk that
 does not answer blocks the monitor. So `stop` is sent only if no disk has an outstanding request
-older than OLD. Otherwise the disks that do answer are flushed one by one, so that a later SIGKILL
-loses nothing of theirs.
+older than OLD. Otherwise the disks that answer are flushed one by one, so that a later SIGKILL
+loses none of their data.
 
-QEMU tells what virtio disks have in flight, and of others (IDE, NVMe) nothing. Of those that are
-local it shows from outside: a thread that waits in a call, a ring with requests in flight.
+QEMU reports the requests in flight of virtio disks, but not of others (IDE, NVMe). If those are
+local, evidence from outside shows the requests: a waiting thread, or a ring with requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo
 """Runstates in which the disks belong to another host, or are about to."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
-"""How the keys of waits for requests of local disks begin (decision.waits)."""
+"""The prefixes of the keys of waits for requests of local disks (decision.waits)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +40,25 @@ class FlushPlan:
     """The processors run now, so they must be continued if QEMU is not ended."""
     disks: tuple[GuestDisk, ...]
     """The disks to flush."""
-    left_out: str
-    """Why a part was left out; "" if nothing was."""
+    incomplete_because: str
+    """Why the flush is not complete; "" if it is."""
     before: tuple[GuestDisk, ...] = ()
-    """With `stop`, if the processors run: all disks, the local ones first. Flushed before, they
-    leave `stop` nothing to flush, and one that does not answer is known. This flush hides errors;
-    the second one shows them."""
+    """The disks to flush before `stop`, the local ones first, if the processors run. This flush
+    leaves `stop` nothing to flush and finds disks that do not answer. It hides errors, which the
+    flush after `stop` shows."""
     stuck: tuple[GuestDisk, ...] = ()
     """The disks that do not answer."""
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return whether it has to be seen from outside what is in flight on one of its disks."""
+    """Return whether only evidence from outside can show the requests of a local disk."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING
 
 
 def needs_second_look(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight; a second look after OLD shows if they are stuck."""
+    """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
     return evidence is not None and bool(_requests(evidence))
@@ -70,7 +70,7 @@ def plan_flush(
     """Plan the flush.
 
     `second` was read at least OLD µs after `first`; None if nothing was in flight. `evidence` is
-    the assessment from outside at that time, if there is one.
+    the assessment at that time, if there is one.
     """
     state = second or first
     running = state.runstate == RUNNING
@@ -78,7 +78,7 @@ def plan_flush(
         return FlushPlan(False, False, (), "its disks are not active on this host")
     queue_devices = _queue_devices(state)
     stuck = stuck_disks(first, second)
-    blind = [
+    unreported = [
         disk.title
         for disk in state.disks
         if disk.network and not _device_of(disk, queue_devices) and disk not in stuck
@@ -86,22 +86,22 @@ def plan_flush(
     if stuck:
         why = f"requests of {list_titles(stuck)} have not been answered for 1 s"
     elif state.foreign and running:
-        why = f"nothing tells whether {state.foreign[0]} answers"
-    elif blind and running:
-        why = f"nothing tells whether {blind[0]}, which lies on a network, answers"
+        why = f"nothing shows whether {state.foreign[0]} answers"
+    elif unreported and running:
+        why = f"nothing shows whether {unreported[0]}, which lies on a network, answers"
     elif running and second and evidence and (standing := standing_waits(evidence)):
         why = f"a request may be stuck: {standing[0].text}"
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
     # Local disks come first, while the monitor still answers.
-    healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in blind]
+    healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 
 
 def sorted_by_risk(disks: Sequence[GuestDisk]) -> tuple[GuestDisk, ...]:
-    """Sort disks for a flush one by one, where one that hangs ends it: those on a network last, and
-    those without a device, whose flush waits for all other disks (QEMU 8 and later)."""
+    """Sort disks for a flush that ends at the first one that hangs: those on a network last, and in
+    each group those without a device, whose flush waits for all other disks (QEMU 8 and later)."""
     return tuple(sorted(disks, key=lambda disk: (disk.network, not disk.qdev)))
 
 
@@ -115,7 +115,7 @@ def risks_of_state(state: BlockState) -> tuple[Risk, ...]:
         if disk.no_flush:
             risks.append(Risk("no-flush", f"{disk.title} has cache=unsafe: it is never flushed"))
     if state.runstate == "io-error" and not any(risk.code == "io-error" for risk in risks):
-        risks.append(Risk("io-error", "QEMU has stopped the guest for an I/O error"))
+        risks.append(Risk("io-error", "QEMU has stopped the guest because of an I/O error"))
     for job in state.jobs:
         code = "migration-cancelled" if job.migration else "job-cancelled"
         risks.append(Risk(code, f"{job.title} was still {job.status}"))
@@ -126,7 +126,7 @@ HUMAN_MONITOR_ALONE: Final = (
     "its only monitor is a human one, so its disks are not flushed before SIGTERM and dead storage"
     " is not cut off; -qmp unix:PATH,server=on,wait=off allows both"
 )
-"""Another such note."""
+"""A note for a plan."""
 
 
 def notes_of_plan(state: BlockState) -> tuple[str, ...]:
@@ -137,15 +137,15 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
         if disk.no_flush
     ]
     notes += [
-        f"{job.title} is {job.status}: it is waited for while it progresses, and SIGTERM cancels it"
+        f"{job.title} is {job.status}: SIGTERM waits while it makes progress, and then cancels it"
         for job in state.jobs
     ]
     return tuple(notes)
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. A disk that was not flushed is no risk, but not proven
-    safe."""
+    """Return the risks of failed flushes. A disk that was not flushed is no risk, but not proven to
+    be safe."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -154,7 +154,7 @@ def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
 
 
 def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult]) -> bool:
-    """Return whether QEMU holds no data of the guest any more: all disks are flushed, and the guest
+    """Return whether QEMU provably holds no data of the guest: all disks are flushed, and the guest
     cannot write."""
     if not plan.stop or state.foreign or risks_of_state(state):
         return False
@@ -164,21 +164,21 @@ def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult
 
 @dataclass(frozen=True, slots=True)
 class JobsProgress:
-    """Backups, mirrors and the migration, followed from look to look."""
+    """The progress of backups, mirrors and the migration, from reading to reading."""
 
     done: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each by its name. A mirror that is ready never ends, so it is left out."""
+    """The progress of each, by name. A mirror that is ready never ends, so it is left out."""
     moved_at: int = 0
     """When one of them last moved (µs, CLOCK_MONOTONIC)."""
 
     def after(self, jobs: Sequence[BackgroundJob], now: int) -> JobsProgress:
-        """Return what is known after one more look."""
+        """Return the progress after one more reading."""
         seen = {job.title.partition(" (")[0]: job.done for job in jobs if job.status != "ready"}
         moved = any(done != self.done.get(name) for name, done in seen.items())
         return JobsProgress(seen, now if moved else self.moved_at)
 
     def waited_for(self, now: int, stall: int) -> bool:
-        """Return whether they are worth waiting for: one has moved within `stall` µs."""
+        """Return whether to wait for them, because one has moved within `stall` µs."""
         return bool(self.done) and now - self.moved_at < stall
 
 
@@ -188,7 +188,7 @@ def is_powered_off(state: BlockState) -> bool:
 
 
 def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk, ...]:
-    """Return the disks whose requests were not answered from one look to the next."""
+    """Return the disks whose requests were not answered between the two readings."""
     if second is None:
         return ()
     stuck = _stuck_devices(first.queues or (), second.queues or ())
@@ -196,7 +196,7 @@ def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk
 
 
 def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]) -> frozenset[str]:
-    """Return devices with a queue that had requests in flight and completed none in between."""
+    """Return the devices of queues that have requests in flight and have completed none."""
     before = {(queue.device, queue.number): queue for queue in first}
     stuck = set()
     for queue in second:
@@ -214,7 +214,7 @@ def _requests(evidence: Assessment) -> list[OpenWait]:
 
 
 def standing_waits(evidence: Assessment) -> list[OpenWait]:
-    """Return such waits that have not moved for OLD."""
+    """Return the waits for requests of local disks that have not moved for OLD."""
     since = evidence.last.at - OLD // 2
     return [
         wait

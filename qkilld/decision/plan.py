@@ -18,19 +18,19 @@ from qkilld.model.policy import Policy
 class PlannedRung:
     phase: Phase
     action: str
-    """The name of a signal, or: ask."""
+    """The name of a signal, or "ask"."""
     after: int
-    """µs after the start: the earliest time, if nothing changes."""
+    """The earliest time if nothing changes, in µs after the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     rungs: tuple[PlannedRung, ...]
     gives_up_after: int
-    """µs after the start; INFINITY for never."""
+    """When the job gives up, in µs after the start; INFINITY for never."""
     warnings: tuple[str, ...]
     ways: tuple[str, ...] = ()
-    """With POWERDOWN: how the guest can be asked, and the obstacles."""
+    """With POWERDOWN: how the guest can be asked, and what prevents it."""
 
 
 def make_plan(
@@ -46,7 +46,7 @@ def make_plan(
             first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
         return Plan((ask if Flag.POWERDOWN in flags else first,), 0, warnings)
     asking = Flag.POWERDOWN in flags
-    # For a guest that does nothing; a guest that is shutting down gets more time.
+    # The time for a guest that does nothing; a guest that is shutting down gets more.
     asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
     if asking and request.powerdown_only:
         return Plan((ask,), asks_for, warnings)
@@ -70,7 +70,7 @@ def _warnings(identity: Identity, flags: Flag, evidence: Assessment | None) -> t
     if Flag.FORCE not in flags:
         warnings.append("without FORCE no SIGKILL is sent: a guest that is stuck remains")
     if Flag.FIXED in flags:
-        warnings.append("FIXED uses a clock: a guest that is still flushing loses data")
+        warnings.append("FIXED ignores evidence: a guest that is still flushing loses data")
     if Flag.FORCE in flags and Flag.NOWAIT in flags:
         warnings.append("SIGKILL at once: what QEMU has not written is lost")
     if identity.executable_deleted:

@@ -3,25 +3,25 @@
 Call `start`, then `observe` with each observation, about one a second, and `note_asked` after the
 guest was asked. `judge` interprets all of that at any time. It rests on these facts:
 
-- QEMU drops a press of the power button if no operating system listens, and most machines show that
-  beforehand. A booting guest and a deaf one look the same there, but in a booting one the
+- QEMU drops a press of the power button if no operating system listens. Most machines show whether
+  one does. A booting guest and a deaf one both show that none does, but only in a booting guest do
   processors and disks work.
-- A guest that ignores the button may be busy for ever, and one that shuts down may be silent for
-  seconds. So neither work nor its absence means anything by itself. Work counts if there was less
-  of it before, and if it lasts: a shutdown that is shorter than PowerdownSec needs no more time,
-  and an idle guest writes its log every few seconds.
-- After a sign that only a shutdown gives, all work counts, as long as the sign holds: if the agent
-  is back, it was only restarted. Without such a sign, work that began after the press counts as a
+- A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
+  for seconds. So neither work nor its absence proves anything alone. Work counts only if it exceeds
+  the work before the press and lasts: an idle guest writes its log every few seconds, and a short
+  shutdown ends within PowerdownSec anyway.
+- After a sign that only a shutdown gives, all work counts until the sign disappears: an agent that
+  returns was only restarted. Without such a sign, work that began after the press counts as a
   shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
-- Two other signs are not used. An agent that no longer answers may be starved or hung; one that was
-  stopped closes its port. x-query-virtio-status shows whether the guest has reset a device, but
-  QEMU aborts if it cannot decode the features of that kind of device (qmp_decode_features in
-  hw/virtio/virtio-qmp.c), and then everything that it holds is lost.
-- A guest that restarts has shut down and booted again. It is asked once more, like one that boots,
+- Two other signs are not used. An agent that does not answer may be starved or hung; a stopped
+  agent closes its port. x-query-virtio-status shows whether the guest has reset a device, but QEMU
+  aborts, and loses all data it holds, if it cannot decode the features of that kind of device
+  (qmp_decode_features in hw/virtio/virtio-qmp.c).
+- A guest that restarts has shut down and booted again. It is asked once more, like a booting guest,
   but not a third time.
 
-An attempt outlives the daemon (`go_on`): the counters from before the gap show what the guest did
-in it.
+An attempt outlives the daemon (`go_on`): counters from before the gap show what the guest did
+during the gap.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
 
 BASELINE: Final = 1 * USEC_PER_SEC
-"""Least time (µs) before the press over which work is measured, for comparison."""
+"""The shortest time (µs) before the press over which work is measured, for comparison."""
 QUIET: Final = 3 * USEC_PER_SEC
 """A guest that does not listen and has done no work for this long (µs) is deaf."""
 IDLE_SHARE: Final = 0.05
-"""Share of one processor that all virtual processors of an idle guest use at most."""
+"""The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
-"""How long (µs) to wait at most until a guest that works listens."""
+"""The longest wait (µs) for a working guest to listen."""
 SILENT: Final = 5 * USEC_PER_SEC
 """A monitor that has not answered for this long (µs) cannot be used to ask."""
 EFFECT: Final = 10 * USEC_PER_SEC
 """A method that works has an effect within this time (µs); after that, the next one is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
-"""How long (µs) after the guest was asked, or PowerdownSec= if that is longer, work counts without
-a sign that only a shutdown gives: an unrelated build may run for ever."""
+"""For this long (µs) after the guest was asked, or for PowerdownSec= if longer, work counts without
+a sign that only a shutdown gives. The limit exists because an unrelated build may run for ever."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """Time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
@@ -60,19 +60,19 @@ LASTING: Final = RECENT // 2
 GROWTH: Final = 3
 """Work has begun if it is at least this many times the earlier amount."""
 LEAST_REQUESTS: Final = 1
-"""Requests a second; fewer count as none."""
+"""Fewer requests per second than this count as none."""
 HALF_BUSY: Final = 0.5
-"""Share of one processor: the end of such a load is visible."""
+"""Share of one processor. The end of a load of at least this is visible."""
 CALM: Final = 0.2
 """Share of one processor. A guest whose disks are idle, and whose virtual processors have wanted no
-more than this in the last tenth of a second, is asked at once. As this is a short time, CALM itself
-is then what later work is compared with."""
+more than this in the last tenth of a second, is asked at once. A tenth of a second is too short for
+a measurement, so later work is compared with CALM."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""How long (µs) to wait at most until a guest that was resumed or woken has done what was due."""
+"""The longest wait (µs) for a resumed or woken guest to do the work that was due."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
-"""Signs that cannot disappear again."""
+"""Signs that cannot disappear."""
 
 
 class AskMethod(StrEnum):
@@ -84,7 +84,7 @@ class AskMethod(StrEnum):
 
 class Conclusion(StrEnum):
     MEASURE = "measure"
-    """Observe a moment longer before asking."""
+    """Observe longer before asking."""
     ASK = "ask"
     PRESSED = "pressed"
     """Somebody else has pressed the power button, for example an earlier ExecStop= line."""
@@ -94,7 +94,7 @@ class Conclusion(StrEnum):
     """The guest was asked, and its reaction is not known yet."""
     SHUTTING_DOWN = "shutting-down"
     SHUT_DOWN = "shut-down"
-    """The guest has powered off, and QEMU is still there."""
+    """The guest has powered off, but QEMU has not exited."""
     IGNORED = "ignored"
     DEAF = "deaf"
     UNREACHABLE = "unreachable"
@@ -121,7 +121,7 @@ class Judgement:
     until: int | None = None
     """When the conclusion changes if nothing more is observed (µs, CLOCK_MONOTONIC)."""
     method: AskMethod | None = None
-    """With ASK: the means."""
+    """With ASK: how to ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +135,14 @@ class AskRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Work before the guest was asked. None is unknown, and nothing is compared with it."""
+    """Work before the guest was asked. None means unknown, so later work is not compared."""
 
     requests: float | None = None
-    """Per second."""
+    """Requests per second."""
     vcpus: float | None = None
-    """In processors; a busy host does not provide all of it."""
+    """The number of processors that the virtual processors wanted."""
     granted: float | None = None
-    """The share of it that the host provided."""
+    """The share of `vcpus` that the host provided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Attempt:
 
     started: int
     recent: tuple[GuestObservation, ...] = ()
-    """Those of the last RECENT µs."""
+    """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: _Rates = _Rates()
     """Measured before the guest was first asked."""
@@ -162,17 +162,17 @@ class Attempt:
     signs: frozenset[ShutdownSign] = frozenset()
     """Signs in the last observation."""
     old_signs: frozenset[ShutdownSign] = frozenset()
-    """Signs from before a restart, which mean nothing any more."""
+    """Signs from before a restart, which no longer count."""
     agent_was_open: bool | None = None
-    """The agent had its port open when the guest was asked; None if unknown."""
+    """Whether the agent had its port open when the guest was asked; None if unknown."""
     restarts: int = 0
     """The number of restarts since the guest was first asked."""
     answered_at: int | None = None
     """When the monitor last answered."""
     disk_work_at: int | None = None
-    """When a disk was last seen to have had a request."""
+    """When a request to a disk was last seen."""
     effect_at: int | None = None
-    """When an effect of asking was last seen, lasting or not."""
+    """When asking was last seen to have an effect, even a brief one."""
     progress_at: int | None = None
     """When the shutdown was last seen to make progress."""
 
@@ -186,14 +186,14 @@ def start(at: int) -> Attempt:
 
 
 def go_on(attempt: Attempt, at: int) -> Attempt:
-    """Continue an attempt in the next daemon, at `at`: the gap does not count as silence."""
+    """Continue an attempt in the next daemon at the time `at`: the gap is no silence."""
     return replace(attempt, answered_at=at)
 
 
 def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) -> Attempt:
-    """Make an attempt from only the times of asking and the last conclusion.
+    """Make an attempt if only the times of asking and the last conclusion are known.
 
-    With `shutting_down`, the guest may have made progress until now, because nobody looked.
+    With `shutting_down`, the guest may have made progress until now.
     """
     return Attempt(
         started=at, asked=asked, answered_at=at, progress_at=at if shutting_down else None
@@ -201,8 +201,8 @@ def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) 
 
 
 def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
-    """Return whether the guest need not be asked again at `at`, after an attempt that has ended: it
-    was asked a moment ago, or it was shutting down. `powerdown` is PowerdownSec= in µs."""
+    """Return whether an attempt that has ended makes asking again at the time `at` unnecessary: the
+    guest was asked recently, or was shutting down. `powerdown` is PowerdownSec= in µs."""
     if not attempt.asked:
         return False
     asked_at = attempt.asked[-1].at
@@ -225,7 +225,7 @@ def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken: what it did before that is no baseline."""
+    """Note that the guest was resumed or woken. Its earlier work is not part of the baseline."""
     return replace(attempt, started=at, recent=(), helped_at=at)
 
 
@@ -233,13 +233,13 @@ def observe(attempt: Attempt, seen: GuestObservation) -> Attempt:
     """Return the attempt after one more observation, which must be the newest."""
     before = attempt.last
     old_signs = attempt.old_signs & seen.signs
-    # A lasting sign also holds if the monitor was opened again later.
+    # A lasting sign still holds after the monitor was opened again.
     signs = (seen.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
         return _begin_again(attempt, seen)
     if _is_unsettled(attempt, before, seen):
         attempt, before = replace(attempt, started=seen.at, recent=()), None
-    # The last observation from before a gap is kept, too.
+    # The last observation before a gap is kept, too.
     recent = (one for one in attempt.recent if one is before or one.at > seen.at - RECENT)
     after = replace(
         attempt,
@@ -286,7 +286,7 @@ def _begin_again(attempt: Attempt, seen: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent` says that the guest's agent can be asked; it is False after a failed attempt.
+    `agent`: whether the guest's agent can be asked; False after a failed attempt.
     """
     last = attempt.last
     if last is None:
@@ -307,10 +307,11 @@ def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
 def judge_exit(
     attempt: Attempt, signs: frozenset[ShutdownSign], *, all_heard: bool
 ) -> GuestAsked | None:
-    """Return the result of asking a guest whose QEMU exited before any signal of ours.
+    """Return the result of asking a guest whose QEMU exited before any signal of ours; None if the
+    guest was not asked.
 
-    `signs` are those up to the end; `all_heard` says that none can have been missed. None if the
-    guest was not asked. If QEMU crashes, or somebody else ends it, the guest has not shut down.
+    `signs`: the signs up to the exit. `all_heard`: no sign can have been missed. If QEMU crashed or
+    was ended by somebody else, the guest has not shut down.
     """
     if not attempt.asked and attempt.restarts == 0:
         return None
@@ -337,13 +338,12 @@ def _judge_before(
     if agent:
         return Judgement(Conclusion.ASK, "the agent answers", method=AskMethod.AGENT)
     if last.button is Button.UNKNOWN and last.at < attempt.started + QUIET:
-        return Judgement(
-            Conclusion.MEASURE, "its power button cannot be read yet", attempt.started + QUIET
-        )
+        reason = "the state of its power button cannot be read yet"
+        return Judgement(Conclusion.MEASURE, reason, attempt.started + QUIET)
     reasons = {
         Button.LISTENED: "the guest listens to the power button",
-        Button.NO_REGISTER: "nothing tells whether it listens to the power button",
-        Button.UNKNOWN: "its power button cannot be read",
+        Button.NO_REGISTER: "its machine does not show whether it listens to the power button",
+        Button.UNKNOWN: "the state of its power button cannot be read",
     }
     return Judgement(Conclusion.ASK, reasons[last.button], method=AskMethod.BUTTON)
 
@@ -351,14 +351,14 @@ def _judge_before(
 def _judge_deafness(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
     deaf = Conclusion.DEAF if attempt.restarts == 0 else Conclusion.IGNORED
     if _is_quiet(attempt.recent):
-        return Judgement(deaf, "nobody listens to the power button, and it is idle")
+        reason = "no operating system listens to the power button, and the guest is idle"
+        return Judgement(deaf, reason)
     since = max(attempt.started, attempt.disk_work_at or 0)
     until = min(since + powerdown, attempt.started + BOOT_MAX)
     if last.at >= until:
-        return Judgement(deaf, "nobody has come to listen to the power button")
-    return Judgement(
-        Conclusion.WAIT_FOR_LISTENER, "nobody listens to the power button yet: it may boot", until
-    )
+        return Judgement(deaf, "no operating system has begun to listen to the power button")
+    reason = "no operating system listens to the power button yet: the guest may be booting"
+    return Judgement(Conclusion.WAIT_FOR_LISTENER, reason, until)
 
 
 def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
@@ -368,30 +368,30 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
         until = min(until, attempt.asked[0].at + max(UNCERTAIN_MAX, powerdown))
     if last.at >= until:
         reacted = attempt.signs or attempt.progress_at is not None
-        reason = "it began to shut down and stands still" if reacted else "it does not shut down"
+        reason = "it began to shut down, but stands still" if reacted else "it does not shut down"
         return Judgement(Conclusion.IGNORED, reason)
     if attempt.signs:
         signs = ", ".join(sorted(attempt.signs))
-        return Judgement(Conclusion.SHUTTING_DOWN, f"it shuts down ({signs})", until)
+        return Judgement(Conclusion.SHUTTING_DOWN, f"it is shutting down ({signs})", until)
     if attempt.progress_at is not None:
-        return Judgement(Conclusion.SHUTTING_DOWN, "it works since it was asked", until)
+        return Judgement(Conclusion.SHUTTING_DOWN, "it has worked since it was asked", until)
     if method := _next_method(attempt, last):
         reason = f"the {last_ask.method} had no effect"
         return Judgement(Conclusion.ASK, reason, method=method)
     reason = "it was asked"
     if last_ask.method is AskMethod.BUTTON and last.press_pending is not None:
-        reaction = "has not taken" if last.press_pending else "has taken"
-        reason = f"the guest {reaction} note of the power button"
+        reaction = "has not noticed" if last.press_pending else "has noticed"
+        reason = f"the guest {reaction} the power button"
     return Judgement(Conclusion.WATCH, reason, until)
 
 
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
-    """Return the means to ask again, if asking had no effect; None for not now.
+    """Return how to ask again if asking had no effect; None if not now.
 
     The button is pressed again if the machine does not show whether the guest took the first press;
-    on other machines a second press would cancel the shutdown of some systems (illumos). It is also
-    pressed again while a guest boots: its kernel listens seconds before the program that acts on
-    it.
+    on other machines a second press would cancel the shutdown of some systems (illumos). The button
+    is also pressed again while a guest boots, because the kernel listens seconds before the program
+    that acts on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -418,7 +418,7 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
         return Judgement(Conclusion.MEASURE, "its monitor does not answer", answered + SILENT)
     until = max(attempt.asked[-1].at, attempt.progress_at or 0, answered) + powerdown
     if last.at >= until:
-        return Judgement(Conclusion.IGNORED, "its monitor does not answer any more")
+        return Judgement(Conclusion.IGNORED, "its monitor no longer answers")
     reacted = attempt.signs or attempt.progress_at is not None
     conclusion = Conclusion.SHUTTING_DOWN if reacted else Conclusion.WATCH
     return Judgement(conclusion, "its monitor does not answer", until)
@@ -427,7 +427,7 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
 def _is_unsettled(
     attempt: Attempt, before: GuestObservation | None, seen: GuestObservation
 ) -> bool:
-    """Return whether a guest that was resumed or woken still does what was due meanwhile."""
+    """Return whether a resumed or woken guest is still doing the work that was due."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
     time = _wanted_time(before, seen)
@@ -436,7 +436,7 @@ def _is_unsettled(
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is measured; at once if the guest has long been idle."""
+    """Return whether the baseline is known; at once if the guest has long been idle."""
     rates = _measure(attempt.recent)
     if rates.requests is None:
         return False
@@ -470,10 +470,10 @@ def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
 
 
 def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> bool:
-    """Return whether there was clearly more work between the two than in the baseline.
+    """Return whether there was clearly more work between the two observations than in the baseline.
 
-    A guest that keeps its processors busy makes more requests only because the host has become less
-    busy: that is no growth.
+    If a guest keeps its processors busy, its requests also grow when the host becomes less busy.
+    That growth does not count.
     """
     duration = after.at - before.at
     requests = _difference(before.requests, after.requests)
@@ -495,14 +495,14 @@ def _works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
 
 
 def _is_lasting(attempt: Attempt) -> bool:
-    """Return whether work above the baseline fills the recent time."""
+    """Return whether work above the baseline has lasted for LASTING since the guest was asked."""
     pairs = _since_asked(attempt)
     return sum(b.at - a.at for a, b in pairs if _works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
-    """Return whether the processors were busy before the guest was asked, and have been idle for
-    LASTING. The end of a boot does not count.
+    """Return whether the processors were busy before the guest was asked, and have been less than
+    half as busy for LASTING. The end of a boot does not count.
     """
     baseline = attempt.baseline.vcpus
     if attempt.boots or baseline is None or baseline < HALF_BUSY:
@@ -535,7 +535,7 @@ def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:
 
 
 def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | None:
-    """Return how long (µs) the virtual processors ran, or would have if the host were less busy."""
+    """Return how long (µs) the virtual processors ran or waited for a processor of the host."""
     time = _difference(earlier.vcpu_time, later.vcpu_time)
     if time is None:
         return None
@@ -549,8 +549,8 @@ def _granted(earlier: GuestObservation, later: GuestObservation) -> float | None
 
 
 def _relief(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> float:
-    """Return how many times as much the host provided to a busy guest as in the baseline; at least
-    1."""
+    """Return how many times larger the share that the host provides to a busy guest is than in the
+    baseline; at least 1."""
     granted = _granted(before, after)
     if granted is None or baseline.granted is None or (baseline.vcpus or 0.0) < HALF_BUSY:
         return 1.0

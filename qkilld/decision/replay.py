@@ -1,12 +1,12 @@
 """Judge a recorded trace again: what would have been done, and when. Pure.
 
 `assess` folds the samples, and `decide` is called at each of them and at each deadline between two.
-A deadline asks for a sample that the recorded job may not have taken. If a sample follows right
-after it, that one is used; otherwise the sample before is repeated. So a replay errs towards
-SIGKILL, and says how old that sample was.
+A deadline requests a sample that the recorded job may not have taken. If a sample follows within
+LOOK_TAKES, it is used; otherwise the sample before is repeated. So a replay errs towards SIGKILL,
+and `Step.since_sample` shows how old the sample was.
 
-A replay ends where the recording stops to describe a process that got only SIGTERM and SIGCONT: at
-its exit, at the SIGKILL that it really got, or at the end of the job.
+A replay ends at the exit of the process, at the SIGKILL that it really got, or at the end of the
+recorded job.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ENDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Overrides:
     """Flags and spans that override the recorded ones."""
 
     add: Flag = _NONE
@@ -57,7 +57,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A decision at one moment."""
+    """A decision and its time."""
 
     at: int
     """CLOCK_MONOTONIC, µs."""
@@ -77,7 +77,7 @@ class RealOutcome:
 
     started: int
     until: int
-    """Until when the trace describes a process that got no SIGKILL."""
+    """The time of SIGKILL, or else of the end of the job or trace."""
     ended: int | None
     """The end of the job; None if it is not in the trace."""
     result: Result | None
@@ -89,7 +89,7 @@ class RealOutcome:
 class Replay:
     recorded: RealOutcome
     flags: Flag
-    """The flags at the end of the replay: a request that joined the job may have added some."""
+    """The flags at the end of the replay: a request that joined the job may have added flags."""
     policy: Policy
     steps: tuple[Step, ...]
     """One for each sample, and one for each action."""
@@ -97,18 +97,19 @@ class Replay:
     """`killed` if SIGKILL would have been sent, whatever its effect; None if the recording ends
     before a decision."""
     at: int
-    """When that would have happened, or else the end of the recording; CLOCK_MONOTONIC, µs."""
+    """When the job would have had this result, or else the end of the recording; CLOCK_MONOTONIC,
+    µs."""
     data_at_risk: bool
     """Whether SIGKILL may have lost data."""
     written_later: int | None
-    """Bytes that the process wrote after the SIGKILL that only the replay sends, by its samples;
-    None if there is no such SIGKILL or no sample after it."""
+    """Bytes that the process really wrote after the replay's SIGKILL, by its samples; None if there
+    is no such SIGKILL or no sample after it."""
 
 
-def replay(trace: Trace, terms: Terms | None = None) -> Replay:
-    """Replay a recorded job under `terms`; None for its own."""
+def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
+    """Replay a recorded job with `overrides`, if any."""
     recorded = recorded_of(trace)
-    walk = _Walk(trace, terms or Terms())
+    walk = _Walk(trace, overrides or Overrides())
     yanks = [rung for rung in trace.of(RungRecord) if rung.signal == "yank"]
     moments: list[_Moment] = [*trace.of(Sample), *trace.of(ChangeRecord), *yanks]
     for moment in sorted(moments, key=lambda moment: moment.at):
@@ -118,7 +119,7 @@ def replay(trace: Trace, terms: Terms | None = None) -> Replay:
         if walk.result is None:
             walk.take(moment)
     exited = recorded.result is Result.EXITED
-    # An exit precedes a deadline in the same µs; a rung that was really executed then was due.
+    # A deadline in the µs of the exit is too late; one in the µs of a real SIGKILL was due.
     walk.wait_until(recorded.until + (0 if exited else 1))
     result, at = walk.result, walk.now
     if result is None:
@@ -154,14 +155,14 @@ def recorded_of(trace: Trace) -> RealOutcome:
 class _Walk:
     """A simulated job without a process."""
 
-    def __init__(self, trace: Trace, terms: Terms) -> None:
+    def __init__(self, trace: Trace, overrides: Overrides) -> None:
         header = trace.header
-        self._terms = terms
+        self._overrides = overrides
         self.now = header.started
         self.steps: list[Step] = []
         self.result: Result | None = None
         sigterm_times = [rung.at for rung in trace.of(RungRecord) if rung.signal == "SIGTERM"]
-        flags, policy = terms.override(header.flags, header.policy)
+        flags, policy = overrides.override(header.flags, header.policy)
         self.facts = JobFacts(
             flags=flags, policy=policy, term_at=min(sigterm_times, default=header.started)
         )
@@ -170,7 +171,7 @@ class _Walk:
         """Apply one record, and decide."""
         self.now = moment.at
         if isinstance(moment, ChangeRecord):
-            flags, policy = self._terms.override(moment.flags, moment.policy)
+            flags, policy = self._overrides.override(moment.flags, moment.policy)
             self.facts = replace(
                 self.facts, flags=flags, policy=policy, control=moment.control, promised=0
             )

@@ -11,21 +11,21 @@ from qkilld.model.job import Risk
 
 CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _LOST: Final = 2 * USEC_PER_SEC
-"""Time (µs) without a connection after which a node has lost it; an exiting QEMU closes all
-connections within a moment."""
+"""A node without a connection for this long (µs) has lost it: an exiting QEMU closes all
+connections in less time."""
 
 
 def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
-    """Return the risks of SIGKILL; () if it is proven that there is none.
+    """Return the risks of SIGKILL; () if there are provably none.
 
-    That is proven if QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
+    The proof: QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
     writing, for which it holds back no data.
     """
     if evidence is None or tells_nothing(evidence.last):
-        return (Risk("unknown", "nothing could be seen of it"),)
+        return (Risk("unknown", "the process could not be read"),)
     sample, risks = evidence.last, []
     if sample.term_pending is not False:
-        risks.append(Risk("unknown", "it had not taken SIGTERM, as far as could be seen"))
+        risks.append(Risk("unknown", "it had not taken SIGTERM, as far as known"))
     for wait in evidence.waits:
         if wait.kind in (WaitKind.UNSEEN, WaitKind.PROCESSOR):
             risks.append(Risk("unknown", wait.text))
@@ -35,7 +35,7 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
         risks.append(Risk("unknown", "its open images could not be read"))
     elif sample.formatted:
         images = "image" if sample.formatted == 1 else "images"
-        text = f"{sample.formatted} {images} open for writing whose format may lack a part"
+        text = f"{sample.formatted} {images} open for writing, whose metadata may be incomplete"
         risks.append(Risk("qcow2-open", text))
     return tuple(risks)
 
@@ -43,15 +43,16 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 def risks_of_exit(
     evidence: Assessment | None, *, flushed: bool = False, started: int = 0, ended: int = INFINITY
 ) -> tuple[Risk, ...]:
-    """Return the risks after QEMU has exited by itself.
+    """Return the risks after QEMU has exited without SIGKILL.
 
     Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
-    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the latter is
-    visible from outside, and only for a local server: a node that QEMU closed has no connection
-    either, but its server still listens. Until the delay is over, QEMU keeps its data and does not
-    exit, so an earlier exit has lost nothing, even if no sample saw the server return. `flushed`:
-    the monitor reported all disks as flushed. `started`, `ended`: of the process, CLOCK_MONOTONIC
-    in µs.
+    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only a lost server is
+    visible from outside, and only if it is local: a node that QEMU closed has no connection either,
+    but its server still listens. Before the delay has passed, QEMU keeps its data and does not
+    exit, so such an exit has lost nothing, even if no sample saw the server return.
+
+    `flushed`: the monitor reported all disks as flushed. `started`, `ended`: when the process
+    started and ended; CLOCK_MONOTONIC, µs.
     """
     if evidence is None or flushed or evidence.seen.sockets is None:
         return ()
@@ -63,9 +64,10 @@ def risks_of_exit(
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # It had a connection when the wait was first seen, unless the disconnect is as old.
-        had = wait.since if disconnects and disconnects[0] > wait.since else started
-        if node.reconnect is not None and ended < had + node.reconnect * USEC_PER_SEC:
+        # When the wait was first seen, the node was connected, unless the disconnect is as old.
+        connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
+        delay = (node.reconnect or 0) * USEC_PER_SEC
+        if node.reconnect is not None and ended < connected_at + delay:
             continue
         if disconnects and sample.at - disconnects[0] >= _LOST:
             text = f"it exited while {node.protocol} node {node.name} had no server"

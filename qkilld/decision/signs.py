@@ -1,8 +1,8 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
 They come from the disk under the descriptor that a thread waits on, from the server at the other
-end of a connection, or from the bytes on it. waits.py assigns signs to waits; verdict.py follows
-them.
+end of a connection, or from the bytes on that connection. waits.py assigns signs to waits;
+verdict.py follows them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ WINDOW: Final = 6 * USEC_PER_SEC
 KEEPALIVE: Final = 512
 """Bytes in a WINDOW that may be keepalives. iSCSI sends 48 bytes each way every 5 s."""
 SERVES: Final = 3
-"""Context switches in a WINDOW that show that a storage server works, if none of its threads
+"""So many context switches in a WINDOW show that a storage server works, if none of its threads
 waits."""
 TALK: Final = 256
-"""Bytes in a WINDOW that QEMU's threads exchange when answers arrive. Without answers they exchange
-8 to 16 a second."""
+"""If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
+they exchange 8 to 16 a second."""
 PEER_NOISE: Final = 16 * 1024
 """Bytes in a WINDOW that a server may write without serving anyone, such as its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""Bytes by which a page cache may fall without a meaning, such as a page of a log."""
+"""A page cache that falls by fewer bytes proves nothing: it may have written a page of a log."""
 OWN_IO: Final = 512
-"""Bytes that the process itself must have read or written to count."""
+"""If the process itself reads or writes fewer bytes than this, they do not count."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" is an unknown one."""
@@ -44,7 +44,7 @@ _STORAGE_WCHAN: Final = (
 
 
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
-"""The parts among them that mean a file system without a block device."""
+"""Parts of such names that mean a file system without a block device."""
 
 
 class SignKind(StrEnum):
@@ -53,11 +53,11 @@ class SignKind(StrEnum):
     CHANGE = "change"
     """Has moved if its value has changed."""
     LOW = "low"
-    """Has moved if it is lower by `least` than ever before: a queue may be filled again."""
+    """Has moved if it is lower by `least` than ever before, because a queue may be filled again."""
     TRAFFIC = "traffic"
     """Has moved if it has grown by `least` within WINDOW."""
     QUIET = "quiet"
-    """Does not count now, but is remembered for later."""
+    """Does not count now, but its value is remembered for later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def waits_for_storage(thread: Thread) -> bool:
 
 
 def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) -> list[Sign]:
-    """Return completed requests, of the layers that count."""
+    """Return a sign for the completed requests of each device; QUIET if they do not count."""
     listed = list(devices)
     handed_down = own or _handed_down(listed)
     return [
@@ -140,8 +140,8 @@ def io_signs(io: Io | None, who: str) -> list[Sign]:
 
 
 def group_signs(sample: Sample) -> list[Sign]:
-    """Return the signs of its own control group. A standstill there proves nothing, because writes
-    may be counted elsewhere."""
+    """Return the signs of the process's own control group. A standstill of them proves nothing,
+    because writes may be counted elsewhere."""
     group = sample.cgroup
     if group is None or not group.own:
         return []
@@ -161,11 +161,11 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # The kernel accepts connections and requests for a server that hangs. It is alive once it
-        # has sent a reply.
+        # The kernel accepts connections and requests even for a hung server. Only a reply proves
+        # that the server is alive.
         pass
     elif socket.acked is not None and socket.received is not None:
-        # Queued data was not consumed: after SIGTERM, QEMU stops reading from consoles.
+        # QEMU has not read queued data: after SIGTERM, it stops reading from consoles.
         consumed = socket.acked + socket.received - socket.receive_queue
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
@@ -197,7 +197,7 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
     signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
     if answers := [thread for thread in working if thread.target == "mount"]:
         signs.append(_answers(peer, answers))
-    # An NBD server runs only for requests: it has no keepalives and no rings.
+    # An NBD server runs only to serve requests: it has no keepalives and no rings.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
         signs.append(Sign(f"{_of(peer)}serves", SignKind.TRAFFIC, peer.switches, text, SERVES))
@@ -206,16 +206,16 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     """Return the signs of a server with other clients. Only its calls on our image's storage
-    certainly count; everything else may be for others."""
+    certainly count; all other work may be for other clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
-        # One of its calls may be for us, and the disk under that call may move.
+        # One of its calls may be for this guest, and the disk under that call may move.
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
         return [replace(sign, sure=False) for sign in signs]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
-    # Our request is in the call that stands still, so other activity of the server is no sign.
+    # This guest's request is in the stuck call, so other activity does not count.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []

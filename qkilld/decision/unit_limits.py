@@ -1,9 +1,8 @@
 """Limits that a unit's settings set for its ExecStop= process. Pure; all times in µs.
 
-systemd (systemd.service(5), systemd.kill(5); src/core/service.c) starts the timeout of
-TimeoutStopSec= with the ExecStop= command. When the command has ended or its timeout has passed, it
-sends KillSignal= with a fresh timeout, and after that SIGKILL with another one. RuntimeMaxSec= does
-not apply while a unit is being stopped.
+systemd (systemd.service(5), systemd.kill(5); src/core/service.c) applies TimeoutStopSec= three
+times: to the ExecStop= command, then to the exit after KillSignal=, then to the exit after SIGKILL.
+RuntimeMaxSec= does not apply while a unit is being stopped.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
-"""The shortest time (µs) that asking the guest leaves of a timeout that cannot be extended; half of
-the timeout if that is longer."""
+"""If a timeout cannot be extended, this much (µs) of it, or half if that is longer, is left for
+SIGTERM when asking the guest ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +24,16 @@ class Limits:
     """The defaults are for an unknown unit: the helper stays as long as systemd lets it."""
 
     stay: int = INFINITY
-    """How long after its start the helper exits by itself, before systemd kills it."""
+    """How long after its start the helper exits, so that systemd does not kill it."""
     ask: int = INFINITY
-    """How long after its start asking the guest ends, so that time is left for SIGTERM."""
+    """How long after its start the helper stops asking, so that time is left for SIGTERM."""
     force: bool = False
-    """systemd would send SIGKILL to the guest's process in the end."""
+    """Whether systemd would finally send SIGKILL to the guest's process."""
     extendable: bool = False
-    """The unit has a time limit, which the helper may extend."""
+    """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
-    """Problems of the unit, their consequences and fixes, as sentences without an initial capital
-    and a full stop."""
+    """Problems of the unit, their consequences and fixes, as sentences without initial capital
+    and full stop."""
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
@@ -49,13 +48,13 @@ def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
         )
     if facts.kill_mode == "none":
         warnings.append(
-            f"{facts.id} has KillMode=none: systemd forgets a guest that is still there in the "
-            "end, and starts another one beside it on the same disks. Leave that line out"
+            f"{facts.id} has KillMode=none: after the stop, systemd forgets a guest that still "
+            "runs, and can start another one on the same disks. Remove that line"
         )
     elif not facts.sends_sigkill:
         warnings.append(
-            f"{facts.id} has SendSIGKILL=no: systemd forgets a guest that is stuck, and starts "
-            "another one beside it on the same disks. Leave that line out"
+            f"{facts.id} has SendSIGKILL=no: systemd forgets a guest that is stuck, and can "
+            "start another one on the same disks. Remove that line"
         )
     return Limits(
         stay=stay,
@@ -67,7 +66,7 @@ def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
 
 
 def would_be_killed(facts: UnitFacts, pid: int) -> bool:
-    """Return whether systemd would send SIGKILL to that process after the helper has left."""
+    """Return whether systemd would send SIGKILL to process `pid` after the helper has exited."""
     return (
         facts.sends_sigkill
         and facts.timeout_stop != INFINITY
@@ -87,12 +86,12 @@ def _cannot_extend(facts: UnitFacts, own_pid: int) -> str:
         return f"NotifyAccess= is {facts.notify_access}. Add NotifyAccess=exec to [Service]"
     if facts.notify_access == "exec" and facts.control_pid != own_pid:
         return (
-            "ExecStop= starts a shell around it, and NotifyAccess=exec is for that shell alone. "
-            "Have it `exec qkilld-stop`"
+            "ExecStop= starts a shell that starts qkilld-stop, and NotifyAccess=exec is for the "
+            "shell alone. Write `exec qkilld-stop` in that line"
         )
     return ""
 
 
 def _margin(timeout: int) -> int:
-    """Return the time that the helper needs to leave."""
+    """Return how long (µs) before the timeout the helper must exit."""
     return min(max(timeout // 5, 100_000), 2 * USEC_PER_SEC)

@@ -4,15 +4,15 @@
 process waits for, and each wait has its own signs of progress. The verdict:
 
 - flushing: a sign of an open wait moved recently;
-- storage-wait: something is waited for, and none of its signs moved;
-- blocked: it waits in a system call that is not for storage;
-- unknown: a source of waits is unreadable, or it only waits for a processor;
-- idle: it waits for nothing.
+- storage-wait: the process waits for storage, and no sign of that moved recently;
+- blocked: the process waits in a system call that is not for storage;
+- unknown: a source of waits is unreadable, or the process waits only for a processor;
+- idle: the process waits for nothing.
 
-No single counter suffices, as measured: during fdatasync of a full page cache, no counter of the
-process moves for half a minute, only the disk's; qcow2 metadata sent to a slow NBD server moves
-only context switches; with a frozen server nothing moves, which still does not prove a hang. And
-movement does not prove progress: timers, consoles and neighbours move for ever.
+Measurements show that no single counter suffices. During fdatasync of a full page cache, no counter
+of the process moves for half a minute, only the disk's. qcow2 metadata sent to a slow NBD server
+moves only context switches. With a frozen server nothing moves, but a hang is not proven. Nor does
+movement prove progress: timers, consoles and other guests move counters for ever.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ FLUSHING_FOR: Final = 6 * USEC_PER_SEC
 LOOK_INTERVAL: Final = USEC_PER_SEC
 """The default interval of samples (µs)."""
 SLACK: Final = 1_500_000
-"""A sample may be late by this (µs); a longer delay counts as time without samples."""
+"""A sample may be this late (µs); a longer delay counts as time without samples."""
 
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
-"""Signs remembered for one wait."""
+"""At most so many signs are remembered for one wait."""
 
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""Fields whose changes mean nothing while no wait has signs: the time, and what others write. The
-guest's own control group is compared separately."""
+"""Fields of a sample whose changes mean nothing while no wait has signs, because time or other
+processes change them. The guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
     *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),
@@ -83,12 +83,12 @@ class OpenWait:
     """A description of that sign; "" for none."""
     marks: tuple[Mark, ...]
     doubted_at: int | None
-    """When an ambiguous sign last moved, one that other processes may move too; None for never."""
+    """When a sign that other processes may move too last moved; None for never."""
     doubted_by: str
     watched_at: int | None
-    """When the last of its servers was first sampled; None for never."""
+    """When `watched` last grew; None for never."""
     watched: int = 0
-    """How many servers on the way were sampled, the most so far."""
+    """The largest number of servers on the way to its storage in any sample so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Assessment:
     first: Sample
     last: Sample
     seen: Sample
-    """The last usable sample: the next one is compared with it."""
+    """The last usable sample, with which the next one is compared."""
     waits: tuple[OpenWait, ...]
     """The open waits in the last usable sample."""
     verdict: Verdict
@@ -107,7 +107,7 @@ class Assessment:
     progress_at: int | None
     """When progress was last seen; None for never."""
     outstanding: bool | None
-    """Whether it waits for something; None if unknown."""
+    """Whether the process waits for something; None if unknown."""
     outstanding_at: int | None
     """When something was last outstanding, or unknown."""
     pending: int | None
@@ -115,16 +115,16 @@ class Assessment:
     rate: int | None
     """Recent bytes per second."""
     sampled_at: int = 0
-    """The time covered by samples."""
+    """Time without samples is counted from here on."""
     unsampled: int = 0
-    """µs since the first sample in which no samples were taken: that time does not prove a
+    """The time (µs), counted from the first sample, that no sample covers. It does not prove a
     standstill."""
     progress_unsampled: int = 0
     """`unsampled` at `progress_at`."""
     outstanding_unsampled: int = 0
     """`unsampled` at `outstanding_at`."""
     doubt_at: int | None = None
-    """When an ambiguous sign last moved, which is neither progress nor standstill."""
+    """When a sign that other processes may move too last moved: neither progress nor standstill."""
     doubt_unsampled: int = 0
     """`unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
@@ -142,7 +142,7 @@ class Assessment:
 
     @property
     def written(self) -> int | None:
-        """Bytes since the first sample, from the best source available."""
+        """Bytes written since the first sample, from the best source available."""
         return written_since(self.first, self.last, self.amounts.served)
 
     @property
@@ -168,8 +168,8 @@ class Assessment:
 
 
 def is_news(before: Assessment, now: Assessment) -> bool:
-    """Return whether something has changed that callers are told, or that a deadline comes from:
-    not only the time."""
+    """Return whether a change affects a deadline or what callers see. The passage of time alone is
+    no news."""
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
@@ -222,10 +222,10 @@ def assess(before: Assessment | None, sample: Sample, interval: int = LOOK_INTER
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing moved before or since, and no wait is open.
+    """Return whether nothing moves, as before, and no wait is open.
 
-    Then the result is known without listing waits again. Most idle guests are in this state, and it
-    costs a third.
+    Then the result stays the same. Most idle guests are in this state, and listing their waits
+    again would cost three times as much.
     """
     last = before.last
     return (
@@ -242,7 +242,7 @@ def _is_still(before: Assessment, sample: Sample) -> bool:
 
 
 def _own_group(sample: Sample) -> object:
-    """Return what of its control group is judged: figures that others move are not."""
+    """Return the state of its control group; if others share it, only whether it is frozen."""
     group = sample.cgroup
     return group if group is None or group.own else group.frozen
 
@@ -274,13 +274,13 @@ def _unmoved(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
 
 
 def _first(sample: Sample) -> Assessment:
-    """A single sample shows what is waited for, but no movement."""
+    """Return the assessment of a single sample, which shows waits but no movement."""
     waits = tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None))
-    # An exit continues by itself, so one sample suffices.
+    # A process that has begun to exit makes progress, so one sample suffices.
     moves = ["it has begun to exit"] if sample.exiting else []
     verdict, reasons = _verdict(sample, waits, moves, [], sample.at if moves else None)
     if verdict is Verdict.IDLE:
-        verdict, reasons = Verdict.UNKNOWN, ["one look says nothing of what moves"]
+        verdict, reasons = Verdict.UNKNOWN, ["one sample shows no movement"]
     outstanding = _outstanding(sample, waits)
     return Assessment(
         first=sample,
@@ -300,14 +300,14 @@ def _first(sample: Sample) -> Assessment:
 
 
 def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
-    """A useless sample changes only the verdict."""
+    """Return the assessment after a useless sample, which makes only the present state unknown."""
     return Assessment(
         first=before.first,
         last=sample,
         seen=before.seen,
         waits=before.waits,
         verdict=Verdict.UNKNOWN,
-        reasons=("nothing of it could be read",),
+        reasons=("the process could not be read",),
         progress_at=before.progress_at,
         outstanding=None,
         outstanding_at=sample.at,
@@ -326,8 +326,8 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
 def _follow(
     before: Assessment, sample: Sample
 ) -> tuple[tuple[OpenWait, ...], list[str], list[str]]:
-    """Return the open waits, descriptions of what moved since the last sample, and of ambiguous
-    movement."""
+    """Return the open waits, descriptions of movement since the last sample, and descriptions of
+    movement that other processes may have caused."""
     if is_held_still(sample):
         # A stopped, traced or frozen process makes no progress, whatever its servers do.
         return tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None)), [], []
@@ -345,7 +345,7 @@ def _follow(
         else:
             is_certain = is_certain or wait.certain
     if is_certain:
-        # The process cannot exit before a wait ends, so the end of one is progress.
+        # The process cannot exit before this wait ends, which will be progress without a doubt.
         doubts = []
     moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     if sample.exiting and not before.seen.exiting:
@@ -385,7 +385,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # A sign that is missing now may reappear: its server was not read, for example.
+        # A sign that is missing now may reappear, if a server was not read for example.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )
@@ -405,7 +405,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return the µs in which a server that is first sampled now may have moved unseen."""
+    """Return how long (µs) a server that is first sampled now may have moved unseen."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -424,7 +424,7 @@ def _has_moved(sign: Sign, mark: int) -> bool:
 
 
 def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
-    """Return what the sign is compared with next."""
+    """Return the mark that the next value is compared with."""
     if mark is None:
         return Mark(sign.name, sign.value, at)
     if sign.kind is SignKind.LOW:
@@ -463,8 +463,7 @@ def _own_moves(before: Sample, now: Sample) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Images in memory, on tmpfs, have no other counter. An event loop writes 8 to 16 bytes a
-    # second.
+    # Images on tmpfs have no other counter. An event loop alone writes 8 to 16 bytes a second.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
@@ -494,7 +493,7 @@ def _verdict(
     recent = progress_at is not None and sample.at - progress_at <= FLUSHING_FOR
     storage = [wait for wait in waits if wait.kind in (WaitKind.STORAGE, WaitKind.EXIT)]
     if storage and recent:
-        return Verdict.FLUSHING, ["it moved a moment ago", *texts]
+        return Verdict.FLUSHING, ["it moved recently", *texts]
     if doubts:
         return Verdict.UNKNOWN, [*doubts, *texts]
     if storage:
@@ -504,7 +503,7 @@ def _verdict(
     if wanting := [wait.text for wait in waits if wait.kind is WaitKind.PROCESSOR]:
         return Verdict.UNKNOWN, wanting
     if unseen_texts := [wait.text for wait in waits if wait.kind is WaitKind.UNSEEN]:
-        return Verdict.UNKNOWN, [f"not to be seen: {', '.join(unseen_texts)}"]
+        return Verdict.UNKNOWN, [f"cannot be read: {', '.join(unseen_texts)}"]
     return Verdict.IDLE, ["nothing moves and nothing is outstanding"]
 
 

@@ -1,10 +1,9 @@
 """List what a process waits for, and the signs that each wait makes progress. Pure.
 
-A QEMU that received SIGTERM and has nothing left to do exits within milliseconds. One that is still
-there waits. `open_waits` lists the waits in one sample, each with its own signs: the disk under the
-descriptor that a thread waits on, the server at the other end of a connection. Only these count as
-progress of that wait, not a neighbour on another disk, traffic on a console, or a thread woken by a
-timer.
+A QEMU that received SIGTERM exits within milliseconds unless it waits for something. `open_waits`
+lists the waits in one sample, each with its own signs: the disk under the descriptor that a thread
+waits on, the server at the other end of a connection. Only these signs show progress of the wait;
+other guests on other disks, traffic on a console and timers do not.
 
 An unreadable source is a wait too, of the kind UNSEEN: unknown is never idle.
 """
@@ -37,30 +36,30 @@ CONNECTED: Final = "connected"
 
 class WaitKind(StrEnum):
     STORAGE = "storage"
-    """For storage, or for a server that may be storage."""
+    """The process waits for storage, or for a server that may be storage."""
     EXIT = "exit"
-    """For the kernel, which frees the process's memory or writes a core dump."""
+    """The process waits for the kernel, which frees its memory or writes a core dump."""
     CALL = "call"
-    """In a system call that is not for storage: on a full pipe, a lock, a device."""
+    """The process waits in a system call that is not for storage: a full pipe, a lock, a device."""
     PROCESSOR = "processor"
-    """For a processor, to handle SIGTERM or to continue."""
+    """The process waits for a processor, to handle SIGTERM or to continue."""
     UNSEEN = "unseen"
-    """Possibly: what would show the wait is unreadable."""
+    """The process may wait: the source that would show a wait is unreadable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
     key: str
-    """Stays the same from sample to sample."""
+    """A name that stays the same from sample to sample."""
     kind: WaitKind
     text: str
     """A printable description."""
     signs: tuple[Sign, ...] = ()
     watched: int = 0
-    """How many servers on the way to its storage run on this host and were sampled: 2 for a proxy
-    and the server behind it."""
+    """The number of servers on the way to its storage that run on this host and were sampled: 2 for
+    a proxy and the server behind it."""
     certain: bool = False
-    """A request is in flight; otherwise a connection may have one."""
+    """Whether a request is certainly in flight, not only possible."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -103,10 +102,10 @@ def tells_nothing(sample: Sample) -> bool:
 def _exit_wait(sample: Sample) -> list[Wait]:
     if not (sample.exiting or sample.dumping):
         return []
-    signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel takes its memory apart")]
+    signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
     signs += disk_signs([d for d in sample.devices or () if d.writable], sample, own=True)
-    text = "it is exiting, which no signal hurries"
+    text = "it is exiting, which no signal makes faster"
     if sample.dumping:
         text = "the kernel writes a core dump of it"
     return [Wait("exit", WaitKind.EXIT, text, tuple(signs))]
@@ -138,7 +137,7 @@ def _call_waits(sample: Sample) -> list[Wait]:
 
 def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> list[Sign]:
     tids = hash(tuple(sorted(thread.tid for thread in threads)))
-    signs = [Sign("threads", SignKind.CHANGE, tids, "a call of it returned")]
+    signs = [Sign("threads", SignKind.CHANGE, tids, "one of its calls returned")]
     if kind is not WaitKind.STORAGE:
         return signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
@@ -154,8 +153,7 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
     if devices:
         signs += group_signs(sample)
     elif not any("balance_dirty" in (thread.wchan or "") for thread in threads):
-        # This storage has no counters, but a thread that waits for a single reply is woken only by
-        # it.
+        # This storage has no counters, but only its reply wakes a thread that waits for one.
         woken = sum(thread.switches or 0 for thread in threads)
         signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
     return signs
@@ -172,12 +170,12 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         # The kernel does not report requests in flight, only completions in the ring.
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if sample.completions is not None:
-            text = "asynchronous requests of it completed"
+            text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
         else:
             signs += disk_signs([d for d in sample.devices or () if d.writable and d.own], sample)
-        text = "it has asynchronous requests to a disk, or may have them"
-        # Requests that a disk holds are most likely its own, and its exit needs that disk anyway.
+        text = "it has, or may have, asynchronous requests to a disk"
+        # The stuck requests are most likely its own, and it cannot exit without that disk anyway.
         stuck = bool(_stuck_disks(sample, previous))
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
@@ -195,7 +193,7 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     """Return signs for requests that may be on any of its disks. If one disk has requests in flight
-    and completes none, the requests are there, and completions of other disks do not count."""
+    and completes none, assume that disk: completions of other disks do not count."""
     writable = [device for device in sample.devices or () if device.writable]
     stuck = _stuck_disks(sample, previous)
     signs = disk_signs(writable, sample)
@@ -217,7 +215,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """A node that was added through the monitor and has lost its server leaves no trace."""
+    """Return the possible wait for a node that was added through a monitor, because such a node
+    leaves no trace after it has lost its server."""
     if not sample.pluggable or is_held_still(sample):
         return []
     return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
@@ -230,22 +229,22 @@ def is_held_still(sample: Sample) -> bool:
 
 
 def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
-    """Requests on unreadable rings have the same signs as others."""
+    """Return the wait that an unreadable source may hide, with the signs that are readable."""
     signs = []
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "sockets":
-        # One of them may be a storage connection; timers and consoles transfer much less.
+        # A socket may be a storage connection; timers and consoles transfer much less.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
 
 def _talk_signs(sample: Sample) -> list[Sign]:
-    """Return the bytes that QEMU's threads write to each other for each reply."""
+    """Return a sign for replies: QEMU's threads write bytes to each other for each one."""
     if sample.io is None:
         return []
     transferred = sample.io.wchar + sample.io.rchar
-    return [Sign("said", SignKind.TRAFFIC, transferred, "answers make its threads talk", TALK)]
+    return [Sign("said", SignKind.TRAFFIC, transferred, "its threads react to replies", TALK)]
 
 
 def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
@@ -261,9 +260,9 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     ]
     for socket in sockets:
         if socket.role == "unknown" or (socket.role == "storage" and not socket.node):
-            text = f"a {socket.family} connection of unknown use is open and may owe it an answer"
+            text = f"a {socket.family} connection of unknown use is open and may owe it a reply"
             signs = tuple(socket_signs(socket, "", before.get(socket.inode)))
-            # Data for a console may never be read.
+            # A server without disks may be a console, which may never read its data.
             stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
             waits.append(
                 Wait(
@@ -289,8 +288,8 @@ def _node_wait(
     ]
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
-        # Counts once, because a server that comes and goes makes no progress. QEMU reconnects up to
-        # 16 s later.
+        # The return of a server counts once, because a server that comes and goes makes no
+        # progress. QEMU reconnects up to 16 s later.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
         # The connection and its server are in another network namespace.
@@ -298,13 +297,13 @@ def _node_wait(
     title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
     if sample.sockets is None:
-        text = f"{title} may owe it an answer; its connection is not to be seen"
+        text = f"{title} may owe it a reply; its connection cannot be seen"
     elif not sockets:
         text = f"{title} has no connection to its server"
     elif queued:
         text = f"{title} has {queued} bytes or segments on the way to {_server(sockets)}"
     else:
-        text = f"{title} may owe it an answer of {_server(sockets)}"
+        text = f"{title} may owe it a reply from {_server(sockets)}"
     watched = max((server_depth(socket.peer) for socket in sockets), default=0)
     return Wait(
         key=f"node:{node.name}",
@@ -317,7 +316,7 @@ def _node_wait(
 
 
 def server_depth(peer: Peer | None) -> int:
-    """Return how many servers follow each other, from this one on."""
+    """Return how many servers are in the chain that begins with this one."""
     return 0 if peer is None else 1 + max(map(server_depth, peer.behind), default=0)
 
 
@@ -354,8 +353,8 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
         return [Wait("spin", WaitKind.PROCESSOR, text)]
     if share < _STARVES:
-        text = "it wants to run and gets hardly any of a processor"
-        sign = Sign("cpu", SignKind.COUNT, sample.cpu, "it got some of a processor")
+        text = "it wants to run, but gets hardly any processor time"
+        sign = Sign("cpu", SignKind.COUNT, sample.cpu, "it got some processor time")
         return [Wait("starved", WaitKind.PROCESSOR, text, (sign,))]
     return []
 
@@ -363,9 +362,9 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
 _LEAST_GAP: Final = 200_000
 """The shortest interval (µs) between samples in which clock ticks give a useful processor share."""
 _SPINS: Final = 50.0
-"""Percent of a processor above which a process that does nothing else spins."""
+"""A process that uses at least this percentage of a processor, and does nothing else, spins."""
 _STARVES: Final = 10.0
-"""Percent of a processor below which a process that wants to run is starved."""
+"""A process that wants to run and gets less than this percentage of a processor is starved."""
 
 
 def _shown(threads: Sequence[Thread]) -> str:

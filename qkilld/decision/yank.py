@@ -1,10 +1,10 @@
 """Choose the connections to cut off so that QEMU can finish its other disks. Pure.
 
-`query-yank` lists every connection that can be cut off, also healthy ones, and a healthy NBD server
-that owes QEMU no reply looks like a dead one. Cutting off a healthy one loses the data that QEMU
-still holds for it. So connections on which a reply is certainly missing come first: unacknowledged
-bytes, a server that is gone, a request without a reply before SIGTERM. The others follow only if
-there are none of these, because the next rung, SIGKILL, loses more.
+`query-yank` lists every connection that can be cut off, even healthy ones, and a healthy NBD server
+that owes QEMU no reply looks like a dead one. Cutting off a healthy connection loses the data that
+QEMU still holds for it. So connections on which a reply is certainly missing are cut off first:
+those with unacknowledged bytes, without a server, or with a request that had no reply before
+SIGTERM. If there are none, others are cut off, because the next rung, SIGKILL, loses more.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class CutOff:
 
     instance: YankInstance
     disks: tuple[str, ...]
-    """The disks behind it, printable; its own name if they are unknown."""
+    """The disks behind it, printable; the name of the connection if they are unknown."""
     why: str
-    """The wait, printable."""
+    """A printable description of the wait."""
 
 
 def choose(
@@ -80,7 +80,7 @@ def _titles(instance: YankInstance, disks: Sequence[GuestDisk]) -> tuple[str, ..
 
 
 def _is_of(name: str, instance: YankInstance, titles: Sequence[str]) -> bool:
-    """Return whether this instance is a node of the command line."""
+    """Return whether this instance is the node `name` of the command line."""
     if instance.kind == "chardev":
         return name.startswith(f"{instance.name} (vhost-user")
     return name == instance.name or name in titles
@@ -91,7 +91,7 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing."""
+    """Return whether the server certainly owes a reply."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True

@@ -338,9 +338,9 @@ class QuitPhase:
 
     def _end_early(self, plan: EarlyFlush, state: BlockState) -> None:
         self._early = False
-        if plan.hung:
+        if plan.hang_reason:
             self._add_risks(last_rungs.risks_of_state(state))
-            self._fail(plan.hung)
+            self._fail(plan.hang_reason)
         else:
             self._look()
 
@@ -373,7 +373,7 @@ class QuitPhase:
         elif plan.disks:
             self._flush_running(plan, state)
         else:
-            self._leave_out(plan.left_out)
+            self._leave_out(plan.incomplete_because)
             self._end_qemu()
 
     def _start_flush(self) -> tuple[int, int]:
@@ -462,7 +462,7 @@ class QuitPhase:
             else:
                 titles = [one.title for one in found if not one.error]
                 missing = [disk.title for disk in state.disks if disk.title not in titles]
-                reason = f"{plan.left_out}; flushed but for {_join_titles(missing)}"
+                reason = f"{plan.incomplete_because}; flushed but for {_join_titles(missing)}"
                 self._tell(FlushReport("partial" if titles else "left-out", reason), ())
                 self._end_qemu()
 

@@ -84,7 +84,7 @@ def state(*disks: GuestDisk, queues: tuple[RequestQueue, ...] | None = (), **mor
 def test_stop_is_not_sent_if_nothing_tells_whether_a_network_disk_answers() -> None:
     plan = plan_flush(state(LOCAL, REMOTE))
     assert (plan.stop, plan.disks) == (False, (LOCAL,))
-    assert "r, which lies on a network" in plan.left_out
+    assert "r, which lies on a network" in plan.incomplete_because
 
 
 def test_a_disk_of_a_controller_whose_queue_is_stuck_is_held_up() -> None:

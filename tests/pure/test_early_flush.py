@@ -99,11 +99,11 @@ def standing(*threads: Thread) -> EarlyFlush:
 def test_a_call_to_it_that_does_not_return_keeps_it_from_being_asked() -> None:
     found = standing(replace(HELD, mount="0:53"))
     assert (found.healthy, found.others) == ((LOCAL,), (NBD,))
-    assert "a request may be stuck" in found.hung
+    assert "a request may be stuck" in found.hang_reason
 
 
 def test_without_such_a_call_it_may_be_asked() -> None:
-    assert standing().hung == ""
+    assert standing().hang_reason == ""
 
 
 def queues(*stuck: str) -> tuple[BlockState, BlockState]:
@@ -121,7 +121,7 @@ def test_requests_of_its_disk_that_are_not_answered_show_the_same() -> None:
     first, second = queues("a")
     found = plan_early_flush(first, second, assess(None, sample(S)))
     assert [one.title for one in found.healthy] == ["local", "other"]
-    assert found.hung == "requests of remote have not been answered for 1 s"
+    assert found.hang_reason == "requests of remote have not been answered for 1 s"
 
 
 def test_a_disk_with_a_stuck_controller_is_tried_last_if_another_one_explains_it() -> None:
@@ -130,7 +130,7 @@ def test_a_disk_with_a_stuck_controller_is_tried_last_if_another_one_explains_it
     assert found.healthy == ()
     assert [one.title for one in found.others] == ["local"]
     first, second = queues()
-    assert plan_early_flush(first, second, assess(None, sample(S))).hung == ""
+    assert plan_early_flush(first, second, assess(None, sample(S))).hang_reason == ""
 
 
 STATISTICS = [

@@ -599,7 +599,7 @@ def test_a_press_of_somebody_else_is_not_repeated() -> None:
 
 def test_whether_the_press_was_taken_is_said() -> None:
     course = Course(lambda now, since: Moment(pending=since is not None)).run(5)
-    assert course.last is not None and "has not taken" in course.last.reason
+    assert course.last is not None and "has not noticed" in course.last.reason
 
 
 def test_a_guest_that_the_host_starves_is_not_idle() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from qkilld.ctl.main import main
 from qkilld.decision.ladder import Action
-from qkilld.decision.replay import Replay, Terms, replay
+from qkilld.decision.replay import Overrides, Replay, replay
 from qkilld.model.constants import Flag, Phase, Result, Verdict
 from qkilld.model.policy import Policy
 from qkilld.model.sample import Io, Sample, Thread
@@ -96,29 +96,29 @@ DEAD = traced(looks(WAITING, EVERY_SECOND), 29.5, Result.CANCELLED)
 @pytest.mark.parametrize(
     ("trace", "terms", "expected"),
     [
-        (FLUSHING, Terms(), (Result.EXITED, 29.5)),
-        (FLUSHING, Terms(add=FIXED), (Result.KILLED, 10)),
-        (FLUSHING, Terms(add=FIXED, spans={"grace": 20 * S}), (Result.KILLED, 20)),
-        (FLUSHING, Terms(spans={"max": 12_500_000}), (Result.KILLED, 12.5)),
-        (FLUSHING, Terms(remove=FORCE), (Result.EXITED, 29.5)),
-        (FLUSHING, Terms(add=FIXED, remove=FORCE), (Result.SURVIVED, 15)),
-        (FLUSHING, Terms(add=NOWAIT), (Result.KILLED, 0)),
-        (FLUSHING, Terms(add=NOWAIT, remove=FORCE), (Result.SIGNALLED, 0)),
+        (FLUSHING, Overrides(), (Result.EXITED, 29.5)),
+        (FLUSHING, Overrides(add=FIXED), (Result.KILLED, 10)),
+        (FLUSHING, Overrides(add=FIXED, spans={"grace": 20 * S}), (Result.KILLED, 20)),
+        (FLUSHING, Overrides(spans={"max": 12_500_000}), (Result.KILLED, 12.5)),
+        (FLUSHING, Overrides(remove=FORCE), (Result.EXITED, 29.5)),
+        (FLUSHING, Overrides(add=FIXED, remove=FORCE), (Result.SURVIVED, 15)),
+        (FLUSHING, Overrides(add=NOWAIT), (Result.KILLED, 0)),
+        (FLUSHING, Overrides(add=NOWAIT, remove=FORCE), (Result.SIGNALLED, 0)),
         # This trace has too few samples to show movement
-        (FLUSHING, Terms(spans={"grace": 0, "storage_stall": S // 2}), (Result.KILLED, 0.5)),
-        (STUCK, Terms(), (Result.KILLED, 10)),
-        (STUCK, Terms(spans={"grace": 2 * S, "stall": 0}), (Result.KILLED, 2)),
-        (STUCK, Terms(spans={"grace": 2_500_000, "stall": 0}), (Result.KILLED, 2.5)),
-        (STUCK, Terms(spans={"grace": 20 * S}), (None, 10.001)),
-        (STUCK, Terms(add=FIXED), (Result.KILLED, 10)),
-        (STUCK, Terms(remove=FORCE, spans={"reap": 0}), (Result.SURVIVED, 10)),
-        (STUCK, Terms(remove=FORCE), (None, 10.001)),
-        (DEAD, Terms(), (None, 29.5)),
-        (DEAD, Terms(spans={"storage_stall": 20 * S}), (Result.KILLED, 20)),
-        (DEAD, Terms(spans={"storage_stall": 0}), (Result.KILLED, 10)),
+        (FLUSHING, Overrides(spans={"grace": 0, "storage_stall": S // 2}), (Result.KILLED, 0.5)),
+        (STUCK, Overrides(), (Result.KILLED, 10)),
+        (STUCK, Overrides(spans={"grace": 2 * S, "stall": 0}), (Result.KILLED, 2)),
+        (STUCK, Overrides(spans={"grace": 2_500_000, "stall": 0}), (Result.KILLED, 2.5)),
+        (STUCK, Overrides(spans={"grace": 20 * S}), (None, 10.001)),
+        (STUCK, Overrides(add=FIXED), (Result.KILLED, 10)),
+        (STUCK, Overrides(remove=FORCE, spans={"reap": 0}), (Result.SURVIVED, 10)),
+        (STUCK, Overrides(remove=FORCE), (None, 10.001)),
+        (DEAD, Overrides(), (None, 29.5)),
+        (DEAD, Overrides(spans={"storage_stall": 20 * S}), (Result.KILLED, 20)),
+        (DEAD, Overrides(spans={"storage_stall": 0}), (Result.KILLED, 10)),
     ],
 )
-def test_outcomes(trace: Trace, terms: Terms, expected: tuple[Result | None, float]) -> None:
+def test_outcomes(trace: Trace, terms: Overrides, expected: tuple[Result | None, float]) -> None:
     assert outcome(replay(trace, terms)) == expected
 
 
@@ -133,9 +133,9 @@ def test_the_look_that_a_deadline_asked_for_counts() -> None:
 
 
 def test_how_old_the_last_sample_was() -> None:
-    step = replay(STUCK, Terms(spans={"grace": 2_500_000, "stall": 0})).steps[-1]
+    step = replay(STUCK, Overrides(spans={"grace": 2_500_000, "stall": 0})).steps[-1]
     assert (step.decision.action, step.since_sample) == (Action.KILL, S // 2)
-    step = replay(STUCK, Terms(spans={"grace": 2 * S, "stall": 0})).steps[-1]
+    step = replay(STUCK, Overrides(spans={"grace": 2 * S, "stall": 0})).steps[-1]
     assert (step.decision.action, step.since_sample) == (Action.KILL, 0)
 
 
@@ -149,7 +149,7 @@ def test_a_trace_without_samples_is_not_idle() -> None:
     assert outcome(replay(nothing)) == (Result.KILLED, 60)
     assert replay(nothing).steps[-1].assessment is None
     assert replay(nothing).data_at_risk
-    assert outcome(replay(nothing, Terms(add=FIXED))) == (Result.KILLED, 10)
+    assert outcome(replay(nothing, Overrides(add=FIXED))) == (Result.KILLED, 10)
 
 
 def test_samples_after_a_real_sigkill_are_ignored() -> None:
@@ -159,7 +159,7 @@ def test_samples_after_a_real_sigkill_are_ignored() -> None:
         Result.KILLED,
         kill=10.5,
     )
-    replayed = replay(trace, Terms(spans={"grace": 15 * S, "storage_stall": 15 * S}))
+    replayed = replay(trace, Overrides(spans={"grace": 15 * S, "storage_stall": 15 * S}))
     assert outcome(replayed) == (None, 10.5)
     assert {step.assessment.verdict for step in replayed.steps if step.assessment} == {
         Verdict.STORAGE_WAIT
@@ -178,8 +178,8 @@ def test_requests_that_join_count_from_their_time_on() -> None:
     trace = traced([*idle, joined], 20, flags=Flag(0), grace=50 * S)
     assert outcome(replay(trace)) == (Result.KILLED, 12.5)
     assert replay(trace).flags == FORCE
-    assert outcome(replay(trace, Terms(remove=FORCE))) == (Result.SURVIVED, 12.5)
-    assert outcome(replay(trace, Terms(spans={"grace": 15 * S}))) == (Result.KILLED, 15)
+    assert outcome(replay(trace, Overrides(remove=FORCE))) == (Result.SURVIVED, 12.5)
+    assert outcome(replay(trace, Overrides(spans={"grace": 15 * S}))) == (Result.KILLED, 15)
 
 
 def test_a_stopped_guest_is_continued_and_its_time_starts_again() -> None:
@@ -201,7 +201,7 @@ def test_sigcont_is_sent_three_times_at_most() -> None:
 
 
 def test_replay_shows_data_that_a_clock_would_have_lost() -> None:
-    replayed = replay(FLUSHING, Terms(add=FIXED))
+    replayed = replay(FLUSHING, Overrides(add=FIXED))
     assert replayed.data_at_risk
     assert replayed.written_later == 19 * S  # from 10 s to the last look at 29 s
     assert replay(FLUSHING).written_later is None

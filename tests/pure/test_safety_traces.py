@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qkilld.decision.replay import Replay, Terms, replay
+from qkilld.decision.replay import Overrides, Replay, replay
 from qkilld.model.constants import USEC_PER_SEC, Flag, Result
 from qkilld.model.trace import RungRecord, Trace, decode
 from tests.pure.test_replay import TRACES
@@ -49,7 +49,7 @@ def test_every_verdict_of_a_row_is_right(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_fixed_clock_kills_guests_that_have_not_exited(case: Case) -> None:
     trace = trace_of(case)
-    replayed = replay(trace, Terms(add=Flag.FIXED))
+    replayed = replay(trace, Overrides(add=Flag.FIXED))
     due = min(rung.at for rung in trace.of(RungRecord)) + CLOCK_USEC
     if replayed.recorded.until < due:
         assert replayed.result is Result.EXITED

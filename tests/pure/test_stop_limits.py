@@ -40,7 +40,7 @@ def test_nothing_limits_a_helper_that_is_heard() -> None:
     [
         ({"notify_access": "none"}, "Add NotifyAccess=exec to [Service]"),
         ({"notify_access": "main"}, "Add NotifyAccess=exec to [Service]"),
-        ({"control_pid": OWN + 1}, "Have it `exec qkilld-stop`"),
+        ({"control_pid": OWN + 1}, "Write `exec qkilld-stop`"),
     ],
 )
 def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], mends: str) -> None:

@@ -713,7 +713,7 @@ def test_reasons_name_the_wait_and_who_moved_it_last() -> None:
     now = follow([replace(IDLE, at=s * 4 * S, **busy[min(s, 1)]) for s in range(5)])
     assert now.verdict is Verdict.STORAGE_WAIT
     (why,) = now.reasons
-    assert why.startswith("nbd node disk1 may owe it an answer of nbdkit (process 90)")
+    assert why.startswith("nbd node disk1 may owe it a reply from nbdkit (process 90)")
     assert why.endswith("the server nbdkit (process 90) has read, 12 s ago")
 
 
