@@ -188,6 +188,7 @@ def test_wrong_headers(values: dict[str, Any], said: str) -> None:
         (FULL, {"io": [1]}, "sample, io, is not an object"),
         (FULL, {"threads": {}}, "sample, threads, is not a list"),
         (FULL, {"threads": [None]}, "sample, threads, is not an object"),
+        (FULL, {"threads": [{"tid": "1"}]}, "sample, threads, tid, is not of the type int"),
         (RECORDS[0], {"phase": "nap"}, "sent, phase, is not one of powerdown, "),
         (RECORDS[0], {"phase": {}}, "sent, phase, is not one of powerdown, "),
         (RECORDS[3], {"reasons": [1]}, "turned, reasons, is not of the type str"),
