@@ -25,6 +25,7 @@ from qkilld.model.text import printable
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 1 << 20
 """Bytes read of a command line; a process can make its own arbitrarily long."""
+_CHUNK: Final = 1 << 14
 _MAX_MOUNTINFO: Final = 4 << 20
 """Bytes of a mountinfo, enough for about 25,000 mounts. A longer one counts as unreadable."""
 _PF_EXITING: Final = 0x4
@@ -98,7 +99,7 @@ def pids(proc: Path = PROC) -> list[int]:
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
     """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process."""
-    return parse_stat((proc / str(pid) / "stat").read_bytes())
+    return parse_stat(_read(f"{proc}/{pid}/stat"))
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -125,17 +126,17 @@ def parse_stat(text: bytes) -> Stat:
 
 def read_uid(pid: int, proc: Path = PROC) -> int:
     """Return the real uid. Raises OSError."""
-    for line in (proc / str(pid) / "status").read_bytes().splitlines():
-        if line.startswith(b"Uid:"):
-            with contextlib.suppress(ValueError, IndexError):
-                return int(line.split()[1])
+    _, label, rest = _read(f"{proc}/{pid}/status").partition(b"\nUid:")
+    if label:
+        with contextlib.suppress(ValueError, IndexError):
+            return int(rest.split(None, 1)[0])
     raise ProcessLookupError(f"no Uid line for {pid}")
 
 
 def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
     """Read the user and groups of a process. Raises OSError."""
     ids: dict[bytes, list[int]] = {}
-    for line in (proc / str(pid) / "status").read_bytes().splitlines():
+    for line in _status_lines(pid, proc):
         label, _, text = line.partition(b":")
         if label in (b"Uid", b"Gid", b"Groups"):
             ids[label] = [int(word) for word in text.split()]
@@ -149,10 +150,32 @@ def is_dying(pid: int, proc: Path = PROC) -> bool:
     """Return whether SIGKILL is pending for the process, or it is exiting already. Raises
     OSError."""
     sigkill = 1 << signal.SIGKILL - 1
-    for line in (proc / str(pid) / "status").read_bytes().splitlines():
+    for line in _status_lines(pid, proc):
         if line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line.split()[1], 16) & sigkill:
             return True
     return read_stat(pid, proc).exiting
+
+
+def _status_lines(pid: int, proc: Path) -> list[bytes]:
+    """Read the lines of status. Raises OSError.
+
+    Only a line feed ends one: the kernel escapes it in the command, but no carriage return, which
+    ends a line for bytes.splitlines.
+    """
+    return _read(f"{proc}/{pid}/status").split(b"\n")
+
+
+def _read(path: str) -> bytes:
+    """Read a file of /proc, in half the time of Path.read_bytes. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = chunk = os.read(fd, _CHUNK)
+        while len(chunk) == _CHUNK:  # A process may have 65,536 groups.
+            chunk = os.read(fd, _CHUNK)
+            text += chunk
+        return text
+    finally:
+        os.close(fd)
 
 
 def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
@@ -162,10 +185,11 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     threads still have it. Raises OSError for every other reason, for example PermissionError if the
     kernel does not show it.
     """
-    directory = proc / str(pid)
-    path = _readlink(directory / "exe")
+    directory = f"{proc}/{pid}"
+    path = _readlink(f"{directory}/exe")
     if path is None:
-        path = next((path for task in _tasks(directory) if (path := _readlink(task / "exe"))), "")
+        tasks = _tasks(Path(directory))
+        path = next((path for task in tasks if (path := _readlink(f"{task}/exe"))), "")
     bare = path.removesuffix(" (deleted)")
     return bare, bare != path
 
@@ -190,12 +214,12 @@ def read_identity(pid: int, proc: Path = PROC) -> Identity:
 def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
     """Return the ids of a process in its PID namespaces, ours first; empty if it is gone."""
     try:
-        text = (proc / str(pid) / "status").read_text("utf-8", "surrogateescape")
+        lines = _status_lines(pid, proc)
     except OSError as error:
         note_once(f"reading the ids of process {pid}", error)
         return ()
-    match = re.search(r"^NSpid:([\s\d]+)$", text, re.MULTILINE)
-    return tuple(map(int, match[1].split())) if match else ()
+    found = [line.split()[1:] for line in lines if line.startswith(b"NSpid:")]
+    return tuple(map(int, found[0])) if found else ()
 
 
 def read_command_line(pid: int, proc: Path = PROC) -> list[str]:
@@ -239,8 +263,11 @@ def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
     Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
     """
     try:
-        cgroups = (proc / str(pid) / "cgroup").read_text("utf-8", "surrogateescape")
-        init = (proc / "1" / "cgroup").read_text("utf-8", "surrogateescape")
+        # Not read_text, which takes a carriage return in a name for the end of the line.
+        cgroups, init = (
+            (proc / str(one) / "cgroup").read_bytes().decode("utf-8", "surrogateescape")
+            for one in (pid, 1)
+        )
     except OSError as error:
         note_once(f"looking for the unit of process {pid}", error)
         return None
@@ -282,8 +309,10 @@ class Mounts:
         """Read them; there are none if they cannot be read."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
-        for line in (read_bounded(f"{proc}/{pid}/mountinfo", _MAX_MOUNTINFO) or b"").splitlines():
-            self._lines[line.partition(b" ")[0]] = line
+        # A path may have any character that ends a line, except a line feed.
+        for line in (read_bounded(f"{proc}/{pid}/mountinfo", _MAX_MOUNTINFO) or b"").split(b"\n"):
+            if line:
+                self._lines[line.partition(b" ")[0]] = line
 
     def get(self, mount: int) -> Filesystem | None:
         """Return a file system by the id of its mount."""
@@ -360,10 +389,10 @@ def parse_mount(line: bytes, pid: str) -> Filesystem | None:
         return None
 
 
-def _readlink(path: Path) -> str | None:
+def _readlink(path: str) -> str | None:
     """Read a link; None if it does not exist. Raises OSError."""
     try:
-        return str(path.readlink())
+        return os.readlink(path)  # noqa: PTH115 - a third of the time
     except (FileNotFoundError, ProcessLookupError):
         return None
 

@@ -65,7 +65,8 @@ class Hierarchies:
             self._reload_at = self._clock() + _RELOAD_S
             self._mounts = self._load()
         by_controller: dict[str, Group] = {}
-        for line in os.fsdecode(membership).splitlines():
+        # A path may have any character that ends a line, except a line feed.
+        for line in os.fsdecode(membership).split("\n"):
             _, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")
             if not path.startswith("/"):
@@ -94,7 +95,7 @@ class Hierarchies:
         mounts = []
         try:
             with self._mountinfo.open("rb") as file:
-                lines = file.read(_MAX_MOUNTINFO).splitlines()
+                lines = file.read(_MAX_MOUNTINFO).split(b"\n")
         except OSError as error:
             note_once("looking for cgroup mounts", error)
             return []

@@ -59,9 +59,19 @@ def test_hostile_commands(tmp_path: Path, command: bytes, shown: str) -> None:
     assert (identity.command, identity.state, identity.start_time) == (shown, "S", 194906)
 
 
-def test_a_name_cannot_pass_for_a_uid_line(tmp_path: Path) -> None:
-    make_process(tmp_path, command=b"x\nUid:\t0", uid=1000)
+@pytest.mark.parametrize("end", [b"\n", b"\r"])
+def test_a_name_cannot_pass_for_another_line(tmp_path: Path, end: bytes) -> None:
+    make_process(tmp_path, command=end + b"Uid:\t0", uid=1000)
     assert procfs.read_uid(PID, tmp_path) == 1000
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r"])
+def test_a_name_cannot_pass_for_a_pending_signal_or_an_id(tmp_path: Path, end: bytes) -> None:
+    make_process(tmp_path, command=end + b"ShdPnd:\t100")
+    assert not procfs.is_dying(PID, tmp_path)
+    name = end.replace(b"\n", b"\\n") + b"NSpid:\t1"
+    (tmp_path / str(PID) / "status").write_bytes(b"Name:\t" + name + b"\nNSpid:\t4711\t9\n")
+    assert procfs.read_namespaced_pids(PID, tmp_path) == (4711, 9)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,25 @@ def test_a_cgroup_that_a_user_named_is_nobody_elses_unit(tmp_path: Path) -> None
     path = "/user.slice/user-7.slice/user@7.service/a b.service"
     (tmp_path / str(PID) / "cgroup").write_text(f"0::{path}\n")
     assert procfs.read_unit(PID, tmp_path) == Unit("user@7.service", "?")
+
+
+@pytest.mark.parametrize("end", ["\r", "\x0b", "\x1c", "\x85", "\u2028"])
+def test_a_cgroup_cannot_pass_for_another_line(tmp_path: Path, end: str) -> None:
+    make_process(tmp_path)
+    path = f"/user.slice/user-7.slice/user@7.service/x{end}0::/system.slice/web.service"
+    (tmp_path / str(PID) / "cgroup").write_bytes(f"0::{path}\n".encode())
+    unit = procfs.read_unit(PID, tmp_path)
+    assert unit is not None
+    assert unit.system == "user@7.service"
+
+
+def test_a_mount_cannot_pass_for_another_line(tmp_path: Path) -> None:
+    make_process(tmp_path)
+    other = b"36 25 8:1 / /disk rw - ext4 /dev/sda1 rw"
+    (tmp_path / str(PID) / "mountinfo").write_bytes(
+        b"30 25 0:30 / /tmp/x\r" + other + b" rw - tmpfs tmpfs rw\n"
+    )
+    assert procfs.Mounts(PID, tmp_path).get(36) is None
 
 
 @pytest.mark.parametrize(
