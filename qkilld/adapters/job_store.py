@@ -70,7 +70,11 @@ class JobStore:
         for snapshot in snapshots:
             monitor = self._stored_monitor(snapshot)
             try:
-                registry.resume(self._process(snapshot), snapshot, monitor, among_many=True)
+                process = self._process(snapshot)
+                job = registry.resume(process, snapshot, monitor, among_many=True)
+                if snapshot.number in self._directory.outdated:
+                    # The release after the next may not read it.
+                    self.save(job.snapshot())
                 if monitor is not None:
                     self._stored.pop(_monitor_name(snapshot.number))
             except SnapshotError as error:

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 from qkilld.adapters.background import BackgroundWriter
 from qkilld.debug_log import ignore
 from qkilld.engine.ports import JobState
-from qkilld.engine.snapshot import Snapshot, SnapshotError, UnknownVersion, decode
+from qkilld.engine.snapshot import VERSION, Snapshot, SnapshotError, UnknownVersion, decode
 
 MAX_BYTES: Final = 4 << 20
 """Greatest size of a file in bytes. A job has a few KiB."""
@@ -59,6 +59,8 @@ class StateDirectory:
         self._on_error = on_error
         self._is_error_reported = False
         self._reserved_number = 0
+        self.outdated: set[int] = set()
+        """The jobs, of those that `load` returned, whose files an earlier release wrote."""
         self._pending: dict[int, JobState | None] = {}
         """The newest unwritten state of each job; None for a job that was forgotten."""
         self._lock = threading.Lock()
@@ -87,6 +89,8 @@ class StateDirectory:
                         last = max(last, _number(document))
                     else:
                         documents.append(_job(name, document))
+                        if document["job"]["version"] != VERSION:
+                            self.outdated.add(documents[-1].number)
                 except UnknownVersion as error:
                     # The file is kept, and its number is not reused.
                     bad.append(BadFile(name, _why(error)))

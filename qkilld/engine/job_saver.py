@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock, Process, Store
+from qkilld.engine.snapshot import Snapshot
 from qkilld.model.constants import USEC_PER_SEC, Flag, Phase, Result, Verdict
 from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
@@ -53,24 +54,20 @@ class JobSaver:
         """What was saved of each job, and when (CLOCK_MONOTONIC, µs)."""
 
     def job_began(self, job: Job, process: Process) -> None:
-        """A job has sent its first signal, or was resumed."""
+        """A job has sent its first signal."""
         self._store.store_fd(job.number, process)
+        self.job_changed(job)
+
+    def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
+        """A job was resumed from this state, which is not saved again if it is still the same: the
+        next daemon of thousands of jobs has other work in its first seconds."""
+        self._store.store_fd(job.number, process)
+        self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)
 
     def job_changed(self, job: Job) -> None:
         now = self._clock.now()
-        state = _SavedValues(
-            request=job.request,
-            phase=job.phase,
-            verdict=job.verdict,
-            result=job.result,
-            flags=job.flags,
-            policy=job.policy,
-            control=job.control,
-            rungs=len(job.rungs),
-            own_chardevs=job.own_chardevs,
-            processors_stopped=job.processors_stopped,
-        )
+        state = _values_of(job)
         if saved := self._saved.get(job.number):
             before, at = saved
             if state == before and now - at < self._interval():
@@ -137,3 +134,18 @@ class JobSaver:
     def forget(self, job: Job) -> None:
         self._saved.pop(job.number, None)
         self._store.forget(job.number)
+
+
+def _values_of(job: Job | Snapshot) -> _SavedValues:
+    return _SavedValues(
+        request=job.request,
+        phase=job.phase,
+        verdict=job.verdict,
+        result=job.result,
+        flags=job.flags,
+        policy=job.policy,
+        control=job.control,
+        rungs=len(job.rungs),
+        own_chardevs=job.own_chardevs,
+        processors_stopped=job.processors_stopped,
+    )

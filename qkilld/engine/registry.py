@@ -121,7 +121,9 @@ class Registry:
         if ended := self._ended_jobs.get(key):
             job.follow_up(ended)
         job.start()
-        self._add(job, process)
+        self._add(job)
+        if self.saver is not None:
+            self.saver.job_began(job, process)
         self._tell(lambda observer: observer.job_new(job))
         job.follow()
         return job
@@ -144,6 +146,7 @@ class Registry:
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or GoneProcess(past.guest)
+        saved = past
         if past.may_be_killed and not process.dying():
             past = past.without_kill()
         running = past.result is None
@@ -161,7 +164,9 @@ class Registry:
         policy = self._config.policy_for(past.guest.label.name)
         job = self._job(past.number, process, past.request, policy)
         job.resume(past, monitor)
-        self._add(job, process)
+        self._add(job)
+        if self.saver is not None:
+            self.saver.job_resumed(job, process, saved)
         if past.ended is not None:
             self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
         job.check_process()
@@ -234,7 +239,7 @@ class Registry:
     def _job(self, number: int, process: Process, request: Request, policy: Policy) -> Job:
         return Job(number, process, request, policy, self._collaborators)
 
-    def _add(self, job: Job, process: Process) -> None:
+    def _add(self, job: Job) -> None:
         self._last = max(self._last, job.number)
         self._jobs[job.number] = job
         key = job.guest.identity.key
@@ -246,8 +251,6 @@ class Registry:
             if job.running and len(self._running) == 1:
                 self.on_busy(True)
         self._per_uid[job.request.uid] += 1
-        if self.saver is not None:
-            self.saver.job_began(job, process)
 
     def _changed(self, job: Job) -> None:
         if self.saver is not None:

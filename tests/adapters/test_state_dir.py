@@ -17,8 +17,8 @@ import pytest
 from qkilld.adapters.job_store import JobStore
 from qkilld.adapters.service_manager import ServiceManager
 from qkilld.adapters.state_dir import MAX_BAD, RESERVE, StateDirectory
-from qkilld.engine.snapshot import Snapshot
-from qkilld.model.constants import Flag, Phase
+from qkilld.engine.snapshot import VERSION, Snapshot
+from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.job import Request, Rung
@@ -182,6 +182,26 @@ def test_files_of_a_newer_version_are_not_changed(lab_dir: Path, opened: Open) -
         assert "of a version that this program does not know" in why
         assert last >= 40
         assert (lab_dir / name).read_bytes() == before
+
+
+def test_a_file_of_an_earlier_version_is_written_again(
+    lab_dir: Path, opened: Open, world: World
+) -> None:
+    now = world.clock.now()
+    first = opened()
+    first.load()
+    first.save(replace(snapshot(3), result=Result.EXITED, phase=Phase.DONE, ended=now))
+    first.close(3)
+    path = lab_dir / "job-3.json"
+    document = json.loads(path.read_text())
+    document["job"]["version"] = VERSION - 1
+    path.write_text(json.dumps(document))
+    with contextlib.closing(ServiceManager()) as manager:
+        store = JobStore(opened(), manager, world.journal, {})
+        store.restore(world.registry)
+        store.close()
+    assert [job.number for job in world.registry] == [3]
+    assert json.loads(path.read_text())["job"]["version"] == VERSION
 
 
 def test_files_set_aside_are_bounded(lab_dir: Path, opened: Open) -> None:

@@ -9,15 +9,19 @@ from signal import SIGKILL, SIGTERM
 import pytest
 
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Process
+from qkilld.engine.job_saver import PROGRESS_INTERVAL, JobSaver
+from qkilld.engine.ports import JobState, Process
 from qkilld.engine.registry import Registry
 from qkilld.engine.resumed_jobs import AT_ONCE, PAUSE
+from qkilld.engine.snapshot import Snapshot
+from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import Flag, Phase, Verdict
-from qkilld.model.job import Request
+from qkilld.model.job import Request, Rung
 from qkilld.model.policy import Config
 from qkilld.model.sample import Sample
 
 from .conftest import IDLE, FakeClock, FakeProcess, FakeSampler, S, World, make_guest
+from .test_kill_written_down import SlowStore
 from .test_snapshot import START, passed_on
 
 MANY = 3 * AT_ONCE
@@ -161,3 +165,52 @@ def test_one_that_needs_no_sample_goes_on_at_once() -> None:
     assert job.phase is Phase.TERMINATE and job.deadline == START + 10 * S
     after.clock.advance(20)
     assert process.sent == [SIGTERM, SIGKILL]
+
+
+class ListedStore(SlowStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[Snapshot] = []
+
+    def save(self, state: JobState) -> None:
+        assert isinstance(state, Snapshot)
+        self.saved.append(state)
+
+
+def with_store(world: World, down: float = 1) -> tuple[World, ListedStore]:
+    """The world after a crash of the daemon and so many seconds, with a store."""
+    after, store = World(), ListedStore()
+    after.clock.advance((world.clock.now() - START) / S + down)
+    after.sampler.shows = world.sampler.shows
+    after.registry.saver = JobSaver(store, after.clock)
+    return after, store
+
+
+def test_a_state_is_saved_again_only_when_it_changes() -> None:
+    world = World()
+    (process,) = start(world, [60])
+    (job,) = world.registry
+    after, store = with_store(world)
+    process._callback = None
+    resumed = after.registry.resume(process, passed_on(job.snapshot()), among_many=True)
+    after.registry.follow_resumed()
+    assert store.saved == []
+    resumed.hold(Steerer(0, Rank.ROOT))
+    assert [state.control.held for state in store.saved] == [True]
+    resumed.release(Steerer(0, Rank.ROOT))
+    before = len(store.saved)
+    after.clock.advance(2 * PROGRESS_INTERVAL / S)
+    # The time of the latest sample, without which the next daemon would take it for unobserved.
+    assert len(store.saved) > before
+
+
+def test_a_sigkill_that_was_not_sent_is_removed_from_the_saved_state() -> None:
+    world = World()
+    (process,) = start(world, [60])
+    (job,) = world.registry
+    past = passed_on(job.snapshot())
+    kill = Rung(Phase.KILL, SIGKILL.name, world.clock.now())
+    after, store = with_store(world)
+    process._callback = None
+    after.registry.resume(process, replace(past, phase=Phase.KILL, rungs=(*past.rungs, kill)))
+    assert [len(state.rungs) for state in store.saved] == [1]
