@@ -17,11 +17,12 @@ from tests.lab.process import become_subreaper
 from tests.lab.scratch import remove_run_directory
 
 JOBS: Final = 50
+JOURNALD_JOBS: Final = 20
 SECONDS: Final = 60.0
 
 EPILOG: Final = """\
-The same seed gives the same guests, calls and incidents at the same times; what each meets is not
-repeated to the millisecond.
+The same seed with the same options gives the same guests, calls and incidents at the same times;
+what each meets is not repeated to the millisecond.
 Exit codes: 0 done, 1 something that must never be, 2 this machine lacks something, 130 interrupted.
 """
 
@@ -31,10 +32,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     become_subreaper()
-    print(f"seed {arguments.seed}: `make chaos OPTIONS=--seed={arguments.seed}` repeats it")
-    whole = plan.make(
-        arguments.seed, jobs=arguments.jobs, seconds=arguments.seconds, qemus=arguments.qemus
-    )
+    print(f"seed {arguments.seed}: --seed={arguments.seed} with the same options repeats it")
+    whole = _plan(arguments)
     try:
         with prepared() as system:
             report = run(system, whole)
@@ -47,6 +46,15 @@ def main() -> int:
         remove_run_directory()
     print(table(report))
     return 1 if report.broken() else 0
+
+
+def _plan(arguments: argparse.Namespace) -> plan.Plan:
+    seed, jobs, qemus = arguments.seed, arguments.jobs, arguments.qemus
+    if arguments.kills:
+        return plan.kills(seed, jobs=jobs or JOBS, count=arguments.kills, qemus=qemus)
+    if arguments.journald:
+        return plan.journald(seed, jobs=jobs or JOURNALD_JOBS, lasts=arguments.journald)
+    return plan.make(seed, jobs=jobs or JOBS, seconds=arguments.seconds, qemus=qemus)
 
 
 def table(report: Report) -> str:
@@ -66,10 +74,12 @@ def table(report: Report) -> str:
     lines += [f"  {count:>5}  {word}" for word, count in report.outcomes().most_common()]
     lines += [
         "",
-        f"restarts of the daemon by systemd: {report.restarts}",
+        f"SIGKILLs to the daemon: {report.kills}, its restarts by systemd: {report.restarts}",
         f"guests that got SIGTERM more than once: {again}",
         "",
     ]
+    if (figures := report.late()) is not None:
+        lines += [figures.table(), ""]
     lines += [f"FAULT: {text}" for text in report.broken()] or ["no fault"]
     return "\n".join(lines)
 
@@ -85,13 +95,32 @@ def _parse() -> argparse.Namespace:
         "--seed", type=int, default=random.SystemRandom().getrandbits(32), help="repeat that run"
     )
     parser.add_argument(
-        "--jobs", type=int, default=JOBS, metavar="N", help=f"guests (default {JOBS})"
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"guests (default {JOBS}; {JOURNALD_JOBS} with --journald)",
     )
     parser.add_argument(
         "--qemus", type=int, default=8, metavar="N", help="real ones among them (default 8)"
     )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help=f"default {SECONDS:g}"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--kills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="send SIGKILL to the daemon so often while all jobs run, and let nothing else fail",
+    )
+    only.add_argument(
+        "--journald",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="stop journald for so long, fill its socket, and measure how late signals are",
     )
     return parser.parse_args()
 

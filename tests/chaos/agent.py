@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.chaos.plan import GRACE_S, STALL_S, Act, Guest, Kind
-from tests.lab.bus import CallError, Client
+from tests.lab.bus import CallError, Client, plain
 from tests.lab.process import end, spawn
 
 BUS: Final = "unix:path=/run/dbus/system_bus_socket"
@@ -52,7 +52,7 @@ class Event:
 
     guest: int
     what: str
-    """started, asked (a call is sent), answered, refused, result, lost, gone, alive."""
+    """started, asked (a call is sent), answered, refused, looked, result, lost, gone, alive."""
     at: float
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -82,18 +82,31 @@ class JobClient:
 
     def _run(self) -> None:
         time.sleep(max(0.0, self._began + self._guest.start - time.monotonic()))
-        body = self._call("Terminate", "ut", self._pid, self._guest.flags)
+        body = self._terminate()
         if body is None:
             return
         path = str(body[0])
         answered = time.monotonic()
         acts = threading.Thread(target=self._act, args=(path, answered))
         acts.start()
+        ended = threading.Event()
+        looks = threading.Thread(target=self._look, args=(path, ended))
+        looks.start()
         while (body := self._call("Wait", path=path, interface=JOB)) == ():
             pass
         if body is not None:
-            note(self._guest.number, "result", result=body[0], path=path)
+            rungs = [(action, usec / 1e6) for _, action, usec in plain(body[1])["rungs"]]
+            note(self._guest.number, "result", result=body[0], path=path, rungs=rungs)
         acts.join()
+        ended.set()
+        looks.join()
+
+    def _terminate(self) -> tuple[Any, ...] | None:
+        guest = self._guest
+        if not guest.grace_s:
+            return self._call("Terminate", "ut", self._pid, guest.flags)
+        options = {"grace-usec": ("t", int(guest.grace_s * 1e6))}
+        return self._call("TerminateWithOptions", "uta{sv}", self._pid, guest.flags, options)
 
     def _act(self, path: str, answered: float) -> None:
         for act in self._guest.acts:
@@ -102,24 +115,43 @@ class JobClient:
             if self._call(act.member, *arguments, path=path, interface=JOB) is None:
                 return
 
+    def _look(self, path: str, ended: threading.Event) -> None:
+        """Read the properties of the job again and again, until it has ended."""
+        if not self._guest.look_s:
+            return
+        number = self._guest.number
+        try:
+            with Client(BUS) as client:
+                while not ended.is_set():
+                    began = time.monotonic()
+                    job = client.properties(path, JOB)
+                    took = time.monotonic() - began
+                    due = job["DeadlineUSec"] / 1e6 if job["NextRung"] == "SIGKILL" else 0.0
+                    started = job["StartedUSec"] / 1e6
+                    note(number, "looked", took=took, due=due, started=started)
+                    ended.wait(self._guest.look_s)
+        except (CallError, OSError, EOFError, TimeoutError) as error:
+            note(number, "fault", error=f"its properties: {error!r}")
+
     def _call(self, member: str, *arguments: Any, **where: str) -> tuple[Any, ...] | None:
         """Return the body of the reply; None if the daemon refuses. Repeats the call until it is
         answered."""
         number = self._guest.number
+        noted = member.removesuffix("WithOptions")
         while True:
             began = time.monotonic()
             if began > self._until:
-                note(number, "lost", member=member, error="no answer")
+                note(number, "lost", member=noted, error="no answer")
                 return None
-            note(number, "asked", began, member=member)
+            note(number, "asked", began, member=noted)
             try:
                 with Client(BUS) as client:
                     body = client.call(member, *arguments, timeout=self._until - began, **where)
-                note(number, "answered", member=member, asked=began, path=str(body[:1]))
+                note(number, "answered", member=noted, asked=began, path=str(body[:1]))
                 return body
             except CallError as error:
                 if error.name not in _PASSING:
-                    note(number, "refused", member=member, name=error.name, text=error.text)
+                    note(number, "refused", member=noted, name=error.name, text=error.text)
                     return None
             except (OSError, EOFError, TimeoutError, ValueError):
                 pass  # The bus is gone, or disappeared during the call.

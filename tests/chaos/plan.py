@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -40,6 +40,17 @@ class Kind(StrEnum):
     BYSTANDER = "nobody stops it"
 
 
+JOIN_S: Final = 10.0
+"""In the plans with one fault: the time in which the first stops are requested, before it."""
+KILL_GAP_S: Final = (0.1, 1.5)
+"""Between two kills: with less on average, systemd would refuse to start the daemon again."""
+KILL_RETRY_S: Final = 20.0
+LOOK_S: Final = 1.0
+MARGIN_S: Final = 3.0
+"""How far from the end of the incident signals are due."""
+COMPARED_S: Final = 18.0
+"""How long signals are measured after it."""
+
 _FLAGS: Final = {
     Kind.FLUSHING: FORCE,
     Kind.FORCED: FORCE,
@@ -49,6 +60,11 @@ _FLAGS: Final = {
     Kind.HELD: FORCE,
     Kind.EXTENDED: FORCE,
 }
+
+
+_LONG: Final = (Kind.FORCED, Kind.FIXED, Kind.SPARED, Kind.HELD, Kind.EXTENDED)
+"""Kinds whose jobs run as long as their clients allow."""
+_SHORT: Final = (Kind.POLITE, Kind.FLUSHING, Kind.NOWAIT, Kind.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,15 @@ class Guest:
     milliseconds: int
     """How long it takes to exit after SIGTERM."""
     acts: Sequence[Act] = ()
+    grace_s: float = 0.0
+    """Time from SIGTERM to SIGKILL, as its client asks for it; 0 for that of CONFIG, or FIXED_S."""
+    look_s: float = 0.0
+    """How often its client reads the properties of the job; 0 for never."""
+
+    @property
+    def least_s(self) -> float:
+        """The least time from the request to SIGKILL."""
+        return self.grace_s or (FIXED_S if self.flags & FIXED else GRACE_S)
 
     @property
     def mode(self) -> str:
@@ -106,6 +131,10 @@ class Incident:
     lasts: float = 0.0
     shift: int = 0
     """Change of the clock, in seconds."""
+    retry_s: float = 0.0
+    """How long to wait for the daemon if there is none to be killed."""
+    fills: bool = False
+    """Fill journald's socket, so that every service that logs has to wait."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,55 @@ def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 
     incidents = _incidents(rng, seconds)
     end = max(incident.at + incident.lasts for incident in incidents)
     return Plan(tuple(guests), tuple(incidents), end)
+
+
+def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
+    """Return a plan in which the daemon is killed `count` times, and nothing else fails.
+
+    `jobs` guests that ignore SIGTERM are stopped at the start. They are due for SIGKILL in the
+    second half, so until then all these jobs run. Half as many others, and the QEMUs, are stopped
+    at any time.
+    """
+    rng = random.Random(seed)
+    at, incidents = JOIN_S, []
+    for _ in range(count):
+        at += rng.uniform(*KILL_GAP_S)
+        incidents.append(Incident(at, Fault.KILL, retry_s=KILL_RETRY_S))
+    guests = []
+    for number in range(jobs):
+        guest = _guest(rng, number, _LONG[number % len(_LONG)], 0.0)
+        grace_s = max(GRACE_S, rng.uniform(at / 2, at))
+        guests.append(replace(guest, start=rng.uniform(0.0, JOIN_S), grace_s=grace_s))
+    others = [_SHORT[i % len(_SHORT)] for i in range(jobs // 2)] + [Kind.QEMU] * qemus
+    guests += [_guest(rng, jobs + i, kind, at) for i, kind in enumerate(others)]
+    guests += [Guest(len(guests) + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(5)]
+    return Plan(tuple(guests), tuple(incidents), at)
+
+
+def journald(seed: int, *, jobs: int, lasts: float) -> Plan:
+    """Return a plan in which journald does not read for `lasts` seconds.
+
+    Meanwhile `jobs` guests that ignore SIGTERM are due for SIGKILL, and half as many others are
+    stopped. After it, for comparison, half as many of both.
+    """
+    rng = random.Random(seed)
+    begin, end = JOIN_S, JOIN_S + lasts
+    guests: list[Guest] = []
+
+    def add(count: int, since: float, until: float) -> None:
+        """Add guests whose SIGTERM or SIGKILL is due between these times."""
+        for i in range(count + jobs // 2):
+            kind = Kind.POLITE if i >= count else (Kind.FORCED, Kind.FIXED)[i % 2]
+            guest = _guest(rng, len(guests), kind, 0.0)
+            due, start = rng.uniform(since, until), rng.uniform(0.0, JOIN_S)
+            if kind is Kind.POLITE:
+                guests.append(replace(guest, start=due, look_s=LOOK_S))
+            else:
+                guests.append(replace(guest, start=start, grace_s=due - start, look_s=LOOK_S))
+
+    add(jobs, begin + GRACE_S, end - MARGIN_S)
+    add(jobs // 2, end + MARGIN_S, end + COMPARED_S)
+    return Plan(tuple(guests), (Incident(begin, Fault.JOURNALD, lasts, fills=True),), end)
 
 
 def _guest(rng: random.Random, number: int, kind: Kind, seconds: float) -> Guest:

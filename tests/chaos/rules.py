@@ -14,10 +14,7 @@ from typing import Any, Final
 
 from tests.chaos.plan import (
     EXTEND_S,
-    FIXED,
-    FIXED_S,
     FORCE,
-    GRACE_S,
     STALL_S,
     Fault,
     Guest,
@@ -52,6 +49,15 @@ class Record:
     """By SIGKILL."""
     status: int = 0
     """Its exit code, or the signal that killed it."""
+    pid: int = 0
+    sent: dict[str, float] = field(default_factory=dict)
+    """By action: when the daemon took it first, in seconds after the start of the job."""
+    started: float = 0.0
+    """The start of the job, as the daemon announced it."""
+    due: float = 0.0
+    """When SIGKILL was due, as the daemon announced it last; 0 for never."""
+    looks: list[tuple[float, float]] = field(default_factory=list)
+    """(time, duration) of each call for the job's properties."""
     faults: list[str] = field(default_factory=list)
     """Errors of the agent."""
 
@@ -135,9 +141,8 @@ def _fate(record: Record) -> Iterator[str]:
     if not guest.flags & FORCE:
         yield "it was killed without FORCE"
         return
-    least = FIXED_S if guest.flags & FIXED else GRACE_S
-    if (span := at - record.first("Terminate")) < least:
-        yield f"it was killed {span:.3f} s after the first call, and not {least:g}"
+    if (span := at - record.first("Terminate")) < guest.least_s:
+        yield f"it was killed {span:.3f} s after the first call, and not {guest.least_s:g}"
     if record.writes and (span := at - record.writes[-1]) < STALL_S:
         yield f"it was killed {span:.3f} s after it had written"
     if at > record.done("Cancel"):
@@ -160,8 +165,15 @@ def record_of(guest: Guest, events: Sequence[Any], log: str) -> Record:
                 record.answered.setdefault(detail["member"], []).append(event.at)
             case "refused":
                 record.refused.append((detail["member"], detail["name"]))
+            case "started":
+                record.pid = detail["pid"]
+            case "looked":
+                record.looks.append((event.at - detail["took"], detail["took"]))
+                record.due = detail["due"] or record.due
+                record.started = detail["started"]
             case "result":
                 record.result = detail["result"]
+                record.sent = dict(reversed(detail["rungs"]))
             case "gone":
                 record.gone, record.killed = event.at, detail["signal"]
                 record.status = detail["status"]

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
-from tests.chaos import rules
+from tests.chaos import late, rules
 from tests.chaos.agent import Event
 from tests.chaos.plan import CONFIG, Fault, Guest, Incident, Kind, Plan
 from tests.lab import needs
 from tests.lab.container import CHECKOUT, PYTHON, Container
+from tests.lab.journald import fill_journald
 from tests.lab.scratch import scratch
 from tests.safety.contained import Contained
 
@@ -41,12 +42,30 @@ class Report:
     restarts: int
     """Restarts of the daemon by systemd."""
     events: Sequence[Event]
+    kills: int
+    """How often the daemon got SIGKILL: a planned one may find no daemon."""
+    journal: Sequence[dict[str, Any]]
+    """The daemon's entries, if it is part of the plan that they come late."""
 
     def outcomes(self) -> Counter[str]:
         return Counter(rules.outcome(one, self.incidents) or "MISSING" for one in self.records)
 
+    def late(self) -> late.Figures | None:
+        """Return the figures of a run in which journald alone failed, which it did once."""
+        incidents = [one for one in self.incidents if one[0].fills]
+        return late.figures(self.records, incidents[0], self.journal) if incidents else None
+
     def broken(self) -> list[str]:
         """Return the broken rules."""
+        missed = sum(one.retry_s > 0 for one in self.plan.incidents) - self.kills
+        figures = self.late()
+        return [
+            *([f"{missed} SIGKILLs found no daemon"] if missed > 0 else []),
+            *(figures.broken() if figures is not None else []),
+            *self._broken_rules(),
+        ]
+
+    def _broken_rules(self) -> list[str]:
         return [
             f"guest {record.guest.number} ({record.guest.kind}): {text}"
             for record in self.records
@@ -85,7 +104,7 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
         reading = threading.Thread(target=_read, args=(agent.stdout, events))
         reading.start()
         try:
-            incidents = _happen(system, plan.incidents)
+            incidents, kills = _happen(system, plan.incidents)
             reading.join(END_S)
             assert not reading.is_alive(), "the agent has not ended"
         finally:
@@ -99,6 +118,7 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
         rules.record_of(guest, [one for one in events if one.guest == guest.number], logs[guest])
         for guest in plan.guests
     ]
+    reads = any(incident.fills for incident in plan.incidents)
     return Report(
         plan=plan,
         records=records,
@@ -106,6 +126,8 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
         seconds=took,
         restarts=int(system.property("qkilld.service", "NRestarts")),
         events=events,
+        kills=kills,
+        journal=system.journal("SYSLOG_IDENTIFIER=qkilld") if reads else [],
     )
 
 
@@ -142,8 +164,12 @@ def _read(output: IO[bytes], events: list[Event]) -> None:
             events.append(Event(-1, "said", time.monotonic(), {"text": text}))
 
 
-def _happen(system: Container, incidents: Sequence[Incident]) -> list[rules.Lasted]:
-    """Cause all incidents at their times, and undo them."""
+def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rules.Lasted], int]:
+    """Cause all incidents at their times, and undo them.
+
+    Return them with their times, and how often the daemon was killed.
+    """
+    kills = 0
     began = time.monotonic()
     ends: list[tuple[float, int]] = []
     lasted: list[rules.Lasted] = []
@@ -157,7 +183,8 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> list[rules.Last
             if first <= last[0]:
                 number = todo.pop(0)
                 begins[number] = time.monotonic()
-                _begin(system, incidents[number])
+                happened = _begin(system, incidents[number])
+                kills += happened and incidents[number].fault is Fault.KILL
                 ends.append((incidents[number].at + incidents[number].lasts, number))
             else:
                 ends.remove(last)
@@ -169,19 +196,25 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> list[rules.Last
             _end(system, incidents[number])
         for unit in ("dbus.service", "systemd-journald.service"):
             system.run("systemctl", "start", unit, check=False)
-    return lasted
+    return lasted, kills
 
 
-def _begin(system: Container, incident: Incident) -> None:
+def _begin(system: Container, incident: Incident) -> bool:
+    """Return False if there was no daemon to kill."""
     match incident.fault:
         case Fault.KILL:
-            _signal(system, "KILL", "qkilld.service")
+            deadline = time.monotonic() + incident.retry_s
+            while not _signal(system, "KILL", "qkilld.service"):
+                if time.monotonic() >= deadline:
+                    return False
         case Fault.STOP:
             _signal(system, "STOP", "qkilld.service")
         case Fault.BUS:
             system.run("systemctl", "restart", "--no-block", "dbus.service", check=False)
         case Fault.JOURNALD:
             _signal(system, "STOP", "systemd-journald.service")
+            if incident.fills:
+                fill_journald(system)
         case Fault.FULL:
             system.run("dd", "if=/dev/zero", f"of={_FILL}", "bs=1M", check=False)
         case Fault.REEXEC:
@@ -189,6 +222,7 @@ def _begin(system: Container, incident: Incident) -> None:
         case Fault.CLOCK:
             system.write(f"{CLOCK}.new", f"{incident.shift:+d}\n")
             system.run("mv", f"{CLOCK}.new", CLOCK)
+    return True
 
 
 def _end(system: Container, incident: Incident) -> None:
@@ -201,9 +235,10 @@ def _end(system: Container, incident: Incident) -> None:
             system.run("rm", "-f", _FILL)
 
 
-def _signal(system: Container, name: str, unit: str) -> None:
-    """Send a signal to its main process. systemctl could block on a service that is stopped."""
-    system.run("pkill", f"-{name}", "-f", _MAIN[unit], check=False)
+def _signal(system: Container, name: str, unit: str) -> bool:
+    """Send a signal to its main process; return whether there is one. systemctl could block on a
+    service that is stopped."""
+    return system.run("pkill", f"-{name}", "-f", _MAIN[unit], check=False).returncode == 0
 
 
 _MAIN: Final = {

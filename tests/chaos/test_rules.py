@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.chaos import plan
 from tests.chaos.plan import EXTEND_S, FORCE, GRACE_S, Fault, Guest, Incident, Kind
 from tests.chaos.rules import Record, broken, outcome
+from tests.chaos.run import Report
 
 
 def record(kind: Kind, flags: int = FORCE, **known: Any) -> Record:
@@ -39,6 +41,14 @@ KILLED: dict[str, Any] = {"gone": 20.0, "killed": True, "status": 9, "result": "
 )
 def test_a_good_record_breaks_no_rule(good: Record) -> None:
     assert list(broken(good, [])) == []
+
+
+def test_a_longer_grace_period_counts() -> None:
+    longer = record(Kind.FORCED, **KILLED | {"gone": 39.0})
+    longer.guest = replace(longer.guest, grace_s=30.0)
+    assert "after the first call, and not 30" in "\n".join(broken(longer, []))
+    longer.gone = 40.0
+    assert list(broken(longer, [])) == []
 
 
 @pytest.mark.parametrize(
@@ -88,6 +98,32 @@ def test_a_job_may_be_lost_if_saving_failed() -> None:
     # A full disk does not excuse a signal.
     early = record(Kind.SPARED, 0, **KILLED)
     assert "without FORCE" in "\n".join(broken(early, [full]))
+
+
+def test_kills_come_while_all_jobs_run() -> None:
+    made = plan.kills(7, jobs=50, count=200, qemus=8)
+    assert [one.fault for one in made.incidents] == [Fault.KILL] * 200
+    kills = [one.at for one in made.incidents]
+    waiting = [guest for guest in made.guests if guest.grace_s]
+    assert len(waiting) == 50
+    assert max(guest.start for guest in waiting) < kills[0]
+    # Until then, each of them runs; then one after the other is due.
+    assert min(guest.grace_s for guest in waiting) >= made.seconds / 2
+    assert sum(at < made.seconds / 2 for at in kills) > 50
+    # systemd allows 100 starts in 60 s.
+    assert all(b - a > 60 for a, b in zip(kills, kills[100:], strict=False))
+    others = [guest.start for guest in made.guests if guest.kind is Kind.POLITE]
+    assert min(others) < made.seconds / 2 < max(others)
+
+
+def test_a_kill_that_finds_no_daemon_is_reported() -> None:
+    made = plan.kills(7, jobs=5, count=3, qemus=0)
+
+    def report(kills: int) -> Report:
+        return Report(made, [], [], 1.0, restarts=kills, events=[], kills=kills, journal=[])
+
+    assert report(2).broken() == ["1 SIGKILLs found no daemon"]
+    assert report(3).broken() == []
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:

@@ -18,6 +18,7 @@ from tests.evidence.until import until
 from tests.lab.container import CHECKOUT, Container
 from tests.lab.groups import temporary_group
 from tests.lab.image import busybox
+from tests.lab.journald import fill_journald
 from tests.lab.process import TOP
 from tests.lab.scratch import scratch
 from tests.safety.contained import Contained
@@ -565,31 +566,13 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         stopping.wait(30)
 
 
-_FILL_JOURNALD = """
-import socket
-sent = 1
-while sent:
-    # What one sender may have under way is limited, too.
-    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sender.setblocking(False)
-    sender.connect("/run/systemd/journal/socket")
-    sent = 0
-    try:
-        while True:
-            sender.send(b"MESSAGE=one of many\\n")
-            sent += 1
-    except BlockingIOError:
-        pass
-"""
-
-
 @pytest.fixture
 def stopped_journald(system: Container) -> Iterator[Callable[[], None]]:
     """journald that does not read, with a full socket. The function makes it read again."""
     journald = system.property("systemd-journald.service", "MainPID")
     system.run("kill", "-STOP", journald)
     try:
-        system.python("-c", _FILL_JOURNALD)
+        fill_journald(system)
 
         def read_again() -> None:
             system.run("kill", "-CONT", journald)
