@@ -14,14 +14,18 @@ from typing import Final
 import pytest
 
 from tests.lab import needs
-from tests.lab.bus import Client
+from tests.lab.bus import Client, Daemon
 from tests.lab.fuse import fuse_store
 from tests.lab.guest import QEMU, Guest
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.lab.scratch import scratch
 
 Make = Callable[..., Guest]
+Start = Callable[..., Daemon]
 COUNT = 60
+LIMIT_S = 1.0
+ATTEMPTS = 5
+"""On a busy machine, the client, the bus and the threads of the daemon wait for a processor too."""
 
 # In each, one thread reads a page of the file through /proc/self/mem, which keeps the lock of its
 # memory, and the other one waits to change the memory. Every later reader queues behind that.
@@ -89,17 +93,37 @@ def blocking() -> Iterator[int]:
             end(process)
 
 
-def test_a_list_of_guests_in_a_second(blocking: int, client: Client, fake_qemu: Make) -> None:
+def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_qemu: Make) -> None:
+    """0.6 s on a quiet machine; half a second for each process in turn would be 30 s."""
     guest = fake_qemu(name="web")
-    for _ in range(2):
-        began = time.monotonic()
+
+    def list_guests(daemon: Daemon, client: Client) -> float:
+        """Return the time that the call took, in seconds, without that in which another program had
+        the processor."""
+        began, waited = time.monotonic(), _waited_s(daemon.pid)
         rows = client.call("ListGuests")[0]
-        took = time.monotonic() - began
+        took = time.monotonic() - began - (_waited_s(daemon.pid) - waited)
         by_pid = {row[0]: row for row in rows}
         assert by_pid[guest.pid][1] == "web"
         assert blocking in by_pid
         theirs = [row for row in rows if row[3] == OTHER_UID]
         assert len(theirs) == COUNT
         assert {row[1] for row in theirs} == {""}
-        # 0.6 s on a quiet machine; half a second for each of them in turn would be 30 s.
-        assert took < 10
+        return took
+
+    measured = []
+    for _ in range(ATTEMPTS):
+        # Each daemon sees them for the first time, and then again.
+        daemon = start_daemon()
+        with daemon.bus.client() as client:
+            measured.append([list_guests(daemon, client) for _ in range(2)])
+        daemon.stop()
+        if max(measured[-1]) <= LIMIT_S:
+            break
+    print("calls took, in s:", measured)
+    assert max(measured[-1]) <= LIMIT_S, measured
+
+
+def _waited_s(pid: int) -> float:
+    """Return how long the main thread of a process was ready to run and did not (schedstat)."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9
