@@ -26,6 +26,9 @@ MAX_WAITS: Final = 1024
 MAX_LOOKS: Final = 8
 MAX_REQUESTS: Final = 64
 """The most calls other than Wait."""
+TOGETHER: Final = 32
+"""All users except root together may have this many times what one may: somebody with subordinate
+uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them 100 MB."""
 RESERVE: Final = 4
 """This fraction of the descriptors is reserved for root's calls and running jobs."""
 
@@ -35,14 +38,19 @@ class CallLimits:
         """`unlimited` are the uids that have no limit."""
         self._unlimited = unlimited
         self._running: Counter[tuple[int, Cost]] = Counter()
+        self._total: Counter[Cost] = Counter()
+        """Of all users that have a limit."""
 
     def begin(self, uid: int, cost: Cost) -> None:
         """Count a call; `end` must follow. Raises Busy."""
         if uid not in self._unlimited:
             self._check(uid, cost)
+            self._total[cost] += 1
         self._running[uid, cost] += 1
 
     def end(self, uid: int, cost: Cost) -> None:
+        if uid not in self._unlimited:
+            self._total[cost] -= 1
         self._running[uid, cost] -= 1
         if not self._running[uid, cost]:
             del self._running[uid, cost]
@@ -53,16 +61,31 @@ class CallLimits:
             raise Busy("qkilld is short of file descriptors, and keeps the rest for running jobs")
 
     def _check(self, uid: int, cost: Cost) -> None:
+        running, total = self._running, self._total
         if cost is Cost.WAIT:
-            if self._running[uid, cost] >= MAX_WAITS:
+            if running[uid, cost] >= MAX_WAITS:
                 raise Busy(f"Uid {uid} has {MAX_WAITS} calls of Wait open here, the most allowed")
+            _check_together(total[cost], MAX_WAITS, "calls of Wait")
             return
-        if cost is Cost.LOOK and self._running[uid, cost] >= MAX_LOOKS:
-            raise Busy(
-                f"Uid {uid} has {MAX_LOOKS} calls of {cost.value} running here, the most allowed"
-            )
-        if self._running[uid, Cost.LOOK] + self._running[uid, Cost.OTHER] >= MAX_REQUESTS:
+        if cost is Cost.LOOK:
+            if running[uid, cost] >= MAX_LOOKS:
+                raise Busy(
+                    f"Uid {uid} has {MAX_LOOKS} calls of {cost.value} running here, the most "
+                    "allowed"
+                )
+            _check_together(total[cost], MAX_LOOKS, f"calls of {cost.value}")
+        if running[uid, Cost.LOOK] + running[uid, Cost.OTHER] >= MAX_REQUESTS:
             raise Busy(f"Uid {uid} has {MAX_REQUESTS} calls running here, the most allowed")
+        _check_together(total[Cost.LOOK] + total[Cost.OTHER], MAX_REQUESTS, "calls")
+
+
+def _check_together(count: int, limit: int, what: str) -> None:
+    """Check the calls of all users, whose limit for one is given. Raises Busy."""
+    if count >= TOGETHER * limit:
+        raise Busy(
+            f"Users other than root have {TOGETHER * limit} {what} open here, the most allowed for "
+            "all of them together"
+        )
 
 
 def _descriptors_to_spare() -> bool:

@@ -18,9 +18,12 @@ MAX_CALLS: Final = 1024
 MAX_BYTES: Final = 256 << 10
 """The same in bytes of their bodies."""
 MAX_TOTAL: Final = 4096
-"""The most calls that may wait in total; above that, a connection may have SPARE waiting calls."""
+"""The most calls that may wait in total; above that, a connection may have SPARE waiting calls with
+SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
+SPARE_BYTES: Final = 16 << 10
+"""One call of any length; a bus has room for 2,048 connections, and so for 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
@@ -74,10 +77,9 @@ class FairQueue(Generic[Item]):
         if group is None:
             group = _ConnectionQueues()
         unlimited = uid in self._unlimited
-        own_count = len(group.waiting.get(name, ()))
         crowded = self._count >= MAX_TOTAL or self._size + size > MAX_TOTAL_BYTES
         full = group.count >= MAX_CALLS or group.size + size > MAX_BYTES
-        if not unlimited and (full or (crowded and own_count >= SPARE)):
+        if not unlimited and (full or (crowded and not _can_spare(group.waiting.get(name), size))):
             return False
         if uid is None:
             self._strangers[name] = group
@@ -142,3 +144,10 @@ class FairQueue(Generic[Item]):
             self._size -= size
         if uid is not None and not group.count:
             del self._groups[uid]
+
+
+def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:
+    """Return whether a connection with these waiting calls may have another one in a crowd."""
+    if own is None:
+        return size <= SPARE_BYTES
+    return len(own) < SPARE and sum(waiting for _, waiting in own) + size <= SPARE_BYTES

@@ -33,6 +33,9 @@ UNDO_S: Final = 2.0
 MAX_JOBS_PER_UID: Final = 2048
 """Running and ended jobs of one user; the limit keeps a flood from filling the memory. It does not
 apply to root."""
+MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
+"""The same for all users except root together. At 75 kB for each job (units/qkilld.service), they
+take 460 MB, and with all the calls that users may have open three quarters of MemoryMax=."""
 
 
 class Registry:
@@ -113,6 +116,12 @@ class Registry:
             raise Busy(
                 f"You have {MAX_JOBS_PER_UID} jobs here, running or just finished; "
                 "try again in a minute"
+            )
+        if request.uid != 0 and self._per_uid.total() - self._per_uid[0] >= MAX_JOBS_OF_USERS:
+            process.close()
+            raise Busy(
+                f"Users other than root have {MAX_JOBS_OF_USERS} jobs here, running or just "
+                "finished; try again in a minute"
             )
         policy = self._config.policy_for(process.guest.label.name)
         job = self._job(self._last + 1, process, request, policy)

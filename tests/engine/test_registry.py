@@ -155,6 +155,24 @@ def test_a_user_has_a_limit_and_root_has_none(
     world.stop(FakeProcess(), NOWAIT, uid=1000)
 
 
+def test_users_together_have_a_limit_and_root_has_a_reserve(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "MAX_JOBS_OF_USERS", 3)
+    for pid in range(2):
+        world.stop(FakeProcess(make_guest(pid=pid)), NOWAIT, uid=0)
+    for pid in range(2, 5):
+        world.stop(FakeProcess(make_guest(pid=pid)), NOWAIT, uid=1000 + pid)
+    refused = FakeProcess(make_guest(pid=6))
+    with pytest.raises(Busy, match="root have 3 jobs"):
+        world.stop(refused, NOWAIT, uid=2000)
+    assert refused.closed
+    assert refused.sent == []
+    world.stop(FakeProcess(make_guest(pid=7)), NOWAIT, uid=0)
+    world.clock.advance(61)
+    world.stop(FakeProcess(make_guest(pid=8)), NOWAIT, uid=2000)
+
+
 def test_a_guests_own_policy() -> None:
     world = World(Config(guests={"web": Policy(grace=30 * S)}))
     web, other = FakeProcess(make_guest()), FakeProcess(make_guest(pid=2, name="other"))

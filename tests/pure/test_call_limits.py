@@ -31,6 +31,32 @@ def test_limits(cost: Cost, most: int, named: str) -> None:
         limits.begin(ALICE, cost)
 
 
+@pytest.mark.parametrize(
+    ("cost", "most", "named"),
+    [
+        (Cost.WAIT, 32_768, "32768 calls of Wait"),
+        (Cost.LOOK, 256, "256 calls of Inspect"),
+        (Cost.OTHER, 2048, "2048 calls"),
+    ],
+)
+def test_users_together_have_a_limit_and_root_has_a_reserve(
+    cost: Cost, most: int, named: str
+) -> None:
+    """One user may have thousands of uids."""
+    limits = CallLimits(frozenset({ROOT}))
+    for number in range(most):
+        limits.begin(1000 + number % 64, cost)
+    limits.begin(ROOT, cost)
+    with pytest.raises(Busy, match=named):
+        limits.begin(2000, cost)
+    limits.begin(ROOT, cost)
+    limits.end(ROOT, cost)
+    with pytest.raises(Busy, match=named):
+        limits.begin(2000, cost)
+    limits.end(1000, cost)
+    limits.begin(2000, cost)
+
+
 def test_looks_count_as_requests_and_waits_do_not() -> None:
     limits = CallLimits(frozenset({ROOT}))
     for _ in range(100):

@@ -8,7 +8,15 @@ from collections import Counter
 import pytest
 
 from qkilld.engine import fair_queue
-from qkilld.engine.fair_queue import CALLS_PER_TURN, CROWD, MAX_BYTES, MAX_CALLS, SPARE, FairQueue
+from qkilld.engine.fair_queue import (
+    CALLS_PER_TURN,
+    CROWD,
+    MAX_BYTES,
+    MAX_CALLS,
+    SPARE,
+    SPARE_BYTES,
+    FairQueue,
+)
 
 ROOT, ALICE, BOB = 0, 1000, 1001
 
@@ -103,6 +111,19 @@ def test_a_limit_for_all_together_leaves_everybody_a_few() -> None:
     assert queue._count <= fair_queue.MAX_TOTAL + 10 * SPARE
     accepted = [queue.put("late", 77, "x", 0) for _ in range(100)]
     assert accepted == [True] * SPARE + [False] * (100 - SPARE)
+
+
+@pytest.mark.parametrize("size", [100, SPARE_BYTES // 2, SPARE_BYTES])
+def test_calls_of_many_users_and_strangers_have_a_limit_in_bytes(size: int) -> None:
+    """Even if each connection is another user's."""
+    queue: FairQueue[str] = FairQueue(frozenset({ROOT}))
+    count = 2048
+    for number in range(count):
+        name, uid = f"n{number}", None if number % 2 else number + 1
+        accepted = [queue.put(name, uid, "x", size) for _ in range(SPARE)]
+        # Everybody gets at least one, and in it the longest call that there is.
+        assert accepted[0]
+    assert queue._size <= fair_queue.MAX_TOTAL_BYTES + count * SPARE_BYTES
 
 
 def test_a_connection_with_many_calls_gets_one_at_a_time() -> None:
