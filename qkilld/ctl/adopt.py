@@ -25,7 +25,7 @@ from qkilld.model.exits import worst
 from qkilld.model.policy import Config
 from qkilld.model.text import printable
 from qkilld.unitcheck.command import HELPER, is_helper
-from qkilld.unitcheck.dropin import Change, changes, text_of, unwritten
+from qkilld.unitcheck.dropin import Change, changes, missing_changes, text_of
 from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
@@ -96,7 +96,7 @@ class _Adopter:
             self._check_root(report.name)
         drop_in = DropIn(await self._base(report.facts.transient), report.name)
         old = drop_in.read()
-        wanted = unwritten(wanted, old)
+        wanted = missing_changes(wanted, old)
         if not wanted:
             # Nothing to add: something overrides the settings, or systemd has not reloaded yet.
             if not report.overrides and not self._dry_run:

@@ -17,7 +17,13 @@ from qkilld.model.text import printable
 from qkilld.model.unit import UnitFacts, is_user_manager
 from qkilld.unitcheck.comparison import coverage_line
 from qkilld.unitcheck.context import GUESTS_SERVICE, looks_like_qemu
-from qkilld.unitcheck.host_shutdown import Care, HostGuest, HostReport, care_of, shutdown_order
+from qkilld.unitcheck.host_shutdown import (
+    HostGuest,
+    HostReport,
+    StoppedBy,
+    predict_stop,
+    shutdown_order,
+)
 from qkilld.unitcheck.keepers import (
     KEEPERS,
     PROGRAMS,
@@ -31,9 +37,9 @@ from qkilld.unitcheck.keepers import (
 async def check_host(session: Session) -> int:
     """Return 0 if every guest is covered, else the exit code for an unsafe unit."""
     report = await _HostCheck(session, await config_of(session)).report()
-    uncovered = (Care.SYSTEMD, Care.UNCOVERED)
+    uncovered = (StoppedBy.SYSTEMD, StoppedBy.UNCOVERED)
     code = ExitCode.OK
-    if any(guest.care in uncovered for guest in report.guests):
+    if any(guest.stopped_by in uncovered for guest in report.guests):
         code = ExitCode.UNSAFE
     if session.json:
         session.output.json(_as_json(report, code))
@@ -83,7 +89,7 @@ class _HostCheck:
             if facts.is_scope:
                 guard = await self._unit(guard_of(facts.id))
                 guarded = guard is not None and guard.active_state == "active"
-        care = care_of(
+        stopped_by = predict_stop(
             is_covered=is_covered,
             cares_for_guests=facts is not None and facts.cares_for_guests,
             is_guarded=guarded,
@@ -93,7 +99,7 @@ class _HostCheck:
         )
         line = "" if is_covered else coverage_line(self._config.executables, executable)
         guest = procfs.read_names(pid)[0] or ""
-        return HostGuest(pid, guest, name, care, keepers, line)
+        return HostGuest(pid, guest, name, stopped_by, keepers, line)
 
     async def _unit(self, name: str) -> UnitFacts | None:
         """Return None if systemd does not know the unit."""
@@ -124,7 +130,7 @@ def _show(session: Session, report: HostReport) -> None:
     if not report.guests:
         output.line("No QEMU runs on this host.")
     for keeper in report.keepers:
-        output.line(f"keeper  {keeper.unit} ({keeper.whose}), left to shut its guests down")
+        output.line(f"keeper  {keeper.unit} ({keeper.project}), left to shut its guests down")
     for guest in report.guests:
         output.line(f"guest   {printable(str(guest), 1000)}")
     for number, group in enumerate(report.order, 1):
@@ -135,7 +141,7 @@ def _as_json(report: HostReport, code: int) -> dict[str, Any]:
     return {
         "active": report.is_active,
         "keepers": [
-            {"unit": each.unit, "whose": each.whose, "timeout_usec": each.timeout}
+            {"unit": each.unit, "whose": each.project, "timeout_usec": each.timeout}
             for each in report.keepers
         ],
         "guests": [
@@ -143,7 +149,7 @@ def _as_json(report: HostReport, code: int) -> dict[str, Any]:
                 "pid": each.pid,
                 "name": each.name,
                 "unit": each.unit,
-                "care": each.care.value,
+                "care": each.stopped_by.value,
                 "keepers": list(each.keepers),
                 "line": each.line,
             }

@@ -96,7 +96,7 @@ async def gather(
         guests=len(guests),
         uncovered=tuple(dict.fromkeys(uncovered)),
         is_running=bool(executables),
-        elsewhere="" if guests else _elsewhere(facts, config),
+        other_unit="" if guests else _other_unit(facts, config),
         can_ask=_can_ask(facts, guests, config),
         environment=_environment(facts),
         stop_texts=_stop_texts(facts),
@@ -191,7 +191,7 @@ def _would_listen(options: Sequence[QemuOption]) -> list[UnixListener]:
     return [UnixListener(number, (path,)) for number, path in enumerate(paths, 1)]
 
 
-def _elsewhere(facts: UnitFacts, config: Config) -> str:
+def _other_unit(facts: UnitFacts, config: Config) -> str:
     """Return the other unit in which a guest started by this one runs; "" if none is known."""
     if facts.active_state != "active" and not starts_elsewhere(facts):
         return ""

@@ -51,18 +51,18 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
 
 def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     if facts.is_scope and surroundings.is_guarded:
-        return  # Its guests are gone before systemd sends signals.
+        return  # The guard stops the guests before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A guest that was asked shuts down while systemd only waits.
+    # QEMU ignores such a signal: systemd only waits, while a guest that was asked shuts down.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(
             "kill-signal",
             _LOSES,
             f"it has KillSignal={_name(number)}",
-            "on SIGTERM, SIGINT and SIGHUP, QEMU writes out what it holds and exits; any other "
-            "signal ends it at once, or does nothing until SIGKILL",
+            "on SIGTERM, SIGINT and SIGHUP, QEMU writes out its data and exits; any other signal "
+            "ends QEMU at once, or has no effect, and SIGKILL follows",
             (Line(section, "KillSignal=SIGTERM"),),
         )
     if facts.final_kill_signal != signal.SIGKILL:
@@ -79,9 +79,8 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             "send-sigkill",
             _MAY,
             "it has SendSIGKILL=no",
-            "a guest that survives the timeout keeps running outside of the unit, while its "
-            "network and storage go away and the unit may be started a second time on the same "
-            "disks",
+            "a guest that survives the timeout keeps running outside of the unit: its network and "
+            "storage go away, and the unit may be started again on the same disks",
             (Line(section, "SendSIGKILL=yes"),),
         )
     yield from _check_kill_mode(facts, surroundings, section)
@@ -99,8 +98,8 @@ def _check_kill_mode(
             "kill-mode",
             _LOSES,
             "it has KillMode=none",
-            "if ExecStop= has not ended the guest, it keeps running and no unit stops it any "
-            "more; at host shutdown it loses its storage and then gets SIGKILL",
+            "if ExecStop= has not ended the guest, the guest keeps running, and no unit stops it "
+            "any more; at host shutdown its storage goes away before it gets SIGKILL",
             mend,
         )
     elif mode == "process":
@@ -108,7 +107,7 @@ def _check_kill_mode(
             "kill-mode",
             _ADVICE if qemu else _LOSES,
             "it has KillMode=process",
-            "programs that QEMU has started (a TPM, a file server) are left running without it"
+            "programs that QEMU has started (a TPM, a file server) keep running without QEMU"
             if qemu
             else "SIGTERM goes to the main process alone, which is not known to be QEMU: the "
             "guest keeps running until SIGKILL ends it at host shutdown",
@@ -119,8 +118,8 @@ def _check_kill_mode(
             "kill-mode",
             _MAY if has_helper(facts) else _LOSES,
             "it has KillMode=mixed",
-            "its main process is not known to be QEMU: as soon as it has exited, everything "
-            "else in the unit gets SIGKILL, including the guest",
+            "its main process is not known to be QEMU: when that process exits, everything else in "
+            "the unit gets SIGKILL, including the guest",
             mend,
         )
 
@@ -132,8 +131,8 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
             "default-dependencies",
             _LOSES,
             "it has DefaultDependencies=no",
-            "at host shutdown it is not stopped in order: it runs until storage is gone and"
-            " everything that is left gets SIGTERM and SIGKILL",
+            "at host shutdown, systemd does not stop it in order: it runs until storage is gone and"
+            " all remaining processes get SIGTERM and SIGKILL",
             (Line("Unit", "DefaultDependencies=yes"),),
         )
     if facts.job_timeout != INFINITY:
@@ -141,8 +140,8 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
             "job-timeout",
             _MAY,
             f"it has JobTimeoutSec= or JobRunningTimeoutSec={format_usec(facts.job_timeout)}",
-            "after that, systemd no longer waits for its stop, and a shutdown continues while "
-            "the guest still writes",
+            "after this time, systemd no longer waits until the unit has stopped, and a shutdown "
+            "continues while the guest still writes",
             (Line("Unit", "JobTimeoutSec=infinity"), Line("Unit", "JobRunningTimeoutSec=infinity")),
         )
     if facts.runtime_max != INFINITY:
@@ -168,8 +167,8 @@ def _check_asking(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Find
             "no-monitor",
             _ADVICE,
             f"its guest cannot be asked to shut down: {why}",
-            "SIGTERM saves what QEMU holds, but data that the guest's own operating system has "
-            "not written yet is lost",
+            "on SIGTERM, QEMU writes out its own data, but data that the guest's operating system "
+            "has not written yet is lost",
             mends,
         )
 
@@ -181,9 +180,9 @@ def _check_manager(surroundings: Surroundings) -> Iterator[Finding]:
             "manager-timeout",
             _ADVICE,
             f"{surroundings.manager} has TimeoutStopSec={format_usec(timeout)}",
-            "at logout and at shutdown, the system gives your manager only this time for all of "
-            "its units together, and no unit can extend it: data that a guest has not written "
-            "by then is lost",
+            "at logout and at shutdown, your user manager gets only this time to stop all of its "
+            "units, and no unit can extend the time: data that a guest has not written by then "
+            "is lost",
             (
                 Line(
                     "",
@@ -201,7 +200,7 @@ def _check_scope(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             _LOSES,
             f"it is a scope, which cannot have an ExecStop=, {clock(facts)}",
             "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has not "
-            "written; a guard, which is stopped before the scope, can wait instead",
+            "written; a guard, a unit that is stopped before the scope, can wait for the guest",
             (Line("", f"systemctl start {surroundings.guard}", by_hand=True),)
             if surroundings.guard
             else (),
@@ -249,8 +248,8 @@ def _check_type(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findin
             "forking-pid-file",
             _ADVICE,
             "it has Type=forking without PIDFile=",
-            "systemd has to guess the main process; if it cannot, it does not notice the end of "
-            f"the guest, and {HELPER} looks for the guest in the unit",
+            "systemd has to guess the main process; if it cannot, it does not notice when the "
+            f"guest exits, and {HELPER} has to search the unit for the guest",
             (Line("Service", "PIDFile=/run/… (and the same with -pidfile)", by_hand=True),),
         )
     if facts.root and any(
@@ -260,7 +259,7 @@ def _check_type(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findin
             "root-directory",
             _LOSES,
             f"it has a root directory of its own, {facts.root}",
-            f"{HELPER} is not in there and cannot be started",
+            f"{HELPER} is not in that directory and cannot be started",
             corrected(facts, surroundings),
         )
 

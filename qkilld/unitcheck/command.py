@@ -22,7 +22,7 @@ def is_helper(command: Command) -> bool:
 
 
 def programs_of(command: Command) -> Iterator[str]:
-    """Yield the name of the program that a command runs; of an interpreter, its script as well."""
+    """Yield the name of the program that a command runs, and of an interpreter's script."""
     for word in (command.path, *command.arguments[1:]):
         if word.startswith("-") or "=" in word:
             continue

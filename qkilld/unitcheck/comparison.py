@@ -1,4 +1,4 @@
-"""Compare what stops of a unit keep now, and after it is adopted; give a verdict. Pure."""
+"""Compare the data that stops of a unit keep now and after adoption; give a verdict. Pure."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class UnitVerdict(StrEnum):
     """The verdict, as in --json."""
 
     SAFE = "safe"
-    """Adopted (or as it is, if adopt would write nothing), every stop keeps the guest's data, and
-    none keeps less than now."""
+    """After adoption (or now, if adopt would write nothing), every stop keeps the guest's data, and
+    no stop keeps less than now."""
     WORSE = "worse"
-    """Adopted, some stop would keep less."""
+    """After adoption, at least one stop would keep less."""
     NO_BETTER = "no-better"
-    """adopt has nothing to write that would keep more."""
+    """adopt can write nothing that would keep more."""
     UNKNOWN = "unknown"
     """It is unknown whether every stop keeps the guest's data, or whether there is a guest."""
     MANUAL = "manual"
-    """Only the unit's owner can fix the rest."""
+    """Only the unit's owner can decide about the remaining changes."""
     OTHER_UNIT = "other-unit"
-    """The guest that it starts runs in another unit."""
+    """The unit starts a guest that runs in another unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ class Comparison:
     now: Mapping[Occasion, Outcome]
     adopted: Mapping[Occasion, Outcome]
     advice: str = ""
-    """What to do, in the same form; "" for nothing."""
+    """What to do, also without its full stop; "" for nothing."""
     other_unit: str = ""
     writes: bool = False
-    """adopt may write its lines, because no stop gets worse."""
+    """adopt has lines to write, and no stop gets worse."""
     has_guest: bool = True
     """A QEMU that qkilld recognises runs or would run in the unit, and the unit is not a manager of
     guests."""
@@ -94,7 +94,8 @@ def compare(
     findings: Sequence[Finding],
     overrides: Sequence[Override] = (),
 ) -> Comparison:
-    """`findings` are those of check(); `overrides` tells which lines of adopt have no effect."""
+    """Return the verdict. `findings`: from check(). `overrides`: the lines of adopt without
+    effect."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)
@@ -118,7 +119,7 @@ def compare(
             comparison,
             word=UnitVerdict.UNKNOWN,
             reason=f"it is not known what {shown} of its ExecStop= does to the guest",
-            advice=f"if {HELPER} does everything that this line does, remove the line",
+            advice=f"if {HELPER} does all that this line does, remove the line",
         )
     if any(line.by_hand for each in unsafe for line in each.mends) or overrides:
         return replace(
@@ -136,15 +137,15 @@ def compare(
 def _refused(
     comparison: Comparison, facts: UnitFacts, surroundings: Surroundings
 ) -> Comparison | None:
-    """Return a verdict if the unit has no guest that qkilld would stop, or guests that are not its
-    own."""
+    """Return the verdict of a unit without guests that qkilld would stop, or of a manager of
+    guests; None for other units."""
     if is_manager(facts, surroundings) or (outlives(facts, surroundings) and surroundings.guests):
         return replace(
             comparison,
             word=UnitVerdict.WORSE,
-            reason="it manages guests that are meant to outlive it: a restart or an upgrade of it"
-            " would stop them all",
-            advice="leave it as it is; qkilld-guests.service is for its guests at host shutdown",
+            reason="it manages guests that are meant to outlive it: with the drop-in, a restart or"
+            " an upgrade would stop them all",
+            advice="leave it as it is; qkilld-guests.service stops its guests at host shutdown",
         )
     if surroundings.guests:
         return None
@@ -158,26 +159,26 @@ def _refused(
             word=UnitVerdict.MANUAL,
             reason=f"its QEMU is {uncovered[0]}, which Executables= does not cover, so {HELPER}"
             " would stop nothing",
-            advice="if only root can write to that place, write into [Target] of"
+            advice="if only root can write to that path, write into [Target] of"
             f" /etc/qkilld/qkilld.conf: {coverage_line(surroundings.executables, uncovered[0])}",
         )
-    if surroundings.elsewhere or starts_elsewhere(facts):
-        named = f" {surroundings.elsewhere}" if surroundings.elsewhere else ""
+    if surroundings.other_unit or starts_elsewhere(facts):
+        named = f" {surroundings.other_unit}" if surroundings.other_unit else ""
         return replace(
             comparison,
             word=UnitVerdict.OTHER_UNIT,
-            other_unit=surroundings.elsewhere,
+            other_unit=surroundings.other_unit,
             reason=f"the guest that it starts runs in another unit{named}",
-            advice=f"check {surroundings.elsewhere}"
-            if surroundings.elsewhere
-            else "check that one",
+            advice=f"check {surroundings.other_unit}"
+            if surroundings.other_unit
+            else "check that unit",
         )
     if surroundings.is_running or not started_qemus(facts):
         return replace(
             comparison,
             reason="no QEMU runs in it"
             if surroundings.is_running or facts.is_scope
-            else "it does not run, and its ExecStart= does not tell whether a QEMU will run in it",
+            else "it does not run, and its ExecStart= does not show whether a QEMU will run in it",
             advice=""
             if surroundings.is_running or facts.is_scope
             else "start it and check it again",
@@ -186,8 +187,7 @@ def _refused(
 
 
 def coverage_line(executables: Iterable[str], path: str) -> str:
-    """Return the line for qkilld.conf. It repeats the existing globs, because it replaces the
-    defaults."""
+    """Return the line for qkilld.conf. The line replaces the default globs, and so repeats them."""
     return f"Executables={' '.join((*executables, path))}"
 
 
@@ -205,14 +205,14 @@ def _worse(
     elif may_trap(facts, surroundings) and facts.kill_mode in ("mixed", "process"):
         word, reason = (
             UnitVerdict.UNKNOWN,
-            "it is not known what its main process does with its signal",
+            "it is not known what its main process does on its KillSignal=",
         )
     elif any(place.server and not is_ordered(facts, place) for place in surroundings.storage):
         reason = "its disks are served by a process that may be stopped at the same time"
     elif not surroundings.can_ask:
         reason = f"its guest is asked to shut down, and {HELPER} cannot ask it"
     else:
-        reason = "the existing line keeps more"
+        reason = "the existing ExecStop= keeps more"
     return replace(
         comparison,
         word=word,
@@ -241,7 +241,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         lines=stop_lines(facts, surroundings),
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
-        # Any replacement for SIGKILL kills QEMU too.
+        # Any other FinalKillSignal= kills QEMU too.
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",
@@ -267,7 +267,7 @@ def adopted(
     wanted: Iterable[Change],
     overrides: Sequence[Override] = (),
 ) -> tuple[UnitFacts, Surroundings]:
-    """Return the unit with these lines, except those that something overrides."""
+    """Return the unit with these lines, except those that are overridden."""
     if facts.is_scope:
         return facts, replace(surroundings, is_guarded=bool(surroundings.guard))
     ours = {key for each in overrides for key in each.keys}

@@ -43,45 +43,45 @@ class Surroundings:
 
     policy: Policy = field(default_factory=Policy)
     executables: tuple[str, ...] = DEFAULT_EXECUTABLES
-    """Globs of QEMU executables."""
+    """Executables= of qkilld.conf: globs for the paths of QEMU."""
     helper: str = f"/usr/bin/{HELPER}"
-    """The installed path."""
+    """The installed path of qkilld-stop."""
     main_executable: str = ""
     """The executable of the running main process; "" if there is none or it is unreadable."""
     main_traps: bool | None = None
-    """The shell script of its main process has a `trap`; None if there is no script."""
+    """Whether the shell script that is its main process has a `trap`; None without a script."""
     guests: int = 0
-    """Running QEMUs in the unit that match Executables=."""
+    """The number of QEMU processes in the unit that match Executables=."""
     uncovered: tuple[str, ...] = ()
-    """The paths of running QEMUs in the unit that do not match."""
+    """The paths of QEMU processes in the unit that do not match Executables=."""
     is_running: bool = False
-    """Processes of the unit were seen, so `guests` is reliable."""
-    elsewhere: str = ""
-    """The other unit in which the guest that it starts runs."""
+    """Whether processes of the unit were seen; `guests` is reliable only then."""
+    other_unit: str = ""
+    """The unit in which the guest runs, if this unit only starts the guest."""
     can_ask: bool | None = None
-    """The guests can be asked to shut down; None if unknown."""
+    """Whether the guests can be asked to shut down; None if unknown."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """The variables that systemd sets for its commands."""
+    """The variables that systemd sets for the unit's commands."""
     stop_texts: tuple[str, ...] = ()
     """Each ExecStop= as written in the unit's files, in order; empty if unreadable."""
     is_template: bool = False
-    """It stands for all instances, so nothing specific to one of them may be written."""
+    """The unit is a template: the lines that adopt writes must be right for every instance."""
     keepers: tuple[GuestKeeper, ...] = ()
-    """The units that shut its guests down with the host, before the unit is stopped."""
+    """The units that shut the guests down at host shutdown, before this unit is stopped."""
     guests_service: bool = False
-    """qkilld-guests.service is active, and is stopped before the unit."""
+    """Whether qkilld-guests.service is active, and is stopped before this unit."""
     storage: tuple[Storage, ...] = ()
     """The storage of the guest's disks."""
     unasked: tuple[str, ...] = ()
-    """For each guest that should be asked to shut down but cannot be: the reason."""
+    """For each guest that cannot be asked to shut down, although it should be: the reason."""
     guard: str = ""
-    """For a scope: the unit that would guard it."""
+    """For a scope: its guard, the unit that stops the guest before systemd stops the scope."""
     is_guarded: bool = False
-    """That unit is active."""
+    """Whether the guard is active."""
     manager: str = ""
     """The unit of the user manager that runs it; "" for system units."""
     manager_timeout: int = INFINITY
-    """The time that this manager gives all of its units when it exits, µs."""
+    """The time (µs) that this manager has to stop all of its units when it exits."""
 
 
 def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
@@ -95,7 +95,7 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether its main process is a shell around one guest, not a manager of guests."""
+    """Return whether the main process is a shell that runs one guest, not a manager of guests."""
     if around.main_executable:
         shell = PurePosixPath(around.main_executable).name in _SHELLS
     else:
@@ -118,7 +118,7 @@ def _is_shell_text(start: Command) -> bool:
 
 
 def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
-    """Its program is known as one that others' guests are started from, whatever its own name."""
+    """Return whether the unit runs one of MANAGERS, whatever the unit's name."""
     if facts.is_scope or main_is_qemu(facts, around):
         return False
     running = PurePosixPath(around.main_executable.removesuffix(" (deleted)")).name
@@ -130,8 +130,8 @@ def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def outlives(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether its guests are to keep running when it is stopped, as for a manager during an
-    upgrade."""
+    """Return whether the guests are meant to keep running when the unit is stopped, as when a
+    manager of guests is upgraded."""
     if facts.is_scope or facts.kill_mode not in ("process", "none"):
         return False
     if is_manager(facts, around):
@@ -152,8 +152,7 @@ def looks_like_qemu(executable: str) -> bool:
 
 
 def started_qemus(facts: UnitFacts) -> list[str]:
-    """Return the paths of the QEMUs in its ExecStart=; names without a path are looked for in
-    /usr/bin."""
+    """Return the paths of QEMU in ExecStart=; a name without a directory is assumed in /usr/bin."""
     found = []
     for start in facts.exec_start:
         if looks_like_qemu(start.path):
@@ -170,7 +169,7 @@ def started_qemus(facts: UnitFacts) -> list[str]:
 
 
 def starts_elsewhere(facts: UnitFacts) -> bool:
-    """Return whether it has another service start the guest, in another unit."""
+    """Return whether ExecStart= asks another service to start the guest, in another unit."""
     return any(
         _ELSEWHERE.search(" ".join((PurePosixPath(start.path).name, *start.arguments[1:])))
         for start in facts.exec_start
@@ -178,7 +177,8 @@ def starts_elsewhere(facts: UnitFacts) -> bool:
 
 
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
-    """The unit's ExecStart= starts the QEMU that has this name and command line."""
+    """Return whether the unit's ExecStart= starts the QEMU with this guest name or these
+    arguments."""
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
     same = " ".join(words[1:])
     named = bool(name) and name in re.findall(r"[\w.:-]+", text)
@@ -188,14 +188,15 @@ def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
 def helper_reach(facts: UnitFacts) -> Helper:
     """Return how well a qkilld-stop without `+` works in the unit's sandbox."""
     if facts.root or any(_covers(path, "/proc") for path in facts.hidden_paths):
-        return Helper.BLIND
+        return Helper.INEFFECTIVE
     if hides_bus(facts):
         return Helper.TIMED
     return Helper.EXTENDS
 
 
 def hides_bus(facts: UnitFacts) -> str:
-    """Return the setting that hides the bus and systemd's notify socket from its processes."""
+    """Return the setting that hides the bus and systemd's notify socket from the unit's processes;
+    "" if none does."""
     if facts.address_families is not None and "AF_UNIX" not in facts.address_families:
         return "RestrictAddressFamilies="
     if any(_covers(path, place) for path in facts.hidden_paths for place in _HIDDEN_BUS):

@@ -21,9 +21,9 @@ _HEADER: Final = re.compile(
     re.escape(_MARK) + r"[^\n]*\n(?:#[^\n]*\n)*?" + re.escape(_CHECKSUM) + r"([0-9a-f]{64})\n"
 )
 _KEPT: Final = (
-    "The lines of ExecStop= run one after the other, each when the one before has ended. What was"
-    " there stays first, with a - so that qkilld-stop runs even if it fails; that one returns"
-    " only when the guest is gone."
+    "systemd runs the lines of ExecStop= in order, each after the previous one has ended. The"
+    " existing lines stay first, with a - so that qkilld-stop runs even if they fail. qkilld-stop"
+    " returns only when the guest is gone."
 )
 
 
@@ -36,8 +36,8 @@ class Change:
 
 
 def changes(findings: Iterable[Finding]) -> list[Change]:
-    """Return what adopt writes: fixes for everything unsafe, except what only the owner can
-    judge."""
+    """Return the changes that adopt writes: fixes of all unsafe findings, except those that only
+    the owner can judge."""
     wanted_changes: list[Change] = []
     lines_seen: set[Line] = set()
     for finding in findings:
@@ -45,7 +45,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
             continue
         lines = tuple(line for line in finding.mends if not line.by_hand)
         if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, lines_seen)):
-            # ExecStop= is a list, and each such change contains all of it.
+            # Each change of ExecStop= contains the whole list.
             lines = tuple(line for line in lines if not _sets_stop(line))
         if lines := tuple(line for line in lines if line not in lines_seen):
             wanted_changes.append(Change(f"{finding.problem}: {finding.reason}", lines))
@@ -53,8 +53,8 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
     return wanted_changes
 
 
-def unwritten(wanted: Iterable[Change], old: str) -> list[Change]:
-    """Return the changes that an earlier drop-in of ours does not contain completely."""
+def missing_changes(wanted: Iterable[Change], old: str) -> list[Change]:
+    """Return the changes that our earlier drop-in does not contain, or only in part."""
     old_lines = set(_lines(old))
     return [change for change in wanted if not old_lines.issuperset(change.lines)]
 
@@ -65,7 +65,7 @@ class Override:
 
     path: str
     keys: tuple[str, ...]
-    """The settings of ours that it changes, as `KillSignal=`."""
+    """Those of our settings that this drop-in overrides, such as `KillSignal=`."""
 
     def __str__(self) -> str:
         return (
@@ -74,15 +74,15 @@ class Override:
 
 
 def read_later(drop_ins: Iterable[str]) -> list[str]:
-    """Return those of a unit's drop-ins that systemd reads after ours: sorted by file name,
-    whatever their directory. systemd.unit(5)."""
+    """Return the drop-ins that systemd reads after ours: it sorts drop-ins by file name, whatever
+    the directory. Source: systemd.unit(5)."""
     return [path for path in drop_ins if PurePosixPath(path).name > FILE_NAME]
 
 
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
-    """Return what a later drop-in overrides of our lines; None for nothing."""
+    """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # For a list, only an empty assignment overrides, because others append.
+    # In a list, only an empty assignment overrides our lines; others append.
     ends = {"ExecStop": r"\s*$", "After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="
@@ -93,8 +93,8 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: str = "") -> str:
-    """Return the text of the drop-in. `old`: an earlier one of ours, whose lines are kept. `undo`:
-    the command that removes it."""
+    """Return the text of the drop-in. `old`: our earlier drop-in, whose lines are kept. `undo`: the
+    command that removes the drop-in."""
     body = ""
     for section in ("Unit", "Service", "Scope"):
         old_lines = [line.text for line in _lines(old) if line.section == section]
@@ -111,7 +111,7 @@ def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: s
             body += f"\n[{section}]\n" + "\n\n".join(parts) + "\n"
     head = [
         f"{_MARK}, of qkilld {version}, for {printable(unit)}, so that",
-        "# a guest in it is not stopped by the clock. To remove it:",
+        "# no fixed timeout kills a guest in the unit. To remove this file:",
         f"#     {printable(undo)}",
         "# To change something, write a drop-in of your own with a name that sorts after this one.",
         f"{_CHECKSUM}{_checksum(body)}",
@@ -120,12 +120,12 @@ def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: s
 
 
 def is_ours(text: str) -> bool:
-    """Return whether adopt wrote it."""
+    """Return whether adopt wrote this text."""
     return _HEADER.match(text) is not None
 
 
 def is_unchanged(text: str) -> bool:
-    """Return whether nobody has edited it since."""
+    """Return whether the text is as adopt wrote it."""
     header = _HEADER.match(text)
     return header is not None and header[1] == _checksum(text[header.end() :])
 
@@ -139,7 +139,7 @@ def _sets_stop(line: Line) -> bool:
 
 
 def _comment(reason: str) -> list[str]:
-    # A backslash at the end of a line would continue it.
+    # A backslash at the end would make the next line part of the comment.
     text = printable(reason, 2000).replace("\\", "/")
     return [f"# {line}" for line in textwrap.wrap(text[:1].upper() + text[1:], _WIDTH)]
 

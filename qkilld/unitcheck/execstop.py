@@ -1,4 +1,4 @@
-"""Judge a service's ExecStop=: whether it waits for the guest, and the lines with which it would.
+"""Judge whether a service's ExecStop= waits for the guest, and find the lines that make it wait.
 
 Sources: systemd.service(5), ExecStop=, TimeoutStopSec= and NotifyAccess=.
 """
@@ -21,7 +21,7 @@ from qkilld.unitcheck.stop_outcome import Helper
 from qkilld.unitcheck.unit_text import ignoring_failure
 
 START: Final = 30 * USEC_PER_SEC
-"""The longest time (µs) before qkilld-stop sends its first extension, on a slow, busy disk."""
+"""The longest time (µs) until qkilld-stop first extends the timeout, on a slow, busy disk."""
 DEFAULT_TIMEOUT: Final = "TimeoutStopSec=90s"
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
@@ -36,9 +36,9 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         yield Finding(
             "exec-stop-order",
             _MAY,
-            f"an ExecStop= comes before {HELPER} and its failure is not ignored",
-            f"if it fails, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL by the"
-            " clock",
+            f"the failure of an ExecStop= before {HELPER} is not ignored",
+            f"after a failure, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL at the"
+            " timeout",
             corrected(facts, surroundings),
         )
     yield from _check_by_name(lines)
@@ -48,15 +48,16 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             _ADVICE,
             f"an ExecStop= before {HELPER} asks the guest to shut down and does not wait for it",
             f"if {HELPER} cannot ask the guest itself, it sends SIGTERM at once: data that the "
-            "disks have acknowledged is kept, data in the memory of the guest's system is not",
+            "disks have acknowledged is kept, data in the guest's memory is not",
         )
     if any(not line.is_understood for line in lines) and is_cut(facts):
         program = next(line.shown for line in lines if not line.is_understood)
         yield Finding(
             "exec-stop-slow",
             _ADVICE,
-            f"an ExecStop= before {HELPER}, {program}, has to end by itself, {clock(facts)}",
-            f"if it takes longer, systemd does not run {HELPER} but ends the guest by the clock",
+            f"an ExecStop= before {HELPER}, {program}, has to return in time, {clock(facts)}",
+            f"if it takes longer, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL at"
+            " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
     yield from _check_listening(facts, surroundings)
@@ -68,7 +69,7 @@ def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
     if facts.notify_access not in ("exec", "all") and is_cut(facts):
         ladder = max(policy.grace, policy.stall, policy.storage_stall) + policy.reap
         short = (
-            f", which is less than the {format_usec(ladder)} that storage may stand still"
+            f", less than the {format_usec(ladder)} for which storage may stand still"
             if timeout < ladder
             else ""
         )
@@ -76,7 +77,7 @@ def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
             "notify-access",
             _LOSES,
             f"it has NotifyAccess={facts.notify_access}, {clock(facts)}{short}",
-            f"systemd ignores the extensions of {HELPER}, and ends the guest by the clock",
+            f"systemd ignores the extensions of {HELPER}, and kills the guest at the timeout",
             (Line("Service", "NotifyAccess=exec"),),
         )
     if timeout < START:
@@ -84,8 +85,8 @@ def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
             "timeout-stop",
             _MAY,
             f"it has TimeoutStopSec={format_usec(timeout)}",
-            f"if the host is busy or its disk slow, {HELPER} may not have started by then to"
-            " extend the timeout",
+            f"if the host is busy or its disk slow, {HELPER} may start too late to extend the"
+            " timeout",
             (Line("Service", DEFAULT_TIMEOUT),),
         )
 
@@ -98,8 +99,8 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             "helper-sandbox",
             _LOSES,
             f"its {hiding} hides the bus and systemd's notify socket from {HELPER}, {clock(facts)}",
-            "it can neither ask qkilld to stop the guest nor extend the timeout: systemd ends "
-            "the guest by the clock. With a + before it, it runs outside of the sandbox",
+            f"{HELPER} can neither ask qkilld to stop the guest nor extend the timeout, at which "
+            f"systemd kills the guest. With the prefix +, {HELPER} runs outside of the sandbox",
             corrected(facts, surroundings),
         )
 
@@ -111,8 +112,8 @@ def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
                 "exec-stop-by-name",
                 _ADVICE,
                 f"its ExecStop= is {line.shown}, which signals processes by their name",
-                "the guests of other units that have the same name get the signal too, without"
-                " their own ExecStop=",
+                "guests of other units whose process has the same name get the signal too, and"
+                " their ExecStop= does not run",
                 (Line("Service", "ExecStop=… (leave that line out)", by_hand=True),),
             )
 
@@ -138,8 +139,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
                 # A guest that survives the timeout loses its storage later.
                 _ADVICE if facts.timeout_stop == INFINITY else _MAY,
                 "it has no ExecStop=, and no timeout that ends in SIGKILL",
-                "no guest is killed too early, but a guest that is stuck for good delays every "
-                "stop",
+                "no guest is killed too early, but a guest that hangs forever delays every stop",
                 mends,
             )
     elif any(line.has(ActKind.KILLS) for line in lines):
@@ -149,38 +149,37 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             yield Finding(
                 "exec-stop-clock",
                 _MAY,
-                f"its guest is asked to shut down and has a fixed time for it, {clock(facts)}",
-                "after that, the guest is ended by the clock, and data that it or QEMU has not "
+                f"its guest is asked to shut down and gets only a fixed time, {clock(facts)}",
+                "at the timeout, the guest is killed, and data that the guest or QEMU has not "
                 "written by then is lost",
                 mends,
             )
     else:
-        yield _early(facts, lines, mends)
+        yield _returns_early_finding(facts, lines, mends)
 
 
-def _early(facts: UnitFacts, lines: Sequence[StopLine], mends: tuple[Line, ...]) -> Finding:
-    why = "it is not known to wait until the guest is gone; if it does not,"
+def _returns_early_finding(
+    facts: UnitFacts, lines: Sequence[StopLine], mends: tuple[Line, ...]
+) -> Finding:
+    why = "it may return before the guest is gone; then"
     if any(line.reads for line in lines):
-        why = (
-            "its standard input is /dev/null, where it finds the end at once: it returns early, and"
-        )
+        why = "it reads its standard input, /dev/null, and so returns at once; then"
     elif all(line.is_understood for line in lines):
-        why = "it does not wait until the guest is gone; then"
+        why = "it returns before the guest is gone; then"
     is_certain = all(line.is_understood for line in lines) and is_cut(facts)
     program = lines[-1].shown
     return Finding(
         "exec-stop-early",
         _LOSES if is_certain else _MAY,
         f"its ExecStop= is {program}, {clock(facts)}",
-        f"{why} systemd sends SIGTERM in the middle of what the guest does, and SIGKILL by the"
-        " clock",
+        f"{why} systemd sends SIGTERM while the guest still works, and SIGKILL at the timeout",
         mends,
     )
 
 
 def waits_for_guest(facts: UnitFacts, lines: Sequence[StopLine]) -> bool:
-    """Return whether the guest is asked to shut down and waited for, by a line or by systemd
-    (KillSignal=SIGCONT)."""
+    """Return whether a line asks the guest to shut down, and a line or systemd (KillSignal=SIGCONT)
+    then waits for the guest."""
     asks = any(line.is_understood and line.has(ActKind.ASKS) for line in lines)
     waits = facts.kill_signal in IGNORED or any(
         line.is_understood and line.has(ActKind.WAITS, ActKind.SLEEPS) for line in lines
@@ -197,15 +196,15 @@ def has_helper(facts: UnitFacts) -> bool:
 
 
 def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool = True) -> Line:
-    """Return the ExecStop= line of a service.
+    """Return the ExecStop= line that runs qkilld-stop, the helper, in a service.
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
     there is no `-`, because they must not run after a failure.
 
     `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
-    guest or the bus. It is left out if the unit's user can write an environment file, and so choose
-    libraries that a root process loads.
+    guest or the bus. `+` is left out if the unit's user can write an environment file, and so
+    choose libraries that a root process loads.
     """
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
@@ -219,10 +218,10 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
 
 
 def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
-    """Return all of ExecStop= again, with the correct helper line in its place or at the end.
+    """Return the whole ExecStop= list, with a correct helper line in its place or at the end.
 
-    Other lines stay in order, without those that send SIGKILL before the helper, and those that the
-    helper replaces: see _is_replaced.
+    The other lines keep their order. Lines before the helper that send SIGKILL, or that the helper
+    replaces (_is_replaced), are left out.
     """
     stops, lines = facts.exec_stop, stop_lines(facts, surroundings)
     place = next((n for n, command in enumerate(stops) if is_helper(command)), len(stops))
@@ -242,8 +241,8 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:
-    """Return whether the helper does everything that the line does, and better: asks QEMU to exit,
-    but the guest first, or waits for the guest, but with a timeout."""
+    """Return whether the line only asks QEMU to exit (the helper asks the guest first) or waits for
+    the guest (the helper waits without a fixed timeout)."""
     if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
         return True
     is_asked = any(each.has(ActKind.ASKS) for each in lines)
@@ -273,7 +272,7 @@ def _helper_mends(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, .
 
 
 def _listening(facts: UnitFacts) -> Iterator[Line]:
-    """Yield the settings missing for systemd to honour the helper's extensions."""
+    """Yield the missing settings without which the helper cannot extend the timeout."""
     if facts.notify_access not in ("exec", "all"):
         yield Line("Service", "NotifyAccess=exec")
     if facts.timeout_stop < START:
@@ -285,7 +284,7 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
         "exec-stop-kills",
         _LOSES,
         "its ExecStop= sends SIGKILL",
-        "QEMU writes nothing more",
+        "SIGKILL ends QEMU before it has written out its data",
         (*corrected(facts, surroundings), *more),
     )
 
@@ -293,8 +292,8 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit again, with its specifiers. With `ignore_failure`, later lines run
-    even if it fails."""
+    """Return a line of the unit as it is, with its specifiers. `ignore_failure` adds a `-`, so that
+    later lines run even if this one fails."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]

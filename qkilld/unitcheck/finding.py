@@ -10,12 +10,12 @@ from qkilld.model.dataclass import dataclass
 
 
 class Severity(StrEnum):
-    """The severity, as displayed."""
+    """A finding's severity, as displayed."""
 
     LOSES = "loses data"
-    """Every stop that takes time loses what the guest's disks have acknowledged."""
+    """Every stop that takes long loses data that the guest's disks have acknowledged."""
     MAY_LOSE = "may lose data"
-    """The same data is lost, but only under additional circumstances."""
+    """The same data is lost, but only if something else happens too."""
     ADVICE = "advice"
 
 
@@ -30,9 +30,10 @@ class Line:
     """Unit, Service, Scope or ""."""
     text: str
     by_hand: bool = False
-    """It changes how the unit runs, which only the owner can judge, so adopt does not write it."""
+    """adopt does not write the line: it changes how the unit runs, which only the owner can
+    judge."""
     repeats: int | None = field(default=None, compare=False)
-    """The index of the unit's ExecStop= line that it repeats."""
+    """The index of the unit's ExecStop= line that this line repeats."""
 
     def __str__(self) -> str:
         return f"[{self.section}] {self.text}" if self.section else self.text
@@ -41,12 +42,12 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Finding:
     key: str
-    """For scripts; one for each kind of finding."""
+    """The kind of finding, for scripts."""
     severity: Severity
     problem: str
-    """What is wrong, with the unit's value. May contain any text from the unit."""
+    """What is wrong. May contain any text from the unit."""
     reason: str
-    """How that loses data."""
+    """How the problem loses data."""
     mends: tuple[Line, ...] = ()
 
     @property

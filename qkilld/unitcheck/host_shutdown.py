@@ -10,15 +10,15 @@ from qkilld.model.dataclass import dataclass
 from qkilld.unitcheck.keepers import GuestKeeper
 
 
-class Care(StrEnum):
+class StoppedBy(StrEnum):
     """Who stops a guest at shutdown, if qkilld-guests.service is enabled."""
 
     OWN_UNIT = "own-unit"
     """The ExecStop= of its unit."""
     KEEPER = "keeper"
-    """A keeper; then qkilld-guests.service, if the keeper leaves the guest running."""
+    """A keeper, or qkilld-guests.service if the keeper leaves the guest running."""
     GUARD = "guard"
-    """The guard of its scope."""
+    """The guard of its scope, qkilld-scope@.service."""
     GUESTS_SERVICE = "guests-service"
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
@@ -29,12 +29,12 @@ class Care(StrEnum):
 
 
 _IN_WORDS = {
-    Care.OWN_UNIT: "stopped by the ExecStop= of its own unit, as it is now",
-    Care.KEEPER: "left to {keepers}, and stopped by qkilld-guests.service if still there",
-    Care.GUARD: "stopped by the guard of its scope",
-    Care.GUESTS_SERVICE: "stopped by qkilld-guests.service",
-    Care.SYSTEMD: "stopped by systemd at the same time: `qkillctl adopt {unit}`",
-    Care.UNCOVERED: "not covered by Executables=: {line}",
+    StoppedBy.OWN_UNIT: "stopped by the ExecStop= of its own unit, as now",
+    StoppedBy.KEEPER: "left to {keepers}, and stopped by qkilld-guests.service if still running",
+    StoppedBy.GUARD: "stopped by qkilld-scope@.service, the guard of its scope",
+    StoppedBy.GUESTS_SERVICE: "stopped by qkilld-guests.service",
+    StoppedBy.SYSTEMD: "stopped by systemd at the same time; prevent this: `qkillctl adopt {unit}`",
+    StoppedBy.UNCOVERED: "not covered by Executables=: {line}",
 }
 
 
@@ -44,13 +44,13 @@ class HostGuest:
     name: str
     unit: str
     """"" for none."""
-    care: Care
+    stopped_by: StoppedBy
     keepers: tuple[str, ...] = ()
     line: str = ""
-    """The line of qkilld.conf that would match it."""
+    """The Executables= line for qkilld.conf that would match the guest."""
 
     def __str__(self) -> str:
-        words = _IN_WORDS[self.care].format(
+        words = _IN_WORDS[self.stopped_by].format(
             keepers=", ".join(self.keepers), unit=self.unit, line=self.line
         )
         name = f" ({self.name})" if self.name else ""
@@ -67,7 +67,7 @@ class HostReport:
     """Groups of units in the order in which they are stopped; a group is stopped together."""
 
 
-def care_of(
+def predict_stop(
     *,
     is_covered: bool,
     cares_for_guests: bool,
@@ -75,24 +75,25 @@ def care_of(
     keepers: Iterable[str],
     is_before: bool,
     has_unit: bool,
-) -> Care:
-    """`is_before`: its unit is ordered before qkilld-guests.service, as all scopes are."""
+) -> StoppedBy:
+    """Return who stops a guest. `is_before`: its unit is ordered before qkilld-guests.service, as
+    all scopes are."""
     if not is_covered:
-        return Care.UNCOVERED
+        return StoppedBy.UNCOVERED
     if cares_for_guests:
-        return Care.OWN_UNIT
+        return StoppedBy.OWN_UNIT
     if tuple(keepers):
-        return Care.KEEPER
+        return StoppedBy.KEEPER
     if is_guarded:
-        return Care.GUARD
-    return Care.GUESTS_SERVICE if is_before or not has_unit else Care.SYSTEMD
+        return StoppedBy.GUARD
+    return StoppedBy.GUESTS_SERVICE if is_before or not has_unit else StoppedBy.SYSTEMD
 
 
 def shutdown_order(guests: Iterable[HostGuest]) -> tuple[tuple[str, ...], ...]:
-    """Return keepers first, then qkilld-guests.service, then the units of the guests."""
+    """Return keepers and units that stop guests, then qkilld-guests.service, then other units."""
     guests = list(guests)
     keepers = sorted({name for guest in guests for name in guest.keepers})
-    own_units = sorted({guest.unit for guest in guests if guest.care is Care.OWN_UNIT})
+    own_units = sorted({guest.unit for guest in guests if guest.stopped_by is StoppedBy.OWN_UNIT})
     last = sorted({guest.unit for guest in guests if guest.unit} - set(own_units))
     groups = ((*keepers, *own_units), ("qkilld-guests.service",), tuple(last))
     return tuple(group for group in groups if group)

@@ -1,9 +1,8 @@
-"""Keepers: units that shut guests down by themselves, and how the known ones do it.
+"""Keepers: the units of other projects that shut guests down at host shutdown.
 
-A guest's keeper is a unit in the Before= of the guest's own unit, as libvirt, Proxmox and pacemaker
-set it up: systemd stops the keeper first, and that shuts the guest down. Which of the units in
-Before= are keepers is known by their names, or by the programs that they run. Sources: the unit
-files and scope properties of each project.
+A guest's own unit names its keeper in Before=, as set up by libvirt, Proxmox and pacemaker, so that
+systemd stops the keeper first. A keeper is recognised by its name, its programs or an ExecStop=.
+Sources: the unit files and scope properties of each project.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ KEEPERS: Final = {
     "vdsmd.service": "VDSM",
     "kubelet.service": "kubelet",
 }
-"""The units that shut guests down with the host, and their projects."""
+"""The units that shut guests down at host shutdown, with their projects."""
 PROGRAMS: Final = {
     "libvirt-guests.sh": "libvirt",
     "pve-ha-lrm": "Proxmox VE",
@@ -61,15 +60,16 @@ PROGRAMS: Final = {
     "vdsmd": "VDSM",
     "kubelet": "kubelet",
 }
-"""The programs that keepers run, whatever the names of their units, and their projects."""
+"""The programs that keepers run, whatever the names of their units, with their projects."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
      "ganeti-noded", "vdsmd", "nova-compute", "pacemakerd", "pacemaker-remoted", "pve-ha-lrm",
      "pvedaemon", "systemd", "systemd-machined", "systemd-logind", "sshd"]
 )  # fmt: skip
-"""Programs that start other units' guests: stopping or restarting the service that runs one of them
-does not stop those guests. The unit's name does not matter; `x.y` is an app of a snap."""
+"""Programs that start guests in other units. A stop or restart of the service that runs such a
+program does not stop these guests. The service's name does not matter; `x.y` is an app of a
+snap."""
 _OWNERS: Final = (
     ("machine-qemu", ("libvirt-guests.service",)),
     ("docker-", ("docker.service", "snap.docker.dockerd.service")),
@@ -78,20 +78,20 @@ _OWNERS: Final = (
     ("nerdctl-", ("containerd.service",)),
     ("crio-", ("crio.service",)),
 )
-"""Prefixes of scopes that are not ordered before a keeper, and the services that create them."""
+"""Prefixes of scopes that have no keeper in Before=, with the services that create these scopes."""
 NO_KEEPERS: Final = frozenset(
     ["shutdown.target", "umount.target", "multi-user.target", "graphical.target", "default.target",
      "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
      "rescue.target", "emergency.target", "systemd-user-sessions.service"]
 )  # fmt: skip
-"""Units that appear in many Before= and have nothing to do with guests."""
+"""Units that many other units have in Before=, and that have nothing to do with guests."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestKeeper:
     unit: str
-    whose: str = ""
-    """"" if it is known only by the guest's ordering."""
+    project: str = ""
+    """The keeper's project; "" if only the guest's ordering shows the unit to be a keeper."""
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
 
@@ -99,7 +99,7 @@ class GuestKeeper:
 def keepers_of(facts: UnitFacts, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
     """Return the units among `active` that shut down the unit's guests before the unit is stopped.
 
-    `active`: the active ones of keeper_names().
+    `active`: those units of keeper_names() that are active.
     """
     names = keeper_names(facts)
     return tuple(
@@ -119,14 +119,15 @@ def keeper_names(facts: UnitFacts) -> list[str]:
 
 
 def is_keeper(other: UnitFacts) -> bool:
-    """Return whether a unit in the Before= of a guest's unit does something when it is stopped."""
+    """Return whether a unit in the Before= of a guest's unit may shut the guest down when
+    stopped."""
     if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
         return False
     return bool(project_of(other)) or bool(other.exec_stop)
 
 
 def project_of(keeper: UnitFacts) -> str:
-    """Return the project of a keeper, by its name or what it runs; "" if neither is known."""
+    """Return the project of a keeper, by its name or its programs; "" if neither is known."""
     if keeper.id in KEEPERS:
         return KEEPERS[keeper.id]
     names = (

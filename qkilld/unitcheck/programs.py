@@ -1,7 +1,7 @@
 """What the programs in stop lines do to a guest: signals, monitors, managers of guests.
 
 Sources: each program's manual page. For the signals on which QEMU exits: QEMU, os-posix.c,
-os_setup_signal_handling(); for the default of others: signal(7).
+os_setup_signal_handling(); for the default actions of other signals: signal(7).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POLITE: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 IGNORED: Final = frozenset(
     {signal.SIGCONT, signal.SIGWINCH, signal.SIGURG, signal.SIGCHLD, signal.SIGPIPE}
 )
-"""QEMU ignores these."""
+"""QEMU ignores these signals."""
 
 _NOTHING: Final = act(ActKind.NOTHING)
 _UNKNOWN: Final = act(ActKind.UNKNOWN)
@@ -36,7 +36,7 @@ _EMPTY: Final = re.compile(r"[\s\\n{}\"':,.]*|.*qmp_capabilities[\"'}\s\\n]*")
 
 
 def signal_number(name: str) -> int | None:
-    """Parse `9`, `KILL` or `SIGKILL`; None for anything else, a variable for example."""
+    """Parse `9`, `KILL` or `SIGKILL`; None for anything else, such as a variable."""
     name = name.upper()
     if name.isdecimal():
         return int(name)
@@ -84,7 +84,7 @@ def _kill(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _pkill(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    # Its option -s is for sessions.
+    # pkill's option -s selects sessions, not a signal.
     return acts_of_signal(_signal_option(words, ()), by_name=True)
 
 
@@ -102,7 +102,8 @@ def _fuser(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
-    """Return SIGTERM if no signal is given; None if it cannot be determined."""
+    """Return the signal that the words name: SIGTERM by default, None if unknown. `letters`: the
+    options that take a signal."""
     rest = iter(words)
     for word in rest:
         if word == "--":
@@ -144,7 +145,7 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """docker, podman, nerdctl."""
+    """Classify docker, podman and nerdctl."""
     command = _verb(words, ("--context", "-H", "--host", "--namespace", "-n"))
     if command == "machine":
         subcommand = _verb(words[list(words).index("machine") + 1 :], ())
@@ -160,7 +161,7 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _instances(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """incus, lxc, multipass, limactl, crc, minikube."""
+    """Classify incus, lxc, multipass, limactl, crc and minikube."""
     if _verb(words, ("--project",)) not in ("stop", "restart", "pause", "suspend"):
         return _NOTHING if words else _UNKNOWN
     return _KILLS if {"-f", "--force"} & set(words) else _ASKS_AND_WAITS
@@ -262,9 +263,9 @@ _SENDERS: Final = frozenset(
     ["socat", "nc", "ncat", "netcat", "nc.openbsd", "nc.traditional", "qmp-shell", "qmp-shell-wrap",
      "telnet", "websocat", "screen", "tmux", "hmp", "qmp", "qemu-ga-client", "qmp.py"]
 )  # fmt: skip
-"""They write text to a monitor or a console, and return."""
+"""Programs that write text to a monitor or a console, and return."""
 _TYPED: Final = frozenset(["screen", "tmux", "qmp-shell", "hmp", "qmp", "qemu-ga-client", "qmp.py"])
-"""They take that text as arguments."""
+"""Those of _SENDERS that take the text as arguments."""
 _HARMLESS: Final = frozenset(
     ["true", ":", "echo", "printf", "rm", "rmdir", "test", "[", "[[", "logger", "touch", "ip",
      "iptables", "ip6tables", "nft", "brctl", "bridge", "ovs-vsctl", "tunctl", "mkdir", "mv", "cp",

@@ -311,7 +311,7 @@ class _ShellParser:
             self._redirection()
 
     def _redirection(self) -> str:
-        """Return its target."""
+        """Skip a redirection, and return its target."""
         operator = self._tokens[self._position].text
         self._position += 1
         target = self.ahead

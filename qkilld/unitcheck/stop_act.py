@@ -12,7 +12,7 @@ from qkilld.model.dataclass import dataclass
 
 
 class ActKind(StrEnum):
-    """The words of --json."""
+    """What an act does; the values appear in --json."""
 
     HELPER = "helper"
     """qkilld-stop: asks the guest, then QEMU, and returns when QEMU has exited."""
@@ -36,9 +36,9 @@ class Act:
     usec: int = INFINITY
     """For WAITS and SLEEPS: the longest time, µs."""
     by_name: bool = False
-    """It goes to every process with some name, including guests of other units."""
+    """The signal goes to every process with a certain name, including guests of other units."""
     reads: bool = False
-    """It reads its standard input, which is /dev/null, and so ends at once."""
+    """The program reads its standard input, which is /dev/null, and so returns at once."""
     if_failed: bool = False
     """It runs only if the previous act has failed (`||`)."""
 

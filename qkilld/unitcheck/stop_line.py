@@ -1,5 +1,4 @@
-"""Determine what each ExecStop= line does to the guest, by parsing it like systemd and the
-shell."""
+"""Determine what each ExecStop= line does to the guest, by parsing as systemd and the shell do."""
 
 from __future__ import annotations
 
@@ -47,9 +46,9 @@ _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
     "setpriv": (),
     "unbuffer": (),
 }
-"""Programs that run another program, with their options that take a value."""
+"""Programs that run another program, and those of their options that take a value."""
 _USES_UP: Final = {"taskset": 1, "chrt": 1}
-"""The number of arguments before that program."""
+"""The number of arguments, after the options, before the program to run."""
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 _ALIVE: Final = re.compile(
@@ -85,12 +84,13 @@ class StopLine:
 
     @property
     def waits_for_guest(self) -> bool:
-        """Whether it asks the guest, and returns when that has exited or at a timeout."""
+        """Whether the line asks the guest to shut down, and returns when the guest has exited or at
+        a timeout."""
         return self.is_understood and self.has(ActKind.ASKS) and self.has(ActKind.WAITS)
 
 
 def read_line(command: Command, environment: Mapping[str, str] | None = None) -> StopLine:
-    """`environment`: the variables that systemd sets for the command, as far as known."""
+    """Parse an ExecStop= line. `environment`: the variables that systemd sets, as far as known."""
     program = PurePosixPath(command.path).name
     if is_helper(command):
         return StopLine(act(ActKind.HELPER), command.ignores_failure, program)
@@ -115,7 +115,7 @@ def _expanded(words: Iterable[str], environment: Mapping[str, str]) -> list[str]
 
 
 def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ...]:
-    """Classify a simple command with the input `text`. `depth`: of shells within shells."""
+    """Classify a simple command that reads `text`. `depth` counts nested shells."""
     words = list(words)
     while words and _ASSIGNMENT.match(words[0]):
         words.pop(0)
@@ -167,13 +167,13 @@ def _acts_of_text(text: str, depth: int) -> tuple[Act, ...]:
 
 
 def _inner(text: str, depth: int) -> list[Act]:
-    """A substitution is run for its output, so it only counts if it affects the guest."""
+    """Return the acts of a substitution that affect the guest: the rest only produces output."""
     harmless = (ActKind.NOTHING, ActKind.UNKNOWN)
     return [each for each in _acts_of_text(text, depth) if each.kind not in harmless]
 
 
 def _bounded(words: Sequence[str], depth: int, text: str) -> tuple[Act, ...]:
-    """`timeout TIME PROGRAM …`."""
+    """Classify `timeout TIME PROGRAM …`."""
     if len(words) < 2:
         return _UNKNOWN
     try:
@@ -244,7 +244,7 @@ def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:
     *sources, last = node.parts
     text = " ".join(_output_of(part) for part in sources)
     acts = [each for part in sources for each in _acts_of_node(part, depth)]
-    # Its input is the pipe, whatever its content.
+    # The last part decides when the pipeline ends, and reads the pipe, not /dev/null.
     acts = [replace(each, reads=False) for each in acts]
     combined = (*_acts_of_node(last, depth, text or "|" * bool(sources)), *acts)
     if node.background:
@@ -254,7 +254,7 @@ def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:
 
 
 def _output_of(node: Node) -> str:
-    """Return the text that a command writes, if it can be determined."""
+    """Return the text that a command writes; "$" if unknown."""
     match node:
         case SimpleCommand(words=(program, *words)):
             name = PurePosixPath(program).name
@@ -302,7 +302,7 @@ def _text_of(node: Node) -> str:
 
 
 def _count_of(words: Sequence[str]) -> int | None:
-    """Return how often `for` runs its body."""
+    """Return how often `for` runs its body; None if unknown."""
     if len(words) == 1 and (match := re.fullmatch(r"[$`(]+seq (?:1 )?(\d{1,6})[)`]+", words[0])):
         return int(match[1])
     if len(words) == 1 and (match := re.fullmatch(r"\{1\.\.(\d{1,6})\}", words[0])):

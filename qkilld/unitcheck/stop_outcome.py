@@ -1,7 +1,7 @@
-"""Simulate how a guest fares when its unit is stopped, step by step. Pure.
+"""Simulate the stop of a unit step by step, and what happens to the guest's data. Pure.
 
-Unknown facts (an unknown program, whether the guest can be asked) are tried with every possible
-value: an `Assumption`. Two ways to stop a guest are compared under each of them. Sources:
+If a fact is unknown (what a program does, whether the guest can be asked), every possible value is
+tried, as an `Assumption`. Two ways to stop a guest are compared under each assumption. Sources:
 systemd.service(5), systemd.kill(5), systemd.scope(5); systemd, src/core/service.c.
 """
 
@@ -22,7 +22,7 @@ from qkilld.unitcheck.stop_line import StopLine
 
 
 class Patience(IntEnum):
-    """How long data can be waited for."""
+    """How long a stop waits until data is written."""
 
     NONE = 0
     TIMED = 1
@@ -36,9 +36,9 @@ class Patience(IntEnum):
 @dataclass(frozen=True, slots=True)
 class StopStep:
     by: str
-    """A line of the unit, systemd, or another unit."""
+    """What acts: a line of the unit, systemd, or another unit."""
     does: str
-    """A word of ActKind, or `signals`, `kills`, `leaves`."""
+    """A value of ActKind, or `signals`, `kills`, `leaves` and others."""
 
     def as_json(self) -> dict[str, str]:
         return {"by": self.by, "does": self.does}
@@ -46,7 +46,7 @@ class StopStep:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The data that a stop keeps."""
+    """How long a stop waits for each kind of data."""
 
     guest: Patience
     """Data that only the guest's operating system holds in memory."""
@@ -82,7 +82,7 @@ class UnknownProgram(StrEnum):
 
 
 class Wrapper(StrEnum):
-    """What a main process other than QEMU may do on its signal."""
+    """What a main process other than QEMU may do when it gets KillSignal=."""
 
     ENDS = auto()
     PASSES_ON = auto()
@@ -94,17 +94,17 @@ class Assumption:
     program: UnknownProgram = UnknownProgram.NOTHING
     wrapper: Wrapper = Wrapper.ENDS
     can_ask: bool = False
-    """qkilld-stop can ask the guest to shut down."""
+    """Whether qkilld-stop can ask the guest to shut down."""
 
 
 class Helper(StrEnum):
     """How well qkilld-stop works in the unit."""
 
     EXTENDS = auto()
-    """It gets the time it needs."""
+    """systemd extends the timeout whenever qkilld-stop asks."""
     TIMED = auto()
     """systemd ignores its extensions of the timeout."""
-    BLIND = auto()
+    INEFFECTIVE = auto()
     """It sees no guest, or cannot be started."""
 
 
@@ -119,30 +119,32 @@ class StopSettings:
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
     kills_on_timeout: bool = False
-    """TimeoutStopFailureMode= is not terminate: processes that outlive ExecStop= get no SIGTERM."""
+    """TimeoutStopFailureMode= is not terminate: if ExecStop= times out, processes get no
+    SIGTERM."""
     main_is_qemu: bool = False
     main_may_trap: bool = False
     """The main process is not QEMU, and may do anything on its signal."""
     outlives: bool = False
-    """It is a manager whose guests are to keep running when it is stopped."""
+    """The unit is a manager of guests, which are meant to keep running when it is stopped."""
     helper: Helper = Helper.EXTENDS
-    """How well qkilld-stop works, in its own line or in the guard."""
+    """How well qkilld-stop works, in an ExecStop= of the unit or in the guard."""
     guard: str = ""
-    """The unit that stops the guest with qkilld-stop before this one is stopped."""
+    """For a scope: the unit that stops the guest with qkilld-stop before systemd stops the
+    scope."""
     keepers: tuple[str, ...] = ()
-    """At a shutdown of the host, these units shut the guest down before this one is stopped."""
+    """The units that shut the guest down at host shutdown, before this unit is stopped."""
     keeper_timeout: int = INFINITY
-    """The shortest of their timeouts, µs."""
+    """The shortest TimeoutStopSec= of the keepers, µs."""
     guard_waits: bool = True
-    """The guard or qkilld-guests.service leaves its guests to the keepers first."""
+    """The guard or qkilld-guests.service lets the keepers shut the guest down first."""
     guests_service: bool = False
-    """qkilld-guests.service stops its guests at shutdown before this unit is stopped."""
+    """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
-    """A local server of its disks may be stopped at the same time."""
+    """A server of the guest's disks, on this host, may be stopped at the same time."""
     storage_goes_first: bool = False
-    """At shutdown, its storage may be gone before it is stopped."""
+    """At shutdown, the storage may be gone before the unit is stopped."""
     can_ask: bool | None = None
-    """None if unknown."""
+    """Whether qkilld-stop can ask the guest to shut down; None if unknown."""
 
     @property
     def is_cut(self) -> bool:
@@ -160,7 +162,7 @@ class Occasion(StrEnum):
 
 
 def assumptions(*all_settings: StopSettings) -> list[Assumption]:
-    """Return every assumption that affects one of the settings."""
+    """Return all assumptions that can affect the outcome for any of these settings."""
     unknown = any(not line.is_understood for each in all_settings for line in each.lines)
     wrapped = any(
         each.main_may_trap and each.kill_mode in ("mixed", "process") for each in all_settings
@@ -181,7 +183,7 @@ def stop(settings: StopSettings, occasion: Occasion, assumed: Assumption) -> Out
 
 
 def worst(settings: StopSettings, occasion: Occasion) -> Outcome:
-    """Return the worst outcome under any assumption."""
+    """Return the worst outcome of all assumptions."""
     outcomes = [stop(settings, occasion, each) for each in assumptions(settings)]
     low = min(outcomes, key=lambda outcome: (outcome.disks, outcome.guest))
     return replace(low, guest=min(each.guest for each in outcomes))
@@ -194,9 +196,9 @@ class _Stop:
     assumed: Assumption
     asked: bool = False
     waited: Patience = Patience.NONE
-    """How long the guest was waited for after it was asked."""
+    """How long the stop waited for the guest after asking."""
     exiting: bool = False
-    """QEMU was asked to exit."""
+    """Whether QEMU was asked to exit."""
     steps: list[StopStep] = field(default_factory=list)
 
     def run(self) -> Outcome:
@@ -216,7 +218,8 @@ class _Stop:
         return self._on_storage(self._signals())
 
     def _before_unit(self) -> Outcome | None:
-        """Run what happens at shutdown before the unit itself is stopped."""
+        """Simulate a shutdown until the unit itself is stopped. Return the outcome if qkilld-stop
+        runs before that."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:
@@ -229,20 +232,20 @@ class _Stop:
         return self._helper(stopper) if stopper else None
 
     def _line(self, line: StopLine) -> tuple[Outcome | None, bool]:
-        """Run one line. Return its outcome if the stop ends there, and whether systemd continues
-        with the next line."""
+        """Simulate one line. Return the outcome if the stop ends in this line, and whether systemd
+        continues with the next line."""
         program = self.assumed.program
         title = f"ExecStop={line.shown}"
         if not line.is_understood and program is UnknownProgram.FAILS:
             self.steps.append(StopStep(title, "fails"))
             return None, line.ignores_failure
         for each in self._assumed_acts(line.acts):
-            # Asking a guest succeeds; waiting for it may fail.
+            # Of the acts before `||`, only waiting is assumed to fail.
             if each.if_failed and self.steps and self.steps[-1].does != ActKind.WAITS:
                 continue
             self.steps.append(StopStep(title, each.kind.value))
             match each.kind:
-                case ActKind.HELPER if self.settings.helper is not Helper.BLIND:
+                case ActKind.HELPER if self.settings.helper is not Helper.INEFFECTIVE:
                     return self._helper(""), True
                 case ActKind.ASKS:
                     self.asked = True
@@ -316,11 +319,12 @@ class _Stop:
             return self._flush()
         if number in IGNORED:
             return self._silence()
-        # That kills a guest that is still shutting down; one that has exited has lost nothing.
+        # The signal kills a guest that is still shutting down; a guest that has exited lost
+        # nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
-        """Handle KillMode=process or mixed, if the main process is not QEMU."""
+        """Simulate KillMode=process or mixed, if the main process is not QEMU."""
         settings = self.settings
         self.steps.append(
             StopStep(f"KillSignal={_name(settings.kill_signal)}", "signals-main-process")
@@ -339,14 +343,14 @@ class _Stop:
         return self._left()
 
     def _flush(self) -> Outcome:
-        """QEMU was asked to exit."""
+        """Simulate QEMU writing out its data after a request to exit."""
         if not self.settings.is_cut:
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))
         limit = format_usec(self.settings.timeout)
         return self._end(self.waited, Patience.TIMED, f"SIGKILL after {limit}", "kills")
 
     def _silence(self) -> Outcome:
-        """Nobody stops QEMU: a guest that was asked has until the timeout."""
+        """Simulate a signal that QEMU ignores: a guest that was asked has until the timeout."""
         if not self.settings.is_cut:
             self._wait(Patience.PATIENT)
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))
@@ -355,7 +359,7 @@ class _Stop:
         return self._end(self.waited, self.waited, f"SIGKILL after {limit}", "kills")
 
     def _left(self) -> Outcome:
-        """Nothing more is done to the guest."""
+        """Simulate that systemd leaves the guest running."""
         if self.occasion is not Occasion.SHUTDOWN:
             patience = Patience.UNTOUCHED if self.settings.outlives else self.waited
             return self._end(patience, patience, "systemd", "leaves")
@@ -366,7 +370,7 @@ class _Stop:
         return Outcome(guest, disks, (*self.steps, StopStep(by, does)))
 
     def _on_storage(self, end: Outcome) -> Outcome:
-        """Reduce an outcome by what its storage does."""
+        """Lower an outcome if the storage may go away before the guest has exited."""
         settings = self.settings
         if end.disks is Patience.UNTOUCHED:
             return end
@@ -374,8 +378,8 @@ class _Stop:
             step = StopStep("storage", "may-be-gone-first")
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
-            # If signalled at once, QEMU usually exits before its server; after a longer stop it
-            # does not.
+            # QEMU usually exits before the server if systemd signals both at once, but not if a
+            # longer stop comes first.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(

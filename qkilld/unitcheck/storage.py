@@ -62,22 +62,22 @@ class Storage:
     device reached over the network."""
 
     mount_point: str = ""
-    """"" for a server or a device."""
+    """Of a file system; "" for a server or a device."""
     unit: str = ""
-    """The mount's unit."""
+    """The .mount unit of a file system."""
     protocol: str = ""
     """For a server or device: nbd, iscsi, vhost-user, …"""
     server: str = ""
-    """The unit on this host that serves it; "" for a remote one."""
+    """The unit of a server on this host; "" for a server on another host."""
     device: str = ""
     """The path of a block device; its kind is `protocol`."""
     text: str = ""
-    """For a template: the mount point or the server with specifiers, valid for all instances; "" if
-    that is not necessary."""
+    """For a template: the mount point or server with specifiers, right for every instance; "" if no
+    specifier is needed."""
 
     @property
     def line(self) -> str:
-        """The line that orders a unit after it."""
+        """The line of a unit file that orders the unit after this storage."""
         if self.server:
             return f"After={self.text or self.server}"
         if self.device:
@@ -100,12 +100,14 @@ def is_ordered(facts: UnitFacts, place: Storage) -> bool:
 
 
 def device_kind(path: str) -> str:
-    """Return the kind in DEVICE_UNITS by the path alone; "" for none."""
+    """Return the kind of a device (a key of DEVICE_UNITS), judging by its path alone; "" for
+    none."""
     return next((kind for pattern, kind in _DEVICE_NAMES if pattern.match(path)), "")
 
 
 def mount_unit(mount_point: str) -> str:
-    """Return the .mount unit: systemd.unit(5), "String Escaping for Inclusion in Unit Names"."""
+    """Return the .mount unit of a mount point. Source: systemd.unit(5), "String Escaping for
+    Inclusion in Unit Names"."""
     path = "/".join(part for part in mount_point.split("/") if part)
     return f"{escaped(path) if path else '-'}.mount"
 
@@ -133,8 +135,8 @@ def check_storage(facts: UnitFacts, storage: Sequence[Storage]) -> Iterator[Find
             yield Finding(
                 "server-order",
                 Severity.LOSES,
-                f"its disks are served by {place.server} of this host ({place.protocol}), and it is"
-                " not ordered after it",
+                f"its disks are served by {place.server} on this host ({place.protocol}), and the"
+                " unit is not ordered after that server",
                 "if both are stopped at the same time, for example at host shutdown, the server "
                 "may be gone while the guest still writes",
                 (Line("Unit", place.line, by_hand=not place.server.endswith(".service")),),
@@ -144,8 +146,8 @@ def check_storage(facts: UnitFacts, storage: Sequence[Storage]) -> Iterator[Find
             yield Finding(
                 "network-order",
                 Severity.LOSES,
-                f"its disks are reached over the network ({place.protocol}{through}), and it is not"
-                " ordered after it",
+                f"its disks are reached over the network ({place.protocol}{through}), and the unit"
+                " is not ordered after the network",
                 "at host shutdown the network may go away while the guest still writes",
                 (Line("Unit", place.line),),
             )
@@ -153,8 +155,8 @@ def check_storage(facts: UnitFacts, storage: Sequence[Storage]) -> Iterator[Find
             yield Finding(
                 "storage-order",
                 Severity.LOSES,
-                f"its disks lie on the network file system at {place.mount_point}, and it is not"
-                " ordered after it",
+                f"its disks lie on the network file system at {place.mount_point}, and the unit is"
+                " not ordered after its mount",
                 "at host shutdown, the file system is unmounted while the guest still writes",
                 (Line("Unit", place.line),),
             )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 
 def entries(text: str, section: str, key: str) -> Iterator[str]:
-    """Yield the values of a key in order. An empty one resets a list."""
+    """Yield the values of a key in order. An empty value resets a list."""
     current = ""
     for line in _logical_lines(text):
         if line.startswith("[") and line.endswith("]"):

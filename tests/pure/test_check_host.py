@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qkilld.unitcheck.host_shutdown import Care, HostGuest, care_of, shutdown_order
+from qkilld.unitcheck.host_shutdown import HostGuest, StoppedBy, predict_stop, shutdown_order
 
 PLAIN: dict[str, Any] = {
     "is_covered": True,
@@ -19,27 +19,27 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "care"),
+    ("change", "stopped_by"),
     [
-        ({}, Care.SYSTEMD),
-        ({"is_before": True}, Care.GUESTS_SERVICE),
-        ({"has_unit": False}, Care.GUESTS_SERVICE),
-        ({"is_guarded": True}, Care.GUARD),
-        ({"keepers": ("pve-guests.service",), "is_guarded": True}, Care.KEEPER),
-        ({"cares_for_guests": True, "keepers": ("x.service",)}, Care.OWN_UNIT),
-        ({"is_covered": False, "cares_for_guests": True}, Care.UNCOVERED),
+        ({}, StoppedBy.SYSTEMD),
+        ({"is_before": True}, StoppedBy.GUESTS_SERVICE),
+        ({"has_unit": False}, StoppedBy.GUESTS_SERVICE),
+        ({"is_guarded": True}, StoppedBy.GUARD),
+        ({"keepers": ("pve-guests.service",), "is_guarded": True}, StoppedBy.KEEPER),
+        ({"cares_for_guests": True, "keepers": ("x.service",)}, StoppedBy.OWN_UNIT),
+        ({"is_covered": False, "cares_for_guests": True}, StoppedBy.UNCOVERED),
     ],
 )
-def test_care(change: dict[str, Any], care: Care) -> None:
-    assert care_of(**PLAIN | change) is care
+def test_predict_stop(change: dict[str, Any], stopped_by: StoppedBy) -> None:
+    assert predict_stop(**PLAIN | change) is stopped_by
 
 
 def test_order_and_words() -> None:
     guests = [
-        HostGuest(1, "a", "100.scope", Care.KEEPER, ("pve-guests.service",)),
-        HostGuest(2, "b", "b.service", Care.OWN_UNIT),
-        HostGuest(3, "", "", Care.GUESTS_SERVICE),
-        HostGuest(4, "d", "d.service", Care.SYSTEMD),
+        HostGuest(1, "a", "100.scope", StoppedBy.KEEPER, ("pve-guests.service",)),
+        HostGuest(2, "b", "b.service", StoppedBy.OWN_UNIT),
+        HostGuest(3, "", "", StoppedBy.GUESTS_SERVICE),
+        HostGuest(4, "d", "d.service", StoppedBy.SYSTEMD),
     ]
     assert shutdown_order(guests) == (
         ("pve-guests.service", "b.service"),

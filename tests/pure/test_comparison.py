@@ -81,7 +81,7 @@ def test_a_guest_in_another_unit() -> None:
     virsh = replace(BARE, exec_start=(Command("/usr/bin/virsh", ("virsh", "start", "web")),))
     found = judge(virsh, Surroundings())
     assert (found.word, found.writes, found.other_unit) == (UnitVerdict.OTHER_UNIT, False, "")
-    found = judge(virsh, Surroundings(elsewhere="machine-qemu-1-web.scope", is_running=True))
+    found = judge(virsh, Surroundings(other_unit="machine-qemu-1-web.scope", is_running=True))
     assert (found.word, found.other_unit) == (UnitVerdict.OTHER_UNIT, "machine-qemu-1-web.scope")
 
 

@@ -16,10 +16,10 @@ from qkilld.unitcheck.dropin import (
     changes,
     is_ours,
     is_unchanged,
+    missing_changes,
     override,
     read_later,
     text_of,
-    unwritten,
 )
 from qkilld.unitcheck.finding import Finding, Line, Severity
 from tests.lab.process import OTHER_UID
@@ -64,7 +64,7 @@ def test_sections_and_a_list_that_is_given_once() -> None:
         'ExecStop=-/bin/sh -c "nc x"',
         "ExecStop=-+/usr/bin/qkilld-stop",
     ]
-    assert "stays first" in text
+    assert "stay first" in text
 
 
 def test_an_earlier_one_of_ours_is_kept() -> None:
@@ -79,8 +79,8 @@ def test_an_earlier_one_of_ours_is_kept() -> None:
 
 def test_changes_already_in_the_file_are_not_written_again() -> None:
     more = Change("another", (Line("Service", "KillMode=control-group"),))
-    assert unwritten([*CHANGES, more], TEXT) == [more]
-    assert unwritten([more], "") == [more]
+    assert missing_changes([*CHANGES, more], TEXT) == [more]
+    assert missing_changes([more], "") == [more]
 
 
 @pytest.mark.parametrize(

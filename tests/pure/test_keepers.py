@@ -33,7 +33,7 @@ def test_a_keeper_under_another_name(start: str, stop: str, project: str) -> Non
     assert project_of(other) == project
     scope = UnitFacts("web.scope", before=(other.id, "shutdown.target"))
     (keeper,) = keepers_of(scope, [other])
-    assert (keeper.unit, keeper.whose) == (other.id, project)
+    assert (keeper.unit, keeper.project) == (other.id, project)
 
 
 @pytest.mark.parametrize(

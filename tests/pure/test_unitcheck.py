@@ -274,7 +274,7 @@ def test_the_texts_have_the_units_own_values() -> None:
     (finding,) = check(replace(SAFE, exec_stop=(), timeout_stop=7 * S), AROUND)
     assert finding.problem == "it has no ExecStop=, and TimeoutStopSec=7s"
     (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), AROUND)
-    assert "less than the 1min 5s that storage may stand still" in finding.problem
+    assert "less than the 1min 5s for which storage may stand still" in finding.problem
     quick = replace(AROUND, policy=Policy(grace=S, stall=S, storage_stall=S, reap=S))
     (finding, _) = check(replace(SAFE, notify_access="none", timeout_stop=5 * S), quick)
     assert finding.problem == "it has NotifyAccess=none, and TimeoutStopSec=5s"
