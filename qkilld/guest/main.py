@@ -15,7 +15,8 @@ from qkilld.model.errors import ConfigError
 DIRECTORY: Final = Path("/etc/qkilld/guests")
 MAX_BYTES: Final = 1 << 20
 _NAME: Final = re.compile(r"[A-Za-z0-9:_\\@-][A-Za-z0-9:_.\\@-]{0,200}")
-"""The characters of unit names, systemd.unit(5); a leading dot would make a hidden file."""
+"""The characters of unit names, systemd.unit(5), without a leading dot, which would hide the
+file."""
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
         return ExitCode.USAGE
     name = sys.argv[1]
     path = DIRECTORY / f"{name}.conf"
-    # RuntimeDirectory= of the unit; if a drop-in adds directories, ours is the first.
+    # From RuntimeDirectory= of the unit. If a drop-in adds directories, ours is the first.
     runtime = os.environ.get("RUNTIME_DIRECTORY", f"/run/qemu-guest/{name}").partition(":")[0]
     try:
         with path.open("rb") as file:

@@ -21,31 +21,32 @@ from qkilld.model.text import printable
 _DISPLAYS: Final = frozenset({"display", "nographic", "vnc", "spice", "curses", "sdl"})
 _AGENT_PORT: Final = "org.qemu.guest_agent.0"
 _PC_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
-"""Programs whose default machine is a PC."""
+"""QEMU programs whose default machine is a PC."""
 _WITH_VIRTIO_SERIAL: Final = r"(?:pc|q35|virt|pseries|s390-ccw-virtio)(?:-.*)?"
-"""Machines that take a virtio-serial device; others, such as microvm, have no bus for it."""
+"""Machines with a bus for a virtio-serial device; others, such as microvm, have none."""
 _NOT_OURS: Final = {
     "daemonize": "systemd keeps the process",
     "pidfile": "systemd knows the process",
-    "S": "nobody would start its processor",
-    "preconfig": "nobody would configure it",
+    "S": "nobody would start the guest's processor",
+    "preconfig": "nobody would configure the guest",
 }
-"""Options that do not work in a unit, and why."""
+"""QEMU options that do not work in a unit, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestFile:
     program: str
-    """"" if the file has none."""
+    """The path of QEMU; "" if the file names none."""
     lines: tuple[tuple[str, ...], ...]
-    """Options, each with its value if it has one."""
+    """The options, each with its value if it has one."""
 
     def has(self, *options: str) -> bool:
         return any(line[0].lstrip("-") in options for line in self.lines)
 
 
 def parse(text: str, path: str) -> GuestFile:
-    """Parse the file. `path` is for messages. Raises ConfigError with a line for each mistake."""
+    """Parse a guest's file. `path` is for messages. Raises ConfigError with a line for each
+    mistake."""
     program, lines, wrong = "", [], []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split(maxsplit=1)
@@ -54,15 +55,15 @@ def parse(text: str, path: str) -> GuestFile:
         option = words[0].lstrip("-")
         complaint = ""
         if "\0" in line:
-            complaint = "it has a NUL byte"
+            complaint = "the line has a NUL byte"
         elif words[0].startswith("/"):
             if program:
-                complaint = "a QEMU is named already"
+                complaint = "the file names a QEMU program twice"
             program = line.strip()
         elif not words[0].startswith("-") or not option:
             complaint = (
-                f'"{printable(words[0], 80)}" is no option: each line begins with one of QEMU\'s, '
-                "with its dash"
+                f'"{printable(words[0], 80)}" is not an option: each line begins with an option of '
+                "QEMU, with its dash"
             )
         elif option in _NOT_OURS:
             complaint = f"leave -{option} out: {_NOT_OURS[option]}"
@@ -71,7 +72,7 @@ def parse(text: str, path: str) -> GuestFile:
         if complaint:
             wrong.append(f"{printable(path, 4096)}:{number}: {complaint}")
     if not lines and not wrong:
-        wrong.append(f"{printable(path, 4096)}: there is no option in it")
+        wrong.append(f"{printable(path, 4096)}: the file has no options")
     if wrong:
         raise ConfigError("\n".join(wrong))
     return GuestFile(program, tuple(lines))
@@ -81,17 +82,17 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -
     """Return QEMU's argv.
 
     `machine` is the architecture from uname(2); `qmp` and `agent` are paths of sockets to create.
-    Options of the file take precedence: defaults are added only for what it leaves open.
+    Defaults are added only if the file does not set the same option.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):
         argv += ["-name", f"guest={_escaped(name)}"]
     if not file.has(*_DISPLAYS):
-        # By default QEMU would open a window, or start a VNC server.
+        # Without -display, QEMU would open a window or start a VNC server.
         argv += ["-display", "none"]
     argv += ["-qmp", f"unix:{_escaped(qmp)},server=on,wait=off"]
     argv += [word for line in file.lines for word in line]
-    # Last, so that no device of the guest moves to another slot.
+    # The port comes last, so that no device of the guest moves to another slot.
     return argv + (_agent_port(agent) if _takes_agent_port(file, argv[0]) else [])
 
 
@@ -102,8 +103,8 @@ def _agent_port(path: str) -> list[str]:
 
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
-    """Return whether the port can be added to the machine. A guest restored from a saved state
-    (loadvm) must have the devices with which it was saved."""
+    """Return whether a port for the guest agent can be added to the machine. A guest restored from
+    a saved state (loadvm) must have the devices with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]
@@ -127,9 +128,9 @@ _ARCHITECTURES: Final = {
     "armv7l": "arm",
     "ppc64le": "ppc64",
 }
-"""Architecture names of uname(2) and of QEMU, if they differ."""
+"""Architecture names: from uname(2) to QEMU's, if they differ."""
 
 
 def _escaped(value: str) -> str:
-    """Escape a value for QEMU's lists, in which a comma ends an entry."""
+    """Escape a value for QEMU's option lists, in which a comma ends an entry."""
     return value.replace(",", ",,")

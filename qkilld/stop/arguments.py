@@ -1,4 +1,4 @@
-"""The command line of qkilld-stop, if it has arguments."""
+"""Parse the command line of qkilld-stop, if it has arguments."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ In the unit of a guest, these lines are enough:
   ExecStop=/usr/bin/qkilld-stop
   NotifyAccess=exec
 
-qkilld-stop lets qkilld stop the process $MAINPID, or if that is not QEMU every QEMU in the unit's
-control group, and exits when the guest has exited. If qkilld cannot be reached or exits before the
-guest, qkilld-stop does the work itself. While the guest makes progress, it extends TimeoutStopSec=
-(which needs NotifyAccess=exec), and `systemctl status` shows what it waits for.
+qkilld-stop lets qkilld stop the process $MAINPID (or every QEMU in the unit's control group, if
+$MAINPID is not QEMU), and exits when the guest has exited. If qkilld cannot be reached, or exits
+before the guest, qkilld-stop stops the guest itself. While the guest makes progress, qkilld-stop
+extends TimeoutStopSec= (needs NotifyAccess=exec). `systemctl status` shows what it waits for.
 
-Unless qkilld.conf says Powerdown=no, the guest's own operating system is first asked to shut down.
-For this, QEMU needs a monitor on a unix socket that no other program uses:
+Unless qkilld.conf has Powerdown=no, the guest's operating system is first asked to shut down. For
+this, QEMU needs a monitor on a unix socket that no other program uses:
 
   ExecStart=/usr/bin/qemu-system-x86_64 ... -qmp unix:/run/web.qmp,server=on,wait=off
 
-The guest gets time as long as it is shutting down; otherwise SIGTERM follows. --dry-run says
-whether the guest can be asked, and `qkillctl check-unit` says what its unit lacks.
+SIGTERM follows as soon as the guest is not, or no longer, shutting down. --dry-run shows whether
+the guest can be asked, and `qkillctl check-unit` shows what its unit lacks.
 
-SIGKILL is sent only if systemd would send it, too: TimeoutStopSec= is not infinity, and neither
+SIGKILL is sent only if systemd would send it too: TimeoutStopSec= is not infinity, and neither
 SendSIGKILL= nor KillMode= prevents it. --force and --no-force override this.
 
 TIME is a time span such as 90s, 1min 30s or infinity.
@@ -43,7 +43,7 @@ SIGKILL, 4 still there, 5 not QEMU, 6 permission denied, 7 no such unit.
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Exit with 2 and a message if the arguments are invalid."""
+    """Parse the arguments. If they are invalid, exit with 2 and a message."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.dry_run:
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--force",
         action="store_true",
         default=None,
-        help="allow SIGKILL for a guest that is stuck (default: if systemd would send it, too)",
+        help="allow SIGKILL for a guest that is stuck (default: if systemd would send it too)",
     )
     force.add_argument("--no-force", dest="force", action="store_false", help="never send SIGKILL")
     powerdown = parser.add_mutually_exclusive_group()
@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print what would be done, and do nothing"
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
-    parser.add_argument("--debug", action="store_true", help="print each failure that is ignored")
+    parser.add_argument("--debug", action="store_true", help="print failures that are ignored")
     parser.add_argument("--version", action="version", version=f"qkilld-stop {__version__}")
     return parser
 

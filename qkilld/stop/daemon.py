@@ -1,7 +1,7 @@
 """Stop guests through the daemon, over Varlink. Implements stopper.Stopper. Imports little: see
 stop.main.
 
-One call starts the jobs; its replies are their states and results.
+One call starts the jobs; the replies are the jobs' states and results.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 500
-"""Processes in one call, which is at most 64 KiB long."""
+"""The most processes in one call. A call is at most 64 KiB long."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
-"""The daemon replies in milliseconds, or within a second if it has to start first."""
+"""The daemon replies in milliseconds, or in a second if systemd has to start it first."""
 BUSY_TIMEOUT_S = 12.0
-"""Timeout once the daemon has read the call: it is alive but busy, and stopping without it would be
-slower still."""
+"""The timeout once the daemon has read the call. It is alive but busy; stopping the guests without
+the daemon would take even longer."""
 RETURN_TIMEOUT_S = 3.0
 """systemd restarts a crashed daemon within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
-"""A running job sends news every second. After this much silence, check that the daemon is
-alive."""
+"""A running job sends its state every second. After a silence of this length, check that the daemon
+is alive."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
-"""Our pidfd reports an exit as soon as the daemon's does."""
+"""How long to wait until our pidfd reports the exit that the daemon has reported."""
 ENDING_S = 1.0
-"""A daemon that exits closes the connection within this time after its last reply."""
+"""A daemon that exits closes the connection within this time after the last reply."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
-"""Linux: bytes sent and not read yet, unix(7)."""
+"""Linux: the number of bytes sent that the peer has not read yet, unix(7)."""
 _SPANS = {
     "grace": "graceUSec",
     "stall": "stallUSec",
@@ -53,9 +53,9 @@ _SPANS = {
     "max": "maxUSec",
     "powerdown": "powerdownUSec",
 }
-"""Field of Policy to option name."""
+"""The names of Options by field of Policy."""
 _NEVER_USEC = 2**62
-"""An endless time span in a call."""
+"""The value of an endless time span in a call."""
 
 
 class DaemonCall:
@@ -70,8 +70,8 @@ class DaemonCall:
         more: bool,
         descriptor: int = -1,
     ) -> None:
-        """`descriptor` is sent along, -1 for none. Raises OSError if no daemon listens there, or
-        one that we do not trust."""
+        """`descriptor`: a descriptor to send with the call, -1 for none. Raises OSError if no
+        daemon listens at `path`, or the listener is neither root nor our own user."""
         self.path = path
         self.method = method
         self._parameters = parameters
@@ -90,7 +90,7 @@ class DaemonCall:
                 "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             )
             if uid not in (0, os.geteuid()):
-                raise PermissionError(0, f"uid {uid} serves there")
+                raise PermissionError(0, f"uid {uid} serves {self.path}")
             message = {"method": f"org.qkilld1.{self.method}", "parameters": self._parameters}
             text = json.dumps(message | {"more": True} if self._more else message)
             data = text.encode() + b"\0"
@@ -104,7 +104,7 @@ class DaemonCall:
         return sock
 
     @property
-    def taken(self) -> bool:
+    def was_read(self) -> bool:
         """Whether the daemon has read the call."""
         import fcntl
 
@@ -140,11 +140,11 @@ class _PendingCall:
         self.call = call
         self.stops = {stop.process.pid: stop for stop in stops}
         self.deadline = deadline
-        """When the next reply must have come."""
+        """When the next reply is due."""
         self.after_restart = False
-        """It was sent to a daemon that restarted."""
+        """Whether the call was sent to a restarted daemon."""
         self.was_extended = False
-        """The deadline was extended, because the daemon is busy."""
+        """Whether the deadline was extended because the daemon is busy."""
 
 
 class DaemonStopper:
@@ -157,7 +157,7 @@ class DaemonStopper:
         by_systemd: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`by_systemd`: this is the ExecStop= process of a unit."""
+        """`by_systemd`: whether this is the ExecStop= process of a unit."""
         self._path = path
         self._options = options
         self._listener = listener
@@ -165,17 +165,19 @@ class DaemonStopper:
         self._clock = clock
         self._calls: list[_PendingCall] = []
         self._check: tuple[DaemonCall, float] | None = None
-        """The call that checks a silent daemon, and its deadline."""
+        """The call that checks whether a silent daemon is alive, and the deadline of that call."""
         self._exits: dict[GuestStop, tuple[str, float]] = {}
-        """Reported as exited: the result, and when our pidfd must agree."""
+        """For stops that the daemon reported as exited: the result, and the deadline for our pidfd
+        to confirm the exit."""
         self._check_deadlines: dict[GuestStop, float] = {}
-        """Exited: when the daemon must have reported the result."""
+        """For stops whose process has exited: the deadline for the daemon to report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
-        """Cancelled: if the daemon is still there at that time, someone cancelled deliberately."""
+        """For stops whose job was cancelled: when to conclude, if the daemon still runs, that
+        somebody cancelled the job."""
         self._retry_times: dict[GuestStop, float] = {}
-        """The daemon is gone: when to ask it again."""
+        """For stops whose daemon is gone: when to try again."""
         self._return_deadlines: dict[GuestStop, float] = {}
-        """When a restarted daemon must have replied."""
+        """For these stops: when to stop waiting for a restarted daemon."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         for at in range(0, len(stops), MAX_AT_ONCE):
@@ -258,7 +260,7 @@ class DaemonStopper:
             elif now >= until:
                 del self._exits[stop]
                 stop.state = None
-                self._listener.lost(stop, "qkilld says that it has exited, which it has not")
+                self._listener.lost(stop, "qkilld reports the guest as exited, but it has not")
         for stop, until in list(self._check_deadlines.items()):
             if now >= until:
                 self._forget(stop)
@@ -272,7 +274,7 @@ class DaemonStopper:
                 self._follow_again(stop)
 
     def exit_seen(self, stop: GuestStop) -> None:
-        # A living daemon sees the exit too, and reports the result.
+        # If the daemon is alive, it sees the exit too, and reports the result.
         if stop not in self._exits:
             self._check_deadlines[stop] = self._clock() + CHECK_TIMEOUT_S
 
@@ -283,11 +285,11 @@ class DaemonStopper:
         try:
             call = DaemonCall(self._path, "Terminate", order, more=False)
         except OSError:
-            return  # If the daemon is gone, the other call reports it.
+            return  # If the daemon is gone, the pending call shows it.
         self._calls.append(_PendingCall(call, (), self._clock() + ANSWER_TIMEOUT_S))
 
     def release(self, stop: GuestStop) -> None:
-        """Nothing to do: while the daemon runs, whoever holds the job can release it."""
+        """Do nothing: while the daemon runs, others can release the job."""
 
     def close(self) -> None:
         for pending in self._calls:
@@ -320,7 +322,7 @@ class DaemonStopper:
             stops, pending.stops = list(pending.stops.values()), {}
             self._drop(pending)
             for stop in stops:
-                self._lose(stop, "qkilld does not say what became of it")
+                self._lose(stop, "qkilld does not report what became of the guest")
 
     def _awaits_close(self, pending: _PendingCall) -> bool:
         return any(each is pending for each, _ in self._cancellations.values())
@@ -360,7 +362,7 @@ class DaemonStopper:
             self._forget(stop)
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
-            # A daemon that is stopped for good cancels its jobs, although nobody asked for that.
+            # A daemon that is stopped permanently cancels its jobs, although nobody cancelled them.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)
@@ -376,7 +378,8 @@ class DaemonStopper:
             if pending.after_restart:
                 self._lose(stop, f"qkilld went away, and the new one says: {message}")
             elif passed and name in ("InvalidArgs", "InvalidParameter"):
-                self._start([stop])  # it may be for the monitor, which is not worth the daemon
+                # The daemon may have refused the passed monitor. Try again without it.
+                self._start([stop])
             elif interface == "org.qkilld1":
                 self._listener.refused(stop, name, message)
             elif name == "PermissionDenied":
@@ -388,7 +391,7 @@ class DaemonStopper:
 
     def _handle_silence(self, pending: _PendingCall) -> None:
         if not pending.call.answered:
-            if not pending.was_extended and pending.stops and pending.call.taken:
+            if not pending.was_extended and pending.stops and pending.call.was_read:
                 pending.was_extended = True
                 pending.deadline = self._clock() + BUSY_TIMEOUT_S
                 return
@@ -403,7 +406,7 @@ class DaemonStopper:
             try:
                 call = DaemonCall(self._path, "GetStatus", {}, more=False)
             except OSError:
-                return  # Try again soon; if the daemon is gone, the connection reports it.
+                return  # Try again soon. If the daemon is gone, the pending call shows it.
             self._check = call, self._clock() + CHECK_TIMEOUT_S
 
     def _work_check(self, now: float) -> None:
@@ -438,7 +441,7 @@ class DaemonStopper:
             self._return_deadlines.setdefault(stop, now + RETURN_TIMEOUT_S)
 
     def _follow_again(self, stop: GuestStop) -> None:
-        """Ask a restarted daemon what became of a stop."""
+        """Ask a restarted daemon about a stop."""
         until, now = self._return_deadlines[stop], self._clock()
         if now >= until:
             self._lose(stop, "qkilld went away")
@@ -447,8 +450,8 @@ class DaemonStopper:
         if stop.state is not None:
             parameters = {"job": stop.state["job"]}
         else:
-            # The daemon exited before it replied. Terminate can be repeated: it joins a running
-            # job.
+            # The daemon exited before it replied. Terminate can be repeated, because it joins a
+            # running job.
             stop.close_monitor()
             method, parameters = "Terminate", self._order(stop) | _process(stop)
         try:
@@ -493,6 +496,6 @@ def _process(stop: GuestStop) -> dict[str, Any]:
 
 
 def _guess(stop: GuestStop) -> str:
-    """Guess the result for a process that is gone, if the daemon reports none."""
+    """Guess the result for a process that is gone if the daemon does not report one."""
     phase = stop.state["phase"] if stop.state is not None else ""
     return "killed" if phase in ("kill", "reap") else "exited"

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 
 class LocalCaller:
-    """The user of this process, without further authorization, because polkit cannot be asked.
+    """The user of this process. polkit is not asked, so the user may do only what needs no
+    authorization.
 
     Implements engine.ports.Caller.
     """
@@ -63,15 +64,15 @@ class LocalStop:
     start_time: int | None
     flags: Flag
     powerdown: bool | None
-    """Ask the guest first; None follows the configuration."""
+    """Whether to ask the guest first; None follows the configuration."""
     ask_at_most: int
     spans: Mapping[str, int]
     reason: str
     status: JobStatus | None
-    """The last status of its job elsewhere."""
+    """The last status of the daemon's job for this process; None if there was none."""
     job: Job | None = None
     on_state: Callable[[dict[str, Any]], None] = lambda state: None
-    """Called with each State (org.qkilld1.varlink)."""
+    """Called with each State (org.qkilld1.varlink) of the job."""
 
     @classmethod
     def of(cls, stop: GuestStop, spans: Mapping[str, int], reason: str) -> LocalStop:
@@ -87,13 +88,13 @@ class LocalStop:
         )
 
     def amend(self, stop: GuestStop) -> None:
-        """Copy what has changed in `stop`."""
+        """Copy the changes of `stop`."""
         self.flags = flags_of(stop.flags)
         self.ask_at_most = INFINITY if stop.ask_at_most is None else stop.ask_at_most
 
 
 class Fallback:
-    """Make one in a running loop; the caller closes it."""
+    """The engine, without a daemon. Construct it in a running loop, and close it."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -112,7 +113,7 @@ class Fallback:
 
     @property
     def service(self) -> Service:
-        """A service for queries that stop nothing."""
+        """A service object for queries that stop nothing."""
         return Service(
             self.config,
             self._host,
@@ -123,7 +124,7 @@ class Fallback:
         )
 
     async def stop(self, stop: LocalStop, why: str) -> str:
-        """Stop a process, or continue a stop begun elsewhere; return the result.
+        """Stop a process, or continue the daemon's stop; return the result.
 
         Raises NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Failed.
         """
@@ -143,7 +144,7 @@ class Fallback:
             stop.pid, LocalCaller(), stop.flags, start_time=stop.start_time
         )
         if stop.status is not None and stop.status.held:
-            why += "; it is held, which only a SIGTERM to qkilld-stop ends now"
+            why += "; the job is held, and only a SIGTERM to qkilld-stop ends the hold now"
         self._log.write(stop_fallback(process.guest, why))
         flags = stop.flags
         if stop.powerdown is None and not self.config.asks(process.guest.label.name):
@@ -157,12 +158,12 @@ class Fallback:
             return self._registry.terminate(process, request)
         except SnapshotError as error:
             note("going on with the job of qkilld", error)
-            # The daemon reported an impossible state: start from the beginning, which is safe.
+            # The daemon reported an impossible state. Starting from the beginning is safe.
             stop.status = None
             return await self._start(stop, why)
 
     def _past(self, guest: Guest, request: Request, status: JobStatus | None) -> Snapshot | None:
-        """Return what the daemon has done so far; None if unknown."""
+        """Return the daemon's progress so far as a snapshot; None if unknown."""
         if status is None:
             return None
         request = replace(request, flags=request.flags | status.flags & KNOWN_FLAGS)
@@ -184,22 +185,22 @@ class Fallback:
         )
 
     def join(self, stop: LocalStop) -> None:
-        """Pass changes of a stop on to its running job."""
+        """Pass changes of a stop to its running job."""
         if stop.job is not None and stop.job.running:
             request = Request(
                 stop.flags, {}, stop.reason, os.geteuid(), ask_at_most=stop.ask_at_most
             )
-            # If the pid was reused, whoever waits for the job is told.
+            # If the pid was reused, the wait for the job reports that.
             with ignore("joining the job", QkilldError):
                 stop.job.join(request)
 
     def release(self, stop: LocalStop) -> None:
-        """Release a job that was held elsewhere."""
+        """Release a job that was held when the daemon ran it."""
         if stop.job is not None and stop.job.running and stop.job.control.held:
             stop.job.release(Steerer(os.geteuid(), stop.job.rank))
 
     async def close(self) -> None:
-        """Send no more signals."""
+        """Cancel all jobs: no more signals are sent."""
         self._registry.cancel_all()
         await self._registry.wait_undone()
         self._sampler.close()
@@ -223,5 +224,5 @@ def configuration() -> Config:
     try:
         return config.load()
     except ConfigError as error:
-        say(f"the configuration is wrong, so the defaults are used instead:\n{error}")
+        say(f"the configuration is wrong, so the defaults are used:\n{error}")
         return Config()

@@ -39,18 +39,19 @@ class ProcessFinder:
         self._options = options
         self._main_pid = environment.get("MAINPID", "")
         self.unit = procfs.read_unit(os.getpid())
-        """The unit that this program runs in; None if unreadable."""
+        """The unit in which this program runs; None if unreadable."""
         self.by_systemd = by_systemd(environment)
 
     @property
     def in_own_unit(self) -> bool:
-        """Whether the target is our own unit, even if one of its processes is named."""
+        """Whether the guests of our own unit are the target, even if $MAINPID or a pidfile names
+        one."""
         options = self._options
-        elsewhere = options.all_guests or options.pid is not None or options.unit is not None
-        return self.by_systemd and not elsewhere
+        other_target = options.all_guests or options.pid is not None or options.unit is not None
+        return self.by_systemd and not other_target
 
     def named(self) -> ProcessHandle | None:
-        """Return the process that is named; None if a unit or every guest is.
+        """Return the named process; None if a unit or --all is given instead.
 
         Raises NoSuchProcess if the process is gone, InvalidArgs if nothing is named, and what
         reading a pidfile raises.
@@ -65,15 +66,15 @@ class ProcessFinder:
             return None
         if not self._main_pid:
             raise InvalidArgs(
-                "nothing to stop is named: without options this is for ExecStop= of a unit. "
-                "Elsewhere give --pid, --pidfile or --unit, see --help"
+                "nothing to stop is named: without options, qkilld-stop is for ExecStop= of a "
+                "unit. Otherwise give --pid, --pidfile or --unit, see --help"
             )
         return open_main_process(self._main_pid)
 
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
         """Return every visible QEMU in the named unit, or in our own.
 
-        Raises Failed if there seems to be none, but the units of some processes are unreadable.
+        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -93,13 +94,13 @@ class ProcessFinder:
             raise Failed(
                 f"cannot tell whether process {' '.join(map(str, hidden))} runs in "
                 f"{name or 'the unit of qkilld-stop'}: process 1 or that process is hidden "
-                "(ProtectProc=, hidepid=). Name what to stop by --pid or --pidfile"
+                "(ProtectProc=, hidepid=). Name the process to stop with --pid or --pidfile"
             )
         return inside
 
     def outside(self, globs: Iterable[str]) -> Iterator[OutsideGuest]:
-        """Yield each visible QEMU in another unit than our own. May block for ever, because it
-        reads their command lines."""
+        """Yield each visible QEMU outside of our own unit. May block forever, because it reads
+        command lines."""
         for process, unit in _qemus(globs):
             if unit is not None and unit != self.unit:
                 with ignore(f"reading the command line of process {process.pid}", OSError):
@@ -111,8 +112,8 @@ class ProcessFinder:
     def of_manager(self, globs: Iterable[str]) -> list[tuple[ProcessHandle, str | None]]:
         """Return every visible QEMU of our manager with its unit: "" for none, None if unknown.
 
-        The system manager has those of the whole system. Raises Failed if our own manager is
-        unknown.
+        For the system manager, these are all QEMUs of the system. Raises Failed if our own manager
+        is unknown.
         """
         if self.unit is None:
             raise Failed(
@@ -132,10 +133,10 @@ class ProcessFinder:
 
 
 def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
-    """Yield every visible QEMU with its unit; the caller closes it."""
+    """Yield every visible QEMU with its unit; the caller closes the process."""
     for pid in procfs.pids():
         if (process := _qemu(pid, globs)) is not None:
-            # Read with the process open, because its pid could have been reused.
+            # Read while the process is open: if its pid was reused, `exited` shows that.
             unit = procfs.read_unit(pid)
             if process.exited():
                 process.close()
@@ -155,7 +156,7 @@ def _qemu(pid: int, globs: Iterable[str]) -> ProcessHandle | None:
         if is_qemu(procfs.read_executable(pid)[0], globs):
             return process
     except OSError as error:
-        note(f"reading the executable of process {pid}, which may not be ours to see", error)
+        note(f"reading the executable of process {pid}, which may be hidden", error)
     process.close()
     return None
 
@@ -165,6 +166,6 @@ def _of_pidfile(path: str) -> ProcessHandle:
 
     if not os.path.lexists(path):
         # QEMU removes its pidfile when it exits.
-        raise NoSuchProcess("there is no such pidfile")
+        raise NoSuchProcess("the pidfile does not exist")
     named = pidfile.read(path)
     return open_process(named.pid, named.start_time)

@@ -1,4 +1,4 @@
-"""One process that the helper stops, and its progress. Imports little: see stop.main."""
+"""The stop of one process, and its progress. Imports little: see stop.main."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENDINGS = {
     "cancelled": "is still there: its job was cancelled",
     "failed": "could not be stopped, see the journal",
 }
-"""How the guest ended, by the result of its job."""
+"""The messages about the guest, by the result of its job."""
 
 
 class GuestStop:
@@ -30,27 +30,29 @@ class GuestStop:
         powerdown: bool | None,
         ask_at_most: int | None,
     ) -> None:
-        """`powerdown`: ask the guest first; None follows the configuration. `ask_at_most`: for how
-        long, in µs; None for no limit."""
+        """`powerdown`: whether to ask the guest first; None follows the configuration.
+        `ask_at_most`: the longest time for asking, µs; None for no limit."""
         self.process = process
         self.forced = forced
         self.powerdown = powerdown
         self.ask_at_most = ask_at_most
         self.monitor = -1
-        """A connection to its monitor for the daemon; -1 for none."""
+        """A connection to the guest's monitor, to pass to the daemon; -1 for none."""
         self.state: dict[str, Any] | None = None
-        """The last State of its job (org.qkilld1.varlink), whether here or in the daemon."""
+        """The last State (org.qkilld1.varlink) of its job, which runs in the daemon or in this
+        process."""
         self.code: int | None = None
-        """Its exit code, once it is over."""
+        """The exit code for this stop; None while it is running."""
         self.denial = ""
-        """Why the daemon denied it."""
+        """Why the daemon denied the stop."""
         self.exit_seen = False
         self.leave_at: float | None = None
-        """Set if the process is exiting and nothing more can be done: time.monotonic() when to give
-        up."""
+        """When to give up, time.monotonic(). Set if the process is exiting and nothing more can be
+        done."""
 
     def close_monitor(self) -> None:
-        """Leave it to the daemon, or to whoever connects next."""
+        """Close the connection to the monitor, so that the daemon or another program can
+        connect."""
         if self.monitor >= 0:
             os.close(self.monitor)
             self.monitor = -1
@@ -66,7 +68,7 @@ class GuestStop:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return its own fields of Options (org.qkilld1.varlink)."""
+        """The fields of Options (org.qkilld1.varlink) that differ between stops."""
         options: dict[str, Any] = {}
         if self.powerdown is None:
             options["powerdownAsConfigured"] = True

@@ -1,4 +1,4 @@
-"""Journal events of the helper itself; for those of jobs, see engine.events."""
+"""Journal events of the helper. For the events of jobs, see engine.events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stop_limited(guest: Guest, warning: str) -> Event:
     return _of_guest(
         MessageId.STOP_LIMITED,
         Priority.WARNING,
-        f"{guest.title[:1].upper()}{guest.title[1:]} may be ended before it has written "
+        f"{guest.title[:1].upper()}{guest.title[1:]} may be killed before it has written "
         f"everything: {warning}.",
         guest,
     )
@@ -40,7 +40,7 @@ def asked_by_libvirt(guest: Guest, name: str) -> Event:
     return _of_guest(
         MessageId.GUEST_ASKED,
         Priority.INFO,
-        f'Asked {guest.title}, libvirt\'s domain "{printable(name)}", to shut down, by virsh.',
+        f'Asked {guest.title}, libvirt\'s domain "{printable(name)}", to shut down, with virsh.',
         guest,
         QKILLD_METHOD="virsh",
     )
@@ -61,8 +61,8 @@ def stop_left(guest: Guest, why: str) -> Event:
     return _of_guest(
         MessageId.STOP_LEFT,
         Priority.WARNING,
-        f"qkilld-stop leaves {guest.title}, which is still there: {why}. What happens to it now is "
-        "up to systemd.",
+        f"qkilld-stop exits, and {guest.title} is still there: {why}. systemd decides what happens "
+        "to the guest now.",
         guest,
     )
 
@@ -81,8 +81,8 @@ def stop_overrun(guest: Guest) -> Event:
     return _of_guest(
         MessageId.STOP_OVERRUN,
         Priority.WARNING,
-        f"systemd has ended the time to stop {guest.title} early, because `systemctl "
-        "daemon-reload` makes it forget extensions. qkilld-stop asks for more time and continues. "
+        f"The time to stop {guest.title} ended early, because `systemctl daemon-reload` makes "
+        "systemd forget extensions. qkilld-stop asks for more time and continues. "
         "After another reload, the guest may get SIGKILL.",
         guest,
     )

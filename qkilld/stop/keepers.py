@@ -1,8 +1,7 @@
-"""Leave guests to the units that shut them down with the host.
+"""Leave guests to their keepers, the units that shut them down at host shutdown.
 
-Such a unit, a keeper, is active while systemd has a stop job for it. The helper waits until the
-keeper's timeout has passed, and longer while the guest makes progress; then it stops the guest
-itself.
+A keeper is at work while systemd has a stop job for it. The helper waits until the keeper's timeout
+has passed, and longer while the guest makes progress. Then it stops the guest itself.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 TICK_S: Final = 1.0
 TIMEOUT_S: Final = 2.0
 STALL_S: Final = 10.0
-"""A guest that has written nothing for this time makes no progress."""
+"""A guest that has written nothing for this long makes no progress."""
 LONGEST_S: Final = 20 * 60.0
-"""Limit for a keeper without a timeout: systemd gives a shutdown 30 minutes."""
+"""The limit for a keeper without a timeout: systemd gives a shutdown 30 minutes."""
 QUEUED_S: Final = 120.0
 """How long a keeper's stop job may wait for other jobs before it runs."""
 
@@ -41,9 +40,9 @@ QUEUED_S: Final = 120.0
 class _StoppingKeeper:
     facts: UnitFacts
     seen: float
-    """When its stop job was first seen, time.monotonic()."""
+    """When systemd's stop job for it was first seen, time.monotonic()."""
     began: float | None = None
-    """When that job was first seen running."""
+    """When that stop job was first seen running."""
 
     def has_time(self, now: float) -> bool:
         if self.began is None:
@@ -54,7 +53,7 @@ class _StoppingKeeper:
 
 
 class KeeperWatch:
-    """Watches the keepers of all guests of one run."""
+    """Watches the keepers of all guests of a run."""
 
     def __init__(self, systemd: Systemd) -> None:
         self._systemd = systemd
@@ -62,10 +61,10 @@ class KeeperWatch:
         self._read_at: dict[str, float] = {}
         self._own: UnitFacts | None = None
 
-    async def leave(self, process: ProcessHandle, tell: Callable[[str], None]) -> None:
-        """Return when the process is gone, or none of its keepers is active.
+    async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
+        """Return when the process is gone, or none of its keepers is at work.
 
-        `tell` is called once with the name of an active keeper, if there is one.
+        `on_keeper` is called once, with the name of a keeper that is at work.
         """
         names = await self._names(process.pid)
         is_reported = False
@@ -75,7 +74,7 @@ class KeeperWatch:
             if not working:
                 return
             if not is_reported:
-                tell(working[0].facts.id)
+                on_keeper(working[0].facts.id)
                 is_reported = True
             now = time.monotonic()
             if (latest := _written(process.pid)) != written:
@@ -96,7 +95,7 @@ class KeeperWatch:
         except QkilldError as error:
             note(f"asking systemd who shuts down the guest in {unit.system}", error)
             return []
-        # A unit that stops after this one waits for us, so we must not wait for it.
+        # systemd stops the units in After= after this one, so waiting for them would never end.
         return [name for name in keeper_names(facts) if name not in self._own.after]
 
     async def _at_work(self, name: str) -> _StoppingKeeper | None:
@@ -123,12 +122,12 @@ class KeeperWatch:
 async def leave_all(
     connection: Connection | str,
     processes: Sequence[ProcessHandle],
-    tell: Callable[[ProcessHandle, str], None],
+    on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release each process once none of its keepers is active; those without keepers at once.
+    """Release each process once none of its keepers is at work; processes without keepers at once.
 
-    `tell` is called with each other process and the name of its keeper.
+    `on_keeper` is called with each process that has a keeper, and the keeper's name.
     """
     if isinstance(connection, str):
         release(processes)
@@ -137,16 +136,16 @@ async def leave_all(
 
     watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
     events = {process: asyncio.Event() for process in processes}
-    """Set once it is known whether there is an active keeper."""
+    """Set once it is known whether the process has a keeper at work."""
     remaining = set(processes)
 
     async def leave(process: ProcessHandle) -> None:
-        def told(keeper: str) -> None:
-            tell(process, keeper)
+        def note_keeper(keeper: str) -> None:
+            on_keeper(process, keeper)
             events[process].set()
 
         try:
-            await watch.leave(process, told)
+            await watch.leave(process, note_keeper)
         finally:
             if events[process].is_set():
                 remaining.discard(process)
@@ -163,7 +162,7 @@ async def leave_all(
             release(free)
         await asyncio.gather(*tasks.values(), return_exceptions=True)
     finally:
-        # If this is cancelled, or `release` raises: nothing else ends them.
+        # Needed if this coroutine is cancelled, or `release` raises.
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
@@ -174,7 +173,7 @@ async def leave_all(
 async def _wait_exit(process: ProcessHandle) -> None:
     exit_event = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # A loop has one reader for each descriptor, so waits on the same one would end each other.
+    # A loop has only one reader for each descriptor: a second wait would replace the first.
     pidfd = os.dup(process.pidfd)
     loop.add_reader(pidfd, exit_event.set)
     try:

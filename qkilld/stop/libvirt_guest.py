@@ -1,4 +1,4 @@
-"""Ask a guest of libvirt through libvirt, and wait for it before any signal is sent."""
+"""Ask a libvirt guest to shut down through libvirt, and wait before any signal is sent."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TICK_S: Final = 1.0
 
 
 def domain_to_ask(stop: GuestStop) -> Domain | None:
-    """Return the domain that libvirt should ask to shut down; None if there is none, or it should
-    not be asked."""
+    """Return the domain that libvirt should ask to shut down; None if the guest is not libvirt's,
+    or should not be asked."""
     if stop.powerdown is False:
         return None
     domain = domain_of(stop.process.pid)
@@ -42,14 +42,14 @@ def shut_down_by_libvirt(
     mailbox: Mailbox,
     go_on: Callable[[GuestStop], None],
 ) -> None:
-    """Ask the guest in a thread; if it stays, call `go_on` from the mailbox.
+    """Ask the guest in a thread. If the guest does not exit, call `go_on` from the mailbox.
 
-    `span` is PowerdownSec= (µs) if the caller gave it. The shutdown cannot be observed, because
-    libvirt holds the monitor, so the guest gets a fixed time.
+    `span` is PowerdownSec= (µs) if the caller gave one. libvirt holds the monitor, so the shutdown
+    cannot be observed and the guest gets a fixed time.
     """
     timeout = _config().policy_for(domain.name).powerdown if span is None else span
     began = time.monotonic()
-    # The job that follows must not ask it again.
+    # The following job must not ask the guest again.
     stop.powerdown = False
     log.open()
 
@@ -68,7 +68,7 @@ def shut_down_by_libvirt(
 
 
 def _wait(stop: GuestStop, began: float, timeout: int) -> None:
-    """Return when the process is gone, or the time from its unit or the policy is over."""
+    """Return when the process is gone, or the time that its unit or the policy allows is over."""
     poll = select.poll()
     poll.register(stop.process.pidfd, select.POLLIN)
     asked_at = time.monotonic()

@@ -1,7 +1,7 @@
 """Compute how long systemd should wait for the helper. Pure; times in µs. Imports nothing: see
 stop.main.
 
-For what the unit's own settings allow, see decision.unit_limits.
+For the limits that the unit's own settings impose, see decision.unit_limits.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 USEC_PER_SEC = 1_000_000
 FIRST = 10 * USEC_PER_SEC
-"""The first extension, sent before anything is known: enough time to call the daemon and be
-refused."""
+"""The first extension, sent before anything is known: enough time to call the daemon and get a
+refusal."""
 STEP = 20 * USEC_PER_SEC
-"""The longest extension; it is renewed every second or two."""
+"""The longest extension. An extension is renewed every second or two."""
 MARGIN = 5 * USEC_PER_SEC
 """An extension lasts this much longer than the job's own deadline, which moves with progress."""
 ASK_ALL = 20 * 60 * USEC_PER_SEC

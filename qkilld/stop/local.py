@@ -38,7 +38,7 @@ class LocalStopper:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.why: dict[GuestStop, str] = {}
-        """The reason why the daemon does not stop it."""
+        """The reason why the daemon does not stop the guest."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         if not self._thread.is_alive():
@@ -58,7 +58,7 @@ class LocalStopper:
         self._mailbox.work()
 
     def exit_seen(self, stop: GuestStop) -> None:
-        """Nothing to do: the engine sees the exit itself."""
+        """Do nothing: the engine sees the exit itself."""
 
     def amend(self, stop: GuestStop) -> None:
         local = self._stops[stop]
@@ -70,7 +70,7 @@ class LocalStopper:
         self._do(lambda fallback: fallback.release(local))
 
     def close(self) -> None:
-        """Send no more signals."""
+        """Stop the engine, so that no more signals are sent."""
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_TIMEOUT_S)

@@ -8,13 +8,13 @@ from qkilld.adapters.journal_stream import stderr_is_journal
 
 _FAILURES = {
     2: "its command line or configuration is wrong",
-    3: "a guest is gone only by SIGKILL, and may have lost data",
+    3: "a guest was ended by SIGKILL, and may have lost data",
     4: "a guest is still there",
-    5: "the process is not a QEMU that Executables= covers, or another one by now",
-    6: "it may not stop the guest",
+    5: "the process is not a QEMU that Executables= covers, or its pid was reused",
+    6: "qkilld-stop is not allowed to stop the guest",
     7: "there is no such unit",
 }
-"""Reasons by exit status; 1 is any other failure."""
+"""Reasons by exit status. 1 means any other failure."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Implements engine.ports.Journal. Opens the journal with the first event, because most runs
-    have none."""
+    """Implements engine.ports.Journal. Opens the journal at the first event, because most runs have
+    none."""
 
     def __init__(self) -> None:
         self._journal: QueuedJournal | None = None
 
     def open(self) -> None:
-        """Open the journal, before more than one thread writes to it."""
+        """Open the journal. Call this before several threads write to it."""
         if self._journal is None:
             from qkilld.adapters.journal import open_journal
 
@@ -52,15 +52,15 @@ def say(text: str) -> None:
 
 
 def say_ending(text: str) -> None:
-    """Print how a stop ended, unless stderr is the journal, which has an event for it."""
+    """Print how a stop ended, unless stderr is the journal, which gets an event instead."""
     if not stderr_is_journal():
         say(text)
 
 
 def say_failure(code: int) -> None:
-    """Report the failure as an error in the unit's journal, because systemd ignores the exit
-    status: adopt writes `-` before the helper. For the prefix, see sd-daemon(3)."""
+    """Report the failure as an error in the unit's journal, because with the `-` that adopt writes,
+    systemd ignores the exit status. For the prefix `<3>`, see sd-daemon(3)."""
     if stderr_is_journal():
         why = _FAILURES.get(code, "see above")
-        text = f"The stop failed with exit status {code}: {why}. systemd goes on with KillSignal="
+        text = f"The stop failed with exit status {code}: {why}. systemd continues with KillSignal="
         print(f"<3>qkilld-stop: {text}", file=sys.stderr, flush=True)

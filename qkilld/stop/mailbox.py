@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class Mailbox:
-    """Close it only when no thread uses it any more."""
+    """Queues callbacks for the main thread."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -21,12 +21,12 @@ class Mailbox:
     def put(self, what: Callable[[], None]) -> None:
         """Make the main thread call `what`. Thread-safe."""
         self._queue.put(what)
-        # A full pipe is readable already.
+        # If the pipe is full, the main thread wakes up anyway.
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, b"\0")
 
     def work(self) -> None:
-        """Call everything queued."""
+        """Call all queued callbacks."""
         try:
             os.read(self._read, 1 << 16)
         except BlockingIOError:

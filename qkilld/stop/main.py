@@ -1,9 +1,9 @@
 """qkilld-stop, from the command line to the exit code.
 
-A host that shuts down runs one for each guest at once. Most have the daemon stop an idle guest and
-exit after 10 ms, so their main cost is starting Python. That path imports only socket, json and
-what Python itself has loaded: not typing, dataclasses, asyncio or a D-Bus library. Everything else
-is imported when needed (tests/pure/test_stop_imports.py).
+At shutdown, a host runs one qkilld-stop for each guest at the same time. If the daemon stops an
+idle guest within 10 ms, the main cost is starting Python. For this usual case only socket, json and
+what Python itself has loaded are imported: not typing, dataclasses, asyncio or a D-Bus library.
+Everything else is imported when needed (tests/pure/test_stop_imports.py).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main() -> NoReturn:
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
     if not options.dry_run:
         notifier.extend(FIRST)
-    # Garbage collection costs 7 ms during imports, which produce no garbage. TLS costs 5 ms;
-    # asyncio works without it.
+    # Garbage collection costs 7 ms during imports, which produce no garbage. Importing ssl costs 5
+    # ms; asyncio works without ssl.
     gc.disable()
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     code = _main(options, notifier)
@@ -42,7 +42,7 @@ def main() -> NoReturn:
 
         say_failure(code)
     sys.stdout.flush()
-    # systemd waits for the exit, and an orderly one takes Python 10 ms.
+    # systemd waits for the exit, and Python's orderly exit takes 10 ms.
     os._exit(code)
 
 

@@ -10,7 +10,7 @@ import errno
 from qkilld.adapters import sd_notify
 
 _HIDDEN = frozenset({errno.EAFNOSUPPORT, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR})
-"""Errors from a sandbox that hides the socket. Others are transient, such as EAGAIN."""
+"""Errors that show that a sandbox hides the socket. Other errors, such as EAGAIN, are transient."""
 
 
 class Notifier:
@@ -31,7 +31,7 @@ class Notifier:
         self._send(f"EXTEND_TIMEOUT_USEC={usec}")
 
     def status(self, text: str) -> None:
-        """Set the line that `systemctl status` shows."""
+        """Set the status line that `systemctl status` shows."""
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
@@ -50,9 +50,9 @@ class Notifier:
                 self._is_error_reported = True
                 say(
                     "The sandbox of this unit hides systemd's notification socket from qkilld-stop"
-                    f" ({error.strerror}), so that it cannot extend TimeoutStopSec=. Write"
-                    " ExecStop=+/usr/bin/qkilld-stop, which runs it outside of the sandbox"
+                    f" ({error.strerror}), which therefore cannot extend TimeoutStopSec=. Write"
+                    " ExecStop=+/usr/bin/qkilld-stop to run it outside of the sandbox"
                 )
 
-            # It is sent again in a second.
+            # The next extension follows in a second.
             note("telling systemd of the stop", error)

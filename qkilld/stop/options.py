@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Options:
-    """The defaults mean the main process of the unit that systemd is stopping."""
+    """With the defaults, stop the main process of the unit that systemd is stopping."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class Options:
         self.force = force
         """None: only if systemd would send SIGKILL too."""
         self.powerdown = powerdown
-        """Ask the guest first. None follows Powerdown= in qkilld.conf."""
+        """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
         self.spans = spans or {}
-        """Fields of Policy, µs."""
+        """Time spans (µs) by field of Policy."""
         self.reason = reason
         self.socket = socket
         """The daemon's socket; None for the installed one."""
@@ -46,5 +46,5 @@ class Options:
 
     @property
     def names_process(self) -> bool:
-        """Whether at most one process is meant, named by the arguments or the environment."""
+        """Whether the arguments or the environment name one process to stop."""
         return self.unit is None and not self.all_guests

@@ -1,6 +1,6 @@
-"""Connect to a monitor that the daemon cannot reach, on TCP or an abstract socket, for the daemon.
+"""Connect to a monitor on TCP or an abstract socket for the daemon, which cannot reach it.
 
-The helper runs in the network namespace of its unit, usually the guest's; root can enter it.
+The helper runs in its unit's network namespace, usually the guest's; root can enter another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qkilld.monitor.reach import connect_passable
 from qkilld.stop.guest_stop import GuestStop
 
 TIMEOUT_S: Final = 3.0
-"""A hostile process can delay each step."""
+"""The time limit for all steps together: a hostile process can delay each step."""
 
 
 def connect_monitor(stop: GuestStop) -> None:
@@ -33,7 +33,7 @@ def connect_monitor(stop: GuestStop) -> None:
             elif connection is not None:
                 connection.close()
 
-    # A thread, because it changes its network namespace, and may block.
+    # In a thread, because the work changes the network namespace, and may block.
     thread = threading.Thread(target=work, name="monitor", daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)

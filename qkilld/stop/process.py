@@ -18,13 +18,13 @@ READ_TIMEOUT_S = 0.2
 
 
 class ProcessHandle:
-    """An open process: even if its pid is reused, this is the same process."""
+    """An open process. If the pid is reused, the handle still refers to the old process."""
 
     def __init__(self, pid: int, pidfd: int, start_time: int | None) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.start_time = start_time
-        """Clock ticks since boot. None if /proc hides the process (ProtectProc=)."""
+        """In clock ticks since boot; None if /proc hides the process (ProtectProc=)."""
 
     def exited(self) -> bool:
         poll = select.poll()
@@ -49,7 +49,7 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
         raise _gone(f"process {pid} is gone") from None
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
-    # It may be hidden or gone; the descriptor tells which.
+    # None if the process is hidden or gone; the pidfd shows which.
     process.start_time = read_start_time(pid)
     if process.exited() or (
         start_time is not None and process.start_time not in (None, start_time)
@@ -72,7 +72,7 @@ def open_main_process(text: str) -> ProcessHandle:
 
         raise InvalidArgs("$MAINPID is not the id of a process")
     process = open_process(int(text))
-    # systemd knew the process when it started us, so a younger one has reused its pid.
+    # systemd knew the main process when it started us, so a younger process has reused the pid.
     own = read_start_time(os.getpid())
     if process.start_time is not None and own is not None and process.start_time > own:
         process.close()
@@ -83,17 +83,17 @@ def open_main_process(text: str) -> ProcessHandle:
 def by_systemd(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program, directly or through a shell.
 
-    A user's interactive shell is in a unit too, but the guests there are not meant. Source:
-    $SYSTEMD_EXEC_PID in systemd.exec(5).
+    A user's interactive shell runs in a unit too, but the guests of that unit are not meant.
+    Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
     """
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
 
 
 def may_pass_monitor(pid: int) -> bool:
-    """Whether the command line suggests a monitor on TCP or an abstract socket, to which the daemon
-    cannot connect. Takes 0.1 ms.
+    """Return whether the command line suggests a monitor on TCP or an abstract socket, to which the
+    daemon cannot connect. Takes 0.1 ms.
 
-    A hostile process can make reading its command line block; return False then.
+    If a hostile process makes reading its command line block, return False after READ_TIMEOUT_S.
     """
     import _thread
 
@@ -114,7 +114,8 @@ def may_pass_monitor(pid: int) -> bool:
 
 
 def _may_name_place(word: bytes) -> bool:
-    """-qmp tcp:…, -monitor telnet:…, -chardev socket,…,port=…; in JSON, or in a file."""
+    """Match -qmp tcp:…, -monitor telnet:…, -chardev socket,…,port=…, their JSON, and
+    -readconfig."""
     if word.startswith((b"tcp:", b"telnet:", b"-readconfig", b"--readconfig")):
         return True
     named = b"port=" in word or b"abstract=" in word or b"fd=" in word

@@ -37,12 +37,12 @@ class GuestPlan:
     unit: str
     force: bool
     rungs: tuple[tuple[str, int], ...]
-    """(signal, µs after the start)."""
+    """For each step: the signal, and the time after the start, µs."""
     gives_up_usec: int | None
     leaves_usec: int | None
-    """When qkilld-stop would exit (µs) before systemd kills it; None for never."""
+    """When qkilld-stop would exit, before systemd kills it, µs after the start; None for never."""
     ways: tuple[str, ...]
-    """How the guest can be asked, and obstacles to that."""
+    """How the guest can be asked to shut down, and why it may fail."""
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -50,7 +50,7 @@ class GuestPlan:
         name = f" ({self.name})" if self.name else ""
         lines = [
             f"would stop process {self.pid}{name}",
-            f"  force     {'yes' if self.force else 'no: it gets no SIGKILL'}",
+            f"  force     {'yes' if self.force else 'no: no SIGKILL'}",
         ]
         for signal, after in self.rungs:
             when = f"after {format_usec(after)}, or later if it makes progress" if after else "now"

@@ -1,7 +1,7 @@
 """One run of the helper: stops all its processes at once, with the daemon or without it.
 
-Polls the stoppers, the processes, signals from systemd, and timers. Modules that only slow guests
-need are imported late: see stop.main.
+Polls the stoppers, the processes, signals from systemd, and timers. Modules that are needed only
+for slow guests are imported late: see stop.main.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     from qkilld.stop.targets import Targets
 
 EXITING_TIMEOUT_S = 60.0
-"""Time for the kernel to finish the I/O of an exiting process, and to free its memory."""
+"""The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""When to read the unit's settings; an idle guest is gone before that."""
+"""The delay before the unit's settings are read. An idle guest exits earlier."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
-"""How often systemd gets a status and an extension."""
+"""The interval in which systemd gets a status and an extension."""
 NEVER = float("inf")
 
-LOOKS = 3
-"""How often to stop another QEMU that a shell starts. After that, systemd kills both."""
+MAX_RESTARTS = 3
+"""How often to stop a new QEMU that a shell has started. After that, systemd kills both."""
 RESTART_S = 1.0
-"""Time for a remaining shell to start another QEMU."""
+"""How long to wait for a shell to start another QEMU."""
 
 
 class StopRun:
@@ -72,13 +72,14 @@ class StopRun:
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(self._paths) + 1)
-        """In the order in which they are tried; made when needed. The last one is local."""
+        """The stoppers in the order in which they are tried. Constructed when needed; the last one
+        is local."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
         """The stopper of each running stop."""
         self._place: dict[GuestStop, int] = {}
-        """The index of that stopper."""
+        """The index of a stop's stopper in `_stoppers`."""
         self._why: dict[GuestStop, str] = {}
-        """Why the first stopper did not stop it."""
+        """Why an earlier stopper did not finish the stop."""
         self._targets: Targets | None = None
         self._local: LocalStopper | None = None
         self._mailbox: Mailbox | None = None
@@ -86,9 +87,9 @@ class StopRun:
         self._next_tick = self._began + FIRST_TICK_S
         self._ask_unit_at = NEVER
         self._leave_at = NEVER
-        """The unit's settings allow no more time than this."""
+        """The end (time.monotonic()) of the time that the unit's settings allow."""
         self._extendable = False
-        """systemd honours extensions."""
+        """Whether systemd honours extensions."""
         self._unit_seen = False
         self._overrun = False
         self._signals = -1
@@ -102,8 +103,8 @@ class StopRun:
         try:
             self.begin(self._processes())
             self._work_until_over()
-            for _ in range(LOOKS):
-                if not self._look_again():
+            for _ in range(MAX_RESTARTS):
+                if not self._stop_restarted():
                     break
                 self._work_until_over()
             return self.code
@@ -115,8 +116,8 @@ class StopRun:
             self._wait()
             self.turn()
 
-    def _look_again(self) -> bool:
-        """Stop guests that a shell has started meanwhile; return whether there were any."""
+    def _stop_restarted(self) -> bool:
+        """Stop guests that a shell has started in the meantime; return whether there were any."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -126,7 +127,7 @@ class StopRun:
             if not os.access(f"/proc/{main_pid or 'gone'}", os.F_OK) or self._clock() > until:
                 return False
             time.sleep(0.05)
-        say("another QEMU was started in the unit after the guest had exited: stopping it, too")
+        say("another QEMU was started in the unit after the guest had exited: stopping it too")
         self.begin(others)
         return True
 
@@ -151,7 +152,7 @@ class StopRun:
             try:
                 return [open_main_process(main_pid)]
             except Exception:
-                pass  # The error, or another process to stop, is found below.
+                pass  # `choose` raises the error again, or finds another process.
         return self.targets.choose()
 
     @property
@@ -163,7 +164,7 @@ class StopRun:
         return self._targets
 
     def begin(self, processes: Sequence[ProcessHandle]) -> None:
-        """Stop these processes too."""
+        """Start to stop these processes."""
         options = self._options
         stops = [
             GuestStop(
@@ -186,14 +187,15 @@ class StopRun:
             self._leave_to_keepers(stops)
 
     def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
-        """Stop each guest once no other unit is shutting it down, as at a host's shutdown."""
+        """At a host shutdown, another unit may be shutting a guest down: stop each guest once none
+        is."""
         from qkilld.stop.keepers import leave_all
         from qkilld.stop.systemd_units import on_bus
 
         mailbox, user = self._mail, self.targets.user
         by_process = {stop.process: stop for stop in stops}
 
-        def tell(process: ProcessHandle, keeper: str) -> None:
+        def note_kept(process: ProcessHandle, keeper: str) -> None:
             stop = by_process[process]
             mailbox.put(lambda: self._note_kept(stop, keeper))
 
@@ -204,7 +206,7 @@ class StopRun:
         def work() -> None:
             try:
                 on_bus(
-                    lambda connection: leave_all(connection, list(by_process), tell, release),
+                    lambda connection: leave_all(connection, list(by_process), note_kept, release),
                     user=user,
                 )
             finally:
@@ -236,7 +238,7 @@ class StopRun:
     # ---- stopping ----
 
     def _wait(self) -> None:
-        """Wait until there is something to do."""
+        """Block until something is received or due."""
         poll = select.poll()
         if self._signals >= 0:
             poll.register(self._signals, select.POLLIN)
@@ -257,7 +259,7 @@ class StopRun:
         poll.poll(max(0, int((due - self._clock()) * 1000) + 1))
 
     def turn(self) -> None:
-        """Handle everything received and everything due."""
+        """Handle everything that has been received or is due."""
         self._take_signals()
         for stop in list(self._stops):
             if stop.running and not stop.exit_seen and stop.process.exited():
@@ -280,7 +282,7 @@ class StopRun:
             self._ask_unit()
         if now >= self._next_tick:
             self._next_tick = now + TICK_S
-            self._tell_systemd()
+            self._update_systemd()
         if now >= self._leave_at:
             self._leave_at = NEVER
             self._leave(4, "its unit allows no more time")
@@ -292,7 +294,7 @@ class StopRun:
         try:
             stopper.work()
         except Exception as error:
-            # Whatever the daemon's failure, the guest must be stopped.
+            # The guest must be stopped, whatever the daemon replied.
             for stop in self._stops:
                 if stop.running and self._stopper_of.get(stop) is stopper:
                     self.lost(
@@ -300,7 +302,7 @@ class StopRun:
                     )
 
     def _start(self, stops: Sequence[GuestStop]) -> None:
-        """Start these stops. libvirt asks its own guests first, each in a thread."""
+        """Start these stops. libvirt's guests are first asked through libvirt, each in a thread."""
         if not has_libvirt(os.environ):
             self._hand_over(stops, 0)
             return
@@ -364,7 +366,7 @@ class StopRun:
 
     @property
     def _paths(self) -> list[str]:
-        """The sockets of the system's daemon and, for this user's guests, of the user's own."""
+        """The sockets of the system's daemon and, for a user's guests, of the user's own daemon."""
         if self._options.socket is not None:
             return [self._options.socket]
         directory = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -392,7 +394,7 @@ class StopRun:
             case "NoSuchProcess" if local or stop.process.exited():
                 self._gone(stop)
             case "NoSuchProcess":
-                self.lost(stop, "qkilld says that it has exited, which it has not")
+                self.lost(stop, "qkilld reports the guest as exited, but it has not")
             case "NotQemu" if not stop.denial:
                 self._stop_substitutes(stop, message)
             case "ProcessChanged":
@@ -401,7 +403,7 @@ class StopRun:
                 stop.denial = stop.denial or message
                 self.lost(stop, message)
             case "NotQemu" if local:
-                # A caller who may not stop a process does not learn what it runs.
+                # The daemon denied the stop, so do not reveal what the process runs.
                 self._fail(stop, "AccessDenied", stop.denial)
             case _ if local:
                 self._fail(stop, name, message)
@@ -413,7 +415,7 @@ class StopRun:
         place = self._place[stop] + 1
         if stop.state is not None:
             self._why[stop] = why
-            place = len(self._stoppers) - 1  # The local engine was stopping it already.
+            place = len(self._stoppers) - 1  # The job has begun: the local engine continues it.
         self._hand_over([stop], place)
 
     def unit_known(self, unit: dict[str, Any]) -> None:
@@ -450,7 +452,7 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _gone(self, stop: GuestStop) -> None:
-        """The process is gone or exiting, so no signal can help."""
+        """Handle a process that is gone or exiting, so that no signal can help."""
         if others := self._substitutes():
             self._over(stop, 0)
             self.begin(others)
@@ -469,7 +471,7 @@ class StopRun:
             self._over(stop, 0)
             self.begin(others)
             return
-        self.targets.tell_not_qemu(message)
+        self.targets.report_not_qemu(message)
         self._over(stop, 5)
 
     def _substitutes(self) -> list[ProcessHandle]:
@@ -506,7 +508,7 @@ class StopRun:
             if before != (stop.forced, stop.ask_at_most) and stopper is not None:
                 stopper.amend(stop)
         if running:
-            # Each stop has its own FORCE; the rest is the same for all.
+            # Each stop has its own FORCE; the other limits are the same for all.
             self.unit_known(unit | {"force": False})
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
@@ -514,12 +516,12 @@ class StopRun:
         if unit["force"] and self._options.force is None:
             stop.forced = True
         if (ask := unit["askUSec"]) is not None:
-            # The limit counts from the start of this program, a little before the start of the job.
+            # The limit counts from the start of this program, shortly before the start of the job.
             before = ran_for_s() - (self._clock() - self._began)
             ask = max(0, int(ask - max(0.0, before) * 1e6))
             stop.ask_at_most = ask if stop.ask_at_most is None else min(ask, stop.ask_at_most)
 
-    def _tell_systemd(self) -> None:
+    def _update_systemd(self) -> None:
         now = time.monotonic_ns() // 1000
         states = [stop.state for stop in self._stops if stop.running and stop.state is not None]
         deadlines = [
@@ -535,7 +537,7 @@ class StopRun:
         except Exception as error:
             from qkilld.debug_log import note
 
-            note("telling systemd what is waited for", error)
+            note("reporting to systemd what is waited for", error)
 
     # ---- ending ----
 
@@ -550,15 +552,16 @@ class StopRun:
             self.interrupted(signal.Signals(number))
 
     def interrupted(self, number: signal.Signals) -> None:
-        """Handle a signal."""
+        """Handle a signal to this process."""
         if number == signal.SIGTERM and self._extendable and not self._overrun:
             self._go_on()
             return
         self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
 
     def _go_on(self) -> None:
-        """systemd's timeout expired despite extensions, because `systemctl daemon-reload` drops
-        them. It can be extended again until systemd sends SIGKILL."""
+        """Continue after systemd's timeout, which expired despite extensions because `systemctl
+        daemon-reload` drops them. Until systemd sends SIGKILL, the timeout can be extended
+        again."""
         from qkilld.stop.helper_events import stop_overrun
 
         self._overrun = True

@@ -1,4 +1,4 @@
-"""Describe what a stop waits for, in one line for `systemctl status`. Pure."""
+"""Describe what running jobs wait for, in one line for `systemctl status`. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qkilld.model.job_status import JobStatus, label
 from qkilld.model.text import format_bytes
 
 NAMED: Final = 3
-"""At most this many guests are named."""
+"""The most guests that are named."""
 
 
 def status_line(jobs: Sequence[JobStatus], now: int) -> str:

@@ -1,6 +1,6 @@
-"""Interfaces between a run and what stops its processes: the daemon or the local engine.
+"""Interfaces between a run and its stoppers: the daemon and the local engine.
 
-Only types: nothing here is imported at run time.
+Only for type checkers: nothing here is imported at run time.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ class StopListener(Protocol):
     of each stop."""
 
     def heard(self, stop: GuestStop, state: dict[str, Any]) -> None:
-        """The State of its job (org.qkilld1.varlink) has changed."""
+        """The State (org.qkilld1.varlink) of its job has changed."""
 
     def ended(self, stop: GuestStop, result: str) -> None:
         """Its job has ended with `result`."""
 
     def refused(self, stop: GuestStop, name: str, message: str) -> None:
-        """It was refused with an error of org.qkilld1."""
+        """The stop was refused with an error of org.qkilld1."""
 
     def lost(self, stop: GuestStop, why: str) -> None:
-        """It must be continued elsewhere; `stop.state` is the last known state."""
+        """This stopper cannot finish the stop, so another one must; `stop.state` is the last known
+        state."""
 
     def unit_known(self, unit: dict[str, Any]) -> None:
-        """The unit's limits (UnitLimits of org.qkilld1.varlink) are known, and its jobs obey
-        them."""
+        """The unit's limits (UnitLimits of org.qkilld1.varlink) are known, and the stopper's jobs
+        obey them."""
 
     def unit_unknown(self, why: str) -> None:
         """The stopper cannot read the unit's limits."""
 
 
 class Stopper(Protocol):
-    """Methods never block for long, nor raise because of what the other side does."""
+    """Methods never block for long, and never raise because of the daemon or the guest."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         """Stop these processes."""
@@ -48,16 +49,16 @@ class Stopper(Protocol):
         """When to call `work` at the latest: time.monotonic(), infinity for never."""
 
     def work(self) -> None:
-        """Handle everything received and everything due."""
+        """Handle everything that has been received or is due."""
 
     def exit_seen(self, stop: GuestStop) -> None:
-        """Its pidfd has reported the exit of the process."""
+        """The process has exited, according to its pidfd."""
 
     def amend(self, stop: GuestStop) -> None:
-        """Its `forced` or `ask_at_most` has changed."""
+        """`forced` or `ask_at_most` of the stop has changed."""
 
     def release(self, stop: GuestStop) -> None:
-        """Release it if it is held and nobody else could release it any more."""
+        """Release the job if it is held and nobody else can release it any more."""
 
     def close(self) -> None:
-        """Stop working."""
+        """Free resources; start no more stops."""

@@ -1,5 +1,5 @@
-"""What the helper asks systemd over D-Bus: about its own unit if the daemon cannot tell, and about
-the units of other guests."""
+"""Ask systemd over D-Bus about the helper's own unit (if the daemon does not know it) and about the
+units of other guests."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def on_bus(what: Callable[[Connection | str], Awaitable[T]], *, user: bool) -> T
 
 
 def _find_packages() -> None:
-    """Make packages outside the standard library importable: qkilld-stop runs with -S, which saves
+    """Make packages outside the standard library importable. qkilld-stop runs with -S, which saves
     3 of the 10 ms that Python takes to start."""
     if sys.flags.no_site:
         import site
@@ -66,8 +66,8 @@ def _find_packages() -> None:
 
 
 async def own_facts(connection: Connection | str) -> UnitFacts | None:
-    """Return the settings of our own unit; None if systemd cannot be asked, or is not stopping it:
-    then they do not apply."""
+    """Return the settings of our own unit; None if systemd cannot be asked, or is not stopping the
+    unit, so that the settings do not apply."""
     facts = await _facts(connection)
     return facts if facts is not None and being_stopped(facts) else None
 
@@ -75,8 +75,8 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 async def guest_of_own_unit(
     connection: Connection | str, guests: Iterable[OutsideGuest]
 ) -> OutsideGuest | None:
-    """Return the one of these that the ExecStart= of our own unit starts; None if none is, or
-    systemd cannot be asked."""
+    """Return the guest that the ExecStart= of our own unit starts; None if it starts none of these,
+    or systemd cannot be asked."""
     from qkilld.unitcheck.context import is_guest_of
 
     facts = await _facts(connection)
@@ -98,7 +98,7 @@ async def _facts(connection: Connection | str) -> UnitFacts | None:
 
 
 async def check_unit(connection: Connection | str, name: str) -> None:
-    """Raises NoSuchUnit if systemd says so."""
+    """Raise NoSuchUnit if systemd does not know the unit."""
     if not isinstance(connection, str):
         from qkilld.bus.systemd import Systemd
 
@@ -111,14 +111,14 @@ async def unattended(
 ) -> list[ProcessHandle]:
     """Return the guests whose units do not stop them, and close the others.
 
-    Each guest has its unit, "" for none, None if unknown. `connection`: to the bus of these units'
-    manager, or the reason why there is none.
+    Each guest comes with its unit: "" for none, None if unknown. `connection`: a connection to the
+    bus of the units' manager, or the reason why there is none.
     """
     attended: dict[str, bool] = {}
     processes = []
     for process, unit in guests:
         if unit is None:
-            say(f"process {process.pid} is left alone, for its unit cannot be read")
+            say(f"process {process.pid} is not stopped, because its unit cannot be read")
             process.close()
             continue
         if unit not in attended:
@@ -131,7 +131,7 @@ async def unattended(
 
 
 async def _is_attended(unit: str, connection: Connection | str) -> bool:
-    """Return whether that unit stops its guests by itself."""
+    """Return whether the unit's own ExecStop= stops its guests."""
     # Scopes and user managers do not stop guests, so systemd need not be asked.
     if not unit.endswith(".service") or is_user_manager(unit):
         return False
@@ -143,6 +143,6 @@ async def _is_attended(unit: str, connection: Connection | str) -> bool:
             return (await Systemd(connection, timeout_s=TIMEOUT_S).unit(unit)).cares_for_guests
         except QkilldError as error:
             why = str(error)
-    # A signal could interrupt an orderly shutdown by its ExecStop=.
-    say(f"the guests in {unit} are left to it, for its settings are not known: {why}")
+    # A signal could interrupt an orderly shutdown by the unit's ExecStop=.
+    say(f"the guests in {unit} are left to that unit, because its settings are unknown: {why}")
     return True

@@ -1,4 +1,4 @@
-"""Choose what to stop if the unit's main process is not the guest, or not there."""
+"""Choose the processes to stop if the unit's main process is not the guest, or has exited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTSIDE_TIMEOUT_S = 2.0
 
 
 class GuestElsewhere(QkilldError):
-    """The guest of a unit runs on outside of it."""
+    """The guest of our own unit keeps running in another unit."""
 
     exit_code = ExitCode.SURVIVED
 
@@ -27,7 +27,7 @@ class GuestElsewhere(QkilldError):
         place = guest.unit or "no unit"
         super().__init__(
             f'the guest of this unit, "{printable(guest.name or "QEMU")}" (process {guest.pid}),'
-            f" runs in {printable(place)}, outside of the unit: it was not stopped. See"
+            f" runs in {printable(place)}, outside of the unit, and was not stopped. See"
             " `qkillctl check-unit`"
         )
 
@@ -40,7 +40,7 @@ class Targets:
 
     @property
     def user(self) -> bool:
-        """Whether our own unit is a user manager's."""
+        """Whether our own unit belongs to a user manager."""
         unit = self.finder.unit
         return unit is not None and bool(unit.user)
 
@@ -61,7 +61,7 @@ class Targets:
             if (named := self.finder.named()) is not None:
                 return [named]
         except NoSuchProcess:
-            # It may have been a shell around the guest.
+            # The process may have been a shell that ran the guest.
             if not (others := self.substitutes(())):
                 self.check_elsewhere()
                 raise
@@ -78,7 +78,7 @@ class Targets:
         raise NoSuchProcess("no QEMU runs in the unit")
 
     def check_elsewhere(self) -> None:
-        """Raise GuestElsewhere if what our own unit starts runs in another unit.
+        """Raise GuestElsewhere if the QEMU that our own unit starts runs in another unit.
 
         systemd is asked only if a QEMU runs outside of the unit at all.
         """
@@ -93,9 +93,9 @@ class Targets:
         if guest is not None:
             raise GuestElsewhere(guest)
 
-    def substitutes(self, taken: Collection[int]) -> list[ProcessHandle]:
-        """Return the QEMUs of our own unit except the pids in `taken`, if the main process is gone
-        or not a QEMU (a shell, for example)."""
+    def substitutes(self, excluded_pids: Collection[int]) -> list[ProcessHandle]:
+        """Return the QEMU processes of our own unit, except those in `excluded_pids`. For a unit
+        whose main process is gone or not a QEMU (for example, a shell)."""
         if not self.finder.in_own_unit:
             return []
         try:
@@ -104,12 +104,12 @@ class Targets:
             say(str(error))
             return []
         for process in processes:
-            if process.pid in taken:
+            if process.pid in excluded_pids:
                 process.close()
-        return [process for process in processes if process.pid not in taken]
+        return [process for process in processes if process.pid not in excluded_pids]
 
     def _outside(self) -> list[OutsideGuest]:
-        """Return the QEMUs in other units that can be read in time."""
+        """Return the QEMU processes in other units that can be read within OUTSIDE_TIMEOUT_S."""
         import threading
 
         guests: list[OutsideGuest] = []
@@ -124,10 +124,10 @@ class Targets:
         reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)
 
-    def tell_not_qemu(self, message: str) -> None:
-        """Say that the process which is named is no QEMU, and where the guest of the unit is."""
+    def report_not_qemu(self, message: str) -> None:
+        """Print that the named process is not a QEMU, and where the guest of the unit runs."""
         own = self.finder.in_own_unit
-        say(f"{message}{'; nor is another of its unit' if own else ''}")
+        say(f"{message}{', and its unit has no other QEMU' if own else ''}")
         try:
             self.check_elsewhere()
         except GuestElsewhere as error:

@@ -104,6 +104,6 @@ def test_every_guest_but_those_of_unknown_units(
     (left,) = asyncio.run(unattended(guests, "no bus"))
     left.close()
     assert left.pid == shell.pid
-    assert f"process {hidden.pid} is left alone" in capsys.readouterr().err
+    assert f"process {hidden.pid} is not stopped" in capsys.readouterr().err
     with pytest.raises(Failed, match="cannot tell whose"):
         find(there, None).of_manager(globs)

@@ -112,14 +112,14 @@ def test_the_machines_own_qemu(machine: str, program: str) -> None:
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("", "x.conf: there is no option in it"),
-        ("# nothing\n", "x.conf: there is no option in it"),
-        ("-m 1G\nsmp 2\n", 'x.conf:2: "smp" is no option'),
-        ("-\n", 'x.conf:1: "-" is no option'),
+        ("", "x.conf: the file has no options"),
+        ("# nothing\n", "x.conf: the file has no options"),
+        ("-m 1G\nsmp 2\n", 'x.conf:2: "smp" is not an option'),
+        ("-\n", 'x.conf:1: "-" is not an option'),
         ("-m 1G\n-daemonize", "x.conf:2: leave -daemonize out"),
         ("--pidfile /run/x", "x.conf:1: leave -pidfile out"),
-        ("-m 1\0G", "x.conf:1: it has a NUL byte"),
-        ("/a\n/b\n-m 1G", "x.conf:2: a QEMU is named already"),
+        ("-m 1\0G", "x.conf:1: the line has a NUL byte"),
+        ("/a\n/b\n-m 1G", "x.conf:2: the file names a QEMU program twice"),
         ("\x1b[31m 1\n", "x.conf:1: "),
     ],
 )

@@ -108,7 +108,9 @@ def test_somebody_else_serves_there(scene: Scene, monkeypatch: pytest.MonkeyPatc
     """A server of another user is not trusted."""
     monkeypatch.setattr("qkilld.stop.daemon.struct.unpack", lambda *_: (1, 1234, 0))
     scene.stopper.start([scene.stop])
-    assert scene.work() == [("lost", "qkilld cannot be reached: uid 1234 serves there")]
+    [(event, why)] = scene.work()
+    assert event == "lost"
+    assert why.startswith("qkilld cannot be reached: uid 1234 serves /")
 
 
 def test_it_has_read_the_call_and_is_busy(scene: Scene) -> None:
@@ -259,7 +261,7 @@ def test_a_false_report_of_an_exit_counts_as_a_lost_daemon(scene: Scene, result:
     scene.end(result)
     assert scene.work() == []
     assert scene.work(0.9) == []
-    assert scene.work(0.2) == [("lost", "qkilld says that it has exited, which it has not")]
+    assert scene.work(0.2) == [("lost", "qkilld reports the guest as exited, but it has not")]
     # Nothing that it reported about the job is believed.
     assert scene.stop.state is None
 

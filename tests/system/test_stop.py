@@ -362,7 +362,7 @@ def test_a_daemon_that_falsely_reports_an_exit(
             assert liar.stdout is not None and liar.stdout.readline() == b"ready\n"
             stop(system, unit)
         system.run("rm", "/run/qkilld/org.qkilld1")
-    assert "which it has not" in said(system, unit)
+    assert "but it has not" in said(system, unit)
     assert story_of_an_idle_one(system, unit) == [
         "STOP_ALONE",
         "JOB_STARTED",
@@ -541,7 +541,7 @@ def test_a_guest_that_is_gone_already(system: Container, start_unit: StartUnit) 
 def test_a_unit_without_qemu_exits_with_5(system: Container, start_unit: StartUnit) -> None:
     unit = start_unit(command="/bin/sleep infinity")
     system.run("systemctl", "stop", unit)
-    assert "nor is another of its unit" in said(system, unit)
+    assert "its unit has no other QEMU" in said(system, unit)
     status = system.property(unit, "ExecStop")
     assert "status=5" in status, status
 
@@ -595,7 +595,7 @@ def test_the_guest_of_a_unit_that_runs_elsewhere_is_named(
     main = start_unit(command=f"/bin/sh -c '{start}; exec sleep 1000'")
     until(lambda: system.property("other-place.service", "MainPID"), lambda pid: int(pid or 0))
     system.run("systemctl", "stop", main, check=False)
-    assert "nor is another of its unit" in said(system, main)
+    assert "its unit has no other QEMU" in said(system, main)
     assert "runs in other-place.service" in said(system, main)
     assert "status=5" in said(system, main)
     system.run("systemctl", "stop", "other-place.service")

@@ -91,8 +91,8 @@ def test_a_wrong_guest_file_is_told_with_its_line(system: Container) -> None:
     system.wait_journal(*matches, "--grep=daemonize")
     entries = system.journal(*matches)
     assert [entry["MESSAGE"] for entry in entries] == [
-        'qemu-guest: /etc/qkilld/guests/wrong.conf:3: "drive" is no option: each line begins '
-        "with one of QEMU's, with its dash",
+        'qemu-guest: /etc/qkilld/guests/wrong.conf:3: "drive" is not an option: each line begins '
+        "with an option of QEMU, with its dash",
         "/etc/qkilld/guests/wrong.conf:4: leave -daemonize out: systemd keeps the process",
     ]
 
