@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NAME: Final = "qkilld"
 _MAX_NOTED: Final = 4096
-"""The number of notes that are remembered to avoid repeating them; then all are forgotten."""
+"""Notes that are remembered in order not to repeat them. Beyond this number, all are forgotten."""
 
 _is_on = False
 _here: Final = threading.local()

@@ -29,7 +29,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""Of each kind: for sockets and for files."""
+"""Threads of each kind: for sockets and for files."""
 MAX_PENDING: Final = 1024
 """Files that may wait to be closed."""
 STUCK_S: Final = 0.1
@@ -52,12 +52,12 @@ class _Closer:
         self._waiting: deque[int] = deque()
         self._threads = 0
         self._busy_since: dict[int, float] = {}
-        """By thread that closes a descriptor."""
+        """When each thread began to close its descriptor, by thread id."""
         self._is_watched = False
 
     @property
     def full(self) -> bool:
-        """Whether all threads are stuck, or too much waits for them."""
+        """Whether all threads are stuck, or too many descriptors wait for them."""
         if self._threads < MAX_THREADS:
             return False
         limit = time.monotonic() - STUCK_S
@@ -105,7 +105,7 @@ class _Closer:
                 del self._busy_since[own]
 
     def _watch(self) -> None:
-        """Interrupt threads that wait, as long as there are threads."""
+        """Interrupt threads that are stuck, until all threads have ended."""
         while True:
             with self._lock:
                 if not self._threads:
@@ -123,7 +123,7 @@ _files: Final = _Closer(interruptible=False)
 
 
 def set_up() -> None:
-    """Make it possible to interrupt system calls. To be called in the main thread."""
+    """Make it possible to interrupt system calls. Call this in the main thread."""
     signal.signal(WAKE_UP, lambda number, frame: None)
 
 
@@ -133,7 +133,7 @@ def close_later(fd: int) -> None:
 
 
 def is_socket(fd: int) -> bool:
-    """Return whether it is a socket, without asking a file system, which may block."""
+    """Return whether a descriptor is a socket, without asking a file system, which may block."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")  # noqa: PTH115
     except OSError:
@@ -147,7 +147,7 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     and none can be accepted at the moment, unless the other end is `trusted`.
     """
     if _files.full and not trusted:
-        # Without room for descriptors, peeking tells whether there are some and leaves them there.
+        # Peeking without room for descriptors shows whether there are some, and keeps them.
         seen, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")
@@ -188,7 +188,7 @@ class ForeignSocket(socket.socket):
 
 
 def take_over(sock: socket.socket) -> ForeignSocket:
-    """Turn a socket into a ForeignSocket, which owns the descriptor then."""
+    """Turn a socket into a ForeignSocket, which then owns the descriptor."""
     foreign = ForeignSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
     foreign.setblocking(False)
     if foreign.family == socket.AF_UNIX:
@@ -197,8 +197,8 @@ def take_over(sock: socket.socket) -> ForeignSocket:
 
 
 def keep_urgent_data(sock: socket.socket) -> None:
-    """Receive bytes sent with MSG_OOB like all others: the kernel would drop them, and with them
-    their descriptors."""
+    """Make the socket receive bytes sent with MSG_OOB like all others. Otherwise the kernel drops
+    them and closes their descriptors, which may block."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 

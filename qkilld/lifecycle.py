@@ -142,7 +142,7 @@ def _listeners(stored: dict[str, int], journal: Journal) -> list[socket.socket]:
     ):
         return [listener]
     listener.close()
-    journal.write(events.descriptor_rejected(VARLINK, "it is no listening unix socket"))
+    journal.write(events.descriptor_rejected(VARLINK, "it is not a listening unix socket"))
     return []
 
 
@@ -156,7 +156,8 @@ def _listen(path: Path) -> socket.socket:
         listener.listen(socket.SOMAXCONN)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"no socket can be made at {path}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigError(f"failed to create a socket at {path}: {reason}") from None
     return listener
 
 
@@ -246,7 +247,8 @@ class Life:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Raises BusError if there is neither, nor a job, or if the bus denies us our name.
+        Raises BusError if there is no listener, no bus and no job, or if the bus denies us our
+        name.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -359,8 +361,8 @@ class Life:
         else:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
-        # First: a connection that closes soon after a cancellation tells its client that nobody
-        # cancelled the job deliberately.
+        # Close these first. If a connection closes soon after a cancellation, the client concludes
+        # that nobody cancelled the job deliberately.
         self._varlink.close()
         await self._leave(bus)
         # systemd starts a new daemon for the remaining jobs if a restart is in progress; otherwise,
@@ -371,8 +373,9 @@ class Life:
     async def _end_idle(self, bus: BusService | None) -> int | None:
         """Exit if still idle; return None if work has arrived.
 
-        systemd is told first: from then on it starts a new daemon for calls to the name once it has
-        no owner, instead of assuming that we serve them. Connections to the socket wait there.
+        First systemd is notified. From then on, systemd starts a new daemon if the bus wants to
+        activate our name, instead of assuming that we serve it. Connections to the socket wait for
+        the new daemon.
         """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
@@ -406,7 +409,7 @@ class Life:
             await asyncio.sleep(remaining_s if remaining_s > 0 else span_s / 4)
 
     async def _feed_watchdog(self) -> None:
-        """Pinged from the loop, because the loop must not stall."""
+        """Ping systemd's watchdog from the event loop, because the loop must not stall."""
         if (interval := self._manager.watchdog_s) is not None:
             while True:
                 self._manager.ping()
@@ -416,7 +419,7 @@ class Life:
         self._limited.write(events.internal_error(doing, error))
 
     def _busy(self, busy: bool) -> None:
-        """Called when the first job starts and when the last has ended."""
+        """Handle the start of the first job and the end of the last one."""
         if self._unlock is not None:
             self._unlock.cancel()
             self._unlock = None
@@ -433,7 +436,7 @@ class Life:
 
 
 def _import_bus_service() -> Callable[..., Coroutine[Any, Any, BusService]]:
-    """Raises ConfigError."""
+    """Import the D-Bus library and bus.bus_service. Raises ConfigError."""
     from qkilld.bus import bus_service, interfaces
 
     interfaces.load()

@@ -22,7 +22,7 @@ class BridgeSocket(socket.socket):
     process: subprocess.Popen[bytes]
 
     def close(self) -> None:
-        """Block for up to END_TIMEOUT_S."""
+        """End the process. Blocks for up to END_TIMEOUT_S."""
         super().close()
         try:
             self.process.wait(END_TIMEOUT_S)
@@ -41,7 +41,7 @@ class BridgeSocket(socket.socket):
 
 
 def open_bridge(bus: BusAddress) -> BridgeSocket:
-    """Start the process. Raises OSError."""
+    """Start the bridge process, and return our end. Raises OSError."""
     own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with other:
         sock = BridgeSocket(fileno=own.detach())

@@ -84,7 +84,7 @@ class BusService:
             return ""
 
     async def leave(self) -> None:
-        """Release the name, and answer every call that was sent to it."""
+        """Release the name, and answer every call that was sent to the name."""
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)
         await self._server.drain(DRAIN_TIMEOUT_S)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qkilld.model.job_status import JobStatus
 
 INTERACTIVE_CALL_TIMEOUT_S: Final = 150.0
-"""Longer than the daemon waits for a password (bus.polkit.INTERACTIVE_TIMEOUT_S)."""
+"""Longer than polkit may wait for a password (bus.polkit.INTERACTIVE_TIMEOUT_S)."""
 
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _OWNER_RULE: Final = (
@@ -360,7 +360,8 @@ def job_status(path: str, properties: dict[str, Any], clock_offset: int = 0) -> 
     from qkilld.model.text import printable
 
     def moment(name: str) -> int:
-        # A daemon of an older release lacks some of them. 0 and "never" are no times.
+        # A daemon of an older release lacks some properties. 0 and UINT64_MAX ("never") are not
+        # points in time and are not converted.
         value: int = properties.get(name, 0)
         return value - clock_offset if 0 < value < UNKNOWN else value
 

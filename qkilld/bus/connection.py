@@ -49,14 +49,14 @@ CALL_TIMEOUT_S: Final = 25.0
 READ_BYTES: Final = 64 * 1024
 """The most that one recv() reads."""
 READS: Final = 4
-"""Reads in a row before the loop serves its timers and pidfds: 2,000 small messages, 10 ms. Reading
-is much faster than answering, and messages that are read do not queue in the bus, which has one
-queue for all senders."""
+"""Reads in a row before the loop serves its timers and pidfds; they take 10 ms for 2,000 small
+messages. Reading is much faster than answering, and messages that are read do not queue in the bus,
+which has one queue for all senders."""
 HELD_BACK_S: Final = 0.25
-"""Delay before the refusals of a flood are sent together. Sent at once, each would cost two context
-switches, and clients that wait for an answer before they send more would send faster."""
+"""Delay before the refusals of a flood are sent together. Without it, each refusal would cost two
+context switches, and clients that wait for an answer before they send more would send faster."""
 MAX_HELD_BACK: Final = 128 * 1024
-"""Delayed refusals are sent without waiting if they are more than this (bytes)."""
+"""Bytes. More delayed refusals than this are sent at once."""
 MAX_UNSENT: Final = 512 * 1024
 """Bytes. While more than this waits to be sent, nothing is read."""
 
@@ -79,11 +79,11 @@ class Connection:
         self._serial = 0
         self._frames = Frames()
         self._paused = False
-        """Reading has stopped because too much waits to be sent."""
+        """Whether reading has stopped because too much waits to be sent."""
         self._unsent = bytearray()
         self._scheduled = False
         self._blocked = False
-        """The socket's buffer is full."""
+        """Whether the socket's buffer is full."""
         self._open_calls: dict[int, tuple[str, asyncio.Future[IncomingMessage]]] = {}
         """Calls without a reply yet, by serial: the destination, and the future for the reply."""
         self._handlers: dict[_Subscription, list[tuple[str, Callable[[list[Any]], None]]]] = {}
@@ -93,9 +93,9 @@ class Connection:
         self._held_back = bytearray()
         """Delayed refusals."""
         self.is_remote = False
-        """The bus is on another host or in a container."""
+        """Whether the bus is on another host or in a container."""
         self.clock_offset = 0
-        """How far CLOCK_MONOTONIC of its host is ahead of ours, µs."""
+        """How far CLOCK_MONOTONIC of the bus's host is ahead of ours, µs."""
         self.uid = os.geteuid()
         """The uid under which the bus knows us."""
         self._loop.add_reader(sock, self._on_readable)
@@ -105,7 +105,7 @@ class Connection:
         return not self._end.done()
 
     def _lost(self, error: Exception | None) -> None:
-        """End the connection; `error` is the reason, None if it was closed from here."""
+        """End the connection; `error` is the reason, None if we close it."""
         if self._end.done():
             return
         self._loop.remove_reader(self._sock)
@@ -136,7 +136,7 @@ class Connection:
                 self._write()
 
     def _queue(self, message: Message) -> int:
-        """Return the serial of the message."""
+        """Append a message to the queue; return its serial."""
         message.serial = serial = self._next_serial()
         self._unsent += encode(message)
         return serial
@@ -152,7 +152,7 @@ class Connection:
                 raise BlockingIOError
             sent = socket.send_fds(self._sock, [data], message.unix_fds)
         except OSError as error:
-            raise BusError("the bus does not take a descriptor") from error
+            raise BusError("failed to send a descriptor to the bus") from error
         self._unsent += data[sent:]
         return serial
 
@@ -212,14 +212,14 @@ class Connection:
             return False
         for message in self._frames.feed(chunk):
             if message is None:
-                # The bus has checked it, so it has a header field of a newer specification, for
-                # example.
-                _log.debug("passed over a message whose header cannot be read")
+                # The bus has checked the message, so it may have a header field of a newer
+                # specification.
+                _log.debug("ignored a message whose header cannot be parsed")
                 continue
             try:
                 self._received(message)
             except Exception:
-                _log.exception("could not take in a message")
+                _log.exception("failed to handle a message")
         return len(chunk) == READ_BYTES and self.connected
 
     def _go_on_reading(self) -> None:
@@ -240,14 +240,14 @@ class Connection:
     def _replied(self, message: IncomingMessage) -> None:
         destination, future = self._open_calls.get(message.reply_serial, ("", None))
         if future is None or future.done():
-            _log.debug("passed over a reply to no call of ours")
+            _log.debug("ignored a reply that answers no open call")
             return
         # Only the bus knows the owner of a well-known name, and it lets nobody else answer
-        # (send_requested_reply in its policy). It sends errors in the name of others itself.
+        # (send_requested_reply in its policy). The bus itself may answer any call with an error.
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)
         ):
-            _log.debug("passed over a reply that is not from who was asked")
+            _log.debug("ignored a reply from a connection that was not called")
             return
         future.set_result(message)
 
@@ -327,8 +327,8 @@ class Connection:
         for descriptors.
 
         Raises the QkilldError that the reply names, or Failed for any other error reply. Raises
-        BusError if the connection is lost, no reply comes within `timeout_s`, or it cannot be
-        parsed.
+        BusError if the connection is lost, no reply comes within `timeout_s`, or the reply cannot
+        be parsed.
         """
         if not self.connected:
             raise BusError("the connection to the bus is lost")
@@ -456,7 +456,7 @@ _DRIVER_GIVES: Final = {
 
 
 def _body(reply: IncomingMessage, gives: str | None) -> list[Any]:
-    """Raises ValueError if the body cannot be parsed."""
+    """Parse the body of a reply. Raises ValueError."""
     if gives is not None and reply.signature != gives:
         raise ValueError(f"it is of the type ({printable(reply.signature)}), not ({gives})")
     if reply.body is None:
@@ -507,7 +507,7 @@ async def connect(
     timeout_s: float = CONNECT_TIMEOUT_S,
     descriptors: bool = False,
 ) -> Connection:
-    """Connect to a bus. `descriptors`: to send them; those that come are dropped by the kernel.
+    """Connect to a bus. `descriptors`: allow sending descriptors; the kernel drops received ones.
     Raises BusError, which names the bus."""
     if bus.host:
         timeout_s = max(timeout_s, SSH_TIMEOUT_S)

@@ -179,7 +179,7 @@ _known_fields = functools.lru_cache(maxsize=256)(_fields)
 
 
 def error_reply(call: IncomingMessage, serial: int, name: str, text: str) -> bytes:
-    """Encode an error reply to `call`. Refusals must cost nothing; dbus-next takes 100 µs for
+    """Encode an error reply to `call`. Refusals must be cheap, and dbus-next takes 100 µs for
     one."""
     encoded = text.encode()
     body = struct.pack("<I", len(encoded)) + encoded + b"\0"

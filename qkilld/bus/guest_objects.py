@@ -68,8 +68,8 @@ class Watchers:
         self._names[name] = uid
 
     async def any_left(self) -> bool:
-        """Drop names that have left the bus, until one that has not; return whether there is one.
-        Raises BusError."""
+        """Check the names until one is still on the bus, and drop those that are not; return
+        whether there is one. Raises BusError."""
         while self._names:
             name = next(iter(self._names))
             (exists,) = await self._connection.request_bus("NameHasOwner", "s", name)
@@ -98,7 +98,7 @@ class GuestSignals:
 
 
 class Guests:
-    """The guests as objects of one bus. They are scanned for only while a client there watches."""
+    """The guests as objects of one bus. qkilld scans for guests only while a client watches."""
 
     def __init__(
         self,

@@ -138,7 +138,7 @@ def _load(name: str) -> Interface:
     path = next((p for d in _DIRECTORIES if (p := d / file).exists()), _DIRECTORIES[0] / file)
     element = ET.parse(path).getroot().find(f"interface[@name='{name}']")
     if element is None:
-        raise LookupError(f"{path} does not have it")
+        raise LookupError(f"{path} does not contain it")
     return Interface(
         name,
         element,

@@ -12,7 +12,7 @@ from qkilld.engine.ports import ObservedJob
 from qkilld.model.constants import MANAGER_PATH
 
 MIN_INTERVAL_S: Final = 0.2
-"""Between two PropertiesChanged of a job."""
+"""The least time between two PropertiesChanged signals of a job."""
 
 
 class Announcer:
@@ -21,14 +21,14 @@ class Announcer:
         self._announced_values: dict[int, dict[str, Any]] = {}
         """The property values last announced for each running job."""
         self._pending: dict[int, asyncio.Handle] = {}
-        """For each job: the timer of its next announcement, or of the interval in which nothing is
-        announced."""
+        """For each job: the timer of its next announcement, or of the pause after the last one."""
         self._announced_count = 0
         self._manager_pending: asyncio.Handle | None = None
         """The same for the manager's properties."""
 
     def adopt(self, job: ObservedJob) -> None:
-        """Announce changes of a running job whose start was announced by someone else."""
+        """Announce changes of a running job whose start was announced before this object
+        existed."""
         self._announced_values[job.number] = changing(job, private=True)
         self._announced_count = len(self._announced_values)
 
@@ -44,13 +44,13 @@ class Announcer:
         """Schedule one signal for all changes in this turn of the loop."""
         if job.number in self._announced_values and job.number not in self._pending:
             loop = asyncio.get_running_loop()
-            self._pending[job.number] = loop.call_soon(self._tell, job)
+            self._pending[job.number] = loop.call_soon(self._announce, job)
 
     def job_ended(self, job: ObservedJob) -> None:
         if timer := self._pending.pop(job.number, None):
             timer.cancel()
-        # Announced now: after JobRemoved it would be too late.
-        self._tell_changes(job)
+        # Clients stop reading changes after JobRemoved.
+        self._announce_changes(job)
         del self._announced_values[job.number]
         assert job.result is not None
         self._emit("JobRemoved", job, job.result.value)
@@ -71,24 +71,24 @@ class Announcer:
     def _manager_changed(self) -> None:
         if self._manager_pending is None:
             loop = asyncio.get_running_loop()
-            self._manager_pending = loop.call_soon(self._tell_of_manager)
+            self._manager_pending = loop.call_soon(self._announce_manager)
 
-    def _tell_of_manager(self) -> None:
+    def _announce_manager(self) -> None:
         self._manager_pending = None
         running = len(self._announced_values)
         if running != self._announced_count:
             self._announced_count = running
             self._server.emit_changed(MANAGER_PATH, interfaces.manager(), {"NJobs": running}, ())
             loop = asyncio.get_running_loop()
-            self._manager_pending = loop.call_later(MIN_INTERVAL_S, self._tell_of_manager)
+            self._manager_pending = loop.call_later(MIN_INTERVAL_S, self._announce_manager)
 
-    def _tell(self, job: ObservedJob) -> None:
+    def _announce(self, job: ObservedJob) -> None:
         del self._pending[job.number]
-        if self._tell_changes(job):
+        if self._announce_changes(job):
             loop = asyncio.get_running_loop()
-            self._pending[job.number] = loop.call_later(MIN_INTERVAL_S, self._tell, job)
+            self._pending[job.number] = loop.call_later(MIN_INTERVAL_S, self._announce, job)
 
-    def _tell_changes(self, job: ObservedJob) -> bool:
+    def _announce_changes(self, job: ObservedJob) -> bool:
         now = changing(job, private=True)
         announced = self._announced_values[job.number]
         if changed := {name: value for name, value in now.items() if announced[name] != value}:

@@ -142,7 +142,7 @@ class ManagerTree:
         self._manager = manager
         self._service = service
         self.guests: Guests | None = None
-        """Set once the server exists that sends the signals of guests."""
+        """None until the server exists that sends the signals of guests."""
 
     def find(self, path: str) -> BusObject | None:
         if path == MANAGER_PATH:

@@ -1,7 +1,7 @@
 """Client of polkit: org.freedesktop.PolicyKit1.Authority on the system bus.
 
-Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". Anything but a clear
-yes in time is a no. Nothing is cached here: polkit itself implements `auth_admin_keep`.
+Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". Any result but a clear
+yes in time denies the request. Nothing is cached here: polkit itself implements `auth_admin_keep`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Polkit:
         interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S,
         connect_again: Callable[[], Awaitable[Connection]] | None = None,
     ) -> None:
-        """`connect_again` connects to the same bus, for messages with descriptors. Ours takes none:
-        any user could send them."""
+        """`connect_again` makes another connection to the same bus, for messages with descriptors.
+        `connection` accepts no descriptors, because any user could send some."""
         self._connection = connection
         self._connect_again = connect_again
         self._timeout_s = timeout_s
@@ -90,7 +90,7 @@ class Polkit:
 
     @contextlib.contextmanager
     def _place(self, uid: int) -> Iterator[None]:
-        """Count an open question. Raises Busy."""
+        """Count a request to polkit while it is open. Raises Busy."""
         if self._open[uid] >= MAX_PER_UID or self._open.total() >= MAX_IN_ALL:
             raise Busy("Too many requests wait for an authorization here: answer those first")
         self._open[uid] += 1
@@ -125,7 +125,7 @@ class Polkit:
         timeout_s: float,
         descriptor: int | None = None,
     ) -> Answer | None:
-        """None if there is no answer."""
+        """Call CheckAuthorization. Return None if there is no answer."""
         try:
             ((authorized, challenge, _),) = await connection.request(
                 _NAME,

@@ -48,12 +48,12 @@ class BusCaller:
         self.sender = call.sender
         """The unique bus name."""
         self.interactive = bool(call.flags & Flags.ALLOW_INTERACTIVE_AUTHORIZATION)
-        """The caller accepts that polkit asks for a password."""
+        """Whether polkit may ask the caller for a password."""
         self.wants_reply = call.wants_reply
 
     @property
     def disconnected(self) -> bool:
-        """For a call being cancelled: whether the reason is that the caller left the bus."""
+        """Whether the call was cancelled because the caller left the bus."""
         return not self._server.draining
 
     async def uid(self) -> int:
@@ -71,7 +71,7 @@ class BusCaller:
             self.sender, self._uid, action, details, interactive=interactive
         )
         if answer is Answer.CHALLENGE and self.interactive:
-            # Asking was allowed and did not help: there is no polkit agent, for example.
+            # A password dialog was allowed but not possible, for example without a polkit agent.
             return Answer.DENIED
         return answer
 
@@ -93,7 +93,7 @@ class BusObject(Protocol):
 
 
 class Authority(Protocol):
-    """Decides whether a caller who is neither root nor the owner may do something: polkit."""
+    """Decides about callers who are neither root nor the owner. Implemented by polkit's client."""
 
     async def check(
         self,
@@ -104,7 +104,7 @@ class Authority(Protocol):
         *,
         interactive: bool,
     ) -> Answer:
-        """Decide on one action. `uid` is that of the bus name `sender`. Raises Busy."""
+        """Decide on one action. `uid` is the user of the bus name `sender`. Raises Busy."""
 
 
 class ObjectTree(Protocol):
@@ -121,13 +121,13 @@ class ObjectTree(Protocol):
 
 
 class NoReply(Exception):
-    """Raised for a call that gets no reply: when the daemon leaves the bus, the bus tells the
-    caller so, as after a crash (org.freedesktop.DBus.Error.NoReply)."""
+    """Raised for a call that we do not answer. When the daemon leaves the bus, the bus answers it
+    as after a crash (org.freedesktop.DBus.Error.NoReply)."""
 
 
 class _NoSuch(Exception):
-    """A missing object, interface, method or property; `name` is that of the error without its
-    prefix."""
+    """A missing object, interface, method or property; `name` is the name of the D-Bus error
+    without its prefix."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(text)
@@ -165,27 +165,27 @@ class Server:
         self._tree = tree
         self._on_fault = on_fault
         self.authority = authority
-        """None on every bus but the system bus: polkit has no say there."""
+        """None unless this is the system bus, because polkit cannot identify callers on others."""
         self._turns = turns
         self._waiting: Counter[str] = Counter()
         """Calls of each sender that wait for their turn."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._uids: OrderedDict[str, int] = OrderedDict()
-        """By unique name, which is never reused. Least recently used first."""
+        """The uid of each unique name, least recently used first. Unique names are never reused."""
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._asking_slots = asyncio.Semaphore(MAX_ASKING)
         self._noticed: set[str] = set()
         self.draining = False
-        """Calls end because the daemon exits, not because their callers left."""
+        """Whether calls end because the daemon exits, not because their callers left."""
         connection.on_call = self._on_call
         connection.watch_names(self._owner_changed)
 
     async def notice_disconnect(self, sender: str) -> None:
         """Ask the bus to report when this connection ends, so that its calls end too.
 
-        Only while a call is open, because otherwise every client that leaves the bus would wake us.
-        If the bus refuses (it limits the match rules of a connection), the calls continue until
-        they are answered.
+        The bus is asked only while a call is open, because otherwise every client that leaves the
+        bus would wake us. If the bus refuses (it limits the match rules of a connection), the calls
+        continue until they are answered.
         """
         if sender in self._noticed:
             return
@@ -322,7 +322,7 @@ class Server:
 
     def _run_get_managed_objects(self, call: IncomingMessage, uid: int) -> None:
         if call.member != "GetManagedObjects" or call.signature:
-            raise _NoSuch("UnknownMethod", "ObjectManager has GetManagedObjects() and no other")
+            raise _NoSuch("UnknownMethod", "ObjectManager has only GetManagedObjects()")
         self._turns.limits.check_descriptors(uid)
         answer = self._managed_objects(call.sender, uid)
         self._run(call, uid, answer, Cost.LOOK, interfaces.OBJECT_MANAGER_GIVES)
@@ -370,7 +370,7 @@ class Server:
         except Busy:
             answer.close()
             raise
-        call.body = None  # It may be long, and the call may take long.
+        call.body = None  # The body may be long, and the call may take long.
         sender = call.sender
         task = asyncio.get_running_loop().create_task(self._answer(call, answer, gives))
         self._tasks.setdefault(sender, set()).add(task)
@@ -410,7 +410,7 @@ class Server:
 
     def _introspect(self, call: IncomingMessage) -> tuple[str, list[Any]]:
         if call.member != "Introspect" or call.signature:
-            raise _NoSuch("UnknownMethod", "Introspectable has Introspect() and no other")
+            raise _NoSuch("UnknownMethod", "Introspectable has only Introspect()")
         bus_object = self._tree.find(call.path)
         children = self._tree.children(call.path)
         if bus_object is None and not children:
@@ -528,7 +528,7 @@ def _stopping_error() -> Failed:
 
 
 def _service_failure() -> Failed:
-    return Failed("Another service that qkilld needs for this did not do its part; try again")
+    return Failed("Another service that qkilld needs for this call failed; try again")
 
 
 def _disconnect_rule(sender: str) -> str:

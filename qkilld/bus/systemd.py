@@ -16,7 +16,7 @@ from qkilld.model.unit import Command, UnitFacts, UnitProcess
 
 NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
-"""systemd answers in milliseconds; longer delays count as unreachable."""
+"""systemd answers in milliseconds; if it does not answer within this time, it is unreachable."""
 KINDS: Final = {".service": "Service", ".scope": "Scope"}
 """Suffixes of the units that have processes, with the D-Bus interface for each."""
 
@@ -46,7 +46,7 @@ class Systemd:
         self._timeout_s = timeout_s
 
     async def unit(self, name: str) -> UnitFacts:
-        """Read all properties of one unit; one that does not run is loaded from its file.
+        """Read all properties of one unit. systemd loads a unit that does not run from its file.
 
         Raises InvalidArgs if the name is not that of a service or scope, NoSuchUnit.
         """
@@ -119,7 +119,7 @@ class Systemd:
 
     async def reload(self) -> None:
         """Reload the unit files, as `systemctl daemon-reload` does."""
-        # The reply comes when it is done, which takes long with many units.
+        # systemd replies after the reload, which takes long with many units.
         await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
 
     async def search_path(self) -> list[str]:
@@ -224,7 +224,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
 
 
 def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
-    """The property lists either the allowed families or the denied ones."""
+    """Parse RestrictAddressFamilies, which lists either the allowed families or the denied ones."""
     if allowed:
         return tuple(names)
     # Every family but AF_UNIX, the only one that matters here.

@@ -66,12 +66,12 @@ async def _open_remote(bus: BusAddress) -> socket.socket:
 
 
 def _address(bus: BusAddress) -> str:
-    """Raises InvalidAddressError."""
+    """Return the D-Bus address of a bus. Raises InvalidAddressError."""
     if bus.address:
         return bus.address
     if not bus.user or "DBUS_SESSION_BUS_ADDRESS" in os.environ:
         return str(get_bus_address(BusType.SESSION if bus.user else BusType.SYSTEM))
-    # As sd_bus_default_user(3) does. The library does not handle a user without a session.
+    # Like sd_bus_default_user(3). The library does not handle a user without a session.
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     if not directory:
         raise InvalidAddressError(
@@ -100,7 +100,7 @@ async def _connect(sock: socket.socket, target: str | tuple[str, int]) -> None:
     if sock.family != socket.AF_UNIX:
         await loop.sock_connect(sock, target)
         return
-    # sock_connect() takes the EAGAIN of a full backlog for a connection in progress.
+    # sock_connect() misinterprets EAGAIN, which means a full backlog, as a connection in progress.
     while True:
         try:
             sock.connect(target)
@@ -122,8 +122,7 @@ async def _authenticate(sock: socket.socket, *, descriptors: bool = False) -> No
 
 
 async def _read_line(sock: socket.socket) -> str:
-    """Read up to CR LF. Raises EOFError if the connection ends; dbus-next would wait for
-    ever."""
+    """Read up to CR LF. Raises EOFError if the connection ends; dbus-next would wait forever."""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\r\n"):
@@ -133,5 +132,5 @@ async def _read_line(sock: socket.socket) -> str:
             raise EOFError("the bus closed the connection during authentication")
         line += byte
         if len(line) > MAX_LINE:
-            raise EOFError("what answers during authentication is no bus")
+            raise EOFError("the peer does not authenticate as a bus does")
     return line[:-2].decode()

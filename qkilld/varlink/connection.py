@@ -47,7 +47,8 @@ class InputBudget:
         return uid in self._unlimited
 
     def take(self, uid: int, count: int) -> bool:
-        """Return False if that exceeds the limit of the uid, or of all."""
+        """Reserve `count` bytes for a uid. Return False if that exceeds its limit, or that of all
+        users."""
         if uid in self._unlimited:
             return True
         if self._per_uid[uid] + count > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:
@@ -73,7 +74,7 @@ class VarlinkConnection:
         on_call: Callable[[VarlinkConnection, bytes, list[int]], None],
         on_close: Callable[[VarlinkConnection], None],
     ) -> None:
-        """`on_call` gets each call with its descriptors, and must have `next_call` called once it
+        """`on_call` gets each call with its descriptors; `next_call` must be called once the call
         is answered. `on_close` is called once, whoever closes the connection."""
         sock.setblocking(False)
         keep_urgent_data(sock)
@@ -93,10 +94,10 @@ class VarlinkConnection:
         self._descriptors: list[int] = []
         self._outgoing = bytearray()
         self._calling = False
-        """A call is being answered. Further ones wait, in the socket if they are long."""
+        """Whether a call is being answered. Later calls wait, in the socket if they are long."""
         self._reading = False
         self._ended = False
-        """The client has closed its sending side; it may still read."""
+        """Whether the client has closed its sending side. It may still read."""
         self._when_sent: list[Callable[[], None]] = []
         self.closed = False
         self._read_on(True)
@@ -115,11 +116,11 @@ class VarlinkConnection:
 
     @property
     def blocked(self) -> bool:
-        """The client has not read everything sent."""
+        """Whether the client has not yet read everything that was sent."""
         return bool(self._outgoing)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message now; what does not fit is sent once there is room."""
+        """Send a message now; the rest is sent once the socket has room."""
         if self.closed:
             return
         data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
@@ -139,7 +140,7 @@ class VarlinkConnection:
         self._outgoing += data
 
     def when_sent(self, callback: Callable[[], None]) -> None:
-        """Call back once everything is sent, at once if it is already, or when the connection is
+        """Call back when everything has been sent, which may be now, or when the connection is
         closed."""
         if self._outgoing and not self.closed:
             self._when_sent.append(callback)
@@ -147,7 +148,7 @@ class VarlinkConnection:
             callback()
 
     def next_call(self) -> None:
-        """The current call is answered: handle the next."""
+        """Handle the next call, because the current one is answered."""
         self._calling = False
         if self.closed:
             return
@@ -166,7 +167,7 @@ class VarlinkConnection:
         if self._budget.is_unlimited(self.uid):
             self._sock.close()
         else:
-            close_later(self._sock.detach())  # There may be descriptors in it.
+            close_later(self._sock.detach())  # Unread messages may contain descriptors.
         for descriptor in self._descriptors:
             close_later(descriptor)
         self._descriptors.clear()
@@ -199,7 +200,7 @@ class VarlinkConnection:
             self._end_of_calls()
             return
         if len(self._descriptors) > MAX_DESCRIPTORS or not self._budget.take(self.uid, len(data)):
-            note_once("reading a call on Varlink", "too much came with it")
+            note_once("reading a call on Varlink", "it has too many descriptors or bytes")
             self.close()
             return
         self._incoming += data
@@ -211,7 +212,8 @@ class VarlinkConnection:
             self._hand_out()
 
     def _end_of_calls(self) -> None:
-        """Calls received before are still answered, unless the client has disconnected."""
+        """Note that no more calls follow. Those received before are still answered, unless the
+        client has disconnected."""
         self._ended = True
         self._read_on(False)
         poll = select.poll()
@@ -229,7 +231,7 @@ class VarlinkConnection:
             end < 0 and (self._ended or len(self._incoming) > self._max_call)
         ):
             if self._incoming:
-                note_once("reading a call on Varlink", "it has no end, or is too long")
+                note_once("reading a call on Varlink", "it does not end, or is too long")
             self.close()
             return
         if end < 0:

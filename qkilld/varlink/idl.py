@@ -18,7 +18,7 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 class WrongValue(ValueError):
-    """A value of the wrong type; `place` is its parameter."""
+    """A value of the wrong type; `place` names the parameter."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
@@ -55,7 +55,8 @@ class Description(NamedTuple):
     errors: Mapping[str, Type]
 
     def check(self, value: Any, hint: Type, place: str = "") -> None:
-        """Raises WrongValue, also for fields that a struct does not have."""
+        """Check a value against its type. Raises WrongValue, also for unknown fields of a
+        struct."""
         match hint.kind:
             case "named":
                 self.check(value, self.types[hint.name], place)
@@ -107,12 +108,13 @@ class Description(NamedTuple):
 
 
 def _is_text(value: Any) -> bool:
-    """JSON allows a lone surrogate, and NUL, which would end a path."""
+    """Whether a string has neither a lone surrogate nor NUL, which would end a path. JSON allows
+    both."""
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def parse(text: str) -> Description:
-    """Raises ValueError if it is invalid."""
+    """Parse an interface description. Raises ValueError."""
     return _Parser(text).description()
 
 
@@ -182,5 +184,5 @@ class _Parser:
                 self._take(",")
         self._take(")")
         if words and fields:
-            raise ValueError("a struct has a type for each field, an enum for none")
+            raise ValueError("either all fields must have types (a struct) or none (an enum)")
         return Type("enum", words=frozenset(words)) if words else Type("struct", fields=fields)

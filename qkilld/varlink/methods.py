@@ -18,11 +18,12 @@ from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
 from qkilld.varlink.streams import JobStream, Streams
 
 UNIT_AFTER_S: Final = 0.3
-"""When to read the unit's settings. Most idle guests have exited by then, even if many are stopped,
-and it is early enough for a unit with TimeoutStopSec=1."""
+"""Delay before the unit's settings are read. Most idle guests have exited by then, even if many are
+stopped, and a unit with TimeoutStopSec=1 is still handled in time."""
 OPEN_AFTER_S: Final = 0.1
-"""The first reply waits this long for an end. It does not wait for the settings: if the daemon
-crashed before it, the caller would not know of the job, and would send SIGTERM a second time."""
+"""The first reply waits this long for the end of a job. It does not wait for the unit's settings:
+if the daemon crashed before that reply, the caller would not know of the job, and would send
+SIGTERM a second time."""
 _LOOKS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
@@ -119,8 +120,8 @@ class VarlinkMethods:
         jobs: Sequence[Job],
         first: Callable[[], dict[str, Any]],
     ) -> None:
-        """Reply with `first` when jobs have begun. If their unit matters, wait a moment: most
-        guests are gone then, and one reply is enough for them."""
+        """Reply with `first` when jobs have begun. If their unit matters, wait OPEN_AFTER_S,
+        because most guests have exited by then and need one reply only."""
         by_unit = bool(parameters.get("byUnit"))
         if not call.more or not jobs:
             call.finish(first())
@@ -167,17 +168,17 @@ class VarlinkMethods:
         jobs: Sequence[Job],
         stream: JobStream | None,
     ) -> None:
-        """Apply the settings of the caller's unit to jobs that are still running after a moment."""
+        """Apply the settings of the caller's unit to jobs that still run after UNIT_AFTER_S."""
         force = bool(parameters.get("forceAsUnit"))
 
         def ask() -> None:
             if running := [job for job in jobs if job.running and not job.process_exited]:
                 loop = asyncio.get_running_loop()
-                self._units.keep(loop.create_task(self._tell_unit(call, running, stream, force)))
+                self._units.keep(loop.create_task(self._report_unit(call, running, stream, force)))
 
         asyncio.get_running_loop().call_later(UNIT_AFTER_S, ask)
 
-    async def _tell_unit(
+    async def _report_unit(
         self, call: VarlinkCall, jobs: Sequence[Job], stream: JobStream | None, force: bool
     ) -> None:
         settings = await self._units.limit(jobs, call.caller.pid, call.uid, force=force)

@@ -104,7 +104,8 @@ def _service_description() -> idl.Description:
 
 
 class ProcessAuthority(Protocol):
-    """Authorizes processes for what they may not do by themselves: polkit."""
+    """Decides about processes of users who are neither root nor the owner. Implemented by polkit's
+    client."""
 
     async def check_process(
         self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
@@ -127,8 +128,8 @@ class VarlinkCaller:
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
         """Ask polkit about the pidfd of the peer, without a password dialog. Return DENIED if the
-        kernel (before 6.5) does not give one, or polkit (before 124) does not accept it: a bare pid
-        may be another process's by then."""
+        kernel (before 6.5) gives no pidfd, or polkit (before 124) accepts none. A process id is not
+        enough, because another process may have it by then."""
         authority = self._server.authority
         if authority is None or (pidfd := self._connection.open_peer()) is None:
             return Answer.DENIED
@@ -175,7 +176,8 @@ class VarlinkCall:
         self.connection = connection
         self.message = message
         self._descriptors = dict(enumerate(descriptors))
-        """Sent with the call, by their index; closed once it only waits, or is over."""
+        """The descriptors sent with the call, by index. They are closed when the call only waits
+        for its job, or ends."""
         self.uid = connection.uid
         self.caller = VarlinkCaller(server, connection)
         self.more = False
@@ -184,7 +186,7 @@ class VarlinkCall:
         self.on_disconnect: Callable[[], None] = lambda: None
         """Called if the client disconnects before the reply."""
         self.costs: list[Cost] = []
-        """The kind of call for which the limits count it."""
+        """As what the limits count this call."""
         self._has_ended = False
 
     def start(self, uid: int) -> None:
@@ -221,7 +223,8 @@ class VarlinkCall:
         self.end()
 
     def take_descriptor(self, index: int) -> int:
-        """Return a descriptor that came with it, which is the caller's then. Raises InvalidArgs."""
+        """Return a descriptor that came with the call; its new owner must close it. Raises
+        InvalidArgs."""
         try:
             return self._descriptors.pop(index)
         except KeyError:
@@ -232,7 +235,7 @@ class VarlinkCall:
             close_later(self._descriptors.popitem()[1])
 
     def now_waits(self) -> None:
-        """Its work is done, and it only waits for its job."""
+        """Note that the work of the call is done, and it only waits for its job."""
         self._close_descriptors()
         for cost in self.costs:
             if cost is not Cost.WAIT:
@@ -280,14 +283,14 @@ class VarlinkServer:
         self._listening: list[socket.socket] = []
         self._names = map("varlink-{}".format, itertools.count(1))
         self._connections: dict[VarlinkConnection, VarlinkCall | None] = {}
-        """Each with the call that is being answered or waits for its turn."""
+        """For each connection: the call that is being answered or waits for its turn."""
         self._in_work = 0
         """Open calls, including those of closed connections."""
         self._quiet = asyncio.Event()
         """Set while there is no open call."""
         self._quiet.set()
         self._per_uid: Counter[int] = Counter()
-        """Connections."""
+        """The number of connections of each uid."""
         self._budget = InputBudget(turns.unlimited)
 
     def listen(self, listener: socket.socket) -> None:
@@ -306,7 +309,7 @@ class VarlinkServer:
         return self._in_work > 0
 
     def stop_listening(self) -> None:
-        """Accept no more connections; they wait for the next start of the daemon."""
+        """Accept no more connections. New ones wait for the next start of the daemon."""
         for listener in self._listening:
             self._loop.remove_reader(listener.fileno())
 
@@ -336,7 +339,8 @@ class VarlinkServer:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                # Out of descriptors, for example: retrying would keep the loop busy.
+                # If descriptors are exhausted, for example, retrying at once would keep the loop
+                # busy.
                 note_once("accepting a connection on Varlink", error)
                 self._loop.remove_reader(listener.fileno())
                 self._loop.call_later(RETRY_ACCEPT_S, self._accept_again, listener)
@@ -417,7 +421,7 @@ class VarlinkServer:
                 raise ValueError(f"{flag} is neither true nor false")
         parameters = message.get("parameters") or {}
         if not isinstance(parameters, dict):
-            raise ValueError("the parameters are no object")
+            raise ValueError("the parameters are not an object")
         call.oneway = message.get("oneway", False)
         call.more = message.get("more", False)
         if message.get("upgrade"):

@@ -12,7 +12,7 @@ from qkilld.engine.ports import ObservedJob
 from qkilld.varlink.values import receipt, state
 
 MIN_INTERVAL_S: Final = 0.2
-"""Between two replies about changes."""
+"""The least time between two replies about changes."""
 
 
 class Streams:
@@ -37,7 +37,7 @@ class Streams:
             stream.changed(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        """Nothing to do: streams are told of the end earlier, by Job.when_ended."""
+        """Do nothing: Job.when_ended notifies streams of the end earlier."""
 
     def job_forgotten(self, job: ObservedJob) -> None: ...
 
@@ -50,7 +50,7 @@ class StreamingCall(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """The client has not read everything sent."""
+        """Whether the client has not yet read everything that was sent."""
 
     def when_sent(self, callback: Callable[[], None]) -> None: ...
 
@@ -65,7 +65,7 @@ class StreamingCall(Protocol):
 
 
 class JobStream:
-    """Streams the states of some jobs until all have ended.
+    """Streams the states of jobs until all have ended.
 
     A slow client gets the newest state of each job, and every end.
     """
@@ -79,8 +79,9 @@ class JobStream:
         changes: bool,
         first: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
-        """`changes`: send changes too, not only the end. `first`: the parameters of a first reply,
-        which waits for `open` or for an end, and is left out if all jobs have ended by then."""
+        """`changes`: send changes too, not only the end. `first`: returns the parameters of a first
+        reply. This reply waits for `open` or the end of a job, and is left out if all jobs have
+        ended by then."""
         self._streams = streams
         self._call = call
         self._loop = asyncio.get_running_loop()
@@ -101,10 +102,11 @@ class JobStream:
                     streams.add(job.number, self)
             else:
                 self._ended_jobs.append(job)
-        self._tell_ends()
+        self._report_ends()
 
     def open(self, **more: object) -> None:
-        """Send the first reply with `more` in it; if that was sent before, `more` alone."""
+        """Send the first reply with `more` in it. If the first reply was already sent, send `more`
+        alone."""
         first, self._first_reply = self._first_reply, None
         if first is not None:
             more = first() | more
@@ -114,14 +116,14 @@ class JobStream:
 
     def changed(self, job: ObservedJob) -> None:
         if self._first_reply is not None:
-            return  # it has the newest state
+            return  # The first reply will have the newest state.
         self._changed_jobs[job.number] = job
         if self._timer is None:
             wait = max(0.0, self._last_report + MIN_INTERVAL_S - self._loop.time())
             if wait > 0:
-                self._timer = self._loop.call_later(wait, self._tell)
+                self._timer = self._loop.call_later(wait, self._report)
             else:
-                self._tell()
+                self._report()
 
     def close(self, *, left: bool) -> None:
         """Stop reporting. `left`: because the caller disconnected."""
@@ -140,10 +142,10 @@ class JobStream:
             self._streams.remove(job.number, self)
         self._changed_jobs.pop(job.number, None)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._timer = None
         if self._call.blocked:
-            self._call.when_sent(self._tell)
+            self._call.when_sent(self._report)
             return
         self._last_report = self._loop.time()
         changed, self._changed_jobs = self._changed_jobs, {}
@@ -159,11 +161,11 @@ class JobStream:
             self._call.abandon()
             return
         self._ended_jobs.append(job)
-        self._tell_ends()
+        self._report_ends()
 
-    def _tell_ends(self) -> None:
+    def _report_ends(self) -> None:
         if self._call.blocked and self._callbacks:
-            self._call.when_sent(self._tell_ends)
+            self._call.when_sent(self._report_ends)
             return
         if self._callbacks and self._ended_jobs:
             self.open()

@@ -15,7 +15,7 @@ from qkilld.model.errors import InvalidArgs, QkilldError
 from qkilld.model.guest import Guest
 
 ENDLESS: Final = 100 * 365 * 86400 * USEC_PER_SEC
-"""Time spans from this on (µs) mean never, because null means that none is given."""
+"""Time spans of this length or more (µs) mean never; null means that no time span is given."""
 _UNITS: Final = {"usec": "USec"}
 _FLAG_BITS: Final = {str(flag.name).lower(): flag for flag in Flag}
 

@@ -39,7 +39,7 @@ def listening(lab_dir: Path) -> Iterator[tuple[socket.socket, str]]:
     [
         (b"", "the bus closed the connection during authentication"),
         (b"REJECTED DBUS_COOKIE_SHA1\r\n", "REJECTED"),
-        (b"x" * 5000, "what answers during authentication is no bus"),
+        (b"x" * 5000, "the peer does not authenticate as a bus does"),
         (b"OK 1234\r\n", "(the bus closed the connection|Broken pipe|reset)"),
     ],
 )
