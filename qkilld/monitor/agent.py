@@ -18,9 +18,10 @@ from qkilld.model.text import printable
 from qkilld.monitor.channel import Channel, Lines, decode_object
 
 SYNC_S: Final = 3.0
-"""Time for the first reply, guest-sync-delimited; Proxmox VE allows as much for its ping."""
+"""Timeout of the first command, guest-sync-delimited; Proxmox VE allows as much for its ping."""
 _MARK: Final = b"\xff"
-"""Precedes the reply to guest-sync-delimited. Sent to the agent, it discards half a command."""
+"""Precedes the reply to guest-sync-delimited. An agent that receives it discards the incomplete
+command before it."""
 
 
 class AgentClient(Channel):
@@ -52,7 +53,7 @@ class AgentClient(Channel):
     ) -> Any:
         """Run one command at a time; return its result.
 
-        Raises CommandRefused, MonitorError; after any but CommandRefused the connection is closed.
+        Raises CommandRefused; any other MonitorError closes the connection.
         """
         try:
             message = await self._call(command, arguments, timeout_s=timeout_s)
@@ -110,7 +111,7 @@ class AgentClient(Channel):
 
     def _take(self, message: dict[str, Any]) -> None:
         if "return" not in message and "error" not in message:
-            raise MonitorProtocolError("The agent sent what is no answer")
+            raise MonitorProtocolError("The agent sent a message that is no reply")
         if self._answer is None or self._answer.done():
-            raise MonitorProtocolError("The agent answered what nobody asked")
+            raise MonitorProtocolError("The agent sent a reply to no command")
         self._answer.set_result(message)

@@ -62,10 +62,10 @@ def read_runstate_text(text: str) -> str:
 
 
 def find_event_registers(tree: str) -> int | None:
-    """Find the I/O port of PM1_STS in info mtree; PM1_EN is at the port plus 2.
+    """Return the I/O port of the register PM1_STS in info mtree; PM1_EN is at the port plus 2.
 
-    None if the machine has none. 0 if the firmware has not set it up yet, so that no guest can
-    listen.
+    None if the machine has no such register. 0 if the firmware has not mapped it yet, so that no
+    guest can listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
@@ -75,7 +75,7 @@ def find_event_registers(tree: str) -> int | None:
     port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
-    # Before it is set up, the block lies at 0 of a memory region of its own.
+    # Until the firmware maps it, the register is at 0 of its own memory region.
     return port if port >= 0x100 else 0
 
 
@@ -152,8 +152,8 @@ def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[s
 
 
 def read_chardevs_at(answer: object, places: Iterable[str]) -> frozenset[str]:
-    """Return the labels in query-chardev that listen at one of the places, or are connected with
-    it."""
+    """Return the labels of devices in query-chardev that listen at one of the places, or are
+    connected to it."""
     if not isinstance(answer, list):
         raise _unreadable("query-chardev")
     wanted = frozenset(places)
@@ -184,9 +184,10 @@ def read_yank_instances(answer: object) -> tuple[YankInstance, ...]:
 
 
 def says_powered_off(message: Mapping[str, object]) -> bool:
-    """Return whether a message is the event of a power-off, or of a restart with -no-reboot.
+    """Return whether a message is the event of a power-off by the guest, or of its restart with
+    -no-reboot.
 
-    A panic is no shutdown. Never raises.
+    A panic does not count. Never raises.
     """
     match message:
         case {"event": "SHUTDOWN", "data": {"guest": True, **data}}:
@@ -207,9 +208,9 @@ def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
 
 
 def _is_counter(value: object) -> bool:
-    """JSON integers have any length; a longer one would not fit into a float later."""
+    """Return whether it is a number below 2**64. JSON has longer ones, which fit no float later."""
     return type(value) is int and 0 <= value < 1 << 64
 
 
 def _unreadable(what: str) -> MonitorProtocolError:
-    return MonitorProtocolError(f"The answer to {what} is not of the form that QEMU's has")
+    return MonitorProtocolError(f"The reply to {what} does not have QEMU's format")

@@ -16,7 +16,7 @@ from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 
 MAX_DISKS: Final = 64
-"""Disks of one guest; if there are more, none is flushed."""
+"""The most disks of one guest; if there are more, none is flushed."""
 MAX_TITLE: Final = 128
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
@@ -42,15 +42,15 @@ def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
             case _:
                 raise _unreadable("query-block")
     if len(disks) > MAX_DISKS:
-        raise MonitorProtocolError(f"It has more than {MAX_DISKS} disks")
+        raise MonitorProtocolError(f"The guest has more than {MAX_DISKS} disks")
     return tuple(disks)
 
 
 def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
-    """Return the disks in query-blockstats, read-only ones as well.
+    """Return the disks in query-blockstats, including read-only ones.
 
-    QEMU answers it without asking a file system, which it does for query-block and
-    query-named-block-nodes (7.2 to 11.1). But it does not tell how a disk is cached.
+    Unlike query-block and query-named-block-nodes, this command makes QEMU ask no file system (7.2
+    to 11.1). But its reply does not show how a disk is cached.
     """
     disks = []
     for entry in _list(answer, "query-blockstats"):
@@ -62,7 +62,7 @@ def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:
             case _:
                 raise _unreadable("query-blockstats")
     if len(disks) > MAX_DISKS:
-        raise MonitorProtocolError(f"It has more than {MAX_DISKS} disks")
+        raise MonitorProtocolError(f"The guest has more than {MAX_DISKS} disks")
     return tuple(disks)
 
 
@@ -102,8 +102,8 @@ def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
 
 
 def read_export_ids(answer: object) -> tuple[str, ...]:
-    """Return the ids in query-block-exports; "" for one that is unreadable, because nothing here
-    may keep a guest paused."""
+    """Return the ids in query-block-exports, "" for an unreadable one. Never raises, because an
+    error would keep the guest paused."""
     entries = answer if isinstance(answer, list) else [None]
     return tuple(str(one.get("id", "")) if isinstance(one, dict) else "" for one in entries)
 
@@ -142,7 +142,7 @@ def _disk(
         title=_title(str(name)),
         network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
         failed=entry.get("io-status", "ok") != "ok",
-        # A backup inserts a filter on top, which flushes on request.
+        # During a backup the top node is a filter, which lacks the flag of the node below it.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",
@@ -172,7 +172,7 @@ def _disk_of_statistics(entry: Mapping[str, Any], node: str) -> GuestDisk:
 
 
 def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
-    """Return the file names of a node and of its backing nodes."""
+    """Yield the file names of a node and of its backing nodes."""
     if isinstance(file := inserted.get("file"), str):
         yield file
     image = inserted.get("image")
@@ -184,7 +184,7 @@ def _files(inserted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _connections(nodes: object) -> dict[str, list[str]]:
-    """Return the nodes that use a network connection: their names by file name."""
+    """Return the names of nodes that use a network connection, by their file name."""
     names: dict[str, list[str]] = {}
     for node in _list(nodes, "query-named-block-nodes"):
         match node:
@@ -240,4 +240,4 @@ def _title(text: str) -> str:
 
 
 def _unreadable(what: str) -> MonitorProtocolError:
-    return MonitorProtocolError(f"The answer to {what} is not of the form that QEMU's has")
+    return MonitorProtocolError(f"The reply to {what} does not have QEMU's format")

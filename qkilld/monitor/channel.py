@@ -2,8 +2,8 @@
 
     open ──► closed, by close(), by the other end, or because of what it sent
 
-A closed channel stays closed. Pending and later calls raise the MonitorError with the reason, and
-nothing that the other end does raises anything else.
+A closed channel stays closed. Pending and later calls raise the MonitorError with the reason; the
+other end can cause no other exception.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from qkilld.model.errors import MonitorClosed, MonitorError, MonitorProtocolErro
 from qkilld.model.json_text import decode_json
 
 MAX_MESSAGE: Final = 256 << 10
-"""Bytes of one message."""
+"""The most bytes of one message."""
 MAX_FLOW: Final = 4 << 20
-"""Bytes accepted in FLOW_S. More is a flood of events that would keep the loop busy."""
+"""The most bytes accepted in FLOW_S: a flood of events would keep the loop busy."""
 FLOW_S: Final = 10.0
-TOO_LONG: Final = f"It sent a message of more than {MAX_MESSAGE} bytes"
+TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} bytes"
 
 
 class Channel(asyncio.Protocol):
@@ -66,9 +66,9 @@ class Channel(asyncio.Protocol):
         return number
 
     def read_rest(self) -> bool:
-        """After the other end exited: read what it sent before, without blocking.
+        """Read what the other end sent before it exited, without blocking.
 
-        Return whether nothing is missing; False if the connection was closed from this side.
+        Return whether nothing is missing; False if this side closed the connection.
         """
         if self._error is not None:
             return self._ended
@@ -105,7 +105,9 @@ class Channel(asyncio.Protocol):
         self._flow += len(data)
         try:
             if self._flow > MAX_FLOW:
-                raise MonitorProtocolError(f"It sent more than {MAX_FLOW} bytes in {FLOW_S:.0f} s")
+                raise MonitorProtocolError(
+                    f"The other end sent more than {MAX_FLOW} bytes in {FLOW_S:.0f} s"
+                )
             self._feed(data)
         except MonitorError as error:
             self._fail(error)
@@ -136,7 +138,7 @@ class Channel(asyncio.Protocol):
             ):
                 count = socket.send_fds(connection, [data], [fd])
         if count != len(data):
-            self._fail(MonitorProtocolError("It does not take a descriptor"))
+            self._fail(MonitorProtocolError("The monitor does not take a descriptor"))
             assert self._error is not None
             raise self._error
 
@@ -198,5 +200,5 @@ def decode_object(message: bytes) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise MonitorProtocolError("It sent what is no JSON object")
+        raise MonitorProtocolError("A message is no JSON object")
     return value

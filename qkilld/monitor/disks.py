@@ -1,12 +1,13 @@
-"""A guest's disks over QMP: reading their state, stopping the processors, flushing, undoing that.
+"""A guest's disks over QMP: read their state, stop the processors, flush, and undo that.
 
-No QMP command reports a failed flush: `stop` returns {}, statistics count none, QEMU exits with 0
-(measured, 7.2). A read-only NBD export does. The processors are stopped first: export code has
-failed an assertion while they ran (QEMU issue 945), and nothing may be written after the flush.
+No QMP command reports a failed flush: `stop` returns {}, no statistic counts it, and QEMU exits
+with 0 (measured, 7.2). A read-only NBD export reports it. The processors are stopped first, because
+export code has failed an assertion while they ran (QEMU issue 945), and because nothing may be
+written after the flush.
 
-QEMU gets a listening socket under a name that the kernel chose. All connections that its server
-accepts are made beforehand, and an export is added only after the server has greeted each of them,
-so that nobody else can read it.
+QEMU's NBD server gets a listening socket with a name that the kernel chose. We make all connections
+that the server accepts, and add an export only after the server has greeted each of them, so that
+nobody else can read the export.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from qkilld.monitor.qmp import QmpClient
 
 QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
-"""Timeout of cont, which queues behind whatever the monitor still does."""
+"""Timeout of cont, which waits until the monitor has finished earlier commands."""
 MAX_QUEUES: Final = 256
-"""Queues of one guest; a query takes 0.3 ms (measured)."""
+"""The most queues of one guest; a query takes 0.3 ms (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"
 _COMMAND_NAME: Final = re.compile(r"[#\w.-]{1,64}", re.ASCII)
 """A node name that the human monitor takes as one word."""
 _DEVICE_NAME: Final = re.compile(r"[/\w][][/\w.-]{0,255}", re.ASCII)
-"""The same for the id or path of a device; it must not look like an option."""
+"""A device id or path that the human monitor takes as one word, and not as an option."""
 _VIRTIO_DISKS: Final = {"virtio-blk": 0, "virtio-scsi": 2}
 """Virtio devices with disks, and the number of queues before their request queues."""
 _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-user-fs"})
@@ -49,9 +50,9 @@ _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", 
 async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
     """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
 
-    QEMU's main thread asks the file systems of all images for their sizes, and hangs with one that
-    does not answer. Without `files` it asks none, and the state shows all disks, but not whether
-    they failed, or are never flushed.
+    With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if
+    one does not answer. Without it, QEMU asks none, and the state includes read-only disks, but not
+    whether a disk has failed or is never flushed.
     """
 
     async def ask(command: str, **arguments: Any) -> Any:
@@ -80,7 +81,7 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
 
 
 async def look_at_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
-    """What the end of QEMU would cancel. Raises MonitorError."""
+    """Read the jobs that would be cancelled if QEMU exited. Raises MonitorError."""
     jobs = block_answers.read_jobs(await qmp.execute("query-block-jobs", timeout_s=QUERY_S))
     migration = await qmp.execute("query-migrate", timeout_s=QUERY_S)
     return (*jobs, *block_answers.read_migration(migration))
@@ -105,8 +106,8 @@ async def _read_queues(
 ) -> tuple[RequestQueue, ...] | None:
     """Read the queues until QEMU refuses one that the device does not have.
 
-    x-query-virtio-status would tell their number, but QEMU 11.1 fails an assertion in it, and
-    aborts, if no driver has started the device (measured).
+    x-query-virtio-status would return their number, but if no driver has started the device, QEMU
+    11.1 fails an assertion in it and aborts (measured).
     """
     queues: list[RequestQueue] = []
     for name, path in devices:
@@ -129,18 +130,18 @@ async def _read_queues(
 async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     """Stop the processors. QEMU drains and flushes every disk, which blocks the monitor.
 
-    Raises MonitorTimeout if that takes longer, although they may still stop later; MonitorError.
+    Raises MonitorTimeout, after which the processors may still stop; MonitorError.
     """
     await qmp.execute("stop", timeout_s=timeout_s)
 
 
 @dataclass(slots=True)
 class ExportServer:
-    """What is known of the NBD server in QEMU."""
+    """What is known about the NBD server in QEMU."""
 
-    ours: bool | None = None
-    """Whether it is, or may be, one that we started over this connection; None if it may have been
-    started over an earlier one."""
+    may_be_our_server: bool | None = None
+    """Whether we may have started it over this connection; None if we may have started it over an
+    earlier one."""
 
 
 async def flush(
@@ -152,12 +153,12 @@ async def flush(
 ) -> tuple[FlushResult, ...]:
     """Flush nodes, given as (name, title), and report each result.
 
-    Leaves no server behind if QEMU answers in time; otherwise `resume` removes it, with the same
-    `server`. The processors must be stopped. Raises MonitorError if QEMU cannot export anything.
+    The processors must be stopped. If QEMU does not answer in time, its NBD server stays until
+    `resume` is called with the same `server`. Raises MonitorError if QEMU cannot export anything.
     """
     server = server or ExportServer()
-    if server.ours is None:
-        server.ours = False
+    if server.may_be_our_server is None:
+        server.may_be_our_server = False
     if not disks:
         return ()
     until = time.monotonic() + timeout_s
@@ -174,23 +175,23 @@ async def flush(
             # QEMU 7.2 waits in nbd-server-stop for connections that are being negotiated.
             stack.close()
             remaining_s = max(until - time.monotonic(), QUERY_S / 10)
-            if server.ours:
+            if server.may_be_our_server:
                 with contextlib.suppress(MonitorError):
                     await qmp.execute("nbd-server-stop", timeout_s=remaining_s)
-                    server.ours = False
+                    server.may_be_our_server = False
     unfinished = disks[len(results) :]
     return (
         *results,
-        *(FlushResult(node, title, "it did not answer in time") for node, title in unfinished),
+        *(FlushResult(node, title, "QEMU did not answer in time") for node, title in unfinished),
     )
 
 
 async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
-    """Flush a disk while the processors run; its errors are not reported.
+    """Flush a disk while the processors run; QEMU does not report errors of the disk.
 
-    It is named by its device if it has one: from QEMU 8 on, naming a node waits for all requests of
-    all disks first (measured, 10.0 and 11.1). Raises MonitorTimeout, with the monitor blocked until
-    the flush is done; MonitorError.
+    The command names the disk by its device if it has one. If it named a node, QEMU 8 and later
+    would first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorTimeout,
+    after which the monitor is blocked until the flush is done; MonitorError.
     """
     names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []
     names += [disk.node] if _COMMAND_NAME.fullmatch(disk.node) else []
@@ -210,11 +211,11 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
 
-    A server without exports is removed as well if it may be ours, because an interrupted flush may
-    have added none yet. One with exports of another program stays, without ours.
+    An NBD server that has no exports is removed if it may be ours, because an interrupted flush may
+    not have added one yet. A server that has exports of another program loses only our exports.
     """
     ids: tuple[str, ...] = ()
-    with contextlib.suppress(CommandRefused):  # It has no exports before QEMU 5.2.
+    with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
         ids = block_answers.read_export_ids(
             await qmp.execute("query-block-exports", timeout_s=CONTINUE_S)
         )
@@ -224,7 +225,7 @@ async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
             with contextlib.suppress(CommandRefused):
                 arguments = {"id": one, "mode": "hard"}
                 await qmp.execute("block-export-del", arguments, timeout_s=CONTINUE_S)
-    elif own or server is None or server.ours is not False:
+    elif own or server is None or server.may_be_our_server is not False:
         with contextlib.suppress(CommandRefused):
             await qmp.execute("nbd-server-stop", timeout_s=CONTINUE_S)
     await qmp.execute("cont", timeout_s=CONTINUE_S)
@@ -233,8 +234,8 @@ async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
 async def _serve(
     qmp: QmpClient, count: int, stack: contextlib.ExitStack, server: ExportServer
 ) -> list[NbdConnection]:
-    """Make `count` connections to an NBD server that accepts no other. Raises MonitorError,
-    TimeoutError."""
+    """Start an NBD server in QEMU that accepts `count` connections, and make all of them. Raises
+    MonitorError, TimeoutError."""
     listener = stack.enter_context(socket.socket(socket.AF_UNIX))
     try:
         listener.bind("")  # The kernel chooses a name.
@@ -248,13 +249,13 @@ async def _serve(
         raise MonitorTimeout(f"No connection for a flush could be made: {error.strerror}") from None
     await qmp.execute("getfd", {"fdname": _LISTENER}, timeout_s=QUERY_S, pass_fd=listener.fileno())
     address = {"type": "fd", "data": {"str": _LISTENER}}
-    before, server.ours = server.ours, True
+    before, server.may_be_our_server = server.may_be_our_server, True
     try:
         await qmp.execute(
             "nbd-server-start", {"addr": address, "max-connections": count}, timeout_s=QUERY_S
         )
     except CommandRefused:
-        server.ours = before  # It has another one already.
+        server.may_be_our_server = before  # QEMU runs another server already.
         raise
     connections = [NbdConnection(one) for one in sockets]
     for each in connections:

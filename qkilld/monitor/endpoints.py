@@ -1,6 +1,6 @@
-"""Decide which of a QEMU's sockets is its monitor or its agent's. Pure.
+"""Decide which sockets of a QEMU process lead to its monitor and to the guest agent. Pure.
 
-The kernel tells which sockets the process listens on; the command line only tells what they are
+The kernel reports which sockets the process listens on; the command line only says what they are
 for. A socket without a clear role is left alone.
 """
 
@@ -47,8 +47,8 @@ class UnixListener:
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
-    """The name it was bound to, one path; a hostile name with line breaks may yield several. "@"
-    begins an abstract name."""
+    """The path that it is bound to; a hostile one with line breaks may yield several. An abstract
+    name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
     """Another process is connected."""
@@ -117,7 +117,7 @@ class _Claim:
 
 
 def may_use_tcp(options: Sequence[QemuOption]) -> bool:
-    """Return whether a monitor may be on TCP, so that TCP listeners are worth a look."""
+    """Return whether a monitor may be on TCP, so that TCP listeners must be read."""
     return any(
         claim.role in (Role.QMP, Role.HMP) and ("port" in claim.chardev or "fd" in claim.chardev)
         for claim in _claims(options)
@@ -173,9 +173,9 @@ def find_endpoints(
 
 
 def endpoint_of_peer(guest_endpoints: GuestEndpoints, address: object) -> Endpoint | None:
-    """Return the monitor that a connection to that address, as of getpeername(2), leads to.
+    """Return the monitor that a connection leads to, given its getpeername(2); None if to none.
 
-    An IPv4 address has to be in its own form, not mapped to IPv6.
+    An IPv4 address must not be mapped to IPv6.
     """
     for endpoint in (*guest_endpoints.endpoints, *guest_endpoints.passable):
         if endpoint.role is not Role.AGENT and _is_at(endpoint.listener, address):
@@ -184,8 +184,8 @@ def endpoint_of_peer(guest_endpoints: GuestEndpoints, address: object) -> Endpoi
 
 
 def abstract_address(path: str) -> bytes:
-    """Return the address of an abstract socket that /proc/net/unix shows as `path`, where each NUL
-    is an "@". QEMU fills the address with NULs if it has tight=off."""
+    """Return the address of an abstract socket, given its name in /proc/net/unix, which shows each
+    NUL as an "@". With tight=off, QEMU fills the address with NULs."""
     name = path[1:]
     if len(name) == _FULL_NAME:
         name = name.rstrip("@").ljust(len(name), "\0")
@@ -297,7 +297,7 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     if not int(first) <= listener.port <= max(int(first), end):
         return False
     host = chardev.get("host", "")
-    # A name may have any address; QEMU has looked it up.
+    # Only QEMU knows which address it found for a host name.
     return not _ADDRESS.fullmatch(host) or host == listener.host
 
 
@@ -312,7 +312,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
         return False
     paths = [claim.chardev.get("path", "")]
     paths += [path for one in listeners if _is_on(claim.chardev, one) for path in one.paths]
-    # Libvirt passed a descriptor that is closed by now: only the id is left as a sign.
+    # If libvirt passed a descriptor that is closed by now, only the id shows it.
     unseen = "fd" in claim.chardev and len(paths) == 1
     return any(_LIBVIRT_PATH.search(path) for path in paths) or (
         unseen and claim.chardev.get("id") == "charmonitor"
@@ -320,7 +320,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
 
 
 def _obstacle(claim: _Claim) -> list[str]:
-    """Say why the device has no usable socket; nothing if it was not meant to have one."""
+    """Return why the device has no usable socket; empty if it was not meant to have one."""
     chardev = claim.chardev
     backend = chardev.get("backend", "")
     what = "agent" if claim.role is Role.AGENT else "monitor"
@@ -329,7 +329,7 @@ def _obstacle(claim: _Claim) -> list[str]:
         return []
     if backend != "socket":
         place = backend or f'a device called "{chardev.get("id", "")}"'
-        return [printable(f"the {what} on {place} is no way for qkilld to talk{advice}")]
+        return [printable(f"the {what} on {place} cannot be used by qkilld{advice}")]
     if "port" in chardev:
         place = _place(chardev.get("host", ""), chardev["port"])
         return [printable(f"the {what} on {place} cannot be reached by qkilld{advice}")]

@@ -46,7 +46,7 @@ from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_
 from qkilld.monitor.vcpu_threads import VcpuThreads
 
 BUSY_S: Final = 1.0
-"""Wait for a busy monitor; programs that poll it are done sooner."""
+"""How long to wait for a busy monitor; programs that poll it are done sooner."""
 START_S: Final = 5.0
 """A QEMU younger than this may not listen on its monitor yet."""
 START_WAIT_S: Final = 1.0
@@ -54,13 +54,13 @@ START_WAIT_S: Final = 1.0
 TRY_S: Final = 5.0
 """No further monitor is tried after this time: a hostile process may listen on thousands."""
 QUERY_S: Final = 2.0
-LATELY_S: Final = 0.1
+CACHE_AGE_S: Final = 0.1
 """Maximum age of a cached reply. A query takes 1 ms, more on a busy host."""
 ORDER_S: Final = 5.0
 RESUME_S: Final = 30.0
 """Timeout of cont, which may have to wait for the disks."""
 AGENT_REFUSAL_S: Final = 1.0
-"""guest-shutdown sends no reply on success; a refusal comes at once."""
+"""How long to wait for a refusal of guest-shutdown, which sends no reply on success."""
 AGENT_ORDER_S: Final = 10.0
 
 PM1_POWER_BUTTON: Final = 0x100
@@ -80,7 +80,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Not connected: use `open` or `adopt` to get one that is."""
+        """Use `open`, `take` or `adopt` instead, which also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -91,7 +91,8 @@ class GuestControl:
         self._proc = proc
         self._on_event: Callable[[GuestEvent], None] | None = None
         self.own_chardevs: frozenset[str] = frozenset()
-        """The labels of this monitor, which must not be yanked; to be kept for `adopt`."""
+        """The labels of this monitor's character devices, which must not be yanked. `adopt` needs
+        them."""
         self._registers: int | None = 0
         """The I/O port of PM1_STS; 0 if not known yet, None if the machine has none."""
         self._vcpus: VcpuThreads | None = None
@@ -102,7 +103,7 @@ class GuestControl:
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The last reply to query-chardev, with its time (s)."""
         self._agent_was_open: bool | None = None
-        """Whether it was open when the guest was asked; None if not known yet."""
+        """Whether the agent's port was open when the guest was asked; None if not known yet."""
 
     @classmethod
     async def open(
@@ -122,9 +123,9 @@ class GuestControl:
         `directly`: include monitors on TCP and abstract sockets; a thread enters the guest's
         network namespace to connect to them.
 
-        `qmp_socket` is the path that a caller says is its QMP monitor: InvalidArgs if the process
-        does not listen there. Waits BUSY_S for a monitor in use. `asked`: the guest was asked to
-        shut down before; `agent_was_open`: its agent had the port open then. Raises
+        Waits BUSY_S for a monitor in use. `qmp_socket`: the path of the QMP monitor according to
+        the caller. `asked`: the guest was asked to shut down before; `agent_was_open`: its agent
+        had the port open then. Raises InvalidArgs if the process does not listen at `qmp_socket`,
         MonitorUnreachable with an explanation for the plan, MonitorTimeout.
         """
         began = time.monotonic()
@@ -181,8 +182,8 @@ class GuestControl:
     ) -> GuestControl:
         """Open the guest's monitor over a connection that a caller has made. `asked` as in `open`.
 
-        Raises MonitorError if the connection does not end in the process's monitor, or the monitor
-        does not answer; it is closed then.
+        Raises MonitorError, and closes the connection, if it does not end in the process's monitor
+        or the monitor does not answer.
         """
         try:
             endpoint = await prove(process, connection, proc)
@@ -214,9 +215,9 @@ class GuestControl:
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        Its in-band commands may never be answered, so none is sent. `asked` as in `open`. Raises
-        MonitorError if the connection does not end in the process, or does not answer; it is closed
-        then.
+        In-band commands on it may never be answered, so none is sent. `asked` as in `open`. Raises
+        MonitorError, and closes the connection, if it does not end in the process or QEMU does not
+        answer.
         """
         try:
             await check_end(process, connection, proc)
@@ -242,8 +243,8 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """Signs seen since the guest was asked that still hold. The power-off is the last one
-        before QEMU exits."""
+        """The signs of a shutdown seen since the guest was asked, without those that later events
+        disproved. POWERED_OFF is the last before QEMU exits."""
         return frozenset(self._signs)
 
     @property
@@ -257,7 +258,7 @@ class GuestControl:
         return client is None or client.closed
 
     def read_rest(self) -> bool:
-        """After QEMU exited: read its last events; return whether none can be missing."""
+        """Read the last events of a QEMU that has exited; return whether none can be missing."""
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
@@ -307,7 +308,7 @@ class GuestControl:
         return answers.read_block_totals_text(await self.hmp("info blockstats"))
 
     async def agent_port(self, *, max_age_s: float = 0) -> AgentPort | None:
-        """Read the agent's port from QEMU, or a reply of at most that age; None if unknown.
+        """Return the agent's port, from a reply of at most that age; None if unknown.
 
         Raises MonitorError.
         """
@@ -340,7 +341,7 @@ class GuestControl:
             runstate = await self.runstate()
             button, pending = await self.read_button()
             totals = await self.block_totals()
-            self.last_port = await self.agent_port(max_age_s=LATELY_S)
+            self.last_port = await self.agent_port(max_age_s=CACHE_AGE_S)
             if self._asked:
                 self._note_agent(self.last_port)
             if self._vcpus is None:
@@ -378,7 +379,7 @@ class GuestControl:
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # Success is silent, and may close the port.
+            # On success no reply comes, and the port may be closed.
             with contextlib.suppress(MonitorTimeout, MonitorClosed):
                 await agent.execute(
                     "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S
@@ -408,7 +409,7 @@ class GuestControl:
         with contextlib.suppress(MonitorClosed):
             await self._order("quit")
 
-    # ---- out of band, so despite a busy main loop ----
+    # ---- out of band, which works while QEMU's main loop is busy ----
 
     async def query_yank(self) -> tuple[YankInstance, ...]:
         """List what can be yanked, except this monitor. A reply also shows that QEMU is alive.
@@ -422,7 +423,7 @@ class GuestControl:
         return tuple(one for one in instances if not self._is_own(one))
 
     async def yank(self, instances: Sequence[YankInstance]) -> None:
-        """Yank these in one call. Raises ValueError for this monitor's own, MonitorError."""
+        """Yank these with one command. Raises ValueError for this monitor's own, MonitorError."""
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")
         wire = {"instances": [dict(instance.wire) for instance in instances]}
@@ -452,7 +453,7 @@ class GuestControl:
         return self._own_threads(answers.read_vcpu_threads_text(await self.hmp("info cpus")))
 
     def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
-        """Return None if QEMU runs in another PID namespace, where they have other numbers."""
+        """Return None if QEMU runs in another PID namespace, in which threads have other ids."""
         tasks = self._proc / str(self._process.guest.identity.pid) / "task"
         try:
             known = all((tasks / str(thread)).exists() for thread in threads)
@@ -494,7 +495,7 @@ class GuestControl:
             raise MonitorUnreachable("No agent runs in the guest")
         if port is not None and port.held:
             raise MonitorBusy("Another program uses the guest's agent")
-        # Read again: whether it is in use may have changed.
+        # Whether the agent's socket is in use may have changed since the process was read.
         found = await read_process(self._process.guest.identity, self._proc)
         endpoints = find_endpoints(*found).with_role(Role.AGENT)
         if not endpoints:
@@ -502,11 +503,11 @@ class GuestControl:
         return await connect(self._process, endpoints[0], self._table, self._proc)
 
     async def begin_watch(self) -> None:
-        """Count signs from now on."""
+        """Record signs of a shutdown from now on."""
         if self._asked:
             return
         with contextlib.suppress(MonitorError):
-            self._note_agent(await self.agent_port(max_age_s=LATELY_S))
+            self._note_agent(await self.agent_port(max_age_s=CACHE_AGE_S))
         self._asked = True
 
     def _note_agent(self, port: AgentPort | None) -> None:

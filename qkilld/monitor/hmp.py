@@ -1,6 +1,6 @@
 """A client for the human monitor: lines of text, and a prompt after each reply.
 
-Most handwritten units have this one. It has no out-of-band commands and no events. QEMU's line
+Most handwritten units use this monitor. It has no out-of-band commands and no events. QEMU's line
 editor echoes each character with escape sequences, up to the first line break.
 """
 
@@ -30,7 +30,8 @@ _REFUSAL: Final = re.compile(r"unknown command: '|Error: |[^\n]*\nTry \"help ")
 def checked(line: str, text: str) -> str:
     """Return the human monitor's output for a line, with plain line breaks.
 
-    Raises CommandRefused if the output looks like an error, the only sign of one.
+    Raises CommandRefused if the output looks like an error, which the monitor reports in no other
+    way.
     """
     text = text.replace("\r\n", "\n")
     if _REFUSAL.match(text):
@@ -55,7 +56,7 @@ class HmpClient(Channel):
             until = client._loop.time() + timeout_s
             banner: bytes = await client._wait(client._answer, until, "the prompt")
             if not banner.startswith(b"QEMU "):
-                raise MonitorProtocolError("It is no human monitor")
+                raise MonitorProtocolError("The socket is no human monitor")
         except MonitorTimeout:
             client.close()
             raise MonitorBusy(
@@ -69,8 +70,8 @@ class HmpClient(Channel):
     async def hmp(self, line: str, *, timeout_s: float) -> str:
         """Run one line at a time; return its output.
 
-        Raises CommandRefused, MonitorError; after any but CommandRefused the connection is closed,
-        because a late reply would be taken for the reply to the next line.
+        Raises CommandRefused. Any other MonitorError closes the connection, because a late reply
+        would be taken for the reply to the next line.
         """
         assert self._answer.done(), "one command at a time"
         assert line.isprintable()
@@ -90,8 +91,7 @@ class HmpClient(Channel):
             raise MonitorProtocolError(TOO_LONG)
         if not self._buffer.endswith(_PROMPT):
             return
-        # The echo of a line follows a prompt directly, so a prompt ends the echo too.
-        if self._answer.done():
+        if self._answer.done():  # No line is waiting for its output.
             self._buffer.clear()
             return
         printed = _ESCAPES.sub(b"", bytes(self._buffer))

@@ -41,7 +41,7 @@ from qkilld.monitor.reach import ListenerTable, prove, read_process
 T = TypeVar("T")
 
 LOOK_S: Final = 1.0
-"""Timeout for reading disks without stopping the guest, which takes 10 ms."""
+"""Timeout for reading the disks of a guest that is not stopped. Reading them takes 10 ms."""
 
 
 class JobMonitors:
@@ -63,7 +63,7 @@ class JobMonitors:
         asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
-        """See the port. A busy or silent monitor is reported within a second."""
+        """See engine.ports.Monitors. A busy or silent monitor is reported within a second."""
         tasks = _Tasks()
         untouched = [] if kept is None else [kept.fd]
         untouched += [] if passed is None else [passed]
@@ -116,15 +116,15 @@ class JobMonitors:
                 agent_was_open=agent_was_open,
             )
         except (MonitorError, OSError) as error:
-            note(f"going on with the monitor of process {process.guest.identity.pid}", error)
+            note(f"adopting the monitor of process {process.guest.identity.pid}", error)
             return None
-        note_once("going on with a monitor that was kept", "it answers out-of-band commands")
+        note_once("adopting a stored monitor connection", "it answers out-of-band commands")
         return control
 
     async def _take(
         self, process: Process, passed: int, asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
-        """None if the connection that a caller passed cannot be used."""
+        """Return None if the connection that a caller passed cannot be used."""
         try:
             return await GuestControl.take(
                 process,
@@ -138,41 +138,41 @@ class JobMonitors:
             return None
 
     async def check_passed(self, process: Process, passed: int) -> None:
-        """See the port."""
+        """See engine.ports.Monitors."""
         try:
             with _socket_of(os.dup(passed)) as connection:
                 if connection.type != socket.SOCK_STREAM:
-                    raise MonitorUnreachable("It is no stream socket")
+                    raise MonitorUnreachable("it is no stream socket")
                 await prove(process, connection)
         except (MonitorError, OSError) as error:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """See the port. Incomplete messages are skipped, because the previous daemon may have read
-        their other half."""
+        """See engine.ports.Monitors. Skips incomplete messages, because the previous daemon may
+        have read their other half."""
         with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
-            with ignore("reading the rest of a monitor that was kept", OSError):
+            with ignore("reading the rest of a stored monitor connection", OSError):
                 while len(data) < MAX_FLOW:
                     received = connection.recv(MAX_MESSAGE)
                     if not received:
                         break
                     data += received
         for line in data.split(b"\n"):
-            with ignore("reading a message of a monitor that was kept", MonitorError):
+            with ignore("reading a message of a stored monitor connection", MonitorError):
                 if says_powered_off(decode_object(line)):
                     return frozenset({ShutdownSign.POWERED_OFF})
         return frozenset()
 
     async def check(self, process: Process, qmp_socket: str) -> None:
-        """Raises InvalidArgs if the process does not listen there."""
+        """Raise InvalidArgs if the process does not listen at `qmp_socket`."""
         _, listeners, _ = await read_process(process.guest.identity)
         endpoint_at(qmp_socket, listeners)
 
     async def look_at_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """See the port. A monitor in use by another program is left alone."""
+        """See engine.ports.Monitors. A monitor in use by another program is left alone."""
         try:
             async with asyncio.timeout(LOOK_S):
                 control = await GuestControl.open(
@@ -188,7 +188,8 @@ class JobMonitors:
             return None
 
     async def describe(self, process: Process) -> tuple[str, ...]:
-        """Connects to nothing, because that could occupy the monitor's only connection."""
+        """See engine.ports.Monitors. Does not connect, because that could occupy the monitor's only
+        connection."""
         try:
             guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
         except MonitorError as error:
@@ -199,11 +200,11 @@ class JobMonitors:
         return (*ways, *guest_endpoints.obstacles)
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """Connects to nothing, like `describe`."""
+        """See engine.ports.Monitors. Does not connect, like `describe`."""
         try:
             guest_endpoints = find_endpoints(*await read_process(identity))
         except MonitorError as error:
-            note_once(f"looking how process {identity.pid} can be talked to", error)
+            note_once(f"finding the monitor of process {identity.pid}", error)
             return GuestChannels()
         if guest_endpoints.libvirt:
             return GuestChannels(MonitorKind.LIBVIRT, AgentKind.UNKNOWN)
@@ -370,7 +371,7 @@ class JobMonitor:
     def _qmp(self) -> QmpClient:
         """Raises MonitorUnreachable."""
         if self._control.qmp is None:
-            raise MonitorUnreachable("The human monitor cannot tell whether a flush failed")
+            raise MonitorUnreachable("The human monitor does not report whether a flush failed")
         return self._control.qmp
 
 
@@ -405,8 +406,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task. Only the task calls `work`, so that one cancelled early leaves no
-        coroutine."""
+        """Start a task. The task itself calls `work`, so that a task cancelled before it runs
+        leaves no coroutine that was never awaited."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))

@@ -63,7 +63,7 @@ class NbdConnection:
             if kind == _REP_ACK:
                 return
             if kind & _REP_ERROR:
-                raise MonitorProtocolError("The NBD server of QEMU does not have what it exports")
+                raise MonitorProtocolError("QEMU's NBD server does not have the export")
         raise _protocol_error()
 
     async def flush(self) -> str:
@@ -83,7 +83,7 @@ class NbdConnection:
             except OSError:
                 more = b""
             if not more:
-                raise MonitorClosed("The NBD server of QEMU closed the connection")
+                raise MonitorClosed("QEMU's NBD server closed the connection")
             data += more
         return data
 
@@ -91,8 +91,8 @@ class NbdConnection:
         try:
             await self._loop.sock_sendall(self._socket, data)
         except OSError:
-            raise MonitorClosed("The NBD server of QEMU closed the connection") from None
+            raise MonitorClosed("QEMU's NBD server closed the connection") from None
 
 
 def _protocol_error() -> MonitorProtocolError:
-    return MonitorProtocolError("What QEMU was given to listen on is served by no NBD server")
+    return MonitorProtocolError("QEMU serves no NBD on the socket that was passed to it")

@@ -2,7 +2,7 @@
 
 Source: QEMU's docs/interop/qmp-spec. Measured with QEMU 7.2 and 10.0: while QEMU hangs in its final
 drain, an out-of-band command is answered in 1 to 3 ms if the connection existed before; it is not
-answered if 8 in-band commands queue behind a blocked one.
+answered if 8 in-band commands wait behind a blocked one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""For the greeting and the negotiation, which take QEMU 2 ms. A monitor that serves another client
-sends no greeting."""
+"""Timeout of greeting and negotiation, which take 2 ms. A monitor that serves another client sends
+no greeting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class QmpClient(Channel):
         super().__init__()
         self.oob = False
         self._adopted = False
-        """Adopted, and no complete message was received since."""
+        """The connection was adopted, and no complete message was received since."""
         self.version = ""
         self._on_event = on_event
         self._lines = Lines()
@@ -117,7 +117,7 @@ class QmpClient(Channel):
                     await self._idle.wait()
         except TimeoutError:
             raise MonitorTimeout(
-                f"{command} was not sent: the monitor has not answered the command before"
+                f"{command} was not sent: the monitor has not answered the previous command"
             ) from None
         number = self._in_band = self._last_id + 1
         self._idle.clear()
@@ -138,7 +138,7 @@ class QmpClient(Channel):
             "human-monitor-command", {"command-line": line}, timeout_s=timeout_s
         )
         if not isinstance(printed, str):
-            raise MonitorProtocolError("The human monitor printed what is no text")
+            raise MonitorProtocolError("The output of the human monitor is no text")
         return checked(line, printed)
 
     async def _negotiate(self, timeout_s: float) -> None:
@@ -151,7 +151,7 @@ class QmpClient(Channel):
             ) from None
         qmp = greeting["QMP"]
         if not isinstance(qmp, dict):
-            raise MonitorProtocolError("It is no QMP greeting")
+            raise MonitorProtocolError("The greeting is not that of QMP")
         self.version = _version(qmp)
         offered = qmp.get("capabilities")
         oob = isinstance(offered, list) and "oob" in offered
@@ -236,12 +236,12 @@ class QmpClient(Channel):
             if answer is not None and not answer.done():
                 answer.set_result(message)
         else:
-            raise MonitorProtocolError("It sent neither an event nor an answer")
+            raise MonitorProtocolError("A message is neither an event nor a reply")
 
     def _take_event(self, message: dict[str, Any]) -> None:
         name, data = message["event"], message.get("data", {})
         if not isinstance(name, str) or not isinstance(data, dict):
-            raise MonitorProtocolError("It sent an event without a name")
+            raise MonitorProtocolError("An event has no name, or invalid data")
         if self._on_event is not None:
             self._on_event(QmpEvent(printable(name), data, time.monotonic_ns() // 1000))
 

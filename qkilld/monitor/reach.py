@@ -1,12 +1,12 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
-Whoever started the QEMU chose the path of its socket. connect(2) alone can start a service, or
-occupy the only connection of another guest's monitor. Therefore the kernel must say before it that
-the process's own socket is bound to this file, and after it, before a byte is sent, that the
+Whoever started QEMU chose the path of its socket. connect(2) alone can start a service, or occupy
+the only connection of another guest's monitor. So the kernel must confirm before the connect(2)
+that the process's own socket is bound to this file, and afterwards, before a byte is sent, that the
 process is the peer.
 
 Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
--daemonize, and for fd= on which the parent listened first.
+-daemonize, and for a socket passed with fd= on which the parent called listen(2).
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ from qkilld.monitor.tcp import (
 REACH_TIMEOUT_S: Final = 1.0
 """Timeout of file system access: a path may lead to a file server that does not answer."""
 MAX_TABLE: Final = 64 << 20
-"""Bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have many."""
+"""The most bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
-"""Returns the inodes of listening sockets by (device, inode) of their files: evidence.sockdiag."""
+"""evidence.sockdiag.listening_unix: returns the inodes of listening sockets by (device, inode) of
+their files; None if unknown."""
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ async def read_process(
         async with asyncio.timeout(REACH_TIMEOUT_S):
             return await work
     except TimeoutError:
-        raise MonitorTimeout("The kernel does not tell what the guest was started with") from None
+        raise MonitorTimeout("The guest's command line and sockets were not read in time") from None
     except OSError as error:
         raise MonitorUnreachable(
             f"The guest's sockets cannot be read: {os.strerror(error.errno or 0)}"
@@ -94,10 +95,10 @@ def read_process_blocking(
 
 
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
-    """Connect to the monitor of a guest that the daemon cannot reach, to pass it the connection.
-    None if there is none, or the daemon can.
+    """Connect to a monitor that the daemon cannot reach, to pass the connection to the daemon.
+    Return None if the guest has no such monitor, or the daemon can reach one.
 
-    For a thread of its own: it may block, and changes the thread's network namespace. Raises
+    Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
     OSError, MonitorUnreachable.
     """
     guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
@@ -108,7 +109,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 
 
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
-    """Find the monitor of the process in which a connection that was made elsewhere ends.
+    """Return the monitor of the process in which another program's connection ends.
 
     Raises MonitorUnreachable if it ends elsewhere, MonitorTimeout.
     """
@@ -137,12 +138,12 @@ async def _look_at(process: Process, look: Callable[[], T]) -> T:
         async with asyncio.timeout(REACH_TIMEOUT_S):
             result = await work
     except TimeoutError:
-        raise MonitorTimeout("The kernel does not tell where the connection ends") from None
+        raise MonitorTimeout("The other end of the connection was not found in time") from None
     except OSError as error:
         raise MonitorUnreachable(
-            f"Where the connection ends cannot be told: {os.strerror(error.errno or 0)}"
+            f"The other end of the connection cannot be found: {os.strerror(error.errno or 0)}"
         ) from None
-    if process.exited():  # its number may be another's by now
+    if process.exited():  # Its pid may have been reused.
         raise MonitorUnreachable("The guest has exited")
     return result
 
@@ -150,7 +151,7 @@ async def _look_at(process: Process, look: Callable[[], T]) -> T:
 async def connect(
     process: Process, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
 ) -> socket.socket:
-    """Connect to the endpoint, proven to be the process's. Sends nothing.
+    """Connect to the endpoint, and prove that it is the process's. Sends nothing.
 
     Raises MonitorBusy, MonitorUnreachable, MonitorTimeout.
     """
@@ -182,7 +183,7 @@ def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
     try:
         return shared.run(identity, function)
     except AllThreadsBlocked:
-        raise MonitorTimeout("The file system has not answered earlier tries yet") from None
+        raise MonitorTimeout("Earlier operations on files of its user still block") from None
 
 
 def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:
@@ -226,7 +227,7 @@ def connect_blocking(
     identity: Identity, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
 ) -> socket.socket:
     """Like `connect`, in the calling thread."""
-    refusal: MonitorError = MonitorUnreachable(f"{endpoint.title} has no path that leads to it")
+    refusal: MonitorError = MonitorUnreachable(f"No path leads to {endpoint.title}")
     assert isinstance(endpoint.listener, UnixListener)
     for path in endpoint.listener.paths:
         for root, directory in _starts(identity.pid, path, proc):
@@ -239,14 +240,14 @@ def connect_blocking(
             try:
                 if _is_bound_to(file, identity, endpoint, table, proc):
                     return _connect_file(file, identity, endpoint)
-                refusal = MonitorUnreachable(f"The path of {endpoint.title} is not its own now")
+                refusal = MonitorUnreachable(f"Another file is at the path of {endpoint.title}")
             finally:
                 os.close(file)
     raise refusal
 
 
 def _connect_file(file: int, identity: Identity, endpoint: Endpoint) -> socket.socket:
-    """Connect through the descriptor, so that it is the file that was checked."""
+    """Connect through the descriptor, which refers to the file that was checked."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
@@ -255,7 +256,7 @@ def _connect_file(file: int, identity: Identity, endpoint: Endpoint) -> socket.s
             raise MonitorUnreachable(f"Another process listens at {endpoint.title}")
     except BlockingIOError:
         connection.close()
-        raise MonitorBusy(f"Others wait already for {endpoint.title}") from None
+        raise MonitorBusy(f"Other programs wait already for {endpoint.title}") from None
     except OSError as error:
         connection.close()
         raise _unreachable(endpoint, error) from None
@@ -271,7 +272,7 @@ def _is_bound_to(
     """Return whether the process's socket is bound to this file.
 
     The table covers one network namespace. For sockets outside it, the file's owner must be the
-    process's user, who may connect to his own sockets anyway.
+    process's user, who may connect to their own sockets anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -305,7 +306,7 @@ def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
 
 
 def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Return candidates for the start of the path: (root, directory of a relative path).
+    """Yield candidates for the start of the path: (root, directory of a relative path).
 
     The path may be relative to the process's own root, or to that of the program that passed the
     socket.

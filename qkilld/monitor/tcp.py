@@ -1,11 +1,12 @@
 """Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
 
 Both kinds of socket belong to a network namespace, and only a program in the guest's can connect.
-The daemon has a network namespace of its own. It gets the connection from its caller, and proves it
-again. For TCP the kernel does not tell the peer's process. But within one network namespace, only
-one socket has the same two addresses in reverse order: the kernel's table has its inode, and the
-process must have a descriptor of that inode. Our own socket must be in the same table with its
-inode, which is unique on the host, so a connection in another namespace cannot pass for this one.
+The daemon, which has a network namespace of its own, gets the connection from its caller, and
+proves it again. For TCP the kernel does not report the peer's process. But in one network
+namespace, only the peer has the same two addresses in reverse order: the kernel's table shows its
+inode, and the process must have a descriptor with that inode. Our own socket must be in the same
+table with its inode, which is unique on the host. So a connection in another namespace cannot pass
+for this one.
 
 All functions may block. `connect_directly` also changes the network namespace of its thread: run it
 in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
@@ -30,9 +31,10 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
-"""QEMU accepts a connection in a millisecond; until then the other end has no inode."""
+"""How long QEMU may take to accept a connection, normally a millisecond; until then the other end
+has no inode."""
 MAX_TABLE: Final = 64 << 20
-"""Bytes of /proc/PID/net/tcp, some 400,000 sockets."""
+"""The most bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
 
 _SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")
@@ -40,7 +42,7 @@ _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 _CLONE_NEWNET: Final = 0x40000000
 _ESTABLISHED, _LISTENING = b"01", b"0A"  # include/net/tcp_states.h
 _MAPPED: Final = bytes(10) + b"\xff\xff"
-"""Before an IPv4 address that is written as one of IPv6."""
+"""The prefix of an IPv4-mapped IPv6 address."""
 
 
 class TcpAddress(NamedTuple):
@@ -55,7 +57,7 @@ class TableEntry(NamedTuple):
     remote: TcpAddress
     listening: bool
     inode: int
-    """0 if no process has it yet."""
+    """0 until the connection is accepted."""
 
 
 def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]]:
@@ -77,7 +79,7 @@ def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]
 def read_tcp_listeners(
     pid: int, descriptors: Mapping[int, set[int]], proc: Path = procfs.PROC
 ) -> list[TcpListener]:
-    """Return what the process, which has these sockets, listens on. Raises OSError."""
+    """Return the TCP listeners among the process's `descriptors`. Raises OSError."""
     sockets = [each for each in read_tcp(pid, proc) if each.inode in descriptors]
     used = {each.local.port for each in sockets if not each.listening}
     return [
@@ -90,12 +92,13 @@ def read_tcp_listeners(
 
 
 def read_tcp(pid: int, proc: Path = procfs.PROC) -> Iterator[TableEntry]:
-    """Read what listens or is connected in the process's network namespace. Raises OSError."""
+    """Yield the listening and connected sockets of the process's network namespace. Raises
+    OSError."""
     for name in ("tcp", "tcp6"):
         try:
             file = (proc / str(pid) / "net" / name).open("rb")
         except FileNotFoundError:
-            continue  # a kernel without IPv6
+            continue  # The kernel has no IPv6.
         with file:
             size = 0
             next(file, None)
@@ -141,13 +144,13 @@ def ends_in(connection: socket.socket, pid: int, proc: Path = procfs.PROC) -> bo
 
 
 def peer_address(connection: socket.socket) -> object:
-    """Return what endpoints.endpoint_of_peer compares. Raises OSError."""
+    """Return the address for endpoints.endpoint_of_peer. Raises OSError."""
     address = connection.getpeername()
     return address if connection.family == socket.AF_UNIX else _address(address)
 
 
 def is_direct(endpoint: Endpoint) -> bool:
-    """Return whether `connect_directly` is the way to it, and no path."""
+    """Return whether it has no path, so that only `connect_directly` reaches it."""
     listener = endpoint.listener
     return isinstance(listener, TcpListener) or all(path.startswith("@") for path in listener.paths)
 
@@ -208,7 +211,7 @@ def _prove(connection: socket.socket, pid: int, endpoint: Endpoint, proc: Path) 
 
 
 def _enter(pid: int, proc: Path) -> None:
-    """Have this thread be in the process's network namespace. Raises OSError."""
+    """Move this thread into the process's network namespace. Raises OSError."""
     with (proc / str(pid) / "ns/net").open("rb") as namespace:
         own = Path("/proc/thread-self/ns/net").stat()
         if os.path.samestat(os.fstat(namespace.fileno()), own):
@@ -243,5 +246,5 @@ def _text(packed: bytes) -> str:
 
 def _unreachable(endpoint: Endpoint, error: OSError) -> MonitorError:
     return MonitorUnreachable(
-        f"A connection to {endpoint.title} fails: {os.strerror(error.errno or 0)}"
+        f"qkilld cannot connect to {endpoint.title}: {os.strerror(error.errno or 0)}"
     )

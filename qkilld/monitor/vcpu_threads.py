@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 FULL_LOAD: Final = 1024
-"""The kernel's average of a thread that always wants a processor."""
+"""The kernel's load average of a thread that always wants a processor."""
 _FAIR: Final = frozenset({0, 3, 5})
-"""SCHED_NORMAL, SCHED_BATCH and SCHED_IDLE: the policies under which there is such an average."""
+"""SCHED_NORMAL, SCHED_BATCH and SCHED_IDLE: the policies for which the kernel has an average."""
 _POLICY: Final = re.compile(r"^policy\s*:\s*([0-9]{1,10})$", re.MULTILINE)
 _RUNNABLE: Final = re.compile(r"^se\.avg\.runnable_avg\s*:\s*([0-9]{1,10})$", re.MULTILINE)
 
@@ -40,9 +40,9 @@ class VcpuThreads:
     def load(self) -> float | None:
         """Return how many processors of the host the threads have wanted lately.
 
-        This is the kernel's own average, in which 32 ms ago counts half. Time in which a thread
-        waited for a processor counts as well. None if unreadable, or if a thread has a real-time
-        policy.
+        This is the sum of the kernel's averages, in which the load of 32 ms ago counts half. Time
+        in which a thread waited for a processor is included. None if unreadable, or if a thread has
+        a real-time policy.
         """
         load = 0
         for thread in self._threads:

@@ -107,9 +107,9 @@ def test_the_agent_is_named_as_events_name_it() -> None:
             "-qmp unix:x,abstract=on,server",
             'the monitor on the abstract socket "x" cannot be reached by qkilld',
         ),
-        ("-monitor stdio", "the monitor on stdio is no way for qkilld to talk"),
-        ("-monitor pipe:/x", "the monitor on pipe is no way for qkilld to talk"),
-        ("-monitor pty", "the monitor on pty is no way for qkilld to talk"),
+        ("-monitor stdio", "the monitor on stdio cannot be used by qkilld"),
+        ("-monitor pipe:/x", "the monitor on pipe cannot be used by qkilld"),
+        ("-monitor pty", "the monitor on pty cannot be used by qkilld"),
     ],
 )
 def test_obstacles_of_unreachable_monitors(arguments: str, expected: str) -> None:

@@ -208,7 +208,7 @@ def phase(system: Container, job: str) -> str:
 def adopted(system: Container) -> int:
     """How many daemons have had an answer on the saved connection."""
     lines = system.run("journalctl", "-u", "qkilld.service", "-o", "cat", "--no-pager").stdout
-    return lines.count("going on with a monitor that was kept: it answers")
+    return lines.count("adopting a stored monitor connection: it answers")
 
 
 TELL = """
