@@ -228,6 +228,7 @@ class Life:
             traces=traces,
             saver=saver,
         )
+        sampler.count_jobs(lambda: self._registry.running)
         self._service = Service(
             config, LocalHost(), self._registry, clock, sampler, monitors=monitors
         )

@@ -68,22 +68,26 @@ class CgroupReader:
         hierarchies: Hierarchies | None = None,
         clock: Callable[[], float] = time.monotonic,
         shared: SharedGroups | None = None,
+        directory: int | None = None,
     ) -> None:
         """Read the process that has this pid now, and no other process that reuses the pid.
 
         `hierarchies` replaces those of this system. Without `shared`, figures of shared groups are
-        not cached.
+        not cached. `directory` is a descriptor of /proc/PID, which the caller closes; None to open
+        one.
         """
         self._pid = pid
         self._shared = shared
         self._proc = proc
         self._clock = clock
         self._hierarchies = hierarchies or hierarchies_of(proc)
-        self._directory = -1
-        try:
-            self._directory = open_directory(proc / str(pid))
-        except OSError as error:
-            note_once("opening /proc/PID", error)
+        self._directory = -1 if directory is None else directory
+        self._owns_directory = directory is None
+        if directory is None:
+            try:
+                self._directory = open_directory(proc / str(pid))
+            except OSError as error:
+                note_once("opening /proc/PID", error)
         self._membership = KeptFile("cgroup", self._directory)
         self._text = b""
         self._refresh_at = 0.0
@@ -124,21 +128,26 @@ class CgroupReader:
 
     def close(self) -> None:
         """May be called again."""
+        self._forget_groups()
         self._membership.close()
-        self._close_files()
-        if self._directory >= 0:
+        if self._owns_directory and self._directory >= 0:
             os.close(self._directory)
-            self._directory = -1
+        self._directory = -1
 
-    def _close_files(self) -> None:
+    def close_files(self) -> None:
+        """Close files; the next read opens them again."""
+        self._membership.close()
         for reader in (self._memory, self._io, *self._freezers):
             if reader is not None:
                 reader.close()
+
+    def _forget_groups(self) -> None:
+        self.close_files()
         self._memory = self._io = None
         self._freezers = []
 
     def _locate(self, text: bytes) -> None:
-        self._close_files()
+        self._forget_groups()
         self._text, self._refresh_at = text, 0.0
         groups = self._hierarchies.groups(text)
         unified = groups.get("")

@@ -4,14 +4,13 @@ A read through an open descriptor costs 1 to 10 µs, opening and closing the fil
 (measured, kernel 6.18). A descriptor in /proc/PID belongs to that process: reading returns ESRCH
 when the process is gone, even if its pid is reused (proc(5), pidfd_open(2)).
 
-About ten files are kept open for each guest. When most descriptors that this program may have are
-in use, files are closed after each read, so that enough descriptors remain for many more guests.
+About ten files are kept open for each guest, as long as file_budget.py has room for them.
 """
 
 from __future__ import annotations
 
 import os
-import resource
+import threading
 from typing import Final
 
 from qkilld.debug_log import note_once
@@ -24,36 +23,29 @@ GONE: Final = (FileNotFoundError, ProcessLookupError)
 """Errors of opening or reading a file of a process or thread that is gone."""
 
 
-class DescriptorShortage:
-    """Detects a shortage of descriptors by the number of the last one that was opened: open(2)
-    returns the lowest free number, so all lower numbers are in use."""
+class _Count:
+    """The number of files that are kept open."""
 
     def __init__(self) -> None:
-        self.lasts = False
+        self._lock = threading.Lock()
+        self.value = 0
 
-    def note(self, descriptor: int) -> None:
-        """Take note of a new descriptor that is kept. The shortage begins at two thirds of the
-        limit and ends at half of it, so that it does not begin and end with every file."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if descriptor >= limit * 2 // 3:
-            self.lasts = True
-        elif descriptor < limit // 2:
-            self.lasts = False
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.value += number
 
 
-_shortage: Final = DescriptorShortage()
+_count: Final = _Count()
 
 
-def descriptors_are_scarce() -> bool:
-    """Return whether files must be closed even if they were not read this time."""
-    return _shortage.lasts
+def kept_files() -> int:
+    """Return how many files are open between reads, in this process."""
+    return _count.value
 
 
 def open_directory(path: str | os.PathLike[str], dir_fd: int | None = None) -> int:
     """Open a directory. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
-    _shortage.note(descriptor)
-    return descriptor
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
 
 
 def read_once(path: str | os.PathLike[str], dir_fd: int | None = None, most: int = MOST) -> bytes:
@@ -66,7 +58,7 @@ def read_once(path: str | os.PathLike[str], dir_fd: int | None = None, most: int
 
 
 class KeptFile:
-    """A file that is opened at the first read, and stays open unless descriptors are scarce."""
+    """A file that is opened at the first read, and stays open until `close`."""
 
     __slots__ = ("_descriptor", "_dir_fd", "_path")
 
@@ -79,7 +71,7 @@ class KeptFile:
         """Return its current text. Raises OSError; the next call then opens the file again."""
         if self._descriptor < 0:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._dir_fd)
-            _shortage.note(self._descriptor)
+            _count.add(1)
         try:
             # Most files are short, and a text that is kept may occupy the whole buffer that it was
             # read into.
@@ -89,8 +81,6 @@ class KeptFile:
         except OSError:
             self.close()
             raise
-        if _shortage.lasts:
-            self.close()
         return text
 
     def read_or_none(self) -> bytes | None:
@@ -102,10 +92,11 @@ class KeptFile:
             return None
 
     def close(self) -> None:
-        """May be called again."""
+        """The next read opens it again. May be called again."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            _count.add(-1)
 
 
 def number_after(text: bytes, label: bytes, base: int = 10) -> int | None:

@@ -72,6 +72,11 @@ class ServerReader:
             self._readers.pop(pid).close()
         return values
 
+    def close_files(self) -> None:
+        """Close files; the next read opens them again."""
+        for reader in self._readers.values():
+            reader.close_files()
+
     def close(self) -> None:
         for reader in self._readers.values():
             reader.close()
@@ -181,6 +186,10 @@ class PeerReader:
             return ()
         (place,) = places
         return place.disks or ((place.mount,) if place.mount else ())
+
+    def close_files(self) -> None:
+        """Close files; the next read opens them again."""
+        self._process.close_files()
 
     def close(self) -> None:
         self._process.close()

@@ -25,12 +25,7 @@ from typing import Any, Final
 from qkilld.adapters.procfs import parse_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.faults import FaultGuard
-from qkilld.evidence.kept_file import (
-    KeptFile,
-    descriptors_are_scarce,
-    number_after,
-    open_directory,
-)
+from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
 from qkilld.evidence.rings import RingReader
 from qkilld.evidence.threads import ThreadReader
 from qkilld.model.sample import Io
@@ -79,6 +74,11 @@ class ProcessReader:
         self._threads = ThreadReader(self._directory)
         self._rings = RingReader(self._directory, proc, clock)
 
+    @property
+    def directory(self) -> int:
+        """The descriptor of /proc/PID, which `close` closes; -1 if there is none."""
+        return self._directory
+
     def has_run(self) -> bool:
         """Return whether a thread may have run since the last call, or the last read was
         incomplete."""
@@ -112,8 +112,6 @@ class ProcessReader:
         known = None if has_run or not detail else self._last_values
         if known and call("reading /proc/PID/status", self._is_status, self._text):
             into.update(known)
-            if descriptors_are_scarce():
-                self._close_files()
             call("reading rings", self._read_rings, into, opened)
             return
         self._last_values = self._text = None
@@ -134,13 +132,15 @@ class ProcessReader:
         """May be called again."""
         if self._directory < 0:
             return
-        self._close_files()
+        self.close_files()
         self._threads.close()
         os.close(self._directory)
         self._directory = -1
 
-    def _close_files(self) -> None:
+    def close_files(self) -> None:
         """Close files; the next read opens them again."""
+        if self._directory < 0:
+            return
         for file in (self._stat, self._status, self._io):
             file.close()
         self._threads.close_files()

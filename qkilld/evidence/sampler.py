@@ -15,6 +15,7 @@ from qkilld.evidence.block_graph import BlockGraph
 from qkilld.evidence.cgroup import CgroupReader, SharedGroups
 from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.faults import FaultGuard, OnFault
+from qkilld.evidence.file_budget import FileBudget
 from qkilld.evidence.files import PROC, read_descriptors
 from qkilld.evidence.handover import Handover
 from qkilld.evidence.meminfo import read_memory
@@ -72,7 +73,7 @@ class Reader:
         self._pid = pid
         self._guard = guard or FaultGuard()
         self._process = ProcessReader(pid, guard=self._guard)
-        self._cgroup = CgroupReader(pid, shared=tables.groups)
+        self._cgroup = CgroupReader(pid, shared=tables.groups, directory=self._process.directory)
         self._storage = StorageReader(pid)
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
@@ -144,9 +145,15 @@ class Reader:
         """Search for servers that the last sample lacks. Blocks. May run in any thread."""
         self._servers.search()
 
+    def close_files(self) -> None:
+        """Close the files that stay open between samples; the next sample opens them again."""
+        self._process.close_files()
+        self._cgroup.close_files()
+        self._servers.close_files()
+
     def close(self) -> None:
-        self._process.close()
         self._cgroup.close()
+        self._process.close()
         self._storage.close()
         self._sockets.close()
         self._servers.close()
@@ -210,6 +217,11 @@ class EvidenceSampler:
         )
         self._workers = Workers(self._guard)
         self._tables = HostTables()
+        self._budget = FileBudget()
+
+    def count_jobs(self, running: Callable[[], int]) -> None:
+        """Leave descriptors for as many jobs as that function returns."""
+        self._budget.jobs = running
 
     def watch(self, process: Process) -> TargetWatch:
         identity = process.guest.identity
@@ -220,6 +232,7 @@ class EvidenceSampler:
             handover=self._handover,
             tables=self._tables,
             guard=self._guard,
+            budget=self._budget,
         )
 
     def close(self) -> None:
@@ -242,8 +255,12 @@ class TargetWatch:
         handover: Handover,
         tables: HostTables,
         guard: FaultGuard,
+        budget: FileBudget,
     ) -> None:
         self._reader: Reader | None = None
+        self._budget = budget
+        self._keeps = False
+        """Whether files stay open after a sample."""
         self._pid, self._uid, self._tables = pid, uid, tables
         self._workers, self._handover, self._guard = workers, handover, guard
         self._callback: Callable[[Sample], None] | None = None
@@ -255,18 +272,28 @@ class TargetWatch:
         self._callback, self._detail = callback, detail
         if not self._busy:
             self._busy = True
+            self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._not_seen)
             self._handover.expect()
 
     def close(self) -> None:
         self._closed = True
         self._callback = None
+        self._budget.forget(self)
         if not self._busy:
             self._close_reader()
+
+    def stop_keeping(self) -> None:
+        """Implements file_budget.Keeper."""
+        self._keeps = False
+        if not self._busy:
+            self._close_files()
 
     def _work(self) -> None:
         # After a fault, report an empty sample: unknown never counts as idle.
         sample = self._guard.call("taking a sample", self._read)
+        if not self._keeps:
+            self._guard.call("closing files", self._close_files)
         if sample is None:
             self._not_seen()
         else:
@@ -288,9 +315,15 @@ class TargetWatch:
         if self._closed:
             self._close_reader()
             return
+        if not self._keeps:
+            self._close_files()  # It may have lost its room while the sample was taken.
         callback, self._callback = self._callback, None
         if callback is not None:
             callback(sample)
+
+    def _close_files(self) -> None:
+        if self._reader is not None:
+            self._reader.close_files()
 
     def _close_reader(self) -> None:
         if self._reader is not None:

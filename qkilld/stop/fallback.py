@@ -108,6 +108,7 @@ class Fallback:
         self._registry = Registry(
             self.config, self._clock, log, self, self._sampler, self._monitors
         )
+        self._sampler.count_jobs(lambda: self._registry.running)
         self._stops: dict[int, LocalStop] = {}
         favour_the_loop()
 

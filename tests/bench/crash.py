@@ -23,8 +23,8 @@ _PER_JOB_MS: Final = 20
 _GRACE_S: Final = 30
 _IDLE_USEC: Final = 12_000_000
 """A little longer than StallSec=."""
-_DESCRIPTORS: Final = 6
-"""Of the daemon for each job: three when they are scarce, more until its next sample."""
+_DESCRIPTORS: Final = 4
+"""Of the daemon for each job: two, and another while systemd is given one of them."""
 
 
 def measure(wanted: int) -> Figure:

@@ -13,7 +13,7 @@ from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID
 
 JOB = "org.qkilld1.Job"
-LIMIT = 160
+LIMIT = 100
 LONG = ("t", 600_000_000)
 
 Make = Callable[..., Guest]
@@ -44,9 +44,11 @@ def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Ma
         with pytest.raises(CallError, match="short of file descriptors") as caught:
             for guest in guests:
                 jobs.append(user.terminate(guest.pid, grace_usec=LONG))
-                wait_sample(user, jobs[-1])
+                if len(jobs) % 4 == 0:
+                    wait_sample(user, jobs[-1])
         assert caught.value.name == "org.qkilld1.Error.Busy"
-        assert len(jobs) > 3
+        # Files that only save time are not kept for so many: each has two descriptors.
+        assert len(jobs) > LIMIT // 4
         with pytest.raises(CallError, match="short of file descriptors"):
             user.call("Inspect", "u", guests[-1].pid)
         assert root.call("Inspect", "u", guests[-1].pid)[0]["verdict"][1] != "gone"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import resource
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,24 +11,13 @@ from typing import Any
 
 import pytest
 
-from qkilld.evidence import kept_file
-from qkilld.evidence.kept_file import DescriptorShortage, KeptFile
-from qkilld.evidence.sampler import HostTables, Reader
+from qkilld.evidence import sampler
+from qkilld.evidence.file_budget import PER_JOB, SPARE, FileBudget
+from qkilld.evidence.kept_file import KeptFile, kept_files
+from qkilld.evidence.sampler import EvidenceSampler, HostTables, Reader, TargetWatch
+from qkilld.model.sample import Sample
+from tests.engine.conftest import FakeProcess, make_guest
 from tests.lab.guest import Guest
-
-SetLimit = Callable[[int], None]
-
-
-@pytest.fixture
-def set_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetLimit]:
-    """A function that pretends another limit of open files, and leaves no shortage behind."""
-    monkeypatch.setattr(kept_file, "_shortage", DescriptorShortage())
-
-    def set_to(limit: int) -> None:
-        monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-
-    yield set_to
-
 
 COUNTERS: dict[str, Any] = {
     "at": 0,
@@ -38,71 +27,191 @@ COUNTERS: dict[str, Any] = {
     "cgroup": None,
     "host": None,
 }
+EACH = 10
 
 
-def files_of(guest: Guest) -> list[str]:
-    """Return the files below /proc/PID that this process has open."""
+def links_below(pid: int) -> list[Path]:
+    """Return what this process has open of /proc/PID, the directory included."""
     links = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            links.append(str(link.readlink()))
-    return [name for name in links if name.startswith(f"/proc/{guest.pid}/")]
+            links.append(link.readlink())
+    return [link for link in links if link.is_relative_to(f"/proc/{pid}")]
 
 
-def opened(file: KeptFile) -> bool:
-    return file._descriptor >= 0
+def files_of(guest: Guest) -> list[Path]:
+    """Return the files below /proc/PID that this process has open."""
+    return [link for link in links_below(guest.pid) if link != Path(f"/proc/{guest.pid}")]
 
 
-def test_a_file_stays_open(tmp_path: Path, set_limit: SetLimit) -> None:
+class FakeWatch:
+    """Keeps EACH files open after its samples, if it may."""
+
+    def __init__(self, budget: FileBudget, path: Path) -> None:
+        self._budget = budget
+        self._files = [KeptFile(path) for _ in range(EACH)]
+        self.keeps = False
+
+    def look(self) -> bool:
+        """Take a sample; return whether the files were still open."""
+        kept, self.keeps = self.keeps, self._budget.admit(self)
+        for file in self._files:
+            file.read()
+        if not self.keeps:
+            self.stop_keeping()
+        return kept
+
+    def stop_keeping(self) -> None:
+        self.keeps = False
+        for file in self._files:
+            file.close()
+
+
+class Crowd:
+    """Watches that share a budget for so many jobs."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self._path = path
+        self.budget = FileBudget(limit)
+        self.budget.jobs = lambda: len(self.watches)
+        self.watches: list[FakeWatch] = []
+
+    def add(self) -> None:
+        self.watches.append(FakeWatch(self.budget, self._path))
+        self.watches[-1].look()
+
+    def in_use(self) -> int:
+        """The descriptors that are in use if each job needs PER_JOB."""
+        return PER_JOB * len(self.watches) + kept_files()
+
+
+@pytest.fixture
+def crowd(tmp_path: Path) -> Iterator[Callable[[int], Crowd]]:
+    """A function that makes a crowd in a program with this limit of descriptors."""
+    (tmp_path / "file").write_text("text")
+    before = kept_files()
+    assert before == 0  # Another test has left files open.
+    crowds = []
+
+    def make(limit: int) -> Crowd:
+        crowds.append(Crowd(tmp_path / "file", limit))
+        return crowds[-1]
+
+    yield make
+    for one in crowds:
+        for watch in one.watches:
+            watch.stop_keeping()
+    assert kept_files() == before
+
+
+def test_a_file_stays_open_until_it_is_closed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("one")
-    set_limit(1 << 20)
+    before = kept_files()
     file = KeptFile(tmp_path / "file")
-    assert file.read() == b"one" and opened(file)
+    assert file.read() == b"one"
+    assert kept_files() == before + 1
     (tmp_path / "file").write_text("two")
-    assert file.read() == b"two" and opened(file)
+    assert file.read() == b"two"
+    file.close()
+    file.close()
+    assert kept_files() == before
+    assert file.read() == b"two"
     file.close()
 
 
-def test_a_file_is_closed_while_descriptors_are_scarce(tmp_path: Path, set_limit: SetLimit) -> None:
-    (tmp_path / "file").write_text("one")
-    files = [KeptFile(tmp_path / "file") for _ in range(3)]
-    set_limit(1 << 20)
-    assert files[0].read() == b"one" and opened(files[0])
-    set_limit(1)  # Every descriptor is beyond two thirds of that.
-    assert files[1].read() == b"one" and not opened(files[1])
-    # One that was open before is closed too, with its next read.
-    assert files[0].read() == b"one" and not opened(files[0])
-    (tmp_path / "file").write_text("two")
-    assert files[0].read() == b"two" and not opened(files[0])
-    set_limit(1 << 20)
-    assert [file.read() for file in files] == [b"two"] * 3
-    assert all(opened(file) for file in files)
-    for file in files:
-        file.close()
+def test_a_file_that_cannot_be_read_does_not_count(tmp_path: Path) -> None:
+    before = kept_files()
+    for path in (tmp_path / "missing", tmp_path):
+        assert KeptFile(path).read_or_none() is None
+    assert kept_files() == before
 
 
-def test_a_shortage_begins_and_ends_at_different_numbers(set_limit: SetLimit) -> None:
-    shortage = DescriptorShortage()
-    set_limit(900)
-    lasts = []
-    for number in (449, 599, 600, 599, 450, 449, 599):
-        shortage.note(number)
-        lasts.append(shortage.lasts)
-    assert lasts == [False, False, True, True, True, False, False]
+def test_a_few_guests_keep_their_files(crowd: Callable[[int], Crowd]) -> None:
+    few = crowd(1024)
+    for _ in range(20):
+        few.add()
+    kept = [watch.look() for watch in few.watches]
+    assert all(kept)
 
 
-def test_a_guest_is_seen_alike(qemu: Callable[..., Guest], set_limit: SetLimit) -> None:
+def test_files_are_closed_at_once_for_more_jobs(crowd: Callable[[int], Crowd]) -> None:
+    limit = 3000
+    many = crowd(limit)
+    most = 0
+    while PER_JOB * len(many.watches) < limit:
+        many.add()
+        most = max(most, many.in_use())
+        # Not only when the earlier ones take their next sample.
+        assert many.in_use() <= max(limit * 2 // 3, PER_JOB * len(many.watches) + EACH)
+    assert most > limit * 2 // 3 - SPARE - EACH
+    assert kept_files() == 0
+
+
+def test_most_of_those_that_have_room_keep_it_in_each_turn(crowd: Callable[[int], Crowd]) -> None:
+    many = crowd(3000)
+    for _ in range(300):
+        many.add()
+    turns = [[watch.look() for watch in many.watches] for _ in range(4)]
+    assert turns[1] == turns[2] == turns[3]
+    room = 3000 * 2 // 3 - PER_JOB * 300
+    assert room - SPARE - EACH <= EACH * sum(turns[3]) <= room
+
+
+def test_the_room_of_one_that_ends_is_given_to_others(crowd: Callable[[int], Crowd]) -> None:
+    many = crowd(3000)
+    for _ in range(300):
+        many.add()
+    gone = [watch for watch in many.watches if watch.keeps]
+    for watch in gone:
+        watch.stop_keeping()
+        many.budget.forget(watch)
+        many.watches.remove(watch)
+    for _ in range(2):
+        kept = [watch.look() for watch in many.watches]
+    assert sum(kept) >= len(gone)
+
+
+def test_a_guest_is_seen_alike(qemu: Callable[..., Guest]) -> None:
     guest = qemu()
-    set_limit(1 << 20)
     reader = Reader(guest.pid, HostTables())
     kept = reader.read()
     assert len(files_of(guest)) >= 4
-    set_limit(1)
-    Reader(guest.pid, HostTables()).close()  # Of another guest: it shows that they are scarce.
-    reader.read()  # closes them
-    scarce = reader.read()
+    reader.close_files()
     assert files_of(guest) == []
+    scarce = reader.read()
     reader.close()
+    reader.close_files()
+    assert files_of(guest) == []
     assert replace(scarce, **COUNTERS) == replace(kept, **COUNTERS)
     for name in COUNTERS:
         assert getattr(scarce, name) is not None
+
+
+def test_a_guest_needs_one_descriptor_between_samples(
+    fake_qemu: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = fake_qemu()
+    monkeypatch.setattr(sampler, "FileBudget", lambda: FileBudget(0))
+
+    async def look(watch: TargetWatch) -> Sample:
+        taken: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        watch.look(taken.set_result, detail=True)
+        async with asyncio.timeout(30):
+            return await taken
+
+    async def take() -> list[Sample]:
+        evidence = EvidenceSampler(lambda doing, error: None)
+        watch = evidence.watch(FakeProcess(make_guest(pid=guest.pid)))
+        try:
+            samples = []
+            for _ in range(3):
+                samples.append(await look(watch))
+                assert links_below(guest.pid) == [Path(f"/proc/{guest.pid}")]
+            return samples
+        finally:
+            watch.close()
+            evidence.close()
+
+    samples = asyncio.run(take())
+    assert all(sample.threads is not None and sample.cgroup is not None for sample in samples)
+    assert links_below(guest.pid) == []
