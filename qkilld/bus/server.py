@@ -289,10 +289,16 @@ class Server:
                     _service_failure() if isinstance(error, QkilldError) else _stopping_error()
                 )
             return
-        while len(self._uids) >= MAX_NAMES:
-            self._uids.popitem(last=False)
-        self._uids[sender] = uid
+        self._remember(sender, uid)
         self._turns.introduce(sender, uid)
+
+    def _remember(self, sender: str, uid: int) -> None:
+        """Cache a uid in place of the least recently used one of a name whose calls do not wait:
+        its next call would overtake them."""
+        if len(self._uids) >= MAX_NAMES:
+            oldest = next(iter(self._uids))
+            del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]
+        self._uids[sender] = uid
 
     def start(self, call: IncomingMessage, uid: int) -> None:
         """Answer a call whose turn has come, or start a task that does."""
