@@ -10,6 +10,10 @@ So descriptors are always received, threads close them, and no call depends on O
 that wait for sockets are interrupted by a signal. Those that wait for files cannot be, so there are
 few of them, and no descriptors are accepted while all of them wait.
 
+A process does not end before such a close(2) does: exit_group(2) waits for the thread, and would
+otherwise close the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not
+killable). So do not exit without need while `closes_files`.
+
 Every package may use this module.
 """
 
@@ -64,6 +68,10 @@ class _Closer:
         with self._lock:
             stuck = sum(since < limit for since in self._busy_since.values())
             return stuck == MAX_THREADS or len(self._waiting) >= MAX_PENDING
+
+    @property
+    def works(self) -> bool:
+        return self._threads > 0
 
     def put(self, fd: int) -> None:
         with self._lock:
@@ -125,6 +133,11 @@ _files: Final = _Closer(interruptible=False)
 def set_up() -> None:
     """Make it possible to interrupt system calls. Call this in the main thread."""
     signal.signal(WAKE_UP, lambda number, frame: None)
+
+
+def closes_files() -> bool:
+    """Return whether files wait to be closed, which may take for ever."""
+    return _files.works
 
 
 def close_later(fd: int) -> None:

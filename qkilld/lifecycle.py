@@ -19,7 +19,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from qkilld import __version__
+from qkilld import __version__, foreign_descriptors
 from qkilld.adapters import (
     procfs,
     qemu_args,  # noqa: F401  # adapters.procfs would import it with the first guest
@@ -405,6 +405,8 @@ class Life:
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
+            # systemd would wait for the end of this process before it starts another.
+            busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return
             await asyncio.sleep(remaining_s if remaining_s > 0 else span_s / 4)

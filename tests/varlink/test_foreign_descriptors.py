@@ -24,7 +24,7 @@ from tests.lab.fuse import fuse_store
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.monitor.test_tcp import connected
-from tests.varlink.conftest import VarlinkService
+from tests.varlink.conftest import StartDaemon, VarlinkService
 from tests.varlink.test_passing import descriptors_of, on_tcp
 
 Start = Callable[..., Guest]
@@ -125,17 +125,17 @@ input()
 """.replace("CALL", repr(CALL))
 
 
-def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: Path) -> None:
-    """Not even SIGKILL ends such a close(2)."""
+@contextlib.contextmanager
+def passed_files(service: VarlinkService, directory: Path, count: int) -> Iterator[None]:
+    """Another user has passed a file so often. close(2) of it ends with this context, not even by
+    SIGKILL before."""
     needs.root("to mount a file system in user space")
-    before = descriptors_of(service.daemon)
-    (lab_dir / "file").write_bytes(b"x")
+    (directory / "file").write_bytes(b"x")
     with contextlib.ExitStack() as stack:
         # The store ends first, because nothing ends a process that has the file before that.
         ends = stack.enter_context(contextlib.ExitStack())
-        store = stack.enter_context(fuse_store(lab_dir))
+        store = stack.enter_context(fuse_store(directory))
         store.hang("flush")
-        count = 3 * foreign_descriptors.MAX_THREADS
         argv = [sys.executable, "-c", FROM_A_FILE_SERVER, str(service.path)]
         argv += [str(OTHER_UID), str(count)]
         argv += [str(store.directory / "file")]
@@ -146,6 +146,12 @@ def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: P
         child.stdin.write(b"\n")
         child.stdin.flush()
         assert child.stdout.readline()
+        yield
+
+
+def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: Path) -> None:
+    before = descriptors_of(service.daemon)
+    with passed_files(service, lab_dir, 3 * foreign_descriptors.MAX_THREADS):
         assert is_served(service)
         with service.client(OTHER_UID) as client:
             assert client.call("GetStatus")
@@ -170,6 +176,43 @@ def test_a_file_whose_server_does_not_answer(service: VarlinkService, lab_dir: P
         os.close(read)
         os.close(write)
     until(lambda: descriptors_of(service.daemon), lambda now: now <= before)
+
+
+@contextlib.contextmanager
+def kept_busy(service: VarlinkService) -> Iterator[None]:
+    """Call the daemon all the time."""
+    stop = threading.Event()
+
+    def call() -> None:
+        while not stop.wait(0.05):
+            is_served(service)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_daemon_does_not_exit_idle_while_such_a_file_is_open(
+    start_daemon: StartDaemon, socket_path: Path, lab_dir: Path
+) -> None:
+    """The kernel would not let it end, and no other daemon would start."""
+    idle_s = 1.5
+    daemon = start_daemon("--varlink", str(socket_path), "--exit-idle", f"{idle_s}s")
+    service = VarlinkService(daemon, socket_path)
+    with contextlib.ExitStack() as stack:
+        with kept_busy(service):
+            stack.enter_context(passed_files(service, lab_dir, 1))
+        since = time.monotonic()
+        while time.monotonic() < since + 2 * idle_s:
+            assert daemon.process.poll() is None
+            time.sleep(0.02)
+        assert is_served(service)
+        assert "is idle" not in daemon.stderr.text()
+    assert daemon.wait_gone() == 0
 
 
 def test_a_monitor_that_is_made_to_block(service: VarlinkService, qemu: Start) -> None:
