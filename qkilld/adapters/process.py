@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import select
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import note_once
 from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
 from qkilld.model.guest import Guest, Identity, Label
+
+_GET_INFO: Final = 0xC040FF0B
+"""PIDFD_GET_INFO: include/uapi/linux/pidfd.h. Since Linux 6.13."""
+_INFO: Final = struct.Struct("=Q52xi")
+"""The first version of struct pidfd_info: its mask and its exit_code."""
+_INFO_EXIT: Final = 1 << 3
+_SIGNAL: Final = 0x7F
+"""The part of a status of wait(2) that is the signal."""
 
 
 class PidfdProcess:
@@ -56,6 +67,15 @@ class PidfdProcess:
             note_once(f"looking whether process {self.identity.pid} was collected", error)
             return False
         return stat.start_time != self.identity.start_time
+
+    def killed_by(self) -> int:
+        try:
+            stat = procfs.read_stat(self.identity.pid, self._proc)
+            if stat.start_time == self.identity.start_time:
+                return stat.exit_status & _SIGNAL
+        except OSError as error:
+            note_once(f"looking how process {self.identity.pid} has ended", error)
+        return _exit_status(self._pidfd) & _SIGNAL
 
     def dying(self) -> bool:
         try:
@@ -178,6 +198,20 @@ def _unreadable(pid: int, error: OSError) -> Failed:
 
 def _already_gone(pid: int) -> NoSuchProcess:
     return NoSuchProcess(f"Process {pid} has exited already; only its parent has yet to collect it")
+
+
+def _exit_status(pidfd: int) -> int:
+    """Return the status, as wait(2) does, of a process that its parent has reaped; 0 if unknown,
+    as before Linux 6.15."""
+    info = bytearray(_INFO.size)
+    _INFO.pack_into(info, 0, _INFO_EXIT, 0)
+    try:
+        fcntl.ioctl(pidfd, _GET_INFO, info)
+    except OSError as error:
+        note_once("asking a pidfd how its process has ended", error)
+        return 0
+    mask, status = _INFO.unpack(info)
+    return status if mask & _INFO_EXIT else 0
 
 
 def _exited(pidfd: int) -> bool:

@@ -50,6 +50,9 @@ class Stat(NamedTuple):
     threads: int
     start_time: int
     """Clock ticks since boot."""
+    exit_status: int
+    """Of a process that has exited, as wait(2) returns it; 0 if it has not, or if the kernel does
+    not show it, as without the ptrace right."""
 
     @property
     def command(self) -> str:
@@ -119,6 +122,7 @@ def parse_stat(text: bytes) -> Stat:
             cpu=int(fields[11]) + int(fields[12]),
             threads=int(fields[17]),
             start_time=int(fields[19]),
+            exit_status=int(fields[49]) if len(fields) > 49 else 0,
         )
     except (ValueError, IndexError):
         raise ProcessLookupError("/proc/PID/stat is not a whole line") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from signal import SIGHUP, SIGINT, SIGTERM, Signals
 from typing import Final
 
 from qkilld.decision.verdict import Assessment
@@ -10,6 +11,8 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.job import Risk
 
 CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
+_HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
+"""The signals that ask QEMU to exit."""
 _LOST: Final = 2 * USEC_PER_SEC
 """A node without a connection for this long (µs) has lost it: an exiting QEMU closes all
 connections in less time."""
@@ -38,6 +41,31 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
         text = f"{sample.formatted} {images} open for writing, whose metadata may be incomplete"
         risks.append(Risk("qcow2-open", text))
     return tuple(risks)
+
+
+def risks_of_death(
+    number: int, evidence: Assessment | None, *, asked: bool, flushed: bool = False
+) -> tuple[Risk, ...]:
+    """Return the risks if a signal of somebody else ended QEMU: of the kernel for want of memory,
+    of another program, or of a crash. It loses what SIGKILL would have lost.
+
+    `asked`: it had been sent SIGTERM, without which its guest may write until the end. `flushed`:
+    the monitor reported all disks as flushed. QEMU handles the signals that ask it to exit, so that
+    one of them only ends a QEMU that has not begun.
+    """
+    if not number or number in _HANDLED or flushed:
+        return ()
+    risks = risks_of_kill(evidence)
+    if asked and not risks:
+        return ()
+    return (Risk("unknown", f"it did not exit by itself: {_signal_name(number)} ended it"), *risks)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def risks_of_exit(

@@ -13,7 +13,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Final
 
 from qkilld.decision.ladder import JobFacts, lengthen, policy_for
-from qkilld.decision.risk import risks_of_exit
+from qkilld.decision.risk import risks_of_death, risks_of_exit
 from qkilld.decision.verdict import Assessment
 from qkilld.engine import events, steering
 from qkilld.engine.collaborators import Collaborators
@@ -535,14 +535,8 @@ class Job:
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:
             self.risks = ()  # QEMU keeps running, so nothing is cancelled.
-        if result is Result.EXITED and self.by_evidence:
-            risks = risks_of_exit(
-                self.assessment,
-                flushed=self.flush.proven,
-                started=self._clock.started_at(self.guest.identity.start_time),
-                ended=self.ended,
-            )
-            self.risks = (*self.risks, *risks)
+        if result is Result.EXITED:
+            self.risks = (*self.risks, *self._risks_of_end(self.ended))
         self.phase = Phase.DONE
         self.deadline = INFINITY
         if result is Result.SURVIVED:
@@ -556,6 +550,19 @@ class Job:
         self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
+
+    def _risks_of_end(self, ended: int) -> tuple[Risk, ...]:
+        """Return the risks of an end without a SIGKILL of ours."""
+        evidence, flushed = self.assessment if self.by_evidence else None, self.flush.proven
+        number, asked = self._process.killed_by(), self._signals.sent
+        if death := risks_of_death(number, evidence, asked=asked, flushed=flushed):
+            return death
+        return risks_of_exit(
+            evidence,
+            flushed=flushed,
+            started=self._clock.started_at(self.guest.identity.start_time),
+            ended=ended,
+        )
 
     def undone(self) -> None:
         """The guest's processors run again after the job has ended."""

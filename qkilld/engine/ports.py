@@ -48,6 +48,10 @@ class Process(Protocol):
     def collected(self) -> bool:
         """Return whether its parent has reaped it after its exit, so that it is not a zombie."""
 
+    def killed_by(self) -> int:
+        """Return the number of the signal that ended it; 0 if none did, as far as known. Call it
+        when it has exited."""
+
     def dying(self) -> bool:
         """Return whether it has received SIGKILL or is exiting, as far as known."""
 

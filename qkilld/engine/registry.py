@@ -361,6 +361,9 @@ class GoneProcess:
     def collected(self) -> bool:
         return True
 
+    def killed_by(self) -> int:
+        return 0
+
     def dying(self) -> bool:
         return True
 

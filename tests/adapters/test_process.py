@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, SIGTERM
@@ -18,6 +19,8 @@ from tests.lab.guest import FIRST_THREAD_EXITS, LARGE, Guest
 from tests.lab.process import OTHER_UID, wait_gone
 
 Make = Callable[..., Guest]
+_TELLS_ENDS = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) >= (6, 15)
+"""Whether a pidfd tells the status of a process that its parent has reaped."""
 
 
 def test_identity_of_a_real_qemu(qemu: Make) -> None:
@@ -35,14 +38,30 @@ def test_identity_of_a_real_qemu(qemu: Make) -> None:
         assert wait_gone(guest.pidfd, 30)
         assert process.exited()
         assert not process.collected()
+        assert process.killed_by() == SIGKILL
         guest.wait_gone()
         assert process.collected()
+        assert process.killed_by() == (SIGKILL if _TELLS_ENDS else 0)
         with pytest.raises(ProcessLookupError):
             process.signal(SIGKILL)
         with pytest.raises(NoSuchProcess):
             process.identify()
     finally:
         process.close()
+        process.close()
+
+
+def test_an_exit_is_no_death_by_a_signal(qemu: Make) -> None:
+    guest = qemu()
+    process = open_process(guest.pid)
+    try:
+        assert process.killed_by() == 0
+        process.signal(SIGTERM)
+        assert wait_gone(guest.pidfd, 30)
+        assert process.killed_by() == 0
+        guest.wait_gone()
+        assert process.killed_by() == 0
+    finally:
         process.close()
 
 

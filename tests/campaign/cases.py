@@ -290,6 +290,14 @@ _KILLED_WRONGLY: Final = (
         results=frozenset({"exited", "killed", "survived"}),
     ),
     _case(
+        "killed-elsewhere",
+        "NBD frozen, and somebody else sends SIGKILL after 5 s: data at risk",
+        _NBD,
+        Change(0, 0, "freeze"),
+        Change(5, PROCESS, "kill"),
+        lost=61,
+    ),
+    _case(
         "host-paused",
         "NBD frozen, and the whole host paused for 25 s meanwhile",
         _NBD,

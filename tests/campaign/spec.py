@@ -66,7 +66,7 @@ class Change:
     what: str
     """For a disk: fast, slow; freeze, thaw; leave, back; dead, alive (for what is below its
     server); fail; hang (the close and flush of its file). For the process: stop, frozen, trace,
-    pipe, and go. For the host: pause, go."""
+    pipe, and go; kill (SIGKILL, as of the kernel for want of memory). For the host: pause, go."""
     value: float = 0
     """For slow: how slow, from 1 (a little) on; for hang: the seconds that such a call takes."""
 

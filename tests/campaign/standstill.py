@@ -86,6 +86,8 @@ class Standstill:
                 assert self._pipe is not None
                 self._pipe.fill()
                 self._undo.append(self._pipe.drain)
+            case "kill":
+                self._guest.signal(signal.SIGKILL)
             case "go":
                 self.go()
 

@@ -83,6 +83,8 @@ class FakeProcess:
     dies_of: tuple[Signals, ...] = (SIGKILL,)
     refuses: tuple[Signals, ...] = ()
     zombie: bool = False
+    killer: int = 0
+    """The signal that ended it, unless it exited by itself."""
     dead: bool = False
     closed: bool = False
     sent: list[Signals] = field(default_factory=list)
@@ -111,6 +113,10 @@ class FakeProcess:
     def collected(self) -> bool:
         return not self.zombie
 
+    def killed_by(self) -> int:
+        assert not self.closed
+        return self.killer
+
     def dying(self) -> bool:
         return self.dead or SIGKILL in self.sent
 
@@ -125,9 +131,9 @@ class FakeProcess:
         self.closed = True
         self._callback = None
 
-    def die(self) -> None:
-        """Exit; the pidfd becomes readable."""
-        self.dead = True
+    def die(self, killer: int = 0) -> None:
+        """Exit, or end by a signal of another program; the pidfd becomes readable."""
+        self.dead, self.killer = True, killer
         self.wake()
 
     def wake(self) -> None:

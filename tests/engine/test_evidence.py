@@ -77,6 +77,18 @@ def test_an_exit_without_the_server_of_a_disk_is_no_proof(world: World) -> None:
     assert receipt.message.endswith("it exited while nbd node d0 had no server.")
 
 
+def test_a_sigkill_of_somebody_else_puts_at_risk_what_ours_would(world: World) -> None:
+    world.sampler.shows = lambda now: WAITING
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(5)
+    process.die(SIGKILL)
+    assert (job.result, process.sent, job.data_at_risk) == (Result.EXITED, [SIGTERM], True)
+    receipt = world.journal.events[-1]
+    assert receipt.priority is Priority.WARNING
+    assert "it did not exit by itself: SIGKILL ended it" in receipt.message
+
+
 def test_storage_that_comes_back_in_time(world: World) -> None:
     back = world.clock.now() + 50 * S
     world.sampler.shows = lambda now: WAITING if now < back else flushing(now)

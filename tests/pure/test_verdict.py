@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from signal import SIGABRT, SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
 
-from qkilld.decision.risk import risks_of_exit, risks_of_kill
+from qkilld.decision.risk import risks_of_death, risks_of_exit, risks_of_kill
 from qkilld.decision.verdict import SLACK, Assessment, assess
 from qkilld.model.constants import Verdict
 from qkilld.model.sample import (
@@ -796,6 +797,29 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
 ) -> None:
     evidence = follow([replace(IDLE, at=s * S, **look) for s, look in enumerate(looks)])
     risks = risks_of_exit(evidence, started=started * S, ended=ended * S)
+    assert [risk.code for risk in risks] == codes
+
+
+@pytest.mark.parametrize(
+    ("number", "now", "options", "codes"),
+    [
+        (0, {"formatted": 1}, {}, []),
+        (SIGKILL, {}, {}, []),
+        (SIGKILL, {"formatted": 1}, {}, ["unknown", "qcow2-open"]),
+        (SIGABRT, {"threads": (FDATASYNC,)}, {}, ["unknown", "killed-io"]),
+        (SIGKILL, {"formatted": 1}, {"flushed": True}, []),
+        # Its guest may have written until then.
+        (SIGKILL, {}, {"asked": False}, ["unknown"]),
+        # It had not begun to handle signals.
+        (SIGTERM, {"formatted": 1}, {}, []),
+        (99, {"formatted": 1}, {}, ["unknown", "qcow2-open"]),
+    ],
+)
+def test_a_death_by_somebody_elses_signal_puts_at_risk_what_sigkill_would(
+    number: int, now: dict[str, Any], options: dict[str, bool], codes: list[str]
+) -> None:
+    evidence = follow([replace(IDLE, at=at * S, **now) for at in range(2)])
+    risks = risks_of_death(number, evidence, **{"asked": True, **options})
     assert [risk.code for risk in risks] == codes
 
 
