@@ -30,13 +30,13 @@ from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
 STOPS_TIMEOUT_S: Final = 30.0
-"""How long to wait for running stops."""
+"""How long to wait until running stops have ended."""
 _POLL_S: Final = 0.1
 _SHOWN: Final = 4096
 
 
 class StopsRunning(QkilldError):
-    """Guests are being stopped, and a reload would shorten their timeouts."""
+    """Guests are being stopped, and `daemon-reload` would shorten their timeouts."""
 
     exit_code = ExitCode.SURVIVED
 
@@ -52,8 +52,8 @@ async def adopt(
 ) -> int:
     """Adopt each unit; return the worst exit code.
 
-    `all_units`: with `undo`, everything that adopt ever wrote. `now`: do not wait for running stops
-    before the reload.
+    `all_units`: with `undo`, remove everything that adopt ever wrote. `now`: do not wait for
+    running stops before `daemon-reload`.
     """
     adopter = _Adopter(session, await config_of(session), dry_run=dry_run, now=now)
     codes: list[int] = []
@@ -98,7 +98,8 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # Nothing to add: something overrides the settings, or systemd has not reloaded yet.
+            # The drop-in has all lines already: something overrides them, or systemd has not
+            # reloaded yet.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(drop_in)
@@ -111,7 +112,7 @@ class _Adopter:
         self._show_file(drop_in, text, old)
         if self._dry_run:
             for each in report.overrides:
-                self._say(f"  {each}, which will override it: change it there")
+                self._say(f"  {each}, which will override this: change that file")
             document = report.as_json() | {"path": str(drop_in.path), "text": text}
             return ExitCode.OK, document
         drop_in.write(text)
@@ -120,7 +121,7 @@ class _Adopter:
             after = await self._check(name)
             _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd rejects the drop-in, or interprets it differently.
+            # systemd rejects the drop-in, or parses it differently.
             if old:
                 drop_in.write(old)
             else:
@@ -133,11 +134,11 @@ class _Adopter:
         if not self._session.json:
             show(self._session, report)
             if not report.is_safe:
-                self._say("  It was not changed.")
+                self._say("  The unit was not changed.")
         return report.exit_code, report.as_json() | {"path": None, "text": ""}
 
     async def adopted_units(self) -> list[str]:
-        """List all units with our drop-in and all scopes with a guard."""
+        """List all units that have our drop-in, and all scopes that have a guard."""
         unit_names: dict[str, None] = {}
         for transient in (False, True):
             base = await self._base(transient)
@@ -149,8 +150,8 @@ class _Adopter:
         return list(unit_names)
 
     async def _wait_for_stops(self) -> None:
-        """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget how
-        far a running stop has extended its timeout. Raises StopsRunning."""
+        """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
+        timeout extensions of running stops. Raises StopsRunning."""
         if self._now:
             return
         deadline = time.monotonic() + STOPS_TIMEOUT_S
@@ -159,7 +160,8 @@ class _Adopter:
                 names = ", ".join(map(printable, stopping))
                 raise StopsRunning(
                     f"Guests are being stopped in {names}, and `daemon-reload` would make systemd"
-                    " end them by the clock. Nothing was changed: try again later, or with --now"
+                    " forget their extended timeouts. Nothing was changed: try again later, or with"
+                    " --now"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -184,7 +186,7 @@ class _Adopter:
         if not self._dry_run:
             await self._wait_for_stops()
         paths = []
-        # The name under which it was adopted may be an alias now.
+        # The name under which the unit was adopted may be an alias now.
         bases = [await self._base(transient) for transient in (False, True)]
         for base, unit in product(bases, dict.fromkeys((primary, full_name(name)))):
             drop_in = DropIn(base, unit)
@@ -207,12 +209,13 @@ class _Adopter:
         if at and template != name and DropIn(await self._base(transient=False), template).read():
             command = f"{self._session.command} adopt --undo {shlex.quote(template)}"
             return Failed(
-                f"{text} by itself but through its template, {printable(template)}: `{command}` "
-                "undoes that for all its instances"
+                f"{text} by itself, but through its template {printable(template)}: `{command}` "
+                "undoes that for all instances"
             )
         return Failed(f"{text}, so there is nothing to undo")
 
-    # Scopes have no ExecStop=, so a unit that is stopped earlier does the waiting for them.
+    # Scopes have no ExecStop=, so another unit, their guard, is stopped earlier and waits for the
+    # guest.
 
     async def _guard(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         guard = report.surroundings.guard
@@ -226,30 +229,31 @@ class _Adopter:
                     "qkilld-scope@.service, which guards scopes, is not installed"
                 ) from None
             say = "Would start" if self._dry_run else "Starting"
-            self._say(f"{say} {guard}, which guards the scope until its guest has ended;")
-            self._say("  another scope of that name needs a new guard.")
+            self._say(f"{say} {guard}, which guards the scope until its guest has exited;")
+            self._say("  another scope with this name will need a new guard.")
             if self._dry_run:
                 return ExitCode.OK, report.as_json() | {"guard": guard}
             await self._systemd.start(guard)
             await self._wait_state(guard, "active")
             report = await self._check(report.name)
-        # A scope's own properties belong to the program that created it.
+        # A scope's settings belong to the program that created it, so no drop-in is written.
         return self._report(report, None, "")
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:
-        """Stopping the guard would stop the guest, so its ExecStop= is removed first."""
+        """Stop the guard of a scope. The guard's ExecStop=, which would stop the guest, is removed
+        first."""
         if self._session.bus.user:
             raise _no_users_guard(scope)
         guard = guard_of(scope)
         document = {"unit": scope, "guard": guard, "error": None, "exit_code": 0}
         if (await self._systemd.unit(guard)).active_state != "active":
             raise Failed(f"{printable(scope)} is not guarded, so there is nothing to undo")
-        self._say(f"{'Would stop' if self._dry_run else 'Stopping'} {guard}, and not the guest.")
+        self._say(f"{'Would stop' if self._dry_run else 'Stopping'} {guard}, but not the guest.")
         if self._dry_run:
             return ExitCode.OK, document
         await self._wait_for_stops()
         drop_in = DropIn(await self._base(transient=True), guard)
-        why = "the guard is to end and leave the guest alone"
+        why = "the guard must be stopped without stopping the guest"
         reset = Change(why, (Line("Service", "ExecStop="),))
         drop_in.write(text_of(guard, f"rm {drop_in.path}", __version__, [reset]))
         try:
@@ -279,7 +283,8 @@ class _Adopter:
         return await check_unit(self._session, self._systemd, name, self._config)
 
     async def _base(self, transient: bool) -> Path:
-        """Return the directory for drop-ins; for transient units, one that a reboot clears too."""
+        """Return the directory for drop-ins; for transient units, one that is cleared at reboot,
+        like them."""
         if self._session.bus.user:
             config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
             base = Path(os.environ.get("XDG_RUNTIME_DIR", "/run") if transient else config)
@@ -287,7 +292,7 @@ class _Adopter:
         else:
             base = Path("/run" if transient else "/etc") / "systemd/system"
         if str(base) not in await self._systemd.search_path():
-            raise Failed(f"this manager of systemd does not read drop-ins from {base}")
+            raise Failed(f"this systemd manager does not read drop-ins from {base}")
         return base
 
     async def _reload(self, drop_in: DropIn) -> None:
@@ -301,19 +306,19 @@ class _Adopter:
             ) from None
 
     def _check_root(self, name: str, option: str = "") -> None:
-        """Raises NeedsRoot."""
+        """Raise NeedsRoot unless the caller may write the unit's drop-ins."""
         if os.geteuid() == 0 or self._session.bus.user:
             return
         own = f"qkillctl --user adopt {option}{shlex.quote(name)}"
         raise NeedsRoot(
-            f"{printable(name)} is a unit of the system, whose drop-ins only root can write: run "
-            f"this as root. If it is a unit of your own: `{printable(own)}`"
+            f"{printable(name)} is a system unit, whose drop-ins only root can write: run this as "
+            f"root. If it is your own unit: `{printable(own)}`"
         )
 
     def _check_helper(self) -> None:
         """Raise Failed if the helper is missing or another user could replace it.
 
-        Units run it with their own privileges.
+        Units run the helper with their own privileges.
         """
         helper = find_helper()
         if helper is None:
@@ -342,7 +347,7 @@ class _Adopter:
         if not self._session.json:
             show(self._session, report)
             if not report.is_safe and not report.overrides:
-                self._say("  adopt does not change the rest: decide for yourself.")
+                self._say("  adopt does not change the rest: that is your decision.")
         written = {"path": str(drop_in.path), "text": text} if drop_in else {}
         return report.exit_code, report.as_json() | written
 
@@ -352,14 +357,14 @@ class _Adopter:
 
 
 def _compare_with_prediction(before: UnitReport, after: UnitReport) -> None:
-    """Raise Failed if the adopted unit keeps less data than was predicted."""
+    """Raise Failed if the adopted unit keeps less data than predicted."""
     predicted, real = before.comparison.adopted, after.comparison.now
     worse = [each.value for each in predicted if not real[each] >= predicted[each]]
     if worse:
         raise Failed(
             f"with the drop-in, {printable(before.name)} keeps less than predicted "
             f"({', '.join(worse)}), so the change was reverted. Something else may set the "
-            f"same keys: see `systemctl cat {printable(before.name)}`"
+            f"same settings: see `systemctl cat {printable(before.name)}`"
         )
 
 

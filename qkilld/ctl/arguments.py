@@ -39,10 +39,9 @@ With several targets the worst code counts, in the order 1, 4, 6, 5, 7, 2, 3, 8,
 _DESCRIPTION: Final = """\
 Stop QEMU guests through qkilld, and show what it does.
 
-qkilld sends SIGTERM, on which QEMU writes out what it holds and exits. SIGKILL would lose this
-data: it is sent only with --force, and only after a grace period. Data that the guest's own
-operating system has not written is saved only if that system shuts down: --powerdown asks it to
-do so first.
+qkilld sends SIGTERM, on which QEMU writes out its data and exits. SIGKILL would lose this data, and
+is sent only with --force, after a grace period. Data that the guest's operating system has not
+written is saved only if the guest shuts down: with --powerdown, qkilld asks it to do so first.
 """
 _EXAMPLES: Final = """\
 examples
@@ -68,43 +67,44 @@ examples
 """
 _TERMINATE: Final = """\
 Stop guests. All jobs are started first; a job that cannot be started does not prevent the others.
-Without --wait, qkillctl returns as soon as the jobs run, and qkilld continues them.
+Without --wait, qkillctl returns as soon as the jobs have started, and qkilld continues them.
 
   qkillctl terminate --powerdown --wait web
-                      For a guest with an operating system: ask it to shut down, and watch it.
-                      SIGTERM follows if it does not. SIGKILL is never sent.
+                      Ask the guest's operating system to shut down, and watch it. SIGTERM follows
+                      if it does not shut down. SIGKILL is never sent.
   qkillctl terminate --powerdown --force --wait web
                       The same, with SIGKILL for a QEMU that is stuck.
   qkillctl terminate --powerdown-only --wait web
-                      No signal at all: for a guest that may ask its user "save changes?"
+                      No signal at all, for a guest that may ask its user "save changes?"
   qkillctl terminate --wait web
-                      SIGTERM: what QEMU holds is saved. Data that the guest's operating system has
-                      not written is lost, as after a power failure.
+                      SIGTERM only: QEMU writes out its data. Data that the guest's operating system
+                      has not written is lost, as after a power failure.
 """
 _CHECK_UNIT: Final = """\
-Ask systemd how it stops a unit, and print which settings lose a guest's data and which lines fix
-that. It also compares what a stop, a restart and a shutdown of the host keep now with what they
+Ask systemd how it stops a unit, and print the settings that lose a guest's data and the lines that
+fix them. Also compare the data that a stop, a restart and a shutdown of the host keep now, and
 would keep after `qkillctl adopt`. Without UNIT, check every unit in which QEMU runs. qkilld need
 not run, and nothing is changed. The exit code is 8 if a unit is not safe. With --user: your own
 units.
 """
 _CHECK_HOST: Final = """\
-Show what qkilld-guests.service would change on this host, before you enable it: the keepers that
-shut guests down by themselves, what stops each guest, and the order at shutdown. Nothing is
+Show what qkilld-guests.service would change on this host, before you enable it: the other services
+that shut guests down (keepers), what stops each guest, and the order at shutdown. Nothing is
 changed. The exit code is 8 if systemd's own signals stop a guest.
 """
 _ADOPT: Final = """\
 Write the drop-in UNIT.d/50-qkilld.conf that makes a unit safe, reload systemd, and check the unit
 again. The drop-in has only the lines that the unit needs. The unit file is not changed, and a guest
-in the unit keeps running. A drop-in that could keep less data than now is refused. A scope, which
-cannot have an ExecStop=, gets a guard instead: qkilld-scope@.service. With --user: your own units.
+in the unit keeps running. A drop-in that could keep less data than now is refused. A scope
+cannot have an ExecStop=, and gets a guard instead, qkilld-scope@.service, which stops the guest
+before systemd stops the scope. With --user: your own units.
 """
 _JOBS: Final = "A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n"
 _WATCH: Final = """\
 Show all running jobs live, one line each: what the guest does, how much was written and what comes
 next. On a terminal, keys hold, release, extend, force and cancel the selected job; ? explains them.
-Otherwise a line is printed for each change, with --json an object on each line. It continues when
-qkilld is restarted, and never starts qkilld.
+Otherwise, print a line for each change, with --json an object. qkillctl watch continues when qkilld
+is restarted, and never starts qkilld.
 """
 _CONTROLS: Final = (
     (
@@ -118,19 +118,19 @@ _CONTROLS: Final = (
         "hold",
         "hold jobs: no more signals until they are released",
         "Hold jobs: no signal is sent and no job gives up until `qkillctl release`. qkilld\n"
-        "continues to watch the guest, and this evidence counts afterwards. A hold persists when\n"
-        "you log out and when qkilld is restarted.",
+        "continues to watch the guest, and time without progress counts. A hold persists when you\n"
+        "log out and when qkilld is restarted.",
     ),
     (
         "release",
         "let held jobs continue",
-        "Let held jobs continue. A step that is due by then is taken at once.",
+        "Let held jobs continue. A step that has become due is taken at once.",
     ),
     (
         "extend",
         "give jobs more time before SIGKILL",
         "Give jobs more time: no SIGKILL is sent within SPAN from now, whatever the policy. A job\n"
-        "that has more time already keeps it. A job without FORCE never sends SIGKILL.",
+        "that already has more time keeps it. A job without FORCE never sends SIGKILL.",
     ),
     (
         "force",
@@ -139,45 +139,44 @@ _CONTROLS: Final = (
         "QEMU has not written is lost.",
     ),
 )
-"""Name, summary, description."""
+"""The name, summary and description of each command."""
 _UNITS: Final = """\
 a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (a
 template: all its instances), run-1234.scope
 """
 _HISTORY: Final = """\
-List past stops, one line each: when it ended, how, how long it took, and whether data is at risk.
-They are read from the journal, so qkilld need not run. A guest is selected by its name, its unit or
-the process id that it had. TIME is a date such as 2026-11-25 or "2026-11-25 18:00", today,
+List past stops, one line each: when and how the stop ended, how long it took, and whether data is
+at risk. Stops are read from the journal, so qkilld need not run. Select a guest by its name, its
+unit or the process id that it had. TIME is a date such as 2026-11-25 or "2026-11-25 18:00", today,
 yesterday, or a span before now such as 2h.
 """
 _REPLAY: Final = """\
-Judge a trace recorded by `qkilld --trace-dir` again, and print what would have been done and when.
-The options override the flags and the policy with which the job was recorded. qkilld need not run,
-and nothing is stopped.
+Judge a trace recorded by `qkilld --trace-dir` again, and print the steps and their times. The
+options override the recorded flags and policy. qkilld need not run, and nothing is stopped.
 """
 
 _METRICS: Final = """\
-Print OpenMetrics text: how many stops run and ended, how, how long they took, and after how many
-data is at risk. For the textfile collector of node_exporter:
+Print OpenMetrics text: the numbers of running and ended stops, their results and durations, and
+how many left data at risk. For the textfile collector of node_exporter:
 qkillctl metrics --output /var/lib/prometheus/node-exporter/qkilld.prom
 """
 _TIMELINE: Final = """\
 Draw one stop as SVG: steps, verdicts, throughput and deadlines over time. FILE is a trace recorded
-by `qkilld --trace-dir`. JOB is job:N or /org/qkilld1/job/N, and means the newest job with this
-number in the journal, which has no throughput and no deadlines.
+by `qkilld --trace-dir`. JOB is job:N or /org/qkilld1/job/N: the newest job with this number in the
+journal, which records no throughput and no deadlines.
 """
 
 
 _LOCAL: Final = frozenset(
     ("adopt", "check-host", "check-unit", "history", "metrics", "replay", "timeline")
 )
-"""Commands that work with files of the machine that they run on."""
+"""Commands that work with files of this machine, and so cannot be used with -H or -M."""
 _HOST: Final = re.compile(r"(?!-)[\w.@\[\]-]+(?::[0-9]{1,5})?", re.ASCII)
 _MACHINE: Final = re.compile(r"(?![-.])(?:[\w.-]+@)?[\w.-]{1,64}", re.ASCII)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Raises SystemExit for usage errors and --help."""
+    """Parse the command line. Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
@@ -287,7 +286,7 @@ def _add_replay(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE")
     for name, text in (
         ("force", "allow SIGKILL"),
-        ("fixed", "use a fixed clock instead of evidence"),
+        ("fixed", "use fixed times instead of evidence"),
     ):
         command.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
@@ -307,8 +306,8 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--all",
         action="store_true",
-        help="stop every guest that you may stop: root all, others their own, and those of others "
-        "if polkit allows it",
+        help="stop every guest that you may stop: your own (root: all), and, if polkit allows it, "
+        "those of others",
     )
     command.add_argument(
         "--force", action="store_true", help="allow SIGKILL once the grace period is over"
@@ -316,7 +315,7 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fixed",
         action="store_true",
-        help="use a fixed clock instead of evidence: SIGKILL 10 s after SIGTERM with --force, "
+        help="use fixed times instead of evidence: SIGKILL 10 s after SIGTERM with --force, "
         "otherwise give up after 15 s",
     )
     _add_powerdown(command)
@@ -324,12 +323,12 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     waiting.add_argument(
         "--wait",
         action="store_true",
-        help="wait for the end of all jobs; the exit code says how they ended",
+        help="wait until all jobs have ended; the exit code shows how they ended",
     )
     waiting.add_argument(
         "--no-wait",
         action="store_true",
-        help="send one signal and do not watch the process: SIGTERM, or with --force SIGKILL",
+        help="send one signal, SIGTERM or with --force SIGKILL, and do not watch the process",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print what would be done, and send nothing"
@@ -376,13 +375,13 @@ def _add_powerdown(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--socket",
         metavar="PATH",
-        help="the daemon's Varlink socket, if it is not in its usual place",
+        help="the daemon's Varlink socket, if not the default one",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
     """Add the options that are allowed before and after the command."""
-    # Defaults after the command must not override options given before it.
+    # Defaults of options after the command must not override options before the command.
     unset = None if top else argparse.SUPPRESS
     buses = parser.add_mutually_exclusive_group()
     for name, bus, text in (
@@ -399,20 +398,20 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
         default=unset,
         help="use the daemon on the bus at this D-Bus address",
     )
-    elsewhere = parser.add_mutually_exclusive_group()
-    elsewhere.add_argument(
+    hosts = parser.add_mutually_exclusive_group()
+    hosts.add_argument(
         *("-H", "--host"),
         type=_host,
         metavar="HOST",
         default=unset,
         help="use the daemon of another host, over ssh: [USER@]HOST[:PORT][/CONTAINER]",
     )
-    elsewhere.add_argument(
+    hosts.add_argument(
         *("-M", "--machine"),
         type=_machine,
         metavar="CONTAINER",
         default=unset,
-        help="use the daemon of a container of this host",
+        help="use the daemon of a container on this host",
     )
     parser.add_argument(
         "--no-ask-password",
@@ -425,7 +424,7 @@ def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
         "--debug",
         action="store_true",
         default=False if top else argparse.SUPPRESS,
-        help="print each failure that is ignored",
+        help="print failures that are ignored",
     )
     parser.add_argument(
         "--json",
@@ -442,7 +441,7 @@ def _address(text: str) -> BusAddress:
 
 
 def _host(text: str) -> tuple[str, str]:
-    """The host and the container on it, if there is one."""
+    """Return the host, and the container on it or ""."""
     host, slash, machine = text.partition("/")
     if not _HOST.fullmatch(host):
         raise argparse.ArgumentTypeError(f'"{printable(text)}" is not [USER@]HOST[:PORT]')
@@ -450,37 +449,37 @@ def _host(text: str) -> tuple[str, str]:
 
 
 def _machine(text: str) -> str:
-    # It goes through a shell on another host.
+    # The name is passed to a shell on another host.
     if not _MACHINE.fullmatch(text):
         raise argparse.ArgumentTypeError(f'"{printable(text)}" is not the name of a container')
     return text
 
 
 def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusAddress:
-    """The bus that the options name. Exits with 2."""
+    """Return the bus that the options select. Exits with 2 on errors."""
     bus: BusAddress = arguments.bus or SYSTEM_BUS
     host, machine = arguments.host or ("", arguments.machine or "")
     if not host and not machine:
         return bus
     if bus.address:
-        parser.error("--bus names the bus of this machine, so leave out either it or -H and -M")
+        parser.error("--bus is a bus of this machine: leave out either --bus or -H and -M")
     if bus.user and host:
         parser.error("-H reaches the system bus of another host: leave out --user")
     if arguments.command in _LOCAL:
         parser.error(
-            f"{arguments.command} reads files of the machine that it runs on: run it there, as in"
-            f" `ssh HOST qkillctl {arguments.command}`"
+            f"{arguments.command} works with the files of its own machine: run it on the other one,"
+            f" as in `ssh HOST qkillctl {arguments.command}`"
         )
     return BusAddress(user=bus.user, host=host, machine=machine)
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check what argparse cannot. Exits with 2."""
+    """Check combinations that argparse cannot check. Exits with 2 on errors."""
     if arguments.command == "terminate" and arguments.all and arguments.targets:
         targets = " ".join(map(printable, arguments.targets))
-        parser.error(f"--all means every guest, so leave out either --all or {targets}")
+        parser.error(f"--all selects every guest: leave out either --all or {targets}")
     if arguments.command == "terminate" and not arguments.all and not arguments.targets:
-        parser.error("TARGETs or --all are needed, to say what is to be stopped")
+        parser.error("name each TARGET to stop, or give --all")
     if arguments.command == "terminate" and arguments.no_wait and arguments.grace is not None:
         parser.error("--grace has no meaning with --no-wait: there is only one signal")
     if arguments.command == "terminate":
@@ -491,21 +490,21 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
 def _check_adopt(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.all_units and not arguments.undo:
-        parser.error("--all is for --undo: name the units that are to be adopted")
+        parser.error("--all is only for --undo: name the units to adopt")
     if arguments.all_units and arguments.units:
-        parser.error("--all means everything that was adopted, so leave out either it or UNIT")
+        parser.error("--all selects all adopted units: leave out either --all or UNIT")
     if not arguments.all_units and not arguments.units:
-        parser.error("UNITs are needed, or --undo --all")
+        parser.error("name each UNIT, or give --undo --all")
 
 
 def _check_powerdown(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.ask or arguments.powerdown_only:
         if arguments.fixed:
-            parser.error("--fixed goes by the clock alone, so leave out either it or --powerdown")
+            parser.error("--fixed uses no evidence: leave out either --fixed or --powerdown")
         if arguments.force and (arguments.no_wait or arguments.powerdown_only):
-            parser.error("--force has no meaning here: no signal is sent to a guest that is asked")
+            parser.error("--force has no meaning here: a guest that is asked gets no signal")
         if arguments.all and arguments.qmp_socket is not None:
-            parser.error("--qmp-socket is of one guest, so name it instead of --all")
+            parser.error("--qmp-socket belongs to one guest: name that guest instead of --all")
         return
     for name in ("resume", "wake", "thaw", "qmp_socket", "powerdown"):
         if getattr(arguments, name):

@@ -35,7 +35,7 @@ from qkilld.unitcheck.keepers import (
 
 
 async def check_host(session: Session) -> int:
-    """Return 0 if every guest is covered, else the exit code for an unsafe unit."""
+    """Print the report. Return 0 if systemd's own signals stop no guest, else ExitCode.UNSAFE."""
     report = await _HostCheck(session, await config_of(session)).report()
     uncovered = (StoppedBy.SYSTEMD, StoppedBy.UNCOVERED)
     code = ExitCode.OK
@@ -70,8 +70,8 @@ class _HostCheck:
             facts = await self._unit(name)
             if facts is None or facts.active_state != "active":
                 continue
-            if whose := project_of(facts):
-                keepers.append(GuestKeeper(name, whose, facts.timeout_stop))
+            if project := project_of(facts):
+                keepers.append(GuestKeeper(name, project, facts.timeout_stop))
         service = await self._unit(GUESTS_SERVICE)
         is_active = service is not None and service.active_state == "active"
         return HostReport(is_active, tuple(keepers), tuple(guests), shutdown_order(guests))
@@ -102,7 +102,7 @@ class _HostCheck:
         return HostGuest(pid, guest, name, stopped_by, keepers, line)
 
     async def _unit(self, name: str) -> UnitFacts | None:
-        """Return None if systemd does not know the unit."""
+        """Return a unit's settings; None if systemd does not know the unit."""
         if name not in self._units:
             self._units[name] = None
             with ignore(f"asking systemd for {name}", QkilldError):
@@ -130,7 +130,7 @@ def _show(session: Session, report: HostReport) -> None:
     if not report.guests:
         output.line("No QEMU runs on this host.")
     for keeper in report.keepers:
-        output.line(f"keeper  {keeper.unit} ({keeper.project}), left to shut its guests down")
+        output.line(f"keeper  {keeper.unit} ({keeper.project}), shuts its own guests down")
     for guest in report.guests:
         output.line(f"guest   {printable(str(guest), 1000)}")
     for number, group in enumerate(report.order, 1):

@@ -25,32 +25,32 @@ from qkilld.unitcheck.dropin import Override, changes
 from qkilld.unitcheck.finding import Finding, Severity
 
 _SAMPLE: Final = "qkilld"
-"""The instance used to check a template, because systemd loads no template itself."""
+"""The instance that represents a template, because systemd does not load templates."""
 _OTHER_KINDS: Final = (
     *(".socket", ".target", ".device", ".mount", ".automount"),
     *(".swap", ".timer", ".path", ".slice"),
 )
-"""systemd.unit(5)."""
+"""Unit types that cannot run a guest. Source: systemd.unit(5)."""
 _SHOWN: Final = 1000
 _WIDTH: Final = 96
-"""The maximum length of lines."""
+"""The maximum length of a line of output."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
     facts: UnitFacts
     name: str
-    """The primary name; for a template, that of the template."""
+    """The unit's primary name; for a template, the template's."""
     surroundings: Surroundings
     findings: tuple[Finding, ...]
     overrides: tuple[Override, ...]
-    """What overrides the settings that adopt would write."""
+    """The drop-ins that override settings which adopt would write."""
     comparison: Comparison
 
     @property
     def is_safe(self) -> bool:
-        """Whether every stop of the unit keeps the data of a guest that qkilld recognises, as it is
-        now."""
+        """Whether, as the unit is now, qkilld recognises its guest and every stop keeps the guest's
+        data."""
         unsafe = any(finding.is_unsafe for finding in self.findings)
         return (
             not unsafe and self.comparison.word is UnitVerdict.SAFE and self.comparison.keeps_data
@@ -91,7 +91,7 @@ class UnitReport:
 
 
 async def check_units(session: Session, names: Sequence[str]) -> int:
-    """Check each unit, or all that run a QEMU; return the worst exit code."""
+    """Check these units, or all units that run a QEMU; return the worst exit code."""
     systemd = Systemd(session.connection)
     config = await config_of(session)
     codes: list[int] = []
@@ -119,7 +119,8 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
 
 
 async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
-    """Raises NoSuchUnit, InvalidArgs, Failed if the unit is masked or cannot be read."""
+    """Check one unit. Raises NoSuchUnit; InvalidArgs; Failed if the unit is masked or cannot be
+    read."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
     surroundings = await gather(
@@ -132,7 +133,7 @@ async def check_unit(session: Session, systemd: Systemd, name: str, config: Conf
 
 
 async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
-    """Load a unit; return it with its primary name. Raises like check_unit."""
+    """Load a unit; return its settings and its primary name. Raises like check_unit."""
     full = full_name(name)
     prefix, at, rest = full.partition("@")
     is_template = bool(at) and rest.startswith(".")
@@ -162,7 +163,7 @@ def full_name(name: str) -> str:
     if name.endswith(_OTHER_KINDS):
         kind = name.rpartition(".")[2]
         raise InvalidArgs(
-            f"{printable(name)} is a {kind} unit, in which no guest runs: name a service or a scope"
+            f"{printable(name)} is a {kind} unit, which cannot run a guest: name a service or scope"
         )
     return name if name.endswith(tuple(KINDS)) else f"{name}.service"
 
@@ -200,7 +201,7 @@ def show(session: Session, report: UnitReport) -> None:
             note = "   (by hand)" if mend.by_hand else ""
             output.line(f"      {printable(str(mend), _SHOWN)}{note}")
     for each in report.overrides:
-        output.line(f"  {each}, which overrides what adopt writes: change it there")
+        output.line(f"  {each}, which overrides what adopt writes: change that file")
 
 
 def _headline(report: UnitReport, worst_of: Severity | None) -> str:
@@ -224,7 +225,7 @@ _WITHOUT_GUEST: Final = {
 
 
 def _verdict_lines(report: UnitReport) -> Iterator[str]:
-    """Yield what the comparison found and the findings do not mention."""
+    """Yield the reason for a verdict other than safe, and the advice."""
     comparison = report.comparison
     if comparison.word is UnitVerdict.SAFE:
         return
@@ -234,13 +235,13 @@ def _verdict_lines(report: UnitReport) -> Iterator[str]:
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital letter; systemd's name has none."""
+    """Begin with a capital letter, except for the name systemd."""
     return text if text.startswith("systemd") else text[:1].upper() + text[1:]
 
 
 async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
-    """List the services and scopes that run a QEMU, covered or not, without those of user
-    managers."""
+    """List the services and scopes that run a QEMU, whether covered or not. Units of user managers
+    are left out."""
     units = []
     for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
         if unit.startswith("user@"):

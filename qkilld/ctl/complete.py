@@ -1,8 +1,8 @@
 """Shell completion: print the words for a target, unit, job or container.
 
-Anyone can choose the name of their QEMU, and shells interpret special characters, so only plain
-names are printed. A guest with another name is offered by its process id. The daemon is not started
-for this, and after an error nothing is printed.
+Users choose the names of their guests, and shells interpret special characters, so only plain names
+are printed. A guest with any other name is offered by its process id. The daemon is not started for
+this. After an error, nothing is printed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ JOBS_TIMEOUT_S: Final = 1.0
 _UNIT_DIRECTORIES: Final = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system")
 _MACHINES: Final = Path("run/systemd/machines")
 _NAME: Final = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-"""A guest's name, but not a number, which would be a process id."""
+"""A guest's name that is not a number, which would be a process id."""
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\.(?:service|scope)", re.ASCII)
 
 
@@ -52,14 +52,14 @@ def words(kind: str, root: Path = Path("/")) -> Iterator[str]:
 
 
 def plain_names(names: Iterable[str]) -> Iterator[str]:
-    """Yield the names that need no quoting in any shell, and that qkillctl takes for names."""
+    """Yield the names that need no quoting in any shell, and that qkillctl parses as names."""
     for name in names:
         if _NAME.fullmatch(name) and not name.endswith((".service", ".scope")):
             yield name
 
 
 def _guests() -> Iterator[int]:
-    """Yield processes whose executable the caller may see: their own, for root all."""
+    """Yield the QEMU processes whose executable the caller may read: their own, or all for root."""
     try:
         executables = config.load().executables
     except Exception:
@@ -95,7 +95,7 @@ def _units(root: Path) -> Iterator[str]:
 
 
 async def _jobs() -> list[str]:
-    """Return paths of a running daemon's jobs, because bash splits `job:N` at the colon."""
+    """Return the object paths of a running daemon's jobs: bash would split `job:N` at the colon."""
     from qkilld.bus.client import ManagerProxy
     from qkilld.ctl.session import open_connection
     from qkilld.model.bus_address import SYSTEM_BUS

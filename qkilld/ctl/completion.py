@@ -1,7 +1,7 @@
 """Completion scripts of qkillctl for bash, zsh and fish, generated from its parser at installation.
 
-shtab generates them too, but Debian 12 has version 1.5.5, which supports neither fish nor hyphens
-in zsh commands. The scripts only run `complete`, which prints plain words (qkilld.ctl.complete).
+shtab cannot replace this module: version 1.5.5 of Debian 12 supports neither fish nor hyphens in
+zsh commands. The scripts only run `complete`, which prints plain words (qkilld.ctl.complete).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS: Final = {
     "CONTAINER": MACHINES,
     **dict.fromkeys(("FILE", "FILE|JOB", "PATH", "SVG"), FILES),
 }
-"""The kind of words for each placeholder in the help; others are not completed."""
+"""The kind of words for each placeholder in the help. Other placeholders are not completed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class OfferedOption:
     flags: tuple[str, ...]
     help: str
     value: str = ""
-    """The kind of its value; "" if it takes none."""
+    """The kind of the option's value; "" if it takes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class OfferedCommand:
 
 
 def scripts() -> dict[str, str]:
-    """Return {shell: script}."""
+    """Return the scripts by shell."""
     options, commands = _read(build_parser())
     return {
         "bash": _bash(options, commands),
@@ -92,7 +92,7 @@ def _options(parser: argparse.ArgumentParser) -> tuple[OfferedOption, ...]:
 
 
 def _values(options: Iterable[OfferedOption], commands: Iterable[OfferedCommand]) -> dict[str, str]:
-    """Return the kind of value of each option that takes one, which is the same for all
+    """Return the kind of value of each option that takes a value. An option has one kind for all
     commands."""
     kinds: dict[str, str] = {}
     bare: set[str] = set()
@@ -158,11 +158,11 @@ _qkillctl() {{
         ;;
     {dynamic}) mapfile -t choices < <({program} "$kind" 2>/dev/null) ;;
     esac
-    # Not compgen -W, which expands what it is given.
+    # Not compgen -W, which expands its words.
     for word in "${{choices[@]}}"; do
         [[ $word == "$cur"* ]] && COMPREPLY+=("$word")
     done
-    # readline replaces what comes after the last character at which it splits words.
+    # readline replaces only the text after the last character at which it splits words.
     breaks=${{COMP_WORDBREAKS//[^@:=]/}}
     if [[ $breaks && $cur == *[$breaks]* ]]; then
         word=${{cur%"${{cur##*[$breaks]}}"}}
@@ -284,7 +284,7 @@ def _zsh(options: tuple[OfferedOption, ...], commands: list[OfferedCommand]) -> 
 
 
 def _zsh_word(word: str, description: str) -> str:
-    """Format for zsh's _describe: `word:description`, with colons in both escaped."""
+    """Format for zsh's _describe: `word:description`, with the colons in each part escaped."""
     text = ":".join(each.replace("\\", r"\\").replace(":", r"\:") for each in (word, description))
     return "'" + text.replace("'", "'\\''") + "'"
 

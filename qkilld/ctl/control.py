@@ -20,33 +20,33 @@ from qkilld.model.timespan import format_usec
 class JobCommand(NamedTuple):
     act: Callable[[JobProxy], Awaitable[None]]
     report: Callable[[JobStatus, JobStatus], str]
-    """Makes the message after `job 7 ` from the job's status before and after."""
+    """Returns the message that follows `job 7 `, given the job's status before and after."""
 
 
 def _cancel_report(before: JobStatus, _: JobStatus) -> str:
-    text = "cancelled: no more signals will be sent. It may still end from those it got"
+    text = "cancelled: no more signals will be sent. The guest may still exit from those it got"
     if unit := printable(before.unit):
         text += (
-            f". Where systemd is stopping {unit}, it goes on by its own clock, to SIGKILL: it is"
-            " `hold` in place of cancel that keeps a guest from that"
+            f". If systemd is stopping {unit}, it continues, up to SIGKILL at its timeout: to"
+            " prevent that, use `hold` instead of `cancel`"
         )
     return text
 
 
 def _release_report(before: JobStatus, _: JobStatus) -> str:
-    return "released: it goes on" if before.held else "was not held: nothing has changed"
+    return "released: the stop continues" if before.held else "was not held: nothing has changed"
 
 
 JOB_COMMANDS: Final = {
     "cancel": JobCommand(JobProxy.cancel, _cancel_report),
     "hold": JobCommand(
         JobProxy.hold,
-        lambda *_: "held: no more signals until `release`. It may still end by itself",
+        lambda *_: "held: no more signals until `release`. The guest may still exit by itself",
     ),
     "release": JobCommand(JobProxy.release, _release_report),
     "force": JobCommand(JobProxy.force, lambda *_: "forced: SIGKILL was sent"),
 }
-"""By command name."""
+"""Commands by name."""
 
 
 def extension(usec: int) -> JobCommand:
@@ -57,7 +57,7 @@ def extension(usec: int) -> JobCommand:
         if after.not_before and after.not_before == before.not_before:
             text = "has more time already: nothing has changed"
         elif not after.forced:
-            text = "extended; without --force it gets no SIGKILL anyway"
+            text = "extended; without --force, no SIGKILL is sent anyway"
         else:
             text = f"extended: no SIGKILL for {format_usec(usec)} from now on"
         outlook = after.outlook(monotonic_usec())
@@ -69,7 +69,7 @@ def extension(usec: int) -> JobCommand:
 async def control(
     session: Session, outcomes: list[TargetOutcome], job_command: JobCommand, name: str
 ) -> int:
-    """Carry out the command for the running job of each target."""
+    """Apply the command to the running job of each target."""
     resolver = Resolver(session.manager)
 
     async def one(outcome: TargetOutcome) -> None:
@@ -85,7 +85,7 @@ async def control(
         if session.json:
             return
         after = before
-        # The command has succeeded; the status is only for the message.
+        # The command has succeeded; this status is only for the message.
         with ignore(f"reading job {before.id} again", QkilldError):
             after = await job.status()
         session.output.line(f"{outcome.title}: job {before.id} {job_command.report(before, after)}")

@@ -1,7 +1,7 @@
-"""Write and remove drop-in files atomically, without touching those of others.
+"""Write and remove our drop-in files atomically, without touching any other file.
 
-The drop-in directory is opened once and accessed by descriptor, and only the path to the base
-directory may contain symbolic links, so that no link can redirect a write.
+The drop-in directory is opened once and then used through its descriptor. Only the path of the base
+directory may contain symbolic links, so no link can redirect a write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class DropIn:
-    """Our file for one unit. Methods raise NeedsRoot, or Failed with the obstacle."""
+    """Our file for one unit. Methods raise NeedsRoot or Failed."""
 
     base: Path
     """A directory of the manager, such as /etc/systemd/system."""
@@ -55,7 +55,7 @@ class DropIn:
                 self.directory.mkdir(mode=0o755)
             with self._open() as directory:
                 if directory is None:
-                    raise Failed(f"{self.directory} was removed meanwhile")
+                    raise Failed(f"{self.directory} was removed in the meantime")
                 self._write(directory, text)
 
     def remove(self) -> bool:
@@ -82,7 +82,7 @@ class DropIn:
             if replaces:
                 os.rename(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             else:
-                # Unlike a rename, this fails if someone else created the file meanwhile.
+                # Unlike a rename, a link fails if somebody created the file in the meantime.
                 os.link(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             os.fsync(directory)
         finally:
@@ -110,7 +110,7 @@ class DropIn:
         if not is_unchanged(text):
             raise Failed(
                 f"{self.path} was edited since adopt wrote it, so it was left alone. Move your "
-                "changes to a file of another name, and remove this one"
+                "changes to a file with another name, and remove this one"
             )
         return text
 
@@ -134,28 +134,28 @@ class DropIn:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Translate system errors."""
+        """Turn system errors into QkilldErrors with advice."""
         try:
             yield
         except QkilldError:
             raise
         except PermissionError:
             raise NeedsRoot(
-                f"{self.path} cannot be written: run this as root, or with --user for a unit of"
-                " your own"
+                f"{self.path} cannot be written: run this as root, or with --user for your own"
+                " units"
             ) from None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise Failed(
-                    f"{self.directory} is a link, or not a directory: replace it by a directory"
+                    f"{self.directory} is a link or not a directory: replace it by a directory"
                 ) from None
             raise Failed(f"{self.path}: {os.strerror(error.errno or 0)}") from None
 
 
 def all_drop_ins(base: Path) -> list[DropIn]:
-    """Return all our drop-ins below that directory, including edited ones.
+    """Return all our drop-ins below a directory, including edited ones.
 
-    A symbolic link with the name of one is included, for the administrator to check.
+    A symbolic link with the name of a drop-in is included, for the administrator to check.
     """
     drop_ins = []
     for path in sorted(base.glob(f"*.d/{FILE_NAME}")):
@@ -171,7 +171,7 @@ def _text(path: Path) -> str:
 
 
 def is_writable_by_others(status: os.stat_result) -> bool:
-    """Return whether other users may write to it. A user's private group does not count: many
-    systems make it the group of all their files, with write permission."""
+    """Return whether other users may write to a file. A user's private group does not count: on
+    many systems, all files of a user belong to this group and are group-writable."""
     own_group = os.geteuid() != 0 and status.st_gid == os.getegid()
     return bool(status.st_mode & (0o002 if own_group else 0o022))

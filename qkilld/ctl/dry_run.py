@@ -50,12 +50,12 @@ async def plan(session: Session, outcomes: list[TargetOutcome], options: Termina
 
 
 async def plan_all(session: Session, options: TerminateOptions) -> int:
-    """Print the plan for each guest of the caller; name those that need an authorization."""
+    """Print the plan for each guest of the caller. Name the guests that need an authorization."""
     uid = session.connection.uid
     guests = await guest_rows(session.manager)
     outcomes = [TargetOutcome.of_guest(guest) for guest in guests if is_own(guest, uid)]
     if foreign := [guest for guest in guests if not is_own(guest, uid)]:
-        session.output.error(f"only with authorization, as they are not yours: {labels(foreign)}")
+        session.output.error(f"not yours, so you need authorization: {labels(foreign)}")
     if not outcomes and not session.json:
         session.output.line("No QEMU guests of yours to stop.")
     return await plan(session, outcomes, options)

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 TICK_S: Final = 0.5
-"""A live line is redrawn at least this often, for its clock."""
+"""The longest interval in which live lines are redrawn, for their clocks."""
 MIN_REDRAW_S: Final = 0.1
-"""It is redrawn at most this often, however many jobs report."""
+"""The shortest interval in which live lines are redrawn, however many jobs report."""
 
 RETURN_TIMEOUT_S: Final = 5.0
-"""A daemon that crashed or was restarted is back within a second and continues its jobs."""
-AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to go on"
+"""A daemon that crashed or was restarted returns within a second and continues its jobs."""
+AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to return"
 
 
 class Outages:
-    """Recognises one absence of the daemon when many jobs report it."""
+    """Detects a new absence of the daemon, which many jobs report."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S
@@ -52,17 +52,17 @@ class Display(Protocol):
         """Whether `show` has any effect."""
 
     def show(self, job: JobStatus) -> None:
-        """Show a job, first when it is seen and then at each change."""
+        """Show a job when it is first seen and at each change."""
 
     def show_outage(self) -> None:
-        """Say that the daemon disappeared and may come back."""
+        """Report that the daemon is away and may return."""
 
     def show_end(self, path: str, line: str) -> None:
         """Show the end of a job. `line` must be printable."""
 
 
 class SilentDisplay:
-    """For --json: shows nothing."""
+    """Shows nothing, for --json."""
 
     watches = False
 
@@ -74,7 +74,7 @@ class SilentDisplay:
 
 
 class _LastLine(NamedTuple):
-    """The state that the last line about a job showed."""
+    """The state of a job that its last line showed."""
 
     phase: str
     doing: str
@@ -84,8 +84,8 @@ class _LastLine(NamedTuple):
 
 
 class LineDisplay:
-    """For a pipe: prints a line when a job's phase, verdict, hold or deadline changes, and at its
-    end."""
+    """Prints a line when a job's phase, verdict, hold or extension changes, and when it ends. For a
+    pipe."""
 
     watches = True
 
@@ -123,7 +123,7 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """For a terminal: shows a live line for each job, and a permanent one at its end."""
+    """Shows a live line for each job, and a permanent line at its end. For a terminal."""
 
     watches = True
 
@@ -176,7 +176,7 @@ def monotonic_usec() -> int:
 
 @contextlib.asynccontextmanager
 async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
-    """Choose the display for this output."""
+    """Yield the display for this output."""
     if quiet:
         yield SilentDisplay()
     elif not output.rich:
@@ -203,8 +203,8 @@ async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
 async def follow(job: JobProxy, display: Display) -> tuple[str, dict[str, Any]]:
     """Show a job until it has ended; return (result, receipt).
 
-    Waits for a daemon that restarts, because jobs continue. Raises what JobProxy.wait raises;
-    problems with the display are ignored.
+    Waits for a daemon that restarts, because jobs continue. Raises what JobProxy.wait raises, but
+    ignores errors of the display.
     """
     while True:
         try:
@@ -226,6 +226,6 @@ async def _follow(job: JobProxy, display: Display) -> tuple[str, dict[str, Any]]
 
 
 async def _watch(job: JobProxy, changed: Callable[[JobStatus], None]) -> None:
-    with ignore(f"watching {job.path}, which is waited for all the same", QkilldError):
+    with ignore(f"watching {job.path}; its end is still waited for", QkilldError):
         async with job.watch(changed):
             await asyncio.Event().wait()

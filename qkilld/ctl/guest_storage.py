@@ -1,7 +1,7 @@
-"""Find what a unit's guests have their disks on: file systems, local servers, block devices.
+"""Find the storage of a guest's disks: file systems, local servers, block devices.
 
 For a running guest, /proc shows its open files and the peers of its connections. Otherwise only its
-command line is known, parsed like QEMU does. File systems of a guest are never accessed, because
+command line is known, which is parsed as QEMU does. Its file systems are never accessed, because
 they may hang.
 """
 
@@ -48,7 +48,8 @@ _MAX_DEVICES: Final = 64
 
 
 def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
-    """Read the storage of the unit's running guests, or else of those in its ExecStart=."""
+    """Read the storage of the unit's running guests or, if none run, of the guests in its
+    ExecStart=."""
     places: list[Storage] = []
     for pid in pids:
         options = _options_of_process(pid)
@@ -61,8 +62,8 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 
 
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
-    """Generalize from one instance to its template: replace the instance's name by its
-    specifier."""
+    """Convert the storage of an instance to that of its template: replace the instance name by
+    %i."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point
@@ -108,12 +109,13 @@ def _qemus_in(nodes: Iterable[Node]) -> Iterator[list[str]]:
 
 
 def planned_options(facts: UnitFacts) -> list[list[QemuOption]]:
-    """Read the options of the QEMUs that ExecStart= names, and of their -readconfig files."""
+    """Return the options of each QEMU in ExecStart=, including those in -readconfig files."""
     return [_with_configs(parse_command_line(words)) for words in qemu_command_lines(facts)]
 
 
 def _with_configs(options: Iterable[QemuOption]) -> list[QemuOption]:
-    """Add those of -readconfig files. The QEMU does not run, so only absolute paths are known."""
+    """Add the options in -readconfig files. QEMU does not run, so only absolute paths can be
+    resolved."""
     options_read = []
     remaining = MAX_CONFIGS
     for option in options:
@@ -156,7 +158,8 @@ def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
 
 
 def _tpm_sockets(options: Sequence[QemuOption]) -> Iterator[str]:
-    """A TPM emulator writes its state even after the guest has ended."""
+    """Yield the sockets of TPM emulators, which write their state even after the guest has
+    exited."""
     users = {o.flat.get("chardev") for o in options if o.name == "tpmdev"}
     for option in options:
         if option.name == "chardev" and option.flat.get("id") in users:
@@ -194,7 +197,7 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 
 def _listener_unit(end: ConnectionEnd) -> str:
-    """Return the unit whose process listens at the address; "" if there is none."""
+    """Return the unit of the process that listens at this address; "" if there is none."""
     import psutil
 
     kind = "unix" if end.path else "tcp"
@@ -214,7 +217,7 @@ def _listener_unit(end: ConnectionEnd) -> str:
 
 
 def _mounts_of(path: str) -> Iterator[Storage]:
-    """Find the network file system of a path, from the path alone."""
+    """Yield the network file system that contains a path, judging by the path alone."""
     points = dict(_mounts("self").values())
     parents = [path, *map(str, PurePosixPath(path).parents)]
     point = next((parent for parent in parents if parent in points), "/")
@@ -258,7 +261,7 @@ def _served(pid: int, graph: BlockGraph) -> Iterator[Storage]:
 
 
 def _owners(inodes: frozenset[int]) -> dict[int, int]:
-    """Return the process of each socket. Reads all descriptors of the host, 4 µs each."""
+    """Return the process that owns each socket. Reads all descriptors of the host, 4 µs each."""
     owners: dict[int, int] = {}
     if not inodes:
         return owners
@@ -287,7 +290,8 @@ def _open_devices(pid: int) -> list[str]:
 
 
 def _kind_of_device(path: str) -> str:
-    """Return the network transport of a block device or of one below it; "" if there is none."""
+    """Return the network transport of a block device or of a device below it; "" if there is
+    none."""
     if not path.startswith("/dev/"):
         return ""
     name = PurePosixPath(os.path.realpath(path)).name
@@ -321,7 +325,7 @@ def _transport(name: str) -> str:
 
 
 def _is_remote(kind: str) -> bool:
-    # A FUSE file system disappears with its daemon, and with the network if it uses that.
+    # A FUSE file system disappears with its daemon, and may depend on the network.
     return kind in REMOTE_TYPES or kind.startswith("fuse")
 
 
@@ -334,7 +338,7 @@ def _mounts(pid: str) -> dict[str, tuple[str, str]]:
 
 
 def _open_mounts(pid: int) -> set[str]:
-    """Return the mount ids of its open files."""
+    """Return the mount ids of a process's open files."""
     ids = set()
     with ignore(f"reading the open files of process {pid}", OSError):
         for entry in Path(f"/proc/{pid}/fdinfo").iterdir():

@@ -21,7 +21,7 @@ _COLUMNS: Final = ("TIME", "PID", "NAME", "UNIT", "RESULT", "TOOK", "GUEST ASKED
 
 
 def history(output: Output, target: Target | None, since: str | None, *, json: bool) -> int:
-    """Raises InvalidArgs, Failed."""
+    """Print the stops of `target`, or of all guests. Raises InvalidArgs, Failed."""
     if target is not None and target.kind in (TargetKind.PIDFILE, TargetKind.UUID):
         raise InvalidArgs(f'"{target.shown}" is not the name, unit or process id of a guest')
     after = None if since is None else parse_time(since, datetime.now())
@@ -31,8 +31,8 @@ def history(output: Output, target: Target | None, since: str | None, *, json: b
         raise Failed(f"the journal cannot be read: {error.strerror}") from None
     if not may_read_all():
         output.error(
-            "you may not read the journal of the system, so stops that the daemon of the system "
-            "has made are missing here: be root or in the group systemd-journal"
+            "you may not read the system journal, so stops by the system's daemon are missing: be "
+            "root or in the group systemd-journal"
         )
     if json:
         output.json([_as_json(each) for each in rows])

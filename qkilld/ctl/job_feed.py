@@ -15,26 +15,26 @@ from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.job_status import JobStatus
 
 RETRY_S: Final = 1.0
-"""Interval between attempts to reach the bus."""
+"""The interval between attempts to connect to the bus."""
 MAX_READS: Final = 16
-"""Jobs read concurrently when the list of jobs is read."""
+"""The most jobs that are read concurrently."""
 
 
 class JobListener(Protocol):
-    """Receives news of jobs."""
+    """Receives changes of jobs."""
 
     def show(self, job: JobStatus) -> None:
-        """Called when a job is first seen and at each change; the last status has a result."""
+        """Called when a job is first seen and when it changes. The last status has a result."""
 
     def show_away(self, why: str) -> None:
-        """Called with a reason when the daemon disappears, with "" when it is back."""
+        """Called when the daemon disappears, with the reason, and when it returns, with ""."""
 
 
 class JobFeed:
-    """Reports every job to a listener, and gives access to each of them."""
+    """Reports every job to a listener, and returns proxies for jobs."""
 
     def __init__(self, bus: BusAddress, listener: JobListener, *, interactive: bool) -> None:
-        """`interactive`: polkit may ask for a password."""
+        """`interactive`: whether polkit may ask for a password."""
         self._bus = bus
         self._listener = listener
         self._interactive = interactive
@@ -43,7 +43,7 @@ class JobFeed:
         self._slots = asyncio.Semaphore(MAX_READS)
 
     async def run(self) -> None:
-        """Follow until cancelled. Raises BusError if the bus cannot be reached at first."""
+        """Follow jobs until cancelled. Raises BusError if the first connection to the bus fails."""
         reached = False
         while True:
             try:
@@ -63,7 +63,7 @@ class JobFeed:
         return JobProxy(self._connection, path, interactive=self._interactive)
 
     async def _follow(self, connection: Connection) -> None:
-        """Return when the connection is lost."""
+        """Follow jobs until the connection is lost."""
         manager = ManagerProxy(connection)
         changed = asyncio.Event()
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 GAP: Final = 2
-"""Columns between two cells."""
+"""The number of columns between two cells."""
 LEAST_GUEST: Final = 8
 LEAST_DOING: Final = 8
 LEAST_NEXT: Final = 4
@@ -27,7 +27,7 @@ _SHORT: Final = {
     "is about to be asked": "to be asked",
     "was asked to shut down": "was asked",
 }
-"""Short words for guest states."""
+"""Short forms of JobStatus.doing."""
 _GOOD: Final = (Verdict.FLUSHING, Verdict.GUEST_SHUTDOWN)
 _BAD: Final = (Verdict.BLOCKED, Verdict.STOPPED)
 
@@ -47,7 +47,7 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """SIGKILL follows unless the guest makes progress."""
+    """Whether SIGKILL follows unless the guest makes progress."""
 
 
 class Shape(NamedTuple):
@@ -60,9 +60,9 @@ class Shape(NamedTuple):
     time: int
     next: int
     names: bool = False
-    """Guests are shown by name alone."""
+    """Whether guests are shown by name alone."""
     short: bool = False
-    """Other cells are shown in their short forms."""
+    """Whether other cells are shown in their short forms."""
 
 
 TITLES: Final = JobCells(
@@ -73,7 +73,7 @@ TITLES: Final = JobCells(
 
 
 def cells_of(job: JobStatus, now: int) -> JobCells:
-    """`now`: CLOCK_MONOTONIC in µs. All text is printable."""
+    """Return the cells of a job, all printable. `now`: CLOCK_MONOTONIC, µs."""
     outlook = job.outlook(now)
     return JobCells(
         guest=label(job.pid, job.name),
@@ -91,7 +91,7 @@ def cells_of(job: JobStatus, now: int) -> JobCells:
 
 
 def shape_for(rows: Sequence[JobCells], columns: int) -> Shape:
-    """Return the most detailed shape that fits. Time and next rung are kept longest."""
+    """Return the most detailed shape that fits. The time and the next rung are dropped last."""
     shape = None
     for shape in _shapes(rows):
         if _width(shape) <= columns:
@@ -136,7 +136,7 @@ def _shapes(rows: Sequence[JobCells]) -> Iterator[Shape]:
 
 
 def line_of(row: JobCells, shape: Shape) -> Text:
-    """Format one row, exactly as wide as the shape."""
+    """Format one row, padded to the width of the shape."""
     from rich.text import Text
 
     head = row is TITLES

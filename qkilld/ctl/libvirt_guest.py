@@ -1,4 +1,4 @@
-"""terminate --powerdown for a guest of libvirt: ask libvirt, and wait for the guest."""
+"""terminate --powerdown for a libvirt guest: ask it through libvirt, and wait for its exit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ METHOD: Final = "virsh"
 
 @dataclass(frozen=True, slots=True)
 class LibvirtShutdown:
-    """The outcome."""
+    """The outcome of asking a guest through libvirt."""
 
     asked: bool
     result: str = ""
-    """The result, in the words of a job's; "" if a job of qkilld follows."""
+    """A result of jobs; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,11 +36,11 @@ NOT_ASKED: Final = LibvirtShutdown(False)
 async def shut_down_by_libvirt(
     session: Session, pid: int, *, wait: bool, span: int | None, only: bool
 ) -> LibvirtShutdown:
-    """If the guest is libvirt's, have libvirt ask it to shut down, and wait.
+    """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
 
-    `span` is PowerdownSec= (µs) if the caller gave it. The shutdown cannot be observed, because
-    libvirt holds the monitor. No job follows if `only` is set, or without `wait`, because nobody
-    would start it.
+    `span`: PowerdownSec= (µs), if the caller gave one. The shutdown cannot be observed, because
+    libvirt holds the monitor. No job follows if `only` is set; nor without `wait`, because then
+    this program exits first.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NOT_ASKED
@@ -52,8 +52,8 @@ async def shut_down_by_libvirt(
             return NOT_ASKED
         stack.callback(os.close, pidfd)
         start = time.monotonic_ns() // 1000
-        # Read again, because only now the process is known for certain.
-        why = "libvirt has it no more"
+        # Read again: with the pidfd open, the pid cannot have been reused unnoticed.
+        why = "libvirt does not manage it any more"
         if domain_of(pid) == domain:
             why = await run_in_thread(lambda: shut_down(domain))
         if why:

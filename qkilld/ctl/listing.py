@@ -19,14 +19,14 @@ from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 
 MAX_CALLS: Final = 32
-"""Concurrent calls; the system bus allows a connection 128 pending ones."""
+"""The most concurrent calls. The system bus allows a connection 128 pending calls."""
 
 
 async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # The files of this host are those that this daemon has read.
+        # Only the daemon on this host's system bus has read the configuration files of this host.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 
@@ -69,7 +69,7 @@ async def list_jobs(session: Session) -> int:
 
 
 async def overview(session: Session) -> int:
-    """status without a target."""
+    """Print the daemon's version, policy and running jobs: status without a target."""
     properties = await session.manager.properties()
     running = [job for job in await _jobs(session.manager) if job.phase != Phase.DONE]
     if session.json:
@@ -92,7 +92,7 @@ async def overview(session: Session) -> int:
 
 
 async def status(session: Session, target: Target) -> int:
-    """status of a target or job."""
+    """Print a guest and its job: status of a target or job."""
     resolver = Resolver(session.manager)
     job: JobStatus | None
     if target.kind is TargetKind.JOB:
@@ -105,7 +105,7 @@ async def status(session: Session, target: Target) -> int:
             job = await _job_status(session.manager, await session.manager.job_by_pid(process.pid))
         except NoSuchJob:
             job = None
-    # After the job has ended, its pid may be that of another process.
+    # After the job has ended, another process may have its pid.
     ended = target.kind is TargetKind.JOB and job is not None and bool(job.result)
     stats = ProcessStats() if ended else session.process_stats(guest.pid, guest.uid)
     if session.json:
@@ -145,7 +145,7 @@ async def _who(manager: ManagerProxy, resolver: Resolver, pid: int) -> GuestRow:
     for guest in await resolver.guests():
         if guest.pid == pid:
             return guest
-    # The daemon explains best why it is not listed.
+    # The process is not listed: the daemon's error explains why.
     answer = await manager.inspect(pid)
     return GuestRow(pid, answer["name"], answer["uuid"], answer["uid"], answer["unit"])
 
@@ -159,7 +159,7 @@ class _JobRow(NamedTuple):
     phase: str
     verdict: str
     status: JobStatus | None
-    """None if it was forgotten after the list was read."""
+    """None if the job was forgotten after the list was read."""
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ class _JobRow(NamedTuple):
 
     @property
     def result(self) -> str:
-        """Empty while it runs."""
+        """The result; "" while the job runs."""
         return self.status.result if self.status else ""
 
     def as_json(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ async def _run(
     interactive: bool,
 ) -> int:
     if arguments.command == "replay":
-        # Imports all of `decision`, which no other command needs.
+        # Imported late: it imports all of `decision`, which no other command needs.
         from qkilld.ctl import replay
 
         return replay.run(output, arguments.file, _overrides(arguments), json=arguments.json)
@@ -174,7 +174,7 @@ def _terminate_options(arguments: argparse.Namespace) -> TerminateOptions:
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
-    """Return the changes to replay a trace with. Missing options keep what was recorded."""
+    """Return the changes for replaying a trace. Without an option, the recorded value applies."""
     from qkilld.decision.replay import Overrides
 
     add = remove = Flag(0)

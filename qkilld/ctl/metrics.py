@@ -1,8 +1,8 @@
 """The command metrics: running and finished stops as OpenMetrics text, for node_exporter's textfile
 collector. Source: the OpenMetrics specification, 1.0.
 
-Finished stops come from receipts in the journal of this boot, so counters fall only if the journal
-drops some. Running ones come from the daemon, which is not started for this.
+Finished stops are counted from the receipts in the journal of this boot, so a counter falls only if
+the journal drops receipts. Running stops come from the daemon, which is not started for this.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ async def metrics(bus: BusAddress, output: Output, path: str | None) -> int:
 def exposition(
     receipts: Sequence[Receipt], jobs: Sequence[JobStatus] | None, now: int
 ) -> Iterator[str]:
-    """Yield lines. `jobs` is None if the daemon does not run; `now`: CLOCK_MONOTONIC, µs."""
-    yield from _gauge("qkilld_up", "Whether the daemon runs. It ends when there is nothing to do.")
+    """Yield the lines. `jobs`: None if the daemon does not run. `now`: CLOCK_MONOTONIC, µs."""
+    yield from _gauge("qkilld_up", "Whether the daemon runs. It exits when it is idle.")
     yield f"qkilld_up {int(jobs is not None)}"
     yield from _gauge("qkilld_jobs", "Guests that are being stopped, by phase and verdict.")
     running = Counter((job.phase, job.verdict) for job in jobs or ())
@@ -98,7 +98,7 @@ def _labels(**labels: str) -> str:
 
 
 async def _running(bus: BusAddress) -> list[JobStatus] | None:
-    """Never raises: an unreachable bus counts as no daemon."""
+    """Return the running jobs; None if the daemon does not run or the bus cannot be reached."""
     try:
         async with open_connection(bus) as connection:
             manager = ManagerProxy(connection)
@@ -130,5 +130,5 @@ def _replace(path: str, text: str) -> None:
         temporary.chmod(0o644)
         temporary.rename(path)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "this is no path"
+        why = error.strerror if isinstance(error, OSError) else "this is not a path"
         raise Failed(f"The metrics cannot be written: {why}") from None

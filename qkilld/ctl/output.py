@@ -1,6 +1,6 @@
 """The output of qkillctl: tables, lines and JSON.
 
-Anyone can choose the name of their guest. All text from the bus passes `printable` before it
+Users choose the names of their guests, so all text from the bus passes `printable` before it
 reaches a terminal, and rich gets it as Text, without markup.
 """
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 MAX_MESSAGE: Final = 2000
 _LEAST_WIDTH: Final = 40
 MAX_PADDING: Final = 64
-"""Longer cells overflow instead of widening the column in every row."""
+"""A longer cell overflows instead of widening its column in every row."""
 
 
 class Output:
     """Standard output and standard error of one run.
 
-    If the reader of standard output disappears (`| head`), only printing ends: waiting continues,
-    and the exit code stays the same. Any other write error is kept in `failure`.
+    If the reader of standard output disappears (`| head`), only printing stops: qkillctl keeps
+    waiting, and the exit code stays the same. Any other write error is stored in `failure`.
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        # Python sets a stream to None if it was closed at startup.
+        # Python sets a stream to None if it was closed when the program started.
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
         self.abandoned = False
-        """Standard output is discarded."""
+        """Whether standard output is discarded."""
         for stream in (self._out, self._err):
-            # The locale may lack a character.
+            # The locale may be unable to encode a character.
             if reconfigure := getattr(stream, "reconfigure", None):
                 reconfigure(errors="backslashreplace")
 
@@ -53,7 +53,7 @@ class Output:
         return self._out.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
     def columns(self, most: int) -> int:
-        """Return the width for text to wrap at: that of the terminal, or `most`."""
+        """Return the width at which text wraps: that of the terminal, but not more than `most`."""
         if not self._out.isatty():
             return most
         return max(_LEAST_WIDTH, min(most, shutil.get_terminal_size().columns))
@@ -65,7 +65,7 @@ class Output:
         return Console(file=self._out, highlight=False, markup=False, emoji=False)
 
     def line(self, text: str = "") -> None:
-        """Print a line, which must be printable, on standard output."""
+        """Print a line on standard output. `text` must be printable."""
         self._write(text + "\n")
 
     def error(self, text: str) -> None:
@@ -128,7 +128,7 @@ def _null() -> TextIO:
 
 
 def _silence(stream: TextIO) -> None:
-    """Discard everything still to be written, including the interpreter's last flush."""
+    """Discard all further output, including the interpreter's last flush."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     os.dup2(null, stream.fileno())
     os.close(null)

@@ -19,29 +19,29 @@ _END_TIMEOUT_S: Final = 2.0
 
 
 def may_ask() -> bool:
-    """Return whether standard input is a terminal, so that someone can be asked."""
+    """Return whether standard input is a terminal, so that a password can be asked for."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 @contextlib.contextmanager
 def password_agent(wanted: bool) -> Iterator[None]:
-    """Within the context, polkit can ask on this terminal, unless the session has its own agent.
+    """Let polkit ask on this terminal during the context, unless the session has its own agent.
 
     Does nothing for root, who is never asked. If pkttyagent is missing or cannot register, polkit
-    asks another agent or nobody. Blocks until it has registered, at most READY_TIMEOUT_S.
+    asks another agent or nobody. Blocks until pkttyagent has registered, at most READY_TIMEOUT_S.
     """
     program = shutil.which("pkttyagent")
     if not wanted or os.geteuid() == 0 or program is None:
         yield
         return
     ready, notify = os.pipe()
-    # polkit finds a fallback agent (--fallback) only for processes in a login session. Outside of
-    # one, no other agent can take precedence.
+    # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside a
+    # login session, there is no other agent that should take precedence.
     fallback = ["--fallback"] if "XDG_SESSION_ID" in os.environ else []
     try:
         process = subprocess.Popen(
             [program, "--notify-fd", str(notify), *fallback],
-            stdin=subprocess.DEVNULL,  # It asks on /dev/tty.
+            stdin=subprocess.DEVNULL,  # pkttyagent asks on /dev/tty.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(notify,),
@@ -53,7 +53,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
         os.close(notify)
     try:
         if process is not None:
-            # It closes its end once it has registered, or when it exits.
+            # pkttyagent closes its end of the pipe when it has registered, and when it exits.
             select.select([ready], [], [], READY_TIMEOUT_S)
         os.close(ready)
         yield
@@ -64,7 +64,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    # It may be stopped because it read from the terminal in the background.
+    # pkttyagent is stopped if it read from the terminal in the background.
     with ignore("waking pkttyagent", ProcessLookupError):
         process.send_signal(signal.SIGCONT)
     try:

@@ -1,8 +1,8 @@
 """A guest's resource usage, for display, from psutil.
 
-psutil reports on whatever process has the pid now, and believes a process's own claim if it cannot
-read the executable, so no decision uses it. Every call can raise: the process may have ended, be a
-zombie, or belong to another user. Importing it takes 40 ms, so that is done late.
+No decision uses psutil: it reports on any process that has the pid now, and if it cannot read the
+executable, it trusts the process's own claim. Every call can raise: the process may have ended, be
+a zombie, or belong to another user. psutil is imported late, because that takes 40 ms.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _UNITS = "KMGTPE"
 
 @dataclass(frozen=True, slots=True)
 class ProcessStats:
-    """None if unreadable."""
+    """Values are None if unreadable."""
 
     cpu: int | None = None
     """Processor time of all threads since the start, µs."""
     memory: int | None = None
     """Resident memory in bytes, including that of the guest."""
     uptime: int | None = None
-    """µs."""
+    """Time since the start, µs."""
 
     def as_json(self) -> dict[str, int | None]:
         return {
@@ -38,7 +38,7 @@ class ProcessStats:
         }
 
     def cells(self) -> tuple[str, str, str]:
-        """Format for display; "" if unreadable."""
+        """Format for display; "" for unreadable values."""
         return (
             "" if self.cpu is None else short_span(self.cpu),
             "" if self.memory is None else binary_size(self.memory),
@@ -47,7 +47,7 @@ class ProcessStats:
 
 
 def process_stats(pid: int, uid: int) -> ProcessStats:
-    """Read the statistics of a process if it belongs to that user."""
+    """Read the statistics of a process; empty if it does not belong to the user."""
     import psutil
 
     try:
@@ -72,7 +72,7 @@ def executable(pid: int) -> str:
 
 
 def command_line(pid: int) -> list[str]:
-    """Empty if unreadable."""
+    """Return a process's command line; empty if unreadable."""
     return list(_attribute(pid, "cmdline") or [])
 
 

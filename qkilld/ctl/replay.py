@@ -1,4 +1,4 @@
-"""The command replay: decide a recorded job again, and print what and when. Needs no bus."""
+"""The command replay: decide a recorded job again, and print the decisions. Needs no bus."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(output: Output, path: str, overrides: Overrides, *, json: bool) -> int:
 
 
 def read(path: str) -> Trace:
-    """Read a trace. Raises InvalidArgs with the reason if that is impossible."""
+    """Read a trace. Raises InvalidArgs if it cannot be read."""
     shown = printable(path)
     try:
         with open(path, "rb") as file:  # noqa: PTH123  a path may be any bytes
@@ -61,7 +61,7 @@ def read(path: str) -> Trace:
 
 
 def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
-    """Times in µs since the job's start; null if unknown or never."""
+    """Return the JSON document. Times are µs since the job's start; null for unknown and never."""
     header, recorded = recording.header, replayed.recorded
     last = replayed.steps[-1] if replayed.steps else None
     evidence = last.assessment if last else None
@@ -129,7 +129,7 @@ def _story(replayed: Replay) -> list[tuple[str, str, str, str]]:
                     f"{(step.at - replayed.recorded.started) / USEC_PER_SEC:.3f} s",
                     verdict or "",
                     action_names.get(step.decision.action, ""),
-                    "; ".join(evidence.reasons) if evidence else "nothing was seen of it yet",
+                    "; ".join(evidence.reasons) if evidence else "no sample yet",
                 )
             )
         before = verdict
@@ -141,12 +141,12 @@ def _summary(replayed: Replay) -> list[str]:
     after = _span(replayed.at - recorded.started)
     match replayed.result:
         case Result.EXITED:
-            return [f"It exits by itself after {after}, before anything more would have been done."]
+            return [f"The guest exits after {after}, before any further step."]
         case Result.SIGNALLED:
-            return ["One signal, and nobody would have watched what comes of it."]
+            return ["One signal would have been sent, and its effect not watched."]
         case Result.SURVIVED:
             return [
-                f"It would have been given up after {after}, without SIGKILL.",
+                f"The job would have given up after {after}, without SIGKILL.",
                 _truth(recorded),
             ]
         case Result.KILLED:
@@ -155,26 +155,26 @@ def _summary(replayed: Replay) -> list[str]:
             unsampled = replayed.steps[-1].since_sample
             if unsampled:
                 lines.append(
-                    f"The last sample is from {_span(unsampled)} before that: what one more look "
-                    "would have shown is not in the trace."
+                    f"The last sample is {_span(unsampled)} older: the trace does not show what "
+                    "another sample would have found."
                 )
             if replayed.written_later:
-                lines.append(f"The guest wrote {replayed.written_later} bytes after that.")
+                lines.append(f"The guest wrote {replayed.written_later} bytes after this time.")
             return [*lines, _truth(recorded)]
         case _:
             return [
-                f"The trace ends after {after}, before anything more would have been done.",
+                f"The trace ends after {after}, before any further step.",
                 _truth(recorded),
             ]
 
 
 def _truth(recorded: RealOutcome) -> str:
-    """Say how the job really ended."""
+    """Describe how the recorded job ended."""
     if recorded.ended is None:
-        return "How it really ended is not in the trace."
+        return "The trace does not show how the job really ended."
     after = _span(recorded.ended - recorded.started)
     killed = (
-        f", SIGKILL having been sent after {_span(recorded.killed - recorded.started)}"
+        f", with SIGKILL after {_span(recorded.killed - recorded.started)}"
         if recorded.killed is not None
         else ""
     )

@@ -35,21 +35,20 @@ def command_on(bus: BusAddress) -> str:
 
 
 def _advice_for(bus: BusAddress) -> str:
-    """Return advice for an unreachable daemon."""
+    """Return advice for the case that the daemon is unreachable."""
     if bus.address:
-        return "Check the address, and that a `qkilld --bus` runs there"
+        return "Check the address, and that a `qkilld --bus` runs on this bus"
     if bus.is_remote:
-        return f"See whether `{command_on(bus).replace('qkillctl', 'busctl', 1)} list` works"
+        return f"Check whether `{command_on(bus).replace('qkillctl', 'busctl', 1)} list` works"
     if bus.user:
         return (
-            "Check `systemctl --user status qkilld`; "
-            "without --user it is looked for on the system bus"
+            "Check `systemctl --user status qkilld`; without --user, qkillctl uses the system bus"
         )
     return "Check `systemctl status qkilld`; use --user or --bus if it runs on another bus"
 
 
 class NeedsRoot(AccessDenied):
-    """An operation of qkillctl itself that needs root; the text says what to do."""
+    """An operation of qkillctl that needs root. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Session:
     json: bool
     connection: Connection
     interactive: bool = False
-    """polkit may ask for a password."""
+    """Whether polkit may ask for a password."""
     varlink: str = ""
     """The daemon's Varlink socket; "" if it is unknown."""
 
@@ -69,11 +68,11 @@ class Session:
         return command_on(self.bus)
 
     def process_stats(self, pid: int, uid: int) -> ProcessStats:
-        """Read the statistics of a process of the daemon's host; empty for a remote host."""
+        """Read the statistics of a process on the daemon's host; empty for a remote host."""
         return ProcessStats() if self.bus.is_remote else process_stats(pid, uid)
 
     def user_name(self, uid: int) -> str:
-        """Return the name of a user of the daemon's host; for a remote host, the uid."""
+        """Return the name of a user on the daemon's host; for a remote host, the uid."""
         return str(uid) if self.bus.is_remote else user_name(uid)
 
     @property
@@ -100,26 +99,26 @@ def explain(error: Exception, bus: BusAddress) -> str:
     if isinstance(error, RefusedByBus):
         return f"{text} ({bus.title}). {POLICY_ADVICE if bus.is_system_bus else _advice_for(bus)}"
     if isinstance(error, AccessDenied) and not isinstance(error, NeedsRoot) and os.geteuid() != 0:
-        return f"{text}. {_how_to_be_let(bus)}"
+        return f"{text}. {_authorization_advice(bus)}"
     if not isinstance(error, BusError):
         return text
     which = "" if bus.title in text else f" ({bus.title})"
     return f"{text}{which}. {_advice_for(bus)}"
 
 
-def _how_to_be_let(bus: BusAddress) -> str:
+def _authorization_advice(bus: BusAddress) -> str:
     if bus.is_remote:
-        return "Be root there, or the owner of the guest"
+        return "You must be root or the guest's owner on that host"
     if bus.user or bus.address:
-        return "Only its own user may do that on this bus; on the system bus polkit can allow it"
+        return "On this bus, only its owner may do that; on the system bus, polkit can allow it"
     return (
-        "Run it as root, or in a session with a polkit agent, or on a terminal without "
+        "Run this as root, in a session with a polkit agent, or on a terminal without "
         "--no-ask-password"
     )
 
 
 def error_as_json(error: Exception, bus: BusAddress) -> dict[str, Any]:
-    """Return {name, message}: the name is the error's D-Bus name, or one of
-    org.qkilld1.Client.*."""
+    """Return {name, message}. The name is the error's D-Bus name, or an error of
+    org.qkilld1.Client."""
     name = BUS_ERROR_NAME if isinstance(error, BusError) else getattr(error, "bus_name", "")
     return {"name": name, "message": explain(error, bus)}

@@ -54,7 +54,7 @@ async def guest_rows(manager: ManagerProxy) -> list[GuestRow]:
 
 
 def is_own(guest: GuestRow, uid: int) -> bool:
-    """Return whether a caller with that uid may stop it without an authorization."""
+    """Return whether a caller with this uid may stop the guest without an authorization."""
     return uid in (0, guest.uid)
 
 
@@ -83,7 +83,7 @@ class Target:
     value: str
     """Normalized: a decimal number for PID and JOB, a canonical UUID for UUID."""
     text: str
-    """As typed."""
+    """The target as typed."""
 
     @property
     def shown(self) -> str:
@@ -171,8 +171,8 @@ def matches(target: Target, guest: GuestRow) -> bool:
 def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
     """Return the only guest that matches.
 
-    Raises NoSuchProcess or NoSuchUnit if there is none, AmbiguousTarget if there are several:
-    anyone can give a QEMU any name, so guessing would let an attacker choose.
+    Raises NoSuchProcess or NoSuchUnit if no guest matches, AmbiguousTarget if several do: anyone
+    can give a QEMU any name, so guessing would let an attacker choose.
     """
     candidates = [guest for guest in guests if matches(target, guest)]
     if len(candidates) == 1:
@@ -185,8 +185,8 @@ def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
         rest = len(candidates) - MAX_CANDIDATES
         more = f" and {rest} more" if rest > 0 else ""
         raise AmbiguousTarget(
-            f'"{target.shown}" fits {len(candidates)} guests, so nothing was done: '
-            f"pids {names}{more}. Name the one you mean by its pid"
+            f'"{target.shown}" matches {len(candidates)} guests, so nothing was done: '
+            f"pids {names}{more}. Name one guest by its pid"
         )
     value = printable(target.value)
     match target.kind:
@@ -221,15 +221,15 @@ class Resolver:
         self._listing = asyncio.Lock()
 
     async def find(self, target: Target) -> TargetProcess:
-        """Raises like `find` and `pidfile.read`, and whatever the bus raises."""
+        """Find the process of a target. Raises like `find`, `pidfile.read` and the bus."""
         match target.kind:
             case TargetKind.PID:
                 return TargetProcess(int(target.value))
             case TargetKind.PIDFILE:
                 if self._manager.is_remote:
                     raise InvalidArgs(
-                        f'"{target.shown}" is a file of this machine, which names none of its'
-                        " processes elsewhere: give the guest's name, UUID, unit or process id"
+                        f'"{target.shown}" is a file on this machine, and the guest runs on another'
+                        " one: give the guest's name, UUID, unit or process id"
                     )
                 named = pidfile.read(target.value)
                 return TargetProcess(named.pid, start_time=named.start_time)
@@ -240,14 +240,14 @@ class Resolver:
                 return TargetProcess(guest.pid, guest.name)
 
     async def pin(self, target: Target) -> TargetProcess:
-        """Like `find`, but the result stays valid if the pid is reused.
+        """Find the process of a target, with its start time, so that a reused pid is noticed.
 
-        Raises ProcessChanged if it has been reused already.
+        Raises ProcessChanged if the pid has already been reused.
         """
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
             return process
-        # Read before the second list: if the pid is reused in between, it no longer matches.
+        # Read before the second list, so that a guest whose pid was reused does not match any more.
         start_time = await self._start_time(target, process.pid)
         guests = await guest_rows(self._manager)
         guest = next(
@@ -255,7 +255,7 @@ class Resolver:
         )
         if not matches(target, guest):
             raise ProcessChanged(
-                f'Process {process.pid} was "{target.shown}" a moment ago and is another one by '
+                f'Process {process.pid} was "{target.shown}" a moment ago, and is another process '
                 "now: nothing was done. See `qkillctl list`"
             )
         return TargetProcess(process.pid, process.name, start_time)
@@ -275,7 +275,7 @@ class Resolver:
         return self._guests
 
     async def job(self, target: Target) -> str:
-        """Return the path of the job named by the target, or of the newest job of its process.
+        """Return the path of the job that the target names, or of the newest job of its process.
 
         Raises NoSuchJob.
         """

@@ -31,11 +31,11 @@ _NAMES: Final = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b": "backs
 
 
 class FullScreen:
-    """Use as a context manager, which restores the terminal in any case."""
+    """A context manager that always restores the terminal."""
 
     def __init__(self, console: Console, on_key: Callable[[str], None]) -> None:
-        """`on_key` is called in the loop with a character, or up, down, page up, page down, enter,
-        backspace, escape."""
+        """`on_key` is called in the event loop with a character, or up, down, page up, page down,
+        enter, backspace or escape."""
         self._console = console
         self._on_key = on_key
         self._fd: int | None = None
@@ -43,20 +43,20 @@ class FullScreen:
         """The terminal settings to restore; None if unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
-        """Called when the screen must be redrawn: after a resize or Ctrl-Z."""
+        """Called when the screen must be redrawn: after a resize, or on return from Ctrl-Z."""
 
     @property
     def has_keys(self) -> bool:
-        """Standard input is a terminal, too."""
+        """Whether standard input is a terminal too."""
         return self._fd is not None
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """The size of the terminal: columns and rows."""
         return self._console.size.width, self._console.size.height
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Raises OSError if the terminal is gone."""
+        """Show these lines. Raises OSError if the terminal is gone."""
         from rich.console import Group
 
         if self._live is not None:
@@ -64,7 +64,7 @@ class FullScreen:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Restore the terminal within the context."""
+        """Restore the terminal for the duration of the context."""
         self._leave()
         try:
             yield
@@ -91,7 +91,7 @@ class FullScreen:
         self._leave()
 
     def _stop(self) -> None:
-        """Ctrl-Z: stop with the terminal restored, and continue afterwards."""
+        """Handle Ctrl-Z: restore the terminal, stop, and redraw when continued."""
         with self.suspended():
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -132,7 +132,7 @@ class FullScreen:
         except OSError:
             data = b""
         if not data:
-            # The terminal is gone; a signal reports that too.
+            # The terminal is gone. SIGHUP reports that too.
             asyncio.get_running_loop().remove_reader(self._fd)
             return
         for key in keys_of(data.decode(errors="ignore")):
@@ -140,7 +140,8 @@ class FullScreen:
 
 
 def keys_of(text: str) -> list[str]:
-    """Return the keys in terminal input, as `on_key` gets them. Unknown sequences are skipped."""
+    """Return the keys in terminal input, in the form for `on_key`. Unknown sequences are
+    skipped."""
     keys = []
     at = 0
     while at < len(text):

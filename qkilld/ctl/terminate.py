@@ -28,7 +28,7 @@ from qkilld.model.varlink_state import receipt_of, status_of
 from qkilld.monitor.libvirt import domain_of
 
 WAITS_PER_CONNECTION: Final = 64
-"""The system bus allows a connection 128 pending calls."""
+"""The most pending Wait calls. The system bus allows a connection 128 pending calls."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class TargetOutcome:
     name: str = ""
     job: str | None = None
     status: JobStatus | None = None
-    """The job's status right after its start."""
+    """The job's status just after its start."""
     result: str | None = None
     receipt: dict[str, Any] | None = None
     error: QkilldError | None = None
@@ -88,13 +88,13 @@ class TerminateOptions:
     flags: Flag
     wait: bool
     job_options: dict[str, int | str]
-    """As for TerminateWithOptions, without start-time."""
+    """The options of TerminateWithOptions, except start-time."""
 
 
 async def terminate(
     session: Session, outcomes: list[TargetOutcome], options: TerminateOptions
 ) -> int:
-    """Start a job for every target, and if requested wait for all of them."""
+    """Start a job for every target, and wait for all jobs if requested."""
     resolver = Resolver(session.manager)
 
     async def start(outcome: TargetOutcome) -> None:
@@ -104,7 +104,7 @@ async def terminate(
         except NoSuchUnit:
             if target.kind is not TargetKind.UNIT or options.job_options:
                 raise
-            # It may be an alias of the unit (Alias=); otherwise systemd explains the error best.
+            # The name may be an alias of a unit (Alias=). If not, systemd's error explains more.
             outcome.job = await session.manager.terminate_unit(target.value, options.flags)
             return
         outcome.pid, outcome.name = process.pid, process.name
@@ -136,8 +136,8 @@ async def terminate(
 async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
-    """Start a job over Varlink, pass it a connection to the guest's monitor, and return the job's
-    path. Return None if the daemon can connect to the monitor itself, or nothing can be passed."""
+    """Start a job over Varlink with a connection to the guest's monitor; return the job's path.
+    None if the daemon can connect to the monitor itself, or no connection can be passed."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:
@@ -154,7 +154,7 @@ async def _terminate_with_monitor(
 
 
 async def terminate_all(session: Session, options: TerminateOptions) -> int:
-    """Stop every guest on this host that the caller may stop; the daemon decides which."""
+    """Stop every guest on this host that the daemon lets the caller stop."""
     before = await guest_rows(session.manager)
     uid = session.connection.uid
     if Flag.POWERDOWN in options.flags and any(domain_of(guest.pid) for guest in before):
@@ -177,7 +177,7 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 
     async def start(outcome: TargetOutcome) -> None:
         if outcome.job is None:
-            raise Failed("it was not stopped; `journalctl -u qkilld` says why")
+            raise Failed("the guest was not stopped; see `journalctl -u qkilld`")
 
     for outcome in outcomes:
         outcome.status = next((one for one in statuses if one.path == outcome.job), None)
@@ -191,8 +191,8 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. None if D-Bus has to be used: for other callers
-    than root polkit must be asked, and a call of NOWAIT has no progress."""
+    """Stop and follow all guests with one call. None if D-Bus must be used: callers other than root
+    need polkit, and a NOWAIT job has no progress."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []
@@ -214,8 +214,8 @@ def _status_on_bus(state: dict[str, Any]) -> JobStatus:
 async def _terminate_each(
     session: Session, guests: list[GuestRow], options: TerminateOptions
 ) -> int:
-    """Terminate these one by one, as far as they are the caller's: the daemon cannot have libvirt
-    ask its guests, and would send them SIGTERM."""
+    """Stop the caller's own guests one by one. The daemon cannot ask libvirt to shut down its
+    guests, and would send them SIGTERM."""
     _report_foreign(session, guests)
     own = [guest for guest in guests if is_own(guest, session.connection.uid)]
     return await terminate(session, [TargetOutcome.of_guest(guest) for guest in own], options)
@@ -234,12 +234,12 @@ async def carry_out(
     stream: VarlinkStream | None = None,
 ) -> int:
     """Start a job for each target with `start`, which sets its `job`, and show the outcomes.
-    `stream` reports the jobs if they were started by a call on Varlink."""
+    `stream`: the replies of the Varlink call that started the jobs, if there was one."""
 
     async def begin(outcome: TargetOutcome) -> None:
         await start(outcome)
         if outcome.result is not None:
-            # It needed no job.
+            # The guest needed no job.
             if not session.json:
                 text = ending(outcome.result, outcome.receipt or {})
                 session.output.line(f"{outcome.title}: {text}")
@@ -248,7 +248,7 @@ async def carry_out(
         if outcome.status is not None:
             return
         with ignore(f"reading {outcome.job}", QkilldError):
-            # The job has started; the status is only for messages.
+            # The job has started; this status is only for messages.
             outcome.status = await session.manager.job(outcome.job).status()
             outcome.pid, outcome.name = outcome.status.pid, outcome.status.name
 
@@ -277,8 +277,8 @@ def finish(session: Session, outcomes: list[TargetOutcome]) -> int:
 async def each(
     session: Session, outcomes: list[TargetOutcome], act: Callable[[TargetOutcome], Awaitable[None]]
 ) -> None:
-    """Act on all targets concurrently. Errors are printed, kept in the outcome, and stop no
-    other."""
+    """Call `act` for all targets concurrently. An error is printed and stored in its outcome, and
+    does not affect other targets."""
     slots = asyncio.Semaphore(MAX_CALLS)
 
     async def one(outcome: TargetOutcome) -> None:
@@ -325,7 +325,7 @@ async def _follow_all(
         async with display_on(session.output, quiet=session.json) as display:
             if stream is not None:
                 await _follow_stream(stream, outcomes, display)
-            # If the daemon went away, the next one continues its jobs.
+            # If the daemon exited, its successor continues the jobs.
             rest = [outcome for outcome in outcomes if outcome.result is None]
             await asyncio.gather(
                 *(
@@ -334,7 +334,7 @@ async def _follow_all(
                 )
             )
     finally:
-        # Printed last, because a live line would overwrite them.
+        # Errors are printed last, because a live line would overwrite them.
         for outcome in outcomes:
             _print_error(session, outcome)
 
@@ -342,7 +342,7 @@ async def _follow_all(
 async def _follow_stream(
     stream: VarlinkStream, outcomes: list[TargetOutcome], display: Display
 ) -> None:
-    """Follow jobs that were started by one call, to the end of its replies."""
+    """Follow the jobs of one call until its last reply."""
     by_path = {outcome.job: outcome for outcome in outcomes}
     for outcome in outcomes:
         if outcome.status is not None:
@@ -368,12 +368,12 @@ def _print_error(session: Session, outcome: TargetOutcome) -> None:
 def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
     return BusError(
         f"{outcome.job_target} could not be followed to its end: {error}. The guest may still be "
-        "running, and what becomes of the job is not known: see `qkillctl list`"
+        "running, and the job's result is unknown: see `qkillctl list`"
     )
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether it is a job of NOWAIT, and not an older job that the call joined."""
+    """Return whether the job is a NOWAIT job, not an older job that the call joined."""
     return outcome.status is not None and outcome.status.unsupervised
 
 
@@ -384,23 +384,23 @@ def _started_line(outcome: TargetOutcome, command: str) -> str:
             f"{outcome.title}: job {status.id} ({outcome.job}) has ended already: {status.result}"
         )
     return (
-        f"{outcome.title}: {outcome.job} is stopping it. Follow it with "
-        f"`{command} status {outcome.job_target}`, call it off with "
+        f"{outcome.title}: {outcome.job} is stopping it. Follow the job with "
+        f"`{command} status {outcome.job_target}`, cancel it with "
         f"`{command} cancel {outcome.job_target}`"
     )
 
 
 def _interrupt(session: Session, outcomes: list[TargetOutcome]) -> None:
-    """Ctrl-C: say which jobs continue."""
+    """Handle Ctrl-C: print which jobs continue."""
     for outcome in outcomes:
         if outcome.error is not None or outcome.result is not None:
             continue
         outcome.interrupted = True
         if outcome.job is None:
-            text = f"whether a job was started is not known: see `{session.command} jobs`"
+            text = f"a job may have been started: see `{session.command} jobs`"
         else:
             text = (
-                f"{outcome.job_target} goes on without this program. "
-                f"Call it off with `{session.command} cancel {outcome.job_target}`"
+                f"{outcome.job_target} continues without this program. "
+                f"Cancel it with `{session.command} cancel {outcome.job_target}`"
             )
         session.output.error(f"interrupted: {outcome.title}: {text}")

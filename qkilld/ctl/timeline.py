@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _JOB: Final = re.compile(rf"(?:job:|{JOB_PATH_PREFIX})([1-9][0-9]{{0,8}})")
 _DRASTIC: Final = ("SIGKILL", "yank")
-_SAID: Final = {
+_LABELS: Final = {
     MessageId.JOB_JOINED: "joined",
     MessageId.JOB_HELD: "held",
     MessageId.JOB_RELEASED: "released",
@@ -43,7 +43,7 @@ _SAID: Final = {
     MessageId.JOB_RESUMED: "qkilld restarted",
     MessageId.SURVIVOR_GONE: "gone",
 }
-"""Actions of callers on a job, by journal entry."""
+"""The labels of callers' actions and other events, by journal entry."""
 
 
 def timeline(output: Output, source: str, path: str | None) -> int:
@@ -65,7 +65,7 @@ def timeline(output: Output, source: str, path: str | None) -> int:
 
 
 def of_trace(trace: Trace) -> Timeline:
-    """Convert a trace. Its deadlines come from a replay under its own terms."""
+    """Convert a trace. The deadlines come from a replay with the recorded flags and policy."""
     header = trace.header
     length = max((_seconds(trace, record.at) for record in trace.records), default=0.0)
     changes = trace.of(ChangeRecord)
@@ -118,7 +118,7 @@ def of_trace(trace: Trace) -> Timeline:
 def of_journal(entries: Sequence[JobEntry]) -> Timeline:
     """Convert the journal entries of one job, oldest first.
 
-    They have rungs, verdicts and callers' actions, but no byte counts or deadlines.
+    The journal has rungs, verdicts and callers' actions, but no byte counts and no deadlines.
     """
     first, last = entries[0], entries[-1]
     started = first.at - (first.elapsed or 0)
@@ -136,8 +136,8 @@ def of_journal(entries: Sequence[JobEntry]) -> Timeline:
             turns.append((at, entry.verdict, entry.reasons))
         elif entry.message is MessageId.JOB_ENDED:
             marks.append(Milestone(at, entry.result, entry.result == Result.KILLED))
-        elif entry.message in _SAID:
-            marks.append(Milestone(at, _SAID[entry.message]))
+        elif entry.message in _LABELS:
+            marks.append(Milestone(at, _LABELS[entry.message]))
         if entry.message is MessageId.JOB_HELD:
             hold_changes.append(Stretch(at, seconds(last), "held"))
         elif entry.message is MessageId.JOB_RELEASED and hold_changes:
@@ -155,7 +155,7 @@ def of_journal(entries: Sequence[JobEntry]) -> Timeline:
 
 
 def _entries(number: int) -> list[JobEntry]:
-    """Read the entries of the newest job with that number. Raises NoSuchJob, Failed."""
+    """Read the entries of the newest job with this number. Raises NoSuchJob, Failed."""
     from qkilld.adapters.journal_reader import read_job
 
     try:
@@ -164,13 +164,13 @@ def _entries(number: int) -> list[JobEntry]:
         raise Failed(f"the journal cannot be read: {error.strerror}") from None
     if not entries:
         raise NoSuchJob(
-            f"The journal that you may read has no job {number}: see `qkillctl history`"
+            f"The journal (as far as you may read it) has no job {number}: see `qkillctl history`"
         )
     return entries
 
 
 def _changes(trace: Trace) -> list[Milestone]:
-    """Return callers' changes, each with what changed."""
+    """Return a milestone for each change that a caller made."""
     marks = []
     flags, policy, control = trace.header.flags, trace.header.policy, UNCONTROLLED
     for change in trace.of(ChangeRecord):
@@ -203,7 +203,7 @@ def _seconds(trace: Trace, at: int) -> float:
 
 
 def _spans(turns: Sequence[tuple[float, str, str]], length: float) -> tuple[Stretch, ...]:
-    """Return one stretch for each verdict."""
+    """Return a stretch for each verdict."""
     if not turns:
         return ()
     ends = [at for at, *_ in turns[1:]] + [length]

@@ -16,7 +16,7 @@ LEFT: Final = 110
 RIGHT: Final = 24
 PLOT: Final = WIDTH - LEFT - RIGHT
 CHARACTER: Final = 6.4
-"""Mean width of a character in a label."""
+"""The mean width of a character in a label."""
 COLOURS: Final[dict[str, str]] = {
     Verdict.UNKNOWN: "#cbd0d6",
     Verdict.GUEST_SHUTDOWN: "#4c8fd0",
@@ -55,15 +55,15 @@ class Stretch:
     start: float
     end: float
     word: str
-    """A verdict, for example."""
+    """The value, such as a verdict."""
     text: str = ""
-    """Shown when the pointer rests on it."""
+    """The tooltip."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The content of a drawing. Times are seconds since the job's start; texts go through
-    `printable`."""
+    """The content of a drawing. Times are seconds since the job's start. Texts need not be
+    printable."""
 
     title: str
     subtitle: str
@@ -72,11 +72,11 @@ class Timeline:
     verdicts: tuple[Stretch, ...] = ()
     held: tuple[Stretch, ...] = ()
     written: tuple[tuple[float, int], ...] | None = None
-    """(time, bytes written since the start); None if unknown."""
+    """Pairs (time, bytes written since the start); None if unknown."""
     pending: tuple[tuple[float, int], ...] = ()
-    """(time, bytes still to be written)."""
+    """Pairs (time, bytes still to be written)."""
     time_left: tuple[tuple[float, float | None], ...] = ()
-    """(time, seconds until the next rung from then on); None for no limit."""
+    """Pairs (time, seconds from then until the next rung; None for no limit)."""
     next_rung: str = ""
 
 
@@ -137,7 +137,7 @@ class _Scale:
 
 
 def _nice(least: float) -> float:
-    """Round up to 1, 2 or 5 times a power of ten, or of sixty seconds."""
+    """Round up to a round number of seconds or minutes."""
     for step in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30):
         if step >= least:
             return step
@@ -165,7 +165,7 @@ def _seconds(seconds: float) -> str:
 
 
 _Lane = tuple[float, list[str]]
-"""The height and the elements."""
+"""The height and the SVG elements of a lane."""
 
 
 def _verdicts(timeline: Timeline, scale: _Scale) -> _Lane:
@@ -195,7 +195,7 @@ def _throughput(points: Sequence[tuple[float, int]], scale: _Scale) -> _Lane:
     ]
     most = max((rate for *_, rate in rates), default=0.0)
     if not most:
-        empty = "nothing was seen to be written" if points else "how much was written is not known"
+        empty = "no writes were seen" if points else "unknown"
         return 26, [*_frame(26, "written", ""), _text(LEFT + 8, 18, empty, "s")]
     elements = _frame(90, "written", f"{format_bytes(round(most))}/s")
     elements.append(_text(LEFT - 10, 32, f"{format_bytes(points[-1][1])} in all", "l"))
@@ -217,7 +217,7 @@ def _pending(points: Sequence[tuple[float, int]], scale: _Scale) -> _Lane:
 
 
 def _deadlines(timeline: Timeline, scale: _Scale) -> _Lane:
-    """Draw the time until the next rung: it falls without progress, and progress raises it."""
+    """Draw the time until the next rung, which falls without progress and rises with progress."""
     most = max(
         (remaining for _, remaining in timeline.time_left if remaining is not None), default=0.0
     )
@@ -242,7 +242,7 @@ def _deadlines(timeline: Timeline, scale: _Scale) -> _Lane:
 
 
 def _frame(height: int, name: str, high: str) -> list[str]:
-    """Draw a lane's base line, its name, and the value at its top."""
+    """Draw a lane's base line, its name, and the value of its upper edge."""
     elements = [
         _line(LEFT, height, LEFT + PLOT, height, "a"),
         _text(LEFT - 10, 16, name, "l", style=_NAME),
@@ -255,7 +255,7 @@ def _frame(height: int, name: str, high: str) -> list[str]:
 
 
 def _label_rows(marks: Sequence[Milestone], scale: _Scale) -> list[int]:
-    """Return a row for each label so that none overlap; row 0 is the lowest."""
+    """Return a row for each label, so that no labels overlap. Row 0 is the lowest."""
     ends: list[float] = []
     rows = []
     for mark in marks:
@@ -267,7 +267,8 @@ def _label_rows(marks: Sequence[Milestone], scale: _Scale) -> list[int]:
 
 
 def _extent(mark: Milestone, scale: _Scale) -> tuple[float, float]:
-    """Return the horizontal extent of a label: right of its line, or left of it near the end."""
+    """Return the horizontal extent of a label: right of its line, or left near the end of the
+    axis."""
     x, width = scale(mark.at), len(_label(mark, scale)) * CHARACTER
     if x + width > WIDTH - 4:
         return x - width - 4, x

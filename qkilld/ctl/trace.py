@@ -21,18 +21,18 @@ MAX_LINE: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """The parts of an Inspect reply that change."""
+    """The parts of a reply to Inspect that can change."""
 
     verdict: str
     reasons: tuple[str, ...] = ()
     written: int | None = None
-    """Bytes, from a counter that started before the observation."""
+    """Bytes written, from a counter that started before the trace."""
     pending: int | None = None
-    """Bytes."""
+    """Bytes still to be written."""
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Self:
-        """Parse a reply of Inspect; other releases of the daemon may lack some keys."""
+        """Parse a reply to Inspect, in which other releases of the daemon may omit some keys."""
         group = answer.get("cgroup", {}) if answer.get("cgroup-own") else {}
         written = group.get("written", answer.get("io", {}).get("write_bytes"))
         return cls(
@@ -49,7 +49,7 @@ class Observation:
         return max(0, self.written - first.written)
 
     def line(self, first: Observation) -> str:
-        """Format for display, printable."""
+        """Format as printable text."""
         written = self.since(first)
         sizes = [
             f"{size} bytes {what}"
@@ -70,7 +70,7 @@ class Observation:
 
 
 async def trace(session: Session, target: Target) -> int:
-    """Inspect once a second until the guest is gone or the output is closed."""
+    """Inspect the guest once a second until it is gone or the output is closed."""
     process = await Resolver(session.manager).find(target)
     answer = await session.manager.inspect(process.pid)
     start_time = answer["start-time"]

@@ -1,4 +1,4 @@
-"""Find QEMUs on this host that do not match Executables=, so that qkilld ignores them."""
+"""Find QEMU processes on this host that qkilld ignores, because they do not match Executables=."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SHOWN: Final = 1000
 
 
 class UncoveredGuests:
-    """Running QEMUs whose executable the caller may see: for root all, for others their own."""
+    """QEMU processes whose executable the caller may read: their own, or all for root."""
 
     def __init__(self, executables: Sequence[str]) -> None:
         """`executables`: the current Executables=."""
         self._executables = executables
         self._guests: dict[GuestRow, str] = {}
-        """The executable of each."""
+        """The executable of each guest."""
         for pid in procfs.pids():
             with ignore(f"looking at process {pid}", OSError):
                 path = procfs.read_executable(pid)[0]
                 if looks_like_qemu(path) and not is_qemu(path, executables):
-                    # Names are not read, because reading a command line may block for ever.
+                    # Names are not read, because reading a command line may block forever.
                     unit = procfs.read_unit(pid)
                     row = GuestRow(pid, "", "", procfs.read_uid(pid), unit.name if unit else "")
                     self._guests[row] = path
@@ -47,7 +47,7 @@ class UncoveredGuests:
     def show(self, output: Output) -> None:
         if not self._guests:
             return
-        output.line("Executables= does not cover these, so qkilld does not see them:")
+        output.line("Executables= does not cover these guests, so qkilld ignores them:")
         output.table(
             ("PID", "USER", "UNIT", "EXECUTABLE"),
             [
@@ -55,7 +55,7 @@ class UncoveredGuests:
                 for row, path in self._guests.items()
             ],
         )
-        output.line("If only root can write there, write into [Target] of /etc/qkilld/qkilld.conf:")
+        output.line("If only root can write there, add to [Target] of /etc/qkilld/qkilld.conf:")
         places = dict.fromkeys(self._guests.values())
         output.line(f"  {printable(self._line(list(places)), _SHOWN)}")
 

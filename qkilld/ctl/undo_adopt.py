@@ -1,8 +1,9 @@
-"""Run when qkilld is removed: delete what adopt has written into system units.
+"""Run when qkilld is removed: delete the drop-ins of adopt from system units.
 
-This is `qkillctl adopt --undo --all` without systemd. It calls no service, so it works in a chroot
-too; the caller must reload systemd. Edited drop-ins are kept and named: without qkilld-stop,
-systemd's own SIGTERM still stops their units. Drop-ins of user managers are left to their users.
+Does the same as `qkillctl adopt --undo --all`, but calls no service, so it works in a chroot too;
+the caller must reload systemd. Edited drop-ins are kept, and their paths printed: without
+qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to their
+users.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
     root = parser.parse_args().root
     code = ExitCode.OK
-    # `make install UNITDIR=/etc/systemd/system` installs files of that name that are not adopt's.
+    # `make install UNITDIR=/etc/systemd/system` installs files with the same name that adopt did
+    # not write.
     for drop_in in (each for base in _BASES for each in all_drop_ins(root / base)):
         try:
             if drop_in.remove():

@@ -1,6 +1,6 @@
-"""Gather what is needed to judge a unit: the daemon's policy, the unit's processes, its disks.
+"""Gather the facts for judging a unit: the daemon's policy, the unit's processes, its disks.
 
-Unreadable facts are left out: only root sees the processes of other users.
+Unreadable facts are left out: only root can read the processes of other users.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
 MAX_BEFORE: Final = 256
-"""Units in one unit's Before= that are queried."""
+"""The most units of a unit's Before= that systemd is asked for."""
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 
 async def config_of(session: Session) -> Config:
-    """Read the configuration files; if they are invalid, use the defaults. A running daemon's
-    policy takes precedence, because it may have read other files. The daemon is not started for
+    """Read the configuration files; if they are invalid, use the defaults. The policy of a running
+    daemon takes precedence, because the daemon may have read other files. It is not started for
     this."""
     try:
         config = files.load()
     except ConfigError as error:
-        note("reading the configuration, whose defaults are used instead", error)
+        note("reading the configuration; its defaults are used instead", error)
         config = Config()
     with ignore("asking qkilld for its policy", QkilldError):
         (running,) = await session.connection.request_bus("NameHasOwner", "s", BUS_NAME)
@@ -68,7 +68,8 @@ async def config_of(session: Session) -> Config:
 async def gather(
     systemd: Systemd, facts: UnitFacts, config: Config, *, user: bool, is_template: bool = False
 ) -> Surroundings:
-    """`user`: the unit is a user manager's. `is_template`: it stands for all instances."""
+    """Gather the surroundings of a unit. `user`: it belongs to a user manager. `is_template`: it
+    represents all instances of a template."""
     executables: dict[int, str] = {}
     if facts.control_group:
         with ignore(f"reading the processes of {facts.id}", QkilldError):
@@ -80,7 +81,7 @@ async def gather(
     uncovered = [
         path for pid, path in executables.items() if pid not in guests and looks_like_qemu(path)
     ]
-    # The guard is a system unit; scopes of user managers have none.
+    # Guards are system units, so scopes of user managers have none.
     guard = guard_of(facts.id) if facts.is_scope and not user else ""
     manager = f"user@{os.getuid()}.service" if user else ""
     storage = [] if user else read_storage(facts, guests)
@@ -103,7 +104,7 @@ async def gather(
         is_template=is_template,
         keepers=await _keepers(systemd, facts),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # A user's units all stop before user@.service, which has this order.
+        # For a user's units, user@.service has this order: it stops after all of them.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -124,8 +125,8 @@ async def _keepers(systemd: Systemd, facts: UnitFacts) -> tuple[GuestKeeper, ...
 
 
 def _environment(facts: UnitFacts) -> dict[str, str]:
-    """Return the known environment of its commands. Files with `%` or a glob in the name are left
-    out."""
+    """Return the environment of the unit's commands, as far as it is known: without files whose
+    names have a `%` or a glob."""
     variables = dict(pair.partition("=")[::2] for pair in facts.environment)
     for path in facts.environment_files:
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
@@ -134,7 +135,8 @@ def _environment(facts: UnitFacts) -> dict[str, str]:
 
 
 def _stop_texts(facts: UnitFacts) -> tuple[str, ...]:
-    """Return its ExecStop= lines as written; empty if they differ from what systemd has loaded."""
+    """Return the unit's ExecStop= lines as written; empty if their number differs from that in
+    systemd."""
     texts = []
     for path in (facts.fragment, *facts.drop_ins):
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
@@ -192,7 +194,7 @@ def _would_listen(options: Sequence[QemuOption]) -> list[UnixListener]:
 
 
 def _other_unit(facts: UnitFacts, config: Config) -> str:
-    """Return the other unit in which a guest started by this one runs; "" if none is known."""
+    """Return the other unit in which the guest of this unit runs; "" if none is known."""
     if facts.active_state != "active" and not starts_elsewhere(facts):
         return ""
     for pid in procfs.pids():
@@ -210,7 +212,7 @@ def _other_unit(facts: UnitFacts, config: Config) -> str:
 def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterator[str]:
     """Yield the reasons why guests of the unit cannot be asked to shut down.
 
-    If the unit does not run, only its command line is known.
+    If no guest runs, only the command line in ExecStart= is known.
     """
     for pid in guests:
         with ignore(f"reading what process {pid} listens on", OSError, QkilldError):
@@ -225,7 +227,7 @@ def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterato
 
 
 def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
-    """Yield the unit's drop-ins that override what ours would set."""
+    """Yield the unit's drop-ins that override settings in ours."""
     for path in read_later(facts.drop_ins):
         if not Path(path).is_file():
             continue
@@ -237,7 +239,8 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
 
 def guard_of(scope: str) -> str:
     """Return the unit that stops the guest of a scope before systemd stops the scope."""
-    # Not escaped: in BindsTo=, systemd only expands %i, the name as it is.
+    # The scope's name is not escaped, because BindsTo= of the guard uses %i, which is not
+    # unescaped.
     return f"qkilld-scope@{scope}.service"
 
 
@@ -258,7 +261,7 @@ async def _is_active(systemd: Systemd, unit: str) -> bool:
 
 
 async def _manager_timeout(unit: str) -> int:
-    """Ask the system manager; INFINITY if it does not answer."""
+    """Return TimeoutStopSec= (µs) of a user manager's unit; INFINITY if unknown."""
     try:
         async with open_connection(SYSTEM_BUS) as connection:
             facts = await Systemd(connection).unit(unit)

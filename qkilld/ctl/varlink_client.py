@@ -1,5 +1,5 @@
-"""Calls of qkillctl on Varlink, for what D-Bus cannot do: pass a descriptor, and follow many jobs
-with one call."""
+"""The Varlink calls of qkillctl, for tasks that D-Bus cannot do: pass a monitor, and follow many
+jobs with one call."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from qkilld.model.errors import QkilldError
 
 SYSTEM_SOCKET: Final = "/run/qkilld/org.qkilld1"
 USER_SOCKET: Final = "qkilld/org.qkilld1"
-"""Below $XDG_RUNTIME_DIR."""
+"""The path below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
-"""For a guest's monitor: a hostile process can delay each step."""
+"""For connecting to a guest's monitor: a hostile process can delay each step."""
 _MAX_REPLY: Final = 64 << 20
 _NEVER: Final = 2**62
-"""A time span without end."""
+"""The value of an infinite time span."""
 _UNITS: Final = {"usec": "USec"}
 
 
 class VarlinkFailure(Exception):
-    """The call cannot be made, or was refused: D-Bus can do it, or say why not."""
+    """The call cannot be made, or was refused. D-Bus can make it, or explain why not."""
 
 
 def socket_of(bus: BusAddress) -> str:
-    """Return where the daemon of this bus serves Varlink; "" if that is unknown."""
+    """Return the path of the Varlink socket of this bus's daemon; "" if unknown."""
     if bus.is_system_bus:
         return SYSTEM_SOCKET
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -59,7 +59,7 @@ def order_of(flags: Flag, options: Mapping[str, int | str]) -> dict[str, Any]:
 
 
 async def monitor_to_pass(pid: int) -> socket.socket | None:
-    """Connect to the monitor of a guest that the daemon cannot reach; None if there is none."""
+    """Connect to a guest's monitor, if the daemon cannot; None if there is no such monitor."""
     from qkilld.monitor.reach import connect_passable
 
     work = run_in_thread(lambda: connect_passable(procfs.read_identity(pid)))
@@ -91,7 +91,7 @@ class VarlinkStream:
         more: bool = False,
         passed: socket.socket | None = None,
     ) -> VarlinkStream:
-        """Send a call, with the descriptor of `passed`. Raises VarlinkFailure."""
+        """Send a call, and with it the descriptor of `passed`. Raises VarlinkFailure."""
         call = {"method": f"org.qkilld1.{method}", "parameters": parameters}
         data = json.dumps(call | {"more": True} if more else call).encode() + b"\0"
         sock = socket.socket(socket.AF_UNIX)
@@ -99,7 +99,7 @@ class VarlinkStream:
             sock.connect(path)
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             if struct.unpack("3i", credentials)[1] not in (0, os.geteuid()):
-                raise PermissionError(0, "another user serves there")
+                raise PermissionError(0, "served by another user")
             if passed is not None:
                 data = data[socket.send_fds(sock, [data], [passed.fileno()]) :]
             reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_MAX_REPLY)
@@ -112,7 +112,7 @@ class VarlinkStream:
     async def next(self) -> dict[str, Any] | None:
         """Return the parameters of the next reply; None after the last one.
 
-        Raises VarlinkFailure if the call is refused, or the daemon goes away.
+        Raises VarlinkFailure if the call is refused or the daemon exits.
         """
         if self._over:
             return None

@@ -40,7 +40,7 @@ async def watch(bus: BusAddress, output: Output, *, json: bool, interactive: boo
 
 
 class LineListener:
-    """For a pipe: prints a line for each change. Implements JobListener."""
+    """Prints a line for each change, for a pipe. Implements JobListener."""
 
     def __init__(self, output: Output, *, json: bool) -> None:
         self._output = output
@@ -96,7 +96,7 @@ class _Watcher:
     def __init__(self, bus: BusAddress, output: Output, interactive: bool) -> None:
         self._bus = bus
         self._feed = JobFeed(bus, self, interactive=interactive)
-        # A password prompt needs the terminal.
+        # Whether polkit may show a password prompt, for which the screen is suspended.
         self._asks = interactive and bus.is_system_bus and os.geteuid() != 0
         self._state = WatchState(bus_title="" if bus.is_system_bus else printable(bus.title))
         self._screen = FullScreen(output.console(), self._key)
@@ -110,7 +110,8 @@ class _Watcher:
         self._acts: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
-        """Return the exit code. Raises BusError if the bus cannot be reached at first."""
+        """Run until the user quits; return the exit code. Raises BusError if the first connection
+        fails."""
         loop = asyncio.get_running_loop()
         for number in _ENDING_SIGNALS:
             loop.add_signal_handler(number, self._end, 128 + number)
@@ -123,7 +124,7 @@ class _Watcher:
                 futures = (self._quit, feeding, drawing)
                 done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
             for one in done:
-                with contextlib.suppress(OSError):  # The terminal is gone, so nobody reads this.
+                with contextlib.suppress(OSError):  # The terminal is gone.
                     one.result()
             return self._quit.result() if self._quit.done() else ExitCode.FAILURE
         finally:
@@ -187,11 +188,11 @@ class _Watcher:
         elif key in ("h", "r", "e", "f", "c"):
             job = self._state.jobs.get(self._state.selection)
             if job is None or job.result:
-                self._state.message = "No running stop is chosen."
+                self._state.message = "No running stop is selected."
             else:
                 self._steer(key, job)
         elif len(key) == 1:
-            self._state.message = f'"{key}" does nothing here; ? tells what does.'
+            self._state.message = f'"{key}" does nothing here; press ? for help.'
 
     def _steer(self, key: str, job: JobStatus) -> None:
         guest_label = label(job.pid, job.name)
@@ -201,15 +202,13 @@ class _Watcher:
             case "r":
                 self._act("release", job)
             case "e":
-                question = f"No SIGKILL to {guest_label} for (Enter: {DEFAULT_EXTENSION}): "
+                question = f"Send {guest_label} no SIGKILL for (Enter: {DEFAULT_EXTENSION}): "
                 self._ask(question, lambda text: self._extend(job, text))
             case "f":
-                question = (
-                    f"SIGKILL now to {guest_label}, what it has not written is lost? Type yes: "
-                )
+                question = f"Send {guest_label} SIGKILL now, and lose unwritten data? Type yes: "
                 self._ask(question, lambda text: self._if_yes(text, "force", job))
             case "c":
-                question = f"Leave {guest_label} alone? Type yes: "
+                question = f"Send {guest_label} no more signals? Type yes: "
                 self._ask(question, lambda text: self._if_yes(text, "cancel", job))
 
     def _ask(self, question: str, answer: Callable[[str], None]) -> None:
@@ -262,11 +261,11 @@ class _Watcher:
         try:
             proxy = self._feed.job(job.path)
             before = after = job
-            # Changes are announced five times a second, and keys can be faster.
+            # The daemon reports changes at most five times a second, and keys can be faster.
             with ignore(f"reading job {job.id}", QkilldError):
                 before = await proxy.status()
             await self._with_terminal(job, lambda: command.act(proxy))
-            # The command has succeeded; the status is only for the message.
+            # The command has succeeded; this status is only for the message.
             with ignore(f"reading job {job.id} again", QkilldError):
                 after = await proxy.status()
             self._state.message = f"{guest_label} {command.report(before, after)}."

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 KEEP_ENDED: Final = 15 * USEC_PER_SEC
-"""How long (µs) an ended job stays on screen."""
+"""How long (µs) an ended job stays on the screen."""
 LEAST_DETAIL: Final = 12
-"""Terminals with at least this many rows show details of the chosen job."""
+"""Details of the selected job are shown on terminals with at least this many rows."""
 MOST_FOOT: Final = 3
-"""Lines of a message or a question."""
+"""The most lines of a message or a question."""
 MARK: Final = "▸ "
 KEYS: Final = (
     ("h", "hold"),
@@ -36,20 +36,20 @@ KEYS: Final = (
 )
 HELP: Final = """\
 Each line is a guest that is being stopped: what it does, how much was written, \
-how long the stop has been going on, and what comes next.
+how long the stop has taken, and what comes next.
 
-As long as there is progress no time counts down: "SIGKILL only after 1min without progress". \
-Without any it counts: "SIGKILL in 41s unless it moves".
+While the guest makes progress, no time counts down: "SIGKILL only after 1min without progress". \
+Without progress, the time counts down: "SIGKILL in 41s unless it moves".
 
 ↑ ↓   choose a guest (also k and j)
-h     hold: no signal is sent until it is released
+h     hold: no signal is sent until the stop is released
 r     release a stop that is held
-e     extend: no SIGKILL for so long
+e     extend: no SIGKILL for the time that you enter
 f     force: SIGKILL now; what the guest has not written is lost. Asks first
-c     cancel: the guest is left alone, and may still end from the SIGTERM it got. Asks first
-q     quit; all stops go on
+c     cancel: no more signals, but a SIGTERM that was sent may still end the guest. Asks first
+q     quit; all stops continue
 
-Any key leads back."""
+Press any key to return."""
 
 
 @dataclass(slots=True)
@@ -63,14 +63,14 @@ class WatchState:
     selection: str = ""
     """The path of the job that keys act on."""
     outage: str = "qkilld has not answered yet"
-    """Why the daemon is unreachable; "" if it is not."""
+    """Why the daemon is unreachable; "" if it is reachable."""
     message: str = ""
     """The outcome of the last key. Printable."""
     prompt: str = ""
-    """The question and the answer typed so far. Printable."""
+    """The question, and the answer as typed so far. Printable."""
     help: bool = False
     steers: bool = True
-    """There is a keyboard."""
+    """Whether there is a keyboard, so that keys can act on jobs."""
 
     def show(self, job: JobStatus) -> None:
         self.jobs[job.path] = job
@@ -87,7 +87,7 @@ class WatchState:
 
     @property
     def ordered(self) -> list[JobStatus]:
-        """Running jobs first, oldest on top."""
+        """All jobs: running ones first, the oldest on top."""
         return sorted(self.jobs.values(), key=lambda job: (bool(job.result), job.id))
 
     @property
@@ -95,7 +95,7 @@ class WatchState:
         return sum(not job.result for job in self.jobs.values())
 
     def choose(self, step: int) -> None:
-        """Move the choice by `step` lines."""
+        """Move the selection by `step` lines."""
         paths = [job.path for job in self.ordered]
         if not paths:
             return
@@ -129,18 +129,19 @@ def _head(state: WatchState, columns: int) -> list[Text]:
     title.truncate(columns, overflow="ellipsis")
     lines = [title]
     if state.outage:
-        lines.append(_plain(f"{state.outage}; what is shown may be old", columns, "yellow"))
+        lines.append(_plain(f"{state.outage}; this list may be outdated", columns, "yellow"))
     return [*lines, _plain("", columns)]
 
 
 def _table(state: WatchState, now: int, columns: int, room: int) -> list[Text]:
     jobs = state.ordered
     if not jobs:
-        return [_plain("A stop shows here as soon as it begins.", columns, "dim")][:room]
+        return [_plain("Stops appear here as soon as they begin.", columns, "dim")][:room]
     rows = [cells_of(job, now) for job in jobs if not job.result]
     shape = shape_for([TITLES, *rows], columns - len(MARK) - 1)
     at = next((i for i, job in enumerate(jobs) if job.path == state.selection), 0)
-    # Titles and chosen job are always shown, and a line for jobs that do not fit.
+    # The titles and the selected job are always shown, and a line that counts the jobs that do not
+    # fit.
     room -= 1
     if len(jobs) > room:
         room = max(1, room - 1)
@@ -167,7 +168,7 @@ def _row(state: WatchState, job: JobStatus, now: int, shape: Shape, columns: int
 
 
 def _detail(state: WatchState, now: int, columns: int) -> list[Text]:
-    """Return details of the chosen job: its guest, and the reasons for its verdict."""
+    """Return details of the selected job: its guest, and the reasons for its verdict."""
     job = state.jobs.get(state.selection)
     if job is None:
         return []
@@ -182,7 +183,7 @@ def _detail(state: WatchState, now: int, columns: int) -> list[Text]:
         facts.append(f"{format_bytes(job.bytes_pending)} to go")
     if job.last_progress is not None and not job.result:
         since = max(0, now - job.last_progress) // USEC_PER_SEC * USEC_PER_SEC
-        facts.append(f"moved {format_usec(since)} ago" if since else "moves")
+        facts.append(f"last progress {format_usec(since)} ago" if since else "makes progress")
     lines = [_plain("", columns), _plain("; ".join(facts), columns, "dim")]
     why = "; ".join(job.reasons)
     for text in textwrap.wrap(why, columns - 1)[:2]:
@@ -203,7 +204,7 @@ def _foot(state: WatchState, columns: int) -> list[Text]:
     message_lines = textwrap.wrap(state.message, columns - 1)[:MOST_FOOT] or [""]
     lines = [_plain(text, columns) for text in message_lines]
     if not state.steers:
-        return [*lines, _plain("Ctrl-C quits; all stops go on", columns, "dim")]
+        return [*lines, _plain("Ctrl-C quits; all stops continue", columns, "dim")]
     gap = "  " if sum(len(key) + len(word) + 3 for key, word in KEYS) <= columns else " "
     keys = Text(no_wrap=True)
     for key, word in KEYS:

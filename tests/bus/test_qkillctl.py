@@ -317,7 +317,7 @@ def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: St
     done = ctl(daemon.bus, "extend", "1h", "job:1")
     assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
     assert "next: held" in done.stdout
-    assert "job 1 released: it goes on" in ctl(daemon.bus, "release", "web").stdout
+    assert "job 1 released: the stop continues" in ctl(daemon.bus, "release", "web").stdout
     # On one line, unless the next step was not known at once.
     running.wait_for(r"released(;|\n).*no SIGKILL for (1h|59min)")
     assert "job 1 was not held" in ctl(daemon.bus, "release", "web").stdout
@@ -336,7 +336,7 @@ def test_extended_without_force(daemon: Daemon, fake_qemu: Make) -> None:
     fake_qemu(name="web", stubborn=True)
     ctl(daemon.bus, "terminate", "web")
     said = ctl(daemon.bus, "extend", "1h", "web").stdout
-    assert re.search("it gets no SIGKILL anyway; next: gives up in (1h|59min)", said)
+    assert re.search("no SIGKILL is sent anyway; next: gives up in (1h|59min)", said)
 
 
 def test_cancel_as_json(daemon: Daemon, fake_qemu: Make) -> None:
@@ -515,7 +515,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_job(
     assert running.wait() == 130
     missing, interrupted = running.err.lines()
     assert "nobody" in missing
-    assert f"interrupted: web (pid {guest.pid}): job:1 goes on" in interrupted
+    assert f"interrupted: web (pid {guest.pid}): job:1 continues" in interrupted
     assert "cancel job:1`" in interrupted
     assert [job["phase"] for job in ctl_json(daemon.bus, "jobs")] == ["terminate"]
 
@@ -596,7 +596,7 @@ def test_ctrl_c_on_a_terminal(daemon: Daemon, fake_qemu: Make) -> None:
         screen.read_to_end()
         assert process.wait(30) == 130
     assert "\x1b[?25h" in screen.text
-    assert "goes on without this program" in screen.text
+    assert "continues without this program" in screen.text
 
 
 @pytest.mark.parametrize(

@@ -86,14 +86,17 @@ def test_a_host_that_cannot_be_reached(ctl: Ctl, lab_dir: Path) -> None:
     said = ctl("list", code=1).stderr
     assert "no route" in said, "ssh's own words"
     assert "`ssh` ended with status 255" in said
-    assert "See whether `busctl -H root@far:2222 list` works" in said
+    assert "Check whether `busctl -H root@far:2222 list` works" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["check-unit", "-H", "far"], "run it there, as in `ssh HOST qkillctl check-unit`"),
-        (["adopt", "web", "-M", "box"], "run it there"),
+        (
+            ["check-unit", "-H", "far"],
+            "the other one, as in `ssh HOST qkillctl check-unit`",
+        ),
+        (["adopt", "web", "-M", "box"], "run it on the other one"),
         (["list", "-H", "-oProxyCommand=touch /x"], "is not [USER@]HOST[:PORT]"),
         (["list", "--host=-oProxyCommand=x"], "is not [USER@]HOST[:PORT]"),
         (["list", "-H", "far/box;reboot"], "is not the name of a container"),
@@ -112,4 +115,4 @@ def test_contradictory_arguments_are_refused(
 
 
 def test_a_pidfile_is_of_this_machine(ctl: Ctl) -> None:
-    assert "is a file of this machine" in ctl("terminate", "/run/web.pid", code=2).stderr
+    assert "is a file on this machine" in ctl("terminate", "/run/web.pid", code=2).stderr

@@ -54,14 +54,14 @@ def test_keys_steer_the_chosen_job(daemon: Daemon, client: Client, fake_qemu: Ma
         screen.wait_for_new(rf"\(pid {web.pid}\) held: no more signals until")
         assert client.properties(job, JOB_INTERFACE)["Held"] is True
         screen.type("r")
-        screen.wait_for_new("released: it goes on")
+        screen.wait_for_new("released: the stop continues")
         screen.type("e")
-        screen.wait_for_new("No SIGKILL to .* for")
+        screen.wait_for_new("Send .* no SIGKILL for")
         screen.type("2hx\x7f\r")
         screen.wait_for_new("extended: no SIGKILL for 2h")
         screen.type("\x1b[B")
         screen.type("f")
-        screen.wait_for_new(rf"SIGKILL now to db \(pid {db.pid}\).*Type yes")
+        screen.wait_for_new(rf"Send db \(pid {db.pid}\) SIGKILL now.*Type yes")
         screen.type("y\r")
         screen.wait_for_new("Nothing was done")
         assert db.alive
@@ -72,7 +72,7 @@ def test_keys_steer_the_chosen_job(daemon: Daemon, client: Client, fake_qemu: Ma
         screen.wait_for_new("cancelled after")
         assert client.wait(job)[0] == "cancelled" and web.alive
         screen.type("?")
-        screen.wait_for_new("Any key leads back")
+        screen.wait_for_new("Press any key to return")
         screen.type(" q")
         assert running.process.wait(30) == 0
     assert "\u202e" not in screen.text and "[bold]" in screen.text
@@ -139,7 +139,7 @@ def test_a_daemon_that_goes_and_comes_back(
         start(client, fake_qemu, "web")
         running.screen.wait_for_new("web")
         first.stop(signal.SIGKILL)
-        running.screen.wait_for_new("qkilld is not running; what is shown may be old")
+        running.screen.wait_for_new("qkilld is not running; this list may be outdated")
         running.screen.type("h")
         running.screen.wait_for_new("web .*not running")
         start_daemon()

@@ -13,5 +13,5 @@ def test_a_cancel_does_not_keep_the_guest_of_a_unit_from_systemd() -> None:
     assert "systemd" not in report(JOB, JOB)
     of_a_unit = replace(JOB, unit="web\x1b.service")
     text = report(of_a_unit, of_a_unit)
-    assert "Where systemd is stopping web\ufffd.service" in text and "`hold`" in text
+    assert "If systemd is stopping web\ufffd.service" in text and "`hold`" in text
     assert text.isprintable()

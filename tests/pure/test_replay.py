@@ -226,15 +226,15 @@ def test_it_tells_the_story(stuck_file: str, capsys: pytest.CaptureFixture[str])
     assert text.startswith("web (pid 17), job 1\n")
     assert "force, grace 2.5s, stall 0" in text
     assert "SIGKILL would have been sent after 2.5s, with nothing outstanding." in text
-    assert "The last sample is from 500ms before that" in text
-    assert "ended as killed after 10.002s, SIGKILL having been sent after 10.001s" in text
+    assert "The last sample is 500ms older" in text
+    assert "ended as killed after 10.002s, with SIGKILL after 10.001s" in text
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--grace", "1min"], "The trace ends after 10.001s, before anything more"),
-        (["--no-force", "--reap", "0"], "would have been given up after 10s, without SIGKILL"),
+        (["--grace", "1min"], "The trace ends after 10.001s, before any further step"),
+        (["--no-force", "--reap", "0"], "would have given up after 10s, without SIGKILL"),
     ],
 )
 def test_other_ends(

@@ -321,7 +321,7 @@ def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
     run = f"qkillctl --no-ask-password terminate {pid}; echo CODE $?"
     done = system.run("script", "-qec", run, "/dev/null", uid=OTHER_UID)
     assert "CODE 6" in done.stdout
-    assert "administrator. Run it as root" in done.stdout
+    assert "administrator. Run this as root" in done.stdout
 
 
 def _read_until(
