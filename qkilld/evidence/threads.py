@@ -73,12 +73,19 @@ class ThreadReader:
         """`directory`: a descriptor of /proc/PID, which the caller closes."""
         self._directory = directory
         self._entries: dict[str, _ThreadEntry] = {}
-        self._gone_switches = 0
-        """Switches of threads that have ended, so that the sum never falls."""
+        self._offset = 0
+        """Added to the switches of the present threads, so that the sum never falls when a thread
+        ends."""
+        self._last_sum = 0
+        self._has_ended = False
+        """A thread has ended since the last complete read."""
 
     def read(self, count: int) -> tuple[int | None, tuple[Thread, ...] | None]:
         """Return the sum of the voluntary context switches of all threads, and the threads that
         wait in a call or in state D.
+
+        Switches between two reads do not count if a thread ended between them: idle threads of
+        QEMU's pool end after 10 s without work, and each wakes another one.
 
         `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, with
         more than MAX_THREADS or when no descriptors are left. Without the ptrace right, only
@@ -101,8 +108,16 @@ class ThreadReader:
         if not entries or len(entries) > MAX_THREADS:
             return None, None
         threads = tuple(entry.thread for entry in entries if entry.thread is not None)
-        switches = self._gone_switches + sum([entry.switches for entry in entries])
-        return switches, threads if threads or all(entry.wait_known for entry in entries) else None
+        return self._sum(), threads if threads or all(
+            entry.wait_known for entry in entries
+        ) else None
+
+    def _sum(self) -> int:
+        total = sum([entry.switches for entry in self._entries.values()])
+        if self._has_ended:
+            self._offset, self._has_ended = self._last_sum - total, False
+        self._last_sum = self._offset + total
+        return self._last_sum
 
     @property
     def alive(self) -> bool:
@@ -157,7 +172,7 @@ class ThreadReader:
     def _drop(self, tid: str) -> None:
         thread = self._entries.pop(tid)
         thread.schedstat.close()
-        self._gone_switches += thread.switches
+        self._has_ended = True
 
     def _read_all(self) -> bool:
         """Return False if a thread has exited. Raises OSError."""

@@ -86,9 +86,11 @@ def put_process(proc: Path, *, name: str = "qemu", threads: int = 0, pending: in
     return own
 
 
-def put_thread(own: Path, tid: int, state: str, syscall: str, *, ran: str = "1 2 3") -> Path:
+def put_thread(
+    own: Path, tid: int, state: str, syscall: str, *, ran: str = "1 2 3", switches: int = 10
+) -> Path:
     thread = own / f"task/{tid}"
-    status = STATUS.format(state=state, tracer=0, pending=0) + SWITCHES.format(count=10)
+    status = STATUS.format(state=state, tracer=0, pending=0) + SWITCHES.format(count=switches)
     put(thread / "status", status)
     put(thread / "schedstat", f"{ran}\n")
     put(thread / "syscall", f"{syscall}\n")
@@ -251,7 +253,22 @@ def test_switches_never_fall(lab_dir: Path, reader_of: ReaderOf) -> None:
     thread.rename(own / "task/10")
     put(own / "stat", STAT.format(name="q", state="S", threads=1))
     (own / "task/8").rename(lab_dir / "gone")
-    assert read(reader)["switches"] == 30
+    assert read(reader)["switches"] == 20
+
+
+def test_switches_do_not_count_while_threads_end(lab_dir: Path, reader_of: ReaderOf) -> None:
+    own = put_process(lab_dir, threads=2)
+    put_thread(own, 8, "S", "-1 0x0 0x0")
+    put_thread(own, 9, "S", "-1 0x0 0x0")
+    reader = reader_of(7, lab_dir)
+    assert read(reader)["switches"] == 20
+    # An idle thread of QEMU's pool ends, and wakes another one.
+    put(own / "stat", STAT.format(name="q", state="S", threads=1))
+    (own / "task/8").rename(lab_dir / "gone")
+    put_thread(own, 9, "S", "-1 0x0 0x0", ran="2 2 3", switches=13)
+    assert read(reader)["switches"] == 20
+    put_thread(own, 9, "S", "-1 0x0 0x0", ran="3 2 3", switches=15)
+    assert read(reader)["switches"] == 22
 
 
 # ---- the numbers of system calls ----
