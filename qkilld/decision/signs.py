@@ -95,11 +95,10 @@ def waits_for_storage(thread: Thread) -> bool:
 def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) -> list[Sign]:
     """Return a sign for the completed requests of each device; QUIET if they do not count."""
     listed = list(devices)
-    handed_down = own or _handed_down(listed)
     return [
         Sign(
             name=f"disk:{device.number}",
-            kind=SignKind.COUNT if device.depth == 0 or handed_down else SignKind.QUIET,
+            kind=SignKind.COUNT if own or _counts(device, listed) else SignKind.QUIET,
             value=device.writes + device.reads,
             text=f"the disk {device.name} completes requests",
         )
@@ -107,13 +106,17 @@ def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) 
     ]
 
 
-def _handed_down(devices: Iterable[Device]) -> bool:
-    """Return whether the top layer has passed requests down.
+def _counts(device: Device, devices: Iterable[Device]) -> bool:
+    """Return whether completed requests of the device are for its guest.
 
-    Movement of a lower layer counts only then; otherwise it may be caused by other users of that
-    layer. Requests held back by throttling are not visible in any layer.
+    Those of a lower layer are only if a device with depth 0 above it has passed requests down.
+    Otherwise, they may be for other users of that layer. Requests held back by throttling are not
+    visible in any layer.
     """
-    return any(device.depth == 0 and device.in_flight for device in devices)
+    return device.depth == 0 or any(
+        top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
+        for top in devices
+    )
 
 
 def mount_signs(mounts: Iterable[Mount], wanted: set[str] | None) -> list[Sign]:
@@ -241,9 +244,8 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
     counted: dict[str, bool] = {}
     for thread in working:
         under = [device for device in peer.devices or () if device.number in thread.disks]
-        handed_down = _handed_down(under)
         for device in under:
-            counts = device.depth == 0 or handed_down
+            counts = _counts(device, under)
             counted[device.number] = counted.get(device.number, False) or counts
     return [
         Sign(

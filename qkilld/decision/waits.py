@@ -59,7 +59,8 @@ class Wait:
     """The number of servers on the way to its storage that run on this host and were sampled: 2 for
     a proxy and the server behind it."""
     certain: bool = False
-    """Whether a request is certainly in flight, not only possible."""
+    """Whether the process certainly cannot exit before the wait ends, because a request is in
+    flight or a call has not returned."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -129,10 +130,16 @@ def _call_waits(sample: Sample) -> list[Wait]:
             kind=kind,
             text=_shown(threads),
             signs=tuple(_call_signs(sample, threads, kind)),
-            certain=kind is WaitKind.STORAGE,
+            certain=kind is WaitKind.STORAGE or _blocks_exit(threads),
         )
         for (kind, place), threads in groups.items()
     ]
+
+
+def _blocks_exit(threads: Sequence[Thread]) -> bool:
+    """Return whether one of them writes to a pipe, as QEMU's messages go to standard error. QEMU
+    cannot exit before that call returns, whatever its storage does."""
+    return any(thread.target == "pipe" and thread.call == "write" for thread in threads)
 
 
 def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> list[Sign]:
@@ -193,19 +200,23 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     """Return signs for requests that may be on any of its disks. If one disk has requests in flight
-    and completes none, assume that disk: completions of other disks do not count."""
+    and completes none, assume that disk: only completions of disks below it count."""
     writable = [device for device in sample.devices or () if device.writable]
     stuck = _stuck_disks(sample, previous)
     signs = disk_signs(writable, sample)
     if stuck:
-        idle_disks = {
-            f"disk:{d.number}" for d in writable if d.depth == 0 and d.number not in stuck
-        }
+        others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
         signs = [
-            replace(sign, kind=SignKind.QUIET) if sign.name in idle_disks else sign
-            for sign in signs
+            replace(sign, kind=SignKind.QUIET) if sign.name in others else sign for sign in signs
         ]
     return [*signs, *io_signs(sample.io, "it"), *group_signs(sample)]
+
+
+def _carries(device: Device, stuck: set[str]) -> bool:
+    """Return whether the device is one of `stuck`, or may lie below one of them."""
+    if device.depth == 0:
+        return device.number in stuck
+    return not device.above or not stuck.isdisjoint(device.above)
 
 
 def _stands(before: Device | None, now: Device) -> bool:
@@ -271,7 +282,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
                     text=text,
                     signs=signs,
                     watched=server_depth(socket.peer),
-                    certain=(stores and socket.send_queue > 0) or _is_served([socket]),
+                    certain=(stores and (socket.send_queue > 0 or _unread([socket]) > 0))
+                    or _is_served([socket]),
                 )
             )
     return waits
@@ -302,6 +314,8 @@ def _node_wait(
         text = f"{title} has no connection to its server"
     elif queued:
         text = f"{title} has {queued} bytes or segments on the way to {_server(sockets)}"
+    elif unread := _unread(sockets):
+        text = f"{_server(sockets)} has not read {unread} bytes of {title}"
     else:
         text = f"{title} may owe it a reply from {_server(sockets)}"
     watched = max((server_depth(socket.peer) for socket in sockets), default=0)
@@ -311,7 +325,7 @@ def _node_wait(
         text=text,
         signs=tuple(signs),
         watched=watched,
-        certain=queued > 0 or _is_served(sockets),
+        certain=queued > 0 or _unread(sockets) > 0 or _is_served(sockets),
     )
 
 
@@ -327,6 +341,11 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
         peer.shared is False and any(waits_for_storage(thread) for thread in peer.threads or ())
         for peer in peers
     )
+
+
+def _unread(sockets: Sequence[Socket]) -> int:
+    """Return the bytes that servers of this host have not read, as when they are stopped."""
+    return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
 
 def _server(sockets: Sequence[Socket]) -> str:

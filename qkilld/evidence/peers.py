@@ -159,6 +159,9 @@ class PeerReader:
             devices=devices,
             shared=shared,
             place=self._place(set(ours.values())) if shared is not False else (),
+            unread=None
+            if connections is None
+            else sum(c.receive_queue for c in connections if c.inode in ours),
         )
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:

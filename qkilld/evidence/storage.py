@@ -50,6 +50,8 @@ class _Disk:
     depth: int
     own: bool
     writable: bool
+    above: tuple[str, ...] = ()
+    """As in Device."""
 
 
 class FilePlace(NamedTuple):
@@ -123,7 +125,7 @@ class StorageReader:
         # Closed files stay: close(2) itself may wait for its storage.
         self._places |= {number: stacks[image] for number, image in images.items()}
         self._images = images
-        self._keep(stack.disks)
+        self._keep(stack.placed_disks())
         self._filesystems |= stack.filesystems
         self._known = True
 
@@ -181,6 +183,7 @@ class StorageReader:
                     depth=disk.depth,
                     own=disk.own,
                     writable=disk.writable,
+                    above=disk.above,
                 )
                 for disk in self._disks.values()
                 if (counters := table.counters(disk.block)) is not None
@@ -233,12 +236,29 @@ class _Stack:
             self._unseen("unknown")
         else:
             self._filesystem(image.filesystem, 0, image.writable)
-        below, disks = list(self._edges[""]), dict.fromkeys(sorted(self._edges[""]))
+        return FilePlace(self._with_lower(self._edges[""]), self._mount)
+
+    def placed_disks(self) -> dict[str, _Disk]:
+        """Return the disks of all images added so far, with what lies above them."""
+        above: dict[str, list[str]] = {}
+        for top in sorted(number for number, disk in self.disks.items() if disk.depth == 0):
+            for number in self._with_lower({top}):
+                above.setdefault(number, []).append(top)
+        return {
+            number: dataclasses.replace(disk, above=tuple(above.get(number, ())))
+            if disk.depth
+            else disk
+            for number, disk in self.disks.items()
+        }
+
+    def _with_lower(self, numbers: set[str]) -> tuple[str, ...]:
+        """Return these devices and all below them."""
+        below, disks = list(numbers), dict.fromkeys(sorted(numbers))
         while below:
             new = self._edges.get(below.pop(), set()) - disks.keys()
             disks.update(dict.fromkeys(sorted(new)))
             below += new
-        return FilePlace(tuple(disks), self._mount)
+        return tuple(disks)
 
     def _filesystem(self, filesystem: Filesystem, depth: int, writable: bool) -> None:
         kind = filesystem.kind

@@ -80,6 +80,9 @@ class Device:
     have other users."""
     writable: bool = True
     """An image on it is open for writing, not only for reading."""
+    above: tuple[str, ...] = ()
+    """MAJOR:MINOR of the devices with depth 0 that lie on it; () if it has depth 0 itself, or if
+    they are unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,9 @@ class Peer:
     system without one. () if unknown."""
     behind: tuple[Peer, ...] = ()
     """Servers on this host that it uses itself."""
+    unread: int | None = None
+    """Bytes that were sent to it on the connection, or on all connections of the process to it, and
+    that it has not read."""
 
 
 @dataclass(frozen=True, slots=True)

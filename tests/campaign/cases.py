@@ -385,6 +385,21 @@ _WAITED_WRONGLY: Final = (
         dead=True,
     ),
     _case(
+        "pipe-dead-shared",
+        "stderr is a full pipe that nobody reads, beside NBD whose server somebody else uses",
+        (_LOCAL, Disk("nbd", make="qemu-storage-daemon", syntax="added", shared=True)),
+        Change(0, PROCESS, "pipe"),
+        dead=True,
+    ),
+    _case(
+        "uring-dead-beside",
+        "a disk with io_uring hangs for good, beside one on a loop device over a busy disk",
+        (Disk(store="disk", cache="none", aio="io_uring", in_flight=1), Disk(store="loop")),
+        Change(0, 0, "freeze"),
+        noises=("neighbour",),
+        dead=True,
+    ),
+    _case(
         "mirror-dead",
         "a mirror to NBD that is frozen for good",
         (Disk(syntax="blockdev"), Disk("nbd", syntax="mirror")),

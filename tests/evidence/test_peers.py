@@ -70,6 +70,14 @@ def test_a_server_and_the_one_behind_it(image: Path) -> None:
         assert (behind.pid, behind.shared, behind.behind) == (store.process.pid, False, ())
 
 
+def test_bytes_that_a_stopped_server_has_not_read(image: Path) -> None:
+    with nbd_store(image) as store, connected(store) as connection:
+        assert server_of(end_of(connection)).unread == 0
+        store.freeze()
+        connection.sendall(bytes(28))
+        assert server_of(end_of(connection)).unread == 28
+
+
 def test_a_server_that_others_use_too(image: Path) -> None:
     """All of its clients use the same image, so its storage is known."""
     with nbd_store(image) as store, connected(store) as connection:

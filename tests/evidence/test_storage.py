@@ -83,6 +83,10 @@ def test_an_image_on_a_loop_device_and_one_that_is_one(lab_dir: Path) -> None:
             if not number_of(lab_dir).startswith("0:"):
                 below = found[number_of(lab_dir)]
                 assert (below.depth, below.own, below.writable) == (1, False, True)
+                assert below.above == (
+                    min(mounted.number, bare.number),
+                    max(mounted.number, bare.number),
+                )
 
 
 def test_not_to_be_read(lab_dir: Path) -> None:
@@ -137,6 +141,12 @@ def test_every_layer_once_with_its_least_depth(tmp_path: Path) -> None:
         "8:1": (0, True),
         "8:0": (1, True),
         "8:16": (1, False),
+    }
+    assert {number: d.above for number, d in seen(reader).items()} == {
+        "253:0": (),
+        "8:1": (),
+        "8:0": ("253:0", "8:1"),
+        "8:16": ("253:0",),
     }
 
 

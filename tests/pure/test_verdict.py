@@ -88,6 +88,7 @@ OWN_DIRTY = 1_000_000
 OWN = Cgroup(True, OWN_DIRTY, 50_000, 7_000, 70, False)
 TOP = Device("7:0", "loop0", 10, 0, 0, 0, depth=0)
 BELOW = Device("8:0", "sda", 100, 0, 0, 3, depth=1)
+UNDER_TOP = replace(BELOW, above=("7:0",))
 HUNG = Device("7:4", "loop4", 10, 0, 0, 1)
 BESIDE = Device("254:0", "vda", 100, 0, 0, 2)
 ON_TOP = replace(FDATASYNC, disks=("7:0", "8:0"))
@@ -114,6 +115,18 @@ def beside(peer: Peer) -> dict[str, Any]:
     """Two connections of unknown use: to this server, and to one of ours whose call hangs."""
     stuck = replace(UNIX, inode=98, node="", role="unknown", peer=replace(STUCK_SERVER, pid=96))
     return {"sockets": (replace(UNIX, node="", role="unknown", peer=peer), stuck)}
+
+
+def two_nodes(peer: Peer, unread: int) -> dict[str, Any]:
+    """Two disks on NBD: on this server, and on one that has not read so many bytes."""
+    other = replace(SERVER, pid=97, unread=unread)
+    return {
+        "nodes": (NBD, replace(NBD, name="disk2")),
+        "sockets": (
+            replace(UNIX, peer=peer),
+            replace(UNIX, inode=97, node="disk2", peer=other),
+        ),
+    }
 
 
 def verdict(before: dict[str, Any], now: dict[str, Any], seconds: float = 1) -> Verdict:
@@ -341,6 +354,23 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
+        # or another server that does not read its request
+        (
+            two_nodes(SHARED, unread=28),
+            two_nodes(replace(SHARED, io=WROTE), unread=28),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            two_nodes(SHARED, unread=0),
+            two_nodes(replace(SHARED, io=WROTE), unread=0),
+            Verdict.UNKNOWN,
+        ),
+        # or a pipe that nobody reads
+        (
+            {**served(SHARED), "threads": (FULL_PIPE,)},
+            served(replace(SHARED, io=WROTE)),
+            Verdict.STORAGE_WAIT,
+        ),
         # or a server of ours alone whose call does not return
         (beside(SHARED), beside(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
         # A server only for us, whose file system has no counters
@@ -417,6 +447,22 @@ MORE = {
             {"rings": 1, "devices": (HUNG, BESIDE)},
             {"devices": (replace(HUNG, writes=11), replace(BESIDE, in_flight=0))},
             Verdict.FLUSHING,
+        ),
+        # or of a disk below another image; but not of one below the disk that has it
+        (
+            {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
+            {"devices": (HUNG, TOP, replace(UNDER_TOP, writes=900))},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"rings": 1, "devices": (HUNG, TOP, replace(UNDER_TOP, above=("7:0", "7:4")))},
+            {"devices": (HUNG, TOP, replace(UNDER_TOP, above=("7:0", "7:4"), writes=900))},
+            Verdict.FLUSHING,
+        ),
+        (
+            {"rings": 1, "devices": (TOP, UPPER_BUSY, UNDER_TOP)},
+            {"devices": (TOP, UPPER_BUSY, replace(UNDER_TOP, writes=900))},
+            Verdict.STORAGE_WAIT,
         ),
         # Unreadable rings are no standstill if something moves
         ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
