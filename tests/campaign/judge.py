@@ -29,12 +29,16 @@ to 5 s apart, and a sample may come a second later."""
 _BEFORE: Final = 0.3
 """SIGKILL may be this much earlier than the lab's clock says, because changes of storage take
 effect just before they are recorded."""
+_SLOW_REQUEST: Final = 1.0
+"""The longest time (s) that a request of storage with slowness 1 takes: two writes of 128 KiB,
+each answered after 0.25 s, and a sync before and after. The last movement may be that much before
+a standstill."""
+_QUOTA_S: Final = 2.0
+"""A QEMU with a quota of processor time reads the last answers of its storage up to this much
+later."""
 MAX_DEPTH: Final = 9
 _BYTES: Final = 512
 """QEMU has written if it is at least so much: less is a keepalive."""
-_LAST_GAP: Final = 2.0
-"""For slow storage SIGKILL may be even earlier, because its last movement may be before the
-standstill."""
 
 
 FALSE_KILL: Final = "false kill"
@@ -117,8 +121,11 @@ def kill_time(outcome: Outcome) -> float | None:
 def _early(found: Truth, span: Span) -> float:
     """Return how much earlier than the policy's limit SIGKILL may be."""
     before = [other for other in found.spans if other.until == span.since]
-    was_slow = any(other.state in (State.SLOW, State.GAPS) for other in before)
-    return _LAST_GAP if was_slow else _BEFORE
+    if not any(other.state in (State.SLOW, State.GAPS) for other in before):
+        return _BEFORE
+    levels = [change.value for change in found.spec.changes if change.what == "slow"]
+    delays = [change.value for change in found.spec.changes if change.what == "hang"]
+    return max([_SLOW_REQUEST * level for level in levels] + delays, default=_BEFORE)
 
 
 def rightly_killed(found: Truth, at: float) -> Span | None:
@@ -145,7 +152,7 @@ def _wait(
     """Where nothing moves; and where nothing holds it any more, so that it should exit."""
     for span in found.spans:
         since, until = span.since, min(span.until, end)
-        allowed = found.spec.longest_stall + DETECTION_S + LATE_S
+        allowed = found.spec.longest_stall + DETECTION_S + LATE_S + _starved(found.spec)
         if span.state in (State.BROKEN, State.FAST):
             # It may have to find a server that is back first.
             allowed += RETRY_S
@@ -160,6 +167,10 @@ def _wait(
             policy = f"{found.spec.longest_stall:.0f} s"
             yield Finding(FALSE_WAIT, f"{text}, {how} after {waited:.1f} s, not {policy}")
             return
+
+
+def _starved(spec: Spec) -> float:
+    return _QUOTA_S if "quota" in spec.noises else 0.0
 
 
 def _last_moved(trace: Trace | None, since: float, until: float) -> float:
@@ -213,8 +224,9 @@ def _verdicts(
     checked."""
     wrong: dict[tuple[str, State], tuple[float, int]] = {}
     ticks = 0
+    settles = SETTLED_S + _starved(found.spec)
     for at, verdict in verdicts(trace):
-        settled = all(not 0 <= at - changed < SETTLED_S for changed in (0.0, *found.changes))
+        settled = all(not 0 <= at - changed < settles for changed in (0.0, *found.changes))
         if not 0 <= at < end - 0.1 or not settled:
             continue
         span = found.at(at)

@@ -91,9 +91,16 @@ class Spec:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the disk that the schedule concerns is such a one."""
-        changed = {self.disks[change.of] for change in self.changes if change.of >= 0}
-        return any(disk.shared and disk.syntax == "added" for disk in changed)
+        """Whether the disk that the schedule concerns is such a one, or nothing shows that the
+        guest waits for that disk: it has no connection, or its server has read all requests. Then
+        a server with other clients may be what the guest waits for."""
+        changes = [
+            (change.what, self.disks[change.of]) for change in self.changes if change.of >= 0
+        ]
+        if any(disk.shared and (disk.syntax == "added" or disk.netns) for _, disk in changes):
+            return True
+        shows_nothing = any(what == "leave" or disk.logs for what, disk in changes)
+        return shows_nothing and any(disk.shared for disk in self.disks)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

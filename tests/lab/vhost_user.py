@@ -61,10 +61,12 @@ class VhostBackend:
 def vhost_backend(path: Path, *, connects: bool, log: Path | None = None) -> Iterator[VhostBackend]:
     """Run a backend at that path, which listens unless it `connects`."""
     argv = [sys.executable, "-m", "tests.lab.vhost_user", "connect" if connects else "listen"]
-    process = spawn([*argv, str(path), *([str(log)] if log else [])], cwd=TOP)
+    argv += [str(path), *([str(log)] if log else [])]
+    process = spawn(argv, cwd=TOP, stdout=subprocess.PIPE)
     try:
         if not connects:
-            wait_for_path(path, 30)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"listens\n", "it cannot listen; see above"
         yield VhostBackend(path, process, log is not None)
     finally:
         end(process)
@@ -133,11 +135,9 @@ def _connect(path: Path) -> socket.socket:
 
 def _accept(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as listener:
-        # Renamed when it accepts connections, because callers wait for the path.
-        hidden = path.with_suffix(".new")
-        listener.bind(str(hidden))
+        listener.bind(str(path))
         listener.listen()
-        hidden.rename(path)
+        print("listens", flush=True)
         return listener.accept()[0]
 
 
