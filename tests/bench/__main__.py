@@ -41,7 +41,7 @@ class Rounds:
     libvirt_reaped_late: int
     units: int
     guests: int
-    """How many guests of each kind run beside the measured one."""
+    """The number of guests of each kind that run beside the measured one."""
     rest_s: int
     jobs: int
     samples: int
@@ -49,7 +49,8 @@ class Rounds:
     very_many: int
     starts: int
     asked: int
-    """Small guests, for each way; a third as many Debian guests."""
+    """The number of small guests for each way to stop one; there are a third as many Debian
+    guests."""
 
 
 FULL: Final = Rounds(
@@ -80,8 +81,8 @@ QUICK: Final = Rounds(
 )
 
 EPILOG: Final = """\
-What is not measured says why; for libvirt it takes root. A target that is missed is told in the
-table and is no failure. Exit codes: 0 done, 1 something went wrong, 130 interrupted.
+If something cannot be measured, the table says why; libvirt needs root. A target that is missed is
+shown in the table and is not a failure. Exit codes: 0 success, 1 failure, 130 interrupted.
 """
 
 
@@ -93,7 +94,7 @@ def main() -> int:
     began, stalled = time.monotonic(), _stalled_s()
     try:
         run_directory()
-        found, failed = _measure(rounds)
+        measurements, failed = _measure(rounds)
     except KeyboardInterrupt:
         progress.show("")
         print("interrupted: nothing of the benchmark is left", file=sys.stderr)
@@ -108,16 +109,18 @@ def main() -> int:
         share = (stalled_now - stalled) / took
         about["time in which something was kept waiting for a processor"] = f"{share:.0%}"
     if arguments.json:
-        print(json.dumps({"about": about, "figures": [f.as_json() for f in found]}, indent=2))
+        document = {"about": about, "figures": [figure.as_json() for figure in measurements]}
+        print(json.dumps(document, indent=2))
     else:
-        print(figures.table(found))
+        print(figures.table(measurements))
         told = ", ".join(f"{key}: {value}" for key, value in about.items())
         print("\n" + textwrap.fill(told, 100))
     return 1 if failed else 0
 
 
 def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
-    """The figures, and whether one of them failed other than for something missing."""
+    """Return the figures, and whether a measurement failed for another reason than a missing
+    program."""
     parts: list[tuple[str, Callable[[], list[Figure]]]] = [
         (
             "Beside libvirt",
@@ -136,21 +139,21 @@ def _measure(rounds: Rounds) -> tuple[list[Figure], bool]:
         ("Many jobs", lambda: [evidence.measure_jobs(rounds.at_once)]),
         ("A crash", lambda: [crash.measure(rounds.very_many)]),
     ]
-    found: list[Figure] = []
+    measurements: list[Figure] = []
     failed = False
     for title, measure in parts:
         try:
-            found += measure()
+            measurements += measure()
         except needs.Missing as missing:
-            found.append(Figure(title, not_measured=str(missing)))
+            measurements.append(Figure(title, not_measured=str(missing)))
         except Exception as error:
-            found.append(Figure(title, not_measured=f"it failed: {error}"))
+            measurements.append(Figure(title, not_measured=f"it failed: {error}"))
             failed = True
-    return found, failed
+    return measurements, failed
 
 
 def _about() -> dict[str, Any]:
-    """The facts by which a reader can judge the figures."""
+    """Return facts about the machine that help to judge the figures."""
     return {
         "kernel": platform.release(),
         "processors": os.cpu_count(),
@@ -161,10 +164,10 @@ def _about() -> dict[str, Any]:
 
 
 def _stalled_s() -> float | None:
-    """For how many seconds since boot some task was ready to run and had no processor.
+    """Return how many seconds since boot a task was ready to run and had no processor.
 
-    Much of it means that the machine does other things at the same time and the figures are no
-    good. Source: Documentation/accounting/psi.rst. None if the kernel does not say.
+    If this is much, the machine does other work and the figures are of no use. None if the kernel
+    does not report it. Source: Documentation/accounting/psi.rst.
     """
     try:
         some, *_ = Path("/proc/pressure/cpu").read_text().splitlines()
@@ -184,12 +187,12 @@ def _version(program: str, option: str) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
-        description="Measure qkilld beside what else stops a guest, and print a table.",
+        description="Measure qkilld and other ways to stop a guest, and print a table.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
-    parser.add_argument("--json", action="store_true", help="print JSON and no table")
+    parser.add_argument("--quick", action="store_true", help="do fewer rounds")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()
 
 

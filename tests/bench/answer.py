@@ -1,9 +1,9 @@
 """From a guest's exit to the answer of Wait at the client, alone and among other jobs.
 
-The client is jeepney's connection in this process. It waits in one epoll for the bus's socket and
-for a pidfd of the guest: the exit is the moment (CLOCK_MONOTONIC) at which that call returns for
-the pidfd, or the one at which qkilld saw it where that is the earlier one; the answer is there when
-jeepney has parsed it. What jeepney and the message bus cost is part of the figure.
+The client is jeepney's connection in this process. It waits in one epoll_wait(2) for the socket of
+the bus and for a pidfd of the guest. The exit counts from when that call returns for the pidfd, or
+from when qkilld saw the exit, if that is earlier (CLOCK_MONOTONIC). The answer counts when jeepney
+has parsed it, so the figure includes the time of jeepney and of the message bus.
 """
 
 from __future__ import annotations
@@ -32,34 +32,35 @@ from qkilld.model.constants import (
 )
 from tests.bench import progress
 from tests.bench.figures import Figure, Row, at_most
-from tests.bench.spent import Spent
+from tests.bench.processor_usage import ProcessorUsage
 from tests.lab.bus import Client, daemon, plain, private_bus
 from tests.lab.guest import Guest, fake_qemu, start_qemu
 
 MEDIAN_MS: Final = 5
 P99_MS: Final = 20
 ROUND_TRIPS: Final = 2
-"""Of Peer.Ping on the same connection: the median from exit to answer."""
+"""The median from exit to answer may be this many round trips of Peer.Ping on the same
+connection."""
 OTHER_JOBS: Final = 50
 _HOUR: Final = 3600 * USEC_PER_SEC
 _TIMEOUT_S: Final = 30
 
 
 def measure(guests: int) -> Figure:
-    """Stops that many real QEMUs (-M none) one after the other, and as many again beside others."""
+    """Stop `guests` real QEMUs (-M none) one after the other, then as many while other jobs run."""
     figure = Figure(
         "From QEMU's exit to Wait's answer at the client (jeepney, on the same bus); real QEMUs"
     )
     for others in (0, OTHER_JOBS):
         where = f"with {others} other jobs running" if others else "alone"
-        found = _stop_many(guests, others, where)
-        answered = Row(f"exit to answer, {where}", "ms", found.answered)
-        ping = Row("  one org.freedesktop.DBus.Peer.Ping instead", "ms", found.pinged)
+        times = _stop_many(guests, others, where)
+        answered = Row(f"exit to answer, {where}", "ms", times.answered)
+        ping = Row("  one org.freedesktop.DBus.Peer.Ping instead", "ms", times.pinged)
         figure.rows += [
             answered,
             ping,
-            Row("  of which until qkilld has seen the exit", "ms", found.seen),
-            Row("qkilld kept waiting for a processor, since request", "ms", found.kept_waiting),
+            Row("  of which until qkilld has seen the exit", "ms", times.seen),
+            Row("qkilld kept waiting for a processor, since request", "ms", times.kept_waiting),
         ]
         figure.targets += [
             at_most(f"median, {where}", answered.median, MEDIAN_MS, "ms"),
@@ -70,20 +71,20 @@ def measure(guests: int) -> Figure:
 
 
 @dataclass(slots=True)
-class _Found:
+class _AnswerTimes:
     answered: list[float] = field(default_factory=list)
     """ms from the exit to the answer."""
     seen: list[float] = field(default_factory=list)
     """ms from the exit to the end of the job by qkilld's own clock."""
     pinged: list[float] = field(default_factory=list)
-    """ms for a round trip on the same connection, in turns with the guests."""
+    """ms for a round trip on the same connection, one before each guest."""
     kept_waiting: list[float] = field(default_factory=list)
-    """ms from the request to the answer in which qkilld was ready to run and had no processor: what
-    else this machine was doing."""
+    """ms between the request and the answer in which qkilld was ready to run and had no processor,
+    because of other work on this machine."""
 
 
-def _stop_many(guests: int, others: int, where: str) -> _Found:
-    found = _Found()
+def _stop_many(guests: int, others: int, where: str) -> _AnswerTimes:
+    times = _AnswerTimes()
     with contextlib.ExitStack() as stack:
         bus = stack.enter_context(private_bus())
         running = stack.enter_context(daemon(bus))
@@ -96,23 +97,23 @@ def _stop_many(guests: int, others: int, where: str) -> _Found:
         for number in range(guests):
             progress.show(f"exit to answer, {where}: guest {number + 1} of {guests}")
             with start_qemu() as guest:
-                found.pinged.append(waiter.ping())
-                before = Spent.of(running.pid)
-                stopped = waiter.stop(guest)
-                spent = Spent.of(running.pid) - before
+                times.pinged.append(waiter.ping())
+                before = ProcessorUsage.of(running.pid)
+                stop = waiter.stop(guest)
+                spent = ProcessorUsage.of(running.pid) - before
             # If qkilld was woken before this process, the exit was at least that early.
-            seen = _ended(asking, stopped) * 1000
-            exited = min(stopped.exited, seen)
-            found.kept_waiting.append(spent.kept_waiting_ms)
-            found.answered.append((stopped.answered - exited) / 1e6)
-            found.seen.append((seen - exited) / 1e6)
+            seen = _ended(asking, stop) * 1000
+            exited = min(stop.exited, seen)
+            times.kept_waiting.append(spent.kept_waiting_ms)
+            times.answered.append((stop.answered - exited) / 1e6)
+            times.seen.append((seen - exited) / 1e6)
         jobs = asking.properties()["NJobs"]
         assert jobs == others, f"{jobs} jobs are running and not {others}"
-    return found
+    return times
 
 
 @dataclass(slots=True)
-class _Stopped:
+class _StopTimes:
     """Times are CLOCK_MONOTONIC in ns."""
 
     job: str
@@ -121,15 +122,15 @@ class _Stopped:
     answered: int
 
 
-def _ended(client: Client, stopped: _Stopped) -> int:
-    """When the job ended by qkilld's clock; CLOCK_MONOTONIC, µs."""
-    started = client.properties(stopped.job, JOB_INTERFACE)["StartedUSec"]
+def _ended(client: Client, stop: _StopTimes) -> int:
+    """Return when the job ended by qkilld's clock (CLOCK_MONOTONIC, µs)."""
+    started = client.properties(stop.job, JOB_INTERFACE)["StartedUSec"]
     assert isinstance(started, int)
-    return started + stopped.elapsed_usec
+    return started + stop.elapsed_usec
 
 
 class _Waiter:
-    """A client that sees its guest's exit by itself."""
+    """A client that also watches the pidfd of its guest."""
 
     def __init__(self, address: str) -> None:
         self._connection = open_dbus_connection(address, auth_timeout=_TIMEOUT_S)
@@ -141,8 +142,8 @@ class _Waiter:
         self._epoll.close()
         self._connection.close()
 
-    def stop(self, guest: Guest) -> _Stopped:
-        """Calls Terminate, and Wait as soon as that has answered."""
+    def stop(self, guest: Guest) -> _StopTimes:
+        """Call Terminate, and call Wait as soon as Terminate has replied."""
         self._epoll.register(guest.pidfd, select.EPOLLIN)
         exited, job = 0, ""
         waited_for = self._send("Terminate", MANAGER_PATH, MANAGER_INTERFACE, "ut", guest.pid, 0)
@@ -163,11 +164,11 @@ class _Waiter:
             answered = time.monotonic_ns()
             result, receipt = plain(list(body))
             assert result == "exited", f"{guest.name}: {result}, {receipt}"
-            assert exited, f"{guest.name} has not exited, says its pidfd; qkilld says {receipt}"
-            return _Stopped(job, receipt["elapsed-usec"], exited, answered)
+            assert exited, f"by its pidfd, {guest.name} has not exited; qkilld reports {receipt}"
+            return _StopTimes(job, receipt["elapsed-usec"], exited, answered)
 
     def ping(self) -> float:
-        """ms for a round trip through the bus, to qkilld's loop and back."""
+        """Return the ms for a round trip through the bus to qkilld's event loop."""
         began = time.monotonic_ns()
         interface = "org.freedesktop.DBus.Peer"
         serial = self._send("Ping", MANAGER_PATH, interface, None)
@@ -184,7 +185,7 @@ class _Waiter:
         return serial
 
     def _receive(self, serial: int) -> tuple[Any, ...] | None:
-        """The body of the reply to that call, if it has come."""
+        """Return the body of the reply to the call with this serial; None if there is none yet."""
         while True:
             try:
                 message: Message = self._connection.receive(timeout=0)

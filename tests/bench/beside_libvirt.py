@@ -18,7 +18,7 @@ from tests.lab.image import guest_image
 
 TIMES_FASTER: Final = 50
 ROUND_TRIPS: Final = 4
-"""Of Peer.Ping on the same connection, that Terminate and Wait may add to kill(2)."""
+"""Terminate and Wait may add this many round trips of Peer.Ping to the time of kill(2)."""
 _TITLES: Final = {
     Series.REAPED_AT_ONCE: (
         "From the request to the answer that the guest has gone: idle Linux guests of libvirt's,\n"
@@ -38,12 +38,12 @@ Samples = dict[Series, dict[Way, list[float]]]
 
 
 def measure(rounds: int, late_rounds: int) -> list[Figure]:
-    """Stops a guest in every way in each round.
+    """Stop a guest in every way in each round.
 
     Raises needs.Missing without libvirt, a container or root, AssertionError on failure.
     """
     peer.programs()
-    guest_image()  # built here: inside, the checkout is read-only
+    guest_image()  # Built now, because the checkout is read-only in the container.
     progress.show("beside libvirt: boots a throwaway system")
     with container.boot() as system:
         samples = _stop_guests(system, rounds, late_rounds)
@@ -74,7 +74,7 @@ def _stop_guests(system: container.Container, rounds: int, late_rounds: int) -> 
 
 
 def _figure(series: Series, ways: dict[Way, list[float]]) -> Figure:
-    rows = {way: Row(way.value, "ms", found) for way, found in ways.items() if found}
+    rows = {way: Row(way.value, "ms", times) for way, times in ways.items() if times}
     figure = Figure(_TITLES[series], list(rows.values()))
     floor, ours, virsh, ping = (
         rows[way].median for way in (Way.KILL, Way.QKILLD, Way.VIRSH_GRACEFUL, Way.PING)

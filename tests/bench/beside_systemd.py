@@ -1,5 +1,5 @@
-"""What qkilld-stop adds to `systemctl stop`, compared with the same unit without it and with a
-helper that does nothing: Python's own start is the floor.
+"""What qkilld-stop adds to `systemctl stop`. The same unit is also stopped without a helper, and
+with a helper that starts Python and does nothing (the floor).
 
 tests.bench.unit_stops and tests.bench.many_stops do the stopping, in a throwaway system.
 """
@@ -27,11 +27,11 @@ AT_ONCE: Final = 60
 MANY: Final = 200
 WARM, COLD, AT_ONCE_RATIO = 3, 10, 2.5
 LINEAR: Final = 1.25
-"""By so much one of MANY may cost more than one of AT_ONCE."""
+"""Each of MANY units may cost at most this many times as much as each of AT_ONCE."""
 
 
 def measure(rounds: int) -> list[Figure]:
-    """Raises needs.Missing without a container, AssertionError on failure."""
+    """Stop units in a container. Raises needs.Missing without one, AssertionError on failure."""
     progress.show("units: boots a throwaway system")
     with container.boot() as system:
         container.install(system, f"PYTHON={DEBIAN_PYTHON}")

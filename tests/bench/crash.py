@@ -1,4 +1,4 @@
-"""Very many jobs, and a daemon that is killed while they run: when the next one has them again."""
+"""Kill a daemon that runs very many jobs, and measure when the next daemon has them again."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.lab.guest import fake_qemu
 from tests.lab.scratch import scratch
 
 LATE_MS: Final = 100
-FOUND_S: Final = 5
+RECOVERY_S: Final = 5
 _PER_JOB_MS: Final = 20
-"""Of the grace: enough to start one more on a busy machine."""
+"""Additional grace for each job: enough to start one more job on a busy machine."""
 _GRACE_S: Final = 30
 _IDLE_USEC: Final = 12_000_000
 """A little longer than StallSec=."""
 _DESCRIPTORS: Final = 4
-"""Of the daemon for each job: two, and another while systemd is given one of them."""
+"""File descriptors for each job: two, and another one while systemd receives one of them."""
 
 
 def measure(wanted: int) -> Figure:
-    """As many jobs as that, or as this machine has descriptors for."""
+    """Run `wanted` jobs, or fewer if this machine does not allow enough descriptors."""
     with many_descriptors():
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         jobs = min(wanted, limit // _DESCRIPTORS)
@@ -67,16 +67,16 @@ def _measure(jobs: int) -> Figure:
             while client.properties()["NJobs"] < jobs:
                 assert time.monotonic() - killed < 60, client.properties()
                 time.sleep(0.01)
-            found = time.monotonic() - killed
+            recovery_s = time.monotonic() - killed
             receipts = _receipts(client, paths, grace)
     late = [_late_ms(receipt, grace) for receipt in receipts if _was_idle(receipt)]
     figure.rows += [
         Row("from exec of the next daemon to READY=1", "s", [ready]),
-        Row("  until it has all jobs again", "s", [found]),
+        Row("  until it has all jobs again", "s", [recovery_s]),
         Row("resident (VmRSS) before", "MB", [memory]),
     ]
     figure.targets += [
-        at_most("all jobs again after", found, FOUND_S, "s"),
+        at_most("all jobs again after", recovery_s, RECOVERY_S, "s"),
     ]
     if late:
         figure.rows.append(Row("SIGKILL after its deadline", "ms", late))
@@ -96,13 +96,13 @@ def _wait_written(directory: Path, jobs: int) -> None:
 
 
 def _receipts(client: Client, paths: list[str], grace: int) -> list[dict[str, Any]]:
-    """Asked for all at once: a receipt is kept for a minute after the end."""
+    """Wait for all jobs at once, because a receipt is kept for only a minute after the end."""
     waits = [client.send("Wait", path=path, interface="org.qkilld1.Job") for path in paths]
     return [dict(client.reply(wait, timeout=grace + 120)[1]) for wait in waits]
 
 
 def _was_idle(receipt: dict[str, Any]) -> bool:
-    """Whether it was idle for so long before its SIGKILL that this waited for the grace alone."""
+    """Whether the process was idle for so long that only the grace delayed its SIGKILL."""
     _, verdicts = receipt["verdicts"]
     rungs = receipt["rungs"][1]
     if not verdicts or len(rungs) != 2:

@@ -16,26 +16,27 @@ from tests.lab.process import TOP
 from tests.lab.scratch import scratch
 
 COMMIT: Final = "b662140"
-"""The last commit before waits and witnesses, which make a sample read more."""
+"""The last commit before waits and witnesses existed; since then, each sample reads more."""
 OURS: Final = "qkilld"
 """The name of this tree in dictionaries with both."""
 
 
 @contextlib.contextmanager
 def trees() -> Iterator[tuple[dict[str, Path], list[str]]]:
-    """The trees of this commit and of COMMIT, by name, and notes that say why one is missing."""
-    found, notes = {OURS: TOP}, []
+    """Yield the source trees of this commit and of COMMIT by name, and notes on why one is
+    missing."""
+    checkouts, notes = {OURS: TOP}, []
     with scratch("t") as directory:
         try:
             _extract(directory)
-            found[COMMIT] = directory
+            checkouts[COMMIT] = directory
         except needs.Missing as missing:
             notes.append(f"{COMMIT} is not measured: {missing}")
-        yield found, notes
+        yield checkouts, notes
 
 
 def environment_of(tree: Path, bytecode: Path) -> dict[str, str]:
-    """Makes Python import qkilld from that tree, with bytecode as if installed."""
+    """Return variables that make Python import qkilld from `tree`, with cached bytecode."""
     return {
         "PYTHONPATH": str(tree),
         "PYTHONPYCACHEPREFIX": str(bytecode / tree.name),
@@ -55,9 +56,10 @@ def _extract(directory: Path) -> None:
         "--format=tar",
         COMMIT,
     ]
-    # Without the user's configuration.
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"HOME": str(directory)})
-    if done.returncode != 0:
-        raise needs.Missing(f"this is no clone with that commit ({done.stderr.decode().strip()})")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(directory)  # of our own repository
+    # HOME hides the user's configuration of git.
+    result = subprocess.run(command, capture_output=True, env=os.environ | {"HOME": str(directory)})
+    if result.returncode != 0:
+        reason = result.stderr.decode().strip()
+        raise needs.Missing(f"this is not a git clone with commit {COMMIT} ({reason})")
+    with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:
+        archive.extractall(directory)  # Safe, because it comes from our own repository.

@@ -1,6 +1,6 @@
 """The cost of evidence: one sample with its verdict, and a thousand jobs that are sampled.
 
-An earlier qkilld does the same in the same run, alternating in each round.
+An earlier qkilld is measured in the same run, alternately with this one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qkilld.evidence.sampler import TABLES_AGE_S
 from tests.bench import progress
 from tests.bench.earlier import COMMIT, OURS, environment_of, trees
 from tests.bench.figures import Figure, Row, at_most
+from tests.bench.processor_usage import ProcessorUsage
 from tests.bench.rest import resident as resident_mb
-from tests.bench.spent import Spent
 from tests.lab.bus import Client, Daemon, daemon, lab_config, private_bus
 from tests.lab.guest import QEMU, boot_guest, fake_qemu, start_qemu
 from tests.lab.process import end, spawn
@@ -47,17 +47,17 @@ threading.Event().wait()
 
 
 def measure_samples(rounds: int) -> Figure:
-    with trees() as (found, notes):
-        return _sample_cost(rounds, found, notes)
+    with trees() as (checkouts, notes):
+        return _sample_cost(rounds, checkouts, notes)
 
 
 def measure_jobs(jobs: int) -> Figure:
-    with trees() as (found, notes):
-        return _many_jobs(jobs, found, notes)
+    with trees() as (checkouts, notes):
+        return _many_jobs(jobs, checkouts, notes)
 
 
-def _sample_cost(rounds: int, found: dict[str, Path], notes: list[str]) -> Figure:
-    """Processor time of the sampling thread, in a row and alone."""
+def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> Figure:
+    """Measure the processor time of the sampling thread, in a row and alone."""
     figure = Figure(f"One sample and its verdict, beside {COMMIT} (processor time)")
     with contextlib.ExitStack() as stack:
         guests = {
@@ -67,7 +67,7 @@ def _sample_cost(rounds: int, found: dict[str, Path], notes: list[str]) -> Figur
         }
         bytecode = stack.enter_context(scratch("y"))
         lookers = {
-            name: stack.enter_context(_looker(tree, bytecode)) for name, tree in found.items()
+            name: stack.enter_context(_looker(tree, bytecode)) for name, tree in checkouts.items()
         }
         for label, pid in guests.items():
             progress.show(f"samples: {label}")
@@ -79,15 +79,15 @@ def _sample_cost(rounds: int, found: dict[str, Path], notes: list[str]) -> Figur
                     in_a_row[name] += [looker.look(pid) for _ in range(_IN_A_ROW)]
             for number in range(rounds):
                 time.sleep(1.5 * TABLES_AGE_S)
-                # Each is first in one round and second in the next.
+                # Each tree is first in one round and second in the next.
                 for name in sorted(lookers, reverse=bool(number % 2)):
                     alone[name].append(lookers[name].look(pid))
             for kind, times in (("in a row", in_a_row), ("alone", alone), ("the first", first)):
                 figure.rows += [
                     Row(f"{label}, {kind}" if name == OURS else f"  {name}", "µs", times[name])
-                    for name in found
+                    for name in checkouts
                 ]
-            if COMMIT in found:
+            if COMMIT in checkouts:
                 for kind, times, limit in (("in a row", in_a_row, 1.0), ("alone", alone, 0.5)):
                     ratio = statistics.median(times[OURS]) / statistics.median(times[COMMIT])
                     figure.targets.append(
@@ -108,7 +108,7 @@ class _Looker:
         self._to, self._from = process.stdin, process.stdout
 
     def look(self, pid: int) -> float:
-        """µs of processor time for a sample of that process and its verdict."""
+        """Return the µs of processor time for a sample of a process and its verdict."""
         self._to.write(b"%d\n" % pid)
         self._to.flush()
         return float(self._from.readline())
@@ -139,17 +139,17 @@ def _crowd() -> Iterator[int]:
         end(process)
 
 
-def _many_jobs(jobs: int, found: dict[str, Path], notes: list[str]) -> Figure:
-    """Stubborn stand-ins, each with a job that goes by evidence up to its SIGKILL.
+def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figure:
+    """Stop stubborn stand-ins for QEMU, each with a job that uses evidence until its SIGKILL.
 
-    The earlier qkilld has a job for each of them too, and is watched at the same time.
+    The earlier qkilld has a job for each of them too, and is measured at the same time.
     """
     figure = Figure(f"{jobs} running jobs (stubborn stand-ins named {QEMU}), beside {COMMIT}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(many_descriptors())
         bytecode = stack.enter_context(scratch("y"))
         daemons = {
-            name: stack.enter_context(_daemon(tree, bytecode)) for name, tree in found.items()
+            name: stack.enter_context(_daemon(tree, bytecode)) for name, tree in checkouts.items()
         }
         guests = [stack.enter_context(fake_qemu(stubborn=True)) for _ in range(jobs)]
         began = time.monotonic()
@@ -157,18 +157,18 @@ def _many_jobs(jobs: int, found: dict[str, Path], notes: list[str]) -> Figure:
         for number, guest in enumerate(guests):
             progress.show(f"{jobs} jobs: starting {number + 1}")
             for name, (_, client) in daemons.items():
-                # This qkilld kills them; when the other one would, they are gone.
+                # This qkilld kills the guests long before the other one would.
                 grace = (GRACE_S if name == OURS else 10 * GRACE_S) * 1_000_000
                 path = client.terminate(guest.pid, FORCE, grace_usec=("t", grace))
                 if name == OURS:
                     paths.append(path)
         started = time.monotonic() - began
-        time.sleep(8)  # past the frequent samples at the start
+        time.sleep(8)  # Skip the frequent samples at the start.
         progress.show(f"{jobs} jobs: watched for {WATCHED_S} s")
-        before = {name: Spent.of(running.pid) for name, (running, _) in daemons.items()}
+        before = {name: ProcessorUsage.of(running.pid) for name, (running, _) in daemons.items()}
         time.sleep(WATCHED_S)
         spent = {
-            name: (Spent.of(running.pid) - before[name]).processor_ms / WATCHED_S / 10
+            name: (ProcessorUsage.of(running.pid) - before[name]).processor_ms / WATCHED_S / 10
             for name, (running, _) in daemons.items()
         }
         resident = {name: resident_mb(running.pid) for name, (running, _) in daemons.items()}
@@ -183,21 +183,25 @@ def _many_jobs(jobs: int, found: dict[str, Path], notes: list[str]) -> Figure:
             *notes,
             f"{unseen} were not seen in time at times: their SIGKILL waits for longer.",
         ]
-    for name in found:
+    for name in checkouts:
         label = "processor time, share of one core" if name == OURS else f"  {name}"
         figure.rows.append(Row(label, "%", [spent[name]]))
-    for name in found:
+    for name in checkouts:
         label = "resident (VmRSS)" if name == OURS else f"  {name}"
         figure.rows.append(Row(label, "MB", [resident[name]]))
     figure.rows += [
         Row("SIGKILL after its deadline", "ms", late),
-        Row("starting them, one after the other", "ms each", [started * 1000 / jobs / len(found)]),
+        Row(
+            "starting them, one after the other",
+            "ms each",
+            [started * 1000 / jobs / len(checkouts)],
+        ),
     ]
     figure.targets += [
         at_most("share of one core", spent[OURS], 15, "%"),
         at_most("latest SIGKILL", max(late), 50, "ms"),
     ]
-    if COMMIT in found:
+    if COMMIT in checkouts:
         figure.targets += [
             at_most(f"processor time to {COMMIT}'s", spent[OURS] / spent[COMMIT], 0.6, "times"),
             at_most(f"resident to {COMMIT}'s", resident[OURS] / resident[COMMIT], 1.0, "times"),
@@ -208,7 +212,7 @@ def _many_jobs(jobs: int, found: dict[str, Path], notes: list[str]) -> Figure:
 
 @contextlib.contextmanager
 def many_descriptors() -> Iterator[None]:
-    """As many as qkilld.service may have, if the kernel allows that; each job has about ten."""
+    """Allow as many descriptors as qkilld.service may have, if possible; each job has about ten."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         most = max(most, LIMIT_NOFILE)
@@ -236,7 +240,7 @@ def _daemon(tree: Path, bytecode: Path) -> Iterator[tuple[Daemon, Client]]:
 
 
 def _is_watched(receipt: dict[str, Any]) -> bool:
-    """Whether every look came in time: without one, SIGKILL waits as for dead storage."""
+    """Whether every sample was in time. After a late one, SIGKILL waits as for dead storage."""
     return all(verdict == "idle" for verdict, *_ in receipt["verdicts"])
 
 

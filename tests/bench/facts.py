@@ -1,4 +1,4 @@
-"""What one reading of a fact costs, beside psutil's reading of the same fact."""
+"""The cost of reading a fact with our reader and with psutil."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def measure(rounds: int) -> Figure:
                 progress.show(f"facts: {label}")
                 mine, others = [], []
                 for _ in range(rounds):
-                    mine.append(_spent(ours))
-                    others.append(_spent(theirs))
+                    mine.append(_processor_usec(ours))
+                    others.append(_processor_usec(theirs))
                 ratio = statistics.median(mine) / statistics.median(others)
                 figure.rows += [
                     Row(label, "µs", mine),
@@ -43,10 +43,10 @@ def measure(rounds: int) -> Figure:
             reader.close()
             sockets.close()
     figure.notes += [
-        "Ours are kept where they are faster, or where psutil's are not the same fact: it tells",
-        "start times in float seconds (identity needs ticks), the switches of one thread, no call",
-        "that a thread waits in, no queue of a socket, no pending signal, and no debugger.",
-        "Ours of a command line is read once a job, bounded in size, with any bytes in it.",
+        "We keep our own readers if they are faster, or if psutil does not report the same fact:",
+        "psutil reports start times in float seconds (identity needs ticks) and the switches of",
+        "one thread, but no call that a thread waits in, no queue of a socket, no pending signal,",
+        "and no debugger. Our command line is read once for each job, and limited in size.",
     ]
     return figure
 
@@ -100,7 +100,7 @@ def _any_disk() -> tuple[Block, str] | None:
     return None
 
 
-def _spent(read: Callable[[], object]) -> float:
+def _processor_usec(read: Callable[[], object]) -> float:
     began = time.thread_time_ns()
     read()
     return (time.thread_time_ns() - began) / 1000

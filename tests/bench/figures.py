@@ -32,7 +32,8 @@ class Row:
 
     @property
     def p99(self) -> float:
-        """By nearest rank: with fewer than 100 samples, the maximum."""
+        """Return the 99th percentile by nearest rank; the maximum if there are fewer than 100
+        samples."""
         return sorted(self.samples)[math.ceil(0.99 * self.n) - 1]
 
     def as_json(self) -> dict[str, Any]:
@@ -48,12 +49,12 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """The limit for a figure, and the value it has."""
+class Goal:
+    """The limit for a value, and the value that was measured."""
 
     what: str
     wanted: str
-    found: str
+    value: str
     met: bool
 
 
@@ -63,7 +64,7 @@ class Figure:
 
     title: str
     rows: list[Row] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
+    targets: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     not_measured: str = ""
 
@@ -77,8 +78,8 @@ class Figure:
         }
 
 
-def at_most(what: str, value: float, limit: float, unit: str) -> Target:
-    return Target(
+def at_most(what: str, value: float, limit: float, unit: str) -> Goal:
+    return Goal(
         what,
         f"at most {limit:g} {unit}".rstrip(),
         f"{shown(value)} {unit}".rstrip(),
@@ -86,23 +87,23 @@ def at_most(what: str, value: float, limit: float, unit: str) -> Target:
     )
 
 
-def at_least(what: str, value: float, limit: float, unit: str) -> Target:
-    return Target(what, f"at least {limit:g} {unit}", f"{shown(value)} {unit}", value >= limit)
+def at_least(what: str, value: float, limit: float, unit: str) -> Goal:
+    return Goal(what, f"at least {limit:g} {unit}", f"{shown(value)} {unit}", value >= limit)
 
 
-def none_of(what: str, count: int) -> Target:
-    return Target(what, "none", str(count) if count else "none", count == 0)
+def none_of(what: str, count: int) -> Goal:
+    return Goal(what, "none", str(count) if count else "none", count == 0)
 
 
 def shown(value: float) -> str:
-    """With about three significant digits."""
+    """Format a number with about three significant digits."""
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Plain text, at most 100 columns."""
+    """Return plain text of at most 100 columns."""
     return "\n\n".join("\n".join(_lines(figure)) for figure in figures)
 
 
@@ -120,7 +121,7 @@ def _lines(figure: Figure) -> list[str]:
             lines.append(f"{label}{shown(row.samples[0]):>{24 if many else 8}}")
     for target in figure.targets:
         verdict = "met" if target.met else "MISSED"
-        lines.append(f"  {verdict:<7} {target.what}: {target.found} (target: {target.wanted})")
+        lines.append(f"  {verdict:<7} {target.what}: {target.value} (target: {target.wanted})")
     lines += [f"  {note}" for note in figure.notes]
     if figure.not_measured:
         lines.append(f"  not measured: {figure.not_measured}")

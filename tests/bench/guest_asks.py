@@ -1,5 +1,5 @@
-"""What asking a guest costs, compared with one press of its power button and with opening its
-monitor."""
+"""The time that qkilld needs to ask a guest, compared with one press of the power button, and the
+time to open a monitor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def measure(small: int, debian: int, opened: int) -> list[Figure]:
 
 
 def _beside_one_press(small: int, debian: int) -> Figure:
-    """Interleaved, so that other load of the machine touches both alike."""
+    """Stop guests alternately in both ways, so that other load on the machine affects both."""
     figure = Figure("From the call to the exit of an idle guest, asked by its power button")
     with private_bus() as bus, daemon(bus, config=lab_config()), bus.client() as client:
         for label, boot, rounds in (
@@ -57,7 +57,7 @@ def _beside_one_press(small: int, debian: int) -> Figure:
 @contextlib.contextmanager
 def _small() -> Iterator[Guest]:
     with boot_guest(job="power", append="lab.power=off", qmp=True) as guest:
-        time.sleep(1.5)  # its disks and processors have been idle for a second
+        time.sleep(1.5)  # Afterwards its disks and processors have been idle for a second.
         yield guest
 
 
@@ -103,7 +103,7 @@ async def _open_times(guest: Guest, rounds: int) -> list[float]:
             times.append((time.perf_counter() - began) * 1000)
             assert control.oob
             control.close()
-            await asyncio.sleep(0.05)  # QEMU takes the next one once this is closed
+            await asyncio.sleep(0.05)  # QEMU accepts a connection once it has closed the last one.
     finally:
         process.close()
     return times

@@ -1,7 +1,7 @@
-"""A program: takes samples with the qkilld that PYTHONPATH names, this one or an earlier one.
+"""A program that takes samples with the qkilld in PYTHONPATH, which may be an earlier one.
 
-For each line of stdin, a pid, it takes a sample of that process, judges it, and prints the µs of
-processor time that this took.
+Each line of stdin is a process id. The program samples that process, computes the verdict, and
+prints the µs of processor time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def main() -> int:
-    reader_of, assess = _found()
+    reader_of, assess = _import_functions()
     readers: dict[int, Any] = {}
     known: dict[int, Any] = {}
     for line in sys.stdin:
@@ -26,8 +26,9 @@ def main() -> int:
     return 0
 
 
-def _found() -> tuple[Any, Any]:
-    """The two functions, from this tree or that of tests.bench.earlier."""
+def _import_functions() -> tuple[Any, Any]:
+    """Return a function that makes readers and one that computes verdicts, by either tree's
+    names."""
     try:
         sampler = import_module("qkilld.evidence.sampler")
         assess = import_module("qkilld.decision.verdict").assess

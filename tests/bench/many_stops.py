@@ -1,11 +1,10 @@
-"""A program, run as `python -m tests.bench.many_stops ROUNDS COUNT...`: stops so many idle guests
-at once, each in a unit of its own, with no helper, one that does nothing, and qkilld-stop.
+"""A program, run as `python -m tests.bench.many_stops ROUNDS COUNT...`: stop COUNT idle guests at
+once, each in its own unit, without a helper, with a helper that does nothing, and with qkilld-stop.
 
-It writes units to /run and is for a throwaway system (tests.lab.container) that qkilld is installed
-in. The guests are stand-ins: a busybox under QEMU's name.
+It writes units to /run, so run it only in a throwaway system (tests.lab.container) with qkilld. The
+guests are stand-ins: a busybox under QEMU's name.
 
-stdout has a line of JSON for each thing that there is to say: {"progress": TEXT} and {"sample":
-[WAY, COUNT, wall ms, processor ms]}.
+Each line of stdout is JSON: {"progress": TEXT} or {"sample": [WAY, COUNT, wall ms, processor ms]}.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main() -> int:
     _systemctl("daemon-reload")
     _systemctl("start", "qkilld.service")
     for way in ManyWay:
-        _stop(way, 2)  # reads the programs from the disk
+        _stop(way, 2)  # Reads the programs into the page cache.
     for number in range(rounds):
         for count in counts:
             ways = list(ManyWay)
@@ -57,14 +56,14 @@ def main() -> int:
 
 
 def _stop(way: ManyWay, count: int) -> tuple[float, float]:
-    """ms of wall time, and of processor time of everything in the system."""
+    """Return the ms of wall time, and of processor time of all processes in the system."""
     units = [f"{way.name.lower()}@{number}.service" for number in range(count)]
     _systemctl("start", *units)
     time.sleep(0.5)
     before, start = _processor_ms(), time.monotonic()
     _systemctl("stop", *units)
     wall = (time.monotonic() - start) * 1000
-    time.sleep(0.3)  # the daemon saves that it has forgotten the ended jobs
+    time.sleep(0.3)  # Include the time in which the daemon removes the state of ended jobs.
     spent = _processor_ms() - before
     results = _systemctl("show", "--property=Result", "--value", *units).split()
     assert results == ["success"] * count, f"{way}: {set(results)}"
@@ -72,7 +71,8 @@ def _stop(way: ManyWay, count: int) -> tuple[float, float]:
 
 
 def _processor_ms() -> float:
-    """Of all processes that exist and of the children that they have reaped."""
+    """Return the processor time (ms) of all processes, and of the children that they have
+    reaped."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -82,10 +82,10 @@ def _processor_ms() -> float:
 
 
 def _systemctl(*arguments: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         ["systemctl", *arguments], check=True, stdout=subprocess.PIPE, text=True, timeout=300
     )
-    return done.stdout
+    return result.stdout
 
 
 def _say(**what: Any) -> None:

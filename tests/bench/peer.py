@@ -1,4 +1,4 @@
-"""libvirt, inside of tests.bench.stops: its daemon, and guests that it starts and stops."""
+"""Run libvirtd in the throwaway system, and start and stop its guests."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ URI: Final = "qemu:///system"
 _STATE: Final = Path("/run/libvirt/qemu")
 _SOCKET: Final = Path("/run/libvirt/libvirt-sock")
 _USER: Final = "libvirt-qemu"
-"""libvirt's default user for QEMU, made by libvirt-daemon-system. Without it, the driver does not
-start."""
+"""libvirt's default user for QEMU, which libvirt-daemon-system creates. Without this user, the QEMU
+driver does not start."""
 
 _HIDDEN: Final = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt")
 
@@ -37,7 +37,7 @@ _FILES: Final = {
         "cgroup_controllers = []\n"
         "remember_owner = 0\n"
         'stdio_handler = "file"\n'
-        # The state of a guest is read by a program that QEMU starts.
+        # QEMU starts a program to read the saved state of a guest.
         "seccomp_sandbox = 0\n"
     ),
     "/etc/libvirt/libvirtd.conf": 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n',
@@ -59,8 +59,8 @@ class Domain:
     pidfd: int
 
     def wait_forgotten(self, timeout: float = 30) -> None:
-        """Waits until libvirt has noticed its end: the work of that must not overlap the next
-        measurement."""
+        """Wait until libvirt has noticed the exit, so that its work for this does not overlap the
+        next measurement."""
         deadline = time.monotonic() + timeout
         while (_STATE / f"{self.name}.xml").exists():
             assert time.monotonic() < deadline, f"libvirt still has {self.name}"
@@ -69,16 +69,15 @@ class Domain:
 
 @contextlib.contextmanager
 def libvirtd() -> Iterator[None]:
-    """Configures and runs libvirtd, with none of this machine's guests, networks, storage and
-    hooks.
+    """Configure and run libvirtd without this machine's guests, networks, storage and hooks.
 
-    It writes to /etc, /run and /var, and refuses to run outside of a throwaway system.
+    Writes to /etc, /run and /var, and refuses to run outside of a throwaway system.
     """
     if not Path("/run/host/container-manager").exists() or str(TOP) != CHECKOUT:
         raise RuntimeError("this is not the lab's throwaway system: run python -m tests.bench")
     for hidden in _HIDDEN:
-        # This is the machine's own state: libvirtd would start its autostart guests again, on the
-        # same storage.
+        # Hide the state of this machine. Otherwise libvirtd would start its autostart guests a
+        # second time, on the same storage.
         Path(hidden).mkdir(parents=True, exist_ok=True)
         run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", hidden], check=True)
     for path, text in _FILES.items():
@@ -97,7 +96,7 @@ def libvirtd() -> Iterator[None]:
         pidfd = os.pidfd_open(process.pid)
         try:
             wait_for_path(_SOCKET, 30, pidfd=pidfd)
-            # It listens at once, but answers only when its drivers are loaded.
+            # libvirtd listens at once, but answers only when its drivers are loaded.
             virsh("list")
             yield
         except AssertionError as error:
@@ -115,14 +114,14 @@ def _add_user() -> None:
 
 
 def virsh(*arguments: str) -> str:
-    """What virsh prints. AssertionError on failure."""
+    """Run virsh; return what it prints. Raises AssertionError on failure."""
     program = needs.program("virsh", PACKAGES)
     return run([program, f"--connect={URI}", *arguments], check=True).stdout
 
 
 @contextlib.contextmanager
 def domains(names: list[str]) -> Iterator[list[Domain]]:
-    """Idle guests that run Linux, all up. The caller stops them."""
+    """Start idle guests that run Linux, and wait until all have booted. The caller stops them."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("v"))
         booting = []
@@ -141,7 +140,7 @@ def domains(names: list[str]) -> Iterator[list[Domain]]:
 
 
 def description_of(name: str, serial: Path, job: str = "lab.job=idle") -> str:
-    """libvirt's XML of a guest that runs Linux with that job (tests.lab.guest)."""
+    """Return libvirt's XML of a guest that runs Linux with this job (tests.lab.guest)."""
     image = guest_image()
     domain = ET.Element("domain", type="qemu")
     ET.SubElement(domain, "name").text = name

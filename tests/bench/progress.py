@@ -1,4 +1,4 @@
-"""The current step, on stderr if that is a terminal."""
+"""Show the current step on stderr if that is a terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _CLEAR_LINE: Final = "\r\x1b[K"
 
 
 def show(text: str) -> None:
-    """Replaces the line shown before; with "" there is none."""
+    """Replace the line that is shown; "" removes it."""
     if sys.stderr.isatty():
         print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)

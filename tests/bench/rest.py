@@ -14,7 +14,7 @@ from typing import Final
 
 from tests.bench import progress
 from tests.bench.figures import Figure, Row, at_most, none_of
-from tests.bench.spent import Spent, threads
+from tests.bench.processor_usage import ProcessorUsage, threads
 from tests.lab import needs
 from tests.lab.bus import Daemon, daemon, private_bus
 from tests.lab.guest import fake_qemu
@@ -24,11 +24,11 @@ from tests.lab.scratch import scratch
 
 RESIDENT_MB: Final = 35
 _SETTLE_S: Final = 1.0
-"""Until the work after a start, and after strace's attaching, is done."""
+"""Time for the daemon to finish its start, and for strace to attach."""
 
 
 def measure(seconds: int, jobs: int) -> list[Figure]:
-    """Watches it for that many seconds, and looks at it once more after that many finished jobs."""
+    """Watch an idle daemon for `seconds`, and measure its memory then and after `jobs` jobs."""
     with private_bus() as bus, daemon(bus) as running:
         watched = _wakeups(running, seconds)
         return [watched, _memory(running, jobs)]
@@ -44,14 +44,14 @@ def _wakeups(running: Daemon, seconds: int) -> Figure:
             figure.not_measured = f"system calls: {error}"
         time.sleep(_SETTLE_S)
         traced_before = len(trace.lines()) if trace else 0
-        before = Spent.of(running.pid)
+        before = ProcessorUsage.of(running.pid)
         for passed in range(seconds):
             progress.show(f"at rest: {passed} of {seconds} s")
             time.sleep(1)
-        spent = Spent.of(running.pid) - before
+        spent = ProcessorUsage.of(running.pid) - before
         if trace:
             calls = len(trace.lines()) - traced_before
-            # The log must show a call that was answered, or strace saw nothing at all.
+            # Make a call that the log must show, to prove that strace works.
             seen = len(trace.text())
             with running.bus.client() as client:
                 client.properties()
@@ -71,14 +71,14 @@ def _memory(running: Daemon, jobs: int) -> Figure:
     figure = Figure("Memory, and the processor time of a job (polite stand-ins for QEMU)")
     at_rest = resident(running.pid)
     figure.rows += _memory_rows(running.pid, "with no job since its start")
-    before = Spent.of(running.pid)
+    before = ProcessorUsage.of(running.pid)
     with running.bus.client() as client:
         for number in range(jobs):
             progress.show(f"memory: job {number + 1} of {jobs}")
             with fake_qemu() as guest:
                 result, _ = client.wait(client.terminate(guest.pid))
                 assert result == "exited", result
-    spent = Spent.of(running.pid) - before
+    spent = ProcessorUsage.of(running.pid) - before
     figure.rows += _memory_rows(running.pid, f"after {jobs} jobs in a row")
     figure.rows.append(Row("processor time for one job", "ms", [spent.processor_ms / jobs]))
     figure.targets.append(at_most("resident at rest (VmRSS)", at_rest, RESIDENT_MB, "MB"))
@@ -98,18 +98,18 @@ def resident(pid: int) -> float:
 
 
 def _kilobytes(pid: int, file: str, name: str) -> float:
-    """That line of /proc/PID/FILE, from its kB (1024 bytes) to MB (10^6 bytes)."""
+    """Read a line of /proc/PID/FILE; convert its kB (1024 bytes) to MB (10^6 bytes)."""
     text = Path(f"/proc/{pid}/{file}").read_text()
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    assert found, text
-    return int(found[1]) * 1024 / 1e6
+    match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    assert match, text
+    return int(match[1]) * 1024 / 1e6
 
 
 @contextlib.contextmanager
 def _strace(pid: int) -> Iterator[Log]:
-    """Every system call of that process's threads, one per line, from now on.
+    """Log every system call of a process's threads from now on, one per line.
 
-    Raises needs.Missing without strace, AssertionError if strace is not allowed to.
+    Raises needs.Missing without strace, AssertionError if strace may not trace the process.
     """
     strace = needs.program("strace", "strace")
     with scratch("s") as directory, (directory / "stderr").open("wb") as stderr:

@@ -1,4 +1,4 @@
-"""The daemon's start, compared with an earlier one's and with Python's own."""
+"""Measure the start of the daemon, of an earlier daemon, and of Python alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Final
 from tests.bench import progress
 from tests.bench.earlier import COMMIT, OURS, environment_of, trees
 from tests.bench.figures import Figure, Row, at_most
+from tests.bench.processor_usage import ProcessorUsage
 from tests.bench.rest import resident
-from tests.bench.spent import Spent
 from tests.lab.bus import Bus, daemon, private_bus
 from tests.lab.process import spawn
 from tests.lab.scratch import scratch
@@ -24,30 +24,30 @@ from tests.lab.scratch import scratch
 _FLOOR: Final = "python3 -I -c pass"
 _IMPORT: Final = re.compile(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", re.MULTILINE)
 _MOST: Final = 8
-"""How many packages are listed with their import times."""
+"""The number of packages that are listed with their import times."""
 
 
 def measure(rounds: int) -> Figure:
     figure = Figure(f"The daemon's start, from exec to READY=1, beside {COMMIT}")
     with contextlib.ExitStack() as stack:
-        found, notes = stack.enter_context(trees())
+        checkouts, notes = stack.enter_context(trees())
         bytecode = stack.enter_context(scratch("y"))
         bus = stack.enter_context(private_bus())
-        wall: dict[str, list[float]] = {name: [] for name in found}
-        spent: dict[str, list[float]] = {name: [] for name in (*found, _FLOOR)}
-        memory: dict[str, list[float]] = {name: [] for name in (*found, _FLOOR)}
+        wall: dict[str, list[float]] = {name: [] for name in checkouts}
+        spent: dict[str, list[float]] = {name: [] for name in (*checkouts, _FLOOR)}
+        memory: dict[str, list[float]] = {name: [] for name in (*checkouts, _FLOOR)}
         for number in range(rounds + 1):
             progress.show(f"starts: round {number} of {rounds}")
-            for name, tree in found.items():
+            for name, tree in checkouts.items():
                 took, processor, megabytes = _start(bus, environment_of(tree, bytecode))
-                if number:  # the first one writes the bytecode
+                if number:  # The first round writes the bytecode.
                     wall[name].append(took)
                     spent[name].append(processor)
                     memory[name].append(megabytes)
             processor, megabytes = _floor()
             spent[_FLOOR].append(processor)
             memory[_FLOOR].append(megabytes)
-        imports = _imports(bus, environment_of(found[OURS], bytecode))
+        imports = _imports(bus, environment_of(checkouts[OURS], bytecode))
     for label, unit, values in (
         ("wall", "ms", wall),
         ("processor time", "ms", spent),
@@ -57,7 +57,7 @@ def measure(rounds: int) -> Figure:
             Row(label if name == OURS else f"  {name}", unit, samples)
             for name, samples in values.items()
         ]
-    if COMMIT in found:
+    if COMMIT in checkouts:
         for what, values in (("processor time", spent), ("resident", memory)):
             ratio = statistics.median(values[OURS]) / statistics.median(values[COMMIT])
             figure.targets.append(at_most(f"{what} to {COMMIT}'s", ratio, 1.0, "times"))
@@ -66,15 +66,15 @@ def measure(rounds: int) -> Figure:
 
 
 def _start(bus: Bus, env: Mapping[str, str]) -> tuple[float, float, float]:
-    """ms of wall time, ms of processor time, and MB."""
+    """Start a daemon; return ms of wall time, ms of processor time, and MB of memory."""
     began = time.monotonic()
     with daemon(bus, env=env) as running:
         took = (time.monotonic() - began) * 1000
-        return took, Spent.of(running.pid).processor_ms, resident(running.pid)
+        return took, ProcessorUsage.of(running.pid).processor_ms, resident(running.pid)
 
 
 def _floor() -> tuple[float, float]:
-    """ms of processor time and MB of a Python that does nothing."""
+    """Return ms of processor time and MB of memory of a Python that does nothing."""
     process = spawn([sys.executable, *_FLOOR.split()[1:3], "pass"])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -82,7 +82,7 @@ def _floor() -> tuple[float, float]:
 
 
 def _imports(bus: Bus, env: Mapping[str, str]) -> list[str]:
-    """Import time by package, from -X importtime."""
+    """Return the import time by package, from -X importtime."""
     with daemon(
         bus, env=env, program=(sys.executable, "-X", "importtime", "-m", "qkilld")
     ) as running:

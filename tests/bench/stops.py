@@ -1,14 +1,12 @@
-"""A program, run as `python -m tests.bench.stops ROUNDS ROUNDS`: stops the same kind of guest in
-every way that is compared, one way after the other in each round.
+"""A program, run as `python -m tests.bench.stops ROUNDS LATE_ROUNDS`: in each round, stop a guest
+in every way that is compared.
 
-It writes to /etc, /run and /var and is for a throwaway system (tests.lab.container), whose first
-process is systemd. libvirt starts every guest, so that all of them are alike. The first number of
-rounds is with guests whose zombie that systemd collects at once; the second with guests whose new
-parent collects them only REAP_LATE_S after their end, as the first process of some containers and
-virtual machines does.
+It writes to /etc, /run and /var, so run it only in a throwaway system (tests.lab.container), whose
+first process is systemd. libvirt starts every guest, so that all are alike. In ROUNDS, systemd
+collects the guest's zombie at once. In LATE_ROUNDS, the guest's new parent collects it REAP_LATE_S
+after the exit, as the first process of some containers and virtual machines does.
 
-stdout has a line of JSON for each thing that there is to say: {"progress": TEXT}, {"sample":
-[SERIES, WAY, ms]}, {"missing": TEXT}.
+Each line of stdout is JSON: {"progress": TEXT}, {"sample": [SERIES, WAY, ms]} or {"missing": TEXT}.
 """
 
 from __future__ import annotations
@@ -61,16 +59,17 @@ class Series(StrEnum):
 
 
 _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-*\n"
-"""libvirt runs the QEMU that is installed."""
+"""Covers the installed QEMU, which libvirt runs."""
 
 Times = dict[Way, float]
-"""ms. One stop may give several."""
+"""The ms of each measured interval. One stop may give several."""
 Stop = Callable[[peer.Domain], Times]
 
 
 def main() -> int:
     rounds, late_rounds = map(int, sys.argv[1:])
-    # An installed qkillctl has its bytecode; a read-only checkout has none.
+    # Write bytecode elsewhere, because the checkout is read-only. An installed qkillctl has
+    # bytecode.
     os.environ["PYTHONPYCACHEPREFIX"] = str(run_directory() / "pycache")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     try:
@@ -81,7 +80,7 @@ def main() -> int:
             peer.libvirtd(),
         ):
             stops = _stops(bus, client)
-            _qkillctl(bus, "list")  # writes the bytecode
+            _qkillctl(bus, "list")  # Writes the bytecode.
             _series(Series.REAPED_AT_ONCE, rounds, stops)
             become_subreaper()
             _series(Series.REAPED_LATE, late_rounds, stops[:3])
@@ -109,11 +108,11 @@ def _series(series: Series, rounds: int, stops: list[Stop]) -> None:
 
 @contextlib.contextmanager
 def _reaper(guest: peer.Domain, *, late: bool) -> Iterator[None]:
-    """Reaps the guest REAP_LATE_S after its end. This process has become its parent."""
+    """Reap the guest REAP_LATE_S after its exit. This process has become its parent."""
     if not late:
         yield
         return
-    # Otherwise another process reaps it, and the measurement is not what its name says.
+    # If another process reaped the guest, this would measure something else.
     status = Path(f"/proc/{guest.pid}/status").read_text()
     assert f"PPid:\t{os.getpid()}\n" in status, f"{guest.name} is not our child:\n{status}"
 
@@ -131,7 +130,8 @@ def _reaper(guest: peer.Domain, *, late: bool) -> Iterator[None]:
 
 
 def _stops(bus: Bus, client: Client) -> list[Stop]:
-    """The first three also work for guests that are reaped late."""
+    """Return the ways to stop a guest. The first three also work for guests that are reaped
+    late."""
 
     def by_kill(guest: peer.Domain) -> Times:
         start = time.monotonic()
@@ -183,7 +183,7 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
 
 
 def _ping(client: Client) -> float:
-    """ms for a round trip on the same connection, through the bus and to qkilld's loop."""
+    """Return the ms for a round trip through the bus to qkilld's event loop."""
     start = time.monotonic()
     client.call("Ping", interface="org.freedesktop.DBus.Peer")
     return _since(start)

@@ -1,11 +1,9 @@
-"""A program, run as `python -m tests.bench.unit_stops ROUNDS`: stops idle guests in units, with and
-without qkilld-stop, one way after the other in each round.
+"""A program, run as `python -m tests.bench.unit_stops ROUNDS`: in each round, stop idle guests in
+units with and without qkilld-stop.
 
-It writes units to /run and is for a throwaway system (tests.lab.container) that
-qkilld is installed in.
+It writes units to /run, so run it only in a throwaway system (tests.lab.container) with qkilld.
 
-stdout has a line of JSON for each thing that there is to say: {"progress": TEXT} and {"sample":
-[WAY, ms]}.
+Each line of stdout is JSON: {"progress": TEXT} or {"sample": [WAY, ms]}.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from typing import Any, Final
 
 _GUEST: Final = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
 _UP_S: Final = 0.3
-"""A QEMU without a machine runs its main loop long before."""
+"""Long enough for a QEMU without a machine to reach its main loop."""
 
 
 class Way(StrEnum):
@@ -35,7 +33,7 @@ def main() -> int:
     rounds = int(sys.argv[1])
     _settle()
     for way in Way:
-        _stop(way, 0)  # reads the programs from the disk
+        _stop(way, 0)  # Reads the programs into the page cache.
     for number in range(rounds):
         _say(progress=f"units: round {number + 1} of {rounds}")
         # Each way is first in one round and second in the next.
@@ -46,7 +44,7 @@ def main() -> int:
 
 
 def _stop(way: Way, number: int) -> float:
-    """ms."""
+    """Stop one unit; return the ms that this took."""
     unit = f"guest-{way.name.lower()}-{number}.service"
     lines = [f"ExecStart={_GUEST}"]
     if way is Way.FLOOR:
@@ -79,7 +77,7 @@ def _stop(way: Way, number: int) -> float:
 
 
 def _settle() -> None:
-    """Allows many starts within a minute."""
+    """Disable the start limit of qkilld.service, because many rounds follow within a minute."""
     _write("/run/systemd/system/qkilld.service.d/bench.conf", "[Unit]\nStartLimitIntervalSec=0\n")
     _systemctl("daemon-reload")
 
@@ -90,10 +88,10 @@ def _write(path: str, text: str) -> None:
 
 
 def _systemctl(*arguments: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         ["systemctl", *arguments], check=True, stdout=subprocess.PIPE, text=True, timeout=60
     )
-    return done.stdout
+    return result.stdout
 
 
 def _say(**what: Any) -> None:

@@ -55,7 +55,7 @@ def measure(records: tuple[Record, ...], journal: list[dict[str, Any]]) -> Figur
     return figures(records, STOPPED, journal)
 
 
-def test_what_happens_while_journald_does_not_read_is_told_from_what_follows() -> None:
+def test_delays_while_journald_does_not_read_are_separate_from_later_ones() -> None:
     measured = measure(RECORDS, entries(*RECORDS))
     assert measured.broken() == []
     assert measured.stopped.sigkill == [pytest.approx(0.04)]

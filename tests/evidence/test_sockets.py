@@ -134,7 +134,7 @@ def own() -> dict[int, Socket]:
     return {s.inode: s for s in read(os.getpid())}
 
 
-def test_who_connected_on_unix(lab_dir: Path) -> None:
+def test_the_connecting_side_on_unix(lab_dir: Path) -> None:
     path = str(lab_dir / "s")
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind(path)
@@ -183,7 +183,7 @@ def test_socket_pairs_and_datagram_sockets() -> None:
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
-def test_who_connected_on_tcp(family: socket.AddressFamily) -> None:
+def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
     host = "127.0.0.1" if family == socket.AF_INET else "::1"
     with socket.socket(family) as server, socket.socket(family) as client:
         try:

@@ -338,7 +338,7 @@ def test_too_much_is_unknown(tmp_path: Path) -> None:
     assert reader_of(tmp_path, {3: ("/a", RW, 1)}, mountinfo, sys).read() == (None, None)
 
 
-def test_what_was_seen_stays_until_it_is_unplugged(tmp_path: Path) -> None:
+def test_a_disk_stays_until_it_is_unplugged(tmp_path: Path) -> None:
     mountinfo = "1 0 8:0 / / rw - ext4 /dev/sda rw\n2 1 8:16 / /b rw - ext4 /dev/sdb rw\n"
     reader = reader_of(tmp_path, {3: ("/a", RW, 1), 4: ("/b/b", RW, 2)}, mountinfo, SYS)
     proc, sys = tmp_path / "proc", tmp_path / "sys"
@@ -379,7 +379,7 @@ def test_a_table_is_read_once(tmp_path: Path) -> None:
     assert reader.read() != first
 
 
-def test_what_a_descriptor_lies_on(tmp_path: Path) -> None:
+def test_the_disks_below_a_descriptor(tmp_path: Path) -> None:
     """All layers of its own image and none of the others', even after it is closed."""
     host = "1 0 253:0 / / rw - ext4 /dev/dm-0 rw\n2 1 8:16 / /far rw - ext4 /dev/sdb rw\n"
     reader = reader_of(

@@ -51,7 +51,7 @@ def plan(
     return plan_early_flush(state, None, assess(None, sample(0, images)))
 
 
-def test_what_may_hang() -> None:
+def test_mounts_and_unknown_mounts_may_hang() -> None:
     assert may_hang(sample(0))
     assert may_hang(replace(sample(0), mounts=None)), "unknown is never none"
     assert not may_hang(replace(sample(0), mounts=()))

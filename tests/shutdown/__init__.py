@@ -1,1 +1,1 @@
-"""The shutdown matrix: a guest with several disks is stopped, and its records are counted."""
+"""The shutdown matrix: stop guests in every state, and count the records on their disks."""

@@ -27,16 +27,16 @@ from tests.lab.scratch import remove_run_directory, run_directory, scratch
 from tests.shutdown import rows, systems
 from tests.shutdown.libvirt import libvirt
 from tests.shutdown.policies import LONGEST_S, POLICIES
-from tests.shutdown.scene import Direct, Launcher, Row
+from tests.shutdown.scene import Launcher, ProcessLauncher, Row
 
 ROWS: Final = {**systems.ROWS, **rows.ROWS}
 CELL_S: Final = 1200
 SLOTS: Final = 2
-"""So many guests boot or shut down at a time; others only wait."""
+"""The number of guests that boot or shut down at a time; others wait."""
 
 
 def measure(row: str, column: str) -> dict[str, Any]:
-    """One cell: what is kept, seconds, how it ended."""
+    """Measure one cell: the records kept, the seconds, and how the stop ended."""
     what = ROWS[row]
     slot = _Slot()
     try:
@@ -78,14 +78,14 @@ def measure(row: str, column: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _launcher(row: Row, column: str) -> Iterator[Launcher]:
     if column != "virsh" and not row.by_libvirt:
-        yield Direct()
+        yield ProcessLauncher()
         return
     with libvirt(installed=column == "qkilld") as launcher:
         yield launcher
 
 
 class _Slot:
-    """The right to keep a processor busy. Waits for it, if the run has a limit."""
+    """The right to keep a processor busy. __init__ waits for a free slot if the run has a limit."""
 
     def __init__(self) -> None:
         self._file = None
@@ -103,13 +103,13 @@ class _Slot:
             time.sleep(0.2)
 
     def release(self) -> None:
-        """May be called twice."""
+        """Give the slot to another guest. May be called twice."""
         if self._file is not None:
             self._file.close()
 
 
 def shown(cell: dict[str, Any] | None) -> str:
-    """A cell of the table."""
+    """Return the text of a cell of the table."""
     if cell is None:
         return "-"
     if "error" in cell:
@@ -119,10 +119,10 @@ def shown(cell: dict[str, Any] | None) -> str:
     words += cell["notes"]
     words.append(f"> {LONGEST_S} s" if over else f"{cell['seconds']} s, {cell['ended']}")
     text = ", ".join(words)
-    told = [", ".join(cell["verdicts"])] if cell["verdicts"] else []
-    told += [f"asked: {cell['asked']}"] if cell["asked"] else []
-    told += [f"at risk: {', '.join(cell['at_risk'])}"] if cell["at_risk"] else []
-    return f"{text} ({'; '.join(told)})" if told else text
+    details = [", ".join(cell["verdicts"])] if cell["verdicts"] else []
+    details += [f"asked: {cell['asked']}"] if cell["asked"] else []
+    details += [f"at risk: {', '.join(cell['at_risk'])}"] if cell["at_risk"] else []
+    return f"{text} ({'; '.join(details)})" if details else text
 
 
 def table(names: list[str], columns: list[str], cells: dict[tuple[str, str], Any]) -> str:
@@ -138,16 +138,16 @@ def _measure_apart(row: str, column: str, slots: Path) -> dict[str, Any]:
     argv = [sys.executable, "-m", "tests.shutdown", "cell", row, column]
     environment = os.environ | {"LAB_SLOTS": str(slots)}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             argv, capture_output=True, text=True, timeout=CELL_S, check=False, env=environment
         )
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        cell: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        said = "" if isinstance(error, subprocess.TimeoutExpired) else done.stderr
-        print(f"{row} {column}: {error}\n{said}", file=sys.stderr)
+        stderr = "" if isinstance(error, subprocess.TimeoutExpired) else process.stderr
+        print(f"{row} {column}: {error}\n{stderr}", file=sys.stderr)
         return {"error": True}
-    print(f"{row} {column}: {json.dumps(found)}", file=sys.stderr)
-    return found
+    print(f"{row} {column}: {json.dumps(cell)}", file=sys.stderr)
+    return cell
 
 
 def main() -> int:
@@ -164,10 +164,10 @@ def main() -> int:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--columns", default=",".join(POLICIES))
     parser.add_argument(
-        "--at-once", type=int, default=8, help=f"most of them only wait; {SLOTS} at most work"
+        "--at-once", type=int, default=8, help=f"cells at a time; at most {SLOTS} of them work"
     )
     parser.add_argument(
-        "--cells", type=Path, help="take the cells in this file as measured, and add new ones"
+        "--cells", type=Path, help="do not measure the cells in this file again; add new ones to it"
     )
     options = parser.parse_args()
     names, columns = options.rows.split(","), options.columns.split(",")
@@ -186,10 +186,10 @@ def main() -> int:
         with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
             running = {pool.submit(_measure_apart, *cell, run_directory()): cell for cell in wanted}
             for future in concurrent.futures.as_completed(running):
-                cells[running[future]] = found = future.result()
-                if options.cells and "error" not in found:
+                cells[running[future]] = cell = future.result()
+                if options.cells and "error" not in cell:
                     with options.cells.open("a") as file:
-                        file.write(json.dumps([*running[future], found]) + "\n")
+                        file.write(json.dumps([*running[future], cell]) + "\n")
     finally:
         remove_run_directory()
     print(table(names, columns, cells))

@@ -1,7 +1,7 @@
 """Guests that libvirt starts, in a throwaway system (tests.lab.container).
 
-What QEMU is given beside the memory and the machine, it is given as it is, so that the guest is the
-same one. Its state can be taken up because the machine is the same, too.
+libvirt sets memory and machine type, and passes all other arguments to QEMU unchanged. So the guest
+is the same as without libvirt, and a saved state can be loaded into it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.lab import container
 from tests.lab.bare import BareGuest, halting_firmware
 from tests.lab.process import Orphan
 from tests.safety.contained import Contained
-from tests.shutdown.scene import Target
+from tests.shutdown.scene import GuestHandle
 
 NAME: Final = "lab"
 _KEEP: Final = """
@@ -44,7 +44,7 @@ class LibvirtDomain:
 
     system: container.Container
     pid: int
-    """Inside."""
+    """The process id in the system's PID namespace."""
 
     def shutdown(self) -> None:
         self._virsh("shutdown", _ASK_S)
@@ -54,13 +54,13 @@ class LibvirtDomain:
 
     def terminate(self, timeout_s: float) -> dict[str, object]:
         words = ("qkillctl", "--json", "terminate", "--powerdown", "--force", "--wait")
-        done = self.system.run(*words, str(self.pid), timeout=timeout_s, check=False)
-        (document,) = json.loads(done.stdout)
-        assert isinstance(document, dict), done
+        result = self.system.run(*words, str(self.pid), timeout=timeout_s, check=False)
+        (document,) = json.loads(result.stdout)
+        assert isinstance(document, dict), result
         return document
 
     def _virsh(self, command: str, timeout_s: float) -> None:
-        # What it cannot do is seen by what becomes of the guest.
+        # Failures show in how the guest ends.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.system.run("virsh", "-c", peer.URI, command, NAME, timeout=timeout_s, check=False)
 
@@ -72,7 +72,9 @@ class Libvirt:
         self._system = system
 
     @contextlib.contextmanager
-    def bare(self, directory: Path, words: Sequence[str]) -> Iterator[tuple[BareGuest, Target]]:
+    def bare(
+        self, directory: Path, words: Sequence[str]
+    ) -> Iterator[tuple[BareGuest, GuestHandle]]:
         monitor = directory / "monitor"
         own = ["-chardev", f"socket,id=lab,path={monitor},server=on,wait=off"]
         own += ["-mon", "chardev=lab,mode=control", "-bios", str(halting_firmware(directory))]
@@ -89,14 +91,14 @@ class Libvirt:
                 guest.close()
 
     @contextlib.contextmanager
-    def start(self, directory: Path, words: Sequence[str]) -> Iterator[Target]:
+    def start(self, directory: Path, words: Sequence[str]) -> Iterator[GuestHandle]:
         with self._started(directory, words, memory=256) as (target, _):
             yield target
 
     @contextlib.contextmanager
     def _started(
         self, directory: Path, words: Sequence[str], *, memory: int
-    ) -> Iterator[tuple[Target, Orphan]]:
+    ) -> Iterator[tuple[GuestHandle, Orphan]]:
         Contained(self._system).show_storage()
         description = directory / "domain.xml"
         description.write_text(_description(words, memory))
@@ -115,7 +117,7 @@ class Libvirt:
             orphan = Orphan(self._system.outside(inside))
             try:
                 yield (
-                    Target(orphan.pid, orphan.pidfd, LibvirtDomain(self._system, inside)),
+                    GuestHandle(orphan.pid, orphan.pidfd, LibvirtDomain(self._system, inside)),
                     orphan,
                 )
             finally:
@@ -128,7 +130,7 @@ class Libvirt:
 
 @contextlib.contextmanager
 def libvirt(*, installed: bool) -> Iterator[Libvirt]:
-    """`installed`: with qkilld in the system, too. Raises needs.Missing."""
+    """Boot a system with libvirt, and with qkilld if `installed`. Raises needs.Missing."""
     peer.programs()
     with container.boot() as system:
         if installed:
@@ -149,7 +151,7 @@ def _description(words: Sequence[str], memory: int) -> str:
     system = ET.SubElement(top, "os")
     ET.SubElement(system, "type", arch="x86_64", machine="pc").text = "hvm"
     ET.SubElement(ET.SubElement(top, "features"), "acpi")
-    # Otherwise libvirt destroys it as soon as it panics.
+    # By default, libvirt destroys a guest that panics.
     ET.SubElement(top, "on_crash").text = "preserve"
     devices = ET.SubElement(top, "devices")
     ET.SubElement(devices, "emulator").text = "/usr/bin/qemu-system-x86_64"

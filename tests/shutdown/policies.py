@@ -1,7 +1,7 @@
-"""The columns: who stops the guest.
+"""The columns of the matrix: the ways to stop a guest.
 
-The fixed clocks are written down here, as the programs that have them do it. `virsh` is the real
-one, for a guest that libvirt has started.
+This module imitates the fixed timeouts of other programs. Only `virsh` is the real program, for a
+guest that libvirt has started.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.rungs.stopping import actions, codes, stopper, until
 from tests.shutdown.scene import Domain, Row, Scene
 
 LONGEST_S: Final = 150
-"""A policy that waits longer is ended and shown as that."""
+"""A policy that waits longer is stopped, and its cell shows `> 150 s`."""
 _OURS_S: Final = 400
 _AGENT_S: Final = 3.0
 
@@ -35,19 +35,20 @@ class Stop:
     """How one stop ended."""
 
     ended: str
-    """exited, killed, survived."""
+    """exited, killed or survived."""
     rungs: list[str] = field(default_factory=list)
     at_risk: list[str] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     asked: str = ""
-    """What became of asking the guest."""
+    """The result of asking the guest."""
 
 
 Policy = Callable[[Scene, Row], Stop]
 
 
 def qkilld(scene: Scene, row: Row) -> Stop:
-    """FORCE and POWERDOWN, with default settings; libvirt's guests by qkillctl, which can ask."""
+    """Use FORCE and POWERDOWN with default settings. qkillctl stops guests of libvirt, because it
+    can ask them."""
     if scene.target.domain is not None:
         return _qkillctl(scene.target.domain)
     config = Config(executables=(str(Path(f"/proc/{scene.target.pid}/exe").readlink()),))
@@ -57,12 +58,12 @@ def qkilld(scene: Scene, row: Row) -> Stop:
         async with stopper(config) as stopping:
             job = await stopping.begin_request(scene.target.pid, request)
             await until(lambda: not job.running, _OURS_S)
-            return _told(job)
+            return _stop_of(job)
 
     return run_for(_OURS_S + 10, work())
 
 
-def _told(job: Job) -> Stop:
+def _stop_of(job: Job) -> Stop:
     assert job.result is not None
     verdicts = [turn.verdict.value for turn in job.history]
     return Stop(
@@ -84,7 +85,7 @@ def _qkillctl(domain: Domain) -> Stop:
 
 
 def virsh(scene: Scene, row: Row) -> Stop:
-    """virsh shutdown and 300 s, as libvirt-guests has it; then virsh destroy."""
+    """Run virsh shutdown, wait up to 300 s as libvirt-guests does, then run virsh destroy."""
     domain = scene.target.domain
     assert domain is not None
     domain.shutdown()
@@ -94,14 +95,15 @@ def virsh(scene: Scene, row: Row) -> Stop:
 
 
 def sigterm(scene: Scene, row: Row) -> Stop:
-    """SIGTERM, and patience."""
+    """Send SIGTERM and wait."""
     scene.target.signal(signal.SIGTERM)
     gone = wait_gone(scene.target.pidfd, LONGEST_S)
     return Stop("exited" if gone else "survived", ["SIGTERM"])
 
 
 def proxmox(scene: Scene, row: Row) -> Stop:
-    """The agent if it answers in 3 s, or the power button, and 60 s; SIGTERM and 10 s; SIGKILL."""
+    """Ask the agent, or press the power button if it does not answer in 3 s, and wait 60 s; send
+    SIGTERM and wait 10 s; send SIGKILL."""
     asked = "agent"
     if scene.agent is None or not _ask_agent(scene.agent):
         asked = "button"
@@ -116,7 +118,8 @@ def proxmox(scene: Scene, row: Row) -> Stop:
 
 
 def one_press(scene: Scene, row: Row) -> Stop:
-    """The power button and 90 s, then SIGKILL: a unit with system_powerdown as its ExecStop=."""
+    """Press the power button, wait 90 s, send SIGKILL, like a unit whose ExecStop= sends
+    system_powerdown."""
     _press(scene.qmp)
     if wait_gone(scene.target.pidfd, 90):
         return Stop("exited", ["button"])
@@ -125,7 +128,7 @@ def one_press(scene: Scene, row: Row) -> Stop:
 
 
 def _press(path: Path) -> None:
-    """Nothing comes of it if the monitor does not answer, and nobody waits for that."""
+    """Press the power button. If the monitor does not answer, give up after 2 s."""
     with (
         ignore("pressing the power button", OSError),
         socket.socket(socket.AF_UNIX) as monitor,
@@ -139,7 +142,7 @@ def _press(path: Path) -> None:
 
 
 def _ask_agent(path: Path) -> bool:
-    """Whether it has answered a ping, and been asked to shut down."""
+    """Ask the agent to shut the guest down if it answers a ping; return whether it did."""
     with ignore("asking the agent", OSError), socket.socket(socket.AF_UNIX) as agent:
         agent.settimeout(_AGENT_S)
         agent.connect(str(path))

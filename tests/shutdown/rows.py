@@ -1,7 +1,7 @@
-"""The rows whose guest has no operating system: nobody in it can be asked.
+"""The rows whose guest has no operating system, so it cannot be asked to shut down.
 
-Each has a local or otherwise healthy disk with 300 acknowledged records, of which QEMU still holds
-about two thirds in memory, and mostly a second disk, on which the trouble is.
+Each guest has a healthy disk with 300 acknowledged records, of which QEMU still holds about two
+thirds in memory. Most have a second disk, which causes the trouble.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.lab.log import wait_for_path
 from tests.lab.nbd import NbdStore, nbd_store
 from tests.lab.process import end, run, spawn
 from tests.lab.vhost_user import vhost_backend
-from tests.shutdown.scene import Kept, Launcher, Make, Row, Scene
+from tests.shutdown.scene import Launcher, Make, RecordCount, Row, Scene
 
 RECORDS: Final = Layout(100, passes=3)
 MIB: Final = 1 << 20
@@ -61,7 +61,7 @@ def _guest(
     words = [*arguments, "-qmp", f"unix:{qmp},server=on,wait=off"]
     with launcher.bare(directory, words) as (guest, target):
         assert guest.write("data", RECORDS) == 300
-        yield guest, Scene(target, qmp, lambda: Kept(RECORDS.kept(image, "qcow2"), 300))
+        yield guest, Scene(target, qmp, lambda: RecordCount(RECORDS.kept(image, "qcow2"), 300))
 
 
 def _with_remote(
@@ -155,7 +155,7 @@ def _failing_flush(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _panicked(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """The guest says so on its pvpanic device, and QEMU stops it."""
+    """The guest reports a panic on its pvpanic device, and QEMU stops it."""
     image = _qcow2(directory / "data.qcow2")
     words = [*_local(image), "-device", "pvpanic", "-action", "panic=pause"]
     with _guest(directory, launcher, words, image) as (guest, scene):
@@ -184,16 +184,16 @@ def _mirror(directory: Path, launcher: Launcher) -> Iterator[Scene]:
         yield scene
 
 
-def _with_copy(image: Path, copy: Path) -> Kept:
+def _with_copy(image: Path, copy: Path) -> RecordCount:
     whole = RECORDS.kept(copy, "raw") == 300
-    return Kept(
+    return RecordCount(
         RECORDS.kept(image, "qcow2"), 300, ("the copy is whole" if whole else "half a copy",)
     )
 
 
 @contextlib.contextmanager
 def _migration(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Of 8 MiB, at 300 KiB/s."""
+    """Start a migration of 8 MiB at 300 KiB/s."""
     image, state, fill = (directory / name for name in ("data.qcow2", "state", "fill"))
     _qcow2(image)
     fill.write_bytes(os.urandom(8 * MIB))
@@ -202,10 +202,10 @@ def _migration(directory: Path, launcher: Launcher) -> Iterator[Scene]:
         guest.call("migrate-set-parameters", **{"max-bandwidth": 300 << 10})
         guest.call("migrate", uri=f"exec:cat >{state}")
 
-        def count() -> Kept:
+        def count() -> RecordCount:
             whole = state.stat().st_size > 8 * MIB
             note = "the migration is complete" if whole else "half a migration"
-            return Kept(RECORDS.kept(image, "qcow2"), 300, (note,))
+            return RecordCount(RECORDS.kept(image, "qcow2"), 300, (note,))
 
         scene.count = count
         yield scene
@@ -238,7 +238,7 @@ ROWS: Final = {
         "EIO on the last flush of the other disk", _failing_flush, at_risk=("flush-failed",)
     ),
     "backup": Row("a backup is running, 24 s more", _backup, note="the copy is whole"),
-    # When it is ready, it goes on until somebody ends it: that is not waited for.
+    # A mirror that is ready continues until somebody ends it, so qkilld does not wait for it.
     "mirror": Row(
         "a mirror is running", _mirror, at_risk=("job-cancelled",), note="the copy is whole"
     ),

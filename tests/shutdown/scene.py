@@ -1,4 +1,4 @@
-"""What the rows and the columns of the shutdown matrix agree on."""
+"""The types that the rows and the columns of the shutdown matrix share."""
 
 from __future__ import annotations
 
@@ -17,68 +17,70 @@ from tests.lab.process import end, spawn
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is on the disks afterwards."""
+class RecordCount:
+    """The records or files on the disks after the stop."""
 
     count: int
     of: int
     notes: tuple[str, ...] = ()
-    """Printable: whether the file system is clean, say."""
+    """Remarks for the table, such as whether the file system is clean."""
 
 
 class Domain(Protocol):
-    """A guest that libvirt has started, as its host sees it."""
+    """A guest that libvirt has started, to be stopped from its host."""
 
     def shutdown(self) -> None:
-        """virsh shutdown, which returns when the guest was asked."""
+        """Run virsh shutdown, which returns when the guest has been asked."""
 
     def destroy(self) -> None:
-        """virsh destroy."""
+        """Run virsh destroy."""
 
     def terminate(self, timeout_s: float) -> dict[str, object]:
-        """qkillctl terminate --powerdown --force --wait; the result and the receipt."""
+        """Run qkillctl terminate --powerdown --force --wait; return the result and the receipt."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """A running QEMU."""
+class GuestHandle:
+    """A running QEMU process."""
 
     pid: int
     pidfd: int
     domain: Domain | None = None
 
     def signal(self, number: signal.Signals) -> None:
-        """Does nothing if it is gone."""
+        """Send a signal. Does nothing if the process has exited."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
 
 class Launcher(Protocol):
-    """Who starts the guest."""
+    """Starts guests."""
 
     def bare(
         self, directory: Path, words: Sequence[str]
-    ) -> contextlib.AbstractContextManager[tuple[BareGuest, Target]]:
-        """A guest without an operating system (tests.lab.bare)."""
+    ) -> contextlib.AbstractContextManager[tuple[BareGuest, GuestHandle]]:
+        """Start a guest without an operating system (tests.lab.bare)."""
 
     def start(
         self, directory: Path, words: Sequence[str]
-    ) -> contextlib.AbstractContextManager[Target]:
-        """A QEMU with these arguments and 256 MiB."""
+    ) -> contextlib.AbstractContextManager[GuestHandle]:
+        """Start QEMU with these arguments and 256 MiB."""
 
 
-class Direct:
-    """This process starts it."""
+class ProcessLauncher:
+    """Starts guests as children of this process."""
 
     @contextlib.contextmanager
-    def bare(self, directory: Path, words: Sequence[str]) -> Iterator[tuple[BareGuest, Target]]:
+    def bare(
+        self, directory: Path, words: Sequence[str]
+    ) -> Iterator[tuple[BareGuest, GuestHandle]]:
         with bare_guest(directory, words) as guest:
-            yield guest, Target(guest.pid, guest.pidfd)
+            yield guest, GuestHandle(guest.pid, guest.pidfd)
 
     @contextlib.contextmanager
     def start(
         self, directory: Path, words: Sequence[str], qemu: str = "qemu-system-x86_64"
-    ) -> Iterator[Target]:
+    ) -> Iterator[GuestHandle]:
         program = needs.program(qemu, "qemu-system-x86 qemu-system-arm").resolve()
         own = [
             str(program),
@@ -93,7 +95,7 @@ class Direct:
             process = spawn([*own, *words], stdout=said, stderr=said)
         pidfd = os.pidfd_open(process.pid)
         try:
-            yield Target(process.pid, pidfd)
+            yield GuestHandle(process.pid, pidfd)
         finally:
             end(process)
             os.close(pidfd)
@@ -107,16 +109,16 @@ def nothing() -> None:
 class Scene:
     """A guest that is about to be stopped."""
 
-    target: Target
+    target: GuestHandle
     qmp: Path
-    count: Callable[[], Kept]
-    """To be called when nobody has its disks open."""
+    count: Callable[[], RecordCount]
+    """Counts the records. Call it when nobody has the disks open."""
     later: Sequence[tuple[float, Callable[[], None]]] = ()
-    """What happens so many seconds after the request."""
+    """Seconds after the request, and what happens then."""
     recover: Callable[[], None] = nothing
-    """Brings the storage back, so that what is left of the guest can end."""
+    """Repairs the storage, so that a guest that hangs can exit."""
     agent: Path | None = None
-    """The socket of its agent, if that runs."""
+    """The socket of the guest's agent; None if no agent runs."""
 
 
 Make = Callable[[Path, Launcher], contextlib.AbstractContextManager[Scene]]
@@ -129,19 +131,19 @@ class Row:
     title: str
     make: Make
     kept: int = 300
-    """At least so many records or files are kept by qkilld."""
+    """The least number of records or files that qkilld must keep."""
     result: tuple[str, ...] = ("exited",)
-    """How it ends with qkilld."""
+    """The allowed results of qkilld's job."""
     at_risk: tuple[str, ...] = ()
-    """The codes that its receipt has at least."""
+    """Codes that qkilld's receipt must have."""
     asked: str = "deaf"
-    """What becomes of asking with qkilld."""
+    """The result of asking the guest in qkilld's column."""
     note: str = ""
-    """What qkilld leaves behind, of Kept.notes."""
+    """A remark that RecordCount.notes must contain after qkilld's stop."""
     help: tuple[GuestOrder, ...] = ()
     """What qkilld may do so that the guest can be asked."""
     columns: tuple[str, ...] = EVERYBODY
     by_libvirt: bool = False
-    """libvirt has started the guest, whoever stops it."""
+    """Whether libvirt starts the guest in every column, not only in that of virsh."""
     works_s: float = 0
-    """For how long (s) stopping it keeps a processor busy."""
+    """How long (s) the stop keeps a processor busy."""

@@ -1,6 +1,6 @@
 """The rows whose guest runs an operating system: Debian with systemd, or busybox on aarch64.
 
-It holds eight files that it has not written to its disk yet (tests.lab.debian).
+The guest holds eight files that it has not written to its disk yet (tests.lab.debian).
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from tests.lab.log import wait_for_path
 from tests.lab.nbd import nbd_store
 from tests.lab.process import run
 from tests.lab.qmp import Qmp
-from tests.shutdown.scene import Direct, Kept, Launcher, Make, Row, Scene, Target
+from tests.shutdown.scene import (
+    GuestHandle,
+    Launcher,
+    Make,
+    ProcessLauncher,
+    RecordCount,
+    Row,
+    Scene,
+)
 
 WORKS_S: Final = 20
-"""A shutdown of Debian, under tcg."""
+"""How long a shutdown of Debian keeps a processor busy under TCG."""
 STOP_JOB_S: Final = 75
 _MIB: Final = 1 << 20
 _PAUSED_S: Final = 60
@@ -34,7 +42,7 @@ _LATE_STOP: Final = (
     ' head -c 65536 /dev/urandom >/data/late; sync /data/late; sleep 0.5; done\\""'
     f" >{_UNIT}; systemctl daemon-reload; systemctl start lab-late"
 )
-"""A service whose stop takes STOP_JOB_S seconds, in which it writes."""
+"""Starts a service whose stop takes STOP_JOB_S seconds and writes meanwhile."""
 _IGNORE: Final = (
     "mkdir -p /run/systemd/logind.conf.d; printf '[Login]\\nHandlePowerKey=ignore\\n'"
     " >/run/systemd/logind.conf.d/lab.conf; systemctl restart systemd-logind"
@@ -46,16 +54,16 @@ _NO_AGENT: Final = "systemctl stop qemu-guest-agent"
 class _Debian:
     shell: Shell
     qmp: Path
-    target: Target
+    target: GuestHandle
 
 
-def _files(data: Path) -> Kept:
+def _files(data: Path) -> RecordCount:
     whole, clean = kept_files(data)
-    return Kept(whole, FILES, ("file system clean" if clean else "needs recovery",))
+    return RecordCount(whole, FILES, ("file system clean" if clean else "needs recovery",))
 
 
 def _with_data(words: list[str], drive: str) -> list[str]:
-    """The guest's second disk is that."""
+    """Replace the guest's second disk with `drive`."""
     return [f"{drive},if=none,id=data" if "id=data," in word else word for word in words]
 
 
@@ -77,7 +85,7 @@ def _running(
             for command in prepare:
                 shell.run(command)
             write_files(shell)
-            # What the commands above have begun is over: the guest is idle when it is asked.
+            # Let the work of the commands above end, so that the guest is idle when it is asked.
             time.sleep(3)
             yield _Debian(shell, qmp, target)
         finally:
@@ -89,7 +97,7 @@ def _connect(path: Path) -> Shell:
     while True:
         try:
             return Shell(path)
-        except ConnectionRefusedError:  # bound, and in a moment it listens
+        except ConnectionRefusedError:  # QEMU has bound the socket, but does not listen yet.
             assert time.monotonic() < deadline, "the guest does not listen"
             time.sleep(0.02)
 
@@ -101,7 +109,8 @@ def _debian(
     monitor: str = "qmp",
     strike: Callable[[_Debian], None] | None = None,
 ) -> Make:
-    """A guest in which these commands were run. `monitor`: qmp, or monitor for a human one."""
+    """Make a guest in which the commands `prepare` have run. `monitor`: "qmp", or "monitor" for a
+    human one."""
 
     @contextlib.contextmanager
     def make(directory: Path, launcher: Launcher) -> Iterator[Scene]:
@@ -168,7 +177,7 @@ def _full_disk(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """A second after the request, for 30 s."""
+    """Freeze the storage one second after the request, for 30 s."""
     words = continued(directory)
     data = directory / "data.qcow2"
     with data.open("r+b") as image:
@@ -184,13 +193,13 @@ def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _held(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Another program uses its only monitor."""
+    """Let another program use the only monitor."""
     with _debian()(directory, launcher) as scene, Qmp(scene.qmp):
         yield scene
 
 
 def _booting(seconds: float) -> Make:
-    """A guest so long after its start. Its boot takes 30 s and more."""
+    """Make a guest that is stopped this long after its start. Its boot takes at least 30 s."""
 
     @contextlib.contextmanager
     def make(directory: Path, launcher: Launcher) -> Iterator[Scene]:
@@ -199,24 +208,24 @@ def _booting(seconds: float) -> Make:
             time.sleep(seconds)
             root = debian.data.with_name("root.qcow2")
 
-            def count() -> Kept:
-                return Kept(0, 0, (_files(root).notes[0],))
+            def count() -> RecordCount:
+                return RecordCount(0, 0, (_files(root).notes[0],))
 
             assert guest.qmp is not None
-            yield Scene(Target(guest.pid, guest.pidfd), guest.qmp, count)
+            yield Scene(GuestHandle(guest.pid, guest.pidfd), guest.qmp, count)
 
     return make
 
 
 @contextlib.contextmanager
 def _aarch64(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    assert isinstance(launcher, Direct)
+    assert isinstance(launcher, ProcessLauncher)
     with arm_guest(directory) as (pid, pidfd, data, qmp):
-        yield Scene(Target(pid, pidfd), qmp, lambda: Kept(_count_blocks(data), FILES))
+        yield Scene(GuestHandle(pid, pidfd), qmp, lambda: RecordCount(_count_blocks(data), FILES))
 
 
 def _count_blocks(data: Path) -> int:
-    """Of the aarch64 guest, one after the other on a raw disk."""
+    """Count the blocks that the aarch64 guest wrote one after the other to a raw disk."""
     content = data.read_bytes()
     return sum(
         content[n * 65536 : (n + 1) * 65536] == str(n + 1).encode() * 65536 for n in range(FILES)

@@ -1,4 +1,4 @@
-"""The processor time of a process. Source: Documentation/scheduler/sched-stats.rst."""
+"""Read the processor time of a process. Source: Documentation/scheduler/sched-stats.rst."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
-    """By all threads of a process since they began."""
+class ProcessorUsage:
+    """What all threads of a process have used since they began."""
 
     switches: int
     """Context switches, voluntary and involuntary."""
     processor_ms: float
     kept_waiting_ms: float
-    """Ready to run while other processes had the processors."""
+    """Time in which threads were ready to run, but other processes had the processors."""
 
     @classmethod
-    def of(cls, pid: int) -> Spent:
-        """Raises OSError without such a process."""
+    def of(cls, pid: int) -> ProcessorUsage:
+        """Read the usage of a process. Raises OSError if it does not exist."""
         switches, ran, waited = 0, 0, 0
         for thread in threads(pid):
             status = (thread / "status").read_text()
@@ -29,8 +29,8 @@ class Spent:
             waited += int(times[1])
         return cls(switches, ran / 1e6, waited / 1e6)
 
-    def __sub__(self, earlier: Spent) -> Spent:
-        return Spent(
+    def __sub__(self, earlier: ProcessorUsage) -> ProcessorUsage:
+        return ProcessorUsage(
             self.switches - earlier.switches,
             self.processor_ms - earlier.processor_ms,
             self.kept_waiting_ms - earlier.kept_waiting_ms,
@@ -38,5 +38,5 @@ class Spent:
 
 
 def threads(pid: int) -> list[Path]:
-    """Their directories in /proc."""
+    """Return the directories of a process's threads in /proc."""
     return list(Path(f"/proc/{pid}/task").iterdir())
