@@ -16,7 +16,7 @@ _INVALID_CHOICE: Final = re.compile(r"argument (\S+): invalid choice: '(.*?)' ")
 class SuggestingParser(ArgumentParser):
     """Suggests an option or command for a mistyped one."""
 
-    def parse_args(  # type: ignore[override]  # nobody here brings a namespace of another type
+    def parse_args(  # type: ignore[override]  # no caller passes another type of namespace
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> Namespace:
         arguments, rest = self.parse_known_args(args, namespace)

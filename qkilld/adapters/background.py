@@ -1,4 +1,4 @@
-"""Do writes that may block for ever in a thread, without delaying the end of the program.
+"""Write in a thread, because a write may block for ever, but must not delay the program's end.
 
 Does not use asyncio, which the daemon imports late (qkilld.daemon).
 """
@@ -37,7 +37,7 @@ class BackgroundWriter(Generic[T]):
         self._thread.start()
 
     def put(self, item: T, *, always: bool = False) -> bool:
-        """Queue an item. Return False if too many wait and it is dropped; `always` queues it
+        """Queue an item. Return False if it is dropped because too many wait; `always` queues it
         anyway."""
         if not always and self._limit is not None and self._queue.qsize() >= self._limit:
             return False

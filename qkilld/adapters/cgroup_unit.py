@@ -18,8 +18,8 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
     """Return the unit, or None if systemd's hierarchy is unknown.
 
     `own` and `init` are the texts for the process and for process 1 of the same system. `uses_v2`
-    (`systemd_uses_v2`) is called only if the processes are in both hierarchies that systemd may
-    use. It uses one, and the other may be mounted for any purpose.
+    (`systemd_uses_v2`) is called only if the process is in both hierarchies. systemd uses one of
+    them, and the other may be mounted for any purpose.
     """
     paths, roots = _paths(own), _paths(init)
     v2: bool | None = "" in paths
@@ -45,7 +45,7 @@ def systemd_uses_v2(kind_at: Callable[[str], str]) -> bool | None:
     """Return whether systemd keeps its units in cgroup v2, by systemd's rules; None if unknown.
 
     `kind_at` returns the type of the file system mounted at a path, or "". In hybrid mode
-    /sys/fs/cgroup is a tmpfs, with v2 at unified or, in version 232, at systemd.
+    /sys/fs/cgroup is a tmpfs; v2 is mounted below it at unified or, by systemd 232, at systemd.
     """
     places = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
     kinds = [kind_at(place) for place in places]

@@ -1,7 +1,7 @@
 """Read qkilld.conf as systemd reads its own files.
 
-Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). This
-is our own parser because every complaint names its line, which Python's libraries do not keep.
+Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). The
+parser is our own, because Python's libraries do not keep line numbers, which complaints contain.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Settings:
     """By guest name; "" is [Policy]."""
     executables: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
-    """(guest or "", field) to the place where it was last set."""
+    """The place where each setting was last set, by (guest or "", field)."""
     wrong: list[str] = field(default_factory=list)
 
     def complain(self, place: _Place, text: str) -> None:
@@ -171,7 +171,7 @@ def _real(path: Path, root: Path) -> Path:
 
 
 def _content(path: Path, root: Path) -> bytes:
-    """Read a file. Raises OSError, and ValueError with a text if it cannot be a configuration."""
+    """Read a file. Raises OSError; ValueError with a complaint if it cannot be a configuration."""
     real = _real(path, root)
     if real == _MASK:
         return b""
@@ -229,7 +229,7 @@ def _fault(line: bytes) -> str:
 
 
 def _section(line: str, place: _Place, settings: _Settings) -> str:
-    """Return the section's name; "X-" if all of it is to be ignored."""
+    """Return the section's name; "X-" if the whole section is to be ignored."""
     name = line[1:-1].strip()
     if not line.endswith("]"):
         settings.complain(place, f'"{line[:80]}" lacks its "]"')
@@ -321,11 +321,11 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # It comes from the general policy, which was complained about.
+                continue  # The general policy sets both, and was complained about.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "
-                f"GraceSec={timespan.format_usec(whole.grace)}: no SIGKILL can keep both",
+                f"GraceSec={timespan.format_usec(whole.grace)}: no SIGKILL can obey both",
             )
     switches = replace(Switches(), **settings.switches[""])
     return Config(

@@ -27,7 +27,8 @@ class LocalHost:
 
     async def label(self, identity: Identity) -> Label:
         ((name, uuid, qmp),) = await self._names.names([identity])
-        # Read again each time: machine managers move a QEMU process to its scope after its start.
+        # The unit is read each time, because machine managers move a QEMU process to a scope after
+        # it has started.
         return Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp)
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
@@ -54,7 +55,7 @@ def _identities(proc: Path) -> list[Identity]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # It has exited.
         except PermissionError as error:
-            note_once(f"looking who process {pid} is", error)
+            note_once(f"identifying process {pid}", error)
             continue
         except OSError as error:
             raise Failed(f"Cannot list processes: {os.strerror(error.errno or 0)}") from None

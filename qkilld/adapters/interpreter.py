@@ -15,9 +15,9 @@ _RARELY: Final = 1_000
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call it once, after all imports, for which the collector may be off. A full collection stops all
-    threads: with a thousand jobs for 60 to 90 ms, every few seconds (measured). It finds only three
-    objects for each job that young collections have missed.
+    Call it once, after all imports, during which the collector may be off. With a thousand jobs, a
+    full collection stops all threads for 60 to 90 ms every few seconds (measured), to find only
+    three objects for each job that young collections have missed.
     """
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()

@@ -52,11 +52,11 @@ class JobStore:
     def restore(self, registry: Registry) -> None:
         """Resume every job that can be resumed.
 
-        If the directory cannot be read, report that, and leave its files and the manager's
-        descriptors to the next start.
+        If the directory cannot be read, report that, and keep its files and the manager's
+        descriptors for the next start.
         """
         self._registry = registry
-        # A job's process may have been stored before its state was.
+        # A crash may have left a job's descriptor in the store, but no file with its state.
         numbers = [int(match[1]) for name in self._stored if (match := _NAME.fullmatch(name))]
         registry.count_from(max(numbers, default=0))
         try:
@@ -84,7 +84,7 @@ class JobStore:
                 self.drop_monitor(snapshot.number)
         registry.follow_resumed()
         for name in list(self._stored):
-            self._reject(name, "no job here needs it")
+            self._reject(name, "no job needs it")
 
     def store_fd(self, number: int, process: Process) -> None:
         name, fd = _name(number), process.fileno()

@@ -1,10 +1,10 @@
 """Write events to journald, or to standard error if that is not connected to journald.
 
-If journald does not read, its socket, which all services share, fills up; and qkilld works exactly
-when disks stall. So events go through a bounded queue to a thread of their own. A full queue drops
-and counts instead of waiting. The native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is
-implemented here because `systemd.journal.send` holds Python's lock while it waits for room in the
-socket, which stops every thread of the process.
+If journald does not read, its socket, which all services share, fills up, and qkilld is needed
+exactly when disks stall. So events go through a bounded queue to a separate thread. If the queue is
+full, events are dropped and counted. The native protocol
+(https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here because `systemd.journal.send`
+holds Python's lock while it waits for room in the socket, which stops every thread of the process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class QueuedJournal:
         self._sink = sink
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events that is not yet in the queue."""
+        """The number of dropped events that the queue does not report yet."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
@@ -73,7 +73,7 @@ class QueuedJournal:
         try:
             self._sink(_event(item))
         except Exception as error:
-            # The count could not be written either, so it is added to the next one.
+            # If the item is a count itself, it is added to the next count.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1
@@ -85,8 +85,8 @@ class QueuedJournal:
 class Journald:
     """A sink that writes to journald by its native protocol.
 
-    It blocks while journald does not read, without Python's lock. It raises OSError, for example if
-    there is no journald.
+    It blocks while journald does not read, without holding Python's lock. It raises OSError, for
+    example if there is no journald.
     """
 
     def __init__(self, identifier: str, path: Path = JOURNALD_SOCKET) -> None:
@@ -125,7 +125,7 @@ class Journald:
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
     """Return a queue to journald if standard error is connected to it, else to standard error.
 
-    JOURNAL_STREAM tells, see systemd.exec(5). `identifier` is the program's name in the journal.
+    `identifier` is the program's name in the journal.
     """
     return QueuedJournal(Journald(identifier) if stderr_is_journal() else to_stderr)
 
@@ -160,7 +160,7 @@ def _connect(path: Path) -> socket.socket:
 
 
 def _when_writable(connected: socket.socket, send: Callable[[], object]) -> None:
-    """Call `send` as soon as the other end has room."""
+    """Wait until the other end has room, and call `send`."""
     room = select.poll()
     room.register(connected, select.POLLOUT)
     while True:

@@ -1,7 +1,6 @@
 """Read the receipts of past stops from the journal.
 
-systemd-python holds Python's lock while it reads from the disk. That suits a program that does
-nothing else meanwhile, but not the daemon.
+systemd-python holds Python's lock while it reads from the disk, so the daemon must not use this.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Receipt:
     verdict: str
     data_at_risk: bool
     guest_asked: str
-    """The result of asking the guest's operating system, "" if the entry does not say."""
+    """The result of asking the guest's operating system, "" if the entry lacks it."""
     gone_after: int | None
     """µs from the start of the job to the real end of a process that survived the job."""
     program: str
@@ -65,7 +64,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
         names = ("_BOOT_ID", "OBJECT_PID", "QKILLD_JOB", "SYSLOG_IDENTIFIER")
         job = tuple(_text(entry, name) for name in names)
         if _text(entry, "MESSAGE_ID").replace("-", "") != MessageId.SURVIVOR_GONE.value:
-            if job in receipts:  # A daemon that lost its state has reused the number.
+            if job in receipts:  # A daemon that had lost its state used the number again.
                 receipts[(*job, str(number))] = receipts.pop(job)
             receipts[job] = _receipt(entry)
         elif job in receipts:
@@ -104,8 +103,8 @@ def read_job(number: int, directory: Path | None = None) -> list[JobEntry]:
 
 
 def entries_of(entries: Iterable[Mapping[str, Any]]) -> list[JobEntry]:
-    """Of several jobs with the same number, return the newest, because a daemon without state
-    counts from 1. Entries that may be forged are left out."""
+    """Return the entries of the newest job, without those that may be forged. Jobs can have the
+    same number, because a daemon that has lost its state counts from 1."""
     job_entries: list[JobEntry] = []
     boot = ""
     for entry in entries:

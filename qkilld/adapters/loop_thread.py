@@ -1,4 +1,4 @@
-"""Run functions that may block for ever in a thread, for the event loop."""
+"""Run functions that may block for ever in threads, so that the event loop can await them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
 
-Existing memory is locked at once, later memory page by page as it is used; otherwise each thread's
-stack would count at its full size. Whatever is allocated once stays locked, so there should be
-little of it.
+Existing memory is locked at once, later memory page by page when it is first used; otherwise each
+thread's whole stack would be locked. Memory that was used once stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -28,17 +27,16 @@ _CAP_IPC_LOCK: Final = 1 << 14
 def share_heap() -> None:
     """Let all threads allocate from one heap. Call this before the first thread starts.
 
-    By default glibc gives each thread one of up to eight heaps for each processor, and keeps what a
-    thread once needed: a dozen of them held 9 MB, 5 MB of it free, after 200,000 hostile calls.
-    One heap costs no time, because Python's threads run one at a time. Other C libraries have
-    only one.
+    By default glibc has up to eight heaps for each processor, and keeps what a thread once needed:
+    after 200,000 hostile calls, a dozen heaps held 9 MB, 5 MB of it free. Sharing one heap costs no
+    time, because Python's threads run one at a time. Other C libraries have only one heap.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class MemoryLock:
-    """Locks memory in its own threads, because it takes long if pages must be read first."""
+    """Locks memory in its own threads, because locking pages that must be read first takes long."""
 
     def __init__(self, on_error: Callable[[str], None]) -> None:
         """`on_error` is called at most once, in any thread."""
@@ -68,7 +66,7 @@ class MemoryLock:
 
     def _try(self) -> str:
         """Lock the memory. Return why that is impossible, or ""."""
-        # With a limit, later allocations may fail.
+        # Under a limit, later allocations may fail.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
         for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):

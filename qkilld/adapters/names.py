@@ -2,8 +2,8 @@
 
 To read a command line, the kernel takes the target's memory lock (adapters.procfs), which any user
 can hold as long as they like, for example with an argument on a page of a FUSE file. So each user
-gets a few reading threads, and callers wait until one deadline for all names. A name that misses it
-is not waited for again, but becomes known once it is read.
+gets a few reading threads, and each call has one deadline for all its names. No later call waits
+for a name that missed a deadline, but the name becomes known once it is read.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # A name that was read meanwhile counts as pending until `_collect` removes it.
+        # Names that were read meanwhile are not pending either; `_collect` takes their results.
         self._pending &= keys
         self._late_keys &= keys
 

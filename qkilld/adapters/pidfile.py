@@ -28,8 +28,8 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""The start of a process is known to 10 ms and the boot time to 1 s; the rest is for coarse
-file system clocks."""
+"""How much later than the pidfile its process may seem to have started. The start of a process is
+known to 10 ms and the boot time to 1 s; the rest is for coarse file system clocks."""
 MAX_PID: Final = 2**32 - 1
 """The greatest pid on the bus; the kernel's own limit is far lower."""
 
@@ -117,11 +117,11 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace, because a process in another one wrote its id
-    there.
+    """Return the process's id in our PID namespace; a process in another one wrote the id that it
+    has there.
 
-    QEMU locks its pidfile while it runs. Raises Failed if another namespace's process has that id
-    and nothing proves that it wrote the file.
+    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. Raises Failed without
+    such a lock, if only processes in other namespaces have the id.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):
@@ -131,9 +131,9 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
     others = [other for other in procfs.pids() if pid in procfs.read_namespaced_pids(other)[1:]]
     if others:
         raise Failed(
-            f"Pidfile {shown} names process {pid}, which is not here but has that id in another PID"
-            f" namespace: it may be process {' or '.join(map(str, others[:4]))}. Check that, and"
-            " name it by --pid"
+            f"Pidfile {shown} names process {pid}, which exists only in another PID namespace: it"
+            f" may be process {' or '.join(map(str, others[:4]))} here. Check that, and name it by"
+            " --pid"
         )
     return pid
 
@@ -163,9 +163,8 @@ def parse_pid(data: bytes, shown: str) -> int:
 
 
 def check_writers(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
-    """Raise AccessDenied if others than root, the caller or the process's user may write there.
-
-    They could choose the process that the caller's rights are used on.
+    """Raise AccessDenied if anyone but root, the caller and the process's user could have written
+    or replaced the file: they could choose the process that the caller stops.
     """
     trusted = {0, caller_uid, process_uid}
     for step in content.steps:

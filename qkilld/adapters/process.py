@@ -141,8 +141,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
     """Use a pidfd that was stored for a guest's process, which may have exited since.
 
-    Raises ProcessChanged if it is not a pidfd or belongs to another process; then the descriptor
-    stays the caller's.
+    Raises ProcessChanged if it is not a pidfd or belongs to another process; the caller then still
+    owns the descriptor.
     """
     pid = _pid_of(pidfd)
     if pid is None:
@@ -156,7 +156,7 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
             raise ProcessChanged("it is a pidfd of another process")
     except OSError:
         if not _exited(pidfd):
-            raise ProcessChanged("what process it is of cannot be told") from None
+            raise ProcessChanged("its process cannot be identified") from None
     return PidfdProcess(pidfd, guest, proc)
 
 
@@ -178,7 +178,7 @@ def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
         if _exited(pidfd):
             raise _already_gone(pid) from None
         raise NotQemu(
-            f"The kernel does not show qkilld what process {pid} runs: it may not be QEMU"
+            f"The kernel does not show qkilld the program of process {pid}: it may not be QEMU"
         ) from None
     except (FileNotFoundError, ProcessLookupError):
         # With hidepid=, /proc may show nothing about a living process.
@@ -193,7 +193,7 @@ def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
 
 
 def _unreadable(pid: int, error: OSError) -> Failed:
-    return Failed(f"Cannot read who process {pid} is: {os.strerror(error.errno or 0)}")
+    return Failed(f"Cannot identify process {pid}: {os.strerror(error.errno or 0)}")
 
 
 def _already_gone(pid: int) -> NoSuchProcess:

@@ -3,8 +3,8 @@
 Reading stat, status and exe never blocks. Reading a command line can: the kernel takes the target's
 memory lock, which a QEMU process stuck in a page fault may hold for ever. So call
 `read_command_line` and `read_names` in a thread of their own (adapters.background).
-mountinfo is text that the kernel keeps in memory. No path is accessed, so a file system whose
-server is gone does not block it. For another user's process it needs the ptrace right.
+mountinfo is text that the kernel keeps in memory: reading it accesses no path, so a file system
+whose server is gone does not block. For another user's process this needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Filesystem(NamedTuple):
     number: str
     """MAJOR:MINOR of the files on it, st_dev; major 0 if there is no block device."""
     root: bytes
-    """The directory of the file system that is mounted."""
+    """The directory within the file system that is mounted."""
     point: bytes
     kind: str
     source: bytes
@@ -81,7 +81,7 @@ class Credentials(NamedTuple):
     """The user and groups of a process, for permission checks."""
 
     uid: int
-    """The real one."""
+    """The real user id."""
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
@@ -108,8 +108,8 @@ def read_stat(pid: int, proc: Path = PROC) -> Stat:
 def parse_stat(text: bytes) -> Stat:
     """Parse a line of stat. Raises ProcessLookupError if the text is not a whole line.
 
-    The command is in parentheses and may itself contain any byte except NUL, also parentheses and
-    line breaks. The other fields follow the last ")".
+    The command is in parentheses and may contain any byte except NUL, even parentheses and line
+    breaks. The other fields follow the last ")".
     """
     head, _, tail = text.rpartition(b")")
     fields = tail.split()
@@ -185,9 +185,8 @@ def _read(path: str) -> bytes:
 def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """Return the target of exe, and whether it is deleted; ("", False) if there is none.
 
-    Kernel threads and exiting processes have none. After the first thread has exited, the other
-    threads still have it. Raises OSError for every other reason, for example PermissionError if the
-    kernel does not show it.
+    Kernel threads and exiting processes have none. If the first thread has exited, exe of another
+    thread is read. Raises OSError, for example PermissionError if the kernel does not show it.
     """
     directory = f"{proc}/{pid}"
     path = _readlink(f"{directory}/exe")
@@ -227,7 +226,7 @@ def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
 
 
 def read_command_line(pid: int, proc: Path = PROC) -> list[str]:
-    """Return the words of /proc/PID/cmdline, at most MAX bytes. May block. Raises OSError."""
+    """Return the words of /proc/PID/cmdline, at most 1 MiB. May block. Raises OSError."""
     return _arguments(_read_command_line(pid, proc))
 
 
@@ -254,7 +253,7 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # Empty if it is exiting or hides it. The end of a longer one is missing.
+    # An exiting process has an empty one, and a longer one was cut off.
     is_whole = 0 < len(command_line) < _MAX_CMDLINE
     label = printable(name) if name or is_whole else None
     return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv)
@@ -310,7 +309,7 @@ class Mounts:
     """The mounts that one process sees at one moment."""
 
     def __init__(self, pid: int | str, proc: Path = PROC) -> None:
-        """Read them; there are none if they cannot be read."""
+        """Read mountinfo; without mounts if it cannot be read."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
         # A path may have any character that ends a line, except a line feed.
@@ -411,8 +410,7 @@ def _tasks(own: Path) -> list[Path]:
 
 @functools.lru_cache(maxsize=4)
 def _systemd_uses_v2(proc: Path) -> bool | None:
-    """Return whether systemd uses v2. systemd calls statfs(2), which Python lacks; this reads
-    mountinfo, which has the same information."""
+    """Return whether systemd uses v2. Reads mountinfo instead of statfs(2), which Python lacks."""
     mounts = Mounts("self", proc)
 
     def kind_at(path: str) -> str:

@@ -1,8 +1,8 @@
 """Parse QEMU's command line and -readconfig files as QEMU does.
 
-Pure: nothing here opens a file. All input is hostile, and nothing is checked against the machine;
-callers must prove what the words claim. Sources: qemu-options.hx of QEMU 2.0 to 10.0,
-util/qemu-option.c, util/keyval.c, chardev/char.c (qemu_chr_parse_compat), util/qemu-config.c.
+Pure: nothing here opens a file. All input is hostile, and callers must verify what it claims.
+Sources: qemu-options.hx of QEMU 2.0 to 10.0, util/qemu-option.c, util/keyval.c, chardev/char.c
+(qemu_chr_parse_compat), util/qemu-config.c.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class QemuOption:
     """One option of a command line, or one section of a -readconfig file in the same form."""
 
     name: str
-    """Without its dashes. A word without an option is a disk image: `hda`, as in QEMU."""
+    """The name without dashes. As in QEMU, a word that follows no option is an image, `hda`."""
     text: str
-    """The argument as it was given, "" if the option takes none."""
+    """The argument as given; "" if the option takes none."""
 
     @cached_property
     def properties(self) -> Mapping[str, Any]:
@@ -153,7 +153,7 @@ def parse_legacy_chardev(text: str) -> dict[str, str]:
     """Parse the argument of -qmp, -monitor or -serial into the properties of a -chardev.
 
     "unix:PATH,server=on" is {"backend": "socket", "path": PATH, "server": "on"}. "chardev:ID" is
-    {"chardev": ID}. If the text names no address and no file, it is the backend itself.
+    {"chardev": ID}. Text without an address or file is the name of the backend.
     """
     text = text.removeprefix("mon:")
     kind, colon, rest = text.partition(":")

@@ -1,7 +1,7 @@
 """The service manager: status messages, its watchdog and its file descriptor store.
 
-Its socket may be full while it is busy, so a thread of its own sends. Nothing happens if no manager
-listens (NOTIFY_SOCKET).
+The manager's socket may be full while the manager is busy, so a separate thread sends. Without a
+manager (NOTIFY_SOCKET), nothing is sent.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ServiceManager:
             async with asyncio.timeout(timeout_s):
                 await received.wait()
         except TimeoutError as error:
-            note("waiting for systemd to take in what it was told", error)
+            note("waiting until systemd has processed all messages", error)
         finally:
             loop.remove_reader(read)
             os.close(read)
@@ -91,11 +91,11 @@ class ServiceManager:
         state, fd = item
         if state == "WATCHDOG=1":
             self._pinging = False
-        with ignore("telling systemd", OSError):
+        with ignore("sending a message to systemd", OSError):
             sd_notify.send(self._address, state, fd, wait=True)
         if fd is None:
             return
-        if is_socket(fd):  # A monitor, which the caller may have made.
+        if is_socket(fd):  # A caller may have made this monitor connection: closing may block.
             close_later(fd)
         else:
             os.close(fd)
@@ -104,8 +104,8 @@ class ServiceManager:
 def stored_descriptors() -> dict[str, int]:
     """Return the descriptors that the manager has stored, by name. Call it once, at the start.
 
-    systemd-python only reads the environment and sets flags of the descriptors here, so unlike its
-    functions that send, this cannot block.
+    This cannot block: unlike systemd-python's functions that send, listen_fds_with_names() only
+    reads the environment and sets flags of the descriptors.
     """
     if "LISTEN_FDS" not in os.environ:
         return {}

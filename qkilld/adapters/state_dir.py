@@ -29,8 +29,8 @@ MAX_BYTES: Final = 4 << 20
 MAX_BAD: Final = 16
 """The number of .bad files to keep; further ones are removed."""
 RESERVE: Final = 16
-"""Job numbers reserved in advance, because a job whose file was not written before a crash has used
-one, too."""
+"""How many job numbers are reserved in advance, because a job whose file was not written before a
+crash has used a number too."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"
@@ -54,7 +54,7 @@ class StateDirectory:
         status = os.fstat(self._directory)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             os.close(self._directory)
-            raise PermissionError(f"{directory} is not this user's alone to write to")
+            raise PermissionError(f"Other users own {directory} or may write to it")
         self._boot = _BOOT_ID.read_text().strip()
         self._on_error = on_error
         self._is_error_reported = False
@@ -213,7 +213,7 @@ class StateDirectory:
         except OSError:
             return False
         try:
-            # Spaces overwrite the rest of a longer text, because JSON may end with them.
+            # Spaces, which JSON allows at its end, overwrite the rest of a longer text.
             text = self._encoded(document).ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:
@@ -231,9 +231,9 @@ class StateDirectory:
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise SnapshotError("it is no ordinary file")
+                raise SnapshotError("it is not a regular file with a single name")
             if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                raise SnapshotError("others own it or may use it")
+                raise SnapshotError("other users own it or have access to it")
             if status.st_size > MAX_BYTES:
                 raise SnapshotError("it is too long")
             text = os.read(fd, MAX_BYTES)
@@ -242,9 +242,9 @@ class StateDirectory:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
-            raise SnapshotError("it is not whole") from None
+            raise SnapshotError("it is incomplete") from None
         if not isinstance(document, dict) or not isinstance(document.get("boot"), str):
-            raise SnapshotError("it does not say of which boot it is")
+            raise SnapshotError("it lacks the boot ID")
         return document
 
     def _names(self) -> list[str]:
@@ -262,14 +262,14 @@ def _name(number: int) -> str:
 def _job(name: str, document: dict[str, Any]) -> Snapshot:
     snapshot = decode(document.get("job"))
     if name != _name(snapshot.number):
-        raise SnapshotError("it is of a job of another number")
+        raise SnapshotError("it has the number of another job")
     return snapshot
 
 
 def _number(document: dict[str, Any]) -> int:
     last = document.get("last")
     if type(last) is not int or not 0 <= last < 10**9:
-        raise SnapshotError("the number in it cannot be")
+        raise SnapshotError("it has no valid job number")
     return last
 
 

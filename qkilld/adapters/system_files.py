@@ -31,13 +31,13 @@ def find_missing(root: Path) -> list[str]:
 
 
 def advice(root: Path) -> str:
-    """Return advice; "" if nothing is missing."""
+    """Return advice on missing files; "" if there are none."""
     if not (lacking := find_missing(root)):
         return ""
     manual = str(_DOCUMENTATION) if _DOCUMENTATION.is_dir() else "qkilld(8)"
     return (
-        f"These files of the system are missing: {', '.join(lacking)}. pip and pipx do not install"
-        " them, and neither does qkilld: install a package of your distribution, or run"
+        f"These system files are missing: {', '.join(lacking)}. pip and pipx do not install them,"
+        " and neither does qkilld: install a package of your distribution, or run"
         f" `make install` in the sources. qkillctl and `qkilld --user` work without them."
         f" Documentation: {manual}"
     )

@@ -22,13 +22,13 @@ MAX_CONFIGS: Final = 16
 MAX_PATH: Final = 4096
 """Bytes of a path, the kernel's limit (PATH_MAX)."""
 MAX_DEPTH: Final = 128
-"""The deepest path; each directory costs a descriptor."""
+"""The most directories on the way to a file; each takes a descriptor."""
 MAX_STEPS: Final = 1024
 """The most names looked up for one file."""
 
 _PATH: Final = os.O_PATH | os.O_CLOEXEC
 _MAX_LINKS: Final = 40
-"""The number that Linux follows for one file."""
+"""The number of symbolic links that Linux follows for one path."""
 
 
 def open_path(root: Path, path: str, directory: Path | None = None) -> int:
@@ -95,8 +95,7 @@ class _PathWalk:
         while ahead:
             name = ahead.pop()
             if name == "..":
-                # Through the descriptor from the way here, because a directory may be moved
-                # meanwhile.
+                # Go back to the parent that was opened before: the directory may have been moved.
                 self._leave_to(max(self._root_count, len(self._places) - 1))
             if name in ("", ".", ".."):
                 continue
@@ -116,7 +115,7 @@ class _PathWalk:
                 ahead += target.split("/")[::-1]
 
     def _check_access(self, wanted: int) -> None:
-        """Raise OSError if the user may not search, or read, the last directory or file."""
+        """Raise OSError if the user lacks this right to the last directory or file."""
         if self._user is not None:
             status = os.fstat(self._places[-1])
             _check(self._user.may(wanted, status), errno.EACCES)

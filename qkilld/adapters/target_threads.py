@@ -1,7 +1,7 @@
 """Threads for operations that a target may block for ever: on its file systems and its memory lock.
 
-A thread blocked in the kernel cannot be ended, so their number is limited for each target and each
-user, and one user cannot use up those of others.
+A thread that is blocked in the kernel cannot be ended, so the number of threads is limited for each
+target and each user.
 """
 
 from __future__ import annotations
@@ -91,4 +91,4 @@ class TargetThreads:
 
 
 shared: Final = TargetThreads()
-"""For the whole program, because the unit has TasksMax=."""
+"""The threads of the whole program, because TasksMax= of its unit limits all of them together."""

@@ -1,8 +1,7 @@
 """Write traces to disk: a file for each job, in one directory.
 
-Writing to a disk can block, and qkilld works exactly when disks stall, so a separate thread writes.
-If too many records wait, the trace ends with a note instead of delaying anything. No failure here
-affects a job.
+Writing to a disk can block, and qkilld is needed exactly when disks stall, so a separate thread
+writes. If too many records wait, the trace ends with a note. No failure here affects a job.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""Traces with the same job number, process id and start time: the process may outlive daemons."""
+"""The most traces with the same job number, process id and start time. Several are possible because
+a process may outlive daemons."""
 
 
 class TraceDirectory:
@@ -88,7 +88,7 @@ class TraceDirectory:
 
 
 class TraceFile:
-    """Implements engine.ports.Recorder: `record` and `close`. The thread calls the rest."""
+    """Implements engine.ports.Recorder: `record` and `close`. The writing thread calls the rest."""
 
     def __init__(self, header: Header, put: Callable[[TraceFile, Record | None], bool]) -> None:
         self._header = header
@@ -101,7 +101,7 @@ class TraceFile:
     def record(self, record: Record) -> None:
         if not self._cut and not self._put(self, record):
             self._cut = True
-            self._put(self, CutRecord(record.at, "the disk that it is written to is too slow"))
+            self._put(self, CutRecord(record.at, "the disk with the traces is too slow"))
 
     def close(self) -> None:
         self._put(self, None)

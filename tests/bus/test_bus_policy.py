@@ -38,7 +38,7 @@ def test_a_daemon_that_may_not_own_its_name(uid: int | None) -> None:
     lines = [line for line in done.stderr.splitlines() if "error: " not in line]
     line, *others = lines
     # A checkout has no system files either.
-    missing = "qkilld: These files of the system are missing: the policy of the bus"
+    missing = "qkilld: These system files are missing: the policy of the bus"
     assert [one.partition(" (")[0] for one in others] in ([], [missing]), done.stderr
     own_uid = os.getuid() if uid is None else uid
     assert line.startswith("qkilld: the system bus does not let uid ") and f"uid {own_uid}" in line

@@ -304,11 +304,11 @@ def test_a_guest_of_unknown_name_may_be_any_of_them(tmp_path: Path) -> None:
         ),
         (
             "[Policy]\nGraceSec=20\nMaxSec=10\n",
-            "3: MaxSec=10s is less than GraceSec=20s: no SIGKILL can keep both",
+            "3: MaxSec=10s is less than GraceSec=20s: no SIGKILL can obey both",
         ),
         (
             "[Guest web]\nMaxSec=5\n",
-            "2: MaxSec=5s is less than GraceSec=10s: no SIGKILL can keep both",
+            "2: MaxSec=5s is less than GraceSec=10s: no SIGKILL can obey both",
         ),
         ("[Policy]\n\\\nFoo=\\\n1\n", "2: unknown key Foo= in [Policy]; known are "),
     ],

@@ -395,8 +395,8 @@ def test_state_that_is_torn_or_not_its_own(system: Container, start_guest: Start
     assert {f"job-{bad}.json.bad", "job-99999.json.bad"} <= set(aside)
     entries = system.journal(f"MESSAGE_ID={MessageId.STATE_SET_ASIDE.value}")
     said = "\n".join(entry["MESSAGE"] for entry in entries)
-    assert f"Cannot use the saved job state job-{bad}.json: it is not whole" in said
-    assert "Cannot use the saved job state job-99999.json: others own it" in said
+    assert f"Cannot use the saved job state job-{bad}.json: it is incomplete" in said
+    assert "Cannot use the saved job state job-99999.json: other users own it" in said
     # Nobody knows any more what was to become of that guest: it is left alone.
     assert f'Closed the descriptor "job-{bad}"' in said
     assert wait(system, job)[0] == "killed"
