@@ -57,7 +57,7 @@ def systemd_uses_v2(kind_at: Callable[[str], str]) -> bool | None:
 def _paths(text: str) -> dict[str, str]:
     """Return the paths in v2 (key "") and in v1's name=systemd, as far as they exist."""
     paths = {}
-    # A path may have any character that ends a line, except a line feed.
+    # Not splitlines(): a path may contain any line separator except a line feed.
     for line in text.removesuffix("\n").split("\n"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

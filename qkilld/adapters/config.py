@@ -321,7 +321,7 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # The general policy sets both, and was complained about.
+                continue  # [Policy] sets both values, and has a complaint already.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "

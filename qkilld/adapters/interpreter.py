@@ -1,4 +1,4 @@
-"""Settings of the interpreter that keep the event loop responsive, so that signals are on time."""
+"""Settings of Python's interpreter that keep the event loop responsive: signals must be on time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import Final
 
 _SWITCH_S: Final = 0.001
-"""How long another thread may run without a system call, a fifth of the default."""
+"""How long a thread may keep the others from running: a fifth of the default."""
 _RARELY: Final = 1_000
 """Young collections for each full collection, a hundred times the default."""
 

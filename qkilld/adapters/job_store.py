@@ -73,7 +73,7 @@ class JobStore:
                 process = self._process(snapshot)
                 job = registry.resume(process, snapshot, monitor, among_many=True)
                 if snapshot.number in self._directory.outdated:
-                    # The release after the next may not read it.
+                    # Write it in the present format: a later release may not read the old one.
                     self.save(job.snapshot())
                 if monitor is not None:
                     self._stored.pop(_monitor_name(snapshot.number))

@@ -139,9 +139,9 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
 
 
 def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:
-    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE), None for none.
+    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE); None if there is none.
 
-    Source: proc_locks(5). The kernel reports its id in our PID namespace.
+    Source: proc_locks(5). The kernel reports the process's id in our PID namespace.
     """
     with ignore("reading the locks of files", OSError, ValueError):
         for line in (proc / "locks").read_text().splitlines():

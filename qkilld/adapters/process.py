@@ -45,7 +45,7 @@ class PidfdProcess:
         return self.guest.identity
 
     def identify(self) -> Identity:
-        """Read the identity again: execve(2) may have changed it. Raises as `open_process`."""
+        """Read the identity again: execve(2) may have changed it. Raises like `open_process`."""
         self.guest = Guest(_identify(self.identity.pid, self._pidfd, self._proc), self.guest.label)
         return self.guest.identity
 
@@ -122,7 +122,7 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     except OverflowError:
         raise NoSuchProcess(f"No process has the id {pid}") from None
     except OSError as error:
-        # For a thread's id: EINVAL up to Linux 6.8, ENOENT since.
+        # A thread's id causes EINVAL up to Linux 6.8, ENOENT since.
         if pid > 0 and error.errno in (errno.EINVAL, errno.ENOENT):
             raise NoSuchProcess(
                 f"{pid} is the id of a thread; give the id of its process"
@@ -148,7 +148,7 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
     if pid is None:
         raise ProcessChanged("it is no pidfd")
     try:
-        # Missing or -1: the process was reaped, so no signal can reach anything through it.
+        # -1: the process was reaped, so a signal through the pidfd reaches nothing.
         if pid > 0 and (
             pid != guest.identity.pid
             or procfs.read_stat(pid, proc).start_time != guest.identity.start_time

@@ -40,7 +40,7 @@ class Stat(NamedTuple):
     """A line of /proc/PID/stat, proc_pid_stat(5)."""
 
     comm: bytes
-    """The command as the kernel has it: any bytes except NUL."""
+    """The command as the kernel shows it: any bytes except NUL."""
     state: str
     parent: int
     exiting: bool
@@ -63,7 +63,7 @@ class Filesystem(NamedTuple):
     """A line of mountinfo. Its strings keep the kernel's escapes."""
 
     pid: str
-    """The process id whose mount namespace it is in, or "self"."""
+    """The process whose mount namespace it is in: a process id or "self"."""
     id: int
     parent: int
     number: str
@@ -163,8 +163,8 @@ def is_dying(pid: int, proc: Path = PROC) -> bool:
 def _status_lines(pid: int, proc: Path) -> list[bytes]:
     """Read the lines of status. Raises OSError.
 
-    Only a line feed ends one: the kernel escapes it in the command, but no carriage return, which
-    ends a line for bytes.splitlines.
+    bytes.splitlines() would also split at a carriage return, which the kernel does not escape in
+    the command.
     """
     return _read(f"{proc}/{pid}/status").split(b"\n")
 
@@ -266,7 +266,7 @@ def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
     Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
     """
     try:
-        # Not read_text, which takes a carriage return in a name for the end of the line.
+        # read_text() would split a line at a carriage return in a name.
         cgroups, init = (
             (proc / str(one) / "cgroup").read_bytes().decode("utf-8", "surrogateescape")
             for one in (pid, 1)
@@ -312,7 +312,7 @@ class Mounts:
         """Read mountinfo; without mounts if it cannot be read."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
-        # A path may have any character that ends a line, except a line feed.
+        # Not splitlines(): a path may contain any line separator except a line feed.
         for line in (read_bounded(f"{proc}/{pid}/mountinfo", _MAX_MOUNTINFO) or b"").split(b"\n"):
             if line:
                 self._lines[line.partition(b" ")[0]] = line

@@ -48,7 +48,7 @@ class ServiceManager:
             self._put("WATCHDOG=1", None, always=True)
 
     def store_fd(self, name: str, fd: int) -> None:
-        """Store a descriptor beyond the end of this process. Failures are ignored, because the next
+        """Store a descriptor, which survives this process. Failures are ignored, because the next
         daemon can work without it."""
         # A duplicate: the original may be closed, and its number reused, before it is sent.
         with ignore(f"storing the descriptor of {name}", OSError):

@@ -29,8 +29,8 @@ MAX_BYTES: Final = 4 << 20
 MAX_BAD: Final = 16
 """The number of .bad files to keep; further ones are removed."""
 RESERVE: Final = 16
-"""How many job numbers are reserved in advance, because a job whose file was not written before a
-crash has used a number too."""
+"""How many job numbers are reserved in advance: a crash may lose the file of a job, but the job has
+used its number."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"

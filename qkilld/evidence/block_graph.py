@@ -291,7 +291,7 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add character devices, networks and displays, which only vhost-user uses for storage."""
+    """Add the connections of other devices. Only those of vhost-user may be for storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

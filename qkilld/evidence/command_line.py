@@ -2,7 +2,7 @@
 
 Reading /proc/PID/cmdline takes the target's memory lock, which may be held as long as its storage
 hangs, and the process's user may have put the files on such storage. So a separate thread reads
-both. Another user's files need the ptrace right.
+both. Reading another user's files needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class GraphReader:
             return None
 
     def formatted(self, paths: list[str] | None) -> int | None:
-        """Count the open images that are not known to be raw. None if `paths`, those of the open
-        images, or the command line is unknown."""
+        """Count the open images, which have these paths, that are not known to be raw. None if the
+        paths or the command line are unknown."""
         if self._graph is None or paths is None:
             return None
         return sum(path not in self._raw for path in paths)

@@ -32,8 +32,8 @@ class Block(NamedTuple):
     name: str
     """The kernel's name, unchecked."""
     below: tuple[str, ...]
-    """MAJOR:MINOR of each device that it consists of: a partition's disk, the members of dm, md or
-    bcache."""
+    """MAJOR:MINOR of each device directly below it: the disk of a partition, the members of dm, md
+    or bcache."""
     backing: bytes | None
     """For a loop device, the path of its backing file as the kernel shows it to us."""
     backing_sizes: range
@@ -85,8 +85,8 @@ def describe(number: str, sys: Path = SYS) -> Block | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file. The device has the whole sectors between its
-    offset in the file and the end of the file, or a limit."""
+    """Return the possible sizes of the backing file. The device has all whole sectors from its
+    offset in the file to the file's end, or to a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)
@@ -112,7 +112,7 @@ def read_counters(stats: tuple[str, ...]) -> Counters:
         writes += int(fields[4])
         sectors += int(fields[6])
         in_flight += int(fields[8])
-        # Discards (since Linux 4.18) and flushes (since 5.5).
+        # Discards (since Linux 4.18) and flushes (since 5.5) count as writes.
         writes += sum(map(int, fields[11:12] + fields[15:16]))
     return Counters(reads, writes, sectors, in_flight)
 

@@ -20,7 +20,7 @@ class FaultGuard:
     """Calls readers and reports their faults. Thread-safe."""
 
     def __init__(self, on_fault: OnFault = raise_fault) -> None:
-        """`on_fault` is called in the thread of the reader, once for each place in the code."""
+        """`on_fault` is called in the reader's thread, once for each place that raises."""
         self._on_fault = on_fault
         self._lock = threading.Lock()
         self._reported_causes: set[tuple[str, type[Exception], str, int]] = set()

@@ -1,10 +1,10 @@
 """Decide which guests' files stay open from one sample to the next.
 
-All guests together may keep files in two thirds of the descriptors that this program may have, less
-PER_JOB for each job. The rest is for what jobs and callers cannot do without. When there are more
-jobs, those guests' files are closed at once that were kept for the longest time. A guest without
-room has its files opened for each sample. Guests are sampled in turns, so if a new one replaced
-another each time, no file would be open when it is needed.
+All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job.
+The rest is for files that jobs and callers must have open. When jobs are added, the files that have
+been kept for the longest time are closed at once. If there is no room for a guest, its files are
+opened for each sample. It does not replace another guest, because guests are sampled one after the
+other: if each replaced the next, no file would be open when it is needed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Final, Protocol
 from qkilld.evidence.kept_file import kept_files
 
 PER_JOB: Final = 4
-"""A pidfd, /proc/PID, the monitor, and an agent or a server."""
+"""Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
 SPARE: Final = 64
-"""A guest may keep files only if there is room for this many, so that usually none must be closed
-for them; a guest has about ten."""
+"""A guest, which has about ten files, may keep them only if there is room for this many, so that
+usually none of another guest must be closed."""
 
 
 class Keeper(Protocol):
@@ -32,14 +32,14 @@ class FileBudget:
     """Use it in one thread."""
 
     def __init__(self, limit: int | None = None) -> None:
-        """`limit` is that of this program's descriptors; None for its present RLIMIT_NOFILE."""
+        """`limit`: how many descriptors this program may have; None for its RLIMIT_NOFILE."""
         if limit is None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = limit * 2 // 3
         self._keepers: OrderedDict[Keeper, None] = OrderedDict()
-        """Those that may keep files, the oldest first."""
+        """The guests that may keep files, the oldest first."""
         self.jobs: Callable[[], int] = lambda: 0
-        """Returns the number of running jobs."""
+        """A function that returns the number of running jobs."""
 
     def admit(self, keeper: Keeper) -> bool:
         """Return whether files stay open after the sample that is about to be taken."""
@@ -54,5 +54,5 @@ class FileBudget:
         return True
 
     def forget(self, keeper: Keeper) -> None:
-        """It has no files any more. May be called again."""
+        """Forget a keeper that has closed its files for good. May be called again."""
         self._keepers.pop(keeper, None)

@@ -26,7 +26,7 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Announce a call that will be put."""
+        """Announce a call of `put`: what it puts runs after MAX_DELAY_S at the latest."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 

@@ -65,7 +65,7 @@ class Hierarchies:
             self._reload_at = self._clock() + _RELOAD_S
             self._mounts = self._load()
         by_controller: dict[str, Group] = {}
-        # A path may have any character that ends a line, except a line feed.
+        # Not splitlines(): a path may contain any line separator except a line feed.
         for line in os.fsdecode(membership).split("\n"):
             _, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")

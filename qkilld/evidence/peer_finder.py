@@ -1,9 +1,9 @@
 """Find the process at the other end of a connection.
 
-The kernel reports a socket's inode but not its process. To find the process, the descriptors of all
-processes are searched, 3 µs each, and any user can have millions. So a sample spends at most LOOK_S
-on a search, all searches together use a fifth of a processor, users take turns, and processes with
-many descriptors are searched separately.
+The kernel reports a socket's inode but not its process. Finding the process takes a search through
+the descriptors of all processes, 3 µs each, and any user can have millions. So a sample spends at
+most LOOK_S on a search, all searches together use a fifth of a processor, users take turns, and
+processes with many descriptors are searched separately.
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 """

@@ -39,7 +39,7 @@ class ServerReader:
     """Samples the servers of one guest. Not thread-safe."""
 
     def __init__(self, pid: int, finder: PeerFinder, proc: Path = PROC) -> None:
-        """`pid`: the guest's process, which is not its own server."""
+        """`pid`: the guest's process, which never counts as its own server."""
         self._pid, self._finder, self._proc = pid, finder, proc
         self._readers: dict[int, PeerReader] = {}
         self._used_pids: set[int] = set()

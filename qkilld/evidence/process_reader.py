@@ -34,7 +34,8 @@ _TERM: Final = 1 << (signal.SIGTERM - 1)
 _IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
 _PROC: Final = Path("/proc")
 _COARSE: Final = 1_000_000
-"""1 ms in ns. A clock that shows only multiples of it misses short runs, so its time is unknown."""
+"""1 ms in ns. A time that is a multiple of this may come from a coarse clock, which misses short
+runs, so it counts as unknown."""
 
 
 class ProcessReader:
@@ -51,7 +52,7 @@ class ProcessReader:
 
         Afterwards, check that it is the right one, with a pidfd that was opened before. Raises
         nothing: if the process is gone, all fields are unknown. `clock` returns seconds, monotonic.
-        Without a guard, reads raise faults.
+        Without a guard, exceptions of a read are raised.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None

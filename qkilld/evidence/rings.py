@@ -2,8 +2,8 @@
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
-completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). For AIO the kernel does not show
-them. The process can have AIO requests in flight only if it has an AIO context (a mapping of
+completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). The kernel does not show AIO
+requests in flight. There can be some only if the process has an AIO context (a mapping of
 "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is synchronous.
 
 The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests in flight.
@@ -36,7 +36,7 @@ MAX_DESCRIPTORS: Final = 1024
 """A process with more descriptors is not examined."""
 MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
-"""Bytes of /proc/PID/maps: some 40,000 mappings."""
+"""The most bytes of /proc/PID/maps, about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
 """More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The tails are in memory that
 the process can write to, so a greater difference is not believed."""

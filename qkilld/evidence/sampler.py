@@ -69,7 +69,7 @@ class Reader:
     """Takes samples of one process. Not thread-safe."""
 
     def __init__(self, pid: int, tables: HostTables, guard: FaultGuard | None = None) -> None:
-        """Without a guard, faults of readers are raised."""
+        """Without a guard, exceptions of readers are raised."""
         self._pid = pid
         self._guard = guard or FaultGuard()
         self._process = ProcessReader(pid, guard=self._guard)
@@ -220,7 +220,7 @@ class EvidenceSampler:
         self._budget = FileBudget()
 
     def count_jobs(self, running: Callable[[], int]) -> None:
-        """Leave descriptors for as many jobs as that function returns."""
+        """Leave descriptors for as many jobs as `running` returns."""
         self._budget.jobs = running
 
     def watch(self, process: Process) -> TargetWatch:
@@ -316,7 +316,7 @@ class TargetWatch:
             self._close_reader()
             return
         if not self._keeps:
-            self._close_files()  # It may have lost its room while the sample was taken.
+            self._close_files()  # `stop_keeping` was called during the sample.
         callback, self._callback = self._callback, None
         if callback is not None:
             callback(sample)

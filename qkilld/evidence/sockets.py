@@ -1,8 +1,8 @@
 """Read the connections of a process: which of its sockets are connected, and their queues.
 
 The links of its descriptors show the inodes of its sockets (files.py). The sockets of our network
-namespace are read from the kernel once for all processes (sockdiag.py). /proc/PID/net shows some
-facts about those in another one.
+namespace are read from the kernel once for all processes (sockdiag.py). /proc/PID/net shows less
+about sockets in another namespace.
 
 Needs the ptrace right for another user's process. For costs, see the methods. Sources:
 sock_diag(7), proc_pid_net(5), unix(7).
@@ -33,7 +33,7 @@ PROC: Final = Path("/proc")
 MAX_BYTES: Final = 4 << 20
 """The most bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files are unreadable."""
 
-# The names in /proc/net/protocols; unix stream sockets have their own since Linux 5.15.
+# The names in /proc/net/protocols. Unix stream sockets have a separate name since Linux 5.15.
 _UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
 _TCP: Final = frozenset({"TCP", "TCPv6"})
 _UNSEEN: Final = frozenset({"MPTCP", "MPTCPv6", "SCTP", "SCTPv6", "SMC", "SMC6", "AF_VSOCK"})
@@ -398,8 +398,7 @@ class SocketReader:
 
         They do not show which two sockets are connected with each other. But only an accepted
         socket has a path, so connections that the process made are identified by accepted sockets
-        of other processes. Raises ValueError, IndexError, and Unreadable if there are more of those
-        than the process has made connections.
+        of other processes. Raises ValueError, IndexError, and Unreadable if their numbers differ.
         """
         made = 0
         ends: list[tuple[int, _Use]] = []

@@ -23,8 +23,8 @@ _EVENTS: Final = frozenset(
         *("recvfrom", "recvmsg", "recvmmsg"),
     )
 )
-"""Calls that wait for events, other threads or input. Requests in flight on a ring or at a server
-are read by other readers."""
+"""Calls that wait for events, other threads or input. Other readers show requests in flight on a
+ring or at a server."""
 _SUBMITS: Final = frozenset(("io_uring_enter",))
 """Calls that either wait for events, or execute a request themselves and wait for storage."""
 _INPUT: Final = frozenset(("read", "readv"))

@@ -36,7 +36,7 @@ class AgentClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
         """Take over a connected socket, and synchronize with the agent.
 
-        Raises MonitorTimeout if there is no reply in time, MonitorError; the socket is closed then.
+        Closes the socket and raises MonitorTimeout if no reply comes in time, or MonitorError.
         """
         client = await cls._over(connection)
         try:
@@ -113,5 +113,5 @@ class AgentClient(Channel):
         if "return" not in message and "error" not in message:
             raise MonitorProtocolError("The agent sent a message that is no reply")
         if self._answer is None or self._answer.done():
-            raise MonitorProtocolError("The agent sent a reply to no command")
+            raise MonitorProtocolError("The agent sent a reply although no command was pending")
         self._answer.set_result(message)

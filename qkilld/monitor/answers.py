@@ -64,8 +64,8 @@ def read_runstate_text(text: str) -> str:
 def find_event_registers(tree: str) -> int | None:
     """Return the I/O port of the register PM1_STS in info mtree; PM1_EN is at the port plus 2.
 
-    None if the machine has no such register. 0 if the firmware has not mapped it yet, so that no
-    guest can listen to the power button.
+    Return None if the machine has no such register, 0 if the firmware has not mapped it yet, so
+    that no guest can listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))

@@ -77,7 +77,7 @@ class Channel(asyncio.Protocol):
                 try:
                     data = connection.recv(MAX_MESSAGE)
                 except OSError as error:
-                    # QEMU exited without reading all that was sent to it.
+                    # ECONNRESET: QEMU exited without reading all that was sent to it.
                     return error.errno == errno.ECONNRESET
                 if not data:
                     return True

@@ -80,7 +80,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Use `open`, `take` or `adopt` instead, which also connect."""
+        """Do not call this: `open`, `take` and `adopt` also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -423,7 +423,7 @@ class GuestControl:
         return tuple(one for one in instances if not self._is_own(one))
 
     async def yank(self, instances: Sequence[YankInstance]) -> None:
-        """Yank these with one command. Raises ValueError for this monitor's own, MonitorError."""
+        """Yank these with one command. Raises ValueError for the monitor's own, MonitorError."""
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")
         wire = {"instances": [dict(instance.wire) for instance in instances]}
@@ -495,7 +495,7 @@ class GuestControl:
             raise MonitorUnreachable("No agent runs in the guest")
         if port is not None and port.held:
             raise MonitorBusy("Another program uses the guest's agent")
-        # Whether the agent's socket is in use may have changed since the process was read.
+        # Read the process again, because the agent's socket may be in use now, or free.
         found = await read_process(self._process.guest.identity, self._proc)
         endpoints = find_endpoints(*found).with_role(Role.AGENT)
         if not endpoints:

@@ -49,7 +49,7 @@ class HmpClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = OPEN_S) -> Self:
         """Take over a connected socket, and wait for the prompt.
 
-        Raises MonitorBusy if there is no prompt in time, MonitorError; the socket is closed then.
+        Closes the socket and raises MonitorBusy if no prompt comes in time, or MonitorError.
         """
         client = await cls._over(connection)
         try:
@@ -68,7 +68,7 @@ class HmpClient(Channel):
         return client
 
     async def hmp(self, line: str, *, timeout_s: float) -> str:
-        """Run one line at a time; return its output.
+        """Run a line, one at a time; return its output.
 
         Raises CommandRefused. Any other MonitorError closes the connection, because a late reply
         would be taken for the reply to the next line.

@@ -1,9 +1,9 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
 For qkilld-stop and qkillctl; the daemon starts no programs. A process is matched to a domain by
-libvirt's pid files, in a directory that only libvirt's user can write to, and not by its command
-line, which whoever starts it can choose. `virsh qemu-monitor-command` is never used, because it
-taints a domain.
+libvirt's pid files, in a directory that only libvirt's user can write to. Its command line proves
+nothing, because whoever starts a process chooses it. `virsh qemu-monitor-command` is never used,
+because it taints a domain.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def domain_of(
 
 
 def shut_down(domain: Domain) -> str:
-    """Tell libvirt to ask the guest, by its agent or power button. Return "", or why that failed.
+    """Make libvirt ask the guest, by its agent or power button. Return "", or why that failed.
 
     Blocks for at most TIMEOUT_S.
     """

@@ -95,4 +95,4 @@ class NbdConnection:
 
 
 def _protocol_error() -> MonitorProtocolError:
-    return MonitorProtocolError("QEMU serves no NBD on the socket that was passed to it")
+    return MonitorProtocolError("QEMU does not speak NBD on the socket that was passed to it")

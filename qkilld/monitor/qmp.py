@@ -72,7 +72,7 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connected socket, and negotiate.
 
-        Raises MonitorBusy if there is no greeting in time, MonitorError; the socket is closed then.
+        Closes the socket and raises MonitorBusy if no greeting comes in time, or MonitorError.
         """
         client = await cls._over(connection, on_event)
         try:
@@ -88,8 +88,8 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connection that another process negotiated with out-of-band commands.
 
-        That process may have read half a message, so an incomplete first one is ignored, and so are
-        replies to its commands.
+        That process may have read half a message, so an incomplete first message is ignored, and so
+        are replies to its commands.
         """
         client = await cls._over(connection, on_event)
         client._greeting.cancel()
@@ -207,7 +207,7 @@ class QmpClient(Channel):
         self._take(message)
 
     def _collect(self, line: bytes) -> None:
-        """Join the lines of a message of -qmp-pretty, which ends with a line of a single brace."""
+        """Join the lines of a message of -qmp-pretty; its last line is a single brace."""
         self._pretty.append(line)
         self._pretty_size += len(line) + 1
         if self._pretty_size > MAX_MESSAGE:

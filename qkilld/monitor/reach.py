@@ -111,7 +111,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
     """Return the monitor of the process in which another program's connection ends.
 
-    Raises MonitorUnreachable if it ends elsewhere, MonitorTimeout.
+    Raises MonitorUnreachable if the connection ends elsewhere, MonitorTimeout.
     """
     identity = process.guest.identity
 
@@ -183,7 +183,7 @@ def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
     try:
         return shared.run(identity, function)
     except AllThreadsBlocked:
-        raise MonitorTimeout("Earlier operations on files of its user still block") from None
+        raise MonitorTimeout("Earlier reads of the user's files still block") from None
 
 
 def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:
