@@ -44,6 +44,8 @@ class Report:
     events: Sequence[Event]
     kills: int
     """How often the daemon got SIGKILL: a planned one may find no daemon."""
+    ends: Sequence[str]
+    """How the daemon ended each time, in the words of systemd."""
     journal: Sequence[dict[str, Any]]
     """The daemon's entries, if it is part of the plan that they come late."""
 
@@ -59,8 +61,11 @@ class Report:
         """Return the broken rules."""
         missed = sum(one.retry_s > 0 for one in self.plan.incidents) - self.kills
         figures = self.late()
+        only_kills = all(one.retry_s > 0 for one in self.plan.incidents)
+        others = [end for end in self.ends if "status=9/KILL" not in end] if only_kills else []
         return [
             *([f"{missed} SIGKILLs found no daemon"] if missed > 0 else []),
+            *others,
             *(figures.broken() if figures is not None else []),
             *self._broken_rules(),
         ]
@@ -127,6 +132,11 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
         restarts=int(system.property("qkilld.service", "NRestarts")),
         events=events,
         kills=kills,
+        ends=[
+            entry["MESSAGE"]
+            for entry in system.journal("_PID=1", "UNIT=qkilld.service")
+            if "Main process exited" in entry["MESSAGE"]
+        ],
         journal=system.journal("SYSLOG_IDENTIFIER=qkilld") if reads else [],
     )
 
@@ -185,6 +195,9 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rule
                 begins[number] = time.monotonic()
                 happened = _begin(system, incidents[number])
                 kills += happened and incidents[number].fault is Fault.KILL
+                if incidents[number].retry_s:
+                    # Keep the distance to the next one: systemd counts starts.
+                    began = max(began, time.monotonic() - incidents[number].at)
                 ends.append((incidents[number].at + incidents[number].lasts, number))
             else:
                 ends.remove(last)

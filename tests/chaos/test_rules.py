@@ -116,14 +116,17 @@ def test_kills_come_while_all_jobs_run() -> None:
     assert min(others) < made.seconds / 2 < max(others)
 
 
-def test_a_kill_that_finds_no_daemon_is_reported() -> None:
+def test_a_kill_that_finds_no_daemon_is_reported_and_so_is_another_end() -> None:
     made = plan.kills(7, jobs=5, count=3, qemus=0)
 
-    def report(kills: int) -> Report:
-        return Report(made, [], [], 1.0, restarts=kills, events=[], kills=kills, journal=[])
+    def report(kills: int, *ends: str) -> Report:
+        empty: dict[str, Any] = {"records": [], "incidents": [], "events": [], "journal": []}
+        return Report(made, **empty, seconds=1.0, restarts=kills, kills=kills, ends=ends)
 
-    assert report(2).broken() == ["1 SIGKILLs found no daemon"]
-    assert report(3).broken() == []
+    killed, failed = "code=killed, status=9/KILL", "code=exited, status=1/FAILURE"
+    assert report(2, killed).broken() == ["1 SIGKILLs found no daemon"]
+    assert report(3, killed).broken() == []
+    assert report(3, killed, failed).broken() == [failed]
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
