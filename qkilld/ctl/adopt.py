@@ -112,7 +112,7 @@ class _Adopter:
         self._show_file(drop_in, text, old)
         if self._dry_run:
             for each in report.overrides:
-                self._say(f"  {each}, which will override this: change that file")
+                self._say(f"  {each}, and will override this drop-in: change that file")
             document = report.as_json() | {"path": str(drop_in.path), "text": text}
             return ExitCode.OK, document
         drop_in.write(text)
@@ -259,7 +259,7 @@ class _Adopter:
         try:
             await self._systemd.reload()
             if (await self._systemd.unit(guard)).exec_stop:
-                raise Failed(f"{guard} would stop the guest, so it was not changed")
+                raise Failed(f"{guard} would stop the guest, so nothing was changed")
             await self._systemd.stop(guard)
             await self._wait_state(guard, "inactive")
         finally:
@@ -283,8 +283,7 @@ class _Adopter:
         return await check_unit(self._session, self._systemd, name, self._config)
 
     async def _base(self, transient: bool) -> Path:
-        """Return the directory for drop-ins; for transient units, one that is cleared at reboot,
-        like them."""
+        """Return the directory for drop-ins; for transient units, one that is cleared at reboot."""
         if self._session.bus.user:
             config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
             base = Path(os.environ.get("XDG_RUNTIME_DIR", "/run") if transient else config)

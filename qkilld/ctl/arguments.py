@@ -37,7 +37,7 @@ exit codes
 With several targets the worst code counts, in the order 1, 4, 6, 5, 7, 2, 3, 8, 0.
 """
 _DESCRIPTION: Final = """\
-Stop QEMU guests through qkilld, and show what it does.
+Stop QEMU guests through qkilld, and show what qkilld does.
 
 qkilld sends SIGTERM, on which QEMU writes out its data and exits. SIGKILL would lose this data, and
 is sent only with --force, after a grace period. Data that the guest's operating system has not
@@ -111,8 +111,8 @@ _CONTROLS: Final = (
         "cancel",
         "cancel jobs: no more signals are sent",
         "Cancel jobs: no more signals are sent. A signal that was sent cannot be taken back. If\n"
-        "systemd is stopping the guest's unit, it proceeds to its own signals, up to SIGKILL; use\n"
-        "`qkillctl hold` to keep such a guest.",
+        "systemd is stopping the guest's unit, systemd continues with its own signals, up to\n"
+        "SIGKILL; use `qkillctl hold` to keep such a guest.",
     ),
     (
         "hold",
@@ -278,7 +278,7 @@ def _add_adopt(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--now",
         action="store_true",
-        help="do not wait for guests that are being stopped; systemd forgets their extensions",
+        help="do not wait for running stops, whose timeout extensions systemd then forgets",
     )
 
 

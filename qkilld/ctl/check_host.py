@@ -130,7 +130,7 @@ def _show(session: Session, report: HostReport) -> None:
     if not report.guests:
         output.line("No QEMU runs on this host.")
     for keeper in report.keepers:
-        output.line(f"keeper  {keeper.unit} ({keeper.project}), shuts its own guests down")
+        output.line(f"keeper  {keeper.unit} ({keeper.project}), which shuts its own guests down")
     for guest in report.guests:
         output.line(f"guest   {printable(str(guest), 1000)}")
     for number, group in enumerate(report.order, 1):

@@ -49,8 +49,8 @@ class UnitReport:
 
     @property
     def is_safe(self) -> bool:
-        """Whether, as the unit is now, qkilld recognises its guest and every stop keeps the guest's
-        data."""
+        """Whether qkilld recognises the unit's guest, and every stop of the unit keeps the guest's
+        data now."""
         unsafe = any(finding.is_unsafe for finding in self.findings)
         return (
             not unsafe and self.comparison.word is UnitVerdict.SAFE and self.comparison.keeps_data
@@ -119,8 +119,8 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
 
 
 async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
-    """Check one unit. Raises NoSuchUnit; InvalidArgs; Failed if the unit is masked or cannot be
-    read."""
+    """Check one unit. Raises NoSuchUnit, InvalidArgs, or Failed (the unit is masked or cannot be
+    read)."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
     surroundings = await gather(

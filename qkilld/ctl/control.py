@@ -24,10 +24,10 @@ class JobCommand(NamedTuple):
 
 
 def _cancel_report(before: JobStatus, _: JobStatus) -> str:
-    text = "cancelled: no more signals will be sent. The guest may still exit from those it got"
+    text = "cancelled: no more signals will be sent. The guest may still exit from an earlier one"
     if unit := printable(before.unit):
         text += (
-            f". If systemd is stopping {unit}, it continues, up to SIGKILL at its timeout: to"
+            f". If systemd is stopping {unit}, systemd continues, up to SIGKILL at its timeout: to"
             " prevent that, use `hold` instead of `cancel`"
         )
     return text

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 TICK_S: Final = 0.5
-"""The longest interval in which live lines are redrawn, for their clocks."""
+"""Live lines are redrawn at least this often, because they show times."""
 MIN_REDRAW_S: Final = 0.1
-"""The shortest interval in which live lines are redrawn, however many jobs report."""
+"""Live lines are redrawn at most this often, however many jobs report."""
 
 RETURN_TIMEOUT_S: Final = 5.0
 """A daemon that crashed or was restarted returns within a second and continues its jobs."""
@@ -31,7 +31,7 @@ AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to
 
 
 class Outages:
-    """Detects a new absence of the daemon, which many jobs report."""
+    """Detects when the daemon goes away, which many jobs report at the same time."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S
@@ -74,7 +74,7 @@ class SilentDisplay:
 
 
 class _LastLine(NamedTuple):
-    """The state of a job that its last line showed."""
+    """The state of a job at its last line."""
 
     phase: str
     doing: str

@@ -1,8 +1,8 @@
 """Find the storage of a guest's disks: file systems, local servers, block devices.
 
 For a running guest, /proc shows its open files and the peers of its connections. Otherwise only its
-command line is known, which is parsed as QEMU does. Its file systems are never accessed, because
-they may hang.
+command line is known, which is parsed as QEMU does. A guest's file systems are never accessed,
+because they may hang.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _listener_unit(end: ConnectionEnd) -> str:
     try:
         connections: list[Any] = psutil.net_connections(kind)
     except (psutil.Error, OSError) as error:
-        note("looking for who serves a guest's disks", error)
+        note("looking for the server of a guest's disks", error)
         return ""
     for each in connections:
         if end.path:

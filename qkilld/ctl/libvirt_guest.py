@@ -26,7 +26,7 @@ class LibvirtShutdown:
 
     asked: bool
     result: str = ""
-    """A result of jobs; "" if a job of qkilld follows."""
+    """The result, one of the results of jobs; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -39,8 +39,8 @@ async def shut_down_by_libvirt(
     """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
 
     `span`: PowerdownSec= (µs), if the caller gave one. The shutdown cannot be observed, because
-    libvirt holds the monitor. No job follows if `only` is set; nor without `wait`, because then
-    this program exits first.
+    libvirt holds the monitor. No job follows if `only` is set, or if `wait` is not set, because
+    this program then exits.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NOT_ASKED

@@ -89,7 +89,7 @@ class Output:
                 self.line(text)
 
     def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Print one line for each name and value, with the values aligned."""
+        """Print a line for each pair of name and value, with the values aligned."""
         for text in aligned([[f"  {key}:", printable(value) or "-"] for key, value in pairs]):
             self.line(text)
 

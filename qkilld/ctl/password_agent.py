@@ -36,7 +36,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
         return
     ready, notify = os.pipe()
     # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside a
-    # login session, there is no other agent that should take precedence.
+    # login session, no other agent can take precedence.
     fallback = ["--fallback"] if "XDG_SESSION_ID" in os.environ else []
     try:
         process = subprocess.Popen(

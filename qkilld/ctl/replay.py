@@ -143,7 +143,7 @@ def _summary(replayed: Replay) -> list[str]:
         case Result.EXITED:
             return [f"The guest exits after {after}, before any further step."]
         case Result.SIGNALLED:
-            return ["One signal would have been sent, and its effect not watched."]
+            return ["Only one signal would have been sent."]
         case Result.SURVIVED:
             return [
                 f"The job would have given up after {after}, without SIGKILL.",
@@ -155,8 +155,8 @@ def _summary(replayed: Replay) -> list[str]:
             unsampled = replayed.steps[-1].since_sample
             if unsampled:
                 lines.append(
-                    f"The last sample is {_span(unsampled)} older: the trace does not show what "
-                    "another sample would have found."
+                    f"The last sample is {_span(unsampled)} older: the trace does not show what a "
+                    "later sample would have found."
                 )
             if replayed.written_later:
                 lines.append(f"The guest wrote {replayed.written_later} bytes after this time.")

@@ -44,7 +44,7 @@ def _advice_for(bus: BusAddress) -> str:
         return (
             "Check `systemctl --user status qkilld`; without --user, qkillctl uses the system bus"
         )
-    return "Check `systemctl status qkilld`; use --user or --bus if it runs on another bus"
+    return "Check `systemctl status qkilld`; use --user or --bus if qkilld runs on another bus"
 
 
 class NeedsRoot(AccessDenied):
@@ -110,7 +110,7 @@ def _authorization_advice(bus: BusAddress) -> str:
     if bus.is_remote:
         return "You must be root or the guest's owner on that host"
     if bus.user or bus.address:
-        return "On this bus, only its owner may do that; on the system bus, polkit can allow it"
+        return "Only the guest's owner may do that on this bus; polkit serves only the system bus"
     return (
         "Run this as root, in a session with a polkit agent, or on a terminal without "
         "--no-ask-password"

@@ -221,14 +221,15 @@ class Resolver:
         self._listing = asyncio.Lock()
 
     async def find(self, target: Target) -> TargetProcess:
-        """Find the process of a target. Raises like `find`, `pidfile.read` and the bus."""
+        """Find the process of a target. Raises what `find`, `pidfile.read` and calls on the bus
+        raise."""
         match target.kind:
             case TargetKind.PID:
                 return TargetProcess(int(target.value))
             case TargetKind.PIDFILE:
                 if self._manager.is_remote:
                     raise InvalidArgs(
-                        f'"{target.shown}" is a file on this machine, and the guest runs on another'
+                        f'"{target.shown}" is a file on this machine, but the guest runs on another'
                         " one: give the guest's name, UUID, unit or process id"
                     )
                 named = pidfile.read(target.value)

@@ -40,7 +40,7 @@ class FullScreen:
         self._on_key = on_key
         self._fd: int | None = None
         self._saved_mode: Any = None
-        """The terminal settings to restore; None if unchanged."""
+        """The terminal settings to restore; None if they are unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
         """Called when the screen must be redrawn: after a resize, or on return from Ctrl-Z."""

@@ -55,7 +55,7 @@ class UncoveredGuests:
                 for row, path in self._guests.items()
             ],
         )
-        output.line("If only root can write there, add to [Target] of /etc/qkilld/qkilld.conf:")
+        output.line("If only root can write to them, add to [Target] of /etc/qkilld/qkilld.conf:")
         places = dict.fromkeys(self._guests.values())
         output.line(f"  {printable(self._line(list(places)), _SHOWN)}")
 

@@ -43,14 +43,14 @@ from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
 MAX_BEFORE: Final = 256
-"""The most units of a unit's Before= that systemd is asked for."""
+"""The most units in a unit's Before= about which systemd is asked."""
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 
 async def config_of(session: Session) -> Config:
     """Read the configuration files; if they are invalid, use the defaults. The policy of a running
-    daemon takes precedence, because the daemon may have read other files. It is not started for
-    this."""
+    daemon takes precedence, because the daemon may have read other files. The daemon is not started
+    for this."""
     try:
         config = files.load()
     except ConfigError as error:
@@ -68,8 +68,8 @@ async def config_of(session: Session) -> Config:
 async def gather(
     systemd: Systemd, facts: UnitFacts, config: Config, *, user: bool, is_template: bool = False
 ) -> Surroundings:
-    """Gather the surroundings of a unit. `user`: it belongs to a user manager. `is_template`: it
-    represents all instances of a template."""
+    """Gather the surroundings of a unit. `user`: the unit belongs to a user manager. `is_template`:
+    the unit represents all instances of a template."""
     executables: dict[int, str] = {}
     if facts.control_group:
         with ignore(f"reading the processes of {facts.id}", QkilldError):
@@ -104,7 +104,7 @@ async def gather(
         is_template=is_template,
         keepers=await _keepers(systemd, facts),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # For a user's units, user@.service has this order: it stops after all of them.
+        # A user's units need no order of their own: user@.service has it, and stops after them.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -125,8 +125,8 @@ async def _keepers(systemd: Systemd, facts: UnitFacts) -> tuple[GuestKeeper, ...
 
 
 def _environment(facts: UnitFacts) -> dict[str, str]:
-    """Return the environment of the unit's commands, as far as it is known: without files whose
-    names have a `%` or a glob."""
+    """Return the known environment of the unit's commands. Files with a `%` or a glob in the name
+    are left out."""
     variables = dict(pair.partition("=")[::2] for pair in facts.environment)
     for path in facts.environment_files:
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
@@ -239,8 +239,8 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
 
 def guard_of(scope: str) -> str:
     """Return the unit that stops the guest of a scope before systemd stops the scope."""
-    # The scope's name is not escaped, because BindsTo= of the guard uses %i, which is not
-    # unescaped.
+    # The scope's name is not escaped, because systemd does not unescape the %i in the guard's
+    # BindsTo=.
     return f"qkilld-scope@{scope}.service"
 
 

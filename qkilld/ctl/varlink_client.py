@@ -20,7 +20,7 @@ from qkilld.model.errors import QkilldError
 
 SYSTEM_SOCKET: Final = "/run/qkilld/org.qkilld1"
 USER_SOCKET: Final = "qkilld/org.qkilld1"
-"""The path below $XDG_RUNTIME_DIR."""
+"""The path of a user's socket below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
 """For connecting to a guest's monitor: a hostile process can delay each step."""

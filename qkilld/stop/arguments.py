@@ -22,7 +22,7 @@ In the unit of a guest, these lines are enough:
 qkilld-stop lets qkilld stop the process $MAINPID (or every QEMU in the unit's control group, if
 $MAINPID is not QEMU), and exits when the guest has exited. If qkilld cannot be reached, or exits
 before the guest, qkilld-stop stops the guest itself. While the guest makes progress, qkilld-stop
-extends TimeoutStopSec= (needs NotifyAccess=exec). `systemctl status` shows what it waits for.
+extends TimeoutStopSec= (needs NotifyAccess=exec). `systemctl status` shows what a stop waits for.
 
 Unless qkilld.conf has Powerdown=no, the guest's operating system is first asked to shut down. For
 this, QEMU needs a monitor on a unix socket that no other program uses:

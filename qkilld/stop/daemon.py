@@ -30,8 +30,8 @@ CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """The daemon replies in milliseconds, or in a second if systemd has to start it first."""
 BUSY_TIMEOUT_S = 12.0
-"""The timeout once the daemon has read the call. It is alive but busy; stopping the guests without
-the daemon would take even longer."""
+"""The timeout once the daemon has read the call: the daemon is alive but busy, and stopping the
+guests without it would take even longer."""
 RETURN_TIMEOUT_S = 3.0
 """systemd restarts a crashed daemon within a second."""
 RETRY_S = 0.05
@@ -172,12 +172,12 @@ class DaemonStopper:
         self._check_deadlines: dict[GuestStop, float] = {}
         """For stops whose process has exited: the deadline for the daemon to report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
-        """For stops whose job was cancelled: when to conclude, if the daemon still runs, that
-        somebody cancelled the job."""
+        """For stops whose job was cancelled: if the daemon still runs at this time, somebody
+        cancelled the job on purpose."""
         self._retry_times: dict[GuestStop, float] = {}
-        """For stops whose daemon is gone: when to try again."""
+        """For stops whose daemon is gone: when to ask it again."""
         self._return_deadlines: dict[GuestStop, float] = {}
-        """For these stops: when to stop waiting for a restarted daemon."""
+        """For stops whose daemon is gone: the deadline for a restarted daemon to answer."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         for at in range(0, len(stops), MAX_AT_ONCE):
@@ -285,7 +285,7 @@ class DaemonStopper:
         try:
             call = DaemonCall(self._path, "Terminate", order, more=False)
         except OSError:
-            return  # If the daemon is gone, the pending call shows it.
+            return  # If the daemon is gone, the pending call reports that.
         self._calls.append(_PendingCall(call, (), self._clock() + ANSWER_TIMEOUT_S))
 
     def release(self, stop: GuestStop) -> None:
@@ -362,7 +362,8 @@ class DaemonStopper:
             self._forget(stop)
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
-            # A daemon that is stopped permanently cancels its jobs, although nobody cancelled them.
+            # A daemon that is stopped, not restarted, cancels its jobs, although no caller asked
+            # for that.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)
@@ -406,7 +407,7 @@ class DaemonStopper:
             try:
                 call = DaemonCall(self._path, "GetStatus", {}, more=False)
             except OSError:
-                return  # Try again soon. If the daemon is gone, the pending call shows it.
+                return  # Try again soon. If the daemon is gone, the pending call reports that.
             self._check = call, self._clock() + CHECK_TIMEOUT_S
 
     def _work_check(self, now: float) -> None:
@@ -496,6 +497,6 @@ def _process(stop: GuestStop) -> dict[str, Any]:
 
 
 def _guess(stop: GuestStop) -> str:
-    """Guess the result for a process that is gone if the daemon does not report one."""
+    """Guess the result of a stop whose process is gone, if the daemon reports none."""
     phase = stop.state["phase"] if stop.state is not None else ""
     return "killed" if phase in ("kill", "reap") else "exited"

@@ -1,4 +1,4 @@
-"""Stop processes without the daemon, with its engine in this process."""
+"""Stop processes without the daemon, with the daemon's engine in this process."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class LocalStop:
 
 
 class Fallback:
-    """The engine, without a daemon. Construct it in a running loop, and close it."""
+    """The daemon's engine in this process. Construct it in a running event loop, and close it."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -158,7 +158,7 @@ class Fallback:
                 return self._registry.resume(process, past)
             return self._registry.terminate(process, request)
         except SnapshotError as error:
-            note("going on with the job of qkilld", error)
+            note("continuing the job of qkilld", error)
             # The daemon reported an impossible state. Starting from the beginning is safe.
             stop.status = None
             return await self._start(stop, why)

@@ -81,8 +81,8 @@ def stop_overrun(guest: Guest) -> Event:
     return _of_guest(
         MessageId.STOP_OVERRUN,
         Priority.WARNING,
-        f"The time to stop {guest.title} ended early, because `systemctl daemon-reload` makes "
-        "systemd forget extensions. qkilld-stop asks for more time and continues. "
+        f"systemd's timeout for stopping {guest.title} expired early, because `systemctl "
+        "daemon-reload` drops extensions. qkilld-stop asks for more time and continues. "
         "After another reload, the guest may get SIGKILL.",
         guest,
     )

@@ -1,7 +1,7 @@
 """Leave guests to their keepers, the units that shut them down at host shutdown.
 
 A keeper is at work while systemd has a stop job for it. The helper waits until the keeper's timeout
-has passed, and longer while the guest makes progress. Then it stops the guest itself.
+has passed, and longer while the guest makes progress. Then the helper stops the guest itself.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ QUEUED_S: Final = 120.0
 class _StoppingKeeper:
     facts: UnitFacts
     seen: float
-    """When systemd's stop job for it was first seen, time.monotonic()."""
+    """When the keeper's stop job was first seen, time.monotonic()."""
     began: float | None = None
-    """When that stop job was first seen running."""
+    """When the stop job was first seen running."""
 
     def has_time(self, now: float) -> bool:
         if self.began is None:
@@ -95,7 +95,7 @@ class KeeperWatch:
         except QkilldError as error:
             note(f"asking systemd who shuts down the guest in {unit.system}", error)
             return []
-        # systemd stops the units in After= after this one, so waiting for them would never end.
+        # systemd stops the units in our After= after our unit, so they wait for us.
         return [name for name in keeper_names(facts) if name not in self._own.after]
 
     async def _at_work(self, name: str) -> _StoppingKeeper | None:

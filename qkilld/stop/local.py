@@ -1,4 +1,5 @@
-"""Stop guests without the daemon, with its engine in a thread. Implements stopper.Stopper."""
+"""Stop guests without the daemon, with the daemon's engine in a thread. Implements
+stopper.Stopper."""
 
 from __future__ import annotations
 

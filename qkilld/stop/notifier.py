@@ -55,4 +55,4 @@ class Notifier:
                 )
 
             # The next extension follows in a second.
-            note("telling systemd of the stop", error)
+            note("sending a notification to systemd", error)

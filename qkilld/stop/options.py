@@ -30,9 +30,9 @@ class Options:
         self.pidfile = pidfile
         self.unit = unit
         self.all_guests = all_guests
-        """--all: every guest whose own unit does not stop it."""
+        """--all: stop every guest that its own unit does not stop."""
         self.force = force
-        """None: only if systemd would send SIGKILL too."""
+        """Whether to allow SIGKILL; None: only if systemd would send it too."""
         self.powerdown = powerdown
         """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
         self.spans = spans or {}

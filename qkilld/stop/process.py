@@ -40,8 +40,8 @@ class ProcessHandle:
 def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     """Open a process by its pid.
 
-    Raises NoSuchProcess if it is gone, a zombie, or was not started at `start_time`; Failed if it
-    cannot be opened.
+    Raises NoSuchProcess if the process is gone, is a zombie, or was not started at `start_time`;
+    Failed if it cannot be opened.
     """
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
@@ -83,8 +83,8 @@ def open_main_process(text: str) -> ProcessHandle:
 def by_systemd(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program, directly or through a shell.
 
-    A user's interactive shell runs in a unit too, but the guests of that unit are not meant.
-    Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
+    A user's interactive shell runs in a unit too, but its user does not mean the guests of that
+    unit. Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
     """
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
 

@@ -42,7 +42,7 @@ class GuestPlan:
     leaves_usec: int | None
     """When qkilld-stop would exit, before systemd kills it, µs after the start; None for never."""
     ways: tuple[str, ...]
-    """How the guest can be asked to shut down, and why it may fail."""
+    """How the guest can be asked to shut down, and why asking may fail."""
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:

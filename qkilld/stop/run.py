@@ -49,7 +49,8 @@ TICK_S = 1.0
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""How often to stop a new QEMU that a shell has started. After that, systemd kills both."""
+"""How often to stop a QEMU that a shell starts after the guest has exited. Then systemd kills
+both."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
@@ -537,7 +538,7 @@ class StopRun:
         except Exception as error:
             from qkilld.debug_log import note
 
-            note("reporting to systemd what is waited for", error)
+            note("sending a status to systemd", error)
 
     # ---- ending ----
 

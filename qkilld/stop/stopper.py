@@ -16,10 +16,10 @@ class StopListener(Protocol):
     of each stop."""
 
     def heard(self, stop: GuestStop, state: dict[str, Any]) -> None:
-        """The State (org.qkilld1.varlink) of its job has changed."""
+        """The State (org.qkilld1.varlink) of the stop's job has changed."""
 
     def ended(self, stop: GuestStop, result: str) -> None:
-        """Its job has ended with `result`."""
+        """The stop's job has ended with `result`."""
 
     def refused(self, stop: GuestStop, name: str, message: str) -> None:
         """The stop was refused with an error of org.qkilld1."""

@@ -54,7 +54,7 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         return  # The guard stops the guests before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # QEMU ignores such a signal: systemd only waits, while a guest that was asked shuts down.
+    # With a KillSignal= that QEMU ignores, systemd only waits for the guest that was asked.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(
@@ -62,7 +62,7 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             _LOSES,
             f"it has KillSignal={_name(number)}",
             "on SIGTERM, SIGINT and SIGHUP, QEMU writes out its data and exits; any other signal "
-            "ends QEMU at once, or has no effect, and SIGKILL follows",
+            "ends QEMU at once, or has no effect until SIGKILL",
             (Line(section, "KillSignal=SIGTERM"),),
         )
     if facts.final_kill_signal != signal.SIGKILL:
@@ -70,8 +70,8 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             "final-kill-signal",
             _ADVICE,
             f"it has FinalKillSignal={_name(facts.final_kill_signal)}",
-            "a signal with a core dump writes all of QEMU's memory to a disk that is slow "
-            "already, and a signal that does not end QEMU leaves it running",
+            "a signal that dumps core writes all of QEMU's memory to a disk that is already slow, "
+            "and a signal that does not end QEMU leaves it running",
             (Line(section, "FinalKillSignal=SIGKILL"),),
         )
     if not facts.sends_sigkill:
@@ -131,8 +131,8 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
             "default-dependencies",
             _LOSES,
             "it has DefaultDependencies=no",
-            "at host shutdown, systemd does not stop it in order: it runs until storage is gone and"
-            " all remaining processes get SIGTERM and SIGKILL",
+            "at host shutdown, systemd does not stop it in order: the guest runs until its storage "
+            "is gone and all remaining processes get SIGTERM and SIGKILL",
             (Line("Unit", "DefaultDependencies=yes"),),
         )
     if facts.job_timeout != INFINITY:
@@ -239,8 +239,8 @@ def _check_type(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findin
             "type-oneshot",
             _LOSES,
             "it has Type=oneshot without RemainAfterExit=yes",
-            "while its command runs, the unit is still starting, and a stop then sends SIGTERM "
-            "without running ExecStop=",
+            "while its command runs, the unit is still starting, and a stop sends SIGTERM without "
+            "running ExecStop=",
             (Line("Service", "Type=exec", by_hand=True),),
         )
     if facts.type == "forking" and not facts.pid_file:

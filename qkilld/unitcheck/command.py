@@ -22,7 +22,8 @@ def is_helper(command: Command) -> bool:
 
 
 def programs_of(command: Command) -> Iterator[str]:
-    """Yield the name of the program that a command runs, and of an interpreter's script."""
+    """Yield the name of the program that a command runs and, if it is an interpreter, of its
+    script."""
     for word in (command.path, *command.arguments[1:]):
         if word.startswith("-") or "=" in word:
             continue
@@ -48,8 +49,8 @@ def line_of(command: Command, *, ignore_failure: bool = False) -> str:
 
 
 def quoted(word: str) -> str:
-    """Quote one word by systemd.syntax(7) and systemd.unit(5): in quotes if necessary, `%` doubled,
-    and bytes outside plain ASCII escaped."""
+    """Quote a word: in quotes if necessary, `%` doubled, and bytes outside plain ASCII escaped.
+    Source: systemd.syntax(7) and systemd.unit(5)."""
     word = word.replace("%", "%%")
     if re.fullmatch(r"[\w@%+=:,./$(){}-]+", word, re.ASCII):
         return word

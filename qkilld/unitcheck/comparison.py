@@ -64,7 +64,7 @@ class Comparison:
     now: Mapping[Occasion, Outcome]
     adopted: Mapping[Occasion, Outcome]
     advice: str = ""
-    """What to do, also without its full stop; "" for nothing."""
+    """What to do, a sentence without its full stop; "" for nothing."""
     other_unit: str = ""
     writes: bool = False
     """adopt has lines to write, and no stop gets worse."""
@@ -94,8 +94,8 @@ def compare(
     findings: Sequence[Finding],
     overrides: Sequence[Override] = (),
 ) -> Comparison:
-    """Return the verdict. `findings`: from check(). `overrides`: the lines of adopt without
-    effect."""
+    """Return the verdict. `findings`: from check(). `overrides`: the drop-ins that override lines
+    of adopt."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)
@@ -128,7 +128,7 @@ def compare(
             reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
         )
-    reason = "nothing that adopt can write keeps more of the guest's data"
+    reason = "adopt can write nothing that keeps more of the guest's data"
     return replace(
         comparison, word=UnitVerdict.NO_BETTER, reason=reason, writes=changed and now != then
     )
@@ -187,7 +187,8 @@ def _refused(
 
 
 def coverage_line(executables: Iterable[str], path: str) -> str:
-    """Return the line for qkilld.conf. The line replaces the default globs, and so repeats them."""
+    """Return the Executables= line for qkilld.conf. It repeats the current globs, which it
+    replaces."""
     return f"Executables={' '.join((*executables, path))}"
 
 
@@ -210,7 +211,7 @@ def _worse(
     elif any(place.server and not is_ordered(facts, place) for place in surroundings.storage):
         reason = "its disks are served by a process that may be stopped at the same time"
     elif not surroundings.can_ask:
-        reason = f"its guest is asked to shut down, and {HELPER} cannot ask it"
+        reason = f"its guest is asked to shut down now, but {HELPER} cannot ask it"
     else:
         reason = "the existing ExecStop= keeps more"
     return replace(

@@ -1,4 +1,4 @@
-"""Facts needed to judge a unit besides its settings, and conclusions from both."""
+"""The surroundings of a unit, and conclusions from its surroundings and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qkilld.unitcheck.storage import Storage
 
 GUESTS_SERVICE: Final = "qkilld-guests.service"
 OWN_STARTER: Final = "qemu-guest"
-"""The program that becomes the QEMU of a qemu-guest@.service."""
+"""The program in ExecStart= of qemu-guest@.service, which executes QEMU."""
 _SHELLS: Final = frozenset(
     ["sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "env", "sudo", "setpriv", "nice"]
 )
@@ -49,7 +49,7 @@ class Surroundings:
     main_executable: str = ""
     """The executable of the running main process; "" if there is none or it is unreadable."""
     main_traps: bool | None = None
-    """Whether the shell script that is its main process has a `trap`; None without a script."""
+    """Whether the main process is a shell script with a `trap`; None if it is no script."""
     guests: int = 0
     """The number of QEMU processes in the unit that match Executables=."""
     uncovered: tuple[str, ...] = ()
@@ -79,9 +79,9 @@ class Surroundings:
     is_guarded: bool = False
     """Whether the guard is active."""
     manager: str = ""
-    """The unit of the user manager that runs it; "" for system units."""
+    """For a unit of a user manager: that manager's own unit; "" for system units."""
     manager_timeout: int = INFINITY
-    """The time (µs) that this manager has to stop all of its units when it exits."""
+    """The time (µs) that `manager` has to stop all of its units when it exits."""
 
 
 def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
@@ -104,7 +104,7 @@ def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def may_trap(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether its main process may handle SIGTERM in its own way."""
+    """Return whether the main process may handle SIGTERM in its own way."""
     if main_is_qemu(facts, around) or facts.is_scope:
         return False
     if around.main_traps is not None:

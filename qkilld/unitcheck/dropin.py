@@ -54,7 +54,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
 
 
 def missing_changes(wanted: Iterable[Change], old: str) -> list[Change]:
-    """Return the changes that our earlier drop-in does not contain, or only in part."""
+    """Return the changes that are not, or only in part, in our earlier drop-in."""
     old_lines = set(_lines(old))
     return [change for change in wanted if not old_lines.issuperset(change.lines)]
 
@@ -74,7 +74,7 @@ class Override:
 
 
 def read_later(drop_ins: Iterable[str]) -> list[str]:
-    """Return the drop-ins that systemd reads after ours: it sorts drop-ins by file name, whatever
+    """Return the drop-ins that systemd reads after ours: systemd sorts them by file name, whatever
     the directory. Source: systemd.unit(5)."""
     return [path for path in drop_ins if PurePosixPath(path).name > FILE_NAME]
 
@@ -82,7 +82,7 @@ def read_later(drop_ins: Iterable[str]) -> list[str]:
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
     """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # In a list, only an empty assignment overrides our lines; others append.
+    # In a list, only an empty assignment overrides our lines. Any other assignment appends.
     ends = {"ExecStop": r"\s*$", "After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="

@@ -55,7 +55,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         yield Finding(
             "exec-stop-slow",
             _ADVICE,
-            f"an ExecStop= before {HELPER}, {program}, has to return in time, {clock(facts)}",
+            f"{program}, an ExecStop= before {HELPER}, has to return in time, {clock(facts)}",
             f"if it takes longer, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL at"
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
@@ -149,7 +149,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             yield Finding(
                 "exec-stop-clock",
                 _MAY,
-                f"its guest is asked to shut down and gets only a fixed time, {clock(facts)}",
+                f"its guest is asked to shut down, {clock(facts)}",
                 "at the timeout, the guest is killed, and data that the guest or QEMU has not "
                 "written by then is lost",
                 mends,
@@ -196,7 +196,7 @@ def has_helper(facts: UnitFacts) -> bool:
 
 
 def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool = True) -> Line:
-    """Return the ExecStop= line that runs qkilld-stop, the helper, in a service.
+    """Return the ExecStop= line with which a service runs qkilld-stop, the helper.
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,

@@ -15,7 +15,7 @@ class Severity(StrEnum):
     LOSES = "loses data"
     """Every stop that takes long loses data that the guest's disks have acknowledged."""
     MAY_LOSE = "may lose data"
-    """The same data is lost, but only if something else happens too."""
+    """The same data is lost, but only if there is also a failure, or the host is slow."""
     ADVICE = "advice"
 
 
@@ -27,7 +27,7 @@ class Line:
     """A line of a unit file; without a section, a command to run."""
 
     section: str
-    """Unit, Service, Scope or ""."""
+    """The section: Unit, Service, Scope or ""."""
     text: str
     by_hand: bool = False
     """adopt does not write the line: it changes how the unit runs, which only the owner can

@@ -22,8 +22,8 @@ class StoppedBy(StrEnum):
     GUESTS_SERVICE = "guests-service"
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
-    """qkilld-guests.service and systemd's SIGTERM at the same time, because its unit is a service
-    without ExecStop= and not ordered before qkilld-guests.service."""
+    """qkilld-guests.service and systemd's SIGTERM at the same time: the guest's unit is a service
+    without ExecStop=, and not ordered before qkilld-guests.service."""
     UNCOVERED = "uncovered"
     """Only systemd, because Executables= does not match the guest."""
 
@@ -33,7 +33,8 @@ _IN_WORDS = {
     StoppedBy.KEEPER: "left to {keepers}, and stopped by qkilld-guests.service if still running",
     StoppedBy.GUARD: "stopped by qkilld-scope@.service, the guard of its scope",
     StoppedBy.GUESTS_SERVICE: "stopped by qkilld-guests.service",
-    StoppedBy.SYSTEMD: "stopped by systemd at the same time; prevent this: `qkillctl adopt {unit}`",
+    StoppedBy.SYSTEMD: "stopped by systemd and qkilld-guests.service at the same time: run"
+    " `qkillctl adopt {unit}`",
     StoppedBy.UNCOVERED: "not covered by Executables=: {line}",
 }
 
@@ -64,7 +65,7 @@ class HostReport:
     keepers: tuple[GuestKeeper, ...]
     guests: tuple[HostGuest, ...]
     order: tuple[tuple[str, ...], ...] = field(default_factory=tuple)
-    """Groups of units in the order in which they are stopped; a group is stopped together."""
+    """Groups of units, in the order in which systemd stops the groups."""
 
 
 def predict_stop(

@@ -91,7 +91,7 @@ NO_KEEPERS: Final = frozenset(
 class GuestKeeper:
     unit: str
     project: str = ""
-    """The keeper's project; "" if only the guest's ordering shows the unit to be a keeper."""
+    """The keeper's project; "" if unknown."""
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
 

@@ -1,4 +1,4 @@
-"""What a stop line does to a guest, as a sequence of acts.
+"""The acts of a stop line: what it does to a guest, in order.
 
 An unknown program may do anything; it is never assumed to do nothing.
 """
@@ -40,7 +40,7 @@ class Act:
     reads: bool = False
     """The program reads its standard input, which is /dev/null, and so returns at once."""
     if_failed: bool = False
-    """It runs only if the previous act has failed (`||`)."""
+    """The act runs only if the previous one has failed (`||`)."""
 
 
 def act(kind: ActKind, usec: int = INFINITY, *, by_name: bool = False) -> tuple[Act, ...]:

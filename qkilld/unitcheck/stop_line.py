@@ -48,7 +48,7 @@ _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Programs that run another program, and those of their options that take a value."""
 _USES_UP: Final = {"taskset": 1, "chrt": 1}
-"""The number of arguments, after the options, before the program to run."""
+"""How many arguments these programs take between their options and the program to run."""
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 _ALIVE: Final = re.compile(
@@ -103,7 +103,7 @@ def read_line(command: Command, environment: Mapping[str, str] | None = None) ->
 
 
 def _expanded(words: Iterable[str], environment: Mapping[str, str]) -> list[str]:
-    """Expand variables like systemd: systemd.service(5), "Command lines"."""
+    """Expand variables as systemd does: systemd.service(5), "Command lines"."""
     expanded: list[str] = []
     for word in words:
         name = word[1:]

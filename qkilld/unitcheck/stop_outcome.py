@@ -28,7 +28,7 @@ class Patience(IntEnum):
     TIMED = 1
     """Until a fixed timeout."""
     PATIENT = 2
-    """As long as it makes progress, or without limit."""
+    """As long as the guest makes progress, or without limit."""
     UNTOUCHED = 3
     """The guest keeps running, as intended."""
 
@@ -103,9 +103,9 @@ class Helper(StrEnum):
     EXTENDS = auto()
     """systemd extends the timeout whenever qkilld-stop asks."""
     TIMED = auto()
-    """systemd ignores its extensions of the timeout."""
+    """systemd ignores qkilld-stop's extensions of the timeout."""
     INEFFECTIVE = auto()
-    """It sees no guest, or cannot be started."""
+    """qkilld-stop sees no guest, or cannot be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class StopSettings:
     SIGTERM."""
     main_is_qemu: bool = False
     main_may_trap: bool = False
-    """The main process is not QEMU, and may do anything on its signal."""
+    """The main process is not QEMU, and may do anything when it gets KillSignal=."""
     outlives: bool = False
     """The unit is a manager of guests, which are meant to keep running when it is stopped."""
     helper: Helper = Helper.EXTENDS
@@ -140,7 +140,7 @@ class StopSettings:
     guests_service: bool = False
     """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
-    """A server of the guest's disks, on this host, may be stopped at the same time."""
+    """A process on this host that serves the guest's disks may be stopped at the same time."""
     storage_goes_first: bool = False
     """At shutdown, the storage may be gone before the unit is stopped."""
     can_ask: bool | None = None
@@ -218,8 +218,8 @@ class _Stop:
         return self._on_storage(self._signals())
 
     def _before_unit(self) -> Outcome | None:
-        """Simulate a shutdown until the unit itself is stopped. Return the outcome if qkilld-stop
-        runs before that."""
+        """Simulate a shutdown up to the stop of the unit itself. Return the outcome if qkilld-stop
+        stops the guest before that."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:
@@ -319,7 +319,7 @@ class _Stop:
             return self._flush()
         if number in IGNORED:
             return self._silence()
-        # The signal kills a guest that is still shutting down; a guest that has exited lost
+        # The signal kills a guest that is still shutting down; a guest that has exited loses
         # nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
@@ -402,7 +402,7 @@ def outcomes(settings: StopSettings) -> dict[Occasion, Outcome]:
 def is_no_worse(
     after: StopSettings, before: StopSettings, occasions: Sequence[Occasion] = tuple(Occasion)
 ) -> tuple[Occasion, ...]:
-    """Return the occasions on which `after` is worse under some assumption."""
+    """Return the occasions on which `after` is worse under at least one assumption."""
     worse = []
     for occasion in occasions:
         pairs = (

@@ -1,4 +1,4 @@
-"""The storage of a guest's disks, and whether the unit is stopped before it disappears."""
+"""The storage of a guest's disks, and whether the unit is stopped before its storage disappears."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Storage:
     device reached over the network."""
 
     mount_point: str = ""
-    """Of a file system; "" for a server or a device."""
+    """The mount point of a file system; "" for a server or a device."""
     unit: str = ""
     """The .mount unit of a file system."""
     protocol: str = ""
@@ -77,7 +77,7 @@ class Storage:
 
     @property
     def line(self) -> str:
-        """The line of a unit file that orders the unit after this storage."""
+        """The line of a unit file that orders a unit after this storage."""
         if self.server:
             return f"After={self.text or self.server}"
         if self.device:
