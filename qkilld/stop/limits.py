@@ -14,6 +14,8 @@ USEC_PER_SEC = 1_000_000
 FIRST = 10 * USEC_PER_SEC
 """The first extension, sent before anything is known: enough time to call the daemon and get a
 refusal."""
+NO_STATE = "Asking qkilld to stop the guest"
+"""The status until a job has begun."""
 STEP = 20 * USEC_PER_SEC
 """The longest extension. An extension is renewed every second or two."""
 MARGIN = 5 * USEC_PER_SEC

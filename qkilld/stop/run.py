@@ -14,7 +14,7 @@ import time
 from qkilld.adapters.journal_stream import stderr_is_journal
 from qkilld.stop.daemon import SYSTEM_SOCKET, USER_SOCKET, DaemonStopper
 from qkilld.stop.guest_stop import ENDINGS, GuestStop
-from qkilld.stop.limits import ASK_ALL, FIRST, extension
+from qkilld.stop.limits import ASK_ALL, FIRST, NO_STATE, extension
 from qkilld.stop.log import say, say_ending
 from qkilld.stop.process import (
     ProcessHandle,
@@ -525,11 +525,11 @@ class StopRun:
     def _update_systemd(self) -> None:
         now = time.monotonic_ns() // 1000
         states = [stop.state for stop in self._stops if stop.running and stop.state is not None]
-        deadlines = [
-            2**64 if state.get("deadlineUSec") is None else state["deadlineUSec"]
-            for state in states
-        ]
+        deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
+        if not states:  # The daemon may reply at any moment; the imports below take 12 ms.
+            self._notifier.status(NO_STATE)
+            return
         try:
             from qkilld.model.varlink_state import status_of
             from qkilld.stop.status_line import status_line

@@ -13,9 +13,7 @@ NAMED: Final = 3
 
 
 def status_line(jobs: Sequence[JobStatus], now: int) -> str:
-    """Describe the running jobs; `now` is CLOCK_MONOTONIC, µs."""
-    if not jobs:
-        return "Asking qkilld to stop the guest"
+    """Describe the running jobs, of which there is at least one; `now` is CLOCK_MONOTONIC, µs."""
     if len(jobs) == 1:
         return f"Stopping {_progress(jobs[0], now)}"
     named = "; ".join(_progress(job, now) for job in jobs[:NAMED])

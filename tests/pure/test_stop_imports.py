@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import qkilld.stop
+from qkilld.stop.limits import NO_STATE
+from tests.lab.notify import NotifySocket
 
 MODULES = sorted(
     f"qkilld.stop.{path.stem}"
@@ -72,3 +75,31 @@ def test_the_way_of_an_idle_guest_imports_next_to_nothing() -> None:
     }
     costly = {"asyncio", "dataclasses", "typing", "pathlib", "logging", "argparse", "threading"}
     assert not loaded & (costly | {"subprocess", "inspect", "dbus_next", "contextlib"})
+
+
+WAITING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import qkilld.stop.main
+from qkilld.stop.log import Log
+from qkilld.stop.notifier import Notifier
+from qkilld.stop.options import Options
+from qkilld.stop.run import StopRun
+times = iter([0.0])
+run = StopRun(Options(), Notifier(sys.argv[2]), Log(), lambda: next(times, 1.0))
+before = set(sys.modules)
+run.turn()
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_waiting_for_the_daemon_imports_nothing(lab_dir: Path) -> None:
+    """The daemon may be starting, on a host with no processor to spare."""
+    top = str(Path(qkilld.stop.__file__).parents[2])
+    with NotifySocket(lab_dir) as notify:
+        command = [sys.executable, "-I", "-S", "-c", WAITING, top, str(notify.path)]
+        pidfd = os.pidfd_open(os.getpid())
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert notify.wait_for("STATUS", 10, pidfd=pidfd) == NO_STATE
+        os.close(pidfd)
+    assert done.stdout.split() == []

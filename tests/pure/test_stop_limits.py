@@ -123,7 +123,6 @@ def test_the_status_says_what_is_waited_for() -> None:
     assert "web (pid 4): shuts down, SIGTERM in 10s" in down
     text = status_line([replace(JOB, pid=pid) for pid in range(10, 15)], 10 * S)
     assert text.startswith("Stopping 5 guests: ") and text.endswith("; and 2 more")
-    assert status_line([], 0)
 
 
 def test_a_hostile_name_stays_one_line() -> None:
