@@ -8,7 +8,12 @@ have ever parsed and change their connections from release to release.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
+
+# Both libraries import GLib if it is there, for an event loop that is not used here. This saves
+# memory, which is locked while jobs run.
+sys.modules.setdefault("gi", None)  # type: ignore[arg-type]
 
 if TYPE_CHECKING:
     from dbus_next._private.address import get_bus_address, parse_address

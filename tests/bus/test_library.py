@@ -52,6 +52,15 @@ def test_both_send_the_same_bytes(lab_dir: Path) -> None:
     assert len(first.stdout.splitlines()) == 4
 
 
+def test_glib_is_not_imported(lab_dir: Path) -> None:
+    """Both would import it, though it is not needed."""
+    for hidden, taken in (([], "dbus_next"), (["dbus_next"], "dbus_fast")):
+        directory = lab_dir / taken
+        directory.mkdir()
+        done = run_with("gi", *hidden, directory=directory)
+        assert (done.returncode, done.stderr) == (0, f"{taken}\n")
+
+
 def test_neither_is_there(lab_dir: Path) -> None:
     done = run_with("dbus_next", "dbus_fast", directory=lab_dir)
     assert done.returncode == 1
