@@ -289,6 +289,8 @@ class VarlinkServer:
         self._quiet = asyncio.Event()
         """Set while there is no open call."""
         self._quiet.set()
+        self._has_answered = asyncio.Event()
+        """Set once a call has been answered."""
         self._per_uid: Counter[int] = Counter()
         """The number of connections of each uid."""
         self._budget = InputBudget(turns.unlimited)
@@ -316,6 +318,13 @@ class VarlinkServer:
     def listen_again(self) -> None:
         for listener in self._listening:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
+
+    async def answer_first(self, timeout_s: float) -> None:
+        """Wait until the calls that were there at the start have been answered."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._has_answered.wait()
+                await self._quiet.wait()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for open calls to be answered."""
@@ -392,6 +401,7 @@ class VarlinkServer:
     def ended(self, call: VarlinkCall) -> None:
         """Note that a call is over."""
         self._in_work -= 1
+        self._has_answered.set()
         if not self._in_work:
             self._quiet.set()
         if self._connections.get(call.connection) is call:
