@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Final
 
@@ -116,10 +116,15 @@ class _Claim:
     """Its properties, empty if no device has that id."""
 
 
-def may_use_tcp(options: Sequence[QemuOption]) -> bool:
-    """Return whether a monitor may be on TCP, so that TCP listeners must be read."""
+def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:
+    """Return whether a monitor may be on TCP, so that TCP listeners must be read.
+
+    `unclear`: the descriptors of the process's sockets that are not known to be of another kind.
+    """
     return any(
-        claim.role in (Role.QMP, Role.HMP) and ("port" in claim.chardev or "fd" in claim.chardev)
+        claim.role in (Role.QMP, Role.HMP)
+        and _serves_tcp(claim.chardev)
+        and ("port" in claim.chardev or _descriptor(claim.chardev) in unclear)
         for claim in _claims(options)
     )
 
@@ -272,8 +277,7 @@ def _chardev(flat: Mapping[str, str]) -> Mapping[str, str]:
 
 def _is_on(chardev: Mapping[str, str], listener: UnixListener) -> bool:
     if "fd" in chardev:
-        number = chardev["fd"]
-        return number.isdecimal() and int(number) in listener.descriptors
+        return _descriptor(chardev) in listener.descriptors
     name = chardev.get("path")
     if not name or chardev.get("backend") != "socket":
         return False
@@ -283,13 +287,10 @@ def _is_on(chardev: Mapping[str, str], listener: UnixListener) -> bool:
 
 
 def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
-    if chardev.get("backend") != "socket" or not _is_on_off(chardev, "server"):
-        return False
-    if "tls-creds" in chardev or _is_on_off(chardev, "websocket"):
+    if not _serves_tcp(chardev):
         return False
     if "fd" in chardev:
-        number = chardev["fd"]
-        return number.isdecimal() and int(number) in listener.descriptors
+        return _descriptor(chardev) in listener.descriptors
     first, last = chardev.get("port", ""), chardev.get("to", "")
     if not (first.isdecimal() and len(first) < 6):
         return False
@@ -299,6 +300,19 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     host = chardev.get("host", "")
     # Only QEMU knows which address it found for a host name.
     return not _ADDRESS.fullmatch(host) or host == listener.host
+
+
+def _serves_tcp(chardev: Mapping[str, str]) -> bool:
+    """Return whether it may be a server on TCP that speaks plainly."""
+    if chardev.get("backend") != "socket" or not _is_on_off(chardev, "server"):
+        return False
+    return "tls-creds" not in chardev and not _is_on_off(chardev, "websocket")
+
+
+def _descriptor(chardev: Mapping[str, str]) -> int | None:
+    """Return the number of the descriptor that QEMU was given for it; None if there is none."""
+    number = chardev.get("fd", "")
+    return int(number) if number.isdecimal() and len(number) < 10 else None
 
 
 def _is_to_listen(chardev: Mapping[str, str]) -> bool:

@@ -16,7 +16,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -90,8 +90,13 @@ def read_process_blocking(
     """Like `read_process`, in the calling thread. Raises OSError."""
     options = read_options(identity, proc)
     descriptors = socket_descriptors(identity.pid, proc)
-    tcp = read_tcp_listeners(identity.pid, descriptors, proc) if may_use_tcp(options) else []
-    return options, _unix_listeners(identity.pid, descriptors, proc), tcp
+    listeners = _unix_listeners(identity.pid, descriptors, proc)
+    unclear = set().union(*descriptors.values())
+    unclear.difference_update(*(listener.descriptors for listener in listeners))
+    if not may_use_tcp(options, unclear):
+        return options, listeners, []
+    # Expensive: the kernel scans tables with 100,000s of slots, which takes 6 ms.
+    return options, listeners, read_tcp_listeners(identity.pid, descriptors, proc)
 
 
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
@@ -210,9 +215,7 @@ def _unix_listeners(
 ) -> list[UnixListener]:
     paths: dict[int, list[str]] = {}
     used = set()
-    for listening, inode, path in _table(proc / str(pid) / "net/unix"):
-        if inode not in descriptors:
-            continue
+    for listening, inode, path in _table(proc / str(pid) / "net/unix", descriptors):
         if listening:
             paths.setdefault(inode, []).append(path)
         else:
@@ -319,8 +322,10 @@ def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None
         yield own / "root", own / "cwd"
 
 
-def _table(path: Path) -> Iterator[tuple[bool, int, str]]:
-    """Yield (listening, inode, name) of named stream sockets that listen or are connected."""
+def _table(path: Path, inodes: Collection[int]) -> Iterator[tuple[bool, int, str]]:
+    """Yield (listening, inode, name) of named stream sockets among `inodes` that listen or are
+    connected."""
+    wanted = {b"%d" % inode for inode in inodes}
     size = 0
     with path.open("rb") as file:
         for line in file:
@@ -332,6 +337,8 @@ def _table(path: Path) -> Iterator[tuple[bool, int, str]]:
             if len(fields) < 7 or fields[4] != _STREAM:
                 continue
             inode, space, name = fields[6].partition(b" ")
+            if inode not in wanted:
+                continue
             try:
                 listening = bool(int(fields[3], 16) & _LISTENING)
                 if space and name and (listening or fields[5] == _CONNECTED):

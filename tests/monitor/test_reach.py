@@ -15,6 +15,7 @@ import pytest
 
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import MonitorBusy, MonitorTimeout, MonitorUnreachable
+from qkilld.monitor import reach
 from qkilld.monitor.agent import AgentClient
 from qkilld.monitor.endpoints import Endpoint, GuestEndpoints, Role, UnixListener
 from qkilld.monitor.hmp import HmpClient
@@ -67,7 +68,13 @@ def test_a_monitor_is_found_and_answers(qemu: Start, options: dict[str, object])
     assert run(status_of(qemu(**options).pid)) == "running"
 
 
-def test_a_descriptor_whose_parent_had_listened(lab_dir: Path) -> None:
+def test_a_descriptor_whose_parent_had_listened(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_tcp_listeners(*_: object) -> None:
+        raise AssertionError("the table of all TCP connections is read")
+
+    monkeypatch.setattr(reach, "read_tcp_listeners", read_tcp_listeners)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(lab_dir / "qmp"))
         server.listen()

@@ -21,8 +21,10 @@ from qkilld.monitor.job_monitor import JobMonitors
 from qkilld.monitor.reach import prove, read_process_blocking
 from qkilld.monitor.tcp import connect_directly, ends_in, read_tcp
 from tests.evidence.until import until
-from tests.lab.guest import Guest
+from tests.lab import needs
+from tests.lab.guest import QEMU, Guest
 from tests.lab.netns import NetworkNamespace
+from tests.lab.process import end, spawn
 from tests.monitor.connecting import run
 
 Start = Callable[..., Guest]
@@ -87,6 +89,23 @@ def test_a_monitor_answers_over_a_connection_that_is_passed(
     guest = qemu(qmp=False, arguments=(option, place.format(port=free_port())))
     assert monitor_of(guest).role is role
     assert run(taken(guest, lambda control: control.runstate())) == "running"
+
+
+def test_a_descriptor_whose_parent_had_listened() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        chardev = f"socket,id=m,fd={server.fileno()},server=on,wait=off"
+        process = spawn(
+            [
+                *(needs.program(QEMU, "qemu-system-x86"), "-M", "none", "-nodefaults"),
+                *("-display", "none", "-chardev", chardev, "-mon", "m,mode=control"),
+            ],
+            pass_fds=(server.fileno(),),
+        )
+    try:
+        endpoints = until(lambda: guest_endpoints_of(process.pid).passable, bool)
+        assert [one.role for one in endpoints] == [Role.QMP]
+    finally:
+        end(process)
 
 
 @pytest.mark.parametrize("place", [PLACES[0][1], PLACES[2][1], PLACES[6][1]])

@@ -171,7 +171,28 @@ def test_listeners_that_a_caller_may_connect_to(
     assert not guest_endpoints.endpoints
     if expected:
         assert not guest_endpoints.obstacles
-        assert may_use_tcp(options) == any(word in arguments for word in ("tcp", "telnet", "fd="))
+        on_tcp = any(word in arguments for word in ("tcp", "telnet", "fd=12"))
+        assert may_use_tcp(options, {12}) == on_tcp
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("-chardev socket,id=m,fd=12,server=on -mon m,mode=control", True),
+        ("-chardev socket,id=m,fd=12 -mon m", False),
+        # The descriptor of a unix socket, or of none.
+        ("-chardev socket,id=m,fd=13,server=on -mon m,mode=control", False),
+        ("-chardev socket,id=m,fd=name,server=on -mon m", False),
+        (f"-chardev socket,id=m,fd={'9' * 5000},server=on -mon m", False),
+        ("-serial tcp::4444,server", False),
+        ("-qmp tcp::4444", False),
+        ("-qmp unix:/a,server", False),
+    ],
+)
+def test_when_tcp_sockets_are_worth_a_look(arguments: str, expected: bool) -> None:
+    options = parse_command_line(["qemu", *shlex.split(arguments)])
+    assert may_use_tcp(options, {12}) == expected
+    assert bool(find_endpoints(options, [X], [T4]).passable) == (expected or "fd=13" in arguments)
 
 
 @pytest.mark.parametrize(
