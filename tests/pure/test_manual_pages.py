@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld import __version__, daemon
+from qkilld import __version__, daemon_arguments
 from qkilld.adapters.config import _POLICY_KEYS
 from qkilld.ctl import arguments as ctl_arguments
 from qkilld.model.constants import ExitCode
@@ -19,7 +19,7 @@ from qkilld.stop import arguments as stop_arguments
 
 MAN = Path(__file__).parents[2] / "packaging" / "man"
 PROGRAMS = {
-    "qkilld.8": daemon.build_parser,
+    "qkilld.8": daemon_arguments.build_parser,
     "qkilld-stop.8": stop_arguments.build_parser,
     "qkillctl.1": ctl_arguments.build_parser,
 }

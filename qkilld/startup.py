@@ -1,0 +1,95 @@
+"""Connect the parts of the daemon, and run it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import threading
+from pathlib import Path
+
+from qkilld import foreign_descriptors, log_setup
+from qkilld.adapters import config, system_files
+from qkilld.adapters.journal import QueuedJournal, open_journal
+from qkilld.adapters.memlock import STACK_BYTES, share_heap
+from qkilld.adapters.trace_file import TraceDirectory
+from qkilld.daemon_options import DaemonOptions
+from qkilld.engine import events
+from qkilld.model.bus_address import BusAddress
+from qkilld.model.constants import ExitCode
+from qkilld.model.errors import BusError, ConfigError
+
+
+def run(options: DaemonOptions) -> int:
+    """Return the exit code."""
+    try:
+        configuration = config.load(options.root)
+    except ConfigError as error:
+        print(
+            f"qkilld: the configuration is wrong, so qkilld does not start:\n{error}",
+            file=sys.stderr,
+        )
+        return ExitCode.USAGE
+    if options.check_config:
+        print("The configuration is good.")
+        return ExitCode.OK
+    _take_descriptors()
+    threading.stack_size(STACK_BYTES)
+    share_heap()
+    foreign_descriptors.set_up()
+    log_setup.set_up("qkilld", debug=options.debug)
+    journal = open_journal()
+    try:
+        with _traces(options.trace_dir, journal) as traces:
+            # Imported after the configuration is read, so that its errors are reported sooner.
+            # asyncio works without TLS, which saves 4 MB of memory, locked while jobs run.
+            sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+            import asyncio
+
+            from qkilld.lifecycle import live
+
+            end = live(
+                configuration,
+                BusAddress(user=options.user, address=options.bus),
+                journal,
+                traces,
+                varlink=options.varlink,
+                exit_idle_s=options.exit_idle,
+            )
+            return asyncio.run(end)
+    except ConfigError as error:
+        print(f"qkilld: {error}", file=sys.stderr)
+        return ExitCode.USAGE
+    except BusError as error:
+        print(f"qkilld: {error}", file=sys.stderr)
+        if not (options.user or options.bus) and (advice := system_files.advice(options.root)):
+            print(f"qkilld: {advice}", file=sys.stderr)
+        return ExitCode.FAILURE
+    except ImportError as error:
+        print(f"qkilld: {error}", file=sys.stderr)
+        return ExitCode.FAILURE
+    finally:
+        journal.close()
+
+
+def _take_descriptors() -> None:
+    """Raise the limit of open files to the maximum: each sampled guest needs about a dozen."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now != most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _traces(
+    directory: Path | None, journal: QueuedJournal
+) -> contextlib.AbstractContextManager[TraceDirectory | None]:
+    """Open the directory for traces, if there is one. Raises ConfigError."""
+    if directory is None:
+        return contextlib.nullcontext()
+    try:
+        traces = TraceDirectory(directory, lambda text: journal.write(events.traces_failed(text)))
+    except OSError as error:
+        raise ConfigError(
+            f"traces cannot be written to {directory}: {error.strerror}; "
+            "--trace-dir must be a directory that exists"
+        ) from None
+    return contextlib.closing(traces)
