@@ -30,7 +30,10 @@ class ResumedJobs:
     def follow(self) -> None:
         """Let the jobs continue that were added, as soon as possible. Call it once."""
         now = self._clock.now()
-        self._waiting.sort(key=lambda job: decide(job.facts, now).deadline)
+        for job in self._waiting:
+            # Callers may ask for it before the first sample.
+            job.deadline = decide(job.facts, now).deadline
+        self._waiting.sort(key=lambda job: job.deadline)
         self._waiting.reverse()  # The last one is the next.
         self._follow_some()
 

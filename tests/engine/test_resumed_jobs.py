@@ -115,6 +115,18 @@ def test_the_most_urgent_is_first() -> None:
     assert [*dict.fromkeys(sampler.order)] == latest_first[::-1]
 
 
+def test_the_deadline_is_known_before_the_first_sample() -> None:
+    world = World()
+    processes = start(world, [60] * MANY)
+    deadlines = [job.deadline for job in world.registry]
+    after, sampler, resumed = crash(world, processes)
+    after.registry.follow_resumed()
+    before = [job.deadline for job in resumed]
+    assert before == deadlines
+    after.clock.advance(MANY * sampler.span + 2 * PAUSE / S)
+    assert [job.deadline for job in resumed] == before
+
+
 def test_one_that_is_due_is_killed_after_a_fresh_sample() -> None:
     world = World()
     processes = start(world, [8] * MANY)
