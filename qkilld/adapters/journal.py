@@ -123,10 +123,7 @@ class Journald:
 
 
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
-    """Return a queue to journald if standard error is connected to it, else to standard error.
-
-    `identifier` is the program's name in the journal.
-    """
+    """Return a queue to journald if standard error is connected to it, else to standard error."""
     return QueuedJournal(Journald(identifier) if stderr_is_journal() else to_stderr)
 
 

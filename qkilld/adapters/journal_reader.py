@@ -25,7 +25,7 @@ class Receipt:
     """µs since the epoch."""
     pid: int | None
     guest: str
-    """Its name; "" for none."""
+    """The guest's name; "" for none."""
     unit: str
     result: str
     elapsed: int | None

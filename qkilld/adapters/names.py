@@ -96,7 +96,7 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # Names that were read meanwhile are not pending either; `_collect` takes their results.
+        # `keys` lacks names that were read meanwhile; `_collect` takes their results.
         self._pending &= keys
         self._late_keys &= keys
 

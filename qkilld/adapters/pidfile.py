@@ -41,8 +41,6 @@ _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class PidfileProcess:
-    """A process that a pidfile names."""
-
     pid: int
     start_time: int
     """Clock ticks since boot."""

@@ -28,7 +28,7 @@ _INFO: Final = struct.Struct("=Q52xi")
 """The first version of struct pidfd_info: its mask and its exit_code."""
 _INFO_EXIT: Final = 1 << 3
 _SIGNAL: Final = 0x7F
-"""The part of a status of wait(2) that is the signal."""
+"""The bits of a wait(2) status that contain the signal."""
 
 
 class PidfdProcess:
@@ -201,8 +201,8 @@ def _already_gone(pid: int) -> NoSuchProcess:
 
 
 def _exit_status(pidfd: int) -> int:
-    """Return the status, as wait(2) does, of a process that its parent has reaped; 0 if unknown,
-    as before Linux 6.15."""
+    """Return the exit status of a reaped process in the form of wait(2); 0 if unknown, which it
+    always is before Linux 6.15."""
     info = bytearray(_INFO.size)
     _INFO.pack_into(info, 0, _INFO_EXIT, 0)
     try:

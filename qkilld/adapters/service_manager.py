@@ -55,7 +55,6 @@ class ServiceManager:
             self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))
 
     def drop_fd(self, name: str) -> None:
-        """Remove a descriptor from the store."""
         self._put(f"FDSTOREREMOVE=1\nFDNAME={name}", None)
 
     async def barrier(self, timeout_s: float) -> None:

@@ -60,7 +60,7 @@ class StateDirectory:
         self._is_error_reported = False
         self._reserved_number = 0
         self.outdated: set[int] = set()
-        """The jobs, of those that `load` returned, whose files an earlier release wrote."""
+        """The numbers of jobs returned by `load` whose files an earlier release wrote."""
         self._pending: dict[int, JobState | None] = {}
         """The newest unwritten state of each job; None for a job that was forgotten."""
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class StateDirectory:
     def close(self, last: int) -> None:
         """Write what is queued, for at most background.FLUSH_TIMEOUT_S. May be called again.
 
-        `last` is the last number given.
+        `last` is the highest job number so far.
         """
         if self._directory < 0:
             return

@@ -4,8 +4,7 @@ This concerns the backing file of a loop device and the upper directory of an ov
 belongs to the mount namespace in which it was given, and the kernel does not report which: a
 container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
 system is accepted only if it has a file at this path, with the length that the loop device reports.
-LOOP_GET_STATUS64 would return device and inode, but it asks the file system for them, and blocks
-if the file system hangs.
+LOOP_GET_STATUS64, which returns device and inode, blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked.
 """

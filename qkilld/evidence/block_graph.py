@@ -1,9 +1,8 @@
 """Read QEMU's storage from its command line: nodes behind connections, images, other connections.
 
-Pure. The command line is its owner's claim: it says what a descriptor is for, but does not prove
-that the descriptor exists. It lacks disks that were added later, so the use of a connection that it
-does not name is unknown. Sources: qemu-options.hx, qapi/block-core.json,
-docs/system/device-url-syntax of QEMU 2.0 to 10.0.
+Pure. The command line is its owner's claim, and does not prove that a descriptor exists. It lacks
+disks that were added later, so the use of a connection that it does not name is unknown. Sources:
+qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of QEMU 2.0 to 10.0.
 """
 
 from __future__ import annotations
@@ -88,8 +87,8 @@ class BlockGraph:
             self.endpoints[endpoint] = node
 
     def raw_paths(self, directory: str) -> frozenset[str]:
-        """Return the paths of raw images, as given, and as the kernel shows them if no symbolic
-        link is involved. `directory` is QEMU's working directory."""
+        """Return the paths of raw images, as given and as the kernel shows them unless there are
+        symbolic links. `directory` is QEMU's working directory."""
         return frozenset(self.raw | _resolved(self.raw, directory))
 
     def image_names(self, directory: str) -> dict[str, frozenset[str]]:
@@ -154,7 +153,7 @@ class _DiskOption:
     """The formats of its nodes, "" for one that QEMU probes."""
     paths: tuple[str, ...]
     children: frozenset[str]
-    """The values of all its other keys, among them the names of the nodes that it uses."""
+    """The values of its other keys, such as the names of nodes that it uses."""
 
 
 def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _DiskOption:

@@ -37,8 +37,7 @@ _UNKNOWN: Final[_Pair] = (None, None)
 class SharedGroups:
     """Cached figures of groups that several processes share.
 
-    They are only displayed, so an age of a few seconds does not matter: verdicts use the figures of
-    groups that a guest has for itself.
+    They are only displayed, not used for verdicts, so a few seconds do not matter.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -217,7 +216,7 @@ class _IoStat:
         names = ["io.stat"]
         if not group.v2:
             names = ["blkio.throttle.io_service_bytes", "blkio.throttle.io_serviced"]
-            # The files that include descendants, since Linux 5.3.
+            # Since Linux 5.3, these files include descendants.
             if (directory / f"{names[0]}_recursive").exists():
                 names = [f"{name}_recursive" for name in names]
         self.path = directory / names[0]
@@ -255,8 +254,8 @@ def _sum_v1(text: bytes | None) -> int | None:
 
 
 class _FreezerV2:
-    """Reports a group as frozen as soon as its freezing begins: cgroup.events shows it only after
-    threads in uninterruptible sleep have woken."""
+    """Reports a group as frozen once its freezing begins: cgroup.events waits for threads in
+    uninterruptible sleep."""
 
     def __init__(self, group: Group) -> None:
         self._events = KeptFile(group.ways[0] / "cgroup.events")

@@ -54,15 +54,13 @@ class GraphReader:
             return None
 
     def formatted(self, paths: list[str] | None) -> int | None:
-        """Count the open images, which have these paths, that are not known to be raw. None if the
-        paths or the command line are unknown."""
+        """Count the open images, `paths`, that are not known to be raw. None if unknown."""
         if self._graph is None or paths is None:
             return None
         return sum(path not in self._raw for path in paths)
 
     def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
-        """Return the open images. `mounts` has ImagePlace.mount by path. None if `mounts` or the
-        command line is unknown."""
+        """Return the open images. `mounts`: ImagePlace.mount by path. None if unknown."""
         if self._graph is None or mounts is None:
             return None
         return tuple(

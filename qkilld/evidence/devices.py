@@ -26,14 +26,11 @@ _NVME: Final = re.compile(r"nvme(\d+)n(\d+)")
 
 
 class Block(NamedTuple):
-    """A block device in sysfs."""
-
     number: str
     name: str
     """The kernel's name, unchecked."""
     below: tuple[str, ...]
-    """MAJOR:MINOR of each device directly below it: the disk of a partition, the members of dm, md
-    or bcache."""
+    """MAJOR:MINOR of each device directly below it (partition, dm, md, bcache)."""
     backing: bytes | None
     """For a loop device, the path of its backing file as the kernel shows it to us."""
     backing_sizes: range
@@ -85,8 +82,8 @@ def describe(number: str, sys: Path = SYS) -> Block | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file. The device has all whole sectors from its
-    offset in the file to the file's end, or to a limit."""
+    """Return the possible sizes of the backing file: the device has the whole sectors from its
+    offset to the file's end, or to a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)

@@ -26,13 +26,12 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Announce a call of `put`: what it puts runs after MAX_DELAY_S at the latest."""
+        """Make the loop run within MAX_DELAY_S what is put meanwhile."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool) -> None:
-        """Make the loop run `call`. With `more`, other calls will follow soon, and the last of them
-        wakes the loop. Thread-safe."""
+        """Make the loop run `call`; with `more`, together with a later one. Thread-safe."""
         self._calls.append(call)
         if not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.

@@ -42,8 +42,6 @@ MAX_PLACES: Final = 16_384
 
 
 class _SocketHolder(NamedTuple):
-    """The process and the descriptor of a socket."""
-
     pid: int
     descriptor: str
 
@@ -193,8 +191,8 @@ class _Search:
         return by_turns(pids)
 
     def _of_its_user(self, process: _Candidate) -> _Candidate:
-        """Return the process with its real user: root owns the /proc directory of a set-user-ID
-        program even if another user started it and gave it its descriptors."""
+        """Return the process with its real user: root owns /proc/PID of a set-user-ID program,
+        whoever started it and gave it descriptors."""
         if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))

@@ -45,7 +45,6 @@ class ServerReader:
         self._used_pids: set[int] = set()
         """The processes that the last read() used."""
         self._missing_ends: frozenset[int] = frozenset()
-        """Sockets whose process has not been found yet."""
 
     def expect(self, ends: Iterable[int]) -> None:
         """Announce sockets of servers, so that search() can find them before read() needs them."""

@@ -34,8 +34,8 @@ _TERM: Final = 1 << (signal.SIGTERM - 1)
 _IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
 _PROC: Final = Path("/proc")
 _COARSE: Final = 1_000_000
-"""1 ms in ns. A time that is a multiple of this may come from a coarse clock, which misses short
-runs, so it counts as unknown."""
+"""1 ms in ns. A multiple of it may come from a coarse clock, which misses short runs, so it counts
+as unknown."""
 
 
 class ProcessReader:

@@ -36,8 +36,7 @@ RECONNECT_S: Final = 2.0
 TABLES_AGE_S: Final = 0.05
 """How long all readers share a reading of the whole host."""
 MEMORY_AGE_S: Final = 5.0
-"""How long a reading of the host's page cache is shared if no thread waits for storage: it is only
-displayed then."""
+"""How long a reading of the host's page cache is shared if no thread waits for storage."""
 
 
 class HostTables:
@@ -83,8 +82,7 @@ class Reader:
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
         self._known_graph: BlockGraph | None = None
-        """The block graph that was used when sockets were last listed. It may be None at first,
-        because reading it takes long on a busy host."""
+        """The block graph when sockets were last listed. None if it was not known yet."""
         self._fd_directory = f"{PROC}/{pid}/fd"
 
     def read(self, *, detail: bool = False) -> Sample:

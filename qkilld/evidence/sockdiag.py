@@ -108,7 +108,7 @@ def ask_through(fd: int) -> None:
 
 
 class Unreadable(Exception):
-    """The sockets cannot be read."""
+    """Sockets cannot be read."""
 
 
 class _TooMany(ValueError):
@@ -208,7 +208,6 @@ class SocketTable:
         return self.unix(inode) is not None or self._listener(inode) is not None
 
     def is_listening(self, inode: int) -> bool:
-        """Return whether this is a listening unix stream socket."""
         return self._listener(inode) is not None
 
     def listens(self, matches: Callable[[bytes], bool]) -> bool:
@@ -363,8 +362,7 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return the ports and addresses of a message. IPv4 addresses are mapped to IPv6, because a
-    server may listen for both."""
+    """Return the ports and addresses, IPv4 mapped to IPv6: a server may listen for both."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
         source, target = (_MAPPED + address[:4] for address in (source, target))
@@ -498,8 +496,7 @@ def _kernel() -> Iterator[socket.socket]:
             yield kernel
         return
     with _netlink_lock:
-        # Discard the rest of an answer that was not read completely: otherwise the kernel does not
-        # start another one.
+        # Discard the rest of an unfinished answer: the kernel starts no other before.
         with contextlib.suppress(BlockingIOError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass

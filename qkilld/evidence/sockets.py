@@ -76,8 +76,7 @@ class SocketReader:
         self._graph: BlockGraph | None = None
         self._ends: _Ends | None = None
         self._given_names: dict[bytes | None, _Use] | None = None
-        """The uses of listening sockets whose descriptors QEMU was given, by their name; None until
-        a read() needs them."""
+        """The uses of listening sockets that were passed to QEMU, by name; None until needed."""
         self._numbers: dict[int, int] = {}
         self._peers: dict[int, int] = {}
         self._listed: frozenset[int] = frozenset()
@@ -88,7 +87,7 @@ class SocketReader:
         self._in_its_namespace: set[int] = set()
         """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
-        """The result of the last read(), if it stays valid until the process has a new socket."""
+        """The result that read() returns until the process has a new socket; None to read anew."""
 
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None

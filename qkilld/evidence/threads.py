@@ -194,7 +194,7 @@ class ThreadReader:
             schedstat = b""
         if not keep:
             entry.schedstat.close()
-        # All zeros: the kernel does not count (sched_info_on()).
+        # All zeros mean that the kernel does not count (sched_info_on()).
         if (
             schedstat == entry.last_schedstat
             and not entry.may_have_run

@@ -1,9 +1,9 @@
 """A guest's disks over QMP: read their state, stop the processors, flush, and undo that.
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts it, and QEMU exits
-with 0 (measured, 7.2). A flush over a read-only NBD export is reported. The processors are stopped
-first, because export code has failed an assertion while they ran (QEMU issue 945), and because
-nothing may be written after the flush.
+with 0 (measured, 7.2). A read-only NBD export does report it. The processors are stopped first:
+export code has failed an assertion while they ran (QEMU issue 945), and nothing may be written
+after the flush.
 
 QEMU's NBD server gets a listening socket with a name that the kernel chose. We make all connections
 that the server accepts, and add an export only after the server has greeted each of them, so that

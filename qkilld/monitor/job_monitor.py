@@ -63,7 +63,7 @@ class JobMonitors:
         asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
-        """See engine.ports.Monitors. A busy or silent monitor is reported within a second."""
+        """A busy or silent monitor is reported within a second."""
         tasks = _Tasks()
         untouched = [] if kept is None else [kept.fd]
         untouched += [] if passed is None else [passed]
@@ -138,7 +138,6 @@ class JobMonitors:
             return None
 
     async def check_passed(self, process: Process, passed: int) -> None:
-        """See engine.ports.Monitors."""
         try:
             with _socket_of(os.dup(passed)) as connection:
                 if connection.type != socket.SOCK_STREAM:
@@ -148,8 +147,7 @@ class JobMonitors:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """See engine.ports.Monitors. Skips incomplete messages, because the previous daemon may
-        have read their other half."""
+        """Skips incomplete messages, because the previous daemon may have read their other half."""
         with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
             with ignore("reading the rest of a stored monitor connection", OSError):
@@ -172,7 +170,7 @@ class JobMonitors:
     async def look_at_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """See engine.ports.Monitors. A monitor in use by another program is left alone."""
+        """A monitor in use by another program is left alone."""
         try:
             async with asyncio.timeout(LOOK_S):
                 control = await GuestControl.open(
@@ -188,8 +186,7 @@ class JobMonitors:
             return None
 
     async def describe(self, process: Process) -> tuple[str, ...]:
-        """See engine.ports.Monitors. Does not connect, because that could occupy the monitor's only
-        connection."""
+        """Does not connect, because that could occupy the monitor's only connection."""
         try:
             guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
         except MonitorError as error:
@@ -200,7 +197,7 @@ class JobMonitors:
         return (*ways, *guest_endpoints.obstacles)
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """See engine.ports.Monitors. Does not connect, like `describe`."""
+        """Does not connect, like `describe`."""
         try:
             guest_endpoints = find_endpoints(*await read_process(identity))
         except MonitorError as error:
@@ -406,8 +403,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task. The task itself calls `work`, so that a task cancelled before it runs
-        leaves no coroutine that was never awaited."""
+        """Start a task. The task itself calls `work`, so that no coroutine is left if the task is
+        cancelled before it runs."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))

@@ -54,8 +54,7 @@ MAX_TABLE: Final = 64 << 20
 """The most bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
-"""evidence.sockdiag.listening_unix: returns the inodes of listening sockets by (device, inode) of
-their files; None if unknown."""
+"""A function like evidence.sockdiag.listening_unix."""
 
 T = TypeVar("T")
 

@@ -31,8 +31,8 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
-"""How long QEMU may take to accept a connection, normally a millisecond; until then the other end
-has no inode."""
+"""Time for QEMU to accept a connection, usually a millisecond. Until then the other end has no
+inode."""
 MAX_TABLE: Final = 64 << 20
 """The most bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
