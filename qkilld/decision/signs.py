@@ -88,19 +88,21 @@ def waits_for_storage(thread: Thread) -> bool:
         return False
     if thread.io_call or thread.target in ("disk", "mount"):
         return True
-    wchan = thread.wchan or ""
+    # synchronize_rcu, mem_cgroup_oom_synchronize and the like wait for other things.
+    wchan = (thread.wchan or "").replace("synchronize", "")
     return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
 
 
-def disk_signs(devices: Iterable[Device], sample: Sample, *, own: bool = False) -> list[Sign]:
+def disk_signs(devices: Iterable[Device]) -> list[Sign]:
     """Return a sign for the completed requests of each device; QUIET if they do not count."""
     listed = list(devices)
     return [
         Sign(
             name=f"disk:{device.number}",
-            kind=SignKind.COUNT if own or _counts(device, listed) else SignKind.QUIET,
+            kind=SignKind.COUNT if _counts(device, listed) else SignKind.QUIET,
             value=device.writes + device.reads,
             text=f"the disk {device.name} completes requests",
+            sure=_is_passed_on(device, listed),
         )
         for device in listed
     ]
@@ -117,6 +119,18 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
         top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
         for top in devices
     )
+
+
+def _is_passed_on(device: Device, devices: Sequence[Device]) -> bool:
+    """Return whether each layer above the device has requests in flight. If one in between has
+    none, it may stand still while others use the device; or its driver does not count them."""
+    tops = set(device.above)
+    working = {
+        upper.depth
+        for upper in devices
+        if upper.in_flight and (not tops or tops.intersection((upper.number, *upper.above)))
+    }
+    return working.issuperset(range(device.depth))
 
 
 def mount_signs(mounts: Iterable[Mount], wanted: set[str] | None) -> list[Sign]:
@@ -174,9 +188,11 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
         signs.append(Sign(name, kind, consumed, text, KEEPALIVE if chatty else 1))
     elif socket.family == "unix" or not chatty:
-        queues = socket.send_queue * 2**32 + socket.receive_queue
-        name, text = f"queues:{socket.inode}", "the queue to the server changed"
-        signs.append(Sign(name, SignKind.CHANGE, queues, text))
+        name, text = f"queue:{socket.inode}", "the queue to the server changed"
+        signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
+        # It grows even if QEMU does not read: a console or monitor goes on sending.
+        name, text = f"unread:{socket.inode}", "it read from the server"
+        signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:
         signs += peer_signs(socket.peer, before, protocol)
     return signs
@@ -241,21 +257,24 @@ def _served_signs(peer: Peer) -> list[Sign]:
 
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
-    counted: dict[str, bool] = {}
+    used: set[str] = set()
+    counted: set[str] = set()
+    sure: set[str] = set()
     for thread in working:
         under = [device for device in peer.devices or () if device.number in thread.disks]
-        for device in under:
-            counts = _counts(device, under)
-            counted[device.number] = counted.get(device.number, False) or counts
+        used |= {device.number for device in under}
+        counted |= {device.number for device in under if _counts(device, under)}
+        sure |= {device.number for device in under if _is_passed_on(device, under)}
     return [
         Sign(
-            f"{_of(peer)}{device.number}",
-            SignKind.COUNT if counted[device.number] else SignKind.QUIET,
-            device.writes,
-            f"the disk {device.name} completes writes of {_server_title(peer)}",
+            name=f"{_of(peer)}{device.number}",
+            kind=SignKind.COUNT if device.number in counted else SignKind.QUIET,
+            value=device.writes,
+            text=f"the disk {device.name} completes writes of {_server_title(peer)}",
+            sure=device.number in sure,
         )
         for device in peer.devices or ()
-        if device.number in counted
+        if device.number in used
     ]
 
 

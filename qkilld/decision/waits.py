@@ -105,7 +105,9 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    signs += disk_signs([d for d in sample.devices or () if d.writable], sample, own=True)
+    # What it still writes may go to another disk, and others use this one.
+    disks = disk_signs([d for d in sample.devices or () if d.writable])
+    signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
     if sample.dumping:
         text = "the kernel writes a core dump of it"
@@ -154,7 +156,7 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
     anywhere = not located and not diskless
     devices = [d for d in sample.devices or () if anywhere or d.number in disk_numbers]
     mounts = {thread.mount for thread in located if thread.mount}
-    signs += disk_signs([d for d in devices if d.writable or disk_numbers], sample)
+    signs += disk_signs(d for d in devices if d.writable or disk_numbers)
     signs += mount_signs(sample.mounts or (), mounts if located else None)
     signs += io_signs(sample.io, "it")
     if devices:
@@ -170,7 +172,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     waits = []
     if sample.rings:
         signs = [Sign("low", SignKind.LOW, sample.rings, "requests on its io_urings completed")]
-        signs += _request_signs(sample, previous)
+        if not _are_diskless(sample):
+            signs += _request_signs(sample, previous)
         text = f"{sample.rings} requests are in flight on its io_urings"
         waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
     if sample.direct:
@@ -180,12 +183,19 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
         else:
-            signs += disk_signs([d for d in sample.devices or () if d.writable and d.own], sample)
+            signs += disk_signs(d for d in sample.devices or () if d.writable and d.own)
         text = "it has, or may have, asynchronous requests to a disk"
         # The stuck requests are most likely its own, and it cannot exit without that disk anyway.
         stuck = bool(_stuck_disks(sample, previous))
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
+
+
+def _are_diskless(sample: Sample) -> bool:
+    """Return whether all requests on its io_urings wait for file systems without a block device,
+    each in a thread of the kernel's that has its own wait. Then no disk has them."""
+    workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
+    return sum(map(sleeps_without_disk, workers)) >= (sample.rings or 0)
 
 
 def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
@@ -203,7 +213,7 @@ def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     and completes none, assume that disk: only completions of disks below it count."""
     writable = [device for device in sample.devices or () if device.writable]
     stuck = _stuck_disks(sample, previous)
-    signs = disk_signs(writable, sample)
+    signs = disk_signs(writable)
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
         signs = [

@@ -873,6 +873,54 @@ def test_without_any_look_everything_is_at_risk() -> None:
     assert [risk.code for risk in risks_of_kill(None)] == ["unknown"]
 
 
+OOM = replace(FULL_PIPE, state="D", call="", descriptor=None, target="")
+OOM = replace(OOM, wchan="mem_cgroup_oom_synchronize")
+THREE = (replace(TOP, in_flight=3), replace(BELOW, name="loop1", in_flight=0))
+DEEPEST = Device("254:0", "vda", 100, 0, 0, 2, depth=2)
+ON_THREE = replace(FDATASYNC, disks=("7:0", "8:0", "254:0"))
+WORKER = replace(SUBMIT, name="iou-wrk-4711", call="io_uring_enter")
+TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        # A neighbour uses the lowest disk, and the one in between has nothing to do.
+        (
+            {"threads": (ON_THREE,), "devices": (*THREE, DEEPEST)},
+            {"devices": (*THREE, replace(DEEPEST, writes=900))},
+            Verdict.UNKNOWN,
+        ),
+        (
+            {"threads": (ON_THREE,), "devices": (*THREE[:1], BELOW, DEEPEST)},
+            {"devices": (*THREE[:1], BELOW, replace(DEEPEST, writes=900))},
+            Verdict.FLUSHING,
+        ),
+        ({"threads": (OOM,)}, {"devices": BUSY_DISK}, Verdict.BLOCKED),
+        ({"dumping": True}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
+        ({"dumping": True}, {"io": WROTE}, Verdict.FLUSHING),
+        # On FUSE, beside a disk with a neighbour
+        ({"rings": 1, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
+        ({"rings": 2, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        # A hung QEMU does not read what a console sends.
+        (
+            {"sockets": (TALKER,)},
+            {"sockets": (replace(TALKER, receive_queue=120),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"sockets": (TALKER,)},
+            {"sockets": (replace(TALKER, receive_queue=20),)},
+            Verdict.FLUSHING,
+        ),
+    ],
+)
+def test_what_others_do_is_no_certain_progress(
+    before: dict[str, Any], now: dict[str, Any], expected: Verdict
+) -> None:
+    assert verdict(before, now) is expected
+
+
 def test_while_it_is_held_still_nothing_that_others_do_is_progress() -> None:
     looks = [served(SERVER), served(replace(SERVER, switches=9_000))] * 10
     now = follow([replace(IDLE, at=s * S, state="T", **what) for s, what in enumerate(looks)])
