@@ -329,8 +329,11 @@ def _follow(
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
     movement that other processes may have caused."""
     if is_held_still(sample):
-        # A stopped, traced or frozen process makes no progress, whatever its servers do.
-        return tuple(_new_wait(wait, sample.at) for wait in open_waits(sample, None)), [], []
+        # A stopped, traced or frozen process makes no progress, whatever its servers do, unless it
+        # ran in between.
+        waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
+        moves = _own_moves(before.seen, sample) if is_held_still(before.seen) else []
+        return tuple(waits), moves, []
     known = {wait.key: wait for wait in before.waits}
     waits, moves, doubts = [], [], []
     is_certain = False

@@ -921,6 +921,14 @@ def test_what_others_do_is_no_certain_progress(
     assert verdict(before, now) is expected
 
 
+def test_what_it_does_between_two_standstills_is_progress() -> None:
+    """A freezer that is on most of the time, and off when no sample is taken."""
+    frozen = replace(IDLE, threads=(ON_MOUNT,), cgroup=replace(OWN, frozen=True))
+    wrote = [replace(NO_IO, write_bytes=second // 5 * 4096) for second in range(20)]
+    now = follow([replace(frozen, at=second * S, io=io) for second, io in enumerate(wrote)])
+    assert (now.verdict, now.progress_at) == (Verdict.STOPPED, 15 * S)
+
+
 def test_while_it_is_held_still_nothing_that_others_do_is_progress() -> None:
     looks = [served(SERVER), served(replace(SERVER, switches=9_000))] * 10
     now = follow([replace(IDLE, at=s * S, state="T", **what) for s, what in enumerate(looks)])
