@@ -156,7 +156,7 @@ def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
 def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult]) -> bool:
     """Return whether QEMU provably holds no data of the guest: all disks are flushed, and the guest
     cannot write."""
-    if not plan.stop or state.foreign or risks_of_state(state):
+    if not plan.stop or state.foreign or state.unused or risks_of_state(state):
         return False
     flushed_nodes = {one.node for one in results if not one.error}
     return all(disk.node in flushed_nodes for disk in state.disks)

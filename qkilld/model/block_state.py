@@ -73,6 +73,9 @@ class BlockState:
     """The queues of all virtio disks."""
     foreign: tuple[str, ...] = ()
     """Disks whose requests bypass QEMU: vhost-user."""
+    unused: tuple[str, ...] = ()
+    """Images open for writing that no disk uses, because an unplugged device has left them, or an
+    export has them. They are not flushed, and QEMU may hold data for them."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 

@@ -6,6 +6,7 @@ form.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -22,6 +23,10 @@ NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}
     | {"vxhs", "nvme-io_uring", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"}
 )
+_FORMATS: Final = frozenset(
+    {"qcow2", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc", "parallels", "preallocate"}
+)
+"""Formats for which QEMU may hold metadata until it flushes or closes the image."""
 _FILE_DRIVERS: Final = frozenset({"file", "host_device"})
 _URL: Final = re.compile(r"(\w+)(?:\+\w+)?:")
 _MAX_DEPTH: Final = 16
@@ -44,6 +49,31 @@ def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
     if len(disks) > MAX_DISKS:
         raise MonitorProtocolError(f"The guest has more than {MAX_DISKS} disks")
     return tuple(disks)
+
+
+def read_unused_images(answer: object, nodes: object) -> tuple[str, ...]:
+    """Return the writable images that no disk in query-block uses, of formats for which QEMU holds
+    metadata back. `nodes` is the reply to query-named-block-nodes."""
+    disks = [one["inserted"] for one in _list(answer, "query-block") if _has_medium(one)]
+    used = {name for disk in disks for name in (disk.get("file"), *_files(disk))}
+    tops = {disk.get("node-name") for disk in disks}
+    unused = []
+    for node in _list(nodes, "query-named-block-nodes"):
+        match node:
+            case {"node-name": str(name), "drv": str(driver), "file": str(file), "ro": False}:
+                if driver in _FORMATS and name not in tops and not _is_used(file, used):
+                    unused.append(_title(name))
+    return tuple(unused)
+
+
+def _has_medium(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("inserted"), dict)
+
+
+def _is_used(file: str, used: set[object]) -> bool:
+    """Return whether a disk has this file, or a filter over it, whose name contains the file's."""
+    inner = file.removeprefix("json:") if file.startswith("json:") else json.dumps(file)
+    return file in used or any(isinstance(name, str) and inner in name for name in used)
 
 
 def read_disk_statistics(answer: object) -> tuple[GuestDisk, ...]:

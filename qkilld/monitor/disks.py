@@ -59,10 +59,13 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
         return await qmp.execute(command, arguments or None, timeout_s=QUERY_S)
 
     at = time.monotonic_ns() // 1000
+    unused: tuple[str, ...] = ()
     runstate = answers.read_runstate(await ask("query-status"))
     if files:
         nodes = await ask("query-named-block-nodes", flat=True)
-        disks = block_answers.read_disks(await ask("query-block"), nodes)
+        blocks = await ask("query-block")
+        disks = block_answers.read_disks(blocks, nodes)
+        unused = block_answers.read_unused_images(blocks, nodes)
     else:
         disks = block_answers.read_disk_statistics(await ask("query-blockstats"))
     jobs = await look_at_jobs(qmp)
@@ -76,7 +79,13 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
     except CommandRefused:
         pass  # Before QEMU 7.2, or with -compat unstable-input=reject.
     return BlockState(
-        at=at, runstate=runstate, disks=disks, queues=queues, foreign=foreign, jobs=jobs
+        at=at,
+        runstate=runstate,
+        disks=disks,
+        queues=queues,
+        foreign=foreign,
+        unused=unused,
+        jobs=jobs,
     )
 
 

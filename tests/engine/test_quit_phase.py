@@ -87,6 +87,15 @@ def test_sigkill_does_not_risk_disks_that_are_proven_flushed() -> None:
     assert not job.data_at_risk
 
 
+def test_nothing_is_proven_if_an_image_was_open_that_no_disk_uses() -> None:
+    world, process = flushing_world(replace(QUIET, unused=("left",))), with_monitor()
+    world.sampler.shows = lambda now: None
+    job = world.stop(process, FORCE)
+    world.clock.advance(100)
+    assert (process.sent, job.flush.proven) == ([SIGTERM, SIGKILL], False)
+    assert job.data_at_risk
+
+
 def test_an_error_of_the_flush_is_at_risk() -> None:
     world, process = flushing_world(), with_monitor()
     world.monitors.flushes = lambda: (FlushResult(LOCAL.node, LOCAL.title, "Input/output error"),)

@@ -9,7 +9,13 @@ import pytest
 from qkilld.decision.last_rungs import plan_flush
 from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
 from qkilld.model.errors import MonitorProtocolError
-from qkilld.monitor.block_answers import MAX_DISKS, read_disks, read_jobs, read_migration
+from qkilld.monitor.block_answers import (
+    MAX_DISKS,
+    read_disks,
+    read_jobs,
+    read_migration,
+    read_unused_images,
+)
 
 NBD = "nbd+unix://?socket=/run/x"
 
@@ -41,6 +47,19 @@ def test_cache_unsafe_shows_below_the_filter_of_a_backup() -> None:
     nodes = [named("#q", "/img", "qcow2", cache={"no-flush": True})]
     assert read_disks([disk("a", "/img", "copy-before-write")], nodes)[0].no_flush
     assert not read_disks([disk("a", "/other")], nodes)[0].no_flush
+
+
+def test_images_that_no_disk_uses_are_known() -> None:
+    throttled = 'json:{"driver": "throttle", "file": {"driver": "qcow2", "file": "/b"}}'
+    filtered = 'json:{"driver": "throttle", "file": {"driver": "qcow2", "file": "/c"}}'
+    below = 'json:{"driver": "qcow2", "file": "/c"}'
+    disks = [{"device": "cd"}, disk("a", "/a"), disk("b", throttled), disk("c", filtered)]
+    used = [named("#a", "/z", "qcow2", ro=False), named("#q", "/a", "qcow2", ro=False)]
+    used += [named("#b", "/b", "qcow2", ro=False), named("#c", below, "qcow2", ro=False)]
+    others = [named("base", "/d", "qcow2", ro=True), named("raw", "/d", "raw", ro=False)]
+    assert read_unused_images(disks, [*used, *others, None, {}]) == ()
+    left = [named("left", "/", "qcow2", ro=False), named("d", "/d", "vmdk", ro=False)]
+    assert read_unused_images(disks, [*used, *left]) == ("left", "d")
 
 
 def test_empty_and_read_only_drives_are_left_out() -> None:
