@@ -1,8 +1,8 @@
 """A guest on aarch64 `virt`, with Debian's kernel and busybox.
 
-The machine shows nothing of its power button. Eight blocks of 64 KiB that belong on the guest's
-disk are in its memory alone until the button is pressed. Set-up fetches kernel and busybox
-(packaging/setup, step aarch64).
+Nothing outside the machine shows a press of its power button. The guest keeps eight blocks of 64
+KiB in memory and writes them to its disk only when the button is pressed. packaging/setup (step
+aarch64) fetches the kernel and busybox.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ echo '/bin/busybox sync; /bin/busybox poweroff -f' >>/etc/acpi/PWRF/00000080
 until /bin/busybox ls -l /proc/$!/fd | /bin/busybox grep -q /dev/input/event; do
     /bin/busybox sleep 0.05
 done
-# Who closes the disk last has it written.
+# The last close of the disk writes it, so keep it open.
 exec 3</dev/vda
 for number in 1 2 3 4 5 6 7 8; do
     /bin/busybox head -c 65536 /dev/zero | /bin/busybox tr '\\0' $number
@@ -54,7 +54,8 @@ while :; do /bin/busybox sleep 86400; done
 
 @contextlib.contextmanager
 def arm_guest(directory: Path) -> Iterator[tuple[int, int, Path, Path]]:
-    """A running one: its pid, its pidfd, its raw disk and its QMP socket. Raises needs.Missing."""
+    """Run the guest; yield its pid, its pidfd, its raw disk and its QMP socket. Raises
+    needs.Missing."""
     program = needs.program(QEMU, "qemu-system-arm").resolve()
     kernels = sorted(_HOME.glob("boot/vmlinuz-*"))
     if not kernels:

@@ -94,7 +94,7 @@ class BareGuest:
         self._command("blockdev-mirror", **arguments)
 
     def write(self, drive: str, layout: Layout) -> int:
-        """Write the records, and return how many were acknowledged: all of them.
+        """Write the records, and return their number; all were acknowledged.
 
         Raises AssertionError with QEMU's message if one fails.
         """

@@ -1,4 +1,4 @@
-"""A private bus, the daemon on it, and three clients: busctl, gdbus, jeepney.
+"""A private bus, a daemon on this bus, and three clients: busctl, gdbus and jeepney.
 
 The host's own buses are never used: every program gets the private address for both the system bus
 and the session bus.
@@ -62,7 +62,7 @@ _CONFIG: Final = """\
 
 
 def environment(address: str) -> dict[str, str]:
-    """Return this process's environment with that bus as its only one."""
+    """Return this process's environment with `address` as its only bus."""
     variables = {
         key: value
         for key, value in os.environ.items()
@@ -123,7 +123,7 @@ class Bus:
 
 @contextlib.contextmanager
 def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> Iterator[Bus]:
-    """Run a dbus-daemon, ready at entry.
+    """Run a dbus-daemon that is ready when the context begins.
 
     `policy`: rules for everybody, after those that allow everything. `limits` change dbus-daemon's
     defaults, which are those of a system bus.
@@ -143,7 +143,7 @@ def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> It
         finally:
             os.close(write)
         try:
-            with os.fdopen(read) as announced:  # Ends when dbus-daemon does.
+            with os.fdopen(read) as announced:  # Reaches its end if dbus-daemon exits.
                 address = announced.readline().strip()
             assert address, f"dbus-daemon: {(directory / 'stderr').read_text()}"
             yield Bus(address, process)
@@ -171,14 +171,14 @@ class Daemon:
         return self.stderr.wait_for(pattern, timeout, pidfd=self.pidfd)
 
     def wait_ready(self, timeout: float = 30) -> None:
-        """Wait until it has sent READY=1."""
+        """Wait until qkilld has sent READY=1."""
         try:
             self.notify.wait_for("READY", timeout, pidfd=self.pidfd)
         except AssertionError as error:
             raise AssertionError(f"qkilld: {error}; it says:\n{self.stderr.text()}") from None
 
     def wait_gone(self, timeout: float = 30) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait until qkilld has exited; return its exit code."""
         assert wait_gone(self.pidfd, timeout), f"qkilld is still there after {timeout} s"
         return self.process.wait()
 
@@ -197,7 +197,7 @@ def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") ->
 
 
 def lab_config(policy: str = "") -> str:
-    """Return a qkilld.conf under which every QEMU and fake_qemu of this process is a target.
+    """Return a qkilld.conf that covers every QEMU and fake_qemu of this process.
 
     Idle guests are killed as soon as their grace period is over. `policy`: more lines of [Policy].
     """
@@ -217,10 +217,11 @@ def daemon(
     system_bus: bool = False,
     program: Sequence[str | Path] = (sys.executable, "-m", "qkilld"),
 ) -> Iterator[Daemon]:
-    """Run `python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`; with `ready`, ready at entry.
+    """Run `python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`. With `ready`, wait until the
+    daemon is ready.
 
     `config` is its qkilld.conf (lab_config() by default); `root` is a directory with configuration
-    to use instead. With `system_bus`, the daemon takes the bus for that of the system. It is killed
+    to use instead. With `system_bus`, the daemon uses `bus` as the system bus. The daemon is killed
     afterwards; stop() ends it earlier and returns its exit code.
     """
     with contextlib.ExitStack() as stack:
@@ -262,16 +263,15 @@ class CallError(Exception):
 
 
 class Client:
-    """A blocking client, with a D-Bus library that the daemon does not use.
+    """A blocking client that uses jeepney, a D-Bus library that the daemon does not use.
 
-    Bodies are those of jeepney: a variant is a pair (signature, value), which plain() replaces by
-    the value.
+    In bodies, a variant is a pair (signature, value), which plain() replaces by the value.
     """
 
     def __init__(self, address: str, uid: int | None = None) -> None:
         """`uid`: connect as that user (OTHER_UID, or one in /etc/passwd); needs root."""
         self.calls: list[Message] = []
-        """Method calls received from others, and never answered."""
+        """Method calls received from others. The client answers none of them."""
         self._replies: dict[int, Message] = {}
         self._signals: list[Message] = []
         with _effective_uid(uid):  # The bus uses the credentials that the kernel notes at connect.
@@ -301,7 +301,7 @@ class Client:
         return serial
 
     def reply(self, serial: int, timeout: float = 60) -> tuple[Any, ...]:
-        """Return the body of the reply to that call; other messages are kept.
+        """Return the body of the reply to the call with this serial; other messages are kept.
 
         Raises CallError for an error reply, TimeoutError, and ConnectionResetError if the bus ends.
         """
@@ -368,9 +368,9 @@ class Client:
     def signal(
         self, member: str, timeout: float = 60, *, path: str | None = None
     ) -> tuple[str, tuple[Any, ...]]:
-        """Return (path, body) of the oldest signal of that name not returned yet.
+        """Wait for a signal of this name; return (path, body) of the oldest one not returned yet.
 
-        Waits for it, after subscribe(). Raises TimeoutError.
+        Call subscribe() before. Raises TimeoutError.
         """
         deadline = time.monotonic() + timeout
         seen = 0
@@ -405,7 +405,7 @@ class Client:
 
 
 def plain(value: Any) -> Any:
-    """Convert a value of jeepney to one without the signatures of variants."""
+    """Remove the signatures of variants from a value of jeepney."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -24,10 +24,10 @@ from tests.lab.process import TOP
 def own_cgroup(name: str) -> Iterator[list[Path]]:
     """Make a group NAME below this process's group in the hierarchies that systemd uses.
 
-    Yields its directories: one in cgroup v2, one in v1's name=systemd, or both. To move a process
-    there, write its pid to their cgroup.procs. At the end of the context or of this process, the
-    processes in the group are killed and the group is removed. Raises OSError if groups cannot be
-    made.
+    Yields the group's directories: one in cgroup v2, one in v1's name=systemd, or both. To move a
+    process into the group, write its pid to cgroup.procs in each. At the end of the context or of
+    this process, the processes in the group are killed and the group is removed. Raises OSError if
+    groups cannot be made.
     """
     with contextlib.ExitStack() as stack:
         groups = []
@@ -66,7 +66,7 @@ def _own_directories() -> Iterator[Path]:
 
 
 def _clear(groups: list[Path]) -> None:
-    """Kill the processes in the groups and remove the groups; tries for 30 s."""
+    """Kill the processes in the groups and remove the groups. Try this for up to 30 s."""
     deadline = time.monotonic() + 30
     while any(group.exists() for group in groups) and time.monotonic() < deadline:
         for group in groups:

@@ -105,7 +105,7 @@ class Container:
         self.name = name
         """The name of the machine, and of its control group on the host."""
         self.leader = leader
-        """The pid of its systemd on the host."""
+        """The host's process id of the container's systemd."""
         self.console = console
 
     def run(
@@ -117,7 +117,7 @@ class Container:
         uid: int | None = None,
         env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside, as root or as `uid`, with its own environment.
+        """Run a command inside as root, or as `uid`, with a fresh environment.
 
         With `check`, a failure becomes an AssertionError with the command's output.
         """
@@ -167,7 +167,7 @@ class Container:
         return self.run(PYTHON, *arguments, **options)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Write a file inside, following symbolic links as they are inside."""
+        """Write a file inside; symbolic links are resolved inside, too."""
         script = 'mkdir -p "$(dirname "$1")" && cat >"$1" && chmod "$2" "$1"'
         self.run("sh", "-c", script, "sh", path, f"{mode:o}", input=text)
 
@@ -177,8 +177,8 @@ class Container:
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """Programs started in this context run on the host, but in the container's network: they
-        outlive its shutdown."""
+        """Start programs in this context on the host, but in the container's network, so that they
+        outlive the container's shutdown."""
         outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         inside = os.open(f"/proc/{self.leader}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -207,16 +207,16 @@ class Container:
         raise AssertionError(f"no process {pid} in {self.name}")
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
-        """Return all journal entries with those matches (FIELD=VALUE, or options of journalctl),
+        """Return all journal entries with these matches (FIELD=VALUE, or options of journalctl),
         oldest first."""
         self.run("journalctl", "--sync")
         entries = self.run("journalctl", "--output=json", "--all", "--no-pager", "-q", *matches)
         return [json.loads(line) for line in entries.stdout.splitlines()]
 
     def wait_journal(self, *matches: str, timeout: float = 30) -> dict[str, Any]:
-        """Wait for a journal entry with those matches; return the oldest.
+        """Wait for a journal entry with these matches; return the oldest.
 
-        AssertionError after `timeout` seconds.
+        Raises AssertionError after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         follow = ("journalctl", "--follow", "--lines=all", "--output=json", "--all", "-q")
@@ -242,7 +242,7 @@ class Container:
 
 
 def use(message_bus: str) -> None:
-    """Have every container run this message bus from now on: one of BUSES."""
+    """Make every container use this message bus (one of BUSES) from now on."""
     global _message_bus
     _message_bus = message_bus
 
@@ -251,14 +251,14 @@ def use(message_bus: str) -> None:
 def boot(
     lower: Path = Path("/"), *, unified: bool | None = None, message_bus: str = ""
 ) -> Iterator[Container]:
-    """Boot a container, ready at entry.
+    """Boot a container that is ready when the context begins.
 
-    `lower`: the root file system of another system. `unified`: with cgroup v2 only, or without it;
-    None for systemd-nspawn's choice, which is that of the host. `message_bus`: one of BUSES, for
-    the system and for users; "" for the one that was chosen by use().
+    `lower`: the root file system of another system. `unified`: with cgroup v2 only, or without v2;
+    None for the choice of systemd-nspawn, which is that of the host. `message_bus`: one of BUSES,
+    for the system and for users; "" for the one that use() has set.
 
-    Raises needs.Missing with the reason if that is impossible. Mounts and processes end with this
-    process, whatever ends it.
+    Raises needs.Missing with the reason if no container can be booted. Mounts and processes end
+    with this process, whatever ends it.
     """
     needs.root("a container")
     nspawn = needs.program("systemd-nspawn", "systemd-container")
@@ -296,7 +296,7 @@ def boot(
                     *("--register=no", "--keep-unit", "--notify-ready=yes", "--private-network"),
                     *("--capability=all", "--link-journal=no", "--resolv-conf=off"),
                     *("--timezone=off", "--console=pipe"),
-                    # nspawn forbids it, but real machines do not.
+                    # nspawn forbids pidfd_getfd(2), but real machines do not.
                     "--system-call-filter=pidfd_getfd",
                     f"--bind-ro={escaped}:{CHECKOUT}:norbind",
                 ],
@@ -320,7 +320,7 @@ def boot(
             raise needs.Missing(
                 f"systemd does not boot in a container here: {error}:\n{said}"
             ) from None
-        # Its systemd continues to send its status, and would block on a socket that nobody reads.
+        # Close it, because the container's systemd would block on a socket that nobody reads.
         notify.close()
         yield Container(name, leader, console)
 
@@ -332,8 +332,9 @@ def _set_network(namespace: int) -> None:
 
 
 def install(container: Container, *variables: str) -> None:
-    """Run `make install` inside, with these variables of make (`PREFIX=/usr/local`), and what an
-    administrator runs afterwards. Programs run with the checkout's python."""
+    """Run `make install` inside with these variables of make (`PREFIX=/usr/local`), and the
+    commands that an administrator runs afterwards. The installed programs use the checkout's
+    python."""
     make = ("make", "-C", CHECKOUT, "install")
     container.run(*make, f"PYTHON={PYTHON}", *variables)
     container.run("systemctl", "daemon-reload")
@@ -349,8 +350,8 @@ def _power_off(leader_pidfd: int, nspawn_pidfd: int) -> None:
 
 
 def _put_broker(lower: Path, upper: Path) -> None:
-    """Make dbus-broker the message bus: the one that is installed there, or else the one that
-    set-up has unpacked. Raises needs.Missing."""
+    """Make dbus-broker the message bus: the installed one or, without one, the one that set-up has
+    unpacked. Raises needs.Missing."""
     files = ("bin/dbus-broker", "bin/dbus-broker-launch")
     if not (lower / "usr" / files[0]).exists():
         unpacked = CACHE / "guest"

@@ -1,16 +1,16 @@
 """A file system in user space in which every kind of call can be slow, hang or fail.
 
-    fuse_store    a directory with the files of another one, and its server
+    fuse_store    show the files of a directory under a mount point, and control the server
 
     python -m tests.lab.fuse DIRECTORY MOUNTPOINT
 
-serves it. It speaks the kernel's protocol on /dev/fuse itself (fuse(4), linux/fuse.h), so that the
-lab decides when each call is answered. Commands on its standard input, one a line:
+is the server. It implements the kernel's protocol on /dev/fuse itself (fuse(4), linux/fuse.h), so
+that the lab decides when each call is answered. Commands on its standard input, one on each line:
 
     delay CALL SECONDS    answer this kind of call late ("inf": never); one of _CALLS, or "all"
     fail ERRNO            answer write, fsync and flush with this error; 0 for none
 
-Both apply to pending calls too. At the end of its input it answers everything and exits.
+Both apply to pending calls too. At the end of its input, the server answers all calls and exits.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _CALLS: Final = {
     27: "opendir",
     29: "releasedir",
 }
-"""Calls by their number in the protocol. The kernel does without all others."""
+"""Calls by their number in the protocol. The kernel works without all others."""
 _UNANSWERED: Final = frozenset({2, 36, 42})
-"""FORGET, INTERRUPT and BATCH_FORGET."""
+"""FORGET, INTERRUPT and BATCH_FORGET, which have no reply."""
 _IN: Final = struct.Struct("<IIQQIIII")
 _OUT: Final = struct.Struct("<IiQ")
 _MAX_WRITE: Final = 128 << 10
@@ -74,11 +74,11 @@ class FuseStore:
     process: subprocess.Popen[bytes]
 
     def delay(self, call: str, seconds: float) -> None:
-        """Delay such calls, including pending ones; 0 answers them at once."""
+        """Delay calls of this kind, including pending ones; 0 answers them at once."""
         self._say(f"delay {call} {seconds}")
 
     def hang(self, call: str = "all") -> None:
-        """Leave such calls unanswered until delay(); the server keeps running."""
+        """Leave calls of this kind unanswered until delay(); the server continues to run."""
         self._say(f"delay {call} inf")
 
     def fail(self, error: int = errno.EIO) -> None:
@@ -129,7 +129,7 @@ def fuse_store(files: Path) -> Iterator[FuseStore]:
         assert process.stdin is not None and process.stdout is not None
         try:
             if process.stdout.readline() != b"mounted\n":
-                raise needs.Missing("a FUSE file system cannot be mounted here; see above")
+                raise needs.Missing("failed to mount a FUSE file system; see the messages above")
             yield FuseStore(directory, process)
         finally:
             process.send_signal(signal.SIGCONT)

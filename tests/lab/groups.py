@@ -43,7 +43,7 @@ def temporary_group(parent: Path) -> Iterator[Path]:
 
 
 def _thaw(group: Path) -> None:
-    """In v1, SIGKILL takes effect only after the group is thawed."""
+    """Thaw the group, because in v1 SIGKILL takes effect only after that."""
     for state in group.rglob("freezer.state"):
         with contextlib.suppress(OSError):
             state.write_text("THAWED")

@@ -1,12 +1,12 @@
-"""Targets: a guest that runs Linux, a QEMU without one, and a cheap substitute.
+"""Targets: a guest that runs Linux, a QEMU without a guest, and a cheap stand-in.
 
     boot_guest       a real QEMU that boots a kernel, whose job writes, computes or idles
     start_qemu       a real QEMU without a machine (-M none), up in 0.1 s
     fake_qemu        a static busybox under QEMU's name, cheap; `stubborn` ignores SIGTERM
     scripted_qemu    a Python script under QEMU's name, for behaviour that no QEMU has
 
-Each returns a running Guest, a context manager: afterwards the process has ended, whatever its
-state, and its files are removed.
+Each returns a running Guest, which is a context manager: at its end, the process is killed and its
+files are removed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ threading.Thread(target=time.sleep, args=(600,)).start()
 exit = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 ctypes.CDLL(None).syscall(exit, 0)
 """
-"""For scripted_qemu: exit(2), which ends only the calling thread."""
+"""A script for scripted_qemu whose first thread exits, while another thread continues."""
 
 
 def own_qemus() -> str:
-    """Return globs for `Executables=`: every QEMU and fake_qemu of this process, and no other."""
+    """Return globs for `Executables=` that match only the QEMUs and fake_qemus of this process."""
     return f"{run_directory()}/*/{QEMU}"
 
 
 @functools.cache
 def _qemu() -> Path:
-    """Return a copy of the host's QEMU, so that own_qemus() excludes those of other test runs.
+    """Return a copy of the host's QEMU, so that own_qemus() excludes the QEMUs of other test runs.
 
     QEMU looks for firmware and modules relative to its executable: ../share and ../lib. Raises
     needs.Missing.
@@ -66,7 +66,7 @@ def _qemu() -> Path:
 
 @functools.cache
 def _busybox() -> Path:
-    """Return one copy for each run; every fake_qemu is a link to it under another name."""
+    """Return this run's copy of busybox; every fake_qemu is a link to it under another name."""
     return Path(shutil.copy(busybox(), run_directory() / "busybox"))
 
 
@@ -98,7 +98,7 @@ class Guest:
     def wait_for(self, pattern: str, timeout: float = 60) -> str:
         """Wait for a match of the pattern (re) on the serial line; return the matched text.
 
-        AssertionError if the guest ends first, or after `timeout` seconds.
+        Raises AssertionError if the guest ends first, or after `timeout` seconds.
         """
         assert self.serial is not None, f"{self.name} has no serial line"
         return self.serial.wait_for(pattern, timeout, pidfd=self.pidfd)[0]
@@ -106,7 +106,7 @@ class Guest:
     def wait_gone(self, timeout: float = 30) -> int | None:
         """Wait for the end; return the exit code (-N: by signal N), None if it is not our child.
 
-        AssertionError after `timeout` seconds.
+        Raises AssertionError after `timeout` seconds.
         """
         assert wait_gone(self.pidfd, timeout), f"{self.name} is still there after {timeout} s"
         return None if self.process is None else self.process.wait()
@@ -119,7 +119,7 @@ class Guest:
 
     @property
     def alive(self) -> bool:
-        """False once it has ended, reaped or not."""
+        """Whether the process has not ended yet."""
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
@@ -169,8 +169,8 @@ def boot_guest(
 
     job      idle; busy (uses one processor); writer: `records` records of 4 KiB with O_DIRECT, see
              initramfs/writer.c for `stride` (bytes) and `passes`, prints ACK N after each; power:
-             reacts to its power button as `append` says: lab.power=off, reboot, nothing, or work
-             for lab.seconds=N and then off; with lab.busy=1 it computes meanwhile.
+             reacts to its power button. `append` says how: lab.power=off, reboot, nothing, or work
+             (write for lab.seconds=N, then power off); with lab.busy=1 it computes meanwhile.
     disk     a file, or any value of -drive file= (nbd://...); the guest sees it as NVMe. A writer's
              default is a new qcow2 of 1 GiB in the guest's directory (disk.qcow2).
     memory   MiB
@@ -215,7 +215,7 @@ def boot_guest(
 
 
 LARGE: Final = ("-object", "memory-backend-ram,id=m,size=3G,prealloc=on,share=on")
-"""For start_qemu: memory that takes the kernel most of a second to free."""
+"""Arguments for start_qemu: memory that takes the kernel most of a second to free."""
 
 
 def start_qemu(
@@ -230,8 +230,8 @@ def start_qemu(
 ) -> Guest:
     """Start a real QEMU without a machine.
 
-    With `qmp` (or `daemonize`), return when QEMU's main loop runs, so that QEMU handles SIGTERM;
-    without, as soon as the program is started.
+    With `qmp` (or `daemonize`), return when QEMU's main loop runs, so that QEMU handles SIGTERM.
+    Without them, return as soon as the program is started.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("q"))
@@ -263,7 +263,7 @@ def fake_qemu(
         directory = stack.enter_context(scratch("f"))
         executable = directory / QEMU
         executable.hardlink_to(_busybox())
-        # It reads from a pipe whose write end it holds itself.
+        # The process reads forever, because it holds the write end of the pipe itself.
         os.mkfifo(directory / "never")
         never = os.open(directory / "never", os.O_RDWR)
         try:
@@ -358,7 +358,7 @@ def _start(
     stack.callback(end, process)
     pid = process.pid
     if names.daemonize:
-        # Its first process exits when the guest runs, or cannot run.
+        # The first process exits when the guest runs, or has failed to start.
         assert process.wait(30) == 0, (directory / "stderr").read_text()
         assert pidfile is not None
         orphan = Orphan(int(pidfile.read_text()))
@@ -381,7 +381,7 @@ def _greet(guest: Guest) -> None:
             try:
                 connection.connect(str(guest.qmp))
                 break
-            except ConnectionRefusedError:  # It is bound, and about to listen.
+            except ConnectionRefusedError:  # QEMU has bound the socket, but does not listen yet.
                 assert guest.alive, guest.stderr
         connection.sendall(b'{"execute": "qmp_capabilities"}')
         answer = b""

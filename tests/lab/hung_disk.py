@@ -1,8 +1,8 @@
 """A disk that can be slow or hang for good.
 
-    hung_disk    ext4 on a loop device whose file is on FUSE, and so hangs when that does
+    hung_disk    ext4 on a loop device whose file is on FUSE, and which hangs when FUSE does
 
-The kernel's throttle (storage.py) cannot make a disk hang: writes of the journal bypass it.
+The kernel's throttle (storage.py) cannot make a disk hang, because writes of the journal bypass it.
 
     python -m tests.lab.hung_disk IMAGE MOUNTPOINT
 
@@ -35,7 +35,7 @@ class HungDisk:
 
 @contextlib.contextmanager
 def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
-    """Mount such a disk, fast at first. Raises needs.Missing without root or FUSE."""
+    """Mount a disk that is fast at first. Raises needs.Missing without root or FUSE."""
     needs.root("a loop device")
     for name in ("losetup", "mount", "umount"):
         needs.program(name, "mount")
@@ -62,7 +62,7 @@ def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
             )
             try:
                 assert keeper.stdout is not None
-                assert keeper.stdout.readline() == b"mounted\n", "the disk could not be made"
+                assert keeper.stdout.readline() == b"mounted\n", "failed to make the disk"
                 yield HungDisk(mounted, fuse)
             finally:
                 keeper.communicate()
@@ -78,7 +78,7 @@ def _keep(image: str, mounted: str) -> None:
         print("mounted", flush=True)
         sys.stdin.read()
     finally:
-        # All users of the disk are gone, or the lab was killed and nothing answers any more.
+        # Lazily, because if the lab was killed, nothing serves the file system any more.
         run(["umount", "--lazy", mounted])
         run(["losetup", "--detach", device], check=True)
 

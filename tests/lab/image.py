@@ -1,4 +1,4 @@
-"""The kernel and initramfs for guests: unpacked by set-up, and built here once."""
+"""The kernel for guests, which set-up has unpacked, and the initramfs, which is built here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODULES: Final = (
     *("acpi/button", "input/evdev", "virtio/virtio", "virtio/virtio_ring", "block/virtio_blk"),
     *("virtio/virtio_pci_legacy_dev", "virtio/virtio_pci_modern_dev", "virtio/virtio_pci"),
 )
-"""For the power button, and for disks whose state can be saved."""
+"""Kernel modules for the power button, and for disks whose state can be saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def _initramfs() -> Path:
     inputs = [static, _SOURCES / "init", *programs, *modules, Path(__file__)]
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in inputs))
     name = f"initramfs-{digest.hexdigest()[:16]}.cpio"
-    # The checkout of another user may be read-only.
+    # If the checkout belongs to another user, it may be read-only.
     home = CACHE if os.access(CACHE, os.W_OK) else run_directory()
     for built in (CACHE / name, home / name):
         if built.exists():

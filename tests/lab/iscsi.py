@@ -30,12 +30,12 @@ class IscsiStore:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def node(self) -> dict[str, object]:
-        """The node for QEMU's block layer; needs qemu-block-extra."""
+        """Return the node for QEMU's block layer; needs qemu-block-extra."""
         where = {"transport": "tcp", "portal": f"127.0.0.1:{self.port}"}
         return {"driver": "iscsi", "target": _NAME, "lun": 1, **where}
 
     def freeze(self) -> None:
-        """Stop it with SIGSTOP, so that it does not answer keepalives either."""
+        """Stop the target with SIGSTOP, so that it does not answer keepalives either."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
@@ -48,7 +48,7 @@ class IscsiStore:
         end(self.process)
 
     def start(self) -> None:
-        """Start it, also after leave(); return when it is usable."""
+        """Start the target, for the first time or after leave(); return when it is usable."""
         program = needs.program("tgtd", "tgt")
         portal = f"portal=127.0.0.1:{self.port}"
         control = self.directory / "control"
@@ -75,7 +75,7 @@ class IscsiStore:
 
 @contextlib.contextmanager
 def iscsi_store(file: Path) -> Iterator[IscsiStore]:
-    """Run a target for a file of final size. Raises needs.Missing."""
+    """Run a target for a file, whose size must not change. Raises needs.Missing."""
     needs.root("an iSCSI target")
     with scratch("i") as directory, contextlib.ExitStack() as stack:
         with socket.socket() as probe:

@@ -10,7 +10,7 @@ _FILL: Final = """
 import socket
 sent = 1
 while sent:
-    # What one sender may have under way is limited, too.
+    # Use many senders, because the unread messages of each sender are limited, too.
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sender.setblocking(False)
     sender.connect("/run/systemd/journal/socket")
@@ -25,5 +25,6 @@ while sent:
 
 
 def fill_journald(system: Container) -> None:
-    """Fill its socket. Its journald must be stopped: who logs has to wait then until it goes on."""
+    """Fill the socket of the container's journald, which must be stopped. Programs that log block
+    until journald continues."""
     system.python("-c", _FILL)

@@ -1,11 +1,11 @@
-"""Kill what a lab has started if its own process is killed.
+"""A process (the keeper) that kills everything a lab has started if the lab is killed.
 
     python -m tests.lab.keeper MARK SECONDS
 
 waits for the end of its input. Children die with their parent (process.spawn), unless the parent is
 stuck itself: a file on a hung FUSE server blocks its reader for good, and every sync(2) on the
-host. Therefore the keeper kills all processes with the mark in their environment after some
-seconds.
+host. Therefore, SECONDS after the end of its input, the keeper kills all processes with MARK in
+their environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.lab.process import TOP
 
 _VARIABLE: Final = "QKILLD_LAB"
 _GRACE_S: Final = 20.0
-"""Time for processes to end what they have started."""
+"""Time for processes to stop their children in order."""
 _TRIES_S: Final = 30.0
 
 
@@ -63,13 +63,13 @@ class Keeper:
             self._process.wait()
 
     def leave(self) -> None:
-        """Call in a forked child, whose end does not count."""
+        """Call this in a forked child, so that its end does not count as that of the lab."""
         os.close(self._write)
         self._write = -1
 
 
 def _marked(mark: str) -> list[int]:
-    """Return pidfds of the processes with the mark."""
+    """Return pidfds of the processes with the mark in their environment."""
     wanted = f"{_VARIABLE}={mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -77,7 +77,7 @@ def _marked(mark: str) -> list[int]:
             continue
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(int(entry.name))
-            # Read while the pidfd is open, so that it is this process's or fails.
+            # Read while the pidfd is open, so that the environment belongs to the same process.
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 signal.pidfd_send_signal(pidfd, 0)
                 found.append(pidfd)

@@ -1,4 +1,4 @@
-"""What a test must not leave behind: processes, descriptors, threads, asyncio tasks."""
+"""Find what a test must not leave behind: processes, descriptors, threads, asyncio tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.lab import process
 ENDING_S: Final = 1.0
 """Time for a thread that has finished its work to end."""
 CLOSING_S: Final = 5.0
-"""Time for a worker to close what it is reading, when its job has ended, on a busy machine."""
+"""Time for a worker to close its files after the end of its job, on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Snapshot:
         )
 
     def leaks_since(self, before: Snapshot) -> list[str]:
-        """Return one line for each thing that is new."""
+        """Return one line for each new process, descriptor and thread."""
         return [
             *(f"a process: {_describe(pid)}" for pid, _ in self.children - before.children),
             *(f"descriptor {n}: {what}" for n, what in self.descriptors - before.descriptors),
@@ -62,9 +62,9 @@ def lasting_leaks(before: Snapshot) -> list[str]:
 
 @contextlib.contextmanager
 def unfinished_tasks() -> Iterator[list[str]]:
-    """Collect the tasks that were still running at the end of asyncio.run().
+    """Collect the tasks that still run at the end of asyncio.run(), which cancels them silently.
 
-    asyncio cancels them silently. Loops that are not closed appear as open descriptors.
+    Loops that are not closed appear as open descriptors.
     """
     leftovers: list[str] = []
     cancel_all = asyncio.runners._cancel_all_tasks  # type: ignore[attr-defined]

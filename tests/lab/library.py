@@ -1,4 +1,4 @@
-"""Choose which D-Bus library qkilld finds: the one that it prefers, or only dbus-fast."""
+"""Choose the D-Bus library that qkilld finds: the one that it prefers, or only dbus-fast."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class WaitTimeout(AssertionError):
 
 
 def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> None:
-    """Wait until `path` exists. Raises WaitTimeout, also if the process ends."""
+    """Wait until `path` exists. Raises WaitTimeout, also if the process of `pidfd` ends."""
     _watch(
         path.parent,
         _IN_CREATE | _IN_MOVED_TO,
@@ -56,8 +56,8 @@ class Log:
     ) -> re.Match[str]:
         """Wait for a match of `pattern` (re.MULTILINE) after `since` characters; return it.
 
-        inotify and, with `pidfd`, the end of the writer wake it. Raises WaitTimeout with the text
-        so far after `timeout` seconds, or if the writer ends without a match.
+        Waits with inotify and, with `pidfd`, for the end of the writer. Raises WaitTimeout with the
+        text so far after `timeout` seconds, or if the writer ends without a match.
         """
         expression = re.compile(pattern, re.MULTILINE)
         return _watch(

@@ -1,4 +1,4 @@
-"""NBD servers of several makes that can freeze, exit, and start again.
+"""NBD servers of several makes that can be frozen, killed and started again.
 
 nbd_store runs nbdkit, qemu-nbd or qemu-storage-daemon on a unix socket, TCP, or a socket pair (only
 nbdkit).
@@ -26,7 +26,7 @@ MAKES: Final = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-utils",
 }
-"""The makes, and the Debian packages that have them."""
+"""The makes of servers, and the Debian packages that contain them."""
 _UNLIMITED: Final = "100G"
 
 
@@ -40,7 +40,7 @@ class NbdStore:
     directory: Path
     port: int = 0
     pair: socket.socket | None = None
-    """QEMU's end of a socket pair, to be passed on and closed."""
+    """QEMU's end of a socket pair. Pass it to QEMU, then close it."""
     other: Path | None = None
     """A second file, exported as `other` (only qemu-storage-daemon)."""
     upstream: NbdStore | None = None
@@ -50,8 +50,8 @@ class NbdStore:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def server(self) -> dict[str, object]:
-        """The value of `"server":` in QEMU's NBD node; for a pair, with the same descriptor
-        number."""
+        """Return the value of `"server":` in QEMU's NBD node. For a pair, QEMU must have the same
+        descriptor number."""
         match self.transport:
             case "unix":
                 return {"type": "unix", "path": str(self.directory / "socket")}
@@ -77,10 +77,10 @@ class NbdStore:
             (self.directory / "fail").unlink(missing_ok=True)
 
     def freeze(self, still: str = "T") -> None:
-        """Stop it with SIGSTOP; its connections stay open.
+        """Stop the server with SIGSTOP; its connections stay open.
 
-        `still`: the states of threads that do nothing more. With "D", what it writes to stands
-        still already, so that a thread in a call there stays in it.
+        `still`: the states of threads that count as stopped. Include "D" if the storage below the
+        server hangs, so that a thread that waits for it never reaches state "T".
         """
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
@@ -95,15 +95,15 @@ class NbdStore:
         self.process.send_signal(signal.SIGCONT)
 
     def leave(self) -> None:
-        """Kill it: its connections break, and nothing listens."""
+        """Kill the server: its connections break, and nothing listens."""
         assert self.process is not None
         end(self.process)
         (self.directory / "socket").unlink(missing_ok=True)
 
     def start(self) -> None:
-        """Start it at the same place; return when it accepts connections.
+        """Start the server at the same address; return when it accepts connections.
 
-        A second start, after leave(), is impossible if the transport is a pair.
+        A server on a socket pair cannot be started again after leave().
         """
         ends = socket.socketpair() if self.transport == "pair" else None
         argv = self._argv()
@@ -200,7 +200,7 @@ class NbdClient:
         self._read(16)
 
     def close(self) -> None:
-        """Close it, from any thread: pending calls raise ConnectionError."""
+        """Close the connection, from any thread. Pending calls raise ConnectionError."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
@@ -222,7 +222,7 @@ def nbd_store(
     upstream: NbdStore | None = None,
     before: Callable[[], None] | None = None,
 ) -> Iterator[NbdStore]:
-    """Run a server for a file of final size, ready at entry.
+    """Run a server for a file, whose size must not change; it is ready when the context begins.
 
     Raises needs.Missing.
     """

@@ -1,4 +1,4 @@
-"""What the lab needs from the host, and the error if that is missing."""
+"""Check what the lab needs from the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Missing(Exception):
 
 
 def program(name: str, package: str) -> Path:
-    """Return the path of a program. Raises Missing, with the Debian package that has it."""
+    """Return the path of a program. Raises Missing, which names the Debian package that has it."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         raise Missing(f"{name} is not installed: apt-get install {package}, or `make setup`")
@@ -23,6 +23,6 @@ def program(name: str, package: str) -> Path:
 
 
 def root(what: str) -> None:
-    """Raise Missing if this process is not root. `what` needs root."""
+    """Raise Missing if this process is not root. `what` is the action that needs root."""
     if os.geteuid() != 0:
         raise Missing(f"{what} needs root")

@@ -1,4 +1,4 @@
-"""A network namespace of its own, with its loopback device up."""
+"""A new network namespace, with its loopback device up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IFF_UP: Final = 0x1
 
 
 class NetworkNamespace:
-    """A thread in it, whose children are in it too; a context manager."""
+    """A thread in the namespace, whose children are in it too; a context manager."""
 
     def __init__(self) -> None:
         needs.root("to make a network namespace")
@@ -32,7 +32,7 @@ class NetworkNamespace:
         self.run(self._enter)
 
     def run(self, function: Callable[[], T]) -> T:
-        """What the function returns, called there, or raises."""
+        """Call a function in the namespace; return or raise what it returns or raises."""
         answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
         def work() -> None:

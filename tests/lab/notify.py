@@ -21,11 +21,11 @@ class NotifySocket:
     def wait_for(self, key: str, timeout: float, *, pidfd: int) -> str:
         """Wait for the value of `key`.
 
-        AssertionError if the sender (`pidfd`) ends first, or after `timeout` seconds.
+        Raises AssertionError if the sender (`pidfd`) ends first, or after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while key not in self.state:
-            poll = select.poll()  # select(2) takes no descriptor from 1024 on
+            poll = select.poll()  # select(2) accepts only descriptors below 1024.
             poll.register(self._socket, select.POLLIN)
             poll.register(pidfd, select.POLLIN)
             remaining = max(0.0, deadline - time.monotonic())

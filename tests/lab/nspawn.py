@@ -6,7 +6,7 @@ The system is an overlay of LOWER (/ for the host's root) and, in memory, a copy
 and all later writes. All mounts are in this process's own mount namespace, so they end with it.
 MOUNTPOINT is an empty directory; `{root}` in the arguments stands for the finished tree.
 
-Works even if / is no mount point (in a plain chroot).
+Works even if / is not a mount point (in a plain chroot).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     assert dashes == "--", sys.argv
     _private_mounts(mountpoint)
     root = _system(Path(mountpoint), Path(lower), Path(upper))
-    # The files that nspawn keeps in /run are useless to the host, and would be left there.
+    # Hide /run from nspawn, which would leave files there.
     of_systemd = Path("/run/systemd")
     _mount("tmpfs", str(of_systemd if of_systemd.is_dir() else "/run"), "tmpfs", 0, "mode=0755")
     command = [argument.replace("{root}", str(root)) for argument in command]
@@ -45,7 +45,7 @@ def _private_mounts(mountpoint: str) -> None:
     except OSError:  # / is not a mount point: this process is in a chroot.
         pass
     # Entering our own mount namespace again leads to its real root, where mounts can be made
-    # private. Then back, and to a mount point as root, which nspawn requires.
+    # private. Then return to the chroot, and make a mount point the root, as nspawn requires.
     inside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _check(_libc.setns(namespace, _CLONE_NEWNS), "the mount namespace")
@@ -61,7 +61,7 @@ def _system(mountpoint: Path, lower: Path, upper: Path) -> Path:
     _mount("tmpfs", str(mountpoint), "tmpfs", 0, "mode=0755")
     shutil.copytree(upper, mountpoint / "upper", symlinks=True)
     for hidden in (mountpoint / "upper").rglob(".hide"):
-        # In overlayfs this hides the directory below.
+        # In overlayfs, this attribute hides the directory of the same name in LOWER.
         hidden.unlink()
         os.setxattr(hidden.parent, "trusted.overlay.opaque", b"y")
     (mountpoint / "work").mkdir()

@@ -19,7 +19,7 @@ TOP: Final = Path(__file__).resolve().parents[2]
 """The checkout."""
 
 OTHER_UID: Final = 65534
-"""A user other than root that is in every /etc/passwd, because a bus rejects unknown users."""
+"""The user nobody, who is in every /etc/passwd. A bus rejects unknown users."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -36,9 +36,9 @@ def become_subreaper() -> None:
 
 
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent ends.
+    """Make the kernel send SIGTERM to this process when its parent ends.
 
-    For a worker of pytest-xdist, which would keep running for up to 15 s.
+    Without this, a worker of pytest-xdist would continue to run for up to 15 s.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -56,13 +56,13 @@ def spawn(
     pass_fds: Sequence[int] = (),
     before: Callable[[], None] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in its own session (Ctrl-C does not reach it) that dies with us.
+    """Start a program that dies with us, in its own session, so that Ctrl-C does not reach it.
 
-    Signals in _DEFAULT have their default action, even if this process ignores them: a shell
-    ignores SIGINT in programs started with `&`, nohup(1) ignores SIGHUP.
+    Signals in _DEFAULT have their default action, even if this process ignores them. (A shell
+    ignores SIGINT in programs started with `&`, nohup(1) ignores SIGHUP.)
 
-    `uid`: as that user, with only the group of the same number; needs root. `before` runs in the
-    child just before exec. Raises what Popen raises.
+    `uid`: run as this user, with only the group of the same number; needs root. `before` runs in
+    the child just before exec. Raises what Popen raises.
     """
 
     if uid is not None:
@@ -73,7 +73,8 @@ def spawn(
         for number in _DEFAULT:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # Not by Popen's user=, because a change of user clears the parent-death signal.
+        # Change the user before the call below. A change of user clears the parent-death signal, so
+        # Popen's user= cannot be used.
         if uid is not None:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
@@ -125,7 +126,7 @@ def run(
 def communicate(
     process: subprocess.Popen[bytes], *, input: str | None, timeout: float, check: bool
 ) -> subprocess.CompletedProcess[str]:
-    """Return the output of a process whose stdout and stderr are pipes, after its end."""
+    """Wait for a process whose stdout and stderr are pipes, and return its output."""
     out, err = process.communicate(None if input is None else input.encode(), timeout)
     done = subprocess.CompletedProcess(
         process.args, process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
@@ -145,14 +146,15 @@ def wait_gone(pidfd: int, timeout: float) -> bool:
 
 
 def is_readable(fd: int, timeout: float) -> bool:
-    """Wait until it is, for so many seconds. Unlike select(2), for any number of descriptors."""
+    """Wait up to `timeout` seconds until a descriptor is readable; return whether it is. Unlike
+    select(2), this accepts descriptors from 1024 on."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
 
 
 def children(pid: int) -> list[int]:
-    """Return the children of its main thread, including zombies; empty if it is gone."""
+    """Return the children of a process's main thread, including zombies; none if it is gone."""
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
@@ -172,7 +174,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def close_and_reap(pidfds: Mapping[int, int]) -> None:
-    """Close the pidfds, given by pid, and reap those processes that became our children."""
+    """Close these pidfds (pid → pidfd), and reap the processes that became our children."""
     for pid, pidfd in pidfds.items():
         os.close(pidfd)
         with contextlib.suppress(ChildProcessError):
@@ -201,7 +203,7 @@ class Orphan:
             os.close(read)
 
     def kill(self) -> None:
-        """Send SIGKILL, wait for the end, and reap it if it became our child."""
+        """Send SIGKILL, wait for the end, and reap the process if it became our child."""
         os.close(self._write)
         self._guard.wait()
         wait_gone(self.pidfd, 30)

@@ -14,7 +14,7 @@ class Qmp:
     """The only connection to a guest's QMP socket, as a context manager."""
 
     def __init__(self, guest: Guest | Path) -> None:
-        """For a guest started with `qmp`, or a path. Raises OSError."""
+        """Connect to a guest that was started with `qmp`, or to a path. Raises OSError."""
         path = guest if isinstance(guest, Path) else guest.qmp
         assert path is not None, f"{guest} has no QMP socket"
         self._socket = socket.socket(socket.AF_UNIX)
@@ -36,7 +36,8 @@ class Qmp:
         self._socket.close()
 
     def call(self, command: str, **arguments: object) -> Any:
-        """Return the result of a command. AssertionError with QEMU's message if it fails."""
+        """Run a command and return its result. Raises AssertionError with QEMU's message if it
+        fails."""
         request = {"execute": command, "arguments": arguments}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         for line in self._lines:

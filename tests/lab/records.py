@@ -37,7 +37,7 @@ def _scan(raw: Path) -> set[int]:
         while offset < size:
             try:
                 start = os.lseek(file.fileno(), offset, os.SEEK_DATA)
-            except OSError:  # Only a hole is left.
+            except OSError:  # Only a hole follows.
                 break
             offset = os.lseek(file.fileno(), start, os.SEEK_HOLE)
             file.seek(start - start % BLOCK)

@@ -24,15 +24,15 @@ def _base() -> Path:
 
 @functools.cache
 def run_directory() -> Path:
-    """Return this process's own directory, made at the first call.
+    """Return this process's own directory, which the first call makes.
 
-    Anyone may traverse it (tests connect as other users), nobody else may write. The process holds
-    a lock on it; a directory without a lock is a leftover.
+    Everyone may traverse it, because tests connect as other users, but nobody else may write. The
+    process holds a lock on it; a directory without a lock is a leftover.
     """
     sweep()
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
-        # A run that starts now may remove it before the lock is taken.
+        # Another run may remove the directory before the lock is taken.
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -71,7 +71,7 @@ def sweep() -> None:
 
 @contextlib.contextmanager
 def scratch(kind: str = "d") -> Iterator[Path]:
-    """Make an empty directory with a short path, mode 0755, removed afterwards."""
+    """Make an empty directory with a short path and mode 0755; remove it afterwards."""
     path = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=run_directory()))
     path.chmod(0o755)
     try:

@@ -23,7 +23,7 @@ UNITS: Final = f"{HOME}/.config/systemd/user"
 
 @contextlib.contextmanager
 def session(system: Container) -> Iterator[None]:
-    """Within the context, the user has them. Raises needs.Missing."""
+    """Within the context, run the user's service manager and session bus. Raises needs.Missing."""
     for file, package in (
         ("/usr/lib/systemd/user/dbus.socket", "dbus-user-session"),
         ("/usr/share/pam-configs/systemd", "libpam-systemd"),

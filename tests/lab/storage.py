@@ -1,8 +1,8 @@
 """Storage that is slow or hangs: a throttled disk, and an NBD server.
 
     slow_disk     a loop device whose writes the kernel throttles, with ext4 or bare
-    nbd_server    nbdkit on a unix or TCP socket, with a rate that can be changed while it runs;
-                  freeze() and thaw()
+    nbd_server    nbdkit on a unix or TCP socket, with a rate that can be changed while it runs; it
+                  can be frozen and thawed
 
     python -m tests.lab.storage disk DIRECTORY MIB FILESYSTEM
 
@@ -43,11 +43,11 @@ class SlowDisk:
     directory: Path | None
     """The mount point; None without a file system."""
     _v1: list[Path] = field(default_factory=list, repr=False)
-    """blkio groups whose members are throttled."""
+    """The blkio groups (cgroup v1) whose members are throttled."""
     _v2: Path | None = field(default=None, repr=False)
 
     def slow(self, bytes_per_second: int) -> None:
-        """Limit the rate, also of pending writes."""
+        """Limit the rate, including that of pending writes."""
         self._set(bytes_per_second)
 
     def fast(self) -> None:
@@ -55,15 +55,15 @@ class SlowDisk:
         self._set(_UNLIMITED)
 
     def written(self) -> int:
-        """Bytes written so far. Source: /sys/dev/block/*/stat, kernel
+        """Return the bytes written so far. Source: /sys/dev/block/*/stat, kernel
         Documentation/block/stat.rst."""
         return 512 * int(Path(f"/sys/dev/block/{self.number}/stat").read_text().split()[6])
 
     def join(self, pid: int) -> None:
         """Throttle the writes of this process.
 
-        In cgroup v1 every process outside blkio groups is throttled, and this moves the process out
-        of its group. In v2 only processes that join and their later children are.
+        In cgroup v1, every process outside of blkio groups is throttled, and this moves the process
+        out of its group. In v2, only processes that join are throttled, and their later children.
         """
         for group in self._v1 if self._v2 is None else [self._v2]:
             (group / "cgroup.procs").write_text(str(pid))
@@ -80,12 +80,11 @@ class SlowDisk:
 def slow_disk(
     bytes_per_second: int = _UNLIMITED, *, mebibytes: int = 256, filesystem: str | None = "ext4"
 ) -> Iterator[SlowDisk]:
-    """Make a loop device, fast until slow() unless `bytes_per_second` is given.
+    """Make a loop device that is fast until slow() is called, unless `bytes_per_second` is given.
 
-    Throttles what reaches the device: O_DIRECT writes, writeback and so fsync. A process that waits
-    for the device sleeps uninterruptibly until its write is done. The limit is removed before the
-    disk is, so end guests after that or expect to wait. Raises needs.Missing without root or if the
-    kernel cannot throttle.
+    Writes to the device are throttled: O_DIRECT writes, writeback, and therefore fsync. A process
+    that waits for the device sleeps uninterruptibly until its write is done. At the end, the limit
+    is removed before the disk. Raises needs.Missing without root or if the kernel cannot throttle.
     """
     needs.root("a loop device")
     for name in ("losetup", "mount", "umount"):
@@ -108,7 +107,7 @@ def slow_disk(
         stack.callback(keeper.communicate)
         assert keeper.stdout is not None
         said = keeper.stdout.readline().decode().split()
-        assert len(said) == 2, "the loop device could not be made, see above"
+        assert len(said) == 2, "failed to make the loop device, see the messages above"
         mounted = directory / "mnt" if filesystem else None
         disk = SlowDisk(Path(said[0]), said[1], mounted, v1, v2)
         stack.callback(disk.fast)
@@ -117,7 +116,7 @@ def slow_disk(
 
 
 def _throttles(stack: contextlib.ExitStack) -> tuple[list[Path], Path | None]:
-    """Return the groups in which the kernel can throttle: those of blkio in v1, else a new one in
+    """Return the groups in which the kernel can throttle: groups of blkio in v1, or a new group in
     v2."""
     own = Path("/proc/self/cgroup").read_text().splitlines()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -135,16 +134,15 @@ def _throttles(stack: contextlib.ExitStack) -> tuple[list[Path], Path | None]:
                 return [], _group_v2(stack, top)
     raise needs.Missing(
         "a slow disk needs a kernel with CONFIG_BLK_DEV_THROTTLING, and the blkio (cgroup v1) or io"
-        " (v2) controller at hand: run on the machine itself or in a container with its cgroups"
+        " (v2) controller: run on the machine itself or in a container with the machine's cgroups"
     )
 
 
 def _group_v2(stack: contextlib.ExitStack, top: Path) -> Path:
-    """Make a v2 group that attributes writeback to the process that dirtied the page; this needs
-    both controllers.
+    """Make a v2 group with the controllers io and memory; both are needed to throttle writeback.
 
-    Directly below the root, because a group with processes, such as our own, cannot delegate
-    controllers.
+    The group is directly below the root, because a group with processes, such as our own, cannot
+    delegate controllers.
     """
     control = top / "cgroup.subtree_control"
     for controller in {"io", "memory"} - set(control.read_text().split()):
@@ -158,7 +156,7 @@ class NbdServer:
     """An nbdkit that serves one file."""
 
     uri: str
-    """For -drive file= and qemu-img."""
+    """The URI for -drive file= and qemu-img."""
     process: subprocess.Popen[bytes]
     _rate: Path = field(repr=False)
 
@@ -175,13 +173,13 @@ class NbdServer:
             new.rename(self._rate)
 
     def freeze(self) -> None:
-        """Stop it with SIGSTOP; its connections stay open. Returns when it has stopped."""
+        """Stop nbdkit with SIGSTOP, and return when it has stopped; its connections stay open."""
         self.process.send_signal(signal.SIGSTOP)
-        # This only consumes the stop; the exit is left to Popen.
+        # WSTOPPED waits for the stop only, because Popen waits for the exit.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
-        """Continue it."""
+        """Continue nbdkit."""
         self.process.send_signal(signal.SIGCONT)
 
 
@@ -195,9 +193,10 @@ def nbd_server(
     filters: Sequence[str] = (),
     parameters: Sequence[str] = (),
 ) -> Iterator[NbdServer]:
-    """Serve `file` on a unix socket or on TCP (loopback, a free port), ready at entry.
+    """Serve `file` on a unix socket or on TCP (loopback, a free port); ready when the context
+    begins.
 
-    room: bytes to extend the file to first, because nbdkit does not grow it, which a qcow2 needs
+    room: bytes to extend the file to before, because a qcow2 grows, but nbdkit does not grow files
     filters: more nbdkit filters between the rate and the file ("error", "delay")
     parameters: for these ("error-pwrite=EIO", "wdelay=5")
 
@@ -269,7 +268,8 @@ def _unthrottle(device: Path) -> None:
 
 
 def _take_down(mounted: Path, device: str) -> None:
-    """Wait 30 s for its users to close it; after that, the kernel removes it when they do."""
+    """Wait up to 30 s until nobody uses the disk. Afterwards, the kernel removes it at its last
+    close."""
     deadline = time.monotonic() + 30
     while os.path.ismount(mounted):
         lazy = ["--lazy"] if time.monotonic() > deadline else []

@@ -66,15 +66,15 @@ class Screen:
 
 @dataclass
 class OnTerminal:
-    """A program with a terminal for its output and, if requested, its input."""
+    """A program whose output and, if requested, input is a terminal."""
 
     process: subprocess.Popen[bytes]
     screen: Screen
     slave: int
-    """The program's end if it is kept open, else -1."""
+    """The program's end of the terminal if it is kept open, otherwise -1."""
 
     def settings(self) -> list[Any]:
-        """termios(3)."""
+        """Return the settings as termios(3) describes them."""
         return termios.tcgetattr(self.slave)
 
     def resize(self, columns: int, rows: int) -> None:
@@ -89,7 +89,8 @@ def on_terminal(
     size: tuple[int, int] = (100, 24),
     keys: bool = False,
 ) -> Iterator[OnTerminal]:
-    """`keys`: the terminal is its input too, and stays open when it ends."""
+    """Run a program on a terminal. `keys`: the terminal is its input, too, and stays open when the
+    program ends."""
     ours, theirs = os.openpty()
     try:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))

@@ -1,4 +1,4 @@
-"""The lab itself: what it starts is real, and it leaves nothing behind."""
+"""The lab itself: its guests are real, and it leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class VarlinkClient:
         """`uid`: connect as that user; needs root."""
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(60)
-        with effective_uid(uid):  # what the kernel notes at connect is what the daemon believes
+        # The daemon uses the credentials that the kernel notes at connect.
+        with effective_uid(uid):
             self.socket.connect(str(path))
         self._incoming = b""
 

@@ -1,6 +1,6 @@
 """A vhost-user backend for one small disk that answers QEMU's messages and transfers no data.
 
-    vhost_backend    listens for QEMU, or connects to it
+    vhost_backend    run a backend that listens for QEMU, or connects to QEMU
 
     python -m tests.lab.vhost_user listen|connect PATH [LOG]
 
@@ -31,7 +31,7 @@ _HEADER: Final = struct.Struct("<III")
 _VERSION: Final = 1
 _REPLY: Final = 1 << 2
 _FEATURES: Final = 1 << 30 | 1 << 32
-"""The protocol's own features, and virtio 1."""
+"""The features of vhost-user itself, and virtio 1."""
 _PROTOCOL_FEATURES: Final = 1 << 0 | 1 << 9
 """Multiple queues, and a configuration space."""
 _SECTORS: Final = 1 << 15
@@ -43,7 +43,7 @@ class VhostBackend:
     """The socket; a `connect` backend waits until QEMU listens there."""
     process: subprocess.Popen[bytes]
     logs: bool = False
-    """It writes a line to a file five times a second, even while it hangs."""
+    """Whether it writes a line to a file five times a second, even while it hangs."""
 
     def freeze(self) -> None:
         """Stop answering. A backend that logs continues to log."""
@@ -59,7 +59,7 @@ class VhostBackend:
 
 @contextlib.contextmanager
 def vhost_backend(path: Path, *, connects: bool, log: Path | None = None) -> Iterator[VhostBackend]:
-    """Run a backend at that path, which listens unless it `connects`."""
+    """Run a backend at this path, which listens unless `connects` is set."""
     argv = [sys.executable, "-m", "tests.lab.vhost_user", "connect" if connects else "listen"]
     argv += [str(path), *([str(log)] if log else [])]
     process = spawn(argv, cwd=TOP, stdout=subprocess.PIPE)
@@ -105,7 +105,7 @@ def _answer(request: int, body: bytes) -> bytes | None:
 
 
 def _keep_log(path: Path, hung: threading.Event) -> None:
-    """Write lines until the process ends; hang between SIGUSR1 and SIGUSR2."""
+    """Write lines until the process ends. Between SIGUSR1 and SIGUSR2, answer nothing."""
     signal.signal(signal.SIGUSR1, lambda number, frame: hung.clear())
     signal.signal(signal.SIGUSR2, lambda number, frame: hung.set())
 

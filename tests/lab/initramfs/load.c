@@ -1,8 +1,9 @@
-/* Load on a disk, with O_DIRECT: fills a part of it, or reads or writes it for ever.
+/* Load on a disk, with O_DIRECT: fills a part of it, or reads or writes it forever.
  *
- * load fill DEVICE AT BYTES       writes BYTES from offset AT on, once, and ends
- * load read DEVICE AT BYTES N     N processes, each of them reads BYTES again and again, side by side
- * load write DEVICE AT BYTES N    from offset AT on; this one ends, they do not
+ * load fill DEVICE AT BYTES       writes BYTES from offset AT on once, and exits
+ * load read DEVICE AT BYTES N     starts N processes that read BYTES each, again and again, from offset
+ *                                 AT on, side by side; exits, but these do not
+ * load write DEVICE AT BYTES N    the same with writes
  */
 #define _GNU_SOURCE
 #include <errno.h>

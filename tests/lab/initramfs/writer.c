@@ -2,9 +2,10 @@
  *
  * writer DEVICE RECORDS STRIDE PASSES
  *
- * Record n (from 0) of RECORDS in all (0: until the disk is full) is one block of 4096 bytes. The
- * records go out in PASSES rounds: round p writes the p-th block of every STRIDE bytes, so that with
- * a large stride each write meets another qcow2 cluster, and later rounds meet all of them again.
+ * RECORDS is their number, 0 to fill the disk. Record n (from 0) is one block of 4096 bytes. The
+ * records are written in PASSES rounds: round p writes the p-th block of every STRIDE bytes. So with
+ * a large stride, each write is in another qcow2 cluster, and later rounds write to all of these
+ * clusters again.
  * Prints "ACK n" when the write of record n has returned, "WRITER DONE n" at the end.
  *
  * A record: 8 bytes magic, then little-endian u64 number, u64 FNV-1a of the payload, payload.
