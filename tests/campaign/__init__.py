@@ -1,7 +1,7 @@
-"""The campaign: real QEMUs on random storage with a random schedule, where the truth is known.
+"""The campaign: real QEMUs on random storage whose behaviour is known.
 
 `make bench-judgement`, or `python -m tests.campaign` after set-up. A run (spec.py) is generated
 from a seed (draw.py) or written by hand (cases.py). It consists of real storage (disks.py),
-disturbances (noise.py) and standstills of QEMU itself (standstill.py). A real daemon stops it over
-D-Bus (run.py), and the result is compared with what its schedule allows (truth.py, judge.py).
+disturbances (noise.py) and standstills of QEMU itself (standstill.py). A real daemon stops QEMU
+over D-Bus (run.py), and the result is compared with what the schedule allows (truth.py, judge.py).
 """

@@ -23,16 +23,16 @@ from tests.campaign.spec import HOST, Spec
 from tests.campaign.ways import OURS, WAYS
 
 EPILOG: Final = f"""\
-A run whose samples were late is repeated, three times at most, and counted.
-What is done is kept in {KEPT.name}/ of .lab; --continue does not do it again.
-Exit codes: 0 all runs are right, 1 some are not or could not be done, 130 interrupted.
+A run whose samples were late is repeated up to three times, and counted.
+Results are kept in .lab/{KEPT.name}; --continue skips the runs that were judged.
+Exit codes: 0 all runs are right, 1 some runs are wrong or failed, 130 interrupted.
 """
 
 
 def main() -> int:
     arguments = _parse()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores SIGHUP.
             signal.signal(number, _interrupt)
     specs = _specs(arguments)
     if arguments.compare:
@@ -58,7 +58,7 @@ def main() -> int:
                     print(line, flush=True)
     except KeyboardInterrupt:
         progress.show("")
-        print("interrupted: the same command with --continue goes on", file=sys.stderr)
+        print("interrupted: repeat the command with --continue to resume", file=sys.stderr)
         return 130
     progress.show("")
     every = [*before.values(), *results]
@@ -78,10 +78,10 @@ def _specs(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def _compare(specs: Sequence[Spec], jobs: int) -> int:
-    """Print a table with the ends of the same runs under each way to stop."""
+    """Print a table that shows how the same runs end under each way to stop."""
     ends: dict[str, dict[str, RunResult]] = {spec.name: {} for spec in specs}
     for way in WAYS:
-        # A clock that is not stopped itself would run on while the host stands still.
+        # The other ways run in the lab's process, which is not paused with the host.
         todo = [spec for spec in specs if way in (OURS, "fixed") or not _pauses(spec)]
         for one in run_all(todo, jobs, lambda text, way=way: progress.show(f"{way}: {text}"), way):  # type: ignore[misc]
             ends[one.spec.name][way] = one
@@ -100,7 +100,7 @@ def _pauses(spec: Spec) -> bool:
 
 
 def _before(log: Path) -> dict[str, RunResult]:
-    """The runs that were judged, by name; the others are to be done again."""
+    """Return the runs that were judged, by name; the others must be repeated."""
     found: dict[str, RunResult] = {}
     for text in log.read_text().splitlines() if log.exists() else ():
         # The last line may be cut off.
@@ -114,7 +114,7 @@ def _before(log: Path) -> dict[str, RunResult]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.campaign",
-        description="Stop real QEMUs on random storage, with the truth known, and judge qkilld.",
+        description="Stop real QEMUs on random storage whose behaviour is known, and judge qkilld.",
         epilog=EPILOG
         + "\ncases:\n"
         + "\n".join(f"  {name:<24}{case.title}" for name, case in CASES.items()),
@@ -123,24 +123,24 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=200, metavar="N", help="(default 200)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="(default 1)")
     parser.add_argument(
-        "--first", type=int, default=0, metavar="N", help="begin with that run of the seed"
+        "--first", type=int, default=0, metavar="N", help="begin with the run of this number"
     )
     parser.add_argument(
-        "--continue", dest="go_on", action="store_true", help="leave out what is done of the seed"
+        "--continue", dest="go_on", action="store_true", help="skip runs that were already judged"
     )
     parser.add_argument(
-        "--case", nargs="+", choices=[*CASES, "all"], metavar="NAME", help="these, not random ones"
+        "--case", nargs="+", choices=[*CASES, "all"], metavar="NAME", help="run fixed cases instead"
     )
     parser.add_argument(
-        "--replay", nargs="+", type=Path, metavar="FILE", help="runs as they were kept"
+        "--replay", nargs="+", type=Path, metavar="FILE", help="repeat runs that were kept"
     )
     parser.add_argument(
         "--jobs", type=int, default=AT_ONCE, metavar="N", help=f"at once (default {AT_ONCE})"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="stop in other ways, too, and print a table of that"
+        "--compare", action="store_true", help="stop in other ways, too, and print a table"
     )
-    parser.add_argument("--verbose", action="store_true", help="tell of runs that are right too")
+    parser.add_argument("--verbose", action="store_true", help="report runs that are right, too")
     return parser.parse_args()
 
 

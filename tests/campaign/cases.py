@@ -1,7 +1,7 @@
-"""Runs written by hand: misjudged once, or similar to one that was.
+"""Runs written by hand: each was once judged wrongly, or resembles a run that was.
 
-Each is a kind of storage or process that used to be killed although it would have finished, or
-waited for although it hung for good, before every wait had its own signs.
+They have storage or processes that qkilld used to kill although they would have finished, or used
+to wait for although they hung for good. Since then, every wait has its own signs of progress.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Case:
 
 
 def unexpected(name: str, outcome: Outcome) -> list[Finding]:
-    """Compare the result of the run with the case of that name; returns nothing if there is
-    none."""
+    """Compare the result of a run with the case of this name. Return an empty list if there is no
+    such case."""
     case = CASES.get(name)
     if case is None:
         return []

@@ -27,7 +27,7 @@ from tests.lab.vhost_user import VhostBackend, vhost_backend
 
 _SIZE: Final = 8 << 30
 _ROOM: Final = 128 * MIB
-"""Space for a qcow2 file behind a server, which does not grow it."""
+"""The size of a qcow2 file behind a server, because servers do not grow files."""
 _FILL_AT: Final = 6 << 30
 _IN_FLIGHT_AT: Final = 7 << 30
 _CALLS: Final = ("flush", "fsync")
@@ -40,18 +40,18 @@ class RunDisk:
     disk: Disk
     number: int
     image: Path
-    """Its file, behind the server."""
+    """The image file, which the server opens if there is one."""
     fuse: FuseStore | None = None
-    """The FUSE file system that its file, or the disk below, is on."""
+    """The FUSE file system that contains the image file, or the file of the disk below it."""
     loop: SlowDisk | None = None
     server: NbdStore | IscsiStore | VhostBackend | None = None
     front: NbdStore | None = None
     """The proxy that QEMU connects to instead of the server."""
     level: float = 0
-    """How slow it is."""
+    """How slow the disk is; 0 for not at all."""
     frozen: bool = False
     node: dict[str, Any] = field(default_factory=dict)
-    """In the format of blockdev-add."""
+    """The node in the format of blockdev-add."""
     layout: Layout = field(default_factory=lambda: Layout(0))
 
     @property
@@ -101,7 +101,7 @@ class RunDisk:
 
     @property
     def slot(self) -> int:
-        """On the PCI bus."""
+        """Return the disk's slot on the PCI bus."""
         return 5 + self.number
 
     def _protocol(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class RunDisk:
             guest.write_later(self.name, _IN_FLIGHT_AT, self.disk.in_flight)
 
     def lost(self) -> int:
-        """Return how many records its image lacks; nobody may have it open."""
+        """Return how many records are missing in the image; nobody may have the image open."""
         wanted = self.layout.count * self.layout.passes
         return wanted - self.layout.kept(self.image, self.disk.format) if wanted else 0
 
@@ -152,7 +152,7 @@ class RunDisk:
         return not bitmaps or "in-use" in bitmaps[0]["flags"]
 
     def apply(self, change: Change) -> None:
-        """Raises AssertionError if this kind of disk does not support the change."""
+        """Change the storage. Raises AssertionError if this kind of disk does not support that."""
         match change.what:
             case "slow":
                 self.level = change.value
@@ -203,12 +203,13 @@ class RunDisk:
             self.loop.fast()
 
     def joined(self, pid: int) -> None:
-        """Throttle the process that writes to it: in cgroup v2 only members are throttled."""
+        """Throttle the process that writes to the disk, because cgroup v2 throttles only
+        members."""
         if self.loop is not None:
             self.loop.join(pid)
 
     def _set(self, level: float) -> None:
-        """Set how slow it is; 0 for not at all."""
+        """Set how slow the disk is; 0 for not at all."""
         if self.fuse is not None:
             self.fuse.delay("write", 0.25 * level)
             self.fuse.delay("fsync", 0.25 * level)
@@ -223,7 +224,8 @@ class RunDisk:
             assert not level, f"a disk of kind {self.disk.kind} cannot be slow"
 
     def _freeze(self) -> None:
-        # Otherwise writes that a server has passed on would complete, which is progress.
+        # Freeze the storage below, too. Otherwise writes that a server has passed on would
+        # complete, which is progress.
         if self.server is None or self.fuse is not None:
             self._below_freeze()
         if isinstance(self.server, NbdStore) and self.fuse is not None:
@@ -235,7 +237,7 @@ class RunDisk:
         if self.fuse is not None:
             self.fuse.freeze()
         else:
-            raise AssertionError("neither a plain file nor a throttled disk stands still")
+            raise AssertionError("a plain file or a throttled disk cannot be frozen")
 
     def _thaw(self) -> None:
         self._below_thaw()

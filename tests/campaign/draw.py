@@ -1,4 +1,4 @@
-"""A random run from a seed: the same seed and number give the same run.
+"""Draw a random run from a seed: the same seed and number give the same run.
 
 Each schedule concerns one disk or the process itself. All other storage is fast, so that the time
 of QEMU's last progress is known. Standstills that end are at least _MARGIN_S shorter than the
@@ -17,7 +17,7 @@ from tests.campaign.truth import RETRY_S
 
 _MARGIN_S: Final = 4
 _MOVES_S: Final = 4.0
-"""Between two standstills: enough for the slowest storage to answer, even on a busy host."""
+"""Time between two standstills: enough for the slowest storage to answer, even on a busy host."""
 _FOR_GOOD: Final = 0.35
 """The share of schedules that end in a standstill."""
 _OF_PROCESS: Final = 0.12
@@ -132,7 +132,7 @@ def _slow(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
 
 
 def _gaps(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
-    """Standstills of various lengths, with some movement in between."""
+    """Return standstills of various lengths, with movement in between."""
     changes: Schedule = []
     at = _begin(random)
     if _can_be_slow(disk) and disk.store != "loop":
@@ -146,7 +146,7 @@ def _gaps(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
 
 
 def _stands(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
-    """A permanent standstill, perhaps after slow storage."""
+    """Return a permanent standstill, perhaps after slow storage."""
     if _can_be_slow(disk) and disk.store != "loop" and random.random() < 0.5:
         at = float(random.randint(2, 10))
         return [Change(0, of, "slow", random.choice((1, 2))), Change(at, of, "freeze")]
@@ -173,7 +173,7 @@ def _fails(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
 
 
 def _dies_below(random: Random, disk: Disk, of: int, longest_gap: float) -> Schedule:
-    """The storage below the server hangs, but the server answers."""
+    """Return a schedule in which the storage below the server hangs, but the server answers."""
     changes = [Change(0, of, "dead")]
     if random.random() > _FOR_GOOD:
         changes.append(Change(random.uniform(3, longest_gap), of, "alive"))

@@ -1,4 +1,4 @@
-"""Compare a run with its truth: what was wrong, and whether it can be judged at all."""
+"""Compare a run with its truth: find what was wrong, and whether the run can be judged at all."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ INTERVAL_S: Final = 1.0
 """The longest interval between samples, except with many jobs."""
 COUNTER_STALL_S: Final = 10.0
 DETECTION_S: Final = 1.0
-"""A process must be given up within this time after the policy's limit."""
+"""SIGKILL must come within this time after the policy's limit."""
 SETTLED_S: Final = 6.0 + 1.1
 """For this time after a change, the verdict may be the previous one: disks write back in bursts up
 to 5 s apart, and a sample may come a second later."""
 _BEFORE: Final = 0.3
-"""SIGKILL may be this much earlier than the lab's clock says, because changes of storage take
-effect just before they are recorded."""
+"""SIGKILL may be this much early by the lab's clock, because changes of storage take effect just
+before they are recorded."""
 _SLOW_REQUEST: Final = 1.0
 """The longest time (s) that a request of storage with slowness 1 takes: two writes of 128 KiB,
-each answered after 0.25 s, and a sync before and after. The last movement may be that much before
-a standstill."""
+each answered after 0.25 s, and a sync before and after. The last movement may be this much before a
+standstill."""
 _QUOTA_S: Final = 2.0
 """A QEMU with a quota of processor time reads the last answers of its storage up to this much
 later."""
 MAX_DEPTH: Final = 9
 _BYTES: Final = 512
-"""QEMU has written if it is at least so much: less is a keepalive."""
+"""The least number of bytes that count as a write of QEMU: less is a keepalive."""
 
 
 FALSE_KILL: Final = "false kill"
@@ -46,7 +46,7 @@ FALSE_WAIT: Final = "false wait"
 WRONG_RISK: Final = "wrong risk"
 WRONG_VERDICT: Final = "wrong verdict"
 UNEXPECTED: Final = "unexpected end"
-"""The result of a handwritten case is wrong."""
+"""The result of a case written by hand is wrong."""
 UNSEEN: Final = "unseen error"
 """QEMU dropped records that storage refused, and exited with 0 without a message, so that nothing
 can be seen from outside. Counted, but not wrong."""
@@ -64,12 +64,12 @@ class Judgement:
     late: float
     """The largest delay of a sample, s."""
     detection: float | None
-    """s from the last movement to a correct SIGKILL, beyond the policy's limit."""
+    """Seconds between the policy's limit after the last movement and a correct SIGKILL."""
     ticks: int
     right_ticks: int
-    """The number of verdicts checked, and of correct ones."""
+    """The number of verdicts that were checked (ticks), and of those that were right."""
     counter_kill: float
-    """When a policy that only watches wchar would have sent SIGKILL, s."""
+    """When a policy that only watches wchar would have sent SIGKILL (s)."""
 
     @property
     def right(self) -> bool:
@@ -119,7 +119,7 @@ def kill_time(outcome: Outcome) -> float | None:
 
 
 def _early(found: Truth, span: Span) -> float:
-    """Return how much earlier than the policy's limit SIGKILL may be."""
+    """Return how many seconds before the policy's limit SIGKILL may come."""
     before = [other for other in found.spans if other.until == span.since]
     if not any(other.state in (State.SLOW, State.GAPS) for other in before):
         return _BEFORE
@@ -149,12 +149,12 @@ def _kill(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
 def _wait(
     found: Truth, outcome: Outcome, killed: float | None, end: float, trace: Trace | None
 ) -> Iterator[Finding]:
-    """Where nothing moves; and where nothing holds it any more, so that it should exit."""
+    """Find false waits: after nothing moved for too long, or after nothing held QEMU any more."""
     for span in found.spans:
         since, until = span.since, min(span.until, end)
         allowed = found.spec.longest_stall + DETECTION_S + LATE_S + _starved(found.spec)
         if span.state in (State.BROKEN, State.FAST):
-            # It may have to find a server that is back first.
+            # QEMU may first have to find a server that is back.
             allowed += RETRY_S
         elif span.state not in BOUNDED or since >= end or (span.mixed and not span.reconnects):
             continue
@@ -174,7 +174,7 @@ def _starved(spec: Spec) -> float:
 
 
 def _last_moved(trace: Trace | None, since: float, until: float) -> float:
-    """When QEMU wrote or read last between these times; `since` if it did not."""
+    """Return when QEMU last wrote or read between these times; `since` if it did not."""
     moved, before = since, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
@@ -210,7 +210,7 @@ def _risk(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
     elif killed is not None and not outcome.at_risk and _owes(found.spec):
         yield Finding(WRONG_RISK, "killed with writes outstanding, and no data at risk")
     if outcome.at_risk and outcome.result == "exited" and not (something or broken):
-        yield Finding(WRONG_RISK, "exited with all of it, and data at risk")
+        yield Finding(WRONG_RISK, "exited and lost nothing, but data at risk")
 
 
 def _owes(spec: Spec) -> bool:
@@ -220,8 +220,8 @@ def _owes(spec: Spec) -> bool:
 def _verdicts(
     found: Truth, trace: Trace | None, end: float
 ) -> tuple[dict[tuple[str, State], tuple[float, int]], int]:
-    """Return wrong verdicts, as (verdict, state) to (when first, how often), and the number
-    checked."""
+    """Return the wrong verdicts, as (verdict, state) → (first time, count), and the number of
+    verdicts that were checked."""
     wrong: dict[tuple[str, State], tuple[float, int]] = {}
     ticks = 0
     settles = SETTLED_S + _starved(found.spec)
@@ -241,10 +241,10 @@ def _verdicts(
 
 
 def _right(spec: Spec, state: State) -> frozenset[Verdict]:
-    """Unreadable storage may be called unknown, but never idle."""
+    """Return the right verdicts. Unreadable storage may be unknown, but never idle."""
     unread = {"threads", "netns"} & set(spec.noises)
     unread |= {disk.syntax for disk in spec.disks} & {"added", "mirror"}
-    # Of a server that has other clients, too, it may not show for whom it works.
+    # If a server has other clients, qkilld may not see for whom it works.
     unknown = {Verdict.UNKNOWN} if (unread and state in BOUNDED) or spec.doubtful else set()
     return RIGHT[state] | unknown
 
@@ -261,7 +261,8 @@ def verdicts(trace: Trace | None) -> Iterator[tuple[float, Verdict]]:
 
 
 def _counter_kill(trace: Trace | None) -> float:
-    """The policy `wchar` of tests.safety, assuming that its counter stops with the trace."""
+    """Return when the policy `wchar` of tests.safety would have sent SIGKILL, assuming that its
+    counter stops with the trace."""
     moved, before = 0.0, None
     for sample in trace.of(Sample) if trace else ():
         at = (sample.at - trace.header.started) / USEC_PER_SEC if trace else 0.0
@@ -282,9 +283,9 @@ def _lateness(trace: Trace | None, found: Truth, end: float) -> float:
 
 
 def _search(trace: Trace, found: Truth) -> float:
-    """Return how long the search for a server took, s: on a busy host that is late, too.
+    """Return how long the search for a server took (s), which is long on a busy host.
 
-    What a server did until then may be progress, and puts SIGKILL off.
+    What the server did until then may count as progress, and delay SIGKILL.
     """
     returns = any(change.what == "back" for change in found.spec.changes)
     first: dict[int, float] = {}

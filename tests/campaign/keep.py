@@ -14,9 +14,9 @@ KEPT: Final = CACHE / "campaign"
 
 
 def keep(one: RunResult) -> RunResult:
-    """Keep the run under its name, or remove an earlier one of that name if this one was right.
+    """Keep a wrong run under its name, and its trace, which would be removed with the run.
 
-    Otherwise the trace would be removed with the run.
+    If the run was right, remove an earlier one of this name.
     """
     spec, trace = KEPT / f"{one.spec.name}.json", KEPT / f"{one.spec.name}.trace.jsonl"
     if one.clean:

@@ -1,4 +1,4 @@
-"""Activity besides the storage of a run, which is neither progress nor a hang.
+"""Activity beside the storage of a run, which is neither progress nor a hang.
 
 Each noise gets the run's Surroundings before QEMU starts, and may add arguments. It returns a
 function that is called with the running QEMU.
@@ -48,7 +48,7 @@ def _nothing(guest: BareGuest) -> None:
 
 
 def netdev(around: Surroundings) -> Start:
-    """A network peer (like passt) that keeps sending a frame four times a second."""
+    """A network peer (like passt) that sends a frame four times a second."""
     path = around.directory / "net"
     frame = struct.pack(">I", 60) + b"\xff" * 60
     _talker(around, path, frame, 0.25)
@@ -85,7 +85,7 @@ def vnc(around: Surroundings) -> Start:
 
 
 def threads(around: Surroundings) -> Start:
-    """More threads than are cheap to read."""
+    """So many threads that reading them is expensive."""
     for number in range(150):
         around.arguments += ["-object", f"iothread,id=io{number}"]
     return _nothing
@@ -118,7 +118,7 @@ def group(around: Surroundings) -> Start:
 
 
 def quota(around: Surroundings) -> Start:
-    """A twentieth of a processor."""
+    """QEMU may use only a twentieth of a processor."""
 
     def start(guest: BareGuest) -> None:
         for parent in parents("cpu"):
@@ -139,13 +139,13 @@ def netns(around: Surroundings) -> Start:
 
 
 def unshare_network() -> None:
-    """Give a child a network namespace of its own before it executes a program."""
+    """Enter a new network namespace. For a child before it executes a program."""
     if _libc.unshare(_CLONE_NEWNET):
         os._exit(1)
 
 
 def no_monitor(around: Surroundings) -> Start:
-    """Nobody is connected to QEMU's monitor."""
+    """The monitor of QEMU has no client."""
     return _nothing
 
 
@@ -178,7 +178,7 @@ def _talker(around: Surroundings, path: Path, what: bytes, interval: float) -> N
 
     def stop() -> None:
         over.set()
-        # It may still be in accept().
+        # The thread may still be in accept().
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)

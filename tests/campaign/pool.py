@@ -31,17 +31,17 @@ _BEGINNING: Final = 2
 _ATTEMPTS: Final = 3
 _CHECK_S: Final = 5.0
 _MOST_S: Final = 900.0
-"""Seconds after which a run is ended that is not over; the longest takes half of that."""
+"""A run that takes longer (s) is ended. The longest run takes half of this."""
 _MORE_S: Final = 120.0
-"""Seconds that it then has to take its storage down."""
+"""Seconds for a run that is ended to remove its storage."""
 TRIES: Final = 3
-"""Attempts for a run whose samples are late."""
+"""Attempts for a run whose samples are late each time."""
 _PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass
 class RunResult:
-    """A run that was judged; or, in `failed`, the lab's own error."""
+    """A run with its judgement or, in `failed`, the error of the lab."""
 
     spec: Spec
     outcome: Outcome | None = None
@@ -61,10 +61,10 @@ class _Child:
     pidfd: int
     answer: Path
     begun: int
-    """A pipe that is closed when the run has requested the stop."""
+    """A pipe that the run closes when it has requested the stop."""
     tries: int
     started: float
-    """time.monotonic()."""
+    """When the run started (time.monotonic())."""
     stops: int = 0
 
 
@@ -91,7 +91,7 @@ def run_all(
         while todo or running:
             while todo and len(running) < at_once and len(beginning) < _BEGINNING:
                 if not _lives(by):
-                    # What runs now fails with it, and says so.
+                    # The runs in progress fail with the daemon, and report that.
                     with contextlib.suppress(AssertionError):
                         servers.close()
                     by = _begin(servers, traces)
@@ -161,7 +161,7 @@ def _collect(child: _Child) -> RunResult:
     try:
         answer = json.loads(child.answer.read_text())
     except (OSError, ValueError):
-        return RunResult(child.spec, tries=child.tries, failed="it ended without a word")
+        return RunResult(child.spec, tries=child.tries, failed="it exited without a result")
     child.answer.unlink()
     if "failed" in answer:
         return RunResult(child.spec, tries=child.tries, failed=answer["failed"])
@@ -192,7 +192,7 @@ def _lives(by: Server) -> bool:
 
 
 def _stop_late(running: list[_Child]) -> None:
-    """End runs that the lab does not get to an end, so that the others go on."""
+    """End runs that take too long, so that the others continue."""
     for child in running:
         late = time.monotonic() - child.started - _MOST_S
         number = (signal.SIGTERM, signal.SIGKILL)[min(child.stops, 1)]

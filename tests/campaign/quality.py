@@ -1,4 +1,4 @@
-"""The quality of qkilld as a failure detector, next to simpler ones on the same runs.
+"""Compute the quality of qkilld and of simpler policies as failure detectors, on the same runs.
 
 The metrics are those of Chen, Toueg and Aguilera (On the Quality of Service of Failure Detectors,
 IEEE Trans. Computers 51(5), 2002). The failure is a permanent standstill of a run's storage or
@@ -28,7 +28,7 @@ from tests.campaign.pool import RunResult
 from tests.campaign.truth import BOUNDED
 
 FIXED_S: Final = 10.0
-"""The fixed timeout of 2012."""
+"""The fixed timeout that libvirt has used since 2012."""
 INFINITY: Final = float("inf")
 
 
@@ -36,10 +36,10 @@ INFINITY: Final = float("inf")
 class Quality:
     detections: list[float] = field(default_factory=list)
     missed: int = 0
-    """Processes that would be waited for without end."""
+    """The number of processes for which the policy would wait forever."""
     mistakes: int = 0
     watched: float = 0
-    """Seconds in which nothing had failed."""
+    """Seconds, over all runs, in which nothing had failed."""
     trusted: float = 0
 
 
@@ -62,7 +62,7 @@ POLICIES: Final[Mapping[str, Callable[[RunResult], float]]] = {
 
 
 def quality(results: Sequence[RunResult], kills: Callable[[RunResult], float]) -> Quality:
-    """Judge a policy that sends SIGKILL at that time if the process is still there."""
+    """Judge a policy. `kills` returns when it sends SIGKILL to a process that is still there."""
     found = Quality()
     for one in results:
         if one.outcome is None or one.judgement is None or one.judgement.too_late:
@@ -81,7 +81,8 @@ def quality(results: Sequence[RunResult], kills: Callable[[RunResult], float]) -
             found.watched += since
             found.trusted += min(since, killed)
             continue
-        # It finished, or would have: if qkilld killed it, not before the schedule ends.
+        # When the process finished, or would have. If qkilld killed it, this is after the end of
+        # the schedule.
         finished = one.outcome.seconds - one.outcome.delay
         if one.outcome.result != "exited":
             finished = max([finished, *(change.at for change in one.spec.changes)])

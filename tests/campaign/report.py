@@ -60,7 +60,7 @@ def line(one: RunResult) -> str:
 
 
 def cell(one: RunResult | None) -> str:
-    """The end of a run in a table that compares ways to stop."""
+    """Return how a run ended, for a table that compares ways to stop."""
     if one is None or one.outcome is None:
         return "-" if one is None else "not done"
     outcome = one.outcome
@@ -85,7 +85,7 @@ def summary(results: Sequence[RunResult]) -> str:
     late = sum(bool(one.judgement and one.judgement.too_late) for one in results)
     failed = [one for one in results if one.failed]
     lines.append(f"  {repeats} repeats because samples were late, {late} runs late each time")
-    lines.append(f"  {len(failed)} could not be done")
+    lines.append(f"  {len(failed)} runs failed in the lab")
     past = [one.detection for one in judged if one.detection is not None]
     if past:
         lines.append(
@@ -99,7 +99,7 @@ def summary(results: Sequence[RunResult]) -> str:
 
 
 class RunningTable:
-    """A row a minute of a campaign that runs unattended."""
+    """A table that gets a row every minute, for a campaign that runs unattended."""
 
     _HEAD = (
         *("time", "done", "judged", "right", "false kill", "false wait", "wrong risk"),
@@ -112,7 +112,7 @@ class RunningTable:
         self._headed = False
 
     def lines(self, results: Sequence[RunResult]) -> Iterator[str]:
-        """The rows that are due."""
+        """Yield the rows that are due."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + ROW_S

@@ -35,7 +35,7 @@ class Outcome:
     """The outcome of a run. Times are seconds from the request to stop."""
 
     result: str
-    """The job's result; `running` if the job did not end long after it should have."""
+    """The job's result; `running` if the job still runs long after it should have ended."""
     seconds: float
     at_risk: bool
     records: int
@@ -45,7 +45,7 @@ class Outcome:
     applied: list[tuple[float, Change]] = field(default_factory=list)
     """The changes with their actual times."""
     delay: float = 0.0
-    """From the request to the start of the job, from which qkilld counts."""
+    """Time from the request to the start of the job; qkilld counts from the start of the job."""
     trace: str = ""
     receipt: dict[str, Any] = field(default_factory=dict)
 
@@ -125,7 +125,8 @@ def run(
                 _pause(change.what, guest.pid, by, made)
             else:
                 made[change.of].apply(change)
-            # Changes for the worse count from their end, changes for the better from their start.
+            # A change for the worse counts from when it is complete, a change for the better from
+            # when it begins.
             applied.append((before if change.what in _BETTER else time.monotonic(), change))
 
         first = [change for change in schedule if change.at <= 0]
@@ -161,7 +162,7 @@ def run(
         guest.close()
         for disk in made:
             if disk.server is not None:
-                # Everything that the servers have answered is written by now.
+                # The servers have written everything that they have answered.
                 disk.server.leave()
         number = stop.job.rpartition("/")[2]
         traces = list(by.traces.glob(f"job{number}-pid{guest.pid}-*.jsonl"))
@@ -183,14 +184,14 @@ def _started(trace: Path) -> float:
     """Return the start of the job, time.monotonic()."""
     deadline = time.monotonic() + 10
     while "\n" not in (text := trace.read_text()):
-        # A thread of the daemon's writes it, and the run may be over before that begins.
+        # A thread of the daemon writes the trace, perhaps only after the end of the run.
         assert time.monotonic() < deadline, "the job has no trace"
         time.sleep(0.01)
     return decode(text).header.started / USEC_PER_SEC
 
 
 def _patience(spec: Spec) -> float:
-    """Return the seconds after the stop from which on a running job has no end."""
+    """Return how many seconds after the request a running job counts as endless."""
     planned = truth(spec, [(change.at, change) for change in spec.changes])
     last = planned.spans[-1]
     return (

@@ -1,5 +1,4 @@
-"""The specification of a run: plain data that is generated from a seed, printed, and kept with a
-trace."""
+"""The specification of a run: plain data that can be generated from a seed, printed and saved."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from typing import Any, Final
 from qkilld.decision.ladder import DOUBT
 
 PROCESS: Final = -1
-"""Instead of a disk's number: the QEMU process itself."""
+"""In place of a disk's number: the QEMU process itself."""
 HOST: Final = -2
-"""The daemon, QEMU and all servers."""
+"""In place of a disk's number: the daemon, QEMU and all servers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Disk:
     format: str = "qcow2"
     cache: str = "writeback"
     aio: str = "threads"
-    """For kind file."""
+    """The value of aio=, for kind file."""
     make: str = "nbdkit"
     transport: str = "unix"
     reconnect: int = 0
@@ -40,19 +39,19 @@ class Disk:
     netns: bool = False
     """For kind nbd on a unix socket: the server has its own network namespace."""
     shared: bool = False
-    """For qemu-storage-daemon: it has another, busy client."""
+    """For qemu-storage-daemon: the server has another, busy client."""
     syntax: str = "json"
-    """json (-drive file=json:…), blockdev, options (-drive with keys), or, added to the running
-    QEMU and so missing on its command line: added, or mirror (the target to which the first disk, a
-    blockdev, is copied from the stop on)."""
+    """json (-drive file=json:…), blockdev, or options (-drive with keys). Disks that are added to
+    the running QEMU are missing on its command line: added, or mirror (the target of a copy of the
+    first disk, which is a blockdev, that begins with the stop)."""
     records: int = 60
-    """In each of the two passes."""
+    """The number of records in each of the two passes."""
     fill: int = 0
-    """MiB written after the records, which stay in a page cache."""
+    """MiB that are written after the records and stay in a page cache."""
     in_flight: int = 0
-    """Writes submitted with the stop and not waited for."""
+    """The number of writes that are submitted with the stop, and not waited for."""
     bitmap: bool = False
-    """A persistent one, which QEMU stores when it closes the image."""
+    """Whether the image has a persistent bitmap, which QEMU stores when it closes the image."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class Change:
     of: int
     """The number of a disk, PROCESS or HOST."""
     what: str
-    """For a disk: fast, slow; freeze, thaw; leave, back; dead, alive (for what is below its
+    """For a disk: fast, slow; freeze, thaw; leave, back; dead, alive (the storage below its
     server); fail; hang (the close and flush of its file). For the process: stop, frozen, trace,
-    pipe, and go; kill (SIGKILL, as of the kernel for want of memory). For the host: pause, go."""
+    pipe, and go; kill (SIGKILL, as the kernel sends it if memory runs out). For the host: pause,
+    go."""
     value: float = 0
     """For slow: how slow, from 1 (a little) on; for hang: the seconds that such a call takes."""
 
@@ -84,16 +84,16 @@ class Spec:
 
     @property
     def longest_stall(self) -> float:
-        """The policy's limit for storage that stands still. Ambiguous movement extends it
-        (qkilld.decision.ladder): that of a server with other clients, if the command line does not
-        tell which requests are ours."""
+        """The policy's limit for storage that stands still, in seconds. It is longer (see
+        qkilld.decision.ladder) if the movement of a server may be for its other clients."""
         return self.storage_stall * (DOUBT if self.doubtful else 1)
 
     @property
     def doubtful(self) -> bool:
-        """Whether the disk that the schedule concerns is such a one, or nothing shows that the
-        guest waits for that disk: it has no connection, or its server has read all requests. Then
-        a server with other clients may be what the guest waits for."""
+        """Whether the schedule changes a disk whose server has other clients and which no command
+        line names, or nothing shows that the guest waits for the changed disk: the disk has no
+        connection, or its server has read all requests. Then the guest may seem to wait for a
+        server with other clients."""
         changes = [
             (change.what, self.disks[change.of]) for change in self.changes if change.of >= 0
         ]

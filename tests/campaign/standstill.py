@@ -1,8 +1,8 @@
-"""Block QEMU itself, not its storage: by a signal, a freezer, a debugger, a full pipe.
+"""Block QEMU itself, not its storage: by a signal, a freezer, a debugger or a full pipe.
 
     python -m tests.campaign.standstill PID
 
-holds that process as a debugger does, prints "held" and releases it at the end of its input.
+stops the process like a debugger, prints "held", and releases the process at the end of its input.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tests.lab.process import TOP, end, spawn
 _SEIZE: Final = 0x4206
 _INTERRUPT: Final = 0x4207
 _WAIT_ALL: Final = 0x40000000
-"""__WALL of waitpid(2): threads too."""
+"""__WALL of waitpid(2): wait for threads, too."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class FullPipe:
-    """A pipe that is full between `fill` and `drain`, and read at other times."""
+    """A pipe that is full from `fill` to `drain`, and is read at other times."""
 
     def __init__(self) -> None:
         self._read, self.write = os.pipe()
@@ -58,7 +58,7 @@ class FullPipe:
             pass
 
     def close(self) -> None:
-        """Call when the writer is gone or running again."""
+        """Close the pipe. Call this when the writer has exited or runs again."""
         self.drain()
         os.close(self.write)
         assert self._thread is not None
@@ -67,7 +67,7 @@ class FullPipe:
 
 
 class Standstill:
-    """Standstills of one QEMU, undone by `go` and at the end."""
+    """Blocks one QEMU; `go` and the end of `stack` release it."""
 
     def __init__(self, guest: BareGuest, pipe: FullPipe | None, stack: contextlib.ExitStack):
         self._guest, self._pipe, self._stack = guest, pipe, stack

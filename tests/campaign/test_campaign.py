@@ -19,12 +19,12 @@ from tests.lab import needs
 SEED = 1
 RUNS = 20
 LONGEST_S = 40.0
-"""For a random run, as planned."""
+"""The longest planned time of a random run, in seconds."""
 
 
 @pytest.fixture(autouse=True)
 def storage() -> None:
-    """Check everything that a run may need."""
+    """Check for everything that a run may need."""
     needs.root("storage of all kinds")
     for name, package in (("tgtd", "tgt"), ("nbdkit", "nbdkit"), ("qemu-nbd", "qemu-utils")):
         needs.program(name, package)
@@ -51,7 +51,7 @@ def _all_right(specs: Sequence[Spec]) -> None:
     """Check each run, except those whose samples were late every time."""
     wrong = [
         report.line(keep(one))
-        # Twice at most, so that a busy host does not take too long.
+        # At most two attempts, so that this does not take too long on a busy host.
         for one in run_all(specs, most=2)
         if not one.clean and not (one.judgement and one.judgement.too_late)
     ]

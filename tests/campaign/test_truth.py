@@ -1,4 +1,4 @@
-"""What a schedule allows, and a run compared with it."""
+"""The truth that is derived from a schedule, and its comparison with a run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_iscsi_gives_up_its_connection_and_other_disks_may_go_on() -> None:
     assert still == [(0, 13, False), (13, 29, True), (29, 40, False)]
     assert [span.reconnects for span in spans] == [False, True, False, False]
     assert truth(spec, [(0, FREEZE)]).stands_since(spans[2]) == 0
-    # If it did not, it is no excuse.
+    # QEMU may then write to another disk, which excuses a late SIGKILL only if the trace shows it.
     disks = Disk("iscsi"), Disk()
     assert kinds(outcome(FREEZE, killed=20.5, at_risk=True), *disks) == []
     assert kinds(outcome(FREEZE, killed=25, at_risk=True), *disks) == [FALSE_WAIT]

@@ -1,4 +1,4 @@
-"""Derive from a run's schedule which state holds when, and so which result is right.
+"""Derive from the schedule of a run its state at each time, and so which result is right.
 
 Times are seconds from the request to stop.
 """
@@ -17,12 +17,12 @@ INFINITY: Final = float("inf")
 
 
 class State(Enum):
-    """The state of everything that QEMU's exit needs, the worst first."""
+    """The state of what QEMU needs in order to exit, the worst first."""
 
     STOPPED = "the process cannot run"
-    BLOCKED = "it waits for what is no storage"
+    BLOCKED = "it waits for something other than storage"
     STILL = "storage does nothing"
-    GAPS = "storage does something now and then"
+    GAPS = "storage moves now and then"
     SLOW = "storage moves"
     BROKEN = "storage fails"
     FAST = "nothing is slow"
@@ -35,16 +35,17 @@ RIGHT: Final = {
     State.GAPS: frozenset({Verdict.FLUSHING, Verdict.STORAGE_WAIT}),
     State.SLOW: frozenset({Verdict.FLUSHING}),
 }
-"""The correct verdicts, for states that have any."""
+"""The right verdicts in each state; other states allow any verdict."""
 RETRY_S: Final = 17.0
-"""QEMU reconnects within this time after a server is back."""
+"""QEMU reconnects within this time after a server has come back."""
 GIVES_UP_S: Final = 13.0
 """A silent iSCSI target loses its connection after this time (three NOPs, 5 s apart), and QEMU may
 write to its other disks before it waits for the next reply."""
 SETTLES_S: Final = 16.0
-"""By this much later that has happened, and counts as progress no longer."""
+"""QEMU has dropped the connection at most this much later; then this no longer counts as
+progress."""
 BOUNDED: Final = frozenset({State.STOPPED, State.BLOCKED, State.STILL})
-"""States without movement, in which waiting is wrong from some time on."""
+"""States without movement, in which it is wrong to wait forever."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class Span:
     until: float
     state: State
     mixed: bool = False
-    """QEMU may have left this state or not entered it yet: another disk moves at the same time, or
-    the server is back and QEMU has not reconnected."""
+    """Whether QEMU may be in another state: another disk moves at the same time, or the server is
+    back and QEMU has not reconnected yet."""
     reconnects: bool = False
-    """Mixed because QEMU may give up a connection to iSCSI by itself, and then write elsewhere."""
+    """Whether the reason for `mixed` is that QEMU may drop an iSCSI connection, and then write to
+    another disk."""
 
     def __contains__(self, at: float) -> bool:
         return self.since <= at < self.until
@@ -75,12 +77,12 @@ class Truth:
         return next(span for span in self.spans if when in span)
 
     def looked(self, since: float, until: float) -> float:
-        """Return the seconds in between, without those in which the host was paused."""
+        """Return the seconds between these times, without those in which the host was paused."""
         paused = sum(max(0.0, min(until, end) - max(since, begin)) for begin, end in self.pauses)
         return until - since - paused
 
     def stands_since(self, span: Span) -> float:
-        """Return the start of the standstill: consecutive spans of a state differ only in
+        """Return the start of a standstill. It may consist of several spans, which differ only in
         `mixed`."""
         since = span.since
         for before in reversed([other for other in self.spans if other.until <= span.since]):
@@ -97,7 +99,7 @@ class Truth:
 
 
 def truth(spec: Spec, applied: Sequence[tuple[float, Change]]) -> Truth:
-    """Derive the truth from the changes, with their actual times, in order."""
+    """Derive the truth from the changes and their actual times, oldest first."""
     states = [State.FAST] * len(spec.disks)
     slow = [False] * len(spec.disks)
     process = State.FAST
@@ -155,7 +157,8 @@ def _add(
 
 
 _PROCESS: Final = {"frozen": State.STOPPED, "trace": State.STOPPED, "pipe": State.BLOCKED}
-"""A process that was only stopped is continued at once."""
+"""The state of the process after these changes. `stop` is missing, because qkilld sends SIGCONT at
+once."""
 
 
 def _disk_state(disk: Disk, change: Change, slow: bool) -> State:
@@ -165,7 +168,7 @@ def _disk_state(disk: Disk, change: Change, slow: bool) -> State:
         case "hang":
             return State.GAPS if change.value else State.STILL
         case "leave":
-            # A proxy stays when it loses its server, and answers with errors.
+            # A proxy that loses its server continues to run, and answers with errors.
             reconnects = disk.kind == "nbd" and disk.reconnect and not disk.proxy
             waits = disk.kind == "iscsi" or reconnects
             return State.STILL if waits else State.BROKEN

@@ -1,8 +1,8 @@
-"""Ways to stop a guest: qkilld's, and those that it is compared with.
+"""Ways to stop a guest: qkilld, and imitations of other programs.
 
-The clocks are those of other programs, without the programs: `virsh destroy` and systemd with
-TimeoutStopSec=10 send SIGKILL 10 s after SIGTERM, `virsh destroy --graceful` followed by
-`virsh destroy` 25 s after (measured, tests/safety). FIXED is qkilld's own.
+`virsh destroy` and systemd with TimeoutStopSec=10 send SIGKILL 10 s after SIGTERM;
+`virsh destroy --graceful` followed by `virsh destroy` does so 25 s after SIGTERM (measured,
+tests/safety). FIXED is part of qkilld.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from tests.lab.bus import Client, plain
 from tests.lab.process import wait_gone
 
 REAP_S: Final = 5.0
-"""Seconds after SIGKILL, after which a process that is still there has survived."""
+"""A process that is still there this many seconds after SIGKILL has survived."""
 TICK_S: Final = 0.5
 STALL_S: Final = 10.0
 
 
 class Way(Protocol):
     job: str
-    """The path of qkilld's job, "" if there is none."""
+    """The path of qkilld's job; "" if there is none."""
 
     def begin(self, guest: BareGuest, spec: Spec) -> None:
-        """Ask for the stop."""
+        """Begin to stop the guest."""
 
     def wait(self, seconds: float) -> tuple[str, dict[str, Any]] | None:
-        """Return the result and the receipt; None if it is not over after so long."""
+        """Return the result and the receipt; None if the stop takes longer than `seconds`."""
 
     def close(self) -> None: ...
 
@@ -99,7 +99,7 @@ class Clock:
                 return None
 
     def _look(self, now: float) -> None:
-        """Called twice a second."""
+        """Do nothing. Subclasses may change the time for SIGKILL; called twice a second."""
 
     def close(self) -> None: ...
 
@@ -135,4 +135,4 @@ WAYS: Final[Mapping[str, tuple[str, Callable[[str], Way]]]] = {
     "patience": ("SIGTERM and patience", lambda address: Clock(float("inf"))),
     OURS: ("qkilld, FORCE", Qkilld),
 }
-"""By name: the title, and what makes it from the address of qkilld's bus."""
+"""By name: the title, and a function that makes the way from the address of qkilld's bus."""
