@@ -21,9 +21,9 @@ JOURNALD_JOBS: Final = 20
 SECONDS: Final = 60.0
 
 EPILOG: Final = """\
-The same seed with the same options gives the same guests, calls and incidents at the same times;
-what each meets is not repeated to the millisecond.
-Exit codes: 0 done, 1 something that must never be, 2 this machine lacks something, 130 interrupted.
+The same seed with the same options gives the same guests, calls and incidents at the same times,
+but not to the millisecond.
+Exit codes: 0 success, 1 a rule is broken, 2 something is missing on this machine, 130 interrupted.
 """
 
 
@@ -66,7 +66,7 @@ def table(report: Report) -> str:
     again = sum(len(record.signals) > 1 for record in report.records)
     lines = ["", f"{len(report.records)} guests in {report.seconds:.0f} s", ""]
     lines += [f"  {count:>5}  {fault}" for fault, count in faults.most_common()]
-    lines += ["", f"  {'guests':<34}{'':>3}  what came of their jobs"]
+    lines += ["", f"  {'guests':<34}{'':>3}  results of their jobs"]
     for kind, results in kinds.items():
         shown = ", ".join(f"{count} {word}" for word, count in results.most_common())
         lines.append(f"  {kind:<34}{results.total():>3}  {shown}")
@@ -102,7 +102,7 @@ def _parse() -> argparse.Namespace:
         help=f"guests (default {JOBS}; {JOURNALD_JOBS} with --journald)",
     )
     parser.add_argument(
-        "--qemus", type=int, default=8, metavar="N", help="real ones among them (default 8)"
+        "--qemus", type=int, default=8, metavar="N", help="real QEMUs among the guests (default 8)"
     )
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help=f"default {SECONDS:g}"
@@ -113,14 +113,14 @@ def _parse() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="send SIGKILL to the daemon so often while all jobs run, and let nothing else fail",
+        help="kill the daemon this many times while all jobs run, and let nothing else fail",
     )
     only.add_argument(
         "--journald",
         type=float,
         default=0.0,
         metavar="S",
-        help="stop journald for so long, fill its socket, and measure how late signals are",
+        help="stop journald for this time, fill its socket, and measure how late signals are",
     )
     return parser.parse_args()
 

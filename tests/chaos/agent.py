@@ -2,10 +2,10 @@
 
     python -m tests.chaos.agent DIRECTORY STAND-IN SECONDS
 
-Reads guests as JSON from its input, one a line, until an empty line. Prints {"ready": true}, waits
-for a line, and then requests the stops at their times. Its output is events as JSON, one a line:
-see Event. It ends when every job has a result, or some time after SECONDS, and ends the remaining
-guests too.
+Reads guests as JSON from its input, one on each line, until an empty line. Prints {"ready": true},
+waits for a line, and then requests the stops at their times. Each line of output is an event as
+JSON, see Event. Exits when every job has a result, or PATIENCE_S after SECONDS, and ends the
+remaining guests.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ QEMU: Final = "/usr/bin/qemu-system-x86_64"
 JOB: Final = "org.qkilld1.Job"
 RETRY_S: Final = 0.2
 PATIENCE_S: Final = 150.0
-"""How long a job is waited for after the last incident."""
+"""How long to wait for a job after the last incident."""
 LINGER_S: Final = GRACE_S + STALL_S + 1
-"""How long guests are watched after the last job."""
+"""How long to watch guests after the last job."""
 _PASSING: Final = frozenset(
     f"org.freedesktop.DBus.Error.{name}"
     for name in (
@@ -43,7 +43,7 @@ _PASSING: Final = frozenset(
         *("Spawn.ExecFailed", "Spawn.ChildExited", "Spawn.ChildSignaled", "Failed"),
     )
 ) | {"org.freedesktop.systemd1.TransactionIsDestructive"}
-"""Transient errors of the bus and of systemd; errors of qkilld are answers."""
+"""Transient errors of the bus and of systemd, after which a call is repeated."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def note(guest: int, what: str, at: float | None = None, **detail: Any) -> None:
 
 
 class JobClient:
-    """Has one guest stopped, and follows its job despite all failures. Runs in its own thread."""
+    """Stops one guest, and follows the job despite all failures. Runs in its own thread."""
 
     def __init__(self, guest: Guest, pid: int, began: float, until: float) -> None:
-        """`began`: the start of the run; `until`: when to stop waiting for its jobs."""
+        """`began`: the start of the run; `until`: when to stop waiting for the job."""
         self._guest = guest
         self._pid = pid
         self._until = until
@@ -154,12 +154,12 @@ class JobClient:
                     note(number, "refused", member=noted, name=error.name, text=error.text)
                     return None
             except (OSError, EOFError, TimeoutError, ValueError):
-                pass  # The bus is gone, or disappeared during the call.
+                pass  # There is no bus, or it disappeared during the call.
             time.sleep(RETRY_S)
 
 
 def _start(guest: Guest, directory: Path, stand_in: str, stack: contextlib.ExitStack) -> int:
-    """Return its pidfd."""
+    """Start a guest; return its pidfd."""
     name = f"chaos{guest.number}"
     if guest.kind is Kind.QEMU:
         words = [QEMU, "-M", "none", "-nodefaults", "-display", "none", "-name", name]
@@ -180,7 +180,7 @@ def _exits(pidfds: dict[int, int], stop: threading.Event) -> None:
     while remaining and not stop.is_set():
         for pidfd in select.select(list(remaining), [], [], 0.2)[0]:
             at = time.monotonic()
-            # Its Popen reaps it later.
+            # Do not reap the guest, because its Popen does.
             status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
             assert status is not None
             number = remaining.pop(pidfd)
@@ -222,7 +222,7 @@ def main() -> None:
             while thread.is_alive():
                 thread.join(0.1)
                 _take()
-        # A forbidden signal would arrive within this time.
+        # A signal that must not be sent would arrive within this time.
         linger = time.monotonic() + LINGER_S
         while time.monotonic() < linger:
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Figures of a run in which journald does not read: how late signals, answers and entries are."""
+"""Figures of a run in which journald does not read: how late signals, replies and entries are."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Times:
     """Measured times in seconds."""
 
     sigterm: list[float] = field(default_factory=list)
-    """From a call to SIGTERM, as the process noted it."""
+    """From the call until the process recorded SIGTERM."""
     sigkill: list[float] = field(default_factory=list)
-    """From the time for SIGKILL that the daemon had announced until it sent it."""
+    """From the time of SIGKILL that the daemon had announced until SIGKILL was sent."""
     ended: list[float] = field(default_factory=list)
-    """From then until its client had noticed the end of the process."""
+    """From the announced time of SIGKILL until the client noticed the end of the process."""
     looks: list[float] = field(default_factory=list)
-    """For the properties of a job, from the call to the reply."""
+    """From a call for the properties of a job to the reply."""
 
     def rows(self) -> list[str]:
         titles = {
@@ -42,18 +42,18 @@ class Figures:
     lasted: float
     """How long journald did not read, in seconds."""
     stopped: Times
-    """While it did not read."""
+    """Times while journald did not read."""
     after: Times
-    """When it read again."""
+    """Times when journald read again."""
     missing: int
     """Entries about signals and ends of jobs that the journal lacks."""
     dropped: int
     """Entries that the daemon has counted as dropped."""
     entries: int
-    """All of its entries."""
+    """All entries of the daemon in the journal."""
 
     def broken(self) -> list[str]:
-        """Return what is over its limit, which can happen on a busy host."""
+        """Return a message for each value over its limit, which can happen on a busy host."""
         faults = []
         for times in (self.stopped.sigterm, self.stopped.sigkill):
             late = max(times, default=0.0)
@@ -99,7 +99,7 @@ def figures(
     missing = 0
 
     def at(time: float) -> Times:
-        """Return the times to which something belongs that happened then."""
+        """Return the Times for events at `time`."""
         return stopped if begin < time < end else after if time >= end else Times()
 
     for record in records:

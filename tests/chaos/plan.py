@@ -41,15 +41,16 @@ class Kind(StrEnum):
 
 
 JOIN_S: Final = 10.0
-"""In the plans with one fault: the time in which the first stops are requested, before it."""
+"""In the plans with one fault: the first stops are requested within this time, before the fault."""
 KILL_GAP_S: Final = (0.1, 1.5)
-"""Between two kills: with less on average, systemd would refuse to start the daemon again."""
+"""The time between two kills. If it were less on average, systemd would refuse to start the daemon
+again."""
 KILL_RETRY_S: Final = 20.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
-"""How far from the end of the incident signals are due."""
+"""The least time between signals that are due and the end of the incident."""
 COMPARED_S: Final = 18.0
-"""How long signals are measured after it."""
+"""How long to measure signals after the incident, for comparison."""
 
 _FLAGS: Final = {
     Kind.FLUSHING: FORCE,
@@ -87,12 +88,12 @@ class Guest:
     """When its stop is requested: seconds after the start of the run."""
     flags: int
     milliseconds: int
-    """How long it takes to exit after SIGTERM."""
+    """How long the process takes to exit after SIGTERM."""
     acts: Sequence[Act] = ()
     grace_s: float = 0.0
-    """Time from SIGTERM to SIGKILL, as its client asks for it; 0 for that of CONFIG, or FIXED_S."""
+    """The grace that the client requests; 0 for the grace of CONFIG, or FIXED_S."""
     look_s: float = 0.0
-    """How often its client reads the properties of the job; 0 for never."""
+    """Interval in which the client reads the properties of the job; 0 for never."""
 
     @property
     def least_s(self) -> float:
@@ -120,7 +121,7 @@ class Fault(StrEnum):
 
 
 _LASTS: Final = {Fault.STOP: (0.3, 4.0), Fault.JOURNALD: (1.0, 6.0), Fault.FULL: (0.5, 3.0)}
-"""Duration in seconds, for faults that do not end by themselves."""
+"""Duration in seconds, for faults that the lab must end."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ class Incident:
     shift: int = 0
     """Change of the clock, in seconds."""
     retry_s: float = 0.0
-    """How long to wait for the daemon if there is none to be killed."""
+    """How long to wait for a daemon to kill, if none runs."""
     fills: bool = False
-    """Fill journald's socket, so that every service that logs has to wait."""
+    """Whether to fill journald's socket, so that every service that logs has to wait."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,9 @@ def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 
 def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
     """Return a plan in which the daemon is killed `count` times, and nothing else fails.
 
-    `jobs` guests that ignore SIGTERM are stopped at the start. They are due for SIGKILL in the
-    second half, so until then all these jobs run. Half as many others, and the QEMUs, are stopped
-    at any time.
+    `jobs` guests that ignore SIGTERM are stopped at the start. Their SIGKILL is due in the second
+    half, so all these jobs run until then. Half as many other guests, and the QEMUs, are stopped at
+    any time.
     """
     rng = random.Random(seed)
     at, incidents = JOIN_S, []
@@ -184,8 +185,9 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
 def journald(seed: int, *, jobs: int, lasts: float) -> Plan:
     """Return a plan in which journald does not read for `lasts` seconds.
 
-    Meanwhile `jobs` guests that ignore SIGTERM are due for SIGKILL, and half as many others are
-    stopped. After it, for comparison, half as many of both.
+    During this time, SIGKILL is due for `jobs` guests that ignore SIGTERM, and half as many other
+    guests are stopped. Afterwards the same happens with half as many guests of both kinds, for
+    comparison.
     """
     rng = random.Random(seed)
     begin, end = JOIN_S, JOIN_S + lasts

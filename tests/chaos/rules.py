@@ -1,4 +1,4 @@
-"""Check each guest after a run, by its own log and by what its client saw.
+"""Check each guest after a run, by the guest's own log and by the events of its client.
 
 All times are seconds of one CLOCK_MONOTONIC. Signals are recorded after they were sent, and calls
 are sent before they take effect. So every span measured here is longer than the daemon's, and one
@@ -23,7 +23,7 @@ from tests.chaos.plan import (
 )
 
 SAVED_S: Final = 1.0
-"""How soon jobs are saved after /run has space again."""
+"""Jobs are saved within this time after /run has space again."""
 
 Lasted = tuple[Incident, float, float]
 """An incident with its start and end."""
@@ -35,38 +35,38 @@ class Record:
 
     guest: Guest
     signals: list[tuple[float, int, int]] = field(default_factory=list)
-    """(time, signal number, uid of the sender) as it recorded them, without SIGKILL."""
+    """(time, signal number, uid of the sender) of each signal except SIGKILL, by its own log."""
     writes: list[float] = field(default_factory=list)
     asked: dict[str, list[float]] = field(default_factory=dict)
-    """By member: the times of the calls."""
+    """The times of the client's calls, by member."""
     answered: dict[str, list[float]] = field(default_factory=dict)
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(member, error name)."""
     result: str = ""
     gone: float | None = None
-    """When it exited."""
+    """When the guest exited."""
     killed: bool = False
-    """By SIGKILL."""
+    """Whether SIGKILL ended the guest."""
     status: int = 0
     """Its exit code, or the signal that killed it."""
     pid: int = 0
     sent: dict[str, float] = field(default_factory=dict)
-    """By action: when the daemon took it first, in seconds after the start of the job."""
+    """When the daemon first took each action, in seconds after the start of the job."""
     started: float = 0.0
     """The start of the job, as the daemon announced it."""
     due: float = 0.0
-    """When SIGKILL was due, as the daemon announced it last; 0 for never."""
+    """When SIGKILL was due, by the daemon's last announcement; 0 for never."""
     looks: list[tuple[float, float]] = field(default_factory=list)
     """(time, duration) of each call for the job's properties."""
     faults: list[str] = field(default_factory=list)
     """Errors of the agent."""
 
     def first(self, member: str) -> float:
-        """Return the time of the first call of that member; infinity if there was none."""
+        """Return the time of the first call of a member; infinity if there was none."""
         return min(self.asked.get(member, []), default=float("inf"))
 
     def done(self, member: str) -> float:
-        """Return the time of the first reply to that member; infinity if there was none."""
+        """Return the time of the first reply to a member; infinity if there was none."""
         return min(self.answered.get(member, []), default=float("inf"))
 
 
@@ -80,17 +80,17 @@ def outcome(record: Record, incidents: Sequence[Lasted]) -> str:
         return record.result
     missing = ("Terminate", "org.qkilld1.Error.NoSuchProcess") in record.refused
     if record.gone is not None and missing:
-        # The call that stopped it got no reply, and the next one found nothing to stop.
+        # The call that stopped the guest got no reply, and the next call found no process.
         return "gone before an answer"
     if any(_unsaved(at, incidents) for times in record.answered.values() for at in times):
-        return "unfinished, for it could not be saved"
+        return "unfinished, because it could not be saved"
     return ""
 
 
 def _unsaved(at: float | None, incidents: Sequence[Lasted]) -> bool:
     """Return whether the daemon could not save its state at that time, and reported that.
 
-    It continues its jobs then, but the next daemon only knows what was saved before.
+    The daemon continues its jobs, but the next daemon knows only what was saved before.
     """
     return at is not None and any(
         incident.fault is Fault.FULL and begin <= at <= end + SAVED_S
@@ -113,7 +113,7 @@ def broken(record: Record, incidents: Sequence[Lasted]) -> Iterator[str]:
     elif word == "exited" and (record.killed or record.gone is None):
         yield f'the result is "exited"; killed: {record.killed}, gone: {record.gone}'
     elif word == "killed" and not record.killed:
-        yield 'the result is "killed", and the process was not'
+        yield 'the result is "killed", but the process was not killed'
 
 
 def _signals(record: Record) -> Iterator[str]:

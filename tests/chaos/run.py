@@ -1,4 +1,4 @@
-"""One run: a throwaway system, the agent in it, and failures around both."""
+"""Execute one run: boot a throwaway system, start the agent in it, and cause failures."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.safety.contained import Contained
 STAND_IN: Final = "/usr/local/bin/qemu-system-x86_64"
 HOME: Final = "/var/lib/chaos"
 CLOCK: Final = f"{HOME}/clock"
-"""The daemon's time of day, faketime(1)."""
+"""The file that sets the daemon's time of day, for faketime(1)."""
 RUN_BYTES: Final = "64M"
 _FILL: Final = "/run/filled"
 END_S: Final = 300.0
-"""Time for the agent to end after the last incident."""
+"""Time for the agent to exit after the last incident."""
 
 
 @dataclass
@@ -43,17 +43,17 @@ class Report:
     """Restarts of the daemon by systemd."""
     events: Sequence[Event]
     kills: int
-    """How often the daemon got SIGKILL: a planned one may find no daemon."""
+    """How often the daemon got SIGKILL. A planned SIGKILL may find no daemon."""
     ends: Sequence[str]
     """How the daemon ended each time, in the words of systemd."""
     journal: Sequence[dict[str, Any]]
-    """The daemon's entries, if it is part of the plan that they come late."""
+    """The daemon's journal entries, if the plan delays journald."""
 
     def outcomes(self) -> Counter[str]:
         return Counter(rules.outcome(one, self.incidents) or "MISSING" for one in self.records)
 
     def late(self) -> late.Figures | None:
-        """Return the figures of a run in which journald alone failed, which it did once."""
+        """Return the figures of a run in which only journald failed, and only once."""
         incidents = [one for one in self.incidents if one[0].fills]
         return late.figures(self.records, incidents[0], self.journal) if incidents else None
 
@@ -79,7 +79,7 @@ class Report:
 
 
 def run(system: Container, plan: Plan) -> Report:
-    """Run a plan in a system with the daemon installed, which cannot be used again.
+    """Run a plan in a system with the daemon installed. The system cannot be used again.
 
     Raises needs.Missing.
     """
@@ -88,8 +88,8 @@ def run(system: Container, plan: Plan) -> Report:
 
 
 def _run(system: Container, plan: Plan, home: Path) -> Report:
-    """Guests write to `home`, a disk of the host, because writes to files in memory are no
-    progress."""
+    """Run a plan. Guests write to `home`, which is on a disk, because writes to files in memory do
+    not count as progress."""
     _prepare(system)
     began = time.monotonic()
     with system.spawn(
@@ -116,7 +116,7 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
             if reading.is_alive():
                 agent.kill()
                 reading.join()
-        assert agent.wait(30) == 0, "the agent failed, see above"
+        assert agent.wait(30) == 0, "the agent failed, see the messages above"
     took = time.monotonic() - began
     logs = {guest: _log(home, guest) for guest in plan.guests}
     records = [
@@ -159,7 +159,7 @@ def _prepare(system: Container) -> None:
 
 
 def _faketime() -> str:
-    """Return the library that gives one program its own clock; the host's clock is unchanged."""
+    """Return the library that changes the clock of one program."""
     for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1"):
         return str(path)
     raise needs.Missing("libfaketime is not installed: apt-get install libfaketime")
@@ -177,7 +177,7 @@ def _read(output: IO[bytes], events: list[Event]) -> None:
 def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rules.Lasted], int]:
     """Cause all incidents at their times, and undo them.
 
-    Return them with their times, and how often the daemon was killed.
+    Return the incidents with their times, and how often the daemon was killed.
     """
     kills = 0
     began = time.monotonic()
@@ -213,7 +213,7 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rule
 
 
 def _begin(system: Container, incident: Incident) -> bool:
-    """Return False if there was no daemon to kill."""
+    """Begin an incident. Return False if there was no daemon to kill."""
     match incident.fault:
         case Fault.KILL:
             deadline = time.monotonic() + incident.retry_s
@@ -249,8 +249,8 @@ def _end(system: Container, incident: Incident) -> None:
 
 
 def _signal(system: Container, name: str, unit: str) -> bool:
-    """Send a signal to its main process; return whether there is one. systemctl could block on a
-    service that is stopped."""
+    """Send a signal to the main process of a unit; return whether there is one. systemctl is not
+    used, because it could block on a service that got SIGSTOP."""
     return system.run("pkill", f"-{name}", "-f", _MAIN[unit], check=False).returncode == 0
 
 
@@ -258,7 +258,7 @@ _MAIN: Final = {
     "qkilld.service": r"/usr/bin/qkilld( |$)",
     "systemd-journald.service": r"^/(usr/)?lib/systemd/systemd-journald",
 }
-"""The command lines of the units' main processes."""
+"""Patterns for the command lines of the units' main processes."""
 
 
 def _log(home: Path, guest: Guest) -> str:

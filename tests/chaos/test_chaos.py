@@ -10,7 +10,7 @@ SEED = 20121
 
 
 def test_stops_while_everything_fails() -> None:
-    """In its own system, because the failures would affect other tests."""
+    """Uses its own system, because the failures would affect other tests."""
     with prepared() as system:
         report = run(system, plan.make(SEED, jobs=12, seconds=10, qemus=2))
     print(table(report))

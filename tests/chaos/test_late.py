@@ -16,7 +16,7 @@ STOPPED = (Incident(0.0, Fault.JOURNALD, 60.0, fills=True), 100.0, 160.0)
 
 
 def killed(pid: int, due: float, sent_after: float) -> Record:
-    """A job that starts at 90 s."""
+    """Return the record of a job that starts at 90 s."""
     return Record(
         Guest(pid, Kind.FORCED, 0.0, FORCE, 0),
         pid=pid,

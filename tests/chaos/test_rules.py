@@ -78,7 +78,7 @@ def test_a_longer_grace_period_counts() -> None:
         (record(Kind.BYSTANDER, 0), "a bystander got"),
         (record(Kind.FORCED), "not accounted for"),
         (record(Kind.FORCED, **KILLED | {"result": "exited"}), 'the result is "exited"'),
-        (record(Kind.FORCED, gone=11.0, result="killed"), "and the process was not"),
+        (record(Kind.FORCED, gone=11.0, result="killed"), "but the process was not killed"),
         (record(Kind.POLITE, gone=11.0, status=1, result="exited"), "exited with code 1"),
         (record(Kind.POLITE, signals=[(9.0, 15, 0)], result="survived"), "before it was asked for"),
         (record(Kind.POLITE, signals=[(10.2, 2, 0)], result="survived"), "it got signal 2"),
@@ -92,7 +92,7 @@ def test_a_bad_record_breaks_its_rule(bad: Record, words: str) -> None:
 def test_a_job_may_be_lost_if_saving_failed() -> None:
     full = (Incident(0.0, Fault.FULL), 9.0, 12.0)
     lost = record(Kind.FORCED)
-    assert outcome(lost, [full]) == "unfinished, for it could not be saved"
+    assert outcome(lost, [full]) == "unfinished, because it could not be saved"
     assert outcome(lost, [(Incident(0.0, Fault.KILL), 9.0, 12.0)]) == ""
     assert outcome(lost, [(Incident(0.0, Fault.FULL), 12.0, 13.0)]) == ""
     # A full disk does not excuse a signal.
@@ -107,7 +107,7 @@ def test_kills_come_while_all_jobs_run() -> None:
     waiting = [guest for guest in made.guests if guest.grace_s]
     assert len(waiting) == 50
     assert max(guest.start for guest in waiting) < kills[0]
-    # Until then, each of them runs; then one after the other is due.
+    # All jobs run during the first half; then one after the other is due.
     assert min(guest.grace_s for guest in waiting) >= made.seconds / 2
     assert sum(at < made.seconds / 2 for at in kills) > 50
     # systemd allows 100 starts in 60 s.

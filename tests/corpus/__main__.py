@@ -1,4 +1,4 @@
-"""`make bench-units`, or `python -m tests.corpus`: really stop the corpus, and print a table."""
+"""`make bench-units`, or `python -m tests.corpus`: stop the units of the corpus; print a table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.lab.process import run
 from tests.lab.scratch import remove_run_directory, run_directory
 
 _AT_ONCE: Final = 9
-"""Guests on one host: two processors boot, adopt and stop so many in half a minute."""
+"""Guests on one host. Two processors boot, adopt and stop this many in half a minute."""
 _FEW: Final = (
     *("plain.service", "short.service", "sigkill.service", "sigcont.service", "helper.service"),
     *("on-failure.service", "on-nbd.service", "run-plain.scope", "100.scope"),
 )
-"""For the rare occasions."""
+"""The units that are also stopped on the rare occasions."""
 
 
 def main() -> int:
@@ -120,7 +120,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _systemd() -> int:
-    """The version of this machine's."""
+    """Return the version of this machine's systemd."""
     return int(run(["systemctl", "--version"]).stdout.split()[1])
 
 
@@ -145,23 +145,23 @@ def _say(text: str) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.corpus",
-        description="Stop guests in units from the field, before and after adopting these.",
-        epilog="Exit codes: 0 done, 1 a unit kept less after it was adopted, or was not measured.",
+        description="Stop guests in units from the field, before and after adopting the units.",
+        epilog="Exit codes: 0 success, 1 an adopted unit kept less, or a unit was not measured.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON and no table")
-    parser.add_argument("--unit", action="append", help="this one alone; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--unit", action="append", help="stop only this unit; may be repeated")
     parser.add_argument(
         "--occasions",
         nargs="+",
         choices=[each for each in OCCASIONS if each not in SOFT_REBOOTS],
         default=["stop", "poweroff"],
-        help="for every unit; the others are tried with a few",
+        help="occasions for every unit; the others are tried with a few units",
     )
     parser.add_argument(
         "--soft-reboot",
         action="store_true",
-        help="measure this alone, in a Debian 13, which is made first (takes minutes). Once that "
-        "Debian is there, this is measured with the other occasions, too",
+        help="make a Debian 13, which takes minutes, and measure only soft-reboot in it. Later "
+        "runs without this option measure soft-reboot there, too",
     )
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
 """The guest of the corpus: Linux with records on its disks and others in its memory, up in 2 s.
 
-Its first disk has acknowledged RECORDS records, half of which QEMU loses when it is killed. As many
-more are only in the guest's own memory: it writes them to its second disk when it is asked to shut
-down, which takes it HALT_S. So what an image holds tells how its guest was stopped.
+The guest's first disk has acknowledged RECORDS records, half of which QEMU loses if it is killed.
+The guest holds as many more in its memory, and writes them to its second disk only when it is asked
+to shut down, which takes HALT_S. So the images show how the guest was stopped.
 
-It is booted once, and its state saved before it has written anything: to boot dozens of them under
-tcg would cost 4 s of a processor each.
+The guest is booted once, and its state is saved before it has written anything, because each boot
+under TCG takes 4 s of processor time.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _AT_ONCE: Final = {"max-bandwidth": 1 << 34, "downtime-limit": 60_000}
 
 @dataclass(frozen=True)
 class Kept:
-    """Of RECORDS each."""
+    """The records that a guest has kept, of RECORDS each."""
 
     disks: int
-    """Acknowledged by its disk."""
+    """Records that the first disk had acknowledged."""
     guest: int
-    """Held in its own memory."""
+    """Records that the guest held in its memory."""
 
     def __str__(self) -> str:
         return f"{self.disks:>3} {self.guest:>3}"
@@ -56,31 +56,31 @@ class Kept:
 class CorpusGuest:
     name: str
     directory: Path
-    """Its own: disks and serial line."""
+    """The directory of the guest's disks and serial line."""
 
     @property
     def serial(self) -> Log:
         return Log(self.directory / "serial")
 
     def make_disks(self) -> None:
-        """Empty ones, in place of those of an earlier run."""
+        """Make empty disks; replace those of an earlier run."""
         for disk in self.disks:
             disk.unlink(missing_ok=True)
             make_disk(disk, "4G")
         (self.directory / "serial").unlink(missing_ok=True)
 
     def words(self, state: Path, more: Sequence[str] = (), *, machine: str = MACHINE) -> list[str]:
-        """Its command line, by which it goes on from the saved state."""
+        """Return the command line that continues the guest from the saved state."""
         words = [QEMU, *_machine(self.disks, self.directory / "serial", machine=machine)]
         return [*words, "-incoming", f"exec:cat {_inside(state)}", *more]
 
     def wait_until_written(self, timeout: float) -> None:
-        """Until its first disk has acknowledged all records."""
+        """Wait until the first disk has acknowledged all records."""
         said = self.serial.wait_for("^GUEST (DONE|ERROR.*)", timeout).group(1)
         assert said == "DONE", f"{self.name}: {said}"
 
     def kept(self) -> Kept:
-        """When nobody has its disks open."""
+        """Count the records on the disks, which nobody may have open."""
         disks, guest = (len(records(disk)) for disk in self.disks)
         return Kept(disks, guest)
 
@@ -90,7 +90,7 @@ class CorpusGuest:
 
 
 def saved_state() -> Path:
-    """Made if it is not there. Raises needs.Missing."""
+    """Return the saved state; make it if it is missing. Raises needs.Missing."""
     image = guest_image()
     key = hashlib.sha256(Path(__file__).read_bytes() + image.initramfs.name.encode()).hexdigest()
     home = CACHE if os.access(CACHE, os.W_OK) else Path(tempfile.gettempdir())
@@ -109,7 +109,7 @@ def _save(state: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="corpus-", dir=state.parent) as directory:
         guest = CorpusGuest("corpus", Path(directory))
         guest.make_disks()
-        # As long as its first disk has this mark, it waits.
+        # The guest waits as long as its first disk has this mark.
         mark = Path(directory) / "mark"
         mark.write_bytes(b"WAIT".ljust(512, b"\0"))
         qemu_io = needs.program("qemu-io", "qemu-utils")
@@ -121,7 +121,7 @@ def _save(state: Path) -> None:
             guest.serial.wait_for("^GUEST (WAITING|ERROR.*\n)", _BOOT_S)
             assert "GUEST ERROR" not in guest.serial.text(), guest.serial.text()
             with Qmp(monitor) as qmp:
-                # Without `stop`, as it would be stopped when it goes on, too.
+                # Do not stop the guest before. Its state would be saved, and continued, as stopped.
                 qmp.call("migrate-set-parameters", **_AT_ONCE)
                 qmp.call("migrate", uri=f"exec:cat >{directory}/state")
                 while (status := qmp.call("query-migrate")["status"]) in ("setup", "active"):
@@ -133,7 +133,7 @@ def _save(state: Path) -> None:
 
 
 def machine_for_newer() -> str:
-    """The machine of a saved state, by the name that a newer QEMU has for it."""
+    """Return the machine type of the saved state, by the name that a newer QEMU uses."""
     listed = run([QEMU, "-M", "help"], check=True).stdout
     found = re.search(rf"^{MACHINE} .*\(alias of (\S+)\)", listed, re.MULTILINE)
     assert found is not None, listed

@@ -1,4 +1,4 @@
-"""Really stop the guests of structures, before and after adopting, and count what they kept."""
+"""Stop the guests of structures, before and after adopting, and count the records kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.safety.contained import Contained
 
 STOP_S: Final = 200
 _ROOM: Final = 64 << 20
-"""For a disk that a server cannot make longer."""
+"""The size of a disk behind a server, because servers do not grow files."""
 START_S: Final = 180
 
 OCCASIONS: Final = {
@@ -38,7 +38,7 @@ OCCASIONS: Final = {
     "soft-reboot, service": "the same with qkilld-guests.service and without adopting, for scopes",
 }
 SOFT_REBOOTS: Final = ("soft-reboot", "soft-reboot, service")
-"""They need systemd 254, and so a Debian 13, which newer_debian() makes."""
+"""Occasions that need systemd 254, and therefore the Debian 13 that newer_debian() makes."""
 _WITH_SERVICE: Final = ("soft-reboot, service",)
 _VARIANT: Final = "-units"
 _PACKAGES: Final = (
@@ -54,11 +54,11 @@ class Row:
 
     structure: Structure
     verdict: str = ""
-    """After adopting, from check-unit."""
+    """The verdict of check-unit after adopting."""
     is_written: bool = False
-    """adopt has written something."""
+    """Whether adopt has written a drop-in or started a guard."""
     kept: dict[tuple[str, bool], Kept] = field(default_factory=dict)
-    """By occasion, and whether the unit was adopted."""
+    """The records kept, by occasion and whether the unit was adopted."""
 
     def is_measured(self, occasion: str) -> bool:
         return (occasion, False) in self.kept and (occasion, True) in self.kept
@@ -71,9 +71,9 @@ class Row:
 
 
 def newer_debian(*, make: bool) -> Path | None:
-    """Return the root file system of a Debian 13 with what the units need.
+    """Return the root file system of a Debian 13 that has what the units need.
 
-    It is made if `make`, which takes minutes; otherwise None if there is none.
+    If it is missing, make it, which takes minutes, or return None without `make`.
     """
     release = next(each for each in RELEASES if each.name == "trixie")
     if not make and not (DIRECTORY / f"{release.name}{_VARIANT}").is_dir():
@@ -85,7 +85,8 @@ def newer_debian(*, make: bool) -> Path | None:
 def _host(
     structures: Sequence[Structure], directory: Path, newer: Path | None = None
 ) -> Iterator[Host]:
-    """`newer`: boot the system there instead of this machine's."""
+    """Boot a host with the units. `newer`: the root file system to boot instead of this
+    machine's."""
     with contextlib.ExitStack() as stack:
         if newer is None:
             system = stack.enter_context(lab_container.boot())
@@ -108,7 +109,7 @@ class Host:
     system: Container
     guests: dict[Structure, CorpusGuest]
     machine: str = MACHINE
-    """The machine of its guests, for its QEMU."""
+    """The machine type of the guests, by the name that the host's QEMU uses."""
 
     def start(self) -> None:
         """Start all guests, and wait until each has written its records."""
@@ -161,15 +162,15 @@ class Host:
         }
         what = commands.get(occasion, ["stop", *names])
         self.system.run("systemctl", *what, check=False, timeout=STOP_S)
-        # `systemctl kill` does not wait, and KillMode=none leaves them running. isolate leaves
-        # scopes alone: IgnoreOnIsolate= in systemd.unit(5).
+        # Wait for the guests, because `systemctl kill` does not wait, and KillMode=none leaves
+        # guests running. isolate leaves scopes running: IgnoreOnIsolate= in systemd.unit(5).
         isolated = occasion in ("isolate", "failure")
         for name in (name for name in names if not (isolated and name.endswith(".scope"))):
             units.wait_for(lambda name=name: self._is_gone(name), STOP_S)  # type: ignore[misc]
 
     def _has_rebooted(self) -> bool:
         show = ("systemctl", "show", "--value", "--property=SoftRebootsCount")
-        # Between the two, there is no manager that answers.
+        # During the soft-reboot, no manager answers.
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.system.run(*show, check=False, timeout=10).stdout.strip() == "1"
         return False
@@ -184,7 +185,8 @@ def _stop_all(
     rows: Mapping[Structure, Row] | None,
     newer: Path | None,
 ) -> Iterator[tuple[Structure, Kept]]:
-    """Stop a guest of each on a host of their own, adopted if there are rows to note that in."""
+    """Start the guests of these structures on a new host and stop them. With `rows`, adopt the
+    units, and note the results there."""
     with scratch("u") as directory:
         with _host(structures, directory, newer) as host:
             host.start()
@@ -217,6 +219,6 @@ def measure(
                 for structure, kept in _stop_all(structures, occasion, noted, newer):
                     rows[structure].kept[occasion, adopted] = kept
             except (AssertionError, subprocess.TimeoutExpired) as error:
-                # The other rows count all the same.
+                # The results on other hosts remain valid.
                 say(f"no result: {error}")
     return list(rows.values())

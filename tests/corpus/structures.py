@@ -1,9 +1,12 @@
 """Structures of units from the field, each with the verdict expected from check-unit.
 
-Each is as small as possible; `source` names the project and file that it resembles. In a text,
-{guest} is the command line of a guest with a monitor on the unix socket {monitor}, {mute} that of
-one without a monitor that qkilld can use, and {served} that of a mute one whose disk nbdkit serves
-on the unix socket {nbd}; {store} are the words of nbdkit for that disk.
+Each is as small as possible; `source` names the project and file that it resembles. Placeholders in
+a text:
+
+    {guest}     the command line of a guest with a monitor on the unix socket {monitor}
+    {mute}      the command line of a guest without a monitor that qkilld can use
+    {served}    like {mute}; nbdkit serves the guest's disk on the unix socket {nbd}
+    {store}     the arguments of nbdkit for that disk
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ class Structure:
     files: Mapping[str, str] = field(default_factory=dict)
     """Other files, by path or unit name."""
     starts: tuple[str, ...] = ()
-    """Units to start before the check; with `runs`, it is one of them itself."""
+    """Units to start before the check; with `runs`, they include the unit itself."""
     runs: bool = False
-    """Its guest is really stopped, before and after adopting (`make bench-units`)."""
+    """Whether `make bench-units` stops the unit's guest, before and after adopting the unit."""
     stand_in: bool = False
-    """A program that cannot run here is replaced by one with the same properties."""
+    """Whether a stand-in with the same unit properties replaces a program that cannot run here."""
     stops: tuple[str, ...] = ()
     """Units that are stopped in the same transaction."""
 

@@ -71,7 +71,7 @@ _FAILS_TEXT: Final = (
     "[Unit]\nOnFailure=emergency.target\nOnFailureJobMode=isolate\n"
     "[Service]\nType=oneshot\nExecStart=/bin/false\n"
 )
-"""What brings a host down to its emergency shell when it fails, as file systems do."""
+"""A unit that brings the host to its emergency shell when it fails, as file systems do."""
 
 
 def prepare(system: Container) -> None:
@@ -82,7 +82,7 @@ def prepare(system: Container) -> None:
 
 
 def write(system: Container, structure: Structure, words: Words) -> None:
-    """Write everything but its scope, without daemon-reload."""
+    """Write all files of a structure, without daemon-reload. A scope has no file."""
     for path, text in structure.files.items():
         where = path if path.startswith("/") else f"{DIRECTORY}/{path}"
         system.write(where, words.format(text))
@@ -99,7 +99,7 @@ def start(system: Container, structure: Structure, words: Words, units: Iterable
             continue
         properties = [f"--property={line}" for line in structure.text.splitlines()]
         run = ["systemd-run", "--scope", f"--unit={unit}", *properties, *words.guest]
-        # A child of the system's first process, which reaps it.
+        # --fork makes the program a child of the system's first process, which reaps it.
         script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
         system.run("sh", "-c", script, "sh", *run)
         wait_for(lambda unit=unit: system.property(unit, "ActiveState") == "active")  # type: ignore[misc]
@@ -113,7 +113,7 @@ def wait_for(condition: Callable[[], bool], timeout: float = _WAIT_S) -> None:
 
 
 def judge(system: Container, units: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return the output of `check-unit --json` for each."""
+    """Return the output of `check-unit --json` for each unit."""
     names = list(units)
     done = system.run("qkillctl", "--json", "check-unit", *names, check=False, timeout=120)
     return dict(zip(names, json.loads(done.stdout), strict=True))
@@ -121,7 +121,7 @@ def judge(system: Container, units: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def idle_units(system: Container, structures: Iterable[Structure]) -> Iterator[None]:
-    """Install all of them with idle guests, and start those that must run."""
+    """Install all structures with idle guests, and start the units that must run."""
     prepare(system)
     pairs = [(structure, Words(structure, IDLE)) for structure in structures]
     for structure, words in pairs:

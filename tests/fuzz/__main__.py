@@ -22,13 +22,13 @@ SECONDS: Final = 900.0
 GROWTH: Final = 5_000_000
 """The largest growth of resident memory, in bytes."""
 P99_S: Final = 0.2
-"""The limit for a call of the well-behaved client."""
+"""The limit for the 99th percentile of the well-behaved client's calls."""
 
 EPILOG: Final = """\
-The same seed gives the same messages and the same input for the parsers; when a message arrives
-among those of the other connections is not repeated.
-Exit codes: 0 done, 1 something that must never be, or a figure over its limit, 2 this machine lacks
-something, 130 interrupted.
+The same seed gives the same messages and the same input for the parsers. The order of messages on
+different connections is not repeated.
+Exit codes: 0 success, 1 a fault, or a figure over its limit, 2 something is missing on this
+machine, 130 interrupted.
 """
 
 
@@ -120,10 +120,10 @@ def _parse() -> argparse.Namespace:
         type=int,
         default=8,
         metavar="N",
-        help="hostile ones, on the bus and on Varlink each (default 8)",
+        help="hostile connections, on the bus and on Varlink each (default 8)",
     )
     parser.add_argument(
-        "--examples", type=int, default=2000, metavar="N", help="for each parser (default 2000)"
+        "--examples", type=int, default=2000, metavar="N", help="inputs of a parser (default 2000)"
     )
     return parser.parse_args()
 

@@ -24,11 +24,11 @@ _VALUES: Final[tuple[Any, ...]] = (
 class Call:
     kind: str
     data: bytes
-    """With its NUL, unless it is partial."""
+    """The bytes to send, which end with NUL unless the call is partial."""
     descriptors: int = 0
     replies: bool = True
     ends: bool = False
-    """The client hangs up after it."""
+    """Whether the client disconnects after the call."""
 
 
 class CallSource:
@@ -50,7 +50,7 @@ def _whole(kind: str, call: object, **more: Any) -> Call:
 
 
 def _order(rng: random.Random, aims: Aims) -> dict[str, Any]:
-    """A call as the interface describes it; its values may be of any size."""
+    """Return a call as the interface describes it; its values may be of any size."""
     name = rng.choice(sorted(DESCRIPTION.methods))
     call: dict[str, Any] = {
         "method": f"org.qkilld1.{name}",

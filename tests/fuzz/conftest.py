@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 
-# A busy host does not fail a parser; an endless loop is ended by pytest's timeout.
+# No deadline, because a busy host must not fail a parser. pytest's timeout ends an endless loop.
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": list(HealthCheck),

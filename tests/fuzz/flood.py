@@ -28,16 +28,16 @@ from tests.lab.scratch import scratch
 from tests.lab.varlink import VarlinkClient
 
 GUESTS: Final = 8
-"""Guests of the attacker, and as many of other users."""
+"""The number of guests of the attacker; other users have as many."""
 PAUSE_S: Final = 0.02
 """Pause between two rounds of the well-behaved client."""
 SETTLE_S: Final = 2.0
 """Time after the flood for open calls to be answered, before memory is measured."""
 PEER: Final = "org.freedesktop.timedate1"
-"""An sd-bus service that does nothing by itself."""
+"""An sd-bus service that does nothing unless it is called."""
 _PEER_PROGRAM: Final = Path("/usr/lib/systemd/systemd-timedated")
 WARM: Final = 0.1
-"""After this share of the flood, the daemon has allocated what such a load needs."""
+"""After this share of the flood, the daemon is warm: it has allocated what such a load needs."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Report:
     deeds: Deeds
     seconds: float
     resident: tuple[int, int, int]
-    """Bytes: at rest, when the daemon was warm, and after the flood."""
+    """The daemon's memory in bytes: at rest, when it was warm, and after the flood."""
     descriptors: tuple[int, int]
-    """Before and after."""
+    """The daemon's open descriptors before and after the flood."""
     latency: dict[str, Latency]
-    """By called method."""
+    """The latency of the well-behaved client's calls, by method."""
     faults: list[str] = field(default_factory=list)
     """Broken invariants."""
 
@@ -150,7 +150,7 @@ def flood(seed: int, *, messages: int, seconds: float, connections: int = 8) -> 
             messages=int(messages * WARM),
             seconds=seconds * WARM,
             own=[guest.pid for guest in own],
-            # As root the attacker may do everything.
+            # If the attacker is root, it may stop every guest.
             others=[guest.pid for guest in (*others, wanted)] if uid is not None else [],
             varlink=str(path),
         )
@@ -186,7 +186,7 @@ def flood(seed: int, *, messages: int, seconds: float, connections: int = 8) -> 
             latency={name: Latency.of(times) for name, times in behaved.times.items()},
             faults=behaved.faults,
         )
-        if not behaved.faults:  # Otherwise the service has exited because it was idle.
+        if not behaved.faults:  # After a fault, the service may have exited because it was idle.
             flooded = f"{_PEER_PROGRAM.name} flooded itself"
             report.latency[flooded] = _peer_latency(bus, order, uid)
         report.faults += list(_faults(daemon, client, job, wanted, others))
@@ -234,10 +234,10 @@ def _faults(
         return
     yield from (f"{guest.name} of another user has ended" for guest in others if not guest.alive)
     if not wanted.alive:
-        yield "the guest whose job root had begun without FORCE has ended"
+        yield "the guest that root stops without FORCE has ended"
     values = client.properties(job, "org.qkilld1.Job")
     if (values["Phase"], values["Held"], values["Flags"]) != ("terminate", False, 0):
-        yield f"a job of root's was changed by another user: {values}"
+        yield f"another user changed a job of root: {values}"
 
 
 def _attack(order: Order, uid: int | None) -> Deeds:
@@ -248,7 +248,7 @@ def _attack(order: Order, uid: int | None) -> Deeds:
     process = spawn(words, stdout=subprocess.PIPE, cwd=TOP, env=environment)
     try:
         text, _ = process.communicate(timeout=order.seconds + 120)
-        assert process.returncode == 0, "the attacker failed, see above"
+        assert process.returncode == 0, "the attacker failed, see the messages above"
     finally:
         end(process)
     deeds = json.loads(text)
@@ -278,7 +278,7 @@ def _wait_for_name(client: Client, name: str, timeout: float = 30) -> None:
 
 
 def resident(pid: int) -> int:
-    """Return bytes, proc(5)."""
+    """Return the resident memory of a process in bytes. Source: proc(5)."""
     (line,) = re.findall(r"^VmRSS:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
     return int(line) * 1024
 

@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.hostile ORDER
 
-ORDER is JSON, see Order. Ends after that many messages or that time, and prints what it did as
-JSON, see Deeds. The messages depend only on the seed; their timing does not.
+ORDER is JSON, see Order. Ends after the number of messages or the time in ORDER, and prints what it
+did as JSON, see Deeds. The messages depend only on the seed, but their timing does not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tests.fuzz.calls import CallSource
 from tests.fuzz.messages import BUS_NAME, RETURN, Aims, Message, SendMode, Source
 
 AT_ONCE: Final = 100
-"""Unanswered calls of a connection. A system bus refuses more than 128 by itself."""
+"""Unanswered calls of a connection. A system bus itself refuses more than 128."""
 STUCK_S: Final = 0.5
-"""A connection to Varlink whose calls are not answered for so long waits for jobs."""
+"""A Varlink connection without a reply for this long waits for jobs."""
 _READ: Final = 1 << 16
 _FIXED_HEADER: Final = 16
 
@@ -41,18 +41,18 @@ class Order:
     messages: int
     seconds: float
     destination: str = BUS_NAME
-    """A bus name; messages for the daemon go there."""
+    """The bus name to which messages for the daemon are sent."""
     own: Sequence[int] = ()
     others: Sequence[int] = ()
     uid: int | None = None
     """The attacker's user; None for the current one."""
     varlink: str = ""
-    """The daemon's Varlink socket, which gets as many connections; "" for none."""
+    """The daemon's Varlink socket, to which as many connections are made; "" for none."""
 
 
 @dataclass
 class Deeds:
-    """The number of messages sent, by kind, and their results."""
+    """The number of messages sent by kind, and their results."""
 
     sent: Counter[str] = field(default_factory=Counter)
     replies: int = 0
@@ -62,7 +62,7 @@ class Deeds:
 
 
 class _HostileClient:
-    """What connects again when its connection is ended. Its class sets these two, and connects."""
+    """A client that connects again when its connection ends. Subclasses set these attributes."""
 
     _socket: socket.socket
     _deeds: Deeds
@@ -79,7 +79,7 @@ class _HostileClient:
         self._connect()
 
     def _receive(self) -> bytes:
-        """Return what has arrived; b"" if nothing has, or if the connection was ended."""
+        """Return what has arrived; b"" if this is nothing, or if the connection has ended."""
         try:
             chunk = self._socket.recv(_READ)
         except BlockingIOError:
@@ -123,7 +123,7 @@ class Attacker(_HostileClient):
         self._outgoing = b""
         self._waiting = 1
         self._deaf = 0
-        """Messages that it still sends before it reads again."""
+        """The number of messages to send before reading again."""
 
     def read(self) -> None:
         """Read what has arrived, and count the replies."""
@@ -191,7 +191,7 @@ class Attacker(_HostileClient):
 
 
 class VarlinkAttacker(_HostileClient):
-    """The same on Varlink. A connection on which nothing moves is replaced by another."""
+    """The same on Varlink. Replaces a connection that gets no reply for STUCK_S."""
 
     def __init__(self, order: Order, number: int, deeds: Deeds) -> None:
         self._path = order.varlink
@@ -282,7 +282,7 @@ def attack(order: Order) -> Deeds:
 def main() -> None:
     order = Order(**json.loads(sys.argv[1]))
     if order.uid is not None:
-        # Only now, because other users may not have access to the checkout.
+        # Change the user after the imports, because other users may not read the checkout.
         os.setgroups([])
         os.setresgid(order.uid, order.uid, order.uid)
         os.setresuid(order.uid, order.uid, order.uid)

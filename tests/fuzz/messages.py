@@ -1,7 +1,7 @@
 """Hostile D-Bus messages from a seed. Source: D-Bus specification, "Message Protocol".
 
-The bus forwards valid messages, whatever they mean. For an invalid one it ends the connection;
-these are sent too, because the daemon sees their sender disappear.
+The bus forwards valid messages, whatever they mean. It ends the connection that sends an invalid
+one; invalid messages are sent, too, because the daemon sees their sender disappear.
 """
 
 from __future__ import annotations
@@ -125,11 +125,11 @@ class Message:
     flags: int = 0
     order: str = "<"
     raw_body: bytes | None = None
-    """Instead of `body`, already in the message's byte order."""
+    """The bytes of a body, in the message's byte order, to send instead of `body`."""
     fields: Sequence[tuple[int, str, Any]] = ()
     """Additional header fields, possibly duplicates."""
     descriptors: int = 0
-    """The number of descriptors to send with it."""
+    """The number of descriptors to send with the message."""
 
     @property
     def wants_reply(self) -> bool:
@@ -168,7 +168,7 @@ class SendMode(Enum):
     WHOLE = "whole"
     FLIPPED = "bits flipped"
     CUT = "cut off"
-    """The connection ends in the middle of it."""
+    """The connection ends in the middle of the message."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Source:
         self._names = [name for _, name in kinds]
 
     def next(self) -> tuple[str, Message, SendMode]:
-        """Return the name of its kind, the message, and how to send it."""
+        """Return the name of the message's kind, the message, and how to send it."""
         rng = self._rng
         number = rng.choices(range(len(_KINDS)), self._weights)[0]
         message = self._makers[number](rng, self.aims)
@@ -205,7 +205,7 @@ class Source:
         if rng.random() < 0.1:
             message.order = ">"
         name, how = self._names[number], SendMode.WHOLE
-        # Each costs a connection.
+        # Rare, because each of these ends a connection.
         if (luck := rng.random()) < 0.002:
             how = SendMode.FLIPPED if luck < 0.001 else SendMode.CUT
             name = how.value
@@ -279,7 +279,7 @@ def type_of(rng: random.Random, depth: int = 3) -> str:
 
 
 def value_of(rng: random.Random, kind: str, depth: int = 3) -> Any:
-    """Return a random value of that type that a bus considers valid."""
+    """Return a random value of this type that a bus considers valid."""
     first = kind[0]
     match first:
         case "b":
@@ -364,7 +364,8 @@ def _nested(rng: random.Random, aims: Aims) -> Message:
 
 
 def _many_types(rng: random.Random, aims: Aims) -> Message:
-    """Return variants of structs, all different: caching each type would fill the memory."""
+    """Return variants of structs with different types. A cache of all types would fill the
+    memory."""
     message = _valid(rng, aims)
     variants = []
     for _ in range(rng.choice((1, 10, 100))):

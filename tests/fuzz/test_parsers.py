@@ -1,6 +1,6 @@
-"""Every parser of data from a target, a caller or a file, with any input.
+"""Test every parser of data from a target, a caller or a file with any input.
 
-A parser returns, or raises what its docstring says, and nothing else. Written data is read back
+A parser must return, or raise what its docstring says. Data that was written must be read back
 unchanged.
 """
 
@@ -52,7 +52,7 @@ from tests.lab.process import TOP
 
 anything = st.binary(max_size=400)
 texts = st.text(max_size=200) | anything.map(os.fsdecode)
-"""As Python represents text of a file or a command line: invalid UTF-8 becomes surrogates."""
+"""Text as Python reads it from a file or a command line: invalid UTF-8 becomes surrogates."""
 words = st.sampled_from(
     [
         *("-name", "guest=web,debug-threads=on", "-uuid", "-qmp", "unix:/run/a,,b,server=on"),
@@ -231,7 +231,7 @@ kernel_files = st.fixed_dictionaries(
 
 @contextlib.contextmanager
 def fake_proc(contents: dict[str, bytes]) -> Iterator[Path]:
-    """Make a /proc in which process 7 and the own process have these files."""
+    """Make a /proc in which process 7 and this process have these files."""
     with tempfile.TemporaryDirectory() as directory:
         proc = Path(directory)
         for name, content in contents.items():
@@ -527,7 +527,7 @@ monitor_bytes = st.lists(
 )
 @given(sent=monitor_bytes)
 def test_monitors_and_agents(talk: Callable[[socket.socket], Any], sent: list[bytes]) -> None:
-    """Everything is sent before the first request, and then the other end closes."""
+    """The other end sends everything before the first request, then closes the connection."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with theirs:
@@ -564,7 +564,7 @@ def test_messages_are_the_same_however_they_arrive(seed: int, sizes: list[int]) 
 
 @given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 7))))
 def test_damaged_messages(seed: int, flips: list[tuple[int, int]]) -> None:
-    """Data after the damage may be misread, but is read to its end."""
+    """The data after the damage may be parsed wrongly, but is parsed to its end."""
     stream = bytearray(b"".join(bus_stream(seed, 5)))
     for at, bit in flips:
         stream[at % len(stream)] ^= 1 << bit
@@ -591,7 +591,7 @@ def test_messages_that_a_bus_lets_pass_are_read(seed: int) -> None:
         if message is None or message.body is None:
             assert message is None or len(raw) > MAX_CALL
             continue
-        # Nesting deeper than 12 is refused; the generator goes to 60.
+        # The parser refuses nesting deeper than 12; the generator nests up to 60.
         with contextlib.suppress(ValueError):
             values.parse(message.signature, message.body, message.order)
 
