@@ -47,7 +47,7 @@ def about(pid: int) -> None:
 def note_once(doing: str, why: Exception | str) -> None:
     """Log an ignored failure once for each process, `doing` and kind of error.
 
-    For readings that repeat every second. Costs almost nothing if the log is off.
+    Use this for readings that repeat every second. It costs almost nothing if the log is off.
     """
     if not _is_on:
         return

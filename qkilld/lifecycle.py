@@ -70,8 +70,8 @@ longer. With an idle guest it takes 25 ms."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 IMPORT_STACK_BYTES: Final = 1 << 20
-"""Stack of the thread that imports the D-Bus library. The C library keeps it for later threads, and
-it is locked in memory as a whole."""
+"""Stack of the thread that imports the D-Bus library. The C library keeps this stack for later
+threads, and all of it is locked in memory."""
 UNLOCK_AFTER_S: Final = 10.0
 """Memory stays locked for this time after the last job, because another may follow."""
 

@@ -41,7 +41,7 @@ class BridgeSocket(socket.socket):
 
 
 def open_bridge(bus: BusAddress) -> BridgeSocket:
-    """Start the bridge process, and return our end. Raises OSError."""
+    """Start the bridge process; return our end of the connection. Raises OSError."""
     own, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with other:
         sock = BridgeSocket(fileno=own.detach())

@@ -150,7 +150,7 @@ class Methods(Protocol):
     def find(self, name: str) -> Method: ...
 
     def costs(self, name: str, parameters: Mapping[str, Any]) -> list[Cost]:
-        """Return what a call counts as in the limits."""
+        """Return the costs of a call, which count against the limits."""
 
 
 class _ServiceError(Exception):
@@ -186,7 +186,7 @@ class VarlinkCall:
         self.on_disconnect: Callable[[], None] = lambda: None
         """Called if the client disconnects before the reply."""
         self.costs: list[Cost] = []
-        """As what the limits count this call."""
+        """The costs of this call, which count against the limits."""
         self._has_ended = False
 
     def start(self, uid: int) -> None:

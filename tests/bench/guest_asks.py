@@ -50,7 +50,7 @@ def _beside_one_press(small: int, debian: int) -> Figure:
             ]
             added = statistics.median(asked) - statistics.median(bare)
             figure.targets.append(at_most(f"qkilld adds, {label}", added, ADDED_MS, "ms"))
-    figure.notes.append("The time is mostly the guest's own. What is added is between the medians.")
+    figure.notes.append("Most of the time is the guest's. qkilld adds the difference of medians.")
     return figure
 
 

@@ -27,8 +27,8 @@ def main() -> int:
 
 
 def _import_functions() -> tuple[Any, Any]:
-    """Return a function that makes readers and one that computes verdicts, by either tree's
-    names."""
+    """Return the functions that make readers and compute verdicts. The earlier tree has them in
+    other modules."""
     try:
         sampler = import_module("qkilld.evidence.sampler")
         assess = import_module("qkilld.decision.verdict").assess

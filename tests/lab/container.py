@@ -151,8 +151,8 @@ class Container:
         try:
             yield process
         finally:
-            # The command is a child of nsenter, which reaps it if it is killed first. As a zombie
-            # of ours, it would keep its PID namespace, and so the container, from ending.
+            # Kill the command before nsenter, its parent, so that nsenter reaps it. As a zombie of
+            # ours, the command would keep the container's PID namespace from ending.
             if process.poll() is None:
                 for pid in children(process.pid):
                     with contextlib.suppress(ProcessLookupError):

@@ -78,7 +78,8 @@ def _watch(
     pidfd: int | None,
     wanted: Callable[[], str],
 ) -> _T:
-    """Return the first result of `look`, called again at each of these inotify events at `path`."""
+    """Call `look` now and after each of these inotify events at `path`, until it returns a result;
+    return that."""
     deadline = time.monotonic() + timeout
     watch = _libc.inotify_init1(_IN_CLOEXEC)
     if watch < 0:

@@ -184,7 +184,7 @@ def close_and_reap(pidfds: Mapping[int, int]) -> None:
 class Orphan:
     """A process that is not our child (a daemonized one), killed when we end.
 
-    A helper process waits on a pipe and kills it when our end closes, for whatever reason.
+    A helper waits on a pipe, and kills the process when our end closes, for whatever reason.
     """
 
     def __init__(self, pid: int) -> None:
