@@ -90,10 +90,9 @@ class Spec:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the schedule changes a disk whose server has other clients and which no command
-        line names, or nothing shows that the guest waits for the changed disk: the disk has no
-        connection, or its server has read all requests. Then the guest may seem to wait for a
-        server with other clients."""
+        """Whether the guest may be waiting for a server that has other clients: the schedule
+        changes a disk of this server, or nothing shows that the guest waits for the changed disk,
+        because the disk has no connection or its server has read all requests."""
         changes = [
             (change.what, self.disks[change.of]) for change in self.changes if change.of >= 0
         ]
