@@ -40,7 +40,7 @@ STUCK_S: Final = 0.1
 """A close(2) of a socket that takes longer is interrupted."""
 WATCH_S: Final = 0.02
 WAKE_UP: Final = signal.SIGURG
-"""Interrupts a blocking system call. By default it is ignored."""
+"""Interrupts a blocking system call. This signal is ignored by default."""
 _MOST: Final = 253
 """SCM_MAX_FD, the most descriptors that one message may carry (unix(7))."""
 _CONTROL: Final = socket.CMSG_SPACE(_MOST * 4)

@@ -336,7 +336,7 @@ class JobProxy:
         try:
             properties.update(await self._properties())
             while stale:
-                # The change may have come before or after that reply was made: read again.
+                # The change may be older or newer than the reply, so read again.
                 stale = False
                 properties.update(await self._properties())
             complete = True

@@ -28,7 +28,7 @@ from tests.fuzz.messages import BUS_NAME, RETURN, Aims, Message, SendMode, Sourc
 AT_ONCE: Final = 100
 """Unanswered calls of a connection. A system bus itself refuses more than 128."""
 STUCK_S: Final = 0.5
-"""A Varlink connection without a reply for this long waits for jobs."""
+"""If a Varlink connection gets no reply for this long, its calls wait for jobs."""
 _READ: Final = 1 << 16
 _FIXED_HEADER: Final = 16
 

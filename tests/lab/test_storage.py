@@ -90,7 +90,7 @@ def test_a_disk_goes_with_the_one_who_asked_for_it(number: signal.Signals) -> No
     try:
         assert asking.stdout is not None
         name, directory = asking.stdout.readline().decode().split()
-        # The keeper of the disk and, in cgroup v2, that of the group.
+        # The keeper of the disk and, in cgroup v2, the keeper of the group.
         keepers = {pid: os.pidfd_open(pid) for pid in process.children(asking.pid)}
         assert keepers
         try:
