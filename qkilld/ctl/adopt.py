@@ -30,7 +30,6 @@ from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
 STOPS_TIMEOUT_S: Final = 30.0
-"""How long to wait until running stops have ended."""
 _POLL_S: Final = 0.1
 _SHOWN: Final = 4096
 
@@ -98,8 +97,7 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # The drop-in has all lines already: something overrides them, or systemd has not
-            # reloaded yet.
+            # The file is complete: something overrides it, or systemd has not reloaded yet.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(drop_in)
@@ -236,12 +234,11 @@ class _Adopter:
             await self._systemd.start(guard)
             await self._wait_state(guard, "active")
             report = await self._check(report.name)
-        # A scope's settings belong to the program that created it, so no drop-in is written.
+        # No drop-in: a scope's settings belong to the program that created it.
         return self._report(report, None, "")
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:
-        """Stop the guard of a scope. The guard's ExecStop=, which would stop the guest, is removed
-        first."""
+        """Stop the guard, without its ExecStop=, which would stop the guest."""
         if self._session.bus.user:
             raise _no_users_guard(scope)
         guard = guard_of(scope)
@@ -305,7 +302,7 @@ class _Adopter:
             ) from None
 
     def _check_root(self, name: str, option: str = "") -> None:
-        """Raise NeedsRoot unless the caller may write the unit's drop-ins."""
+        """Raises NeedsRoot."""
         if os.geteuid() == 0 or self._session.bus.user:
             return
         own = f"qkillctl --user adopt {option}{shlex.quote(name)}"

@@ -95,9 +95,9 @@ changed. The exit code is 8 if systemd's own signals stop a guest.
 _ADOPT: Final = """\
 Write the drop-in UNIT.d/50-qkilld.conf that makes a unit safe, reload systemd, and check the unit
 again. The drop-in has only the lines that the unit needs. The unit file is not changed, and a guest
-in the unit keeps running. A drop-in that could keep less data than now is refused. A scope
-cannot have an ExecStop=, and gets a guard instead, qkilld-scope@.service, which stops the guest
-before systemd stops the scope. With --user: your own units.
+in the unit keeps running. A drop-in that could keep less data than now is refused. A scope,
+which cannot have an ExecStop=, gets a guard instead: qkilld-scope@.service, which stops the guest
+first. With --user: your own units.
 """
 _JOBS: Final = "A job is job:N or /org/qkilld1/job/N; see `qkillctl jobs`.\n"
 _WATCH: Final = """\
@@ -139,7 +139,7 @@ _CONTROLS: Final = (
         "QEMU has not written is lost.",
     ),
 )
-"""The name, summary and description of each command."""
+"""Name, summary, description."""
 _UNITS: Final = """\
 a unit is a service or a scope: web.service, web (the same), guest@db.service, guest@.service (a
 template: all its instances), run-1234.scope
@@ -170,13 +170,13 @@ journal, which records no throughput and no deadlines.
 _LOCAL: Final = frozenset(
     ("adopt", "check-host", "check-unit", "history", "metrics", "replay", "timeline")
 )
-"""Commands that work with files of this machine, and so cannot be used with -H or -M."""
+"""Commands that work with files of their own machine."""
 _HOST: Final = re.compile(r"(?!-)[\w.@\[\]-]+(?::[0-9]{1,5})?", re.ASCII)
 _MACHINE: Final = re.compile(r"(?![-.])(?:[\w.-]+@)?[\w.-]{1,64}", re.ASCII)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line. Raises SystemExit for usage errors and --help."""
+    """Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
@@ -381,7 +381,7 @@ def _add_powerdown(command: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
     """Add the options that are allowed before and after the command."""
-    # Defaults of options after the command must not override options before the command.
+    # Defaults after the command must not override options before it.
     unset = None if top else argparse.SUPPRESS
     buses = parser.add_mutually_exclusive_group()
     for name, bus, text in (
@@ -456,7 +456,7 @@ def _machine(text: str) -> str:
 
 
 def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusAddress:
-    """Return the bus that the options select. Exits with 2 on errors."""
+    """Return the bus that the options select. Exits with 2."""
     bus: BusAddress = arguments.bus or SYSTEM_BUS
     host, machine = arguments.host or ("", arguments.machine or "")
     if not host and not machine:
@@ -474,7 +474,7 @@ def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusA
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check combinations that argparse cannot check. Exits with 2 on errors."""
+    """Check what argparse cannot. Exits with 2."""
     if arguments.command == "terminate" and arguments.all and arguments.targets:
         targets = " ".join(map(printable, arguments.targets))
         parser.error(f"--all selects every guest: leave out either --all or {targets}")

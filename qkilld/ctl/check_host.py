@@ -102,7 +102,7 @@ class _HostCheck:
         return HostGuest(pid, guest, name, stopped_by, keepers, line)
 
     async def _unit(self, name: str) -> UnitFacts | None:
-        """Return a unit's settings; None if systemd does not know the unit."""
+        """None if systemd does not know the unit."""
         if name not in self._units:
             self._units[name] = None
             with ignore(f"asking systemd for {name}", QkilldError):

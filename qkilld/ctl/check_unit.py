@@ -30,10 +30,9 @@ _OTHER_KINDS: Final = (
     *(".socket", ".target", ".device", ".mount", ".automount"),
     *(".swap", ".timer", ".path", ".slice"),
 )
-"""Unit types that cannot run a guest. Source: systemd.unit(5)."""
+"""Units that cannot run a guest: systemd.unit(5)."""
 _SHOWN: Final = 1000
 _WIDTH: Final = 96
-"""The maximum length of a line of output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +118,7 @@ async def check_units(session: Session, names: Sequence[str]) -> int:
 
 
 async def check_unit(session: Session, systemd: Systemd, name: str, config: Config) -> UnitReport:
-    """Check one unit. Raises NoSuchUnit, InvalidArgs, or Failed (the unit is masked or cannot be
-    read)."""
+    """Raises NoSuchUnit, InvalidArgs, or Failed (the unit is masked or cannot be read)."""
     facts, name = await load(systemd, name)
     is_template = name != facts.id
     surroundings = await gather(
@@ -240,8 +238,8 @@ def _sentence(text: str) -> str:
 
 
 async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
-    """List the services and scopes that run a QEMU, whether covered or not. Units of user managers
-    are left out."""
+    """List the services and scopes that run a QEMU, covered or not; without units of user
+    managers."""
     units = []
     for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
         if unit.startswith("user@"):

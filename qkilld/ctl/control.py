@@ -46,7 +46,6 @@ JOB_COMMANDS: Final = {
     "release": JobCommand(JobProxy.release, _release_report),
     "force": JobCommand(JobProxy.force, lambda *_: "forced: SIGKILL was sent"),
 }
-"""Commands by name."""
 
 
 def extension(usec: int) -> JobCommand:
@@ -69,7 +68,6 @@ def extension(usec: int) -> JobCommand:
 async def control(
     session: Session, outcomes: list[TargetOutcome], job_command: JobCommand, name: str
 ) -> int:
-    """Apply the command to the running job of each target."""
     resolver = Resolver(session.manager)
 
     async def one(outcome: TargetOutcome) -> None:

@@ -134,7 +134,7 @@ class DropIn:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn system errors into QkilldErrors with advice."""
+        """Translate system errors."""
         try:
             yield
         except QkilldError:

@@ -74,8 +74,6 @@ class SilentDisplay:
 
 
 class _LastLine(NamedTuple):
-    """The state of a job at its last line."""
-
     phase: str
     doing: str
     held: bool
@@ -176,7 +174,6 @@ def monotonic_usec() -> int:
 
 @contextlib.asynccontextmanager
 async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
-    """Yield the display for this output."""
     if quiet:
         yield SilentDisplay()
     elif not output.rich:

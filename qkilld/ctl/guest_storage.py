@@ -158,8 +158,7 @@ def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
 
 
 def _tpm_sockets(options: Sequence[QemuOption]) -> Iterator[str]:
-    """Yield the sockets of TPM emulators, which write their state even after the guest has
-    exited."""
+    """A TPM emulator writes its state even after the guest has exited."""
     users = {o.flat.get("chardev") for o in options if o.name == "tpmdev"}
     for option in options:
         if option.name == "chardev" and option.flat.get("id") in users:

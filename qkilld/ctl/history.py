@@ -21,7 +21,7 @@ _COLUMNS: Final = ("TIME", "PID", "NAME", "UNIT", "RESULT", "TOOK", "GUEST ASKED
 
 
 def history(output: Output, target: Target | None, since: str | None, *, json: bool) -> int:
-    """Print the stops of `target`, or of all guests. Raises InvalidArgs, Failed."""
+    """Raises InvalidArgs, Failed."""
     if target is not None and target.kind in (TargetKind.PIDFILE, TargetKind.UUID):
         raise InvalidArgs(f'"{target.shown}" is not the name, unit or process id of a guest')
     after = None if since is None else parse_time(since, datetime.now())

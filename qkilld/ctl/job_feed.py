@@ -15,14 +15,10 @@ from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.job_status import JobStatus
 
 RETRY_S: Final = 1.0
-"""The interval between attempts to connect to the bus."""
 MAX_READS: Final = 16
-"""The most jobs that are read concurrently."""
 
 
 class JobListener(Protocol):
-    """Receives changes of jobs."""
-
     def show(self, job: JobStatus) -> None:
         """Called when a job is first seen and when it changes. The last status has a result."""
 

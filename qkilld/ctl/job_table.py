@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 GAP: Final = 2
-"""The number of columns between two cells."""
 LEAST_GUEST: Final = 8
 LEAST_DOING: Final = 8
 LEAST_NEXT: Final = 4

@@ -22,11 +22,9 @@ METHOD: Final = "virsh"
 
 @dataclass(frozen=True, slots=True)
 class LibvirtShutdown:
-    """The outcome of asking a guest through libvirt."""
-
     asked: bool
     result: str = ""
-    """The result, one of the results of jobs; "" if a job of qkilld follows."""
+    """As of a job; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # Only the daemon on this host's system bus has read the configuration files of this host.
+        # Only this daemon has read the configuration files of this host.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 
@@ -69,7 +69,6 @@ async def list_jobs(session: Session) -> int:
 
 
 async def overview(session: Session) -> int:
-    """Print the daemon's version, policy and running jobs: status without a target."""
     properties = await session.manager.properties()
     running = [job for job in await _jobs(session.manager) if job.phase != Phase.DONE]
     if session.json:
@@ -92,7 +91,6 @@ async def overview(session: Session) -> int:
 
 
 async def status(session: Session, target: Target) -> int:
-    """Print a guest and its job: status of a target or job."""
     resolver = Resolver(session.manager)
     job: JobStatus | None
     if target.kind is TargetKind.JOB:
@@ -167,7 +165,7 @@ class _JobRow(NamedTuple):
 
     @property
     def result(self) -> str:
-        """The result; "" while the job runs."""
+        """ "" while the job runs."""
         return self.status.result if self.status else ""
 
     def as_json(self) -> dict[str, Any]:

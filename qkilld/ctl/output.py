@@ -36,7 +36,7 @@ class Output:
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        # Python sets a stream to None if it was closed when the program started.
+        # Python sets a stream to None if it was closed at startup.
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
@@ -89,7 +89,7 @@ class Output:
                 self.line(text)
 
     def fields(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Print a line for each pair of name and value, with the values aligned."""
+        """Print each pair of name and value on a line, with the values aligned."""
         for text in aligned([[f"  {key}:", printable(value) or "-"] for key, value in pairs]):
             self.line(text)
 
@@ -156,7 +156,6 @@ def width(text: str) -> int:
 
 @functools.cache
 def user_name(uid: int) -> str:
-    """Return the user's name, or the uid if it has none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):

@@ -61,7 +61,7 @@ def read(path: str) -> Trace:
 
 
 def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
-    """Return the JSON document. Times are µs since the job's start; null for unknown and never."""
+    """Times are µs since the job's start; null for unknown and never."""
     header, recorded = recording.header, replayed.recorded
     last = replayed.steps[-1] if replayed.steps else None
     evidence = last.assessment if last else None
@@ -169,7 +169,6 @@ def _summary(replayed: Replay) -> list[str]:
 
 
 def _truth(recorded: RealOutcome) -> str:
-    """Describe how the recorded job ended."""
     if recorded.ended is None:
         return "The trace does not show how the job really ended."
     after = _span(recorded.ended - recorded.started)

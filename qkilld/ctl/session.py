@@ -35,7 +35,7 @@ def command_on(bus: BusAddress) -> str:
 
 
 def _advice_for(bus: BusAddress) -> str:
-    """Return advice for the case that the daemon is unreachable."""
+    """Return advice for an unreachable daemon."""
     if bus.address:
         return "Check the address, and that a `qkilld --bus` runs on this bus"
     if bus.is_remote:

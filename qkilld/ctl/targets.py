@@ -59,7 +59,6 @@ def is_own(guest: GuestRow, uid: int) -> bool:
 
 
 def labels(guests: Sequence[GuestRow]) -> str:
-    """Format guests for a message."""
     return ", ".join(label(guest.pid, guest.name) for guest in guests)
 
 
@@ -83,7 +82,7 @@ class Target:
     value: str
     """Normalized: a decimal number for PID and JOB, a canonical UUID for UUID."""
     text: str
-    """The target as typed."""
+    """As typed."""
 
     @property
     def shown(self) -> str:
@@ -204,8 +203,6 @@ def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
 
 @dataclass(frozen=True, slots=True)
 class TargetProcess:
-    """The process that a target means."""
-
     pid: int
     name: str = ""
     start_time: int | None = None
@@ -221,8 +218,7 @@ class Resolver:
         self._listing = asyncio.Lock()
 
     async def find(self, target: Target) -> TargetProcess:
-        """Find the process of a target. Raises what `find`, `pidfile.read` and calls on the bus
-        raise."""
+        """Raises what `find`, `pidfile.read` and calls on the bus raise."""
         match target.kind:
             case TargetKind.PID:
                 return TargetProcess(int(target.value))
@@ -241,9 +237,9 @@ class Resolver:
                 return TargetProcess(guest.pid, guest.name)
 
     async def pin(self, target: Target) -> TargetProcess:
-        """Find the process of a target, with its start time, so that a reused pid is noticed.
+        """Like `find`, but with the start time, so that a reused pid is noticed.
 
-        Raises ProcessChanged if the pid has already been reused.
+        Raises ProcessChanged if the pid was reused already.
         """
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):

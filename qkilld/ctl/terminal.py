@@ -40,7 +40,7 @@ class FullScreen:
         self._on_key = on_key
         self._fd: int | None = None
         self._saved_mode: Any = None
-        """The terminal settings to restore; None if they are unchanged."""
+        """The terminal settings to restore; None if unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
         """Called when the screen must be redrawn: after a resize, or on return from Ctrl-Z."""
@@ -52,11 +52,11 @@ class FullScreen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """The size of the terminal: columns and rows."""
+        """Columns and rows."""
         return self._console.size.width, self._console.size.height
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """Show these lines. Raises OSError if the terminal is gone."""
+        """Raises OSError if the terminal is gone."""
         from rich.console import Group
 
         if self._live is not None:
@@ -64,7 +64,7 @@ class FullScreen:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Restore the terminal for the duration of the context."""
+        """Restore the terminal within the context."""
         self._leave()
         try:
             yield

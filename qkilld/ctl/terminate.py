@@ -28,13 +28,11 @@ from qkilld.model.varlink_state import receipt_of, status_of
 from qkilld.monitor.libvirt import domain_of
 
 WAITS_PER_CONNECTION: Final = 64
-"""The most pending Wait calls. The system bus allows a connection 128 pending calls."""
+"""The system bus allows a connection 128 pending calls."""
 
 
 @dataclass(slots=True)
 class TargetOutcome:
-    """One target of a command, and its outcome."""
-
     text: str
     pid: int | None = None
     name: str = ""
@@ -83,8 +81,6 @@ class TargetOutcome:
 
 @dataclass(frozen=True, slots=True)
 class TerminateOptions:
-    """The options of terminate."""
-
     flags: Flag
     wait: bool
     job_options: dict[str, int | str]
@@ -277,8 +273,8 @@ def finish(session: Session, outcomes: list[TargetOutcome]) -> int:
 async def each(
     session: Session, outcomes: list[TargetOutcome], act: Callable[[TargetOutcome], Awaitable[None]]
 ) -> None:
-    """Call `act` for all targets concurrently. An error is printed and stored in its outcome, and
-    does not affect other targets."""
+    """Act on all targets concurrently. An error is printed, stored in its outcome, and stops no
+    other."""
     slots = asyncio.Semaphore(MAX_CALLS)
 
     async def one(outcome: TargetOutcome) -> None:
@@ -334,7 +330,7 @@ async def _follow_all(
                 )
             )
     finally:
-        # Errors are printed last, because a live line would overwrite them.
+        # Printed last, because a live line would overwrite the errors.
         for outcome in outcomes:
             _print_error(session, outcome)
 

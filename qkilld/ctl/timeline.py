@@ -170,7 +170,6 @@ def _entries(number: int) -> list[JobEntry]:
 
 
 def _changes(trace: Trace) -> list[Milestone]:
-    """Return a milestone for each change that a caller made."""
     marks = []
     flags, policy, control = trace.header.flags, trace.header.policy, UNCONTROLLED
     for change in trace.of(ChangeRecord):
@@ -203,7 +202,6 @@ def _seconds(trace: Trace, at: int) -> float:
 
 
 def _spans(turns: Sequence[tuple[float, str, str]], length: float) -> tuple[Stretch, ...]:
-    """Return a stretch for each verdict."""
     if not turns:
         return ()
     ends = [at for at, *_ in turns[1:]] + [length]

@@ -81,7 +81,6 @@ class Timeline:
 
 
 def draw(timeline: Timeline) -> str:
-    """Return the SVG document."""
     scale = _Scale(timeline.length)
     rows = _label_rows(timeline.marks, scale)
     top = 66 + 15 * (max(rows, default=0) + 1)
@@ -165,7 +164,6 @@ def _seconds(seconds: float) -> str:
 
 
 _Lane = tuple[float, list[str]]
-"""The height and the SVG elements of a lane."""
 
 
 def _verdicts(timeline: Timeline, scale: _Scale) -> _Lane:

@@ -43,7 +43,6 @@ class Observation:
         )
 
     def since(self, first: Observation) -> int | None:
-        """Return the bytes written since `first`."""
         if self.written is None or first.written is None:
             return None
         return max(0, self.written - first.written)

@@ -22,7 +22,6 @@ class UncoveredGuests:
     """QEMU processes whose executable the caller may read: their own, or all for root."""
 
     def __init__(self, executables: Sequence[str]) -> None:
-        """`executables`: the current Executables=."""
         self._executables = executables
         self._guests: dict[GuestRow, str] = {}
         """The executable of each guest."""

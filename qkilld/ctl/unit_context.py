@@ -43,14 +43,14 @@ from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
 MAX_BEFORE: Final = 256
-"""The most units in a unit's Before= about which systemd is asked."""
+"""The most units of a Before= that are queried."""
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 
 async def config_of(session: Session) -> Config:
-    """Read the configuration files; if they are invalid, use the defaults. The policy of a running
-    daemon takes precedence, because the daemon may have read other files. The daemon is not started
-    for this."""
+    """Read the configuration files; if they are invalid, use the defaults. A running daemon's
+    policy takes precedence, because it may have read other files. The daemon is not started for
+    this."""
     try:
         config = files.load()
     except ConfigError as error:
@@ -68,8 +68,8 @@ async def config_of(session: Session) -> Config:
 async def gather(
     systemd: Systemd, facts: UnitFacts, config: Config, *, user: bool, is_template: bool = False
 ) -> Surroundings:
-    """Gather the surroundings of a unit. `user`: the unit belongs to a user manager. `is_template`:
-    the unit represents all instances of a template."""
+    """`user`: the unit belongs to a user manager. `is_template`: the unit represents all
+    instances."""
     executables: dict[int, str] = {}
     if facts.control_group:
         with ignore(f"reading the processes of {facts.id}", QkilldError):
@@ -104,7 +104,7 @@ async def gather(
         is_template=is_template,
         keepers=await _keepers(systemd, facts),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # A user's units need no order of their own: user@.service has it, and stops after them.
+        # user@.service, which stops after all of a user's units, has this order.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -239,8 +239,7 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
 
 def guard_of(scope: str) -> str:
     """Return the unit that stops the guest of a scope before systemd stops the scope."""
-    # The scope's name is not escaped, because systemd does not unescape the %i in the guard's
-    # BindsTo=.
+    # The scope's name is not escaped: in BindsTo=, systemd does not unescape %i.
     return f"qkilld-scope@{scope}.service"
 
 

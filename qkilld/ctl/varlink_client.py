@@ -20,13 +20,13 @@ from qkilld.model.errors import QkilldError
 
 SYSTEM_SOCKET: Final = "/run/qkilld/org.qkilld1"
 USER_SOCKET: Final = "qkilld/org.qkilld1"
-"""The path of a user's socket below $XDG_RUNTIME_DIR."""
+"""Below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
-"""For connecting to a guest's monitor: a hostile process can delay each step."""
+"""For a guest's monitor: a hostile process can delay each step."""
 _MAX_REPLY: Final = 64 << 20
 _NEVER: Final = 2**62
-"""The value of an infinite time span."""
+"""An infinite time span."""
 _UNITS: Final = {"usec": "USec"}
 
 

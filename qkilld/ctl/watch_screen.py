@@ -23,7 +23,6 @@ KEEP_ENDED: Final = 15 * USEC_PER_SEC
 LEAST_DETAIL: Final = 12
 """Details of the selected job are shown on terminals with at least this many rows."""
 MOST_FOOT: Final = 3
-"""The most lines of a message or a question."""
 MARK: Final = "▸ "
 KEYS: Final = (
     ("h", "hold"),
@@ -54,8 +53,6 @@ Press any key to return."""
 
 @dataclass(slots=True)
 class WatchState:
-    """The state that the screen shows."""
-
     bus_title: str = ""
     """The bus, if it is not the system bus. Printable."""
     jobs: dict[str, JobStatus] = field(default_factory=dict)
@@ -70,7 +67,7 @@ class WatchState:
     """The question, and the answer as typed so far. Printable."""
     help: bool = False
     steers: bool = True
-    """Whether there is a keyboard, so that keys can act on jobs."""
+    """Whether there is a keyboard."""
 
     def show(self, job: JobStatus) -> None:
         self.jobs[job.path] = job
@@ -95,7 +92,6 @@ class WatchState:
         return sum(not job.result for job in self.jobs.values())
 
     def choose(self, step: int) -> None:
-        """Move the selection by `step` lines."""
         paths = [job.path for job in self.ordered]
         if not paths:
             return
@@ -140,8 +136,7 @@ def _table(state: WatchState, now: int, columns: int, room: int) -> list[Text]:
     rows = [cells_of(job, now) for job in jobs if not job.result]
     shape = shape_for([TITLES, *rows], columns - len(MARK) - 1)
     at = next((i for i, job in enumerate(jobs) if job.path == state.selection), 0)
-    # The titles and the selected job are always shown, and a line that counts the jobs that do not
-    # fit.
+    # The titles and the selected job are always shown. One line counts the jobs that do not fit.
     room -= 1
     if len(jobs) > room:
         room = max(1, room - 1)

@@ -36,7 +36,7 @@ _NOT_OURS: Final = {
 @dataclass(frozen=True, slots=True)
 class GuestFile:
     program: str
-    """The path of QEMU; "" if the file names none."""
+    """The path; "" if the file has none."""
     lines: tuple[tuple[str, ...], ...]
     """The options, each with its value if it has one."""
 
@@ -103,8 +103,8 @@ def _agent_port(path: str) -> list[str]:
 
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
-    """Return whether a port for the guest agent can be added to the machine. A guest restored from
-    a saved state (loadvm) must have the devices with which it was saved."""
+    """Return whether the agent's port can be added to the machine. A guest restored from a saved
+    state (loadvm) must have the devices with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]

@@ -43,7 +43,7 @@ SIGKILL, 4 still there, 5 not QEMU, 6 permission denied, 7 no such unit.
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Parse the arguments. If they are invalid, exit with 2 and a message."""
+    """Exit with 2 and a message if the arguments are invalid."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.dry_run:

@@ -25,27 +25,27 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 500
-"""The most processes in one call. A call is at most 64 KiB long."""
+"""The most processes in one call, which is at most 64 KiB long."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """The daemon replies in milliseconds, or in a second if systemd has to start it first."""
 BUSY_TIMEOUT_S = 12.0
-"""The timeout once the daemon has read the call: the daemon is alive but busy, and stopping the
-guests without it would take even longer."""
+"""The timeout once the daemon has read the call. A busy daemon still stops the guests sooner than
+we would without it."""
 RETURN_TIMEOUT_S = 3.0
 """systemd restarts a crashed daemon within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
-"""A running job sends its state every second. After a silence of this length, check that the daemon
-is alive."""
+"""A running job sends its state every second. After this silence, check that the daemon is
+alive."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
-"""How long to wait until our pidfd reports the exit that the daemon has reported."""
+"""Our pidfd reports an exit as soon as the daemon's pidfd does."""
 ENDING_S = 1.0
 """A daemon that exits closes the connection within this time after the last reply."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
-"""Linux: the number of bytes sent that the peer has not read yet, unix(7)."""
+"""Linux: the bytes sent that the peer has not read, unix(7)."""
 _SPANS = {
     "grace": "graceUSec",
     "stall": "stallUSec",
@@ -55,7 +55,7 @@ _SPANS = {
 }
 """The names of Options by field of Policy."""
 _NEVER_USEC = 2**62
-"""The value of an endless time span in a call."""
+"""An endless time span in a call."""
 
 
 class DaemonCall:
@@ -70,8 +70,8 @@ class DaemonCall:
         more: bool,
         descriptor: int = -1,
     ) -> None:
-        """`descriptor`: a descriptor to send with the call, -1 for none. Raises OSError if no
-        daemon listens at `path`, or the listener is neither root nor our own user."""
+        """`descriptor` is sent with the call, -1 for none. Raises OSError if neither root nor our
+        own user listens at `path`."""
         self.path = path
         self.method = method
         self._parameters = parameters
@@ -105,7 +105,6 @@ class DaemonCall:
 
     @property
     def was_read(self) -> bool:
-        """Whether the daemon has read the call."""
         import fcntl
 
         unread = fcntl.ioctl(self.sock, _SIOCOUTQ, b"\0" * 4)
@@ -134,15 +133,12 @@ class DaemonCall:
 
 
 class _PendingCall:
-    """A call and the stops that it covers."""
-
     def __init__(self, call: DaemonCall, stops: Sequence[GuestStop], deadline: float) -> None:
         self.call = call
         self.stops = {stop.process.pid: stop for stop in stops}
         self.deadline = deadline
         """When the next reply is due."""
         self.after_restart = False
-        """Whether the call was sent to a restarted daemon."""
         self.was_extended = False
         """Whether the deadline was extended because the daemon is busy."""
 
@@ -165,19 +161,19 @@ class DaemonStopper:
         self._clock = clock
         self._calls: list[_PendingCall] = []
         self._check: tuple[DaemonCall, float] | None = None
-        """The call that checks whether a silent daemon is alive, and the deadline of that call."""
+        """The call that checks whether a silent daemon is alive, and its deadline."""
         self._exits: dict[GuestStop, tuple[str, float]] = {}
-        """For stops that the daemon reported as exited: the result, and the deadline for our pidfd
-        to confirm the exit."""
+        """For stops reported as exited: the result, and the deadline for our pidfd to confirm the
+        exit."""
         self._check_deadlines: dict[GuestStop, float] = {}
-        """For stops whose process has exited: the deadline for the daemon to report the result."""
+        """For stops whose process exited: the deadline for the daemon to report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
-        """For stops whose job was cancelled: if the daemon still runs at this time, somebody
-        cancelled the job on purpose."""
+        """For cancelled stops: if the daemon still runs at this time, somebody cancelled the job on
+        purpose."""
         self._retry_times: dict[GuestStop, float] = {}
         """For stops whose daemon is gone: when to ask it again."""
         self._return_deadlines: dict[GuestStop, float] = {}
-        """For stops whose daemon is gone: the deadline for a restarted daemon to answer."""
+        """For stops whose daemon is gone: the deadline for a restarted one to answer."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         for at in range(0, len(stops), MAX_AT_ONCE):
@@ -442,7 +438,6 @@ class DaemonStopper:
             self._return_deadlines.setdefault(stop, now + RETURN_TIMEOUT_S)
 
     def _follow_again(self, stop: GuestStop) -> None:
-        """Ask a restarted daemon about a stop."""
         until, now = self._return_deadlines[stop], self._clock()
         if now >= until:
             self._lose(stop, "qkilld went away")

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
 
 class LocalCaller:
-    """The user of this process. polkit is not asked, so the user may do only what needs no
-    authorization.
+    """The user of this process, without further authorization, because polkit cannot be asked.
 
     Implements engine.ports.Caller.
     """
@@ -69,7 +68,7 @@ class LocalStop:
     spans: Mapping[str, int]
     reason: str
     status: JobStatus | None
-    """The last status of the daemon's job for this process; None if there was none."""
+    """The last status of its job in the daemon."""
     job: Job | None = None
     on_state: Callable[[dict[str, Any]], None] = lambda state: None
     """Called with each State (org.qkilld1.varlink) of the job."""
@@ -88,13 +87,12 @@ class LocalStop:
         )
 
     def amend(self, stop: GuestStop) -> None:
-        """Copy the changes of `stop`."""
         self.flags = flags_of(stop.flags)
         self.ask_at_most = INFINITY if stop.ask_at_most is None else stop.ask_at_most
 
 
 class Fallback:
-    """The daemon's engine in this process. Construct it in a running event loop, and close it."""
+    """Construct it in a running event loop, and close it."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -186,7 +184,6 @@ class Fallback:
         )
 
     def join(self, stop: LocalStop) -> None:
-        """Pass changes of a stop to its running job."""
         if stop.job is not None and stop.job.running:
             request = Request(
                 stop.flags, {}, stop.reason, os.geteuid(), ask_at_most=stop.ask_at_most
@@ -196,12 +193,12 @@ class Fallback:
                 stop.job.join(request)
 
     def release(self, stop: LocalStop) -> None:
-        """Release a job that was held when the daemon ran it."""
+        """Release a job that was held in the daemon."""
         if stop.job is not None and stop.job.running and stop.job.control.held:
             stop.job.release(Steerer(os.geteuid(), stop.job.rank))
 
     async def close(self) -> None:
-        """Cancel all jobs: no more signals are sent."""
+        """Cancel all jobs."""
         self._registry.cancel_all()
         await self._registry.wait_undone()
         self._sampler.close()

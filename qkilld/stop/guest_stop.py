@@ -18,7 +18,7 @@ ENDINGS = {
     "cancelled": "is still there: its job was cancelled",
     "failed": "could not be stopped, see the journal",
 }
-"""The messages about the guest, by the result of its job."""
+"""Messages by the result of the job."""
 
 
 class GuestStop:
@@ -42,17 +42,15 @@ class GuestStop:
         """The last State (org.qkilld1.varlink) of its job, which runs in the daemon or in this
         process."""
         self.code: int | None = None
-        """The exit code for this stop; None while it is running."""
+        """The exit code; None while the stop is running."""
         self.denial = ""
-        """Why the daemon denied the stop."""
         self.exit_seen = False
         self.leave_at: float | None = None
         """When to give up, time.monotonic(). Set if the process is exiting and nothing more can be
         done."""
 
     def close_monitor(self) -> None:
-        """Close the connection to the monitor, so that the daemon or another program can
-        connect."""
+        """Close the connection, so that others can connect to the monitor."""
         if self.monitor >= 0:
             os.close(self.monitor)
             self.monitor = -1

@@ -22,8 +22,7 @@ TICK_S: Final = 1.0
 
 
 def domain_to_ask(stop: GuestStop) -> Domain | None:
-    """Return the domain that libvirt should ask to shut down; None if the guest is not libvirt's,
-    or should not be asked."""
+    """Return the domain that libvirt should ask to shut down, if any."""
     if stop.powerdown is False:
         return None
     domain = domain_of(stop.process.pid)

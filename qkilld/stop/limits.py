@@ -28,8 +28,7 @@ qkilld-guests.service uses 25 of them."""
 def extension(deadlines: Iterable[int], now: int) -> int:
     """Return the value of EXTEND_TIMEOUT_USEC= for running jobs with these deadlines.
 
-    A deadline is the time of a job's next step, so the extension never exceeds what the job's
-    policy allows.
+    A deadline is the time of a job's next step, so the job's policy limits the extension.
     """
     longest = max((deadline - now for deadline in deadlines), default=0)
     return min(max(longest, 0), STEP) + MARGIN

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 
 class Mailbox:
-    """Queues callbacks for the main thread."""
-
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -26,7 +24,6 @@ class Mailbox:
             os.write(self._write, b"\0")
 
     def work(self) -> None:
-        """Call all queued callbacks."""
         try:
             os.read(self._read, 1 << 16)
         except BlockingIOError:

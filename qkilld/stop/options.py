@@ -32,7 +32,7 @@ class Options:
         self.all_guests = all_guests
         """--all: stop every guest that its own unit does not stop."""
         self.force = force
-        """Whether to allow SIGKILL; None: only if systemd would send it too."""
+        """None: only if systemd would send SIGKILL too."""
         self.powerdown = powerdown
         """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
         self.spans = spans or {}

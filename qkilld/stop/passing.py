@@ -15,7 +15,7 @@ from qkilld.monitor.reach import connect_passable
 from qkilld.stop.guest_stop import GuestStop
 
 TIMEOUT_S: Final = 3.0
-"""The time limit for all steps together: a hostile process can delay each step."""
+"""For all steps together, because a hostile process can delay each one."""
 
 
 def connect_monitor(stop: GuestStop) -> None:

@@ -83,8 +83,8 @@ def open_main_process(text: str) -> ProcessHandle:
 def by_systemd(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program, directly or through a shell.
 
-    A user's interactive shell runs in a unit too, but its user does not mean the guests of that
-    unit. Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
+    A user's interactive shell runs in a unit too, but not to stop that unit's guests. Source:
+    $SYSTEMD_EXEC_PID in systemd.exec(5).
     """
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
 

@@ -30,23 +30,20 @@ from qkilld.stop.targets import Targets
 
 @dataclass(frozen=True, slots=True)
 class GuestPlan:
-    """The plan for one process."""
-
     pid: int
     name: str
     unit: str
     force: bool
     rungs: tuple[tuple[str, int], ...]
-    """For each step: the signal, and the time after the start, µs."""
+    """Pairs (signal, µs after the start)."""
     gives_up_usec: int | None
     leaves_usec: int | None
     """When qkilld-stop would exit, before systemd kills it, µs after the start; None for never."""
     ways: tuple[str, ...]
-    """How the guest can be asked to shut down, and why asking may fail."""
+    """How the guest can be asked, and why that may fail."""
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Format for display."""
         name = f" ({self.name})" if self.name else ""
         lines = [
             f"would stop process {self.pid}{name}",

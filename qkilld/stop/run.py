@@ -45,12 +45,11 @@ UNIT_AFTER_S = 0.05
 """The delay before the unit's settings are read. An idle guest exits earlier."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
-"""The interval in which systemd gets a status and an extension."""
+"""How often systemd gets a status and an extension."""
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""How often to stop a QEMU that a shell starts after the guest has exited. Then systemd kills
-both."""
+"""How often to stop another QEMU that a shell starts. Then systemd kills both."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
@@ -73,10 +72,8 @@ class StopRun:
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(self._paths) + 1)
-        """The stoppers in the order in which they are tried. Constructed when needed; the last one
-        is local."""
+        """In the order in which they are tried; constructed when needed. The last one is local."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
-        """The stopper of each running stop."""
         self._place: dict[GuestStop, int] = {}
         """The index of a stop's stopper in `_stoppers`."""
         self._why: dict[GuestStop, str] = {}
@@ -134,7 +131,6 @@ class StopRun:
 
     @property
     def code(self) -> int:
-        """The exit code of the run."""
         codes = [stop.code for stop in self._stops if stop.code is not None]
         if len(codes) < len(self._stops) and self._departure is not None:
             return self._departure
@@ -239,7 +235,6 @@ class StopRun:
     # ---- stopping ----
 
     def _wait(self) -> None:
-        """Block until something is received or due."""
         poll = select.poll()
         if self._signals >= 0:
             poll.register(self._signals, select.POLLIN)
@@ -513,7 +508,6 @@ class StopRun:
             self.unit_known(unit | {"force": False})
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
-        """Apply the unit's limits to a stop."""
         if unit["force"] and self._options.force is None:
             stop.forced = True
         if (ask := unit["askUSec"]) is not None:
@@ -553,16 +547,14 @@ class StopRun:
             self.interrupted(signal.Signals(number))
 
     def interrupted(self, number: signal.Signals) -> None:
-        """Handle a signal to this process."""
         if number == signal.SIGTERM and self._extendable and not self._overrun:
             self._go_on()
             return
         self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
 
     def _go_on(self) -> None:
-        """Continue after systemd's timeout, which expired despite extensions because `systemctl
-        daemon-reload` drops them. Until systemd sends SIGKILL, the timeout can be extended
-        again."""
+        """systemd's timeout expired despite extensions, because `systemctl daemon-reload` drops
+        them. The timeout can be extended again until systemd sends SIGKILL."""
         from qkilld.stop.helper_events import stop_overrun
 
         self._overrun = True

@@ -9,7 +9,6 @@ from qkilld.model.job_status import JobStatus, label
 from qkilld.model.text import format_bytes
 
 NAMED: Final = 3
-"""The most guests that are named."""
 
 
 def status_line(jobs: Sequence[JobStatus], now: int) -> str:

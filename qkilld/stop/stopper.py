@@ -25,8 +25,7 @@ class StopListener(Protocol):
         """The stop was refused with an error of org.qkilld1."""
 
     def lost(self, stop: GuestStop, why: str) -> None:
-        """This stopper cannot finish the stop, so another one must; `stop.state` is the last known
-        state."""
+        """Another stopper must continue; `stop.state` is the last known state."""
 
     def unit_known(self, unit: dict[str, Any]) -> None:
         """The unit's limits (UnitLimits of org.qkilld1.varlink) are known, and the stopper's jobs
@@ -61,4 +60,4 @@ class Stopper(Protocol):
         """Release the job if it is held and nobody else can release it any more."""
 
     def close(self) -> None:
-        """Free resources; start no more stops."""
+        """Free all resources."""

@@ -67,7 +67,7 @@ def _find_packages() -> None:
 
 async def own_facts(connection: Connection | str) -> UnitFacts | None:
     """Return the settings of our own unit; None if systemd cannot be asked, or is not stopping the
-    unit, so that the settings do not apply."""
+    unit."""
     facts = await _facts(connection)
     return facts if facts is not None and being_stopped(facts) else None
 
@@ -111,8 +111,8 @@ async def unattended(
 ) -> list[ProcessHandle]:
     """Return the guests whose units do not stop them, and close the others.
 
-    Each guest comes with its unit: "" for none, None if unknown. `connection`: a connection to the
-    bus of the units' manager, or the reason why there is none.
+    Each guest comes with its unit: "" for none, None if unknown. `connection`: to the bus of these
+    units' manager, or the reason why there is none.
     """
     attended: dict[str, bool] = {}
     processes = []

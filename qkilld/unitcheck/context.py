@@ -71,15 +71,13 @@ class Surroundings:
     guests_service: bool = False
     """Whether qkilld-guests.service is active, and is stopped before this unit."""
     storage: tuple[Storage, ...] = ()
-    """The storage of the guest's disks."""
     unasked: tuple[str, ...] = ()
     """For each guest that cannot be asked to shut down, although it should be: the reason."""
     guard: str = ""
-    """For a scope: its guard, the unit that stops the guest before systemd stops the scope."""
+    """For a scope: its guard, which stops the guest before systemd stops the scope."""
     is_guarded: bool = False
-    """Whether the guard is active."""
     manager: str = ""
-    """For a unit of a user manager: that manager's own unit; "" for system units."""
+    """For a user's unit: the unit of the user manager; "" for system units."""
     manager_timeout: int = INFINITY
     """The time (µs) that `manager` has to stop all of its units when it exits."""
 
@@ -195,8 +193,8 @@ def helper_reach(facts: UnitFacts) -> Helper:
 
 
 def hides_bus(facts: UnitFacts) -> str:
-    """Return the setting that hides the bus and systemd's notify socket from the unit's processes;
-    "" if none does."""
+    """Return the setting that hides the bus and systemd's notify socket from the unit; "" for
+    none."""
     if facts.address_families is not None and "AF_UNIX" not in facts.address_families:
         return "RestrictAddressFamilies="
     if any(_covers(path, place) for path in facts.hidden_paths for place in _HIDDEN_BUS):

@@ -36,8 +36,8 @@ class Change:
 
 
 def changes(findings: Iterable[Finding]) -> list[Change]:
-    """Return the changes that adopt writes: fixes of all unsafe findings, except those that only
-    the owner can judge."""
+    """Return what adopt writes: fixes of unsafe findings, except those that only the owner can
+    judge."""
     wanted_changes: list[Change] = []
     lines_seen: set[Line] = set()
     for finding in findings:

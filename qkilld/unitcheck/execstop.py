@@ -119,7 +119,6 @@ def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
 
 
 def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
-    """Check a unit without qkilld-stop."""
     lines = stop_lines(facts, surroundings)
     mends = _helper_mends(facts, surroundings)
     yield from _check_by_name(lines)
@@ -196,7 +195,7 @@ def has_helper(facts: UnitFacts) -> bool:
 
 
 def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool = True) -> Line:
-    """Return the ExecStop= line with which a service runs qkilld-stop, the helper.
+    """Return the ExecStop= line of a service for qkilld-stop, the helper.
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
@@ -292,8 +291,7 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit as it is, with its specifiers. `ignore_failure` adds a `-`, so that
-    later lines run even if this one fails."""
+    """Return a line of the unit as it is, with its specifiers. `ignore_failure` adds a `-`."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]

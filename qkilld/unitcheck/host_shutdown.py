@@ -77,8 +77,7 @@ def predict_stop(
     is_before: bool,
     has_unit: bool,
 ) -> StoppedBy:
-    """Return who stops a guest. `is_before`: its unit is ordered before qkilld-guests.service, as
-    all scopes are."""
+    """`is_before`: its unit is ordered before qkilld-guests.service, as all scopes are."""
     if not is_covered:
         return StoppedBy.UNCOVERED
     if cares_for_guests:

@@ -67,9 +67,8 @@ MANAGERS: Final = frozenset(
      "ganeti-noded", "vdsmd", "nova-compute", "pacemakerd", "pacemaker-remoted", "pve-ha-lrm",
      "pvedaemon", "systemd", "systemd-machined", "systemd-logind", "sshd"]
 )  # fmt: skip
-"""Programs that start guests in other units. A stop or restart of the service that runs such a
-program does not stop these guests. The service's name does not matter; `x.y` is an app of a
-snap."""
+"""Programs that start guests in other units. A stop or restart of a program's own service does not
+stop these guests. The service's name does not matter; `x.y` is an app of a snap."""
 _OWNERS: Final = (
     ("machine-qemu", ("libvirt-guests.service",)),
     ("docker-", ("docker.service", "snap.docker.dockerd.service")),
@@ -84,7 +83,7 @@ NO_KEEPERS: Final = frozenset(
      "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
      "rescue.target", "emergency.target", "systemd-user-sessions.service"]
 )  # fmt: skip
-"""Units that many other units have in Before=, and that have nothing to do with guests."""
+"""Units in many Before= that have nothing to do with guests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,8 @@ def _fuser(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
-    """Return the signal that the words name: SIGTERM by default, None if unknown. `letters`: the
-    options that take a signal."""
+    """Return SIGTERM if no signal is given, None if it is unknown. `letters`: options that take a
+    signal."""
     rest = iter(words)
     for word in rest:
         if word == "--":

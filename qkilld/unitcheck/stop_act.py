@@ -12,7 +12,7 @@ from qkilld.model.dataclass import dataclass
 
 
 class ActKind(StrEnum):
-    """What an act does; the values appear in --json."""
+    """The values appear in --json."""
 
     HELPER = "helper"
     """qkilld-stop: asks the guest, then QEMU, and returns when QEMU has exited."""
@@ -25,7 +25,6 @@ class ActKind(StrEnum):
     TERMINATES = "asks-qemu"
     """Asks QEMU to write out its data and exit (SIGTERM, `quit`), and returns."""
     KILLS = "kills"
-    """Kills QEMU."""
     NOTHING = "nothing"
     UNKNOWN = "unknown"
 

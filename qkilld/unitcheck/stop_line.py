@@ -48,7 +48,7 @@ _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Programs that run another program, and those of their options that take a value."""
 _USES_UP: Final = {"taskset": 1, "chrt": 1}
-"""How many arguments these programs take between their options and the program to run."""
+"""The number of arguments between the options and the program to run."""
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 _ALIVE: Final = re.compile(
@@ -84,8 +84,8 @@ class StopLine:
 
     @property
     def waits_for_guest(self) -> bool:
-        """Whether the line asks the guest to shut down, and returns when the guest has exited or at
-        a timeout."""
+        """Whether the line asks the guest to shut down, and waits until it has exited or for a
+        timeout."""
         return self.is_understood and self.has(ActKind.ASKS) and self.has(ActKind.WAITS)
 
 
@@ -244,7 +244,7 @@ def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:
     *sources, last = node.parts
     text = " ".join(_output_of(part) for part in sources)
     acts = [each for part in sources for each in _acts_of_node(part, depth)]
-    # The last part decides when the pipeline ends, and reads the pipe, not /dev/null.
+    # The last part reads the pipe, not /dev/null.
     acts = [replace(each, reads=False) for each in acts]
     combined = (*_acts_of_node(last, depth, text or "|" * bool(sources)), *acts)
     if node.background:

@@ -1,7 +1,7 @@
 """Simulate the stop of a unit step by step, and what happens to the guest's data. Pure.
 
-If a fact is unknown (what a program does, whether the guest can be asked), every possible value is
-tried, as an `Assumption`. Two ways to stop a guest are compared under each assumption. Sources:
+For unknown facts (what a program does, whether the guest can be asked), every possible value is
+tried: an `Assumption`. Two ways to stop a guest are compared under each assumption. Sources:
 systemd.service(5), systemd.kill(5), systemd.scope(5); systemd, src/core/service.c.
 """
 
@@ -70,8 +70,6 @@ class Outcome:
 
 
 class UnknownProgram(StrEnum):
-    """What an unknown program may do."""
-
     NOTHING = auto()
     FAILS = auto()
     ASKS = auto()
@@ -125,14 +123,13 @@ class StopSettings:
     main_may_trap: bool = False
     """The main process is not QEMU, and may do anything when it gets KillSignal=."""
     outlives: bool = False
-    """The unit is a manager of guests, which are meant to keep running when it is stopped."""
+    """A manager whose guests are meant to keep running when it is stopped."""
     helper: Helper = Helper.EXTENDS
     """How well qkilld-stop works, in an ExecStop= of the unit or in the guard."""
     guard: str = ""
-    """For a scope: the unit that stops the guest with qkilld-stop before systemd stops the
-    scope."""
+    """The guard of a scope, which stops the guest with qkilld-stop first; "" for none."""
     keepers: tuple[str, ...] = ()
-    """The units that shut the guest down at host shutdown, before this unit is stopped."""
+    """The units that shut the guest down at host shutdown, before this one is stopped."""
     keeper_timeout: int = INFINITY
     """The shortest TimeoutStopSec= of the keepers, µs."""
     guard_waits: bool = True
@@ -140,7 +137,7 @@ class StopSettings:
     guests_service: bool = False
     """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
-    """A process on this host that serves the guest's disks may be stopped at the same time."""
+    """A server of its disks on this host may be stopped at the same time."""
     storage_goes_first: bool = False
     """At shutdown, the storage may be gone before the unit is stopped."""
     can_ask: bool | None = None
@@ -154,15 +151,13 @@ class StopSettings:
 
 class Occasion(StrEnum):
     STOP = "stop"
-    """systemctl stop."""
     RESTART = "restart"
-    """systemctl restart."""
     SHUTDOWN = "shutdown"
     """The host powers off or reboots."""
 
 
 def assumptions(*all_settings: StopSettings) -> list[Assumption]:
-    """Return all assumptions that can affect the outcome for any of these settings."""
+    """Return all assumptions that can affect an outcome."""
     unknown = any(not line.is_understood for each in all_settings for line in each.lines)
     wrapped = any(
         each.main_may_trap and each.kill_mode in ("mixed", "process") for each in all_settings
@@ -218,8 +213,8 @@ class _Stop:
         return self._on_storage(self._signals())
 
     def _before_unit(self) -> Outcome | None:
-        """Simulate a shutdown up to the stop of the unit itself. Return the outcome if qkilld-stop
-        stops the guest before that."""
+        """Simulate a shutdown before the stop of the unit. Return the outcome if qkilld-stop
+        runs."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:
@@ -343,7 +338,7 @@ class _Stop:
         return self._left()
 
     def _flush(self) -> Outcome:
-        """Simulate QEMU writing out its data after a request to exit."""
+        """Simulate QEMU's exit on request."""
         if not self.settings.is_cut:
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))
         limit = format_usec(self.settings.timeout)
@@ -370,7 +365,7 @@ class _Stop:
         return Outcome(guest, disks, (*self.steps, StopStep(by, does)))
 
     def _on_storage(self, end: Outcome) -> Outcome:
-        """Lower an outcome if the storage may go away before the guest has exited."""
+        """Lower an outcome if the storage may go away first."""
         settings = self.settings
         if end.disks is Patience.UNTOUCHED:
             return end
@@ -378,8 +373,8 @@ class _Stop:
             step = StopStep("storage", "may-be-gone-first")
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
-            # QEMU usually exits before the server if systemd signals both at once, but not if a
-            # longer stop comes first.
+            # If systemd signals both at once, QEMU usually exits before the server; after a longer
+            # stop it does not.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(

@@ -62,9 +62,9 @@ class Storage:
     device reached over the network."""
 
     mount_point: str = ""
-    """The mount point of a file system; "" for a server or a device."""
+    """Of a file system; "" for a server or a device."""
     unit: str = ""
-    """The .mount unit of a file system."""
+    """The file system's .mount unit."""
     protocol: str = ""
     """For a server or device: nbd, iscsi, vhost-user, …"""
     server: str = ""
@@ -77,7 +77,7 @@ class Storage:
 
     @property
     def line(self) -> str:
-        """The line of a unit file that orders a unit after this storage."""
+        """The line that orders a unit after this storage."""
         if self.server:
             return f"After={self.text or self.server}"
         if self.device:
@@ -100,14 +100,12 @@ def is_ordered(facts: UnitFacts, place: Storage) -> bool:
 
 
 def device_kind(path: str) -> str:
-    """Return the kind of a device (a key of DEVICE_UNITS), judging by its path alone; "" for
-    none."""
+    """Return a device's key in DEVICE_UNITS, by its path alone; "" for none."""
     return next((kind for pattern, kind in _DEVICE_NAMES if pattern.match(path)), "")
 
 
 def mount_unit(mount_point: str) -> str:
-    """Return the .mount unit of a mount point. Source: systemd.unit(5), "String Escaping for
-    Inclusion in Unit Names"."""
+    """Return the .mount unit: systemd.unit(5), "String Escaping for Inclusion in Unit Names"."""
     path = "/".join(part for part in mount_point.split("/") if part)
     return f"{escaped(path) if path else '-'}.mount"
 
