@@ -20,8 +20,8 @@ FLUSH_TIMEOUT_S: Final = 2.0
 class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
-    Items go to disks, to the journal and to systemd, any of which may hang exactly when a guest
-    must be stopped. Nothing here blocks or raises, except `close`, which blocks.
+    Items go to disks, the journal and systemd, any of which may hang when a guest must be stopped.
+    Nothing here blocks or raises, except that `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:

@@ -55,7 +55,7 @@ class QueuedJournal:
         """Items are events, or the number of events dropped at that point."""
 
     def write(self, event: Event) -> None:
-        """Queue an event. Never waits: if the queue is full, the event is dropped and counted."""
+        """Queue an event; drop and count it if the queue is full. Never waits."""
         with self._lock:
             self._queue_count()
             if not self._writer.put(event):

@@ -103,8 +103,8 @@ class ServiceManager:
 def stored_descriptors() -> dict[str, int]:
     """Return the descriptors that the manager has stored, by name. Call it once, at the start.
 
-    This cannot block: unlike systemd-python's functions that send, listen_fds_with_names() only
-    reads the environment and sets flags of the descriptors.
+    This cannot block: listen_fds_with_names() only reads the environment and sets flags of the
+    descriptors.
     """
     if "LISTEN_FDS" not in os.environ:
         return {}

@@ -91,4 +91,4 @@ class TargetThreads:
 
 
 shared: Final = TargetThreads()
-"""The threads of the whole program, because TasksMax= of its unit limits all of them together."""
+"""For the whole program, because TasksMax= limits all threads of its unit together."""

@@ -23,8 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""The most traces with the same job number, process id and start time. Several are possible because
-a process may outlive daemons."""
+"""The most traces with the same job number, process id and start time: a process may outlive
+daemons, and the next one may count from 1 again."""
 
 
 class TraceDirectory:

@@ -3,9 +3,8 @@
     process_reader  /proc/PID: state, signals, tracer, CPU time, I/O counters
     threads         where its threads wait, and how often they were woken
     rings           requests in flight on io_uring; whether Linux AIO may have some
-    storage         counters of the disks and network mounts under its images
-    sockets         its connections and their queues
-    peers           the servers on this host that it is connected to
+    storage         the disks and network mounts under its images
+    sockets, peers  its connections, and the servers at their other ends
     cgroup          writeback, writes and the freezer of its control groups, v1 and v2
     meminfo         writeback of the whole host
 

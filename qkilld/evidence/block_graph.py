@@ -92,7 +92,7 @@ class BlockGraph:
         return frozenset(self.raw | _resolved(self.raw, directory))
 
     def image_names(self, directory: str) -> dict[str, frozenset[str]]:
-        """Return the names of the nodes that use each image, by its path in both these forms."""
+        """Return the names of the nodes that use each image, by the paths as in `raw_paths`."""
         names: dict[str, frozenset[str]] = {}
         for path, given in self.images.items():
             for each in {path} | _resolved({path}, directory):

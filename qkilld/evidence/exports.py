@@ -22,8 +22,7 @@ _MAX_DEPTH: Final = 8
 
 
 class ExportReader:
-    """Reads once, in its own thread, because reading /proc/PID/cmdline takes the server's memory
-    lock, which may be held as long as its storage hangs. Not thread-safe."""
+    """Reads once, in its own thread for the same reason as command_line.py. Not thread-safe."""
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc

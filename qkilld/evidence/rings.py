@@ -198,10 +198,7 @@ def requests_in_flight(text: bytes) -> int | None:
 
 
 class _Mappings:
-    """Finds AIO contexts among the mappings, and reads them, without blocking for long.
-
-    Both take the target's memory lock, which the target may hold while it waits for its storage.
-    """
+    """Finds AIO contexts among the mappings, and reads them, without blocking for long."""
 
     def __init__(self, directory: int) -> None:
         self._directory = directory

@@ -4,8 +4,7 @@ The links of its descriptors show the inodes of its sockets (files.py). The sock
 namespace are read from the kernel once for all processes (sockdiag.py). /proc/PID/net shows less
 about sockets in another namespace.
 
-Needs the ptrace right for another user's process. For costs, see the methods. Sources:
-sock_diag(7), proc_pid_net(5), unix(7).
+Needs the ptrace right for another user's process. Sources: sock_diag(7), proc_pid_net(5), unix(7).
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
     """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
 
     With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if
-    one does not answer. Without it, QEMU asks none, and the state includes read-only disks, but not
-    whether a disk has failed or is never flushed.
+    one does not answer. Without it, QEMU asks none. The state then includes read-only disks, and
+    does not show whether a disk has failed or is never flushed.
     """
 
     async def ask(command: str, **arguments: Any) -> Any:

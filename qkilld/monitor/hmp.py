@@ -23,7 +23,7 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel
 OPEN_S: Final = 1.0
 _PROMPT: Final = b"(qemu) "
 _ESCAPES: Final = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]|\xff[\xfb-\xfe].", re.DOTALL)
-"""Escape sequences of a terminal, and telnet commands (RFC 854) of a monitor on telnet:."""
+"""Escape sequences of a terminal, and telnet commands (RFC 854), which "telnet:" monitors send."""
 _REFUSAL: Final = re.compile(r"unknown command: '|Error: |[^\n]*\nTry \"help ")
 
 
