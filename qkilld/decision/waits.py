@@ -209,10 +209,15 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 
 def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
-    """Return signs for requests that may be on any of its disks. If one disk has requests in flight
-    and completes none, assume that disk: only completions of disks below it count."""
-    writable = [device for device in sample.devices or () if device.writable]
-    stuck = _stuck_disks(sample, previous)
+    """Return signs for requests on its io_urings, which may be on any disk that is not known to
+    have none there. If one of these disks has requests in flight and completes none, assume that
+    disk: only completions of disks below it count."""
+    writable = [
+        device
+        for device in sample.devices or ()
+        if device.writable and device.number not in sample.ringless
+    ]
+    stuck = _stuck_disks(sample, previous) - set(sample.ringless)
     signs = disk_signs(writable)
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import field
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -55,6 +55,8 @@ class BlockGraph:
     """The paths of raw images."""
     images: dict[str, set[str]] = field(default_factory=dict)
     """The names of the nodes and drives that use each image, by the image's path."""
+    on_rings: set[str] = field(default_factory=set)
+    """The paths of the images among them with aio=io_uring."""
     unlocated: list[Node] = field(default_factory=list)
     """Nodes whose server no option names, such as those of rbd."""
     pluggable: bool = False
@@ -91,6 +93,12 @@ class BlockGraph:
         symbolic links. `directory` is QEMU's working directory."""
         return frozenset(self.raw | _resolved(self.raw, directory))
 
+    def ringless_paths(self, directory: str) -> frozenset[str]:
+        """Return the paths of images whose requests are never on an io_uring, like `raw_paths`."""
+        paths = self.images.keys() - self.on_rings
+        on_rings = self.on_rings | _resolved(self.on_rings, directory)
+        return frozenset((paths | _resolved(paths, directory)) - on_rings)
+
     def image_names(self, directory: str) -> dict[str, frozenset[str]]:
         """Return the names of the nodes that use each image, by the paths as in `raw_paths`."""
         names: dict[str, frozenset[str]] = {}
@@ -100,7 +108,7 @@ class BlockGraph:
         return names
 
 
-def _resolved(names: set[str], directory: str) -> set[str]:
+def _resolved(names: Set[str], directory: str) -> set[str]:
     if not directory:
         return set()
     return {os.path.normpath(os.path.join(directory, name)) for name in names}  # noqa: PTH118
@@ -138,9 +146,11 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
         _read_nodes(graph, name, flat, 0)
         disk = _read_disk_option(name, option.name == "blockdev", flat)
         disks.append(disk)
-        for path in map(_bare, disk.paths):
-            own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
+        own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
+        for path, values in _unfolded(disk.paths, flat):
             graph.images.setdefault(path, set()).update(own)
+            if "io_uring" in values:
+                graph.on_rings.add(path)
     graph.raw.update(path for path, raw in _images(disks, in_use).items() if raw)
 
 
@@ -170,6 +180,21 @@ def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _Dis
     if not is_node and not {"format", "driver"} & flat.keys():
         formats.add("")
     return _DiskOption(name, frozenset(formats), tuple(paths), frozenset(children))
+
+
+def _unfolded(
+    paths: Iterable[str], flat: Mapping[str, str]
+) -> Iterator[tuple[str, Collection[str]]]:
+    """Yield each path with the values of its options. `json:{...}` in place of a path has its own
+    options."""
+    for path in paths:
+        if not path.startswith("json:"):
+            yield _bare(path), flat.values()
+            continue
+        inner = QemuOption("blockdev", path.removeprefix("json:")).flat
+        for key, value in inner.items():
+            if key.rpartition(".")[2] == "filename":
+                yield _bare(value), (*flat.values(), *inner.values())
 
 
 def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:

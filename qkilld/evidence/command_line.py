@@ -18,6 +18,7 @@ from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, read_config
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.debug_log import about, note_once
 from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_graph
+from qkilld.evidence.storage import FilePlace
 from qkilld.model.sample import ImagePlace
 from qkilld.model.text import printable
 
@@ -34,6 +35,7 @@ class GraphReader:
         self._directory = ""
         self._raw: frozenset[str] = frozenset()
         self._names: dict[str, frozenset[str]] = {}
+        self._ringless: frozenset[str] = frozenset()
 
     def read(self) -> BlockGraph | None:
         """Return the graph; None while it is unknown. Waits for at most TIMEOUT_S."""
@@ -68,6 +70,20 @@ class GraphReader:
             for path, mount in mounts.items()
         )
 
+    def ringless(self, places: Mapping[str, FilePlace]) -> tuple[str, ...]:
+        """Return the devices whose images never have requests on an io_uring. `places`: the storage
+        of each image open for writing, by its path."""
+        if self._graph is None:
+            return ()
+        may_have = {
+            number
+            for path, place in places.items()
+            if path not in self._ringless
+            for number in place.disks
+        }
+        every = {number for place in places.values() for number in place.disks}
+        return tuple(sorted(every - may_have))
+
     def _look(self) -> None:
         about(self._pid)
         try:
@@ -87,6 +103,7 @@ class GraphReader:
             graph = read_block_graph(argv, sections)
             self._raw = graph.raw_paths(self._directory)
             self._names = graph.image_names(self._directory)
+            self._ringless = graph.ringless_paths(self._directory)
             self._graph = graph
         except (OSError, ValueError) as error:
             note_once("reading the command line", error)  # The graph stays unknown.

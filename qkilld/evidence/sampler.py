@@ -133,6 +133,9 @@ class Reader:
             pluggable=None if graph is None else graph.pluggable,
             formatted=self._graph.formatted(self._storage.writable),
             images=self._graph.images(self._storage.writable_mounts) if mounts != () else (),
+            ringless=()
+            if values.get("rings") == 0
+            else self._graph.ringless(self._storage.writable_places),
             **values,
         )
         if is_on():

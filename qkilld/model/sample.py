@@ -250,3 +250,6 @@ class Sample:
     """Images open for writing that are not known to be raw: QEMU may hold back data for them."""
     images: tuple[ImagePlace, ...] | None = None
     """() if `mounts` is empty."""
+    ringless: tuple[str, ...] = ()
+    """MAJOR:MINOR of the devices whose images have no requests on an io_uring, by the command line;
+    () also if its rings have none, or if that is unknown."""

@@ -400,6 +400,14 @@ _WAITED_WRONGLY: Final = (
         dead=True,
     ),
     _case(
+        "uring-dead-neighbour",
+        "an image on FUSE with io_uring hangs for good, a healthy one lies on a busy disk",
+        (_LOCAL, Disk(store="fuse", cache="none", aio="io_uring", in_flight=1)),
+        Change(0, 1, "freeze"),
+        noises=("neighbour",),
+        dead=True,
+    ),
+    _case(
         "mirror-dead",
         "a mirror to NBD that is frozen for good",
         (Disk(syntax="blockdev"), Disk("nbd", syntax="mirror")),

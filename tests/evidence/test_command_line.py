@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qkilld.adapters.process import open_process
 from qkilld.evidence.command_line import GraphReader
+from qkilld.evidence.storage import FilePlace
 from qkilld.monitor.reach import read_options
 from tests.evidence.until import until
 from tests.lab.guest import Guest
@@ -28,6 +29,10 @@ def test_a_real_qemu_with_a_config_file(qemu: Make, lab_dir: Path) -> None:
     assert reader.formatted([str(image)]) == 0
     assert reader.formatted([str(image), "/elsewhere/b.qcow2"]) == 1
     assert reader.formatted(None) is None
+    there = FilePlace(("7:1", "254:0"), "")
+    assert reader.ringless({str(image): there}) == ("254:0", "7:1")
+    unknown = {"/elsewhere/b.qcow2": FilePlace(("254:0",), "")}
+    assert reader.ringless({str(image): there, **unknown}) == ("7:1",)
 
 
 def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_dir: Path) -> None:
@@ -38,6 +43,7 @@ def test_a_config_file_that_is_gone_leaves_everything_unknown(qemu: Make, lab_di
     reader = GraphReader(guest.pid)
     assert [reader.read() for _ in range(3)] == [None, None, None]
     assert reader.formatted([]) is None
+    assert reader.ringless({"/a": FilePlace(("7:1",), "")}) == ()
 
 
 def test_very_much_in_config_files_takes_no_memory(lab_dir: Path) -> None:

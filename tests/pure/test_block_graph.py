@@ -174,6 +174,28 @@ def test_images_known_to_be_raw(text: str, raw: set[str]) -> None:
     assert graph_of(text).raw == raw
 
 
+ON_RING = 'json:{"filename":"/a",,"aio":"io_uring"}'
+IN_JSON = 'json:{"driver":"qcow2",,"file":{"driver":"file",,"filename":"/a"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "ringless"),
+    [
+        ("-drive file=/a,format=raw", {"/a"}),
+        ("-drive file=/a,format=raw,aio=native", {"/a"}),
+        ("-drive file=/a,format=raw,aio=io_uring", set()),
+        ("-drive file=b,aio=io_uring -drive file=/vm/b,format=raw", set()),
+        ("-blockdev driver=qcow2,node-name=x,file.driver=file,file.filename=/a", {"/a"}),
+        ("-blockdev driver=qcow2,file.driver=file,file.filename=/a,file.aio=io_uring", set()),
+        (f"-drive 'file={IN_JSON}'", {"/a"}),
+        (f"-drive 'file={IN_JSON},aio=io_uring'", set()),
+        ('-drive file=json:{"filename":"/a",,"aio":"io_uring"}', set()),
+    ],
+)
+def test_images_without_an_io_uring(text: str, ringless: set[str]) -> None:
+    assert graph_of(text).ringless_paths("/vm") & {"/a", "/vm/b"} == ringless
+
+
 def test_a_relative_name_is_of_the_working_directory() -> None:
     graph = graph_of("-drive file=disks/a.raw,format=raw")
     assert "/vm/disks/a.raw" in graph.raw_paths("/vm")

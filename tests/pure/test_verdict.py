@@ -448,6 +448,17 @@ MORE = {
             {"devices": (replace(HUNG, writes=11), replace(BESIDE, in_flight=0))},
             Verdict.FLUSHING,
         ),
+        # or of a disk whose images do not use io_uring
+        (
+            {"rings": 1, "devices": (BESIDE,), "ringless": (BESIDE.number,)},
+            {"devices": (replace(BESIDE, writes=900),)},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"rings": 1, "devices": (HUNG, BESIDE), "ringless": (HUNG.number,)},
+            {"devices": (HUNG, replace(BESIDE, writes=900))},
+            Verdict.FLUSHING,
+        ),
         # or of a disk below another image; but not of one below the disk that has it
         (
             {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
