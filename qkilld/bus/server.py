@@ -331,7 +331,7 @@ class Server:
             raise _NoSuch("UnknownMethod", "ObjectManager has only GetManagedObjects()")
         self._turns.limits.check_descriptors(uid)
         answer = self._managed_objects(call.sender, uid)
-        self._run(call, uid, answer, Cost.LOOK, interfaces.OBJECT_MANAGER_GIVES)
+        self._run(call, uid, answer, Cost.READ, interfaces.OBJECT_MANAGER_GIVES)
 
     async def _managed_objects(self, sender: str, uid: int) -> list[Any]:
         objects = await self._tree.managed(sender, uid)
@@ -356,8 +356,8 @@ class Server:
         if call.member == "Wait":
             cost = Cost.WAIT
         elif call.member in _LOOKS:
-            cost = Cost.LOOK
-        if cost is Cost.LOOK or call.member.startswith("Terminate"):
+            cost = Cost.READ
+        if cost is Cost.READ or call.member.startswith("Terminate"):
             self._turns.limits.check_descriptors(uid)
         method = bus_object.methods[call.member]
         answer = method(BusCaller(self, call, uid), *arguments)

@@ -1,15 +1,15 @@
-"""Open a process by pid, and check that it is QEMU and that the caller may do this to it.
+"""Open a process by pid, and check that it is QEMU and that the caller has the needed rights.
 
-The order of the checks keeps the answer from revealing what the caller may not know:
+The order of the checks keeps the reply from revealing what the caller may not know:
 
 1. The process is opened. Only then is the caller identified.
 2. For root and the process's own user, only the process is checked.
-3. For everyone else polkit is asked, whatever the process is, and a denial reads the same for QEMU
-   and for anything else. If the process is not QEMU, or another one than was meant, polkit is asked
-   without interaction, so that nobody is asked for a password in vain. The missing dialog tells the
-   caller no more than ListGuests does, which is open to all.
-4. Because time has passed, the process is identified again right before it is returned: the same
-   user, still QEMU, still in the named unit.
+3. For all others polkit is asked, whatever the process is, and a denial reads the same for QEMU
+   and for anything else. If the process is not QEMU, or not the requested one, polkit is asked
+   without interaction, so that nobody is asked for a password in vain. The missing dialog reveals
+   no more than ListGuests, which is open to all.
+4. Because time has passed, the process is identified again right before it is returned: it must
+   have the same user, and still be QEMU and in the named unit.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Access:
         host: Host,
         known: Callable[[tuple[int, int]], bool] = lambda key: False,
     ) -> None:
-        """`known`: whether the process with that pid and start time was identified as a QEMU
-        before, because an exiting one can no longer be identified."""
+        """`known` returns whether the process with that pid and start time was identified as QEMU
+        before. An exiting process can no longer be identified."""
         self._config = config
         self._host = host
         self._is_known = known
@@ -67,7 +67,7 @@ class Access:
         unit: Unit | None = None,
         answer: Answer | None = None,
     ) -> CheckedProcess:
-        """Return the process with its label. Use it before the loop runs again, and close it.
+        """Return the process, labelled. Use it before the loop runs again, then close it.
 
         action      the polkit action; None for that of `flags`
         start_time  refuse a process that started at another time (clock ticks since boot)
@@ -99,7 +99,7 @@ class Access:
             if unit is not None:
                 process.set_label(await self._host.label(process.guest.identity))
                 _check_unit(process.guest, unit)
-            # It may have executed another program meanwhile.
+            # The process may have executed another program meanwhile.
             after = process.identify()
             self._check(after, start_time)
             check_free(uid, before, after)
@@ -140,7 +140,7 @@ def _check_unit(guest: Guest, unit: Unit | None) -> None:
         return
     if guest.label.unit is None:
         raise Failed(
-            f"Cannot tell whether process {guest.identity.pid} is still in {unit.name}: "
+            f"Cannot read whether process {guest.identity.pid} is still in {unit.name}: "
             "nothing was done"
         )
     raise ProcessChanged(

@@ -1,4 +1,4 @@
-"""Limit what one user may have running in the daemon at a time."""
+"""Limit the calls that one user may have open in the daemon at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ class Cost(Enum):
     """Kinds of calls with separate limits."""
 
     WAIT = "Wait"
-    """Costs some memory as long as the job runs."""
-    LOOK = "Inspect, Plan, ListGuests, ListJobs and GetManagedObjects"
-    """Costs descriptors, threads and time."""
+    """A Wait needs some memory while the job runs."""
+    READ = "Inspect, Plan, ListGuests, ListJobs and GetManagedObjects"
+    """These calls need descriptors, threads and time."""
     OTHER = "other"
 
 
 MAX_WAITS: Final = 1024
-MAX_LOOKS: Final = 8
+MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
-"""The most calls other than Wait."""
+"""The most calls other than Wait, MAX_READS of them READ."""
 TOGETHER: Final = 32
-"""All users except root together may have this many times what one may: somebody with subordinate
-uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them 100 MB."""
+"""All users except root together may have this many times what one user may, because somebody with
+subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them
+100 MB."""
 RESERVE: Final = 4
 """This fraction of the descriptors is reserved for root's calls and running jobs."""
 
@@ -39,7 +40,7 @@ class CallLimits:
         self._unlimited = unlimited
         self._running: Counter[tuple[int, Cost]] = Counter()
         self._total: Counter[Cost] = Counter()
-        """Of all users that have a limit."""
+        """The running calls of all users that have a limit."""
 
     def begin(self, uid: int, cost: Cost) -> None:
         """Count a call; `end` must follow. Raises Busy."""
@@ -67,20 +68,20 @@ class CallLimits:
                 raise Busy(f"Uid {uid} has {MAX_WAITS} calls of Wait open here, the most allowed")
             _check_together(total[cost], MAX_WAITS, "calls of Wait")
             return
-        if cost is Cost.LOOK:
-            if running[uid, cost] >= MAX_LOOKS:
+        if cost is Cost.READ:
+            if running[uid, cost] >= MAX_READS:
                 raise Busy(
-                    f"Uid {uid} has {MAX_LOOKS} calls of {cost.value} running here, the most "
+                    f"Uid {uid} has {MAX_READS} calls of {cost.value} running here, the most "
                     "allowed"
                 )
-            _check_together(total[cost], MAX_LOOKS, f"calls of {cost.value}")
-        if running[uid, Cost.LOOK] + running[uid, Cost.OTHER] >= MAX_REQUESTS:
+            _check_together(total[cost], MAX_READS, f"calls of {cost.value}")
+        if running[uid, Cost.READ] + running[uid, Cost.OTHER] >= MAX_REQUESTS:
             raise Busy(f"Uid {uid} has {MAX_REQUESTS} calls running here, the most allowed")
-        _check_together(total[Cost.LOOK] + total[Cost.OTHER], MAX_REQUESTS, "calls")
+        _check_together(total[Cost.READ] + total[Cost.OTHER], MAX_REQUESTS, "calls")
 
 
 def _check_together(count: int, limit: int, what: str) -> None:
-    """Check the calls of all users, whose limit for one is given. Raises Busy."""
+    """Check `count`, the calls of all users; `limit` is that of one user. Raises Busy."""
     if count >= TOGETHER * limit:
         raise Busy(
             f"Users other than root have {TOGETHER * limit} {what} open here, the most allowed for "

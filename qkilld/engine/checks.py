@@ -1,5 +1,5 @@
-"""Check a target: whether it is QEMU, whether it is still the same process, whether the caller may
-stop it; and describe it for polkit's dialog.
+"""Check that a target is QEMU, is still the same process, and may be stopped by the caller; and
+describe it for polkit's dialog.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SAFE_MARK: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 def check_qemu(identity: Identity, globs: Iterable[str], own_pid: int) -> None:
-    """Raise NotQemu unless the process is known to be QEMU; `own_pid` never is.
+    """Raise NotQemu unless the process is known to be QEMU; qkilld itself (`own_pid`) never is.
 
     Raises ExitInProgress if its executable can no longer be read.
     """
@@ -64,8 +64,8 @@ def check_same(identity: Identity, start_time: int) -> None:
 def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> None:
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
-    It may run another QEMU program: QEMU executes itself again for an upgrade (cpr-exec). Raises
-    ProcessChanged, or UnknownIdentity if its executable cannot be read.
+    The QEMU program may be another one: QEMU executes itself again for an upgrade (cpr-exec).
+    Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
     """
     pid = now.pid
     if now.key != before.key:
@@ -76,7 +76,7 @@ def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> No
         )
     if not now.executable:
         raise UnknownIdentity(
-            f"Cannot read at the moment what process {pid} runs: no signal was sent",
+            f"Cannot read the executable of process {pid} at the moment: no signal was sent",
             exiting=now.exiting,
         )
     if not is_qemu(now.executable, globs):
@@ -88,7 +88,7 @@ def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> No
 def check_process(process: Process, before: Identity, globs: Iterable[str]) -> None:
     """Read the identity again, and raise ProcessChanged if it is not the same process.
 
-    Raises UnknownIdentity if it cannot be read, ProcessLookupError if the process is gone.
+    Raises UnknownIdentity if the identity is unreadable, ProcessLookupError if the process is gone.
     """
     try:
         now = process.identify()
@@ -107,7 +107,7 @@ def is_free(caller_uid: int, identity: Identity) -> bool:
 def check_free(caller_uid: int, before: Identity, after: Identity) -> None:
     """Raise ProcessChanged if the process's user has changed since the caller was permitted.
 
-    Root may stop it, whoever it belongs to.
+    Root may stop the processes of all users.
     """
     if caller_uid != 0 and before.uid != after.uid:
         raise ProcessChanged(
@@ -121,9 +121,9 @@ def action_for(flags: Flag) -> PolkitAction:
 
 
 def check_answer(answer: Answer, what: str) -> None:
-    """Raise AccessDenied or InteractiveAuthorizationRequired unless it is GRANTED.
+    """Raise AccessDenied or InteractiveAuthorizationRequired unless `answer` is GRANTED.
 
-    `what` begins a sentence and tells nothing that the caller did not say: `Process 4711 is`.
+    `what` begins the text, with nothing that the caller did not say: `Process 4711 is`.
     """
     if answer is Answer.CHALLENGE:
         raise InteractiveAuthorizationRequired(
@@ -136,7 +136,7 @@ def check_answer(answer: Answer, what: str) -> None:
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
     """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
 
-    The guest's name is chosen by its owner, and shown to the person who types a password.
+    The owner of the guest chooses its name, which the person who types a password will see.
     """
     name = for_dialog(guest.label.shown_name)
     process = f"process {guest.identity.pid}"
@@ -160,7 +160,7 @@ def details_of_all(flags: Flag) -> dict[str, str]:
 
 
 def for_dialog(text: str) -> str:
-    """Remove everything that a dialog could take for markup, a closing quote or polkit's variables.
+    """Replace what a dialog could take for markup, a closing quote or a variable of polkit's.
 
     Desktops differ in how their dialogs interpret text.
     """

@@ -8,25 +8,25 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
-REST: Final = 3
-"""After a run, wait for this many times its duration, …"""
-MAX_REST_S: Final = 0.1
-"""… but at most this long, so that constant requests do not keep it running all the time."""
+PAUSE_FACTOR: Final = 3
+"""The pause after a run is this many times as long as the run, but at most MAX_PAUSE_S. It keeps
+constant requests from using all the time."""
+MAX_PAUSE_S: Final = 0.1
 
 
 class SharedRun(Generic[T]):
-    """Callers that arrive while a run is in progress share the next one: the current run may have
-    begun before the change that they ask about."""
+    """Callers that arrive while a run is in progress share the next run, because the current one
+    may have begun before the change that they ask about."""
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         self._work = work
         self._running: asyncio.Task[T] | None = None
         self._next_run: asyncio.Task[T] | None = None
-        self._rested_at = 0.0
-        """When the last run ended, by the loop's clock."""
+        self._pause_until = 0.0
+        """The end of the pause after the last run, by the loop's clock."""
 
     async def get(self) -> T:
-        """Return or raise the result of a run. It is shared: do not modify it."""
+        """Return or raise the result of a run. The result is shared: do not modify it."""
         if self._next_run is None:
             self._next_run = asyncio.get_running_loop().create_task(self._run(self._running))
         # A caller that is cancelled does not cancel the run for the others.
@@ -36,7 +36,7 @@ class SharedRun(Generic[T]):
         if before is not None:
             await asyncio.wait((before,))
         loop = asyncio.get_running_loop()
-        if (pause_s := self._rested_at - loop.time()) > 0:
+        if (pause_s := self._pause_until - loop.time()) > 0:
             await asyncio.sleep(pause_s)
         start = loop.time()
         running = self._running = self._next_run
@@ -45,6 +45,6 @@ class SharedRun(Generic[T]):
             return await self._work()
         finally:
             now = loop.time()
-            self._rested_at = now + min(MAX_REST_S, REST * (now - start))
+            self._pause_until = now + min(MAX_PAUSE_S, PAUSE_FACTOR * (now - start))
             if self._running is running:
                 self._running = None

@@ -19,25 +19,25 @@ class Collaborators(Generic[J]):
     clock: Clock
     journal: Journal
     sampler: Sampler | None
-    """None: every sample is empty."""
+    """If None, every sample is empty."""
     monitors: Monitors | None
-    """None: guests cannot be asked."""
+    """If None, guests cannot be asked."""
     traces: Traces | None
     executables: tuple[str, ...]
     """Globs of QEMU executables."""
     may_yank: Callable[[str | None], bool]
-    """Whether dead storage of the guest with this name may be yanked: Yank=."""
+    """Returns Yank=: whether dead storage of the guest with this name may be yanked."""
     load: Callable[[], int]
     """Returns the number of running jobs."""
     when_saved: Callable[[Callable[[], None]], None]
     """Calls back once all changes so far are saved."""
     on_change: Callable[[J], None]
     on_look: Callable[[J], None]
-    """Called instead if only the time of the last sample has changed."""
+    """Called instead of `on_change` if only the time of the last sample has changed."""
     on_end: Callable[[J], None]
     on_survivor_gone: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
-    """Called when a job has opened its guest's monitor; with its descriptor if that should be
+    """Called when a job has opened its guest's monitor, with the descriptor if it should be
     kept."""
     write_down: Callable[[J, Callable[[], None]], None]
     """Saves the job, and calls back when that is done or takes too long."""

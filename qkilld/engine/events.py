@@ -92,7 +92,7 @@ def guest_asked(job: ObservedJob, rung: Rung) -> Event:
 
 def asking_ended(job: ObservedJob, reason: str) -> Event:
     down = job.guest_asked is GuestAsked.SHUT_DOWN
-    what = "has shut down" if down else "does not shut down by itself"
+    what = "has shut down" if down else "does not shut down"
     return _of_job(
         job,
         MessageId.ASKING_ENDED,
@@ -107,7 +107,7 @@ def disks_flushed(job: ObservedJob) -> Event:
     what = {
         "complete": "were flushed",
         "failed": "could not all be flushed",
-        "partial": "were flushed in part, and errors would not have shown",
+        "partial": "were flushed in part, in a way that hides errors",
     }.get(report.outcome, "were not flushed before SIGTERM")
     why = f": {report.reason}" if report.reason else ""
     return _of_job(
@@ -168,7 +168,7 @@ def process_changed(job: ObservedJob, now: Identity) -> Event:
 
 
 def job_held(job: ObservedJob, uid: int) -> Event:
-    bound = "" if job.control.held_until == INFINITY else ", or MaxSec is over"
+    bound = "" if job.control.held_until == INFINITY else ", or MaxSec has passed"
     return _of_job(
         job,
         MessageId.JOB_HELD,
@@ -180,7 +180,7 @@ def job_held(job: ObservedJob, uid: int) -> Event:
 
 
 def job_released(job: ObservedJob, by: str, uid: int | None) -> Event:
-    """`by` names the caller or, with `uid` None, the other reason why the hold ended."""
+    """`by` names the caller, or the time limit that ended the hold, with `uid` None."""
     return _of_job(
         job,
         MessageId.JOB_RELEASED,
@@ -293,7 +293,7 @@ def _measured(job: ObservedJob) -> dict[str, str]:
 
 
 def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
-    """One entry for concurrent stops, in addition to their receipts."""
+    """One entry for concurrent stops, which adds to their receipts."""
     results = Counter(job.result for job in jobs)
     counts = [
         f"{results[result]} {word}" for result, word in _RESULTS_IN_WORDS.items() if results[result]
@@ -337,13 +337,13 @@ def waiter_gone(job: ObservedJob) -> Event:
 
 
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
-    """A guest of TerminateAll could not be stopped; if it has just exited by itself, nothing is
+    """A guest of TerminateAll could not be stopped. If the guest has just exited, nothing is
     wrong."""
     is_gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,
         Priority.INFO if is_gone else Priority.WARNING,
-        f"Failed to stop {guest.title}, one of all guests, for uid {uid}: {error}.",
+        f"Failed to stop {guest.title} for uid {uid}, who requested to stop all: {error}.",
         guest=guest,
         fields={"QKILLD_GUEST": guest.label.shown_name, "QKILLD_REQUESTED_BY": str(uid)},
     )
@@ -374,9 +374,9 @@ def daemon_idle() -> Event:
 def bus_lost(running: int, why: str, *, goes_on: bool) -> Event:
     """`goes_on`: Varlink is still served, which needs no bus."""
     if goes_on:
-        consequence = "it serves Varlink alone until the bus is there"
+        consequence = "it serves only Varlink until a bus appears"
     elif running:
-        consequence = f"{running} jobs continue, and it exits after them unless the bus comes back"
+        consequence = f"{running} jobs continue; after them, it exits unless the bus is back"
     else:
         consequence = "it exits, because no job is running"
     priority, what = (Priority.NOTICE, "no") if goes_on else (Priority.ERR, "lost the")
@@ -436,7 +436,7 @@ def entries_dropped(count: int) -> Event:
     return Event(
         MessageId.ENTRIES_DROPPED,
         Priority.WARNING,
-        f"{count} entries of qkilld are missing here: the journal did not accept them in time.",
+        f"{count} entries of qkilld were lost: the journal did not accept them in time.",
         fields={"QKILLD_DROPPED": str(count)},
     )
 
@@ -488,7 +488,7 @@ def _ladder(flags: Flag) -> str:
 
 def _unsupervised(job: ObservedJob) -> str:
     """The end of a job with NOWAIT."""
-    what = "was asked to shut down" if Flag.POWERDOWN in job.flags else "got its one signal"
+    what = "was asked to shut down" if Flag.POWERDOWN in job.flags else "got one signal"
     return f"{what}, and is not watched"
 
 

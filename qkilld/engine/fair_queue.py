@@ -1,8 +1,8 @@
 """Choose whose call is next: every user gets a turn, however many calls and connections others
 have.
 
-A pure data structure. A turn belongs to a uid. While a connection's uid is unknown, it has a queue
-but no turn. The connections of a uid share its turn, and each connection's calls keep their order.
+A pure data structure. All connections of a uid share its turn. A connection of unknown uid has a
+queue but no turn. The calls of each connection keep their order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from qkilld.model.dataclass import dataclass
 MAX_CALLS: Final = 1024
 """The most calls that may wait for one uid, or for one connection of unknown uid."""
 MAX_BYTES: Final = 256 << 10
-"""The same in bytes of their bodies."""
+"""The most bytes in the bodies of these calls."""
 MAX_TOTAL: Final = 4096
 """The most calls that may wait in total; above that, a connection may have SPARE waiting calls with
 SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""One call of any length; a bus has room for 2,048 connections, and so for 32 MiB."""
+"""Enough for one call of any length. The 2,048 connections of a bus can take 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
@@ -38,7 +38,7 @@ class _ConnectionQueues(Generic[Item]):
     """The waiting calls of connections that share a turn."""
 
     waiting: OrderedDict[str, deque[tuple[Item, int]]] = field(default_factory=OrderedDict)
-    """By connection: its waiting calls with their sizes. The first connection is next."""
+    """The waiting calls with their sizes, by connection. The first connection is next."""
     count: int = 0
     size: int = 0
 
@@ -48,9 +48,9 @@ class FairQueue(Generic[Item]):
         """`unlimited`: uids without a limit of waiting calls."""
         self._unlimited = unlimited
         self._groups: OrderedDict[int, _ConnectionQueues[Item]] = OrderedDict()
-        """By uid: those with waiting calls. The first one is next."""
+        """The queues of uids with waiting calls. The first uid is next."""
         self._strangers: dict[str, _ConnectionQueues[Item]] = {}
-        """Connections of unknown uid."""
+        """The queues of connections of unknown uid."""
         self._count = 0
         self._size = 0
 
@@ -107,7 +107,7 @@ class FairQueue(Generic[Item]):
         group.size += stranger.size
 
     def forget(self, name: str, uid: int | None) -> list[Item]:
-        """Remove a connection that is gone; return its waiting calls, which nobody will answer."""
+        """Remove a closed connection; return its waiting calls, which nobody will answer."""
         group = self._strangers.pop(name, None) if uid is None else self._groups.get(uid)
         waiting = None if group is None else group.waiting.pop(name, None)
         if group is None or waiting is None:
@@ -117,8 +117,8 @@ class FairQueue(Generic[Item]):
         return [item for item, _ in waiting]
 
     def turn(self) -> tuple[int, list[Item]]:
-        """Return the uid whose turn it is, and its next calls; then it is the next uid's turn. At
-        least one call must be waiting."""
+        """End a turn: return its uid and the next calls of that uid. At least one call must be
+        waiting."""
         uid, group = next(iter(self._groups.items()))
         most = 1 if group.count > CROWD and uid not in self._unlimited else CALLS_PER_TURN
         self._groups.move_to_end(uid)

@@ -1,7 +1,7 @@
 """Ask a guest to shut down: open the monitor, observe the guest, ask, and watch.
 
-decision.powerdown interprets the observations; this carries out its conclusions, one command at a
-time, under the engine's clock. It ends with an AskOutcome, or is closed before.
+decision.powerdown interprets the observations; GuestAsker carries out the conclusions, one command
+at a time. Asking ends with an AskOutcome, unless GuestAsker is closed before.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from qkilld.model.constants import USEC_PER_SEC, GuestAsked
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import GuestObservation, GuestOrder
 
-LOOK_INTERVAL: Final = USEC_PER_SEC
+OBSERVE_INTERVAL: Final = USEC_PER_SEC
 """The interval of observations (µs) after the guest was asked."""
 FIRST_INTERVAL: Final = 250_000
-"""The interval before that (µs)."""
-BLIND: Final = 60 * USEC_PER_SEC
-"""How long (µs) to wait for a guest that was asked but can no longer be observed because of a
-bug."""
+"""The interval of observations (µs) before the guest was asked."""
+MAX_UNOBSERVED: Final = 60 * USEC_PER_SEC
+"""How long (µs) to wait for a guest that was asked, if a bug in qkilld prevents observation."""
 
 _ENDS: Final = {
     Conclusion.SHUT_DOWN: GuestAsked.SHUT_DOWN,
@@ -36,7 +35,7 @@ _ENDS: Final = {
 }
 _ORDERS: Final = {AskMethod.AGENT: GuestOrder.AGENT, AskMethod.BUTTON: GuestOrder.BUTTON}
 _HELPED_BY: Final = {"paused": GuestOrder.RESUME, "suspended": GuestOrder.WAKE}
-"""The order that makes a guest in this runstate run."""
+"""The order that makes a guest run, by its runstate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class AskOutcome:
 
 
 class GuestAsker:
-    """Asks one guest. There are no callbacks after `close` or the end."""
+    """Asks one guest. No callback follows `close` or `on_end`."""
 
     def __init__(
         self,
@@ -72,11 +71,11 @@ class GuestAsker:
         """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier
         daemon.
 
-        While `may_ask` returns False, the guest is only observed. Backups and other jobs that the
-        end of QEMU would cancel are waited for before it is asked, as long as one has moved within
-        `stall` µs; `on_jobs` is called meanwhile. If `stall` is None, there is no such wait.
-        `on_pressed` is called if somebody else has pressed the guest's power button, `on_fault`
-        with a bug in qkilld, after which the guest is not asked any more.
+        While `may_ask` returns False, the guest is only observed. If the end of QEMU would cancel
+        backups or other jobs, asking waits while one of them has moved within `stall` µs, and
+        `on_jobs` is called; if `stall` is None, asking does not wait. `on_pressed` is called if
+        somebody else has pressed the guest's power button. `on_fault` is called with a bug in
+        qkilld, after which the guest is no longer asked.
         """
         self._link, self._clock = link, clock
         self._attempt = attempt
@@ -95,7 +94,7 @@ class GuestAsker:
 
     @property
     def attempt(self) -> Attempt:
-        """Everything known so far; for the next daemon."""
+        """Everything known so far, which the next daemon needs."""
         return self._attempt
 
     def start(self) -> None:
@@ -108,8 +107,8 @@ class GuestAsker:
         self._span = span
 
     def take_unanswered(self) -> GuestOrder | None:
-        """After QEMU's exit, count a request as made although its reply was not read: QEMU can exit
-        before that. Return the order; None if there is none."""
+        """After QEMU's exit, count a request without a reply as made, because QEMU can exit before
+        its reply is read. Return the order; None if there is none."""
         if (method := self._unanswered) is None:
             return None
         self._unanswered = None
@@ -122,15 +121,15 @@ class GuestAsker:
         return powerdown.judge_exit(self._attempt, signs, all_heard=all_heard)
 
     def close(self) -> None:
-        """Stop asking; the monitor stays open. May be called twice."""
+        """Stop asking. The monitor stays open. May be called twice."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """Wrap a callback so that a bug in it ends the asking; otherwise a guest that is neither
-        asked nor stopped would run for ever."""
+        """Wrap a callback so that a bug in it ends the asking. Otherwise the guest would be neither
+        asked nor stopped, and run for ever."""
 
         def guarded(*arguments: object) -> None:
             if self._closed:
@@ -151,13 +150,13 @@ class GuestAsker:
             return
         asks = self._attempt.asked
         if not asks:
-            self._end(GuestAsked.UNREACHABLE, "an error in qkilld keeps it from asking")
+            self._end(GuestAsked.UNREACHABLE, "an error in qkilld prevents asking")
             return
-        # The guest may be shutting down, and its exit is still noticed.
-        until = asks[-1].at + min(self._span, BLIND)
+        # The guest may be shutting down, and qkilld still notices its exit.
+        until = asks[-1].at + min(self._span, MAX_UNOBSERVED)
 
         def end() -> None:
-            self._end(GuestAsked.ASKED, "an error in qkilld keeps it from watching")
+            self._end(GuestAsked.ASKED, "an error in qkilld prevents watching")
 
         self._timer = self._clock.call_at(until, end)
 
@@ -190,12 +189,12 @@ class GuestAsker:
             self._act_on(judgement)
 
     def _wait_for_jobs(self, jobs: tuple[BackgroundJob, ...] | str, judgement: Judgement) -> None:
-        """Wait as long as they progress. Those that cannot be seen are not waited for."""
+        """Wait while the jobs make progress. Jobs that cannot be read do not count."""
         now, jobs = self._clock.now(), () if isinstance(jobs, str) else jobs
         self._jobs = self._jobs.after(jobs, now)
         if self._stall is not None and self._jobs.waited_for(now, self._stall()):
             self._on_jobs(jobs)
-            self._look_later(LOOK_INTERVAL)
+            self._look_later(OBSERVE_INTERVAL)
         else:
             self._act_on(judgement)
 
@@ -213,14 +212,14 @@ class GuestAsker:
             self._look_later()
 
     def _watch_press(self, refused: str) -> None:
-        """Continue as if the guest had been asked here, because a second press could cancel the
+        """Continue as if qkilld had pressed the button, because a second press could cancel the
         first."""
         self._attempt = powerdown.note_asked(self._attempt, AskMethod.BUTTON, self._clock.now())
         self._on_pressed()
         self._look_later()
 
     def _try_to_help(self, observation: GuestObservation) -> bool:
-        """Resume or wake the guest, if the caller allows it and it was not tried yet."""
+        """Resume or wake the guest, if the caller allows that and it was not tried yet."""
         order = _HELPED_BY.get(observation.runstate or "")
         if order is None or order not in self._help or order in self._helped:
             return False
@@ -252,7 +251,7 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._look_later()
             elif method is AskMethod.AGENT or self._attempt.asked:
-                # The power button remains, or the guest may react to an earlier request.
+                # The power button can still be tried, or the guest may react to an earlier request.
                 self._look_later()
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)
@@ -268,12 +267,12 @@ class GuestAsker:
 
     def _look_later(self, interval: int | None = None) -> None:
         if interval is None:
-            interval = LOOK_INTERVAL if self._attempt.asked else FIRST_INTERVAL
+            interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         self._timer = self._clock.call_at(
             self._clock.now() + interval, self._guarded(self._observe)
         )
 
     def _end(self, outcome: GuestAsked, reason: str) -> None:
-        """The monitor stays open, because QEMU may have to be told to quit."""
+        """Report the outcome. The monitor stays open, because `quit` may follow."""
         if not self._closed:
             self._on_end(AskOutcome(outcome, reason))

@@ -1,4 +1,4 @@
-"""Watch the guests of this host appear and disappear, while a client wants to know."""
+"""Watch guests of this host appear and disappear, while a client is interested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Guest, GuestChannels
 
 SCAN_INTERVAL_S: Final = 2.0
-"""A scan reads all of /proc, 0.1 ms for each process of the host."""
+"""The time between scans. A scan reads all of /proc, in 0.1 ms for each process of the host."""
 MAX_SURVEYS: Final = 8
 """The most guests whose command lines are read at a time."""
 
@@ -20,7 +20,7 @@ MAX_SURVEYS: Final = 8
 @dataclass(frozen=True, slots=True)
 class WatchedGuest:
     number: int
-    """Constant while the process lives and guests are watched; never reused."""
+    """Stays the same while the process lives and guests are watched; never reused."""
     guest: Guest
     channels: GuestChannels
 
@@ -58,7 +58,7 @@ class GuestWatch:
 
     @property
     def active(self) -> bool:
-        """Whether a client wanted to know at the last scan."""
+        """Whether a client was interested at the last scan."""
         return self._scanning is not None
 
     @property
@@ -70,9 +70,9 @@ class GuestWatch:
         return next((each for each in self._guests.values() if each.number == number), None)
 
     async def guests(self) -> Iterable[WatchedGuest]:
-        """Start to watch; return the guests at the last scan, or the first if there was none.
+        """Start to watch; return the guests at the last scan, or at the first if there was none.
 
-        Raises what looking for guests raises.
+        Raises what `look` raises.
         """
         if self._scanning is None:
             loop = asyncio.get_running_loop()

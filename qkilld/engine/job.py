@@ -55,7 +55,7 @@ class Job:
     """The ladder of one process.
 
     `phase` runs terminate → kill → reap → done; without SIGKILL, kill and reap are left out.
-    `result` is None while the job runs. After its end a job does not change any more.
+    `result` is None while the job runs. A job that has ended does not change.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class Job:
 
     @property
     def owner_limit(self) -> int:
-        """Until when the owner may extend a job that runs by another's right; CLOCK_MONOTONIC,
-        µs."""
+        """The time until which the owner may extend a job that runs by another's right;
+        CLOCK_MONOTONIC, µs."""
         return steering.owner_limit(self.started, self.policy)
 
     @property
@@ -195,13 +195,13 @@ class Job:
         return self._signals.is_looking
 
     def offer_monitor(self, passed: int) -> None:
-        """Talk to the guest over that connection; to be called before `start`. It is the job's once
-        that has succeeded."""
+        """Talk to the guest over this connection. Call it before `start`; if `start` succeeds, the
+        job owns the connection."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
-        """Do not ask the guest again if that job for the same process has just asked it. Call it
-        before `start`."""
+        """Do not ask the guest again if `ended`, a job for the same process, has just asked. Call
+        this before `start`."""
         self._powerdown.follow_up(ended._powerdown.attempt)
 
     def start(self) -> None:
@@ -209,7 +209,7 @@ class Job:
 
         Raises NoSuchProcess if the process has just exited, ProcessChanged if its identity has
         changed, UnknownIdentity if that is unreadable, and Failed if the kernel refuses the signal.
-        The job has not started then, and the process is closed.
+        The process is closed then, and the job has not started.
         """
         waits = self._first_phase()
         first = SIGKILL if Flag.NOWAIT in self.flags and Flag.FORCE in self.flags else SIGTERM
@@ -315,24 +315,24 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Add a request: it may add FORCE and lengthen spans, but never reduce. It may also end the
-        asking of the guest earlier, and let signals follow where none were wanted.
+        """Add a request. It can add FORCE and lengthen spans, never the reverse. It can also end
+        the asking of the guest earlier, and add the signals after that.
 
-        A request of higher rank takes the job over. The owner of the process then loses everything:
-        spans, hold, and extensions beyond `owner_limit`. The owner in turn cannot lengthen the
-        spans of a job of higher rank.
+        A request of higher rank takes the job over from the owner of the process, whose spans and
+        hold end, as do extensions beyond `owner_limit`. The owner cannot lengthen the spans of a
+        job of higher rank.
 
-        FORCE with NOWAIT sends SIGKILL now. Raises Failed if a caller was promised that there will
-        be none (a promise of the owner does not bind others), and UnknownIdentity if the process's
-        executable is unreadable. Every request with FORCE raises ProcessChanged if the identity has
-        changed; the job has then ended as failed.
+        FORCE with NOWAIT sends SIGKILL now. That raises Failed if the job is held or extended (by
+        the owner only counts for the owner), and UnknownIdentity if the process's executable is
+        unreadable. Every request with FORCE raises ProcessChanged if the identity has changed; the
+        job has then ended as failed.
         """
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
         promised = self.control if rank is Rank.OWNER else steering.take_over(self.control, 0)
         if at_once and (promised.held or promised.not_before > self._clock.now()):
             raise Failed(
-                f"Job {self.number} was held or extended by somebody: only its Force overrides that"
+                f"Job {self.number} was held or extended: only the job's Force overrides that"
             )
         if Flag.FORCE in request.flags and not self._process.exited():
             try:
@@ -363,10 +363,10 @@ class Job:
         self._changed()
 
     def extend(self, usec: int, by: Steerer) -> None:
-        """Delay SIGKILL by at least `usec` from now, whatever the policy; never shorten.
+        """Allow no SIGKILL for at least `usec` from now, whatever the policy.
 
-        The owner can extend a job of higher rank up to `owner_limit`. This and the next two raise
-        Failed if no SIGKILL can follow.
+        The owner can extend a job of higher rank up to `owner_limit`. This, `hold` and `release`
+        raise Failed if the job has ended or has sent SIGKILL.
         """
         self._check_controllable()
         until = min(self._clock.now() + usec, INFINITY)
@@ -399,7 +399,7 @@ class Job:
     def force(self, by: Steerer) -> None:
         """Send SIGKILL now, held or not.
 
-        Raises Failed if the job has ended, ProcessChanged if it has to end so, and UnknownIdentity.
+        Raises Failed if the job has ended, UnknownIdentity, and ProcessChanged, which ends the job.
         """
         self._check_running()
         if not self._signals.killed and not self._process.exited():
@@ -417,8 +417,8 @@ class Job:
             self.finish(Result.CANCELLED)
 
     def when_ended(self, callback: Callable[[], None], uid: int | None = None) -> None:
-        """Call back once when the job ends, or when nobody will be told of its end because the
-        daemon exits. Only for a running job. `uid` is that of a waiter that may leave."""
+        """Call back once: when the job ends, or when the daemon exits before that. Only for a
+        running job. `uid` is the uid of the client that waits, if there is one."""
         self._waiters.add(callback, requester=uid == self.request.uid)
 
     @property
@@ -426,17 +426,17 @@ class Job:
         """Whether the process has exited, even if the job has not noticed yet."""
         return self._process.exited()
 
-    def no_longer(self, callback: Callable[[], None], *, left: bool) -> None:
-        """Do not call back any more. `left`: because the waiter has left."""
+    def forget_waiter(self, callback: Callable[[], None], *, left: bool) -> None:
+        """Cancel a callback of `when_ended`. `left`: the waiting client has left."""
         if self._waiters.remove(callback) and left:
             self._journal.write(events.waiter_gone(self))
 
     def interrupt_waits(self) -> None:
-        """Call back all waiters, although the job has not ended."""
+        """Call back all waiters now, even if the job has not ended."""
         self._waiters.call()
 
     def stop_watching(self) -> None:
-        """Stop watching a process that survived: a newer job has taken it over."""
+        """Stop watching a process that survived, because a newer job watches it."""
         self._process.close()
         self._trace.end()
 
@@ -484,8 +484,8 @@ class Job:
         self.phase = phase
         self._on_change(self)
 
-    def looked(self) -> None:
-        """Note that a sample was taken which changed nothing."""
+    def note_look(self) -> None:
+        """Report a sample that changed nothing."""
         self._on_look(self)
 
     def advance(self) -> None:
@@ -517,7 +517,7 @@ class Job:
             self.deadline = deadline
             self._on_change(self)
 
-    def gone(self) -> None:
+    def note_gone(self) -> None:
         if self.phase in BEFORE_SIGNALS:
             self._powerdown.note_exit()
         self._yank.note_exit()
@@ -543,7 +543,7 @@ class Job:
             self._process.watch(self._survivor_gone)
         elif not self.processors_stopped:
             self._process.close()
-        # Waiters first, so that writing the journal does not delay their replies.
+        # Call waiters first, so that writing the journal does not delay their replies.
         self.interrupt_waits()
         self._on_end(self)
         self._journal.write(events.job_ended(self))
@@ -564,8 +564,8 @@ class Job:
             ended=ended,
         )
 
-    def undone(self) -> None:
-        """The guest's processors run again after the job has ended."""
+    def note_processors_running(self) -> None:
+        """Note that the guest's processors run again after the end of the job."""
         if self.result is not Result.SURVIVED:
             self._process.close()
         self._on_change(self)
@@ -579,6 +579,6 @@ class Job:
 
 
 def _asks_alone(request: Request) -> bool:
-    """Return whether the guest is to be asked and QEMU left alone."""
+    """Return whether the guest is only asked, and QEMU gets no signal."""
     asks = Flag.POWERDOWN in request.flags
     return asks and (request.powerdown_only or Flag.NOWAIT in request.flags)

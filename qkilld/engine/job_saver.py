@@ -1,7 +1,7 @@
 """Decide when to save jobs, so that they survive the end of this program.
 
-Rungs, requests and verdicts are saved at once, progress alone only rarely: after a crash, missing
-progress is counted in favour of the guest's data (decision.gap).
+Rungs, requests and verdicts are saved at once. Progress alone is saved rarely, because missing
+progress is assumed after a crash (decision.gap).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from qkilld.model.policy import Policy
 PROGRESS_INTERVAL: Final = 3 * USEC_PER_SEC
 """The shortest time (µs) between saves of one job that only record progress."""
 PER_JOB: Final = 20_000
-"""With many jobs, this time (µs) for each of them."""
+"""With many jobs, the shortest time is this (µs) times their number."""
 
 TIMEOUT_S: Final = 0.05
-"""How long SIGKILL waits for its record. Saving takes 0.1 ms, but /run may be full or locked."""
+"""How long SIGKILL waits to be saved. Saving takes 0.1 ms, but /run may be full or locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
-"""How long a caller waits for its job to be saved; longer, so that a job is not lost on a busy
-host."""
+"""How long a caller waits for its job to be saved. Longer, so that a busy host loses no job."""
 
 
 class _SavedValues(NamedTuple):
@@ -51,16 +50,16 @@ class JobSaver:
         self._store = store
         self._clock = clock
         self._saved: dict[int, tuple[_SavedValues, int]] = {}
-        """What was saved of each job, and when (CLOCK_MONOTONIC, µs)."""
+        """The saved values of each job, and when they were saved (CLOCK_MONOTONIC, µs)."""
 
     def job_began(self, job: Job, process: Process) -> None:
-        """A job has sent its first signal."""
+        """Save a job that has sent its first signal."""
         self._store.store_fd(job.number, process)
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """A job was resumed from this state, which is not saved again if it is still the same: the
-        next daemon of thousands of jobs has other work in its first seconds."""
+        """Note that a job was resumed from `saved`. It is saved again only if it has changed: a
+        daemon that resumes thousands of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)
@@ -85,7 +84,7 @@ class JobSaver:
         return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back once, when all changes so far are written or after TIMEOUT_S."""
+        """Call back once all changes so far are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:
@@ -124,11 +123,11 @@ class JobSaver:
             self.job_changed(job)
 
     def drop_process(self, job: Job) -> None:
-        """The process has exited, or is no longer watched."""
+        """Drop a process that has exited, or is no longer watched."""
         self._store.drop_fd(job.number)
 
     def drop_monitor(self, job: Job) -> None:
-        """The connection has ended."""
+        """Drop a connection that has ended."""
         self._store.drop_monitor(job.number)
 
     def forget(self, job: Job) -> None:

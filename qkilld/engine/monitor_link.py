@@ -2,7 +2,7 @@
 
 After SIGTERM or `quit`, QEMU only answers out-of-band commands, and only on a connection that was
 open before (measured, QEMU 7.2 and 10.0). So the connection outlives the daemon too: systemd keeps
-a copy of it for the next one.
+a copy for the next daemon.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class MonitorLink:
 
     @property
     def monitor(self) -> GuestMonitor | None:
-        """None if it is not open, or was lost."""
+        """The open monitor; None if it is not open, or was lost."""
         if self._monitor is not None and self._monitor.lost:
             return None
         return self._monitor
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:
-        """For the KeptMonitor of the next daemon."""
+        """The labels for the KeptMonitor of the next daemon."""
         if self._kept_monitor is not None:
             return self._kept_monitor.own_chardevs
         return self._monitor.own_chardevs if self._monitor is not None else ()
@@ -52,15 +52,15 @@ class MonitorLink:
 
     @property
     def is_passed(self) -> bool:
-        """Whether there is a connection of a caller that is not used yet."""
+        """Whether a caller has passed a connection that is not used yet."""
         return self._passed_fd is not None
 
     def offer(self, passed: int) -> None:
-        """Use this connection of a caller first. Call it before `open`."""
+        """Use this connection of a caller. Call it before `open`."""
         self._passed_fd = passed
 
     def keep(self, kept: KeptMonitor) -> None:
-        """Use that connection when the monitor is opened. Call it before `open`."""
+        """Use this connection of an earlier daemon. Call it before `open`."""
         self._kept_monitor = kept
 
     def open(
@@ -70,7 +70,7 @@ class MonitorLink:
         asked: bool,
         agent_was_open: bool | None = None,
     ) -> None:
-        """See engine.ports.Monitors. Calls back at once if it is already open."""
+        """See engine.ports.Monitors. Calls back at once if the monitor is open."""
         if (monitor := self.monitor) is not None:
             callback(monitor)
             return
@@ -79,13 +79,13 @@ class MonitorLink:
             return
         self._close_monitor()
 
-        def opened(found: GuestMonitor | str | Exception) -> None:
+        def opened(outcome: GuestMonitor | str | Exception) -> None:
             self._cancel = None
-            if not isinstance(found, str | Exception):
-                self._monitor = found
-                if not found.adopted:
-                    self._on_open(found)
-            callback(found)
+            if not isinstance(outcome, str | Exception):
+                self._monitor = outcome
+                if not outcome.adopted:
+                    self._on_open(outcome)
+            callback(outcome)
 
         kept, self._kept_monitor = self._kept_monitor, None
         passed, self._passed_fd = self._passed_fd, None

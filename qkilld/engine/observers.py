@@ -32,9 +32,9 @@ class Observers:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """An exception of one observer must not affect the others."""
+        """Call all observers. An exception of one must not affect the others."""
         for observer in tuple(self._observers):
             try:
                 what(observer)
             except Exception as error:
-                self._journal.write(events.internal_error("telling of a job", error))
+                self._journal.write(events.internal_error("reporting a job", error))

@@ -20,7 +20,7 @@ class Outlook:
 
     rung: NextRung
     standstill: int = 0
-    """µs without progress before the next rung; 0 if progress does not delay it."""
+    """The time (µs) without progress before the rung; 0 if progress does not delay the rung."""
 
 
 def outlook(job: ObservedJob) -> Outlook:
@@ -62,10 +62,9 @@ def _standstill(facts: JobFacts, deadline: int) -> int:
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0
     if deadline == INFINITY:
-        return 0  # Progress cannot delay what never comes.
+        return 0  # The rung never comes, so progress cannot delay it.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # The deadline from the stall span alone; if the real one is later, something else determines
-    # it.
+    # If the stall span alone leads to an earlier deadline, something else determines the real one.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

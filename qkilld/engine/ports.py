@@ -72,7 +72,7 @@ class Host(Protocol):
         """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
-        """Return its names. Never takes long; the name is empty if the kernel does not answer."""
+        """Return the names of a guest within a second; the name is None if reading blocks."""
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         """Return the names of many processes, in order, within a second even if some block."""
@@ -90,7 +90,7 @@ class Caller(Protocol):
         reused meanwhile."""
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
-        """Ask polkit whether the caller may do that. It may take minutes.
+        """Ask polkit whether the caller may do that. The answer may take minutes.
 
         `details` are shown to the person who is asked for a password; without `ask` nobody is
         asked. Raises Busy if the caller has too many open requests. Answers are never cached.
@@ -130,7 +130,7 @@ class GuestMonitor(Protocol):
 
     @property
     def lost(self) -> bool:
-        """Return whether the connection has ended. Another one may be opened then."""
+        """Return whether the connection has ended. If so, another one may be opened."""
 
     @property
     def adopted(self) -> bool:
@@ -156,14 +156,14 @@ class GuestMonitor(Protocol):
     def look_at_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
-        """Read the state of the disks; call back with it, or with the reason why that is
-        impossible. Without `files`, no file system is asked, and the state lacks some facts
+        """Read the state of the disks; call back with the state, or with the reason of the
+        failure. Without `files`, no file system is asked, and the state lacks some facts
         (monitor.disks.look)."""
 
     def look_at_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
     ) -> None:
-        """Look only at what the end of QEMU would cancel: backups, a migration."""
+        """Read only the jobs that the end of QEMU would cancel: backups, a migration."""
 
     def stop_and_flush(
         self,
@@ -189,12 +189,12 @@ class GuestMonitor(Protocol):
         reported."""
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
-        """Undo any part of `stop_and_flush` that was done, once the monitor answers again."""
+        """Undo `stop_and_flush`, even if only a part was done, once the monitor answers again."""
 
     def query_yank(
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
     ) -> None:
-        """List what can be yanked, except the monitor itself, even if QEMU's main loop is busy."""
+        """List what can be yanked, without the monitor. Works even if QEMU's main loop is busy."""
 
     def yank(
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
@@ -221,9 +221,9 @@ class Monitors(Protocol):
     ) -> Callable[[], None]:
         """Open the guest's monitor; `qmp_socket` is the path that a caller named, or "".
 
-        `kept` is tried first, then `passed`, a connection that `check_passed` has checked; both are
-        taken over. `asked`: the guest was asked to shut down before, so signs of a shutdown count;
-        `agent_was_open`: whether its agent had the port open then, if known.
+        `kept` is tried first, then `passed`, a connection that `check_passed` has checked; the
+        callee owns both. `asked`: the guest was asked to shut down before, so signs of a shutdown
+        count; `agent_was_open`: whether its agent had the port open at that time, if known.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
@@ -232,14 +232,14 @@ class Monitors(Protocol):
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         """Read the signs left in a kept connection after QEMU has exited, without blocking.
 
-        An earlier daemon may have read others.
+        An earlier daemon may have read other signs.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
         """Raises InvalidArgs if the process has no such socket."""
 
     async def check_passed(self, process: Process, passed: int) -> None:
-        """Raises InvalidArgs if that descriptor is no connection to a monitor of the process."""
+        """Raises InvalidArgs if `passed` is not a connection to a monitor of the process."""
 
     async def look_at_disks(
         self, process: Process, qmp_socket: str, *, files: bool
@@ -248,11 +248,10 @@ class Monitors(Protocol):
         that takes longer than a second. `files` as in GuestMonitor.look_at_disks."""
 
     async def describe(self, process: Process) -> tuple[str, ...]:
-        """Describe the ways to talk to the guest, and the obstacles."""
+        """Describe how qkilld can talk to the guest, and what prevents it."""
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """Tell which channels to the guest exist. Connects to nothing; takes a few seconds at
-        most."""
+        """Return which channels to the guest exist, within a few seconds. Connects to nothing."""
 
 
 class Timer(Protocol):
@@ -293,7 +292,7 @@ class Traces(Protocol):
 
 
 class JobState(Protocol):
-    """The saved state of a job at one moment."""
+    """The state of a job to save."""
 
     @property
     def number(self) -> int: ...
@@ -383,7 +382,7 @@ class ObservedJob(Protocol):
 
 
 class Observer(Protocol):
-    """Receives changes of jobs: the bus. Exceptions that it raises must not reach a job."""
+    """Receives changes of jobs, for the bus. Its exceptions must not reach a job."""
 
     def job_new(self, job: ObservedJob) -> None: ...
 

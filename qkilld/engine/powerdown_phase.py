@@ -1,7 +1,7 @@
 """The phase in which the guest is asked to shut down.
 
-Calls the job back only through LadderJob. The job continues when asking has ended and nobody holds
-it, or when MaxSec is over.
+The phase calls the job back only through LadderJob. It ends when asking has ended and nobody holds
+the job, or when MaxSec= has passed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PowerdownPhase:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The state of asking; for the next daemon."""
+        """The state of asking, which the next daemon needs."""
         return self._asker.attempt if self._asker is not None else self._past_attempt
 
     def resume(self, past: Attempt | None) -> None:
@@ -55,7 +55,7 @@ class PowerdownPhase:
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """Continue asking where an earlier job for the same process ended, if that still counts: a
+        """Continue the asking of an earlier job for the same process, if that still counts: a
         second press cancels the shutdown of some systems. Call it before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
@@ -98,7 +98,7 @@ class PowerdownPhase:
         """Return whether the next rung must wait. The job may end in this call."""
         job, now = self._job, self._clock.now()
         if self._process.exited():
-            job.gone()
+            job.note_gone()
             return True
         if self._end is None and now >= self._ask_until:
             self.close()
@@ -151,8 +151,8 @@ class PowerdownPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM so that GraceSec, or half of MaxSec, remains of
-        MaxSec."""
+        """Return the latest time for SIGTERM: GraceSec=, or half of MaxSec= if less, before MaxSec=
+        has passed."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)
@@ -160,7 +160,7 @@ class PowerdownPhase:
 
     @property
     def _ask_until(self) -> int:
-        """Return when the time for asking ends, because of MaxSec or the caller's limit."""
+        """Return when the time for asking ends, because of MaxSec= or the caller's limit."""
         return min(self._job.started + self._job.request.ask_at_most, self._latest)
 
     def _waits_for(self, jobs: Sequence[BackgroundJob]) -> None:

@@ -1,10 +1,9 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.last_rungs decides what to flush and what that proves; this carries it out. Finally, a QEMU
-whose guest has powered off is told to quit. Before the processors are stopped, the job is saved
-with that fact, and whatever ends the job before a signal starts them again; so does the next daemon
-after a crash. The monitor stays open until the job ends, because one opened after SIGTERM gets no
-answers.
+decision.last_rungs decides what to flush and what that proves; QuitPhase carries it out. Finally, a
+QEMU whose guest has powered off is told to quit. The intention to stop the processors is saved
+first: if the job ends before a signal, or the daemon crashes, the processors are started again. The
+monitor stays open until the job ends, because one opened after SIGTERM gets no replies.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from qkilld.model.sample import Sample
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
 """Timeout (µs) for opening the monitor; SIGTERM follows."""
-LOOK_TIMEOUT: Final = 3 * USEC_PER_SEC
+READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
-LOOK_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while a backup or another background job is waited for."""
+READ_INTERVAL: Final = USEC_PER_SEC
+"""Interval (µs) of readings during a wait, for a backup or a flush for example."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving that the processors will be stopped."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
 """Time (µs) from stopping the processors to the end of the flush; the job cannot be held
 meanwhile."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
-"""Time (µs) without progress after which a flush is abandoned that stops no processors: disks write
-back in bursts up to 5 s apart. It gets StorageStallSec= in all."""
+"""A flush that stops no processors is abandoned after this time (µs) without progress (disks write
+back in bursts up to 5 s apart), and after StorageStallSec= in any case."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
 """Timeout (µs) for `quit` to be accepted; SIGTERM follows."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
@@ -66,11 +65,11 @@ class QuitPhase:
         self._journal, self._link, self._when_saved = journal, link, when_saved
         self._sampler = JobSampler(process, sampler, clock)
         self._evidence: Assessment | None = None
-        """What was seen of the process from outside."""
+        """The assessment of the process from outside."""
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
-        """The step that waits for a sample, and what it does then."""
+        """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """This job has stopped the processors, or may have."""
+        """Whether this job has stopped, or may have stopped, the processors."""
         self._timer: Timer | None = None
         self._until = INFINITY
         """When the current step is abandoned."""
@@ -83,8 +82,8 @@ class QuitPhase:
         self.stuck: tuple[str, ...] = ()
         """The names of nodes that did not answer."""
         self._first: BlockState | None = None
-        self._early = False
-        """The disks that certainly answer are flushed before QEMU asks the file systems."""
+        self._is_early_flush = False
+        """Whether healthy disks are flushed before QEMU asks the file systems."""
         self._flushed: list[str] = []
         """The disks that were flushed early."""
         self._unflushed: list[str] = []
@@ -109,11 +108,11 @@ class QuitPhase:
         """Return whether SIGTERM must wait. The job may end in this call."""
         job, now = self._job, self._clock.now()
         if self._process.exited():
-            job.gone()
+            job.note_gone()
             return True
         latest = self._latest
         if now >= min(self._until, latest) and not self._done:
-            why = "the monitor did not answer in time" if now < latest else "MaxSec is over"
+            why = "the monitor did not answer in time" if now < latest else "MaxSec has passed"
             self._leave_out(why)
             self._done = True
         if self._done and job.control.held and not self.stopped:
@@ -132,8 +131,8 @@ class QuitPhase:
     # ---- ending ----
 
     def close(self, *, ending: bool) -> None:
-        """End the phase with the job. Unless QEMU was told to exit (`ending`), it keeps running.
-        May be called twice."""
+        """End the phase with the job. Unless QEMU was told to exit (`ending`), stopped processors
+        are started again. May be called twice."""
         self._step += 1
         self._stop_timer()
         self._sampler.close()
@@ -144,7 +143,7 @@ class QuitPhase:
             self._link.close()
 
     def commit(self) -> None:
-        """QEMU was told to exit, so nothing needs to be undone."""
+        """Note that QEMU was told to exit, so that nothing needs to be undone."""
         self.stopped = False
 
     def undo(self) -> None:
@@ -159,7 +158,7 @@ class QuitPhase:
     # ---- the steps ----
 
     def _start(self, timeout: int) -> int:
-        """Begin a step with this timeout (µs)."""
+        """Begin a step with this timeout (µs), and return its number."""
         self._step += 1
         self._stop_timer()
         self._until = min(self._clock.now() + timeout, INFINITY)
@@ -170,19 +169,18 @@ class QuitPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM so that GraceSec, or half of MaxSec, remains of
-        MaxSec."""
+        """Return the latest time for SIGTERM: GraceSec=, or half of MaxSec= if less, before MaxSec=
+        has passed."""
         policy = self._job.policy
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
     def _is_current(self, step: int) -> bool:
-        """Return whether an answer is still expected: the job may have been forced or ended
-        meanwhile."""
+        """Return whether this step is not over: the job may have been forced, or have ended."""
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:
         self._done = True
-        # Not directly, because the ladder may be the caller.
+        # The call is delayed because the ladder may be the caller.
         self._clock.call_at(self._clock.now(), self._advance)
 
     def _advance(self) -> None:
@@ -202,13 +200,13 @@ class QuitPhase:
 
         def sampled(sample: Sample) -> None:
             if self._is_current(step):
-                self._early = early_flush.may_hang(sample)
+                self._is_early_flush = early_flush.may_hang(sample)
                 self._look()
 
         self._link.open(opened, asked=bool(self._job.rungs))
 
     def _look(self) -> None:
-        step = self._start(LOOK_TIMEOUT)
+        step = self._start(READ_TIMEOUT)
 
         def looked(found: BlockState | str | Exception) -> None:
             if not self._is_current(step):
@@ -220,13 +218,13 @@ class QuitPhase:
             else:
                 self._seen(found)
 
-        if self._early:
+        if self._is_early_flush:
             self._look_early(step)
         elif (monitor := self._monitor()) is not None:
             monitor.look_at_disks(looked)
 
     def _look_early(self, step: int) -> None:
-        """Look at the disks without a question to a file system."""
+        """Read the state of the disks without asking a file system."""
 
         def looked(state: BlockState | str | Exception) -> None:
             if not self._is_current(step):
@@ -240,9 +238,9 @@ class QuitPhase:
             monitor.look_at_disks(looked, files=False)
 
     def _look_from_outside(self, step: int, seen: Callable[[bool], None]) -> None:
-        """Take a sample, and tell whether anything has moved since the last one.
+        """Take a sample, and pass to `seen` whether anything has moved since the last one.
 
-        If a sample was requested before, its result serves.
+        If a request is pending, its sample is used.
         """
         self._on_sample = (step, seen)
         self._sampler.look(self._sampled, detail=False)
@@ -262,16 +260,16 @@ class QuitPhase:
         return self._link.monitor
 
     def _fail(self, why: str | Exception) -> None:
-        """Give up on the disks."""
+        """Give up flushing."""
         if isinstance(why, Exception):
             doing = f"flushing the disks of {self._job.guest.title}"
             self._journal.write(events.internal_error(doing, why))
-            why = "an error in qkilld keeps it from flushing"
+            why = "an error in qkilld prevents flushing"
         self._leave_out(why)
         self._end_qemu()
 
     def _look_later(self, interval: int) -> None:
-        self._start(interval + LOOK_TIMEOUT)
+        self._start(interval + READ_TIMEOUT)
         self._timer = self._clock.call_at(self._clock.now() + interval, self._look_again)
         self._advance()
 
@@ -285,12 +283,12 @@ class QuitPhase:
         self.disks = state.disks
         evidence = self._evidence if last_rungs.wants_evidence(state) else None
         if self._waits_for_jobs(state):
-            self._look_later(LOOK_INTERVAL)
+            self._look_later(READ_INTERVAL)
         elif self._first is None and last_rungs.needs_second_look(state, evidence):
             self._first = state
             self._look_later(last_rungs.OLD)
         elif self._job.control.held:
-            self._look_later(LOOK_INTERVAL)
+            self._look_later(READ_INTERVAL)
         else:
             first, second = self._first or state, self._second(state)
             self._carry_out(last_rungs.plan_flush(first, second, evidence), state)
@@ -299,7 +297,7 @@ class QuitPhase:
         evidence = self._evidence
         self._powered_off = last_rungs.is_powered_off(state)
         if self._job.control.held or evidence is None:
-            self._look_later(LOOK_INTERVAL)
+            self._look_later(READ_INTERVAL)
         elif self._first is None and early_flush.needs_second_look(state, evidence):
             self._first = state
             self._look_later(last_rungs.OLD)
@@ -329,7 +327,7 @@ class QuitPhase:
             self._flushed += titles
             self._unflushed = [title for title in self._unflushed if title not in titles]
             if len(results) < len(batch):
-                self._fail("a disk takes longer to be flushed")
+                self._fail("flushing a disk takes longer")
             else:
                 self._flush_early(plan, state, others)
 
@@ -337,7 +335,7 @@ class QuitPhase:
             monitor.flush_running(batch, flushed, timeout=most)
 
     def _end_early(self, plan: EarlyFlush, state: BlockState) -> None:
-        self._early = False
+        self._is_early_flush = False
         if plan.hang_reason:
             self._add_risks(last_rungs.risks_of_state(state))
             self._fail(plan.hang_reason)
@@ -348,8 +346,7 @@ class QuitPhase:
         return state if self._first is not None else None
 
     def _waits_for_jobs(self, state: BlockState) -> bool:
-        """Return whether to wait for backups and other background jobs, which is so while they
-        progress."""
+        """Return whether to wait for backups and other background jobs, because they progress."""
         job, now = self._job, self._clock.now()
         before, self._jobs = self._jobs, self._jobs.after(state.jobs, now)
         if self._jobs.done:
@@ -377,7 +374,7 @@ class QuitPhase:
             self._end_qemu()
 
     def _start_flush(self) -> tuple[int, int]:
-        """Begin a flush that keeps no processors stopped: the step, and its most time (µs)."""
+        """Begin a flush that stops no processors; return the step and its longest time (µs)."""
         most = self._job.policy.storage_stall
         step = self._start(min(STANDSTILL, most))
         latest = min(self._clock.now() + most, INFINITY)
@@ -395,9 +392,9 @@ class QuitPhase:
                 job.wait_until(until, until)
                 if job.verdict is not Verdict.FLUSHING and self._evidence is not None:
                     job.turn_to(Verdict.FLUSHING, self._evidence.reasons[:4], now)
-            self._timer = self._clock.call_at(now + LOOK_INTERVAL, look)
+            self._timer = self._clock.call_at(now + READ_INTERVAL, look)
 
-        self._timer = self._clock.call_at(self._clock.now() + LOOK_INTERVAL, look)
+        self._timer = self._clock.call_at(self._clock.now() + READ_INTERVAL, look)
         return step, most
 
     def _flush_before(self, plan: FlushPlan, state: BlockState) -> None:
@@ -409,10 +406,10 @@ class QuitPhase:
             if isinstance(found, Exception):
                 self._fail(found)
             elif len(found) < len(plan.before):
-                self._leave_out("a disk takes longer to be flushed")
+                self._leave_out("flushing a disk takes longer")
                 self._end_qemu()
             elif self._job.control.held:
-                self._look_later(LOOK_INTERVAL)
+                self._look_later(READ_INTERVAL)
             else:
                 self._stop_when_saved(plan, state)
 
@@ -431,7 +428,7 @@ class QuitPhase:
         self._when_saved(saved)
 
     def _flush(self, plan: FlushPlan, state: BlockState) -> None:
-        # It gives up itself, a moment before it is given up.
+        # The flush times out before the step does.
         timeout = FLUSH_TIMEOUT * 9 // 10
         if plan.running:
             step = self._start(FLUSH_TIMEOUT)
@@ -463,7 +460,7 @@ class QuitPhase:
                 titles = [one.title for one in found if not one.error]
                 missing = [disk.title for disk in state.disks if disk.title not in titles]
                 reason = f"{plan.incomplete_because}; flushed but for {_join_titles(missing)}"
-                self._tell(FlushReport("partial" if titles else "left-out", reason), ())
+                self._record_flush(FlushReport("partial" if titles else "left-out", reason), ())
                 self._end_qemu()
 
         if (monitor := self._monitor()) is not None:
@@ -497,7 +494,7 @@ class QuitPhase:
         if risks:
             outcome = "failed"
         reason = f"{failed[0].title}: {failed[0].error}" if failed else ""
-        self._tell(FlushReport(outcome, reason, proven), risks)
+        self._record_flush(FlushReport(outcome, reason, proven), risks)
 
     def _leave_out(self, reason: str) -> None:
         if self._job.flush != FlushReport():
@@ -507,12 +504,12 @@ class QuitPhase:
             missing = _join_titles(self._unflushed)
             outcome, reason = "partial", f"{reason}; flushed but for {missing}"
             self._note_flush()
-        self._tell(FlushReport(outcome, reason), ())
+        self._record_flush(FlushReport(outcome, reason), ())
 
     def _note_flush(self) -> None:
         self._job.note_rung("flush", self._clock.now())
 
-    def _tell(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
+    def _record_flush(self, report: FlushReport, risks: tuple[Risk, ...]) -> None:
         self._add_risks(risks)
         self._job.flush = report
         self._journal.write(events.disks_flushed(self._job))
@@ -524,7 +521,7 @@ class QuitPhase:
     # ---- starting the processors again ----
 
     def _undo(self) -> None:
-        """Start the processors on the open connection, or on a new one."""
+        """Start the processors over the open connection, or over a new one."""
         self._job.flush = replace(self._job.flush, proven=False)
         step = self._start(UNDO_TIMEOUT)
 
@@ -563,7 +560,7 @@ class QuitPhase:
             self._finish()
         else:
             self._link.close()
-            self._job.undone()
+            self._job.note_processors_running()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

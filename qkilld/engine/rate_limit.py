@@ -31,7 +31,7 @@ _Key = tuple[MessageId, str]
 
 @dataclass(slots=True)
 class _Window:
-    """The time since an entry was written."""
+    """The events since an entry was written."""
 
     latest: Event | None = None
     """The newest event that was held back."""
@@ -43,7 +43,7 @@ class RateLimitedJournal:
     """Implements engine.ports.Journal. Use it only in the loop.
 
     The first event of its kind is written at once. Those that follow within a second are counted,
-    and the last one is written, with the count, when the second is over.
+    and the last one is written, with the count, when the second ends.
     """
 
     def __init__(self, journal: Journal, clock: Clock) -> None:

@@ -27,15 +27,15 @@ from qkilld.model.job import Request
 from qkilld.model.policy import Config, Policy
 
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
-"""How long (µs) a job's object outlives its end, so that a late Wait still gets its answer."""
+"""How long (µs) a job's object outlives the job, so that a late Wait still gets its answer."""
 UNDO_S: Final = 2.0
-"""QEMU starts its processors in a millisecond, unless a disk keeps its main loop busy."""
+"""QEMU starts its processors within a millisecond, unless a disk blocks its main loop."""
 MAX_JOBS_PER_UID: Final = 2048
-"""Running and ended jobs of one user; the limit keeps a flood from filling the memory. It does not
-apply to root."""
+"""The most running and ended jobs of one user, so that a flood cannot fill the memory. Root has no
+limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
-"""The same for all users except root together. At 75 kB for each job (units/qkilld.service), they
-take 460 MB, and with all the calls that users may have open three quarters of MemoryMax=."""
+"""The most jobs of all users except root. At 75 kB each (units/qkilld.service), they take 460 MB;
+together with all the calls that users may have open, three quarters of MemoryMax=."""
 
 
 class Registry:
@@ -78,7 +78,7 @@ class Registry:
         self._running: dict[tuple[int, int], Job] = {}
         self._survivors: dict[tuple[int, int], Job] = {}
         self._ended_jobs: dict[tuple[int, int], Job] = {}
-        """The last one of each process."""
+        """The last ended job of each process."""
         self._per_uid: Counter[int] = Counter()
         self._last = 0
         self._summary = StopSummary()
@@ -97,8 +97,8 @@ class Registry:
     def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
         """Return the job that stops this process: the running one, or a new one that has begun.
 
-        Becomes the owner of the process and, unless it raises something, of `passed`, a connection
-        to the monitor for a new job. Raises what Job.start raises, and Busy.
+        The registry then owns the process and, unless this raises, `passed`, a connection to the
+        monitor for a new job. Raises what Job.start raises, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
@@ -147,11 +147,12 @@ class Registry:
     ) -> Job:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
-        Becomes the owner of the process, which must be the snapshot's, and of `monitor`. None for
-        the process means that it has exited; then a running job ends as exited or killed. Raises
-        SnapshotError if the job conflicts with an existing one, or has times in the future; the
-        caller keeps `monitor` then. With `among_many`, a job that would begin with a sample does
-        nothing until `follow_resumed`.
+        `process` must be the snapshot's; None means that it has exited, so that a running job ends
+        as exited or killed. The registry then owns `process` and `monitor`. With `among_many`, a
+        job that would begin with a sample does nothing until `follow_resumed`.
+
+        Raises SnapshotError if the job conflicts with an existing one, or has times in the future;
+        the caller still owns `monitor` then.
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or GoneProcess(past.guest)
@@ -160,7 +161,7 @@ class Registry:
             past = past.without_kill()
         running = past.result is None
         if past.latest > now:
-            problem = "it has points in time that have not come"
+            problem = "it has times in the future"
         elif past.number in self._jobs:
             problem = "there is a job of that number already"
         elif running and key in self._running:
@@ -195,7 +196,7 @@ class Registry:
             return self._jobs[number]
         except KeyError:
             raise NoSuchJob(
-                f"There is no job {number}: there never was, or it ended over a minute ago"
+                f"There is no job {number}: it never existed, or ended over a minute ago"
             ) from None
 
     def by_pid(self, pid: int) -> Job:
@@ -233,15 +234,15 @@ class Registry:
             job.cancel(why)
 
     async def wait_undone(self) -> None:
-        """Wait, for at most UNDO_S, until the processors of all guests run that ended jobs have
-        stopped. Call it before this program exits."""
+        """Wait, for at most UNDO_S, until all processors that ended jobs have stopped are running
+        again. Call it before this program exits."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(UNDO_S):
                 while any(job.processors_stopped for job in self if not job.running):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
     def interrupt_waits(self) -> None:
-        """Interrupt all Waits for running jobs: this daemon will not see their end."""
+        """End all Waits for running jobs, because this daemon will not see their end."""
         for job in list(self._running.values()):
             job.interrupt_waits()
 
@@ -306,7 +307,7 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # Another job of the same process may have taken its place, if both were resumed.
+        # If several jobs of this process were resumed, another one may be registered.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)
@@ -337,7 +338,7 @@ class Registry:
         try:
             what(self.observer)
         except Exception as error:
-            self._journal.write(events.internal_error("telling the bus of a job", error))
+            self._journal.write(events.internal_error("reporting a job on the bus", error))
 
 
 class GoneProcess:

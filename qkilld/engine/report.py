@@ -1,4 +1,4 @@
-"""The facts about a job that callers get, over D-Bus or Varlink."""
+"""The facts about a job that callers get over D-Bus or Varlink."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def may_see(job: ObservedJob, uid: int) -> bool:
 
 def receipt_values(job: ObservedJob, *, private: bool) -> dict[str, Any]:
     """Return the receipt of an ended job; how much the guest writes is included only with
-    `private`. Missing values are left out. Structures are lists, times µs."""
+    `private`. Missing values are left out. Structures are lists; times are in µs."""
     values: dict[str, Any] = {
         "elapsed-usec": job.elapsed,
         "rungs": [[r.phase.value, r.action, r.at - job.started] for r in job.rungs],

@@ -1,7 +1,7 @@
 """Let the jobs of an earlier daemon continue: the most urgent first, a few at a time.
 
-Each begins with a sample, and the first one of a process takes the longest. If all were requested
-at once, most would come later than a blocked one may, and SIGKILL would wait as for dead storage.
+Each job begins with a sample, and the first sample of a process takes longest. If all samples were
+requested at once, most would miss their timeout and count as blocked, which delays SIGKILL.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock
 
 AT_ONCE: Final = 16
-"""How many first samples are taken at a time."""
+"""The most first samples that are taken at a time."""
 PAUSE: Final = 5_000
-"""How long (µs) other work of the loop has before more samples are requested."""
+"""The time (µs) for other work of the loop before more samples are requested."""
 
 
 class ResumedJobs:
@@ -28,13 +28,13 @@ class ResumedJobs:
         self._waiting.append(job)
 
     def follow(self) -> None:
-        """Let the jobs continue that were added, as soon as possible. Call it once."""
+        """Let the added jobs continue as soon as possible. Call it once."""
         now = self._clock.now()
         for job in self._waiting:
-            # Callers may ask for it before the first sample.
+            # Callers may read the deadline before the first sample.
             job.deadline = decide(job.facts, now).deadline
         self._waiting.sort(key=lambda job: job.deadline)
-        self._waiting.reverse()  # The last one is the next.
+        self._waiting.reverse()  # The next one is the last.
         self._follow_some()
 
     def _follow_some(self) -> None:

@@ -16,7 +16,7 @@ class JobSampler:
     """Watches the process from the first sample on. The caller closes it."""
 
     def __init__(self, process: Process, sampler: Sampler | None, clock: Clock) -> None:
-        """Without a sampler all samples are empty."""
+        """If `sampler` is None, all samples are empty."""
         self._process = process
         self._sampler = sampler
         self._clock = clock
@@ -25,7 +25,7 @@ class JobSampler:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a sample was requested and has not come, and may still come in time."""
+        """Whether a sample was requested that has not come and is not late."""
         return self._timeout is not None
 
     def look(self, seen: Callable[[Sample], None], *, detail: bool) -> None:

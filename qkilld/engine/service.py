@@ -55,7 +55,7 @@ INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
 """The most processes that one user's TerminateAll calls open at a time. Each may occupy a thread,
-and they are opened without a turn for others in between."""
+and other users get no turn in between."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,
@@ -119,8 +119,7 @@ class Service:
     ) -> Job:
         """Start the job that stops a process, or join the running one.
 
-        `passed` is a connection to its monitor, which the caller has made; it is closed if it is of
-        no use.
+        `passed` is a connection to the monitor that the caller has made; it is closed if not used.
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
         try:
@@ -140,8 +139,8 @@ class Service:
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
         """Stop the main process of a unit or, if that is not QEMU, the only QEMU process in it.
 
-        Their control groups tell which processes are in the unit; systemd is asked only for the
-        main process and the unit's primary name. Raises NoSuchUnit, too.
+        Control groups show which processes are in the unit; systemd is asked only for the main
+        process and the unit's primary name. Raises NoSuchUnit, too.
         """
         asked = _parse_flags(flags)
         check_unit_name(name)
@@ -213,7 +212,7 @@ class Service:
         caller: Caller,
     ) -> list[Job | QkilldError]:
         """Like `terminate_all` for these processes, each given by its id and its start time if
-        known. Return for each the job, or the error. Raises InvalidArgs."""
+        known. Return the job, or the error, of each. Raises InvalidArgs."""
         asked = _parse_flags(flags)
         given = _parse_options(options, asked)
         _check_for_many(given)
@@ -247,7 +246,7 @@ class Service:
         await self._keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
-        """Extend a job. This and the next three raise AccessDenied, Busy, Failed (it has ended)."""
+        """Like Job.extend. This, `hold`, `release` and `force` also raise AccessDenied and Busy."""
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
         job.extend(usec, by)
@@ -326,7 +325,7 @@ class Service:
             process.close()
 
     async def _ways(self, identity: Identity, flags: Flag) -> tuple[str, ...]:
-        """Describe how the guest can be asked, and the obstacles."""
+        """Describe how the guest can be asked, and what prevents it."""
         if Flag.POWERDOWN not in flags or self._monitors is None:
             return ()
         process = self._host.open(identity.pid)
@@ -339,8 +338,8 @@ class Service:
     async def _check_monitor(
         self, process: Process, given: Mapping[str, object], passed: int | None
     ) -> None:
-        """Raise InvalidArgs, with the process closed, if the socket that the caller names, or the
-        connection that it passes, is not to its monitor."""
+        """Raise InvalidArgs and close the process if the socket that the caller names, or the
+        connection that it passes, does not lead to the process's monitor."""
         if self._monitors is None:
             return
         try:
@@ -357,7 +356,7 @@ class Service:
         return list(await self._guests.get())
 
     async def _look_for_guests(self) -> list[Guest]:
-        # Shared because it reads all of /proc, 0.1 ms a process, and anyone may call it any time.
+        # Concurrent callers share this: it reads all of /proc, in 0.1 ms for each process.
         qemus = [
             identity
             for identity in await self._host.identities()
@@ -367,7 +366,7 @@ class Service:
         return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
 
     async def _look_twice(self, process: Process) -> Assessment | None:
-        """Take two samples, because only a difference shows movement. None if they are late."""
+        """Take two samples, because only a difference shows movement; None if they are late."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -396,13 +395,13 @@ class Service:
         return self.registry.terminate(checked.process, request, passed)
 
     def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
-        """Remove POWERDOWN if the caller leaves it to the configuration, and that disables it."""
+        """Remove POWERDOWN if the caller leaves that to the configuration, which disables it."""
         left = given.get("powerdown-as-configured", False)
         return flags & ~Flag.POWERDOWN if left and not self.config.asks(guest.label.name) else flags
 
     async def _keep(self, *jobs: Job) -> None:
-        """Return when these jobs are saved, so that the caller may rely on their surviving a crash.
-        If saving takes too long, log that and return."""
+        """Return when these jobs are saved, so that they survive a crash. If saving takes too long,
+        log that and return."""
         if self.registry.saver is not None and not await self.registry.saver.wait_saved():
             for job in jobs:
                 self.registry.note(events.not_written(job))
@@ -472,7 +471,7 @@ def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, obje
         raise InvalidArgs(f'Option "reason" is longer than {MAX_TEXT} characters')
     given = {name: option.value for name, option in options.items()}
     if given.get("powerdown-only"):
-        # It promises that no signal is sent.
+        # This option promises that no signal is sent.
         if Flag.POWERDOWN not in flags:
             raise InvalidArgs('Option "powerdown-only" needs the flag POWERDOWN (4)')
         if given.get("powerdown-as-configured"):

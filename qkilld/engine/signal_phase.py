@@ -1,7 +1,7 @@
 """The phase that sends signals, based on samples of the process.
 
-decision.ladder decides; this carries the decisions out: it checks the identity before every signal,
-and takes samples when requested. It calls the job back only through LadderJob.
+decision.ladder decides; SignalPhase carries the decisions out, checks the identity before every
+signal, and takes samples. It calls the job back only through LadderJob.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qkilld.model.job import Risk, Rung
 from qkilld.model.sample import Sample
 
 RECHECK: Final = USEC_PER_SEC
-"""How long (µs) until a signal is tried again after the process's executable was unreadable."""
+"""If the process's executable is unreadable, a signal is tried again after this time (µs)."""
 
 _CONTINUE: Final = SIGCONT.name
 _SIGNALS: Final = {
@@ -133,9 +133,9 @@ class SignalPhase:
         while job.running:
             decision = decide(self.facts, self._clock.now())
             self._promised = max(self._promised, decision.promised)
-            # Checked right before a signal, because the deadline and the exit may coincide.
+            # The exit is checked here because it may coincide with the deadline.
             if decision.action is not Action.LEAVE and self._process.exited():
-                job.gone()
+                job.note_gone()
                 return
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.LOOK):
@@ -182,8 +182,8 @@ class SignalPhase:
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.
 
-        Return False if it is tried again later: SIGKILL must be saved first, or the process's
-        executable is unreadable.
+        Return False if that is tried again later, because SIGKILL must be saved first, or the
+        process's executable is unreadable.
         """
         job = self._job
         if number == SIGKILL and not self._is_written_down():
@@ -197,7 +197,7 @@ class SignalPhase:
         except ProcessChanged as error:
             self._end_as_changed(error)
         except ProcessLookupError:
-            job.gone()
+            job.note_gone()
         except PermissionError:
             job.error = f"the kernel does not let qkilld send {number.name}"
             self._journal.write(events.signal_refused(job, number))
@@ -210,7 +210,7 @@ class SignalPhase:
         return True
 
     def send(self, number: Signals) -> None:
-        """Raises what `check_identity` raises, and PermissionError."""
+        """Send a signal. Raises what `check_identity` raises, and PermissionError."""
         job = self._job
         self.check_identity()
         self._process.signal(number)
@@ -234,7 +234,7 @@ class SignalPhase:
         self._unidentified_since = None
 
     def check_on_request(self) -> None:
-        """Check the identity when no signal follows at once. If the process changed, the job ends.
+        """Check the identity without sending a signal. If the process changed, the job ends.
 
         Raises ProcessChanged, UnknownIdentity.
         """
@@ -259,9 +259,9 @@ class SignalPhase:
     def _is_written_down(self) -> bool:
         """Return whether the intention to send SIGKILL is saved; if not, start to save it.
 
-        If this program dies right after SIGKILL, the next one must not report "exited". SIGTERM is
-        not saved first: if it is unknown whether it was sent, it must be sent again, because no
-        guest may get SIGKILL that was never asked to exit. QEMU ignores a second SIGTERM.
+        If qkilld dies right after SIGKILL, the next daemon must not report "exited". SIGTERM is
+        not saved first: if it may not have been sent, it is sent again, because no guest may get
+        SIGKILL without SIGTERM. QEMU ignores a second SIGTERM.
         """
         if self._intent is not _Intent.NONE:
             return self._intent is _Intent.WRITTEN
@@ -276,7 +276,7 @@ class SignalPhase:
             self._job.advance()
 
     def _withdraw(self) -> None:
-        """The ladder no longer wants SIGKILL: something moved, or a caller wants time."""
+        """Withdraw the intention to send SIGKILL: something moved, or a caller wants time."""
         if self._intent is not _Intent.NONE:
             self._intent = _Intent.NONE
             self._job.enter(Phase.TERMINATE)
@@ -294,8 +294,7 @@ class SignalPhase:
             self._unidentified_since = now
         tried = now - self._unidentified_since
         if error.exiting and number == SIGKILL and tried >= job.policy.reap:
-            # The same result as after SIGKILL, which could do no more: the whole process is
-            # exiting.
+            # The whole process is exiting, so SIGKILL could not change the result.
             job.finish(Result.SURVIVED)
         else:
             job.wait_until(job.deadline, now + RECHECK)
@@ -321,8 +320,8 @@ class SignalPhase:
             if before is None or could_yank != self._could_yank or is_news(before, evidence):
                 job.enter(job.phase)
             else:
-                job.looked()
+                job.note_look()
             if self._kill_at is not None and is_dead(sample):
-                job.gone()
+                job.note_gone()
                 return
         job.advance()

@@ -20,16 +20,15 @@ from qkilld.model.policy import Policy
 
 FORMAT: Final = "qkilld-job"
 VERSION: Final = 5
-"""Version 1 had no control; version 2 no error_name, Identity.exiting and risks, and another
-assessment; version 3 only guest_asked and the rungs about asking a guest; version 4 nothing about
-flushing."""
+"""Version 1 lacks control. Version 2 lacks error_name, Identity.exiting and risks, and has another
+assessment. Version 3 lacks the state of asking a guest. Version 4 lacks the results of flushing."""
 YANK: Final = "yank"
-"""The action of this rung."""
+"""The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1
 """A job's number has at most nine digits in its path."""
 
 
-_UNKNOWN_RISK: Final = Risk("unknown", "it was killed, and nobody told what was seen right before")
+_UNKNOWN_RISK: Final = Risk("unknown", "it was killed, and the last evidence was not recorded")
 
 
 class SnapshotError(ValueError):
@@ -38,25 +37,25 @@ class SnapshotError(ValueError):
 
 
 class UnknownVersion(SnapshotError):
-    """A newer program wrote it, and may return."""
+    """A newer qkilld wrote the document, and may be started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment. Times are CLOCK_MONOTONIC in µs, so they are valid for one boot."""
+    """A job at one moment. Times are CLOCK_MONOTONIC in µs, so they are valid only for one boot."""
 
     number: int
     guest: Guest
     request: Request
-    """The request that it runs for: the first, or the one that took it over."""
+    """The request that the job runs for: the first, or the one that took the job over."""
     flags: Flag
-    """The flags, with those that later requests have added."""
+    """The flags, including those that later requests have added."""
     policy: Policy
     control: Control
     phase: Phase
     verdict: Verdict
     result: Result | None
-    """None while it runs."""
+    """None while the job runs."""
     error: str
     error_name: str
     risks: tuple[Risk, ...]
@@ -65,12 +64,12 @@ class Snapshot:
     processors_stopped: bool
     """The job has stopped the virtual processors, and must start them again unless QEMU exits."""
     rungs: tuple[Rung, ...]
-    """Rungs that were done; they are not done again."""
+    """The rungs that were executed; they are not repeated."""
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
     """The latest assessment."""
     asking: Attempt | None
-    """The state of asking the guest; None after that."""
+    """The state of asking the guest; None once that is over."""
     own_chardevs: tuple[str, ...]
     """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
     started: int
@@ -93,10 +92,11 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot from what a caller sees of a job (StartedUSec, Verdict, LastProgressUSec,
         Held). It assumes that SIGTERM was sent at the start, and SIGKILL if `kill_at` is given.
-        With `guest_asked`, no signal was sent yet, and the guest may have been asked at the start.
+        With `guest_asked`, it assumes that no signal was sent, and the guest was asked at the
+        start, if at all.
 
         `policy` is the job's, with the request's spans. If `progress_at` is None, progress is
-        assumed until the job is resumed, and the job gets the time that follows from that.
+        assumed until the job is resumed.
         """
         phase = Phase.TERMINATE
         rungs = [Rung(phase, SIGTERM.name, started)]
@@ -139,7 +139,7 @@ class Snapshot:
 
     @property
     def latest(self) -> int:
-        """Return the newest time in it."""
+        """The newest time in the snapshot."""
         return max(
             self.started,
             self.ended or 0,
@@ -180,8 +180,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Only the amounts written are used of the first sample; the rest would take a
-            # page of memory for each job.
+            # Only the written amounts of the first sample are used. The rest would take a page of
+            # memory for each job.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )
@@ -193,10 +193,10 @@ class Snapshot:
 def decode(document: object) -> Snapshot:
     """Decode what `to_json` returned. Raises SnapshotError."""
     if not isinstance(document, Mapping) or document.get("format") != FORMAT:
-        raise SnapshotError("it is not a job of qkilld's")
+        raise SnapshotError("it is not a saved job of qkilld")
     version = document.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
-        raise UnknownVersion("it is of a version that this program does not know")
+        raise UnknownVersion("this program does not know its version")
     fields = {key: document[key] for key in document if key not in ("format", "version")}
     if version < 4:
         fields.setdefault("asking", None)
@@ -206,8 +206,7 @@ def decode(document: object) -> Snapshot:
         fields.setdefault("error_name", "")
         fields.setdefault("guest_asked", GuestAsked.NOT_ASKED.value)
         fields["rungs"] = _with_actions(fields.get("rungs"))
-        # The memory of another release's judgement is not usable here: continue as if no sample had
-        # been taken.
+        # Another release's assessment is not usable: continue as if no sample had been taken.
         fields["assessment"] = None
         fields["risks"] = to_json((_UNKNOWN_RISK,) if fields.pop("data_at_risk", False) else ())
     if version < VERSION:
@@ -223,7 +222,7 @@ def decode(document: object) -> Snapshot:
 
 
 def _latest_of(attempt: Attempt) -> int:
-    """Return the newest time in it."""
+    """Return the newest time in the attempt."""
     times = [attempt.started, *(one.at for one in attempt.recent), *(o.at for o in attempt.asked)]
     times += [attempt.answered_at or 0, attempt.disk_work_at or 0]
     return max(*times, attempt.effect_at or 0, attempt.progress_at or 0)
@@ -245,16 +244,16 @@ def _problem(snapshot: Snapshot) -> str:
     """Return a contradiction in the snapshot, or ""."""
     ended = snapshot.result is not None
     if not 1 <= snapshot.number <= MAX_NUMBER:
-        return "the job's number cannot be"
+        return "the job's number is impossible"
     if snapshot.guest.identity.pid <= 0:
-        return "the process id cannot be"
+        return "the process id is impossible"
     asks = Flag.POWERDOWN in snapshot.flags or snapshot.phase is Phase.QUIT
     if not snapshot.rungs and not (asks or snapshot.result):
         return "the job has not sent a signal"
     if not ended == (snapshot.phase is Phase.DONE) == (snapshot.ended is not None):
         return "it says both that the job has ended and that it has not"
     if not min((snapshot.started, *(rung.at for rung in snapshot.rungs))) >= 0:
-        return "a point in time cannot be"
+        return "a time is impossible"
     if snapshot.latest >= INFINITY or not 0 <= snapshot.control.not_before <= INFINITY:
-        return "a point in time cannot be"
+        return "a time is impossible"
     return ""

@@ -2,7 +2,7 @@
 
 A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
 process. Root and authorized users steer every job. The owner steers only jobs that run by the
-owner's right, and may extend other jobs up to a bound; more would let owners keep root from
+owner's right, and may extend other jobs up to a bound. Without it, owners could prevent root from
 stopping their guests.
 """
 
@@ -17,12 +17,12 @@ from qkilld.model.job import Control
 from qkilld.model.policy import Policy
 
 OWNER_EXTENSION: Final = 10 * 60 * USEC_PER_SEC
-"""How long (µs) after its start the owner can delay SIGKILL of somebody else's job, if MaxSec is
-infinite."""
+"""If MaxSec= is infinite, the owner can delay SIGKILL of somebody else's job until this long (µs)
+after its start."""
 
 
 def owner_limit(started: int, policy: Policy) -> int:
-    """Return until when the owner may extend somebody else's job; CLOCK_MONOTONIC, µs."""
+    """Return the time up to which the owner may extend somebody else's job; CLOCK_MONOTONIC, µs."""
     longest = policy.max if policy.max < INFINITY else OWNER_EXTENSION
     return min(started + longest, INFINITY)
 
@@ -43,7 +43,7 @@ def extended(control: Control, until: int, rank: Rank) -> Control:
 
 
 def hold(control: Control, by: Steerer, started: int, policy: Policy) -> Control:
-    """Hold the job until it is released; a hold by the owner ends when MaxSec is over."""
+    """Hold the job until it is released; a hold by the owner ends after MaxSec=."""
     outranks = by.rank > Rank.OWNER
     until = INFINITY if outranks else min(started + policy.max, INFINITY)
     if control.held and until <= control.held_until and (control.hold_outranks or not outranks):
@@ -56,6 +56,6 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """Reduce the owner's steering when the job is taken over. `limit` is from `owner_limit`."""
+    """Reduce the owner's steering when the job is taken over. `limit` comes from `owner_limit`."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))

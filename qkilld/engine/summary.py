@@ -1,4 +1,4 @@
-"""One journal entry for stops that ran at the same time, as at the shutdown of a host."""
+"""Sum up concurrent stops, as at the shutdown of a host, in one journal entry."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from qkilld.model.event import Event
 
 
 class StopSummary:
-    """Counts concurrent stops: from the first that runs until none does."""
+    """Counts stops from the start of the first until none runs."""
 
     def __init__(self) -> None:
         self._ended_jobs: list[ObservedJob] = []
 
     def ended(self, job: ObservedJob, *, is_last: bool) -> Event | None:
-        """Count a stop. Return the entry if no other runs (`is_last`) and there was more than
+        """Count a stop. Return the entry if no other stop runs (`is_last`) and there was more than
         one."""
         self._ended_jobs.append(job)
         if not is_last:

@@ -1,6 +1,6 @@
-"""Decide when a call is begun: the turns of all users, whichever way their calls arrive.
+"""Give each user a turn to have calls started.
 
-The bus and Varlink share one of these, so that all calls of a user count together.
+The bus and Varlink share one Turns, so that all calls of a user count together.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from qkilld.model.errors import Busy, QkilldError
 ROUND_S: Final = 0.002
 """After starting calls for this time, the loop serves its timers and pidfds."""
 CROWDED_S: Final = 0.002
-"""How long messages are only read, if all waiting users have a crowd of calls and still send more:
-otherwise another user's call would wait behind theirs in the socket."""
-FULL: Final = Busy(
-    f"More than {MAX_CALLS} calls of yours, or too long ones, wait here for an answer"
-)
+"""If all waiting users have a crowd of calls and still send more, messages are only read for this
+time. Otherwise another user's call would wait behind theirs in the socket."""
+FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 
 class WaitingCall(Protocol):
     """A call that was received but not parsed yet."""
 
     def start(self, uid: int) -> None:
-        """Answer it, or start a task that does. Never raises."""
+        """Answer the call, or start a task that does. Never raises."""
 
     def refuse(self, error: QkilldError) -> None: ...
 
@@ -45,7 +43,7 @@ class Turns:
         self._round: asyncio.Handle | None = None
         """The next round of calls."""
         self._is_scheduled = False
-        """Calls have arrived since the last round."""
+        """Whether calls have arrived since the last round."""
 
     @property
     def waiting(self) -> bool:
@@ -53,8 +51,8 @@ class Turns:
         return bool(self._queue)
 
     def put(self, name: str, uid: int | None, call: WaitingCall, size: int) -> bool:
-        """Let a call wait for its turn; if its uid is unknown, until `introduce`. Return False,
-        with the call refused, if too many wait."""
+        """Let a call wait for its turn; without a uid, it gets none before `introduce`. If too many
+        calls wait, refuse the call and return False."""
         self.last_call = time.monotonic()
         self._is_scheduled = True
         if not self._queue.put(name, uid, call, size):
@@ -70,7 +68,7 @@ class Turns:
         self._serve_soon()
 
     def forget(self, name: str, uid: int | None) -> list[WaitingCall]:
-        """Remove a caller that is gone; return its waiting calls, which nobody will start."""
+        """Remove a caller that has left; return its waiting calls, which nobody will start."""
         return self._queue.forget(name, uid)
 
     def _serve_soon(self) -> None:

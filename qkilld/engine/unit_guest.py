@@ -28,7 +28,7 @@ def choose_guest(
     """Return the guest that runs in a unit: its main process, or else the only one.
 
     A unit of the system takes precedence over units of the same name of users' managers, because
-    users may choose any name. If we ask a user's manager, only that user's units are visible.
+    users may choose any name. A user's manager shows only that user's units.
 
     facts   the unit's properties; None if systemd does not answer
     known   False if systemd says that there is no such unit

@@ -41,8 +41,8 @@ class UnitStops:
         *,
         user: bool,
     ) -> None:
-        """`look_up` describes a process; None if it is unreadable. `user`: the service's manager is
-        a user manager."""
+        """`look_up` describes a process, or returns None if it is unreadable. `user`: the service
+        runs in a user manager."""
         self._service = service
         self._look_up = look_up
         self._user = user
@@ -61,8 +61,8 @@ class UnitStops:
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
-        With `force` they get FORCE if systemd would send SIGKILL as well. The limits are those for
-        the first job.
+        With `force`, a job gets FORCE if systemd would also send SIGKILL. Return the limits of the
+        first job.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -92,7 +92,7 @@ class UnitStops:
             powerdown_only=job.request.powerdown_only,
             ask_at_most=ask,
         )
-        # If the process has changed, that ends the job.
+        # This ends the job if the process has changed.
         with ignore("joining a job for its unit", QkilldError):
             job.join(request)
 

@@ -1,6 +1,6 @@
 """The rung before SIGKILL: yank dead storage, so that QEMU can finish its other disks.
 
-decision.yank decides what to yank. This needs a connection to the monitor that was open before
+decision.yank decides what to yank. Yanking needs a connection to the monitor that was open before
 SIGTERM, on which QEMU answers in 1 to 3 ms. Data on yanked storage is at risk.
 """
 
@@ -47,7 +47,7 @@ class YankRung:
         self._done: set[str] = set()
         """The names of yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
-        """What is being yanked. QEMU can exit before its reply is read."""
+        """The connections whose yank has no reply yet. QEMU can exit before its reply is read."""
         self._exhausted = False
         self._until: int | None = None
         """The deadline of the current attempt; None if there is none."""
@@ -135,7 +135,7 @@ class YankRung:
         monitor.yank([cutoff.instance for cutoff in chosen], done)
 
     def _note_unanswered(self) -> None:
-        """Count it as yanked: without a reply, it may be."""
+        """Count connections without a reply as yanked, because they may be."""
         chosen, self._unanswered = self._unanswered, ()
         if not chosen:
             return

@@ -60,7 +60,7 @@ class VarlinkMethods:
             return [Cost.WAIT]
         # Each named process is as much work as one Terminate call.
         processes = parameters.get("processes") or ()
-        return [Cost.LOOK if name in _LOOKS else Cost.OTHER] * max(1, len(processes))
+        return [Cost.READ if name in _LOOKS else Cost.OTHER] * max(1, len(processes))
 
     async def _get_status(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
         policy = self._service.config.policy

@@ -477,7 +477,7 @@ class VarlinkServer:
         self, call: VarlinkCall, name: str, parameters: dict[str, Any], costs: list[Cost]
     ) -> None:
         limits = self.turns.limits
-        if Cost.LOOK in costs or name.startswith("Terminate"):
+        if Cost.READ in costs or name.startswith("Terminate"):
             limits.check_descriptors(call.uid)
         for cost in costs:
             limits.begin(call.uid, cost)

@@ -128,7 +128,7 @@ class JobStream:
     def close(self, *, left: bool) -> None:
         """Stop reporting. `left`: because the caller disconnected."""
         for job, callback in self._callbacks.items():
-            job.no_longer(callback, left=left)
+            job.forget_waiter(callback, left=left)
             self._forget(job)
         self._callbacks.clear()
         self._ended_jobs.clear()

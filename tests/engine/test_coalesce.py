@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from qkilld.engine.coalesce import MAX_REST_S, REST, SharedRun
+from qkilld.engine.coalesce import MAX_PAUSE_S, PAUSE_FACTOR, SharedRun
 
 
 class Work:
@@ -61,4 +61,4 @@ def test_it_rests_between_runs() -> None:
 
     asyncio.run(run())
     first, end, second, _ = times
-    assert second - end >= min(MAX_REST_S, REST * (end - first)) * 0.9
+    assert second - end >= min(MAX_PAUSE_S, PAUSE_FACTOR * (end - first)) * 0.9

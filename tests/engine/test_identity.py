@@ -101,9 +101,9 @@ def test_unknown_is_not_another_one(world: World) -> None:
     job = world.stop(process, FORCE)
     known = process.guest.identity.executable
     becomes(process, executable="")
-    with pytest.raises(UnknownIdentity, match="Cannot read at the moment"):
+    with pytest.raises(UnknownIdentity, match="Cannot read the executable"):
         job.force(ROOT)
-    with pytest.raises(UnknownIdentity, match="Cannot read at the moment"):
+    with pytest.raises(UnknownIdentity, match="Cannot read the executable"):
         job.join(Request(FORCE | NOWAIT))
     job.join(Request(FORCE))
     assert issubclass(UnknownIdentity, Failed)

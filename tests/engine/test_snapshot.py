@@ -305,7 +305,7 @@ def test_numbers_and_processes_are_not_taken_twice(world: World) -> None:
     for wrong, why in (
         (past, "number"),
         (replace(past, number=7), "process"),
-        (replace(past, number=7, started=START + S), "have not come"),
+        (replace(past, number=7, started=START + S), "times in the future"),
     ):
         process = FakeProcess()
         with pytest.raises(SnapshotError, match=why):

@@ -14,7 +14,7 @@ ROOT, ALICE, BOB = 0, 1000, 1001
 
 @pytest.mark.parametrize(
     ("cost", "most", "named"),
-    [(Cost.WAIT, 1024, "1024"), (Cost.LOOK, 8, "8"), (Cost.OTHER, 64, "64")],
+    [(Cost.WAIT, 1024, "1024"), (Cost.READ, 8, "8"), (Cost.OTHER, 64, "64")],
 )
 def test_limits(cost: Cost, most: int, named: str) -> None:
     limits = CallLimits(frozenset({ROOT}))
@@ -35,7 +35,7 @@ def test_limits(cost: Cost, most: int, named: str) -> None:
     ("cost", "most", "named"),
     [
         (Cost.WAIT, 32_768, "32768 calls of Wait"),
-        (Cost.LOOK, 256, "256 calls of Inspect"),
+        (Cost.READ, 256, "256 calls of Inspect"),
         (Cost.OTHER, 2048, "2048 calls"),
     ],
 )
@@ -62,7 +62,7 @@ def test_looks_count_as_requests_and_waits_do_not() -> None:
     for _ in range(100):
         limits.begin(ALICE, Cost.WAIT)
     for _ in range(8):
-        limits.begin(ALICE, Cost.LOOK)
+        limits.begin(ALICE, Cost.READ)
     for _ in range(56):
         limits.begin(ALICE, Cost.OTHER)
     with pytest.raises(Busy):
@@ -73,8 +73,8 @@ def test_looks_count_as_requests_and_waits_do_not() -> None:
 def test_nothing_is_kept_of_those_that_have_ended() -> None:
     limits = CallLimits(frozenset({ROOT}))
     for uid in range(1000):
-        limits.begin(uid, Cost.LOOK)
-        limits.end(uid, Cost.LOOK)
+        limits.begin(uid, Cost.READ)
+        limits.end(uid, Cost.READ)
     assert not limits._running
 
 
