@@ -12,7 +12,7 @@ from typing import Any
 from qkilld.model.dataclass import dataclass
 
 SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined"})
-"""States of a block job whose end can lose nothing more."""
+"""States in which ending a block job loses nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,10 @@ class GuestDisk:
     """A disk of the guest, by its topmost node."""
 
     node: str
-    """QEMU's name for it."""
+    """QEMU's name for the node."""
     title: str
     network: bool
-    """It is reached over a network connection, as far as the monitor reports."""
+    """Whether it is reached over a network connection, as far as the monitor reports."""
     failed: bool = False
     """Its I/O status is not "ok": a request of the guest failed, or its file system is full."""
     no_flush: bool = False
@@ -35,7 +35,7 @@ class GuestDisk:
     connections: tuple[str, ...] = ()
     """The names of the nodes below it that use a network connection."""
     names: tuple[str, ...] = ()
-    """If only its statistics were read: its name and those of the nodes below it, printable."""
+    """If only statistics were read: its name and the names of the nodes below it, printable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class RequestQueue:
     number: int
     in_flight: int
     completed: int
-    """Modulo 2^16."""
+    """The number of completed requests, modulo 2^16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ class FlushResult:
     error: str = ""
     """A printable description; "" if it was flushed."""
     refused: bool = False
-    """It was not tried, because QEMU did not export the node, for example. That says nothing about
-    the disk."""
+    """The flush was not tried, for example because QEMU did not export the node. That shows
+    nothing about the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class YankInstance:
     """A connection that can be yanked."""
 
     kind: str
-    """block-node, chardev, migration."""
+    """block-node, chardev or migration."""
     name: str
     """Printable; the name for the command is in `wire`."""
     wire: Mapping[str, Any]

@@ -15,9 +15,9 @@ class BusAddress:
     address: str = ""
     """A D-Bus address, for example `unix:path=/run/bus`."""
     host: str = ""
-    """The system bus of that host, over ssh: [USER@]HOST[:PORT]."""
+    """A host whose system bus is used over ssh: [USER@]HOST[:PORT]."""
     machine: str = ""
-    """The system bus of that container, on this host or on `host`: [USER@]CONTAINER."""
+    """A container, on this host or on `host`, whose system bus is used: [USER@]CONTAINER."""
 
     @property
     def is_remote(self) -> bool:

@@ -1,10 +1,10 @@
 """Convert our dataclasses to plain JSON types and back, driven by their type hints.
 
-A Flag becomes the list of its names, a Policy an object of time spans as in systemd.time(7), with
-absurdly long ones as infinity, any other Enum its value, a tuple or set a list.
+A Flag becomes the list of its names, any other Enum its value, a tuple or set a list. A Policy
+becomes an object of time spans as in systemd.time(7).
 
-Looking at a type takes longer than converting a value of it, and a job has 300 values. So each type
-gets a function for its values, which is kept.
+Each type gets a function that converts its values. The functions are kept, because examining a type
+takes longer than converting a value, and a job has 300 values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.policy import Policy
 
 _ENDLESS: Final = INFINITY // 2
-"""Spans from this on (µs) are written as infinity, because systemd.time(7) cannot express some of
-them."""
+"""Spans from this on (µs) are written as infinity: systemd.time(7) cannot express some of them."""
 
 _Convert = Callable[[Any], Any]
 
@@ -53,7 +52,7 @@ class _Mismatch(Exception):
         super().__init__(problem)
         self.problem = problem
         self.fields: list[str] = []
-        """The names of the fields that lead to it, the innermost first."""
+        """The names of the fields that lead to the value, the innermost first."""
 
 
 class _Encoders(dict[type, _Convert]):
@@ -134,7 +133,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
         document = _object(value)
         decoders = _field_decoders(cls, strict)
         if strict and not document.keys() <= decoders.keys():
-            raise _Mismatch("has a field that is not known")
+            raise _Mismatch("has an unknown field")
         values = {}
         for name, (decode_field, optional) in decoders.items():
             if name in document:
@@ -154,7 +153,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """Return for each field the function that converts its value, and whether it may be missing.
 
-    Made at the first use, because a class may have fields of its own type.
+    Call it only for a value, because a class may have fields of its own type.
     """
     hints = typing.get_type_hints(cls)
     return {
@@ -210,7 +209,7 @@ def _policy(value: Any, strict: bool) -> Policy:
                 error.fields.append(field.name)
                 raise error from None
     if strict and spans.keys() != document.keys() | {field.name for field in fields(Policy)}:
-        raise _Mismatch("lacks a time span, or has one that is not known")
+        raise _Mismatch("lacks a time span, or has an unknown one")
     return Policy(**spans)
 
 

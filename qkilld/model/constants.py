@@ -18,7 +18,7 @@ GUEST_PATH_PREFIX: Final = "/org/qkilld1/guest/"
 
 UINT64_MAX: Final = 2**64 - 1
 INFINITY: Final = UINT64_MAX
-"""A span or deadline that never comes, as on the bus (µs)."""
+"""A span (µs) that never ends or a time that never comes, as on the bus."""
 UNKNOWN: Final = UINT64_MAX
 """An unknown number of bytes, as on the bus."""
 
@@ -35,7 +35,7 @@ class Flag(IntFlag):
     FORCE = 1
     """The ladder may end in SIGKILL. Without it no SIGKILL is ever sent."""
     NOWAIT = 2
-    """One signal without supervision: SIGTERM, or with FORCE SIGKILL at once."""
+    """Send only one signal, without supervision: SIGTERM, or with FORCE SIGKILL."""
     POWERDOWN = 4
     """First ask the guest's own operating system to shut down."""
     FIXED = 8
@@ -74,13 +74,13 @@ class Result(StrEnum):
     """How a job ended."""
 
     EXITED = "exited"
-    """It exited before any SIGKILL."""
+    """The process exited before any SIGKILL."""
     KILLED = "killed"
-    """It exited after SIGKILL."""
+    """The process exited after SIGKILL."""
     SURVIVED = "survived"
-    """Still running when the job gave up; it stays watched and its real end is logged."""
+    """The process ran when the job gave up. It is still watched, and its exit is logged."""
     SIGNALLED = "signalled"
-    """NOWAIT: one signal was sent, and nothing else is known."""
+    """With NOWAIT: one signal was sent, and nothing else is known."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -90,16 +90,16 @@ class GuestAsked(StrEnum):
 
     SHUT_DOWN = "shut-down"
     IGNORED = "ignored"
-    """It was asked and did not shut down in time."""
+    """The guest was asked and did not shut down in time."""
     DEAF = "deaf"
     """No operating system listened."""
     UNREACHABLE = "unreachable"
-    """It could not be asked."""
+    """The guest could not be asked."""
     NOT_ASKED = "not-asked"
     ASKED = "asked"
-    """It was asked, but the outcome was not observed: nobody watched, or QEMU ended otherwise."""
+    """The guest was asked, but not watched, or QEMU ended for another reason."""
     NOT_RUNNING = "not-running"
-    """It was paused, suspended or crashed."""
+    """The guest was paused, suspended or crashed."""
 
 
 class MonitorKind(StrEnum):
@@ -108,16 +108,16 @@ class MonitorKind(StrEnum):
     QMP = "qmp"
     HMP = "hmp"
     LIBVIRT = "libvirt"
-    """libvirt holds it."""
+    """libvirt holds the monitor."""
     NONE = "none"
     UNKNOWN = "unknown"
 
 
 class AgentKind(StrEnum):
-    """The port of a guest's agent, as far as qkilld can use it. A monitor can reach more."""
+    """The port of a guest's agent, as far as qkilld can use it without the monitor."""
 
     PORT = "port"
-    """It is on a unix socket of the guest."""
+    """The port is on a unix socket of the guest."""
     NONE = "none"
     UNKNOWN = "unknown"
 
@@ -140,17 +140,17 @@ class ExitCode(IntEnum):
     """Exit codes of `qkilld-stop` and of `qkillctl terminate --wait`."""
 
     OK = 0
-    """It exited without SIGKILL."""
+    """The guest exited without SIGKILL."""
     FAILURE = 1
     USAGE = 2
     KILLED = 3
-    """It exited only after SIGKILL: data may be lost."""
+    """The guest exited only after SIGKILL: data may be lost."""
     SURVIVED = 4
-    """Still running: it survived, or was not forced and its time is over."""
+    """The guest still runs: it survived, or was not forced and its time has passed."""
     NOT_QEMU = 5
     """Not a QEMU process, or a different process by now."""
     NOT_PERMITTED = 6
     NOT_FOUND = 7
     """No such process, guest, unit or job."""
     UNSAFE = 8
-    """qkillctl check-unit and adopt: a unit loses data, or may."""
+    """qkillctl check-unit and adopt: a unit loses data, or may lose data."""

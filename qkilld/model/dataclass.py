@@ -1,10 +1,10 @@
-"""Data classes that are made quickly: an eighth of the daemon's start went into those of Python.
+"""Data classes that are created quickly: Python's took an eighth of the daemon's start.
 
-dataclasses compiles the text of six methods for each class, one by one before Python 3.13. Here
-only `__init__` is compiled, when the first object is made, since a start makes objects of few
-classes; the other methods are shared. Values are compared, hashed and shown as before. That nobody
-assigns to a field of a frozen class is checked by mypy alone, which also halves the time that it
-takes to make an object.
+For each class, dataclasses compiles the text of six methods, one by one before Python 3.13. Here
+only `__init__` is compiled, when the first object is made, because a start makes objects of few
+classes. All classes share the other methods, which compare, hash and show objects as before. Only
+mypy checks that nobody assigns to a field of a frozen class; this halves the time to make an
+object.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ else:
 
 
 _LATER = ("__dataclass_fields__", "__dataclass_params__", "__match_args__", "_values")
-"""What is completed with `__init__`, at the first use."""
+"""The attributes that are completed, with `__init__`, at the first use of the class."""
 _LOCK = threading.RLock()
 
 
 def _with_slots(cls: Any) -> Any:
-    """Return a class like `cls`, which has slots for the fields that no base class has."""
+    """Return a class like `cls`, with slots for the fields that have none in a base class."""
     inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
     kinds = cls.__annotations__.items()
     names = [name for name, kind in kinds if not kind.startswith("ClassVar")]
@@ -76,7 +76,7 @@ def _complete_later(cls: Any, made: Any, kw_only: bool) -> None:
 
 
 class _Later:
-    """An attribute of a class that is there once the class is complete."""
+    """An attribute of a class that completes the class when it is read."""
 
     def __init__(self, name: str, complete: Any) -> None:
         self._name, self._complete = name, complete
@@ -88,7 +88,8 @@ class _Later:
 
 def _complete(cls: Any, made: Any, kw_only: bool) -> None:
     if not cls.__doc__:
-        cls.__doc__ = made.__name__  # Otherwise the signature, which takes as long as all the rest.
+        # Otherwise dataclasses would write the signature here, which takes as long as all the rest.
+        cls.__doc__ = made.__name__
     full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
     made._values = _values_of(dataclasses.fields(full))
     for name in (*_LATER[:-1], "__init__"):
@@ -96,7 +97,7 @@ def _complete(cls: Any, made: Any, kw_only: bool) -> None:
 
 
 def _values_of(fields: tuple[dataclasses.Field[Any], ...]) -> Any:
-    """Return a function from an object to the values that are compared."""
+    """Return a function that returns the values of an object that are compared."""
     names = [field.name for field in fields if field.compare]
     return attrgetter(*names) if names else staticmethod(lambda obj: ())
 

@@ -15,18 +15,18 @@ contains a path, an internal name, or anything about a process that the caller m
     ├── Failed               anything else that the daemon could not do
     │   └── UnknownIdentity  the executable of a process cannot be read at the moment
     ├── AccessDenied         the caller may not do this
-    │   └── RefusedByBus     the policy of the bus does not allow it (client side, and our own name)
+    │   └── RefusedByBus     the policy of the bus forbids a call, or our own name
     ├── InteractiveAuthorizationRequired
     ├── MonitorError         a guest's monitor or agent cannot be used
     │   ├── MonitorUnreachable   there is none, or it is not the guest's own
     │   ├── MonitorBusy          it serves another client, or is silent
-    │   ├── MonitorTimeout       a command was not answered in its time
+    │   ├── MonitorTimeout       a command was not answered in time
     │   ├── MonitorClosed        the other end closed the connection
     │   ├── MonitorProtocolError it broke the protocol, or sent too much
     │   └── CommandRefused       it answered with an error
     ├── ConfigError          a wrong line in a configuration file (never reaches the bus)
     └── BusError             the bus, or the daemon on it, cannot be reached (client side)
-        └── NameRefused      the bus is there, and does not give us our name
+        └── NameRefused      the bus does not give us our name
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class NoSuchProcess(QkilldError):
 
 
 class ExitInProgress(NoSuchProcess):
-    """On the bus, a plain NoSuchProcess."""
+    """The bus reports it as a plain NoSuchProcess."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(f"Process {pid} is exiting: no signal reaches it any more")
@@ -91,12 +91,12 @@ class Failed(QkilldError):
 
 
 class UnknownIdentity(Failed):
-    """On the bus, a plain Failed: no signal was sent."""
+    """The bus reports it as a plain Failed. No signal was sent."""
 
     def __init__(self, text: str, *, exiting: bool = False) -> None:
         super().__init__(text)
         self.exiting = exiting
-        """The process is exiting, so its executable will never be readable again."""
+        """Whether the process is exiting, so that its executable will stay unreadable."""
 
 
 class AccessDenied(QkilldError):
@@ -105,7 +105,7 @@ class AccessDenied(QkilldError):
 
 
 class RefusedByBus(AccessDenied):
-    """The policy of the bus does not allow a message, whatever its destination."""
+    """The policy of the bus forbids a message, whatever its destination."""
 
 
 class InteractiveAuthorizationRequired(AccessDenied):

@@ -1,6 +1,6 @@
 """A journal entry, and the ids of all kinds of entries. engine.events writes the texts.
 
-The catalogue that explains them to `journalctl -x` is packaging/qkilld.catalog.
+packaging/qkilld.catalog explains them for `journalctl -x`.
 """
 
 from __future__ import annotations
@@ -70,4 +70,3 @@ class Event:
     """One line, printable."""
     guest: Guest | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Further journal fields."""

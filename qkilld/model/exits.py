@@ -37,7 +37,7 @@ RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
 
 
 def exit_code_of(result: str, error_name: str = "") -> ExitCode:
-    """Return the exit code of a job's result. An unknown result, of a newer daemon, counts as
+    """Return the exit code of a job's result. A result that only a newer daemon knows counts as
     failure.
 
     `error_name` is the receipt's `error-name`, because ProcessChanged has its own exit code.
@@ -48,5 +48,4 @@ def exit_code_of(result: str, error_name: str = "") -> ExitCode:
 
 
 def worst(codes: Sequence[int]) -> int:
-    """Return the worst of these exit codes."""
     return min(codes, key=WORST_FIRST.index, default=ExitCode.OK)

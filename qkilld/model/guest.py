@@ -36,8 +36,7 @@ class Identity:
 class Unit:
     """The systemd unit that a process runs in; Unit() if it runs in none.
 
-    An unknown unit is None, which is not the same as no unit. Two unknown units are not the same
-    unit.
+    None, not Unit(), is an unknown unit. Two processes with unknown units may be in different ones.
     """
 
     system: str = ""
@@ -55,13 +54,13 @@ class Label:
     """The names of a guest. All but the unit are the process's own claims."""
 
     name: str | None = None
-    """-name, printable; "" if there is none. None: unknown, which is not the same."""
+    """The argument of -name, printable; "" if there is none, None if unknown."""
     uuid: str = ""
-    """-uuid in its canonical form."""
+    """The argument of -uuid in its canonical form."""
     unit: Unit | None = None
-    """None: unknown."""
+    """None if unknown."""
     qmp: bool = False
-    """Its command line has a QMP monitor. Also False if that could not be read in time."""
+    """Whether its command line has a QMP monitor; also False if it was not read in time."""
 
     @property
     def shown_name(self) -> str:

@@ -25,7 +25,7 @@ class Button(StrEnum):
     NOT_LISTENED = "not-listened"
     """QEMU would drop a press."""
     NO_REGISTER = "no-register"
-    """The machine has no register that shows it: arm64 virt, microvm."""
+    """The machine has no register that shows this: arm64 virt, microvm."""
     UNKNOWN = "unknown"
 
 
@@ -37,7 +37,7 @@ class GuestOrder(StrEnum):
     BUTTON = "button"
     """Press the power button."""
     WATCH = "watch"
-    """Count signs of a shutdown, although somebody else has requested it."""
+    """Count signs of a shutdown that somebody else has requested."""
     RESUME = "resume"
     WAKE = "wake"
     THAW = "thaw"
@@ -49,11 +49,11 @@ class ShutdownSign(StrEnum):
     """A sign that only a guest that is shutting down gives."""
 
     AGENT_CLOSED = "agent-closed"
-    """Its agent was stopped: the port was open when the guest was asked, and has closed."""
+    """The agent was stopped: its port was open when the guest was asked, and has closed."""
     PVSHUTDOWN = "pvshutdown"
-    """The guest reported it (pvpanic device, QEMU 9.1)."""
+    """The guest reported its shutdown (pvpanic device, QEMU 9.1)."""
     RESTARTED = "restarted"
-    """It has reset itself since the last observation: it shut down and is booting again."""
+    """The guest has reset itself since the last observation: it shut down and boots again."""
     POWERED_OFF = "powered-off"
 
 
@@ -79,7 +79,7 @@ class GuestEvent:
     at: int
     """µs, CLOCK_MONOTONIC."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Hostile: callers must check types and contents."""
+    """Hostile data: callers must check types and contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class GuestObservation:
     """QEMU's runstate; None if the monitor did not reply."""
     button: Button = Button.UNKNOWN
     press_pending: bool | None = None
-    """The button was pressed, and the guest has not noticed yet."""
+    """Whether the button was pressed and the guest has not noticed yet; None if unknown."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
     disks_idle: int | None = None
@@ -109,11 +109,11 @@ class GuestObservation:
     vcpu_time: int | None = None
     """The total time that the virtual processors ran, µs."""
     vcpu_wait: int | None = None
-    """The total time that they waited for a processor of the host, µs."""
+    """The total time that the virtual processors waited for a processor of the host, µs."""
     vcpu_load: float | None = None
-    """Processors that they have wanted in the last tenth of a second. Only before the guest is
-    asked."""
+    """The number of processors that the virtual processors wanted in the last tenth of a second.
+    Read only before the guest is asked."""
     agent_open: bool | None = None
     """Whether the guest's agent has its port open."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs seen since the guest was first asked that still hold."""
+    """The signs seen since the guest was first asked, if they still hold."""

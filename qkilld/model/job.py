@@ -13,8 +13,6 @@ from qkilld.model.guest_state import GuestOrder
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A caller's request."""
-
     flags: Flag
     spans: Mapping[str, int] = field(default_factory=dict)
     """Fields of Policy in µs that override the configured ones."""
@@ -29,8 +27,8 @@ class Request:
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
-    """µs after the start of the job at which SIGTERM follows at the latest, if the guest is asked
-    first."""
+    """If the guest is asked first, SIGTERM follows at most this long (µs) after the start of the
+    job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +36,15 @@ class Control:
     """How callers have steered a running job."""
 
     held: bool = False
-    """No further rung until it is released."""
+    """Whether the next rung waits until the job is released."""
     not_before: int = 0
     """The earliest time of SIGKILL; CLOCK_MONOTONIC, µs."""
     held_until: int = INFINITY
-    """When the hold ends by itself; CLOCK_MONOTONIC, µs."""
+    """When the hold expires; CLOCK_MONOTONIC, µs."""
     hold_outranks: bool = False
-    """The hold was placed by root or an authorized user, not by the owner."""
+    """Whether root or an authorized user holds the job, not the owner."""
     outranking: int = 0
-    """The part of `not_before` requested by root or an authorized user."""
+    """The latest `not_before` that root or an authorized user requested; 0 for none."""
 
 
 UNCONTROLLED: Final = Control()
@@ -58,15 +56,13 @@ class Rung:
 
     phase: Phase
     action: str
-    """The name of a signal, or: agent, button, quit."""
+    """The name of a signal, or a word such as button, flush or yank."""
     at: int
     """CLOCK_MONOTONIC, µs."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerdictChange:
-    """A change of the verdict."""
-
     verdict: Verdict
     reasons: tuple[str, ...]
     at: int

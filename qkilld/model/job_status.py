@@ -23,7 +23,7 @@ BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 _ASKED: Final[dict[str, str]] = {
     GuestAsked.SHUT_DOWN: "its system has shut down",
     GuestAsked.IGNORED: "its system was asked to shut down and did not",
-    GuestAsked.ASKED: "its system was asked to shut down, and nobody saw that it did",
+    GuestAsked.ASKED: "its system was asked to shut down; whether it did is unknown",
     GuestAsked.DEAF: "nothing in it listened to the power button",
     GuestAsked.UNREACHABLE: "it could not be asked to shut down",
     GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
@@ -73,10 +73,10 @@ class JobStatus:
     """Printable, like `verdict`."""
     verdict: str
     result: str = ""
-    """Empty while it runs."""
+    """Empty while the job runs."""
     started: int
     deadline: int
-    """When it takes its next step; INFINITY for never."""
+    """When the job takes its next step; INFINITY for never."""
     last_progress: int | None = None
     bytes_written: int | None = None
     bytes_pending: int | None = None
@@ -84,17 +84,17 @@ class JobStatus:
     not_before: int = 0
     """No SIGKILL before this time, set by Extend; 0 if it was never extended."""
     guest_asked: str = GuestAsked.NOT_ASKED
-    """As in the receipt; `asked` from the request on, while the outcome is open. Printable."""
+    """As in the receipt; `asked` while the outcome is open. Printable."""
     powerdown_only: bool = False
     """No signal follows if the guest does not shut down."""
     next_rung: str = ""
     """A NextRung, or a newer daemon's word, printable; "" if the daemon does not report it."""
     standstill: int = 0
-    """µs without progress before the next rung; 0 if progress does not delay it."""
+    """The time (µs) without progress before the next rung; 0 if progress does not delay it."""
     reasons: tuple[str, ...] = ()
     """The reasons of the verdict, printable; () if the caller may not see them."""
     rate: int | None = None
-    """Bytes a second."""
+    """Bytes per second."""
     reason: str = ""
     """The reason of the stop, printable."""
     requested_by: int | None = None
@@ -113,7 +113,7 @@ class JobStatus:
 
     @property
     def doing(self) -> str:
-        """A phrase that follows the guest's name and says what it, or its QEMU, is doing."""
+        """What the guest or its QEMU is doing, as a phrase that follows the guest's name."""
         if self.result or self.phase == Phase.DONE:
             return "is left alone" if self.result == Result.CANCELLED else self.result or "ended"
         if self.phase == Phase.QUIT:
@@ -194,7 +194,7 @@ class JobStatus:
         return " unless it moves" if self.standstill else ""
 
     def as_json(self) -> dict[str, Any]:
-        """For --json: null for unknown values and for times that never come."""
+        """Return the document for --json. Unknown values and times that never come are null."""
         return {
             "id": self.id,
             "path": self.path,
@@ -232,7 +232,7 @@ def known(value: int) -> int | None:
 
 
 def flag_names(flags: int) -> list[str]:
-    """Return names in lower case; bits without a name as hexadecimal numbers."""
+    """Return the names of flags in lower case, and unknown bits as one hexadecimal number."""
     names = [str(flag.name).lower() for flag in Flag if flags & flag]
     unknown = flags & ~sum(Flag)
     return [*names, hex(unknown)] if unknown else names
@@ -281,13 +281,13 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
             return f"still there {after}, without any signal"
         case Result.SURVIVED:
             return (
-                f"still there {after}; SIGKILL was not allowed (--force). It may still exit from "
-                "the SIGTERM it got, and qkilld logs that"
+                f"still there {after}; SIGKILL was not allowed (--force). It may still exit after "
+                "the SIGTERM, and qkilld logs that"
             )
         case Result.CANCELLED:
             return (
                 f"cancelled {after}: no more signals will be sent. "
-                "It may still exit from those it got"
+                "It may still exit because of earlier ones"
             )
         case Result.SIGNALLED:
             last_signal = signals[-1] if signals else "the signal"

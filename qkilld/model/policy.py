@@ -27,8 +27,8 @@ DEFAULT_EXECUTABLES: Final = (
     "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
     "/usr/lib/xen-*/bin/qemu-system-*",
 )
-"""Installation directories that only root can write: of packages, snaps (mounted read-only),
-stores. Not /home/linuxbrew, AppImages and the /app of flatpaks, which users create."""
+"""Paths that only root can write: of packages, snaps (mounted read-only) and stores. They exclude
+/home/linuxbrew, AppImages and the /app of flatpaks, which users create."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +38,15 @@ class Policy:
     grace: int = 10 * USEC_PER_SEC
     """Least time between SIGTERM and SIGKILL."""
     stall: int = 10 * USEC_PER_SEC
-    """How long to wait without progress and without outstanding I/O before SIGKILL."""
+    """SIGKILL follows after this time without progress and without outstanding I/O."""
     storage_stall: int = 60 * USEC_PER_SEC
-    """How long to wait while outstanding I/O does not move before SIGKILL."""
+    """SIGKILL follows after this time with outstanding I/O that does not move."""
     max: int = INFINITY
     """SIGKILL after this time, whatever the evidence."""
     reap: int = 5 * USEC_PER_SEC
     """How long to wait for the process to exit after SIGKILL."""
     powerdown: int = 60 * USEC_PER_SEC
-    """How long to wait without a sign that the guest shuts down before the next rung."""
+    """The next rung follows after this time without a sign that the guest is shutting down."""
 
 
 class Span(NamedTuple):
@@ -128,9 +128,9 @@ class Config:
     """The complete switches of each guest with its own `[Guest NAME]` section."""
 
     def policy_for(self, name: str | None) -> Policy:
-        """Return the policy for the guest of that name; "" is a guest without one.
+        """Return the policy for the guest of that name; "" is a guest without a name.
 
-        None is a guest with an unknown name, which may be any of them, so each span is the longest.
+        None is an unknown name: each span is the longest of all guests.
         """
         if name is None:
             every = (self.policy, *self.guests.values())
@@ -139,13 +139,13 @@ class Config:
         return self.guests.get(name, self.policy) if name else self.policy
 
     def asks(self, name: str | None) -> bool:
-        """Return Powerdown= for the guest of that name; if the name is unknown, whether any guest
-        has it."""
+        """Return Powerdown= for the guest of that name; if the name is unknown, whether it is set
+        for any guest."""
         return any(switches.powerdown for switches in self._switches(name))
 
     def yanks(self, name: str | None) -> bool:
-        """Return Yank= for the guest of that name; if the name is unknown, whether all guests have
-        it."""
+        """Return Yank= for the guest of that name; if the name is unknown, whether it is set for
+        all guests."""
         return all(switches.yank for switches in self._switches(name))
 
     def _switches(self, name: str | None) -> tuple[Switches, ...]:
@@ -162,6 +162,6 @@ def is_qemu(executable: str, globs: Iterable[str]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _matches(executable: str, globs: tuple[str, ...]) -> bool:
-    # Cached, because it is called for all processes of a host, and most share an executable.
+    # Cached, because a scan calls it for all processes, most of which share an executable.
     path = PurePosixPath(executable)
     return path.is_absolute() and any(path.match(glob) for glob in globs)

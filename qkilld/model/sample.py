@@ -36,7 +36,7 @@ class Thread:
     syscall: int | None
     """The number of its system call, by this architecture's table; -1 for none, None if unknown."""
     io_call: bool | None
-    """The call reads, writes, syncs or closes a file or disk."""
+    """Whether the call reads, writes, syncs or closes a file or disk."""
     wchan: str | None
     """The kernel function that it sleeps in; "" if it does not sleep."""
     call: str = ""
@@ -48,7 +48,7 @@ class Thread:
     disks: tuple[str, ...] = ()
     """MAJOR:MINOR of each block device under that descriptor."""
     mount: str = ""
-    """MAJOR:MINOR of the file system under it that has no block device."""
+    """MAJOR:MINOR of the file system under that descriptor, if it has no block device."""
     switches: int | None = None
     """Its voluntary context switches."""
 
@@ -73,13 +73,13 @@ class Device:
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above it. Deeper devices have more other users; but a lower one may work
-    while an upper one stands still, as a loop device does while it waits for one flush."""
+    """The number of layers above it. Deeper devices have more other users, but may work while an
+    upper device stands still, such as a loop device that waits for one flush."""
     own: bool = False
-    """The process has the device itself open, without a file system between, so it is unlikely to
-    have other users."""
+    """Whether the process has the device itself open, without a file system between, so that other
+    users are unlikely."""
     writable: bool = True
-    """An image on it is open for writing, not only for reading."""
+    """Whether an image on it is open for writing, not only for reading."""
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on it; () if it has depth 0 itself, or if
     they are unknown."""
@@ -90,7 +90,7 @@ class Cgroup:
     """The control group that the process is in."""
 
     own: bool
-    """The group contains only this guest, judging by its name and its processes."""
+    """Whether the group contains only this guest, judging by its name and its processes."""
     dirty: int | None
     """Bytes of page cache not yet written."""
     writeback: int | None
@@ -124,12 +124,12 @@ class Peer:
     devices: tuple[Device, ...] | None
     """The block devices under its open files."""
     shared: bool | None = None
-    """It has clients other than the process."""
+    """Whether the peer has other clients than this process."""
     place: tuple[str, ...] = ()
-    """MAJOR:MINOR of the storage under the image that it serves to us: block devices, or a file
-    system without one. () if unknown."""
+    """MAJOR:MINOR of the storage under the image that the peer serves to this process: block
+    devices, or a file system without one. () if unknown."""
     behind: tuple[Peer, ...] = ()
-    """Servers on this host that it uses itself."""
+    """Servers on this host that the peer uses itself."""
     unread: int | None = None
     """Bytes that were sent to it on the connection, or on all connections of the process to it, and
     that it has not read."""
@@ -143,7 +143,7 @@ class Socket:
     family: str
     """unix or tcp."""
     client: bool
-    """The process called connect(2), as QEMU does for a storage server, rather than accept(2)."""
+    """Whether the process called connect(2), as QEMU does for a storage server, or accept(2)."""
     send_queue: int
     """Bytes. May be 0 while a request waits for its reply."""
     receive_queue: int
@@ -158,7 +158,7 @@ class Socket:
     node: str = ""
     """The node in Sample.nodes that it belongs to."""
     peer: Peer | None = None
-    """None if it is not local, or was not searched for."""
+    """None if the peer is not local, or was not searched for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +175,14 @@ class Node:
     """How many seconds QEMU holds requests for a lost server: reconnect-delay of NBD, for ever with
     iSCSI. None if unknown."""
     served: bool | None = None
-    """A process on this host listens at its address; None if not checked."""
+    """Whether a process on this host listens at its address; None if not checked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
     """A file system under an image without a block device: a network file system, FUSE, …
 
-    Only NFS has counters (/proc/PID/mountstats). Any other says that there is storage whose
-    progress cannot be seen.
+    Only NFS has counters (/proc/PID/mountstats). The progress of others cannot be seen.
     """
 
     kind: str
@@ -198,11 +197,11 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """An image that is open for writing, while one lies on a file system without a block device."""
+    """The place of an image that is open for writing. Read if Sample.mounts is not empty."""
 
     names: tuple[str, ...]
-    """QEMU's names of the nodes that use it, by the command line. () if it does not tell: the image
-    was added later, or is named by way of a link."""
+    """The names of the nodes that use the image, by the command line; () if the image was added
+    later, or is named by way of a link."""
     mount: str
     """MAJOR:MINOR of its file system without a block device; "" if it lies on block devices."""
 
@@ -214,7 +213,7 @@ class Sample:
     state: str
     """The state of the main thread, proc(5)."""
     term_pending: bool | None = None
-    """SIGTERM was sent and is not handled yet (ShdPnd in /proc/PID/status)."""
+    """Whether SIGTERM was sent and is not handled yet (ShdPnd in /proc/PID/status)."""
     tracer: int | None = None
     """The process id of a debugger, 0 for none."""
     cpu: int | None = None
@@ -225,12 +224,12 @@ class Sample:
     threads: tuple[Thread, ...] | None = None
     """() if no thread waits in a call or in uninterruptible sleep."""
     exiting: bool | None = None
-    """The process is exiting: the kernel frees its memory or waits for its I/O. No signal can
-    change that."""
+    """Whether the process is exiting: the kernel frees its memory or waits for its I/O, and no
+    signal has an effect."""
     rings: int | None = None
     """Requests in flight on its io_urings; 0 if it has none."""
     direct: bool | None = None
-    """It has a file or device open with O_DIRECT together with an AIO context."""
+    """Whether it has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None
     mounts: tuple[Mount, ...] | None = None
     sockets: tuple[Socket, ...] | None = None
@@ -239,13 +238,13 @@ class Sample:
     running: int | None = None
     """Threads that are running or runnable."""
     dumping: bool | None = None
-    """The kernel is writing its core dump."""
+    """Whether the kernel is writing its core dump."""
     completions: int | None = None
     """The sum of the tails of its AIO rings: it changes when requests complete."""
     nodes: tuple[Node, ...] | None = None
     """() if the command line names no storage behind a connection."""
     pluggable: bool | None = None
-    """Storage may have been added that the command line does not name."""
+    """Whether storage may have been added that the command line does not name."""
     formatted: int | None = None
     """Images open for writing that are not known to be raw: QEMU may hold back data for them."""
     images: tuple[ImagePlace, ...] | None = None

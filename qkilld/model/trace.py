@@ -4,11 +4,11 @@ A trace is a file of JSON lines in ASCII. The first line is the header: the form
 the job, its flags and its policy. Every other line is one record: its `at`, its `kind`, and the
 fields of the class of that kind, by name. A sample has every field; null means unreadable.
 
-In the file, `at` counts from the job's start, which is easier to read; here it is CLOCK_MONOTONIC
-in µs like every other time. Time spans of the policy are as in systemd.time(7).
+In the file, `at` counts from the job's start, which is easier to read; in objects it is
+CLOCK_MONOTONIC in µs like every other time. Time spans of the policy are as in systemd.time(7).
 
-Unknown fields and kinds are ignored, and a missing field gets its default. Only changes that need
-more than that get a new version, which older programs refuse.
+Unknown fields and kinds are ignored, and a missing field gets its default. Changes that these rules
+do not cover get a new version, which older programs refuse.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The job of a trace. The guest's name is the only part of its command line."""
+    """The job of a trace. Of the guest's command line, only the name is included."""
 
     job: int
     started: int
@@ -45,25 +45,23 @@ class Header:
     """The start of the process, in clock ticks since boot."""
     command: str
     name: str
-    """The guest's, printable; "" for none."""
+    """The guest's name, printable; "" for none."""
     flags: Flag
     policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
 class RungRecord:
-    """A rung."""
+    """A rung that was executed."""
 
     at: int
     phase: Phase
     signal: str
-    """SIGTERM, SIGCONT or SIGKILL."""
+    """The name of a signal, or another action of Rung."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerdictRecord:
-    """A change of the verdict."""
-
     at: int
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -81,8 +79,6 @@ class ChangeRecord:
 
 @dataclass(frozen=True, slots=True)
 class EndRecord:
-    """The end of the job."""
-
     at: int
     result: Result
 
@@ -158,7 +154,7 @@ def _header(line: str) -> Header:
     try:
         document = _parsed(line)
         if document.get("format") != FORMAT:
-            raise ValueError("it is not the header of a trace of qkilld's")
+            raise ValueError("it is not the header of a trace of qkilld")
         version = document.get("version")
         if type(version) is not int or version != VERSION:
             raise ValueError(

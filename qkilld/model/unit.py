@@ -37,7 +37,7 @@ class UnitFacts:
     """active, inactive, activating, deactivating, failed, …"""
     sub_state: str = ""
     job: int = 0
-    """The id of systemd's own job for it, 0 for none."""
+    """The id of systemd's job for it, 0 for none."""
     fragment: str = ""
     """FragmentPath: the file that defines it, "" for none."""
     drop_ins: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class UnitFacts:
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     runtime_max: int = INFINITY
-    """RuntimeMaxUSec, µs: systemd stops it after this time."""
+    """RuntimeMaxUSec, µs: systemd stops the unit after this time."""
 
     @property
     def exists(self) -> bool:

@@ -14,7 +14,7 @@ _FLAGS: Final = {str(flag.name).lower(): flag for flag in Flag}
 
 
 def flags_of(names: Iterable[str]) -> Flag:
-    """Flags that only a newer daemon knows are left out."""
+    """Return the flags with these names, without those that only a newer daemon knows."""
     flags = Flag(0)
     for name in names:
         flags |= _FLAGS.get(name, Flag(0))
@@ -54,7 +54,7 @@ def status_of(state: Mapping[str, Any]) -> JobStatus:
 
 
 def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Return it as Wait on D-Bus returns it. Missing values are left out."""
+    """Return the receipt as Wait on D-Bus returns it, without missing values."""
     values = {
         _CAPITAL.sub(lambda word: f"-{word[0].lower()}", key.replace("USec", "Usec")): value
         for key, value in receipt.items()
@@ -75,5 +75,5 @@ def receipt_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _time(usec: int | None) -> int:
-    """null means never."""
+    """Return the time; None (null) means never."""
     return INFINITY if usec is None else usec
