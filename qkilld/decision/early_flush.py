@@ -34,11 +34,11 @@ _CALL: Final = "call:storage:"
 @dataclass(frozen=True, slots=True)
 class EarlyFlush:
     healthy: tuple[GuestDisk, ...]
-    """The local disks that certainly lie elsewhere."""
+    """The local disks that certainly lie on block devices."""
     others: tuple[GuestDisk, ...]
     """The disks to flush after `healthy`, because their flush may hang."""
     hang_reason: str
-    """Why such a file system probably does not answer and must not be asked; "" if it may be."""
+    """Why a file system may not answer and must not be asked; "" if all may be asked."""
 
 
 def may_hang(sample: Sample) -> bool:
@@ -55,7 +55,7 @@ def plan_early_flush(
     first: BlockState, second: BlockState | None, evidence: Assessment
 ) -> EarlyFlush:
     """Plan the flush. The states contain only statistics; `second` was read OLD after `first`, None
-    if nothing was in flight. `evidence` was read from outside at the same times."""
+    if nothing was in flight. `evidence` is from samples at the same times."""
     state, images = second or first, evidence.last.images
     stuck = stuck_disks(first, second)
     usable = [disk for disk in state.disks if disk not in stuck]
@@ -82,13 +82,14 @@ def plan_early_flush(
         # query-block, which would show more about disks on a network, is not sent.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # These only share the queues of a controller with disks that do not answer.
+        # These disks may only share the queues of a controller with disks that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 
 
 def _lies(disk: GuestDisk, images: tuple[ImagePlace, ...] | None, *, on_mount: bool) -> bool:
-    """Return whether an image of the disk is known to lie on such a file system, or elsewhere."""
+    """Return whether an image of the disk is known to lie on a file system without a block device,
+    or, with `on_mount` False, on block devices."""
     return any(bool(image.mount) == on_mount and _is_of(disk, image) for image in images or ())
 
 
@@ -97,14 +98,14 @@ def _is_of(disk: GuestDisk, image: ImagePlace) -> bool:
 
 
 def _hung_call(evidence: Assessment) -> str:
-    """Describe a call to such a file system that has not moved; "" if there is none."""
+    """Describe a stuck call to a file system without a block device; "" if there is none."""
     calls = _mount_calls(evidence)
     hung = [wait for wait in standing_waits(evidence) if wait in calls]
     return f"a request may be stuck: {hung[0].text}" if hung else ""
 
 
 def _mount_calls(evidence: Assessment) -> list[OpenWait]:
-    """Return the waits for calls to such a file system."""
+    """Return the waits for calls to file systems without a block device."""
     mounts = {mount.number for mount in evidence.last.mounts or ()}
     calls = [wait for wait in evidence.waits if wait.key.startswith(_CALL)]
     return [

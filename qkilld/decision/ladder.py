@@ -44,7 +44,7 @@ samples are late, and none would be fresh."""
 GRID: Final = 100_000
 """Samples are taken at multiples of this (µs)."""
 PER_JOB: Final = 2_000
-"""Two samples of one process are at least this far apart (µs), times the number of jobs."""
+"""With N jobs, two samples of one process are at least N times this (µs) apart."""
 DOUBT: Final = 5
 """Movement that others may have caused delays SIGKILL by at most this many times `storage_stall`: a
 server with other clients may be stuck only for this guest."""
@@ -199,7 +199,7 @@ def kill_due(facts: JobFacts) -> int:
     latest = min(max(began_at + policy.max, earliest), INFINITY)
     due = max(start + policy.grace, facts.promised)
     if evidence is None:
-        # This cannot lead to SIGKILL, which needs a fresh sample.
+        # This time cannot lead to SIGKILL, which needs a fresh sample.
         return min(max(due, start + policy.stall), latest)
     since = max(start + _unsampled(start, evidence), evidence.progress_from)
     if evidence.progress_at is not None:

@@ -26,7 +26,7 @@ from qkilld.model.job import Risk
 OLD: Final = USEC_PER_SEC
 """A request that has been outstanding for this long (µs) may be for a disk that does not answer."""
 INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
-"""Runstates in which the disks belong to another host, or are about to."""
+"""Runstates in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
 """The prefixes of the keys of waits for requests of local disks (decision.waits)."""
@@ -39,7 +39,6 @@ class FlushPlan:
     running: bool
     """The processors run now, so they must be continued if QEMU is not ended."""
     disks: tuple[GuestDisk, ...]
-    """The disks to flush."""
     incomplete_because: str
     """Why the flush is not complete; "" if it is."""
     before: tuple[GuestDisk, ...] = ()
@@ -167,9 +166,9 @@ class JobsProgress:
     """The progress of backups, mirrors and the migration, from reading to reading."""
 
     done: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each, by name. A mirror that is ready never ends, so it is left out."""
+    """The progress of each job, by name. A mirror that is ready never ends, so it is left out."""
     moved_at: int = 0
-    """When one of them last moved (µs, CLOCK_MONOTONIC)."""
+    """When one of the jobs last moved (µs, CLOCK_MONOTONIC)."""
 
     def after(self, jobs: Sequence[BackgroundJob], now: int) -> JobsProgress:
         """Return the progress after one more reading."""
@@ -178,7 +177,7 @@ class JobsProgress:
         return JobsProgress(seen, now if moved else self.moved_at)
 
     def waited_for(self, now: int, stall: int) -> bool:
-        """Return whether to wait for them, because one has moved within `stall` µs."""
+        """Return whether to wait for the jobs, because one has moved within `stall` µs."""
         return bool(self.done) and now - self.moved_at < stall
 
 
@@ -230,7 +229,7 @@ def _queue_devices(state: BlockState) -> frozenset[str]:
 def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
     """Return whether the disk's device, or its controller, is one of these.
 
-    QEMU does not tell the controller of a SCSI disk, so if one is stuck, all of them may be.
+    The disks of a SCSI controller share its queues, so if one disk is stuck, all may be.
     """
     if disk.device is None:
         return False

@@ -1,15 +1,15 @@
 """Decide when and how to ask a guest to shut down, and judge what it does. Pure.
 
 Call `start`, then `observe` with each observation, about one a second, and `note_asked` after the
-guest was asked. `judge` interprets all of that at any time. It rests on these facts:
+guest was asked. `judge` interprets all of that at any time, based on these facts:
 
 - QEMU drops a press of the power button if no operating system listens. Most machines show whether
-  one does. A booting guest and a deaf one both show that none does, but only in a booting guest do
-  processors and disks work.
+  one listens. Neither a booting guest nor a deaf one listens, but in a booting guest the processors
+  and disks work.
 - A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
-  for seconds. So neither work nor its absence proves anything alone. Work counts only if it exceeds
-  the work before the press and lasts: an idle guest writes its log every few seconds, and a short
-  shutdown ends within PowerdownSec anyway.
+  for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
+  the press and lasts: an idle guest writes its log every few seconds, and a short shutdown ends
+  within PowerdownSec anyway.
 - After a sign that only a shutdown gives, all work counts until the sign disappears: an agent that
   returns was only restarted. Without such a sign, work that began after the press counts as a
   shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
@@ -43,7 +43,7 @@ QUIET: Final = 3 * USEC_PER_SEC
 IDLE_SHARE: Final = 0.05
 """The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
-"""The longest wait (µs) for a working guest to listen."""
+"""The longest wait (µs) for a working guest to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
 """A monitor that has not answered for this long (µs) cannot be used to ask."""
 EFFECT: Final = 10 * USEC_PER_SEC
@@ -62,11 +62,11 @@ GROWTH: Final = 3
 LEAST_REQUESTS: Final = 1
 """Fewer requests per second than this count as none."""
 HALF_BUSY: Final = 0.5
-"""Share of one processor. The end of a load of at least this is visible."""
+"""The end of a load is visible if the load is at least this share of one processor."""
 CALM: Final = 0.2
-"""Share of one processor. A guest whose disks are idle, and whose virtual processors have wanted no
-more than this in the last tenth of a second, is asked at once. A tenth of a second is too short for
-a measurement, so later work is compared with CALM."""
+"""A guest is asked at once if its disks are idle and its virtual processors wanted at most this
+share of one processor in the last tenth of a second. That is too short for a measurement, so later
+work is compared with CALM."""
 SETTLE: Final = 10 * USEC_PER_SEC
 """The longest wait (µs) for a resumed or woken guest to do the work that was due."""
 
@@ -186,7 +186,7 @@ def start(at: int) -> Attempt:
 
 
 def go_on(attempt: Attempt, at: int) -> Attempt:
-    """Continue an attempt in the next daemon at the time `at`: the gap is no silence."""
+    """Continue an attempt in the next daemon at the time `at`. The gap is no silence."""
     return replace(attempt, answered_at=at)
 
 
@@ -201,8 +201,8 @@ def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) 
 
 
 def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
-    """Return whether an attempt that has ended makes asking again at the time `at` unnecessary: the
-    guest was asked recently, or was shutting down. `powerdown` is PowerdownSec= in µs."""
+    """Return whether an attempt that has ended still counts at the time `at`, so that the guest is
+    not asked again. `powerdown` is PowerdownSec= in µs."""
     if not attempt.asked:
         return False
     asked_at = attempt.asked[-1].at
@@ -212,7 +212,6 @@ def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
 
 
 def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
-    """Note that the guest was asked."""
     ask = AskRecord(method, at, quiet=_is_quiet(attempt.recent))
     if attempt.asked:
         return replace(attempt, asked=(*attempt.asked, ask))
@@ -225,7 +224,7 @@ def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken. Its earlier work is not part of the baseline."""
+    """Note that the guest was resumed or woken. The baseline excludes earlier work."""
     return replace(attempt, started=at, recent=(), helped_at=at)
 
 
@@ -436,7 +435,7 @@ def _is_unsettled(
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is known; at once if the guest has long been idle."""
+    """Return whether the baseline is known. If the guest has long been idle, that needs no time."""
     rates = _measure(attempt.recent)
     if rates.requests is None:
         return False
@@ -448,7 +447,7 @@ def _is_measured(attempt: Attempt) -> bool:
 
 
 def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
-    """Return the highest rates over at least BASELINE."""
+    """Return the highest rates that were measured over at least BASELINE."""
     if not recent:
         return _Rates()
     last = recent[-1]
@@ -549,7 +548,7 @@ def _granted(earlier: GuestObservation, later: GuestObservation) -> float | None
 
 
 def _relief(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> float:
-    """Return how many times larger the share that the host provides to a busy guest is than in the
+    """Return the share of its wanted time that a busy guest now gets, divided by that share in the
     baseline; at least 1."""
     granted = _granted(before, after)
     if granted is None or baseline.granted is None or (baseline.vcpus or 0.0) < HALF_BUSY:

@@ -57,8 +57,6 @@ class Overrides:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A decision and its time."""
-
     at: int
     """CLOCK_MONOTONIC, µs."""
     decision: Decision
@@ -119,7 +117,7 @@ def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
         if walk.result is None:
             walk.take(moment)
     exited = recorded.result is Result.EXITED
-    # A deadline in the µs of the exit is too late; one in the µs of a real SIGKILL was due.
+    # In the same µs, an exit comes before a deadline, but a real SIGKILL after it.
     walk.wait_until(recorded.until + (0 if exited else 1))
     result, at = walk.result, walk.now
     if result is None:
@@ -139,7 +137,6 @@ def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
 
 
 def recorded_of(trace: Trace) -> RealOutcome:
-    """Return how the recorded job ended."""
     end = next(iter(trace.of(EndRecord)), None)
     kills = [rung.at for rung in trace.of(RungRecord) if rung.signal == "SIGKILL"]
     last = max((record.at for record in trace.records), default=trace.header.started)
@@ -183,7 +180,7 @@ class _Walk:
             self._do(self._decide(self.facts))
 
     def wait_until(self, end: int, *, sees: bool = False) -> None:
-        """Decide at the deadlines before `end`; with `sees`, a sample is taken at `end`."""
+        """Decide at the deadlines before `end`. With `sees`, a sample follows at `end`."""
         while self.result is None:
             decision = self._decide(self.facts)
             if decision.action is Action.LOOK:

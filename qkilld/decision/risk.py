@@ -46,12 +46,12 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 def risks_of_death(
     number: int, evidence: Assessment | None, *, asked: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
-    """Return the risks if a signal of somebody else ended QEMU: of the kernel for want of memory,
-    of another program, or of a crash. It loses what SIGKILL would have lost.
+    """Return the risks if a signal that qkilld did not send ended QEMU: from the kernel for lack of
+    memory, from another program, or from a crash. It loses what SIGKILL would have lost.
 
-    `asked`: it had been sent SIGTERM, without which its guest may write until the end. `flushed`:
-    the monitor reported all disks as flushed. QEMU handles the signals that ask it to exit, so that
-    one of them only ends a QEMU that has not begun.
+    `asked`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
+    `flushed`: the monitor reported all disks as flushed. QEMU handles the signals that ask it to
+    exit, so one of them only ends a QEMU that has not begun.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -92,7 +92,7 @@ def risks_of_exit(
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # When the wait was first seen, the node was connected, unless the disconnect is as old.
+        # The node was connected when the wait was first seen, unless it was disconnected then.
         connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
         delay = (node.reconnect or 0) * USEC_PER_SEC
         if node.reconnect is not None and ended < connected_at + delay:

@@ -62,8 +62,6 @@ class SignKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """A number whose change shows progress of a wait."""
-
     name: str
     """Unique in its wait."""
     kind: SignKind
@@ -109,11 +107,11 @@ def disk_signs(devices: Iterable[Device]) -> list[Sign]:
 
 
 def _counts(device: Device, devices: Iterable[Device]) -> bool:
-    """Return whether completed requests of the device are for its guest.
+    """Return whether completed requests of the device count as the guest's.
 
-    Those of a lower layer are only if a device with depth 0 above it has passed requests down.
-    Otherwise, they may be for other users of that layer. Requests held back by throttling are not
-    visible in any layer.
+    Requests of a lower layer count only if a device with depth 0 above it has passed requests down;
+    otherwise they may be for other users of that layer. Requests that are held back by throttling
+    are visible in no layer.
     """
     return device.depth == 0 or any(
         top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
@@ -122,8 +120,8 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device]) -> bool:
-    """Return whether each layer above the device has requests in flight. If one in between has
-    none, it may stand still while others use the device; or its driver does not count them."""
+    """Return whether each layer above the device has requests in flight. A layer without any may
+    stand still while others use the device, or its driver does not count requests."""
     tops = set(device.above)
     working = {
         upper.depth
@@ -157,8 +155,8 @@ def io_signs(io: Io | None, who: str) -> list[Sign]:
 
 
 def group_signs(sample: Sample) -> list[Sign]:
-    """Return the signs of the process's own control group. A standstill of them proves nothing,
-    because writes may be counted elsewhere."""
+    """Return the signs of the process's own control group. If these do not move, nothing is
+    proven, because writes may be counted elsewhere."""
     group = sample.cgroup
     if group is None or not group.own:
         return []
@@ -190,7 +188,7 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
-        # It grows even if QEMU does not read: a console or monitor goes on sending.
+        # The queue grows even if QEMU does not read: a console or monitor goes on sending.
         name, text = f"unread:{socket.inode}", "it read from the server"
         signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:

@@ -32,7 +32,7 @@ class Limits:
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
-    """Problems of the unit, their consequences and fixes, as sentences without initial capital
+    """A sentence for each problem of the unit, its consequence and its fix, without initial capital
     and full stop."""
 
 

@@ -4,7 +4,7 @@
 process waits for, and each wait has its own signs of progress. The verdict:
 
 - flushing: a sign of an open wait moved recently;
-- storage-wait: the process waits for storage, and no sign of that moved recently;
+- storage-wait: the process waits for storage, and no sign of this wait moved recently;
 - blocked: the process waits in a system call that is not for storage;
 - unknown: a source of waits is unreadable, or the process waits only for a processor;
 - idle: the process waits for nothing.
@@ -60,7 +60,7 @@ _NEWS: Final = attrgetter(
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The value of a sign that its next value is compared with."""
+    """The value with which the next value of a sign is compared."""
 
     name: str
     value: int
@@ -222,7 +222,7 @@ def assess(before: Assessment | None, sample: Sample, interval: int = LOOK_INTER
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether nothing moves, as before, and no wait is open.
+    """Return whether still nothing moves and no wait is open.
 
     Then the result stays the same. Most idle guests are in this state, and listing their waits
     again would cost three times as much.
@@ -348,7 +348,7 @@ def _follow(
         else:
             is_certain = is_certain or wait.certain
     if is_certain:
-        # The process cannot exit before this wait ends, which will be progress without a doubt.
+        # The process cannot exit before this wait ends, and that end will count as progress.
         doubts = []
     moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     if sample.exiting and not before.seen.exiting:

@@ -105,7 +105,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # What it still writes may go to another disk, and others use this one.
+    # The process may write to another disk, while others use this one.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -139,8 +139,8 @@ def _call_waits(sample: Sample) -> list[Wait]:
 
 
 def _blocks_exit(threads: Sequence[Thread]) -> bool:
-    """Return whether one of them writes to a pipe, as QEMU's messages go to standard error. QEMU
-    cannot exit before that call returns, whatever its storage does."""
+    """Return whether a thread writes to a pipe, such as standard error. QEMU cannot exit before
+    that call returns, whatever its storage does."""
     return any(thread.target == "pipe" and thread.call == "write" for thread in threads)
 
 
@@ -162,7 +162,7 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
     if devices:
         signs += group_signs(sample)
     elif not any("balance_dirty" in (thread.wchan or "") for thread in threads):
-        # This storage has no counters, but only its reply wakes a thread that waits for one.
+        # This storage has no counters, but its reply alone wakes a thread that waits for it.
         woken = sum(thread.switches or 0 for thread in threads)
         signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
     return signs
@@ -193,7 +193,7 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _are_diskless(sample: Sample) -> bool:
     """Return whether all requests on its io_urings wait for file systems without a block device,
-    each in a thread of the kernel's that has its own wait. Then no disk has them."""
+    each in a kernel thread with a wait of its own. Then no disk has the requests."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers)) >= (sample.rings or 0)
 
@@ -241,8 +241,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """Return the possible wait for a node that was added through a monitor, because such a node
-    leaves no trace after it has lost its server."""
+    """Return the possible wait for a node that was added through a monitor. Such a node leaves no
+    trace after it has lost its server."""
     if not sample.pluggable or is_held_still(sample):
         return []
     return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
@@ -359,7 +359,7 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
 
 
 def _unread(sockets: Sequence[Socket]) -> int:
-    """Return the bytes that servers of this host have not read, as when they are stopped."""
+    """Return the bytes that servers of this host have not read, because they are stopped, say."""
     return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
 

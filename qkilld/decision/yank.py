@@ -23,11 +23,9 @@ _SOCKET = "socket:"
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """A connection to cut off."""
-
     instance: YankInstance
     disks: tuple[str, ...]
-    """The disks behind it, printable; the name of the connection if they are unknown."""
+    """The disks behind the connection, printable; its name if they are unknown."""
     why: str
     """A printable description of the wait."""
 
@@ -75,7 +73,6 @@ def choose(
 
 
 def _titles(instance: YankInstance, disks: Sequence[GuestDisk]) -> tuple[str, ...]:
-    """Return the disks behind a connection."""
     return tuple(disk.title for disk in disks if instance.name in disk.connections)
 
 

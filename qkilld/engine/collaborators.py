@@ -14,8 +14,6 @@ J = TypeVar("J")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collaborators(Generic[J]):
-    """The parts that a job works with, and the callbacks through which it reports."""
-
     clock: Clock
     journal: Journal
     sampler: Sampler | None

@@ -180,7 +180,7 @@ def job_held(job: ObservedJob, uid: int) -> Event:
 
 
 def job_released(job: ObservedJob, by: str, uid: int | None) -> Event:
-    """`by` names the caller, or the time limit that ended the hold, with `uid` None."""
+    """`by` names the caller. If a time limit ended the hold, `by` is the limit and `uid` None."""
     return _of_job(
         job,
         MessageId.JOB_RELEASED,
@@ -240,7 +240,6 @@ def verdict_turned(job: ObservedJob, turn: VerdictChange) -> Event:
 
 
 def job_ended(job: ObservedJob) -> Event:
-    """The receipt of a job."""
     assert job.result is not None
     after = _seconds(job.elapsed)
     evidence = job.assessment
@@ -293,7 +292,7 @@ def _measured(job: ObservedJob) -> dict[str, str]:
 
 
 def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
-    """One entry for concurrent stops, which adds to their receipts."""
+    """One entry for concurrent stops, in addition to the receipt of each."""
     results = Counter(job.result for job in jobs)
     counts = [
         f"{results[result]} {word}" for result, word in _RESULTS_IN_WORDS.items() if results[result]
@@ -376,7 +375,7 @@ def bus_lost(running: int, why: str, *, goes_on: bool) -> Event:
     if goes_on:
         consequence = "it serves only Varlink until a bus appears"
     elif running:
-        consequence = f"{running} jobs continue; after them, it exits unless the bus is back"
+        consequence = f"{running} jobs continue, after which it exits unless the bus is back"
     else:
         consequence = "it exits, because no job is running"
     priority, what = (Priority.NOTICE, "no") if goes_on else (Priority.ERR, "lost the")

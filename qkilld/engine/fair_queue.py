@@ -117,7 +117,7 @@ class FairQueue(Generic[Item]):
         return [item for item, _ in waiting]
 
     def turn(self) -> tuple[int, list[Item]]:
-        """End a turn: return its uid and the next calls of that uid. At least one call must be
+        """Give the next uid its turn: return the uid and its next calls. At least one call must be
         waiting."""
         uid, group = next(iter(self._groups.items()))
         most = 1 if group.count > CROWD and uid not in self._unlimited else CALLS_PER_TURN

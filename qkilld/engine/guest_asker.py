@@ -40,8 +40,6 @@ _HELPED_BY: Final = {"paused": GuestOrder.RESUME, "suspended": GuestOrder.WAKE}
 
 @dataclass(frozen=True, slots=True)
 class AskOutcome:
-    """The outcome of asking."""
-
     outcome: GuestAsked
     reason: str
     """A printable explanation."""

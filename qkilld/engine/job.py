@@ -287,7 +287,6 @@ class Job:
             self._signals.check_resumed()
 
     def snapshot(self) -> Snapshot:
-        """Return the current state."""
         snapshot = Snapshot(
             number=self.number,
             guest=self.guest,
@@ -316,16 +315,16 @@ class Job:
 
     def join(self, request: Request) -> None:
         """Add a request. It can add FORCE and lengthen spans, never the reverse. It can also end
-        the asking of the guest earlier, and add the signals after that.
+        the asking of the guest earlier, and let signals follow.
 
-        A request of higher rank takes the job over from the owner of the process, whose spans and
-        hold end, as do extensions beyond `owner_limit`. The owner cannot lengthen the spans of a
-        job of higher rank.
+        A request of higher rank takes the job over. The owner's spans and hold then end, and
+        extensions are cut to `owner_limit`. The owner cannot lengthen the spans of a job of higher
+        rank.
 
-        FORCE with NOWAIT sends SIGKILL now. That raises Failed if the job is held or extended (by
-        the owner only counts for the owner), and UnknownIdentity if the process's executable is
-        unreadable. Every request with FORCE raises ProcessChanged if the identity has changed; the
-        job has then ended as failed.
+        FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
+        is unreadable, and Failed if the job is held or extended; the owner's hold or extension
+        binds only the owner. Every request with FORCE raises ProcessChanged if the identity has
+        changed; the job has then ended as failed.
         """
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
@@ -472,7 +471,6 @@ class Job:
         self._trace.record(RungRecord(at, self.phase, action))
 
     def turn_to(self, verdict: Verdict, reasons: tuple[str, ...], at: int) -> None:
-        """Change the verdict."""
         self.verdict = verdict
         turn = VerdictChange(verdict, reasons, at)
         if len(self.history) < MAX_HISTORY:
@@ -552,7 +550,7 @@ class Job:
             self._trace.end()
 
     def _risks_of_end(self, ended: int) -> tuple[Risk, ...]:
-        """Return the risks of an end without a SIGKILL of ours."""
+        """Return the risks of an exit that qkilld's SIGKILL did not cause."""
         evidence, flushed = self.assessment if self.by_evidence else None, self.flush.proven
         number, asked = self._process.killed_by(), self._signals.sent
         if death := risks_of_death(number, evidence, asked=asked, flushed=flushed):

@@ -23,9 +23,9 @@ PER_JOB: Final = 20_000
 """With many jobs, the shortest time is this (µs) times their number."""
 
 TIMEOUT_S: Final = 0.05
-"""How long SIGKILL waits to be saved. Saving takes 0.1 ms, but /run may be full or locked."""
+"""How long saving may delay SIGKILL. Saving takes 0.1 ms, but /run may be full or locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
-"""How long a caller waits for its job to be saved. Longer, so that a busy host loses no job."""
+"""How long saving may delay the reply to a caller: longer, so that a busy host loses no job."""
 
 
 class _SavedValues(NamedTuple):

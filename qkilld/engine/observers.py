@@ -1,4 +1,4 @@
-"""Several observers of jobs as one. Implements engine.ports.Observer."""
+"""Call several observers of jobs as one. Implements engine.ports.Observer."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class Process(Protocol):
         """Return whether its parent has reaped it after its exit, so that it is not a zombie."""
 
     def killed_by(self) -> int:
-        """Return the number of the signal that ended it; 0 if none did, as far as known. Call it
-        when it has exited."""
+        """Return the number of the signal that ended the process; 0 for none, or if unknown. Call
+        it after the exit."""
 
     def dying(self) -> bool:
         """Return whether it has received SIGKILL or is exiting, as far as known."""
@@ -194,12 +194,12 @@ class GuestMonitor(Protocol):
     def query_yank(
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
     ) -> None:
-        """List what can be yanked, without the monitor. Works even if QEMU's main loop is busy."""
+        """List connections that can be yanked, except the monitor's, even if QEMU is busy."""
 
     def yank(
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
     ) -> None:
-        """Yank these; call back with "" or the reason of a failure."""
+        """Yank these instances; call back with "" or the reason of a failure."""
 
     def close(self) -> None:
         """May be called twice."""

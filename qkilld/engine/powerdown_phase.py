@@ -126,7 +126,7 @@ class PowerdownPhase:
             self._asker.set_span(span)
 
     def note_exit(self) -> None:
-        """Conclude the outcome of asking. Call it when the process has exited."""
+        """Determine the outcome of asking. Call it when the process has exited."""
         if self._asker is None or self._job.guest_asked is GuestAsked.SHUT_DOWN:
             return
         if (order := self._asker.take_unanswered()) is not None:
@@ -151,8 +151,8 @@ class PowerdownPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM: GraceSec=, or half of MaxSec= if less, before MaxSec=
-        has passed."""
+        """Return the latest time for SIGTERM. It leaves GraceSec=, or half of MaxSec= if less, of
+        MaxSec=."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)

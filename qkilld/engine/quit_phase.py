@@ -3,7 +3,7 @@
 decision.last_rungs decides what to flush and what that proves; QuitPhase carries it out. Finally, a
 QEMU whose guest has powered off is told to quit. The intention to stop the processors is saved
 first: if the job ends before a signal, or the daemon crashes, the processors are started again. The
-monitor stays open until the job ends, because one opened after SIGTERM gets no replies.
+monitor stays open until the job ends, because QEMU does not reply to one opened after SIGTERM.
 """
 
 from __future__ import annotations
@@ -169,13 +169,13 @@ class QuitPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM: GraceSec=, or half of MaxSec= if less, before MaxSec=
-        has passed."""
+        """Return the latest time for SIGTERM. It leaves GraceSec=, or half of MaxSec= if less, of
+        MaxSec=."""
         policy = self._job.policy
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
     def _is_current(self, step: int) -> bool:
-        """Return whether this step is not over: the job may have been forced, or have ended."""
+        """Return whether this step still counts: the job may have been forced, or have ended."""
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:

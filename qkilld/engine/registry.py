@@ -220,7 +220,6 @@ class Registry:
 
     @property
     def last(self) -> int:
-        """The last number used."""
         return self._last
 
     @property

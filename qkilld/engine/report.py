@@ -9,7 +9,7 @@ from qkilld.engine.ports import ObservedJob
 
 
 def may_see(job: ObservedJob, uid: int) -> bool:
-    """Return whether a user may know how much the guest writes: root, the owner, the requester."""
+    """Return whether a user may know how much the guest writes, as root, owner or requester."""
     return uid in (0, job.guest.identity.uid, job.request.uid)
 
 

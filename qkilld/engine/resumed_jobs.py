@@ -13,7 +13,7 @@ from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock
 
 AT_ONCE: Final = 16
-"""The most first samples that are taken at a time."""
+"""At most so many first samples are taken at a time."""
 PAUSE: Final = 5_000
 """The time (µs) for other work of the loop before more samples are requested."""
 
@@ -34,7 +34,7 @@ class ResumedJobs:
             # Callers may read the deadline before the first sample.
             job.deadline = decide(job.facts, now).deadline
         self._waiting.sort(key=lambda job: job.deadline)
-        self._waiting.reverse()  # The next one is the last.
+        self._waiting.reverse()  # The most urgent job is last.
         self._follow_some()
 
     def _follow_some(self) -> None:

@@ -54,8 +54,8 @@ class Option:
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
-"""The most processes that one user's TerminateAll calls open at a time. Each may occupy a thread,
-and other users get no turn in between."""
+"""The most processes that one user's TerminateAll calls open at a time. Each process may
+occupy a thread, and other users get no turn in between."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,
@@ -261,7 +261,6 @@ class Service:
         await self._keep(job)
 
     async def force(self, job: Job, caller: Caller) -> None:
-        """Send SIGKILL now."""
         job.force(await self._access.permit(caller, job, PolkitAction.FORCE))
         await self._keep(job)
 
@@ -395,7 +394,7 @@ class Service:
         return self.registry.terminate(checked.process, request, passed)
 
     def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
-        """Remove POWERDOWN if the caller leaves that to the configuration, which disables it."""
+        """Remove POWERDOWN if the caller refers to the configuration, which disables asking."""
         left = given.get("powerdown-as-configured", False)
         return flags & ~Flag.POWERDOWN if left and not self.config.asks(guest.label.name) else flags
 

@@ -103,7 +103,6 @@ class SignalPhase:
 
     @property
     def facts(self) -> JobFacts:
-        """The facts for the next decision."""
         job = self._job
         return JobFacts(
             flags=job.flags,
@@ -128,7 +127,6 @@ class SignalPhase:
         self._yank.resume(past)
 
     def advance(self) -> None:
-        """Do everything that is due."""
         job = self._job
         while job.running:
             decision = decide(self.facts, self._clock.now())
@@ -168,7 +166,7 @@ class SignalPhase:
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot as if the SIGKILL about to be sent had been sent."""
+        """Return the snapshot including a SIGKILL that is about to be sent."""
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())

@@ -62,12 +62,11 @@ class Snapshot:
     guest_asked: GuestAsked
     flush: FlushReport
     processors_stopped: bool
-    """The job has stopped the virtual processors, and must start them again unless QEMU exits."""
+    """Whether the job has stopped the virtual processors, and must start them again."""
     rungs: tuple[Rung, ...]
     """The rungs that were executed; they are not repeated."""
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
-    """The latest assessment."""
     asking: Attempt | None
     """The state of asking the guest; None once that is over."""
     own_chardevs: tuple[str, ...]
@@ -169,8 +168,8 @@ class Snapshot:
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now` of a job that uses evidence; None before its first
-        signal."""
+        """Return the assessment at `now`. For a job that uses evidence and has sent a signal, it
+        includes the gap."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment

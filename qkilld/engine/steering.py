@@ -1,9 +1,9 @@
-"""How callers may steer a running job: hold, release, extend. Pure.
+"""Steer a running job: hold, release, extend. Pure.
 
 A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
 process. Root and authorized users steer every job. The owner steers only jobs that run by the
-owner's right, and may extend other jobs up to a bound. Without it, owners could prevent root from
-stopping their guests.
+owner's right, and may extend other jobs up to a bound. Without that bound, owners could keep root
+from stopping their guests.
 """
 
 from __future__ import annotations

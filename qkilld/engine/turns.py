@@ -51,8 +51,8 @@ class Turns:
         return bool(self._queue)
 
     def put(self, name: str, uid: int | None, call: WaitingCall, size: int) -> bool:
-        """Let a call wait for its turn; without a uid, it gets none before `introduce`. If too many
-        calls wait, refuse the call and return False."""
+        """Let a call wait for its turn. A call of unknown uid gets none before `introduce`. If too
+        many calls wait, refuse the call and return False."""
         self.last_call = time.monotonic()
         self._is_scheduled = True
         if not self._queue.put(name, uid, call, size):
@@ -63,7 +63,6 @@ class Turns:
         return True
 
     def introduce(self, name: str, uid: int) -> None:
-        """Set the uid of a caller."""
         self._queue.introduce(name, uid)
         self._serve_soon()
 

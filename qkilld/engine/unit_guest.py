@@ -27,8 +27,8 @@ def choose_guest(
 ) -> Guest:
     """Return the guest that runs in a unit: its main process, or else the only one.
 
-    A unit of the system takes precedence over units of the same name of users' managers, because
-    users may choose any name. A user's manager shows only that user's units.
+    A system unit takes precedence over a user's unit of the same name, because users may choose any
+    name. A user's manager shows only that user's units.
 
     facts   the unit's properties; None if systemd does not answer
     known   False if systemd says that there is no such unit

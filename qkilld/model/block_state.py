@@ -17,7 +17,7 @@ SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined
 
 @dataclass(frozen=True, slots=True)
 class GuestDisk:
-    """A disk of the guest, by its topmost node."""
+    """A disk of the guest, identified by its topmost node."""
 
     node: str
     """QEMU's name for the node."""
@@ -74,8 +74,8 @@ class BlockState:
     foreign: tuple[str, ...] = ()
     """Disks whose requests bypass QEMU: vhost-user."""
     unused: tuple[str, ...] = ()
-    """Images open for writing that no disk uses, because an unplugged device has left them, or an
-    export has them. They are not flushed, and QEMU may hold data for them."""
+    """Images open for writing that no disk uses: an unplugged device has left them, or an export
+    uses them. They are not flushed, and QEMU may hold data for them."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 

@@ -153,7 +153,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """Return for each field the function that converts its value, and whether it may be missing.
 
-    Call it only for a value, because a class may have fields of its own type.
+    Called at the first use of the class, which may have fields of its own type.
     """
     hints = typing.get_type_hints(cls)
     return {

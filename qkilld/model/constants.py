@@ -78,7 +78,7 @@ class Result(StrEnum):
     KILLED = "killed"
     """The process exited after SIGKILL."""
     SURVIVED = "survived"
-    """The process ran when the job gave up. It is still watched, and its exit is logged."""
+    """The process still ran when the job gave up. qkilld logs its exit."""
     SIGNALLED = "signalled"
     """With NOWAIT: one signal was sent, and nothing else is known."""
     CANCELLED = "cancelled"
@@ -97,7 +97,7 @@ class GuestAsked(StrEnum):
     """The guest could not be asked."""
     NOT_ASKED = "not-asked"
     ASKED = "asked"
-    """The guest was asked, but not watched, or QEMU ended for another reason."""
+    """The guest was asked, but whether it shut down was not observed."""
     NOT_RUNNING = "not-running"
     """The guest was paused, suspended or crashed."""
 

@@ -36,7 +36,7 @@ class Identity:
 class Unit:
     """The systemd unit that a process runs in; Unit() if it runs in none.
 
-    None, not Unit(), is an unknown unit. Two processes with unknown units may be in different ones.
+    None, not Unit(), is an unknown unit. Two unknown units may be different.
     """
 
     system: str = ""

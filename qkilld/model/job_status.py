@@ -287,7 +287,7 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
         case Result.CANCELLED:
             return (
                 f"cancelled {after}: no more signals will be sent. "
-                "It may still exit because of earlier ones"
+                "It may still exit because of earlier signals"
             )
         case Result.SIGNALLED:
             last_signal = signals[-1] if signals else "the signal"

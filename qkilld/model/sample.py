@@ -58,7 +58,7 @@ class Device:
     """A block device under an image. Its counters are host-wide: other users move them, too.
 
     Each layer is a Device of its own, from the logical volume, partition or loop device that the
-    image is or lies on, down to the disks. So several may count the same write.
+    image is or lies on, down to the disks. So several Devices may count the same write.
     """
 
     number: str
@@ -81,7 +81,7 @@ class Device:
     writable: bool = True
     """Whether an image on it is open for writing, not only for reading."""
     above: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices with depth 0 that lie on it; () if it has depth 0 itself, or if
+    """MAJOR:MINOR of the devices with depth 0 that lie on this one; () if its own depth is 0, or if
     they are unknown."""
 
 
@@ -131,8 +131,8 @@ class Peer:
     behind: tuple[Peer, ...] = ()
     """Servers on this host that the peer uses itself."""
     unread: int | None = None
-    """Bytes that were sent to it on the connection, or on all connections of the process to it, and
-    that it has not read."""
+    """Bytes that the process has sent to the peer, on one connection or on all to this peer, and
+    that the peer has not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Socket:
     family: str
     """unix or tcp."""
     client: bool
-    """Whether the process called connect(2), as QEMU does for a storage server, or accept(2)."""
+    """Whether the process called connect(2), not accept(2): QEMU connects to storage servers."""
     send_queue: int
     """Bytes. May be 0 while a request waits for its reply."""
     receive_queue: int
