@@ -33,7 +33,7 @@ _CHECK_S: Final = 5.0
 _MOST_S: Final = 900.0
 """A run that takes longer (s) is ended. The longest run takes half of this."""
 _MORE_S: Final = 120.0
-"""Seconds for a run that is ended to remove its storage."""
+"""Seconds in which a run must remove its storage after it was ended."""
 TRIES: Final = 3
 """Attempts for a run whose samples are late each time."""
 _PR_SET_PDEATHSIG: Final = 1

@@ -85,7 +85,7 @@ class BareGuest:
         return str(self._command("human-monitor-command", **{"command-line": line}))
 
     def add(self, node: Mapping[str, object]) -> None:
-        """Add a node to the block layer (blockdev-add), which the command line does not show."""
+        """Add a node to the block layer with blockdev-add, so that no command line names it."""
         self._command("blockdev-add", **node)
 
     def mirror(self, source: str, target: str) -> None:
