@@ -96,7 +96,7 @@ class _Watcher:
     def __init__(self, bus: BusAddress, output: Output, interactive: bool) -> None:
         self._bus = bus
         self._feed = JobFeed(bus, self, interactive=interactive)
-        # For a password prompt, the screen is suspended.
+        # A password prompt needs the terminal, so the screen is suspended.
         self._asks = interactive and bus.is_system_bus and os.geteuid() != 0
         self._state = WatchState(bus_title="" if bus.is_system_bus else printable(bus.title))
         self._screen = FullScreen(output.console(), self._key)
