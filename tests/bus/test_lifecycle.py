@@ -124,7 +124,7 @@ def test_the_bus_goes_away_during_a_job(
     # The job goes on to its end, and only then does the daemon exit.
     assert guest.wait_gone() == -9
     assert daemon.wait_gone() == 1
-    daemon.wait_for(r"^error: qkilld has lost the bus .*: 1 jobs continue, and it exits after them")
+    daemon.wait_for(r"^error: qkilld has lost the bus .*: 1 jobs continue, after which it exits")
     daemon.wait_for(r'^Guest "web" .* was killed after [1-9]\.\d+ s')
 
 
