@@ -51,9 +51,20 @@ def main() -> int:
 def _plan(arguments: argparse.Namespace) -> plan.Plan:
     seed, jobs, qemus = arguments.seed, arguments.jobs, arguments.qemus
     if arguments.kills:
-        return plan.kills(seed, jobs=jobs or JOBS, count=arguments.kills, qemus=qemus)
+        return plan.kills(
+            seed,
+            jobs=jobs or JOBS,
+            count=arguments.kills,
+            qemus=qemus,
+            realtime=arguments.realtime,
+        )
     if arguments.journald:
-        return plan.journald(seed, jobs=jobs or JOURNALD_JOBS, lasts=arguments.journald)
+        return plan.journald(
+            seed,
+            jobs=jobs or JOURNALD_JOBS,
+            lasts=arguments.journald,
+            realtime=arguments.realtime,
+        )
     return plan.make(seed, jobs=jobs or JOBS, seconds=arguments.seconds, qemus=qemus)
 
 
@@ -121,6 +132,12 @@ def _parse() -> argparse.Namespace:
         default=0.0,
         metavar="S",
         help="stop journald for this time, fill its socket, and measure how late signals are",
+    )
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="with --kills or --journald: give the daemon a real-time priority, so that it is not "
+        "late because the machine is busy",
     )
     return parser.parse_args()
 

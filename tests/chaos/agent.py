@@ -1,10 +1,10 @@
 """Start the guests of a plan inside the throwaway system, and act as the client of every job.
 
-    python -m tests.chaos.agent DIRECTORY STAND-IN SECONDS
+    python -m tests.chaos.agent DIRECTORY STAND-IN SECONDS PATIENCE
 
 Reads guests as JSON from its input, one on each line, until an empty line. Prints {"ready": true},
 waits for a line, and then requests the stops at their times. Each line of output is an event as
-JSON, see Event. Exits when every job has a result, or PATIENCE_S after SECONDS, and ends the
+JSON, see Event. Exits when every job has a result, or PATIENCE seconds after SECONDS, and ends the
 remaining guests.
 """
 
@@ -32,8 +32,6 @@ BUS: Final = "unix:path=/run/dbus/system_bus_socket"
 QEMU: Final = "/usr/bin/qemu-system-x86_64"
 JOB: Final = "org.qkilld1.Job"
 RETRY_S: Final = 0.2
-PATIENCE_S: Final = 150.0
-"""How long to wait for a job after the last incident."""
 LINGER_S: Final = GRACE_S + STALL_S + 1
 """How long to watch guests after the last job."""
 _PASSING: Final = frozenset(
@@ -198,7 +196,8 @@ def _guests() -> Iterator[Guest]:
 
 
 def main() -> None:
-    directory, stand_in, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    directory, stand_in = Path(sys.argv[1]), sys.argv[2]
+    waits = sum(map(float, sys.argv[3:]))
     with contextlib.ExitStack() as stack:
         guests = list(_guests())
         pidfds = {_start(guest, directory, stand_in, stack): guest for guest in guests}
@@ -207,7 +206,7 @@ def main() -> None:
         sys.stdin.readline()
         began = time.monotonic()
         note(-1, "began", began)
-        until = began + seconds + PATIENCE_S
+        until = began + waits
         stop = threading.Event()
         watching = threading.Thread(target=_exits, args=(numbers, stop))
         watching.start()

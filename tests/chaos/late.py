@@ -19,9 +19,11 @@ class Times:
     """Measured times in seconds."""
 
     sigterm: list[float] = field(default_factory=list)
-    """From the call until the process recorded SIGTERM."""
+    """From the start of a job until the daemon sent SIGTERM."""
     sigkill: list[float] = field(default_factory=list)
     """From the time of SIGKILL that the daemon had announced until SIGKILL was sent."""
+    noted: list[float] = field(default_factory=list)
+    """From a call until the process recorded SIGTERM."""
     ended: list[float] = field(default_factory=list)
     """From the announced time of SIGKILL until the client noticed the end of the process."""
     looks: list[float] = field(default_factory=list)
@@ -29,8 +31,9 @@ class Times:
 
     def rows(self) -> list[str]:
         titles = {
-            "from a call to SIGTERM": self.sigterm,
+            "SIGTERM after the start of the job": self.sigterm,
             "SIGKILL after the announced time": self.sigkill,
+            "from a call to SIGTERM in the process": self.noted,
             "the end of the process after that time": self.ended,
             "a call for the properties of a job": self.looks,
         }
@@ -105,7 +108,9 @@ def figures(
     for record in records:
         asked = record.first("Terminate")
         if record.signals:
-            at(asked).sigterm.append(record.signals[0][0] - asked)
+            at(asked).noted.append(record.signals[0][0] - asked)
+        if "SIGTERM" in record.sent:
+            at(asked).sigterm.append(record.sent["SIGTERM"])
         if record.due and "SIGKILL" in record.sent:
             at(record.due).sigkill.append(record.started + record.sent["SIGKILL"] - record.due)
             if record.gone is not None:

@@ -42,10 +42,11 @@ class Kind(StrEnum):
 
 JOIN_S: Final = 10.0
 """In the plans with one fault: the first stops are requested within this time, before the fault."""
-KILL_GAP_S: Final = (0.1, 1.5)
+KILL_GAP_S: Final = (0.1, 1.0)
 """The time between two kills. If it were less on average, systemd would refuse to start the daemon
 again."""
 KILL_RETRY_S: Final = 20.0
+READY_S: Final = 1.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
 """The least time between signals that are due and the end of the incident."""
@@ -134,6 +135,8 @@ class Incident:
     """Change of the clock, in seconds."""
     retry_s: float = 0.0
     """How long to wait for a daemon to kill, if none runs."""
+    ready_s: float | None = None
+    """Kill the daemon so long after it has become ready; None for at once, even while it starts."""
     fills: bool = False
     """Whether to fill journald's socket, so that every service that logs has to wait."""
 
@@ -144,6 +147,10 @@ class Plan:
     incidents: Sequence[Incident]
     seconds: float
     """When the last incident has ended."""
+    patience_s: float = 150.0
+    """How long jobs are waited for after that."""
+    realtime: bool = False
+    """Give the daemon a real-time priority, so that other load of the host does not count."""
 
 
 def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 5) -> Plan:
@@ -159,7 +166,7 @@ def make(seed: int, *, jobs: int, seconds: float, qemus: int, bystanders: int = 
     return Plan(tuple(guests), tuple(incidents), end)
 
 
-def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
+def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = False) -> Plan:
     """Return a plan in which the daemon is killed `count` times, and nothing else fails.
 
     `jobs` guests that ignore SIGTERM are stopped at the start. Their SIGKILL is due in the second
@@ -167,10 +174,14 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
     any time.
     """
     rng = random.Random(seed)
-    at, incidents = JOIN_S, []
+    at = JOIN_S
+    incidents: list[Incident] = []
     for _ in range(count):
+        # If all of them came while it starts, which takes long on a busy machine, no job would end.
+        ready_s = rng.uniform(0.0, READY_S) if len(incidents) % 2 else None
         at += rng.uniform(*KILL_GAP_S)
-        incidents.append(Incident(at, Fault.KILL, retry_s=KILL_RETRY_S))
+        incidents.append(Incident(at, Fault.KILL, retry_s=KILL_RETRY_S, ready_s=ready_s))
+        at += ready_s or 0.0
     guests = []
     for number in range(jobs):
         guest = _guest(rng, number, _LONG[number % len(_LONG)], 0.0)
@@ -179,10 +190,11 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int) -> Plan:
     others = [_SHORT[i % len(_SHORT)] for i in range(jobs // 2)] + [Kind.QEMU] * qemus
     guests += [_guest(rng, jobs + i, kind, at) for i, kind in enumerate(others)]
     guests += [Guest(len(guests) + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(5)]
-    return Plan(tuple(guests), tuple(incidents), at)
+    # On a busy machine, kills wait for the daemon.
+    return Plan(tuple(guests), tuple(incidents), at, patience_s=150.0 + 2 * at, realtime=realtime)
 
 
-def journald(seed: int, *, jobs: int, lasts: float) -> Plan:
+def journald(seed: int, *, jobs: int, lasts: float, realtime: bool = False) -> Plan:
     """Return a plan in which journald does not read for `lasts` seconds.
 
     During this time, SIGKILL is due for `jobs` guests that ignore SIGTERM, and half as many other
@@ -206,7 +218,8 @@ def journald(seed: int, *, jobs: int, lasts: float) -> Plan:
 
     add(jobs, begin + GRACE_S, end - MARGIN_S)
     add(jobs // 2, end + MARGIN_S, end + COMPARED_S)
-    return Plan(tuple(guests), (Incident(begin, Fault.JOURNALD, lasts, fills=True),), end)
+    incident = Incident(begin, Fault.JOURNALD, lasts, fills=True)
+    return Plan(tuple(guests), (incident,), end, realtime=realtime)
 
 
 def _guest(rng: random.Random, number: int, kind: Kind, seconds: float) -> Guest:

@@ -29,8 +29,8 @@ CLOCK: Final = f"{HOME}/clock"
 """The file that sets the daemon's time of day, for faketime(1)."""
 RUN_BYTES: Final = "64M"
 _FILL: Final = "/run/filled"
-END_S: Final = 300.0
-"""Time for the agent to exit after the last incident."""
+END_S: Final = 150.0
+"""Time for the agent to exit after it has waited for the last job."""
 
 
 @dataclass
@@ -90,10 +90,11 @@ def run(system: Container, plan: Plan) -> Report:
 def _run(system: Container, plan: Plan, home: Path) -> Report:
     """Run a plan. Guests write to `home`, which is on a disk, because writes to files in memory do
     not count as progress."""
-    _prepare(system)
+    _prepare(system, plan)
     began = time.monotonic()
     with system.spawn(
         *(PYTHON, "-m", "tests.chaos.agent", str(home), STAND_IN, str(plan.seconds)),
+        str(plan.patience_s),
         stdin=subprocess.PIPE,
         stderr=None,
     ) as agent:
@@ -110,7 +111,7 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
         reading.start()
         try:
             incidents, kills = _happen(system, plan.incidents)
-            reading.join(END_S)
+            reading.join(plan.patience_s + END_S)
             assert not reading.is_alive(), "the agent has not ended"
         finally:
             if reading.is_alive():
@@ -141,18 +142,22 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
     )
 
 
-def _prepare(system: Container) -> None:
-    library = _faketime()
+def _prepare(system: Container, plan: Plan) -> None:
     Contained(system).show_storage()
     system.run("mkdir", "-p", HOME)
     system.run("gcc", "-O2", "-Wall", "-o", STAND_IN, f"{CHECKOUT}/tests/chaos/stand_in.c")
     system.write("/etc/qkilld/qkilld.conf", CONFIG)
-    system.write(CLOCK, "+0\n")
-    system.write(
-        "/etc/systemd/system/qkilld.service.d/chaos.conf",
-        f"[Service]\nEnvironment=LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={CLOCK}\n"
-        "Environment=FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1\n",
-    )
+    lines = ["[Service]"]
+    if any(incident.fault is Fault.CLOCK for incident in plan.incidents):
+        # It makes the daemon slow, so it is not used without need.
+        system.write(CLOCK, "+0\n")
+        lines += [
+            f"Environment=LD_PRELOAD={_faketime()} FAKETIME_TIMESTAMP_FILE={CLOCK}",
+            "Environment=FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1",
+        ]
+    if plan.realtime:
+        lines.append("CPUSchedulingPolicy=rr")
+    system.write("/etc/systemd/system/qkilld.service.d/chaos.conf", "\n".join([*lines, ""]))
     system.run("mount", "-o", f"remount,size={RUN_BYTES}", "/run")
     system.run("systemctl", "daemon-reload")
     system.run("systemctl", "restart", "qkilld.service")
@@ -197,7 +202,8 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rule
                 kills += happened and incidents[number].fault is Fault.KILL
                 if incidents[number].retry_s:
                     # Keep the distance to the next one: systemd counts starts.
-                    began = max(began, time.monotonic() - incidents[number].at)
+                    planned = incidents[number].at + (incidents[number].ready_s or 0.0)
+                    began = max(began, time.monotonic() - planned)
                 ends.append((incidents[number].at + incidents[number].lasts, number))
             else:
                 ends.remove(last)
@@ -217,6 +223,11 @@ def _begin(system: Container, incident: Incident) -> bool:
     match incident.fault:
         case Fault.KILL:
             deadline = time.monotonic() + incident.retry_s
+            if incident.ready_s is not None:
+                while system.property("qkilld.service", "ActiveState") != "active":
+                    if time.monotonic() >= deadline:
+                        return False
+                time.sleep(incident.ready_s)
             while not _signal(system, "KILL", "qkilld.service"):
                 if time.monotonic() >= deadline:
                     return False

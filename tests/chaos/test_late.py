@@ -33,8 +33,13 @@ def killed(pid: int, due: float, sent_after: float) -> Record:
 
 def polite(pid: int, asked: float, took: float) -> Record:
     guest = Guest(pid, Kind.POLITE, 0.0, 0, 0)
-    signals = [(asked + took, 15, 0)]
-    return Record(guest, pid=pid, asked={"Terminate": [asked]}, signals=signals)
+    return Record(
+        guest,
+        pid=pid,
+        asked={"Terminate": [asked]},
+        signals=[(asked + 0.02 + took, 15, 0)],
+        sent={"SIGTERM": took},
+    )
 
 
 def entries(*records: Record) -> list[dict[str, Any]]:
@@ -60,6 +65,7 @@ def test_delays_while_journald_does_not_read_are_separate_from_later_ones() -> N
     assert measured.broken() == []
     assert measured.stopped.sigkill == [pytest.approx(0.04)]
     assert measured.stopped.sigterm == [pytest.approx(0.03)]
+    assert measured.stopped.noted == [pytest.approx(0.05)]
     assert measured.stopped.looks == [0.3, 0.3]
     # Late, but journald did read then.
     assert measured.after.sigkill == [pytest.approx(5.0)]
