@@ -24,7 +24,7 @@ Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 COUNT = 60
 LIMIT_S = 1.0
-ATTEMPTS = 5
+ATTEMPTS = 8
 """On a busy machine, the client, the bus and the threads of the daemon wait for a processor too."""
 
 # In each, one thread reads a page of the file through /proc/self/mem, which keeps the lock of its

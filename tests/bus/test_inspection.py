@@ -138,7 +138,7 @@ def test_progress_over_a_unix_socket_is_told_in_bytes(
         # A clean exit writes a table of 4 KiB for every three records.
         guest = linux_guest(job="writer", disk=server.uri, records=300, stride=32 << 20, passes=3)
         guest.wait_for("WRITER DONE", 60)
-        server.rate("400K")
+        server.rate("100K")
         job = client.terminate(guest.pid, FORCE)
         values = client.properties(job, JOB_INTERFACE)
         while not values["Result"] and values["BytesWritten"] in (0, UNKNOWN):
