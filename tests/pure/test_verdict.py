@@ -174,6 +174,8 @@ MORE = {
         ),
         # FUSE has no counters: its thread is woken only by replies
         ({"threads": (ON_MOUNT,), "mounts": (FUSE,)}, {}, Verdict.STORAGE_WAIT),
+        # whatever the guest writes to another disk
+        ({"threads": (ON_MOUNT,), "mounts": (FUSE,)}, MORE["wrote"], Verdict.STORAGE_WAIT),
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
             {"threads": (replace(ON_MOUNT, switches=6),)},
