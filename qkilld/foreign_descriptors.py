@@ -12,7 +12,7 @@ few of them, and no descriptors are accepted while all of them wait.
 
 A process does not end before such a close(2) does: exit_group(2) waits for the thread, and would
 otherwise close the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not
-killable). So do not exit without need while `closes_files`.
+killable). So do not exit unnecessarily while `closes_files()` is true.
 
 Every package may use this module.
 """

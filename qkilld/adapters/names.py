@@ -35,7 +35,7 @@ MAX_THREADS_OF_USERS: Final = 48
 """Threads for all users except root; the rest is reserved for root's processes."""
 MAX_THREADS_OF_USER: Final = 16
 MAX_QUEUE: Final = 16_384
-"""The most command lines of one user that may wait for a thread."""
+"""The maximum number of command lines of one user that may wait for a thread."""
 MAX_NAMES: Final = 16_384
 _TICK_S: Final = 0.01
 """If a user's threads have read nothing for this long, another one is started."""

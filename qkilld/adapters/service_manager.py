@@ -17,8 +17,9 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""The most messages waiting to be sent. If a descriptor is dropped, the next daemon looks the
-process up by its identity; if a removal is dropped, the next daemon rejects the descriptor."""
+"""The maximum number of messages waiting to be sent. If a descriptor is dropped, the next daemon
+looks the process up by its identity; if a removal is dropped, the next daemon rejects the
+descriptor."""
 
 
 class ServiceManager:

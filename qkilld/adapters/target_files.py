@@ -17,14 +17,14 @@ from qkilld.adapters.procfs import PROC, Credentials, read_credentials
 MAX_CONFIG: Final = 1 << 20
 """Total bytes of -readconfig files."""
 MAX_CONFIGS: Final = 16
-"""The most -readconfig files of a process; together they may have MAX_CONFIG bytes."""
+"""The maximum number of -readconfig files of a process; together they may have MAX_CONFIG bytes."""
 
 MAX_PATH: Final = 4096
 """Bytes of a path, the kernel's limit (PATH_MAX)."""
 MAX_DEPTH: Final = 128
-"""The most directories on the way to a file; each takes a descriptor."""
+"""The maximum number of directories on the way to a file; each takes a descriptor."""
 MAX_STEPS: Final = 1024
-"""The most names looked up for one file."""
+"""The maximum number of names looked up for one file."""
 
 _PATH: Final = os.O_PATH | os.O_CLOEXEC
 _MAX_LINKS: Final = 40

@@ -19,12 +19,12 @@ from qkilld.model.text import printable
 from qkilld.model.trace import MAX_BYTES, CutRecord, Header, Record, header_line, record_line
 
 QUEUE_LENGTH: Final = 4096
-"""The most records waiting to be written, over all jobs."""
+"""The maximum number of records waiting to be written, over all jobs."""
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""The most traces with the same job number, process id and start time: a process may outlive
-daemons, and the next one may count from 1 again."""
+"""The maximum number of traces with the same job number, process id and start time: a process may
+outlive daemons, and the next one may count from 1 again."""
 
 
 class TraceDirectory:

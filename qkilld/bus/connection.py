@@ -47,7 +47,7 @@ SSH_TIMEOUT_S: Final = 150.0
 CALL_TIMEOUT_S: Final = 25.0
 """The default of libdbus and sd-bus for a method call."""
 READ_BYTES: Final = 64 * 1024
-"""The most that one recv() reads."""
+"""The maximum number of bytes that one recv() reads."""
 READS: Final = 4
 """Reads in a row before the loop serves its timers and pidfds; they take 10 ms for 2,000 small
 messages. Reading is much faster than answering, and messages that are read do not queue in the bus,

@@ -12,7 +12,7 @@ from qkilld.engine.ports import ObservedJob
 from qkilld.model.constants import MANAGER_PATH
 
 MIN_INTERVAL_S: Final = 0.2
-"""The least time between two PropertiesChanged signals of a job."""
+"""The shortest time between two PropertiesChanged signals of a job."""
 
 
 class Announcer:

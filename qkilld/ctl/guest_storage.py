@@ -114,8 +114,8 @@ def planned_options(facts: UnitFacts) -> list[list[QemuOption]]:
 
 
 def _with_configs(options: Iterable[QemuOption]) -> list[QemuOption]:
-    """Add the options in -readconfig files. QEMU does not run, so only absolute paths can be
-    resolved."""
+    """Add the options in -readconfig files. QEMU is not running, so relative paths cannot
+    be resolved, and are skipped."""
     options_read = []
     remaining = MAX_CONFIGS
     for option in options:

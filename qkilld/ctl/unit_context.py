@@ -43,7 +43,7 @@ from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
 MAX_BEFORE: Final = 256
-"""The most units of a Before= that are queried."""
+"""The maximum number of units of a Before= that are queried."""
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 

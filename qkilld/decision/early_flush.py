@@ -82,7 +82,8 @@ def plan_early_flush(
         # query-block, which would show more about disks on a network, is not sent.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # These disks may only share the queues of a controller with disks that do not answer.
+        # These disks may be healthy: perhaps they only share a controller's queues with disks that
+        # do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 

@@ -9,7 +9,7 @@ only time counts; otherwise evidence counts:
 - No SIGKILL if there was progress within the last `stall`.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
   last progress. If evidence is missing, the process counts as waiting.
-- Movement that other processes may have caused delays SIGKILL, but not for ever (DOUBT).
+- SIGKILL is delayed by movement that other processes may have caused, but not for ever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
 - After `max`, SIGKILL in any case. But if SIGTERM was late, because the guest was asked first or
   the job was held, SIGKILL waits for the grace after SIGTERM, or for half of `max` if that is less.

@@ -387,10 +387,10 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     """Return how to ask again if asking had no effect; None if not now.
 
-    The button is pressed again if the machine does not show whether the guest took the first press;
-    on other machines a second press would cancel the shutdown of some systems (illumos). The button
-    is also pressed again while a guest boots, because the kernel listens seconds before the program
-    that acts on a press.
+    If the machine has no register that shows whether the guest took the press, the button is
+    pressed once more. On other machines it is not, because a second press cancels the shutdown of
+    some systems (illumos). The button is also pressed again while a guest boots, because the kernel
+    listens seconds before the program that acts on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:

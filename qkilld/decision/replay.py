@@ -2,8 +2,8 @@
 
 `assess` folds the samples, and `decide` is called at each of them and at each deadline between two.
 A deadline requests a sample that the recorded job may not have taken. If a sample follows within
-LOOK_TAKES, it is used; otherwise the sample before is repeated. So a replay errs towards SIGKILL,
-and `Step.since_sample` shows how old the sample was.
+LOOK_TAKES, it is used; otherwise the previous sample is used again. So a replay errs towards
+SIGKILL, and `Step.since_sample` shows how old the sample was.
 
 A replay ends at the exit of the process, at the SIGKILL that it really got, or at the end of the
 recorded job.

@@ -21,8 +21,8 @@ WINDOW: Final = 6 * USEC_PER_SEC
 KEEPALIVE: Final = 512
 """Bytes in a WINDOW that may be keepalives. iSCSI sends 48 bytes each way every 5 s."""
 SERVES: Final = 3
-"""So many context switches in a WINDOW show that a storage server works, if none of its threads
-waits."""
+"""This many context switches in a WINDOW show that an NBD server serves requests, even if none of
+its threads is seen in a call."""
 TALK: Final = 256
 """If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
 they exchange 8 to 16 a second."""

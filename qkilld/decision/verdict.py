@@ -45,7 +45,7 @@ SLACK: Final = 1_500_000
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
-"""At most so many signs are remembered for one wait."""
+"""At most this many signs are remembered for one wait."""
 
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")

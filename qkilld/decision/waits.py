@@ -241,8 +241,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """Return the possible wait for a node that was added through a monitor. Such a node leaves no
-    trace after it has lost its server."""
+    """Return a wait for storage that may have been added through a monitor, if that is possible.
+    Such storage leaves no trace after it has lost its server."""
     if not sample.pluggable or is_held_still(sample):
         return []
     return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]

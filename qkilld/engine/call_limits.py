@@ -25,7 +25,7 @@ class Cost(Enum):
 MAX_WAITS: Final = 1024
 MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
-"""The most calls other than Wait. At most MAX_READS of them may be READ."""
+"""The maximum number of calls other than Wait. At most MAX_READS of them may be READ."""
 TOGETHER: Final = 32
 """All users except root together may have this many times what one user may, because somebody with
 subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them

@@ -36,7 +36,7 @@ _RESULTS_IN_WORDS: Final = {
     Result.FAILED: "failed",
 }
 MAX_NAMED: Final = 10
-"""The most guests that one entry names."""
+"""The maximum number of guests that one entry names."""
 NAME_UNKNOWN: Final = (
     "Its name could not be read, so each time is the longest of all sections of the configuration."
 )

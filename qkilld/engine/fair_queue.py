@@ -14,12 +14,12 @@ from typing import Final, Generic, TypeVar
 from qkilld.model.dataclass import dataclass
 
 MAX_CALLS: Final = 1024
-"""The most calls that may wait for one uid, or for one connection of unknown uid."""
+"""The maximum number of calls that may wait for one uid, or for one connection of unknown uid."""
 MAX_BYTES: Final = 256 << 10
-"""The most bytes in the bodies of these calls."""
+"""The maximum number of bytes in the bodies of these calls."""
 MAX_TOTAL: Final = 4096
-"""The most calls that may wait in total; above that, a connection may have SPARE waiting calls with
-SPARE_BYTES in all."""
+"""The maximum number of calls that may wait in total; above that, a connection may have SPARE
+waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10

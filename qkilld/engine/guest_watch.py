@@ -14,7 +14,7 @@ from qkilld.model.guest import Guest, GuestChannels
 SCAN_INTERVAL_S: Final = 2.0
 """The time between scans. A scan reads all of /proc, in 0.1 ms for each process of the host."""
 MAX_SURVEYS: Final = 8
-"""The most guests whose command lines are read at a time."""
+"""The maximum number of guests whose command lines are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)

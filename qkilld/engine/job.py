@@ -48,7 +48,7 @@ from qkilld.model.policy import Policy
 from qkilld.model.trace import ChangeRecord, EndRecord, ExitRecord, RungRecord, VerdictRecord
 
 MAX_HISTORY: Final = 100
-"""The most changes of the verdict in a receipt."""
+"""The maximum number of changes of the verdict in a receipt."""
 
 
 class Job:

@@ -31,11 +31,11 @@ KEEP_ENDED: Final = 60 * USEC_PER_SEC
 UNDO_S: Final = 2.0
 """QEMU starts its processors within a millisecond, unless a disk blocks its main loop."""
 MAX_JOBS_PER_UID: Final = 2048
-"""The most running and ended jobs of one user, so that a flood cannot fill the memory. Root has no
-limit."""
+"""The maximum number of running and ended jobs of one user, so that a flood cannot fill the memory.
+Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
-"""The most jobs of all users except root. At 75 kB each (units/qkilld.service), they take 460 MB;
-together with all the calls that users may have open, three quarters of MemoryMax=."""
+"""The maximum number of jobs of all users except root. At 75 kB each (units/qkilld.service), they
+take 460 MB; together with all the calls that users may have open, three quarters of MemoryMax=."""
 
 
 class Registry:
@@ -228,7 +228,7 @@ class Registry:
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
-        """Cancel all running jobs with this reason in their receipts."""
+        """Cancel all running jobs, and record `why` in their receipts."""
         for job in list(self._running.values()):
             job.cancel(why)
 

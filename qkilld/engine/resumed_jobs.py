@@ -13,7 +13,7 @@ from qkilld.engine.job import Job
 from qkilld.engine.ports import Clock
 
 AT_ONCE: Final = 16
-"""At most so many first samples are taken at a time."""
+"""At most this many first samples are taken at a time."""
 PAUSE: Final = 5_000
 """The time (µs) for other work of the loop before more samples are requested."""
 

@@ -54,8 +54,8 @@ class Option:
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
-"""The most processes that one user's TerminateAll calls open at a time. Each process may
-occupy a thread, and other users get no turn in between."""
+"""The maximum number of processes that one user's TerminateAll calls open at a time. Each process
+may occupy a thread, and other users get no turn in between."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,

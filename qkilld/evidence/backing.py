@@ -25,7 +25,7 @@ TIMEOUT_S: Final = 0.5
 """Timeout of the path walk, which runs in its own thread. The kernel has all directories of the
 correct path in memory; looking up a wrong path may wait for a disk."""
 MAX_FILES: Final = 256
-"""The most files cached for each process."""
+"""The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")
 """The processes in whose mount namespaces the path is searched, in this order."""
 

@@ -27,7 +27,7 @@ from qkilld.model.sample import Cgroup
 
 REFRESH_S: Final = 30.0
 SHARED_AGE_S: Final = 5.0
-"""The greatest age of cached figures of groups that several processes share."""
+"""The maximum age of cached figures of groups that several processes share."""
 _MAX_SHARED: Final = 256
 
 _Pair = tuple[int | None, int | None]

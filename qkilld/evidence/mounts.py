@@ -19,7 +19,8 @@ from qkilld.model.sample import Mount
 from qkilld.model.text import printable
 
 MAX_BYTES: Final = 4 << 20
-"""The most bytes of a mountstats file, about 500 NFS mounts. A longer file is unreadable."""
+"""The maximum number of bytes of a mountstats file, about 500 NFS mounts. A longer file is
+unreadable."""
 KINDS: Final = frozenset({"nfs", "nfs4"})
 """The types that have counters."""
 

@@ -36,9 +36,9 @@ FEW: Final = 256
 OF_A_PROGRAM: Final = 64
 """For processes of root with this many descriptors or more, the real user is looked up."""
 MAX_INODES: Final = 65_536
-"""The most sockets to search for at a time."""
+"""The maximum number of sockets to search for at a time."""
 MAX_PLACES: Final = 16_384
-"""The most sockets whose process is cached, 200 bytes each."""
+"""The maximum number of sockets whose process is cached, 200 bytes each."""
 
 
 class _SocketHolder(NamedTuple):

@@ -30,7 +30,7 @@ PROC: Final = Path("/proc")
 REFRESH_S: Final = 10.0
 """How long a list of a server's open files is valid."""
 MAX_PEERS: Final = 64
-"""The most servers of one guest that are sampled."""
+"""The maximum number of servers of one guest that are sampled."""
 HOPS: Final = 2
 """How many servers to follow behind a server that forwards requests to another one."""
 

@@ -36,10 +36,10 @@ MAX_DESCRIPTORS: Final = 1024
 """A process with more descriptors is not examined."""
 MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
-"""The most bytes of /proc/PID/maps, about 40,000 mappings."""
+"""The maximum number of bytes of /proc/PID/maps, about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
 """More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The tails are in memory that
-the process can write to, so a greater difference is not believed."""
+the process can write to, so a larger number of requests in flight is not believed."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""

@@ -27,12 +27,12 @@ from typing import Final, NamedTuple
 from qkilld.debug_log import note_once
 
 MAX_SOCKETS: Final = 32_768
-"""The most sockets of one family on the host that are read at once."""
+"""The maximum number of sockets of one family on the host that are read at once."""
 CROWDED_S: Final = 30.0
 """How long a table counts as crowded after it was found too large."""
 SINGLE_S: Final = 2.0
-"""The most time that one round spends on single sockets of crowded tables. Sockets that remain are
-unreadable."""
+"""The longest time that one round spends on single sockets of crowded tables. Sockets that remain
+are unreadable."""
 
 _CHEAPER: Final = 32
 """Up to this many queries for single TCP sockets are cheaper than reading all."""

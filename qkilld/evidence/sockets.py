@@ -30,7 +30,8 @@ __all__ = ["SocketReader", "SocketTable"]
 
 PROC: Final = Path("/proc")
 MAX_BYTES: Final = 4 << 20
-"""The most bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files are unreadable."""
+"""The maximum number of bytes of a file in /proc/PID/net, about 28,000 sockets. Longer files are
+unreadable."""
 
 # The names in /proc/net/protocols. Unix stream sockets have a separate name since Linux 5.15.
 _UNIX: Final = frozenset({"UNIX", "UNIX-STREAM"})
@@ -123,8 +124,8 @@ class SocketReader:
         }
 
     def read(self, table: SocketTable, has_run: bool = True) -> tuple[Socket, ...] | None:
-        """Read the queues of all connections, by inode. None if unknown: refresh() failed, the
-        kernel does not report them, there is a connection of an unsupported kind (vsock, MPTCP,
+        """Read the queues of all connections, in order of inode. None if unknown: refresh() failed,
+        the kernel does not report them, there is a connection of an unsupported kind (vsock, MPTCP,
         SCTP, SMC), or (in another network namespace) a unix socket that may be a client.
 
         Includes established TCP and connected unix sockets, unless the other end has closed them. A

@@ -66,8 +66,8 @@ class FilePlace(NamedTuple):
 class StorageTable:
     """The counters of disks and mounts at one moment, each read once.
 
-    Create one for each round of samples and pass it to all readers, in any threads: many guests
-    share few disks.
+    Create one for each round of samples and pass it to all readers, in any thread, because many
+    guests share few disks.
     """
 
     def __init__(self, proc: Path = PROC, sys: Path = SYS) -> None:

@@ -102,11 +102,12 @@ class Call:
     waits: bool
     """A thread that sleeps in it waits for something other than events."""
     reads: bool
-    """It waits for input, unless the descriptor is a file or disk."""
+    """The call waits for input, unless the descriptor is a file or disk."""
     submits: bool
-    """It waits for events or for storage; only the thread's kernel function (wchan) shows which."""
+    """The call waits for events or for storage; only the thread's kernel function (wchan) shows
+    which."""
     of_files: bool
-    """It works only on files or disks."""
+    """The call works only on files or disks."""
     descriptor: int | None
 
 

@@ -35,7 +35,8 @@ MAX_THREADS: Final = 512
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
 _MAX_KEPT: Final = 128
-"""The most threads whose schedstat stays open; that of other threads is opened for each read."""
+"""The maximum number of threads whose schedstat stays open; that of other threads is opened for
+each read."""
 
 
 class _ThreadEntry:

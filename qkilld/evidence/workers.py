@@ -14,9 +14,10 @@ from qkilld.evidence.faults import FaultGuard
 STUCK_S: Final = 0.1
 """A call that takes longer counts as blocked; later calls do not wait for it."""
 MAX_WORKERS: Final = 64
-"""The most worker threads, each of which dead storage may block."""
+"""The maximum number of worker threads, each of which dead storage may block."""
 MAX_PER_USER: Final = 48
-"""The most workers that one user other than root may occupy; the others are for other users."""
+"""The maximum number of workers that one user other than root may occupy; the others are for other
+users."""
 
 Call = Callable[[], None]
 

@@ -1,4 +1,4 @@
-"""Data classes that are created quickly: Python's took an eighth of the daemon's start.
+"""Data classes that are cheap to define: Python's own took an eighth of the daemon's start.
 
 For each class, dataclasses compiles the text of six methods, one by one before Python 3.13. Here
 only `__init__` is compiled, when the first object is made, because a start makes objects of few

@@ -27,8 +27,8 @@ DEFAULT_EXECUTABLES: Final = (
     "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
     "/usr/lib/xen-*/bin/qemu-system-*",
 )
-"""Paths that only root can write: of packages, snaps (mounted read-only) and stores. They exclude
-/home/linuxbrew, AppImages and the /app of flatpaks, which users create."""
+"""Paths that only root can write: of packages, snaps (mounted read-only) and stores. Not
+/home/linuxbrew, AppImages and the /app of flatpaks, because users can create these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_TEXT: Final = 256
-"""The most characters kept of a string that a process claims."""
+"""The maximum number of characters kept of a string that a process claims."""
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:

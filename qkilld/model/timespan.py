@@ -44,7 +44,7 @@ _PART: Final = re.compile(
 _LONG_MAX: Final = 2**63 - 1
 """systemd reads the number before the unit with strtoll(3)."""
 _SHOWN: Final = 80
-"""The most characters of a wrong text that a message repeats."""
+"""The maximum number of characters of a wrong text that a message repeats."""
 
 
 def parse(text: str) -> int:

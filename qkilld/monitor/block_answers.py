@@ -17,7 +17,7 @@ from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 
 MAX_DISKS: Final = 64
-"""The most disks of one guest; if there are more, none is flushed."""
+"""The maximum number of disks of one guest; if there are more, none is flushed."""
 MAX_TITLE: Final = 128
 NETWORK_DRIVERS: Final = frozenset(
     {"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps", "gluster", "nfs", "rbd", "sheepdog"}

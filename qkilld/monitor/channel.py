@@ -20,9 +20,9 @@ from qkilld.model.errors import MonitorClosed, MonitorError, MonitorProtocolErro
 from qkilld.model.json_text import decode_json
 
 MAX_MESSAGE: Final = 256 << 10
-"""The most bytes of one message."""
+"""The maximum number of bytes of one message."""
 MAX_FLOW: Final = 4 << 20
-"""The most bytes accepted in FLOW_S: a flood of events would keep the loop busy."""
+"""The maximum number of bytes accepted in FLOW_S: a flood of events would keep the loop busy."""
 FLOW_S: Final = 10.0
 TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} bytes"
 

@@ -34,7 +34,7 @@ QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
 """Timeout of cont, which waits until the monitor has finished earlier commands."""
 MAX_QUEUES: Final = 256
-"""The most queues of one guest; a query takes 0.3 ms (measured)."""
+"""The maximum number of queues of one guest; a query takes 0.3 ms (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"

@@ -423,7 +423,10 @@ class GuestControl:
         return tuple(one for one in instances if not self._is_own(one))
 
     async def yank(self, instances: Sequence[YankInstance]) -> None:
-        """Yank these with one command. Raises ValueError for the monitor's own, MonitorError."""
+        """Yank these with one command.
+
+        Raises ValueError if one of them is the monitor's own connection; raises MonitorError.
+        """
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")
         wire = {"instances": [dict(instance.wire) for instance in instances]}

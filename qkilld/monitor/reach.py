@@ -51,7 +51,8 @@ from qkilld.monitor.tcp import (
 REACH_TIMEOUT_S: Final = 1.0
 """Timeout of file system access: a path may lead to a file server that does not answer."""
 MAX_TABLE: Final = 64 << 20
-"""The most bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have many."""
+"""The maximum number of bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have
+many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""

@@ -34,7 +34,7 @@ ACCEPT_S: Final = 1.0
 """Time for QEMU to accept a connection, usually a millisecond. Until then the other end has no
 inode."""
 MAX_TABLE: Final = 64 << 20
-"""The most bytes of /proc/PID/net/tcp, about 400,000 sockets."""
+"""The maximum number of bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
 
 _SOCKET: Final = re.compile(r"socket:\[([0-9]+)\]")

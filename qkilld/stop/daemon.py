@@ -25,7 +25,7 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 500
-"""The most processes in one call, which is at most 64 KiB long."""
+"""The maximum number of processes in one call, which is at most 64 KiB long."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """The daemon replies in milliseconds, or in a second if systemd has to start it first."""

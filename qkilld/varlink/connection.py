@@ -47,8 +47,8 @@ class InputBudget:
         return uid in self._unlimited
 
     def take(self, uid: int, count: int) -> bool:
-        """Reserve `count` bytes for a uid. Return False if that exceeds its limit, or that of all
-        users."""
+        """Reserve `count` bytes for a uid. Return False if this would exceed the limit of the
+        uid or of all users."""
         if uid in self._unlimited:
             return True
         if self._per_uid[uid] + count > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:

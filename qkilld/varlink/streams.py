@@ -12,7 +12,7 @@ from qkilld.engine.ports import ObservedJob
 from qkilld.varlink.values import receipt, state
 
 MIN_INTERVAL_S: Final = 0.2
-"""The least time between two replies about changes."""
+"""The shortest time between two replies about changes."""
 
 
 class Streams:

@@ -38,7 +38,7 @@ _QUOTA_S: Final = 2.0
 later."""
 MAX_DEPTH: Final = 9
 _BYTES: Final = 512
-"""The least number of bytes that count as a write of QEMU: less is a keepalive."""
+"""The minimum number of bytes that count as a write of QEMU: less is a keepalive."""
 
 
 FALSE_KILL: Final = "false kill"

@@ -85,7 +85,7 @@ def vnc(around: Surroundings) -> Start:
 
 
 def threads(around: Surroundings) -> Start:
-    """So many threads that reading them is expensive."""
+    """Enough threads that reading them is expensive."""
     for number in range(150):
         around.arguments += ["-object", f"iothread,id=io{number}"]
     return _nothing

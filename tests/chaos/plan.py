@@ -49,7 +49,7 @@ KILL_RETRY_S: Final = 20.0
 READY_S: Final = 1.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
-"""The least time between signals that are due and the end of the incident."""
+"""The shortest time between signals that are due and the end of the incident."""
 COMPARED_S: Final = 18.0
 """How long to measure signals after the incident, for comparison."""
 
@@ -98,7 +98,7 @@ class Guest:
 
     @property
     def least_s(self) -> float:
-        """The least time from the request to SIGKILL."""
+        """The shortest time from the request to SIGKILL."""
         return self.grace_s or (FIXED_S if self.flags & FIXED else GRACE_S)
 
     @property

@@ -131,7 +131,7 @@ class Row:
     title: str
     make: Make
     kept: int = 300
-    """The least number of records or files that qkilld must keep."""
+    """The minimum number of records or files that qkilld must keep."""
     result: tuple[str, ...] = ("exited",)
     """The allowed results of qkilld's job."""
     at_risk: tuple[str, ...] = ()
