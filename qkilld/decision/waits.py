@@ -158,11 +158,16 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
     mounts = {thread.mount for thread in located if thread.mount}
     signs += disk_signs(d for d in devices if d.writable or disk_numbers)
     signs += mount_signs(sample.mounts or (), mounts if located else None)
-    if devices or any("balance_dirty" in (thread.wchan or "") for thread in threads):
-        signs += [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
-    else:
-        # This storage has no counters, but its reply alone wakes a thread that waits for it. Other
-        # threads may write to other disks as long as the guest runs.
+    dirties = any("balance_dirty" in (thread.wchan or "") for thread in threads)
+    on_mounts = diskless or (located and not disk_numbers)
+    if dirties or not on_mounts:
+        # While the guest runs, other threads may write to other disks, so this is no sign of a file
+        # system whose replies wake the thread.
+        signs += io_signs(sample.io, "it")
+    if devices:
+        signs += group_signs(sample)
+    elif not dirties:
+        # This storage has no counters, but its reply alone wakes a thread that waits for it.
         woken = sum(thread.switches or 0 for thread in threads)
         signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
     return signs
