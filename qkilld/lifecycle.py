@@ -276,8 +276,8 @@ class Life:
             self._limited.flush()
 
     async def _answer_first(self, listeners: list[socket.socket]) -> None:
-        """Answer clients that waited for our start. The import of the D-Bus library would compete
-        with them for the interpreter."""
+        """Answer calls that already waited when qkilld started, before the D-Bus library is
+        imported: the import would delay the answers."""
         poll = select.poll()
         for listener in listeners:
             poll.register(listener, select.POLLIN)

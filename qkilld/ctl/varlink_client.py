@@ -23,7 +23,7 @@ USER_SOCKET: Final = "qkilld/org.qkilld1"
 """Below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
-"""For a guest's monitor: a hostile process can delay each step."""
+"""The limit for connecting to a guest's monitor, because a hostile process can delay each step."""
 _MAX_REPLY: Final = 64 << 20
 _NEVER: Final = 2**62
 """An infinite time span."""

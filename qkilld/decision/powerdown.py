@@ -49,8 +49,9 @@ SILENT: Final = 5 * USEC_PER_SEC
 EFFECT: Final = 10 * USEC_PER_SEC
 """A method that works has an effect within this time (µs); after that, the next one is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
-"""For this long (µs) after the guest was asked, or for PowerdownSec= if longer, work counts without
-a sign that only a shutdown gives. The limit exists because an unrelated build may run for ever."""
+"""Without a sign that only a shutdown gives, work counts as a shutdown for at most this long (µs)
+after the guest was first asked, or for PowerdownSec= if that is longer: an unrelated build may run
+for ever."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """Time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC

@@ -74,10 +74,11 @@ def risks_of_exit(
     """Return the risks after QEMU has exited without SIGKILL.
 
     Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
-    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only a lost server is
-    visible from outside, and only if it is local: a node that QEMU closed has no connection either,
-    but its server still listens. Before the delay has passed, QEMU keeps its data and does not
-    exit, so such an exit has lost nothing, even if no sample saw the server return.
+    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the
+    latter is visible from outside, and only for a server of this host. A missing connection alone
+    proves nothing, because QEMU may have closed the node; but then its server still listens. Before
+    the delay has passed, QEMU keeps its data and does not exit, so such an exit has lost nothing,
+    even if no sample saw the server return.
 
     `flushed`: the monitor reported all disks as flushed. `started`, `ended`: when the process
     started and ended; CLOCK_MONOTONIC, µs.

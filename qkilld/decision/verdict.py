@@ -388,7 +388,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # A sign that is missing now may reappear, if a server was not read for example.
+        # A sign that is missing now may reappear, for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )

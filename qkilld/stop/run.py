@@ -521,7 +521,8 @@ class StopRun:
         states = [stop.state for stop in self._stops if stop.running and stop.state is not None]
         deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
-        if not states:  # The daemon may reply at any moment; the imports below take 12 ms.
+        if not states:
+            # The imports below take 12 ms, and would delay the daemon's first reply.
             self._notifier.status(NO_STATE)
             return
         try:

@@ -49,7 +49,7 @@ class Outcome:
     """How long a stop waits for each kind of data."""
 
     guest: Patience
-    """Data that only the guest's operating system holds in memory."""
+    """For data that is still only in the memory of the guest's operating system."""
     disks: Patience
     """Data that the guest's disks have acknowledged."""
     steps: tuple[StopStep, ...] = ()
