@@ -467,8 +467,8 @@ def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusA
         parser.error("-H reaches the system bus of another host: leave out --user")
     if arguments.command in _LOCAL:
         parser.error(
-            f"{arguments.command} uses local files, so -H and -M are not possible: run it there,"
-            f" as in `ssh HOST qkillctl {arguments.command}`"
+            f"{arguments.command} uses local files, so -H and -M do not work: run it on the other "
+            f"machine, as in `ssh HOST qkillctl {arguments.command}`"
         )
     return BusAddress(user=bus.user, host=host, machine=machine)
 

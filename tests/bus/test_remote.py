@@ -94,9 +94,9 @@ def test_a_host_that_cannot_be_reached(ctl: Ctl, lab_dir: Path) -> None:
     [
         (
             ["check-unit", "-H", "far"],
-            "the other one, as in `ssh HOST qkillctl check-unit`",
+            "the other machine, as in `ssh HOST qkillctl check-unit`",
         ),
-        (["adopt", "web", "-M", "box"], "run it on the other one"),
+        (["adopt", "web", "-M", "box"], "run it on the other machine"),
         (["list", "-H", "-oProxyCommand=touch /x"], "is not [USER@]HOST[:PORT]"),
         (["list", "--host=-oProxyCommand=x"], "is not [USER@]HOST[:PORT]"),
         (["list", "-H", "far/box;reboot"], "is not the name of a container"),
