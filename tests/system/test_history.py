@@ -35,8 +35,11 @@ def system(installed: Container) -> Iterator[Container]:
     installed.run("systemctl", "restart", "qkilld.service")
     stop(installed, "past1.service")
     installed.run("systemctl", "mask", "--now", "--runtime", "qkilld.service")
-    stop(installed, "past2.service", f"User={OTHER_UID}")
-    installed.run("systemctl", "unmask", "--runtime", "qkilld.service")
+    try:
+        stop(installed, "past2.service", f"User={OTHER_UID}")
+    finally:
+        # Other tests use the system, too.
+        installed.run("systemctl", "unmask", "--runtime", "qkilld.service")
     yield installed
 
 
