@@ -36,7 +36,11 @@ def system(installed: Container) -> Iterator[Container]:
     stop(installed, "past1.service")
     installed.run("systemctl", "mask", "--now", "--runtime", "qkilld.service")
     try:
-        stop(installed, "past2.service", f"User={OTHER_UID}")
+        try:
+            stop(installed, "past2.service", f"User={OTHER_UID}")
+        except AssertionError:
+            # journald knows no unit of an entry whose sender has exited by then.
+            stop(installed, "past2.service", f"User={OTHER_UID}")
     finally:
         # Other tests use the system, too.
         installed.run("systemctl", "unmask", "--runtime", "qkilld.service")
