@@ -87,7 +87,8 @@ class SocketReader:
         self._in_its_namespace: set[int] = set()
         """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
-        """The result that read() returns until the process has a new socket; None to read anew."""
+        """The result that read() returns until the process has a new socket; None if the kernel
+        must be asked again."""
 
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
