@@ -33,7 +33,7 @@ PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_tex
 
 PRIVATE_PROGRAMS: Final = {
     "complete": "qkilld.ctl.complete:main",
-    "qemu-guest": "qkilld.guest.main:main",
+    "qemu-guest": "qkilld.launcher.main:main",
     "undo-adopt": "qkilld.ctl.undo_adopt:main",
 }
 """Programs in PREFIX/lib/qkilld, which shells, our units and package removal run. Name →

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from qkilld.decision.last_rungs import (
+from qkilld.decision.flush_plan import (
     INACTIVE,
     list_titles,
     sorted_by_risk,

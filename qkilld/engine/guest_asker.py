@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from qkilld.decision import powerdown
-from qkilld.decision.last_rungs import JobsProgress
+from qkilld.decision.flush_plan import JobsProgress
 from qkilld.decision.powerdown import AskMethod, Attempt, Conclusion, Judgement
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.ports import Clock, GuestMonitor, Timer

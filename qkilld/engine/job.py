@@ -17,11 +17,11 @@ from qkilld.decision.risk import risks_of_death, risks_of_exit
 from qkilld.decision.verdict import Assessment
 from qkilld.engine import events, steering
 from qkilld.engine.collaborators import Collaborators
+from qkilld.engine.flush_phase import FlushPhase
 from qkilld.engine.job_trace import JobTrace
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.ports import Process, Timer
 from qkilld.engine.powerdown_phase import BEFORE_SIGNALS, PowerdownPhase
-from qkilld.engine.quit_phase import QuitPhase
 from qkilld.engine.signal_phase import SignalPhase
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.waiters import Waiters
@@ -103,7 +103,7 @@ class Job:
             on_open=lambda monitor: collaborators.on_monitor(self, monitor.fileno()),
         )
         self._powerdown = PowerdownPhase(self, process, clock, collaborators.journal, self._link)
-        self._quit = QuitPhase(
+        self._flush_phase = FlushPhase(
             self,
             process,
             clock,
@@ -118,8 +118,8 @@ class Job:
             collaborators.journal,
             self._link,
             allowed=collaborators.may_yank(process.guest.label.name),
-            disks=lambda: self._quit.disks,
-            stuck=lambda: self._quit.stuck,
+            disks=lambda: self._flush_phase.disks,
+            stuck=lambda: self._flush_phase.stuck,
             still_due=lambda: self._signals.is_last_rung_due(),
         )
         self._signals = SignalPhase(
@@ -133,7 +133,7 @@ class Job:
             yank=self._yank,
             load=collaborators.load,
             on_signal=self._signal_sent,
-            on_unsent=self._quit.undo,
+            on_unsent=self._flush_phase.undo,
             write_down=lambda go_on: collaborators.write_down(self, go_on),
         )
         self._reachable = collaborators.monitors is not None
@@ -157,7 +157,7 @@ class Job:
     def processors_stopped(self) -> bool:
         """Whether this job has stopped the guest's processors, and QEMU was not told to exit
         yet."""
-        return self._quit.stopped
+        return self._flush_phase.stopped
 
     @property
     def elapsed(self) -> int:
@@ -250,7 +250,7 @@ class Job:
         self.started, self.ended = past.started, past.ended
         self.result, self.error, self.error_name = past.result, past.error, past.error_name
         self.risks, self.guest_asked = past.risks, past.guest_asked
-        self.flush, self._quit.stopped = past.flush, past.processors_stopped
+        self.flush, self._flush_phase.stopped = past.flush, past.processors_stopped
         self.rungs, self.history = list(past.rungs), list(past.history)
         self.assessment = past.assessment_at(self._clock.now())
         self._signals.resume(past)
@@ -267,7 +267,7 @@ class Job:
         elif self.result is Result.SURVIVED:
             self._process.watch(self._survivor_gone)
         elif self.processors_stopped:
-            self._quit.recover()
+            self._flush_phase.recover()
 
     def follow(self) -> None:
         """Continue after the first signal. Call it once, after `start` or `resume`."""
@@ -276,7 +276,7 @@ class Job:
         if self.running and self.phase is Phase.POWERDOWN:
             self._powerdown.begin()
         elif self.running and self.phase is Phase.QUIT:
-            self._quit.begin()
+            self._flush_phase.begin()
         elif self.running and self._link.is_kept:
             self._link.open(lambda found: None, asked=True)
         self.advance()
@@ -493,17 +493,17 @@ class Job:
             if self._powerdown.lasts():
                 return
             if self._link.monitor is not None:
-                self._quit.begin()
+                self._flush_phase.begin()
             else:
                 self.enter(Phase.TERMINATE)
-        if self.running and self.phase is Phase.QUIT and self._quit.lasts():
+        if self.running and self.phase is Phase.QUIT and self._flush_phase.lasts():
             return
         if self.running:
             self._signals.advance()
 
     def _signal_sent(self) -> None:
         self._powerdown.close()
-        self._quit.commit()
+        self._flush_phase.commit()
 
     def wait_until(self, deadline: int, wake: int) -> None:
         if self._timer is not None:
@@ -528,7 +528,7 @@ class Job:
             self._timer = None
         self._signals.close()
         self._powerdown.close()
-        self._quit.close(ending=self._signals.sent)
+        self._flush_phase.close(ending=self._signals.sent)
         self.ended = self._clock.now()
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:

@@ -12,8 +12,8 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from qkilld.decision.early_flush import NOT_ASKED, may_hang
+from qkilld.decision.flush_plan import HUMAN_MONITOR_ALONE, notes_of_plan
 from qkilld.decision.ladder import policy_for
-from qkilld.decision.last_rungs import HUMAN_MONITOR_ALONE, notes_of_plan
 from qkilld.decision.plan import Plan, make_plan
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events

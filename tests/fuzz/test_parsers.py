@@ -33,7 +33,7 @@ from qkilld.evidence.cgroup import CgroupReader
 from qkilld.evidence.mounts import MountStatistics
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.rings import requests_in_flight
-from qkilld.guest import options
+from qkilld.launcher import options
 from qkilld.model import timespan, trace
 from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.errors import ConfigError, InvalidArgs, MonitorError

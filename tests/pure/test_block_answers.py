@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qkilld.decision.last_rungs import plan_flush
+from qkilld.decision.flush_plan import plan_flush
 from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
 from qkilld.model.errors import MonitorProtocolError
 from qkilld.monitor.block_answers import (

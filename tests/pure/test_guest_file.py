@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.guest.options import GuestFile, command, parse
+from qkilld.launcher.options import GuestFile, command, parse
 from qkilld.model.errors import ConfigError
 from tests.lab import needs
 from tests.lab.process import run

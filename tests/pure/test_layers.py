@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "bus": {"model", "decision", "engine", "bus"},
     "varlink": {"model", "decision", "engine", "varlink"},
     "ctl": {"model", "decision", "unitcheck", "adapters", "evidence", "monitor", "bus", "ctl"},
-    "guest": {"model", "guest"},
+    "launcher": {"model", "launcher"},
     "stop": {
         *("model", "decision", "unitcheck", "engine", "adapters", "evidence", "monitor"),
         *("bus", "varlink", "stop"),

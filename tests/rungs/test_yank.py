@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.decision import last_rungs
-from qkilld.decision.last_rungs import FlushPlan
+from qkilld.decision import flush_plan
+from qkilld.decision.flush_plan import FlushPlan
 from qkilld.engine.job import Job
 from qkilld.model.block_state import BlockState
 from qkilld.model.constants import Result
@@ -38,7 +38,7 @@ def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(first: BlockState, *others: object) -> FlushPlan:
         return FlushPlan(False, True, (), "the storage died a moment later")
 
-    monkeypatch.setattr(last_rungs, "plan_flush", plan)
+    monkeypatch.setattr(flush_plan, "plan_flush", plan)
 
 
 def qcow2(path: Path) -> Path:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from qkilld.guest.options import command, parse
+from qkilld.launcher.options import command, parse
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import ConfigError
 

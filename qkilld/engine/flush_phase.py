@@ -1,9 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.last_rungs decides what to flush and what that proves; QuitPhase carries it out. Finally, a
-QEMU whose guest has powered off is told to quit. The intention to stop the processors is saved
-first: if the job ends before a signal, or the daemon crashes, the processors are started again. The
-monitor stays open until the job ends, because QEMU does not reply to one opened after SIGTERM.
+decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. Finally,
+a QEMU whose guest has powered off is told to quit, which gives the phase its name in the API. The
+intention to stop the processors is saved first: if the job ends before a signal, or the daemon
+crashes, the processors are started again. The monitor stays open until the job ends, because QEMU
+does not reply to one opened after SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from qkilld.decision import early_flush, last_rungs
+from qkilld.decision import early_flush, flush_plan
 from qkilld.decision.early_flush import EarlyFlush
-from qkilld.decision.last_rungs import FlushPlan, JobsProgress
+from qkilld.decision.flush_plan import FlushPlan, JobsProgress
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
 from qkilld.engine.ladder_job import LadderJob
@@ -49,7 +50,7 @@ UNDO_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of attempts of an ended job to start the processors again."""
 
 
-class QuitPhase:
+class FlushPhase:
     def __init__(
         self,
         job: LadderJob,
@@ -213,7 +214,7 @@ class QuitPhase:
                 return
             if isinstance(found, str | Exception):
                 self._fail(found)
-            elif last_rungs.wants_evidence(found):
+            elif flush_plan.wants_evidence(found):
                 self._look_from_outside(step, lambda moved: self._seen(found))
             else:
                 self._seen(found)
@@ -279,28 +280,28 @@ class QuitPhase:
             self._look()
 
     def _seen(self, state: BlockState) -> None:
-        self._powered_off = last_rungs.is_powered_off(state)
+        self._powered_off = flush_plan.is_powered_off(state)
         self.disks = state.disks
-        evidence = self._evidence if last_rungs.wants_evidence(state) else None
+        evidence = self._evidence if flush_plan.wants_evidence(state) else None
         if self._waits_for_jobs(state):
             self._look_later(READ_INTERVAL)
-        elif self._first is None and last_rungs.needs_second_look(state, evidence):
+        elif self._first is None and flush_plan.needs_second_look(state, evidence):
             self._first = state
-            self._look_later(last_rungs.OLD)
+            self._look_later(flush_plan.OLD)
         elif self._job.control.held:
             self._look_later(READ_INTERVAL)
         else:
             first, second = self._first or state, self._second(state)
-            self._carry_out(last_rungs.plan_flush(first, second, evidence), state)
+            self._carry_out(flush_plan.plan_flush(first, second, evidence), state)
 
     def _seen_early(self, state: BlockState) -> None:
         evidence = self._evidence
-        self._powered_off = last_rungs.is_powered_off(state)
+        self._powered_off = flush_plan.is_powered_off(state)
         if self._job.control.held or evidence is None:
             self._look_later(READ_INTERVAL)
         elif self._first is None and early_flush.needs_second_look(state, evidence):
             self._first = state
-            self._look_later(last_rungs.OLD)
+            self._look_later(flush_plan.OLD)
         else:
             plan = early_flush.plan_early_flush(self._first or state, self._second(state), evidence)
             self._unflushed = [disk.title for disk in state.disks]
@@ -337,7 +338,7 @@ class QuitPhase:
     def _end_early(self, plan: EarlyFlush, state: BlockState) -> None:
         self._is_early_flush = False
         if plan.hang_reason:
-            self._add_risks(last_rungs.risks_of_state(state))
+            self._add_risks(flush_plan.risks_of_state(state))
             self._fail(plan.hang_reason)
         else:
             self._look()
@@ -356,7 +357,7 @@ class QuitPhase:
         return self._jobs.waited_for(now, job.policy.storage_stall)
 
     def _carry_out(self, plan: FlushPlan, state: BlockState) -> None:
-        self._add_risks(last_rungs.risks_of_state(state))
+        self._add_risks(flush_plan.risks_of_state(state))
         self.stuck = tuple(name for disk in plan.stuck for name in disk.connections)
         if plan.stop and not plan.disks:
             self._report(plan, state, ())
@@ -487,9 +488,9 @@ class QuitPhase:
     # ---- results ----
 
     def _report(self, plan: FlushPlan, state: BlockState, found: Sequence[FlushResult]) -> None:
-        risks = last_rungs.risks_of_flush(found)
+        risks = flush_plan.risks_of_flush(found)
         failed = [one for one in found if one.error]
-        proven = last_rungs.proves_all(plan, state, found)
+        proven = flush_plan.proves_all(plan, state, found)
         outcome = "left-out" if failed else "complete"
         if risks:
             outcome = "failed"

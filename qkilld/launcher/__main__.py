@@ -1,10 +1,10 @@
-"""Run a guest as `python -m qkilld.guest NAME`."""
+"""Run a guest as `python -m qkilld.launcher NAME`."""
 
 from __future__ import annotations
 
 import sys
 
-from qkilld.guest.main import main
+from qkilld.launcher.main import main
 
 if __name__ == "__main__":
     sys.exit(main())
