@@ -161,10 +161,10 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     """
     if _files.full and not trusted:
         # Peeking without room for descriptors shows whether there are some, and keeps them.
-        seen, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        peeked, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")
-        size = len(seen) or size
+        size = len(peeked) or size
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     data, control, _, _ = sock.recvmsg(size, _CONTROL, flags)
     fds: list[int] = []

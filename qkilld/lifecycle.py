@@ -355,8 +355,8 @@ class Life:
         if self._exit_idle_s is not None:
             ends[loop.create_task(self._idle(bus, self._exit_idle_s))] = EndReason.IDLE
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return EndReason.STOP if self._stop.is_set() else ends[done.pop()]
+            ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return EndReason.STOP if self._stop.is_set() else ends[ended.pop()]
         finally:
             for task in ends:
                 task.cancel()

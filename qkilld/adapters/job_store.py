@@ -145,7 +145,7 @@ class JobStore:
                 del self._stored[name]
                 self._in_store.add(name)
                 return process
-        return self._look_up(snapshot.guest)
+        return self._open_same(snapshot.guest)
 
     def _stored_monitor(self, snapshot: Snapshot) -> KeptMonitor | None:
         """Return the monitor connection that the manager has kept for a running job."""
@@ -155,7 +155,7 @@ class JobStore:
         self._in_store.add(name)
         return KeptMonitor(self._stored[name], snapshot.own_chardevs)
 
-    def _look_up(self, guest: Guest) -> Process | None:
+    def _open_same(self, guest: Guest) -> Process | None:
         try:
             process = self._open(guest.identity.pid)
         except NoSuchProcess:

@@ -221,8 +221,8 @@ def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
     except OSError as error:
         note_once(f"reading the ids of process {pid}", error)
         return ()
-    found = [line.split()[1:] for line in lines if line.startswith(b"NSpid:")]
-    return tuple(map(int, found[0])) if found else ()
+    matches = [line.split()[1:] for line in lines if line.startswith(b"NSpid:")]
+    return tuple(map(int, matches[0])) if matches else ()
 
 
 def read_command_line(pid: int, proc: Path = PROC) -> list[str]:

@@ -67,7 +67,7 @@ class Watchers:
             del self._names[names[0]]
         self._names[name] = uid
 
-    async def any_left(self) -> bool:
+    async def has_any(self) -> bool:
         """Check the names until one is still on the bus, and drop those that are not; return
         whether there is one. Raises BusError."""
         while self._names:
@@ -112,6 +112,6 @@ class Guests:
             service.guests,
             service.monitors,
             GuestSignals(server),
-            self.watchers.any_left,
+            self.watchers.has_any,
             on_fault,
         )

@@ -74,7 +74,7 @@ class JobObject:
                 disconnected = caller.disconnected
                 raise
             finally:
-                job.forget_waiter(settle, left=disconnected)
+                job.forget_waiter(settle, disconnected=disconnected)
         if job.result is None:
             raise NoReply
         return [job.result.value, receipt(job, private=may_see(job, uid))]

@@ -36,7 +36,7 @@ MAX_DEPTH: Final = 3
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _ERROR: Final = "org.freedesktop.DBus.Error."
 _PROPERTIES_METHODS: Final = {"Get": "ss", "GetAll": "s", "Set": "ssv"}
-_LOOKS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
+_READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
 class BusCaller:
@@ -355,7 +355,7 @@ class Server:
         cost = Cost.OTHER
         if call.member == "Wait":
             cost = Cost.WAIT
-        elif call.member in _LOOKS:
+        elif call.member in _READS:
             cost = Cost.READ
         if cost is Cost.READ or call.member.startswith("Terminate"):
             self._turns.limits.check_descriptors(uid)

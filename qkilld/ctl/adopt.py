@@ -87,7 +87,7 @@ class _Adopter:
         if report.facts.is_scope and not report.surroundings.guard:
             raise _no_users_guard(report.name)
         if not report.comparison.writes:
-            return self._left_alone(report)
+            return self._report_unchanged(report)
         if report.facts.is_scope:
             return await self._guard(report)
         self._check_helper()
@@ -128,7 +128,7 @@ class _Adopter:
             raise
         return self._report(after, drop_in, text)
 
-    def _left_alone(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
+    def _report_unchanged(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         if not self._session.json:
             show(self._session, report)
             if not report.is_safe:

@@ -232,14 +232,14 @@ def build_parser() -> argparse.ArgumentParser:
                 help="such as 90s, 5min or infinity",
             )
         command.add_argument("targets", nargs="+", metavar="TARGET|JOB")
-    look = add(
+    trace = add(
         "trace",
         "watch a guest without stopping it",
         "Sample a guest once a second until it has exited, and print a line for each change. With\n"
         "--json, each line is an object. Nothing is stopped.",
         _TARGETS,
     )
-    look.add_argument("target", metavar="TARGET")
+    trace.add_argument("target", metavar="TARGET")
     past = add("history", "list past stops", _HISTORY)
     past.add_argument("target", nargs="?", metavar="GUEST|UNIT")
     past.add_argument("--since", metavar="TIME", help="show only stops that ended after this time")

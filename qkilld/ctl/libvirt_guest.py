@@ -22,13 +22,13 @@ METHOD: Final = "virsh"
 
 @dataclass(frozen=True, slots=True)
 class LibvirtShutdown:
-    asked: bool
+    was_asked: bool
     result: str = ""
     """As of a job; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 
-NOT_ASKED: Final = LibvirtShutdown(False)
+NO_SHUTDOWN: Final = LibvirtShutdown(False)
 
 
 async def shut_down_by_libvirt(
@@ -41,13 +41,13 @@ async def shut_down_by_libvirt(
     this program then exits.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
-        return NOT_ASKED
+        return NO_SHUTDOWN
     title = label(pid, domain.name)
     with contextlib.ExitStack() as stack:
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            return NOT_ASKED
+            return NO_SHUTDOWN
         stack.callback(os.close, pidfd)
         start = time.monotonic_ns() // 1000
         # Read again: with the pidfd open, the pid cannot have been reused unnoticed.
@@ -56,7 +56,7 @@ async def shut_down_by_libvirt(
             why = await run_in_thread(lambda: shut_down(domain))
         if why:
             session.output.error(f"{title}: cannot be asked to shut down: {why}")
-            return NOT_ASKED
+            return NO_SHUTDOWN
         rungs = [(Phase.POWERDOWN.value, METHOD, time.monotonic_ns() // 1000 - start)]
         has_exited = False
         if wait:

@@ -120,7 +120,7 @@ async def terminate(
             if shutdown.result:
                 outcome.result, outcome.receipt = shutdown.result, shutdown.receipt
                 return
-            if shutdown.asked:
+            if shutdown.was_asked:
                 flags &= ~Flag.POWERDOWN
         outcome.job = await _terminate_with_monitor(session, process.pid, flags, job_options)
         if outcome.job is None:

@@ -46,7 +46,7 @@ def may_hang(sample: Sample) -> bool:
     return sample.mounts is None or bool(sample.mounts)
 
 
-def needs_second_look(state: BlockState, evidence: Assessment) -> bool:
+def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
     """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 
@@ -114,7 +114,7 @@ def _mount_calls(evidence: Assessment) -> list[OpenWait]:
     ]
 
 
-NOT_ASKED: Final = (
+CACHE_UNSAFE_UNKNOWN: Final = (
     "an image lies on a file system that may not answer, so QEMU was not asked for disks that are"
     " never flushed (cache=unsafe)"
 )

@@ -56,7 +56,7 @@ def wants_evidence(state: BlockState) -> bool:
     return unseen and state.runstate == RUNNING
 
 
-def needs_second_look(state: BlockState, evidence: Assessment | None = None) -> bool:
+def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
     """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
@@ -165,20 +165,22 @@ def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult
 class JobsProgress:
     """The progress of backups, mirrors and the migration, from reading to reading."""
 
-    done: Mapping[str, int] = field(default_factory=dict)
+    progress: Mapping[str, int] = field(default_factory=dict)
     """The progress of each job, by name. A mirror that is ready never ends, so it is left out."""
     moved_at: int = 0
     """When one of the jobs last moved (µs, CLOCK_MONOTONIC)."""
 
     def after(self, jobs: Sequence[BackgroundJob], now: int) -> JobsProgress:
         """Return the progress after one more reading."""
-        seen = {job.title.partition(" (")[0]: job.done for job in jobs if job.status != "ready"}
-        moved = any(done != self.done.get(name) for name, done in seen.items())
-        return JobsProgress(seen, now if moved else self.moved_at)
+        latest = {
+            job.title.partition(" (")[0]: job.progress for job in jobs if job.status != "ready"
+        }
+        moved = any(progress != self.progress.get(name) for name, progress in latest.items())
+        return JobsProgress(latest, now if moved else self.moved_at)
 
     def waited_for(self, now: int, stall: int) -> bool:
         """Return whether to wait for the jobs, because one has moved within `stall` µs."""
-        return bool(self.done) and now - self.moved_at < stall
+        return bool(self.progress) and now - self.moved_at < stall
 
 
 def is_powered_off(state: BlockState) -> bool:

@@ -59,7 +59,7 @@ class Action(Enum):
     """Send SIGCONT."""
     KILL = auto()
     """Send SIGKILL."""
-    LOOK = auto()
+    SAMPLE = auto()
     """Take a sample."""
     WAIT = auto()
     """Do nothing until `wake`."""
@@ -138,10 +138,10 @@ def decide(facts: JobFacts, now: int) -> Decision:
         if due <= now:
             return Decision(Action.GIVE_UP)
         # Sample a process that outlives SIGKILL, to see what holds it.
-        look = next_look(facts, facts.kill_at) if facts.by_evidence else INFINITY
-        if look <= now:
-            return Decision(Action.LOOK, due)
-        return Decision(Action.WAIT, due, min(look, due))
+        sample_at = next_sample_time(facts, facts.kill_at) if facts.by_evidence else INFINITY
+        if sample_at <= now:
+            return Decision(Action.SAMPLE, due)
+        return Decision(Action.WAIT, due, min(sample_at, due))
     if Flag.NOWAIT in flags and Flag.FORCE in flags:
         return Decision(Action.KILL)
     if facts.term_at is None:
@@ -165,14 +165,14 @@ def _by_evidence(facts: JobFacts, deadline: int, now: int, promised: int) -> Dec
     if _should_continue(facts):
         return Decision(Action.CONTINUE, deadline, promised=promised)
     if deadline <= now:
-        action = _last(facts.flags) if _is_fresh(facts, deadline, now) else Action.LOOK
+        action = _last(facts.flags) if _is_fresh(facts, deadline, now) else Action.SAMPLE
         if action is Action.KILL and should_yank(facts, now):
             action = Action.YANK
         return Decision(action, deadline, promised=promised)
-    look = next_look(facts, _last_action_at(facts))
-    if look <= now:
-        return Decision(Action.LOOK, deadline, promised=promised)
-    return Decision(Action.WAIT, deadline, min(look, deadline), promised)
+    sample_at = next_sample_time(facts, _last_action_at(facts))
+    if sample_at <= now:
+        return Decision(Action.SAMPLE, deadline, promised=promised)
+    return Decision(Action.WAIT, deadline, min(sample_at, deadline), promised)
 
 
 def _last(flags: Flag) -> Action:
@@ -226,12 +226,12 @@ def _unsampled(began: int, evidence: Assessment) -> int:
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
-def look_interval(jobs: int) -> int:
+def sample_interval(jobs: int) -> int:
     """Return the time (µs) between samples of each of this many jobs."""
     return max(USEC_PER_SEC, jobs * PER_JOB)
 
 
-def next_look(facts: JobFacts, began: int) -> int:
+def next_sample_time(facts: JobFacts, began: int) -> int:
     """Return when to take the next sample: soon at first, then once a second, rarely for many jobs.
 
     `began` is from `_last_action_at`.

@@ -1,6 +1,6 @@
 """Decide when and how to ask a guest to shut down, and judge what it does. Pure.
 
-Call `start`, then `observe` with each observation, about one a second, and `note_asked` after the
+Call `start`, then `observe` with each observation, about one a second, and `note_request` after the
 guest was asked. `judge` interprets all of that at any time, based on these facts:
 
 - QEMU drops a press of the power button if no operating system listens. Most machines show whether
@@ -206,13 +206,13 @@ def still_counts(attempt: Attempt, at: int, powerdown: int) -> bool:
     not asked again. `powerdown` is PowerdownSec= in µs."""
     if not attempt.asked:
         return False
-    asked_at = attempt.asked[-1].at
+    requested_at = attempt.asked[-1].at
     if attempt.signs or attempt.progress_at is not None:
-        return at < max(asked_at, attempt.progress_at or 0) + powerdown
-    return at < asked_at + min(EFFECT, powerdown)
+        return at < max(requested_at, attempt.progress_at or 0) + powerdown
+    return at < requested_at + min(EFFECT, powerdown)
 
 
-def note_asked(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
+def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
     ask = AskRecord(method, at, quiet=_is_quiet(attempt.recent))
     if attempt.asked:
         return replace(attempt, asked=(*attempt.asked, ask))
@@ -229,57 +229,57 @@ def note_helped(attempt: Attempt, at: int) -> Attempt:
     return replace(attempt, started=at, recent=(), helped_at=at)
 
 
-def observe(attempt: Attempt, seen: GuestObservation) -> Attempt:
+def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
     """Return the attempt after one more observation, which must be the newest."""
     before = attempt.last
-    old_signs = attempt.old_signs & seen.signs
+    old_signs = attempt.old_signs & observation.signs
     # A lasting sign still holds after the monitor was opened again.
-    signs = (seen.signs | attempt.signs & _LASTING_SIGNS) - old_signs
+    signs = (observation.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
-        return _begin_again(attempt, seen)
-    if _is_unsettled(attempt, before, seen):
-        attempt, before = replace(attempt, started=seen.at, recent=()), None
+        return _begin_again(attempt, observation)
+    if _is_unsettled(attempt, before, observation):
+        attempt, before = replace(attempt, started=observation.at, recent=()), None
     # The last observation before a gap is kept, too.
-    recent = (one for one in attempt.recent if one is before or one.at > seen.at - RECENT)
+    recent = (one for one in attempt.recent if one is before or one.at > observation.at - RECENT)
     after = replace(
         attempt,
-        recent=(*recent, seen),
-        boots=attempt.boots or (seen.button is Button.NOT_LISTENED and not attempt.asked),
+        recent=(*recent, observation),
+        boots=attempt.boots or (observation.button is Button.NOT_LISTENED and not attempt.asked),
         signs=signs,
         old_signs=old_signs,
-        answered_at=attempt.answered_at if seen.runstate is None else seen.at,
+        answered_at=attempt.answered_at if observation.runstate is None else observation.at,
     )
     if before is None:
         return after
-    requests = _difference(before.requests, seen.requests)
+    requests = _difference(before.requests, observation.requests)
     if requests:
-        after = replace(after, disk_work_at=seen.at)
+        after = replace(after, disk_work_at=observation.at)
     if not attempt.asked:
         return after
-    asked_at = attempt.asked[0].at
+    requested_at = attempt.asked[0].at
     if signs - attempt.signs:
-        after = replace(after, effect_at=seen.at, progress_at=seen.at)
-    elif after.signs and _works_at_all(before, seen):
-        after = replace(after, progress_at=seen.at)
-    elif before.at >= asked_at and _works(before, seen, attempt.baseline):
-        after = replace(after, effect_at=seen.at)
+        after = replace(after, effect_at=observation.at, progress_at=observation.at)
+    elif after.signs and _works_at_all(before, observation):
+        after = replace(after, progress_at=observation.at)
+    elif before.at >= requested_at and _works(before, observation, attempt.baseline):
+        after = replace(after, effect_at=observation.at)
         if _is_lasting(after):
-            after = replace(after, progress_at=seen.at)
+            after = replace(after, progress_at=observation.at)
     elif attempt.progress_at is None and _load_ended(after):
-        after = replace(after, effect_at=seen.at, progress_at=seen.at)
+        after = replace(after, effect_at=observation.at, progress_at=observation.at)
     return after
 
 
-def _begin_again(attempt: Attempt, seen: GuestObservation) -> Attempt:
+def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
     """Begin again after a restart: the guest is booting."""
     return Attempt(
-        started=seen.at,
-        recent=(seen,),
+        started=observation.at,
+        recent=(observation,),
         boots=True,
-        old_signs=seen.signs - {ShutdownSign.RESTARTED},
+        old_signs=observation.signs - {ShutdownSign.RESTARTED},
         restarts=attempt.restarts + 1,
-        answered_at=seen.at,
-        disk_work_at=seen.at,
+        answered_at=observation.at,
+        disk_work_at=observation.at,
     )
 
 
@@ -425,14 +425,14 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
 
 
 def _is_unsettled(
-    attempt: Attempt, before: GuestObservation | None, seen: GuestObservation
+    attempt: Attempt, before: GuestObservation | None, observation: GuestObservation
 ) -> bool:
     """Return whether a resumed or woken guest is still doing the work that was due."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
-    time = _wanted_time(before, seen)
-    busy = time is not None and time > HALF_BUSY * (seen.at - before.at)
-    return busy and seen.at < attempt.helped_at + SETTLE
+    time = _wanted_time(before, observation)
+    busy = time is not None and time > HALF_BUSY * (observation.at - before.at)
+    return busy and observation.at < attempt.helped_at + SETTLE
 
 
 def _is_measured(attempt: Attempt) -> bool:
@@ -496,7 +496,7 @@ def _works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
 
 def _is_lasting(attempt: Attempt) -> bool:
     """Return whether work above the baseline has lasted for LASTING since the guest was asked."""
-    pairs = _since_asked(attempt)
+    pairs = _since_request(attempt)
     return sum(b.at - a.at for a, b in pairs if _works(a, b, attempt.baseline)) >= LASTING
 
 
@@ -517,9 +517,9 @@ def _load_ended(attempt: Attempt) -> bool:
     return False
 
 
-def _since_asked(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestObservation]]:
-    asked_at = attempt.asked[0].at
-    return pairwise(one for one in attempt.recent if one.at >= asked_at)
+def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestObservation]]:
+    requested_at = attempt.asked[0].at
+    return pairwise(one for one in attempt.recent if one.at >= requested_at)
 
 
 def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:

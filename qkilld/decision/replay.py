@@ -2,7 +2,7 @@
 
 `assess` folds the samples, and `decide` is called at each of them and at each deadline between two.
 A deadline requests a sample that the recorded job may not have taken. If a sample follows within
-LOOK_TAKES, it is used; otherwise the previous sample is used again. So a replay errs towards
+SAMPLE_DURATION, it is used; otherwise the previous sample is used again. So a replay errs towards
 SIGKILL, and `Step.since_sample` shows how old the sample was.
 
 A replay ends at the exit of the process, at the SIGKILL that it really got, or at the end of the
@@ -27,7 +27,7 @@ from qkilld.model.trace import ChangeRecord, EndRecord, RungRecord, Trace
 
 _Moment = Sample | ChangeRecord | RungRecord
 
-LOOK_TAKES: Final = 250_000
+SAMPLE_DURATION: Final = 250_000
 """A sample within this time (µs) after a deadline is the one that the deadline requested."""
 
 _NONE: Final = Flag(0)
@@ -113,7 +113,7 @@ def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
     for moment in sorted(moments, key=lambda moment: moment.at):
         if moment.at > recorded.until or walk.result is not None:
             break
-        walk.wait_until(moment.at, sees=isinstance(moment, Sample))
+        walk.wait_until(moment.at, with_sample=isinstance(moment, Sample))
         if walk.result is None:
             walk.take(moment)
     exited = recorded.result is Result.EXITED
@@ -179,14 +179,14 @@ class _Walk:
             self.facts = replace(self.facts, assessment=evidence)
             self._do(self._decide(self.facts))
 
-    def wait_until(self, end: int, *, sees: bool = False) -> None:
-        """Decide at the deadlines before `end`. With `sees`, a sample follows at `end`."""
+    def wait_until(self, end: int, *, with_sample: bool = False) -> None:
+        """Decide at the deadlines before `end`. With `with_sample`, a sample follows at `end`."""
         while self.result is None:
             decision = self._decide(self.facts)
-            if decision.action is Action.LOOK:
-                if sees and self.now + LOOK_TAKES >= end:
+            if decision.action is Action.SAMPLE:
+                if with_sample and self.now + SAMPLE_DURATION >= end:
                     return
-                decision = self._decide(_seen_again(self.facts, self.now))
+                decision = self._decide(_resampled(self.facts, self.now))
             if decision.action is not Action.WAIT:
                 self._do(decision)
             elif decision.deadline < end:
@@ -209,7 +209,7 @@ class _Walk:
         self.result = _ENDS.get(decision.action)
 
 
-def _seen_again(facts: JobFacts, now: int) -> JobFacts:
+def _resampled(facts: JobFacts, now: int) -> JobFacts:
     """Return the facts after a sample that shows nothing new."""
     evidence = facts.assessment
     if evidence is None:

@@ -44,19 +44,19 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 
 
 def risks_of_death(
-    number: int, evidence: Assessment | None, *, asked: bool, flushed: bool = False
+    number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
     """Return the risks if a signal that qkilld did not send ended QEMU: from the kernel for lack of
     memory, from another program, or from a crash. It loses what SIGKILL would have lost.
 
-    `asked`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
+    `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
     `flushed`: the monitor reported all disks as flushed. QEMU handles the signals that ask it to
     exit, so one of them only ends a QEMU that has not begun.
     """
     if not number or number in _HANDLED or flushed:
         return ()
     risks = risks_of_kill(evidence)
-    if asked and not risks:
+    if terminated and not risks:
         return ()
     return (Risk("unknown", f"it did not exit by itself: {_signal_name(number)} ended it"), *risks)
 

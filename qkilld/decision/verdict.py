@@ -37,7 +37,7 @@ from qkilld.model.sample import Sample
 
 FLUSHING_FOR: Final = 6 * USEC_PER_SEC
 """Progress within this time (µs) counts as flushing: disks write back in bursts up to 5 s apart."""
-LOOK_INTERVAL: Final = USEC_PER_SEC
+SAMPLE_INTERVAL: Final = USEC_PER_SEC
 """The default interval of samples (µs)."""
 SLACK: Final = 1_500_000
 """A sample may be this late (µs); a longer delay counts as time without samples."""
@@ -173,7 +173,9 @@ def is_news(before: Assessment, now: Assessment) -> bool:
     return before.seen is before.first or _NEWS(before) != _NEWS(now)
 
 
-def assess(before: Assessment | None, sample: Sample, interval: int = LOOK_INTERVAL) -> Assessment:
+def assess(
+    before: Assessment | None, sample: Sample, interval: int = SAMPLE_INTERVAL
+) -> Assessment:
     """Fold one more sample into the assessment; `before` is None for the first.
 
     `interval`: the planned time to the next sample (µs). If a sample is much later, the delay

@@ -36,21 +36,21 @@ def choose(
     *,
     disks: Sequence[GuestDisk] = (),
     stuck: Collection[str] = (),
-    done: Collection[str] = (),
+    cut_off: Collection[str] = (),
     still_since: int,
 ) -> tuple[CutOff, ...]:
     """Return the connections to cut off now; () if none would help.
 
     disks        the disks that were known before SIGTERM
     stuck        names of nodes that did not answer at that time
-    done         names of connections that were cut off already
+    cut_off         names of connections that were cut off already
     still_since  connections that moved since then are left alone; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
     nodes = {node.name: node for node in evidence.last.nodes or ()}
     suspects, others = [], []
     for instance in instances:
-        if instance.kind not in ("block-node", "chardev") or instance.name in done:
+        if instance.kind not in ("block-node", "chardev") or instance.name in cut_off:
             continue
         titles = _titles(instance, disks)
         names = [name for name in nodes if _is_of(name, instance, titles)]

@@ -30,10 +30,10 @@ class Collaborators(Generic[J]):
     when_saved: Callable[[Callable[[], None]], None]
     """Calls back once all changes so far are saved."""
     on_change: Callable[[J], None]
-    on_look: Callable[[J], None]
+    on_sample: Callable[[J], None]
     """Called instead of `on_change` if only the time of the last sample has changed."""
     on_end: Callable[[J], None]
-    on_survivor_gone: Callable[[J], None]
+    on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
     """Called when a job has opened its guest's monitor, with the descriptor if it should be
     kept."""

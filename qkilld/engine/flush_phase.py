@@ -76,7 +76,7 @@ class FlushPhase:
         """When the current step is abandoned."""
         self._step = 0
         """The number of the current step; answers to earlier steps are ignored."""
-        self._done = False
+        self._is_over = False
         self._powered_off = False
         self.disks: tuple[GuestDisk, ...] = ()
         """The disks at the last reading."""
@@ -112,14 +112,14 @@ class FlushPhase:
             job.note_gone()
             return True
         latest = self._latest
-        if now >= min(self._until, latest) and not self._done:
+        if now >= min(self._until, latest) and not self._is_over:
             why = "the monitor did not answer in time" if now < latest else "MaxSec has passed"
             self._leave_out(why)
-            self._done = True
-        if self._done and job.control.held and not self.stopped:
+            self._is_over = True
+        if self._is_over and job.control.held and not self.stopped:
             job.wait_until(min(job.deadline, job.control.held_until), job.control.held_until)
             return True
-        if self._done:
+        if self._is_over:
             self._step += 1
             self._stop_timer()
             self._sampler.close()
@@ -180,7 +180,7 @@ class FlushPhase:
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:
-        self._done = True
+        self._is_over = True
         # The call is delayed because the ladder may be the caller.
         self._clock.call_at(self._clock.now(), self._advance)
 
@@ -191,60 +191,60 @@ class FlushPhase:
     def _open(self) -> None:
         step = self._start(OPEN_TIMEOUT)
 
-        def opened(found: GuestMonitor | str | Exception) -> None:
+        def handle_monitor(result: GuestMonitor | str | Exception) -> None:
             if not self._is_current(step):
                 return
-            if isinstance(found, str | Exception):
-                self._fail(found)
+            if isinstance(result, str | Exception):
+                self._fail(result)
             else:
-                self._sampler.look(sampled, detail=False)
+                self._sampler.take_sample(sampled, detail=False)
 
         def sampled(sample: Sample) -> None:
             if self._is_current(step):
                 self._is_early_flush = early_flush.may_hang(sample)
-                self._look()
+                self._read_disks()
 
-        self._link.open(opened, asked=bool(self._job.rungs))
+        self._link.open(handle_monitor, was_asked=bool(self._job.rungs))
 
-    def _look(self) -> None:
+    def _read_disks(self) -> None:
         step = self._start(READ_TIMEOUT)
 
-        def looked(found: BlockState | str | Exception) -> None:
+        def handle_disks(result: BlockState | str | Exception) -> None:
             if not self._is_current(step):
                 return
-            if isinstance(found, str | Exception):
-                self._fail(found)
-            elif flush_plan.wants_evidence(found):
-                self._look_from_outside(step, lambda moved: self._seen(found))
+            if isinstance(result, str | Exception):
+                self._fail(result)
+            elif flush_plan.wants_evidence(result):
+                self._take_sample(step, lambda moved: self._plan(result))
             else:
-                self._seen(found)
+                self._plan(result)
 
         if self._is_early_flush:
-            self._look_early(step)
+            self._read_disks_early(step)
         elif (monitor := self._monitor()) is not None:
-            monitor.look_at_disks(looked)
+            monitor.read_disks(handle_disks)
 
-    def _look_early(self, step: int) -> None:
+    def _read_disks_early(self, step: int) -> None:
         """Read the state of the disks without asking a file system."""
 
-        def looked(state: BlockState | str | Exception) -> None:
+        def handle_disks(state: BlockState | str | Exception) -> None:
             if not self._is_current(step):
                 return
             if isinstance(state, str | Exception):
                 self._fail(state)
             else:
-                self._look_from_outside(step, lambda moved: self._seen_early(state))
+                self._take_sample(step, lambda moved: self._plan_early(state))
 
         if (monitor := self._monitor()) is not None:
-            monitor.look_at_disks(looked, files=False)
+            monitor.read_disks(handle_disks, files=False)
 
-    def _look_from_outside(self, step: int, seen: Callable[[bool], None]) -> None:
-        """Take a sample, and pass to `seen` whether anything has moved since the last one.
+    def _take_sample(self, step: int, callback: Callable[[bool], None]) -> None:
+        """Take a sample, and pass to `callback` whether anything has moved since the last one.
 
         If a request is pending, its sample is used.
         """
-        self._on_sample = (step, seen)
-        self._sampler.look(self._sampled, detail=False)
+        self._on_sample = (step, callback)
+        self._sampler.take_sample(self._sampled, detail=False)
 
     def _sampled(self, sample: Sample) -> None:
         wanted, self._on_sample = self._on_sample, None
@@ -269,39 +269,39 @@ class FlushPhase:
         self._leave_out(why)
         self._end_qemu()
 
-    def _look_later(self, interval: int) -> None:
+    def _read_later(self, interval: int) -> None:
         self._start(interval + READ_TIMEOUT)
-        self._timer = self._clock.call_at(self._clock.now() + interval, self._look_again)
+        self._timer = self._clock.call_at(self._clock.now() + interval, self._read_again)
         self._advance()
 
-    def _look_again(self) -> None:
+    def _read_again(self) -> None:
         self._timer = None
         if self._job.running and self._job.phase is Phase.QUIT:
-            self._look()
+            self._read_disks()
 
-    def _seen(self, state: BlockState) -> None:
+    def _plan(self, state: BlockState) -> None:
         self._powered_off = flush_plan.is_powered_off(state)
         self.disks = state.disks
         evidence = self._evidence if flush_plan.wants_evidence(state) else None
         if self._waits_for_jobs(state):
-            self._look_later(READ_INTERVAL)
-        elif self._first is None and flush_plan.needs_second_look(state, evidence):
+            self._read_later(READ_INTERVAL)
+        elif self._first is None and flush_plan.needs_second_reading(state, evidence):
             self._first = state
-            self._look_later(flush_plan.OLD)
+            self._read_later(flush_plan.OLD)
         elif self._job.control.held:
-            self._look_later(READ_INTERVAL)
+            self._read_later(READ_INTERVAL)
         else:
             first, second = self._first or state, self._second(state)
             self._carry_out(flush_plan.plan_flush(first, second, evidence), state)
 
-    def _seen_early(self, state: BlockState) -> None:
+    def _plan_early(self, state: BlockState) -> None:
         evidence = self._evidence
         self._powered_off = flush_plan.is_powered_off(state)
         if self._job.control.held or evidence is None:
-            self._look_later(READ_INTERVAL)
-        elif self._first is None and early_flush.needs_second_look(state, evidence):
+            self._read_later(READ_INTERVAL)
+        elif self._first is None and early_flush.needs_second_reading(state, evidence):
             self._first = state
-            self._look_later(flush_plan.OLD)
+            self._read_later(flush_plan.OLD)
         else:
             plan = early_flush.plan_early_flush(self._first or state, self._second(state), evidence)
             self._unflushed = [disk.title for disk in state.disks]
@@ -318,7 +318,7 @@ class FlushPhase:
         batch, *others = batches
         step, most = self._start_flush()
 
-        def flushed(results: tuple[FlushResult, ...] | Exception) -> None:
+        def handle_results(results: tuple[FlushResult, ...] | Exception) -> None:
             if not self._is_current(step):
                 return
             if isinstance(results, Exception):
@@ -333,7 +333,7 @@ class FlushPhase:
                 self._flush_early(plan, state, others)
 
         if (monitor := self._monitor()) is not None:
-            monitor.flush_running(batch, flushed, timeout=most)
+            monitor.flush_running(batch, handle_results, timeout=most)
 
     def _end_early(self, plan: EarlyFlush, state: BlockState) -> None:
         self._is_early_flush = False
@@ -341,7 +341,7 @@ class FlushPhase:
             self._add_risks(flush_plan.risks_of_state(state))
             self._fail(plan.hang_reason)
         else:
-            self._look()
+            self._read_disks()
 
     def _second(self, state: BlockState) -> BlockState | None:
         return state if self._first is not None else None
@@ -350,7 +350,7 @@ class FlushPhase:
         """Return whether to wait for backups and other background jobs, because they progress."""
         job, now = self._job, self._clock.now()
         before, self._jobs = self._jobs, self._jobs.after(state.jobs, now)
-        if self._jobs.done:
+        if self._jobs.progress:
             self._first = None
         if self._jobs.moved_at != before.moved_at and job.verdict is not Verdict.FLUSHING:
             job.turn_to(Verdict.FLUSHING, tuple(one.title for one in state.jobs[:4]), now)
@@ -380,12 +380,12 @@ class FlushPhase:
         step = self._start(min(STANDSTILL, most))
         latest = min(self._clock.now() + most, INFINITY)
 
-        def look() -> None:
+        def take_sample() -> None:
             self._timer = None
             if self._is_current(step):
-                self._look_from_outside(step, looked)
+                self._take_sample(step, handle_sample)
 
-        def looked(moved: bool) -> None:
+        def handle_sample(moved: bool) -> None:
             job, now = self._job, self._clock.now()
             if moved:
                 self._until = min(now + STANDSTILL, latest)
@@ -393,29 +393,29 @@ class FlushPhase:
                 job.wait_until(until, until)
                 if job.verdict is not Verdict.FLUSHING and self._evidence is not None:
                     job.turn_to(Verdict.FLUSHING, self._evidence.reasons[:4], now)
-            self._timer = self._clock.call_at(now + READ_INTERVAL, look)
+            self._timer = self._clock.call_at(now + READ_INTERVAL, take_sample)
 
-        self._timer = self._clock.call_at(self._clock.now() + READ_INTERVAL, look)
+        self._timer = self._clock.call_at(self._clock.now() + READ_INTERVAL, take_sample)
         return step, most
 
     def _flush_before(self, plan: FlushPlan, state: BlockState) -> None:
         step, most = self._start_flush()
 
-        def flushed(found: tuple[FlushResult, ...] | Exception) -> None:
+        def handle_results(result: tuple[FlushResult, ...] | Exception) -> None:
             if not self._is_current(step):
                 return
-            if isinstance(found, Exception):
-                self._fail(found)
-            elif len(found) < len(plan.before):
+            if isinstance(result, Exception):
+                self._fail(result)
+            elif len(result) < len(plan.before):
                 self._leave_out("flushing a disk takes longer")
                 self._end_qemu()
             elif self._job.control.held:
-                self._look_later(READ_INTERVAL)
+                self._read_later(READ_INTERVAL)
             else:
                 self._stop_when_saved(plan, state)
 
         if (monitor := self._monitor()) is not None:
-            monitor.flush_running(plan.before, flushed, timeout=most)
+            monitor.flush_running(plan.before, handle_results, timeout=most)
 
     def _stop_when_saved(self, plan: FlushPlan, state: BlockState) -> None:
         step = self._start(SAVE_TIMEOUT)
@@ -436,29 +436,29 @@ class FlushPhase:
         else:
             step, timeout = self._start_flush()
 
-        def flushed(found: tuple[FlushResult, ...] | str | Exception) -> None:
+        def handle_results(result: tuple[FlushResult, ...] | str | Exception) -> None:
             if not self._is_current(step):
                 return
-            if isinstance(found, str | Exception):
-                self._fail(found)
+            if isinstance(result, str | Exception):
+                self._fail(result)
             else:
-                self._report(plan, state, found)
+                self._report(plan, state, result)
                 self._end_qemu()
 
         if (monitor := self._monitor()) is not None:
             self._note_flush()
-            monitor.stop_and_flush(plan.disks, flushed, stop=plan.running, timeout=timeout)
+            monitor.stop_and_flush(plan.disks, handle_results, stop=plan.running, timeout=timeout)
 
     def _flush_running(self, plan: FlushPlan, state: BlockState) -> None:
         step, most = self._start_flush()
 
-        def flushed(found: tuple[FlushResult, ...] | Exception) -> None:
+        def handle_results(result: tuple[FlushResult, ...] | Exception) -> None:
             if not self._is_current(step):
                 return
-            if isinstance(found, Exception):
-                self._fail(found)
+            if isinstance(result, Exception):
+                self._fail(result)
             else:
-                titles = [one.title for one in found if not one.error]
+                titles = [one.title for one in result if not one.error]
                 missing = [disk.title for disk in state.disks if disk.title not in titles]
                 reason = f"{plan.incomplete_because}; flushed but for {_join_titles(missing)}"
                 self._record_flush(FlushReport("partial" if titles else "left-out", reason), ())
@@ -466,7 +466,7 @@ class FlushPhase:
 
         if (monitor := self._monitor()) is not None:
             self._note_flush()
-            monitor.flush_running(plan.disks, flushed, timeout=most)
+            monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
         """If the guest has powered off, tell QEMU to quit. SIGTERM follows."""
@@ -487,10 +487,10 @@ class FlushPhase:
 
     # ---- results ----
 
-    def _report(self, plan: FlushPlan, state: BlockState, found: Sequence[FlushResult]) -> None:
-        risks = flush_plan.risks_of_flush(found)
-        failed = [one for one in found if one.error]
-        proven = flush_plan.proves_all(plan, state, found)
+    def _report(self, plan: FlushPlan, state: BlockState, result: Sequence[FlushResult]) -> None:
+        risks = flush_plan.risks_of_flush(result)
+        failed = [one for one in result if one.error]
+        proven = flush_plan.proves_all(plan, state, result)
         outcome = "left-out" if failed else "complete"
         if risks:
             outcome = "failed"
@@ -526,13 +526,13 @@ class FlushPhase:
         self._job.flush = replace(self._job.flush, proven=False)
         step = self._start(UNDO_TIMEOUT)
 
-        def opened(found: GuestMonitor | str | Exception) -> None:
+        def handle_monitor(result: GuestMonitor | str | Exception) -> None:
             if step != self._step:
                 return
-            if isinstance(found, str | Exception):
+            if isinstance(result, str | Exception):
                 self._undo_later()
             else:
-                found.resume_guest(resumed)
+                result.resume_guest(resumed)
 
         def resumed(refused: str | Exception) -> None:
             if step == self._step and not refused:
@@ -543,7 +543,7 @@ class FlushPhase:
         if self._process.exited():
             self._is_undone()
         else:
-            self._link.open(opened, asked=False)
+            self._link.open(handle_monitor, was_asked=False)
 
     def _undo_later(self) -> None:
         if self._process.exited():

@@ -98,7 +98,7 @@ class GuestAsker:
     def start(self) -> None:
         was_asked = bool(self._attempt.asked or self._attempt.restarts)
         was_open = self._attempt.agent_was_open
-        self._link.open(self._guarded(self._opened), asked=was_asked, agent_was_open=was_open)
+        self._link.open(self._guarded(self._opened), was_asked=was_asked, agent_was_open=was_open)
 
     def set_span(self, span: int) -> None:
         """Change PowerdownSec= to `span` (µs)."""
@@ -110,7 +110,7 @@ class GuestAsker:
         if (method := self._unanswered) is None:
             return None
         self._unanswered = None
-        self._attempt = powerdown.note_asked(self._attempt, method, self._clock.now())
+        self._attempt = powerdown.note_request(self._attempt, method, self._clock.now())
         return _ORDERS[method]
 
     def judge_exit(self) -> GuestAsked | None:
@@ -158,11 +158,11 @@ class GuestAsker:
 
         self._timer = self._clock.call_at(until, end)
 
-    def _opened(self, found: GuestMonitor | str) -> None:
-        if not isinstance(found, str):
+    def _opened(self, opened: GuestMonitor | str) -> None:
+        if not isinstance(opened, str):
             self._observe()
         elif not self._attempt.asked and self._attempt.restarts == 0:
-            self._end(GuestAsked.UNREACHABLE, found)
+            self._end(GuestAsked.UNREACHABLE, opened)
         else:
             # The guest was asked, and may be shutting down.
             self._learn(GuestObservation(at=self._clock.now()))
@@ -182,7 +182,7 @@ class GuestAsker:
             return
         asks = judgement.method is not None and self._may_ask()
         if asks and self._stall is not None and not self._attempt.asked and monitor is not None:
-            monitor.look_at_jobs(self._guarded(lambda jobs: self._wait_for_jobs(jobs, judgement)))
+            monitor.read_jobs(self._guarded(lambda jobs: self._wait_for_jobs(jobs, judgement)))
         else:
             self._act_on(judgement)
 
@@ -192,7 +192,7 @@ class GuestAsker:
         self._jobs = self._jobs.after(jobs, now)
         if self._stall is not None and self._jobs.waited_for(now, self._stall()):
             self._on_jobs(jobs)
-            self._look_later(OBSERVE_INTERVAL)
+            self._observe_later(OBSERVE_INTERVAL)
         else:
             self._act_on(judgement)
 
@@ -207,14 +207,14 @@ class GuestAsker:
         elif judgement.conclusion is Conclusion.PRESSED:
             self._order(GuestOrder.WATCH, self._watch_press)
         else:
-            self._look_later()
+            self._observe_later()
 
     def _watch_press(self, refused: str) -> None:
         """Continue as if qkilld had pressed the button, because a second press could cancel the
         first."""
-        self._attempt = powerdown.note_asked(self._attempt, AskMethod.BUTTON, self._clock.now())
+        self._attempt = powerdown.note_request(self._attempt, AskMethod.BUTTON, self._clock.now())
         self._on_pressed()
-        self._look_later()
+        self._observe_later()
 
     def _try_to_help(self, observation: GuestObservation) -> bool:
         """Resume or wake the guest, if the caller allows that and it was not tried yet."""
@@ -222,7 +222,7 @@ class GuestAsker:
         if order is None or order not in self._help or order in self._helped:
             return False
         if not self._may_ask():
-            self._look_later()
+            self._observe_later()
             return True
         self._helped.add(order)
         self._order(order, self._runs_again)
@@ -230,7 +230,7 @@ class GuestAsker:
 
     def _runs_again(self, refused: str) -> None:
         self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
-        self._look_later()
+        self._observe_later()
 
     def _ask(self, method: AskMethod) -> None:
         if method is AskMethod.AGENT:
@@ -245,12 +245,12 @@ class GuestAsker:
         def sent(refused: str) -> None:
             self._unanswered = None
             if not refused:
-                self._attempt = powerdown.note_asked(self._attempt, method, self._clock.now())
+                self._attempt = powerdown.note_request(self._attempt, method, self._clock.now())
                 self._on_order(_ORDERS[method])
-                self._look_later()
+                self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked:
                 # The power button can still be tried, or the guest may react to an earlier request.
-                self._look_later()
+                self._observe_later()
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)
 
@@ -263,7 +263,7 @@ class GuestAsker:
         else:
             monitor.order(what, self._guarded(callback))
 
-    def _look_later(self, interval: int | None = None) -> None:
+    def _observe_later(self, interval: int | None = None) -> None:
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         self._timer = self._clock.call_at(

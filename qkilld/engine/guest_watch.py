@@ -38,15 +38,15 @@ class GuestWatch:
 
     def __init__(
         self,
-        look: Callable[[], Awaitable[list[Guest]]],
+        find_guests: Callable[[], Awaitable[list[Guest]]],
         monitors: Monitors | None,
         listener: GuestListener,
         is_wanted: Callable[[], Awaitable[bool]],
         on_fault: Callable[[str, BaseException], None],
     ) -> None:
-        """`look` finds the guests. `is_wanted` is called before each scan; if it returns False, the
-        watch ends and its numbers become invalid."""
-        self._look = look
+        """`is_wanted` is called before each scan but the first; if it returns False, the watch ends
+        and its numbers become invalid."""
+        self._find_guests = find_guests
         self._monitors = monitors
         self._listener = listener
         self._is_wanted = is_wanted
@@ -72,7 +72,7 @@ class GuestWatch:
     async def guests(self) -> Iterable[WatchedGuest]:
         """Start to watch; return the guests at the last scan, or at the first if there was none.
 
-        Raises what `look` raises.
+        Raises what `find_guests` raises.
         """
         if self._scanning is None:
             loop = asyncio.get_running_loop()
@@ -122,7 +122,7 @@ class GuestWatch:
             first.exception()  # Mark as retrieved: nobody may be waiting.
 
     async def _scan(self, *, tell: bool) -> None:
-        guests = {guest.identity.key: guest for guest in await self._look()}
+        guests = {guest.identity.key: guest for guest in await self._find_guests()}
         for key, lost_guest in list(self._guests.items()):
             if key not in guests:
                 del self._guests[key]

@@ -138,9 +138,9 @@ class Job:
         )
         self._reachable = collaborators.monitors is not None
         self._on_change = collaborators.on_change
-        self._on_look = collaborators.on_look
+        self._on_sample = collaborators.on_sample
         self._on_end = collaborators.on_end
-        self._on_survivor_gone = collaborators.on_survivor_gone
+        self._on_survivor_exit = collaborators.on_survivor_exit
         self._timer: Timer | None = None
         self._waiters = Waiters()
 
@@ -190,9 +190,9 @@ class Job:
         return self.facts.by_evidence
 
     @property
-    def is_looking(self) -> bool:
+    def is_sampling(self) -> bool:
         """Whether it waits for a sample."""
-        return self._signals.is_looking
+        return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
         """Talk to the guest over this connection. Call it before `start`; if `start` succeeds, the
@@ -278,7 +278,7 @@ class Job:
         elif self.running and self.phase is Phase.QUIT:
             self._flush_phase.begin()
         elif self.running and self._link.is_kept:
-            self._link.open(lambda found: None, asked=True)
+            self._link.open(lambda found: None, was_asked=True)
         self.advance()
 
     def check_process(self) -> None:
@@ -425,9 +425,9 @@ class Job:
         """Whether the process has exited, even if the job has not noticed yet."""
         return self._process.exited()
 
-    def forget_waiter(self, callback: Callable[[], None], *, left: bool) -> None:
-        """Cancel a callback of `when_ended`. `left`: the waiting client has left."""
-        if self._waiters.remove(callback) and left:
+    def forget_waiter(self, callback: Callable[[], None], *, disconnected: bool) -> None:
+        """Cancel a callback of `when_ended`. `disconnected`: because its client has left."""
+        if self._waiters.remove(callback) and disconnected:
             self._journal.write(events.waiter_gone(self))
 
     def interrupt_waits(self) -> None:
@@ -482,9 +482,9 @@ class Job:
         self.phase = phase
         self._on_change(self)
 
-    def note_look(self) -> None:
+    def note_sample(self) -> None:
         """Report a sample that changed nothing."""
-        self._on_look(self)
+        self._on_sample(self)
 
     def advance(self) -> None:
         """Do everything that is due."""
@@ -552,8 +552,8 @@ class Job:
     def _risks_of_end(self, ended: int) -> tuple[Risk, ...]:
         """Return the risks of an exit that qkilld's SIGKILL did not cause."""
         evidence, flushed = self.assessment if self.by_evidence else None, self.flush.proven
-        number, asked = self._process.killed_by(), self._signals.sent
-        if death := risks_of_death(number, evidence, asked=asked, flushed=flushed):
+        number, terminated = self._process.killed_by(), self._signals.sent
+        if death := risks_of_death(number, evidence, terminated=terminated, flushed=flushed):
             return death
         return risks_of_exit(
             evidence,
@@ -573,7 +573,7 @@ class Job:
         self._journal.write(events.survivor_gone(self, self._clock.now()))
         self._trace.record(ExitRecord(self._clock.now()))
         self._trace.end()
-        self._on_survivor_gone(self)
+        self._on_survivor_exit(self)
 
 
 def _asks_alone(request: Request) -> bool:

@@ -67,7 +67,7 @@ class MonitorLink:
         self,
         callback: Callable[[GuestMonitor | str | Exception], None],
         *,
-        asked: bool,
+        was_asked: bool,
         agent_was_open: bool | None = None,
     ) -> None:
         """See engine.ports.Monitors. Calls back at once if the monitor is open."""
@@ -95,7 +95,7 @@ class MonitorLink:
             opened,
             kept=kept,
             passed=passed,
-            asked=asked,
+            was_asked=was_asked,
             agent_was_open=agent_was_open,
         )
 

@@ -107,7 +107,7 @@ class Units(Protocol):
 class Watch(Protocol):
     """Takes samples of one process."""
 
-    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
         """Take a sample and call back with it in the loop, possibly late or never."""
 
     def close(self) -> None:
@@ -153,14 +153,14 @@ class GuestMonitor(Protocol):
         """After QEMU's exit, return the signs up to its end, and whether none can be missing. Does
         not block."""
 
-    def look_at_disks(
+    def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
         """Read the state of the disks; call back with the state, or with the reason of the
         failure. Without `files`, no file system is asked, and the state lacks some facts
         (monitor.disks.look)."""
 
-    def look_at_jobs(
+    def read_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
     ) -> None:
         """Read only the jobs that the end of QEMU would cancel: backups, a migration."""
@@ -216,14 +216,14 @@ class Monitors(Protocol):
         *,
         kept: KeptMonitor | None = None,
         passed: int | None = None,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
         """Open the guest's monitor; `qmp_socket` is the path that a caller named, or "".
 
         `kept` is tried first, then `passed`, a connection that `check_passed` has checked; the
-        callee owns both. `asked`: the guest was asked to shut down before, so signs of a shutdown
-        count; `agent_was_open`: whether its agent had the port open at that time, if known.
+        callee owns both. `was_asked`: the guest was asked to shut down before, so signs of a
+        shutdown count; `agent_was_open`: whether its agent had the port open then, if known.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
@@ -241,11 +241,11 @@ class Monitors(Protocol):
     async def check_passed(self, process: Process, passed: int) -> None:
         """Raises InvalidArgs if `passed` is not a connection to a monitor of the process."""
 
-    async def look_at_disks(
+    async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
         """Read the disks of a guest that is not being stopped, if its QMP monitor is free; None if
-        that takes longer than a second. `files` as in GuestMonitor.look_at_disks."""
+        that takes longer than a second. `files` as in GuestMonitor.read_disks."""
 
     async def describe(self, process: Process) -> tuple[str, ...]:
         """Describe how qkilld can talk to the guest, and what prevents it."""

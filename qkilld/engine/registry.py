@@ -68,9 +68,9 @@ class Registry:
             load=lambda: len(self._running),
             when_saved=self._when_saved,
             on_change=self._changed,
-            on_look=self._looked,
+            on_sample=self._sampled,
             on_end=self._ended,
-            on_survivor_gone=self._survivor_gone,
+            on_survivor_exit=self._survivor_gone,
             on_monitor=self._monitor_opened,
             write_down=self._write_down,
         )
@@ -155,7 +155,7 @@ class Registry:
         the caller still owns `monitor` then.
         """
         now, key = self._clock.now(), past.guest.identity.key
-        process = process or GoneProcess(past.guest)
+        process = process or ExitedProcess(past.guest)
         saved = past
         if past.may_be_killed and not process.dying():
             past = past.without_kill()
@@ -201,10 +201,10 @@ class Registry:
 
     def by_pid(self, pid: int) -> Job:
         """Return the running job of that process, or else its newest ended one."""
-        found = [job for job in self._jobs.values() if job.guest.identity.pid == pid]
-        if not found:
+        candidates = [job for job in self._jobs.values() if job.guest.identity.pid == pid]
+        if not candidates:
             raise NoSuchJob(f"There is no job for process {pid}")
-        return max(found, key=lambda job: (job.running, job.number))
+        return max(candidates, key=lambda job: (job.running, job.number))
 
     def running_for(self, key: tuple[int, int]) -> Job | None:
         """Return the running job of that process, if there is one."""
@@ -266,7 +266,7 @@ class Registry:
             self.saver.job_changed(job)
         self._tell(lambda observer: observer.job_changed(job))
 
-    def _looked(self, job: Job) -> None:
+    def _sampled(self, job: Job) -> None:
         if self.saver is not None:
             self.saver.job_sampled(job)
 
@@ -340,7 +340,7 @@ class Registry:
             self._journal.write(events.internal_error("reporting a job on the bus", error))
 
 
-class GoneProcess:
+class ExitedProcess:
     """A process that was gone before it could be opened. Implements engine.ports.Process."""
 
     def __init__(self, guest: Guest) -> None:

@@ -22,7 +22,7 @@ class ResumedJobs:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._waiting: list[Job] = []
-        self._looking: list[Job] = []
+        self._sampling: list[Job] = []
 
     def add(self, job: Job) -> None:
         self._waiting.append(job)
@@ -39,15 +39,15 @@ class ResumedJobs:
 
     def _follow_some(self) -> None:
         try:
-            self._looking = [job for job in self._looking if job.is_looking]
-            while self._waiting and len(self._looking) < AT_ONCE:
+            self._sampling = [job for job in self._sampling if job.is_sampling]
+            while self._waiting and len(self._sampling) < AT_ONCE:
                 job = self._waiting.pop()
                 if job.running:
-                    self._looking.append(job)
+                    self._sampling.append(job)
                     job.follow()
         finally:
             # Even after a fault of one job, the others must continue.
             if self._waiting:
                 self._clock.call_at(self._clock.now() + PAUSE, self._follow_some)
             else:
-                self._looking.clear()
+                self._sampling.clear()

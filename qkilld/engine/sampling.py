@@ -28,10 +28,10 @@ class JobSampler:
         """Whether a sample was requested that has not come and is not late."""
         return self._timeout is not None
 
-    def look(self, seen: Callable[[Sample], None], *, detail: bool) -> None:
+    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool) -> None:
         """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
 
-        A sample that comes after TIMEOUT is still passed to `seen`, after the empty one.
+        A sample that comes after TIMEOUT is still passed to `callback`, after the empty one.
         """
         if self._timeout is not None:
             return
@@ -40,18 +40,18 @@ class JobSampler:
             if self._timeout is not None:
                 self._timeout.cancel()
                 self._timeout = None
-            seen(sample)
+            callback(sample)
 
-        def not_seen() -> None:
+        def give_up() -> None:
             answer(Sample(self._clock.now(), "?"))
 
         if self._watch is None and self._sampler is not None:
             self._watch = self._sampler.watch(self._process)
-        self._timeout = self._clock.call_at(self._clock.now() + TIMEOUT, not_seen)
+        self._timeout = self._clock.call_at(self._clock.now() + TIMEOUT, give_up)
         if self._watch is not None:
-            self._watch.look(answer, detail=detail)
+            self._watch.take_sample(answer, detail=detail)
         else:
-            not_seen()
+            give_up()
 
     def close(self) -> None:
         if self._timeout is not None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final
 from weakref import WeakValueDictionary
 
-from qkilld.decision.early_flush import NOT_ASKED, may_hang
+from qkilld.decision.early_flush import CACHE_UNSAFE_UNKNOWN, may_hang
 from qkilld.decision.flush_plan import HUMAN_MONITOR_ALONE, notes_of_plan
 from qkilld.decision.ladder import policy_for
 from qkilld.decision.plan import Plan, make_plan
@@ -100,7 +100,7 @@ class Service:
         self._clock = clock
         self._sampler = sampler
         self._monitors = monitors
-        self._guests = SharedRun(self._look_for_guests)
+        self._guests = SharedRun(self._find_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
         """The slots of each calling uid, kept while calls use them."""
 
@@ -123,12 +123,12 @@ class Service:
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
         try:
-            asked = _parse_flags(flags)
-            given = _parse_options(options, asked)
+            flag_set = _parse_flags(flags)
+            given = _parse_options(options, flag_set)
             start_time = _number(given, "start-time")
-            checked = await self._access.open_checked(pid, caller, asked, start_time=start_time)
+            checked = await self._access.open_checked(pid, caller, flag_set, start_time=start_time)
             await self._check_monitor(checked.process, given, passed)
-            job = self._start(checked, asked, given, passed)
+            job = self._start(checked, flag_set, given, passed)
         except BaseException:
             if passed is not None:
                 close_later(passed)
@@ -142,7 +142,7 @@ class Service:
         Control groups show which processes are in the unit; systemd is asked only for the main
         process and the unit's primary name. Raises NoSuchUnit, too.
         """
-        asked = _parse_flags(flags)
+        flag_set = _parse_flags(flags)
         check_unit_name(name)
         facts, known = None, True
         if self.units is not None:
@@ -156,11 +156,11 @@ class Service:
         checked = await self._access.open_checked(
             guest.identity.pid,
             caller,
-            asked,
+            flag_set,
             start_time=guest.identity.start_time,
             unit=guest.label.unit,
         )
-        job = self._start(checked, asked, {})
+        job = self._start(checked, flag_set, {})
         await self._keep(job)
         return job
 
@@ -173,15 +173,15 @@ class Service:
         stopped is reported in the journal. Raises InvalidArgs and, if the caller owns no guest,
         AccessDenied, Busy.
         """
-        asked = _parse_flags(flags)
-        given = _parse_options(options, asked)
+        flag_set = _parse_flags(flags)
+        given = _parse_options(options, flag_set)
         _check_for_many(given)
         uid = await caller.uid()
         guests = await self.guests()
         own = [guest for guest in guests if is_free(uid, guest.identity)]
         answer = Answer.DENIED
         if len(own) < len(guests):
-            answer = await caller.may(action_for(asked), details_of_all(asked), ask=True)
+            answer = await caller.may(action_for(flag_set), details_of_all(flag_set), ask=True)
             if not own:
                 check_answer(answer, "The QEMU guests of this host are")
         wanted = guests if answer is Answer.GRANTED else own
@@ -192,15 +192,15 @@ class Service:
             try:
                 async with slots:
                     checked = await self._access.open_checked(
-                        pid, caller, asked, start_time=start_time, answer=answer
+                        pid, caller, flag_set, start_time=start_time, answer=answer
                     )
-                    return self._start(checked, asked, given)
+                    return self._start(checked, flag_set, given)
             except QkilldError as error:
                 self.registry.note(events.not_stopped(guest, uid, error))
             return None
 
-        found = await asyncio.gather(*(one(guest) for guest in wanted))
-        jobs = [job for job in found if job is not None]
+        results = await asyncio.gather(*(one(guest) for guest in wanted))
+        jobs = [job for job in results if job is not None]
         await self._keep(*jobs)
         return jobs
 
@@ -213,8 +213,8 @@ class Service:
     ) -> list[Job | QkilldError]:
         """Like `terminate_all` for these processes, each given by its id and its start time if
         known. Return the job, or the error, of each. Raises InvalidArgs."""
-        asked = _parse_flags(flags)
-        given = _parse_options(options, asked)
+        flag_set = _parse_flags(flags)
+        given = _parse_options(options, flag_set)
         _check_for_many(given)
         slots = self._slots_of(await caller.uid())
 
@@ -222,15 +222,15 @@ class Service:
             try:
                 async with slots:
                     checked = await self._access.open_checked(
-                        pid, caller, asked, start_time=start_time
+                        pid, caller, flag_set, start_time=start_time
                     )
-                    return self._start(checked, asked, given)
+                    return self._start(checked, flag_set, given)
             except QkilldError as error:
                 return error
 
-        found = await asyncio.gather(*(one(*process) for process in processes))
-        await self._keep(*(job for job in found if isinstance(job, Job)))
-        return found
+        results = await asyncio.gather(*(one(*process) for process in processes))
+        await self._keep(*(job for job in results if isinstance(job, Job)))
+        return results
 
     def _slots_of(self, uid: int) -> asyncio.Semaphore:
         """Return the slots that all calls of a user share."""
@@ -275,7 +275,7 @@ class Service:
         try:
             job = self.registry.running_for(process.guest.identity.key)
             evidence = job.assessment if job is not None else None
-            return Inspection(process.guest, evidence or await self._look_twice(process), job)
+            return Inspection(process.guest, evidence or await self._sample_twice(process), job)
         finally:
             process.close()
 
@@ -283,22 +283,22 @@ class Service:
         self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> tuple[Guest, Plan]:
         """Return what `terminate` would do. Sends nothing. Raises as `terminate`, except Busy."""
-        asked = _parse_flags(flags)
-        given = _parse_options(options, asked)
-        found = await self.inspect(pid, caller)
-        identity = found.guest.identity
-        asked = self._as_configured(asked, given, found.guest)
-        ways = await self._ways(identity, asked)
+        flag_set = _parse_flags(flags)
+        given = _parse_options(options, flag_set)
+        inspection = await self.inspect(pid, caller)
+        identity = inspection.guest.identity
+        flag_set = self._as_configured(flag_set, given, inspection.guest)
+        ways = await self._ways(identity, flag_set)
         if (start_time := _number(given, "start-time")) is not None:
             check_same(identity, start_time)
-        configured = self.config.policy_for(found.guest.label.name)
-        policy = policy_for(asked, configured, _spans(given))
-        request = _request(asked, given, identity.uid)
-        plan = make_plan(identity, request, policy, found.evidence, self._clock.now())
-        notes = await self._notes(found.guest, request, found.evidence)
-        if found.guest.label.name is None:
+        configured = self.config.policy_for(inspection.guest.label.name)
+        policy = policy_for(flag_set, configured, _spans(given))
+        request = _request(flag_set, given, identity.uid)
+        plan = make_plan(identity, request, policy, inspection.evidence, self._clock.now())
+        notes = await self._notes(inspection.guest, request, inspection.evidence)
+        if inspection.guest.label.name is None:
             notes = (events.NAME_UNKNOWN, *notes)
-        return found.guest, replace(plan, ways=ways, warnings=(*plan.warnings, *notes))
+        return inspection.guest, replace(plan, ways=ways, warnings=(*plan.warnings, *notes))
 
     async def _notes(
         self, guest: Guest, request: Request, evidence: Assessment | None
@@ -316,10 +316,10 @@ class Service:
             check_same(process.guest.identity, guest.identity.start_time)
             # A plan must not block a guest in a file system that does not answer.
             files = evidence is not None and not may_hang(evidence.last)
-            state = await self._monitors.look_at_disks(process, request.qmp_socket, files=files)
+            state = await self._monitors.read_disks(process, request.qmp_socket, files=files)
             if state is None:
                 return ()
-            return notes_of_plan(state) if files else (*notes_of_plan(state), NOT_ASKED)
+            return notes_of_plan(state) if files else (*notes_of_plan(state), CACHE_UNSAFE_UNKNOWN)
         finally:
             process.close()
 
@@ -354,7 +354,7 @@ class Service:
         """Return every visible QEMU process on this host."""
         return list(await self._guests.get())
 
-    async def _look_for_guests(self) -> list[Guest]:
+    async def _find_guests(self) -> list[Guest]:
         # Concurrent callers share this: it reads all of /proc, in 0.1 ms for each process.
         qemus = [
             identity
@@ -364,7 +364,7 @@ class Service:
         labels = await self._host.labels(qemus)
         return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
 
-    async def _look_twice(self, process: Process) -> Assessment | None:
+    async def _sample_twice(self, process: Process) -> Assessment | None:
         """Take two samples, because only a difference shows movement; None if they are late."""
         if self._sampler is None:
             return None
@@ -372,9 +372,9 @@ class Service:
         evidence = None
         try:
             async with asyncio.timeout(INSPECT_TIMEOUT_S):
-                evidence = assess(None, await _look(watch))
+                evidence = assess(None, await _take_sample(watch))
                 await asyncio.sleep(INSPECT_INTERVAL_S)
-                evidence = assess(evidence, await _look(watch, detail=True))
+                evidence = assess(evidence, await _take_sample(watch, detail=True))
         except TimeoutError:
             pass
         finally:
@@ -395,8 +395,9 @@ class Service:
 
     def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
         """Remove POWERDOWN if the caller refers to the configuration, which disables asking."""
-        left = given.get("powerdown-as-configured", False)
-        return flags & ~Flag.POWERDOWN if left and not self.config.asks(guest.label.name) else flags
+        if given.get("powerdown-as-configured") and not self.config.asks(guest.label.name):
+            return flags & ~Flag.POWERDOWN
+        return flags
 
     async def _keep(self, *jobs: Job) -> None:
         """Return when these jobs are saved, so that they survive a crash. If saving takes too long,
@@ -406,22 +407,27 @@ class Service:
                 self.registry.note(events.not_written(job))
 
 
-async def _look(watch: Watch, *, detail: bool = False) -> Sample:
-    seen: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
-    watch.look(lambda sample: None if seen.done() else seen.set_result(sample), detail=detail)
-    return await seen
+async def _take_sample(watch: Watch, *, detail: bool = False) -> Sample:
+    result: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+
+    def answer(sample: Sample) -> None:
+        if not result.done():
+            result.set_result(sample)
+
+    watch.take_sample(answer, detail=detail)
+    return await result
 
 
 def _parse_flags(flags: int) -> Flag:
     if unknown := flags & ~int(KNOWN_FLAGS):
         raise InvalidArgs(f"Flags {flags:#x} has unknown bits: {unknown:#x}")
-    asked = Flag(flags)
-    if Flag.POWERDOWN in asked:
-        if Flag.FIXED in asked:
+    flag_set = Flag(flags)
+    if Flag.POWERDOWN in flag_set:
+        if Flag.FIXED in flag_set:
             raise InvalidArgs("POWERDOWN (4) cannot be combined with FIXED (8)")
-        if (Flag.FORCE | Flag.NOWAIT) in asked:
+        if (Flag.FORCE | Flag.NOWAIT) in flag_set:
             raise InvalidArgs("POWERDOWN (4) cannot be combined with both FORCE (1) and NOWAIT (2)")
-    return asked
+    return flag_set
 
 
 def _check_for_many(given: Mapping[str, object]) -> None:

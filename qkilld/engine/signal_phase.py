@@ -13,7 +13,7 @@ from enum import Enum, auto
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
 from typing import Final
 
-from qkilld.decision.ladder import Action, JobFacts, decide, look_interval
+from qkilld.decision.ladder import Action, JobFacts, decide, sample_interval
 from qkilld.decision.risk import risks_of_kill
 from qkilld.decision.verdict import assess, is_dead, is_news
 from qkilld.engine import events
@@ -97,7 +97,7 @@ class SignalPhase:
         return self._term_at is not None or self._kill_at is not None
 
     @property
-    def is_looking(self) -> bool:
+    def is_sampling(self) -> bool:
         """Whether a sample was requested and has not come."""
         return self._sampler.is_pending
 
@@ -136,17 +136,17 @@ class SignalPhase:
                 job.note_gone()
                 return
             action = Action.KILL if self._forced and not self.killed else decision.action
-            if action not in (Action.KILL, Action.LOOK):
+            if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
             match action:
                 case Action.WAIT:
                     job.wait_until(decision.deadline, decision.wake)
                     return
-                case Action.LOOK:
+                case Action.SAMPLE:
                     # `advance` is called again with the sample, or at its timeout.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
-                    self._sampler.look(self._seen, detail=detail)
+                    self._sampler.take_sample(self._seen, detail=detail)
                     return
                 case Action.YANK:
                     # `advance` is called again when the reply arrives.
@@ -310,7 +310,7 @@ class SignalPhase:
         before = job.assessment
         # A late sample may be older than the empty one that replaced it.
         if before is None or sample.at >= before.last.at:
-            job.assessment = evidence = assess(before, sample, look_interval(self._load()))
+            job.assessment = evidence = assess(before, sample, sample_interval(self._load()))
             self._trace.record(sample)
             if evidence.verdict is not job.verdict:
                 job.turn_to(evidence.verdict, evidence.reasons[:4], evidence.last.at)
@@ -318,7 +318,7 @@ class SignalPhase:
             if before is None or could_yank != self._could_yank or is_news(before, evidence):
                 job.enter(job.phase)
             else:
-                job.note_look()
+                job.note_sample()
             if self._kill_at is not None and is_dead(sample):
                 job.note_gone()
                 return

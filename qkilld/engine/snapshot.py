@@ -164,7 +164,7 @@ class Snapshot:
         """Return when that signal was last sent."""
         return max((rung.at for rung in self.rungs if rung.action == signal.name), default=None)
 
-    def done_at(self, action: str) -> int | None:
+    def rung_at(self, action: str) -> int | None:
         """Return when an action other than a signal was last done."""
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 

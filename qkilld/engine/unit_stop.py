@@ -37,14 +37,14 @@ class UnitStops:
     def __init__(
         self,
         service: Service,
-        look_up: Callable[[int], ControlProcess | None],
+        describe: Callable[[int], ControlProcess | None],
         *,
         user: bool,
     ) -> None:
-        """`look_up` describes a process, or returns None if it is unreadable. `user`: the service
+        """`describe` describes a process, or returns None if it is unreadable. `user`: the service
         runs in a user manager."""
         self._service = service
-        self._look_up = look_up
+        self._describe = describe
         self._user = user
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -55,7 +55,7 @@ class UnitStops:
 
     def reason(self, pid: int) -> str:
         """Name the unit that process `pid` stops; "" if unknown."""
-        process = self._look_up(pid)
+        process = self._describe(pid)
         return f"ExecStop of {process.unit.name}" if process and process.unit.name else ""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
@@ -68,7 +68,7 @@ class UnitStops:
         if facts is None:
             return UnitLimits(name, None, why)
         limits = limits_of(facts, pid, jobs[0].guest.identity.pid)
-        process = self._look_up(pid)
+        process = self._describe(pid)
         for job in jobs:
             if job.running:
                 self._join(job, limits_of(facts, pid, job.guest.identity.pid), process, uid, force)
@@ -101,7 +101,7 @@ class UnitStops:
         units = self._service.units
         if units is None:
             return "", None, "systemd cannot be asked without a message bus"
-        process = self._look_up(pid)
+        process = self._describe(pid)
         if process is None:
             return "", None, "the unit of the caller cannot be read"
         unit = process.unit

@@ -44,7 +44,7 @@ class YankRung:
         self._disks, self._stuck, self._still_due = disks, stuck, still_due
         self.at: int | None = None
         """When something was last yanked."""
-        self._done: set[str] = set()
+        self._cut_off_names: set[str] = set()
         """The names of yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
         """The connections whose yank has no reply yet. QEMU can exit before its reply is read."""
@@ -59,7 +59,7 @@ class YankRung:
         return self._allowed and not self._exhausted and self._link.monitor is not None
 
     def resume(self, past: Snapshot) -> None:
-        self.at = past.done_at(YANK)
+        self.at = past.rung_at(YANK)
 
     def step(self) -> bool:
         """Start an attempt, unless one is in progress; its end advances the job.
@@ -88,7 +88,7 @@ class YankRung:
         self._until = self._clock.now() + TIMEOUT
         attempt = self._attempt
 
-        def found(instances: tuple[YankInstance, ...] | str | Exception) -> None:
+        def handle_instances(instances: tuple[YankInstance, ...] | str | Exception) -> None:
             if attempt != self._attempt or not self._job.running:
                 return
             if isinstance(instances, str | Exception):
@@ -97,7 +97,7 @@ class YankRung:
             else:
                 self._cut_off(instances)
 
-        monitor.query_yank(found)
+        monitor.query_yank(handle_instances)
 
     def _cut_off(self, instances: tuple[YankInstance, ...]) -> None:
         evidence, monitor, attempt = self._job.assessment, self._link.monitor, self._attempt
@@ -108,7 +108,7 @@ class YankRung:
                 evidence,
                 disks=self._disks(),
                 stuck=self._stuck(),
-                done=self._done,
+                cut_off=self._cut_off_names,
                 still_since=self._clock.now() - self._job.policy.stall,
             )
         if not chosen or monitor is None:
@@ -120,7 +120,7 @@ class YankRung:
             self._job.advance()
             return
 
-        def done(refused: str | Exception) -> None:
+        def handle_reply(refused: str | Exception) -> None:
             if attempt != self._attempt or not self._job.running:
                 return
             if refused:
@@ -132,7 +132,7 @@ class YankRung:
             self._job.advance()
 
         self._unanswered = chosen
-        monitor.yank([cutoff.instance for cutoff in chosen], done)
+        monitor.yank([cutoff.instance for cutoff in chosen], handle_reply)
 
     def _note_unanswered(self) -> None:
         """Count connections without a reply as yanked, because they may be."""
@@ -141,7 +141,7 @@ class YankRung:
             return
         job = self._job
         self._until = None
-        self._done |= {cutoff.instance.name for cutoff in chosen}
+        self._cut_off_names |= {cutoff.instance.name for cutoff in chosen}
         job.note_rung(YANK, self._clock.now())
         for cutoff in chosen:
             text = f"{', '.join(cutoff.disks)} was cut off: {cutoff.why}"

@@ -90,12 +90,12 @@ class _FileSearch(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.result = _look(self._root, self._backing)
+            self.result = _find_image(self._root, self._backing)
         except OSError as error:
             note_once(f"looking for {os.fsdecode(self._backing.path)!r} in {self._root}", error)
 
 
-def _look(root: Path, backing: Backing) -> str | None:
+def _find_image(root: Path, backing: Backing) -> str | None:
     """Return a value for BackingPlace.device; None if the file is another one. Raises OSError."""
     file = open_path(root, os.fsdecode(backing.path))
     try:

@@ -50,7 +50,7 @@ class GraphReader:
 
     def _start(self) -> threading.Thread | None:
         try:
-            return shared.start(self._pid, read_uid(self._pid, self._proc), self._look)
+            return shared.start(self._pid, read_uid(self._pid, self._proc), self._read)
         except (OSError, AllThreadsBlocked) as error:
             note_once("reading the command line", error)
             return None
@@ -84,7 +84,7 @@ class GraphReader:
         every = {number for place in places.values() for number in place.disks}
         return tuple(sorted(every - may_have))
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         about(self._pid)
         try:
             argv = read_command_line(self._pid, self._proc)

@@ -32,12 +32,12 @@ class ExportReader:
     def path_of(self, export: str) -> str:
         """Return the path of the image; "" if unknown. Waits for at most TIMEOUT_S."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="exports", daemon=True)
+            self._thread = threading.Thread(target=self._read, name="exports", daemon=True)
             self._thread.start()
             self._thread.join(TIMEOUT_S)
         return self._paths.get(export, "")
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         about(self._pid)
         try:
             argv = read_command_line(self._pid, self._proc)

@@ -19,7 +19,7 @@ MOST: Final = 1 << 16
 """Greatest number of bytes to read. The kernel returns the whole file in one read."""
 _SHORT: Final = 4096
 
-GONE: Final = (FileNotFoundError, ProcessLookupError)
+EXITED: Final = (FileNotFoundError, ProcessLookupError)
 """Errors of opening or reading a file of a process or thread that is gone."""
 
 

@@ -2,7 +2,7 @@
 
 The kernel reports a socket's inode but not its process. Finding the process takes a search through
 the descriptors of all processes, 3 µs each, and any user can have millions. So a sample spends at
-most LOOK_S on a search, all searches together use a fifth of a processor, users take turns, and
+most SEARCH_S on a search, all searches together use a fifth of a processor, users take turns, and
 processes with many descriptors are searched separately.
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
@@ -23,7 +23,7 @@ from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS, PROC
 
-LOOK_S: Final = 0.05
+SEARCH_S: Final = 0.05
 """The longest time that a sample searches, or waits for a search by another sample."""
 BACKGROUND_SEARCH_S: Final = 1.0
 """The longest time of a search between samples, for which no sample waits."""
@@ -65,13 +65,13 @@ class PeerFinder:
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about
-        LOOK_S."""
+        SEARCH_S."""
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
-        if missing and self._lock.acquire(timeout=LOOK_S):
+        if missing and self._lock.acquire(timeout=SEARCH_S):
             try:
-                self._search(missing, LOOK_S)
+                self._search(missing, SEARCH_S)
             finally:
                 self._lock.release()
             owners |= self._known(missing)
@@ -159,7 +159,7 @@ class _Search:
             if process is None:
                 self._finish()
             else:
-                yield from self._look_into(process.pid)
+                yield from self._sockets_of(process.pid)
         self._rests_until = time.monotonic() + PAUSE_FACTOR * (time.thread_time() - start)
 
     def _finish(self) -> None:
@@ -200,7 +200,7 @@ class _Search:
                 note_once("looking for servers", error)
         return process
 
-    def _look_into(self, pid: int) -> Iterator[tuple[int, _SocketHolder]]:
+    def _sockets_of(self, pid: int) -> Iterator[tuple[int, _SocketHolder]]:
         try:
             directory = os.open(f"{self._proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:

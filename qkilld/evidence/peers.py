@@ -64,7 +64,7 @@ class ServerReader:
         None if unknown.
         """
         self._used_pids = set()
-        values = self._read(ends, storage, sockets, seen={self._pid})
+        values = self._read(ends, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
         # A server that forks for each connection has a new process after each reconnect.
         for pid in self._readers.keys() - self._used_pids:
@@ -86,12 +86,12 @@ class ServerReader:
         ends: Mapping[int, str | None],
         storage: StorageTable,
         sockets: SocketTable,
-        seen: set[int],
+        downstream: set[int],
     ) -> dict[int, Peer]:
-        """`seen`: the processes between the guest and this server."""
+        """`downstream`: the processes between the guest and this server."""
         peers: dict[int, Peer] = {}
         owners = self._finder.find(ends) if ends else {}
-        for pid in set(owners.values()) - seen:
+        for pid in set(owners.values()) - downstream:
             own_ends = {end: ends[end] for end, owner in owners.items() if owner == pid}
             reader = self._reader(pid)
             peer = reader.read(storage, sockets, own_ends) if reader is not None else None
@@ -100,9 +100,9 @@ class ServerReader:
             if peer is None:
                 self._readers.pop(pid).close()
                 continue
-            if len(seen) <= HOPS:
+            if len(downstream) <= HOPS:
                 upstream = dict.fromkeys(reader.upstream)
-                behind = self._read(upstream, storage, sockets, seen | {pid})
+                behind = self._read(upstream, storage, sockets, downstream | {pid})
                 peer = replace(peer, behind=tuple({p.pid: p for p in behind.values()}.values()))
             peers |= dict.fromkeys(own_ends, peer)
         return peers

@@ -186,15 +186,15 @@ class ProcessReader:
         now = self._status.read_or_none()
         return now is not None and hash(now) == text
 
-    def _remember(self, found: dict[str, Any]) -> None:
-        whole = self._text is not None and all(found.get(name) is not None for name in _WHOLE)
+    def _remember(self, values: dict[str, Any]) -> None:
+        whole = self._text is not None and all(values.get(name) is not None for name in _WHOLE)
         sleeps = (
-            found.get("state") in ("S", "D")
-            and not found.get("exiting")
+            values.get("state") in ("S", "D")
+            and not values.get("exiting")
             and self._threads.all_sleep
         )
         if whole and sleeps:
-            self._last_values = {name: found[name] for name in _WHOLE}
+            self._last_values = {name: values[name] for name in _WHOLE}
 
     def _read_status(self, into: dict[str, Any]) -> None:
         text = self._status.read_or_none()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.debug_log import note_once
-from qkilld.evidence.kept_file import GONE, number_after, open_directory, read_once
+from qkilld.evidence.kept_file import EXITED, number_after, open_directory, read_once
 
 REFRESH_S: Final = 10.0
 MAPPINGS_TIMEOUT_S: Final = 0.05
@@ -147,7 +147,7 @@ class RingReader:
             for number in numbers:
                 try:
                     links.append((number, os.readlink(number, dir_fd=directory)))
-                except GONE:  # Closed meanwhile.
+                except EXITED:  # Closed meanwhile.
                     continue
             return links
         finally:
@@ -157,7 +157,7 @@ class RingReader:
         for number in numbers:
             try:
                 text = read_once(f"fdinfo/{number}", self._directory)
-            except GONE:
+            except EXITED:
                 continue
             except OSError as error:
                 note_once("looking for O_DIRECT", error)

@@ -195,12 +195,12 @@ class Reader:
             return connections
         exports = {node.name: node.export for node in nodes or ()}
         ends = self._sockets.peers(connections, sockets)
-        asked = {
+        wanted_ends = {
             ends[connection.inode]: exports.get(connection.node)
             for connection in connections
             if connection.inode in ends
         }
-        peers = self._servers.read(asked, storage, sockets)
+        peers = self._servers.read(wanted_ends, storage, sockets)
         return tuple(
             replace(connection, peer=peers.get(ends.get(connection.inode, 0)))
             for connection in connections
@@ -269,12 +269,12 @@ class TargetWatch:
         self._busy = False
         self._closed = False
 
-    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
         self._callback, self._detail = callback, detail
         if not self._busy:
             self._busy = True
             self._keeps = self._budget.admit(self)
-            self._workers.submit(self._work, uid=self._uid, instead=self._not_seen)
+            self._workers.submit(self._work, uid=self._uid, instead=self._give_up)
             self._handover.expect()
 
     def close(self) -> None:
@@ -296,22 +296,22 @@ class TargetWatch:
         if not self._keeps:
             self._guard.call("closing files", self._close_files)
         if sample is None:
-            self._not_seen()
+            self._give_up()
         else:
-            self._handover.put(partial(self._done, sample), more=self._workers.waiting)
+            self._handover.put(partial(self._deliver, sample), more=self._workers.waiting)
         if (reader := self._reader) is not None:
             self._guard.call("looking for servers", reader.search)
 
-    def _not_seen(self) -> None:
+    def _give_up(self) -> None:
         sample = Sample(time.monotonic_ns() // 1000, "?")
-        self._handover.put(partial(self._done, sample), more=self._workers.waiting)
+        self._handover.put(partial(self._deliver, sample), more=self._workers.waiting)
 
     def _read(self) -> Sample:
         if self._reader is None:
             self._reader = Reader(self._pid, self._tables, self._guard)
         return self._reader.read(detail=self._detail)
 
-    def _done(self, sample: Sample) -> None:
+    def _deliver(self, sample: Sample) -> None:
         self._busy = False
         if self._closed:
             self._close_reader()

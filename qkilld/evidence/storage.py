@@ -193,19 +193,19 @@ class StorageReader:
             devices_read = None
         return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
 
-    def _keep(self, seen: dict[str, _Disk]) -> None:
+    def _keep(self, disks: dict[str, _Disk]) -> None:
         """Add these devices, and keep those no longer in use unless they were unplugged.
 
         A device that was writable stays writable: an exiting QEMU opens its images again for
         reading, and then flushes.
         """
         for number, disk in list(self._disks.items()):
-            if number in seen:
-                writable = disk.writable or seen[number].writable
-                seen[number] = dataclasses.replace(seen[number], writable=writable)
+            if number in disks:
+                writable = disk.writable or disks[number].writable
+                disks[number] = dataclasses.replace(disks[number], writable=writable)
             elif devices.describe(number, self._sys) is None:
                 del self._disks[number]
-        self._disks |= seen
+        self._disks |= disks
 
     def close(self) -> None:
         """Forget everything."""

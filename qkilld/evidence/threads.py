@@ -20,7 +20,7 @@ from typing import Final
 from qkilld.adapters.procfs import Stat, parse_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.kept_file import (
-    GONE,
+    EXITED,
     KeptFile,
     number_after,
     open_directory,
@@ -181,7 +181,7 @@ class ThreadReader:
         for place, entry in enumerate(self._entries.values()):
             try:
                 self._read(entry, keep=place < _MAX_KEPT)
-            except GONE:
+            except EXITED:
                 exited.append(entry.tid)
         for tid in exited:
             self._drop(tid)
@@ -251,7 +251,7 @@ class ThreadReader:
     def _syscall(self, entry: _ThreadEntry) -> tuple[int | None, list[int]]:
         try:
             words = read_once(f"task/{entry.tid}/syscall", self._directory).split()
-        except GONE:
+        except EXITED:
             raise
         except OSError as error:
             note_once("reading the syscall of a thread", error)
@@ -268,7 +268,7 @@ class ThreadReader:
     def _wchan(self, tid: str) -> str | None:
         try:
             name = read_once(f"task/{tid}/wchan", self._directory)
-        except GONE:
+        except EXITED:
             raise
         except OSError as error:
             note_once("reading the wchan of a thread", error)

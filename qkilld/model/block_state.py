@@ -55,7 +55,7 @@ class BackgroundJob:
 
     title: str
     status: str
-    done: int
+    progress: int
     """Bytes or another unit; grows while the job makes progress."""
     migration: bool = False
 

@@ -48,8 +48,8 @@ def _with_slots(cls: Any) -> Any:
     inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
     kinds = cls.__annotations__.items()
     names = [name for name, kind in kinds if not kind.startswith("ClassVar")]
-    left_out = {*names, "__dict__", "__weakref__"}
-    content = {name: value for name, value in cls.__dict__.items() if name not in left_out}
+    excluded = {*names, "__dict__", "__weakref__"}
+    content = {name: value for name, value in cls.__dict__.items() if name not in excluded}
     content["__slots__"] = tuple(name for name in names if name not in inherited)
     content["__qualname__"] = cls.__qualname__
     return type(cls)(cls.__name__, cls.__bases__, content)

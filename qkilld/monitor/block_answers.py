@@ -30,7 +30,7 @@ _FORMATS: Final = frozenset(
 _FILE_DRIVERS: Final = frozenset({"file", "host_device"})
 _URL: Final = re.compile(r"(\w+)(?:\+\w+)?:")
 _MAX_DEPTH: Final = 16
-_DONE: Final = frozenset({"none", "completed", "failed", "cancelled"})
+_NOT_IN_PROGRESS: Final = frozenset({"none", "completed", "failed", "cancelled"})
 """States of a migration that has ended, or never began."""
 
 
@@ -121,11 +121,11 @@ def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
     jobs = []
     for entry in _list(answer, "query-block-jobs"):
         match entry:
-            case {"type": str(kind), "device": str(name), "offset": int(done), "len": int(total)}:
+            case {"type": str(kind), "device": str(name), "offset": int(moved), "len": int(total)}:
                 status = str(entry.get("status", "running"))
                 if status not in SETTLED:
-                    title = f"{kind} {name} ({done} of {total} bytes)"
-                    jobs.append(BackgroundJob(_title(title), _title(status), done))
+                    title = f"{kind} {name} ({moved} of {total} bytes)"
+                    jobs.append(BackgroundJob(_title(title), _title(status), moved))
             case _:
                 raise _unreadable("query-block-jobs")
     return tuple(jobs)
@@ -145,13 +145,13 @@ def read_migration(answer: object) -> tuple[BackgroundJob, ...]:
     status = answer.get("status", "none")
     if not isinstance(status, str):
         raise _unreadable("query-migrate")
-    if status in _DONE:
+    if status in _NOT_IN_PROGRESS:
         return ()
-    done = 0
+    moved = 0
     match answer.get("ram"):
         case {"transferred": int(transferred)}:
-            done = transferred
-    return (BackgroundJob("migration", _title(status), done, migration=True),)
+            moved = transferred
+    return (BackgroundJob("migration", _title(status), moved, migration=True),)
 
 
 def _disk(

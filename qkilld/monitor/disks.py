@@ -68,7 +68,7 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
         unused = block_answers.read_unused_images(blocks, nodes)
     else:
         disks = block_answers.read_disk_statistics(await ask("query-blockstats"))
-    jobs = await look_at_jobs(qmp)
+    jobs = await read_jobs(qmp)
     queues: tuple[RequestQueue, ...] | None = None
     foreign: tuple[str, ...] = ()
     try:
@@ -89,7 +89,7 @@ async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
     )
 
 
-async def look_at_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
+async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
     """Read the jobs that would be cancelled if QEMU exited. Raises MonitorError."""
     jobs = block_answers.read_jobs(await qmp.execute("query-block-jobs", timeout_s=QUERY_S))
     migration = await qmp.execute("query-migrate", timeout_s=QUERY_S)

@@ -99,7 +99,7 @@ class GuestControl:
         self._signs: set[ShutdownSign] = set()
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
-        self._asked = False
+        self._expects_shutdown = False
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The last reply to query-chardev, with its time (s)."""
         self._agent_was_open: bool | None = None
@@ -114,7 +114,7 @@ class GuestControl:
         on_event: Callable[[GuestEvent], None] | None = None,
         qmp_socket: str = "",
         directly: bool = False,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
         proc: Path = procfs.PROC,
     ) -> GuestControl:
@@ -124,19 +124,19 @@ class GuestControl:
         network namespace to connect to them.
 
         Waits BUSY_S for a monitor in use. `qmp_socket`: the path of the QMP monitor according to
-        the caller. `asked`: the guest was asked to shut down before; `agent_was_open`: its agent
-        had the port open then. Raises InvalidArgs if the process does not listen at `qmp_socket`,
-        MonitorUnreachable with an explanation for the plan, MonitorTimeout.
+        the caller. `was_asked`: the guest was asked to shut down before; `agent_was_open`: whether
+        its agent had the port open then. Raises InvalidArgs if the process does not listen at
+        `qmp_socket`, MonitorUnreachable with an explanation for the plan, MonitorTimeout.
         """
         began = time.monotonic()
         while True:
-            found = await read_process(process.guest.identity, proc)
-            guest_endpoints = find_endpoints(*found)
+            facts = await read_process(process.guest.identity, proc)
+            guest_endpoints = find_endpoints(*facts)
             endpoints = [*guest_endpoints.with_role(Role.QMP), *guest_endpoints.with_role(Role.HMP)]
             if directly:
                 endpoints += guest_endpoints.passable
             if qmp_socket:
-                endpoints = [endpoint_at(qmp_socket, found[1])]
+                endpoints = [endpoint_at(qmp_socket, facts[1])]
             obstacles = list(guest_endpoints.obstacles)
             if not directly:
                 obstacles += [f"{each.title} {NOT_PASSED}" for each in guest_endpoints.passable]
@@ -144,7 +144,7 @@ class GuestControl:
                 if time.monotonic() >= began + TRY_S:
                     break
                 control = cls(process, guest_endpoints, endpoint, table, proc)
-                control._asked, control._agent_was_open = asked, agent_was_open
+                control._expects_shutdown, control._agent_was_open = was_asked, agent_was_open
                 try:
                     await control._connect(on_event)
                 except MonitorError as error:
@@ -176,14 +176,14 @@ class GuestControl:
         connection: socket.socket,
         table: ListenerTable,
         *,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
         proc: Path = procfs.PROC,
     ) -> GuestControl:
-        """Open the guest's monitor over a connection that a caller has made. `asked` as in `open`.
+        """Open the guest's monitor over a connection that a caller has made.
 
-        Raises MonitorError, and closes the connection, if it does not end in the process's monitor
-        or the monitor does not answer.
+        `was_asked` as in `open`. Raises MonitorError, and closes the connection, if it does not end
+        in the process's monitor or the monitor does not answer.
         """
         try:
             endpoint = await prove(process, connection, proc)
@@ -192,7 +192,7 @@ class GuestControl:
             connection.close()
             raise
         control = cls(process, guest_endpoints, endpoint, table, proc)
-        control._asked, control._agent_was_open = asked, agent_was_open
+        control._expects_shutdown, control._agent_was_open = was_asked, agent_was_open
         try:
             await control._open_client(connection)
         except BaseException:
@@ -208,16 +208,16 @@ class GuestControl:
         own_chardevs: frozenset[str],
         table: ListenerTable,
         *,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
         on_event: Callable[[GuestEvent], None] | None = None,
         proc: Path = procfs.PROC,
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        In-band commands on it may never be answered, so none is sent. `asked` as in `open`. Raises
-        MonitorError, and closes the connection, if it does not end in the process or QEMU does not
-        answer.
+        In-band commands on it may never be answered, so none is sent. `was_asked` as in `open`.
+        Raises MonitorError, and closes the connection, if it does not end in the process or QEMU
+        does not answer.
         """
         try:
             await check_end(process, connection, proc)
@@ -230,7 +230,7 @@ class GuestControl:
         endpoint = Endpoint(Role.QMP, UnixListener(0, ()))
         control = cls(process, guest_endpoints, endpoint, table, proc)
         control.own_chardevs = own_chardevs
-        control._asked, control._agent_was_open = asked, agent_was_open
+        control._expects_shutdown, control._agent_was_open = was_asked, agent_was_open
         control._on_event = on_event
         control.adopted = True
         control.qmp = await QmpClient.adopt(connection, control._take_event)
@@ -342,7 +342,7 @@ class GuestControl:
             button, pending = await self.read_button()
             totals = await self.block_totals()
             self.last_port = await self.agent_port(max_age_s=CACHE_AGE_S)
-            if self._asked:
+            if self._expects_shutdown:
                 self._note_agent(self.last_port)
             if self._vcpus is None:
                 self._vcpus = await self._find_vcpus()
@@ -359,7 +359,7 @@ class GuestControl:
             disks_idle=None if totals is None else totals.idle,
             vcpu_time=ran,
             vcpu_wait=waited,
-            vcpu_load=vcpus.load() if vcpus is not None and not self._asked else None,
+            vcpu_load=vcpus.load() if vcpus is not None and not self._expects_shutdown else None,
             agent_open=self.last_port.opened if self.last_port is not None else None,
             signs=signs,
         )
@@ -499,19 +499,19 @@ class GuestControl:
         if port is not None and port.held:
             raise MonitorBusy("Another program uses the guest's agent")
         # Read the process again, because the agent's socket may be in use now, or free.
-        found = await read_process(self._process.guest.identity, self._proc)
-        endpoints = find_endpoints(*found).with_role(Role.AGENT)
+        facts = await read_process(self._process.guest.identity, self._proc)
+        endpoints = find_endpoints(*facts).with_role(Role.AGENT)
         if not endpoints:
             raise MonitorUnreachable("The guest has no port for an agent that qkilld can reach")
         return await connect(self._process, endpoints[0], self._table, self._proc)
 
     async def begin_watch(self) -> None:
         """Record signs of a shutdown from now on."""
-        if self._asked:
+        if self._expects_shutdown:
             return
         with contextlib.suppress(MonitorError):
             self._note_agent(await self.agent_port(max_age_s=CACHE_AGE_S))
-        self._asked = True
+        self._expects_shutdown = True
 
     def _note_agent(self, port: AgentPort | None) -> None:
         if port is None:
@@ -531,7 +531,7 @@ class GuestControl:
         by_guest = event.data.get("guest") is True
         if answers.says_powered_off({"event": event.name, "data": event.data}):
             self._signs.add(ShutdownSign.POWERED_OFF)
-        elif self._asked:
+        elif self._expects_shutdown:
             self._take_sign(kind, event, by_guest)
         if self._on_event is not None:
             self._on_event(GuestEvent(kind, event.received, event.data))

@@ -40,7 +40,7 @@ from qkilld.monitor.reach import ListenerTable, prove, read_process
 
 T = TypeVar("T")
 
-LOOK_S: Final = 1.0
+READ_S: Final = 1.0
 """Timeout for reading the disks of a guest that is not stopped. Reading them takes 10 ms."""
 
 
@@ -60,7 +60,7 @@ class JobMonitors:
         *,
         kept: KeptMonitor | None = None,
         passed: int | None = None,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
         """A busy or silent monitor is reported within a second."""
@@ -72,17 +72,17 @@ class JobMonitors:
             control = None
             if kept is not None:
                 untouched.remove(kept.fd)
-                control = await self._adopt(process, kept, asked, agent_was_open)
+                control = await self._adopt(process, kept, was_asked, agent_was_open)
             if passed is not None and control is None:
                 untouched.remove(passed)
-                control = await self._take(process, passed, asked, agent_was_open)
+                control = await self._take(process, passed, was_asked, agent_was_open)
             try:
                 control = control or await GuestControl.open(
                     process,
                     self._table,
                     qmp_socket=qmp_socket,
                     directly=self._directly,
-                    asked=asked,
+                    was_asked=was_asked,
                     agent_was_open=agent_was_open,
                 )
             except QkilldError as error:
@@ -103,7 +103,7 @@ class JobMonitors:
         return cancel
 
     async def _adopt(
-        self, process: Process, kept: KeptMonitor, asked: bool, agent_was_open: bool | None
+        self, process: Process, kept: KeptMonitor, was_asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
         """Return None if the connection is no longer usable."""
         try:
@@ -112,7 +112,7 @@ class JobMonitors:
                 take_over(socket.socket(fileno=kept.fd)),
                 frozenset(kept.own_chardevs),
                 self._table,
-                asked=asked,
+                was_asked=was_asked,
                 agent_was_open=agent_was_open,
             )
         except (MonitorError, OSError) as error:
@@ -122,7 +122,7 @@ class JobMonitors:
         return control
 
     async def _take(
-        self, process: Process, passed: int, asked: bool, agent_was_open: bool | None
+        self, process: Process, passed: int, was_asked: bool, agent_was_open: bool | None
     ) -> GuestControl | None:
         """Return None if the connection that a caller passed cannot be used."""
         try:
@@ -130,7 +130,7 @@ class JobMonitors:
                 process,
                 _socket_of(passed),
                 self._table,
-                asked=asked,
+                was_asked=was_asked,
                 agent_was_open=agent_was_open,
             )
         except (MonitorError, OSError) as error:
@@ -167,12 +167,12 @@ class JobMonitors:
         _, listeners, _ = await read_process(process.guest.identity)
         endpoint_at(qmp_socket, listeners)
 
-    async def look_at_disks(
+    async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
         """A monitor in use by another program is left alone."""
         try:
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(READ_S):
                 control = await GuestControl.open(
                     process, self._table, qmp_socket=qmp_socket, directly=self._directly
                 )
@@ -269,21 +269,21 @@ class JobMonitor:
 
         self._run(obey, callback)
 
-    def look_at_disks(
+    def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
-        async def look() -> BlockState:
+        async def read() -> BlockState:
             return await disks.look(self._qmp(), files=files)
 
-        self._run(look, callback)
+        self._run(read, callback)
 
-    def look_at_jobs(
+    def read_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
     ) -> None:
-        async def look() -> tuple[BackgroundJob, ...]:
-            return await disks.look_at_jobs(self._qmp())
+        async def read() -> tuple[BackgroundJob, ...]:
+            return await disks.read_jobs(self._qmp())
 
-        self._run(look, callback)
+        self._run(read, callback)
 
     def stop_and_flush(
         self,
@@ -315,13 +315,13 @@ class JobMonitor:
         until = time.monotonic() + timeout / USEC_PER_SEC
 
         async def carry_out() -> tuple[FlushResult, ...]:
-            found: list[FlushResult] = []
+            results: list[FlushResult] = []
             with contextlib.suppress(MonitorError):
                 for disk in of:
-                    left = max(until - time.monotonic(), 0.0)
-                    one = await disks.flush_by_name(self._qmp(), disk, timeout_s=left)
-                    found.append(one)
-            return tuple(found)
+                    remaining_s = max(until - time.monotonic(), 0.0)
+                    one = await disks.flush_by_name(self._qmp(), disk, timeout_s=remaining_s)
+                    results.append(one)
+            return tuple(results)
 
         self._tasks.run(carry_out, callback)
 
@@ -385,12 +385,12 @@ async def _call_back(
     work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
 ) -> None:
     """Call back with the result of `work`, or with the exception if it has a bug."""
-    found: T | Exception
+    result: T | Exception
     try:
-        found = await work()
+        result = await work()
     except Exception as error:
-        found = error
-    callback(found)
+        result = error
+    callback(result)
 
 
 class _Tasks:
@@ -409,7 +409,7 @@ class _Tasks:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))
         self._running.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._end_task)
 
     def cancel(self) -> None:
         """Cancel all tasks except the calling one, which is about to end; start no more."""
@@ -423,7 +423,7 @@ class _Tasks:
             if task is not current:
                 task.cancel()
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _end_task(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # A bug of ours: the loop's handler reports it, and the job continues to its deadline.

@@ -120,12 +120,12 @@ async def prove(process: Process, connection: socket.socket, proc: Path = procfs
     """
     identity = process.guest.identity
 
-    def look() -> Endpoint | None:
+    def read() -> Endpoint | None:
         guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
         return endpoint_of_peer(guest_endpoints, peer_address(connection))
 
     await check_end(process, connection, proc)
-    if (endpoint := await _look_at(process, look)) is None:
+    if (endpoint := await _examine(process, read)) is None:
         raise MonitorUnreachable("The connection does not end in a monitor of the process")
     return endpoint
 
@@ -133,15 +133,15 @@ async def prove(process: Process, connection: socket.socket, proc: Path = procfs
 async def check_end(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> None:
     """Raise MonitorUnreachable if the connection does not end in the process, MonitorTimeout."""
     pid = process.guest.identity.pid
-    if not await _look_at(process, lambda: ends_in(connection, pid, proc)):
+    if not await _examine(process, lambda: ends_in(connection, pid, proc)):
         raise MonitorUnreachable("The connection ends in another process")
 
 
-async def _look_at(process: Process, look: Callable[[], T]) -> T:
-    work = _run(process.guest.identity, look)
+async def _examine(process: Process, work: Callable[[], T]) -> T:
+    future = _run(process.guest.identity, work)
     try:
         async with asyncio.timeout(REACH_TIMEOUT_S):
-            result = await work
+            result = await future
     except TimeoutError:
         raise MonitorTimeout("The other end of the connection was not found in time") from None
     except OSError as error:

@@ -269,7 +269,7 @@ class DaemonStopper:
             if now >= at:
                 self._follow_again(stop)
 
-    def exit_seen(self, stop: GuestStop) -> None:
+    def note_exit(self, stop: GuestStop) -> None:
         # If the daemon is alive, it sees the exit too, and reports the result.
         if stop not in self._exits:
             self._check_deadlines[stop] = self._clock() + CHECK_TIMEOUT_S

@@ -44,7 +44,7 @@ class GuestStop:
         self.code: int | None = None
         """The exit code; None while the stop is running."""
         self.denial = ""
-        self.exit_seen = False
+        self.is_exit_noted = False
         self.leave_at: float | None = None
         """When to give up, time.monotonic(). Set if the process is exiting and nothing more can be
         done."""

@@ -57,9 +57,9 @@ def libvirt_refused(guest: Guest, name: str, why: str) -> Event:
     )
 
 
-def stop_left(guest: Guest, why: str) -> Event:
+def stop_given_up(guest: Guest, why: str) -> Event:
     return _of_guest(
-        MessageId.STOP_LEFT,
+        MessageId.STOP_GIVEN_UP,
         Priority.WARNING,
         f"qkilld-stop exits, and {guest.title} is still there: {why}. systemd decides what happens "
         "to the guest now.",

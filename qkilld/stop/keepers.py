@@ -39,14 +39,14 @@ QUEUED_S: Final = 120.0
 @dataclass
 class _StoppingKeeper:
     facts: UnitFacts
-    seen: float
-    """When the keeper's stop job was first seen, time.monotonic()."""
+    seen_at: float
+    """When the keeper's stop job was first seen_at, time.monotonic()."""
     began: float | None = None
-    """When the stop job was first seen running."""
+    """When the stop job was first seen_at running."""
 
     def has_time(self, now: float) -> bool:
         if self.began is None:
-            return now - self.seen < QUEUED_S
+            return now - self.seen_at < QUEUED_S
         timeout = self.facts.timeout_stop
         limit = LONGEST_S if timeout == INFINITY else min(timeout / 1e6, LONGEST_S)
         return now - self.began < limit

@@ -58,7 +58,7 @@ class LocalStopper:
     def work(self) -> None:
         self._mailbox.work()
 
-    def exit_seen(self, stop: GuestStop) -> None:
+    def note_exit(self, stop: GuestStop) -> None:
         """Do nothing: the engine sees the exit itself."""
 
     def amend(self, stop: GuestStop) -> None:

@@ -46,7 +46,7 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
     except (ProcessLookupError, OverflowError):
-        raise _gone(f"process {pid} is gone") from None
+        raise _no_such_process(f"process {pid} is gone") from None
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
     # None if the process is hidden or gone; the pidfd shows which.
@@ -55,7 +55,7 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
         start_time is not None and process.start_time not in (None, start_time)
     ):
         process.close()
-        raise _gone(f"process {pid} is gone")
+        raise _no_such_process(f"process {pid} is gone")
     if start_time is not None and process.start_time is None:
         process.close()
         raise _failed(f"cannot tell when process {pid} was started: /proc does not show it")
@@ -76,7 +76,7 @@ def open_main_process(text: str) -> ProcessHandle:
     own = read_start_time(os.getpid())
     if process.start_time is not None and own is not None and process.start_time > own:
         process.close()
-        raise _gone("the main process is gone")
+        raise _no_such_process("the main process is gone")
     return process
 
 
@@ -144,7 +144,7 @@ def read_start_time(pid: int) -> int | None:
         return None
 
 
-def _gone(text: str) -> QkilldError:
+def _no_such_process(text: str) -> QkilldError:
     from qkilld.model.errors import NoSuchProcess
 
     return NoSuchProcess(text)

@@ -88,7 +88,7 @@ class StopRun:
         """The end (time.monotonic()) of the time that the unit's settings allow."""
         self._extendable = False
         """Whether systemd honours extensions."""
-        self._unit_seen = False
+        self._is_unit_known = False
         self._overrun = False
         self._signals = -1
 
@@ -241,7 +241,7 @@ class StopRun:
         if self._mailbox is not None:
             poll.register(self._mailbox.fileno(), select.POLLIN)
         for stop in self._stops:
-            if stop.running and not stop.exit_seen:
+            if stop.running and not stop.is_exit_noted:
                 poll.register(stop.process.pidfd, select.POLLIN)
         due = min(self._next_tick, self._ask_unit_at, self._leave_at)
         for stopper in self._stoppers:
@@ -258,12 +258,12 @@ class StopRun:
         """Handle everything that has been received or is due."""
         self._take_signals()
         for stop in list(self._stops):
-            if stop.running and not stop.exit_seen and stop.process.exited():
-                stop.exit_seen = True
+            if stop.running and not stop.is_exit_noted and stop.process.exited():
+                stop.is_exit_noted = True
                 if stop not in self._stopper_of:
-                    self._is_gone(stop)
+                    self._report_gone(stop)
                 elif (stopper := self._stopper_of.get(stop)) is not None:
-                    stopper.exit_seen(stop)
+                    stopper.note_exit(stop)
         for stopper in self._stoppers:
             if stopper is not None:
                 self._work(stopper)
@@ -328,7 +328,7 @@ class StopRun:
             self._stopper_of[stop] = stopper
             if self._local is not None and stopper is self._local:
                 self._local.why[stop] = self._why.get(stop, "qkilld is not running")
-                if not self._unit_seen:
+                if not self._is_unit_known:
                     self._ask_unit_at = min(self._ask_unit_at, self._clock() + UNIT_AFTER_S)
         stopper.start(stops)
 
@@ -374,7 +374,7 @@ class StopRun:
 
     def ended(self, stop: GuestStop, result: str) -> None:
         if result == "cancelled" and self._by_systemd and not stop.process.exited():
-            self._note_left(stop, "its job was cancelled")
+            self._note_given_up(stop, "its job was cancelled")
         if not stderr_is_journal():
             say(f"{stop.title} {ENDINGS.get(result, result)}")
         if result == "exited":
@@ -388,7 +388,7 @@ class StopRun:
         local = self._stopper_of[stop] is self._local
         match name:
             case "NoSuchProcess" if local or stop.process.exited():
-                self._gone(stop)
+                self._handle_exit(stop)
             case "NoSuchProcess":
                 self.lost(stop, "qkilld reports the guest as exited, but it has not")
             case "NotQemu" if not stop.denial:
@@ -415,7 +415,7 @@ class StopRun:
         self._hand_over([stop], place)
 
     def unit_known(self, unit: dict[str, Any]) -> None:
-        self._unit_seen = True
+        self._is_unit_known = True
         self._ask_unit_at = NEVER
         for stop in self._stops:
             if stop.running:
@@ -431,7 +431,7 @@ class StopRun:
                     self._log.write(stop_limited(self._guest(stop), warning))
 
     def unit_unknown(self, why: str) -> None:
-        if not self._unit_seen:
+        if not self._is_unit_known:
             self._ask_unit_at = self._clock()
 
     # ---- results ----
@@ -447,18 +447,18 @@ class StopRun:
         say(f"{stop.title}: {message}")
         self._over(stop, (known or Failed).exit_code)
 
-    def _gone(self, stop: GuestStop) -> None:
+    def _handle_exit(self, stop: GuestStop) -> None:
         """Handle a process that is gone or exiting, so that no signal can help."""
         if others := self._substitutes():
             self._over(stop, 0)
             self.begin(others)
         elif stop.process.exited():
-            self._is_gone(stop)
+            self._report_gone(stop)
         else:
             del self._stopper_of[stop]
             stop.leave_at = self._clock() + EXITING_TIMEOUT_S
 
-    def _is_gone(self, stop: GuestStop) -> None:
+    def _report_gone(self, stop: GuestStop) -> None:
         say_ending(f"{stop.title} is gone already")
         self._over(stop, 0)
 
@@ -478,7 +478,7 @@ class StopRun:
     def _ask_unit(self) -> None:
         """Read the unit's settings from systemd, in a thread."""
         self._ask_unit_at = NEVER
-        self._unit_seen = True
+        self._is_unit_known = True
         from qkilld.stop.systemd_units import on_bus, own_facts
 
         mailbox, user = self._mail, self.targets.user
@@ -571,14 +571,14 @@ class StopRun:
             return
         for stop in self._stops:
             if stop.running and not stop.process.exited():
-                self._note_left(stop, why)
+                self._note_given_up(stop, why)
                 say_ending(f"{stop.title} is still there: {why}")
         self._departure = code
 
-    def _note_left(self, stop: GuestStop, why: str) -> None:
-        from qkilld.stop.helper_events import stop_left
+    def _note_given_up(self, stop: GuestStop, why: str) -> None:
+        from qkilld.stop.helper_events import stop_given_up
 
-        self._log.write(stop_left(self._guest(stop), why))
+        self._log.write(stop_given_up(self._guest(stop), why))
 
     def _guest(self, stop: GuestStop) -> Any:
         from qkilld.stop.helper_events import guest_of

@@ -50,7 +50,7 @@ class Stopper(Protocol):
     def work(self) -> None:
         """Handle everything that has been received or is due."""
 
-    def exit_seen(self, stop: GuestStop) -> None:
+    def note_exit(self, stop: GuestStop) -> None:
         """The process has exited, according to its pidfd."""
 
     def amend(self, stop: GuestStop) -> None:

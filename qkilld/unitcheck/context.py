@@ -151,19 +151,19 @@ def looks_like_qemu(executable: str) -> bool:
 
 def started_qemus(facts: UnitFacts) -> list[str]:
     """Return the paths of QEMU in ExecStart=; a name without a directory is assumed in /usr/bin."""
-    found = []
+    paths = []
     for start in facts.exec_start:
         if looks_like_qemu(start.path):
-            found.append(start.path)
+            paths.append(start.path)
             continue
         if PurePosixPath(start.path).name == OWN_STARTER:
-            found.append("/usr/bin/qemu-system-*")
+            paths.append("/usr/bin/qemu-system-*")
             continue
         text = " ".join(start.arguments)
-        found += [
+        paths += [
             f"{directory or '/usr/bin/'}{name}" for directory, name in _QEMU_WORD.findall(text)
         ]
-    return found
+    return paths
 
 
 def starts_elsewhere(facts: UnitFacts) -> bool:

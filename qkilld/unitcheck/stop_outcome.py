@@ -189,7 +189,7 @@ class _Stop:
     settings: StopSettings
     occasion: Occasion
     assumed: Assumption
-    asked: bool = False
+    was_asked: bool = False
     waited: Patience = Patience.NONE
     """How long the stop waited for the guest after asking."""
     exiting: bool = False
@@ -221,7 +221,7 @@ class _Stop:
             return self._helper(stopper)
         for keeper in settings.keepers:
             self.steps.append(StopStep(keeper, "asks-guest-and-waits"))
-            self.asked = True
+            self.was_asked = True
             patient = settings.keeper_timeout == INFINITY
             self.waited = Patience.PATIENT if patient else Patience.TIMED
         return self._helper(stopper) if stopper else None
@@ -243,7 +243,7 @@ class _Stop:
                 case ActKind.HELPER if self.settings.helper is not Helper.INEFFECTIVE:
                     return self._helper(""), True
                 case ActKind.ASKS:
-                    self.asked = True
+                    self.was_asked = True
                 case ActKind.SLEEPS:
                     self._wait(Patience.TIMED)
                     if each.usec >= self.settings.timeout:
@@ -259,7 +259,7 @@ class _Stop:
         return None, True
 
     def _wait(self, patience: Patience) -> None:
-        if self.asked:
+        if self.was_asked:
             self.waited = max(self.waited, patience)
 
     def _wait_for_end(self, usec: int) -> bool:
@@ -303,7 +303,7 @@ class _Stop:
     def _signals(self) -> Outcome:
         settings, number = self.settings, self.settings.kill_signal
         if settings.kill_mode == "none":
-            return self._left()
+            return self._leave()
         if settings.kills_on_timeout and self.waited is Patience.TIMED:
             return self._end(self.waited, self.waited, "systemd", "kills")
         reached = settings.kill_mode == "control-group" or settings.main_is_qemu
@@ -330,12 +330,12 @@ class _Stop:
         if wrapper is Wrapper.PASSES_ON:
             return self._flush()
         if wrapper is Wrapper.ASKS:
-            self.asked = True
+            self.was_asked = True
             self._wait(Patience.TIMED if settings.is_cut else Patience.PATIENT)
             return self._flush()
         if settings.kill_mode == "mixed" and settings.sends_sigkill:
             return self._end(self.waited, self.waited, "SendSIGKILL=", "kills")
-        return self._left()
+        return self._leave()
 
     def _flush(self) -> Outcome:
         """Simulate QEMU's exit on request."""
@@ -353,7 +353,7 @@ class _Stop:
         limit = format_usec(self.settings.timeout)
         return self._end(self.waited, self.waited, f"SIGKILL after {limit}", "kills")
 
-    def _left(self) -> Outcome:
+    def _leave(self) -> Outcome:
         """Simulate that systemd leaves the guest running."""
         if self.occasion is not Occasion.SHUTDOWN:
             patience = Patience.UNTOUCHED if self.settings.outlives else self.waited

@@ -24,7 +24,7 @@ OPEN_AFTER_S: Final = 0.1
 """The first reply waits this long for the end of a job. It does not wait for the unit's settings:
 if the daemon crashed before that reply, the caller would not know of the job, and would send
 SIGTERM a second time."""
-_LOOKS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
+_READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
 class VarlinkMethods:
@@ -60,7 +60,7 @@ class VarlinkMethods:
             return [Cost.WAIT]
         # Each named process is as much work as one Terminate call.
         processes = parameters.get("processes") or ()
-        return [Cost.READ if name in _LOOKS else Cost.OTHER] * max(1, len(processes))
+        return [Cost.READ if name in _READS else Cost.OTHER] * max(1, len(processes))
 
     async def _get_status(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
         policy = self._service.config.policy
@@ -146,11 +146,11 @@ class VarlinkMethods:
         call.now_waits()
         stream = JobStream(self._streams, call, jobs, changes=call.more, first=first)
 
-        def left() -> None:
-            stream.close(left=True)
+        def disconnect() -> None:
+            stream.close(disconnected=True)
             call.end()
 
-        call.on_disconnect = left
+        call.on_disconnect = disconnect
         return stream
 
     def _unit_order(

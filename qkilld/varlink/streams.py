@@ -125,10 +125,10 @@ class JobStream:
             else:
                 self._report()
 
-    def close(self, *, left: bool) -> None:
-        """Stop reporting. `left`: because the caller disconnected."""
+    def close(self, *, disconnected: bool) -> None:
+        """Stop reporting. `disconnected`: because the caller disconnected."""
         for job, callback in self._callbacks.items():
-            job.forget_waiter(callback, left=left)
+            job.forget_waiter(callback, disconnected=disconnected)
             self._forget(job)
         self._callbacks.clear()
         self._ended_jobs.clear()
@@ -157,7 +157,7 @@ class JobStream:
         self._forget(job)
         if job.result is None:
             # The next daemon continues it.
-            self.close(left=False)
+            self.close(disconnected=False)
             self._call.abandon()
             return
         self._ended_jobs.append(job)
@@ -177,4 +177,4 @@ class JobStream:
                 self._call.progress(end)
             else:
                 self._call.finish(end)
-                self.close(left=False)
+                self.close(disconnected=False)

@@ -214,7 +214,7 @@ class FakeSampler:
     def watch(self, process: Process) -> FakeSampler:
         return self
 
-    def look(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
         self.looks += 1
         sample = self.shows(self._clock.now())
         if sample is None:
@@ -270,7 +270,7 @@ class FakeMonitors:
         *,
         kept: KeptMonitor | None = None,
         passed: int | None = None,
-        asked: bool = False,
+        was_asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
         if passed is not None:
@@ -295,7 +295,7 @@ class FakeMonitors:
 
     async def check_passed(self, process: Process, passed: int) -> None: ...
 
-    async def look_at_disks(
+    async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
         found = self.disks(self._clock.now())
@@ -351,7 +351,7 @@ class FakeMonitor:
             self._monitors.on_order(what)
         self._call(lambda: callback(refused))
 
-    def look_at_disks(
+    def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
         if not files:
@@ -365,7 +365,7 @@ class FakeMonitor:
             found = replace(found, at=self._clock.now())
         self._call(lambda: callback(found))
 
-    def look_at_jobs(
+    def read_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
     ) -> None:
         found = self._monitors.disks(self._clock.now())

@@ -256,7 +256,7 @@ def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
         sample = replace(IDLE, at=world.clock.now())
         world.clock.call_at(world.clock.now() + int(lag * S), lambda: callback(sample))
 
-    world.sampler.look = look  # type: ignore[method-assign]
+    world.sampler.take_sample = look  # type: ignore[method-assign]
     process = FakeProcess()
     job = world.stop(process, FORCE)
     world.clock.advance(75)

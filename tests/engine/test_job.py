@@ -231,13 +231,13 @@ def test_only_the_requester_is_missed(world: World) -> None:
     waits = [lambda: None, lambda: None, lambda: None]
     for wait, uid in zip(waits, (1000, 1000, 1001), strict=True):
         job.when_ended(wait, uid)
-    job.forget_waiter(waits[0], left=True)
+    job.forget_waiter(waits[0], disconnected=True)
     assert MessageId.WAITER_GONE not in world.journal.ids
-    job.forget_waiter(waits[1], left=True)
+    job.forget_waiter(waits[1], disconnected=True)
     # Whether others wait changes nothing of it.
     assert world.journal.ids.count(MessageId.WAITER_GONE) == 1
-    job.forget_waiter(waits[2], left=True)
-    job.forget_waiter(waits[1], left=True)
+    job.forget_waiter(waits[2], disconnected=True)
+    job.forget_waiter(waits[1], disconnected=True)
     assert world.journal.ids.count(MessageId.WAITER_GONE) == 1
 
 
@@ -249,5 +249,5 @@ def test_many_waiters_leave_in_no_time(world: World) -> None:
     for wait in waits:
         job.when_ended(wait)
     for wait in reversed(waits):
-        job.forget_waiter(wait, left=True)
+        job.forget_waiter(wait, disconnected=True)
     assert time.process_time() - began < 5

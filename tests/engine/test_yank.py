@@ -153,4 +153,4 @@ def test_the_next_daemon_knows_when_it_was_done() -> None:
     after.registry.resume(process, past)
     after.clock.advance(56)
     assert process.sent == []
-    assert after.registry.get(job.number).facts.yank_at == past.done_at("yank")
+    assert after.registry.get(job.number).facts.yank_at == past.rung_at("yank")

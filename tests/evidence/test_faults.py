@@ -110,7 +110,7 @@ def test_a_process_that_cannot_be_looked_at_is_unknown_and_that_is_told_in_the_l
         )
         watch = evidence.watch(FakeProcess())
         try:
-            watch.look(taken.set_result)
+            watch.take_sample(taken.set_result)
             async with asyncio.timeout(30):
                 sample = await taken
             assert reports == [("taking a sample", loop)]

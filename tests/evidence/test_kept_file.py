@@ -195,7 +195,7 @@ def test_a_guest_needs_one_descriptor_between_samples(
 
     async def look(watch: TargetWatch) -> Sample:
         taken: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
-        watch.look(taken.set_result, detail=True)
+        watch.take_sample(taken.set_result, detail=True)
         async with asyncio.timeout(30):
             return await taken
 

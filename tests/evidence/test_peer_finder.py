@@ -67,13 +67,13 @@ def test_a_server_is_found_whatever_sockets_others_have(count: int) -> None:
     with with_sockets(4000, processes=20), with_sockets(count) as (pid, inode):
         found, most = looks_until_found(PeerFinder(), inode)
         assert found == pid
-        assert most < 4 * peer_finder.LOOK_S
+        assert most < 4 * peer_finder.SEARCH_S
 
 
 def test_a_server_with_few_is_found_before_others_are_searched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
     with with_sockets(4000, processes=20), with_sockets(1) as (pid, inode):
         before = time.thread_time()
         assert PeerFinder().find([inode]) == {inode: pid}
@@ -91,7 +91,7 @@ def test_a_closed_socket_is_forgotten() -> None:
 def test_a_failed_search_is_not_repeated_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(peer_finder, "LOOK_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
     monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
     finder = PeerFinder()
     assert finder.find([1]) == {}

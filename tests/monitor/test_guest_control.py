@@ -92,7 +92,7 @@ async def ask(
             else:
                 await control.press()
             now = time.monotonic_ns() // 1000
-            attempt = powerdown.note_asked(attempt, judgement.method, now)
+            attempt = powerdown.note_request(attempt, judgement.method, now)
         await asyncio.sleep(0.2)
     return conclusions
 
@@ -369,7 +369,7 @@ def test_a_daemon_that_goes_on_with_asking() -> None:
                 assert control.qmp is not None
                 kept = socket.socket(fileno=os.dup(control.qmp.fileno()))
                 own = control.own_chardevs
-            adopted = await GuestControl.adopt(process, kept, own, listening_unix, asked=True)
+            adopted = await GuestControl.adopt(process, kept, own, listening_unix, was_asked=True)
             assert (await adopted.observe()).signs == frozenset()
             assert await adopted.has_agent()
             await adopted.press()
@@ -479,7 +479,7 @@ def test_work_cancelled_before_it_began_leaves_nothing_behind(qemu: Start) -> No
     def begin_all(monitor: JobMonitor) -> None:
         monitor.observe(called.append)
         monitor.order(GuestOrder.BUTTON, called.append)
-        monitor.look_at_disks(called.append)
+        monitor.read_disks(called.append)
         monitor.stop_and_flush([], called.append, stop=True, timeout=USEC_PER_SEC)
         monitor.flush_running([], called.append, timeout=USEC_PER_SEC)
         monitor.query_yank(called.append)

@@ -83,10 +83,10 @@ def test_titles_are_printable_and_short(name: str) -> None:
 
 def test_jobs_that_are_over_do_not_count() -> None:
     job = {"type": "backup", "device": "d", "offset": 5, "len": 9, "status": "running"}
-    assert [one.done for one in read_jobs([job, {**job, "status": "concluded"}])] == [5]
+    assert [one.progress for one in read_jobs([job, {**job, "status": "concluded"}])] == [5]
     assert read_migration({}) == () == read_migration({"status": "completed"})
     (migration,) = read_migration({"status": "active", "ram": {"transferred": 7}})
-    assert (migration.migration, migration.done) == (True, 7)
+    assert (migration.migration, migration.progress) == (True, 7)
     for wrong in (3, {"status": 3}, None):
         with pytest.raises(MonitorProtocolError):
             read_migration(wrong)

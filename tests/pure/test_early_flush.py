@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qkilld.decision.early_flush import EarlyFlush, may_hang, needs_second_look, plan_early_flush
+from qkilld.decision.early_flush import EarlyFlush, may_hang, needs_second_reading, plan_early_flush
 from qkilld.decision.verdict import assess
 from qkilld.model.block_state import BlockState, GuestDisk, RequestQueue
 from qkilld.model.constants import USEC_PER_SEC
@@ -92,7 +92,7 @@ def standing(*threads: Thread) -> EarlyFlush:
     state = BlockState(at=0, runstate="running", disks=(ON_FUSE, NBD, LOCAL), queues=())
     first = assess(None, sample(S, PLACES, *threads))
     second = assess(first, sample(2 * S, PLACES, *threads))
-    assert needs_second_look(state, first) == bool(threads)
+    assert needs_second_reading(state, first) == bool(threads)
     return plan_early_flush(state, state, second)
 
 

@@ -15,7 +15,7 @@ from qkilld.decision.ladder import (
     decide,
     kill_due,
     lengthen,
-    next_look,
+    next_sample_time,
     policy_for,
 )
 from qkilld.decision.verdict import Assessment
@@ -86,7 +86,7 @@ def test_held_and_extended(fixed: Flag) -> None:
         held = JobFacts(
             flags=flags | fixed, policy=Policy(), term_at=T0, control=Control(held=True)
         )
-        assert decide(held, late).action in (Action.WAIT, Action.LOOK)
+        assert decide(held, late).action in (Action.WAIT, Action.SAMPLE)
         assert decide(held, late).deadline == INFINITY
         extended = replace(held, control=Control(not_before=late))
         reap = 0 if flags else 5 * S
@@ -102,7 +102,7 @@ def test_infinite_grace_never_kills_and_never_gives_up(fixed: Flag) -> None:
     policy = Policy(grace=INFINITY)
     for flags in (NONE, FORCE):
         decision = decide(JobFacts(flags=flags | fixed, policy=policy, term_at=T0), T0 + 10**15)
-        assert decision.action in (Action.WAIT, Action.LOOK)
+        assert decision.action in (Action.WAIT, Action.SAMPLE)
         assert decision.deadline == INFINITY
 
 
@@ -204,7 +204,7 @@ def test_when_the_evidence_allows_sigkill(
 
 def test_it_looks_again_right_before_sigkill() -> None:
     stale = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(9.5))
-    assert decide(stale, T0 + 10 * S).action is Action.LOOK
+    assert decide(stale, T0 + 10 * S).action is Action.SAMPLE
     fresh = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(10))
     assert decide(fresh, T0 + 10 * S).action is Action.KILL
     moved = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=seen(10, progress=10))
@@ -254,7 +254,7 @@ def test_doubtful_movement_delays_sigkill_for_a_limited_time(doubt: int | None, 
 
 def test_no_sigkill_without_a_look() -> None:
     facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0)
-    assert decide(facts, T0 + 1000 * S).action is Action.LOOK
+    assert decide(facts, T0 + 1000 * S).action is Action.SAMPLE
 
 
 def test_without_force_it_gives_up_when_the_time_for_sigkill_and_reaping_is_over() -> None:
@@ -275,7 +275,7 @@ def test_without_force_it_gives_up_when_the_time_for_sigkill_and_reaping_is_over
 )
 def test_cadence(evidence: Assessment | None, jobs: int, look: float) -> None:
     facts = JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=evidence, jobs=jobs)
-    assert next_look(facts, T0) == T0 + round(look * S)
+    assert next_sample_time(facts, T0) == T0 + round(look * S)
 
 
 def test_a_stopped_process_is_continued_and_its_stall_restarts() -> None:
@@ -308,5 +308,5 @@ def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
     )
     killed_at = T0 + 10 * S
     assert decide(facts, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 300_000)
-    assert decide(facts, killed_at + 300_000).action is Action.LOOK
+    assert decide(facts, killed_at + 300_000).action is Action.SAMPLE
     assert decide(facts, T0 + 15 * S).action is Action.GIVE_UP

@@ -86,7 +86,7 @@ class Course:
             if judgement.conclusion is Conclusion.ASK:
                 assert judgement.method is not None
                 self.asked.append((now, judgement.method))
-                self.attempt = powerdown.note_asked(self.attempt, judgement.method, at)
+                self.attempt = powerdown.note_request(self.attempt, judgement.method, at)
             now += self.step
         return self
 
@@ -334,7 +334,7 @@ def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
         attempt = powerdown.observe(attempt, seen)
         if powerdown.judge(attempt, powerdown=POWERDOWN, agent=False).method is not None:
             asked_at.append(quarter / 4)
-            return powerdown.note_asked(attempt, AskMethod.BUTTON, at)
+            return powerdown.note_request(attempt, AskMethod.BUTTON, at)
     raise AssertionError("it is never asked")
 
 

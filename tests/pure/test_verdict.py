@@ -868,7 +868,7 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
         (SIGABRT, {"threads": (FDATASYNC,)}, {}, ["unknown", "killed-io"]),
         (SIGKILL, {"formatted": 1}, {"flushed": True}, []),
         # Its guest may have written until then.
-        (SIGKILL, {}, {"asked": False}, ["unknown"]),
+        (SIGKILL, {}, {"terminated": False}, ["unknown"]),
         # It had not begun to handle signals.
         (SIGTERM, {"formatted": 1}, {}, []),
         (99, {"formatted": 1}, {}, ["unknown", "qcow2-open"]),
@@ -878,7 +878,7 @@ def test_a_death_by_somebody_elses_signal_puts_at_risk_what_sigkill_would(
     number: int, now: dict[str, Any], options: dict[str, bool], codes: list[str]
 ) -> None:
     evidence = follow([replace(IDLE, at=at * S, **now) for at in range(2)])
-    risks = risks_of_death(number, evidence, **{"asked": True, **options})
+    risks = risks_of_death(number, evidence, **{"terminated": True, **options})
     assert [risk.code for risk in risks] == codes
 
 

@@ -54,7 +54,7 @@ def with_nodes(*sockets: Socket, nodes: tuple[Node, ...] = (DEAD, WELL)) -> Samp
 def test_connections_that_owe_a_reply_are_cut_off_first() -> None:
     evidence = still(with_nodes(link("dead", queue=67_840), link("well", inode=2)))
     assert chosen(evidence, node("dead"), node("well")) == ["dead"]
-    assert chosen(evidence, node("dead"), node("well"), done={"dead"}) == ["well"]
+    assert chosen(evidence, node("dead"), node("well"), cut_off={"dead"}) == ["well"]
 
 
 def test_a_lost_server_and_one_that_did_not_answer_before_sigterm_come_first() -> None:
@@ -127,7 +127,7 @@ def test_it_comes_where_sigkill_would_and_starts_the_windows_again() -> None:
     assert decide(facts(STILL), now).action is Action.YANK
     assert decide(facts(STILL, may_yank=False), now).action is Action.KILL
     after = decide(facts(STILL, yank_at=now), now + S)
-    assert after.action in (Action.WAIT, Action.LOOK)
+    assert after.action in (Action.WAIT, Action.SAMPLE)
     assert after.deadline >= now + 60 * S
 
 

@@ -404,7 +404,7 @@ def test_all_queues_are_seen(qemu: Start, lab_dir: Path) -> None:
     async def work() -> list[BlockState | str | Exception]:
         async with open_monitor(guest) as monitor:
             states: list[BlockState | str | Exception] = []
-            monitor.look_at_disks(states.append)
+            monitor.read_disks(states.append)
             await until(lambda: bool(states))
             return states
 

@@ -40,7 +40,7 @@ class Scene:
 
     def exit(self) -> None:
         self.process.exit()
-        self.stopper.exit_seen(self.stop)
+        self.stopper.note_exit(self.stop)
 
     def work(self, seconds: float = 0.0) -> list[tuple[str, ...]]:
         """Advance the clock; return the events since the last call."""

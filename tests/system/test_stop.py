@@ -398,7 +398,7 @@ def test_a_unit_that_does_not_listen(
     assert warning["PRIORITY"] == "4"
     # The helper exits before systemd's limit and kills nothing, so the guest has that time once
     # more.
-    assert "STOP_LEFT" in story(system, guest.unit)
+    assert "STOP_GIVEN_UP" in story(system, guest.unit)
     assert "Stopping timed out" not in said(system, guest.unit)
     assert system.property(guest.unit, "ExecMainStatus") == "0"
     assert guest.lost() == 0
