@@ -16,7 +16,7 @@ from qkilld.model.sample import Sample, Socket
 RATE_WINDOW: Final = 10 * USEC_PER_SEC
 """The rate is a mean over this time (µs): disks write back in bursts up to 5 s apart."""
 _STEP: Final = 2 * USEC_PER_SEC
-"""Least distance (µs) between points in the window."""
+"""At most one total per this time (µs) is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
     before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # A counter that fell was reset, so the difference is meaningless.
+    # A counter that fell was reset: count nothing.
     return max(0, after - before) + served
 
 

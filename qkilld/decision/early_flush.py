@@ -28,13 +28,13 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The prefix of the key of a wait for storage; numbers of disks and mounts follow."""
+"""The keys of waits for calls to storage begin with this; numbers of disks and mounts follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyFlush:
     healthy: tuple[GuestDisk, ...]
-    """The local disks that certainly lie on block devices."""
+    """The disks to flush first: local ones that certainly lie on block devices."""
     others: tuple[GuestDisk, ...]
     """The disks to flush after `healthy`, because their flush may hang."""
     hang_reason: str
@@ -47,7 +47,8 @@ def may_hang(sample: Sample) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
-    """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
+    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
+    whether they are stuck."""
     return any(queue.in_flight for queue in state.queues or ()) or bool(_mount_calls(evidence))
 
 
@@ -79,7 +80,8 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block, which would show more about disks on a network, is not sent.
+        # query-block would hang, so no full reading and no other flush follows: include disks on a
+        # network.
         others += [disk for disk in usable if disk.network]
     if unanswered:
         # These disks may be healthy: perhaps they only share a controller's queues with disks that

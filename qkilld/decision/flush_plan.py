@@ -35,7 +35,7 @@ _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unsee
 @dataclass(frozen=True, slots=True)
 class FlushPlan:
     stop: bool
-    """Stop the processors first, and flush in the way that shows errors."""
+    """Stop the processors first, then flush over NBD, which reports errors."""
     running: bool
     """The processors run now, so they must be continued if QEMU is not ended."""
     disks: tuple[GuestDisk, ...]
@@ -57,7 +57,8 @@ def wants_evidence(state: BlockState) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight; a reading after OLD then shows if they are stuck."""
+    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
+    whether they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
     return evidence is not None and bool(_requests(evidence))
@@ -143,8 +144,8 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. A disk that was not flushed is no risk, but not proven to
-    be safe."""
+    """Return the risks of failed flushes. A flush that QEMU refused was never tried, so it is no
+    risk; but `proves_all` then returns False."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -166,7 +167,8 @@ class JobsProgress:
     """The progress of backups, mirrors and the migration, from reading to reading."""
 
     progress: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each job, by name. A mirror that is ready never ends, so it is left out."""
+    """The progress of each job, by name. A mirror that is ready never ends, so it is not waited
+    for."""
     moved_at: int = 0
     """When one of the jobs last moved (µs, CLOCK_MONOTONIC)."""
 
@@ -215,7 +217,8 @@ def _requests(evidence: Assessment) -> list[OpenWait]:
 
 
 def standing_waits(evidence: Assessment) -> list[OpenWait]:
-    """Return the waits for requests of local disks that have not moved for OLD."""
+    """Return the waits for requests of local disks that did not move between two readings."""
+    # Samples need not be exactly OLD apart.
     since = evidence.last.at - OLD // 2
     return [
         wait

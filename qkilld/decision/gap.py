@@ -1,8 +1,9 @@
 """Assess a process after a time without samples. Pure.
 
 A daemon that resumes a job continues from this assessment. It errs in favour of the guest's data:
-what moved before the gap may have moved until now, and what was outstanding may still be. `assess`
-compares counters across the gap, but counts the gap as time without samples.
+what moved before the gap may have moved until now, and what was outstanding may still be. The next
+`assess` compares counters with those from before the gap, but counts the gap as time without
+samples, which brings SIGKILL no nearer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
         before = unsampled_assessment(began, Verdict.UNKNOWN, now)
     return replace(
         before,
-        # An assessment made by `unsampled_assessment` does not say when samples were taken.
+        # An assessment made by `unsampled_assessment` does not say when samples were taken, so
+        # count from now on.
         sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
         progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
         outstanding_at=now if before.may_be_outstanding else before.outstanding_at,

@@ -42,9 +42,10 @@ LATE: Final = 1_000_000
 """A sample that was taken when SIGKILL was already due may be this old (µs): on a busy host all
 samples are late, and none would be fresh."""
 GRID: Final = 100_000
-"""Samples are taken at multiples of this (µs)."""
+"""Samples are taken at multiples of this (µs), so that jobs share readings of the host."""
 PER_JOB: Final = 2_000
-"""With N jobs, two samples of one process are at least N times this (µs) apart."""
+"""With N jobs, two samples of one process are at least N times this (µs) apart, which bounds the
+cost of all samples together."""
 DOUBT: Final = 5
 """Movement that others may have caused delays SIGKILL by at most this many times `storage_stall`: a
 server with other clients may be stuck only for this guest."""
@@ -199,7 +200,7 @@ def kill_due(facts: JobFacts) -> int:
     latest = min(max(began_at + policy.max, earliest), INFINITY)
     due = max(start + policy.grace, facts.promised)
     if evidence is None:
-        # This time cannot lead to SIGKILL, which needs a fresh sample.
+        # Only an estimate: SIGKILL needs a fresh sample.
         return min(max(due, start + policy.stall), latest)
     since = max(start + _unsampled(start, evidence), evidence.progress_from)
     if evidence.progress_at is not None:
@@ -234,15 +235,14 @@ def sample_interval(jobs: int) -> int:
 def next_sample_time(facts: JobFacts, began: int) -> int:
     """Return when to take the next sample: soon at first, then once a second, rarely for many jobs.
 
-    `began` is from `_last_action_at`.
+    `began`: when the process last got a signal, or its storage was cut off.
     """
     sampled_at = _last_sample_at(facts)
     if sampled_at < began:
-        # An idle guest exits within a few ms, before its first sample.
+        # An idle guest exits within a few ms, so it is never sampled.
         return began + 100_000
     interval = 250_000 if sampled_at - began < 2 * USEC_PER_SEC else USEC_PER_SEC
     due = sampled_at + max(interval, facts.jobs * PER_JOB)
-    # On a common grid, jobs are sampled together and share readings of the host.
     return -(-due // GRID) * GRID
 
 

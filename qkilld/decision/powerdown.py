@@ -3,9 +3,9 @@
 Call `start`, then `observe` with each observation, about one a second, and `note_request` after the
 guest was asked. `judge` interprets all of that at any time, based on these facts:
 
-- QEMU drops a press of the power button if no operating system listens. Most machines show whether
-  one listens. Neither a booting guest nor a deaf one listens, but in a booting guest the processors
-  and disks work.
+- QEMU drops a press of the power button if no operating system listens, so the button is pressed
+  only when one does. Most machines show whether one listens. A guest that does not is booting if
+  its processors and disks work, and deaf otherwise.
 - A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
   for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
   the press and lasts: an idle guest writes its log every few seconds, and a short shutdown ends
@@ -131,7 +131,7 @@ class AskRecord:
     at: int
     """µs, CLOCK_MONOTONIC."""
     quiet: bool = False
-    """The guest did nothing at that time, so it had finished booting."""
+    """Whether the guest did nothing at that time, so that it had finished booting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Attempt:
     baseline: _Rates = _Rates()
     """Measured before the guest was first asked."""
     boots: bool = False
-    """The guest did not listen to the button at first."""
+    """Whether the guest did not listen to the button at first, so that it was booting."""
     helped_at: int | None = None
     """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()
@@ -187,7 +187,8 @@ def start(at: int) -> Attempt:
 
 
 def go_on(attempt: Attempt, at: int) -> Attempt:
-    """Continue an attempt in the next daemon at the time `at`. The gap is no silence."""
+    """Continue an attempt in the next daemon at the time `at`. The time without a daemon does not
+    count as silence of the monitor."""
     return replace(attempt, answered_at=at)
 
 
@@ -233,13 +234,13 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
     """Return the attempt after one more observation, which must be the newest."""
     before = attempt.last
     old_signs = attempt.old_signs & observation.signs
-    # A lasting sign still holds after the monitor was opened again.
+    # A monitor that was opened again reports no earlier events, but a lasting sign still holds.
     signs = (observation.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
         return _begin_again(attempt, observation)
     if _is_unsettled(attempt, before, observation):
         attempt, before = replace(attempt, started=observation.at, recent=()), None
-    # The last observation before a gap is kept, too.
+    # Keep the previous observation even if it is old, for comparison.
     recent = (one for one in attempt.recent if one is before or one.at > observation.at - RECENT)
     after = replace(
         attempt,
@@ -436,7 +437,7 @@ def _is_unsettled(
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is known. If the guest has long been idle, that needs no time."""
+    """Return whether the baseline is known. For a calm guest (CALM), two observations suffice."""
     rates = _measure(attempt.recent)
     if rates.requests is None:
         return False

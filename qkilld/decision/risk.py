@@ -50,8 +50,8 @@ def risks_of_death(
     memory, from another program, or from a crash. It loses what SIGKILL would have lost.
 
     `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
-    `flushed`: the monitor reported all disks as flushed. QEMU handles the signals that ask it to
-    exit, so one of them only ends a QEMU that has not begun.
+    `flushed`: the monitor reported all disks as flushed. A signal that asks QEMU to exit (_HANDLED)
+    can end it only before QEMU has begun to handle signals, when no guest has run.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -89,7 +89,7 @@ def risks_of_exit(
     waits = {wait.key: wait for wait in evidence.waits}
     for node in sample.nodes or ():
         wait = waits.get(f"node:{node.name}")
-        # QEMU holds no data of a vhost-user device.
+        # QEMU holds no data of a vhost-user device, so none is lost with its server.
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]

@@ -19,7 +19,8 @@ from qkilld.model.sample import Device, Io, Mount, Peer, Sample, Socket, Thread
 WINDOW: Final = 6 * USEC_PER_SEC
 """The time (µs) over which traffic is counted. Disks write back in bursts up to 5 s apart."""
 KEEPALIVE: Final = 512
-"""Bytes in a WINDOW that may be keepalives. iSCSI sends 48 bytes each way every 5 s."""
+"""Fewer bytes than this in a WINDOW may be keepalives, and do not count. iSCSI sends 48 bytes each
+way every 5 s."""
 SERVES: Final = 3
 """This many context switches in a WINDOW show that an NBD server serves requests, even if none of
 its threads is seen in a call."""
@@ -27,7 +28,7 @@ TALK: Final = 256
 """If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
 they exchange 8 to 16 a second."""
 PEER_NOISE: Final = 16 * 1024
-"""Bytes in a WINDOW that a server may write without serving anyone, such as its log."""
+"""Fewer bytes than this in a WINDOW do not count: a server may write its log."""
 CACHE_NOISE: Final = 16 * 1024
 """A page cache that falls by fewer bytes proves nothing: it may have written a page of a log."""
 OWN_IO: Final = 512
@@ -180,7 +181,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
         # that the server is alive.
         pass
     elif socket.acked is not None and socket.received is not None:
-        # QEMU has not read queued data: after SIGTERM, it stops reading from consoles.
+        # Data in the receive queue does not count, because QEMU has not read it: after SIGTERM, it
+        # stops reading from consoles.
         consumed = socket.acked + socket.received - socket.receive_queue
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
@@ -188,7 +190,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
-        # The queue grows even if QEMU does not read: a console or monitor goes on sending.
+        # Only a shorter queue counts: it grows even if QEMU reads nothing, because the client of a
+        # console or monitor may continue to send.
         name, text = f"unread:{socket.inode}", "it read from the server"
         signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:
@@ -214,7 +217,8 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
     signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
     if answers := [thread for thread in working if thread.target == "mount"]:
         signs.append(_answers(peer, answers))
-    # An NBD server runs only to serve requests: it has no keepalives and no rings.
+    # NBD has no keepalives, so an NBD server that runs serves requests, even if it is never seen in
+    # a call.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
         signs.append(Sign(f"{_of(peer)}serves", SignKind.TRAFFIC, peer.switches, text, SERVES))
@@ -226,13 +230,14 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     certainly count; all other work may be for other clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
-        # One of its calls may be for this guest, and the disk under that call may move.
+        # Nothing shows which of its calls are for this guest, so no sign is sure.
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
         return [replace(sign, sure=False) for sign in signs]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
-    # This guest's request is in the stuck call, so other activity does not count.
+    # If a call on our image is stuck, assume that it is for this guest: other activity does not
+    # count.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []

@@ -350,7 +350,8 @@ def _follow(
         else:
             is_certain = is_certain or wait.certain
     if is_certain:
-        # The process cannot exit before this wait ends, and that end will count as progress.
+        # Doubt need not delay SIGKILL here: the process cannot exit before this wait ends, and that
+        # end will count as progress.
         doubts = []
     moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     if sample.exiting and not before.seen.exiting:
@@ -390,7 +391,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # A sign that is missing now may reappear, for example if a server was not read this time.
+        # Drop signs that are missing now first. Below the limit they are kept, because they may
+        # reappear, for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )
@@ -410,7 +412,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return how long (µs) a server that is first sampled now may have moved unseen."""
+    """Return how long (µs) a server that is first sampled now may have made progress that no sample
+    showed."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -468,7 +471,8 @@ def _own_moves(before: Sample, now: Sample) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Images on tmpfs have no other counter. An event loop alone writes 8 to 16 bytes a second.
+    # Writes to images on tmpfs show only in wchar. An event loop alone writes 8 to 16 bytes a
+    # second, which OWN_IO excludes.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves

@@ -105,7 +105,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # The process may write to another disk, while others use this one.
+    # The movement of a disk is not sure: others may use it while the process writes to another.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -167,7 +167,8 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
     if devices:
         signs += group_signs(sample)
     elif not dirties:
-        # This storage has no counters, but its reply alone wakes a thread that waits for it.
+        # This storage has no counters, but only its reply wakes a thread that waits for it, so
+        # count how often the threads were woken.
         woken = sum(thread.switches or 0 for thread in threads)
         signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
     return signs
@@ -182,7 +183,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"{sample.rings} requests are in flight on its io_urings"
         waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
     if sample.direct:
-        # The kernel does not report requests in flight, only completions in the ring.
+        # The kernel does not report requests in flight, so there may be some at any time; it only
+        # reports completions, in the ring.
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if sample.completions is not None:
             text = "its asynchronous requests completed"
@@ -265,7 +267,8 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "sockets":
-        # A socket may be a storage connection; timers and consoles transfer much less.
+        # A socket that cannot be read may be a storage connection. Its replies show in what threads
+        # write to each other; timers and consoles cause much less of that.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
@@ -293,7 +296,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         if socket.role == "unknown" or (socket.role == "storage" and not socket.node):
             text = f"a {socket.family} connection of unknown use is open and may owe it a reply"
             signs = tuple(socket_signs(socket, "", before.get(socket.inode)))
-            # A server without disks may be a console, which may never read its data.
+            # Unread data proves a request only if the server has disks: it may be a console, which
+            # may never read.
             stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
             waits.append(
                 Wait(
@@ -312,7 +316,8 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 def _node_wait(
     node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer]
 ) -> Wait:
-    """`before`: the servers in the last sample, by the inode of the connection."""
+    """Return the wait for a node's server. `before`: the servers in the last sample, by the inode
+    of the connection."""
     signs = [
         sign
         for socket in sockets
@@ -324,7 +329,7 @@ def _node_wait(
         # progress. QEMU reconnects up to 16 s later.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
-        # The connection and its server are in another network namespace.
+        # The connection is in another network namespace, where only QEMU's threads show replies.
         signs += _talk_signs(sample)
     title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
@@ -364,7 +369,8 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
 
 
 def _unread(sockets: Sequence[Socket]) -> int:
-    """Return the bytes that servers of this host have not read, because they are stopped, say."""
+    """Return the bytes that servers of this host have not read, for example because they are
+    stopped."""
     return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
 
@@ -386,7 +392,7 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         return [Wait("sigterm", WaitKind.CALL, text)] if pending else []
     if not previous.running or sample.at - previous.at < _LEAST_GAP:
         return []
-    # Clock ticks are hundredths of a second (USER_HZ).
+    # sample.cpu is in hundredths of a second (USER_HZ), so this is a percentage.
     share = (sample.cpu - previous.cpu) * 1_000_000 / (sample.at - previous.at)
     if share >= _SPINS:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
