@@ -18,7 +18,9 @@ import select
 import socket
 import struct
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 JOURNALD_SOCKET: Final = Path("/run/systemd/journal/socket")
 QUEUE_LENGTH: Final = 4096
+PROCESSING_TIMEOUT_S: Final = 0.5
+_PROCESSING_INTERVAL_S: Final = 0.002
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 """journald accepts an entry in a memfd only with all of these seals."""
@@ -43,9 +47,11 @@ Sink = Callable[["Event"], None]
 class QueuedJournal:
     """Implements engine.ports.Journal."""
 
-    def __init__(self, sink: Sink) -> None:
-        """`sink` may block and may raise; if it raises, the event counts as dropped."""
+    def __init__(self, sink: Sink, wait: Callable[[], None] | None = None) -> None:
+        """`sink` may block and may raise; if it raises, the event counts as dropped. `wait` waits,
+        for a limited time, until the reader has processed everything that the sink wrote."""
         self._sink = sink
+        self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
         """The number of dropped events that the queue does not report yet."""
@@ -62,8 +68,9 @@ class QueuedJournal:
                 self._dropped += 1
 
     def close(self) -> None:
-        """Write what is queued, for at most background.FLUSH_TIMEOUT_S."""
-        self._writer.close()
+        """Write what is queued, for at most background.FLUSH_TIMEOUT_S, and wait for the reader."""
+        if self._writer.close() and self._wait is not None:
+            self._wait()
 
     def _queue_count(self) -> None:
         if self._dropped and self._writer.put(self._dropped):
@@ -109,6 +116,22 @@ class Journald:
             self._socket.close()
             self._socket = None
 
+    def wait_until_processed(self) -> None:
+        """Wait until journald has processed all entries, for at most PROCESSING_TIMEOUT_S.
+
+        journald reads the unit of an entry from /proc/PID when it processes the entry. If the
+        sender has exited by then, the entry belongs to no unit, so `journalctl --unit` does not
+        show it, and `qkillctl history` does not trust it unless root wrote it.
+        """
+        if self._socket is None:
+            return
+        # journald ignores an empty datagram, and reads it only after processing all before it.
+        with contextlib.suppress(OSError):
+            self._socket.send(b"")
+        deadline = time.monotonic() + PROCESSING_TIMEOUT_S
+        while _unread(self._socket) and time.monotonic() < deadline:
+            time.sleep(_PROCESSING_INTERVAL_S)
+
     def _send(self, entry: bytes) -> None:
         if self._socket is None:
             self._socket = _connect(self._path)
@@ -124,7 +147,10 @@ class Journald:
 
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
     """Return a queue to journald if standard error is connected to it, else to standard error."""
-    return QueuedJournal(Journald(identifier) if stderr_is_journal() else to_stderr)
+    if not stderr_is_journal():
+        return QueuedJournal(to_stderr)
+    journald = Journald(identifier)
+    return QueuedJournal(journald, journald.wait_until_processed)
 
 
 def to_stderr(event: Event) -> None:
@@ -154,6 +180,12 @@ def _connect(path: Path) -> socket.socket:
         connected.close()
         raise
     return connected
+
+
+def _unread(connected: socket.socket) -> bool:
+    """Return whether the other end has yet to read a datagram."""
+    size = fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4))
+    return any(size)
 
 
 def _when_writable(connected: socket.socket, send: Callable[[], object]) -> None:

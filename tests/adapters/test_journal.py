@@ -189,6 +189,33 @@ async def _write_unread(journald: JournaldStandIn) -> None:
     sink.close()
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_end_waits_until_entries_are_processed(
+    journald: JournaldStandIn, monkeypatch: pytest.MonkeyPatch, reads: bool
+) -> None:
+    """journald looks up the unit of the sender only while the sender runs."""
+    monkeypatch.setattr(journal, "PROCESSING_TIMEOUT_S", 30 if reads else 0.05)
+    sink = journal.Journald("program", journald.path)
+    queued = journal.QueuedJournal(sink, sink.wait_until_processed)
+    queued.write(event())
+    ended = threading.Event()
+
+    def close() -> None:
+        queued.close()
+        ended.set()
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    if reads:
+        assert journald.read()["MESSAGE"] == "Something happened."
+        # The entry has left the socket, but may not be processed yet.
+        assert not ended.wait(0.1)
+        assert journald.read() == {}
+    assert ended.wait(30)
+    thread.join()
+    sink.close()
+
+
 def test_stderr_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     journal.to_stderr(event(fields={"QKILLD_JOB": "7", "QKILLD_PHASE": "kill", "QKILLD_X": "y"}))
     journal.to_stderr(Event(MessageId.JOB_ENDED, Priority.WARNING, "Watch out."))
