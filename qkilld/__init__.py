@@ -1,3 +1,3 @@
 """qkilld: stop QEMU guests on evidence instead of after a fixed timeout."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

@@ -18,7 +18,7 @@ let
 in
 stdenv.mkDerivation {
   pname = "qkilld";
-  version = "0.1.0";
+  version = "1.0.0";
   src = ../..;
 
   nativeBuildInputs = [

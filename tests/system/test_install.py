@@ -122,7 +122,7 @@ def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
 def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
     """But nothing that somebody else has written, or edited."""
     change = Change("it is cut off", (Line("Service", "ExecStop=/usr/bin/qkilld-stop"),))
-    text = text_of("x.service", "qkillctl adopt --undo x", "0.1.0", [change])
+    text = text_of("x.service", "qkillctl adopt --undo x", "1.0.0", [change])
     files = {
         "etc/systemd/system/a.service.d/50-qkilld.conf": text,
         "run/systemd/system/b@.service.d/50-qkilld.conf": text,
