@@ -51,7 +51,7 @@ class Access:
         known: Callable[[tuple[int, int]], bool] = lambda key: False,
     ) -> None:
         """`known` returns whether the process with that pid and start time was identified as QEMU
-        before. An exiting process can no longer be identified."""
+        before. That decides for an exiting process, which can no longer be identified."""
         self._config = config
         self._host = host
         self._is_known = known

@@ -31,7 +31,7 @@ TOGETHER: Final = 32
 subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them
 100 MB."""
 RESERVE: Final = 4
-"""This fraction of the descriptors is reserved for root's calls and running jobs."""
+"""One in this many descriptors is reserved for root's calls and running jobs."""
 
 
 class CallLimits:
@@ -90,7 +90,8 @@ def _check_together(count: int, limit: int, what: str) -> None:
 
 
 def _descriptors_to_spare() -> bool:
-    """Estimate from the lowest free descriptor number, below which all are in use."""
+    """Return whether a user's call may open descriptors. This is an estimate from the lowest free
+    descriptor, because all below it are in use."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

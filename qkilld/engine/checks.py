@@ -64,7 +64,7 @@ def check_same(identity: Identity, start_time: int) -> None:
 def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> None:
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
-    The QEMU program may be another one: QEMU executes itself again for an upgrade (cpr-exec).
+    It may be another QEMU program: QEMU executes itself again for an upgrade (cpr-exec).
     Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
     """
     pid = now.pid
@@ -160,8 +160,6 @@ def details_of_all(flags: Flag) -> dict[str, str]:
 
 
 def for_dialog(text: str) -> str:
-    """Replace what a dialog could take for markup, a closing quote or a variable of polkit's.
-
-    Desktops differ in how their dialogs interpret text.
-    """
+    """Replace what the dialog of any desktop could take for markup, a closing quote or a variable
+    of polkit's."""
     return "".join(_SAFE_MARK if c in _MARKUP else c for c in printable(text, MAX_DIALOG_TEXT))

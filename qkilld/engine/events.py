@@ -486,7 +486,7 @@ def _ladder(flags: Flag) -> str:
 
 
 def _unsupervised(job: ObservedJob) -> str:
-    """The end of a job with NOWAIT."""
+    """Describe the end of a job with NOWAIT."""
     what = "was asked to shut down" if Flag.POWERDOWN in job.flags else "got one signal"
     return f"{what}, and is not watched"
 

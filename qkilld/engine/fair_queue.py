@@ -23,7 +23,7 @@ waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""Enough for one call of any length. The 2,048 connections of a bus can take 32 MiB."""
+"""Enough for one call of any length. All 2,048 connections of a bus together can take 32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""

@@ -170,8 +170,8 @@ class FlushPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM. It leaves GraceSec=, or half of MaxSec= if less, of
-        MaxSec=."""
+        """Return the latest time for SIGTERM: MaxSec= after the start, less GraceSec= or half of
+        MaxSec=, whichever is shorter."""
         policy = self._job.policy
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
@@ -429,7 +429,7 @@ class FlushPhase:
         self._when_saved(saved)
 
     def _flush(self, plan: FlushPlan, state: BlockState) -> None:
-        # The flush times out before the step does.
+        # The flush times out before the step does, so that the results up to then are reported.
         timeout = FLUSH_TIMEOUT * 9 // 10
         if plan.running:
             step = self._start(FLUSH_TIMEOUT)

@@ -150,7 +150,7 @@ class GuestAsker:
         if not asks:
             self._end(GuestAsked.UNREACHABLE, "an error in qkilld prevents asking")
             return
-        # The guest may be shutting down, and qkilld still notices its exit.
+        # Wait without observing: the guest may be shutting down, and qkilld still notices its exit.
         until = asks[-1].at + min(self._span, MAX_UNOBSERVED)
 
         def end() -> None:
@@ -164,7 +164,7 @@ class GuestAsker:
         elif not self._attempt.asked and self._attempt.restarts == 0:
             self._end(GuestAsked.UNREACHABLE, opened)
         else:
-            # The guest was asked, and may be shutting down.
+            # Go on without a monitor: the guest was asked, and may be shutting down.
             self._learn(GuestObservation(at=self._clock.now()))
 
     def _observe(self) -> None:

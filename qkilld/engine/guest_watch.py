@@ -12,7 +12,7 @@ from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Guest, GuestChannels
 
 SCAN_INTERVAL_S: Final = 2.0
-"""The time between scans. A scan reads all of /proc, in 0.1 ms for each process of the host."""
+"""The time between scans, which read all of /proc and take 0.1 ms for each process of the host."""
 MAX_SURVEYS: Final = 8
 """The maximum number of guests whose command lines are read at a time."""
 

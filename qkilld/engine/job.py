@@ -532,7 +532,7 @@ class Job:
         self.ended = self._clock.now()
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:
-            self.risks = ()  # QEMU keeps running, so nothing is cancelled.
+            self.risks = ()  # QEMU keeps running, so nothing is lost or cancelled.
         if result is Result.EXITED:
             self.risks = (*self.risks, *self._risks_of_end(self.ended))
         self.phase = Phase.DONE

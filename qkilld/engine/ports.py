@@ -158,7 +158,7 @@ class GuestMonitor(Protocol):
     ) -> None:
         """Read the state of the disks; call back with the state, or with the reason of the
         failure. Without `files`, no file system is asked, and the state lacks some facts
-        (monitor.disks.look)."""
+        (monitor.disks.read_state)."""
 
     def read_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]

@@ -90,7 +90,8 @@ class PowerdownPhase:
                 events.internal_error(f"asking {job.guest.title}", error)
             ),
         )
-        # If the process exited while no daemon ran, its last events are still in the connection.
+        # If the process exited while no daemon ran, `note_exit` reads its last events from the kept
+        # connection.
         if not self._process.exited():
             self._asker.start()
 
@@ -151,8 +152,8 @@ class PowerdownPhase:
 
     @property
     def _latest(self) -> int:
-        """Return the latest time for SIGTERM. It leaves GraceSec=, or half of MaxSec= if less, of
-        MaxSec=."""
+        """Return the latest time for SIGTERM: MaxSec= after the start, less GraceSec= or half of
+        MaxSec=, whichever is shorter. Without signals, return MaxSec= after the start."""
         job, policy = self._job, self._job.policy
         is_without_signals = job.request.powerdown_only or Flag.NOWAIT in job.flags
         reserve = 0 if is_without_signals else min(policy.grace, policy.max // 2)

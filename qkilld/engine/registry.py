@@ -29,7 +29,8 @@ from qkilld.model.policy import Config, Policy
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
 """How long (µs) a job's object outlives the job, so that a late Wait still gets its answer."""
 UNDO_S: Final = 2.0
-"""QEMU starts its processors within a millisecond, unless a disk blocks its main loop."""
+"""How long to wait for processors to start again. QEMU needs a millisecond, unless a disk blocks
+its main loop."""
 MAX_JOBS_PER_UID: Final = 2048
 """The maximum number of running and ended jobs of one user, so that a flood cannot fill the memory.
 Root has no limit."""
@@ -306,7 +307,7 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # If several jobs of this process were resumed, another one may be registered.
+        # If several jobs of this process were resumed, another one may be registered, and stays.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)

@@ -31,7 +31,7 @@ class ResumedJobs:
         """Let the added jobs continue as soon as possible. Call it once."""
         now = self._clock.now()
         for job in self._waiting:
-            # Callers may read the deadline before the first sample.
+            # The first sample may come late, but callers may read the deadline at once.
             job.deadline = decide(job.facts, now).deadline
         self._waiting.sort(key=lambda job: job.deadline)
         self._waiting.reverse()  # The most urgent job is last.

@@ -308,7 +308,7 @@ class SignalPhase:
         if not job.running:
             return
         before = job.assessment
-        # A late sample may be older than the empty one that replaced it.
+        # Ignore a late sample that is older than the empty one which replaced it.
         if before is None or sample.at >= before.last.at:
             job.assessment = evidence = assess(before, sample, sample_interval(self._load()))
             self._trace.record(sample)

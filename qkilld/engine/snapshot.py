@@ -123,7 +123,7 @@ class Snapshot:
             result=None,
             error="",
             error_name="",
-            # If unknown, this is the default.
+            # NOT_ASKED stands for unknown, too.
             guest_asked=guest_asked or GuestAsked.NOT_ASKED,
             flush=FlushReport(),
             processors_stopped=False,
@@ -169,8 +169,8 @@ class Snapshot:
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now`. For a job that uses evidence and has sent a signal, it
-        includes the gap."""
+        """Return the assessment at `now`. For a job that uses evidence and has sent a signal, the
+        time since the snapshot counts as a gap without samples."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment

@@ -42,7 +42,7 @@ class Turns:
         self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)
         self._round: asyncio.Handle | None = None
         """The next round of calls."""
-        self._is_scheduled = False
+        self._has_new_calls = False
         """Whether calls have arrived since the last round."""
 
     @property
@@ -54,7 +54,7 @@ class Turns:
         """Let a call wait for its turn. A call of unknown uid gets none before `introduce`. If too
         many calls wait, refuse the call and return False."""
         self.last_call = time.monotonic()
-        self._is_scheduled = True
+        self._has_new_calls = True
         if not self._queue.put(name, uid, call, size):
             call.refuse(FULL)
             return False
@@ -81,7 +81,7 @@ class Turns:
         """Give each user a turn while time remains. The next round follows after the loop has
         handled other events and the tasks started here have begun."""
         self._round = None
-        called, self._is_scheduled = self._is_scheduled, False
+        called, self._has_new_calls = self._is_scheduled, False
         end = time.monotonic() + ROUND_S
         for _ in range(self._queue.users):
             uid, calls = self._queue.turn()

@@ -80,7 +80,7 @@ class UnitStops:
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:
-            # The limit counts from the start of the process, and the job began later.
+            # The limit counts from the start of the process. The job began later, so less remains.
             ask = max(0, limits.ask - max(0, process.ran_for - job.elapsed))
         if not flags and ask == INFINITY:
             return

@@ -47,7 +47,8 @@ class YankRung:
         self._cut_off_names: set[str] = set()
         """The names of yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
-        """The connections whose yank has no reply yet. QEMU can exit before its reply is read."""
+        """The connections whose yank has no reply yet. If QEMU exits before its reply is read, they
+        count as yanked."""
         self._exhausted = False
         self._until: int | None = None
         """The deadline of the current attempt; None if there is none."""

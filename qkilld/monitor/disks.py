@@ -47,7 +47,7 @@ _VIRTIO_DISKS: Final = {"virtio-blk": 0, "virtio-scsi": 2}
 _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", "vhost-user-fs"})
 
 
-async def look(qmp: QmpClient, *, files: bool = True) -> BlockState:
+async def read_state(qmp: QmpClient, *, files: bool = True) -> BlockState:
     """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
 
     With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if

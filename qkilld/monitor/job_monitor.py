@@ -178,7 +178,7 @@ class JobMonitors:
                 )
                 try:
                     qmp = control.qmp
-                    return await disks.look(qmp, files=files) if qmp is not None else None
+                    return await disks.read_state(qmp, files=files) if qmp is not None else None
                 finally:
                     control.close()
         except (TimeoutError, QkilldError) as error:
@@ -273,7 +273,7 @@ class JobMonitor:
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
         async def read() -> BlockState:
-            return await disks.look(self._qmp(), files=files)
+            return await disks.read_state(self._qmp(), files=files)
 
         self._run(read, callback)
 
