@@ -4,7 +4,8 @@ This concerns the backing file of a loop device and the upper directory of an ov
 belongs to the mount namespace in which it was given, and the kernel does not report which: a
 container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
 system is accepted only if it has a file at this path, with the length that the loop device reports.
-LOOP_GET_STATUS64, which returns device and inode, blocks if the file system hangs.
+LOOP_GET_STATUS64 would return the file's device and inode, but is not used, because it blocks if
+the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked.
 """
@@ -22,8 +23,8 @@ from qkilld.adapters.target_files import open_path
 from qkilld.debug_log import note_once
 
 TIMEOUT_S: Final = 0.5
-"""Timeout of the path walk, which runs in its own thread. The kernel has all directories of the
-correct path in memory; looking up a wrong path may wait for a disk."""
+"""Timeout of the path walk, which runs in its own thread. It suffices for the correct path, whose
+directories the kernel has in memory; a wrong path may wait for a disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")

@@ -56,7 +56,7 @@ class BlockGraph:
     images: dict[str, set[str]] = field(default_factory=dict)
     """The names of the nodes and drives that use each image, by the image's path."""
     on_rings: set[str] = field(default_factory=set)
-    """The paths of the images among them with aio=io_uring."""
+    """The paths of those images that use aio=io_uring."""
     unlocated: list[Node] = field(default_factory=list)
     """Nodes whose server no option names, such as those of rbd."""
     pluggable: bool = False

@@ -208,8 +208,8 @@ class _MemoryStat:
 
 
 class _IoStat:
-    """Bytes written and writes, summed over all disks. Each layer of stacked devices counts the
-    same write."""
+    """Bytes written and writes, summed over all disks. A write may be counted several times, once
+    for each layer of stacked devices."""
 
     def __init__(self, group: Group, directory: Path) -> None:
         self.group, self.directory = group, directory
@@ -244,7 +244,7 @@ def _sum_v2(text: bytes | None, label: bytes) -> int | None:
 
 
 def _sum_v1(text: bytes | None) -> int | None:
-    """Sum lines like "8:0 Write 2". No line means that the kernel does not count."""
+    """Sum lines like "8:0 Write 2". Without a line the kernel does not count: return None."""
     words = (text or b"").split()
     try:
         amounts = [int(words[at + 1]) for at, word in enumerate(words) if word == b"Write"]
@@ -254,8 +254,8 @@ def _sum_v1(text: bytes | None) -> int | None:
 
 
 class _FreezerV2:
-    """Reports a group as frozen once its freezing begins: cgroup.events waits for threads in
-    uninterruptible sleep."""
+    """Reports a group as frozen as soon as freezing begins. cgroup.events reports that only after
+    the last thread has left uninterruptible sleep, which would be too late."""
 
     def __init__(self, group: Group) -> None:
         self._events = KeptFile(group.ways[0] / "cgroup.events")
@@ -268,7 +268,8 @@ class _FreezerV2:
         states = [file.read_or_none() for file in self._freeze]
         if any(text is not None and text.strip() == b"1" for text in states):
             return True
-        # The group's own cgroup.events includes freezes of ancestors that are not visible.
+        # Ancestors that are not visible need no file of their own: the group's own cgroup.events
+        # includes their freezes.
         return None if frozen is None or None in states else False
 
     def close(self) -> None:
@@ -277,7 +278,8 @@ class _FreezerV2:
 
 
 class _FreezerV1:
-    """A group's state is FREEZING or FROZEN also if a group above it is frozen."""
+    """Reads only the group itself, whose state is FREEZING or FROZEN also if a group above it is
+    frozen."""
 
     def __init__(self, group: Group) -> None:
         self._state = KeptFile(group.ways[0] / "freezer.state")

@@ -90,7 +90,7 @@ class GraphReader:
             argv = read_command_line(self._pid, self._proc)
             if not argv[0]:
                 return  # The process is exiting.
-            # The last word ends with a zero byte as well.
+            # The last word ends with a zero byte too, after which an empty word follows.
             argv = argv[:-1]
             self._directory = str((self._proc / str(self._pid) / "cwd").readlink())
             files = config_paths(argv)

@@ -118,7 +118,7 @@ def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
     """Return all devices (MAJOR:MINOR) of the btrfs that has the device `source`, a path in
     mountinfo; None if not found.
 
-    st_dev of files on btrfs is not the number of a device (kernel
+    sysfs has to be asked, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).
     """
     device = os.fsdecode(unescape(source))

@@ -171,6 +171,7 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
     filesystem = tables.filesystem(mount)
     if filesystem is None:
         # Files on an internal mount of the kernel, such as a memfd, have a name but no directory.
+        # They are memory, not images.
         internal = path.endswith(" (deleted)") and path.rfind("/") == 0
         return None if internal else Image("", None, writable, path)
     if filesystem.kind not in _IN_MEMORY:
@@ -189,8 +190,8 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
 def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
-    The command line does not show this, because images may have been added through a monitor.
-    Reading from tmpfs does not block.
+    The command line does not show this, because images may have been added through a monitor. So
+    the file's content decides, which can be read without blocking, because tmpfs is in memory.
     """
     if path.endswith(" (deleted)"):
         return True

@@ -24,7 +24,8 @@ _MAX_DEPTH: Final = 32
 _MAX_GROUPS: Final = 64
 _MAX_PROCESSES: Final = 64
 _MACHINE: Final = re.compile(r"/machine\.slice/(?:[^/]+\.slice/)*machine-[^/]+\.scope(?:/|$)")
-"""The scope of a machine of systemd-machined; libvirt also puts QEMU's helpers there."""
+"""The scope of a machine of systemd-machined. All processes in it count as the guest's: libvirt
+also puts QEMU's helpers there."""
 
 
 class Group(NamedTuple):
@@ -80,8 +81,8 @@ class Hierarchies:
         for controllers, mounted, point in self._mounts:
             if controllers.isdisjoint(names):
                 continue
-            # In a container the mount may show only a part of the hierarchy, and the path may lead
-            # out of what we see ("/../..").
+            # In a container the mount may show only a part of the hierarchy. A path that leads out
+            # of it ("/../..") names a group that is not visible here.
             parts = [part for part in os.path.relpath(path, mounted).split("/") if part != "."]
             if ".." in parts or len(parts) > _MAX_DEPTH:
                 continue

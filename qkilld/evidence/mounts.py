@@ -61,7 +61,7 @@ class MountStatistics:
         )
         text = b"\n" + text
         start = text.find(b"\n" + head)
-        # Two mounts stacked at one place cannot be distinguished.
+        # Two mounts stacked at one place cannot be distinguished, so their counters are unknown.
         if start < 0 or text.find(b"\n" + head, start + 1) >= 0:
             return None, None
         end = text.find(b"\ndevice ", start + 1)
@@ -79,6 +79,6 @@ def _parse(section: bytes) -> tuple[int | None, int | None]:
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # Bytes read and written in three ways (normal, direct, server), then pages.
+    # Bytes read and written by normal calls, by direct I/O, and (the sixth) to the server.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written

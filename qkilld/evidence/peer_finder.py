@@ -34,7 +34,8 @@ RETRY_S: Final = 5.0
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
-"""For processes of root with this many descriptors or more, the real user is looked up."""
+"""A process of root with this many descriptors or more may be a set-user-ID program that another
+user started, so its real user is looked up."""
 MAX_INODES: Final = 65_536
 """The maximum number of sockets to search for at a time."""
 MAX_PLACES: Final = 16_384

@@ -66,7 +66,8 @@ class ServerReader:
         self._used_pids = set()
         values = self._read(ends, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
-        # A server that forks for each connection has a new process after each reconnect.
+        # Close unused readers: a server that forks for each connection has a new process after each
+        # reconnect.
         for pid in self._readers.keys() - self._used_pids:
             self._readers.pop(pid).close()
         return values
@@ -88,7 +89,8 @@ class ServerReader:
         sockets: SocketTable,
         downstream: set[int],
     ) -> dict[int, Peer]:
-        """`downstream`: the processes between the guest and this server."""
+        """Sample the servers at these ends. `downstream`: the processes between the guest and them,
+        which are not sampled again."""
         peers: dict[int, Peer] = {}
         owners = self._finder.find(ends) if ends else {}
         for pid in set(owners.values()) - downstream:
@@ -166,7 +168,7 @@ class PeerReader:
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
         if self._sockets.accepted - ours.keys():
             return True
-        # A hidden socket may belong to another client.
+        # A hidden socket may belong to another client, so the answer is unknown.
         try:
             return None if self._sockets.hidden(table) - ours.keys() else False
         except Unreadable as error:

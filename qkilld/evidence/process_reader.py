@@ -10,7 +10,7 @@ The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds
 ran. If it has not advanced, no thread has run: each sleeps in the same call, and everything that
 only the threads can change is unchanged. What others can change (a pending signal, a debugger,
 requests on rings) is read each time. The clock may omit a thread that is running now until the next
-tick.
+tick, so a change may be noticed one sample later.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class ProcessReader:
         into["running"] = self._threads.running
         into["exiting"] = exiting and self._threads.alive
         if exiting and (living := self._threads.living()) is not None:
-            # The first thread has exited, and the process continues without it.
+            # The first thread has exited, and the process continues without it: another thread's
+            # state counts.
             into["state"], into["exiting"] = living.state, False
 
     def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:

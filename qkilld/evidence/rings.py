@@ -82,7 +82,7 @@ class RingReader:
             self._refresh()
         in_flight = self._in_flight()
         if in_flight is None and self._rings is not None:
-            # The ring was busy, or its descriptor was closed or reused.
+            # The ring was busy, or its descriptor was closed or reused: list the rings again.
             self._refresh()
             in_flight = self._in_flight()
         return in_flight, self._direct
@@ -191,7 +191,7 @@ def requests_in_flight(text: bytes) -> int | None:
         return None
     polls, _, overflowed = polls.partition(b"CqOverflowList:\n")
     polling = sum(line.startswith(_POLL_ADD) for line in polls.splitlines())
-    # The ring's tail does not count completions for which the ring had no room.
+    # Completions for which the ring had no room are not in flight, but its tail omits them.
     waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
     in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
     return max(in_flight, 0) if in_flight <= _MAX_IN_FLIGHT else None

@@ -32,7 +32,7 @@ from qkilld.model.sample import Memory, Node, Sample, Socket, Thread
 REFRESH_S: Final = 30.0
 """How long a list of open files and sockets is valid if their number does not change."""
 RECONNECT_S: Final = 2.0
-"""How often to look for a new connection after one was lost."""
+"""After a connection was lost, the sockets are listed again at this interval."""
 TABLES_AGE_S: Final = 0.05
 """How long all readers share a reading of the whole host."""
 MEMORY_AGE_S: Final = 5.0

@@ -429,7 +429,7 @@ def _find_tcp(inodes: set[int]) -> dict[int, bytes]:
 def _listens_on(port: int) -> bool:
     id = _PORT.pack(port) + bytes(46)
     for family in (socket.AF_INET, socket.AF_INET6):
-        # The kernel compares the ports itself (net/ipv4/inet_diag.c).
+        # The kernel compares the ports itself (net/ipv4/inet_diag.c), so any answer is a match.
         request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 1 << _LISTEN, id)
         if any(True for _ in _request(request, _DUMP, seconds=SINGLE_S)):
             return True
@@ -448,7 +448,7 @@ def _ask_peer(id: bytes) -> int | None:
     request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, socket_id)
     try:
         for buffer, start, _ in _request(request, _ONE):
-            # If there is no such connection, the kernel returns a listener.
+            # Check the answer: if there is no such connection, the kernel returns a listener.
             if buffer[start + 1] == _ESTABLISHED and _address(buffer, start) == address:
                 return int(_U32.unpack_from(buffer, start + 68)[0])
     except FileNotFoundError:
@@ -496,7 +496,7 @@ def _kernel() -> Iterator[socket.socket]:
             yield kernel
         return
     with _netlink_lock:
-        # Discard the rest of an unfinished answer: the kernel starts no other before.
+        # Discard the rest of an unfinished answer: only then does the kernel start the next one.
         with contextlib.suppress(BlockingIOError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass

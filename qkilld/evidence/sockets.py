@@ -1,8 +1,8 @@
 """Read the connections of a process: which of its sockets are connected, and their queues.
 
 The links of its descriptors show the inodes of its sockets (files.py). The sockets of our network
-namespace are read from the kernel once for all processes (sockdiag.py). /proc/PID/net shows less
-about sockets in another namespace.
+namespace are read from the kernel once for all processes (sockdiag.py). For those in another
+namespace, /proc/PID/net is read, which shows less.
 
 Needs the ptrace right for another user's process. Sources: sock_diag(7), proc_pid_net(5), unix(7).
 """
@@ -62,7 +62,7 @@ _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
 """With more sockets than this, reading the kernel's table is cheaper than checking each link."""
 _STANDARD: Final = (0, 1, 2)
-"""Standard input, output and error, whatever they are connected to."""
+"""Standard input, output and error are never storage, whatever they are connected to."""
 
 
 class SocketReader:
@@ -108,7 +108,7 @@ class SocketReader:
         try:
             ours = Path(f"{self._proc}/{sockdiag.namespace_of}/ns/net").readlink()
             its = Path(f"{self._proc}/{self._pid}/ns/net").readlink()
-            found = {i: known.get(i) or self._protocol(n) for n, i in descriptors.sockets}
+            protocols = {i: known.get(i) or self._protocol(n) for n, i in descriptors.sockets}
         except OSError as error:
             note_once("looking for sockets", error)
             return
@@ -116,8 +116,8 @@ class SocketReader:
             self._ends = None if graph is None else _Ends(graph)
         self._foreign, self._graph = ours != its, graph
         self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
-        self._protocols = {inode: protocol for inode, protocol in found.items() if protocol}
-        # A socket that was not connected may be now.
+        self._protocols = {inode: protocol for inode, protocol in protocols.items() if protocol}
+        # Forget which sockets were not connected: they may be now.
         self._connections = {
             inode: connection
             for inode, connection in self._connections.items()
@@ -172,14 +172,14 @@ class SocketReader:
         return result
 
     def _settles(
-        self, found: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
+        self, sockets: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
     ) -> bool:
         """Return whether the process has no socket that could still become storage. Raises
         Unreadable."""
         if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
             return False
-        rest = protocols.keys() - {socket.inode for socket in found}
-        return all(socket.role == "other" for socket in found) and all(
+        rest = protocols.keys() - {socket.inode for socket in sockets}
+        return all(socket.role == "other" for socket in sockets) and all(
             table.is_listening(inode) for inode in rest
         )
 
@@ -370,7 +370,7 @@ class SocketReader:
         if unix is None or tcp is None:
             return None
         if tcp6 is None:
-            # Without IPv6, neither this file nor such sockets exist.
+            # A kernel without IPv6 has neither this file nor such sockets.
             if "TCPv6" in protocols.values():
                 return None
             tcp6 = b""
@@ -379,7 +379,8 @@ class SocketReader:
         self._peers, self._given_names = {}, None
         self.accepted = set()
         try:
-            # Both ends of a unix connection belong to the network namespace of its client.
+            # Connections from clients in our namespace are in our table: both ends of a unix
+            # connection belong to the network namespace of its client.
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
             elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))
             sockets = [socket for socket in by_inode.values() if socket is not None]

@@ -270,7 +270,7 @@ class _Stack:
             for number in numbers:
                 self._device(number, depth, writable)
         elif kind == "overlay" and writable:
-            # A file open for writing was copied to the upper directory.
+            # A file open for writing lies in the upper directory: the kernel copied it there.
             upper = _option(filesystem, b"upperdir") or b""
             self._path(Backing(upper, None), kind, depth, writable)
         elif kind in mounts.KINDS:

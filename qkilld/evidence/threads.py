@@ -98,7 +98,8 @@ class ThreadReader:
             self.close()
             return None, None
         try:
-            # If one thread replaced another meanwhile, reading the old one fails.
+            # List the threads again if their number changed, or if reading one fails, because
+            # another one has replaced it.
             if len(self._entries) != count or not self._read_all():
                 self._list()
                 self._read_all()
@@ -195,7 +196,8 @@ class ThreadReader:
             schedstat = b""
         if not keep:
             entry.schedstat.close()
-        # All zeros mean that the kernel does not count (sched_info_on()).
+        # All zeros mean that the kernel does not count (sched_info_on()), so the thread may have
+        # run.
         if (
             schedstat == entry.last_schedstat
             and not entry.may_have_run
