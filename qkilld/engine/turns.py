@@ -81,7 +81,7 @@ class Turns:
         """Give each user a turn while time remains. The next round follows after the loop has
         handled other events and the tasks started here have begun."""
         self._round = None
-        called, self._has_new_calls = self._is_scheduled, False
+        called, self._has_new_calls = self._has_new_calls, False
         end = time.monotonic() + ROUND_S
         for _ in range(self._queue.users):
             uid, calls = self._queue.turn()
