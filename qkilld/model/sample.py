@@ -143,9 +143,9 @@ class Socket:
     family: str
     """unix or tcp."""
     client: bool
-    """Whether the process called connect(2), not accept(2): QEMU connects to storage servers."""
+    """Whether the process called connect(2), as QEMU does for storage, rather than accept(2)."""
     send_queue: int
-    """Bytes. May be 0 while a request waits for its reply."""
+    """Bytes. 0 does not mean idle: a request may wait for its reply."""
     receive_queue: int
     unacked: int | None = None
     """TCP: segments sent and not acknowledged."""

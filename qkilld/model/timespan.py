@@ -42,7 +42,7 @@ _PART: Final = re.compile(
     rf"(?P<space>[{_BLANKS}]*)(?:(?P<unit>{_UNIT})[{_BLANKS}]*)?"
 )
 _LONG_MAX: Final = 2**63 - 1
-"""systemd reads the number before the unit with strtoll(3)."""
+"""The greatest number before a unit: systemd reads it with strtoll(3)."""
 _SHOWN: Final = 80
 """The maximum number of characters of a wrong text that a message repeats."""
 

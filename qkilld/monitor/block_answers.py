@@ -172,7 +172,8 @@ def _disk(
         title=_title(str(name)),
         network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
         failed=entry.get("io-status", "ok") != "ok",
-        # During a backup the top node is a filter, which lacks the flag of the node below it.
+        # Check the lower nodes too: during a backup the top node is a filter, which lacks the flag
+        # of the node below it.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",

@@ -77,7 +77,8 @@ class Channel(asyncio.Protocol):
                 try:
                     data = connection.recv(MAX_MESSAGE)
                 except OSError as error:
-                    # ECONNRESET: QEMU exited without reading all that was sent to it.
+                    # ECONNRESET is a normal end, too: QEMU exited without reading all that was sent
+                    # to it.
                     return error.errno == errno.ECONNRESET
                 if not data:
                     return True

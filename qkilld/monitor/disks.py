@@ -77,7 +77,8 @@ async def read_state(qmp: QmpClient, *, files: bool = True) -> BlockState:
         queues = await _read_queues(qmp, devices)
         disks = tuple([await _with_bus_path(qmp, disk, devices) for disk in disks])
     except CommandRefused:
-        pass  # Before QEMU 7.2, or with -compat unstable-input=reject.
+        # QEMU before 7.2, or with -compat unstable-input=reject, does not report its queues.
+        pass
     return BlockState(
         at=at,
         runstate=runstate,
@@ -181,7 +182,8 @@ async def flush(
         except TimeoutError:
             pass
         finally:
-            # QEMU 7.2 waits in nbd-server-stop for connections that are being negotiated.
+            # Close our connections first: QEMU 7.2 waits in nbd-server-stop for connections that
+            # are being negotiated.
             stack.close()
             remaining_s = max(until - time.monotonic(), QUERY_S / 10)
             if server.may_be_our_server:

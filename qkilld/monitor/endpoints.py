@@ -298,7 +298,7 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     if not int(first) <= listener.port <= max(int(first), end):
         return False
     host = chardev.get("host", "")
-    # Only QEMU knows which address it found for a host name.
+    # Accept any address for a host name: only QEMU knows which one it found.
     return not _ADDRESS.fullmatch(host) or host == listener.host
 
 

@@ -100,6 +100,7 @@ class GuestControl:
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
+        """Whether the guest was asked, so that signs of a shutdown count."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The last reply to query-chardev, with its time (s)."""
         self._agent_was_open: bool | None = None
@@ -379,7 +380,7 @@ class GuestControl:
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # On success no reply comes, and the port may be closed.
+            # Neither of these is a failure: on success no reply comes, and the port may be closed.
             with contextlib.suppress(MonitorTimeout, MonitorClosed):
                 await agent.execute(
                     "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S
@@ -519,7 +520,7 @@ class GuestControl:
         if self._agent_was_open is None:
             self._agent_was_open = port.opened
         elif port.opened:
-            # The agent or the guest was restarted.
+            # It was only restarted, or the guest was, so its closed port was no sign of a shutdown.
             self._signs.discard(ShutdownSign.AGENT_CLOSED)
         elif self._agent_was_open:
             self._signs.add(ShutdownSign.AGENT_CLOSED)

@@ -147,7 +147,7 @@ class JobMonitors:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """Skips incomplete messages, because the previous daemon may have read their other half."""
+        """Skip incomplete messages, because the previous daemon may have read their other half."""
         with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
             with ignore("reading the rest of a stored monitor connection", OSError):
@@ -186,7 +186,7 @@ class JobMonitors:
             return None
 
     async def describe(self, process: Process) -> tuple[str, ...]:
-        """Does not connect, because that could occupy the monitor's only connection."""
+        """Connect to nothing, because that could occupy the monitor's only connection."""
         try:
             guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
         except MonitorError as error:
@@ -197,7 +197,7 @@ class JobMonitors:
         return (*ways, *guest_endpoints.obstacles)
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """Does not connect, like `describe`."""
+        """Connect to nothing, like `describe`."""
         try:
             guest_endpoints = find_endpoints(*await read_process(identity))
         except MonitorError as error:

@@ -1,8 +1,8 @@
 """A client for QMP: greeting, out-of-band commands, one in-band command at a time, events.
 
 Source: QEMU's docs/interop/qmp-spec. Measured with QEMU 7.2 and 10.0: while QEMU hangs in its final
-drain, an out-of-band command is answered in 1 to 3 ms if the connection existed before; it is not
-answered if 8 in-band commands wait behind a blocked one.
+drain, an out-of-band command is answered in 1 to 3 ms if the connection existed before. It is not
+answered if 8 in-band commands wait behind a blocked one, so at most one is sent at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""Timeout of greeting and negotiation, which take 2 ms. A monitor that serves another client sends
-no greeting."""
+"""Timeout of greeting and negotiation, which take 2 ms. After it the monitor counts as busy, because
+one that serves another client sends no greeting."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def read_process_blocking(
     unclear.difference_update(*(listener.descriptors for listener in listeners))
     if not may_use_tcp(options, unclear):
         return options, listeners, []
-    # Expensive: the kernel scans tables with 100,000s of slots, which takes 6 ms.
+    # Read TCP listeners only if needed: the kernel scans 100,000s of slots, which takes 6 ms.
     return options, listeners, read_tcp_listeners(identity.pid, descriptors, proc)
 
 

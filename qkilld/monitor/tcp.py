@@ -32,7 +32,7 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
 """Time for QEMU to accept a connection, usually a millisecond. Until then the other end has no
-inode."""
+inode, so it cannot be proven whose it is."""
 MAX_TABLE: Final = 64 << 20
 """The maximum number of bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
