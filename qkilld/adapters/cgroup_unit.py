@@ -29,7 +29,8 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
         return None
     controller = "" if v2 else "name=systemd"
     path = paths.get(controller, "")
-    # In a container without a cgroup namespace, every path begins with that of the container.
+    # Remove the container's own path, with which every path in a container begins if that has no
+    # cgroup namespace.
     root = roots.get(controller, "").removesuffix("/init.scope").rstrip("/")
     if path.startswith(root + "/"):
         path = path[len(root) :]

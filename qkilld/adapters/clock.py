@@ -23,7 +23,8 @@ class LoopClock:
         return time.monotonic_ns() // 1000
 
     def started_at(self, start_time: int) -> int:
-        # Clock ticks since boot include the time in which the host was suspended.
+        # CLOCK_BOOTTIME, because clock ticks since boot include the time in which the host was
+        # suspended.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / os.sysconf("SC_CLK_TCK")
         return self.now() - int(age * USEC_PER_SEC)
 

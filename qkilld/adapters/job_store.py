@@ -56,7 +56,8 @@ class JobStore:
         descriptors for the next start.
         """
         self._registry = registry
-        # A crash may have left a job's descriptor in the store, but no file with its state.
+        # Do not reuse these numbers: a crash may have left a job's descriptor in the store, but no
+        # file with its state.
         numbers = [int(match[1]) for name in self._stored if (match := _NAME.fullmatch(name))]
         registry.count_from(max(numbers, default=0))
         try:
@@ -106,7 +107,7 @@ class JobStore:
 
     def store_monitor(self, number: int, fd: int) -> None:
         name = _monitor_name(number)
-        # A connection that was lost and made again has another descriptor.
+        # Replace an earlier connection, which was lost.
         self._drop(name)
         self._in_store.add(name)
         self._manager.store_fd(name, fd)

@@ -107,7 +107,7 @@ class Journald:
         try:
             self._send(entry)
         except OSError:
-            # journald may have restarted with a new socket.
+            # Connect once more: journald may have restarted with a new socket.
             self.close()
             self._send(entry)
 

@@ -66,7 +66,7 @@ class MemoryLock:
 
     def _try(self) -> str:
         """Lock the memory. Return why that is impossible, or ""."""
-        # Under a limit, later allocations may fail.
+        # Under a limit, later allocations would fail, so lock nothing.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
         for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):

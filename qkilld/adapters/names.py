@@ -117,7 +117,8 @@ class NameReader:
                     await self._wake.wait()
             self._collect()
             missing = wanted.keys() & self._pending
-            # On a busy host, time in which this process did not run says nothing about the readers.
+            # On a busy host this process may not run for a while. That time does not count, because
+            # it says nothing about the readers.
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
         for pid, *_ in missing:
             note_once(f"reading the command line of process {pid}", "it takes too long")

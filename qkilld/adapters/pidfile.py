@@ -174,7 +174,7 @@ def check_writers(content: Content, process_uid: int, caller_uid: int, shown: st
                 f"{subject} is writable by everybody, so its content proves nothing: "
                 "check the process id in it and name that instead"
             )
-        # A group with the same number as a user is that user's private group.
+        # Assume that a group with the same number as a trusted user is that user's private group.
         if step.writable_by(stat.S_IWGRP) and step.gid not in trusted:
             raise AccessDenied(
                 f"{subject} is writable by group {step.gid}, whose members may have written it: "

@@ -253,7 +253,7 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # An exiting process has an empty one, and a longer one was cut off.
+    # Only a whole command line shows that there is no name. That of an exiting process is empty.
     is_whole = 0 < len(command_line) < _MAX_CMDLINE
     label = printable(name) if name or is_whole else None
     return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv)
