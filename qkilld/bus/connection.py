@@ -212,8 +212,8 @@ class Connection:
             return False
         for message in self._frames.feed(chunk):
             if message is None:
-                # The bus has checked the message, so it may have a header field of a newer
-                # specification.
+                # Skip only this message. The bus has accepted it, so its header probably follows a
+                # newer specification.
                 _log.debug("ignored a message whose header cannot be parsed")
                 continue
             try:
@@ -242,8 +242,9 @@ class Connection:
         if future is None or future.done():
             _log.debug("ignored a reply that answers no open call")
             return
-        # Only the bus knows the owner of a well-known name, and it lets nobody else answer
-        # (send_requested_reply in its policy). The bus itself may answer any call with an error.
+        # Check who answers. The bus itself may answer any call with an error. Of a call to a
+        # well-known name only the bus knows the owner, and it lets nobody else answer
+        # (send_requested_reply in its policy).
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)
         ):

@@ -49,7 +49,7 @@ class Announcer:
     def job_ended(self, job: ObservedJob) -> None:
         if timer := self._pending.pop(job.number, None):
             timer.cancel()
-        # Clients stop reading changes after JobRemoved.
+        # Announce the last changes first: clients stop reading after JobRemoved.
         self._announce_changes(job)
         del self._announced_values[job.number]
         assert job.result is not None

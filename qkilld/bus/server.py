@@ -293,8 +293,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid in place of the least recently used one of a name whose calls do not wait:
-        its next call would overtake them."""
+        """Cache a uid. If the cache is full, drop the least recently used name that has no waiting
+        calls: if one that has some were dropped, its next call would overtake them."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]

@@ -227,7 +227,7 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
     """Parse RestrictAddressFamilies, which lists either the allowed families or the denied ones."""
     if allowed:
         return tuple(names)
-    # Every family but AF_UNIX, the only one that matters here.
+    # Only AF_UNIX matters here: if it is denied, any list without it will do.
     return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
 
 

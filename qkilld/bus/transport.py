@@ -100,7 +100,8 @@ async def _connect(sock: socket.socket, target: str | tuple[str, int]) -> None:
     if sock.family != socket.AF_UNIX:
         await loop.sock_connect(sock, target)
         return
-    # sock_connect() misinterprets EAGAIN, which means a full backlog, as a connection in progress.
+    # Call connect() directly, because sock_connect() takes EAGAIN, which means a full backlog, for
+    # a connection in progress.
     while True:
         try:
             sock.connect(target)
