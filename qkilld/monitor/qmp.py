@@ -28,8 +28,8 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""Timeout of greeting and negotiation, which take 2 ms. Then the monitor counts as busy, because one
-that serves another client sends no greeting."""
+"""Timeout of greeting and negotiation, which take 2 ms. Then the monitor counts as busy: one that
+serves another client sends no greeting."""
 
 
 @dataclass(frozen=True, slots=True)
