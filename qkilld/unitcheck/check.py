@@ -54,7 +54,7 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         return  # The guard stops the guests before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # If QEMU ignores KillSignal=, systemd only waits for the guest that was asked.
+    # A signal that QEMU ignores is no problem if a guest was asked: systemd then only waits for it.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(

@@ -242,7 +242,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         lines=stop_lines(facts, surroundings),
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
-        # Any other FinalKillSignal= kills QEMU too.
+        # FinalKillSignal= does not matter, because any other signal kills QEMU too.
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",

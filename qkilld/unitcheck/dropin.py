@@ -45,7 +45,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
             continue
         lines = tuple(line for line in finding.mends if not line.by_hand)
         if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, lines_seen)):
-            # Each change of ExecStop= contains the whole list.
+            # Keep only the first change of ExecStop=: each contains the whole list.
             lines = tuple(line for line in lines if not _sets_stop(line))
         if lines := tuple(line for line in lines if line not in lines_seen):
             wanted_changes.append(Change(f"{finding.problem}: {finding.reason}", lines))

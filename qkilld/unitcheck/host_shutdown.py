@@ -77,7 +77,8 @@ def predict_stop(
     is_before: bool,
     has_unit: bool,
 ) -> StoppedBy:
-    """`is_before`: its unit is ordered before qkilld-guests.service, as all scopes are."""
+    """Predict who stops a guest. `is_before`: whether its unit is ordered before
+    qkilld-guests.service, as all scopes are."""
     if not is_covered:
         return StoppedBy.UNCOVERED
     if cares_for_guests:
