@@ -119,7 +119,7 @@ class _Adopter:
             after = await self._check(name)
             _compare_with_prediction(report, after)
         except QkilldError:
-            # systemd rejects the drop-in, or parses it differently.
+            # systemd rejects the drop-in, or parses it differently: restore the previous state.
             if old:
                 drop_in.write(old)
             else:
@@ -184,7 +184,7 @@ class _Adopter:
         if not self._dry_run:
             await self._wait_for_stops()
         paths = []
-        # The name under which the unit was adopted may be an alias now.
+        # Try both names, because the one under which the unit was adopted may be an alias now.
         bases = [await self._base(transient) for transient in (False, True)]
         for base, unit in product(bases, dict.fromkeys((primary, full_name(name)))):
             drop_in = DropIn(base, unit)

@@ -449,7 +449,7 @@ def _host(text: str) -> tuple[str, str]:
 
 
 def _machine(text: str) -> str:
-    # The name is passed to a shell on another host.
+    # Allow only plain characters, because the name may be passed to a shell on another host.
     if not _MACHINE.fullmatch(text):
         raise argparse.ArgumentTypeError(f'"{printable(text)}" is not the name of a container')
     return text

@@ -102,7 +102,7 @@ class _HostCheck:
         return HostGuest(pid, guest, name, stopped_by, keepers, line)
 
     async def _unit(self, name: str) -> UnitFacts | None:
-        """None if systemd does not know the unit."""
+        """Return the settings of a unit; None if systemd does not know it."""
         if name not in self._units:
             self._units[name] = None
             with ignore(f"asking systemd for {name}", QkilldError):
@@ -119,7 +119,7 @@ def _service_of(pid: int) -> list[str]:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # The drop-ins of scopes and of user@.service may not be installed yet.
+    # Scopes and user managers get this order from drop-ins, which may not be installed yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

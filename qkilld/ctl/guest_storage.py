@@ -158,7 +158,8 @@ def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
 
 
 def _tpm_sockets(options: Sequence[QemuOption]) -> Iterator[str]:
-    """A TPM emulator writes its state even after the guest has exited."""
+    """Yield the sockets of TPM emulators, which write their state even after the guest has exited,
+    and so count as storage."""
     users = {o.flat.get("chardev") for o in options if o.name == "tpmdev"}
     for option in options:
         if option.name == "chardev" and option.flat.get("id") in users:
@@ -324,7 +325,7 @@ def _transport(name: str) -> str:
 
 
 def _is_remote(kind: str) -> bool:
-    # A FUSE file system disappears with its daemon, and may depend on the network.
+    # FUSE counts as remote, because it disappears with its daemon and may depend on the network.
     return kind in REMOTE_TYPES or kind.startswith("fuse")
 
 

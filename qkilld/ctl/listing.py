@@ -103,7 +103,7 @@ async def status(session: Session, target: Target) -> int:
             job = await _job_status(session.manager, await session.manager.job_by_pid(process.pid))
         except NoSuchJob:
             job = None
-    # After the job has ended, another process may have its pid.
+    # Read no statistics for an ended job, because another process may have its pid.
     ended = target.kind is TargetKind.JOB and job is not None and bool(job.result)
     stats = ProcessStats() if ended else session.process_stats(guest.pid, guest.uid)
     if session.json:

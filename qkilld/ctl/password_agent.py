@@ -35,8 +35,8 @@ def password_agent(wanted: bool) -> Iterator[None]:
         yield
         return
     ready, notify = os.pipe()
-    # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside a
-    # login session, no other agent can take precedence.
+    # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside one,
+    # register as a normal agent, because there is no other that should take precedence.
     fallback = ["--fallback"] if "XDG_SESSION_ID" in os.environ else []
     try:
         process = subprocess.Popen(
@@ -64,7 +64,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    # pkttyagent is stopped if it read from the terminal in the background.
+    # Wake it, because it is stopped if it read from the terminal in the background.
     with ignore("waking pkttyagent", ProcessLookupError):
         process.send_signal(signal.SIGCONT)
     try:

@@ -72,7 +72,7 @@ def executable(pid: int) -> str:
 
 
 def command_line(pid: int) -> list[str]:
-    """Empty if unreadable."""
+    """Return the words of a process's command line; empty if unreadable."""
     return list(_attribute(pid, "cmdline") or [])
 
 

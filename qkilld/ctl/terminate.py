@@ -28,7 +28,8 @@ from qkilld.model.varlink_state import receipt_of, status_of
 from qkilld.monitor.libvirt import domain_of
 
 WAITS_PER_CONNECTION: Final = 64
-"""The system bus allows a connection 128 pending calls."""
+"""The maximum number of Wait calls on one connection: half of the 128 pending calls that the system
+bus allows."""
 
 
 @dataclass(slots=True)

@@ -29,8 +29,8 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
     root = parser.parse_args().root
     code = ExitCode.OK
-    # `make install UNITDIR=/etc/systemd/system` installs files with the same name that adopt did
-    # not write.
+    # all_drop_ins() leaves out files of the same name that adopt did not write, such as those of
+    # `make install UNITDIR=/etc/systemd/system`.
     for drop_in in (each for base in _BASES for each in all_drop_ins(root / base)):
         try:
             if drop_in.remove():

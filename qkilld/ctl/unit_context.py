@@ -104,7 +104,7 @@ async def gather(
         is_template=is_template,
         keepers=await _keepers(systemd, facts),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # user@.service, which stops after all of a user's units, has this order.
+        # A user's units need no order: user@.service, which is stopped after them, has it.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
