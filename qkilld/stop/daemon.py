@@ -28,19 +28,21 @@ MAX_AT_ONCE = 500
 """The maximum number of processes in one call, which is at most 64 KiB long."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
-"""The daemon replies in milliseconds, or in a second if systemd has to start it first."""
+"""Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it
+first."""
 BUSY_TIMEOUT_S = 12.0
 """The timeout once the daemon has read the call. A busy daemon still stops the guests sooner than
 we would without it."""
 RETURN_TIMEOUT_S = 3.0
-"""systemd restarts a crashed daemon within a second."""
+"""How long to wait for the next daemon. systemd restarts a crashed one within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
 """A running job sends its state every second. After this silence, check that the daemon is
 alive."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
-"""Our pidfd reports an exit as soon as the daemon's pidfd does."""
+"""How long our pidfd may take to confirm an exit that the daemon has reported. Normally both pidfds
+report it at the same time."""
 ENDING_S = 1.0
 """A daemon that exits closes the connection within this time after the last reply."""
 _NEVER = float("inf")
@@ -358,8 +360,8 @@ class DaemonStopper:
             self._forget(stop)
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
-            # A daemon that is stopped, not restarted, cancels its jobs, although no caller asked
-            # for that.
+            # Wait to see whether the daemon exits. A daemon that is stopped, not restarted, cancels
+            # its jobs, although no caller asked for that.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)

@@ -40,9 +40,9 @@ QUEUED_S: Final = 120.0
 class _StoppingKeeper:
     facts: UnitFacts
     seen_at: float
-    """When the keeper's stop job was first seen_at, time.monotonic()."""
+    """When the keeper's stop job was first seen, time.monotonic()."""
     began: float | None = None
-    """When the stop job was first seen_at running."""
+    """When the stop job was first seen running."""
 
     def has_time(self, now: float) -> bool:
         if self.began is None:

@@ -88,7 +88,8 @@ class StopRun:
         """The end (time.monotonic()) of the time that the unit's settings allow."""
         self._extendable = False
         """Whether systemd honours extensions."""
-        self._is_unit_known = False
+        self._is_unit_settled = False
+        """Whether the unit's limits are known, or are being read from systemd."""
         self._overrun = False
         self._signals = -1
 
@@ -328,7 +329,7 @@ class StopRun:
             self._stopper_of[stop] = stopper
             if self._local is not None and stopper is self._local:
                 self._local.why[stop] = self._why.get(stop, "qkilld is not running")
-                if not self._is_unit_known:
+                if not self._is_unit_settled:
                     self._ask_unit_at = min(self._ask_unit_at, self._clock() + UNIT_AFTER_S)
         stopper.start(stops)
 
@@ -415,7 +416,7 @@ class StopRun:
         self._hand_over([stop], place)
 
     def unit_known(self, unit: dict[str, Any]) -> None:
-        self._is_unit_known = True
+        self._is_unit_settled = True
         self._ask_unit_at = NEVER
         for stop in self._stops:
             if stop.running:
@@ -431,7 +432,7 @@ class StopRun:
                     self._log.write(stop_limited(self._guest(stop), warning))
 
     def unit_unknown(self, why: str) -> None:
-        if not self._is_unit_known:
+        if not self._is_unit_settled:
             self._ask_unit_at = self._clock()
 
     # ---- results ----
@@ -478,7 +479,7 @@ class StopRun:
     def _ask_unit(self) -> None:
         """Read the unit's settings from systemd, in a thread."""
         self._ask_unit_at = NEVER
-        self._is_unit_known = True
+        self._is_unit_settled = True
         from qkilld.stop.systemd_units import on_bus, own_facts
 
         mailbox, user = self._mail, self.targets.user
@@ -554,8 +555,8 @@ class StopRun:
         self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
 
     def _go_on(self) -> None:
-        """systemd's timeout expired despite extensions, because `systemctl daemon-reload` drops
-        them. The timeout can be extended again until systemd sends SIGKILL."""
+        """Extend systemd's timeout after it has expired, which is possible until systemd sends
+        SIGKILL. It expires despite extensions if `systemctl daemon-reload` has dropped them."""
         from qkilld.stop.helper_events import stop_overrun
 
         self._overrun = True
