@@ -29,7 +29,7 @@ class DaemonOptions:
 def parse(arguments: Sequence[str]) -> DaemonOptions:
     """Parse the command line; exit if it is wrong or asks for help.
 
-    That of qkilld.service is parsed without argparse, which takes a tenth of the start.
+    The command line in qkilld.service is parsed without argparse, which takes a tenth of the start.
     """
     match arguments:
         case ["--exit-idle", span]:

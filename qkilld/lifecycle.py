@@ -236,7 +236,7 @@ class Life:
         self._service = Service(
             config, LocalHost(), self._registry, clock, sampler, monitors=monitors
         )
-        # On a session bus everything belongs to our own user.
+        # Our own user has no limits: on a session bus, everything belongs to it.
         self._turns = Turns(frozenset({0, os.getuid()}))
         streams = Streams()
         self._observers.add(streams)
@@ -419,7 +419,8 @@ class Life:
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
-            # systemd would wait for the end of this process before it starts another.
+            # Do not exit while files wait to be closed: this process could not end, and systemd
+            # would wait for its end before it starts another.
             busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return
