@@ -189,7 +189,7 @@ def name_and_uuid(argv: Sequence[str]) -> tuple[str, str]:
 
 
 def has_qmp(argv: Sequence[str]) -> bool:
-    """Return whether it has a QMP monitor, or may have one from a -readconfig file."""
+    """Return whether the QEMU has a QMP monitor, or may have one from a -readconfig file."""
     for option in parse_command_line(argv):
         control = option.name == "mon" and option.flat.get("mode") == "control"
         if control or option.name in ("qmp", "qmp-pretty", "readconfig"):
