@@ -155,11 +155,11 @@ class ManagerProxy:
         job_removed: Callable[[str], None],
         owner_changed: Callable[[str], None],
     ) -> AsyncIterator[str]:
-        """Within the context, call back for jobs and for changes of the daemon. Yields the name's
-        owner.
+        """Within the context, call back for jobs and for changes of the daemon. Yields the bus name
+        of the daemon, "" if none runs, and starts none.
 
-        `job_new` and `job_removed` get the job's path, `owner_changed` the new owner, "" for none.
-        Meanwhile JobProxy.watch needs no match rule of its own (`matched`). Starts no daemon.
+        `job_new` and `job_removed` get the job's path, `owner_changed` the new daemon's bus name,
+        "" for none. Within the context, JobProxy.watch can be called with `matched`.
         """
         owner = ""
         unsubscribe: list[Callable[[], None]] = []
