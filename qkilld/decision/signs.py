@@ -32,7 +32,7 @@ PEER_NOISE: Final = 16 * 1024
 CACHE_NOISE: Final = 16 * 1024
 """A page cache that falls by fewer bytes proves nothing: it may have written a page of a log."""
 OWN_IO: Final = 512
-"""If the process itself reads or writes fewer bytes than this, they do not count."""
+"""Fewer bytes than this that the process itself reads or writes do not count."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" is an unknown one."""
@@ -49,26 +49,29 @@ _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "c
 
 
 class SignKind(StrEnum):
+    """How the movement of a sign is recognised."""
+
     COUNT = "count"
-    """Has moved if it has grown by `least`."""
+    """The sign has moved if its value has grown by `least`."""
     CHANGE = "change"
-    """Has moved if its value has changed."""
+    """The sign has moved if its value has changed."""
     LOW = "low"
-    """Has moved if it is lower by `least` than ever before, because a queue may be filled again."""
+    """The sign has moved if its value is lower by `least` than ever before: a queue that only falls
+    back to where it was may have been filled again."""
     TRAFFIC = "traffic"
-    """Has moved if it has grown by `least` within WINDOW."""
+    """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
-    """Does not count now, but its value is remembered for later."""
+    """The sign does not count now, but its value is remembered for later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
     name: str
-    """Unique in its wait."""
+    """Unique among the signs of a wait."""
     kind: SignKind
     value: int
     text: str
-    """A description of its movement."""
+    """A description of the sign's movement."""
     least: int = 1
     sure: bool = True
     """False if other processes may move it too: then it shows neither progress nor a standstill."""

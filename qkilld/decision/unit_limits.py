@@ -24,9 +24,9 @@ class Limits:
     """The defaults are for an unknown unit: the helper stays as long as systemd lets it."""
 
     stay: int = INFINITY
-    """How long after its start the helper exits, so that systemd does not kill it."""
+    """The helper exits this long after its start, before systemd would kill it."""
     ask: int = INFINITY
-    """How long after its start the helper stops asking, so that time is left for SIGTERM."""
+    """The helper stops asking the guest this long after its start, to leave time for SIGTERM."""
     force: bool = False
     """Whether systemd would finally send SIGKILL to the guest's process."""
     extendable: bool = False

@@ -76,9 +76,9 @@ class OpenWait:
     kind: WaitKind
     text: str
     since: int
-    """When it was first seen."""
+    """When the wait was first seen."""
     moved_at: int | None
-    """When one of its signs last moved; None for never."""
+    """When a sign of the wait last moved; None for never."""
     moved_by: str
     """A description of that sign; "" for none."""
     marks: tuple[Mark, ...]
@@ -109,7 +109,7 @@ class Assessment:
     outstanding: bool | None
     """Whether the process waits for something; None if unknown."""
     outstanding_at: int | None
-    """When something was last outstanding, or unknown."""
+    """When `outstanding` was last True or None."""
     pending: int | None
     """Bytes still to be written, as far as known."""
     rate: int | None
@@ -244,7 +244,8 @@ def _is_still(before: Assessment, sample: Sample) -> bool:
 
 
 def _own_group(sample: Sample) -> object:
-    """Return the state of its control group; if others share it, only whether it is frozen."""
+    """Return the state of the process's control group; if other processes share the group, only
+    whether it is frozen."""
     group = sample.cgroup
     return group if group is None or group.own else group.frozen
 

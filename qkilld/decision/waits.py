@@ -199,8 +199,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 
 def _are_diskless(sample: Sample) -> bool:
-    """Return whether all requests on its io_urings wait for file systems without a block device,
-    each in a kernel thread with a wait of its own. Then no disk has the requests."""
+    """Return whether all requests on the process's io_urings wait for file systems without a block
+    device, so that no disk has them. Each then has a kernel thread, which is a wait of its own."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers)) >= (sample.rings or 0)
 
