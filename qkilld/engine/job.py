@@ -191,7 +191,7 @@ class Job:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether it waits for a sample."""
+        """Whether the job waits for a sample."""
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:

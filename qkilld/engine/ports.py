@@ -43,20 +43,21 @@ class Process(Protocol):
         """Send a signal. Raises ProcessLookupError if the process is gone, PermissionError."""
 
     def exited(self) -> bool:
-        """Return whether it has exited, reaped or not. Does not block."""
+        """Return whether the process has exited, reaped or not. Does not block."""
 
     def collected(self) -> bool:
-        """Return whether its parent has reaped it after its exit, so that it is not a zombie."""
+        """Return whether the parent has reaped the process after its exit, so that it is no
+        zombie."""
 
     def killed_by(self) -> int:
         """Return the number of the signal that ended the process; 0 for none, or if unknown. Call
         it after the exit."""
 
     def dying(self) -> bool:
-        """Return whether it has received SIGKILL or is exiting, as far as known."""
+        """Return whether the process has received SIGKILL or is exiting, as far as known."""
 
     def watch(self, callback: Callable[[], None]) -> None:
-        """Call back once, when it exits."""
+        """Call back once, when the process exits."""
 
     def fileno(self) -> int | None:
         """Return the pidfd, so that the caller can duplicate it; None if there is none."""

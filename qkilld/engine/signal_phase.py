@@ -227,7 +227,8 @@ class SignalPhase:
         job.note_rung(number.name, now)
 
     def check_identity(self) -> None:
-        """Raises ProcessChanged, UnknownIdentity, and ProcessLookupError if the process is gone."""
+        """Check that the process still is the guest's. Raises ProcessChanged, UnknownIdentity, and
+        ProcessLookupError if the process is gone."""
         check_process(self._process, self._job.guest.identity, self._executables)
         self._unidentified_since = None
 

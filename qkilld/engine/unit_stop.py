@@ -22,7 +22,7 @@ class ControlProcess(NamedTuple):
 
     unit: Unit
     ran_for: int
-    """µs since its start."""
+    """µs since the start of the process."""
 
 
 class UnitLimits(NamedTuple):
