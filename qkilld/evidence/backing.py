@@ -56,7 +56,8 @@ class BackingFinder:
         self._answers: dict[tuple[str, Backing], _FileSearch] = {}
 
     def find(self, backing: Backing, tables: dict[str, Mounts]) -> BackingPlace | None:
-        """Return where it lies; None if unknown. `tables` has the mounts of each of NAMESPACES."""
+        """Return where the backing file lies; None if unknown. `tables` has the mounts of each of
+        NAMESPACES."""
         distant = None
         for pid in NAMESPACES:
             way = tables[pid].way_to(backing.path)

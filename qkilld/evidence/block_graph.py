@@ -94,7 +94,8 @@ class BlockGraph:
         return frozenset(self.raw | _resolved(self.raw, directory))
 
     def ringless_paths(self, directory: str) -> frozenset[str]:
-        """Return the paths of images whose requests are never on an io_uring, like `raw_paths`."""
+        """Return the paths of images whose requests are never on an io_uring, in the same forms as
+        `raw_paths`."""
         paths = self.images.keys() - self.on_rings
         on_rings = self.on_rings | _resolved(self.on_rings, directory)
         return frozenset((paths | _resolved(paths, directory)) - on_rings)
@@ -160,10 +161,10 @@ class _DiskOption:
 
     name: str
     formats: frozenset[str]
-    """The formats of its nodes, "" for one that QEMU probes."""
+    """The formats of the option's nodes, "" for one that QEMU probes."""
     paths: tuple[str, ...]
     children: frozenset[str]
-    """The values of its other keys, such as the names of nodes that it uses."""
+    """The values of the option's other keys, such as the names of nodes that it uses."""
 
 
 def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _DiskOption:

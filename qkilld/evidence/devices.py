@@ -36,8 +36,8 @@ class Block(NamedTuple):
     backing_sizes: range
     """The possible sizes of the backing file in bytes, given the size of the device."""
     stats: tuple[str, ...]
-    """The files with its counters. A multipath NVMe disk has one for each path to it, because older
-    kernels do not count for the disk itself."""
+    """The files with the device's counters. A multipath NVMe disk has one for each path to it,
+    because older kernels do not count for the disk itself."""
 
 
 class Counters(NamedTuple):

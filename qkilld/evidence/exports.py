@@ -22,7 +22,8 @@ _MAX_DEPTH: Final = 8
 
 
 class ExportReader:
-    """Reads once, in its own thread for the same reason as command_line.py. Not thread-safe."""
+    """Reads the command line once, in its own thread because reading may block (command_line.py).
+    Not thread-safe."""
 
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc

@@ -51,7 +51,7 @@ class _Candidate(NamedTuple):
     pid: int
     uid: int
     descriptor_count: int
-    """The number of its descriptors; before Linux 6.2, the number at the last search, or 0."""
+    """The number of open descriptors; before Linux 6.2, the number at the last search, or 0."""
 
 
 class PeerFinder:

@@ -134,8 +134,8 @@ class UnixSocket(NamedTuple):
     includes the kernel's overhead)."""
 
     name: bytes
-    """The path that it is bound to, with a zero byte first if abstract; b"" for none. An accepted
-    socket has the path of the listening one."""
+    """The path that the socket is bound to, with a zero byte first if abstract; b"" for none. An
+    accepted socket has the path of the listening one."""
     peer: int
     """The inode of the other end; 0 if the connection was not accepted yet, or it is closed."""
     shut: bool
@@ -203,8 +203,8 @@ class SocketTable:
         return b"" if place is None else _unix(*place).name
 
     def has_unix(self, inode: int) -> bool:
-        """Return whether it is a unix stream socket of our network namespace that listens or is
-        connected."""
+        """Return whether a unix stream socket of our network namespace has this inode, and listens
+        or is connected."""
         return self.unix(inode) is not None or self._listener(inode) is not None
 
     def is_listening(self, inode: int) -> bool:

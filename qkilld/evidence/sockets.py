@@ -93,7 +93,7 @@ class SocketReader:
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
     ) -> None:
-        """List its sockets again. Never raises.
+        """List the sockets of the process again. Never raises.
 
         `graph`: from its command line; without it the purpose of every connection is unknown.
         `descriptors`: from files.read_descriptors, if just read. Costs 20 µs, 3 µs for each new
@@ -195,8 +195,8 @@ class SocketReader:
             return True
 
     def hidden(self, table: SocketTable) -> set[int]:
-        """Return its unix sockets that may be connected to a client in a third network namespace,
-        whose sockets cannot be read. Raises Unreadable."""
+        """Return the process's unix sockets that may be connected to a client in a third network
+        namespace, whose sockets cannot be read. Raises Unreadable."""
         return {
             inode
             for inode, protocol in (self._protocols or {}).items()
@@ -397,9 +397,10 @@ class SocketReader:
     ) -> Iterator[Socket]:
         """Parse lines of the form: Num RefCount Protocol Flags Type St Inode [Path].
 
-        They do not show which two sockets are connected with each other. But only an accepted
-        socket has a path, so connections that the process made are identified by accepted sockets
-        of other processes. Raises ValueError, IndexError, and Unreadable if their numbers differ.
+        The lines do not show which two sockets are connected with each other, and only an accepted
+        socket has a path. So for a connection that the process made, the path comes from the
+        accepted sockets of other processes in this namespace. Raises ValueError, IndexError, and
+        Unreadable if the numbers of both differ, so that they cannot be matched.
         """
         made = 0
         ends: list[tuple[int, _Use]] = []

@@ -98,7 +98,7 @@ class Call:
     """The system call of a thread."""
 
     name: str
-    """Its name, or "system call N" if it is not in our list."""
+    """The name of the call, or "system call N" if it is not in our list."""
     waits: bool
     """A thread that sleeps in it waits for something other than events."""
     reads: bool

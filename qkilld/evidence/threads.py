@@ -59,7 +59,7 @@ class _ThreadEntry:
         self.schedstat = KeptFile(f"task/{tid}/schedstat", directory)
         self.last_schedstat = b""
         self.may_have_run = True
-        """It may have run since it was last read completely."""
+        """The thread may have run since it was last read completely."""
         self.switches = 0
         self.alive = True
         """Not a zombie."""
