@@ -23,13 +23,14 @@ class GuestDisk:
     """QEMU's name for the node."""
     title: str
     network: bool
-    """Whether it is reached over a network connection, as far as the monitor reports."""
+    """Whether the disk is reached over a network connection, as far as the monitor reports."""
     failed: bool = False
-    """Its I/O status is not "ok": a request of the guest failed, or its file system is full."""
+    """The disk's I/O status is not "ok": a request of the guest failed, or the file system of the
+    image is full."""
     no_flush: bool = False
     """cache=unsafe: QEMU never flushes it."""
     device: str | None = None
-    """The path of its device; None if unknown."""
+    """The path of the disk's device; None if unknown."""
     qdev: str = ""
     """QEMU's name for its device; "" if unknown."""
     connections: tuple[str, ...] = ()

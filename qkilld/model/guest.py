@@ -60,7 +60,7 @@ class Label:
     unit: Unit | None = None
     """None if unknown."""
     qmp: bool = False
-    """Whether its command line has a QMP monitor; also False if it was not read in time."""
+    """Whether the command line has a QMP monitor; also False if it was not read in time."""
 
     @property
     def shown_name(self) -> str:

@@ -86,6 +86,6 @@ class FlushReport:
     outcome: str = "not-tried"
     """`complete`, `failed`, `partial`, `left-out`, `not-tried`."""
     reason: str = ""
-    """Why it is not complete, printable."""
+    """Why the flush is not complete, printable."""
     proven: bool = False
     """QEMU held back nothing that the guest had written, and nothing was written since."""

@@ -34,7 +34,7 @@ class Thread:
     state: str
     """proc(5): R, S, D, T, t, Z, …"""
     syscall: int | None
-    """The number of its system call, by this architecture's table; -1 for none, None if unknown."""
+    """The number of the system call, by this architecture's table; -1 for none, None if unknown."""
     io_call: bool | None
     """Whether the call reads, writes, syncs or closes a file or disk."""
     wchan: str | None
@@ -50,7 +50,7 @@ class Thread:
     mount: str = ""
     """MAJOR:MINOR of the file system under that descriptor, if it has no block device."""
     switches: int | None = None
-    """Its voluntary context switches."""
+    """The thread's voluntary context switches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Device:
     """Whether the process has the device itself open, without a file system between, so that other
     users are unlikely."""
     writable: bool = True
-    """Whether an image on it is open for writing, not only for reading."""
+    """Whether an image on the device is open for writing, not only for reading."""
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on this one; () if its own depth is 0, or if
     they are unknown."""
@@ -229,7 +229,7 @@ class Sample:
     rings: int | None = None
     """Requests in flight on its io_urings; 0 if it has none."""
     direct: bool | None = None
-    """Whether it has an AIO context, and a file or device open with O_DIRECT."""
+    """Whether the process has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None
     mounts: tuple[Mount, ...] | None = None
     sockets: tuple[Socket, ...] | None = None

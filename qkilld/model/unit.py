@@ -97,8 +97,8 @@ class UnitFacts:
 
     @property
     def cares_for_guests(self) -> bool:
-        """Whether it has its own ExecStop=, which systemd runs before it signals the unit's
-        processes. A user manager does not count: it stops units, not guests."""
+        """Whether the unit has an ExecStop=, which systemd runs before it signals the unit's
+        processes. That of a user manager does not count: it stops units, not guests."""
         return bool(self.exec_stop) and not is_user_manager(self.id)
 
     @property
@@ -118,4 +118,4 @@ class UnitProcess:
     pid: int
     control_group: str
     command: str
-    """Its command line as systemd shows it; may be any text."""
+    """The command line as systemd shows it; may be any text."""
