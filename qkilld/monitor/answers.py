@@ -208,7 +208,8 @@ def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
 
 
 def _is_counter(value: object) -> bool:
-    """Return whether it is a number below 2**64. JSON has longer ones, which fit no float later."""
+    """Return whether the value is a number below 2**64. JSON may have longer ones, which would not
+    fit into a float later."""
     return type(value) is int and 0 <= value < 1 << 64
 
 

@@ -47,8 +47,8 @@ class UnixListener:
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
-    """The path that it is bound to; a hostile one with line breaks may yield several. An abstract
-    name begins with "@"."""
+    """The path that the socket is bound to; a hostile one with line breaks may yield several. An
+    abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
     """Another process is connected."""
@@ -76,7 +76,7 @@ class Endpoint:
 
     @property
     def title(self) -> str:
-        """Describe it in a message: `the monitor at /run/web/qmp`."""
+        """Describe the socket for a message: `the monitor at /run/web/qmp`."""
         what = "agent" if self.role is Role.AGENT else "monitor"
         if isinstance(self.listener, TcpListener):
             return f"the {what} on {_place(self.listener.host, str(self.listener.port))}"
@@ -113,7 +113,7 @@ class _Claim:
 
     role: Role
     chardev: Mapping[str, str]
-    """Its properties, empty if no device has that id."""
+    """The properties of the device, empty if no device has that id."""
 
 
 def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:
@@ -303,7 +303,7 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
 
 
 def _serves_tcp(chardev: Mapping[str, str]) -> bool:
-    """Return whether it may be a server on TCP that speaks plainly."""
+    """Return whether the character device may be a server on TCP without TLS and WebSocket."""
     if chardev.get("backend") != "socket" or not _is_on_off(chardev, "server"):
         return False
     return "tls-creds" not in chardev and not _is_on_off(chardev, "websocket")
@@ -316,7 +316,7 @@ def _descriptor(chardev: Mapping[str, str]) -> int | None:
 
 
 def _is_to_listen(chardev: Mapping[str, str]) -> bool:
-    """Return whether QEMU itself is to create a unix socket for it and listen."""
+    """Return whether QEMU itself is to create a unix socket for the device, and to listen."""
     named = chardev.get("backend") == "socket" and "path" in chardev
     return named and _is_on_off(chardev, "server") and not _is_on_off(chardev, "abstract")
 

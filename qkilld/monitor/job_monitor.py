@@ -348,7 +348,7 @@ class JobMonitor:
         self._run(cut_off, callback)
 
     def close(self) -> None:
-        """Close it. May be called twice, and from a callback."""
+        """Close the monitor. May be called twice, and from a callback."""
         self._tasks.cancel()
         self._control.close()
 
@@ -373,7 +373,7 @@ class JobMonitor:
 
 
 def _socket_of(descriptor: int) -> socket.socket:
-    """Raises OSError if it is no socket; it is closed then."""
+    """Return the socket. If the descriptor is none, close it and raise OSError."""
     try:
         return take_over(socket.socket(fileno=descriptor))
     except OSError:

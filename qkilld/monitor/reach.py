@@ -192,7 +192,7 @@ def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
 
 
 def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:
-    """Read the options of its command line and its first -readconfig files. May block. Raises
+    """Read the options of a QEMU's command line and its first -readconfig files. May block. Raises
     OSError."""
     options = []
     files, remaining = 0, MAX_CONFIG

@@ -150,7 +150,7 @@ def peer_address(connection: socket.socket) -> object:
 
 
 def is_direct(endpoint: Endpoint) -> bool:
-    """Return whether it has no path, so that only `connect_directly` reaches it."""
+    """Return whether the socket has no path, so that only `connect_directly` reaches it."""
     listener = endpoint.listener
     return isinstance(listener, TcpListener) or all(path.startswith("@") for path in listener.paths)
 
