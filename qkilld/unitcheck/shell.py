@@ -29,9 +29,9 @@ class SimpleCommand:
     text: str = ""
     """The text of a here-string on its standard input."""
     redirected: bool = False
-    """Its standard input is a file."""
+    """The command's standard input is a file."""
     writes: bool = False
-    """Its output goes to a file or a FIFO."""
+    """The command's output goes to a file or a FIFO."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Pipeline:
     negated: bool = False
     background: bool = False
     joined_by: str = ""
-    """The operator `&&` or `||` before it."""
+    """The operator `&&` or `||` before the pipeline."""
 
 
 @dataclass(frozen=True, slots=True)

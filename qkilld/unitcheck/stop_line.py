@@ -65,7 +65,7 @@ class StopLine:
     acts: tuple[Act, ...]
     ignores_failure: bool = False
     shown: str = ""
-    """Its program, for display."""
+    """The program of the line, for display."""
 
     def has(self, *kinds: ActKind) -> bool:
         return any(each.kind in kinds for each in self.acts)

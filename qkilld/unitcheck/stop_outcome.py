@@ -137,7 +137,7 @@ class StopSettings:
     guests_service: bool = False
     """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
-    """A server of its disks on this host may be stopped at the same time."""
+    """A server on this host that serves the guest's disks may be stopped at the same time."""
     storage_goes_first: bool = False
     """At shutdown, the storage may be gone before the unit is stopped."""
     can_ask: bool | None = None
