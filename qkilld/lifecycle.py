@@ -65,8 +65,8 @@ DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0
 BUS_AFTER_S: Final = 0.1
-"""A Varlink call that started us is answered before the D-Bus library is imported, if that takes no
-longer. With an idle guest it takes 25 ms."""
+"""The import of the D-Bus library waits at most this long for the answer to a Varlink call that
+started us. The answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 IMPORT_STACK_BYTES: Final = 1 << 20
@@ -362,7 +362,7 @@ class Life:
                 task.cancel()
 
     async def _end(self, bus: BusService | None) -> int:
-        """Exit because of a signal."""
+        """Leave the bus and the jobs because of a signal; return the exit code."""
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
         why = "stop" if self._store is None else ""
