@@ -85,7 +85,7 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether they allow reading (S_IRUSR) or executing (S_IXUSR) a file. Ignores ACLs."""
+        """Return whether they allow S_IRUSR or S_IXUSR (read, execute) for a file. Ignores ACLs."""
         if self.uid == 0:
             return True
         if self.uid == status.st_uid:
