@@ -84,7 +84,8 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
 
 
 def is_storage(socket: Socket) -> bool:
-    return socket.role != "other"
+    """Return whether the connection may be one to a server that stores data."""
+    return socket.role == "storage" or (socket.role == "unknown" and not socket.accepted)
 
 
 def _own_bytes(sample: Sample) -> int | None:

@@ -44,6 +44,8 @@ _STORAGE_WCHAN: Final = (
 """Parts of names of kernel functions in which a thread waits for storage."""
 
 
+_SERVER: Final = "peer:"
+"""How the names of all signs of servers begin."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of such names that mean a file system without a block device."""
 
@@ -299,5 +301,10 @@ def _server_title(peer: Peer) -> str:
     return f"the server {peer.command} (process {peer.pid})"
 
 
+def is_of_server(sign: Sign) -> bool:
+    """Return whether the sign comes from a server, not from the connection to it."""
+    return sign.name.startswith(_SERVER)
+
+
 def _of(peer: Peer) -> str:
-    return f"peer:{peer.pid}:"
+    return f"{_SERVER}{peer.pid}:"

@@ -22,6 +22,7 @@ from qkilld.decision.signs import (
     disk_signs,
     group_signs,
     io_signs,
+    is_of_server,
     mount_signs,
     sleeps_without_disk,
     socket_signs,
@@ -292,25 +293,40 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         _node_wait(node, [socket for socket in sockets if socket.node == node.name], sample, before)
         for node in sample.nodes or ()
     ]
-    for socket in sockets:
-        if socket.role == "unknown" or (socket.role == "storage" and not socket.node):
-            text = f"a {socket.family} connection of unknown use is open and may owe it a reply"
-            signs = tuple(socket_signs(socket, "", before.get(socket.inode)))
-            # Unread data proves a request only if the server has disks: it may be a console, which
-            # may never read.
-            stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
-            waits.append(
-                Wait(
-                    key=f"socket:{socket.inode}",
-                    kind=WaitKind.STORAGE,
-                    text=text,
-                    signs=signs,
-                    watched=server_depth(socket.peer),
-                    certain=(stores and (socket.send_queue > 0 or _unread([socket]) > 0))
-                    or _is_served([socket]),
-                )
-            )
+    waits += [
+        _unknown_wait(socket, sample, before.get(socket.inode))
+        for socket in sockets
+        if socket.role == "unknown" or (socket.role == "storage" and not socket.node)
+    ]
     return waits
+
+
+def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
+    """Return the wait for a connection of unknown use. `before`: its server in the last sample."""
+    # Unread data proves a request only if the server has disks: it may be a console, which may
+    # never read.
+    stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
+    unread = socket.send_queue > 0 or _unread([socket]) > 0
+    certain = (stores and unread) or _is_served([socket])
+    signs = socket_signs(socket, "", before)
+    if socket.accepted:
+        # Here the process is most likely a server itself, of a backup for example. Only a
+        # vhost-user backend connects to it and is storage. Such a backend has the guest's memory,
+        # and its data does not pass through the connection.
+        certain = False
+        may_be_backend = sample.shared_memory is not False
+        signs = [
+            replace(sign, sure=sign.sure and may_be_backend and is_of_server(sign))
+            for sign in signs
+        ]
+    return Wait(
+        key=f"socket:{socket.inode}",
+        kind=WaitKind.STORAGE,
+        text=f"a {socket.family} connection of unknown use is open and may owe it a reply",
+        signs=tuple(signs),
+        watched=server_depth(socket.peer),
+        certain=certain,
+    )
 
 
 def _node_wait(

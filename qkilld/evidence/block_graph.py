@@ -32,6 +32,7 @@ _MONITORS: Final = ("qmp", "qmp-pretty", "mon", "monitor")
 _VHOST_USER: Final = re.compile(r"vhost-user-(blk|scsi|fs|vsock|gpu|input|i2c|rng|net)")
 _URL: Final = re.compile(r"(nbd|iscsi|ssh|https?|ftps?|gluster|nfs|rbd|sheepdog|vxhs)(\+\w+)?:")
 FOREVER_S: Final = 1_000_000_000
+_OFF: Final = ("off", "no", "false", "n")
 _MAX_DEPTH: Final = 8
 _MAX_NODES: Final = 256
 
@@ -61,6 +62,8 @@ class BlockGraph:
     """Nodes whose server no option names, such as those of rbd."""
     pluggable: bool = False
     """QEMU has a monitor, through which storage may have been added since QEMU started."""
+    shared_memory: bool = False
+    """Other processes may use the guest's memory."""
 
     @property
     def descriptors(self) -> frozenset[int]:
@@ -124,7 +127,16 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
     graph.pluggable = any(
         option.name in _MONITORS and option.text not in ("", "none") for option in options
     )
+    graph.shared_memory = any(_shares_memory(option) for option in options)
     return graph
+
+
+def _shares_memory(option: QemuOption) -> bool:
+    """Return whether the option makes memory that other processes may use: by default, all kinds
+    but memory-backend-file do, or are no memory of a guest."""
+    kind = option.flat.get("qom-type", "") if option.name == "object" else ""
+    default = "off" if kind in ("memory-backend-file", "memory-backend-ram") else "on"
+    return kind.startswith("memory-backend-") and option.flat.get("share", default) not in _OFF
 
 
 def config_paths(argv: Sequence[str]) -> list[str]:

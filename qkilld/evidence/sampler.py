@@ -131,6 +131,7 @@ class Reader:
             host=memory,
             nodes=nodes,
             pluggable=None if graph is None else graph.pluggable,
+            shared_memory=None if graph is None else graph.shared_memory,
             formatted=self._graph.formatted(self._storage.writable),
             images=self._graph.images(self._storage.writable_mounts) if mounts != () else (),
             ringless=()

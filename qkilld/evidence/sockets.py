@@ -42,6 +42,8 @@ _ESTABLISHED: Final = b"01"
 _LISTEN: Final = b"0A"
 _STREAM: Final = b"0001"
 _CONNECTED: Final = b"03"
+_LISTENS: Final = b"00010000"
+"""The flags of a listening unix socket: __SO_ACCEPTCON, linux/net.h."""
 
 
 class _StreamSocket(NamedTuple):
@@ -78,6 +80,8 @@ class SocketReader:
         self._given_names: dict[bytes | None, _Use] | None = None
         """The uses of listening sockets that were passed to QEMU, by name; None until needed."""
         self._numbers: dict[int, int] = {}
+        self._own_names: set[bytes] | None = None
+        """The names of the unix sockets that the process listens on; None until needed."""
         self._peers: dict[int, int] = {}
         self._listed: frozenset[int] = frozenset()
         """The inodes of the connections in the last read()."""
@@ -102,7 +106,7 @@ class SocketReader:
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
         known, self._protocols = self._protocols or {}, None
-        self._settled = None
+        self._settled = self._own_names = None
         if descriptors is None or descriptors.too_many:
             return
         try:
@@ -304,6 +308,7 @@ class SocketReader:
             unacked=tcp.unacked,
             acked=tcp.acked,
             received=tcp.received,
+            accepted=not connection.client,
         )
 
     def _unix(self, inode: int, table: SocketTable) -> Socket | None:
@@ -326,7 +331,17 @@ class SocketReader:
             receive_queue=unix.receive_queue,
             role=use.role,
             node=use.node,
+            accepted=self._listens_at(unix.name, table),
         )
+
+    def _listens_at(self, name: bytes, table: SocketTable) -> bool:
+        """Return whether the process listens on a unix socket of this name. Raises Unreadable."""
+        if not name:
+            return False
+        if self._own_names is None:
+            own = [i for i, protocol in (self._protocols or {}).items() if protocol in _UNIX]
+            self._own_names = {table.listens_at(inode) for inode in own}
+        return name in self._own_names
 
     def _unix_use(self, inode: int, name: bytes, table: SocketTable) -> _Use:
         ends, number = self._ends, self._numbers.get(inode)
@@ -403,6 +418,7 @@ class SocketReader:
         Unreadable if the numbers of both differ, so that they cannot be matched.
         """
         made = 0
+        own_paths = _listening_paths(text, inodes)
         ends: list[tuple[int, _Use]] = []
         for line in text.splitlines()[1:]:
             fields = line.split(maxsplit=7)
@@ -414,7 +430,7 @@ class SocketReader:
                 ends += [(inode, use)] if path else []
             elif path or use is not _UNKNOWN:
                 self.accepted |= {inode} if path else set()
-                yield _queueless(inode, use, client=not path)
+                yield _queueless(inode, use, client=not path, accepted=path in own_paths)
             else:
                 made += 1
         known_ends = [end for end in ends if end[1] is not _UNKNOWN] if made else []
@@ -450,10 +466,19 @@ class SocketReader:
                 node=use.node,
                 send_queue=int(send, 16),
                 receive_queue=int(receive, 16),
+                accepted=not client,
             )
 
 
-def _queueless(inode: int, use: _Use, *, client: bool) -> Socket:
+def _listening_paths(text: bytes, inodes: frozenset[int]) -> set[bytes]:
+    """Return the paths on which sockets with these inodes listen, by lines of /proc/PID/net/unix.
+    Raises ValueError, IndexError."""
+    lines = [line.split(maxsplit=7) for line in text.split(b"\n")[1:]]
+    listening = [fields for fields in lines if len(fields) == 8 and fields[3] == _LISTENS]
+    return {fields[7] for fields in listening if int(fields[6]) in inodes}
+
+
+def _queueless(inode: int, use: _Use, *, client: bool, accepted: bool = False) -> Socket:
     return Socket(
         inode=inode,
         family="unix",
@@ -462,6 +487,7 @@ def _queueless(inode: int, use: _Use, *, client: bool) -> Socket:
         node=use.node,
         send_queue=0,
         receive_queue=0,
+        accepted=accepted,
     )
 
 

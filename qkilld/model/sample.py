@@ -159,6 +159,10 @@ class Socket:
     """The node in Sample.nodes that it belongs to."""
     peer: Peer | None = None
     """None if the peer is not local, or was not searched for."""
+    accepted: bool = False
+    """Whether the process listened for this connection: on a unix socket of the same name that it
+    still has, or (TCP) a process of this host on the same port. Not so for a pair of sockets, or a
+    connection that another process accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,9 @@ class Sample:
     """() if the command line names no storage behind a connection."""
     pluggable: bool | None = None
     """Whether storage may have been added that the command line does not name."""
+    shared_memory: bool | None = None
+    """Whether other processes may use the guest's memory, as vhost-user needs, by the command
+    line."""
     formatted: int | None = None
     """Images open for writing that are not known to be raw: QEMU may hold back data for them."""
     images: tuple[ImagePlace, ...] | None = None

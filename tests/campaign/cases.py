@@ -326,6 +326,14 @@ _WAITED_WRONGLY: Final = (
         dead=True,
     ),
     _case(
+        "nbd-dead-export",
+        "NBD frozen for good in a flush, while QEMU itself exports a disk to a busy client",
+        replace(_NBD, flush=True),
+        Change(0, 0, "freeze"),
+        noises=("export",),
+        dead=True,
+    ),
+    _case(
         "iscsi-dead-store",
         "iSCSI whose store is dead while the target answers NOPs",
         Disk("iscsi", store="fuse"),

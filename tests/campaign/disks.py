@@ -136,6 +136,8 @@ class RunDisk:
             guest.mirror("d0", self.name)
         if self.disk.in_flight:
             guest.write_later(self.name, _IN_FLIGHT_AT, self.disk.in_flight)
+        if self.disk.flush:
+            guest.flush_later(self.name)
 
     def lost(self) -> int:
         """Return how many records are missing in the image; nobody may have the image open."""
@@ -306,7 +308,7 @@ def _other() -> Iterator[Path]:
 @contextlib.contextmanager
 def _busy(store: NbdStore) -> Iterator[None]:
     """Write all over the server's other file, five times a second."""
-    client = NbdClient(store, "other")
+    client = NbdClient(store.address, "other")
     offsets = itertools.cycle(range(0, 1024 * MIB, MIB))
     over = threading.Event()
 

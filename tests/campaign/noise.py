@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.lab.bare import BareGuest
+from tests.lab.bare import MIB, BareGuest
 from tests.lab.groups import temporary_group
+from tests.lab.nbd import NbdClient, free_port
 from tests.lab.process import end, spawn
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -144,6 +145,25 @@ def unshare_network() -> None:
         os._exit(1)
 
 
+def export(around: Surroundings) -> Start:
+    """QEMU exports a disk over NBD, as for a backup, and the client is busy."""
+    around.arguments += ["-object", "iothread,id=exports"]
+
+    def start(guest: BareGuest) -> None:
+        port = free_port()
+        address = {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}
+        copied = around.directory / "copied"
+        copied.write_bytes(bytes(MIB))
+        guest.add({"driver": "file", "node-name": "copied", "filename": str(copied)})
+        guest.call("nbd-server-start", addr=address)
+        shown = {"type": "nbd", "id": "e", "node-name": "copied", "writable": True}
+        guest.call("block-export-add", **shown, iothread="exports", **{"fixed-iothread": True})
+        client = NbdClient(("127.0.0.1", port), "copied")
+        _repeat(around, lambda: client.write(0, b"x" * 65536), 0.25, client.close)
+
+    return start
+
+
 def no_monitor(around: Surroundings) -> Start:
     """The monitor of QEMU has no client."""
     return _nothing
@@ -153,8 +173,32 @@ NOISES: Final[Mapping[str, Callable[[Surroundings], Start]]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         *(netdev, console, timers, vnc, threads, neighbour, group, quota, netns, no_monitor),
+        export,
     )
 }
+
+
+def _repeat(
+    around: Surroundings, call: Callable[[], None], interval: float, stop: Callable[[], None]
+) -> None:
+    """Call a function periodically, until it raises OSError or the run is over. `stop` must make a
+    pending call raise."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(interval):
+                call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+
+    def end_thread() -> None:
+        over.set()
+        stop()
+        thread.join(5)
+
+    around.stack.callback(end_thread)
 
 
 def _talker(around: Surroundings, path: Path, what: bytes, interval: float) -> None:

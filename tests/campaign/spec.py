@@ -50,6 +50,8 @@ class Disk:
     """MiB that are written after the records and stay in a page cache."""
     in_flight: int = 0
     """The number of writes that are submitted with the stop, and not waited for."""
+    flush: bool = False
+    """Whether a command flushes the disk with the stop. QEMU's main loop waits for it."""
     bitmap: bool = False
     """Whether the image has a persistent bitmap, which QEMU stores when it closes the image."""
 

@@ -45,7 +45,7 @@ def server_of(inode: int, wanted: Callable[[Peer], object] = bool) -> Peer:
 
 @contextlib.contextmanager
 def connected(store: NbdStore, export: str = "") -> Iterator[socket.socket]:
-    with contextlib.closing(NbdClient(store, export)) as client:
+    with contextlib.closing(NbdClient(store.address, export)) as client:
         yield client.connection
 
 

@@ -151,8 +151,11 @@ def test_the_connecting_side_on_unix(lab_dir: Path) -> None:
             found = own()
             assert found[inode(client)].client
             assert not found[inode(accepted)].client
+            assert (found[inode(client)].accepted, found[inode(accepted)].accepted) == (False, True)
             assert found[inode(accepted)].receive_queue == 1000
             assert found[inode(client)].send_queue >= 1000
+            server.close()
+            assert not own()[inode(accepted)].accepted  # Perhaps it came from another process.
         assert inode(client) not in own()
 
 
@@ -179,6 +182,7 @@ def test_socket_pairs_and_datagram_sockets() -> None:
         found = own()
         assert not found[inode(one)].client
         assert not found[inode(other)].client
+        assert not (found[inode(one)].accepted or found[inode(other)].accepted)
         assert not {inode(datagrams[0]), inode(udp)} & found.keys()
 
 
@@ -201,6 +205,8 @@ def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
                 assert inode(server) not in found
                 assert found[inode(client)].client
                 assert not found[inode(accepted)].client
+                assert not found[inode(client)].accepted
+                assert found[inode(accepted)].accepted
             client.send(b"x" * 1000)
             found = {s.inode: s for s in reader.read(SocketTable()) or ()}
             assert found[inode(accepted)].receive_queue == 1000

@@ -114,6 +114,11 @@ class BareGuest:
                 return
             self._answer()
 
+    def flush_later(self, drive: str) -> None:
+        """Start a flush, and do not wait for it. It blocks QEMU's main loop, so QEMU takes no
+        signal meanwhile."""
+        self._send("human-monitor-command", {"command-line": f'qemu-io {drive} "flush"'})
+
     def flush(self, drive: str) -> None:
         self.hmp(f'qemu-io {drive} "flush"')
 

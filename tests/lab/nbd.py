@@ -60,6 +60,13 @@ class NbdStore:
         assert self.pair is not None
         return {"type": "fd", "str": str(self.pair.fileno())}
 
+    @property
+    def address(self) -> str | tuple[str, int]:
+        """Return where it listens, for NbdClient."""
+        if self.transport == "unix":
+            return str(self.directory / "socket")
+        return "127.0.0.1", self.port
+
     def slow(self, bits_per_second: str) -> None:
         """Limit the rate ("400K") of later requests (only nbdkit)."""
         new = self.directory / "rate.new"
@@ -169,6 +176,14 @@ class NbdStore:
             time.sleep(0.02)
 
 
+def free_port() -> int:
+    """Return a TCP port that is free. Another program could take it; a server would report it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def _states(pid: int) -> list[str]:
     """Return the states of all threads."""
     stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
@@ -178,11 +193,11 @@ def _states(pid: int) -> list[str]:
 class NbdClient:
     """A client for writing to a fixed-newstyle server. Source: the NBD protocol's doc/proto.md."""
 
-    def __init__(self, store: NbdStore, export: str) -> None:
-        unix = store.transport == "unix"
+    def __init__(self, address: str | tuple[str, int], export: str) -> None:
+        """`address`: the path of a unix socket, or a host and a port."""
+        unix = isinstance(address, str)
         self.connection = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
-        path = str(store.directory / "socket")
-        self.connection.connect(path if unix else ("127.0.0.1", store.port))
+        self.connection.connect(address)
         self._read(16)
         flags = struct.unpack(">H", self._read(2))[0]
         assert flags & 2, "the server sends zeroes"
@@ -228,12 +243,7 @@ def nbd_store(
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("n"))
-        port = 0
-        if transport == "tcp":
-            with socket.socket() as probe:
-                # Another program could take the port first; the server would report it.
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+        port = free_port() if transport == "tcp" else 0
         store = NbdStore(file, make, transport, directory, port)
         store.other, store.upstream, store.before = other, upstream, before
         store.fast()

@@ -248,3 +248,20 @@ def test_the_names_of_each_image() -> None:
         "/d/c": {"low", "second"},
         "/e": {"top", "f"},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("-m 64", False),
+        ("-object memory-backend-memfd,id=ram,size=16M,share=on -m 16", True),
+        ("-object memory-backend-memfd,id=ram,size=16M", True),
+        ("-object memory-backend-file,id=ram,size=16M,mem-path=/dev/shm,share=yes", True),
+        ("-object memory-backend-file,id=ram,size=16M,mem-path=/dev/hugepages", False),
+        ("-object memory-backend-ram,id=ram,size=16M", False),
+        ("""-object '{"qom-type":"memory-backend-memfd","id":"ram","share":false}'""", False),
+        ("""-object '{"qom-type":"memory-backend-file","id":"ram","share":true}'""", True),
+    ],
+)
+def test_whether_others_may_use_the_memory(text: str, shared: bool) -> None:
+    assert graph_of(text).shared_memory is shared

@@ -70,6 +70,7 @@ FULL = Sample(
     formatted=0,
     images=(ImagePlace(("disk", HOSTILE), "0:53"),),
     pluggable=False,
+    shared_memory=True,
     running=1,
     dumping=False,
     completions=5,

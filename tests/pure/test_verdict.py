@@ -892,6 +892,10 @@ THREE = (replace(TOP, in_flight=3), replace(BELOW, name="loop1", in_flight=0))
 DEEPEST = Device("254:0", "vda", 100, 0, 0, 2, depth=2)
 ON_THREE = replace(FDATASYNC, disks=("7:0", "8:0", "254:0"))
 WORKER = replace(SUBMIT, name="iou-wrk-4711", call="io_uring_enter")
+CLIENT = replace(STRANGER, client=False, accepted=True)
+BACKEND = replace(UNIX, node="", role="unknown", client=False, accepted=True, peer=SERVER)
+BACKEND_WROTE = replace(BACKEND, peer=replace(SERVER, io=WROTE))
+STUCK_NBD = {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=28),)}
 TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
 
 
@@ -915,6 +919,29 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
         # On FUSE, beside a disk with a neighbour
         ({"rings": 1, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
         ({"rings": 2, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        # A client that QEMU serves, such as a backup, or a vhost-user backend
+        (
+            {"sockets": (CLIENT,)},
+            {"sockets": (replace(CLIENT, acked=90_000, received=9_000),)},
+            Verdict.UNKNOWN,
+        ),
+        (
+            {**STUCK_NBD, "sockets": (*STUCK_NBD["sockets"], CLIENT)},
+            {"sockets": (*STUCK_NBD["sockets"], replace(CLIENT, acked=90_000))},
+            Verdict.STORAGE_WAIT,
+        ),
+        ({"sockets": (BACKEND,)}, {"sockets": (BACKEND_WROTE,)}, Verdict.FLUSHING),
+        (
+            {"sockets": (BACKEND,), "shared_memory": False},
+            {"sockets": (BACKEND_WROTE,)},
+            Verdict.UNKNOWN,
+        ),
+        # A pair of sockets may be NBD.
+        (
+            {"sockets": (replace(UNIX, node="", role="unknown", client=False, send_queue=9),)},
+            {"sockets": (replace(UNIX, node="", role="unknown", client=False),)},
+            Verdict.FLUSHING,
+        ),
         # A hung QEMU does not read what a console sends.
         (
             {"sockets": (TALKER,)},
