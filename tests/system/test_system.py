@@ -201,8 +201,9 @@ def test_it_is_stopped_for_good_and_starts_again(
 def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     system: Container, start_guest: StartGuest
 ) -> None:
-    """With PartOf= in the socket systemctl would not warn, but the guest below would be stopped by
-    the helper alone, with the evidence that the user of its unit can read.
+    """With PartOf= or StopPropagatedFrom= in the socket, systemctl would not warn, but the guest
+    below would be stopped by the helper alone, with the evidence that its user can read, and
+    the next test would fail.
 
     The socket of sock_diag(7) is stopped with the service: nobody can connect to it.
     """
@@ -224,3 +225,24 @@ def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     system.run("systemctl", "stop", "qkilld.socket", "qkilld.service")
     assert system.property("qkilld.service", "ActiveState") == "inactive"
     system.run("systemctl", "start", "qkilld.socket")
+
+
+def test_after_a_crash_the_next_daemon_answers_a_call_from_before(system: Container) -> None:
+    """A socket that is stopped with the service (PartOf=, StopPropagatedFrom=) is also closed by a
+    crash, and a call that waits in its queue is lost."""
+    system.run("systemctl", "start", "qkilld.service")
+    pid = system.property("qkilld.service", "MainPID")
+    system.run("kill", "-STOP", pid)
+    script = (
+        "import socket\n"
+        "sock = socket.socket(socket.AF_UNIX)\n"
+        "sock.connect('/run/qkilld/org.qkilld1')\n"
+        'sock.sendall(b\'{"method": "org.qkilld1.GetStatus"}\\0\')\n'
+        "print('sent', flush=True)\n"
+        "print(sock.recv(1 << 16).decode(), flush=True)\n"
+    )
+    with system.spawn("python3", "-c", script) as caller:
+        assert caller.stdout is not None and caller.stdout.readline() == b"sent\n"
+        system.run("kill", "-KILL", pid)
+        answer = caller.stdout.readline()
+    assert b'"parameters"' in answer and b'"error"' not in answer
