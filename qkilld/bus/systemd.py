@@ -65,6 +65,11 @@ class Systemd:
             raise _no_such(name)
         return facts
 
+    async def units_after(self, target: str) -> tuple[str, ...]:
+        """List the units that are ordered after a target."""
+        path = await self._manager("LoadUnit", "s", target)
+        return (await self._facts(path)).before
+
     async def unit_of(self, pid: int) -> UnitFacts:
         """Read the unit of a process, 0 for our own. Raises NoSuchUnit."""
         try:

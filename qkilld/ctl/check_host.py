@@ -6,9 +6,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qkilld.adapters import procfs
+from qkilld.adapters.ancestors import service_of
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.session import Session
-from qkilld.ctl.unit_context import config_of, guard_of
+from qkilld.ctl.unit_context import config_of, find_keepers, guard_of
 from qkilld.debug_log import ignore
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import QkilldError
@@ -28,8 +29,6 @@ from qkilld.unitcheck.keepers import (
     KEEPERS,
     PROGRAMS,
     GuestKeeper,
-    keeper_names,
-    keepers_of,
     project_of,
 )
 
@@ -53,6 +52,8 @@ class _HostCheck:
         self._systemd = Systemd(session.connection)
         self._config = config
         self._units: dict[str, UnitFacts | None] = {}
+        self._keepers: dict[str, GuestKeeper] = {}
+        """The keepers of the guests seen so far, by unit."""
 
     async def report(self) -> HostReport:
         guests = []
@@ -60,46 +61,44 @@ class _HostCheck:
         for pid in procfs.pids():
             with ignore(f"looking at process {pid}", OSError):
                 executable = procfs.read_executable(pid)[0]
-                if PurePosixPath(executable).name in PROGRAMS:
-                    names += _service_of(pid)
+                if PurePosixPath(executable).name in PROGRAMS and (runs_in := service_of(pid)):
+                    names.append(runs_in)
                 covered = is_qemu(executable, self._config.executables)
                 if covered or looks_like_qemu(executable):
                     guests.append(await self._guest(pid, executable, is_covered=covered))
-        keepers = []
+        keepers = dict(self._keepers)
         for name in dict.fromkeys(names):
             facts = await self._unit(name)
             if facts is None or facts.active_state != "active":
                 continue
             if project := project_of(facts):
-                keepers.append(GuestKeeper(name, project, facts.timeout_stop))
+                keepers[name] = GuestKeeper(name, project, facts.timeout_stop)
         service = await self._unit(GUESTS_SERVICE)
         is_active = service is not None and service.active_state == "active"
-        return HostReport(is_active, tuple(keepers), tuple(guests), shutdown_order(guests))
+        return HostReport(is_active, tuple(keepers.values()), tuple(guests), shutdown_order(guests))
 
     async def _guest(self, pid: int, executable: str, *, is_covered: bool) -> HostGuest:
         unit = procfs.read_unit(pid)
         name = "" if unit is None else unit.system
         facts = await self._unit(name) if name else None
-        keepers: tuple[str, ...] = ()
+        keepers = await find_keepers(self._systemd, facts, [pid])
+        self._keepers |= {keeper.unit: keeper for keeper in keepers}
         guarded = False
-        if facts is not None:
-            others = [await self._unit(other) for other in keeper_names(facts)]
-            active = [each for each in others if each and each.active_state == "active"]
-            keepers = tuple(keeper.unit for keeper in keepers_of(facts, active))
-            if facts.is_scope:
-                guard = await self._unit(guard_of(facts.id))
-                guarded = guard is not None and guard.active_state == "active"
+        if facts is not None and facts.is_scope:
+            guard = await self._unit(guard_of(facts.id))
+            guarded = guard is not None and guard.active_state == "active"
         stopped_by = predict_stop(
             is_covered=is_covered,
             cares_for_guests=facts is not None and facts.cares_for_guests,
             is_guarded=guarded,
-            keepers=keepers,
+            keepers=[keeper.unit for keeper in keepers],
             is_before=facts is not None and _is_before(facts),
             has_unit=bool(name),
         )
         line = "" if is_covered else coverage_line(self._config.executables, executable)
         guest = procfs.read_names(pid)[0] or ""
-        return HostGuest(pid, guest, name, stopped_by, keepers, line)
+        units = tuple(keeper.unit for keeper in keepers)
+        return HostGuest(pid, guest, name, stopped_by, units, line)
 
     async def _unit(self, name: str) -> UnitFacts | None:
         """Return the settings of a unit; None if systemd does not know it."""
@@ -108,14 +107,6 @@ class _HostCheck:
             with ignore(f"asking systemd for {name}", QkilldError):
                 self._units[name] = await self._systemd.unit(name)
         return self._units[name]
-
-
-def _service_of(pid: int) -> list[str]:
-    """Return the system service in which a process runs, if there is one."""
-    unit = procfs.read_unit(pid)
-    if unit is None or unit.user or not unit.system.endswith(".service"):
-        return []
-    return [unit.system]
 
 
 def _is_before(facts: UnitFacts) -> bool:

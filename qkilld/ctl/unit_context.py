@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from qkilld.adapters import config as files
 from qkilld.adapters import procfs
+from qkilld.adapters.ancestors import ancestors, services_that_run
 from qkilld.adapters.qemu_args import QemuOption
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.guest_storage import for_all_instances, planned_options, read_storage
@@ -38,7 +39,13 @@ from qkilld.unitcheck.context import (
     starts_elsewhere,
 )
 from qkilld.unitcheck.dropin import Change, Override, override, read_later
-from qkilld.unitcheck.keepers import GuestKeeper, keeper_names, keepers_of
+from qkilld.unitcheck.keepers import (
+    GuestKeeper,
+    KeeperCandidates,
+    keeper_names,
+    keeper_targets,
+    runtime_keepers,
+)
 from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
@@ -102,7 +109,7 @@ async def gather(
         environment=_environment(facts),
         stop_texts=_stop_texts(facts),
         is_template=is_template,
-        keepers=await _keepers(systemd, facts),
+        keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
         # A user's units need no order: user@.service, which is stopped after them, has it.
         storage=tuple(storage),
@@ -114,14 +121,26 @@ async def gather(
     )
 
 
-async def _keepers(systemd: Systemd, facts: UnitFacts) -> tuple[GuestKeeper, ...]:
+async def find_keepers(
+    systemd: Systemd, facts: UnitFacts | None, guests: Iterable[int]
+) -> tuple[GuestKeeper, ...]:
+    """Find the active units that shut these guests of a unit down. `facts`: None for no unit."""
+    runtime: dict[str, str] = {}
+    for pid in guests:
+        runtime |= runtime_keepers(ancestors(pid), services_that_run)
+    candidates = KeeperCandidates(runtime=runtime)
+    if facts is not None:
+        behind: list[str] = []
+        for target in keeper_targets(facts)[:MAX_BEFORE]:
+            behind += await systemd.units_after(target)
+        candidates = KeeperCandidates(tuple(keeper_names(facts)), tuple(behind), runtime)
     active = []
-    for name in keeper_names(facts)[:MAX_BEFORE]:
+    for name in candidates.names[:MAX_BEFORE]:
         with ignore(f"asking systemd for {name}", QkilldError):
             other = await systemd.unit(name)
             if other.active_state in ("active", "deactivating"):
                 active.append(other)
-    return keepers_of(facts, active)
+    return candidates.keepers(active)
 
 
 def _environment(facts: UnitFacts) -> dict[str, str]:

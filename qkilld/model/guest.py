@@ -33,6 +33,18 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A process of root that runs a guest, such as the supervisor of the guest's container."""
+
+    program: str
+    """The file name of its executable."""
+    words: tuple[str, ...]
+    """Its command line."""
+    service: str
+    """The system service in which it runs; "" for none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """The systemd unit that a process runs in; Unit() if it runs in none.
 

@@ -9,17 +9,25 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qkilld.adapters import procfs
+from qkilld.adapters.ancestors import ancestors, services_that_run
+from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.debug_log import ignore, note
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import QkilldError
 from qkilld.model.unit import UnitFacts
-from qkilld.unitcheck.keepers import is_keeper, keeper_names
+from qkilld.unitcheck.keepers import (
+    KeeperCandidates,
+    keeper_names,
+    keeper_targets,
+    runtime_keepers,
+)
 
 if TYPE_CHECKING:
     from qkilld.bus.connection import Connection
@@ -60,6 +68,8 @@ class KeeperWatch:
         self._keepers: dict[str, _StoppingKeeper] = {}
         self._read_at: dict[str, float] = {}
         self._own: UnitFacts | None = None
+        self._services: dict[frozenset[str], dict[str, str]] = {}
+        """The services in which programs run, by these programs."""
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
         """Return when the process is gone, or none of its keepers is at work.
@@ -68,7 +78,8 @@ class KeeperWatch:
         """
         names = await self._names(process.pid)
         is_reported = False
-        written, moved_at = _written(process.pid), time.monotonic()
+        start = moved_at = time.monotonic()
+        written = _written(process.pid)
         while names and not process.exited():
             working = [each for name in names if (each := await self._at_work(name)) is not None]
             if not working:
@@ -79,24 +90,51 @@ class KeeperWatch:
             now = time.monotonic()
             if (latest := _written(process.pid)) != written:
                 written, moved_at = latest, now
-            if not any(each.has_time(now) for each in working) and now - moved_at >= STALL_S:
-                return
+            if not any(each.has_time(now) for each in working):
+                # What a guest writes before its keeper runs is no sign of a shutdown.
+                runs = any(each.began is not None for each in working)
+                if not runs or now - moved_at >= STALL_S or now - start >= LONGEST_S:
+                    return
             with ignore("waiting for a keeper", TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await _wait_exit(process)
 
     async def _names(self, pid: int) -> list[str]:
+        """Find the keepers of a guest, whether they are at work or not."""
         unit = procfs.read_unit(pid)
-        if unit is None or not unit.system or unit.user:
+        if unit is None or unit.user:
             return []
         try:
-            facts = await self._systemd.unit(unit.system)
+            candidates = await self._candidates(pid, unit.system)
             self._own = self._own or await self._systemd.unit_of(0)
         except QkilldError as error:
-            note(f"asking systemd who shuts down the guest in {unit.system}", error)
+            note(f"asking systemd who shuts down the guest in {unit.system or 'no unit'}", error)
             return []
-        # systemd stops the units in our After= after our unit, so they wait for us.
-        return [name for name in keeper_names(facts) if name not in self._own.after]
+        known = []
+        for name in candidates.names:
+            # systemd stops the units in our After= after our unit, so they wait for us.
+            if name not in self._own.after:
+                with ignore(f"asking systemd for {name}", QkilldError):
+                    known.append(await self._systemd.unit(name))
+        return [keeper.unit for keeper in candidates.keepers(known)]
+
+    async def _candidates(self, pid: int, unit: str) -> KeeperCandidates:
+        """`unit`: "" for none."""
+        runtime: dict[str, str] = {}
+        with ignore(f"reading what runs the guest of process {pid}", TimeoutError):
+            async with asyncio.timeout(TIMEOUT_S):
+                runtime = await run_in_thread(lambda: runtime_keepers(ancestors(pid), self._search))
+        if not unit:
+            return KeeperCandidates(runtime=runtime)
+        facts = await self._systemd.unit(unit)
+        targets = [await self._systemd.units_after(name) for name in keeper_targets(facts)]
+        return KeeperCandidates(tuple(keeper_names(facts)), tuple(chain(*targets)), runtime)
+
+    def _search(self, programs: Collection[str]) -> dict[str, str]:
+        key = frozenset(programs)
+        if key not in self._services:
+            self._services[key] = services_that_run(key)
+        return self._services[key]
 
     async def _at_work(self, name: str) -> _StoppingKeeper | None:
         now = time.monotonic()
@@ -110,7 +148,7 @@ class KeeperWatch:
         except QkilldError as error:
             note(f"asking systemd for {name}", error)
             return self._keepers.get(name)
-        if not (stopping or queued) or not is_keeper(facts):
+        if not (stopping or queued):
             self._keepers.pop(name, None)
             return None
         keeper = self._keepers.setdefault(name, _StoppingKeeper(facts, now))

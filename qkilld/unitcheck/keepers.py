@@ -1,17 +1,23 @@
 """Keepers: the units of other projects that shut guests down at host shutdown.
 
 A guest's own unit names its keeper in Before=, as set up by libvirt, Proxmox and pacemaker, so that
-systemd stops the keeper first. A keeper is recognised by its name, its programs or an ExecStop=.
+systemd stops the keeper first. A keeper is recognised by its name, its programs or an ExecStop=. A
+guest in a container has no such order: its keeper is found by the processes that run the container.
 Sources: the unit files and scope properties of each project.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import field
+from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Final
 
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
+from qkilld.model.guest import Ancestor
 from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.command import programs_of
 
@@ -33,6 +39,7 @@ KEEPERS: Final = {
     "podman.service": "podman",
     "podman-restart.service": "podman",
     "containerd.service": "containerd",
+    "crio.service": "CRI-O",
     "snap.multipass.multipassd.service": "multipass",
     "multipassd.service": "multipass",
     "systemd-machined.service": "systemd-machined",
@@ -54,6 +61,7 @@ PROGRAMS: Final = {
     "dockerd": "docker",
     "docker.dockerd": "docker",
     "containerd": "containerd",
+    "crio": "CRI-O",
     "multipassd": "multipass",
     "multipass.multipassd": "multipass",
     "ganeti-noded": "ganeti",
@@ -61,6 +69,8 @@ PROGRAMS: Final = {
     "kubelet": "kubelet",
 }
 """The programs that keepers run, whatever the names of their units, with their projects."""
+_MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
+"""Programs that shut down the guests of their own unit only, with their projects."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
@@ -78,6 +88,15 @@ _OWNERS: Final = (
     ("crio-", ("crio.service",)),
 )
 """Prefixes of scopes that have no keeper in Before=, with the services that create these scopes."""
+_SHIM: Final = re.compile(r"(?:docker-)?containerd-shim.*")
+"""The supervisor of a container of containerd, and so of docker."""
+_PROGRAMS_BY_NAMESPACE: Final = {
+    "moby": frozenset({"dockerd", "docker.dockerd"}),
+    "k8s.io": frozenset({"kubelet", "containerd"}),
+}
+"""The programs that stop containers, by the containers' namespace in containerd."""
+_MONITORS: Final = frozenset(["conmon", "conmonrs"])
+"""The supervisors of podman's and CRI-O's containers."""
 NO_KEEPERS: Final = frozenset(
     ["shutdown.target", "umount.target", "multi-user.target", "graphical.target", "default.target",
      "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
@@ -95,26 +114,95 @@ class GuestKeeper:
     """TimeoutStopSec=, µs."""
 
 
-def keepers_of(facts: UnitFacts, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-    """Return the units among `active` that shut down the unit's guests before the unit is stopped.
+@dataclass(frozen=True, slots=True)
+class KeeperCandidates:
+    """The services that may be keepers of a guest."""
 
-    `active`: those units of keeper_names() that are active.
-    """
-    names = keeper_names(facts)
-    return tuple(
-        GuestKeeper(other.id, project_of(other), other.timeout_stop)
-        for other in active
-        if other.id in names and is_keeper(other)
-    )
+    ordered: tuple[str, ...] = ()
+    """From keeper_names()."""
+    behind_targets: tuple[str, ...] = ()
+    """The units that are ordered after a target of keeper_targets()."""
+    runtime: Mapping[str, str] = field(default_factory=dict)
+    """From runtime_keepers()."""
+
+    @property
+    def names(self) -> list[str]:
+        behind = (name for name in self.behind_targets if name.endswith(".service"))
+        return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
+
+    def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
+        """Return the keepers among `active`, those units of `names` that are active."""
+        return tuple(
+            GuestKeeper(other.id, project, other.timeout_stop)
+            for other in active
+            if (project := self._project(other)) is not None
+        )
+
+    def _project(self, other: UnitFacts) -> str | None:
+        """Return a keeper's project, None for other units."""
+        if other.id in self.runtime:
+            return project_of(other) or self.runtime[other.id]
+        if other.id in self.ordered:
+            return project_of(other) if is_keeper(other) else None
+        return project_of(other) or None
 
 
 def keeper_names(facts: UnitFacts) -> list[str]:
-    """List the services that may be keepers of the unit's guests."""
+    """List the services that may be keepers of the unit's guests, see is_keeper()."""
     names = [name for name in facts.before if name.endswith(".service") and name not in NO_KEEPERS]
     for prefix, owners in _OWNERS:
         if facts.is_scope and facts.id.startswith(prefix):
             names += owners
+    if not facts.is_scope and _project_by_program(facts):
+        names.append(facts.id)  # Such as multipass or systemd-nspawn@.service.
     return list(dict.fromkeys(names))
+
+
+def keeper_targets(facts: UnitFacts) -> list[str]:
+    """List the targets that a scope is ordered before.
+
+    Those of the services behind these targets that have a known project are keepers: libvirt orders
+    its scopes before virt-guest-shutdown.target, and libvirt-guests.service after this target.
+    """
+    if not facts.is_scope:
+        return []
+    return [name for name in facts.before if name.endswith(".target") and name not in NO_KEEPERS]
+
+
+def runtime_keepers(
+    ancestors: Iterable[Ancestor], services_that_run: Callable[[Collection[str]], Mapping[str, str]]
+) -> dict[str, str]:
+    """Find the services that stop a guest's container. Service → project.
+
+    `services_that_run`: finds the services in which these programs run.
+    """
+    keepers: dict[str, str] = {}
+    programs: set[str] = set()
+    for each in ancestors:
+        own = _programs_of_runtime(each)
+        programs |= own
+        # A service whose guest is in a container of podman runs the container's supervisor.
+        if own and each.service:
+            keepers[each.service] = PROGRAMS.get(each.program, "")
+    if programs:
+        found = services_that_run(programs)
+        keepers |= {name: PROGRAMS.get(program, program) for name, program in found.items()}
+    return keepers
+
+
+def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
+    """Return the programs whose services stop the guests below this process; empty if it is not
+    known."""
+    if ancestor.program in PROGRAMS:
+        return frozenset({ancestor.program})
+    if _SHIM.fullmatch(ancestor.program):
+        pairs = pairwise(ancestor.words)
+        namespace = next((value for key, value in pairs if key == "-namespace"), "")
+        return _PROGRAMS_BY_NAMESPACE.get(namespace, frozenset({"containerd"}))
+    if ancestor.program in _MONITORS:
+        by_podman = any(PurePosixPath(word).name == "podman" for word in ancestor.words)
+        return frozenset({"podman"} if by_podman else {"crio", "kubelet"})
+    return frozenset()
 
 
 def is_keeper(other: UnitFacts) -> bool:
@@ -127,9 +215,12 @@ def is_keeper(other: UnitFacts) -> bool:
 
 def project_of(keeper: UnitFacts) -> str:
     """Return the project of a keeper, by its name or its programs; "" if neither is known."""
-    if keeper.id in KEEPERS:
-        return KEEPERS[keeper.id]
+    return KEEPERS.get(keeper.id) or _project_by_program(keeper)
+
+
+def _project_by_program(keeper: UnitFacts) -> str:
     names = (
         name for command in (*keeper.exec_start, *keeper.exec_stop) for name in programs_of(command)
     )
-    return next((PROGRAMS[name] for name in names if name in PROGRAMS), "")
+    projects = PROGRAMS | _MACHINES
+    return next((projects[name] for name in names if name in projects), "")

@@ -1,6 +1,7 @@
 """A host shuts down with guests that keepers shut down: qkilld-guests.service waits for them.
 
-The keepers are stand-ins for pve-guests.service and a site's own, with their unit properties.
+The keepers are stand-ins for pve-guests.service, docker, libvirt-guests and a site's own, with
+their unit properties.
 """
 
 from __future__ import annotations
@@ -67,8 +68,19 @@ SCOPES = {
             "TimeoutStopSec=infinity"),
     "site": ("Before=site-keeper.service", "TimeoutStopSec=10"),
     "hung": ("Before=hung-keeper.service", "TimeoutStopSec=10"),
+    # libvirt's scope, whose keeper is behind this target.
+    "virt": ("Before=virt-guest-shutdown.target", "TimeoutStopSec=10"),
+    # A container of docker: no order leads to its keeper.
+    "box": ("TimeoutStopSec=10",),
     "free": ("TimeoutStopSec=10",),
 }  # fmt: skip
+SHIM = "/usr/local/bin/containerd-shim-runc-v2"
+ENGINE = f"""\
+#!/bin/sh
+{SHIM} -c 'shift 2; "$@"; true' shim -namespace moby "$@" &
+exec /usr/local/sbin/dockerd infinity
+"""
+"""Docker under another name: its shim, which runs the container, and its daemon."""
 
 
 @pytest.fixture
@@ -83,10 +95,20 @@ def host() -> Iterator[Container]:
             "pve-guests": (f"/usr/local/bin/keep {BUSY_S} /run/100.monitor", "infinity"),
             "site-keeper": ("/usr/local/bin/keep /run/free.monitor /run/site.monitor", "10min"),
             "hung-keeper": ("/bin/sleep 1000", str(HUNG_S)),
+            "our-guests": (
+                "/usr/local/bin/libvirt-guests.sh /run/free.monitor /run/virt.monitor",
+                "10min",
+            ),
         }
         for name, (stop, timeout) in stops.items():
             text = KEEPER.format(stop=stop, timeout=timeout)
             booted.write(f"/etc/systemd/system/{name}.service", text)
+        booted.run("cp", "/usr/local/bin/keep", "/usr/local/bin/libvirt-guests.sh")
+        after = "[Unit]\nAfter=virt-guest-shutdown.target\n"
+        booted.write("/etc/systemd/system/our-guests.service.d/order.conf", after)
+        booted.run("cp", "/bin/dash", SHIM)
+        booted.run("cp", "/bin/sleep", "/usr/local/sbin/dockerd")
+        booted.write("/usr/local/bin/engine", ENGINE, 0o755)
         booted.write("/etc/systemd/system/lab-linger.service", LINGER)
         booted.run("systemctl", "daemon-reload")
         units = ("qkilld.service", "qkilld-guests.service", "lab-linger.service")
@@ -100,6 +122,13 @@ def start(host: Container, guest: CorpusGuest, state: Path) -> None:
     words = guest.words(state, ("-name", guest.name, *monitor))
     properties = (f"--property={line}" for line in SCOPES[guest.name])
     scope = ("systemd-run", "--scope", f"--unit={guest.name}.scope", *properties)
+    if guest.name == "box":
+        stop = "/usr/local/bin/keep /run/free.monitor /run/box.monitor"
+        engine = (f"--property=ExecStop={stop}", "--property=TimeoutStopSec=10min")
+        unit = ("--unit=engine.service", "--property=KillMode=process", *engine)
+        host.run("systemd-run", *unit, "/usr/local/bin/engine", *scope, *words)
+        wait_for(lambda: host.property("box.scope", "ActiveState") == "active")
+        return
     # A child of the host's first process, which reaps it.
     script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
     host.run("sh", "-c", script, "sh", *scope, *words)
@@ -152,6 +181,7 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
             start(host, guests[name], state)
         for guest in guests.values():
             guest.wait_until_written(180)
+        report = json.loads(host.run("qkillctl", "--json", "check-host", check=False).stdout)
         journal = Log(directory / "journal")
         leader = os.pidfd_open(host.leader)
         try:
@@ -164,6 +194,19 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
         kept = {name: guest.kept() for name, guest in guests.items()}
     assert kept == dict.fromkeys(SCOPES, Kept(RECORDS, RECORDS)), story
 
+    keepers = {guest["unit"]: guest["keepers"] for guest in report["guests"]}
+    assert keepers == {
+        "100.scope": ["pve-guests.service"],
+        "101.scope": ["pve-guests.service"],
+        "site.scope": ["site-keeper.service"],
+        "hung.scope": ["hung-keeper.service"],
+        "virt.scope": ["our-guests.service"],
+        "box.scope": ["engine.service"],
+        "free.scope": [],
+    }
+    projects = {keeper["unit"]: keeper["whose"] for keeper in report["keepers"]}
+    assert projects["our-guests.service"] == "libvirt" and projects["engine.service"] == "docker"
+
     def stopped(name: str) -> list[int]:
         """When qkilld started the job, before it asked the guest or sent a signal."""
         return story.at(f'Stopping guest "{name}" ')
@@ -173,7 +216,9 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
     (hung_begins,) = story.at("Stopping hung-keeper.service")
     # Keepers shut two of them down, and qkilld never touched those.
     assert not stopped("100") and not stopped("site"), story
-    assert story.at("is left to site-keeper.service"), story
+    assert not stopped("virt") and not stopped("box"), story
+    for keeper in ("site-keeper", "our-guests", "engine"):
+        assert story.at(f"is left to {keeper}.service"), story
     # The keeper does not know this one; qkilld asks it when the keeper has finished.
     (left,) = stopped("101")
     assert left >= pve_ends, story

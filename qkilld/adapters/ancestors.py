@@ -1,0 +1,54 @@
+"""The processes that run a guest, and the services in which programs run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import PurePosixPath
+from typing import Final
+
+from qkilld.adapters import procfs
+from qkilld.debug_log import ignore
+from qkilld.model.guest import Ancestor
+
+_MAX_ANCESTORS: Final = 64
+
+
+def ancestors(pid: int) -> list[Ancestor]:
+    """List the parent of a process, the parent's parent, and so on, without process 1.
+
+    Processes of other users than root are left out, because they can have any name. May block,
+    because it reads command lines.
+    """
+    found = []
+    with ignore(f"reading the ancestors of process {pid}", OSError):
+        for _ in range(_MAX_ANCESTORS):
+            pid = procfs.read_stat(pid).parent
+            if pid <= 1:
+                break
+            if procfs.read_uid(pid) == 0:
+                words = tuple(procfs.read_command_line(pid))
+                found.append(Ancestor(_program(pid), words, service_of(pid)))
+    return found
+
+
+def services_that_run(programs: Collection[str]) -> dict[str, str]:
+    """Find the system services in which these programs run. Service → program."""
+    services = {}
+    for pid in procfs.pids():
+        with ignore(f"looking at process {pid}", OSError):
+            program = _program(pid)
+            if program in programs and procfs.read_uid(pid) == 0 and (service := service_of(pid)):
+                services[service] = program
+    return services
+
+
+def service_of(pid: int) -> str:
+    """Return the system service in which a process runs; "" for none."""
+    unit = procfs.read_unit(pid)
+    if unit is None or unit.user or not unit.system.endswith(".service"):
+        return ""
+    return unit.system
+
+
+def _program(pid: int) -> str:
+    return PurePosixPath(procfs.read_executable(pid)[0]).name
