@@ -70,7 +70,7 @@ def _paths(text: str) -> dict[str, str]:
 def _first_unit(parts: list[str]) -> tuple[str, list[str]]:
     """Skip slices; return the first part that is a unit, and the parts after it."""
     for index, part in enumerate(parts):
-        # A leading underscore escapes names that a controller would claim.
+        # systemd puts an underscore before names that a cgroup controller could claim.
         name = part.removeprefix("_")
         if name.endswith(".slice"):
             continue

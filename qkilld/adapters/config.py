@@ -67,7 +67,7 @@ class _Settings:
     wrong: list[str] = field(default_factory=list)
 
     def complain(self, place: _Place, text: str) -> None:
-        # File names and contents may be any text, but a complaint is one line.
+        # File names and contents may be any text; printable() keeps the complaint to one line.
         self.wrong.append(f"{printable(str(place), 4096)}: {printable(text, 512)}")
 
 

@@ -80,7 +80,7 @@ class QueuedJournal:
         try:
             self._sink(_event(item))
         except Exception as error:
-            # If the item is a count itself, it is added to the next count.
+            # Count the event as dropped. An item that is a count is added to the next one.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1

@@ -26,7 +26,7 @@ def run_in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
             settle = functools.partial(_set_result, future, function())
         except Exception as error:
             settle = functools.partial(_set_exception, future, error)
-        # The loop may be closed when a blocked call returns.
+        # A blocked call may return so late that the loop is closed. Then nobody waits for it.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle)
 

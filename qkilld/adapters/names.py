@@ -169,7 +169,7 @@ class NameReader:
                 queue.reading.discard(key)
                 queue.read += 1
                 self._results.append((key, names))
-        # The loop may be closed by the time a blocked read returns.
+        # A blocked read may return so late that the loop is closed. Then nobody waits for it.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._wake.set)
 

@@ -181,7 +181,7 @@ def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
             f"The kernel does not show qkilld the program of process {pid}: it may not be QEMU"
         ) from None
     except (FileNotFoundError, ProcessLookupError):
-        # With hidepid=, /proc may show nothing about a living process.
+        # The process has exited, or /proc hides it (hidepid=).
         if _exited(pidfd):
             raise NoSuchProcess(f"Process {pid} has just exited") from None
         raise Failed(f"Process {pid} cannot be seen in /proc") from None

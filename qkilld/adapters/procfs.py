@@ -266,7 +266,7 @@ def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
     Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
     """
     try:
-        # read_text() would split a line at a carriage return in a name.
+        # Not read_text(), which would turn a carriage return in a name into a line break.
         cgroups, init = (
             (proc / str(one) / "cgroup").read_bytes().decode("utf-8", "surrogateescape")
             for one in (pid, 1)

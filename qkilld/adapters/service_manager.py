@@ -51,7 +51,7 @@ class ServiceManager:
     def store_fd(self, name: str, fd: int) -> None:
         """Store a descriptor, which survives this process. Failures are ignored, because the next
         daemon can work without it."""
-        # A duplicate: the original may be closed, and its number reused, before it is sent.
+        # Send a duplicate, because the original may be closed, and its number reused, before that.
         with ignore(f"storing the descriptor of {name}", OSError):
             self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))
 

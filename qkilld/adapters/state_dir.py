@@ -92,7 +92,7 @@ class StateDirectory:
                         if document["job"]["version"] != VERSION:
                             self.outdated.add(documents[-1].number)
                 except UnknownVersion as error:
-                    # The file is kept, and its number is not reused.
+                    # Keep the file, and do not reuse its number.
                     bad.append(BadFile(name, _why(error)))
                     last = max(last, int(name[4:-5]))
                 except (SnapshotError, OSError) as error:
@@ -213,7 +213,7 @@ class StateDirectory:
         except OSError:
             return False
         try:
-            # Spaces, which JSON allows at its end, overwrite the rest of a longer text.
+            # Add spaces, which JSON allows at its end, to overwrite the rest of a longer text.
             text = self._encoded(document).ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:

@@ -95,7 +95,8 @@ class _PathWalk:
         while ahead:
             name = ahead.pop()
             if name == "..":
-                # Go back to the parent that was opened before: the directory may have been moved.
+                # Go back to the parent that was opened before. Opening ".." could lead elsewhere:
+                # the directory may have been moved.
                 self._leave_to(max(self._root_count, len(self._places) - 1))
             if name in ("", ".", ".."):
                 continue
