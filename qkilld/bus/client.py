@@ -230,7 +230,8 @@ class JobProxy:
     async def wait(self) -> tuple[str, dict[str, Any]]:
         """Wait without a time limit for the job to end; return (result, receipt)."""
         if not self._connection.connected:
-            # Nothing would end the wait: the loss of a connection is announced only once.
+            # Without this check, nothing would end the wait: the loss of a connection is announced
+            # only once.
             raise BusError("the connection to the bus is lost")
         result, receipt = await self._connection.request(
             BUS_NAME, self.path, JOB_INTERFACE, "Wait", timeout_s=None
@@ -323,8 +324,8 @@ class JobProxy:
                 invalidated.clear()
                 with contextlib.suppress(QkilldError):
                     now = await self._properties()
-                    # The values of the other properties may be older than those of a signal
-                    # received meanwhile.
+                    # Use only the invalidated ones: the other values may be older than those of a
+                    # signal received meanwhile.
                     properties.update({name: now[name] for name in names})
                     changed(self._status(properties))
 
@@ -336,7 +337,8 @@ class JobProxy:
         try:
             properties.update(await self._properties())
             while stale:
-                # The change may be older or newer than the reply, so read again.
+                # A property changed during the read. The reply may be older than that, so read
+                # again.
                 stale = False
                 properties.update(await self._properties())
             complete = True
@@ -360,8 +362,8 @@ def job_status(path: str, properties: dict[str, Any], clock_offset: int = 0) -> 
     from qkilld.model.text import printable
 
     def moment(name: str) -> int:
-        # A daemon of an older release lacks some properties. 0 and UINT64_MAX ("never") are not
-        # points in time and are not converted.
+        # 0 is the default, because a daemon of an older release lacks some properties. 0 and
+        # UINT64_MAX ("never") are not points in time, so they are not converted.
         value: int = properties.get(name, 0)
         return value - clock_offset if 0 < value < UNKNOWN else value
 

@@ -157,7 +157,7 @@ class Connection:
         return serial
 
     def _next_serial(self) -> int:
-        # 32 bits, never 0.
+        # Serials have 32 bits and are never 0.
         self._serial = self._serial % 0xFFFFFFFF + 1
         return self._serial
 
@@ -242,8 +242,8 @@ class Connection:
         if future is None or future.done():
             _log.debug("ignored a reply that answers no open call")
             return
-        # Check who answers. The bus itself may answer any call with an error. Of a call to a
-        # well-known name only the bus knows the owner, and it lets nobody else answer
+        # Accept a reply only from the callee, or from the bus, which may answer any call with an
+        # error. Who owns a well-known name is not known here, but the bus lets nobody else answer
         # (send_requested_reply in its policy).
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)

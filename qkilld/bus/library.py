@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-# Both libraries import GLib if it is there, for an event loop that is not used here. This saves
+# Prevent both libraries from importing GLib for an event loop that is not used here. This saves
 # memory, which is locked while jobs run.
 sys.modules.setdefault("gi", None)  # type: ignore[arg-type]
 

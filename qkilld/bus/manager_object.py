@@ -180,7 +180,7 @@ class ManagerTree:
             case "/org":
                 return ["qkilld1"]
             case "/org/qkilld1":
-                # A node without an object exists only if it has children.
+                # Leave out nodes without children, because they have no objects of their own.
                 nodes = ("guest", "job")
                 return [name for name in nodes if self.children(f"/org/qkilld1/{name}")]
             case "/org/qkilld1/job":

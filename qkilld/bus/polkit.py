@@ -139,7 +139,8 @@ class Polkit:
                 descriptor=descriptor,
             )
         except (QkilldError, ValueError, TypeError):
-            # polkit is missing, masked or too slow, or its reply has an unexpected type.
+            # No answer counts as a denial: polkit is missing, masked or too slow, or its reply has
+            # an unexpected type.
             return None
         if authorized is True:
             return Answer.GRANTED

@@ -65,13 +65,14 @@ class BusCaller:
             return Answer.DENIED
         interactive = ask and self.interactive
         if interactive:
-            # Nobody should type a password for a caller that has left.
+            # End the password dialog if the caller leaves.
             await self.end_call_with_connection()
         answer = await authority.check(
             self.sender, self._uid, action, details, interactive=interactive
         )
         if answer is Answer.CHALLENGE and self.interactive:
-            # A password dialog was allowed but not possible, for example without a polkit agent.
+            # A password dialog was allowed but not possible, for example without a polkit agent, so
+            # asking the caller to allow it would not help.
             return Answer.DENIED
         return answer
 
@@ -409,7 +410,8 @@ class Server:
         elif isinstance(error, BusError):
             self.refuse(call, _service_failure())
         else:
-            # Messages of other services, or internal ones, are not for callers.
+            # Report the error only to the journal: messages of other services, or internal ones,
+            # are not for callers.
             self._on_fault(f"answering {printable(call.member)}", error)
             is_remote = isinstance(error, CallFailed)
             self.refuse(call, _service_failure() if is_remote else _internal())
@@ -436,7 +438,7 @@ class Server:
         if takes is None:
             raise _NoSuch("UnknownMethod", f"Properties has no method {printable(call.member)}")
         interface, *rest = _arguments(call, takes, takes)
-        # The specification allows an empty interface if the member is unambiguous.
+        # Accept an empty interface, which the specification allows if the member is unambiguous.
         if interface not in ("", bus_object.interface.name):
             raise _NoSuch("UnknownInterface", f"No interface {printable(interface)} there")
         types = bus_object.interface.properties

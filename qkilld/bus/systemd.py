@@ -124,7 +124,8 @@ class Systemd:
 
     async def reload(self) -> None:
         """Reload the unit files, as `systemctl daemon-reload` does."""
-        # systemd replies after the reload, which takes long with many units.
+        # Allow more time, because systemd replies after the reload, which takes long with many
+        # units.
         await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
 
     async def search_path(self) -> list[str]:

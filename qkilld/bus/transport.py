@@ -71,7 +71,8 @@ def _address(bus: BusAddress) -> str:
         return bus.address
     if not bus.user or "DBUS_SESSION_BUS_ADDRESS" in os.environ:
         return str(get_bus_address(BusType.SESSION if bus.user else BusType.SYSTEM))
-    # Like sd_bus_default_user(3). The library does not handle a user without a session.
+    # Find the user bus as sd_bus_default_user(3) does, because the library does not handle a user
+    # without a session.
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     if not directory:
         raise InvalidAddressError(
