@@ -234,7 +234,7 @@ class _Adopter:
             await self._systemd.start(guard)
             await self._wait_state(guard, "active")
             report = await self._check(report.name)
-        # No drop-in: a scope's settings belong to the program that created it.
+        # Write no drop-in, because a scope's settings belong to the program that created it.
         return self._report(report, None, "")
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:

@@ -83,7 +83,7 @@ async def control(
         if session.json:
             return
         after = before
-        # The command has succeeded; this status is only for the message.
+        # Ignore a failure: the command has succeeded, and this status is only for the message.
         with ignore(f"reading job {before.id} again", QkilldError):
             after = await job.status()
         session.output.line(f"{outcome.title}: job {before.id} {job_command.report(before, after)}")

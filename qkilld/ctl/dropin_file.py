@@ -82,7 +82,8 @@ class DropIn:
             if replaces:
                 os.rename(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             else:
-                # Unlike a rename, a link fails if somebody created the file in the meantime.
+                # Link, because unlike a rename, that fails if somebody has created the file
+                # meanwhile.
                 os.link(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             os.fsync(directory)
         finally:

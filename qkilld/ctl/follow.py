@@ -162,7 +162,7 @@ class LiveDisplay:
 
         now = monotonic_usec()
         rows = [cells_of(job, now) for job in self._jobs.values()]
-        # Some terminals wrap a line that reaches the last column.
+        # Leave the last column free, because some terminals wrap a line that reaches it.
         shape = shape_for(rows, self._live.console.width - 1)
         return Group(*(line_of(row, shape) for row in rows))
 

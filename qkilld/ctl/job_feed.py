@@ -109,7 +109,7 @@ class JobFeed:
 
         def changed(status: JobStatus) -> None:
             self._listener.show(status)
-            # The receipt arrives after the signal that announces the end.
+            # Wait for the receipt, which arrives after the signal that announces the end.
             if status.result and status.receipt is not None:
                 ended.set()
 

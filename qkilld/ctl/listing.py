@@ -26,7 +26,7 @@ async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # Only this daemon has read the configuration files of this host.
+        # Only for this daemon, because no other one uses the configuration files of this host.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 
@@ -143,7 +143,7 @@ async def _who(manager: ManagerProxy, resolver: Resolver, pid: int) -> GuestRow:
     for guest in await resolver.guests():
         if guest.pid == pid:
             return guest
-    # The process is not listed: the daemon's error explains why.
+    # The process is not listed. Inspect it, because the daemon's error explains why.
     answer = await manager.inspect(pid)
     return GuestRow(pid, answer["name"], answer["uuid"], answer["uid"], answer["unit"])
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bus: BusAddress = arguments.bus
     outcomes = [TargetOutcome(text) for text in getattr(arguments, "targets", [])]
     interactive = arguments.ask_password and may_ask() and not bus.is_remote
-    # polkit only serves the system bus.
+    # An agent is useful only on the system bus, the only one that polkit serves.
     needs_agent = interactive and bus.is_system_bus and arguments.command in _MAY_NEED_A_PASSWORD
     try:
         with password_agent(needs_agent):

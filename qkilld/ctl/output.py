@@ -36,14 +36,14 @@ class Output:
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        # Python sets a stream to None if it was closed at startup.
+        # A stream that was closed at startup is None.
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
         self.abandoned = False
         """Whether standard output is discarded."""
         for stream in (self._out, self._err):
-            # The locale may be unable to encode a character.
+            # Escape characters that the locale cannot encode.
             if reconfigure := getattr(stream, "reconfigure", None):
                 reconfigure(errors="backslashreplace")
 

@@ -53,7 +53,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
         os.close(notify)
     try:
         if process is not None:
-            # pkttyagent closes its end of the pipe when it has registered, and when it exits.
+            # Wait until pkttyagent closes its end of the pipe, when it has registered or exits.
             select.select([ready], [], [], READY_TIMEOUT_S)
         os.close(ready)
         yield

@@ -100,7 +100,7 @@ class FullScreen:
 
         if self._fd is not None:
             self._saved_mode = termios.tcgetattr(self._fd)
-            # Ctrl-C and Ctrl-Z still send signals.
+            # In this mode, Ctrl-C and Ctrl-Z still send signals.
             tty.setcbreak(self._fd, termios.TCSADRAIN)
             asyncio.get_running_loop().add_reader(self._fd, self._read)
         self._live = Live(
@@ -116,7 +116,7 @@ class FullScreen:
     def _leave(self) -> None:
         live, self._live = self._live, None
         if live is not None:
-            # A closed terminal cannot be written to.
+            # Ignore errors of a terminal that is closed.
             with ignore("leaving the full screen", OSError):
                 live.stop()
         if self._fd is not None and self._saved_mode is not None:
@@ -132,7 +132,7 @@ class FullScreen:
         except OSError:
             data = b""
         if not data:
-            # The terminal is gone. SIGHUP reports that too.
+            # The terminal is gone. Only stop reading, because SIGHUP ends the program.
             asyncio.get_running_loop().remove_reader(self._fd)
             return
         for key in keys_of(data.decode(errors="ignore")):

@@ -101,7 +101,8 @@ async def terminate(
         except NoSuchUnit:
             if target.kind is not TargetKind.UNIT or options.job_options:
                 raise
-            # The name may be an alias of a unit (Alias=). If not, systemd's error explains more.
+            # Let the daemon ask systemd: the name may be an alias of a unit (Alias=). If not,
+            # systemd's error explains more.
             outcome.job = await session.manager.terminate_unit(target.value, options.flags)
             return
         outcome.pid, outcome.name = process.pid, process.name
@@ -245,7 +246,7 @@ async def carry_out(
         if outcome.status is not None:
             return
         with ignore(f"reading {outcome.job}", QkilldError):
-            # The job has started; this status is only for messages.
+            # Ignore a failure: the job has started, and this status is only for messages.
             outcome.status = await session.manager.job(outcome.job).status()
             outcome.pid, outcome.name = outcome.status.pid, outcome.status.name
 

@@ -261,11 +261,12 @@ class _Watcher:
         try:
             proxy = self._feed.job(job.path)
             before = after = job
-            # The daemon reports changes at most five times a second, and keys can be faster.
+            # Read the status again: the daemon reports changes at most five times a second, and
+            # keys can be faster.
             with ignore(f"reading job {job.id}", QkilldError):
                 before = await proxy.status()
             await self._with_terminal(job, lambda: command.act(proxy))
-            # The command has succeeded; this status is only for the message.
+            # Ignore a failure: the command has succeeded, and this status is only for the message.
             with ignore(f"reading job {job.id} again", QkilldError):
                 after = await proxy.status()
             self._state.message = f"{guest_label} {command.report(before, after)}."
