@@ -94,7 +94,7 @@ def plan_flush(
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
-    # Local disks come first, while the monitor still answers.
+    # Local disks come first, because a disk on a network may hang, and the monitor with it.
     healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 

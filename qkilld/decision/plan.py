@@ -46,7 +46,7 @@ def make_plan(
             first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
         return Plan((ask if Flag.POWERDOWN in flags else first,), 0, warnings)
     asking = Flag.POWERDOWN in flags
-    # The time for a guest that does nothing; a guest that is shutting down gets more.
+    # Assume a guest that does nothing; a guest that is shutting down gets more time.
     asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
     if asking and request.powerdown_only:
         return Plan((ask,), asks_for, warnings)

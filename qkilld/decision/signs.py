@@ -28,7 +28,8 @@ TALK: Final = 256
 """If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
 they exchange 8 to 16 a second."""
 PEER_NOISE: Final = 16 * 1024
-"""Fewer bytes than this in a WINDOW do not count: a server may write its log."""
+"""Fewer bytes than this that a server reads or writes in a WINDOW do not count: they may be for its
+log."""
 CACHE_NOISE: Final = 16 * 1024
 """A page cache that falls by fewer bytes proves nothing: it may have written a page of a log."""
 OWN_IO: Final = 512
@@ -92,7 +93,8 @@ def waits_for_storage(thread: Thread) -> bool:
         return False
     if thread.io_call or thread.target in ("disk", "mount"):
         return True
-    # synchronize_rcu, mem_cgroup_oom_synchronize and the like wait for other things.
+    # "sync" must not match synchronize_rcu, mem_cgroup_oom_synchronize and the like, which wait for
+    # other things.
     wchan = (thread.wchan or "").replace("synchronize", "")
     return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
 
@@ -182,8 +184,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # The kernel accepts connections and requests even for a hung server. Only a reply proves
-        # that the server is alive.
+        # Nothing was ever received, so there is no sign: the kernel accepts connections and
+        # requests even for a hung server. Only a reply proves that the server is alive.
         pass
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU has not read it: after SIGTERM, it

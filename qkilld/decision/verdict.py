@@ -422,7 +422,7 @@ def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
 def _has_moved(sign: Sign, mark: int) -> bool:
     match sign.kind:
         case SignKind.COUNT | SignKind.TRAFFIC:
-            # A counter that fell was reset, which means nothing.
+            # A counter that fell was reset, so it has not moved.
             return sign.value - mark >= sign.least
         case SignKind.CHANGE:
             return sign.value != mark

@@ -152,7 +152,7 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
         return signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
     disk_numbers = {number for thread in located for number in thread.disks}
-    # A call without a descriptor (io_submit) is identified by its wait channel.
+    # For a call without a descriptor (io_submit), only the wait channel shows where it waits.
     diskless = not located and all(sleeps_without_disk(thread) for thread in threads)
     anywhere = not located and not diskless
     devices = [d for d in sample.devices or () if anywhere or d.number in disk_numbers]
@@ -193,7 +193,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         else:
             signs += disk_signs(d for d in sample.devices or () if d.writable and d.own)
         text = "it has, or may have, asynchronous requests to a disk"
-        # The stuck requests are most likely its own, and it cannot exit without that disk anyway.
+        # If a disk is stuck, its requests are most likely the process's own, and the process cannot
+        # exit without that disk anyway.
         stuck = bool(_stuck_disks(sample, previous))
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
