@@ -99,7 +99,7 @@ class Access:
             if unit is not None:
                 process.set_label(await self._host.label(process.guest.identity))
                 _check_unit(process.guest, unit)
-            # The process may have executed another program meanwhile.
+            # Check again, because the process may have executed another program meanwhile.
             after = process.identify()
             self._check(after, start_time)
             check_free(uid, before, after)

@@ -29,7 +29,7 @@ class SharedRun(Generic[T]):
         """Return or raise the result of a run. The result is shared: do not modify it."""
         if self._next_run is None:
             self._next_run = asyncio.get_running_loop().create_task(self._run(self._running))
-        # A caller that is cancelled does not cancel the run for the others.
+        # shield(): a caller that is cancelled must not cancel the run for the others.
         return await asyncio.shield(self._next_run)
 
     async def _run(self, before: asyncio.Task[T] | None) -> T:

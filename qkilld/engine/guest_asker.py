@@ -249,7 +249,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked:
-                # The power button can still be tried, or the guest may react to an earlier request.
+                # Go on: the power button can still be tried, or the guest may react to an earlier
+                # request.
                 self._observe_later()
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)

@@ -109,7 +109,7 @@ class GuestWatch:
                     break
                 await self._scan(tell=True)
             except QkilldError as error:
-                # The next scan may succeed.
+                # Go on, because the next scan may succeed.
                 self._on_fault("looking for guests", error)
         if self._scanning is asyncio.current_task():
             self._end()

@@ -46,7 +46,7 @@ class ResumedJobs:
                     self._sampling.append(job)
                     job.follow()
         finally:
-            # Even after a fault of one job, the others must continue.
+            # In `finally`, because the others must continue even after a fault of one job.
             if self._waiting:
                 self._clock.call_at(self._clock.now() + PAUSE, self._follow_some)
             else:

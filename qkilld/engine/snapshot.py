@@ -180,8 +180,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Only the written amounts of the first sample are used. The rest would take a page of
-            # memory for each job.
+            # Leave out what nobody uses of the first sample, of which only the written amounts
+            # count. The rest would take a page of memory for each job.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )
