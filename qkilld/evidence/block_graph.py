@@ -301,7 +301,7 @@ def _export_of_url(text: str) -> str:
 def _endpoints_of_url(protocol: str, text: str) -> Iterator[ConnectionEnd]:
     port = _DEFAULT_PORTS[protocol]
     if protocol == "nbd" and not text.startswith(("nbd://", "nbd+")):
-        # The old form: nbd:unix:PATH[:exportname=…], nbd:HOST:PORT[:…]
+        # Parse the old form: nbd:unix:PATH[:exportname=…], nbd:HOST:PORT[:…]
         address = text.removeprefix("nbd:")
         if address.startswith("unix:"):
             yield ConnectionEnd(path=address.removeprefix("unix:").partition(":exportname=")[0])

@@ -158,8 +158,8 @@ class CgroupReader:
             if (directory := _nearest(io, name)) is not None:
                 self._io = _IoStat(io, directory)
         frozen_by = [group for name in ("freezer", "") if (group := groups.get(name)) is not None]
-        # The root group of a hierarchy cannot be frozen. Without a mount of a hierarchy, the state
-        # of its freezer is unknown.
+        # Leave out the root group of a hierarchy, which cannot be frozen. Without a mount of a
+        # hierarchy, the state of its freezer is unknown.
         below = [group for group in frozen_by if not group.is_root]
         self._freezers_known = bool(frozen_by) and all(group.ways for group in below)
         self._freezers = [
@@ -216,7 +216,7 @@ class _IoStat:
         names = ["io.stat"]
         if not group.v2:
             names = ["blkio.throttle.io_service_bytes", "blkio.throttle.io_serviced"]
-            # Since Linux 5.3, these files include descendants.
+            # The "recursive" files, which exist since Linux 5.3, include descendants.
             if (directory / f"{names[0]}_recursive").exists():
                 names = [f"{name}_recursive" for name in names]
         self.path = directory / names[0]

@@ -104,7 +104,7 @@ class Hierarchies:
             mount = procfs.parse_mount(line, "self") if b" - cgroup" in line else None
             if mount is None or mount.kind not in ("cgroup", "cgroup2"):
                 continue
-            # The options of v2 are not controllers.
+            # For v1, the mount options name the controllers; for v2 they do not.
             names = [""] if mount.kind == "cgroup2" else os.fsdecode(mount.options).split(",")
             mounted, point = (
                 os.fsdecode(procfs.unescape(text)) for text in (mount.root, mount.point)
@@ -137,7 +137,7 @@ def is_alone(group: Group, directory: Path, pid: int, proc: Path) -> bool:
         try:
             members.update(map(int, read_once(Path(path, "cgroup.procs")).split()))
         except (OSError, ValueError):
-            # A threaded v2 group cannot be read; the group above lists its processes.
+            # Ignore a threaded v2 group, which cannot be read: the group above lists its processes.
             if Path(path) == directory:
                 return False
         if len(members) > _MAX_PROCESSES:

@@ -92,7 +92,7 @@ class KeptFile:
             return None
 
     def close(self) -> None:
-        """The next read opens it again. May be called again."""
+        """Close the file; the next read opens it again. May be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -275,7 +275,7 @@ class SocketReader:
                 os.getxattr(path, "system.sockprotoname").rstrip(b"\0").decode("ascii", "replace")
             )
         except OSError as error:
-            # It was closed meanwhile, or the descriptor was reused.
+            # The socket was closed meanwhile, or the descriptor was reused.
             if error.errno in (errno.ENOENT, errno.ENODATA, errno.EOPNOTSUPP):
                 return ""
             raise
@@ -367,7 +367,8 @@ class SocketReader:
         if ends is None:
             return _UNKNOWN
         uses = [use for use in (ends.ports.get(port), ends.descriptors.get(number)) if use]
-        # The same port number may be storage on one host and something else on another.
+        # Prefer storage: the same port number may be storage on one host and something else on
+        # another.
         return max(uses, key=lambda use: use.role == "storage", default=_UNKNOWN)
 
     def _read_foreign(

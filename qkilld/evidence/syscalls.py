@@ -100,7 +100,7 @@ class Call:
     name: str
     """The name of the call, or "system call N" if it is not in our list."""
     waits: bool
-    """A thread that sleeps in it waits for something other than events."""
+    """A thread that sleeps in the call waits for something other than events."""
     reads: bool
     """The call waits for input, unless the descriptor is a file or disk."""
     submits: bool

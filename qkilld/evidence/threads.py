@@ -262,7 +262,7 @@ class ThreadReader:
             entry.may_have_run = True
             return -1, []
         try:
-            # After the arguments come the stack pointer and the program counter.
+            # Leave out the last two words, the stack pointer and the program counter.
             return int(words[0]), [int(word, 16) for word in words[1:-2]]
         except ValueError:
             return None, []
@@ -275,5 +275,6 @@ class ThreadReader:
         except OSError as error:
             note_once("reading the wchan of a thread", error)
             return None
-        # A sleeping thread has "0" if the function is hidden from us, or unknown to the kernel.
+        # "0" for a sleeping thread means that the function is hidden from us, or unknown to the
+        # kernel.
         return None if name == b"0" else printable(name.decode("utf-8", "surrogateescape"))
