@@ -174,7 +174,7 @@ def _enum_decoder(hint: type[Enum]) -> _Convert:
     kinds = {kind for kind, _ in members}
 
     def decode(value: Any) -> Enum:
-        # In Python a bool is equal to an int; in JSON it is not.
+        # Compare the types too, because in Python, unlike in JSON, a bool is equal to an int.
         member = members.get((type(value), value)) if type(value) in kinds else None
         if member is None:
             raise _Mismatch(f"is not one of {', '.join(str(one.value) for one in hint)}")
@@ -185,7 +185,7 @@ def _enum_decoder(hint: type[Enum]) -> _Convert:
 
 def _plain_decoder(hint: type) -> _Convert:
     def decode(value: Any) -> Any:
-        # In Python a bool is an int; in JSON it is not.
+        # Compare the exact type, because in Python, unlike in JSON, a bool is an int.
         if type(value) is not hint:
             raise _Mismatch(f"is not of the type {hint.__name__}")
         return value

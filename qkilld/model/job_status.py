@@ -103,7 +103,8 @@ class JobStatus:
     """As returned by Wait; None while the job runs."""
 
     def __post_init__(self) -> None:
-        # After an extension, the daemon updates its deadline only at its next decision.
+        # Correct the deadline after an extension, because the daemon does so only at its next
+        # decision.
         if self.phase == Phase.TERMINATE and self.deadline < self.not_before:
             object.__setattr__(self, "deadline", self.not_before)
 

@@ -55,7 +55,7 @@ class Span(NamedTuple):
     field: str
     help: str
     of_job: bool = True
-    """Whether a job can override it."""
+    """Whether a job can override the configured value."""
     word: str = ""
     """The word for the command line, if it differs from the field's name."""
 
