@@ -75,7 +75,8 @@ def find_event_registers(tree: str) -> int | None:
     port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
-    # Until the firmware maps it, the register is at 0 of its own memory region.
+    # A low port means that the firmware has not mapped the register yet: until then it is at 0 of
+    # its own memory region.
     return port if port >= 0x100 else 0
 
 
@@ -142,7 +143,8 @@ def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[s
     """Return the names by which query-chardev may show a listener. `own` is the address of our end
     of a connection to it."""
     if isinstance(listener, UnixListener):
-        # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
+        # Abstract sockets have no name here: QEMU shows none for one that is connected (measured,
+        # 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]
         return tuple(f"unix:{name}" for name in names)
     match own:

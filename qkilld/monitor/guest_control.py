@@ -483,7 +483,7 @@ class GuestControl:
                 connection = await self._connect_agent()
                 break
             except MonitorBusy:
-                # QEMU may not know yet that our previous connection is closed.
+                # Try again, because QEMU may not know yet that our previous connection is closed.
                 if time.monotonic() >= until:
                     raise
                 await asyncio.sleep(BUSY_S / 20)

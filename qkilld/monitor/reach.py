@@ -332,7 +332,7 @@ def _table(path: Path, inodes: Collection[int]) -> Iterator[tuple[bool, int, str
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # Num RefCount Protocol Flags Type St Inode Path
+            # The fields: Num RefCount Protocol Flags Type St Inode Path
             fields = line.rstrip(b"\n").split(maxsplit=6)
             if len(fields) < 7 or fields[4] != _STREAM:
                 continue

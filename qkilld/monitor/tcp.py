@@ -105,7 +105,7 @@ def read_tcp(pid: int, proc: Path = procfs.PROC) -> Iterator[TableEntry]:
             for line in file:
                 if (size := size + len(line)) > MAX_TABLE:
                     raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-                # sl local remote st tx:rx tr:when retrnsmt uid timeout inode
+                # The fields: sl local remote st tx:rx tr:when retrnsmt uid timeout inode
                 fields = line.split(maxsplit=10)
                 if len(fields) > 9 and fields[3] in (_ESTABLISHED, _LISTENING):
                     yield TableEntry(
