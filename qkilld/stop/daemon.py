@@ -272,7 +272,7 @@ class DaemonStopper:
                 self._follow_again(stop)
 
     def note_exit(self, stop: GuestStop) -> None:
-        # If the daemon is alive, it sees the exit too, and reports the result.
+        # Wait for the daemon, which sees the exit too if it is alive, and reports the result.
         if stop not in self._exits:
             self._check_deadlines[stop] = self._clock() + CHECK_TIMEOUT_S
 
@@ -435,7 +435,7 @@ class DaemonStopper:
         self._drop(pending)
         now = self._clock()
         for stop in stops:
-            # A new daemon continues the jobs of the old one.
+            # Ask again, because a new daemon continues the jobs of the old one.
             self._retry_times[stop] = now if stop not in self._return_deadlines else now + RETRY_S
             self._return_deadlines.setdefault(stop, now + RETURN_TIMEOUT_S)
 

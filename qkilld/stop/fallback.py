@@ -157,7 +157,7 @@ class Fallback:
             return self._registry.terminate(process, request)
         except SnapshotError as error:
             note("continuing the job of qkilld", error)
-            # The daemon reported an impossible state. Starting from the beginning is safe.
+            # The daemon reported an impossible state. Start from the beginning, which is safe.
             stop.status = None
             return await self._start(stop, why)
 
@@ -188,7 +188,7 @@ class Fallback:
             request = Request(
                 stop.flags, {}, stop.reason, os.geteuid(), ask_at_most=stop.ask_at_most
             )
-            # If the pid was reused, the wait for the job reports that.
+            # Ignore errors here: if the pid was reused, the wait for the job reports that.
             with ignore("joining the job", QkilldError):
                 stop.job.join(request)
 

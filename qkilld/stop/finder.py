@@ -136,7 +136,7 @@ def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
     """Yield every visible QEMU with its unit; the caller closes the process."""
     for pid in procfs.pids():
         if (process := _qemu(pid, globs)) is not None:
-            # Read while the process is open: if its pid was reused, `exited` shows that.
+            # Read the unit while the process is open: if its pid was reused, `exited` shows that.
             unit = procfs.read_unit(pid)
             if process.exited():
                 process.close()
@@ -165,7 +165,7 @@ def _of_pidfile(path: str) -> ProcessHandle:
     from qkilld.adapters import pidfile
 
     if not os.path.lexists(path):
-        # QEMU removes its pidfile when it exits.
+        # QEMU removes its pidfile when it exits, so a missing one means that the process is gone.
         raise NoSuchProcess("the pidfile does not exist")
     named = pidfile.read(path)
     return open_process(named.pid, named.start_time)

@@ -200,7 +200,7 @@ async def leave_all(
             release(free)
         await asyncio.gather(*tasks.values(), return_exceptions=True)
     finally:
-        # Needed if this coroutine is cancelled, or `release` raises.
+        # End the tasks if this coroutine is cancelled, or `release` raises.
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
@@ -211,7 +211,8 @@ async def leave_all(
 async def _wait_exit(process: ProcessHandle) -> None:
     exit_event = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # A loop has only one reader for each descriptor: a second wait would replace the first.
+    # Duplicate the pidfd: a loop has only one reader for each descriptor, so a second wait would
+    # replace the first.
     pidfd = os.dup(process.pidfd)
     loop.add_reader(pidfd, exit_event.set)
     try:

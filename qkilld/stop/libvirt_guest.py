@@ -73,7 +73,7 @@ def _wait(stop: GuestStop, began: float, timeout: int) -> None:
     asked_at = time.monotonic()
     while stop.running:
         until = asked_at + timeout / 1e6
-        # The unit's limits may become known meanwhile.
+        # Compute the end in each round, because the unit's limits may become known meanwhile.
         if stop.ask_at_most is not None:
             until = min(until, began + stop.ask_at_most / 1e6)
         remaining = until - time.monotonic()

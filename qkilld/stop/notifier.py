@@ -54,5 +54,5 @@ class Notifier:
                     " ExecStop=+/usr/bin/qkilld-stop to run it outside of the sandbox"
                 )
 
-            # The next extension follows in a second.
+            # Ignore the failure, because the next extension follows in a second.
             note("sending a notification to systemd", error)

@@ -49,7 +49,7 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
         raise _no_such_process(f"process {pid} is gone") from None
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
-    # None if the process is hidden or gone; the pidfd shows which.
+    # The start time is None if the process is hidden or gone; the pidfd shows which.
     process.start_time = read_start_time(pid)
     if process.exited() or (
         start_time is not None and process.start_time not in (None, start_time)

@@ -291,7 +291,7 @@ class StopRun:
         try:
             stopper.work()
         except Exception as error:
-            # The guest must be stopped, whatever the daemon replied.
+            # Use the next stopper, because the guest must be stopped, whatever the daemon replied.
             for stop in self._stops:
                 if stop.running and self._stopper_of.get(stop) is stopper:
                     self.lost(
@@ -505,7 +505,7 @@ class StopRun:
             if before != (stop.forced, stop.ask_at_most) and stopper is not None:
                 stopper.amend(stop)
         if running:
-            # Each stop has its own FORCE; the other limits are the same for all.
+            # Leave FORCE as it was set above, for each stop; the other limits are the same for all.
             self.unit_known(unit | {"force": False})
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
@@ -523,7 +523,8 @@ class StopRun:
         deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
         if not states:
-            # The imports below take 12 ms, and would delay the daemon's first reply.
+            # Return before the imports below, which take 12 ms and would delay the handling of the
+            # daemon's first reply.
             self._notifier.status(NO_STATE)
             return
         try:

@@ -143,6 +143,6 @@ async def _is_attended(unit: str, connection: Connection | str) -> bool:
             return (await Systemd(connection, timeout_s=TIMEOUT_S).unit(unit)).cares_for_guests
         except QkilldError as error:
             why = str(error)
-    # A signal could interrupt an orderly shutdown by the unit's ExecStop=.
+    # Send no signal, which could interrupt an orderly shutdown by the unit's ExecStop=.
     say(f"the guests in {unit} are left to that unit, because its settings are unknown: {why}")
     return True

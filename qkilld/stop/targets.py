@@ -61,7 +61,7 @@ class Targets:
             if (named := self.finder.named()) is not None:
                 return [named]
         except NoSuchProcess:
-            # The process may have been a shell that ran the guest.
+            # Look for other QEMUs in the unit: the process may have been a shell that ran one.
             if not (others := self.substitutes(())):
                 self.check_elsewhere()
                 raise
