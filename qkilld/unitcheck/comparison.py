@@ -246,7 +246,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",
-        # A scope has no main process: KillMode=process signals nothing.
+        # A scope has no main process, so KillMode=process signals nothing.
         main_is_qemu=main_is_qemu(facts, surroundings) and not facts.is_scope,
         main_may_trap=may_trap(facts, surroundings),
         outlives=outlives(facts, surroundings),

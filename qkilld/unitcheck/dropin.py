@@ -139,7 +139,7 @@ def _sets_stop(line: Line) -> bool:
 
 
 def _comment(reason: str) -> list[str]:
-    # A backslash at the end would make the next line part of the comment.
+    # Replace backslashes: one at the end would make the next line part of the comment.
     text = printable(reason, 2000).replace("\\", "/")
     return [f"# {line}" for line in textwrap.wrap(text[:1].upper() + text[1:], _WIDTH)]
 

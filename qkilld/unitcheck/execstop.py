@@ -135,7 +135,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         else:
             yield Finding(
                 "no-exec-stop",
-                # A guest that survives the timeout loses its storage later.
+                # With a timeout, a guest may survive it, and then loses its storage later.
                 _ADVICE if facts.timeout_stop == INFINITY else _MAY,
                 "it has no ExecStop=, and no timeout that ends in SIGKILL",
                 "no guest is killed too early, but a guest that hangs forever delays every stop",

@@ -84,7 +84,7 @@ def _kill(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _pkill(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    # pkill's option -s selects sessions, not a signal.
+    # No letters, because pkill's option -s selects sessions, not a signal.
     return acts_of_signal(_signal_option(words, ()), by_name=True)
 
 
@@ -129,7 +129,7 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
     command = _verb(words, ("-c", "--connect", "-d", "--debug", "-l", "--log", "-k", "-K"))
     match command:
         case "destroy":
-            # Without --graceful: SIGTERM, and SIGKILL 10 s later.
+            # Without --graceful, libvirt sends SIGTERM, and SIGKILL 10 s later.
             return _TERMINATES if "--graceful" in words else _KILLS
         case "shutdown":
             return _ASKS
@@ -156,7 +156,8 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
         return acts_of_signal(number if has_signal else signal.SIGKILL)
     if command == "rm" and {"-f", "--force"} & set(words):
         return _KILLS
-    # The container's entry point may do anything on SIGTERM; SIGKILL follows 10 s later.
+    # A stop is unknown, because the container's entry point may do anything on SIGTERM; SIGKILL
+    # follows 10 s later.
     return _UNKNOWN if command in ("stop", "restart", "compose", "") else _NOTHING
 
 
@@ -206,7 +207,7 @@ def _systemctl(words: Sequence[str], text: str) -> tuple[Act, ...]:
         case "stop" | "restart" | "isolate" | "":
             return _UNKNOWN
         case "poweroff" | "halt":
-            # `systemctl -H GUEST poweroff`.
+            # With -H, this powers off the guest: `systemctl -H GUEST poweroff`.
             return _ASKS if "-H" in words else _UNKNOWN
     return _NOTHING
 

@@ -314,8 +314,8 @@ class _Stop:
             return self._flush()
         if number in IGNORED:
             return self._silence()
-        # The signal kills a guest that is still shutting down; a guest that has exited loses
-        # nothing.
+        # Nothing is waited for after this signal, which kills a guest that is still shutting down.
+        # A guest that has exited loses nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
