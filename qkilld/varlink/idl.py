@@ -74,7 +74,7 @@ class Description(NamedTuple):
             case "struct":
                 self._check_struct(value, hint, place)
             case _:
-                # In Python a bool is an int, but not in JSON.
+                # Compare the exact type, because in Python, unlike in JSON, a bool is an int.
                 if type(value) is not _PLAIN[hint.kind]:
                     raise WrongValue(place)
                 if hint.kind == "int" and value not in _INT64:

@@ -348,8 +348,8 @@ class VarlinkServer:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                # If descriptors are exhausted, for example, retrying at once would keep the loop
-                # busy.
+                # Wait before the next attempt: if descriptors are exhausted, for example, retrying
+                # at once would keep the loop busy.
                 note_once("accepting a connection on Varlink", error)
                 self._loop.remove_reader(listener.fileno())
                 self._loop.call_later(RETRY_ACCEPT_S, self._accept_again, listener)
@@ -394,7 +394,7 @@ class VarlinkServer:
         self._per_uid[connection.uid] -= 1
         if not self._per_uid[connection.uid]:
             del self._per_uid[connection.uid]
-        # The operation continues, but nobody waits for its end any more.
+        # The call continues without its client, which does not wait for its end any more.
         if call is not None:
             call.on_disconnect()
 
@@ -416,7 +416,7 @@ class VarlinkServer:
         except QkilldError as error:
             call.refuse(error)
         except ValueError as error:
-            # A malformed message gets no reply.
+            # Close the connection, because a malformed message gets no reply.
             note_once("reading a call on Varlink", error)
             call.abandon()
         except Exception as error:
@@ -484,7 +484,7 @@ class VarlinkServer:
             call.costs.append(cost)
         answer = self._methods.find(name)(call, parameters)
         call.task = self._loop.create_task(self._answer(call, name, answer))
-        # Has an effect only if the task is cancelled before it begins.
+        # Close the coroutine, which has an effect only if the task is cancelled before it begins.
         call.task.add_done_callback(lambda _: answer.close())
 
     async def _answer(

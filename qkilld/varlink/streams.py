@@ -156,7 +156,7 @@ class JobStream:
         del self._callbacks[job]
         self._forget(job)
         if job.result is None:
-            # The next daemon continues it.
+            # This daemon exits, and the next one continues the job.
             self.close(disconnected=False)
             self._call.abandon()
             return
