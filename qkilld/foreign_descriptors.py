@@ -160,7 +160,8 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     and none can be accepted at the moment, unless the other end is `trusted`.
     """
     if _files.full and not trusted:
-        # Peeking without room for descriptors shows whether there are some, and keeps them.
+        # Peek without room for descriptors. That shows whether there are some, and leaves them in
+        # the socket.
         peeked, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")

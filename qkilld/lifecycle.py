@@ -300,8 +300,8 @@ class Life:
                     reported = True
                     running = self._registry.running
                     self._journal.write(events.bus_lost(running, str(error), goes_on=goes_on))
-                    # Without a bus there is still work to do, and systemd must not consider the
-                    # start failed.
+                    # Report the start as successful, because without a bus there is still work to
+                    # do.
                     self._tell_ready()
                 code = await self._serve_on(None)
             else:
@@ -317,7 +317,8 @@ class Life:
                 return code
 
     async def _serve_on(self, bus: BusService | None) -> int | None:
-        """Return the exit code; None to try to reach the bus again."""
+        """Serve until the bus is lost, a signal comes, or nothing is left to do. Return the exit
+        code; None to try to reach the bus again."""
         while True:
             match await self._until_end(bus):
                 case EndReason.STOP:
@@ -336,7 +337,8 @@ class Life:
 
     async def _connect(self) -> BusService:
         """Raises BusError."""
-        # The import takes as long as all other imports; meanwhile Varlink is served.
+        # Import in a thread, so that Varlink is served meanwhile: this takes as long as all other
+        # imports.
         before = threading.stack_size(IMPORT_STACK_BYTES)
         importing = run_in_thread(_import_bus_service)
         threading.stack_size(before)
