@@ -21,8 +21,8 @@ DIRECTORY: Final = CACHE / "distros"
 _BASE: Final = "systemd-sysv,dbus,udev,procps,iproute2,ca-certificates"
 _NO_SERVICES: Final = "usr/sbin/policy-rc.d"
 _FAST_UNPACKING: Final = "etc/dpkg/dpkg.cfg.d/unsafe-io"
-"""Without it, dpkg writes each file to the disk before it continues, which takes most of the time on
-a busy machine. An interrupted tree is made again."""
+"""Without it, dpkg waits until each file is on the disk, which takes most of the time on a busy
+machine. An interrupted tree is made again."""
 
 
 @dataclass(frozen=True, slots=True)
