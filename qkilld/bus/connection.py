@@ -43,22 +43,23 @@ from qkilld.model.text import printable
 
 CONNECT_TIMEOUT_S: Final = 10.0
 SSH_TIMEOUT_S: Final = 150.0
-"""ssh may ask for a password."""
+"""Longer than CONNECT_TIMEOUT_S, because ssh may ask for a password."""
 CALL_TIMEOUT_S: Final = 25.0
 """The default of libdbus and sd-bus for a method call."""
 READ_BYTES: Final = 64 * 1024
 """The maximum number of bytes that one recv() reads."""
 READS: Final = 4
-"""Reads in a row before the loop serves its timers and pidfds; they take 10 ms for 2,000 small
-messages. Reading is much faster than answering, and messages that are read do not queue in the bus,
-which has one queue for all senders."""
+"""How often to call recv() before the loop serves its timers and pidfds. Four calls read up to
+2,000 small messages in 10 ms. One call would not be enough: the bus has a single queue for all
+senders, so a sender that fills it would block the others."""
 HELD_BACK_S: Final = 0.25
 """Delay before the refusals of a flood are sent together. Without it, each refusal would cost two
 context switches, and clients that wait for an answer before they send more would send faster."""
 MAX_HELD_BACK: Final = 128 * 1024
-"""Bytes. More delayed refusals than this are sent at once."""
+"""Delayed refusals are sent at once when they have more bytes than this."""
 MAX_UNSENT: Final = 512 * 1024
-"""Bytes. While more than this waits to be sent, nothing is read."""
+"""Nothing is read while more bytes than this wait to be sent, so that unsent replies cannot fill
+the memory."""
 
 _log = logging.getLogger(__name__)
 _DBUS: Final = "org.freedesktop.DBus"

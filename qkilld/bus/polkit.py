@@ -18,7 +18,7 @@ from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.errors import BusError, Busy, QkilldError
 
 TIMEOUT_S: Final = 5.0
-"""If nobody is asked for a password, polkit answers in milliseconds."""
+"""Long enough for a busy host: polkit answers in milliseconds if it asks nobody for a password."""
 INTERACTIVE_TIMEOUT_S: Final = 120.0
 """Time for a person to find and type a password."""
 MAX_PER_UID: Final = 8
