@@ -26,7 +26,8 @@ MIN_REDRAW_S: Final = 0.1
 """Live lines are redrawn at most this often, however many jobs report."""
 
 RETURN_TIMEOUT_S: Final = 5.0
-"""A daemon that crashed or was restarted returns within a second and continues its jobs."""
+"""How long to wait for the next daemon, which continues the jobs. It normally comes within a second
+of a crash or restart."""
 AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to return"
 
 

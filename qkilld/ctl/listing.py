@@ -19,7 +19,7 @@ from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 
 MAX_CALLS: Final = 32
-"""The maximum number of concurrent calls. The system bus allows a connection 128 pending calls."""
+"""The maximum number of concurrent calls, well below the 128 that the system bus allows."""
 
 
 async def list_guests(session: Session) -> int:
