@@ -174,12 +174,12 @@ class Node:
     protocol: str
     """nbd, iscsi, ssh, vhost-user, …"""
     export: str = ""
-    """For NBD: the export that it requests from its server. Printable."""
+    """For NBD: the export that QEMU requests from the server. Printable."""
     reconnect: int | None = None
     """How many seconds QEMU holds requests for a lost server: reconnect-delay of NBD, for ever with
     iSCSI. None if unknown."""
     served: bool | None = None
-    """Whether a process on this host listens at its address; None if not checked."""
+    """Whether a process on this host listens at the server's address; None if not checked."""
 
 
 @dataclass(frozen=True, slots=True)

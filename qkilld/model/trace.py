@@ -28,7 +28,8 @@ from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-trace"
 VERSION: Final = 2
-"""Version 1 classified sockets by who had connected, and had no descriptors of waiting threads."""
+"""The only version that can be read. Version 1 lacks what the verdict needs now: which sockets lead
+to storage according to the command line, and for which descriptors threads wait."""
 MAX_BYTES: Final = 64 * 1024 * 1024
 """Greatest size of a trace in bytes."""
 
