@@ -20,8 +20,8 @@ from qkilld.monitor.channel import Channel, Lines, decode_object
 SYNC_S: Final = 3.0
 """Timeout of the first command, guest-sync-delimited; Proxmox VE allows as much for its ping."""
 _MARK: Final = b"\xff"
-"""Precedes the reply to guest-sync-delimited. An agent that receives it discards the incomplete
-command before it."""
+"""The byte that comes before guest-sync-delimited and before its reply. It makes the agent discard
+an incomplete command of an earlier client."""
 
 
 class AgentClient(Channel):

@@ -41,9 +41,9 @@ class AgentPort:
     """The host's side of the agent's virtio-serial port."""
 
     opened: bool
-    """The guest has the port open, so an agent runs."""
+    """Whether a program in the guest, normally its agent, has the port open."""
     held: bool
-    """A client on the host is connected."""
+    """Whether a client on the host is connected, which keeps others out."""
 
 
 def read_runstate(answer: object) -> str:

@@ -48,14 +48,15 @@ from qkilld.monitor.vcpu_threads import VcpuThreads
 BUSY_S: Final = 1.0
 """How long to wait for a busy monitor; programs that poll it are done sooner."""
 START_S: Final = 5.0
-"""A QEMU younger than this may not listen on its monitor yet."""
+"""A QEMU younger than this may not listen on its monitor yet, so its monitor is waited for."""
 START_WAIT_S: Final = 1.0
-"""How long to wait for such a monitor."""
+"""How long to wait for the monitor of such a young QEMU."""
 TRY_S: Final = 5.0
 """No further monitor is tried after this time: a hostile process may listen on thousands."""
 QUERY_S: Final = 2.0
 CACHE_AGE_S: Final = 0.1
-"""Maximum age of a cached reply. A query takes 1 ms, more on a busy host."""
+"""Maximum age of a cached reply. Replies are cached because a query takes 1 ms, and more on a busy
+host."""
 ORDER_S: Final = 5.0
 RESUME_S: Final = 30.0
 """Timeout of cont, which may have to wait for the disks."""

@@ -22,7 +22,8 @@ from qkilld.model.text import MAX_TEXT, printable
 
 SYSTEM: Final = Path("/run/libvirt/qemu")
 TIMEOUT_S: Final = 10.0
-"""virsh returns once libvirt has asked the guest, after some milliseconds."""
+"""Long enough for a busy host: virsh does not wait for the shutdown, and normally returns after
+some milliseconds."""
 MAX_DOMAINS: Final = 10_000
 _AMBIGUOUS: Final = re.compile(r"[0-9]+|[0-9a-fA-F-]{32,36}")
 """Names that virsh takes for an id or a UUID."""
