@@ -31,20 +31,20 @@ ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it
 first."""
 BUSY_TIMEOUT_S = 12.0
-"""The timeout once the daemon has read the call. A busy daemon still stops the guests sooner than
-we would without it."""
+"""The additional time for the reply of a daemon that has read the call. The daemon is busy then,
+and still stops the guests sooner than the helper could by itself."""
 RETURN_TIMEOUT_S = 3.0
 """How long to wait for the next daemon. systemd restarts a crashed one within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
-"""A running job sends its state every second. After this silence, check that the daemon is
-alive."""
+"""After this time without a message, check that the daemon is alive: it sends the state of a
+running job every second."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
 """How long our pidfd may take to confirm an exit that the daemon has reported. Normally both pidfds
 report it at the same time."""
 ENDING_S = 1.0
-"""A daemon that exits closes the connection within this time after the last reply."""
+"""How long after a job's last reply the connection may be closed because the daemon exits."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
 """Linux: the bytes sent that the peer has not read, unix(7)."""

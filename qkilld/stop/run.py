@@ -42,14 +42,15 @@ if TYPE_CHECKING:
 EXITING_TIMEOUT_S = 60.0
 """The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""The delay before the unit's settings are read. An idle guest exits earlier."""
+"""The unit's settings are read only after this time, because an idle guest has exited by then."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""How often to stop another QEMU that a shell starts. Then systemd kills both."""
+"""How many further QEMUs to stop, if a shell in the unit starts a new one after each. The next one,
+and the shell, are left to systemd's own signals."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
