@@ -79,6 +79,7 @@ def _parse(section: bytes) -> tuple[int | None, int | None]:
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # Bytes read and written by normal calls, by direct I/O, and (the sixth) to the server.
+    # The columns are bytes read and written by normal calls, then by direct I/O, then from and to
+    # the server, so the sixth is what was written to the server.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written
