@@ -152,7 +152,8 @@ def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> li
         return signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
     disk_numbers = {number for thread in located for number in thread.disks}
-    # For a call without a descriptor (io_submit), only the wait channel shows where it waits.
+    # If the call has no descriptor (io_submit), only the wait channel shows whether the thread
+    # waits for a disk.
     diskless = not located and all(sleeps_without_disk(thread) for thread in threads)
     anywhere = not located and not diskless
     devices = [d for d in sample.devices or () if anywhere or d.number in disk_numbers]
