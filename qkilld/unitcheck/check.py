@@ -18,10 +18,10 @@ from qkilld.unitcheck.context import Surroundings, main_is_qemu, outlives, stop_
 from qkilld.unitcheck.execstop import (
     check_helper,
     check_others,
-    clock,
     corrected,
     has_helper,
     is_cut,
+    timeout_of,
     waits_for_guest,
 )
 from qkilld.unitcheck.finding import Finding, Line, Severity
@@ -198,7 +198,7 @@ def _check_scope(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         yield Finding(
             "no-guard",
             _LOSES,
-            f"it is a scope, which cannot have an ExecStop=, {clock(facts)}",
+            f"it is a scope, which cannot have an ExecStop=, {timeout_of(facts)}",
             "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has not "
             "written; a guard, a unit that is stopped before the scope, can wait for the guest",
             (Line("", f"systemctl start {surroundings.guard}", by_hand=True),)

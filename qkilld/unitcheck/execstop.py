@@ -55,7 +55,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         yield Finding(
             "exec-stop-slow",
             _ADVICE,
-            f"{program}, an ExecStop= before {HELPER}, has to return in time, {clock(facts)}",
+            f"{program}, an ExecStop= before {HELPER}, has to return in time, {timeout_of(facts)}",
             f"if it takes longer, systemd does not run {HELPER} but sends SIGTERM, and SIGKILL at"
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
@@ -76,7 +76,7 @@ def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
         yield Finding(
             "notify-access",
             _LOSES,
-            f"it has NotifyAccess={facts.notify_access}, {clock(facts)}{short}",
+            f"it has NotifyAccess={facts.notify_access}, {timeout_of(facts)}{short}",
             f"systemd ignores the extensions of {HELPER}, and kills the guest at the timeout",
             (Line("Service", "NotifyAccess=exec"),),
         )
@@ -98,7 +98,8 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         yield Finding(
             "helper-sandbox",
             _LOSES,
-            f"its {hiding} hides the bus and systemd's notify socket from {HELPER}, {clock(facts)}",
+            f"its {hiding} hides the bus and systemd's notify socket from {HELPER}, "
+            f"{timeout_of(facts)}",
             f"{HELPER} can neither ask qkilld to stop the guest nor extend the timeout, at which "
             f"systemd kills the guest. With the prefix +, {HELPER} runs outside of the sandbox",
             corrected(facts, surroundings),
@@ -127,7 +128,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             yield Finding(
                 "no-exec-stop",
                 _LOSES,
-                f"it has no ExecStop=, {clock(facts)}",
+                f"it has no ExecStop=, {timeout_of(facts)}",
                 "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has "
                 "not written",
                 mends,
@@ -148,7 +149,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             yield Finding(
                 "exec-stop-clock",
                 _MAY,
-                f"its guest is asked to shut down, {clock(facts)}",
+                f"its guest is asked to shut down, {timeout_of(facts)}",
                 "at the timeout, the guest is killed, and data that the guest or QEMU has not "
                 "written by then is lost",
                 mends,
@@ -170,7 +171,7 @@ def _returns_early_finding(
     return Finding(
         "exec-stop-early",
         _LOSES if is_certain else _MAY,
-        f"its ExecStop= is {program}, {clock(facts)}",
+        f"its ExecStop= is {program}, {timeout_of(facts)}",
         f"{why} systemd sends SIGTERM while the guest still works, and SIGKILL at the timeout",
         mends,
     )
@@ -257,8 +258,8 @@ def is_cut(facts: UnitFacts) -> bool:
     return facts.timeout_stop != INFINITY and facts.sends_sigkill
 
 
-def clock(facts: UnitFacts) -> str:
-    """Return the unit's timeout as the end of a sentence."""
+def timeout_of(facts: UnitFacts) -> str:
+    """Return "and TimeoutStopSec=…", the end of a sentence."""
     return f"and TimeoutStopSec={format_usec(facts.timeout_stop)}"
 
 

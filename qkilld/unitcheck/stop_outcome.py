@@ -36,7 +36,7 @@ class Patience(IntEnum):
 @dataclass(frozen=True, slots=True)
 class StopStep:
     by: str
-    """What acts: a line of the unit, systemd, or another unit."""
+    """The actor: a line of the unit, systemd, or another unit."""
     does: str
     """A value of ActKind, or `signals`, `kills`, `leaves` and others."""
 
