@@ -65,13 +65,13 @@ DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0
 BUS_AFTER_S: Final = 0.1
-"""The import of the D-Bus library waits at most this long for the answer to a Varlink call that
-started us. The answer takes 25 ms if the guest is idle."""
+"""If a Varlink call started us, the import of the D-Bus library waits at most this long for the
+answer to that call, which it would delay. The answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 IMPORT_STACK_BYTES: Final = 1 << 20
-"""Stack of the thread that imports the D-Bus library. The C library keeps this stack for later
-threads, and all of it is locked in memory."""
+"""Stack of the thread that imports the D-Bus library. It is small, because the C library keeps it
+for later threads, and all of it is locked in memory."""
 UNLOCK_AFTER_S: Final = 10.0
 """Memory stays locked for this time after the last job, because another may follow."""
 
@@ -337,8 +337,8 @@ class Life:
 
     async def _connect(self) -> BusService:
         """Raises BusError."""
-        # Import in a thread, so that Varlink is served meanwhile: this takes as long as all other
-        # imports.
+        # Import in a thread, so that Varlink is served meanwhile: the D-Bus library takes as long
+        # as all other imports together.
         before = threading.stack_size(IMPORT_STACK_BYTES)
         importing = run_in_thread(_import_bus_service)
         threading.stack_size(before)
