@@ -71,7 +71,7 @@ def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
     """
     waits = [
         *_exit_wait(sample),
-        *_call_waits(sample),
+        *_call_waits(sample, previous),
         *_ring_waits(sample, previous),
         *_connection_waits(sample, previous),
         *_processor_wait(sample, previous),
@@ -115,7 +115,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
     return [Wait("exit", WaitKind.EXIT, text, tuple(signs))]
 
 
-def _call_waits(sample: Sample) -> list[Wait]:
+def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     """Return one wait for all threads that wait in the same place."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
@@ -132,7 +132,7 @@ def _call_waits(sample: Sample) -> list[Wait]:
             key=f"call:{kind.value}:{','.join(place)}",
             kind=kind,
             text=_shown(threads),
-            signs=tuple(_call_signs(sample, threads, kind)),
+            signs=tuple(_call_signs(sample, previous, threads, kind)),
             certain=kind is WaitKind.STORAGE or _blocks_exit(threads),
         )
         for (kind, place), threads in groups.items()
@@ -145,35 +145,73 @@ def _blocks_exit(threads: Sequence[Thread]) -> bool:
     return any(thread.target == "pipe" and thread.call == "write" for thread in threads)
 
 
-def _call_signs(sample: Sample, threads: Sequence[Thread], kind: WaitKind) -> list[Sign]:
+def _call_signs(
+    sample: Sample, previous: Sample | None, threads: Sequence[Thread], kind: WaitKind
+) -> list[Sign]:
     tids = hash(tuple(sorted(thread.tid for thread in threads)))
     signs = [Sign("threads", SignKind.CHANGE, tids, "one of its calls returned")]
     if kind is not WaitKind.STORAGE:
         return signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
     disk_numbers = {number for thread in located for number in thread.disks}
+    mounts = {thread.mount for thread in located if thread.mount}
+    dirties = any("balance_dirty" in (thread.wchan or "") for thread in threads)
     # If the call has no descriptor (io_submit), only the wait channel shows whether the thread
     # waits for a disk.
-    diskless = not located and all(sleeps_without_disk(thread) for thread in threads)
-    anywhere = not located and not diskless
-    devices = [d for d in sample.devices or () if anywhere or d.number in disk_numbers]
-    mounts = {thread.mount for thread in located if thread.mount}
-    signs += disk_signs(d for d in devices if d.writable or disk_numbers)
+    if not located and not all(sleeps_without_disk(thread) for thread in threads):
+        signs += _unlocated_signs(sample, previous, dirties)
+        return signs if sample.devices or dirties else [*signs, _woken(threads)]
+    devices = [d for d in sample.devices or () if d.number in disk_numbers]
+    signs += disk_signs(devices)
     signs += mount_signs(sample.mounts or (), mounts if located else None)
-    dirties = any("balance_dirty" in (thread.wchan or "") for thread in threads)
-    on_mounts = diskless or (located and not disk_numbers)
-    if dirties or not on_mounts:
-        # While the guest runs, other threads may write to other disks, so this is no sign of a file
-        # system whose replies wake the thread.
-        signs += io_signs(sample.io, "it")
-    if devices:
-        signs += group_signs(sample)
-    elif not dirties:
-        # This storage has no counters, but only its reply wakes a thread that waits for it, so
-        # count how often the threads were woken.
-        woken = sum(thread.switches or 0 for thread in threads)
-        signs.append(Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread"))
+    if devices and not dirties:
+        signs += _own_work_signs(sample, devices)
+    elif dirties or disk_numbers:
+        signs += [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
+    if not devices and not dirties:
+        signs.append(_woken(threads))
     return signs
+
+
+def _woken(threads: Sequence[Thread]) -> Sign:
+    """Return the sign for storage without counters: only its reply wakes a thread that waits for
+    it, so count how often the threads were woken."""
+    woken = sum(thread.switches or 0 for thread in threads)
+    return Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread")
+
+
+def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
+    """Return signs for what the process writes and reads while calls wait for these devices.
+
+    Other threads may write to other disks as long as the guest runs, so nothing counts if one of
+    the devices holds a request, because its completion is what the calls wait for. Otherwise the
+    request may be held back above the devices: all this is doubtful if they count requests.
+    """
+    tops = [device for device in devices if device.depth == 0]
+    if any(device.in_flight for device in tops):
+        return []
+    signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
+    sure = not (tops and all(device.counts for device in tops))
+    return [replace(sign, sure=sign.sure and sure) for sign in signs]
+
+
+def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
+    """Return the signs of calls of which it is unknown which file they wait for. If there are
+    several disks, it may be another one than the one that completes requests, which may also be
+    those of a neighbour."""
+    devices = [device for device in sample.devices or () if device.writable]
+    places = [device for device in devices if device.depth == 0]
+    is_only = len(places) + len(sample.mounts or ()) <= 1
+    signs = [*disk_signs(devices), *mount_signs(sample.mounts or (), None)]
+    signs = [replace(sign, sure=sign.sure and is_only) for sign in signs]
+    own_work = [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
+    if not dirties and _stuck_disks(sample, previous):
+        own_work = _doubtful(own_work)
+    return [*signs, *own_work]
+
+
+def _doubtful(signs: Sequence[Sign]) -> list[Sign]:
+    return [replace(sign, sure=False) for sign in signs]
 
 
 def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
@@ -187,7 +225,10 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     if sample.direct:
         # The kernel does not report requests in flight, so there may be some at any time; it only
         # reports completions, in the ring.
+        stuck = bool(_stuck_disks(sample, previous))
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
+        if stuck:
+            signs = _doubtful(signs)
         if sample.completions is not None:
             text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))
@@ -196,7 +237,6 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = "it has, or may have, asynchronous requests to a disk"
         # If a disk is stuck, its requests are most likely the process's own, and the process cannot
         # exit without that disk anyway.
-        stuck = bool(_stuck_disks(sample, previous))
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
 
@@ -229,12 +269,14 @@ def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     ]
     stuck = _stuck_disks(sample, previous) - set(sample.ringless)
     signs = disk_signs(writable)
+    own_work = [*io_signs(sample.io, "it"), *group_signs(sample)]
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
         signs = [
             replace(sign, kind=SignKind.QUIET) if sign.name in others else sign for sign in signs
         ]
-    return [*signs, *io_signs(sample.io, "it"), *group_signs(sample)]
+        own_work = _doubtful(own_work)
+    return [*signs, *own_work]
 
 
 def _carries(device: Device, stuck: set[str]) -> bool:

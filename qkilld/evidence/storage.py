@@ -184,6 +184,8 @@ class StorageReader:
                     own=disk.own,
                     writable=disk.writable,
                     above=disk.above,
+                    # Some drivers never count anything.
+                    counts=disk.block.counts and counters.reads + counters.writes > 0,
                 )
                 for disk in self._disks.values()
                 if (counters := table.counters(disk.block)) is not None

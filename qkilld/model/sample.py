@@ -83,6 +83,9 @@ class Device:
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on this one; () if its own depth is 0, or if
     they are unknown."""
+    counts: bool = False
+    """Whether the kernel is known to count its requests: an administrator can switch that off, and
+    some drivers do not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -364,8 +364,16 @@ _WAITED_WRONGLY: Final = (
         dead=True,
     ),
     _case(
+        "disk-dead-export",
+        "the same in a flush, while QEMU itself exports another disk to a client that writes",
+        Disk(store="disk", flush=True),
+        Change(0, 0, "freeze"),
+        noises=("export",),
+        dead=True,
+    ),
+    _case(
         "disk-dead-neighbour",
-        "the same with cache=none and io_uring, and a neighbour writes to the same file system",
+        "a disk with io_uring hangs for good, and a neighbour writes to the same file system",
         (_LOCAL, Disk(store="disk", cache="none", aio="io_uring")),
         Change(0, 1, "freeze"),
         noises=("neighbour",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import socket
 import struct
@@ -153,13 +154,15 @@ def export(around: Surroundings) -> Start:
         port = free_port()
         address = {"type": "inet", "data": {"host": "127.0.0.1", "port": str(port)}}
         copied = around.directory / "copied"
-        copied.write_bytes(bytes(MIB))
+        copied.touch()
+        os.truncate(copied, 64 * MIB)
         guest.add({"driver": "file", "node-name": "copied", "filename": str(copied)})
         guest.call("nbd-server-start", addr=address)
         shown = {"type": "nbd", "id": "e", "node-name": "copied", "writable": True}
         guest.call("block-export-add", **shown, iothread="exports", **{"fixed-iothread": True})
         client = NbdClient(("127.0.0.1", port), "copied")
-        _repeat(around, lambda: client.write(0, b"x" * 65536), 0.25, client.close)
+        offsets = itertools.cycle(range(0, 64 * MIB, 65536))
+        _repeat(around, lambda: client.write(next(offsets), b"x" * 65536), 0.25, client.close)
 
     return start
 
