@@ -29,11 +29,11 @@ from qkilld.decision.amounts import (
     is_storage,
     written_since,
 )
-from qkilld.decision.signs import OWN_IO, WINDOW, Sign, SignKind, waits_for_storage
+from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind, waits_for_storage
 from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
 from qkilld.model.constants import USEC_PER_SEC, Verdict
 from qkilld.model.dataclass import dataclass
-from qkilld.model.sample import Sample
+from qkilld.model.sample import Io, Sample
 
 FLUSHING_FOR: Final = 6 * USEC_PER_SEC
 """Progress within this time (µs) counts as flushing: disks write back in bursts up to 5 s apart."""
@@ -42,6 +42,9 @@ SAMPLE_INTERVAL: Final = USEC_PER_SEC
 SLACK: Final = 1_500_000
 """A sample may be this late (µs); a longer delay counts as time without samples."""
 
+LOG_LINE: Final = 32
+"""A line of a log has at least this many bytes. An event loop alone writes 8 to 16 a second, so
+fewer may come with a write that wchar does not count, such as one through an io_uring."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -335,7 +338,8 @@ def _follow(
         # A stopped, traced or frozen process makes no progress, whatever its servers do, unless it
         # ran in between.
         waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
-        moves = _own_moves(before.seen, sample) if is_held_still(before.seen) else []
+        was_still = is_held_still(before.seen)
+        moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
         return tuple(waits), moves, []
     known = {wait.key: wait for wait in before.waits}
     waits, moves, doubts = [], [], []
@@ -358,7 +362,7 @@ def _follow(
     if sample.exiting and not before.seen.exiting:
         moves.append("it has begun to exit")
     if not any(wait.kind in _OUTSTANDING for wait in waits):
-        moves += _own_moves(before.seen, sample)
+        moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), moves, doubts
 
 
@@ -463,12 +467,17 @@ def _is_over(wait: OpenWait, sample: Sample) -> bool:
     return False
 
 
-def _own_moves(before: Sample, now: Sample) -> list[str]:
-    """Describe what the process itself has read and written while it waited for nothing."""
+def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
+    """Describe what the process itself has read and written while it waited for nothing.
+
+    `without_log`: leave out what may be a message of QEMU in its log, such as the loss of a
+    connection.
+    """
     if before.io is None or now.io is None:
         return []
     moves = []
-    if (size := now.io.write_bytes - before.io.write_bytes) >= OWN_IO:
+    size = now.io.write_bytes - before.io.write_bytes
+    if size >= OWN_IO and not (without_log and _is_log(before.io, now.io)):
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
@@ -477,6 +486,12 @@ def _own_moves(before: Sample, now: Sample) -> list[str]:
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
+
+
+def _is_log(before: Io, now: Io) -> bool:
+    """Return whether what was written may be a line of a log, which counts as a page."""
+    pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
+    return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 
 
 def _outstanding(sample: Sample, waits: Sequence[OpenWait]) -> bool | None:

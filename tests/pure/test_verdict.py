@@ -90,6 +90,9 @@ TOP = Device("7:0", "loop0", 10, 0, 0, 0, depth=0)
 BELOW = Device("8:0", "sda", 100, 0, 0, 3, depth=1)
 UNDER_TOP = replace(BELOW, above=("7:0",))
 HUNG = Device("7:4", "loop4", 10, 0, 0, 1)
+QUIET = replace(HUNG, in_flight=0)
+ON_HUNG = replace(FDATASYNC, disks=("7:4",))
+NOWHERE = replace(FDATASYNC, call="unlink", descriptor=None, target="", disks=())
 BESIDE = Device("254:0", "vda", 100, 0, 0, 2)
 ON_TOP = replace(FDATASYNC, disks=("7:0", "8:0"))
 BUSY_DISK = (Device("8:0", "sda", 1_900, 99_000, 900, 4),)
@@ -150,6 +153,11 @@ MORE = {
         ({}, {"switches": 5_000}, Verdict.IDLE),
         ({}, MORE["eventfd"], Verdict.IDLE),
         ({}, MORE["wrote"], Verdict.FLUSHING),
+        # A line of 104 bytes in QEMU's log, about a connection that it gave up
+        ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=1_104)}, Verdict.IDLE),
+        ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=5_096)}, Verdict.FLUSHING),
+        # but a write through an io_uring, which does not count there
+        ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=1_016)}, Verdict.FLUSHING),
         ({}, MORE["read"], Verdict.FLUSHING),
         ({}, MORE["write(2)"], Verdict.FLUSHING),
         ({"nodes": (NBD,), "sockets": (UNIX,)}, MORE["write(2)"], Verdict.STORAGE_WAIT),
@@ -193,6 +201,43 @@ MORE = {
             {"threads": (replace(SUBMIT, switches=6),)},
             Verdict.FLUSHING,
         ),
+        # A disk holds its request, whatever the guest writes to another disk meanwhile; but the
+        # request may be held back above the disk, or the disk may count nothing
+        ({"threads": (ON_HUNG,), "devices": (HUNG,)}, MORE["wrote"], Verdict.STORAGE_WAIT),
+        (
+            {"threads": (ON_HUNG,), "devices": (HUNG,), "cgroup": OWN},
+            {"cgroup": replace(OWN, written=8_000)},
+            Verdict.STORAGE_WAIT,
+        ),
+        ({"threads": (ON_HUNG,), "devices": (QUIET,)}, MORE["wrote"], Verdict.FLUSHING),
+        (
+            {"threads": (ON_HUNG,), "devices": (replace(QUIET, counts=True),)},
+            MORE["wrote"],
+            Verdict.UNKNOWN,
+        ),
+        # or the thread waits until the page cache has room, perhaps on all disks
+        (
+            {"threads": (replace(ON_HUNG, wchan="balance_dirty_pages"),), "devices": (HUNG,)},
+            MORE["wrote"],
+            Verdict.FLUSHING,
+        ),
+        ({"rings": 1, "devices": (HUNG,)}, MORE["wrote"], Verdict.UNKNOWN),
+        ({"direct": True, "devices": (HUNG,), "completions": 7}, MORE["wrote"], Verdict.UNKNOWN),
+        ({"direct": True, "devices": (QUIET,), "completions": 7}, MORE["wrote"], Verdict.FLUSHING),
+        # A call of an unknown file is on one of several disks
+        ({"threads": (NOWHERE,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        (
+            {"threads": (NOWHERE,), "devices": (QUIET, BESIDE)},
+            {"devices": (QUIET, replace(BESIDE, writes=900))},
+            Verdict.UNKNOWN,
+        ),
+        (
+            {"threads": (NOWHERE,), "mounts": (FUSE,)},
+            {"devices": BUSY_DISK},
+            Verdict.UNKNOWN,
+        ),
+        ({"threads": (NOWHERE,), "devices": (QUIET, UPPER)}, MORE["wrote"], Verdict.FLUSHING),
+        ({"threads": (NOWHERE,), "devices": (HUNG, BESIDE)}, MORE["wrote"], Verdict.UNKNOWN),
         # One image hangs; a healthy one is on a disk that neighbours write to
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
