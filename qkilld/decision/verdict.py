@@ -358,8 +358,10 @@ def _follow(
         # Doubt need not delay SIGKILL here: the process cannot exit before this wait ends, and that
         # end will count as progress.
         doubts = []
-    moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
-    if sample.exiting and not before.seen.exiting:
+    if not sample.exiting:
+        moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
+    elif not before.seen.exiting:
+        # Its exit has interrupted its calls: they did not return because storage answered.
         moves.append("it has begun to exit")
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -513,6 +515,8 @@ def _verdict(
     if obstacle := standstill(sample):
         return Verdict.STOPPED, [obstacle]
     texts = [_describe(wait, sample.at) for wait in waits if wait.kind in _OUTSTANDING]
+    if sample.exiting and _is_held(waits, sample.at):
+        return Verdict.STORAGE_WAIT, texts
     if moves:
         return Verdict.FLUSHING, [*moves, *texts]
     recent = progress_at is not None and sample.at - progress_at <= FLUSHING_FOR
@@ -530,6 +534,14 @@ def _verdict(
     if unseen_texts := [wait.text for wait in waits if wait.kind is WaitKind.UNSEEN]:
         return Verdict.UNKNOWN, [f"cannot be read: {', '.join(unseen_texts)}"]
     return Verdict.IDLE, ["nothing moves and nothing is outstanding"]
+
+
+def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
+    """Return whether an exiting process waits in a call for storage that has not moved lately: the
+    kernel closes its files. That its exit began is no movement of storage, as after SIGKILL."""
+    waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
+    moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
+    return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)
 
 
 def _describe(wait: OpenWait, at: int) -> str:

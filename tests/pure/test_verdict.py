@@ -64,6 +64,17 @@ FDATASYNC = Thread(
 ON_MOUNT = replace(
     FDATASYNC, state="S", wchan="request_wait", target="mount", disks=(), mount="0:9"
 )
+KILLED = replace(
+    ON_MOUNT,
+    tid=8,
+    state="D",
+    call="futex",
+    io_call=False,
+    descriptor=None,
+    target="",
+    mount="",
+    wchan="request_wait_answer",
+)
 CLOSING = replace(ON_MOUNT, call="close", target="", mount="")
 SUBMIT = replace(
     ON_MOUNT,
@@ -540,6 +551,17 @@ MORE = {
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
         # Exiting, which takes long with much memory, and which no signal shortens
         ({}, {"exiting": True}, Verdict.FLUSHING),
+        # unless a thread of it waits for storage, as after SIGKILL
+        (
+            {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
+            {"state": "Z", "exiting": True, "threads": (KILLED,)},
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            {"state": "Z", "exiting": True, "threads": (KILLED,), "mounts": (FUSE,)},
+            {"threads": (replace(KILLED, switches=6),)},
+            Verdict.FLUSHING,
+        ),
         ({"state": "Z", "exiting": True, "cpu": 100}, {"cpu": 101}, Verdict.FLUSHING),
         ({"state": "Z", "exiting": True}, {"exiting": False}, Verdict.ZOMBIE),
         ({"cpu": 100}, {"cpu": 101}, Verdict.IDLE),
