@@ -229,10 +229,12 @@ class SocketReader:
             if node is not None and node.name in lonely
         ]
         served: dict[str, bool] = {}
+        root = self._root() if any(end.path for end, _ in ends) else ""
         try:
             for end, name in ends:
                 if end.path:
-                    listens = table.listens(partial(_listens_at, end.path))
+                    path = root + end.path if end.path.startswith("/") else end.path
+                    listens = table.listens(partial(_listens_at, path))
                 elif end.port is not None and end.host in _LOCAL:
                     listens = table.listens_on(end.port)
                 else:
@@ -242,6 +244,19 @@ class SocketReader:
             note_once("looking for listening servers", error)
             return tuple(nodes)
         return tuple(replace(node, served=served.get(node.name)) for node in nodes)
+
+    def _root(self) -> str:
+        """Return the directory that -chroot has made its root, if no mount leads out of it; "" if
+        it has none: a path of its command line is below this directory when QEMU connects again."""
+        directory = f"{self._proc}/{self._pid}"
+        try:
+            root = os.readlink(f"{directory}/root")  # noqa: PTH115 - half the cost
+        except OSError as error:
+            note_once("reading the root directory", error)
+            return ""
+        # mountinfo has only the mounts below the root.
+        mounted = root == "/" or read_bounded(f"{directory}/mountinfo", MAX_BYTES) != b""
+        return "" if mounted else root
 
     def peers(self, sockets: tuple[Socket, ...], table: SocketTable) -> dict[int, int]:
         """Return the inode of the other end of each local connection that may be storage, by the

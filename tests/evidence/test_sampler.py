@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +19,13 @@ import psutil
 from qkilld.decision.verdict import assess
 from qkilld.decision.waits import blind_to
 from qkilld.evidence.faults import FaultGuard
-from qkilld.evidence.sampler import HostTables, Reader
+from qkilld.evidence.sampler import TABLES_AGE_S, HostTables, Reader
 from qkilld.evidence.workers import MAX_PER_USER, Workers
 from qkilld.model.constants import Verdict
 from tests.evidence.until import until
+from tests.lab.bare import bare_guest
 from tests.lab.guest import Guest
+from tests.lab.nbd import nbd_store
 
 Make = Callable[..., Guest]
 
@@ -146,3 +152,37 @@ def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
         finally:
             reader.close()
             target.kill()
+
+
+def test_a_server_that_a_chroot_hides(lab_dir: Path) -> None:
+    """After -chroot, QEMU looks for a lost server below its new root."""
+    image, root = lab_dir / "disk", lab_dir / "root"
+    root.mkdir()
+    image.touch()
+    os.truncate(image, 1 << 20)
+    with nbd_store(image) as store:
+        path = str(store.directory / "socket")
+        server = {"type": "unix", "path": path}
+        node = {"driver": "nbd", "node-name": "d0", "server": server, "reconnect-delay": 300}
+        arguments = ["-blockdev", json.dumps(node), "-chroot", str(root)]
+        with (
+            bare_guest(lab_dir, arguments) as guest,
+            contextlib.closing(Reader(guest.pid, HostTables())) as reader,
+        ):
+
+            def served() -> bool | None:
+                (found,) = reader.read(detail=True).nodes or ()
+                return found.served
+
+            store.leave()
+            until(served, lambda found: found is False)
+            store.start()
+            time.sleep(2 * TABLES_AGE_S)
+            assert served() is False
+            inside = Path(f"{root}{path}")
+            inside.parent.mkdir(parents=True)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(inside))
+                listener.listen()
+                time.sleep(2 * TABLES_AGE_S)
+                assert served() is True
