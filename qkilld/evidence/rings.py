@@ -241,7 +241,8 @@ class _Mappings:
         with os.fdopen(descriptor, "rb") as file:
             text = file.read(_MAX_MAPPINGS + 1)
         if len(text) <= _MAX_MAPPINGS:
-            lines = (line for line in text.splitlines() if b" /[aio]" in line)
+            # Not splitlines(): a path may contain any line separator except a line feed.
+            lines = (line for line in text.split(b"\n") if b" /[aio]" in line)
             addresses = [int(line.partition(b"-")[0], 16) for line in lines]
             self._addresses = addresses[:MAX_RINGS]
 

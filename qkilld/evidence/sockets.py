@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from qkilld.adapters.procfs import read_bounded
+from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import note_once
 from qkilld.evidence import files, sockdiag
 from qkilld.evidence.block_graph import BlockGraph
@@ -40,10 +41,6 @@ _UNSEEN: Final = frozenset({"MPTCP", "MPTCPv6", "SCTP", "SCTPv6", "SMC", "SMC6",
 
 _ESTABLISHED: Final = b"01"
 _LISTEN: Final = b"0A"
-_STREAM: Final = b"0001"
-_CONNECTED: Final = b"03"
-_LISTENS: Final = b"00010000"
-"""The flags of a listening unix socket: __SO_ACCEPTCON, linux/net.h."""
 
 
 class _StreamSocket(NamedTuple):
@@ -415,32 +412,36 @@ class SocketReader:
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
             elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))
             sockets = [socket for socket in by_inode.values() if socket is not None]
-            sockets += self._foreign_unix(unix, elsewhere, table)
+            rows = [row for line in unix.split(b"\n") if (row := parse_unix_row(line))]
+            unix_inodes = frozenset(one for one in elsewhere if protocols[one] in _UNIX)
+            sockets += self._foreign_unix(rows, unix_inodes, table)
             sockets += self._foreign_tcp(tcp, elsewhere)
-            self._in_its_namespace = {int(line.split()[6]) for line in unix.splitlines()[1:]}
+            self._in_its_namespace = {row.inode for row in rows}
         except (ValueError, IndexError, Unreadable) as error:
             note_once("reading sockets", error)
             return None
         return tuple(sorted(sockets, key=lambda socket: socket.inode))
 
     def _foreign_unix(
-        self, text: bytes, inodes: frozenset[int], table: SocketTable
+        self, rows: Sequence[UnixRow], inodes: frozenset[int], table: SocketTable
     ) -> Iterator[Socket]:
-        """Parse lines of the form: Num RefCount Protocol Flags Type St Inode [Path].
+        """Return the unix sockets of another network namespace.
 
-        The lines do not show which two sockets are connected with each other, and only an accepted
+        The rows do not show which two sockets are connected with each other, and only an accepted
         socket has a path. So for a connection that the process made, the path comes from the
-        accepted sockets of other processes in this namespace. Raises ValueError, IndexError, and
-        Unreadable if the numbers of both differ, so that they cannot be matched.
+        accepted sockets of other processes in this namespace. Raises Unreadable if the numbers of
+        both differ, so that they cannot be matched, or if a socket has two rows.
         """
+        own = [row.inode for row in rows if row.inode in inodes]
+        if len(own) > len(set(own)):
+            raise Unreadable("unix sockets in another network namespace: a row is forged")
         made = 0
-        own_paths = _listening_paths(text, inodes)
+        own_paths = {row.name for row in rows if row.listening and row.inode in inodes}
         ends: list[tuple[int, _Use]] = []
-        for line in text.splitlines()[1:]:
-            fields = line.split(maxsplit=7)
-            if fields[4:6] != [_STREAM, _CONNECTED]:
+        for row in rows:
+            if not (row.stream and row.connected):
                 continue
-            inode, path = int(fields[6]), fields[7] if len(fields) == 8 else b""
+            inode, path = row.inode, row.name
             use = self._unix_use(inode, path, table)
             if inode not in inodes:
                 ends += [(inode, use)] if path else []
@@ -484,14 +485,6 @@ class SocketReader:
                 receive_queue=int(receive, 16),
                 accepted=not client,
             )
-
-
-def _listening_paths(text: bytes, inodes: frozenset[int]) -> set[bytes]:
-    """Return the paths on which sockets with these inodes listen, by lines of /proc/PID/net/unix.
-    Raises ValueError, IndexError."""
-    lines = [line.split(maxsplit=7) for line in text.split(b"\n")[1:]]
-    listening = [fields for fields in lines if len(fields) == 8 and fields[3] == _LISTENS]
-    return {fields[7] for fields in listening if int(fields[6]) in inodes}
 
 
 def _queueless(inode: int, use: _Use, *, client: bool, accepted: bool = False) -> Socket:

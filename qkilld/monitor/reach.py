@@ -24,6 +24,7 @@ from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
 from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, open_path, read_config
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
+from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import ignore
 from qkilld.engine.ports import Process
 from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout, MonitorUnreachable
@@ -58,10 +59,6 @@ ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
 """A function like evidence.sockdiag.listening_unix."""
 
 T = TypeVar("T")
-
-_LISTENING: Final = 0x10000  # __SO_ACCEPTCON, include/uapi/linux/net.h
-_STREAM: Final = b"0001"
-_CONNECTED: Final = b"03"
 
 
 async def read_process(
@@ -213,17 +210,20 @@ def read_listeners(pid: int, proc: Path = procfs.PROC) -> list[UnixListener]:
 def _unix_listeners(
     pid: int, descriptors: Mapping[int, set[int]], proc: Path
 ) -> list[UnixListener]:
-    paths: dict[int, list[str]] = {}
-    used = set()
-    for listening, inode, path in _table(proc / str(pid) / "net/unix", descriptors):
-        if listening:
-            paths.setdefault(inode, []).append(path)
-        else:
-            used.add(path)
-    return [
-        UnixListener(inode, tuple(names), frozenset(descriptors[inode]), not used.isdisjoint(names))
-        for inode, names in sorted(paths.items())
-    ]
+    rows: dict[int, list[UnixRow]] = {}
+    for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
+        rows.setdefault(row.inode, []).append(row)
+    # A forged row may name another path of a listening socket, which `connect` refuses. It must not
+    # make the monitor look used, so that the guest is not asked.
+    used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
+    listeners = []
+    for inode, own in sorted(rows.items()):
+        names = [row.name for row in own if row.listening and row.name]
+        if names:
+            paths = tuple(map(os.fsdecode, names))
+            in_use = not used.isdisjoint(names)
+            listeners.append(UnixListener(inode, paths, frozenset(descriptors[inode]), in_use))
+    return listeners
 
 
 def connect_blocking(
@@ -322,29 +322,17 @@ def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None
         yield own / "root", own / "cwd"
 
 
-def _table(path: Path, inodes: Collection[int]) -> Iterator[tuple[bool, int, str]]:
-    """Yield (listening, inode, name) of named stream sockets among `inodes` that listen or are
-    connected."""
-    wanted = {b"%d" % inode for inode in inodes}
+def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
+    """Yield the rows of stream sockets among `inodes`. Raises OSError."""
     size = 0
     with path.open("rb") as file:
         for line in file:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # The fields: Num RefCount Protocol Flags Type St Inode Path
-            fields = line.rstrip(b"\n").split(maxsplit=6)
-            if len(fields) < 7 or fields[4] != _STREAM:
-                continue
-            inode, space, name = fields[6].partition(b" ")
-            if inode not in wanted:
-                continue
-            try:
-                listening = bool(int(fields[3], 16) & _LISTENING)
-                if space and name and (listening or fields[5] == _CONNECTED):
-                    yield listening, int(inode), os.fsdecode(name)
-            except ValueError:
-                continue
+            row = parse_unix_row(line.removesuffix(b"\n"))
+            if row is not None and row.stream and row.inode in inodes:
+                yield row
 
 
 def _read_config(identity: Identity, path: str, proc: Path) -> str:

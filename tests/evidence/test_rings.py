@@ -107,6 +107,7 @@ DIRECT = FLAGS.format(flags=os.O_RDWR | os.O_DIRECT)
 BUFFERED = FLAGS.format(flags=os.O_RDWR)
 AIO = "7f-80 rw-s 00000000 00:13 273842                     /[aio] (deleted)\n"
 NOT_AIO = "7f-80 rw-s 00000000 00:13 273842                     /tmp/my/[aio]s (deleted)\n"
+CARRIAGE_RETURN = "7f-80 rw-s 00000000 00:13 273842                     /tmp/\r /[aio]\n"
 
 
 def test_all_rings_count(lab_dir: Path, reader: Reader) -> None:
@@ -127,6 +128,7 @@ def test_one_ring_unknown_is_all_unknown(lab_dir: Path, reader: Reader) -> None:
         ("/a", DIRECT, AIO, "128", True),
         ("/a", DIRECT, AIO, "", True),
         ("/a", DIRECT, NOT_AIO, "128", False),
+        ("/a", DIRECT, CARRIAGE_RETURN, "128", True),
         ("/a", DIRECT, None, "128", None),
         ("/a", DIRECT, AIO, "0", False),
         ("/a", BUFFERED, AIO, "128", False),
@@ -146,7 +148,7 @@ def test_direct(
     put_descriptor(lab_dir, 3, link, text)
     (lab_dir / "sys/fs/aio-nr").write_text(contexts)
     if maps is not None:
-        (lab_dir / "7/maps").write_text(maps)
+        (lab_dir / "7/maps").write_text(maps, newline="")
     assert reader().read() == (0, told)
 
 

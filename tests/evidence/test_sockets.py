@@ -465,6 +465,37 @@ def test_more_than_is_read_of_another_network_namespace(
         assert reader.read(SocketTable()) == expected
 
 
+@pytest.mark.parametrize("forged", ["", "TCP", "UNIX"])
+def test_line_feeds_in_names_in_another_network_namespace(forged: str) -> None:
+    """Any name may have them. A row that names a unix socket of the process makes it unknown."""
+    script = "import socket\nown = socket.socket(socket.AF_UNIX)\nown.bind('')\nown.listen()\n"
+    argv = [sys.executable, "-c", script + CONNECTED, "AF_INET"]
+    with NetworkNamespace() as namespace, contextlib.ExitStack() as stack:
+        child = namespace.run(lambda: spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        stack.callback(end, child)
+        assert child.stdout is not None
+        assert child.stdout.readline()
+        rows = ["", "\n\r", "0: x", "0: 00000002 00000000 00000000 0001 03 1 /s\n"]
+        for descriptor in Path(f"/proc/{child.pid}/fd").iterdir():
+            link = str(descriptor.readlink())
+            if link.startswith("socket:["):
+                kind = os.getxattr(descriptor, "system.sockprotoname").decode().rstrip("\0")
+                if forged and kind.startswith(forged):
+                    rows.append(f"0: 00000002 00000000 00000000 0001 03 {link[8:-1]} /s")
+        assert len(rows) == {"": 4, "TCP": 7, "UNIX": 5}[forged]
+        for row in rows:
+            forging = stack.enter_context(namespace.run(lambda: socket.socket(socket.AF_UNIX)))
+            forging.bind(f"\0\n{row}")
+        reader = SocketReader(child.pid)
+        reader.refresh()
+        found = reader.read(SocketTable())
+        if forged == "UNIX":
+            assert found is None
+        else:
+            assert found is not None
+            assert [s.family for s in found] == ["tcp", "tcp"]
+
+
 def test_without_proc(tmp_path: Path) -> None:
     reader = SocketReader(7, lay(tmp_path, {"7/fd/3": "->socket:[5]"}))
     reader.refresh()

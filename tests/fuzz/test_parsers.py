@@ -23,6 +23,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from qkilld.adapters import cgroup_unit, config, journal_reader, pidfile, procfs, qemu_args
+from qkilld.adapters.unix_table import parse_unix_row
 from qkilld.bus import values
 from qkilld.bus.framing import MAX_CALL, Frames
 from qkilld.ctl.guest_storage import image_paths
@@ -175,6 +176,14 @@ def test_a_command_cannot_pass_for_other_fields(comm: bytes, start_time: int) ->
     stat = procfs.parse_stat(b"42 (" + comm + b") " + " ".join(fields).encode() + b"\n")
     assert (stat.comm, stat.state, stat.threads) == (comm, "S", 7)
     assert stat.start_time == start_time
+
+
+@given(anything, anything.filter(lambda name: b"\n" not in name), st.integers(0, 2**32 - 1))
+def test_rows_of_unix_sockets(line: bytes, name: bytes, inode: int) -> None:
+    parse_unix_row(line)
+    space = b" " if name else b""
+    row = parse_unix_row(b"0: 00000002 00000000 00010000 0001 01 %5d" % inode + space + name)
+    assert row is not None and (row.inode, row.name, row.listening) == (inode, name, True)
 
 
 @given(anything | st.from_regex(rb"[0-9]+ [0-9]+ [0-9]+:[0-9]+ /\S* /\S* rw - \S+ \S+ \S+"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -219,6 +220,29 @@ def test_a_monitor_in_use_is_left_alone(qemu: Start, known: bool) -> None:
         with pytest.raises(MonitorBusy):
             run(try_it())
         assert time.monotonic() - began < 10  # 1 s; more if the host is busy.
+
+
+def test_rows_in_the_name_of_another_users_socket(qemu: Start, lab_dir: Path) -> None:
+    """The kernel shows line feeds in the name of a socket as they are."""
+    guest = qemu()
+    (endpoint,) = run(guest_endpoints_of(guest.pid)).endpoints
+    inode = endpoint.listener.inode
+    with listener(lab_dir / "other") as other, contextlib.ExitStack() as stack:
+        for row in (
+            f"0: 00000003 00000000 00000000 0001 03 {inode} {guest.qmp}",
+            f"0: 00000003 00000000 00000000 0001 03 {inode}",
+            f"0: 00000002 00000000 00010000 0001 01 {inode} {lab_dir}/other",
+            "0: 00000002 00000000 00010000 0001",
+            "\n\r",
+        ):
+            forging = stack.enter_context(socket.socket(socket.AF_UNIX))
+            forging.bind(f"\0\n{row}")
+            forging.listen()
+        (endpoint,) = run(guest_endpoints_of(guest.pid)).endpoints
+        assert not endpoint.listener.in_use
+        assert run(status_of(guest.pid)) == "running"
+        # The guest's command line does not name the other socket.
+        assert str(guest.qmp) in paths_of(endpoint) and nobody_came(other)
 
 
 def test_a_silent_monitor_is_known_in_a_second() -> None:
