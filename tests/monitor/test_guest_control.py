@@ -35,6 +35,7 @@ from qkilld.model.guest_state import (
 )
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.job_monitor import JobMonitor, JobMonitors
+from qkilld.monitor.qmp import QmpEvent
 from tests.lab.debian import FILES, boot_debian
 from tests.lab.guest import Guest
 from tests.monitor.connecting import run_for
@@ -309,6 +310,27 @@ def test_firmware_alone_is_deaf(qemu: Start, machine: str) -> None:
     guest = qemu(arguments=["-M", machine, "-accel", "tcg"])
     conclusions, _ = run_for(100, ask_guest(guest))
     assert conclusions[-1] is Conclusion.DEAF
+
+
+def test_a_guest_that_reports_its_shutdown(qemu: Start) -> None:
+    """On its pvpanic device, since QEMU 9.1."""
+    guest = qemu(arguments=["-M", "pc", "-accel", "tcg", "-device", "pvpanic"])
+
+    async def look() -> None:
+        async with controlled(guest) as control:
+            assert control.qmp is not None
+            version = (await control.qmp.execute("query-version", timeout_s=30))["qemu"]
+            await control.begin_watch()
+            assert control.signs == frozenset()
+            if (version["major"], version["minor"]) >= (9, 1):
+                await control.hmp("o/b 0x505 4")
+            else:
+                control._take_event(QmpEvent("GUEST_PVSHUTDOWN", {"action": "run"}, 0))
+            async with asyncio.timeout(60):
+                while control.signs != {ShutdownSign.PVSHUTDOWN}:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+
+    run_for(100, look())
 
 
 def test_a_paused_guest(qemu: Start) -> None:

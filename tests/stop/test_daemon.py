@@ -11,6 +11,11 @@ import pytest
 
 from qkilld.stop import daemon as stop_daemon
 from qkilld.stop.daemon import DaemonStopper
+from qkilld.stop.guest_stop import GuestStop
+from qkilld.stop.log import Log
+from qkilld.stop.notifier import Notifier
+from qkilld.stop.options import Options
+from qkilld.stop.run import StopRun
 from qkilld.varlink.server import description
 from tests.stop.fakes import Clock, FakeDaemon, FakeHandle, Notes, state, stop_of, stopper
 
@@ -95,6 +100,21 @@ def test_options_of_the_command_line_are_sent(lab_dir: Path) -> None:
     scene.stopper.close()
     scene.daemon.close()
     scene.process.close()
+
+
+@pytest.mark.parametrize(("all_guests", "seconds"), [(True, 20 * 60), (False, None)])
+def test_asking_every_guest_of_a_host_has_a_limit(
+    monkeypatch: pytest.MonkeyPatch, all_guests: bool, seconds: int | None
+) -> None:
+    """It leaves 5 of the 25 minutes of qkilld-guests.service for SIGTERM."""
+    started: list[GuestStop] = []
+    for name in ("_leave_to_keepers", "_start"):
+        monkeypatch.setattr(StopRun, name, lambda self, stops: started.extend(stops))
+    process = FakeHandle()
+    StopRun(Options(all_guests=all_guests), Notifier(""), Log()).begin([process])
+    ask_at_most = None if seconds is None else seconds * 1_000_000
+    assert [stop.options.get("powerdownMaxUSec") for stop in started] == [ask_at_most]
+    process.close()
 
 
 def test_a_missing_daemon_is_lost(lab_dir: Path) -> None:
