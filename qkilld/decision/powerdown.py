@@ -10,6 +10,12 @@ guest was asked. `judge` interprets all of that at any time, based on these fact
   for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
   the press and lasts: an idle guest writes its log every few seconds, and a short shutdown ends
   within PowerdownSec anyway.
+- The same load makes more or fewer requests if the host gives it more or less of its processors and
+  disks. What it demands stays the same: its processors run or wait for one of the host's, or it
+  waits for a disk (measured: 0.7 processors and 0.3 requests in flight became 0.15 and 1.2 when the
+  host's disk became slow). So does the number of requests for each second that its processors run.
+- If a load ends after the press, the guest may be shutting down. From then on, all work counts that
+  an idle guest does not do.
 - After a sign that only a shutdown gives, all work counts until the sign disappears: an agent that
   returns was only restarted. Without such a sign, work that began after the press counts as a
   shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
@@ -38,6 +44,9 @@ from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservat
 
 BASELINE: Final = 1 * USEC_PER_SEC
 """The shortest time (µs) before the press over which work is measured, for comparison."""
+IDLE_DISKS: Final = 2 * USEC_PER_SEC
+"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, a
+request may be in flight to a slow disk: then a load looks like an idle guest (measured: 0.8 s)."""
 QUIET: Final = 3 * USEC_PER_SEC
 """A guest that does not listen and has done no work for this long (µs) is deaf."""
 IDLE_SHARE: Final = 0.05
@@ -142,8 +151,18 @@ class _Rates:
     """Requests per second."""
     vcpus: float | None = None
     """The number of processors that the virtual processors wanted."""
-    granted: float | None = None
-    """The share of `vcpus` that the host provided."""
+    ran: float | None = None
+    """The number of processors that the host provided."""
+    in_flight: float = 0.0
+    """The average number of requests to disks in flight; 0 if unknown."""
+
+    @property
+    def demand(self) -> float:
+        """The load, however fast the host is."""
+        return (self.vcpus or 0.0) + self.in_flight
+
+
+_CALM_RATES: Final = _Rates(requests=0.0, vcpus=CALM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +174,7 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: _Rates = _Rates()
-    """Measured before the guest was first asked."""
+    """Measured before the guest was first asked; CALM after its load has ended since."""
     boots: bool = False
     """Whether the guest did not listen to the button at first, so that it was booting."""
     helped_at: int | None = None
@@ -266,8 +285,9 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
         after = replace(after, effect_at=observation.at)
         if _is_lasting(after):
             after = replace(after, progress_at=observation.at)
-    elif attempt.progress_at is None and _load_ended(after):
-        after = replace(after, effect_at=observation.at, progress_at=observation.at)
+    elif _load_ended(after):
+        at = observation.at
+        after = replace(after, effect_at=at, progress_at=at, baseline=_CALM_RATES)
     return after
 
 
@@ -333,7 +353,7 @@ def _judge_before(
         return Judgement(Conclusion.PRESSED, "somebody has pressed its power button already")
     if not agent and last.button is Button.NOT_LISTENED:
         return _judge_deafness(attempt, last, powerdown)
-    measured = attempt.started + 2 * BASELINE
+    measured = attempt.started + IDLE_DISKS
     if not _is_measured(attempt) and last.at < measured:
         return Judgement(Conclusion.MEASURE, "measuring what the guest does", measured)
     if agent:
@@ -442,10 +462,16 @@ def _is_measured(attempt: Attempt) -> bool:
     if rates.requests is None:
         return False
     first, last = attempt.recent[0], attempt.recent[-1]
+    if rates.requests == 0 and not _has_idle_disks(last):
+        return False
     if last.at - first.at >= BASELINE:
         return True
     calm = last.vcpu_load is None or last.vcpu_load <= CALM
     return calm and attempt.helped_at is None
+
+
+def _has_idle_disks(seen: GuestObservation) -> bool:
+    return seen.requests == 0 or (seen.disks_idle is not None and seen.disks_idle >= IDLE_DISKS)
 
 
 def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
@@ -453,39 +479,53 @@ def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
     if not recent:
         return _Rates()
     last = recent[-1]
-    requests, vcpus = [], []
-    for earlier in recent:
-        seconds = (last.at - earlier.at) / USEC_PER_SEC
-        if last.at - earlier.at < BASELINE:
-            continue
-        if (count := _difference(earlier.requests, last.requests)) is not None:
-            requests.append(count / seconds)
-        if (time := _wanted_time(earlier, last)) is not None:
-            vcpus.append(time / USEC_PER_SEC / seconds)
-    idle = last.requests == 0 or (last.disks_idle is not None and last.disks_idle >= BASELINE)
-    if not requests and idle:
+    windows = [_rates(earlier, last) for earlier in recent if last.at - earlier.at >= BASELINE]
+    requests = [one.requests for one in windows if one.requests is not None]
+    vcpus = [one.vcpus for one in windows if one.vcpus is not None]
+    if not requests and _has_idle_disks(last):
         requests = [0.0]
         if last.vcpu_load is not None and last.vcpu_load <= CALM:
             vcpus = [CALM]
-    return _Rates(max(requests, default=None), max(vcpus, default=None), _granted(recent[0], last))
+    return _Rates(
+        max(requests, default=None),
+        max(vcpus, default=None),
+        max((one.ran for one in windows if one.ran is not None), default=None),
+        max((one.in_flight for one in windows), default=0.0),
+    )
+
+
+def _rates(earlier: GuestObservation, later: GuestObservation) -> _Rates:
+    """Return the work between two observations."""
+    duration = later.at - earlier.at
+    requests = _difference(earlier.requests, later.requests)
+    wanted = _wanted_time(earlier, later)
+    ran = _difference(earlier.vcpu_time, later.vcpu_time)
+    return _Rates(
+        None if requests is None else requests * USEC_PER_SEC / duration,
+        None if wanted is None else wanted / duration,
+        None if ran is None else ran / duration,
+        max(_difference(earlier.request_time, later.request_time) or 0, 0) / duration,
+    )
 
 
 def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> bool:
     """Return whether there was clearly more work between the two observations than in the baseline.
 
-    If a guest keeps its processors busy, its requests also grow when the host becomes less busy.
-    That growth does not count.
+    The requests of a busy guest also grow if it gets more of the host. That growth does not count.
     """
-    duration = after.at - before.at
-    requests = _difference(before.requests, after.requests)
-    if requests is not None and baseline.requests is not None:
-        limit = GROWTH * baseline.requests * _relief(before, after, baseline) + LEAST_REQUESTS
-        if requests > limit * max(duration / USEC_PER_SEC, 1.0):
+    now = _rates(before, after)
+    if now.requests is not None and baseline.requests is not None:
+        requests = baseline.requests
+        if baseline.demand >= HALF_BUSY:
+            # Of a slow load, the baseline may have missed a request by chance.
+            requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
+        duration = (after.at - before.at) / USEC_PER_SEC
+        limit = GROWTH * requests + LEAST_REQUESTS
+        if now.requests * duration > limit * max(duration, 1.0):
             return True
-    time = _wanted_time(before, after)
-    if time is None or baseline.vcpus is None:
+    if now.vcpus is None or baseline.vcpus is None:
         return False
-    return time > (GROWTH * baseline.vcpus + IDLE_SHARE) * duration
+    return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
 
 
 def _works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
@@ -502,19 +542,23 @@ def _is_lasting(attempt: Attempt) -> bool:
 
 
 def _load_ended(attempt: Attempt) -> bool:
-    """Return whether the processors were busy before the guest was asked, and have been less than
-    half as busy for LASTING. The end of a boot does not count.
+    """Return whether the guest was busy before it was asked, and has demanded less than half as
+    much for LASTING. The end of a boot does not count.
+
+    Nor does it if only the disks of the host have become faster: then it still makes its requests.
     """
-    baseline = attempt.baseline.vcpus
-    if attempt.boots or baseline is None or baseline < HALF_BUSY:
+    baseline = attempt.baseline
+    if attempt.boots or baseline.vcpus is None or baseline.demand < HALF_BUSY:
         return False
     last = attempt.recent[-1]
     for earlier in reversed(attempt.recent):
         if earlier.at < attempt.asked[0].at:
             return False
         if last.at - earlier.at >= LASTING:
-            time = _wanted_time(earlier, last)
-            return time is not None and time * 2 < baseline * (last.at - earlier.at)
+            now = _rates(earlier, last)
+            before = baseline.requests or 0.0
+            fewer = before < LEAST_REQUESTS or (now.requests or 0.0) * 2 < before
+            return now.vcpus is not None and now.demand * 2 < baseline.demand and fewer
     return False
 
 
@@ -543,19 +587,9 @@ def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | No
     return time + (_difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
 
 
-def _granted(earlier: GuestObservation, later: GuestObservation) -> float | None:
-    """Return the share of the wanted time that the host provided."""
-    ran, wanted = _difference(earlier.vcpu_time, later.vcpu_time), _wanted_time(earlier, later)
-    return ran / wanted if ran and wanted else None
-
-
-def _relief(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> float:
-    """Return the share of its wanted time that a busy guest now gets, divided by that share in the
-    baseline; at least 1."""
-    granted = _granted(before, after)
-    if granted is None or baseline.granted is None or (baseline.vcpus or 0.0) < HALF_BUSY:
-        return 1.0
-    return max(granted / baseline.granted, 1.0)
+def _relief(now: _Rates, baseline: _Rates) -> float:
+    """Return how much more the processors run than in the baseline: a factor of at least 1."""
+    return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
 
 
 def _difference(earlier: int | None, later: int | None) -> int | None:

@@ -104,6 +104,8 @@ class GuestObservation:
     """Whether the button was pressed and the guest has not noticed yet; None if unknown."""
     requests: int | None = None
     """Requests of all disks since QEMU started: reads, writes, flushes, discards."""
+    request_time: int | None = None
+    """The total time that these requests took, µs."""
     disks_idle: int | None = None
     """µs since the last request of any disk."""
     vcpu_time: int | None = None

@@ -23,7 +23,9 @@ _EVENT_REGISTERS: Final = re.compile(
 )
 _PORT: Final = re.compile(r"portw\[0x([0-9a-f]{4})\] = 0x([0-9a-f]{4})")
 _THREAD: Final = re.compile(r"thread_id=([0-9]{1,10})")
-_COUNTERS: Final = ("rd_operations", "wr_operations", "flush_operations", "unmap_operations")
+_REQUESTS: Final = ("rd", "wr", "flush", "unmap")
+_COUNTERS: Final = tuple(f"{name}_operations" for name in _REQUESTS)
+_TIMES: Final = tuple(f"{name}_total_time_ns" for name in _REQUESTS)
 _STATISTIC: Final = re.compile(r"\b(\w+)=([0-9]{1,20})\b")
 
 
@@ -32,6 +34,8 @@ class BlockTotals:
     """Totals of all disks."""
 
     requests: int
+    time: int
+    """The total time that the requests took, µs."""
     idle: int | None
     """µs since the last request to any disk; None if unknown, or if there never was one."""
 
@@ -198,15 +202,16 @@ def says_powered_off(message: Mapping[str, object]) -> bool:
 
 
 def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
-    requests, idle, is_complete = 0, [], True
+    requests, time, idle, is_complete = 0, 0, [], True
     for disk in disks:
         own = sum(disk.get(key, 0) for key in _COUNTERS)
         requests += own
+        time += sum(disk.get(key, 0) for key in _TIMES) // 1000
         if "idle_time_ns" in disk and own:
             idle.append(disk["idle_time_ns"] // 1000)
         elif own:
             is_complete = False
-    return BlockTotals(requests, min(idle, default=None) if is_complete else None)
+    return BlockTotals(requests, time, min(idle, default=None) if is_complete else None)
 
 
 def _is_counter(value: object) -> bool:

@@ -358,6 +358,7 @@ class GuestControl:
             button=button,
             press_pending=pending,
             requests=None if totals is None else totals.requests,
+            request_time=None if totals is None else totals.time,
             disks_idle=None if totals is None else totals.idle,
             vcpu_time=ran,
             vcpu_wait=waited,

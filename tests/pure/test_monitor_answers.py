@@ -63,20 +63,24 @@ def disk(**stats: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("disks", "expected"),
     [
-        ([], BlockTotals(0, None)),
-        ([disk(rd_operations=0)], BlockTotals(0, None)),
-        ([disk(rd_operations=1, wr_operations=2, flush_operations=3)], BlockTotals(6, None)),
-        ([disk(rd_operations=1, idle_time_ns=5000)], BlockTotals(1, 5)),
+        ([], BlockTotals(0, 0, None)),
+        ([disk(rd_operations=0)], BlockTotals(0, 0, None)),
+        ([disk(rd_operations=1, wr_operations=2, flush_operations=3)], BlockTotals(6, 0, None)),
+        ([disk(rd_total_time_ns=1999, unmap_total_time_ns=4001)], BlockTotals(0, 6, None)),
+        ([disk(rd_operations=1, idle_time_ns=5000)], BlockTotals(1, 0, 5)),
         # A disk that was never used says nothing about the others.
-        ([disk(rd_operations=1, idle_time_ns=5000), disk()], BlockTotals(1, 5)),
-        ([disk(rd_operations=1, idle_time_ns=5000), disk(wr_operations=1)], BlockTotals(2, None)),
+        ([disk(rd_operations=1, idle_time_ns=5000), disk()], BlockTotals(1, 0, 5)),
+        (
+            [disk(rd_operations=1, idle_time_ns=5000), disk(wr_operations=1)],
+            BlockTotals(2, 0, None),
+        ),
         (
             [disk(rd_operations=1, idle_time_ns=9000), disk(rd_operations=1, idle_time_ns=7000)],
-            BlockTotals(2, 7),
+            BlockTotals(2, 0, 7),
         ),
         (
             [disk(rd_operations=10**400, wr_operations=-1, flush_operations=True)],
-            BlockTotals(0, None),
+            BlockTotals(0, 0, None),
         ),
     ],
 )
@@ -85,9 +89,12 @@ def test_block_totals(disks: list[dict[str, Any]], expected: BlockTotals) -> Non
 
 
 def test_block_totals_as_text() -> None:
-    text = "root: rd_bytes=9 rd_operations=1 wr_operations=2 flush_operations=3 idle_time_ns=4000\n"
-    assert answers.read_block_totals_text(text * 2) == BlockTotals(12, 4)
-    assert answers.read_block_totals_text("") == BlockTotals(0, None)
+    text = "root: rd_bytes=9 rd_operations=1 wr_operations=2 flush_operations=3 "
+    text += (
+        "wr_total_time_ns=1000 rd_total_time_ns=2000 flush_total_time_ns=3000 idle_time_ns=4000\n"
+    )
+    assert answers.read_block_totals_text(text * 2) == BlockTotals(12, 12, 4)
+    assert answers.read_block_totals_text("") == BlockTotals(0, 0, None)
 
 
 def test_the_agents_port() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -32,6 +32,8 @@ class Moment:
     vcpus: float | None = IDLE
     waiting: float = 0.0
     """Of a processor: what it would have used, and the host did not give it."""
+    in_flight: float = 0.0
+    """Requests to its disks."""
     signs: frozenset[ShutdownSign] = frozenset()
     agent: bool = False
     load: float | None = None
@@ -53,10 +55,12 @@ class Course:
     agent: bool = False
 
     def run(self, seconds: float) -> Course:
-        requests, vcpu_time, vcpu_wait, now = 5000.0, 7 * S * 1.0, 0.0, 0.0
+        requests, request_time, now = 5000.0, 0.0, 0.0
+        vcpu_time, vcpu_wait = 7 * S * 1.0, 0.0
         while now <= seconds:
             moment = self.moments(now, now - self.asked[0][0] if self.asked else None)
             requests += (moment.requests or 0) * self.step
+            request_time += moment.in_flight * self.step * S
             vcpu_time += (moment.vcpus or 0) * self.step * S
             vcpu_wait += moment.waiting * self.step * S
             at = START + int(now * S)
@@ -68,6 +72,7 @@ class Course:
                     button=moment.button,
                     press_pending=moment.pending,
                     requests=None if moment.requests is None else int(requests),
+                    request_time=int(request_time),
                     disks_idle=9 * S if self.idle_disks and not self.asked else 0,
                     vcpu_time=None if moment.vcpus is None else int(vcpu_time),
                     vcpu_wait=int(vcpu_wait),
@@ -108,7 +113,8 @@ def test_an_idle_guest_is_asked_at_once() -> None:
     ("moment", "idle_disks", "at"),
     [
         (Moment(requests=50), False, 1),
-        (Moment(), False, 1),
+        # A request to a slow disk may be in flight.
+        (Moment(), False, 2),
         (Moment(requests=None), False, 2),
         (Moment(load=0.1), True, 0),
         (Moment(load=0.9, vcpus=0.9), True, 1),
@@ -300,6 +306,89 @@ def test_a_busy_guest_that_ignores_it_on_a_host_that_becomes_less_busy(waiting: 
 
     course = Course(works, idle_disks=False).run(400)
     assert course.end == (course.asked[0][0] + 60, Conclusion.IGNORED)
+
+
+FAST: Moment = Moment(requests=18, vcpus=0.35, waiting=0.35, in_flight=0.3)
+SLOW: Sequence[Moment] = [
+    Moment(requests=requests, vcpus=vcpus, waiting=waiting, in_flight=in_flight)
+    for requests, vcpus, waiting, in_flight in (
+        (1, 0.005, 0.003, 0.383),
+        (0, 0.005, 0.004, 0),
+        (2.9, 0.049, 0.073, 2.498),
+        (0, 0.079, 0.131, 0),
+        (4.9, 0.100, 0.040, 1.149),
+        (5.0, 0.104, 0.185, 1.314),
+        (1.0, 0.005, 0.009, 1.086),
+        (4.0, 0.084, 0.045, 0.135),
+        (4.9, 0.099, 0.090, 1.275),
+        (5.0, 0.039, 0.110, 1.320),
+    )
+]
+"""As measured second by second: a Debian guest that writes and syncs for ever, on a disk of the
+host that is fast or slow."""
+
+
+@pytest.mark.parametrize("start", range(len(SLOW)))
+def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_slow(start: int) -> None:
+    def works(now: float, since: float | None) -> Moment:
+        return FAST if now < 20 else SLOW[(start + int(now)) % len(SLOW)]
+
+    course = Course(works, idle_disks=False).run(400)
+    assert course.end == (course.asked[0][0] + 60, Conclusion.IGNORED)
+
+
+def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_fast() -> None:
+    """Of a slow disk, one second may show so little that later work seems new. Such a guest is
+    waited for too long."""
+    seconds = []
+    for start in range(len(SLOW)):
+
+        def works(now: float, since: float | None, start: int = start) -> Moment:
+            return SLOW[(start + int(now)) % len(SLOW)] if now < 20 else FAST
+
+        course = Course(works, idle_disks=False).run(400)
+        at, conclusion = course.end
+        assert conclusion is Conclusion.IGNORED
+        seconds.append(at - course.asked[0][0])
+    assert seconds.count(60) >= 8 and max(seconds) <= 300
+
+
+def test_a_guest_with_many_requests_in_flight_on_a_disk_that_becomes_fast() -> None:
+    def works(now: float, since: float | None) -> Moment:
+        if now < 20:
+            return Moment(requests=50, vcpus=0.1, in_flight=8)
+        return Moment(requests=800, vcpus=0.9, in_flight=0.8)
+
+    course = Course(works, idle_disks=False).run(400)
+    assert course.end == (course.asked[0][0] + 60, Conclusion.IGNORED)
+
+
+def test_a_busy_guest_that_ignores_it_on_a_starved_host() -> None:
+    """It makes so few requests that the second before the press may have had one or none."""
+    requests = (0, 3.8, 1.6, 2.9, 7.7, 0, 2.6, 1.8, 4.4, 0.9, 3.6, 0, 1.9, 3.8, 3.7, 0.9, 3.5, 4.5)
+
+    def works(now: float, since: float | None) -> Moment:
+        made = 0 if since is None else requests[int(now) % len(requests)]
+        return Moment(requests=made, vcpus=0.05, waiting=0.9)
+
+    course = Course(works, idle_disks=False).run(400)
+    assert course.end == (course.asked[0][0] + 60, Conclusion.IGNORED)
+
+
+@pytest.mark.parametrize("work", [Moment(requests=5, vcpus=0.1), Moment(vcpus=0.9)])
+@pytest.mark.parametrize("load", [Moment(vcpus=1.0), FAST, Moment(vcpus=0.1, waiting=0.9)])
+def test_a_long_shutdown_at_full_load(load: Moment, work: Moment) -> None:
+    """The load ends at once, and a service needs 150 s to stop."""
+
+    def goes_down(now: float, since: float | None) -> Moment:
+        if since is None or since < 3:
+            return load
+        if since < 12:
+            return Moment()
+        return work if since < 150 else Moment(runstate="shutdown")
+
+    course = Course(goes_down, idle_disks=False).run(400)
+    assert course.end == (course.asked[0][0] + 150, Conclusion.SHUT_DOWN)
 
 
 def test_a_busy_guest_whose_requests_grow_on_a_starved_host() -> None:

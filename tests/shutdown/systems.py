@@ -17,7 +17,7 @@ from tests.lab.agents import ANSWERING, SILENT
 from tests.lab.arm import arm_guest
 from tests.lab.debian import FILES, Shell, boot_debian, continued, kept_files, write_files
 from tests.lab.log import wait_for_path
-from tests.lab.nbd import nbd_store
+from tests.lab.nbd import NbdStore, nbd_store
 from tests.lab.process import run
 from tests.lab.qmp import Qmp
 from tests.shutdown.scene import (
@@ -176,8 +176,9 @@ def _full_disk(directory: Path, launcher: Launcher) -> Iterator[Scene]:
 
 
 @contextlib.contextmanager
-def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
-    """Freeze the storage one second after the request, for 30 s."""
+def _on_nbd(
+    directory: Path, launcher: Launcher, *prepare: str
+) -> Iterator[tuple[_Debian, NbdStore, Scene]]:
     words = continued(directory)
     data = directory / "data.qcow2"
     with data.open("r+b") as image:
@@ -185,10 +186,27 @@ def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
     with nbd_store(data) as store:
         place = f"file.server.type=unix,file.server.path={store.server()['path']}"
         words = _with_data(words, f"driver=qcow2,file.driver=nbd,{place}")
-        with _running(directory, launcher, words, _NO_AGENT) as debian:
-            scene = Scene(debian.target, debian.qmp, lambda: _files(data), recover=store.thaw)
-            scene.later = [(1, store.freeze), (31, store.thaw)]
-            yield scene
+        with _running(directory, launcher, words, _NO_AGENT, *prepare) as debian:
+            yield debian, store, Scene(debian.target, debian.qmp, lambda: _files(data))
+
+
+@contextlib.contextmanager
+def _storage_freezes(directory: Path, launcher: Launcher) -> Iterator[Scene]:
+    """Freeze the storage one second after the request, for 30 s."""
+    with _on_nbd(directory, launcher) as (_, store, scene):
+        scene.recover = store.thaw
+        scene.later = [(1, store.freeze), (31, store.thaw)]
+        yield scene
+
+
+@contextlib.contextmanager
+def _storage_becomes_slow(directory: Path, launcher: Launcher) -> Iterator[Scene]:
+    """Slow down the storage of a busy guest 20 s after the request."""
+    with _on_nbd(directory, launcher, _IGNORE) as (debian, store, scene):
+        _load(debian)
+        scene.recover = store.fast
+        scene.later = [(20, lambda: store.slow("400K"))]
+        yield scene
 
 
 @contextlib.contextmanager
@@ -292,6 +310,16 @@ ROWS: Final = {
         _debian(_IGNORE, strike=_load),
         kept=0,
         asked="ignored",
+    ),
+    "loaded-slow": _row(
+        "Debian ignores the button, at full load, its storage becomes slow after 20 s",
+        _storage_becomes_slow,
+        kept=0,
+        asked="ignored",
+    ),
+    "loaded-stops": _row(
+        f"Debian at full load, a service needs {STOP_JOB_S} s to stop",
+        _debian(_LATE_STOP, strike=_load),
     ),
     "deaf": _row("Debian does not listen to the button", _debian("rmmod button"), 0, asked="deaf"),
     "panic": _row(
