@@ -9,7 +9,7 @@ from typing import Final
 _SWITCH_S: Final = 0.001
 """How long a thread may keep the others from running: a fifth of the default."""
 _RARELY: Final = 1_000
-"""Young collections for each full collection, a hundred times the default."""
+"""A full collection runs only after this many smaller ones, a hundred times the default."""
 
 
 def favour_the_loop() -> None:

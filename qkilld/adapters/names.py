@@ -29,7 +29,7 @@ _Key = tuple[int, int, str]
 
 TIMEOUT_S: Final = 0.5
 TIMEOUT_EACH_S: Final = 0.0005
-"""Added for each name to read, which usually takes 10 to 50 µs."""
+"""What each name to read adds to the timeout. Reading one usually takes 10 to 50 µs."""
 MAX_THREADS: Final = 64
 MAX_THREADS_OF_USERS: Final = 48
 """Threads for all users except root; the rest is reserved for root's processes."""
@@ -51,7 +51,7 @@ class _UserQueue:
     read: int = 0
     """The number of command lines read so far."""
     read_before: int = 0
-    """The same number a tick ago."""
+    """The value of `read` a tick ago."""
 
 
 class NameReader:

@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 MAX_OF_TARGET: Final = 2
 MAX_OF_USER: Final = 16
-"""For one user other than root."""
+"""Threads for the processes of one user other than root."""
 MAX_OF_USERS: Final = 64
-"""For all users except root."""
+"""Threads for the processes of all users except root."""
 MAX_THREADS: Final = 96
 
 

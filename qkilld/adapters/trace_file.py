@@ -88,7 +88,8 @@ class TraceDirectory:
 
 
 class TraceFile:
-    """Implements engine.ports.Recorder: `record` and `close`. The writing thread calls the rest."""
+    """Implements engine.ports.Recorder: a job calls `record` and `close`. All other methods run in
+    the writing thread."""
 
     def __init__(self, header: Header, put: Callable[[TraceFile, Record | None], bool]) -> None:
         self._header = header
