@@ -1,7 +1,7 @@
 """Cut a byte stream into D-Bus messages and parse their headers.
 
-Source: D-Bus specification, "Message Format". Bodies are left unparsed: the header decides whether
-that is worthwhile.
+Source: D-Bus specification, "Message Format". Bodies are not parsed here, because the header shows
+whether a body is worth parsing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_CALL: Final = 16 << 10
 """Bytes of a method call, header and body; longer ones are refused. Our own calls are much
 shorter."""
 MAX_MESSAGE: Final = 1 << 20
-"""The same for any other message."""
+"""The maximum bytes of a message that is no method call."""
 MAX_FIELDS: Final = 8 << 10
 """Bytes of header fields; a message with more is skipped."""
 

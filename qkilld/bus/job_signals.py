@@ -24,7 +24,8 @@ class Announcer:
         """For each job: the timer of its next announcement, or of the pause after the last one."""
         self._announced_count = 0
         self._manager_pending: asyncio.Handle | None = None
-        """The same for the manager's properties."""
+        """The timer of the next announcement of the manager's properties, or of the pause after the
+        last one."""
 
     def adopt(self, job: ObservedJob) -> None:
         """Announce changes of a running job whose start was announced before this object

@@ -24,7 +24,8 @@ INTERACTIVE_TIMEOUT_S: Final = 120.0
 MAX_PER_UID: Final = 8
 """Authorization requests open at a time for one user, over any number of connections."""
 MAX_IN_ALL: Final = 64
-"""The same for all users: the system bus allows a connection 128 pending replies."""
+"""Authorization requests open at a time for all users, well below the 128 pending replies that the
+system bus allows a connection."""
 
 _NAME: Final = "org.freedesktop.PolicyKit1"
 _PATH: Final = "/org/freedesktop/PolicyKit1/Authority"
