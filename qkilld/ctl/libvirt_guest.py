@@ -24,7 +24,7 @@ METHOD: Final = "virsh"
 class LibvirtShutdown:
     was_asked: bool
     result: str = ""
-    """As of a job; "" if a job of qkilld follows."""
+    """A result as jobs have it; "" if a job of qkilld follows."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 

@@ -82,7 +82,7 @@ class Target:
     value: str
     """Normalized: a decimal number for PID and JOB, a canonical UUID for UUID."""
     text: str
-    """As typed."""
+    """The target as the user typed it."""
 
     @property
     def shown(self) -> str:

@@ -67,7 +67,7 @@ class WatchState:
     """The question, and the answer as typed so far. Printable."""
     help: bool = False
     steers: bool = True
-    """Whether there is a keyboard."""
+    """Whether keys act on jobs; False without a keyboard."""
 
     def show(self, job: JobStatus) -> None:
         self.jobs[job.path] = job
