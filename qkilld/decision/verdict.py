@@ -135,7 +135,7 @@ class Assessment:
 
     @property
     def may_be_outstanding(self) -> bool:
-        """Unknown is never idle: what cannot be read counts as outstanding."""
+        """Whether I/O may be outstanding. What cannot be read counts as outstanding I/O."""
         return self.outstanding is not False
 
     @property
@@ -157,14 +157,14 @@ class Assessment:
 
     @property
     def doubt_from(self) -> int:
-        """The same for `doubt_at`."""
+        """`doubt_at` plus the time since then without samples; 0 for never."""
         if self.doubt_at is None:
             return 0
         return self.doubt_at + self.unsampled - self.doubt_unsampled
 
     @property
     def outstanding_from(self) -> int:
-        """The same for `outstanding_at`."""
+        """`outstanding_at` plus the time since then without samples; 0 for never."""
         if self.outstanding_at is None:
             return 0
         return self.outstanding_at + self.unsampled - self.outstanding_unsampled
