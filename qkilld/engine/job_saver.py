@@ -99,7 +99,7 @@ class JobSaver:
         self._store.when_written(once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Like `when_written`, but without a timeout."""
+        """Call back once all changes so far are written, however long that takes."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:

@@ -233,7 +233,7 @@ class Monitors(Protocol):
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
         """Read the signs left in a kept connection after QEMU has exited, without blocking.
 
-        An earlier daemon may have read other signs.
+        Signs that an earlier daemon has read from it are not returned.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:

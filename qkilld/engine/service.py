@@ -211,8 +211,8 @@ class Service:
         options: Mapping[str, Option],
         caller: Caller,
     ) -> list[Job | QkilldError]:
-        """Like `terminate_all` for these processes, each given by its id and its start time if
-        known. Return the job, or the error, of each. Raises InvalidArgs."""
+        """Start a job for each of these processes, given by its id and, if known, its start time.
+        Return the job, or the error, of each. Raises InvalidArgs."""
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         _check_for_many(given)
@@ -246,7 +246,8 @@ class Service:
         await self._keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
-        """Like Job.extend. This, `hold`, `release` and `force` also raise AccessDenied and Busy."""
+        """Extend a job, see Job.extend. This, `hold`, `release` and `force` also raise AccessDenied
+        and Busy."""
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
         job.extend(usec, by)

@@ -20,9 +20,9 @@ from qkilld.model.policy import Policy
 
 FORMAT: Final = "qkilld-job"
 VERSION: Final = 5
-"""Version 1 lacks control. Version 2 lacks error_name, Identity.exiting and risks, and its
-assessment has a different format. Version 3 lacks the state of asking a guest. Version 4 lacks the
-results of flushing."""
+"""Earlier versions can be read, too. Version 1 lacks control. Version 2 lacks error_name,
+Identity.exiting and risks, and its assessment has a different format. Version 3 lacks the state of
+asking a guest. Version 4 lacks the results of flushing."""
 YANK: Final = "yank"
 """The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1

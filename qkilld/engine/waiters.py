@@ -11,22 +11,22 @@ class Waiters:
     """Any user may wait for any job, any number of times, so every operation is O(1)."""
 
     def __init__(self) -> None:
-        self._requester: dict[Callback, bool] = {}
-        """For each callback, whether the job's requester waits."""
+        self._waiting: dict[Callback, bool] = {}
+        """For each callback, whether it is the job's requester who waits."""
         self._requesters = 0
 
     def add(self, callback: Callback, *, requester: bool) -> None:
         """Call back once when the job ends."""
-        self._requester[callback] = requester
+        self._waiting[callback] = requester
         self._requesters += requester
 
     def remove(self, callback: Callback) -> bool:
         """Remove a callback. Return whether the requester waited and no longer does."""
-        requester = self._requester.pop(callback, False)
+        requester = self._waiting.pop(callback, False)
         self._requesters -= requester
         return requester and not self._requesters
 
     def call(self) -> None:
-        waiting, self._requester, self._requesters = self._requester, {}, 0
+        waiting, self._waiting, self._requesters = self._waiting, {}, 0
         for callback in waiting:
             callback()
