@@ -65,8 +65,8 @@ def exported_files(argv: Sequence[str]) -> dict[str, str]:
     files = {}
     for flat in exports:
         node = flat.get("node-name", "")
-        # By default an NBD export has the name of its node.
         if path := _file_of(node, nodes):
+            # An NBD export without a name has the name of its node.
             files[flat.get("name", node)] = path
     return files
 

@@ -51,7 +51,7 @@ class _Disk:
     own: bool
     writable: bool
     above: tuple[str, ...] = ()
-    """As in Device."""
+    """MAJOR:MINOR of the devices with depth 0 that lie on this one, as in model.sample.Device."""
 
 
 class FilePlace(NamedTuple):
