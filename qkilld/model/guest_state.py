@@ -23,9 +23,9 @@ class Button(StrEnum):
 
     LISTENED = "listened"
     NOT_LISTENED = "not-listened"
-    """QEMU would drop a press."""
+    """No operating system listens, so QEMU would drop a press."""
     NO_REGISTER = "no-register"
-    """The machine has no register that shows this: arm64 virt, microvm."""
+    """The machine (arm64 virt, microvm) has no register that shows whether one listens."""
     UNKNOWN = "unknown"
 
 

@@ -84,7 +84,7 @@ class JobStatus:
     not_before: int = 0
     """No SIGKILL before this time, set by Extend; 0 if it was never extended."""
     guest_asked: str = GuestAsked.NOT_ASKED
-    """As in the receipt; `asked` while the outcome is open. Printable."""
+    """The receipt's `guest-asked`; `asked` while the outcome is open. Printable."""
     powerdown_only: bool = False
     """No signal follows if the guest does not shut down."""
     next_rung: str = ""
@@ -100,7 +100,7 @@ class JobStatus:
     requested_by: int | None = None
     ended: int | None = None
     receipt: dict[str, Any] | None = None
-    """As returned by Wait; None while the job runs."""
+    """The receipt that Wait returns; None while the job runs."""
 
     def __post_init__(self) -> None:
         # Correct the deadline after an extension, because the daemon does so only at its next

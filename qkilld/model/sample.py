@@ -120,9 +120,9 @@ class Peer:
     command: str
     """Printable."""
     threads: tuple[Thread, ...] | None
-    """Like Sample.threads."""
+    """The peer's own waiting threads, as in Sample.threads."""
     switches: int | None
-    """Like Sample.switches."""
+    """The peer's own context switches, as in Sample.switches."""
     io: Io | None
     devices: tuple[Device, ...] | None
     """The block devices under its open files."""
@@ -159,7 +159,7 @@ class Socket:
     role: str = "unknown"
     """The purpose of the connection, by the command line: storage, other, or unknown."""
     node: str = ""
-    """The node in Sample.nodes that it belongs to."""
+    """The name of the node, in Sample.nodes, that the connection belongs to."""
     peer: Peer | None = None
     """None if the peer is not local, or was not searched for."""
     accepted: bool = False

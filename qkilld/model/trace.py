@@ -119,7 +119,8 @@ _KIND_OF: Final = {cls: kind for kind, cls in _KINDS.items()}
 class Trace:
     header: Header
     records: tuple[Record, ...]
-    """In the order of recording. A sample may come late."""
+    """In the order of recording, which is not the order of their times: a sample is recorded only
+    when it is complete."""
 
     def of(self, cls: type[_R]) -> list[_R]:
         """Return the records of one class."""
