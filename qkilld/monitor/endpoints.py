@@ -51,7 +51,7 @@ class UnixListener:
     abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Another process is connected."""
+    """Whether another process is connected, which keeps us out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class TcpListener:
     port: int
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Another process is connected."""
+    """Whether another process is connected, which keeps us out."""
 
 
 @dataclass(frozen=True, slots=True)

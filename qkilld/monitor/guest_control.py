@@ -50,7 +50,7 @@ BUSY_S: Final = 1.0
 START_S: Final = 5.0
 """A QEMU younger than this may not listen on its monitor yet, so its monitor is waited for."""
 START_WAIT_S: Final = 1.0
-"""How long to wait for the monitor of such a young QEMU."""
+"""How long to wait for the monitor of a QEMU younger than START_S."""
 TRY_S: Final = 5.0
 """No further monitor is tried after this time: a hostile process may listen on thousands."""
 QUERY_S: Final = 2.0

@@ -417,7 +417,7 @@ class _Tasks:
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Like `cancel`, but new tasks may be started."""
+        """Cancel all tasks except the calling one; new tasks may be started."""
         current = asyncio.current_task()
         for task in list(self._running):
             if task is not current:

@@ -84,7 +84,7 @@ async def read_process(
 def read_process_blocking(
     identity: Identity, proc: Path = procfs.PROC
 ) -> tuple[list[QemuOption], list[UnixListener], list[TcpListener]]:
-    """Like `read_process`, in the calling thread. Raises OSError."""
+    """Do the work of `read_process` in the calling thread. Raises OSError."""
     options = read_options(identity, proc)
     descriptors = socket_descriptors(identity.pid, proc)
     listeners = _unix_listeners(identity.pid, descriptors, proc)
@@ -229,7 +229,7 @@ def _unix_listeners(
 def connect_blocking(
     identity: Identity, endpoint: Endpoint, table: ListenerTable, proc: Path = procfs.PROC
 ) -> socket.socket:
-    """Like `connect`, in the calling thread."""
+    """Do the work of `connect` in the calling thread."""
     refusal: MonitorError = MonitorUnreachable(f"No path leads to {endpoint.title}")
     assert isinstance(endpoint.listener, UnixListener)
     for path in endpoint.listener.paths:
