@@ -119,11 +119,11 @@ class KeeperCandidates:
     """The services that may be keepers of a guest."""
 
     ordered: tuple[str, ...] = ()
-    """From keeper_names()."""
+    """The names that keeper_names() returns."""
     behind_targets: tuple[str, ...] = ()
     """The units that are ordered after a target of keeper_targets()."""
     runtime: Mapping[str, str] = field(default_factory=dict)
-    """From runtime_keepers()."""
+    """The result of runtime_keepers(): service → project."""
 
     @property
     def names(self) -> list[str]:
