@@ -22,13 +22,14 @@ from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 MAX_CALL: Final = 64 << 10
 """Bytes of a call without its NUL."""
 MAX_CALL_OF_USER: Final = 16 << 10
-"""The same for users who have limits: parsing and checking 64 KiB takes 10 ms."""
+"""Bytes of a call of a user who has limits: less than MAX_CALL, because parsing and checking 64 KiB
+takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
 """Descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20
 """Bytes of input not handled yet, for one user other than root, over any number of connections."""
 MAX_TOTAL: Final = 16 << 20
-"""The same for all users."""
+"""Bytes of input not handled yet, for all users except root together."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
