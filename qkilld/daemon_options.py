@@ -21,7 +21,7 @@ class DaemonOptions:
     root: Path = Path("/")
     trace_dir: Path | None = None
     exit_idle: float | None = None
-    """Seconds."""
+    """Exit after this time without work, in seconds; None for never."""
     debug: bool = False
     check_config: bool = False
 

@@ -33,7 +33,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""Threads of each kind: for sockets and for files."""
+"""The maximum number of threads that close sockets, and of those that close files."""
 MAX_PENDING: Final = 1024
 """Files that may wait to be closed."""
 STUCK_S: Final = 0.1
