@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ class LoopClock:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
 
     def now(self) -> int:
         return time.monotonic_ns() // 1000
@@ -30,4 +32,5 @@ class LoopClock:
 
     def call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
         # Rounded up, because a timer that fires early would find its deadline still in the future.
-        return self._loop.call_at((when + 1) / USEC_PER_SEC, callback)
+        # One context for all timers, because asyncio would make one for each.
+        return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

@@ -39,6 +39,7 @@ class PidfdProcess:
         self._pidfd = pidfd
         self._proc = proc
         self._watched_by: asyncio.AbstractEventLoop | None = None
+        self._on_exit: Callable[[], None] | None = None
 
     @property
     def identity(self) -> Identity:
@@ -46,8 +47,10 @@ class PidfdProcess:
 
     def identify(self) -> Identity:
         """Read the identity again: execve(2) may have changed it. Raises like `open_process`."""
-        self.guest = Guest(_identify(self.identity.pid, self._pidfd, self._proc), self.guest.label)
-        return self.guest.identity
+        identity = _identify(self.identity.pid, self._pidfd, self._proc)
+        if identity != self.identity:
+            self.guest = Guest(identity, self.guest.label)
+        return self.identity
 
     def set_label(self, label: Label) -> None:
         self.guest = Guest(self.guest.identity, label)
@@ -87,13 +90,14 @@ class PidfdProcess:
     def watch(self, callback: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
         self._unwatch()
+        loop.add_reader(self._pidfd, self._has_exited)
+        self._watched_by, self._on_exit = loop, callback
 
-        def exited() -> None:
-            self._unwatch()
+    def _has_exited(self) -> None:
+        callback = self._on_exit
+        self._unwatch()
+        if callback is not None:
             callback()
-
-        loop.add_reader(self._pidfd, exited)
-        self._watched_by = loop
 
     def fileno(self) -> int:
         """Return the pidfd; -1 after `close`."""
@@ -108,7 +112,7 @@ class PidfdProcess:
     def _unwatch(self) -> None:
         if self._watched_by is not None:
             self._watched_by.remove_reader(self._pidfd)
-            self._watched_by = None
+            self._watched_by = self._on_exit = None
 
 
 def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:

@@ -18,8 +18,8 @@ MIN_INTERVAL_S: Final = 0.2
 class Announcer:
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._announced_values: dict[int, dict[str, Any]] = {}
-        """The property values last announced for each running job."""
+        self._announced_values: dict[int, tuple[Any, ...]] = {}
+        """The values of the properties that change, as last announced for each running job."""
         self._pending: dict[int, asyncio.Handle] = {}
         """For each job: the timer of its next announcement, or of the pause after the last one."""
         self._announced_count = 0
@@ -30,11 +30,11 @@ class Announcer:
     def adopt(self, job: ObservedJob) -> None:
         """Announce changes of a running job whose start was announced before this object
         existed."""
-        self._announced_values[job.number] = changing(job, private=True)
+        self._announced_values[job.number] = tuple(changing(job, private=True).values())
         self._announced_count = len(self._announced_values)
 
     def job_new(self, job: ObservedJob) -> None:
-        self._announced_values[job.number] = changing(job, private=True)
+        self._announced_values[job.number] = tuple(changing(job, private=True).values())
         self._emit("JobNew", job)
         # A broadcast, so without private values.
         values = properties(job, private=False)
@@ -92,8 +92,9 @@ class Announcer:
     def _announce_changes(self, job: ObservedJob) -> bool:
         now = changing(job, private=True)
         announced = self._announced_values[job.number]
-        if changed := {name: value for name, value in now.items() if announced[name] != value}:
-            self._announced_values[job.number] = now
+        both = zip(now.items(), announced, strict=True)
+        if changed := {name: value for (name, value), before in both if before != value}:
+            self._announced_values[job.number] = tuple(now.values())
             private = [name for name in PRIVATE if changed.pop(name, None) is not None]
             self._server.emit_changed(job_path(job), interfaces.job(), changed, private)
             return True

@@ -49,6 +49,8 @@ UNDO_TIMEOUT: Final = USEC_PER_SEC
 UNDO_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of attempts of an ended job to start the processors again."""
 
+_NO_JOBS: Final = JobsProgress()
+
 
 class FlushPhase:
     def __init__(
@@ -85,10 +87,10 @@ class FlushPhase:
         self._first: BlockState | None = None
         self._is_early_flush = False
         """Whether healthy disks are flushed before QEMU asks the file systems."""
-        self._flushed: list[str] = []
+        self._flushed: tuple[str, ...] = ()
         """The disks that were flushed early."""
-        self._unflushed: list[str] = []
-        self._jobs = JobsProgress()
+        self._unflushed: tuple[str, ...] = ()
+        self._jobs = _NO_JOBS
 
     # ---- beginning ----
 
@@ -304,7 +306,7 @@ class FlushPhase:
             self._read_later(flush_plan.OLD)
         else:
             plan = early_flush.plan_early_flush(self._first or state, self._second(state), evidence)
-            self._unflushed = [disk.title for disk in state.disks]
+            self._unflushed = tuple(disk.title for disk in state.disks)
             batches = [batch for batch in (plan.healthy, plan.others) if batch]
             self._flush_early(plan, state, batches)
 
@@ -324,9 +326,9 @@ class FlushPhase:
             if isinstance(results, Exception):
                 self._fail(results)
                 return
-            titles = [one.title for one in results if not one.error]
+            titles = tuple(one.title for one in results if not one.error)
             self._flushed += titles
-            self._unflushed = [title for title in self._unflushed if title not in titles]
+            self._unflushed = tuple(t for t in self._unflushed if t not in titles)
             if len(results) < len(batch):
                 self._fail("flushing a disk takes longer")
             else:

@@ -20,7 +20,7 @@ from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.flush_phase import FlushPhase
 from qkilld.engine.job_trace import JobTrace
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Process, Timer
+from qkilld.engine.ports import GuestMonitor, Process, Timer
 from qkilld.engine.powerdown_phase import BEFORE_SIGNALS, PowerdownPhase
 from qkilld.engine.signal_phase import SignalPhase
 from qkilld.engine.snapshot import Snapshot
@@ -43,7 +43,7 @@ from qkilld.model.errors import (
     UnknownIdentity,
 )
 from qkilld.model.guest_state import KeptMonitor
-from qkilld.model.job import UNCONTROLLED, FlushReport, Request, Risk, Rung, VerdictChange
+from qkilld.model.job import NOT_FLUSHED, UNCONTROLLED, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
 from qkilld.model.trace import ChangeRecord, EndRecord, ExitRecord, RungRecord, VerdictRecord
 
@@ -57,6 +57,14 @@ class Job:
     `phase` runs terminate → kill → reap → done; without SIGKILL, kill and reap are left out.
     `result` is None while the job runs. A job that has ended does not change.
     """
+
+    # There may be thousands of jobs, and a dictionary with so many keys takes 1.8 kB.
+    __slots__ = (
+        "_configured", "_flush_phase", "_link", "_parts", "_powerdown", "_process", "_signals",
+        "_timer", "_trace", "_waiters", "_yank", "assessment", "control", "deadline", "ended",
+        "error", "error_name", "flags", "flush", "guest", "guest_asked", "history", "number",
+        "phase", "policy", "request", "result", "risks", "rungs", "started", "verdict",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -78,12 +86,12 @@ class Job:
         """With `failed`: the reason. With `cancelled`: the reason, unless a caller cancelled it."""
         self.error_name = ""
         """With `failed`: the D-Bus name of the error, if there is one."""
-        self.rungs: list[Rung] = []
-        self.history: list[VerdictChange] = []
+        self.rungs: tuple[Rung, ...] = ()
+        self.history: tuple[VerdictChange, ...] = ()
         self.assessment: Assessment | None = None
         self.risks: tuple[Risk, ...] = ()
         """Why data may be lost: by SIGKILL, by the exit, by a yank, or an error of a disk."""
-        self.flush = FlushReport()
+        self.flush = NOT_FLUSHED
         self.guest_asked = GuestAsked.NOT_ASKED
         self.started = collaborators.clock.now()
         self.ended: int | None = None
@@ -93,14 +101,11 @@ class Job:
         self._process = process
         self._configured = policy
         self.policy = policy_for(request.flags, policy, request.spans)
-        self._clock = clock = collaborators.clock
-        self._journal = collaborators.journal
+        self._parts = collaborators
+        clock = collaborators.clock
         self._trace = JobTrace(self, collaborators.traces)
         self._link = MonitorLink(
-            process,
-            collaborators.monitors,
-            request.qmp_socket,
-            on_open=lambda monitor: collaborators.on_monitor(self, monitor.fileno()),
+            process, collaborators.monitors, request.qmp_socket, on_open=self._monitor_opened
         )
         self._powerdown = PowerdownPhase(self, process, clock, collaborators.journal, self._link)
         self._flush_phase = FlushPhase(
@@ -117,10 +122,8 @@ class Job:
             clock,
             collaborators.journal,
             self._link,
+            self._flush_phase,
             allowed=collaborators.may_yank(process.guest.label.name),
-            disks=lambda: self._flush_phase.disks,
-            stuck=lambda: self._flush_phase.stuck,
-            still_due=lambda: self._signals.is_last_rung_due(),
         )
         self._signals = SignalPhase(
             self,
@@ -132,15 +135,7 @@ class Job:
             trace=self._trace,
             yank=self._yank,
             load=collaborators.load,
-            on_signal=self._signal_sent,
-            on_unsent=self._flush_phase.undo,
-            write_down=lambda go_on: collaborators.write_down(self, go_on),
         )
-        self._reachable = collaborators.monitors is not None
-        self._on_change = collaborators.on_change
-        self._on_sample = collaborators.on_sample
-        self._on_end = collaborators.on_end
-        self._on_survivor_exit = collaborators.on_survivor_exit
         self._timer: Timer | None = None
         self._waiters = Waiters()
 
@@ -162,7 +157,7 @@ class Job:
     @property
     def elapsed(self) -> int:
         """µs from the start to the end, or until now."""
-        return (self._clock.now() if self.ended is None else self.ended) - self.started
+        return (self._parts.clock.now() if self.ended is None else self.ended) - self.started
 
     @property
     def rank(self) -> Rank:
@@ -225,12 +220,12 @@ class Job:
             if isinstance(error, ProcessLookupError):
                 raise NoSuchProcess(f"{who.capitalize()} has just exited") from None
             if isinstance(error, PermissionError):
-                self._journal.write(events.signal_refused(self, first))
+                self._parts.journal.write(events.signal_refused(self, first))
                 raise Failed(f"The kernel does not let qkilld signal {who}") from None
             raise
-        self._journal.write(events.job_started(self))
+        self._parts.journal.write(events.job_started(self))
         if waits is None:
-            self._journal.write(events.signal_sent(self, self.rungs[-1]))
+            self._parts.journal.write(events.signal_sent(self, self.rungs[-1]))
         self._process.watch(self.advance)
 
     def _first_phase(self) -> Phase | None:
@@ -239,7 +234,7 @@ class Job:
             return Phase.POWERDOWN
         named = bool(self.request.qmp_socket) or self._link.is_passed
         has_monitor = self.guest.label.qmp or named
-        if self.by_evidence and has_monitor and self._reachable:
+        if self.by_evidence and has_monitor and self._parts.monitors is not None:
             return Phase.QUIT
         return None
 
@@ -251,8 +246,8 @@ class Job:
         self.result, self.error, self.error_name = past.result, past.error, past.error_name
         self.risks, self.guest_asked = past.risks, past.guest_asked
         self.flush, self._flush_phase.stopped = past.flush, past.processors_stopped
-        self.rungs, self.history = list(past.rungs), list(past.history)
-        self.assessment = past.assessment_at(self._clock.now())
+        self.rungs, self.history = past.rungs, past.history
+        self.assessment = past.assessment_at(self._parts.clock.now())
         self._signals.resume(past)
         self._powerdown.resume(past.asking)
         if monitor is not None:
@@ -260,7 +255,7 @@ class Job:
         if self.running:
             if self._signals.killed:
                 self.phase = Phase.REAP
-            self._journal.write(events.job_resumed(self))
+            self._parts.journal.write(events.job_resumed(self))
             for rung in self.rungs:
                 self._trace.record(RungRecord(rung.at, rung.phase, rung.action))
             self._process.watch(self.advance)
@@ -303,8 +298,8 @@ class Job:
             guest_asked=self.guest_asked,
             flush=self.flush,
             processors_stopped=self.processors_stopped,
-            rungs=tuple(self.rungs),
-            history=tuple(self.history),
+            rungs=self.rungs,
+            history=self.history,
             assessment=self.assessment,
             asking=self._powerdown.attempt if self.phase in BEFORE_SIGNALS else None,
             own_chardevs=self.own_chardevs,
@@ -329,7 +324,7 @@ class Job:
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
         promised = self.control if rank is Rank.OWNER else steering.take_over(self.control, 0)
-        if at_once and (promised.held or promised.not_before > self._clock.now()):
+        if at_once and (promised.held or promised.not_before > self._parts.clock.now()):
             raise Failed(
                 f"Job {self.number} was held or extended: only the job's Force overrides that"
             )
@@ -358,7 +353,7 @@ class Job:
             self._powerdown.set_span(self.policy.powerdown)
         if at_once and not self._process.exited():
             self._signals.force()
-        self._journal.write(events.job_joined(self, request, took_over=rank > before))
+        self._parts.journal.write(events.job_joined(self, request, took_over=rank > before))
         self._changed()
 
     def extend(self, usec: int, by: Steerer) -> None:
@@ -368,12 +363,12 @@ class Job:
         raise Failed if the job has ended or has sent SIGKILL.
         """
         self._check_controllable()
-        until = min(self._clock.now() + usec, INFINITY)
+        until = min(self._parts.clock.now() + usec, INFINITY)
         if not steering.may_steer(by.rank, self.rank):
             until = min(until, self.owner_limit)
         before, self.control = self.control, steering.extended(self.control, until, by.rank)
         if self.control != before:
-            self._journal.write(events.job_extended(self, usec, by.uid))
+            self._parts.journal.write(events.job_extended(self, usec, by.uid))
             self._changed()
 
     def hold(self, by: Steerer) -> None:
@@ -385,14 +380,14 @@ class Job:
         before = self.control
         self.control = steering.hold(before, by, self.started, self.policy)
         if self.control != before:
-            self._journal.write(events.job_held(self, by.uid))
+            self._parts.journal.write(events.job_held(self, by.uid))
             self._changed()
 
     def release(self, by: Steerer) -> None:
         self._check_controllable()
         if self.control.held:
             self.control = steering.release(self.control)
-            self._journal.write(events.job_released(self, f"Uid {by.uid}", by.uid))
+            self._parts.journal.write(events.job_released(self, f"Uid {by.uid}", by.uid))
             self._changed()
 
     def force(self, by: Steerer) -> None:
@@ -405,7 +400,7 @@ class Job:
             self._signals.check_on_request()
             self.flags |= Flag.FORCE
             self.control = UNCONTROLLED
-            self._journal.write(events.job_forced(self, by.uid))
+            self._parts.journal.write(events.job_forced(self, by.uid))
             self._signals.force()
             self._changed()
 
@@ -428,7 +423,7 @@ class Job:
     def forget_waiter(self, callback: Callable[[], None], *, disconnected: bool) -> None:
         """Cancel a callback of `when_ended`. `disconnected`: because its client has left."""
         if self._waiters.remove(callback) and disconnected:
-            self._journal.write(events.waiter_gone(self))
+            self._parts.journal.write(events.waiter_gone(self))
 
     def interrupt_waits(self) -> None:
         """Call back all waiters now, even if the job has not ended."""
@@ -441,11 +436,11 @@ class Job:
 
     def _end_hold_in_time(self) -> None:
         """End a hold whose time has passed."""
-        if self.control.held and self._clock.now() >= self.control.held_until:
+        if self.control.held and self._parts.clock.now() >= self.control.held_until:
             self.control = steering.release(self.control)
-            self._journal.write(events.job_released(self, "MaxSec", None))
+            self._parts.journal.write(events.job_released(self, "MaxSec", None))
             self._record_change()
-            self._on_change(self)
+            self._parts.on_change(self)
 
     def _check_running(self) -> None:
         if self.result is not None:
@@ -460,31 +455,33 @@ class Job:
         """The job's flags, policy or control changed."""
         self._record_change()
         self.advance()
-        self._on_change(self)
+        self._parts.on_change(self)
 
     def _record_change(self) -> None:
-        self._trace.record(ChangeRecord(self._clock.now(), self.flags, self.policy, self.control))
+        self._trace.record(
+            ChangeRecord(self._parts.clock.now(), self.flags, self.policy, self.control)
+        )
 
     def note_rung(self, action: str, at: int) -> None:
         """Add an action to the receipt."""
-        self.rungs.append(Rung(self.phase, action, at))
+        self.rungs += (Rung(self.phase, action, at),)
         self._trace.record(RungRecord(at, self.phase, action))
 
     def turn_to(self, verdict: Verdict, reasons: tuple[str, ...], at: int) -> None:
         self.verdict = verdict
         turn = VerdictChange(verdict, reasons, at)
         if len(self.history) < MAX_HISTORY:
-            self.history.append(turn)
+            self.history += (turn,)
         self._trace.record(VerdictRecord(turn.at, turn.verdict, turn.reasons))
-        self._journal.write(events.verdict_turned(self, turn))
+        self._parts.journal.write(events.verdict_turned(self, turn))
 
     def enter(self, phase: Phase) -> None:
         self.phase = phase
-        self._on_change(self)
+        self._parts.on_change(self)
 
     def note_sample(self) -> None:
         """Report a sample that changed nothing."""
-        self._on_sample(self)
+        self._parts.on_sample(self)
 
     def advance(self) -> None:
         """Do everything that is due."""
@@ -501,19 +498,31 @@ class Job:
         if self.running:
             self._signals.advance()
 
-    def _signal_sent(self) -> None:
+    def _monitor_opened(self, monitor: GuestMonitor) -> None:
+        self._parts.on_monitor(self, monitor.fileno())
+
+    def write_down(self, go_on: Callable[[], None]) -> None:
+        self._parts.write_down(self, go_on)
+
+    def is_last_rung_due(self) -> bool:
+        return self._signals.is_last_rung_due()
+
+    def note_signal(self) -> None:
         self._powerdown.close()
         self._flush_phase.commit()
+
+    def note_unsent(self) -> None:
+        self._flush_phase.undo()
 
     def wait_until(self, deadline: int, wake: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if wake != INFINITY:
-            self._timer = self._clock.call_at(wake, self.advance)
+            self._timer = self._parts.clock.call_at(wake, self.advance)
         if deadline != self.deadline:
             self.deadline = deadline
-            self._on_change(self)
+            self._parts.on_change(self)
 
     def note_gone(self) -> None:
         if self.phase in BEFORE_SIGNALS:
@@ -529,7 +538,7 @@ class Job:
         self._signals.close()
         self._powerdown.close()
         self._flush_phase.close(ending=self._signals.sent)
-        self.ended = self._clock.now()
+        self.ended = self._parts.clock.now()
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:
             self.risks = ()  # QEMU keeps running, so nothing is lost or cancelled.
@@ -543,8 +552,8 @@ class Job:
             self._process.close()
         # Call waiters first, so that writing the journal does not delay their replies.
         self.interrupt_waits()
-        self._on_end(self)
-        self._journal.write(events.job_ended(self))
+        self._parts.on_end(self)
+        self._parts.journal.write(events.job_ended(self))
         self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
@@ -558,7 +567,7 @@ class Job:
         return risks_of_exit(
             evidence,
             flushed=flushed,
-            started=self._clock.started_at(self.guest.identity.start_time),
+            started=self._parts.clock.started_at(self.guest.identity.start_time),
             ended=ended,
         )
 
@@ -566,14 +575,14 @@ class Job:
         """Note that the guest's processors run again after the end of the job."""
         if self.result is not Result.SURVIVED:
             self._process.close()
-        self._on_change(self)
+        self._parts.on_change(self)
 
     def _survivor_gone(self) -> None:
         self._process.close()
-        self._journal.write(events.survivor_gone(self, self._clock.now()))
-        self._trace.record(ExitRecord(self._clock.now()))
+        self._parts.journal.write(events.survivor_gone(self, self._parts.clock.now()))
+        self._trace.record(ExitRecord(self._parts.clock.now()))
         self._trace.end()
-        self._on_survivor_exit(self)
+        self._parts.on_survivor_exit(self)
 
 
 def _asks_alone(request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from qkilld.decision.verdict import Assessment
@@ -37,4 +38,16 @@ class LadderJob(ObservedJob, Protocol):
     def advance(self) -> None: ...
     def note_gone(self) -> None: ...
     def finish(self, result: Result) -> None: ...
+    def note_signal(self) -> None:
+        """Call it after each signal."""
+
+    def note_unsent(self) -> None:
+        """Call it if a signal cannot be sent yet."""
+
+    def write_down(self, go_on: Callable[[], None]) -> None:
+        """Save the job; call back when that is done or takes too long."""
+
+    def is_last_rung_due(self) -> bool:
+        """Return whether SIGKILL would be sent now, if one more sample shows nothing new."""
+
     def note_processors_running(self) -> None: ...

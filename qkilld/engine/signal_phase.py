@@ -61,21 +61,14 @@ class SignalPhase:
         trace: JobTrace,
         yank: YankRung,
         load: Callable[[], int],
-        on_signal: Callable[[], None],
-        on_unsent: Callable[[], None],
-        write_down: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`load` returns the number of running jobs; `on_signal` is called after each signal,
-        `on_unsent` if one cannot be sent yet. `write_down` saves the job, and calls back when that
-        is done or takes too long."""
+        """`load` returns the number of running jobs."""
         self._job, self._process = job, process
         self._clock, self._journal, self._trace = clock, journal, trace
         self._sampler = JobSampler(process, sampler, clock)
         self._executables = executables
         self._load = load
         self._yank = yank
-        self._on_signal, self._on_unsent = on_signal, on_unsent
-        self._write_down = write_down
         self._intent = _Intent.NONE
         self._forced = False
         """Send SIGKILL, whatever the ladder says."""
@@ -189,7 +182,7 @@ class SignalPhase:
         try:
             self.send(number)
         except UnknownIdentity as error:
-            self._on_unsent()
+            job.note_unsent()
             self._try_again(number, error)
             return False
         except ProcessChanged as error:
@@ -212,7 +205,7 @@ class SignalPhase:
         job = self._job
         self.check_identity()
         self._process.signal(number)
-        self._on_signal()
+        job.note_signal()
         now = self._clock.now()
         if number == SIGKILL:
             self._kill_at = now
@@ -266,7 +259,7 @@ class SignalPhase:
             return self._intent is _Intent.WRITTEN
         self._intent = _Intent.BEING_WRITTEN
         self._job.enter(Phase.KILL)
-        self._write_down(self._go_on)  # Calls back at once if nothing is saved.
+        self._job.write_down(self._go_on)  # Calls back at once if nothing is saved.
         return False
 
     def _go_on(self) -> None:

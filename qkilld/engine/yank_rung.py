@@ -6,22 +6,23 @@ SIGTERM, on which QEMU answers in 1 to 3 ms. Data on yanked storage is at risk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from qkilld.decision import yank
 from qkilld.decision.yank import CutOff
 from qkilld.engine import events
+from qkilld.engine.flush_phase import FlushPhase
 from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.ports import Clock, Journal
 from qkilld.engine.snapshot import YANK, Snapshot
-from qkilld.model.block_state import GuestDisk, YankInstance
+from qkilld.model.block_state import YankInstance
 from qkilld.model.constants import USEC_PER_SEC, Phase
 from qkilld.model.job import Risk
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
 """Timeout (µs) for both commands; SIGKILL follows."""
+_NOTHING: Final = frozenset[str]()
 
 
 class YankRung:
@@ -31,20 +32,17 @@ class YankRung:
         clock: Clock,
         journal: Journal,
         link: MonitorLink,
+        flush_phase: FlushPhase,
         *,
         allowed: bool,
-        disks: Callable[[], tuple[GuestDisk, ...]],
-        stuck: Callable[[], tuple[str, ...]],
-        still_due: Callable[[], bool],
     ) -> None:
-        """`allowed` is Yank=. `disks` and `stuck` return the state of the disks before SIGTERM.
-        `still_due` is called right before anything is yanked."""
+        """`allowed` is Yank=. `flush_phase` knows the state of the disks before SIGTERM."""
         self._job, self._clock, self._journal, self._link = job, clock, journal, link
         self._allowed = allowed
-        self._disks, self._stuck, self._still_due = disks, stuck, still_due
+        self._flush_phase = flush_phase
         self.at: int | None = None
         """When something was last yanked."""
-        self._cut_off_names: set[str] = set()
+        self._cut_off_names = _NOTHING
         """The names of yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
         """The connections whose yank has no reply yet. If QEMU exits before its reply is read, they
@@ -107,8 +105,8 @@ class YankRung:
             chosen = yank.choose(
                 instances,
                 evidence,
-                disks=self._disks(),
-                stuck=self._stuck(),
+                disks=self._flush_phase.disks,
+                stuck=self._flush_phase.stuck,
                 cut_off=self._cut_off_names,
                 still_since=self._clock.now() - self._job.policy.stall,
             )
@@ -116,7 +114,7 @@ class YankRung:
             self._give_up()
             self._job.advance()
             return
-        if not self._still_due():
+        if not self._job.is_last_rung_due():
             self._until = None
             self._job.advance()
             return

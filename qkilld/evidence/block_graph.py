@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line
@@ -47,17 +47,24 @@ class ConnectionEnd:
     descriptor: int | None = None
 
 
+class ImageUse(NamedTuple):
+    """How a command line uses an image."""
+
+    names: tuple[str, ...]
+    """The names of the nodes and drives that use it; sorted, printable."""
+    raw: bool
+    """It is used only as raw."""
+    on_ring: bool
+    """Its requests may be on an io_uring."""
+
+
 @dataclass(slots=True)
 class BlockGraph:
     nodes: list[Node] = field(default_factory=list)
     endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
     """The use of each connection: its node, or None if it is not for storage."""
-    raw: set[str] = field(default_factory=set)
-    """The paths of raw images."""
-    images: dict[str, set[str]] = field(default_factory=dict)
-    """The names of the nodes and drives that use each image, by the image's path."""
-    on_rings: set[str] = field(default_factory=set)
-    """The paths of those images that use aio=io_uring."""
+    images: dict[str, ImageUse] = field(default_factory=dict)
+    """The images by their paths."""
     unlocated: list[Node] = field(default_factory=list)
     """Nodes whose server no option names, such as those of rbd."""
     pluggable: bool = False
@@ -91,31 +98,18 @@ class BlockGraph:
         for endpoint in endpoints:
             self.endpoints[endpoint] = node
 
-    def raw_paths(self, directory: str) -> frozenset[str]:
-        """Return the paths of raw images, as given and as the kernel shows them unless there are
-        symbolic links. `directory` is QEMU's working directory."""
-        return frozenset(self.raw | _resolved(self.raw, directory))
-
-    def ringless_paths(self, directory: str) -> frozenset[str]:
-        """Return the paths of images whose requests are never on an io_uring, in the same forms as
-        `raw_paths`."""
-        paths = self.images.keys() - self.on_rings
-        on_rings = self.on_rings | _resolved(self.on_rings, directory)
-        return frozenset((paths | _resolved(paths, directory)) - on_rings)
-
-    def image_names(self, directory: str) -> dict[str, frozenset[str]]:
-        """Return the names of the nodes that use each image, by the paths as in `raw_paths`."""
-        names: dict[str, frozenset[str]] = {}
-        for path, given in self.images.items():
-            for each in {path} | _resolved({path}, directory):
-                names[each] = names.get(each, frozenset()) | given
-        return names
+    def locate_images(self, directory: str) -> None:
+        """Add the paths as the kernel shows them unless there are symbolic links. `directory` is
+        QEMU's working directory."""
+        for path, use in list(self.images.items()):
+            located = os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
+            same = self.images.get(located)
+            self.images[located] = use if same is None else _merged(use, same)
 
 
-def _resolved(names: Set[str], directory: str) -> set[str]:
-    if not directory:
-        return set()
-    return {os.path.normpath(os.path.join(directory, name)) for name in names}  # noqa: PTH118
+def _merged(one: ImageUse, other: ImageUse) -> ImageUse:
+    names = tuple(sorted({*one.names, *other.names}))
+    return ImageUse(names, one.raw and other.raw, one.on_ring or other.on_ring)
 
 
 def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -> BlockGraph:
@@ -150,6 +144,8 @@ def config_paths(argv: Sequence[str]) -> list[str]:
 def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
     disks: list[_DiskOption] = []
     in_use: set[str] = set()
+    names: dict[str, set[str]] = {}
+    on_rings: set[str] = set()
     for number, option in enumerate(options):
         flat = dict(option.flat)
         if option.name not in _DISK_OPTIONS:
@@ -161,10 +157,14 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
         disks.append(disk)
         own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
         for path, values in _unfolded(disk.paths, flat):
-            graph.images.setdefault(path, set()).update(own)
+            names.setdefault(path, set()).update(own)
             if "io_uring" in values:
-                graph.on_rings.add(path)
-    graph.raw.update(path for path, raw in _images(disks, in_use).items() if raw)
+                on_rings.add(path)
+    raw = _images(disks, in_use)
+    graph.images = {
+        path: ImageUse(tuple(sorted(map(printable, given))), raw.get(path, False), path in on_rings)
+        for path, given in names.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ _MAX_SHARED: Final = 256
 
 _Pair = tuple[int | None, int | None]
 _UNKNOWN: Final[_Pair] = (None, None)
+_CACHE_V1: Final = (b"\ntotal_dirty ", b"\ntotal_writeback ")
+_CACHE_V2: Final = (b"\nfile_dirty ", b"\nfile_writeback ")
 
 
 class SharedGroups:
@@ -42,7 +44,7 @@ class SharedGroups:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._cache: dict[Path, tuple[float, _Pair]] = {}
+        self._cache: dict[str, tuple[float, _Pair]] = {}
 
     def read(self, reader: _MemoryStat | _IoStat) -> _Pair:
         """Return what the reader's file contains, or contained at most SHARED_AGE_S ago."""
@@ -179,9 +181,9 @@ class CgroupReader:
         return False if self._freezers_known and None not in states else None
 
 
-def _nearest(group: Group, name: str) -> Path | None:
+def _nearest(group: Group, name: str) -> str | None:
     for directory in group.ways:
-        if (directory / name).exists():
+        if os.access(f"{directory}/{name}", os.F_OK):
             return directory
     return None
 
@@ -189,18 +191,15 @@ def _nearest(group: Group, name: str) -> Path | None:
 class _MemoryStat:
     """The page cache of a group and its descendants."""
 
-    def __init__(self, group: Group, directory: Path) -> None:
+    def __init__(self, group: Group, directory: str) -> None:
         self.group, self.directory = group, directory
-        self.path = directory / "memory.stat"
+        self.path = f"{directory}/memory.stat"
         self._stat = KeptFile(self.path)
-        kinds = (
-            (b"file_dirty", b"file_writeback") if group.v2 else (b"total_dirty", b"total_writeback")
-        )
-        self._labels = [b"\n" + kind + b" " for kind in kinds]
 
     def read(self) -> _Pair:
         text = self._stat.read_or_none() or b""
-        dirty, writeback = (number_after(text, label) for label in self._labels)
+        labels = _CACHE_V2 if self.group.v2 else _CACHE_V1
+        dirty, writeback = (number_after(text, label) for label in labels)
         return dirty, writeback
 
     def close(self) -> None:
@@ -211,16 +210,17 @@ class _IoStat:
     """Bytes written and writes, summed over all disks. A write may be counted several times, once
     for each layer of stacked devices."""
 
-    def __init__(self, group: Group, directory: Path) -> None:
+    def __init__(self, group: Group, directory: str) -> None:
         self.group, self.directory = group, directory
         names = ["io.stat"]
         if not group.v2:
             names = ["blkio.throttle.io_service_bytes", "blkio.throttle.io_serviced"]
             # The "recursive" files, which exist since Linux 5.3, include descendants.
-            if (directory / f"{names[0]}_recursive").exists():
+            if os.access(f"{directory}/{names[0]}_recursive", os.F_OK):
                 names = [f"{name}_recursive" for name in names]
-        self.path = directory / names[0]
-        self._files = [KeptFile(directory / name) for name in names]
+        paths = [f"{directory}/{name}" for name in names]
+        self.path = paths[0]
+        self._files = tuple(map(KeptFile, paths))
 
     def read(self) -> _Pair:
         texts = [file.read_or_none() for file in self._files]
@@ -258,8 +258,8 @@ class _FreezerV2:
     the last thread has left uninterruptible sleep, which would be too late."""
 
     def __init__(self, group: Group) -> None:
-        self._events = KeptFile(group.ways[0] / "cgroup.events")
-        self._freeze = [KeptFile(directory / "cgroup.freeze") for directory in group.ways]
+        self._events = KeptFile(f"{group.ways[0]}/cgroup.events")
+        self._freeze = tuple(KeptFile(f"{directory}/cgroup.freeze") for directory in group.ways)
 
     def frozen(self) -> bool | None:
         frozen = number_after(b"\n" + (self._events.read_or_none() or b""), b"\nfrozen ")
@@ -282,7 +282,7 @@ class _FreezerV1:
     frozen."""
 
     def __init__(self, group: Group) -> None:
-        self._state = KeptFile(group.ways[0] / "freezer.state")
+        self._state = KeptFile(f"{group.ways[0]}/freezer.state")
 
     def frozen(self) -> bool | None:
         state = self._state.read_or_none()

@@ -20,7 +20,6 @@ from qkilld.debug_log import about, note_once
 from qkilld.evidence.block_graph import BlockGraph, config_paths, read_block_graph
 from qkilld.evidence.storage import FilePlace
 from qkilld.model.sample import ImagePlace
-from qkilld.model.text import printable
 
 TIMEOUT_S: Final = 0.05
 
@@ -32,10 +31,6 @@ class GraphReader:
         self._pid, self._proc = pid, proc
         self._thread: threading.Thread | None = None
         self._graph: BlockGraph | None = None
-        self._directory = ""
-        self._raw: frozenset[str] = frozenset()
-        self._names: dict[str, frozenset[str]] = {}
-        self._ringless: frozenset[str] = frozenset()
 
     def read(self) -> BlockGraph | None:
         """Return the graph; None while it is unknown. Waits for at most TIMEOUT_S."""
@@ -59,14 +54,16 @@ class GraphReader:
         """Count the open images, `paths`, that are not known to be raw. None if unknown."""
         if self._graph is None or paths is None:
             return None
-        return sum(path not in self._raw for path in paths)
+        images = self._graph.images
+        return sum(path not in images or not images[path].raw for path in paths)
 
     def images(self, mounts: Mapping[str, str] | None) -> tuple[ImagePlace, ...] | None:
         """Return the open images. `mounts`: ImagePlace.mount by path. None if unknown."""
         if self._graph is None or mounts is None:
             return None
+        images = self._graph.images
         return tuple(
-            ImagePlace(tuple(sorted(map(printable, self._names.get(path, ())))), mount)
+            ImagePlace(images[path].names if path in images else (), mount)
             for path, mount in mounts.items()
         )
 
@@ -75,10 +72,11 @@ class GraphReader:
         of each image open for writing, by its path."""
         if self._graph is None:
             return ()
+        images = self._graph.images
         may_have = {
             number
             for path, place in places.items()
-            if path not in self._ringless
+            if path not in images or images[path].on_ring
             for number in place.disks
         }
         every = {number for place in places.values() for number in place.disks}
@@ -92,7 +90,7 @@ class GraphReader:
                 return  # The process is exiting.
             # The last word ends with a zero byte too, after which an empty word follows.
             argv = argv[:-1]
-            self._directory = str((self._proc / str(self._pid) / "cwd").readlink())
+            directory = str((self._proc / str(self._pid) / "cwd").readlink())
             files = config_paths(argv)
             if len(files) > MAX_CONFIGS:
                 raise ValueError(f"it has more than {MAX_CONFIGS} -readconfig files")
@@ -101,9 +99,7 @@ class GraphReader:
                 raise ValueError("its -readconfig files are too long")
             sections = [section for text in texts for section in parse_config(text)]
             graph = read_block_graph(argv, sections)
-            self._raw = graph.raw_paths(self._directory)
-            self._names = graph.image_names(self._directory)
-            self._ringless = graph.ringless_paths(self._directory)
+            graph.locate_images(directory)
             self._graph = graph
         except (OSError, ValueError) as error:
             note_once("reading the command line", error)  # The graph stays unknown.

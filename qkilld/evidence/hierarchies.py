@@ -32,7 +32,7 @@ class Group(NamedTuple):
     v2: bool
     path: str
     """The path within its hierarchy, as in /proc/PID/cgroup."""
-    ways: tuple[Path, ...]
+    ways: tuple[str, ...]
     """The directories of the group and of its visible ancestors, nearest first. The root group is
     included only if the process itself is in it. () if the hierarchy is not mounted here."""
 
@@ -55,7 +55,7 @@ class Hierarchies:
         self._root = root
         self._clock = clock
         self._reload_at = 0.0
-        self._mounts: list[tuple[frozenset[str], str, Path]] = []
+        self._mounts: list[tuple[frozenset[str], str, str]] = []
 
     def groups(self, membership: bytes) -> dict[str, Group]:
         """Return groups by controller ("memory", "blkio", "name=systemd"); "" for v2.
@@ -77,7 +77,7 @@ class Hierarchies:
             by_controller.update(dict.fromkeys(names, group))
         return by_controller
 
-    def _ways(self, names: frozenset[str], path: str) -> tuple[Path, ...]:
+    def _ways(self, names: frozenset[str], path: str) -> tuple[str, ...]:
         for controllers, mounted, point in self._mounts:
             if controllers.isdisjoint(names):
                 continue
@@ -88,10 +88,10 @@ class Hierarchies:
                 continue
             if not parts:
                 return (point,)
-            return tuple(point.joinpath(*parts[:depth]) for depth in range(len(parts), 0, -1))
+            return tuple("/".join((point, *parts[:depth])) for depth in range(len(parts), 0, -1))
         return ()
 
-    def _load(self) -> list[tuple[frozenset[str], str, Path]]:
+    def _load(self) -> list[tuple[frozenset[str], str, str]]:
         """Return (controllers, mounted group, directory) of each cgroup mount."""
         mounts = []
         try:
@@ -109,7 +109,7 @@ class Hierarchies:
             mounted, point = (
                 os.fsdecode(procfs.unescape(text)) for text in (mount.root, mount.point)
             )
-            mounts.append((frozenset(names), mounted, self._root / point.lstrip("/")))
+            mounts.append((frozenset(names), mounted, str(self._root / point.lstrip("/"))))
         return mounts
 
 
@@ -119,14 +119,14 @@ def hierarchies_of(proc: Path) -> Hierarchies:
     return Hierarchies(proc)
 
 
-def is_alone(group: Group, directory: Path, pid: int, proc: Path) -> bool:
+def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
     """Return whether only this process and its descendants are in `directory`, one of group.ways.
 
     Costs 10 µs a group and 10 µs a process. Returns False for more processes than a guest can have.
     """
     if group.is_root:
         return False
-    if _MACHINE.search(f"/{directory.relative_to(group.ways[-1].parent)}"):
+    if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):
         return True
     members: set[int] = set()
     for count, (path, _, files) in enumerate(os.walk(directory)):
@@ -138,7 +138,7 @@ def is_alone(group: Group, directory: Path, pid: int, proc: Path) -> bool:
             members.update(map(int, read_once(Path(path, "cgroup.procs")).split()))
         except (OSError, ValueError):
             # Ignore a threaded v2 group, which cannot be read: the group above lists its processes.
-            if Path(path) == directory:
+            if path == directory:
                 return False
         if len(members) > _MAX_PROCESSES:
             return False

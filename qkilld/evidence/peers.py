@@ -34,6 +34,8 @@ MAX_PEERS: Final = 64
 HOPS: Final = 2
 """How many servers to follow behind a server that forwards requests to another one."""
 
+_NONE: Final = frozenset[int]()
+
 
 class ServerReader:
     """Samples the servers of one guest. Not thread-safe."""
@@ -42,9 +44,9 @@ class ServerReader:
         """`pid`: the guest's process, which never counts as its own server."""
         self._pid, self._finder, self._proc = pid, finder, proc
         self._readers: dict[int, PeerReader] = {}
-        self._used_pids: set[int] = set()
+        self._used_pids: list[int] = []
         """The processes that the last read() used."""
-        self._missing_ends: frozenset[int] = frozenset()
+        self._missing_ends = _NONE
 
     def expect(self, ends: Iterable[int]) -> None:
         """Announce sockets of servers, so that search() can find them before read() needs them."""
@@ -63,12 +65,12 @@ class ServerReader:
         `ends` maps the inode of each socket of a server to the export that the guest requested,
         None if unknown.
         """
-        self._used_pids = set()
+        self._used_pids = []
         values = self._read(ends, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
         # Close unused readers: a server that forks for each connection has a new process after each
         # reconnect.
-        for pid in self._readers.keys() - self._used_pids:
+        for pid in self._readers.keys() - set(self._used_pids):
             self._readers.pop(pid).close()
         return values
 
@@ -112,7 +114,7 @@ class ServerReader:
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:
             self._readers[pid] = PeerReader(pid, self._proc)
-        self._used_pids.add(pid)
+        self._used_pids.append(pid)
         return self._readers.get(pid)
 
 
@@ -166,7 +168,7 @@ class PeerReader:
         )
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
-        if self._sockets.accepted - ours.keys():
+        if not ours.keys() >= set(self._sockets.accepted):
             return True
         # A hidden socket may belong to another client, so the answer is unknown.
         try:

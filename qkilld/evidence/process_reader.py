@@ -61,8 +61,9 @@ class ProcessReader:
         self._text: int | None = None
         """The hash of /proc/PID/status at the last read. The texts of thousands of processes would
         take megabytes."""
-        self._last_values: dict[str, Any] | None = None
-        """The results of the last read, if it was complete and all threads slept."""
+        self._last_values: tuple[Any, ...] | None = None
+        """The results of the last read, in the order of _WHOLE, if it was complete and all threads
+        slept."""
         try:
             self._directory = open_directory(proc / str(pid))
         except OSError as error:
@@ -112,7 +113,7 @@ class ProcessReader:
         call = self._guard.call
         known = None if has_run or not detail else self._last_values
         if known and call("reading /proc/PID/status", self._is_status, self._text):
-            into.update(known)
+            into.update(zip(_WHOLE, known, strict=True))
             call("reading rings", self._read_rings, into, opened)
             return
         self._last_values = self._text = None
@@ -195,7 +196,7 @@ class ProcessReader:
             and self._threads.all_sleep
         )
         if whole and sleeps:
-            self._last_values = {name: values[name] for name in _WHOLE}
+            self._last_values = tuple(values[name] for name in _WHOLE)
 
     def _read_status(self, into: dict[str, Any]) -> None:
         text = self._status.read_or_none()

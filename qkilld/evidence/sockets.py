@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ _OTHER: Final = _Use("other", "")
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
 """With more sockets than this, reading the kernel's table is cheaper than checking each link."""
+_NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
 """Standard input, output and error are never storage, whatever they are connected to."""
 
@@ -80,12 +81,12 @@ class SocketReader:
         self._own_names: set[bytes] | None = None
         """The names of the unix sockets that the process listens on; None until needed."""
         self._peers: dict[int, int] = {}
-        self._listed: frozenset[int] = frozenset()
+        self._listed = _NONE
         """The inodes of the connections in the last read()."""
-        self.accepted: set[int] = set()
+        self.accepted: list[int] = []
         """The inodes of those connections that the process accepted from a client."""
         self._lost = False
-        self._in_its_namespace: set[int] = set()
+        self._in_its_namespace: Set[int] = _NONE
         """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
         """The result that read() returns until the process has a new socket; None if the kernel
@@ -114,7 +115,7 @@ class SocketReader:
             note_once("looking for sockets", error)
             return
         if graph is not self._graph or self._ends is None:
-            self._ends = None if graph is None else _Ends(graph)
+            self._ends = None if graph is None else _ends_of(graph)
         self._foreign, self._graph = ours != its, graph
         self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
         self._protocols = {inode: protocol for inode, protocol in protocols.items() if protocol}
@@ -150,7 +151,7 @@ class SocketReader:
             return self._read_foreign(protocols, table)
         sockets: list[Socket] = []
         self._peers, self._given_names = {}, None
-        self.accepted = set()
+        self.accepted = []
         table.expect_tcp(
             inode
             for inode, protocol in protocols.items()
@@ -165,7 +166,7 @@ class SocketReader:
         except Unreadable as error:
             note_once("reading sockets", error)
             return None
-        inodes = frozenset(socket.inode for socket in sockets)
+        inodes = frozenset(socket.inode for socket in sockets) if sockets else _NONE
         self._lost = bool(self._listed - inodes) or (self._lost and inodes <= self._listed)
         self._listed = inodes
         result = tuple(sockets)
@@ -306,7 +307,7 @@ class SocketReader:
         if tcp is None or connection is None:
             return None
         if not connection.client:
-            self.accepted.add(inode)
+            self.accepted.append(inode)
         local, remote = sockdiag.ports_of(connection.id)
         use = self._tcp_use(inode, remote if connection.client else local)
         return Socket(
@@ -333,7 +334,7 @@ class SocketReader:
         peer = table.unix(unix.peer)
         self._peers[inode] = unix.peer
         if unix.name:
-            self.accepted.add(inode)
+            self.accepted.append(inode)
         use = self._unix_use(inode, unix.name or (peer.name if peer is not None else b""), table)
         return Socket(
             inode=inode,
@@ -405,7 +406,7 @@ class SocketReader:
         tcp += tcp6
         inodes = frozenset(protocols)
         self._peers, self._given_names = {}, None
-        self.accepted = set()
+        self.accepted = []
         try:
             # Connections from clients in our namespace are in our table: both ends of a unix
             # connection belong to the network namespace of its client.
@@ -446,7 +447,7 @@ class SocketReader:
             if inode not in inodes:
                 ends += [(inode, use)] if path else []
             elif path or use is not _UNKNOWN:
-                self.accepted |= {inode} if path else set()
+                self.accepted += [inode] if path else []
                 yield _queueless(inode, use, client=not path, accepted=path in own_paths)
             else:
                 made += 1
@@ -474,7 +475,7 @@ class SocketReader:
             send, _, receive = row[4].partition(b":")
             self._peers[inode] = ends.get((row[1], row[2]), 0)
             if not client:
-                self.accepted.add(inode)
+                self.accepted.append(inode)
             yield Socket(
                 inode=inode,
                 family="tcp",
@@ -535,6 +536,13 @@ class _Ends:
             return self._paths[kernels]
         names = self._relative if kernels.startswith("/") else self._names
         return names.get(os.path.basename(kernels), _UNKNOWN)  # noqa: PTH119
+
+
+_NO_ENDS: Final = _Ends(BlockGraph())
+
+
+def _ends_of(graph: BlockGraph) -> _Ends:
+    return _Ends(graph) if graph.endpoints else _NO_ENDS
 
 
 def _listens_at(given: str, kernels: bytes) -> bool:

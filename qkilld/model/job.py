@@ -89,3 +89,6 @@ class FlushReport:
     """Why the flush is not complete, printable."""
     proven: bool = False
     """QEMU held back nothing that the guest had written, and nothing was written since."""
+
+
+NOT_FLUSHED: Final = FlushReport()

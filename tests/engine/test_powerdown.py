@@ -546,7 +546,7 @@ def test_a_press_of_somebody_else_is_watched(flags: Flag) -> None:
     job = world.stop(process, flags)
     world.clock.advance(1)
     assert world.monitors.orders == [GuestOrder.WATCH]
-    assert (job.rungs, job.guest_asked) == ([], GuestAsked.ASKED)
+    assert (job.rungs, job.guest_asked) == ((), GuestAsked.ASKED)
     if NOWAIT in flags:
         assert job.result is Result.SIGNALLED
         return
@@ -574,7 +574,7 @@ def test_a_press_of_an_earlier_job_is_not_repeated_at_once(
     job = world.stop(process, POWERDOWN)
     assert job.guest_asked is (GuestAsked.ASKED if later_s < 10 else GuestAsked.NOT_ASKED)
     world.clock.advance(30)
-    assert (world.monitors.orders, process.sent, job.rungs == []) == (orders, [], len(orders) == 1)
+    assert (world.monitors.orders, process.sent, job.rungs == ()) == (orders, [], len(orders) == 1)
     world.clock.advance(35)
     if later_s < 10:
         assert (process.sent, job.guest_asked) == ([SIGTERM], GuestAsked.IGNORED)

@@ -315,7 +315,7 @@ def test_it_follows_a_process_that_is_moved(tree: Tree) -> None:
 def real_group(controller: str) -> Path | None:
     """Return this process's group, if groups can be made in it."""
     group = Hierarchies().groups(Path("/proc/self/cgroup").read_bytes()).get(controller)
-    return group.ways[0] if group is not None and group.ways else None
+    return Path(group.ways[0]) if group is not None and group.ways else None
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_config_files_count_as_well() -> None:
     ],
 )
 def test_images_known_to_be_raw(text: str, raw: set[str]) -> None:
-    assert graph_of(text).raw == raw
+    assert {path for path, use in graph_of(text).images.items() if use.raw} == raw
 
 
 ON_RING = 'json:{"filename":"/a",,"aio":"io_uring"}'
@@ -193,14 +193,20 @@ IN_JSON = 'json:{"driver":"qcow2",,"file":{"driver":"file",,"filename":"/a"}}'
     ],
 )
 def test_images_without_an_io_uring(text: str, ringless: set[str]) -> None:
-    assert graph_of(text).ringless_paths("/vm") & {"/a", "/vm/b"} == ringless
+    graph = graph_of(text)
+    graph.locate_images("/vm")
+    found = {path for path, use in graph.images.items() if not use.on_ring}
+    assert found & {"/a", "/vm/b"} == ringless
 
 
 def test_a_relative_name_is_of_the_working_directory() -> None:
     graph = graph_of("-drive file=disks/a.raw,format=raw")
-    assert "/vm/disks/a.raw" in graph.raw_paths("/vm")
-    assert "/elsewhere/disks/a.raw" not in graph.raw_paths("/vm")
-    assert "/vm/disks/a.raw" not in graph.raw_paths("")
+    assert list(graph.images) == ["disks/a.raw"]
+    graph.locate_images("/vm")
+    assert {path: use.raw for path, use in graph.images.items()} == {
+        "disks/a.raw": True,
+        "/vm/disks/a.raw": True,
+    }
 
 
 def test_names_are_printable_and_unlike_each_other() -> None:
@@ -240,13 +246,14 @@ def test_the_names_of_each_image() -> None:
         ),
         *("-drive", "file=/d/c,id=second,format=raw"),
     ]
-    names = read_block_graph(argv).image_names("/d")
-    assert names == {
-        "a.qcow2": {"local"},
-        "/d/a.qcow2": {"local"},
-        "/d/b": set(),
-        "/d/c": {"low", "second"},
-        "/e": {"top", "f"},
+    graph = read_block_graph(argv)
+    graph.locate_images("/d")
+    assert {path: use.names for path, use in graph.images.items()} == {
+        "a.qcow2": ("local",),
+        "/d/a.qcow2": ("local",),
+        "/d/b": (),
+        "/d/c": ("low", "second"),
+        "/e": ("f", "top"),
     }
 
 
