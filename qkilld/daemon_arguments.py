@@ -9,7 +9,6 @@ from typing import Final
 from qkilld import __version__
 from qkilld.adapters.argument_types import SuggestingParser
 from qkilld.model import timespan
-from qkilld.model.constants import USEC_PER_SEC
 
 _EPILOG: Final = """\
 examples:
@@ -75,6 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _seconds(text: str) -> float:
     """Parse a time span as in systemd.time(7); return seconds."""
     try:
-        return timespan.parse(text) / USEC_PER_SEC
+        return timespan.parse_seconds(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

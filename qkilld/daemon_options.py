@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from qkilld.debug_log import ignore
 from qkilld.model import timespan
-from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 
 
@@ -29,12 +29,39 @@ class DaemonOptions:
 def parse(arguments: Sequence[str]) -> DaemonOptions:
     """Parse the command line; exit if it is wrong or asks for help.
 
-    The command line in qkilld.service is parsed without argparse, which takes a tenth of the start.
+    A simple command line, such as those of our units, is parsed without argparse, which takes a
+    tenth of the start.
     """
-    match arguments:
-        case ["--exit-idle", span]:
-            with ignore("parsing --exit-idle without argparse", ValueError):
-                return DaemonOptions(exit_idle=timespan.parse(span) / USEC_PER_SEC)
+    with ignore("parsing the command line without argparse", *_NOT_SIMPLE):
+        return DaemonOptions(**_parse_simple(arguments))
     from qkilld.daemon_arguments import build_parser
 
     return DaemonOptions(**vars(build_parser().parse_args(arguments)))
+
+
+_NOT_SIMPLE: Final = (LookupError, ValueError, StopIteration)
+_FLAGS: Final = ("--user", "--debug")
+_VALUES: Final[dict[str, Callable[[str], Any]]] = {
+    "--bus": str,
+    "--varlink": Path,
+    "--root": Path,
+    "--trace-dir": Path,
+    "--exit-idle": timespan.parse_seconds,
+}
+
+
+def _parse_simple(words: Sequence[str]) -> dict[str, Any]:
+    """Parse options that are written out, each with its value in the next word. Raises
+    StopIteration, LookupError, ValueError."""
+    found: dict[str, Any] = {}
+    rest = iter(words)
+    for option in rest:
+        value: Any = True
+        if option not in _FLAGS:
+            value = _VALUES[option](text := next(rest))
+            if text.startswith("-"):
+                raise ValueError(text)
+        found[option.removeprefix("--").replace("-", "_")] = value
+    if {"user", "bus"} <= found.keys():
+        raise ValueError("--user and --bus")
+    return found

@@ -1,11 +1,16 @@
-"""The interfaces, parsed from the XML files under dbus/, which are the source of truth."""
+"""The interfaces, parsed from the XML files under dbus/, which are the source of truth.
+
+Expat is enough for that. ElementTree would take half a megabyte of memory, which is locked while
+jobs run.
+"""
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
+import re
 from functools import cache
 from pathlib import Path
 from typing import Final
+from xml.parsers import expat
 
 from qkilld.model.constants import GUEST_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE
 from qkilld.model.dataclass import dataclass
@@ -17,7 +22,6 @@ _DIRECTORIES: Final = (
 )
 
 _STANDARD: Final = """
-<node>
   <interface name="org.freedesktop.DBus.Introspectable">
     <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
   </interface>
@@ -46,9 +50,12 @@ _STANDARD: Final = """
       <arg name="invalidated" type="as"/>
     </signal>
   </interface>
-</node>
 """
 
+
+_COMMENT: Final = re.compile(r"\s*<!--.*?-->", re.DOTALL)
+_Arguments = list[dict[str, str]]
+"""The attributes of the arguments of one member."""
 
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 OBJECT_MANAGER_GIVES: Final = "a{oa{sa{sv}}}"
@@ -82,7 +89,8 @@ class Signature:
 @dataclass(frozen=True, slots=True)
 class Interface:
     name: str
-    element: ET.Element
+    xml: str
+    """Its element, without comments."""
     methods: dict[str, Signature]
     signals: dict[str, str]
     """Name to type string."""
@@ -114,7 +122,7 @@ def load() -> None:
     for name, read in wanted:
         try:
             read()
-        except (OSError, ET.ParseError, LookupError) as error:
+        except (OSError, ValueError, expat.ExpatError, LookupError) as error:
             raise ConfigError(
                 f"the description of {name} cannot be read: {error}; install qkilld anew"
             ) from None
@@ -123,39 +131,61 @@ def load() -> None:
 def introspection(interface: Interface | None, children: list[str]) -> str:
     """Return the XML that Introspect answers for an object with this interface and these child
     nodes."""
-    node = ET.fromstring(_STANDARD)
+    described = [_STANDARD]
     if interface is not None:
-        node.append(interface.element)
+        described.append(interface.xml)
         if interface.name == MANAGER_INTERFACE:
-            node.append(ET.fromstring(_OBJECT_MANAGER_XML))
-    for child in children:
-        ET.SubElement(node, "node", name=child)
-    return ET.tostring(node, encoding="unicode")
+            described.append(_OBJECT_MANAGER_XML)
+    described += [f'<node name="{child}"/>' for child in children]
+    return f"<node>{''.join(described)}</node>"
 
 
 def _load(name: str) -> Interface:
     file = f"{name}.xml"
     path = next((p for d in _DIRECTORIES if (p := d / file).exists()), _DIRECTORIES[0] / file)
-    element = ET.parse(path).getroot().find(f"interface[@name='{name}']")
-    if element is None:
+    text = path.read_text("utf-8")
+    members = _members_of(text)
+    if (name, "interface") not in members:
         raise LookupError(f"{path} does not contain it")
+    of_kind: dict[str, dict[str, _Arguments]] = {"method": {}, "signal": {}, "property": {}}
+    for (member, kind), arguments in members.items():
+        of_kind.setdefault(kind, {})[member] = arguments
     return Interface(
         name,
-        element,
-        methods={m.attrib["name"]: _signature(m) for m in element.iterfind("method")},
+        _COMMENT.sub("", text[text.index("<interface") : text.index("</node>")]),
+        methods={member: _signature(args) for member, args in of_kind["method"].items()},
         signals={
-            s.attrib["name"]: "".join(a.attrib["type"] for a in s.iterfind("arg"))
-            for s in element.iterfind("signal")
+            member: "".join(arg["type"] for arg in args)
+            for member, args in of_kind["signal"].items()
         },
-        properties={p.attrib["name"]: p.attrib["type"] for p in element.iterfind("property")},
+        properties={member: args[0]["type"] for member, args in of_kind["property"].items()},
     )
 
 
-def _signature(method: ET.Element) -> Signature:
-    takes = [a for a in method.iterfind("arg") if a.get("direction") != "out"]
-    gives = [a for a in method.iterfind("arg") if a.get("direction") == "out"]
+def _members_of(text: str) -> dict[tuple[str, str], _Arguments]:
+    """Return the attributes of the arguments of each member, or its own if it is a property, by
+    the member's name and kind."""
+    members: dict[tuple[str, str], _Arguments] = {}
+    last: _Arguments = []
+
+    def begin(kind: str, attributes: dict[str, str]) -> None:
+        nonlocal last
+        if kind == "arg":
+            last.append(attributes)
+        elif kind in ("interface", "method", "signal", "property"):
+            last = [attributes] if kind == "property" else []
+            members[attributes["name"], kind] = last
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = begin
+    parser.Parse(text, True)
+    return members
+
+
+def _signature(arguments: _Arguments) -> Signature:
+    takes = [arg for arg in arguments if arg.get("direction") != "out"]
     return Signature(
-        "".join(a.attrib["type"] for a in takes),
-        "".join(a.attrib["type"] for a in gives),
-        ", ".join(f"{a.attrib['type']} {a.attrib['name']}" for a in takes),
+        "".join(arg["type"] for arg in takes),
+        "".join(arg["type"] for arg in arguments if arg.get("direction") == "out"),
+        ", ".join(f"{arg['type']} {arg['name']}" for arg in takes),
     )

@@ -9,11 +9,24 @@ have ever parsed and change their connections from release to release.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 # Prevent both libraries from importing GLib for an event loop that is not used here. This saves
 # memory, which is locked while jobs run.
 sys.modules.setdefault("gi", None)  # type: ignore[arg-type]
+
+
+def _add_bare_package(name: str) -> None:
+    """Let parts of a package be imported without its __init__.py, which imports all parts: 0.7 MB
+    of memory and 5 ms."""
+    spec = PathFinder.find_spec(name)
+    if name not in sys.modules and spec is not None and spec.submodule_search_locations:
+        package = ModuleType(name)
+        package.__path__ = spec.submodule_search_locations
+        sys.modules[name] = package
+
 
 if TYPE_CHECKING:
     from dbus_next._private.address import get_bus_address, parse_address
@@ -23,6 +36,7 @@ if TYPE_CHECKING:
     from dbus_next.message import Message
     from dbus_next.signature import Variant
 else:
+    _add_bare_package("dbus_next")
     try:
         from dbus_next._private.address import get_bus_address, parse_address
         from dbus_next.auth import AuthExternal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from qkilld.model.constants import INFINITY
+from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.text import printable
 
 _US: Final = {
@@ -83,6 +83,11 @@ def parse(text: str) -> int:
         if total >= INFINITY:
             raise _too_long(text)
     return total
+
+
+def parse_seconds(text: str) -> float:
+    """Like `parse`, but return seconds."""
+    return parse(text) / USEC_PER_SEC
 
 
 def format_usec(usec: int) -> str:

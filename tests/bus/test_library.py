@@ -33,8 +33,9 @@ print(sys.modules[Message.__module__.partition(".")[0]].__name__, file=sys.stder
 def run_with(*hidden: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Runs MESSAGES in a Python that cannot import these modules."""
     for name in hidden:
-        (directory / name).mkdir()
-        (directory / name / "__init__.py").write_text(f"raise AttributeError('no {name} here')\n")
+        for package in (directory / name, directory / name / "_private"):
+            package.mkdir()
+            (package / "__init__.py").write_text(f"raise AttributeError('no {name} here')\n")
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", MESSAGES],
         env={"PYTHONPATH": f"{directory}:{TOP}"},
