@@ -108,8 +108,11 @@ class Units(Protocol):
 class Watch(Protocol):
     """Takes samples of one process."""
 
-    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
-        """Take a sample and call back with it in the loop, possibly late or never."""
+    def take_sample(
+        self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
+        """Take a sample and call back with it in the loop, possibly late or never. An urgent sample
+        precedes others that wait to be taken."""
 
     def close(self) -> None:
         """Stop taking samples; no callback follows."""

@@ -28,8 +28,11 @@ class JobSampler:
         """Whether a sample was requested that has not come and is not late."""
         return self._timeout is not None
 
-    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool) -> None:
+    def take_sample(
+        self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
+    ) -> None:
         """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
+        With `urgent`, it precedes those of other jobs.
 
         A sample that comes after TIMEOUT is still passed to `callback`, after the empty one.
         """
@@ -49,7 +52,7 @@ class JobSampler:
             self._watch = self._sampler.watch(self._process)
         self._timeout = self._clock.call_at(self._clock.now() + TIMEOUT, give_up)
         if self._watch is not None:
-            self._watch.take_sample(answer, detail=detail)
+            self._watch.take_sample(answer, detail=detail, urgent=urgent)
         else:
             give_up()
 

@@ -122,7 +122,8 @@ class SignalPhase:
     def advance(self) -> None:
         job = self._job
         while job.running:
-            decision = decide(self.facts, self._clock.now())
+            now = self._clock.now()
+            decision = decide(self.facts, now)
             self._promised = max(self._promised, decision.promised)
             # The exit is checked here because it may coincide with the deadline.
             if decision.action is not Action.LEAVE and self._process.exited():
@@ -139,7 +140,9 @@ class SignalPhase:
                     # `advance` is called again with the sample, or at its timeout.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
-                    self._sampler.take_sample(self._seen, detail=detail)
+                    # SIGKILL may wait for it, behind the samples of thousands of jobs.
+                    urgent = decision.deadline <= now
+                    self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
                 case Action.YANK:
                     # `advance` is called again when the reply arrives.

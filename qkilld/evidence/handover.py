@@ -22,7 +22,8 @@ class Handover:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._urgent: deque[Callable[[], None]] = deque()
+        self._others: deque[Callable[[], None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
@@ -30,10 +31,11 @@ class Handover:
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
-    def put(self, call: Callable[[], None], *, more: bool) -> None:
-        """Make the loop run `call`; with `more`, together with a later one. Thread-safe."""
-        self._calls.append(call)
-        if not more:
+    def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> None:
+        """Make the loop run `call`; with `more`, together with a later one, unless it is urgent.
+        Thread-safe."""
+        (self._urgent if urgent else self._others).append(call)
+        if urgent or not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.
                 self._loop.call_soon_threadsafe(self._deal)
 
@@ -45,9 +47,11 @@ class Handover:
     def _deal(self) -> None:
         self.close()
         try:
-            for _ in range(min(AT_ONCE, len(self._calls))):
-                self._calls.popleft()()
+            for _ in range(AT_ONCE):
+                if not (calls := self._urgent or self._others):
+                    break
+                calls.popleft()()
         finally:
             # Schedule the other calls even if this one raised, because nothing else does.
-            if self._calls:
+            if self._urgent or self._others:
                 self._loop.call_soon(self._deal)

@@ -266,16 +266,18 @@ class TargetWatch:
         self._pid, self._uid, self._tables = pid, uid, tables
         self._workers, self._handover, self._guard = workers, handover, guard
         self._callback: Callable[[Sample], None] | None = None
-        self._detail = False
+        self._detail = self._urgent = False
         self._busy = False
         self._closed = False
 
-    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
-        self._callback, self._detail = callback, detail
+    def take_sample(
+        self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
+        self._callback, self._detail, self._urgent = callback, detail, urgent
         if not self._busy:
             self._busy = True
             self._keeps = self._budget.admit(self)
-            self._workers.submit(self._work, uid=self._uid, instead=self._give_up)
+            self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
             self._handover.expect()
 
     def close(self) -> None:
@@ -299,13 +301,16 @@ class TargetWatch:
         if sample is None:
             self._give_up()
         else:
-            self._handover.put(partial(self._deliver, sample), more=self._workers.waiting)
+            self._hand_over(sample)
         if (reader := self._reader) is not None:
             self._guard.call("looking for servers", reader.search)
 
     def _give_up(self) -> None:
-        sample = Sample(time.monotonic_ns() // 1000, "?")
-        self._handover.put(partial(self._deliver, sample), more=self._workers.waiting)
+        self._hand_over(Sample(time.monotonic_ns() // 1000, "?"))
+
+    def _hand_over(self, sample: Sample) -> None:
+        more = self._workers.waiting
+        self._handover.put(partial(self._deliver, sample), more=more, urgent=self._urgent)
 
     def _read(self) -> Sample:
         if self._reader is None:

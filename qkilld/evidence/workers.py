@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -27,7 +27,10 @@ class Workers:
 
     def __init__(self, guard: FaultGuard) -> None:
         self._guard = guard
-        self._queue: queue.SimpleQueue[tuple[Call, Call, int] | None] = queue.SimpleQueue()
+        self._urgent: deque[tuple[Call, Call, int]] = deque()
+        self._others: deque[tuple[Call, Call, int]] = deque()
+        self._wakeups: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """True for each waiting call; False ends a worker."""
         self._lock = threading.Lock()
         self._idle = 0
         self._busy_since: dict[int, float] = {}
@@ -35,10 +38,11 @@ class Workers:
         """The number of workers that are busy with each user's processes."""
         self._count = 0
 
-    def submit(self, call: Call, *, uid: int, instead: Call) -> None:
-        """Run `call` soon in a worker; the guard reports exceptions. If `uid` occupies too many
-        workers already, run `instead`."""
-        self._queue.put((call, instead, uid))
+    def submit(self, call: Call, *, uid: int, instead: Call, urgent: bool = False) -> None:
+        """Run `call` soon in a worker, an urgent one first; the guard reports exceptions. If `uid`
+        occupies too many workers already, run `instead`."""
+        (self._urgent if urgent else self._others).append((call, instead, uid))
+        self._wakeups.put(True)
         with self._lock:
             now = time.monotonic()
             stuck = all(now - since > STUCK_S for since in self._busy_since.values())
@@ -54,13 +58,13 @@ class Workers:
     @property
     def waiting(self) -> bool:
         """Return whether calls wait for a worker."""
-        return not self._queue.empty()
+        return bool(self._urgent or self._others)
 
     def close(self) -> None:
         """Let workers end when they are idle; blocked ones are abandoned."""
         with self._lock:
             for _ in range(self._count):
-                self._queue.put(None)
+                self._wakeups.put(False)
 
     def _work(self, number: int) -> None:
         uid: int | None = None
@@ -72,10 +76,10 @@ class Workers:
                     self._users[uid] -= 1
                     if not self._users[uid]:
                         del self._users[uid]
-            if (item := self._queue.get()) is None:
+            if not self._wakeups.get():
                 return
-            call, instead, uid = item
             with self._lock:
+                call, instead, uid = (self._urgent or self._others).popleft()
                 self._idle -= 1
                 self._busy_since[number] = time.monotonic()
                 if uid and self._users[uid] >= MAX_PER_USER:

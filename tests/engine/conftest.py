@@ -214,7 +214,9 @@ class FakeSampler:
     def watch(self, process: Process) -> FakeSampler:
         return self
 
-    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def take_sample(
+        self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
         self.looks += 1
         sample = self.shows(self._clock.now())
         if sample is None:

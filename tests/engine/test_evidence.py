@@ -248,11 +248,34 @@ def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
     assert 9_000 <= world.sampler.looks - looks <= 11_000
 
 
+def test_the_sample_that_sigkill_waits_for_is_urgent(world: World) -> None:
+    """Thousands of other samples may wait to be taken."""
+    requests: list[tuple[float, bool]] = []
+    take = world.sampler.take_sample
+
+    def look(
+        callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
+        requests.append((world.clock.now() / S, urgent))
+        take(callback, detail=detail, urgent=urgent)
+
+    world.sampler.take_sample = look  # type: ignore[method-assign]
+    job = world.stop(FakeProcess(), FORCE)
+    began = job.started / S
+    world.clock.advance(12)
+    assert job.rungs[-1].action == "SIGKILL"
+    urgent = [at - began for at, urgent in requests if urgent and at <= job.rungs[-1].at / S]
+    assert urgent == [pytest.approx(10, abs=0.01)]
+    assert sum(1 for _, urgent in requests if not urgent) >= 9
+
+
 @pytest.mark.parametrize("lag", [0.05, 0.21, 0.5, 0.99, 1.1])
 def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
     """The processor is busy, or reading the control group is slow."""
 
-    def look(callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def look(
+        callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
         sample = replace(IDLE, at=world.clock.now())
         world.clock.call_at(world.clock.now() + int(lag * S), lambda: callback(sample))
 

@@ -62,7 +62,9 @@ class SlowWatch:
     def __init__(self, sampler: SlowSampler, pid: int) -> None:
         self._sampler, self._pid = sampler, pid
 
-    def take_sample(self, callback: Callable[[Sample], None], *, detail: bool = False) -> None:
+    def take_sample(
+        self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
+    ) -> None:
         self._sampler.request(self._pid, callback)
 
     def close(self) -> None: ...

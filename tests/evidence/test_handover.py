@@ -34,6 +34,21 @@ def test_in_order_and_in_portions_that_let_the_loop_look_around() -> None:
     assert {AT_ONCE, 2 * AT_ONCE} <= set(between)
 
 
+def test_an_urgent_one_precedes_those_that_wait() -> None:
+    got: list[str] = []
+
+    async def main() -> None:
+        handover, done = Handover(), asyncio.Event()
+        handover.put(partial(got.append, "first"), more=True)
+        handover.put(partial(got.append, "urgent"), more=True, urgent=True)
+        handover.put(done.set, more=True)
+        await done.wait()
+        handover.close()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+    assert got == ["urgent", "first"]
+
+
 def test_queued_calls_run_even_if_further_calls_block() -> None:
     async def main() -> None:
         handover, called = Handover(), asyncio.Event()

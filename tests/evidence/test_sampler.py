@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 
 from qkilld.decision.verdict import assess
 from qkilld.decision.waits import blind_to
@@ -124,6 +126,29 @@ def test_one_thread_does_it_all_until_a_call_blocks() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("sampler-"):
             thread.join(10)
+
+
+def test_an_urgent_call_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qkilld.evidence.workers.STUCK_S", 60)
+    workers = Workers(FaultGuard())
+    entered, release, done = threading.Event(), threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def block() -> None:
+        entered.set()
+        release.wait()
+
+    workers.submit(block, uid=0, instead=fail)
+    assert entered.wait(10)
+    for name in ("first", "second"):
+        workers.submit(partial(order.append, name), uid=0, instead=fail)
+    workers.submit(partial(order.append, "urgent"), uid=0, instead=fail, urgent=True)
+    assert workers.waiting
+    workers.submit(done.set, uid=0, instead=fail)
+    release.set()
+    assert done.wait(10)
+    assert order == ["urgent", "first", "second"]
+    workers.close()
 
 
 def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
