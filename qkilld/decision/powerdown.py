@@ -158,7 +158,8 @@ class _Rates:
 
     @property
     def demand(self) -> float:
-        """The load, however fast the host is."""
+        """The guest's load in processors and requests in flight, which does not depend on how fast
+        the host is."""
         return (self.vcpus or 0.0) + self.in_flight
 
 
@@ -174,7 +175,7 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: _Rates = _Rates()
-    """Measured before the guest was first asked; CALM after its load has ended since."""
+    """The work before the guest was first asked; _CALM_RATES once that load has ended."""
     boots: bool = False
     """Whether the guest did not listen to the button at first, so that it was booting."""
     helped_at: int | None = None
@@ -517,7 +518,7 @@ def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) 
     if now.requests is not None and baseline.requests is not None:
         requests = baseline.requests
         if baseline.demand >= HALF_BUSY:
-            # Of a slow load, the baseline may have missed a request by chance.
+            # Add LEAST_REQUESTS, because the baseline may by chance lack a request of a slow load.
             requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
         duration = (after.at - before.at) / USEC_PER_SEC
         limit = GROWTH * requests + LEAST_REQUESTS
@@ -545,7 +546,8 @@ def _load_ended(attempt: Attempt) -> bool:
     """Return whether the guest was busy before it was asked, and has demanded less than half as
     much for LASTING. The end of a boot does not count.
 
-    Nor does it if only the disks of the host have become faster: then it still makes its requests.
+    A guest that still makes its requests has not ended its load: the host's disks may have become
+    faster.
     """
     baseline = attempt.baseline
     if attempt.boots or baseline.vcpus is None or baseline.demand < HALF_BUSY:
@@ -588,7 +590,7 @@ def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | No
 
 
 def _relief(now: _Rates, baseline: _Rates) -> float:
-    """Return how much more the processors run than in the baseline: a factor of at least 1."""
+    """Return how many times as much as in the baseline the processors run, at least 1."""
     return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
 
 

@@ -361,7 +361,8 @@ def _follow(
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Its exit has interrupted its calls: they did not return because storage answered.
+        # Calls that are over do not count as moves here: the exit interrupted them, storage did not
+        # answer.
         moves.append("it has begun to exit")
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -537,8 +538,9 @@ def _verdict(
 
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
-    """Return whether an exiting process waits in a call for storage that has not moved lately: the
-    kernel closes its files. That its exit began is no movement of storage, as after SIGKILL."""
+    """Return whether an exiting process, for example after SIGKILL, waits for storage that has not
+    moved lately, because the kernel closes its files. The beginning of the exit is no movement of
+    storage."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)

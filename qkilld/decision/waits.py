@@ -196,9 +196,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
 
 
 def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
-    """Return the signs of calls of which it is unknown which file they wait for. If there are
-    several disks, it may be another one than the one that completes requests, which may also be
-    those of a neighbour."""
+    """Return the signs of calls that wait for an unknown file. If there are several disks, a disk
+    that completes requests may not be the one that the calls wait for, and the requests may be a
+    neighbour's."""
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
     is_only = len(places) + len(sample.mounts or ()) <= 1
