@@ -215,7 +215,7 @@ class _IoStat:
         names = ["io.stat"]
         if not group.v2:
             names = ["blkio.throttle.io_service_bytes", "blkio.throttle.io_serviced"]
-            # The "recursive" files, which exist since Linux 5.3, include descendants.
+            # Prefer the "recursive" files (since Linux 5.3), because they include descendants.
             if os.access(f"{directory}/{names[0]}_recursive", os.F_OK):
                 names = [f"{name}_recursive" for name in names]
         paths = [f"{directory}/{name}" for name in names]

@@ -244,8 +244,9 @@ class SocketReader:
         return tuple(replace(node, served=served.get(node.name)) for node in nodes)
 
     def _root(self) -> str:
-        """Return the directory that -chroot has made its root, if no mount leads out of it; "" if
-        it has none: a path of its command line is below this directory when QEMU connects again."""
+        """Return the directory that -chroot has made QEMU's root, if no mount leads out of it; ""
+        if there is none. When QEMU connects again, it looks for the paths of its command line below
+        this directory."""
         directory = f"{self._proc}/{self._pid}"
         try:
             root = os.readlink(f"{directory}/root")  # noqa: PTH115 - half the cost
