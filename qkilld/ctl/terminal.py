@@ -100,7 +100,7 @@ class FullScreen:
 
         if self._fd is not None:
             self._saved_mode = termios.tcgetattr(self._fd)
-            # In this mode, Ctrl-C and Ctrl-Z still send signals.
+            # Not raw mode, in which Ctrl-C and Ctrl-Z would send no signals.
             tty.setcbreak(self._fd, termios.TCSADRAIN)
             asyncio.get_running_loop().add_reader(self._fd, self._read)
         self._live = Live(
