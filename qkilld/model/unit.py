@@ -37,9 +37,9 @@ class UnitFacts:
     """active, inactive, activating, deactivating, failed, …"""
     sub_state: str = ""
     job: int = 0
-    """The id of systemd's job for it, 0 for none."""
+    """The id of systemd's job for the unit, 0 for none."""
     fragment: str = ""
-    """FragmentPath: the file that defines it, "" for none."""
+    """FragmentPath: the file that defines the unit, "" for none."""
     drop_ins: tuple[str, ...] = ()
     transient: bool = False
     after: tuple[str, ...] = ()
