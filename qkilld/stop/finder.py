@@ -27,7 +27,7 @@ class OutsideGuest:
     pid: int
     name: str
     words: tuple[str, ...]
-    """Its command line."""
+    """The command line of the process."""
     unit: str
     """"" for none."""
 
