@@ -181,7 +181,8 @@ def runtime_keepers(
     for each in ancestors:
         own = _programs_of_runtime(each)
         programs |= own
-        # A service whose guest is in a container of podman runs the container's supervisor.
+        # With podman, the container's supervisor runs in the service that starts and stops the
+        # container.
         if own and each.service:
             keepers[each.service] = PROGRAMS.get(each.program, "")
     if programs:

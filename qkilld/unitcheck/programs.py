@@ -162,7 +162,7 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _instances(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """Classify incus, lxc, multipass, limactl, crc and minikube."""
+    """Classify a command of incus, lxc, multipass, limactl, crc or minikube."""
     if _verb(words, ("--project",)) not in ("stop", "restart", "pause", "suspend"):
         return _NOTHING if words else _UNKNOWN
     return _KILLS if {"-f", "--force"} & set(words) else _ASKS_AND_WAITS
