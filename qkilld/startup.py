@@ -21,7 +21,7 @@ from qkilld.model.errors import BusError, ConfigError
 
 
 def run(options: DaemonOptions) -> int:
-    """Return the exit code."""
+    """Run the daemon; return the exit code."""
     try:
         configuration = config.load(options.root)
     except ConfigError as error:
