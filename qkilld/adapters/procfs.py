@@ -10,7 +10,9 @@ whose server is gone does not block. For another user's process this needs the p
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import itertools
 import os
 import re
 import signal
@@ -390,6 +392,26 @@ def parse_mount(line: bytes, pid: str) -> Filesystem | None:
         )
     except ValueError:
         return None
+
+
+def read_links(fd_directory: int, most: int) -> list[tuple[str, str]] | None:
+    """Return the number and the link of each descriptor, given a descriptor of /proc/PID/fd; None
+    if there are more than `most`. A link that is too long is "". Raises OSError."""
+    with os.scandir(fd_directory) as entries:
+        names = [entry.name for entry in itertools.islice(entries, most + 1)]
+    if len(names) > most:
+        return None
+    links = []
+    for name in names:
+        try:
+            links.append((name, os.readlink(name, dir_fd=fd_directory)))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # Closed meanwhile.
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            links.append((name, ""))
+    return links
 
 
 def _readlink(path: str) -> str | None:

@@ -16,14 +16,12 @@ Needs the ptrace right (PTRACE_MODE_READ_FSCREDS) for another user's process: CA
 
 from __future__ import annotations
 
-import errno
-import itertools
 import os
 import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from qkilld.adapters.procfs import Filesystem, Mounts
+from qkilld.adapters.procfs import Filesystem, Mounts, read_links
 from qkilld.debug_log import note_once
 from qkilld.model.dataclass import dataclass
 
@@ -81,37 +79,22 @@ def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
         note_once("listing descriptors", error)
         return None
     try:
-        with os.scandir(directory) as entries:
-            names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
-        if len(names) > MAX_DESCRIPTORS:
-            note_once("listing descriptors", f"there are more than {MAX_DESCRIPTORS}")
-            return Descriptors(len(names), (), ())
-        return _sort(directory, names)
+        links = read_links(directory, MAX_DESCRIPTORS)
     except OSError as error:
         note_once("listing descriptors", error)
         return None
     finally:
         os.close(directory)
-
-
-def _sort(directory: int, names: list[str]) -> Descriptors:
-    """Raises OSError."""
-    files: list[tuple[str, str]] = []
-    sockets: list[tuple[str, int]] = []
-    for name in names:
-        try:
-            link = os.readlink(name, dir_fd=directory)
-        except FileNotFoundError:
-            continue  # Closed meanwhile.
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            link = ""
-        if link[:1] in ("/", ""):
-            files.append((name, link))
-        elif link.startswith("socket:[") and link[8:-1].isdecimal():
-            sockets.append((name, int(link[8:-1])))
-    return Descriptors(len(names), tuple(files), tuple(sockets))
+    if links is None:
+        note_once("listing descriptors", f"there are more than {MAX_DESCRIPTORS}")
+        return Descriptors(MAX_DESCRIPTORS + 1, (), ())
+    files = tuple(each for each in links if each[1][:1] in ("/", ""))
+    sockets = tuple(
+        (number, int(link[8:-1]))
+        for number, link in links
+        if link.startswith("socket:[") and link[8:-1].isdecimal()
+    )
+    return Descriptors(len(links), files, sockets)
 
 
 def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[int, Image] | None:

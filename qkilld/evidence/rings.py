@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from qkilld.adapters.procfs import read_links
 from qkilld.debug_log import note_once
 from qkilld.evidence.kept_file import EXITED, number_after, open_directory, read_once
 
@@ -140,16 +141,7 @@ class RingReader:
         """Return (number, link) of each descriptor; None if there are too many. Raises OSError."""
         directory = open_directory("fd", self._directory)
         try:
-            numbers = os.listdir(directory)  # noqa: PTH208 - of a descriptor
-            if len(numbers) > MAX_DESCRIPTORS:
-                return None
-            links = []
-            for number in numbers:
-                try:
-                    links.append((number, os.readlink(number, dir_fd=directory)))
-                except EXITED:  # Closed meanwhile.
-                    continue
-            return links
+            return read_links(directory, MAX_DESCRIPTORS)
         finally:
             os.close(directory)
 

@@ -325,11 +325,15 @@ def _starts(pid: int, path: str, proc: Path) -> Iterator[tuple[Path, Path | None
 def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
     """Yield the rows of stream sockets among `inodes`. Raises OSError."""
     size = 0
+    wanted = {b"%d" % inode for inode in inodes}
     with path.open("rb") as file:
         for line in file:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            # Most rows are of other processes, and parsing one takes longer than this.
+            if wanted.isdisjoint(line.split(maxsplit=7)[6:7]):
+                continue
             row = parse_unix_row(line.removesuffix(b"\n"))
             if row is not None and row.stream and row.inode in inodes:
                 yield row

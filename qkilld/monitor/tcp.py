@@ -62,17 +62,17 @@ class TableEntry(NamedTuple):
 
 def socket_descriptors(pid: int, proc: Path = procfs.PROC) -> dict[int, set[int]]:
     """Return the descriptors of the process's sockets by inode. Raises OSError."""
+    directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        links = procfs.read_links(directory, MAX_DESCRIPTORS)
+    finally:
+        os.close(directory)
+    if links is None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     descriptors: dict[int, set[int]] = {}
-    with os.scandir(proc / str(pid) / "fd") as entries:
-        for number, entry in enumerate(entries):
-            if number >= MAX_DESCRIPTORS:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            try:
-                match = _SOCKET.fullmatch(str(Path(entry.path).readlink()))
-            except FileNotFoundError:
-                continue
-            if match:
-                descriptors.setdefault(int(match[1]), set()).add(int(entry.name))
+    for number, link in links:
+        if match := _SOCKET.fullmatch(link):
+            descriptors.setdefault(int(match[1]), set()).add(int(number))
     return descriptors
 
 
