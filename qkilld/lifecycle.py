@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from enum import Enum, auto
@@ -27,7 +26,7 @@ from qkilld.adapters import (
 )
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost
-from qkilld.adapters.interpreter import favour_the_loop
+from qkilld.adapters.interpreter import collect_garbage, favour_the_loop
 from qkilld.adapters.job_store import JobStore
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.memlock import MemoryLock
@@ -69,9 +68,6 @@ BUS_AFTER_S: Final = 0.1
 answer to that call, which it would delay. The answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
-IMPORT_STACK_BYTES: Final = 1 << 20
-"""Stack of the thread that imports the D-Bus library. It is small, because the C library keeps it
-for later threads, and all of it is locked in memory."""
 UNLOCK_AFTER_S: Final = 10.0
 """Memory stays locked for this time after the last job, because another may follow."""
 
@@ -339,10 +335,7 @@ class Life:
         """Raises BusError."""
         # Import in a thread, so that Varlink is served meanwhile: the D-Bus library takes as long
         # as all other imports together.
-        before = threading.stack_size(IMPORT_STACK_BYTES)
-        importing = run_in_thread(_import_bus_service)
-        threading.stack_size(before)
-        serve = await importing
+        serve = await run_in_thread(_import_bus_service)
         return await serve(self._bus, self._service, self._observers, self._turns, self._fault)
 
     async def _until_end(self, bus: BusService | None) -> EndReason:
@@ -447,7 +440,11 @@ class Life:
             self._memory.set(True)
         else:
             loop = asyncio.get_running_loop()
-            self._unlock = loop.call_later(UNLOCK_AFTER_S, self._memory.set, False)
+            self._unlock = loop.call_later(UNLOCK_AFTER_S, self._rest)
+
+    def _rest(self) -> None:
+        collect_garbage()
+        self._memory.set(False)
 
     def _tell_ready(self) -> None:
         if not self._ready:

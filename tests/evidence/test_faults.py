@@ -56,7 +56,7 @@ def fail(*arguments: object) -> Any:
         (SocketReader, "read", {"sockets"}),
         (SocketReader, "refresh", {"sockets"}),
         (CgroupReader, "read", {"cgroup"}),
-        (GraphReader, "read", {"nodes", "formatted", "pluggable"}),
+        (GraphReader, "read", {"nodes", "formatted", "pluggable", "shared_memory"}),
         (HostTables, "recent", {"host"}),
     ],
 )
