@@ -148,6 +148,9 @@ def _many_jobs(jobs: int, checkouts: dict[str, Path], notes: list[str]) -> Figur
     with contextlib.ExitStack() as stack:
         stack.enter_context(many_descriptors())
         bytecode = stack.enter_context(scratch("y"))
+        for tree in checkouts.values():
+            with _daemon(tree, bytecode):
+                pass  # Writes the bytecode, which an installed qkilld has.
         daemons = {
             name: stack.enter_context(_daemon(tree, bytecode)) for name, tree in checkouts.items()
         }
