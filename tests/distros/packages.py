@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.distros.trees import Release, tree
 from tests.lab import container
@@ -53,6 +54,9 @@ def run(release: Release, deb: Path) -> Iterator[str]:
         yield "started nothing but a socket"
         _autopkgtest(system)
         yield "stopped a unit by systemctl and a guest by busctl, under autopkgtest"
+        if int(version) >= 255:
+            _varlinkctl(system)
+            yield "described itself to varlinkctl, which stopped a guest and showed each state"
         _upgrade(system, newer)
         yield "went on with a job during an upgrade"
         _remove(system)
@@ -75,6 +79,37 @@ def _autopkgtest(system: Container) -> None:
     assert done.returncode == 0, f"autopkgtest: {done.returncode}\n{said}"
     for name in ("programs", "stop"):
         assert re.search(rf"^{name} +PASS", said, re.MULTILINE), said
+
+
+def _varlinkctl(system: Container) -> None:
+    """systemd's own client, which systemd has from version 255."""
+    address = "/run/qkilld/org.qkilld1"
+    assert "Interfaces: org.qkilld1" in system.run("varlinkctl", "info", address).stdout
+    # It parses the description, and prints it in its own layout.
+    described = system.run("varlinkctl", "introspect", address, "org.qkilld1").stdout
+    for member in ("method Terminate(", "type Receipt (", "error NoSuchProcess"):
+        assert member in described, described
+
+    _unit(system, "varlink.service", GUEST)
+    system.run("systemctl", "start", "varlink.service")
+    _wait_for_qemu(system, "varlink.service")
+    pid = int(system.property("varlink.service", "MainPID"))
+
+    def call(method: str, parameters: dict[str, Any], *options: str) -> list[dict[str, Any]]:
+        arguments = (address, f"org.qkilld1.{method}", json.dumps(parameters))
+        text = system.run("varlinkctl", "--json=short", *options, "call", *arguments).stdout
+        # With --more, there is a record separator (RFC 7464) before each reply.
+        return [json.loads(line) for line in text.replace("\x1e", "").splitlines()]
+
+    (inspection,) = call("Inspect", {"pid": pid})
+    assert inspection["guest"]["name"] == "varlink", inspection
+    replies = call("Terminate", {"pid": pid}, "--more")
+    assert replies[0]["state"]["pid"] == pid and len(replies) >= 2, replies
+    assert replies[-1]["state"]["result"] == "exited", replies
+    assert replies[-1]["receipt"]["dataAtRisk"] is False, replies
+    command = ("varlinkctl", "call", address, "org.qkilld1.Terminate", json.dumps({"pid": pid}))
+    refused = system.run(*command, check=False)
+    assert refused.returncode and "org.qkilld1.NoSuchProcess" in refused.stderr, refused
 
 
 def _newer(deb: Path) -> Path:
