@@ -19,7 +19,7 @@ from tests.lab.process import TOP
 NEEDED: Final = (
     *("default-dbus-system-bus", "python3", "python3-dbus-next", "python3-dbus-fast"),
     *("python3-psutil", "python3-rich", "python3-systemd", "polkitd"),
-    *("qemu-system-x86", "qemu-utils", "dbus-broker", "autopkgtest"),
+    *("qemu-system-x86", "qemu-utils", "dbus-broker", "autopkgtest", "dpkg-dev"),
 )
 """The packages that apt has to find without a network."""
 
@@ -47,7 +47,12 @@ def run(release: Release, deb: Path) -> Iterator[str]:
         system = stack.enter_context(container.boot(root, unified=release.unified))
         # Services are started here as on any system.
         system.run("rm", "-f", "/usr/sbin/policy-rc.d")
-        _apt(system, "install", _inside(deb), "qemu-system-x86", "qemu-utils", "autopkgtest")
+        _apt(
+            system,
+            "install",
+            _inside(deb),
+            *("qemu-system-x86", "qemu-utils", "autopkgtest", "dpkg-dev"),
+        )
         version = system.run("systemctl", "--version").stdout.split()[1]
         yield f"installed on systemd {version}"
         _nothing_enabled(system)
@@ -87,7 +92,7 @@ def _varlinkctl(system: Container) -> None:
     assert "Interfaces: org.qkilld1" in system.run("varlinkctl", "info", address).stdout
     # It parses the description, and prints it in its own layout.
     described = system.run("varlinkctl", "introspect", address, "org.qkilld1").stdout
-    for member in ("method Terminate(", "type Receipt (", "error NoSuchProcess"):
+    for member in ("method Terminate(", "type Receipt(", "error NoSuchProcess"):
         assert member in described, described
 
     _unit(system, "varlink.service", GUEST)
@@ -106,7 +111,7 @@ def _varlinkctl(system: Container) -> None:
     replies = call("Terminate", {"pid": pid}, "--more")
     assert replies[0]["state"]["pid"] == pid and len(replies) >= 2, replies
     assert replies[-1]["state"]["result"] == "exited", replies
-    assert replies[-1]["receipt"]["dataAtRisk"] is False, replies
+    assert not replies[-1]["receipt"].get("dataAtRisk"), replies
     command = ("varlinkctl", "call", address, "org.qkilld1.Terminate", json.dumps({"pid": pid}))
     refused = system.run(*command, check=False)
     assert refused.returncode and "org.qkilld1.NoSuchProcess" in refused.stderr, refused
