@@ -38,8 +38,6 @@ class Block(NamedTuple):
     stats: tuple[str, ...]
     """The files with the device's counters. A multipath NVMe disk has one for each path to it,
     because older kernels do not count for the disk itself."""
-    counts: bool = False
-    """Whether the kernel counts requests (queue/iostats), as far as known."""
 
 
 class Counters(NamedTuple):
@@ -60,10 +58,8 @@ def describe(number: str, sys: Path = SYS) -> Block | None:
         link = os.readlink(path)  # noqa: PTH115 - half the cost
         slaves = _list(f"{path}/slaves")
         below = [_number_of(f"{path}/slaves/{slave}/dev") for slave in slaves]
-        queue = f"{path}/queue"
         if read_bounded(f"{path}/partition", _MAX_ATTRIBUTE) is not None:
             below.append(_number_of(f"{path}/../dev"))
-            queue = f"{path}/../queue"
         name = link.rpartition("/")[2]
         stats = [f"{path}/stat"]
         if "/nvme-subsystem/" in link and (nvme := _NVME.fullmatch(name)):
@@ -82,8 +78,19 @@ def describe(number: str, sys: Path = SYS) -> Block | None:
         backing=backing.removesuffix(b"\n").removesuffix(b" (deleted)") if backing else None,
         backing_sizes=sizes,
         stats=tuple(stats),
-        counts=(read_bounded(f"{queue}/iostats", _MAX_ATTRIBUTE) or b"").strip() == b"1",
     )
+
+
+def counts_requests(block: Block) -> bool:
+    """Return whether the kernel is known to count the requests of a device. Costs 10 µs."""
+    directories = [path.removesuffix("stat") for path in block.stats]
+    texts = [
+        # A partition has the queue of its disk.
+        read_bounded(f"{directory}queue/iostats", _MAX_ATTRIBUTE)
+        or read_bounded(f"{directory}../queue/iostats", _MAX_ATTRIBUTE)
+        for directory in directories
+    ]
+    return all((text or b"").strip() == b"1" for text in texts)
 
 
 def _backing_sizes(path: str) -> range:

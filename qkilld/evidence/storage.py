@@ -52,6 +52,8 @@ class _Disk:
     writable: bool
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on this one, as in model.sample.Device."""
+    counts: bool = False
+    """Whether the kernel is known to count its requests."""
 
 
 class FilePlace(NamedTuple):
@@ -185,7 +187,7 @@ class StorageReader:
                     writable=disk.writable,
                     above=disk.above,
                     # Some drivers never count anything.
-                    counts=disk.block.counts and counters.reads + counters.writes > 0,
+                    counts=disk.counts and counters.reads + counters.writes > 0,
                 )
                 for disk in self._disks.values()
                 if (counters := table.counters(disk.block)) is not None
@@ -196,7 +198,8 @@ class StorageReader:
         return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
 
     def _keep(self, disks: dict[str, _Disk]) -> None:
-        """Add these devices, and keep those no longer in use unless they were unplugged.
+        """Add these devices, and keep those no longer in use unless they were unplugged. Whether
+        the kernel counts their requests is read once.
 
         A device that was writable stays writable: an exiting QEMU opens its images again for
         reading, and then flushes.
@@ -204,9 +207,14 @@ class StorageReader:
         for number, disk in list(self._disks.items()):
             if number in disks:
                 writable = disk.writable or disks[number].writable
-                disks[number] = dataclasses.replace(disks[number], writable=writable)
+                disks[number] = dataclasses.replace(
+                    disks[number], writable=writable, counts=disk.counts
+                )
             elif devices.describe(number, self._sys) is None:
                 del self._disks[number]
+        for number in disks.keys() - self._disks.keys():
+            counts = devices.counts_requests(disks[number].block)
+            disks[number] = dataclasses.replace(disks[number], counts=counts)
         self._disks |= disks
 
     def close(self) -> None:

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.evidence.devices import Counters, describe, of_btrfs, read_counters
+from qkilld.evidence.devices import (
+    Counters,
+    counts_requests,
+    describe,
+    of_btrfs,
+    read_counters,
+)
 from tests.evidence.trees import disk, lay
 from tests.lab import needs
 from tests.lab.storage import slow_disk
@@ -178,3 +184,14 @@ def test_the_devices_of_a_btrfs(tmp_path: Path) -> None:
     (sys / "fs/btrfs/bbbb").rename(sys / "gone")
     assert of_btrfs(b"/dev/root", sys) == ("8:1", "8:17")
     assert of_btrfs(b"/dev/sda1", tmp_path / "none") is None
+
+
+def test_whether_requests_are_counted(tmp_path: Path) -> None:
+    """An administrator can switch that off; a partition has the queue of its disk."""
+    files = disk("sda", "8:0", queue__iostats="1\n")
+    files |= disk("sda/sda1", "8:1", partition=True)
+    files |= disk("sdb", "8:16", queue__iostats="0\n")
+    files |= disk("sdc", "8:32")
+    sys = lay(tmp_path, files)
+    blocks = [describe(number, sys) for number in ("8:0", "8:1", "8:16", "8:32")]
+    assert [block and counts_requests(block) for block in blocks] == [True, True, False, False]
