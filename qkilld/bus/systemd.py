@@ -203,6 +203,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         control_group=str(own.get("ControlGroup", "")),
         kill_mode=str(own.get("KillMode", "control-group")),
         kill_signal=int(own.get("KillSignal", 15)),
+        restart_kill_signal=_restart_signal(own),
         sends_sigkill=bool(own.get("SendSIGKILL", True)),
         final_kill_signal=int(own.get("FinalKillSignal", 9)),
         timeout_stop=int(own.get("TimeoutStopUSec", INFINITY)),
@@ -223,10 +224,24 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
             *(path.removeprefix("-") for path in own.get("InaccessiblePaths", ())),
             *(path for path, _ in own.get("TemporaryFileSystem", ())),
         ),
+        noexec_paths=tuple(path.lstrip("-+") for path in own.get("NoExecPaths", ())),
+        exec_paths=tuple(path.lstrip("-+") for path in own.get("ExecPaths", ())),
+        private_pids=own.get("PrivatePIDs", "no") not in ("no", False),
         exec_start=_commands(own.get("ExecStartEx", ())),
         exec_stop=_commands(own.get("ExecStopEx", ())),
+        other_commands=tuple(
+            (f"{setting}=", command)
+            for setting in ("ExecStartPre", "ExecStartPost", "ExecStopPost")
+            for command in _commands(own.get(f"{setting}Ex", ()))
+        ),
         runtime_max=int(own.get("RuntimeMaxUSec", INFINITY)),
     )
+
+
+def _restart_signal(own: dict[str, Any]) -> int:
+    """Return RestartKillSignal=, 0 if it is that of KillSignal=, as by default."""
+    number = int(own.get("RestartKillSignal", 0))
+    return 0 if number == int(own.get("KillSignal", 15)) else number
 
 
 def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.process_stats import executable
 from qkilld.ctl.session import Session, error_as_json, explain
-from qkilld.ctl.unit_context import config_of, gather, overrides
+from qkilld.ctl.unit_context import config_of, gather, instances_with_own, overrides
 from qkilld.debug_log import note
 from qkilld.model.constants import ExitCode
 from qkilld.model.dataclass import dataclass
@@ -125,8 +125,12 @@ async def check_unit(session: Session, systemd: Systemd, name: str, config: Conf
         systemd, facts, config, user=session.bus.user, is_template=is_template
     )
     findings = check(facts, surroundings)
-    over = tuple(overrides(facts, changes(findings)))
-    comparison = compare(facts, surroundings, findings, over)
+    wanted = changes(findings)
+    over = tuple(overrides(facts, wanted))
+    instances: tuple[str, ...] = ()
+    if is_template:
+        instances = tuple(instances_with_own(await systemd.search_path(), name, wanted))
+    comparison = compare(facts, surroundings, findings, over, instances)
     return UnitReport(facts, name, surroundings, findings, over, comparison)
 
 

@@ -5,6 +5,7 @@ Unreadable facts are left out: only root can read the processes of other users.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -38,7 +39,14 @@ from qkilld.unitcheck.context import (
     looks_like_qemu,
     starts_elsewhere,
 )
-from qkilld.unitcheck.dropin import Change, Override, override, read_later
+from qkilld.unitcheck.dropin import (
+    FILE_NAME,
+    Change,
+    Override,
+    overridden_by_template,
+    override,
+    read_later,
+)
 from qkilld.unitcheck.keepers import (
     GuestKeeper,
     KeeperCandidates,
@@ -254,6 +262,30 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
             text = file.read(MAX_DROP_IN).decode(errors="surrogateescape")
             if change := override(path, text, wanted):
                 yield change
+
+
+def instances_with_own(
+    search_path: Sequence[str], template: str, wanted: Sequence[Change]
+) -> Iterator[str]:
+    """Yield the instances of a template whose own files set what our drop-in for the template would
+    override. An instance that adopt has changed by itself keeps its own drop-in."""
+    prefix, _, kind = template.partition("@")
+    own_files: dict[str, list[Path]] = {}
+    for directory in map(Path, search_path):
+        for path in directory.glob(f"{glob.escape(prefix)}@?*{kind}"):
+            if path.resolve().name != template:
+                own_files.setdefault(path.name, []).append(path)
+        for path in directory.glob(f"{glob.escape(prefix)}@?*{kind}.d/*.conf"):
+            own_files.setdefault(path.parent.name.removesuffix(".d"), []).append(path)
+    for instance, paths in sorted(own_files.items()):
+        if any(path.name == FILE_NAME for path in paths):
+            continue
+        for path in paths:
+            with ignore(f"reading {path}", OSError), path.open("rb") as file:
+                text = file.read(MAX_DROP_IN).decode(errors="surrogateescape")
+                if overridden_by_template(str(path), text, wanted):
+                    yield instance
+                    break
 
 
 def guard_of(scope: str) -> str:

@@ -54,6 +54,8 @@ class UnitFacts:
     """The path below the cgroup root; "" if it has no processes."""
     kill_mode: str = "control-group"
     kill_signal: int = 15
+    restart_kill_signal: int = 0
+    """RestartKillSignal=, sent instead of KillSignal= at a restart; 0 for KillSignal=."""
     sends_sigkill: bool = True
     """SendSIGKILL=."""
     final_kill_signal: int = 9
@@ -86,8 +88,16 @@ class UnitFacts:
     """The families that RestrictAddressFamilies= allows, if it is an allow list; None for all."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
+    noexec_paths: tuple[str, ...] = ()
+    """NoExecPaths=: nothing below them can be executed, except below `exec_paths`."""
+    exec_paths: tuple[str, ...] = ()
+    """ExecPaths=."""
+    private_pids: bool = False
+    """PrivatePIDs=: each command runs in a PID namespace of its own (systemd 257)."""
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
+    other_commands: tuple[tuple[str, Command], ...] = ()
+    """The lines of ExecStartPre=, ExecStartPost= and ExecStopPost=, each with its setting."""
     runtime_max: int = INFINITY
     """RuntimeMaxUSec, µs: systemd stops the unit after this time."""
 

@@ -26,6 +26,8 @@ from qkilld.unitcheck.execstop import (
 )
 from qkilld.unitcheck.finding import Finding, Line, Severity
 from qkilld.unitcheck.programs import IGNORED, POLITE
+from qkilld.unitcheck.stop_act import ActKind
+from qkilld.unitcheck.stop_line import read_line
 from qkilld.unitcheck.storage import check_storage
 
 _SHUTDOWN: Final = 30 * 60 * USEC_PER_SEC
@@ -64,6 +66,16 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             "on SIGTERM, SIGINT and SIGHUP, QEMU writes out its data and exits; any other signal "
             "ends QEMU at once, or has no effect until SIGKILL",
             (Line(section, "KillSignal=SIGTERM"),),
+        )
+    restart_number = facts.restart_kill_signal or number
+    if restart_number != number and restart_number not in POLITE:
+        yield Finding(
+            "restart-kill-signal",
+            _LOSES,
+            f"it has RestartKillSignal={_name(restart_number)}",
+            "at a restart of the unit, it is sent instead of KillSignal=, and ends QEMU at once or "
+            "has no effect until SIGKILL",
+            (Line(section, "RestartKillSignal=SIGTERM"),),
         )
     if facts.final_kill_signal != signal.SIGKILL:
         yield Finding(
@@ -214,6 +226,7 @@ def _check_service(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         else check_others(facts, surroundings)
     )
     yield from _check_type(facts, surroundings)
+    yield from _check_other_commands(facts)
     if facts.timeout_failure_mode != "terminate":
         yield Finding(
             "timeout-failure-mode",
@@ -231,6 +244,20 @@ def _check_service(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             "terminate`, is started again",
             (Line("Service", "Restart=on-failure", by_hand=True),),
         )
+
+
+def _check_other_commands(facts: UnitFacts) -> Iterator[Finding]:
+    for setting, command in facts.other_commands:
+        line = read_line(command)
+        if line.is_by_name:
+            yield Finding(
+                "exec-by-name",
+                _MAY if line.has(ActKind.KILLS) else _ADVICE,
+                f"its {setting} is {line.shown}, which signals processes by their name",
+                "guests of other units whose process has the same name get the signal too, and"
+                " their ExecStop= does not run",
+                (Line("Service", f"{setting}… (leave that line out)", by_hand=True),),
+            )
 
 
 def _check_type(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:

@@ -21,6 +21,34 @@ def is_helper(command: Command) -> bool:
     )
 
 
+def helper_options(command: Command) -> dict[str, str]:
+    """Return the options of a helper's line, with their values; "" for options without a value."""
+    words = command.arguments[_words_before_options(command) :]
+    options: dict[str, str] = {}
+    for number, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            following = words[number + 1] if number + 1 < len(words) else ""
+            options[name] = value if equals or following.startswith("--") else following
+    return options
+
+
+def helper_arguments(command: Command) -> str:
+    """Return the arguments of a helper's line, as in a unit file."""
+    return " ".join(quoted(word) for word in command.arguments[_words_before_options(command) :])
+
+
+def _words_before_options(command: Command) -> int:
+    return next(
+        (
+            n
+            for n, pair in enumerate(pairwise(command.arguments), 2)
+            if pair == ("-m", "qkilld.stop")
+        ),
+        1,
+    )
+
+
 def programs_of(command: Command) -> Iterator[str]:
     """Yield the name of the program that a command runs and, if it is an interpreter, of its
     script."""

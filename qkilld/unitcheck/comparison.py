@@ -25,8 +25,10 @@ from qkilld.unitcheck.context import (
     started_qemus,
     starts_elsewhere,
     stop_lines,
+    traps,
 )
 from qkilld.unitcheck.dropin import Change, Override, changes
+from qkilld.unitcheck.execstop import has_helper
 from qkilld.unitcheck.finding import Finding, Line
 from qkilld.unitcheck.stop_outcome import (
     Occasion,
@@ -93,9 +95,10 @@ def compare(
     surroundings: Surroundings,
     findings: Sequence[Finding],
     overrides: Sequence[Override] = (),
+    instances: Sequence[str] = (),
 ) -> Comparison:
     """Return the verdict. `findings`: from check(). `overrides`: the drop-ins that override lines
-    of adopt."""
+    of adopt. `instances`: for a template, the instances whose own settings adopt would override."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)
@@ -107,6 +110,23 @@ def compare(
     worse = is_no_worse(after_settings, before_settings)
     if worse:
         return _worse(comparison, facts, surroundings, worse)
+    if instances:
+        shown = ", ".join(instances)
+        return replace(
+            comparison,
+            word=UnitVerdict.WORSE,
+            reason=f"a drop-in for the template would override the own settings of {shown}",
+            advice=f"adopt {shown} first",
+        )
+    if traps(facts, surroundings) and planned_changes and not has_helper(facts):
+        return replace(
+            comparison,
+            word=UnitVerdict.UNKNOWN,
+            reason="its main process handles SIGTERM itself (`trap`) and may still work when the"
+            f" guest is gone, for example copy its image; after {HELPER}, systemd would interrupt"
+            " that",
+            advice="if it does nothing of this kind, start QEMU without the shell around it",
+        )
     changed = bool(planned_changes) or surroundings_after.is_guarded != surroundings.is_guarded
     comparison = replace(comparison, writes=changed)
     unsafe = [each for each in check(after, surroundings_after) if each.is_unsafe]
@@ -301,6 +321,8 @@ def _with_line(facts: UnitFacts, line: Line) -> UnitFacts:
             return replace(facts, kill_mode=value)
         case "KillSignal":
             return replace(facts, kill_signal=int(signal.Signals[value]))
+        case "RestartKillSignal":
+            return replace(facts, restart_kill_signal=int(signal.Signals[value]))
         case "FinalKillSignal":
             return replace(facts, final_kill_signal=int(signal.Signals[value]))
         case "SendSIGKILL":
@@ -332,5 +354,7 @@ def _stops_with(own: Sequence[Command], lines: Iterable[Line]) -> tuple[Command,
             commands.append(replace(own[line.repeats], ignores_failure="-" in prefixes))
         else:
             flags = ("privileged",) if "+" in prefixes else ()
-            commands.append(Command(path, (path,), "-" in prefixes, flags))
+            # Of the helper's arguments, only options with simple values matter.
+            words = tuple(path.split())
+            commands.append(Command(words[0], words, "-" in prefixes, flags))
     return tuple(commands)

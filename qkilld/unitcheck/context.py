@@ -12,7 +12,7 @@ from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy, is_qemu
 from qkilld.model.unit import Command, UnitFacts
-from qkilld.unitcheck.command import HELPER, is_helper, programs_of
+from qkilld.unitcheck.command import HELPER, helper_options, is_helper, programs_of
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
 from qkilld.unitcheck.stop_line import StopLine, read_line
 from qkilld.unitcheck.stop_outcome import Helper
@@ -31,9 +31,13 @@ _QEMU_WORD: Final = re.compile(
     r"(?<![\w.-])(/[\w./@%+-]*/)?(qemu-system-\w+|qemu-kvm|kvm)(?=[\s\"';|&)]|$)"
 )
 _ELSEWHERE: Final = re.compile(
-    r"\b(?:virsh\b.*\b(?:start|create)|su\s|runuser\s|machinectl\s+shell|podman\s+machine\s+start"
+    r"^ssh\s|\b(?:virsh\b.*\b(?:start|create)|su\s|runuser\s|machinectl\s+shell|podman\s+machine\s+start"
+    r"|systemd-run\s|(?:docker|podman|lxc|incus|kubectl)\s+exec"
     r"|(?:multipass|limactl|incus|lxc|qm|minikube|crc)\s+start|(?:docker|podman)\s+(?:run|start))"
 )
+_NEEDED: Final = ("/proc", "/usr/bin/qkilld-stop", "/usr/lib/qkilld")
+"""What qkilld-stop needs to run and to find its guest."""
+_EXECUTED: Final = ("/usr/bin/qkilld-stop", "/usr/bin/python3")
 _HIDDEN_BUS: Final = ("/run", "/run/dbus", "/run/systemd", "/run/systemd/notify", "/var/run")
 
 
@@ -111,6 +115,14 @@ def may_trap(facts: UnitFacts, around: Surroundings) -> bool:
     return len(texts) < len(facts.exec_start) or any("trap" in text for text in texts)
 
 
+def traps(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether the main process is known to handle SIGTERM in its own way."""
+    if not may_trap(facts, around):
+        return False
+    texts = [" ".join(start.arguments) for start in facts.exec_start if _is_shell_text(start)]
+    return bool(around.main_traps) or any("trap" in text for text in texts)
+
+
 def _is_shell_text(start: Command) -> bool:
     return PurePosixPath(start.path).name in _SHELLS and "-c" in start.arguments
 
@@ -145,7 +157,8 @@ def stop_lines(facts: UnitFacts, around: Surroundings) -> tuple[StopLine, ...]:
 
 def looks_like_qemu(executable: str) -> bool:
     """Judge by the file name alone."""
-    name = PurePosixPath(executable.removesuffix(" (deleted)")).name
+    path = PurePosixPath(executable.removesuffix(" (deleted)"))
+    name = "" if path.parent.name == "init.d" else path.name
     return _QEMU_NAME.fullmatch(name) is not None
 
 
@@ -161,7 +174,9 @@ def started_qemus(facts: UnitFacts) -> list[str]:
             continue
         text = " ".join(start.arguments)
         paths += [
-            f"{directory or '/usr/bin/'}{name}" for directory, name in _QEMU_WORD.findall(text)
+            f"{directory or '/usr/bin/'}{name}"
+            for directory, name in _QEMU_WORD.findall(text)
+            if looks_like_qemu(f"{directory}{name}")
         ]
     return paths
 
@@ -185,11 +200,59 @@ def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
 
 def helper_reach(facts: UnitFacts) -> Helper:
     """Return how well a qkilld-stop without `+` works in the unit's sandbox."""
-    if facts.root or any(_covers(path, "/proc") for path in facts.hidden_paths):
+    if hides_helper(facts):
         return Helper.INEFFECTIVE
     if hides_bus(facts):
         return Helper.TIMED
     return Helper.EXTENDS
+
+
+def hides_helper(facts: UnitFacts) -> str:
+    """Return the setting that keeps qkilld-stop from starting or seeing guests; "" for none."""
+    if facts.root:
+        return "RootDirectory= or RootImage="
+    if facts.private_pids:
+        return "PrivatePIDs="
+    if any(_covers(path, place) for path in facts.hidden_paths for place in _NEEDED):
+        return "InaccessiblePaths= or TemporaryFileSystem="
+    if any(not _may_run(facts, place) for place in _EXECUTED):
+        return "NoExecPaths="
+    return ""
+
+
+def _may_run(facts: UnitFacts, place: str) -> bool:
+    """Return whether programs at this place can be executed: the longest path that covers it
+    decides."""
+    denied = max((len(path) for path in facts.noexec_paths if _covers(path, place)), default=-1)
+    allowed = max((len(path) for path in facts.exec_paths if _covers(path, place)), default=-1)
+    return allowed >= denied
+
+
+def helper_fault(facts: UnitFacts, command: Command) -> str:
+    """Return why this line of qkilld-stop may not stop the unit's guest, a clause without its
+    subject; "" if it does."""
+    options = helper_options(command)
+    if "--dry-run" in options:
+        return "stops nothing, because of --dry-run"
+    if "--all" in options:
+        return "stops the guests of the whole host, because of --all"
+    if options.get("--pid", "$MAINPID") not in ("$MAINPID", "${MAINPID}"):
+        return f"stops process {options['--pid']}, whatever that is"
+    if unit := options.get("--unit"):
+        names = {*facts.names, facts.id}
+        if not names & {unit, f"{unit}.service"}:
+            return f"stops the guests of {unit}, another unit"
+    path = options.get("--pidfile", "")
+    text = " ".join(word for start in facts.exec_start for word in start.arguments)
+    if path and path != facts.pid_file and path not in text and started_qemus(facts):
+        return f"reads {path}, which no QEMU in ExecStart= writes"
+    return ""
+
+
+def helper_limit(command: Command) -> str:
+    """Return the value of --max in a line of qkilld-stop; "" for no limit."""
+    limit = helper_options(command).get("--max", "")
+    return "" if limit == "infinity" else limit
 
 
 def hides_bus(facts: UnitFacts) -> str:
@@ -205,9 +268,13 @@ def hides_bus(facts: UnitFacts) -> str:
 def helper_in_unit(facts: UnitFacts) -> Helper:
     """Return how well the unit's own qkilld-stop works."""
     own = [command for command in facts.exec_stop if is_helper(command)]
+    if own and all(helper_fault(facts, command) for command in own):
+        return Helper.INEFFECTIVE
     reach = helper_reach(facts)
     if any("privileged" in command.flags for command in own):
         reach = Helper.EXTENDS
+    if reach is Helper.EXTENDS and own and all(map(helper_limit, own)):
+        return Helper.TIMED
     if reach is Helper.EXTENDS and facts.notify_access not in ("exec", "all"):
         return Helper.TIMED
     return reach

@@ -21,9 +21,9 @@ _HEADER: Final = re.compile(
     re.escape(_MARK) + r"[^\n]*\n(?:#[^\n]*\n)*?" + re.escape(_CHECKSUM) + r"([0-9a-f]{64})\n"
 )
 _KEPT: Final = (
-    "systemd runs the lines of ExecStop= in order, each after the previous one has ended. The"
-    " existing lines stay first, with a - so that qkilld-stop runs even if they fail. qkilld-stop"
-    " returns only when the guest is gone."
+    "systemd runs the lines of ExecStop= in order, each after the previous one has ended. Lines"
+    " before qkilld-stop have a - so that qkilld-stop runs even if they fail. qkilld-stop returns"
+    " only when the guest is gone, so lines that need this come after it."
 )
 
 
@@ -90,6 +90,16 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
         if re.search(rf"^\s*{key}\s*={ends.get(key, '')}", text, re.MULTILINE)
     )
     return Override(path, overridden) if overridden else None
+
+
+def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:
+    """Return whether our drop-in for a template would override settings in a file of an instance:
+    its own unit file, or a drop-in that systemd reads before ours."""
+    name = PurePosixPath(path).name
+    if name.endswith(".conf") and name >= FILE_NAME:
+        return False
+    keys = {line.text.partition("=")[0] for change in wanted for line in change.lines}
+    return any(re.search(rf"^\s*{key}\s*=", text, re.MULTILINE) for key in keys)
 
 
 def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: str = "") -> str:

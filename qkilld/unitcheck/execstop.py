@@ -11,8 +11,16 @@ from typing import Final
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
-from qkilld.unitcheck.command import HELPER, is_helper, line_of, quoted
-from qkilld.unitcheck.context import Surroundings, helper_reach, hides_bus, stop_lines
+from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
+from qkilld.unitcheck.context import (
+    Surroundings,
+    helper_fault,
+    helper_limit,
+    helper_reach,
+    hides_bus,
+    hides_helper,
+    stop_lines,
+)
 from qkilld.unitcheck.finding import Finding, Line, Severity
 from qkilld.unitcheck.programs import IGNORED
 from qkilld.unitcheck.stop_act import ActKind
@@ -20,6 +28,7 @@ from qkilld.unitcheck.stop_line import StopLine
 from qkilld.unitcheck.stop_outcome import Helper
 from qkilld.unitcheck.unit_text import ignoring_failure
 
+_ENDING: Final = (ActKind.TERMINATES, ActKind.KILLS, ActKind.WAITS, ActKind.SLEEPS)
 START: Final = 30 * USEC_PER_SEC
 """The longest time (µs) until qkilld-stop first extends the timeout, on a slow, busy disk."""
 DEFAULT_TIMEOUT: Final = "TimeoutStopSec=90s"
@@ -60,6 +69,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
+    yield from _check_arguments(facts)
     yield from _check_listening(facts, surroundings)
     yield from _check_sandbox(facts, surroundings)
 
@@ -93,6 +103,17 @@ def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[F
 
 def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     helpers = [command for command in facts.exec_stop if is_helper(command)]
+    hiding = hides_helper(facts)
+    if hiding and not facts.root and not any("privileged" in each.flags for each in helpers):
+        yield Finding(
+            "helper-sandbox",
+            _LOSES,
+            f"with its {hiding}, {HELPER} cannot run or sees no guest, {timeout_of(facts)}",
+            "systemd sends SIGTERM at once, and SIGKILL at the timeout. With the prefix +, "
+            f"{HELPER} runs outside of the sandbox",
+            corrected(facts, surroundings),
+        )
+        return
     hiding = hides_bus(facts)
     if hiding and is_cut(facts) and not any("privileged" in each.flags for each in helpers):
         yield Finding(
@@ -104,6 +125,30 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
             f"systemd kills the guest. With the prefix +, {HELPER} runs outside of the sandbox",
             corrected(facts, surroundings),
         )
+
+
+def _check_arguments(facts: UnitFacts) -> Iterator[Finding]:
+    plain = (Line("Service", f"ExecStop=/usr/bin/{HELPER}", by_hand=True),)
+    for command in facts.exec_stop:
+        if not is_helper(command):
+            continue
+        if fault := helper_fault(facts, command):
+            yield Finding(
+                "helper-target",
+                _LOSES,
+                f"its {HELPER} {fault}",
+                "systemd then sends SIGTERM to the unit's own guest, and SIGKILL at the timeout",
+                plain,
+            )
+        elif (limit := helper_limit(command)) and is_cut(facts):
+            yield Finding(
+                "helper-max",
+                _MAY,
+                f"its {HELPER} has --max {limit}",
+                "after this time, the guest is killed, or left to systemd's signals, even while it "
+                "still writes",
+                plain,
+            )
 
 
 def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
@@ -200,7 +245,7 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
-    there is no `-`, because they must not run after a failure.
+    there is no `-`, because they must not run after a failure. Its present arguments are kept.
 
     `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
     guest or the bus. `+` is left out if the unit's user can write an environment file, and so
@@ -209,7 +254,9 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
     prefix = ("-" if is_last else "") + ("+" if confined else "")
-    return Line("Service", f"ExecStop={prefix}{quoted(surroundings.helper)}")
+    own = next((command for command in facts.exec_stop if is_helper(command)), None)
+    arguments = helper_arguments(own) if own is not None else ""
+    return Line("Service", f"ExecStop={prefix}{quoted(surroundings.helper)} {arguments}".rstrip())
 
 
 def _may_be_theirs(facts: UnitFacts) -> bool:
@@ -218,26 +265,49 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
 
 
 def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
-    """Return the whole ExecStop= list, with a correct helper line in its place or at the end.
+    """Return the whole ExecStop= list with a correct helper line, see _helper_place().
 
     The other lines keep their order. Lines before the helper that send SIGKILL, or that the helper
     replaces (_is_replaced), are left out.
     """
-    stops, lines = facts.exec_stop, stop_lines(facts, surroundings)
-    place = next((n for n, command in enumerate(stops) if is_helper(command)), len(stops))
-    before = [
-        number
-        for number in range(place)
-        if not lines[number].has(ActKind.KILLS)
-        and not _is_replaced(lines[number], lines, surroundings)
-    ]
-    after = [number for number in range(place, len(stops)) if not is_helper(stops[number])]
+    stops = facts.exec_stop
+    place = _helper_place(facts, surroundings)
+    left_out = _left_out(facts, surroundings)
+    before = [number for number in range(place) if number not in left_out]
+    after = [number for number in range(place, len(stops)) if number not in left_out]
     return (
         Line("Service", "ExecStop="),
         *(_repeated(facts, surroundings, number, ignore_failure=True) for number in before),
         helper_line(facts, surroundings, is_last=not after),
         *(_repeated(facts, surroundings, number, ignore_failure=False) for number in after),
     )
+
+
+def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
+    """Return the number of the line before which the helper belongs.
+
+    Lines after those that stop the guest or wait for it may need the guest to be gone: they may
+    copy its image or unmount its file system. So the helper belongs before them.
+    """
+    for number, command in enumerate(facts.exec_stop):
+        if is_helper(command):
+            return number
+    lines = stop_lines(facts, surroundings)
+    if left_out := _left_out(facts, surroundings):
+        return min(left_out)
+    return max((n for n, line in enumerate(lines, 1) if line.has(*_ENDING)), default=len(lines))
+
+
+def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
+    """Return the numbers of the lines that adopt removes."""
+    helpers = [number for number, command in enumerate(facts.exec_stop) if is_helper(command)]
+    lines = stop_lines(facts, surroundings)
+    removed = {
+        number
+        for number, line in enumerate(lines[: helpers[0] if helpers else len(lines)])
+        if line.has(ActKind.KILLS) or _is_replaced(line, lines, surroundings)
+    }
+    return removed.union(helpers)
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:
@@ -265,8 +335,12 @@ def timeout_of(facts: UnitFacts) -> str:
 
 def _helper_mends(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     lines: tuple[Line, ...] = (helper_line(facts, surroundings),)
-    stops = stop_lines(facts, surroundings)
-    if any(not line.ignores_failure or _is_replaced(line, stops, surroundings) for line in stops):
+    stops = facts.exec_stop
+    if (
+        any(not command.ignores_failure for command in stops)
+        or _left_out(facts, surroundings)
+        or _helper_place(facts, surroundings) < len(stops)
+    ):
         lines = corrected(facts, surroundings)
     return (*lines, *_listening(facts))
 

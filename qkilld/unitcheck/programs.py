@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 from qkilld.model import timespan
@@ -31,6 +32,12 @@ _TERMINATES: Final = act(ActKind.TERMINATES)
 _POWERDOWN: Final = re.compile(
     r"system_powerdown|guest-shutdown|\bshutdown\b|\bpoweroff\b|\bhalt\b|sendkey ctrl-alt-delete"
 )
+_SAVES: Final = re.compile(
+    r"\b(?:savevm|snapshot|migrate|commit|backup|mirror|dump|snapshot_blkdev|migrate_incoming"
+    r"|block-commit|blockdev-backup|drive-backup|drive-mirror|blockdev-mirror|snapshot-save"
+    r"|blockdev-snapshot|dump-guest-memory)\b"
+)
+"""Monitor commands that save the guest's state or copy its disks: not replaced by qkilld-stop."""
 _QUIT: Final = re.compile(r"\bquit\b|\bq\b")
 _EMPTY: Final = re.compile(r"[\s\\n{}\"':,.]*|.*qmp_capabilities[\"'}\s\\n]*")
 
@@ -55,6 +62,8 @@ def acts_of_signal(number: int | None, *, by_name: bool = False) -> tuple[Act, .
 
 def acts_of_text(text: str) -> tuple[Act, ...]:
     """Classify text written to a monitor, an agent or a console."""
+    if _SAVES.search(text):
+        return _UNKNOWN
     if _POWERDOWN.search(text):
         return _ASKS
     if _QUIT.search(text):
@@ -99,6 +108,25 @@ def _fuser(words: Sequence[str], text: str) -> tuple[Act, ...]:
         return _NOTHING
     options = [word for word in words if re.fullmatch(r"-[A-Z0-9]+", word)]
     return acts_of_signal(signal_number(options[-1][1:]) if options else signal.SIGKILL)
+
+
+def _start_stop_daemon(words: Sequence[str], text: str) -> tuple[Act, ...]:
+    if not {"-K", "--stop"} & set(words):
+        return _UNKNOWN
+    by_name = not any(re.match(r"-p|--pidfile|--pid\b", word) for word in words)
+    options = dict(pairwise(words))
+    options |= dict(word.partition("=")[::2] for word in words if "=" in word)
+    name = options.get("--signal") or options.get("-s") or "TERM"
+    retry = options.get("--retry") or options.get("-R") or ""
+    # A number means TERM/NUMBER/KILL/NUMBER.
+    if retry and (retry.isdecimal() or re.search(r"KILL|/-?9\b|^-?9\b", retry)):
+        return act(ActKind.KILLS, by_name=by_name)
+    acts = acts_of_signal(signal_number(name.removeprefix("-")), by_name=by_name)
+    return (*acts, *act(ActKind.WAITS)) if retry else acts
+
+
+def _awk(words: Sequence[str], text: str) -> tuple[Act, ...]:
+    return _UNKNOWN if any("system" in word or "|" in word for word in words) else _NOTHING
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
@@ -270,8 +298,8 @@ _TYPED: Final = frozenset(["screen", "tmux", "qmp-shell", "hmp", "qmp", "qemu-ga
 _HARMLESS: Final = frozenset(
     ["true", ":", "echo", "printf", "rm", "rmdir", "test", "[", "[[", "logger", "touch", "ip",
      "iptables", "ip6tables", "nft", "brctl", "bridge", "ovs-vsctl", "tunctl", "mkdir", "mv", "cp",
-     "ln", "cd", "export", "unset", "set", "trap", "exit", "return", "local", "date", "sync", "seq",
-     "grep", "egrep", "awk", "sed", "cut", "tr", "head", "pgrep", "pidof", "ps", "systemd-notify",
+     "ln", "cd", "export", "unset", "set", "exit", "return", "local", "date", "sync", "seq",
+     "grep", "egrep", "sed", "cut", "tr", "head", "pgrep", "pidof", "ps", "systemd-notify",
      "systemd-cat", "chmod", "chown", "chgrp", "stat", "ls", "readlink", "realpath", "basename",
      "dirname", "umask", "declare", "typeset", "readonly", "false", "install", "tee",
      "continue", "break", "hostname", "id", "ethtool", "sysctl", "modprobe", "resolvectl", "expr",
@@ -284,6 +312,10 @@ _READERS: Final[Mapping[str, Callable[[Sequence[str], str], tuple[Act, ...]]]] =
     "killall": _killall,
     "killall5": _killall,
     "fuser": _fuser,
+    "start-stop-daemon": _start_stop_daemon,
+    "awk": _awk,
+    "gawk": _awk,
+    "mawk": _awk,
     "virsh": _virsh,
     "docker": _container,
     "podman": _container,

@@ -30,8 +30,8 @@ class SimpleCommand:
     """The text of a here-string on its standard input."""
     redirected: bool = False
     """The command's standard input is a file."""
-    writes: bool = False
-    """The command's output goes to a file or a FIFO."""
+    output: str = ""
+    """The file or FIFO to which the command's output goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +281,7 @@ class _ShellParser:
 
     def _simple(self) -> SimpleCommand:
         words: list[str] = []
-        text, redirected, writes = "", False, False
+        text, redirected, output = "", False, ""
         while (token := self.ahead) is not None:
             if token.is_operator:
                 if token.text not in _OPERATORS or token.text in ("&&", "||", ";;", "|&"):
@@ -292,14 +292,15 @@ class _ShellParser:
                 target = self._redirection()
                 text += target if operator == "<<<" else ""
                 redirected = redirected or operator == "<"
-                writes = writes or (operator in (">", ">>") and target != "/dev/null")
+                if operator in (">", ">>", "&>") and target != "/dev/null":
+                    output = target
                 continue
             if not token.is_descriptor:
                 words.append(token.text)
             self._position += 1
         if not words and not redirected:
             raise ValueError("a command is missing")
-        return SimpleCommand(tuple(words), text, redirected, writes)
+        return SimpleCommand(tuple(words), text, redirected, output)
 
     def _redirections(self) -> None:
         while (token := self.ahead) is not None and (token.is_operator or token.is_descriptor):

@@ -43,11 +43,16 @@ _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
     "chrt": (),
     "busybox": (),
     "runuser": ("-u", "-g", "-G"),
+    "nsenter": ("-t", "--target", "-S", "-G"),
+    "chroot": (),
+    "flock": ("-w", "-E"),
+    "xargs": ("-n", "-I", "-L", "-P", "-d", "-a", "-s"),
+    "systemd-inhibit": (),
     "setpriv": (),
     "unbuffer": (),
 }
 """Programs that run another program, and those of their options that take a value."""
-_USES_UP: Final = {"taskset": 1, "chrt": 1}
+_USES_UP: Final = {"taskset": 1, "chrt": 1, "chroot": 1, "flock": 1}
 """The number of arguments between the options and the program to run."""
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_]\w*)\}")
@@ -56,6 +61,8 @@ _ALIVE: Final = re.compile(
     r"|\bis-active\b|\bdomstate\b|\bvirsh\b.*\blist\b|\bqm\s+status\b|\bMAINPID\b"
 )
 """A condition that tests whether the guest still runs."""
+_KILLING_FILES: Final = frozenset(["cgroup.kill", "sysrq-trigger"])
+"""Files that kill processes when something is written to them."""
 _MAX_DEPTH: Final = 8
 _UNKNOWN: Final = act(ActKind.UNKNOWN)
 
@@ -122,6 +129,8 @@ def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ..
     if not words:
         return act(ActKind.NOTHING)
     name, arguments = PurePosixPath(words[0]).name, words[1:]
+    if _kills_by_file(arguments):
+        return act(ActKind.KILLS)
     if depth > _MAX_DEPTH or "$" in words[0]:
         return _UNKNOWN
     deeper = depth + 1
@@ -145,11 +154,43 @@ def _acts_of_words(words: Sequence[str], text: str, depth: int) -> tuple[Act, ..
         return _acts_of_words(arguments, text, deeper) if arguments else act(ActKind.NOTHING)
     if name == "eval":
         return _acts_of_text(" ".join(arguments), deeper)
+    if name == "trap":
+        return _acts_of_text("".join(arguments[:1]), deeper)
+    if name == "ip" and "exec" in arguments:  # ip netns exec NAME PROGRAM …
+        return _acts_of_words(arguments[arguments.index("exec") + 2 :], text, deeper)
+    if name == "socat":
+        return _acts_of_socat(arguments, text, deeper)
     inner = [
         each for word in arguments for part in substitutions(word) for each in _inner(part, deeper)
     ]
     acts = acts_of_program(name, arguments, text)
     return (*inner, *(_UNKNOWN if acts is None else acts))
+
+
+def _kills_by_file(paths: Iterable[str]) -> bool:
+    return any(PurePosixPath(path).name in _KILLING_FILES for path in paths)
+
+
+def _acts_of_socat(addresses: Sequence[str], text: str, depth: int) -> tuple[Act, ...]:
+    """Classify socat, which connects two addresses: a monitor, its standard input, a file, or a
+    program that it runs. Source: socat(1)."""
+    inner: list[Act] = []
+    for address in addresses:
+        kind, _, rest = address.partition(":")
+        match kind.upper():
+            case "EXEC" | "SYSTEM" | "SHELL":
+                # Options follow a comma. A command that contains one is unknown.
+                try:
+                    nodes = read_shell(rest.partition(",")[0])
+                    inner += _acts_of_nodes(nodes, depth)
+                except ValueError:
+                    return _UNKNOWN
+                text += " ".join(_output_of(node) for node in nodes)
+            case "OPEN" | "FILE" | "GOPEN" | "PIPE" if not rest.startswith("/dev/null"):
+                text += "$"  # Unknown text.
+    inner = [each for each in inner if each.kind is not ActKind.NOTHING]
+    sent = acts_of_program("socat", addresses, text) or _UNKNOWN
+    return (*inner, *sent) if not inner or sent != _UNKNOWN else tuple(inner)
 
 
 def _acts_of_shell(words: Sequence[str], depth: int) -> tuple[Act, ...]:
@@ -216,7 +257,9 @@ def _acts_of_node(node: Node, depth: int, text: str = "") -> tuple[Act, ...]:
     match node:
         case SimpleCommand():
             stdin_text = f"{text} {node.text}" if node.text else text
-            if node.writes and PurePosixPath((*node.words, "")[0]).name in ("echo", "printf"):
+            if node.output and _kills_by_file([node.output]):
+                return act(ActKind.KILLS)
+            if node.output and PurePosixPath((*node.words, "")[0]).name in ("echo", "printf"):
                 written_acts = acts_of_text(" ".join(node.words[1:]))
                 return (
                     written_acts

@@ -113,6 +113,8 @@ class StopSettings:
     lines: tuple[StopLine, ...] = ()
     kill_mode: str = "control-group"
     kill_signal: int = signal.SIGTERM
+    restart_kill_signal: int = 0
+    """RestartKillSignal=, sent at a restart; 0 for KillSignal=."""
     sends_sigkill: bool = True
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
@@ -174,6 +176,8 @@ def assumptions(*all_settings: StopSettings) -> list[Assumption]:
 
 
 def stop(settings: StopSettings, occasion: Occasion, assumed: Assumption) -> Outcome:
+    if occasion is Occasion.RESTART and settings.restart_kill_signal:
+        settings = replace(settings, kill_signal=settings.restart_kill_signal)
     return _Stop(settings, occasion, assumed).run()
 
 

@@ -183,8 +183,9 @@ def test_order_and_specifiers_of_lines_are_kept() -> None:
     assert [text for text in written(facts, surroundings) if text.startswith("ExecStop")] == [
         "ExecStop=",
         "ExecStop=-/opt/vm-stop %i",
+        # It takes the place of the line that kills, because the next one may need the guest gone.
+        "ExecStop=/usr/bin/qkilld-stop",
         "ExecStop=-/opt/after %n",
-        "ExecStop=-/usr/bin/qkilld-stop",
     ]
 
 
@@ -193,13 +194,51 @@ def test_lines_that_ask_qemu_leave_the_guest_to_be_asked_first(polite: str) -> N
     facts = replace(BARE, exec_stop=(line(polite), UNKNOWN))
     assert [text for text in written(facts, ASKABLE) if text.startswith("ExecStop")] == [
         "ExecStop=",
-        "ExecStop=-/opt/vm-stop web",
-        "ExecStop=-/usr/bin/qkilld-stop",
+        "ExecStop=/usr/bin/qkilld-stop",
+        "ExecStop=/opt/vm-stop web",
     ]
+    assert judge(facts, ASKABLE).word is UnitVerdict.SAFE
     found = judge(replace(BARE, exec_stop=(line(polite),)), ASKABLE)
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert found.now[Occasion.STOP].guest is Patience.NONE
     assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
+
+
+COPY = Command("/bin/cp", ("/bin/cp", "/run/web.img", "/srv/web.img"))
+
+
+@pytest.mark.parametrize(
+    ("stops", "can_ask", "kept"),
+    [
+        (["kill $MAINPID"], True, []),
+        (["kill $MAINPID", "while kill -0 $MAINPID; do sleep 1; done"], True, []),
+        (["kill -9 $MAINPID"], True, []),
+        (["echo system_powerdown | socat - UNIX:/m; while kill -0 1; do sleep 1; done"], True, []),
+        (["echo system_powerdown | socat - UNIX:/m", "tail --pid=1 -f /dev/null"], True, [0]),
+        # The helper cannot ask the guest, so the existing line does.
+        (["echo system_powerdown | socat - UNIX:/m; sleep 30"], False, [0]),
+    ],
+)
+def test_lines_that_need_the_guest_to_be_gone_come_after_the_helper(
+    stops: list[str], can_ask: bool, kept: list[int]
+) -> None:
+    own = tuple(replace(line(text), ignores_failure=True) for text in stops)
+    facts = replace(BARE, exec_stop=(*own, COPY), timeout_stop=90 * S)
+    texts = [each for each in written(facts, ASKABLE if can_ask else MUTE) if "ExecStop" in each]
+    assert texts[-2:] == [
+        "ExecStop=/usr/bin/qkilld-stop",
+        "ExecStop=/bin/cp /run/web.img /srv/web.img",
+    ]
+    assert len(texts) == 1 + len(kept) + 2
+
+
+@pytest.mark.parametrize("saves", ["savevm auto\\nquit", "migrate exec:gzip\\nquit"])
+def test_a_line_that_saves_the_state_of_the_guest_is_not_replaced(saves: str) -> None:
+    """With -loadvm, the next start returns to the state that was saved last."""
+    facts = replace(BARE, exec_stop=(line(f"printf '{saves}' | socat - UNIX:/m"),))
+    found = judge(facts, ASKABLE)
+    assert found.word is UnitVerdict.UNKNOWN
+    assert any(saves.split()[0] in text for text in written(facts, ASKABLE))
 
 
 @pytest.mark.parametrize("killing", ["kill -n 9 $MAINPID", "kill -QUIT 1", "virsh destroy w"])

@@ -64,7 +64,7 @@ def test_sections_and_a_list_that_is_given_once() -> None:
         'ExecStop=-/bin/sh -c "nc x"',
         "ExecStop=-+/usr/bin/qkilld-stop",
     ]
-    assert "stay first" in text
+    assert "before qkilld-stop" in text
 
 
 def test_an_earlier_one_of_ours_is_kept() -> None:

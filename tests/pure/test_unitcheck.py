@@ -12,7 +12,7 @@ from qkilld.model.policy import Policy
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.command import line_of, quoted
-from qkilld.unitcheck.context import Surroundings
+from qkilld.unitcheck.context import Surroundings, hides_helper
 from qkilld.unitcheck.finding import Severity
 from qkilld.unitcheck.storage import Storage, escaped, mount_unit
 
@@ -347,3 +347,75 @@ def test_names_as_systemd_escapes_them() -> None:
     assert mount_unit("/") == "-.mount"
     assert escaped("run-r1.scope") == "run\\x2dr1.scope"
     assert escaped(".x") == "\\x2ex"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("", ""),
+        ("--no-force --reason=x --debug", ""),
+        ("--pid $MAINPID", ""),
+        ("--pid=${MAINPID}", ""),
+        ("--unit web", ""),
+        ("--unit=web.service", ""),
+        ("--pidfile /run/web.pid", ""),
+        ("--max infinity", ""),
+        ("--max 3s", "helper-max"),
+        ("--dry-run", "helper-target"),
+        ("--all --force", "helper-target"),
+        ("--pid 1", "helper-target"),
+        ("--unit db", "helper-target"),
+        ("--pidfile /run/db.pid", "helper-target"),
+    ],
+)
+def test_arguments_of_the_helper(words: str, key: str) -> None:
+    command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
+    start = ("/usr/bin/qemu-system-x86_64", "-pidfile", "/run/web.pid")
+    facts = replace(SAFE, exec_start=(Command(start[0], start),), exec_stop=(command,))
+    keys = [finding.key for finding in check(facts, AROUND) if finding.is_unsafe]
+    assert keys == ([key] if key else [])
+    # What adopt corrects keeps its arguments.
+    sandboxed = replace(facts, address_families=("AF_INET",))
+    lines = [
+        line.text
+        for finding in check(sandboxed, AROUND)
+        if finding.key == "helper-sandbox"
+        for line in finding.mends
+    ]
+    assert lines == ["ExecStop=", f"ExecStop=-+/usr/bin/qkilld-stop {words}".rstrip()]
+
+
+def test_a_restart_has_a_signal_of_its_own() -> None:
+    facts = replace(SAFE, exec_stop=(), timeout_stop=INFINITY, restart_kill_signal=9)
+    (finding,) = [each for each in check(facts, AROUND) if each.is_unsafe]
+    assert finding.key == "restart-kill-signal"
+    assert [line.text for line in finding.mends] == ["RestartKillSignal=SIGTERM"]
+
+
+@pytest.mark.parametrize(
+    ("denied", "allowed", "hides"),
+    [
+        ((), (), False),
+        (("/",), (), True),
+        (("/",), ("/usr",), False),
+        (("/",), ("/usr/bin/qemu-system-x86_64",), True),
+        (("/srv",), (), False),
+        (("/usr/bin",), ("/",), True),
+    ],
+)
+def test_paths_at_which_nothing_can_be_executed(
+    denied: tuple[str, ...], allowed: tuple[str, ...], hides: bool
+) -> None:
+    facts = replace(SAFE, noexec_paths=denied, exec_paths=allowed)
+    assert bool(hides_helper(facts)) is hides
+    assert hides_helper(replace(SAFE, private_pids=True)) == "PrivatePIDs="
+
+
+def test_signals_by_name_outside_of_exec_stop() -> None:
+    kill = Command("/usr/bin/pkill", ("pkill", "-9", "qemu"), True)
+    facts = replace(SAFE, other_commands=(("ExecStopPost=", kill),))
+    (finding,) = [each for each in check(facts, AROUND) if each.is_unsafe]
+    assert finding.key == "exec-by-name" and "ExecStopPost=" in finding.problem
+    own = Command("/bin/rm", ("rm", "-f", "/run/web"))
+    assert not [e for e in check(replace(SAFE, other_commands=(("ExecStopPost=", own),)), AROUND)
+                if e.is_unsafe]  # fmt: skip

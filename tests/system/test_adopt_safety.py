@@ -194,3 +194,71 @@ def test_adopt_is_offered_only_if_it_would_write(installed: Container) -> None:
     with unit(installed) as name:
         said = ctl(installed, "check-unit", name, code=8)
         assert offer in said and "    systemd sends SIGTERM" in said
+
+
+def test_a_line_that_needs_the_guest_to_be_gone_still_runs_after_it(installed: Container) -> None:
+    """QEMU removes its pidfile when it exits, so a copy shows that the guest was still there."""
+    pidfile, copy = "/run/adopt-copy.pid", "/run/adopt-copy"
+    lines = (
+        f"ExecStart={IDLE} -pidfile {pidfile}",
+        "ExecStop=-/bin/kill $MAINPID",
+        "ExecStop=-/bin/sh -c 'while test -d /proc/$MAINPID; do sleep 0.1; done'",
+        f"ExecStop=-/bin/cp {pidfile} {copy}",
+    )
+    with unit(installed, *lines) as name:
+        assert "is safe" in ctl(installed, "adopt", name)
+        installed.run("systemctl", "restart", name)
+        until(lambda: installed.run("test", "-e", pidfile, check=False).returncode, (0).__eq__)
+        installed.run("systemctl", "stop", name)
+        assert installed.property(name, "Result") == "success"
+        assert "/bin/cp" in installed.property(name, "ExecStop")
+        assert installed.run("test", "-e", copy, check=False).returncode == 1
+
+
+def test_instances_with_settings_of_their_own_come_first(installed: Container) -> None:
+    own = f"{DIRECTORY}/own@db.service"
+    drop_in = f"{DIRECTORY}/own@web.service.d/10-site.conf"
+    with unit(
+        installed, f"ExecStart={IDLE}", "ExecStop=/bin/kill -9 $MAINPID", name="own@a.service"
+    ):
+        installed.write(own, f"[Service]\nExecStart={IDLE}\nExecStop=/usr/local/bin/db-stop %i\n")
+        installed.write(drop_in, "[Service]\nExecStop=\nExecStop=/usr/local/bin/web-stop\n")
+        limit = "[Service]\nMemoryMax=1G\n"
+        installed.write(f"{DIRECTORY}/own@c.service.d/10-site.conf", limit)
+        installed.run("ln", "-s", f"{DIRECTORY}/own@.service", f"{DIRECTORY}/own@link.service")
+        installed.run("systemctl", "daemon-reload")
+        try:
+            said = ctl(installed, "adopt", "own@.service", code=8)
+            assert "Adopt own@db.service, own@web.service first" in said
+            assert OURS not in files(installed)
+            ctl(installed, "adopt", "own@db.service", "own@web.service", code=8)
+            assert "is safe" in ctl(installed, "adopt", "own@.service")
+            for name in ("db", "web"):
+                assert f"{name}-stop" in installed.property(f"own@{name}.service", "ExecStop")
+            for name in ("c", "link", "other"):
+                stops = installed.property(f"own@{name}.service", "ExecStop")
+                assert "qkilld-stop" in stops and "kill" not in stops.replace("qkilld", "")
+        finally:
+            ctl(installed, "adopt", "--undo", "--all")
+            installed.run("sh", "-c", f"rm -rf {DIRECTORY}/own@?*.service*")
+    assert OURS not in files(installed)
+
+
+def test_a_sandbox_in_which_the_helper_cannot_be_executed(installed: Container) -> None:
+    paths = "/usr/bin/qemu-system-x86_64 /usr/lib /lib /lib64"
+    lines = (f"ExecStart={IDLE}", "NoExecPaths=/", f"ExecPaths={paths}")
+    with unit(installed, *lines) as name:
+        assert "ExecStop=-+/usr/bin/qkilld-stop" in ctl(installed, "adopt", name)
+        installed.run("systemctl", "restart", name)
+        installed.run("systemctl", "stop", name)
+        assert "status=0" in installed.property(name, "ExecStop")
+
+
+def test_the_helper_in_a_pid_namespace_of_its_own_says_so(installed: Container) -> None:
+    """As with PrivatePIDs= of systemd 257, $MAINPID is another process there, or none."""
+    inside = "/usr/bin/unshare --pid --fork --mount-proc /usr/bin/qkilld-stop"
+    with unit(installed, f"ExecStart={IDLE}", f"ExecStop={inside}") as name:
+        installed.run("systemctl", "stop", name)
+        assert "status=1" in installed.property(name, "ExecStop")
+        said = installed.run("journalctl", "--output=cat", f"--unit={name}").stdout
+        assert "PrivatePIDs=" in said
