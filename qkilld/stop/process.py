@@ -65,8 +65,16 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
 def open_main_process(text: str) -> ProcessHandle:
     """Open the process in $MAINPID.
 
-    Raises what `open_process` raises, and InvalidArgs.
+    Raises what `open_process` raises, InvalidArgs, and Failed if we are in a PID namespace of our
+    own, where another process has this id, or none.
     """
+    if os.getpid() == 1:
+        from qkilld.model.errors import Failed
+
+        raise Failed(
+            "qkilld-stop runs in a PID namespace of its own (PrivatePIDs=), where it sees no guest:"
+            " write + before its path in ExecStop="
+        )
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) > 0):
         from qkilld.model.errors import InvalidArgs
 

@@ -147,13 +147,6 @@ class StopRun:
     def _processes(self) -> list[ProcessHandle]:
         options = self._options
         main_pid = os.environ.get("MAINPID", "")
-        if os.getpid() == 1 and "SYSTEMD_EXEC_PID" in os.environ:
-            from qkilld.model.errors import Failed
-
-            raise Failed(
-                "qkilld-stop runs in a PID namespace of its own (PrivatePIDs=), where it sees no"
-                " guest: write + before its path in ExecStop="
-            )
         if main_pid and options.pid is None and options.pidfile is None and options.names_process:
             try:
                 return [open_main_process(main_pid)]
