@@ -1,7 +1,7 @@
 """A client for the guest agent. Source: QEMU's docs/interop/qemu-ga-ref.
 
-Replies come from inside the guest, which is not trusted. They carry no id, so after a missing reply
-the connection is closed: a late one would be taken for the reply to the next command.
+Replies come from inside the guest, which is not trusted, and carry no id. If a reply is late, the
+connection is closed, because the late reply would be taken for the reply to the next command.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qkilld.monitor.channel import Channel, Lines, decode_object
 SYNC_S: Final = 3.0
 """Timeout of the first command, guest-sync-delimited; Proxmox VE allows as much for its ping."""
 _MARK: Final = b"\xff"
-"""The byte that comes before guest-sync-delimited and before its reply. It makes the agent discard
-an incomplete command of an earlier client."""
+"""The byte before guest-sync-delimited and before its reply. Before the command, it makes the agent
+discard an incomplete command of an earlier client."""
 
 
 class AgentClient(Channel):
@@ -29,14 +29,15 @@ class AgentClient(Channel):
         super().__init__()
         self._lines = Lines()
         self._sync: int | None = None
-        """The id expected in the reply to guest-sync-delimited; None once it has come."""
+        """The id expected in the reply to guest-sync-delimited; None if none is awaited."""
         self._answer: asyncio.Future[dict[str, Any]] | None = None
 
     @classmethod
     async def open(cls, connection: socket.socket, *, timeout_s: float = SYNC_S) -> Self:
         """Take over a connected socket, and synchronize with the agent.
 
-        Closes the socket and raises MonitorTimeout if no reply comes in time, or MonitorError.
+        If that fails, closes the socket and raises MonitorError: MonitorTimeout if no reply comes
+        in time.
         """
         client = await cls._over(connection)
         try:
@@ -51,9 +52,10 @@ class AgentClient(Channel):
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> Any:
-        """Run one command at a time; return its result.
+        """Run a command, one at a time; return its result.
 
-        Raises CommandRefused; any other MonitorError closes the connection.
+        Raises CommandRefused if the agent refuses. On any other MonitorError, the connection is
+        closed.
         """
         try:
             message = await self._call(command, arguments, timeout_s=timeout_s)
@@ -96,8 +98,8 @@ class AgentClient(Channel):
                 self._take(decode_object(line))
 
     def _take_sync(self, line: bytes) -> None:
-        """Skip everything before the marker, and replies with another id: they were meant for other
-        clients."""
+        """Skip everything before the marker, and replies to other clients, which have another
+        id."""
         _, mark, text = line.rpartition(_MARK)
         if not mark:
             return

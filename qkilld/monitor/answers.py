@@ -1,7 +1,7 @@
 """Parse the monitor's replies. Pure; every reply may be a lie, or garbage.
 
-The text forms are those of the human monitor of QEMU 7.2 to 10.0. Unless a function says otherwise,
-it raises MonitorProtocolError for any other form.
+The text forms are those of the human monitor of QEMU 7.2 to 10.0. For any other form, a function
+raises MonitorProtocolError or skips the lines that it does not recognize.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BlockTotals:
     time: int
     """The total time that the requests took, µs."""
     idle: int | None
-    """µs since the last request to any disk; None if unknown, or if there never was one."""
+    """µs since the last request to any disk; None if unknown, or if no disk had a request yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def read_runstate(answer: object) -> str:
 
 
 def read_runstate_text(text: str) -> str:
-    """Parse info status, which shows a plain stop as "paused"."""
+    """Parse info status, which shows the run state in parentheses unless it is running or
+    paused."""
     if (match := _RUNSTATE.match(text)) is None:
         raise _unreadable("info status")
     return match[2] or match[1]
@@ -68,8 +69,8 @@ def read_runstate_text(text: str) -> str:
 def find_event_registers(tree: str) -> int | None:
     """Return the I/O port of the register PM1_STS in info mtree; PM1_EN is at the port plus 2.
 
-    Return None if the machine has no such register, 0 if the firmware has not mapped it yet, so
-    that no guest can listen to the power button.
+    Return None if the machine has no such register. Return 0 if the firmware has not mapped it yet:
+    until then, the guest's operating system cannot listen to the power button.
     """
     registers = [
         int(match[1], 16) for line in tree.splitlines() if (match := _EVENT_REGISTERS.search(line))
@@ -79,8 +80,8 @@ def find_event_registers(tree: str) -> int | None:
     port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
-    # A low port means that the firmware has not mapped the register yet: until then it is at 0 of
-    # its own memory region.
+    # A low port means that the firmware has not mapped the register yet: until then, info mtree
+    # shows its offset in its own memory region.
     return port if port >= 0x100 else 0
 
 
@@ -132,7 +133,7 @@ def read_vcpu_threads_text(text: str) -> tuple[int, ...]:
 
 
 def read_agent_port(answer: object, label: str) -> AgentPort | None:
-    """Find the agent's character device in query-chardev; None if there is none."""
+    """Find the agent's character device, `label`, in query-chardev; None if it is not there."""
     if not isinstance(answer, list):
         raise _unreadable("query-chardev")
     for chardev in answer:
@@ -144,11 +145,10 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
-    """Return the names by which query-chardev may show a listener. `own` is the address of our end
-    of a connection to it."""
+    """Return the names by which query-chardev may show a listener. It shows a connected TCP device
+    by the address of our end of the connection, `own`."""
     if isinstance(listener, UnixListener):
-        # Abstract sockets have no name here: QEMU shows none for one that is connected (measured,
-        # 7.2).
+        # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]
         return tuple(f"unix:{name}" for name in names)
     match own:
@@ -159,7 +159,7 @@ def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[s
 
 def read_chardevs_at(answer: object, places: Iterable[str]) -> frozenset[str]:
     """Return the labels of devices in query-chardev that listen at one of the places, or are
-    connected to it."""
+    connected to one."""
     if not isinstance(answer, list):
         raise _unreadable("query-chardev")
     wanted = frozenset(places)
@@ -190,8 +190,7 @@ def read_yank_instances(answer: object) -> tuple[YankInstance, ...]:
 
 
 def says_powered_off(message: Mapping[str, object]) -> bool:
-    """Return whether a message is the event of a power-off by the guest, or of its restart with
-    -no-reboot.
+    """Return whether a message reports that the guest powered off, or restarted with -no-reboot.
 
     A panic does not count. Never raises.
     """
@@ -215,8 +214,8 @@ def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
 
 
 def _is_counter(value: object) -> bool:
-    """Return whether the value is a number below 2**64. JSON may have longer ones, which would not
-    fit into a float later."""
+    """Return whether the value is a number below 2**64. Numbers in JSON may be too large for the
+    conversion to a float, which comes later."""
     return type(value) is int and 0 <= value < 1 << 64
 
 

@@ -1,7 +1,7 @@
 """Parse the monitor's replies about disks. Pure; every reply may be a lie, or garbage.
 
-The forms are those of QEMU 7.2 to 11.1. All functions raise MonitorProtocolError for any other
-form.
+The forms are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
+MonitorProtocolError for any other form.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NETWORK_DRIVERS: Final = frozenset(
 _FORMATS: Final = frozenset(
     {"qcow2", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc", "parallels", "preallocate"}
 )
-"""Formats for which QEMU may hold metadata until it flushes or closes the image."""
+"""Formats whose metadata QEMU may keep in memory until it flushes or closes the image."""
 _FILE_DRIVERS: Final = frozenset({"file", "host_device"})
 _URL: Final = re.compile(r"(\w+)(?:\+\w+)?:")
 _MAX_DEPTH: Final = 16
@@ -52,8 +52,8 @@ def read_disks(answer: object, nodes: object) -> tuple[GuestDisk, ...]:
 
 
 def read_unused_images(answer: object, nodes: object) -> tuple[str, ...]:
-    """Return the writable images that no disk in query-block uses, of formats for which QEMU holds
-    metadata back. `nodes` is the reply to query-named-block-nodes."""
+    """Return the writable images that no disk in query-block uses, but whose metadata QEMU may keep
+    in memory. `nodes` is the reply to query-named-block-nodes."""
     disks = [one["inserted"] for one in _list(answer, "query-block") if _has_medium(one)]
     used = {name for disk in disks for name in (disk.get("file"), *_files(disk))}
     tops = {disk.get("node-name") for disk in disks}
@@ -71,7 +71,8 @@ def _has_medium(entry: object) -> bool:
 
 
 def _is_used(file: str, used: set[object]) -> bool:
-    """Return whether a disk has this file, or a filter over it, whose name contains the file's."""
+    """Return whether a disk uses this file, directly or through a filter: the file name of a filter
+    contains that of the file."""
     inner = file.removeprefix("json:") if file.startswith("json:") else json.dumps(file)
     return file in used or any(isinstance(name, str) and inner in name for name in used)
 
@@ -133,7 +134,7 @@ def read_jobs(answer: object) -> tuple[BackgroundJob, ...]:
 
 def read_export_ids(answer: object) -> tuple[str, ...]:
     """Return the ids in query-block-exports, "" for an unreadable one. Never raises, because an
-    error would keep the guest paused."""
+    error would prevent disks.resume from continuing the guest."""
     entries = answer if isinstance(answer, list) else [None]
     return tuple(str(one.get("id", "")) if isinstance(one, dict) else "" for one in entries)
 

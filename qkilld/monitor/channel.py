@@ -1,6 +1,6 @@
 """One connection to a monitor or an agent; the other end is hostile.
 
-    open ──► closed, by close(), by the other end, or because of what it sent
+    open ──► closed, by close(), by the other end, or because the other end sent invalid data
 
 A closed channel stays closed. Pending and later calls raise the MonitorError with the reason; the
 other end can cause no other exception.
@@ -28,7 +28,7 @@ TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} byte
 
 
 class Channel(asyncio.Protocol):
-    """The base class of the clients, which parse the bytes in `_feed`."""
+    """The base class of the clients. A client parses the received bytes in `_feed`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -68,7 +68,8 @@ class Channel(asyncio.Protocol):
     def read_rest(self) -> bool:
         """Read what the other end sent before it exited, without blocking.
 
-        Return whether nothing is missing; False if this side closed the connection.
+        Return True if all of it has been read, False if some may be missing, for example because
+        this side closed the connection.
         """
         if self._error is not None:
             return self._ended
@@ -144,7 +145,8 @@ class Channel(asyncio.Protocol):
             raise self._error
 
     def _future(self) -> asyncio.Future[Any]:
-        """Make a future that fails when the connection does. Raises like `_send`."""
+        """Make a future that fails when the channel is closed. Raises the MonitorError that closed
+        it if it is closed already."""
         if self._error is not None:
             raise self._error
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -181,7 +183,7 @@ class Lines:
     def feed(self, data: bytes) -> list[bytes]:
         """Return the lines completed by `data`, without line ends and empty lines.
 
-        Raises MonitorProtocolError.
+        Raises MonitorProtocolError if a line is too long.
         """
         lines: list[bytes] = []
         if b"\n" in data:

@@ -1,13 +1,13 @@
-"""A guest's disks over QMP: read their state, stop the processors, flush, and undo that.
+"""A guest's disks over QMP: read their state, stop the processors, flush, and resume.
 
-No QMP command reports a failed flush: `stop` returns {}, no statistic counts it, and QEMU exits
-with 0 (measured, 7.2). A read-only NBD export does report it. The processors are stopped first:
-export code has failed an assertion while they ran (QEMU issue 945), and nothing may be written
-after the flush.
+No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
+exits with 0 (measured, 7.2). A read-only NBD export does report it. The processors are stopped
+first: export code has failed an assertion while they ran (QEMU issue 945), and nothing may be
+written after the flush.
 
 QEMU's NBD server gets a listening socket with a name that the kernel chose. We make all connections
-that the server accepts, and add an export only after the server has greeted each of them, so that
-nobody else can read the export.
+that the server may accept, and add an export only after the server has greeted each of them, so
+that nobody else can read the export.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ _FOREIGN: Final = frozenset({"vhost-user-blk", "vhost-user-scsi", "vhost-scsi", 
 async def read_state(qmp: QmpClient, *, files: bool = True) -> BlockState:
     """Read the disks, their requests in flight, and background jobs. Raises MonitorError.
 
-    With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if
-    one does not answer. Without it, QEMU asks none. The state then includes read-only disks, and
-    does not show whether a disk has failed or is never flushed.
+    With `files`, QEMU's main thread asks the file system of each image for its size, and hangs if a
+    file system does not answer. Without `files`, QEMU asks no file system, but the state includes
+    read-only disks, lacks unused images, and does not show whether a disk has failed or is never
+    flushed.
     """
 
     async def ask(command: str, **arguments: Any) -> Any:
@@ -100,7 +101,8 @@ async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
 async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
-    """Return the disk with the path of its bus, if its device is on a bus of a virtio device."""
+    """If the disk's device is not a virtio device itself, return the disk with the path of the
+    device's bus in its place: a SCSI disk's bus is that of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -114,10 +116,11 @@ async def _with_bus_path(
 async def _read_queues(
     qmp: QmpClient, devices: Sequence[tuple[str, str]]
 ) -> tuple[RequestQueue, ...] | None:
-    """Read the queues until QEMU refuses one that the device does not have.
+    """Read the queues of each device, up to the first that QEMU refuses because the device does not
+    have it. Return None if there are more than MAX_QUEUES.
 
-    x-query-virtio-status would return their number, but if no driver has started the device, QEMU
-    11.1 fails an assertion in it and aborts (measured).
+    x-query-virtio-status would return the number of queues, but this command makes QEMU 11.1 abort
+    if no driver has started the device (measured).
     """
     queues: list[RequestQueue] = []
     for name, path in devices:
@@ -140,7 +143,7 @@ async def _read_queues(
 async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     """Stop the processors. QEMU drains and flushes every disk, which blocks the monitor.
 
-    Raises MonitorTimeout, after which the processors may still stop; MonitorError.
+    Raises MonitorError. After a MonitorTimeout, the processors may still stop.
     """
     await qmp.execute("stop", timeout_s=timeout_s)
 
@@ -200,9 +203,9 @@ async def flush(
 async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
     """Flush a disk while the processors run; QEMU does not report errors of the disk.
 
-    The command names the disk by its device if it has one. If it named a node, QEMU 8 and later
-    would first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorTimeout,
-    after which the monitor is blocked until the flush is done; MonitorError.
+    The command names the disk's device if possible. If it names a node instead, QEMU 8 and later
+    first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
+    MonitorTimeout, the monitor is blocked until the flush is done.
     """
     names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []
     names += [disk.node] if _COMMAND_NAME.fullmatch(disk.node) else []
@@ -222,8 +225,8 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
 
-    An NBD server that has no exports is removed if it may be ours, because an interrupted flush may
-    not have added one yet. A server that has exports of another program loses only our exports.
+    An NBD server without exports is stopped if it may be ours: the flush may have been interrupted
+    before it added one. A server that has exports of another program loses only our exports.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.

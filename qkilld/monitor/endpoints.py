@@ -96,8 +96,8 @@ class GuestEndpoints:
     """Monitors and agents that cannot be used, and why; shown in the plan."""
     libvirt: bool = False
     expected: bool = False
-    """The command line names a monitor socket on which the process does not listen; a QEMU that has
-    just started may do so soon."""
+    """The command line names a monitor socket on which the process does not listen; if QEMU has
+    just started, it may listen there soon."""
     agent_chardev: str = ""
     """The agent's label in query-chardev."""
     agent_device: str = ""
@@ -119,7 +119,7 @@ class _Claim:
 def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:
     """Return whether a monitor may be on TCP, so that TCP listeners must be read.
 
-    `unclear`: the descriptors of the process's sockets that are not known to be of another kind.
+    `unclear`: the descriptors of those sockets of the process that may be TCP listeners.
     """
     return any(
         claim.role in (Role.QMP, Role.HMP)
@@ -178,9 +178,9 @@ def find_endpoints(
 
 
 def endpoint_of_peer(guest_endpoints: GuestEndpoints, address: object) -> Endpoint | None:
-    """Return the monitor that a connection leads to, given its getpeername(2); None if to none.
+    """Return the monitor to which a connection leads; None if it leads to no monitor.
 
-    An IPv4 address must not be mapped to IPv6.
+    `address` is from getpeername(2); an IPv4 address must not be in the form mapped to IPv6.
     """
     for endpoint in (*guest_endpoints.endpoints, *guest_endpoints.passable):
         if endpoint.role is not Role.AGENT and _is_at(endpoint.listener, address):
@@ -298,7 +298,7 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     if not int(first) <= listener.port <= max(int(first), end):
         return False
     host = chardev.get("host", "")
-    # Accept any address for a host name: only QEMU knows which one it found.
+    # For a host name, accept any address: only QEMU knows to which one it resolved the name.
     return not _ADDRESS.fullmatch(host) or host == listener.host
 
 
@@ -310,13 +310,14 @@ def _serves_tcp(chardev: Mapping[str, str]) -> bool:
 
 
 def _descriptor(chardev: Mapping[str, str]) -> int | None:
-    """Return the number of the descriptor that QEMU was given for it; None if there is none."""
+    """Return the number of the descriptor that QEMU was given for the device; None for none."""
     number = chardev.get("fd", "")
     return int(number) if number.isdecimal() and len(number) < 10 else None
 
 
 def _is_to_listen(chardev: Mapping[str, str]) -> bool:
-    """Return whether QEMU itself is to create a unix socket for the device, and to listen."""
+    """Return whether QEMU itself is to create a unix socket with a path for the device, and listen
+    on it."""
     named = chardev.get("backend") == "socket" and "path" in chardev
     return named and _is_on_off(chardev, "server") and not _is_on_off(chardev, "abstract")
 
@@ -326,7 +327,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
         return False
     paths = [claim.chardev.get("path", "")]
     paths += [path for one in listeners if _is_on(claim.chardev, one) for path in one.paths]
-    # If libvirt passed a descriptor that is closed by now, only the id shows it.
+    # If the descriptor that libvirt passed is closed by now, only the id shows whose monitor it is.
     unseen = "fd" in claim.chardev and len(paths) == 1
     return any(_LIBVIRT_PATH.search(path) for path in paths) or (
         unseen and claim.chardev.get("id") == "charmonitor"
@@ -334,7 +335,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
 
 
 def _obstacle(claim: _Claim) -> list[str]:
-    """Return why the device has no usable socket; empty if it was not meant to have one."""
+    """Return why the device has no usable socket; empty if it needs none (null, none)."""
     chardev = claim.chardev
     backend = chardev.get("backend", "")
     what = "agent" if claim.role is Role.AGENT else "monitor"

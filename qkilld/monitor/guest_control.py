@@ -1,8 +1,8 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
-Each command has its own deadline, shorter than the job's, because a command that touches a stuck
-disk blocks all later ones. Measured with a Debian guest on QEMU 7.2: opening takes 5 ms, an
-observation 5 to 10 ms.
+A command that waits for a stuck disk blocks all later ones, so each command has its own deadline,
+shorter than the job's. Measured with a Debian guest on QEMU 7.2: opening takes 5 ms, an observation
+5 to 10 ms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from qkilld.monitor.vcpu_threads import VcpuThreads
 BUSY_S: Final = 1.0
 """How long to wait for a busy monitor; programs that poll it are done sooner."""
 START_S: Final = 5.0
-"""A QEMU younger than this may not listen on its monitor yet, so its monitor is waited for."""
+"""A QEMU younger than this may not listen on its monitor yet, so qkilld waits for the monitor."""
 START_WAIT_S: Final = 1.0
 """How long to wait for the monitor of a QEMU younger than START_S."""
 TRY_S: Final = 5.0
@@ -128,7 +128,8 @@ class GuestControl:
         Waits BUSY_S for a monitor in use. `qmp_socket`: the path of the QMP monitor according to
         the caller. `was_asked`: the guest was asked to shut down before; `agent_was_open`: whether
         its agent had the port open then. Raises InvalidArgs if the process does not listen at
-        `qmp_socket`, MonitorUnreachable with an explanation for the plan, MonitorTimeout.
+        `qmp_socket`; MonitorUnreachable, with an explanation for the plan, if no monitor can be
+        used; MonitorTimeout if the process cannot be read in time.
         """
         began = time.monotonic()
         while True:
@@ -184,8 +185,8 @@ class GuestControl:
     ) -> GuestControl:
         """Open the guest's monitor over a connection that a caller has made.
 
-        `was_asked` as in `open`. Raises MonitorError, and closes the connection, if it does not end
-        in the process's monitor or the monitor does not answer.
+        `was_asked` as in `open`. If the connection does not end in the process's monitor, or the
+        monitor does not answer, closes the connection and raises MonitorError.
         """
         try:
             endpoint = await prove(process, connection, proc)
@@ -217,9 +218,9 @@ class GuestControl:
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        In-band commands on it may never be answered, so none is sent. `was_asked` as in `open`.
-        Raises MonitorError, and closes the connection, if it does not end in the process or QEMU
-        does not answer.
+        In-band commands on it may never be answered, so none is sent. `was_asked` as in `open`. If
+        the connection does not end in the process, or QEMU does not answer, closes the connection
+        and raises MonitorError.
         """
         try:
             await check_end(process, connection, proc)
@@ -246,7 +247,7 @@ class GuestControl:
     @property
     def signs(self) -> frozenset[ShutdownSign]:
         """The signs of a shutdown seen since the guest was asked, without those that later events
-        disproved. POWERED_OFF is the last before QEMU exits."""
+        disproved. POWERED_OFF, the last sign before QEMU exits, counts even before that."""
         return frozenset(self._signs)
 
     @property
@@ -260,7 +261,8 @@ class GuestControl:
         return client is None or client.closed
 
     def read_rest(self) -> bool:
-        """Read the last events of a QEMU that has exited; return whether none can be missing."""
+        """Read the last events of a QEMU that has exited. Return True if all have been read, False
+        if some may be missing, which is always so with HMP."""
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
@@ -310,7 +312,7 @@ class GuestControl:
         return answers.read_block_totals_text(await self.hmp("info blockstats"))
 
     async def agent_port(self, *, max_age_s: float = 0) -> AgentPort | None:
-        """Return the agent's port, from a reply of at most that age; None if unknown.
+        """Return the agent's port, from a reply not older than `max_age_s`; None if unknown.
 
         Raises MonitorError.
         """
@@ -327,7 +329,8 @@ class GuestControl:
         return chardevs
 
     async def has_agent(self) -> bool:
-        """Return whether QEMU knows of an agent that can be asked. Raises MonitorError."""
+        """Return False if the guest has no agent socket that qkilld can reach, or the agent's port
+        is closed in the guest or used by another program. Raises MonitorError."""
         if not self.guest_endpoints.with_role(Role.AGENT):
             return False
         port = await self.agent_port()
@@ -377,8 +380,8 @@ class GuestControl:
     async def ask_agent(self) -> None:
         """Ask the agent to shut the guest down.
 
-        Raises CommandRefused if it refuses (its file systems are frozen, for example), MonitorError
-        if no agent answers.
+        Raises CommandRefused if the agent refuses, for example because the guest's file systems are
+        frozen; MonitorError if no agent answers.
         """
         async with self._agent() as agent:
             await self.begin_watch()
@@ -417,7 +420,7 @@ class GuestControl:
     async def query_yank(self) -> tuple[YankInstance, ...]:
         """List what can be yanked, except this monitor. A reply also shows that QEMU is alive.
 
-        Raises CommandRefused if there is no out-of-band connection, MonitorError.
+        Raises MonitorError: CommandRefused if this QEMU has no out-of-band commands.
         """
         qmp = self._out_of_band()
         instances = answers.read_yank_instances(
@@ -426,9 +429,9 @@ class GuestControl:
         return tuple(one for one in instances if not self._is_own(one))
 
     async def yank(self, instances: Sequence[YankInstance]) -> None:
-        """Yank these with one command.
+        """Yank all `instances` with one command.
 
-        Raises ValueError if one of them is the monitor's own connection; raises MonitorError.
+        Raises ValueError if one of them is this monitor's own connection; MonitorError.
         """
         if any(self._is_own(instance) for instance in instances):
             raise ValueError("the monitor's own connection")
@@ -459,7 +462,8 @@ class GuestControl:
         return self._own_threads(answers.read_vcpu_threads_text(await self.hmp("info cpus")))
 
     def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
-        """Return None if QEMU runs in another PID namespace, in which threads have other ids."""
+        """Return None if these are not ids of the process's threads here: a QEMU in another PID
+        namespace reports the ids that its threads have there."""
         tasks = self._proc / str(self._process.guest.identity.pid) / "task"
         try:
             known = all((tasks / str(thread)).exists() for thread in threads)
@@ -522,7 +526,8 @@ class GuestControl:
         if self._agent_was_open is None:
             self._agent_was_open = port.opened
         elif port.opened:
-            # It was only restarted, or the guest was, so its closed port was no sign of a shutdown.
+            # Only the agent or the guest was restarted, so the closed port was no sign of a
+            # shutdown.
             self._signs.discard(ShutdownSign.AGENT_CLOSED)
         elif self._agent_was_open:
             self._signs.add(ShutdownSign.AGENT_CLOSED)

@@ -49,7 +49,8 @@ class HmpClient(Channel):
     async def open(cls, connection: socket.socket, *, timeout_s: float = OPEN_S) -> Self:
         """Take over a connected socket, and wait for the prompt.
 
-        Closes the socket and raises MonitorBusy if no prompt comes in time, or MonitorError.
+        If that fails, closes the socket and raises MonitorError: MonitorBusy if no prompt comes in
+        time.
         """
         client = await cls._over(connection)
         try:
@@ -70,8 +71,8 @@ class HmpClient(Channel):
     async def hmp(self, line: str, *, timeout_s: float) -> str:
         """Run a line, one at a time; return its output.
 
-        Raises CommandRefused. Any other MonitorError closes the connection, because a late reply
-        would be taken for the reply to the next line.
+        Raises CommandRefused if the output looks like an error. On any other MonitorError, the
+        connection is closed, because a late reply would be taken for the reply to the next line.
         """
         assert self._answer.done(), "one command at a time"
         assert line.isprintable()

@@ -41,7 +41,7 @@ from qkilld.monitor.reach import ListenerTable, prove, read_process
 T = TypeVar("T")
 
 READ_S: Final = 1.0
-"""Timeout for reading the disks of a guest that is not stopped. Reading them takes 10 ms."""
+"""Timeout for reading the disks of a guest without a job. Reading them takes 10 ms."""
 
 
 class JobMonitors:
@@ -63,7 +63,6 @@ class JobMonitors:
         was_asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
-        """A busy or silent monitor is reported within a second."""
         tasks = _Tasks()
         untouched = [] if kept is None else [kept.fd]
         untouched += [] if passed is None else [passed]
@@ -170,7 +169,6 @@ class JobMonitors:
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """A monitor in use by another program is left alone."""
         try:
             async with asyncio.timeout(READ_S):
                 control = await GuestControl.open(
@@ -186,7 +184,7 @@ class JobMonitors:
             return None
 
     async def describe(self, process: Process) -> tuple[str, ...]:
-        """Connect to nothing, because that could occupy the monitor's only connection."""
+        """Do not connect, because a monitor serves only one client at a time."""
         try:
             guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
         except MonitorError as error:
@@ -197,7 +195,7 @@ class JobMonitors:
         return (*ways, *guest_endpoints.obstacles)
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """Connect to nothing, like `describe`."""
+        """Do not connect, because a monitor serves only one client at a time."""
         try:
             guest_endpoints = find_endpoints(*await read_process(identity))
         except MonitorError as error:
@@ -373,7 +371,7 @@ class JobMonitor:
 
 
 def _socket_of(descriptor: int) -> socket.socket:
-    """Return the socket. If the descriptor is none, close it and raise OSError."""
+    """Return the socket. If the descriptor is not a socket, close it and raise OSError."""
     try:
         return take_over(socket.socket(fileno=descriptor))
     except OSError:
@@ -384,7 +382,7 @@ def _socket_of(descriptor: int) -> socket.socket:
 async def _call_back(
     work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
 ) -> None:
-    """Call back with the result of `work`, or with the exception if it has a bug."""
+    """Call back with the result of `work`, or with the exception that a bug in it caused."""
     result: T | Exception
     try:
         result = await work()

@@ -1,9 +1,9 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
 For qkilld-stop and qkillctl; the daemon starts no programs. A process is matched to a domain by
-libvirt's pid files, in a directory that only libvirt's user can write to. Its command line proves
-nothing, because whoever starts a process chooses it. `virsh qemu-monitor-command` is never used,
-because it taints a domain.
+libvirt's pid files, in a directory that only libvirt's user can write to. A command line proves
+nothing, because whoever starts a process chooses its command line. `virsh qemu-monitor-command` is
+never used, because it taints a domain.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: QEMU's docs/interop/qmp-spec. Measured with QEMU 7.2 and 10.0: while QEMU hangs in its final
 drain, an out-of-band command is answered in 1 to 3 ms if the connection existed before. It is not
-answered if 8 in-band commands wait behind a blocked one, so at most one is sent at a time.
+answered if 8 in-band commands wait behind a blocked one, so we send only one of these at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""Timeout of greeting and negotiation, which take 2 ms. Then the monitor counts as busy: one that
-serves another client sends no greeting."""
+"""Timeout of greeting and negotiation, which take 2 ms. Without a greeting in time, the monitor
+counts as busy: while it serves another client, it sends none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,8 @@ class QmpClient(Channel):
     ) -> Self:
         """Take over a connected socket, and negotiate.
 
-        Closes the socket and raises MonitorBusy if no greeting comes in time, or MonitorError.
+        If that fails, closes the socket and raises MonitorError: MonitorBusy if no greeting comes
+        in time.
         """
         client = await cls._over(connection, on_event)
         try:
@@ -126,7 +127,10 @@ class QmpClient(Channel):
     async def execute_oob(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout_s: float
     ) -> Any:
-        """Like `execute`, but ahead of all in-band commands. Needs `oob`."""
+        """Run a command ahead of all in-band commands; return its result.
+
+        Raises CommandRefused unless `oob` is true; otherwise raises like `execute`.
+        """
         if not self.oob:
             raise CommandRefused(command, "Unsupported", "this QEMU has no out-of-band commands")
         until = self._loop.time() + timeout_s

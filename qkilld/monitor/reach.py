@@ -1,7 +1,7 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
-Whoever started QEMU chose the path of its socket. connect(2) alone can start a service, or occupy
-the only connection of another guest's monitor. So the kernel must confirm before the connect(2)
+Whoever started QEMU chose the path of its socket, which may be that of any socket. connect(2) alone
+can start a service, or occupy another guest's monitor. So the kernel must confirm before connect(2)
 that the process's own socket is bound to this file, and afterwards, before a byte is sent, that the
 process is the peer.
 
@@ -67,7 +67,8 @@ async def read_process(
     """Read the options that a QEMU was started with, and what it listens on: the arguments of
     find_endpoints.
 
-    Raises MonitorUnreachable if they cannot be read, MonitorTimeout.
+    Raises MonitorUnreachable if they cannot be read; MonitorTimeout if that takes too long, or if
+    earlier reads still block.
     """
     work = _run(identity, lambda: read_process_blocking(identity, proc))
     try:
@@ -98,10 +99,11 @@ def read_process_blocking(
 
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
     """Connect to a monitor that the daemon cannot reach, to pass the connection to the daemon.
-    Return None if the guest has no such monitor, or the daemon can reach one.
+    Return None if the guest has no such monitor, none can be connected to, or the daemon can reach
+    another one.
 
     Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
-    OSError, MonitorUnreachable.
+    OSError.
     """
     guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
     for endpoint in () if guest_endpoints.endpoints else guest_endpoints.passable:
@@ -111,9 +113,10 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
 
 
 async def prove(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> Endpoint:
-    """Return the monitor of the process in which another program's connection ends.
+    """Return the process's monitor in which a connection made by another program ends.
 
-    Raises MonitorUnreachable if the connection ends elsewhere, MonitorTimeout.
+    Raises MonitorUnreachable if the connection ends elsewhere; MonitorTimeout if that is not known
+    in time.
     """
     identity = process.guest.identity
 
@@ -128,7 +131,8 @@ async def prove(process: Process, connection: socket.socket, proc: Path = procfs
 
 
 async def check_end(process: Process, connection: socket.socket, proc: Path = procfs.PROC) -> None:
-    """Raise MonitorUnreachable if the connection does not end in the process, MonitorTimeout."""
+    """Raise MonitorUnreachable if the connection does not end in the process, MonitorTimeout if
+    that is not known in time."""
     pid = process.guest.identity.pid
     if not await _examine(process, lambda: ends_in(connection, pid, proc)):
         raise MonitorUnreachable("The connection ends in another process")
@@ -213,8 +217,8 @@ def _unix_listeners(
     rows: dict[int, list[UnixRow]] = {}
     for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
         rows.setdefault(row.inode, []).append(row)
-    # A forged row may name another path of a listening socket, which `connect` refuses. It must not
-    # make the monitor look used, so that the guest is not asked.
+    # Of several rows with one inode, at most one is true. `connect` refuses a forged path. A forged
+    # row must not make the monitor look used, because then the guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
     for inode, own in sorted(rows.items()):
@@ -331,7 +335,7 @@ def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # Most rows are of other processes, and parsing one takes longer than this.
+            # Most rows are of other processes, and this check is faster than parsing the row.
             if wanted.isdisjoint(line.split(maxsplit=7)[6:7]):
                 continue
             row = parse_unix_row(line.removesuffix(b"\n"))

@@ -1,12 +1,12 @@
 """Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
 
-Both kinds of socket belong to a network namespace, and only a program in the guest's can connect.
-The daemon, which has a network namespace of its own, gets the connection from its caller, and
-proves it again. For TCP the kernel does not report the peer's process. But in one network
-namespace, only the peer has the same two addresses in reverse order: the kernel's table shows its
-inode, and the process must have a descriptor with that inode. Our own socket must be in the same
-table with its inode, which is unique on the host. So a connection in another namespace cannot pass
-for this one.
+Both kinds of socket belong to a network namespace, and only a program in the guest's namespace can
+connect. The daemon, which has a network namespace of its own, gets the connection from its caller,
+and repeats the proof. For TCP the kernel does not report the peer's process. But in one network
+namespace, only the peer has the same two addresses in reverse order: the kernel's table shows the
+peer's inode, and the process must have a descriptor with that inode. Our own socket must be in the
+same table with its own inode, which is unique on the host, so that a connection in another
+namespace cannot pass for this one.
 
 All functions may block. `connect_directly` also changes the network namespace of its thread: run it
 in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
@@ -32,7 +32,7 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
 """Time for QEMU to accept a connection, usually a millisecond. Until then the other end has no
-inode, so it cannot be proven whose it is."""
+inode, so nothing proves to which process it belongs."""
 MAX_TABLE: Final = 64 << 20
 """The maximum number of bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536
@@ -225,7 +225,7 @@ def _enter(pid: int, proc: Path) -> None:
 
 
 def _address(address: tuple[str, int]) -> TcpAddress:
-    """Return the address in the form of the socket table; an IPv6 socket may have an IPv4 one."""
+    """Return the address as `read_tcp` does: an IPv4 address without its mapping to IPv6."""
     host, port = address[:2]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return TcpAddress(_text(socket.inet_pton(family, host.partition("%")[0])), port)
