@@ -35,8 +35,8 @@ MAX_JOBS_PER_UID: Final = 2048
 """The maximum number of running and ended jobs of one user, so that a flood cannot fill the memory.
 Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
-"""The maximum number of jobs of all users except root. At 110 kB each (units/qkilld.service), they
-take 680 MB; together with their descriptors (350 MB) and all the calls that users may have open,
+"""The maximum number of jobs of all users except root. At 80 kB each (units/qkilld.service), they
+take 490 MB; together with their descriptors (350 MB) and all the calls that users may have open,
 two thirds of MemoryMax=."""
 
 

@@ -125,7 +125,7 @@ def test_it_reads_of_others_what_it_needs_and_cannot_touch_their_memory(
 
 
 def test_it_is_limited(installed: Container) -> None:
-    assert installed.property("qkilld.service", "MemoryMax") == str(1800 << 20)
+    assert installed.property("qkilld.service", "MemoryMax") == str(1536 << 20)
     assert installed.property("qkilld.service", "MemorySwapMax") == "0"
     assert installed.property("qkilld.service", "MemoryHigh") == "infinity"
     assert installed.property("qkilld.service", "TasksMax") == "320"
