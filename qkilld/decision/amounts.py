@@ -14,7 +14,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Sample, Socket
 
 RATE_WINDOW: Final = 10 * USEC_PER_SEC
-"""The rate is a mean over this time (µs): disks write back in bursts up to 5 s apart."""
+"""The rate is a mean over this time (µs), because disks write back in bursts up to 5 s apart."""
 _STEP: Final = 2 * USEC_PER_SEC
 """At most one total per this time (µs) is kept."""
 
@@ -89,8 +89,8 @@ def is_storage(socket: Socket) -> bool:
 
 
 def _own_bytes(sample: Sample) -> int | None:
-    """Return the bytes written to disks, by the counter of the process's own control group or else
-    of the process, plus the bytes acknowledged over TCP."""
+    """Return the bytes written to disks plus the bytes acknowledged over TCP. The disk writes are
+    counted by the process's control group if it is the guest's own, otherwise by /proc/PID/io."""
     group = sample.cgroup
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:

@@ -1,14 +1,14 @@
 """Plan the flush of healthy disks that precedes any question to the file systems. Pure.
 
-When a monitor asks QEMU for its disks (query-block and query-named-block-nodes, 7.2 to 11.1), the
-main thread asks the file systems of all images for their sizes. If a file system does not answer,
-the main thread and the monitor hang, so no disk can be flushed any more: 201 of 300 records of a
-local disk were lost beside an image on FUSE (measured). Only a file system without a block device
-can hang like this: NFS, FUSE. So if an image may lie on one, disks that lie elsewhere are flushed
-first, by the names from query-blockstats, which asks no file system.
+If QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
+systems of all images for their sizes. If a file system does not answer, the main thread and the
+monitor hang, so no disk can be flushed any more: 201 of 300 records of a local disk were lost
+beside an image on FUSE (measured). Only a file system without a block device can hang like this:
+NFS, FUSE. So if an image may lie on one, disks that lie elsewhere are flushed first, by the names
+from query-blockstats, which asks no file system.
 
-The command line and the open files of the process show which disks lie on such a file system. They
-decide only the order of flushes, never which disks count as flushed.
+The command line and the open files of the process show which disks lie on such a file system. This
+decides only the order of flushes, never which disks count as flushed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Plan the flush before SIGTERM, and say what it proves. Pure.
 
 A flush before SIGTERM shows errors that QEMU hides afterwards. With the processors stopped, it also
-proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so a disk that
-does not answer blocks the monitor. So `stop` is sent only if no disk has an outstanding request
+proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so it blocks
+the monitor if a disk does not answer. So `stop` is sent only if no disk has an outstanding request
 older than OLD. Otherwise the disks that answer are flushed one by one, so that a later SIGKILL
 loses none of their data.
 
-QEMU reports the requests in flight of virtio disks, but not of others (IDE, NVMe). If those are
-local, evidence from outside shows the requests: a waiting thread, or a ring with requests.
+QEMU reports the requests in flight of virtio disks, but not of others (IDE, NVMe). If such a disk
+is local, evidence from outside shows its requests: a waiting thread, or a ring with requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class FlushPlan:
     stop: bool
     """Stop the processors first, then flush over NBD, which reports errors."""
     running: bool
-    """The processors run now, so they must be continued if QEMU is not ended."""
+    """The processors run now. If they are stopped, and QEMU is not ended after all, they must be
+    continued."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
     """Why the flush is not complete; "" if it is."""
@@ -50,7 +51,8 @@ class FlushPlan:
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return whether only evidence from outside can show the requests of a local disk."""
+    """Return True if the guest runs and only evidence from outside can show the requests of one of
+    its local disks."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING
@@ -94,14 +96,15 @@ def plan_flush(
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
-    # Local disks come first, because a disk on a network may hang, and the monitor with it.
+    # Local disks come first, because a disk on a network may hang, and so may the monitor.
     healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 
 
 def sorted_by_risk(disks: Sequence[GuestDisk]) -> tuple[GuestDisk, ...]:
-    """Sort disks for a flush that ends at the first one that hangs: those on a network last, and in
-    each group those without a device, whose flush waits for all other disks (QEMU 8 and later)."""
+    """Sort disks for a flush that ends at the first disk that hangs. Disks on a network come last.
+    In both groups, disks without a device come last, because their flush waits for all other disks
+    (QEMU 8 and later)."""
     return tuple(sorted(disks, key=lambda disk: (disk.network, not disk.qdev)))
 
 
@@ -144,8 +147,8 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. A flush that QEMU refused was never tried, so it is no
-    risk; but `proves_all` then returns False."""
+    """Return the risks of failed flushes. A flush that QEMU refused is no risk, because it was
+    never tried; but it proves nothing (`proves_all`)."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -199,7 +202,8 @@ def stuck_disks(first: BlockState, second: BlockState | None) -> tuple[GuestDisk
 
 
 def _stuck_devices(first: Sequence[RequestQueue], second: Sequence[RequestQueue]) -> frozenset[str]:
-    """Return the devices of queues that have requests in flight and have completed none."""
+    """Return the devices of queues that had requests in flight and completed none between the
+    readings."""
     before = {(queue.device, queue.number): queue for queue in first}
     stuck = set()
     for queue in second:

@@ -1,9 +1,9 @@
 """Assess a process after a time without samples. Pure.
 
-A daemon that resumes a job continues from this assessment. It errs in favour of the guest's data:
-what moved before the gap may have moved until now, and what was outstanding may still be. The next
-`assess` compares counters with those from before the gap, but counts the gap as time without
-samples, which brings SIGKILL no nearer.
+A daemon that resumes a job continues from this assessment, which errs in favour of the guest's
+data. It assumes that what moved before the gap moved until now, and that what was outstanding still
+is outstanding. The next `assess` compares counters with those from before the gap, but counts the
+gap as time without samples, which brings SIGKILL no nearer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
-    """Return an assessment of which only a verdict and a time of progress are known."""
+    """Return an assessment if only a verdict and a time of progress are known."""
     # This sample is as old as the job, so the only decision it allows is to take a new one.
     empty_sample = Sample(began, "?")
     return Assessment(

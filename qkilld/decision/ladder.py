@@ -34,21 +34,21 @@ from qkilld.model.job import UNCONTROLLED, Control
 from qkilld.model.policy import Policy
 
 FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max=INFINITY)
-"""The times that libvirt uses since 2012 (virProcessKillPainfully): SIGKILL after 10 s with force,
-15 s in all."""
+"""The times of libvirt's virProcessKillPainfully of 2012: SIGKILL after 10 s with force, 15 s in
+all."""
 FRESH: Final = 200_000
 """SIGKILL needs a sample no older than this (µs)."""
 LATE: Final = 1_000_000
-"""A sample that was taken when SIGKILL was already due may be this old (µs): on a busy host all
-samples are late, and none would be fresh."""
+"""A sample that was taken when SIGKILL was already due may be this old (µs). On a busy host all
+samples are late, so FRESH alone would never allow SIGKILL."""
 GRID: Final = 100_000
 """Samples are taken at multiples of this (µs), so that jobs share readings of the host."""
 PER_JOB: Final = 2_000
 """With N jobs, two samples of one process are at least N times this (µs) apart, which bounds the
 cost of all samples together."""
 DOUBT: Final = 5
-"""Movement that others may have caused delays SIGKILL by at most this many times `storage_stall`: a
-server with other clients may be stuck only for this guest."""
+"""Movement that others may have caused delays SIGKILL until at most this many times `storage_stall`
+after the last progress, because a server that works for others may be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
 
@@ -79,7 +79,7 @@ class JobFacts:
     flags: Flag
     policy: Policy
     started: int | None = None
-    """When the job began; None if unknown, and `term_at` is used instead."""
+    """When the job began; None if unknown (`term_at` is used instead)."""
     term_at: int | None = None
     """When SIGTERM was sent."""
     kill_at: int | None = None
@@ -222,8 +222,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) since `began` without samples, apart from the normal wait for the first
-    one."""
+    """Return the time (µs) since `began` without samples. Up to 1 s before the first sample is
+    normal and does not count."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
@@ -268,7 +268,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether SIGKILL is due because storage does not move, not because of MaxSec=."""
+    """Return whether to cut off storage before a SIGKILL that is due: only if storage that does not
+    move is the reason, not MaxSec=, and something may be left to cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

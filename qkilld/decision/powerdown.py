@@ -3,26 +3,26 @@
 Call `start`, then `observe` with each observation, about one a second, and `note_request` after the
 guest was asked. `judge` interprets all of that at any time, based on these facts:
 
-- QEMU drops a press of the power button if no operating system listens, so the button is pressed
-  only when one does. Most machines show whether one listens. A guest that does not is booting if
-  its processors and disks work, and deaf otherwise.
+- QEMU drops a press of the power button if no operating system listens. Most machines show whether
+  one listens; on these, the button is pressed only if it does. A guest that does not listen is
+  booting if its processors or disks work, and deaf otherwise.
 - A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
   for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
-  the press and lasts: an idle guest writes its log every few seconds, and a short shutdown ends
-  within PowerdownSec anyway.
+  the press and lasts. Short work proves nothing, because an idle guest writes its log every few
+  seconds. A shutdown too short to count ends within PowerdownSec anyway.
 - The same load makes more or fewer requests if the host gives it more or less of its processors and
-  disks. What it demands stays the same: its processors run or wait for one of the host's, or it
-  waits for a disk (measured: 0.7 processors and 0.3 requests in flight became 0.15 and 1.2 when the
-  host's disk became slow). So does the number of requests for each second that its processors run.
+  disks. Two figures stay the same. One is its demand, the sum of the processors that it uses or
+  waits for and of its requests in flight (measured: 0.7 and 0.3 became 0.15 and 1.2 when the host's
+  disk became slow). The other is the number of requests for each second that its processors run.
 - If a load ends after the press, the guest may be shutting down. From then on, all work counts that
   an idle guest does not do.
-- After a sign that only a shutdown gives, all work counts until the sign disappears: an agent that
-  returns was only restarted. Without such a sign, work that began after the press counts as a
+- After a sign that only a shutdown gives, all work counts until the sign disappears, as it does if
+  the agent was only restarted. Without such a sign, work that began after the press counts as a
   shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
-- Two other signs are not used. An agent that does not answer may be starved or hung; a stopped
-  agent closes its port. x-query-virtio-status shows whether the guest has reset a device, but QEMU
-  aborts, and loses all data it holds, if it cannot decode the features of that kind of device
-  (qmp_decode_features in hw/virtio/virtio-qmp.c).
+- Two other signs are not used. An agent that does not answer may be starved or hung, whereas a
+  stopped agent closes its port, which is a sign. x-query-virtio-status shows whether the guest has
+  reset a device, but QEMU aborts, and loses all data it holds, if it cannot decode the features of
+  that kind of device (qmp_decode_features in hw/virtio/virtio-qmp.c).
 - A guest that restarts has shut down and booted again. It is asked once more, like a booting guest,
   but not a third time.
 
@@ -52,7 +52,7 @@ QUIET: Final = 3 * USEC_PER_SEC
 IDLE_SHARE: Final = 0.05
 """The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
-"""The longest wait (µs) for a working guest to listen to the power button."""
+"""A working guest has this long (µs) to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
 """A monitor that has not answered for this long (µs) cannot be used to ask."""
 EFFECT: Final = 10 * USEC_PER_SEC
@@ -78,7 +78,7 @@ CALM: Final = 0.2
 share of one processor in the last tenth of a second. That is too short for a measurement, so later
 work is compared with CALM."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""The longest wait (µs) for a resumed or woken guest to do the work that was due."""
+"""A resumed or woken guest has this long (µs) to do the work that was due."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -99,7 +99,7 @@ class Conclusion(StrEnum):
     PRESSED = "pressed"
     """Somebody else has pressed the power button, for example an earlier ExecStop= line."""
     WAIT_FOR_LISTENER = "wait-for-listener"
-    """The guest does not listen, but it works: it may be booting."""
+    """The guest does not listen to the button and is not idle, so it may be booting."""
     WATCH = "watch"
     """The guest was asked, and its reaction is not known yet."""
     SHUTTING_DOWN = "shutting-down"
@@ -181,7 +181,7 @@ class Attempt:
     helped_at: int | None = None
     """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """Signs in the last observation."""
+    """The signs in the last observation, and those of earlier ones that cannot disappear."""
     old_signs: frozenset[ShutdownSign] = frozenset()
     """Signs from before a restart, which no longer count."""
     agent_was_open: bool | None = None
@@ -332,8 +332,8 @@ def judge_exit(
     """Return the result of asking a guest whose QEMU exited before any signal of ours; None if the
     guest was not asked.
 
-    `signs`: the signs up to the exit. `all_heard`: no sign can have been missed. If QEMU crashed or
-    was ended by somebody else, the guest has not shut down.
+    `signs`: the signs up to the exit. `all_heard`: all signs were received. Then an exit without
+    POWERED_OFF is no shutdown: QEMU crashed, or somebody else ended it.
     """
     if not attempt.asked and attempt.restarts == 0:
         return None
@@ -411,9 +411,9 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     """Return how to ask again if asking had no effect; None if not now.
 
     If the machine has no register that shows whether the guest took the press, the button is
-    pressed once more. On other machines it is not, because a second press cancels the shutdown of
-    some systems (illumos). The button is also pressed again while a guest boots, because the kernel
-    listens seconds before the program that acts on a press.
+    pressed once more. On other machines, the button is not pressed again, because a second press
+    cancels the shutdown of some systems (illumos). The button is also pressed again while a guest
+    boots, because the kernel listens seconds before the program that acts on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -458,7 +458,8 @@ def _is_unsettled(
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is known. For a calm guest (CALM), two observations suffice."""
+    """Return whether the baseline is known. For a calm guest (CALM) with idle disks, one
+    observation suffices."""
     rates = _measure(attempt.recent)
     if rates.requests is None:
         return False
@@ -590,7 +591,8 @@ def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | No
 
 
 def _relief(now: _Rates, baseline: _Rates) -> float:
-    """Return how many times as much as in the baseline the processors run, at least 1."""
+    """Return how much more the processors run now than in the baseline, as a factor of at least
+    1."""
     return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
 
 

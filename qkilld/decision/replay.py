@@ -1,9 +1,10 @@
 """Judge a recorded trace again: what would have been done, and when. Pure.
 
-`assess` folds the samples, and `decide` is called at each of them and at each deadline between two.
-A deadline requests a sample that the recorded job may not have taken. If the trace has one within
-SAMPLE_DURATION, that one is used. Otherwise the previous sample is used again, as if nothing had
-moved. So a replay errs towards SIGKILL, and `Step.since_sample` shows how old the sample was.
+`assess` folds the samples, and `decide` is called at each sample and at each deadline between two
+samples. A deadline requests a sample that the recorded job may not have taken. If the trace has a
+sample within SAMPLE_DURATION, it is used. Otherwise the previous sample is used again, as if
+nothing had moved. So a replay errs towards SIGKILL, and `Step.since_sample` shows how old the
+sample was.
 
 A replay ends at the exit of the process, at the SIGKILL that it really got, or at the end of the
 recorded job.

@@ -47,11 +47,11 @@ def risks_of_death(
     number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
     """Return the risks if a signal that qkilld did not send ended QEMU: from the kernel for lack of
-    memory, from another program, or from a crash. It loses what SIGKILL would have lost.
+    memory, from another program, or from a crash. Such an end loses what SIGKILL would have lost.
 
     `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
     `flushed`: the monitor reported all disks as flushed. A signal that asks QEMU to exit (_HANDLED)
-    can end it only before QEMU has begun to handle signals, when no guest has run.
+    ends it only if QEMU does not handle signals yet, and then no guest has run.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -74,11 +74,11 @@ def risks_of_exit(
     """Return the risks after QEMU has exited without SIGKILL.
 
     Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
-    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the
-    latter is visible from outside, and only for a server of this host. A missing connection alone
-    proves nothing, because QEMU may have closed the node; but then its server still listens. Before
-    the delay has passed, QEMU keeps its data and does not exit, so such an exit has lost nothing,
-    even if no sample saw the server return.
+    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the latter is
+    visible from outside, and only for a server of this host. A missing connection alone proves
+    nothing, because QEMU may have closed the node; but then its server still listens. Until
+    `reconnect-delay` has passed, QEMU keeps the data and does not exit. So an exit before that time
+    has lost nothing, even if no sample saw the server return.
 
     `flushed`: the monitor reported all disks as flushed. `started`, `ended`: when the process
     started and ended; CLOCK_MONOTONIC, µs.

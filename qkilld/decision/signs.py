@@ -26,14 +26,15 @@ SERVES: Final = 3
 its threads is seen in a call."""
 TALK: Final = 256
 """If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
-they exchange 8 to 16 a second."""
+they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
-"""Fewer bytes than this that a server reads or writes in a WINDOW do not count: they may be for its
-log."""
+"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count, because they
+may be for its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""A page cache that falls by fewer bytes proves nothing: it may have written a page of a log."""
+"""A page cache that shrinks by fewer bytes than this proves nothing, because these may be a page of
+a log."""
 OWN_IO: Final = 512
-"""Fewer bytes than this that the process itself reads or writes do not count."""
+"""If the process itself reads or writes fewer bytes than this, they do not count."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
 """Protocols that send messages even if no request makes progress; "" is an unknown one."""
@@ -48,7 +49,8 @@ _STORAGE_WCHAN: Final = (
 _SERVER: Final = "peer:"
 """How the names of all signs of servers begin."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
-"""Parts of such names that mean a file system without a block device."""
+"""Parts of names of kernel functions in which a thread waits for a file system without a block
+device."""
 
 
 class SignKind(StrEnum):
@@ -59,8 +61,8 @@ class SignKind(StrEnum):
     CHANGE = "change"
     """The sign has moved if its value has changed."""
     LOW = "low"
-    """The sign has moved if its value is lower by `least` than ever before: a queue that only falls
-    back to where it was may have been filled again."""
+    """The sign has moved if its value is lower by `least` than ever before. A fall to an earlier
+    value is no movement, because new requests may have filled the queue in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
@@ -117,9 +119,9 @@ def disk_signs(devices: Iterable[Device]) -> list[Sign]:
 def _counts(device: Device, devices: Iterable[Device]) -> bool:
     """Return whether completed requests of the device count as the guest's.
 
-    Requests of a lower layer count only if a device with depth 0 above it has passed requests down;
-    otherwise they may be for other users of that layer. Requests that are held back by throttling
-    are visible in no layer.
+    Requests of a lower layer count only if a device with depth 0 above it has requests in flight;
+    otherwise they may be for other users of that layer. Requests that throttling holds back are in
+    flight in no layer.
     """
     return device.depth == 0 or any(
         top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
@@ -197,8 +199,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
-        # Only a shorter queue counts: it grows even if QEMU reads nothing, because the client of a
-        # console or monitor may continue to send.
+        # Only a shorter queue counts: a queue grows even if QEMU reads nothing, because the client
+        # of a console or monitor may continue to send.
         name, text = f"unread:{socket.inode}", "it read from the server"
         signs.append(Sign(name, SignKind.COUNT, -socket.receive_queue, text))
     if socket.peer is not None:
@@ -289,7 +291,7 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
 
 
 def _answers(peer: Peer, working: Sequence[Thread]) -> Sign:
-    """Return a sign that moves when a waiting thread was woken, or another thread waits."""
+    """Return a sign that moves if a waiting thread was woken, or a different thread waits."""
     calls = hash(tuple(sorted((thread.tid, thread.switches or 0) for thread in working)))
     text = f"calls of {_server_title(peer)} return"
     return Sign(f"{_of(peer)}calls", SignKind.CHANGE, calls, text)

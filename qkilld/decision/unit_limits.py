@@ -15,8 +15,8 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
-"""If a timeout cannot be extended, this much (µs) of it, or half if that is longer, is left for
-SIGTERM when asking the guest ends."""
+"""If a timeout cannot be extended, this much of it (µs), or half of it if that is longer, is kept
+for SIGTERM, and the guest is asked only before that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Limits:
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
     """A sentence for each problem of the unit, its consequence and its fix, without initial capital
-    and full stop."""
+    or full stop."""
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
@@ -76,7 +76,8 @@ def would_be_killed(facts: UnitFacts, pid: int) -> bool:
 
 
 def being_stopped(facts: UnitFacts) -> bool:
-    """Return whether systemd is stopping the unit and waits for a process like the helper."""
+    """Return whether systemd is stopping the unit and waits for a control process, such as the
+    helper."""
     return facts.control_pid != 0 and facts.active_state == "deactivating"
 
 

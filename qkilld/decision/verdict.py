@@ -6,7 +6,8 @@ process waits for, and each wait has its own signs of progress. The verdict:
 - flushing: a sign of an open wait moved recently;
 - storage-wait: the process waits for storage, and no sign of this wait moved recently;
 - blocked: the process waits in a system call that is not for storage;
-- unknown: a source of waits is unreadable, or the process waits only for a processor;
+- unknown: a source of waits is unreadable, the process waits only for a processor, or other
+  processes may have caused the movement;
 - idle: the process waits for nothing.
 
 Measurements show that no single counter suffices. During fdatasync of a full page cache, no counter
@@ -40,11 +41,12 @@ FLUSHING_FOR: Final = 6 * USEC_PER_SEC
 SAMPLE_INTERVAL: Final = USEC_PER_SEC
 """The default interval of samples (µs)."""
 SLACK: Final = 1_500_000
-"""A sample may be this late (µs); a longer delay counts as time without samples."""
+"""A sample may be this late (µs); any further delay counts as time without samples."""
 
 LOG_LINE: Final = 32
-"""A line of a log has at least this many bytes. An event loop alone writes 8 to 16 a second, so
-fewer may come with a write that wchar does not count, such as one through an io_uring."""
+"""A line of a log adds at least this many bytes to wchar. Fewer may come from the event loop alone
+(8 to 16 a second); then the page was written in another way, such as by an io_uring, and is no
+log."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -181,8 +183,8 @@ def assess(
 ) -> Assessment:
     """Fold one more sample into the assessment; `before` is None for the first.
 
-    `interval`: the planned time to the next sample (µs). If a sample is much later, the delay
-    counts as time without samples, which says nothing about the process.
+    `interval`: the planned time to the next sample (µs). If a sample comes more than SLACK later,
+    the rest of the delay counts as time without samples, which says nothing about the process.
     """
     if before is None:
         return _first(sample)
@@ -227,7 +229,7 @@ def assess(
 
 
 def _is_still(before: Assessment, sample: Sample) -> bool:
-    """Return whether still nothing moves and no wait is open.
+    """Return whether still nothing moves and no open wait has signs.
 
     Then the result stays the same. Most idle guests are in this state, and listing their waits
     again would cost three times as much.
@@ -335,8 +337,8 @@ def _follow(
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
     movement that other processes may have caused."""
     if is_held_still(sample):
-        # A stopped, traced or frozen process makes no progress, whatever its servers do, unless it
-        # ran in between.
+        # A stopped, traced or frozen process makes no progress, whatever its servers do. But it may
+        # have run between two samples that both found it stopped.
         waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
@@ -355,14 +357,14 @@ def _follow(
         else:
             is_certain = is_certain or wait.certain
     if is_certain:
-        # Doubt need not delay SIGKILL here: the process cannot exit before this wait ends, and that
-        # end will count as progress.
+        # A wait that certainly prevents the exit does not move, so doubts need not delay SIGKILL:
+        # the end of that wait will count as progress.
         doubts = []
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Calls that are over do not count as moves here: the exit interrupted them, storage did not
-        # answer.
+        # Calls that are over do not count as moves here, because the exit interrupted them, and not
+        # an answer of the storage.
         moves.append("it has begun to exit")
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -399,8 +401,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # Drop signs that are missing now first. Below the limit they are kept, because they may
-        # reappear, for example if a server was not read this time.
+        # First drop the marks of signs that are missing now. Below the limit they are kept, because
+        # a sign may reappear, for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )
@@ -492,7 +494,8 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether what was written may be a line of a log, which counts as a page."""
+    """Return whether the process may have written only a line of a log, which write_bytes counts as
+    a page."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 
@@ -538,8 +541,8 @@ def _verdict(
 
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
-    """Return whether an exiting process, for example after SIGKILL, waits for storage that has not
-    moved lately, because the kernel closes its files. The beginning of the exit is no movement of
+    """Return whether an exiting process (for example after SIGKILL) waits for storage, to close its
+    files, and that storage has not moved lately. The beginning of the exit is no movement of
     storage."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)

@@ -183,9 +183,10 @@ def _woken(threads: Sequence[Thread]) -> Sign:
 def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for what the process writes and reads while calls wait for these devices.
 
-    Other threads may write to other disks as long as the guest runs, so nothing counts if one of
-    the devices holds a request, because its completion is what the calls wait for. Otherwise the
-    request may be held back above the devices: all this is doubtful if they count requests.
+    If one of the devices holds a request, there are no such signs: the calls wait for this request,
+    and what the process writes may come from other threads, which can write to other disks as long
+    as the guest runs. If the devices count requests and hold none, a request may be held back above
+    them, so the signs are doubtful.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -196,9 +197,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
 
 
 def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
-    """Return the signs of calls that wait for an unknown file. If there are several disks, a disk
-    that completes requests may not be the one that the calls wait for, and the requests may be a
-    neighbour's."""
+    """Return the signs of calls that wait for an unknown file. If there are several disks, these
+    signs are not sure, because the calls may wait for another disk than the one that completes
+    requests."""
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
     is_only = len(places) + len(sample.mounts or ()) <= 1
@@ -223,8 +224,8 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"{sample.rings} requests are in flight on its io_urings"
         waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
     if sample.direct:
-        # The kernel does not report requests in flight, so there may be some at any time; it only
-        # reports completions, in the ring.
+        # Of AIO requests, the kernel reports only completions, in the ring, so some may be in
+        # flight at any time.
         stuck = bool(_stuck_disks(sample, previous))
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if stuck:
@@ -243,13 +244,14 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _are_diskless(sample: Sample) -> bool:
     """Return whether all requests on the process's io_urings wait for file systems without a block
-    device, so that no disk has them. Each then has a kernel thread, which is a wait of its own."""
+    device, so that no disk has them. A kernel thread then waits for each request, which is a wait
+    of its own."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers)) >= (sample.rings or 0)
 
 
 def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
-    """Return the disks that have requests in flight and complete none."""
+    """Return the disks that had requests in flight and completed none since the last sample."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return {
         device.number
@@ -259,9 +261,9 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 
 def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
-    """Return signs for requests on its io_urings, which may be on any disk that is not known to
-    have none there. If one of these disks has requests in flight and completes none, assume that
-    disk: only completions of disks below it count."""
+    """Return signs for requests on its io_urings, which may be for any writable disk that is not in
+    `ringless`. If one of these disks has requests in flight and completes none, assume that they
+    are the process's: then only completions of that disk and of those below it count."""
     writable = [
         device
         for device in sample.devices or ()
@@ -312,14 +314,14 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "sockets":
-        # A socket that cannot be read may be a storage connection. Its replies show in what threads
-        # write to each other; timers and consoles cause much less of that.
+        # A socket that cannot be read may be a storage connection. For each reply on it, QEMU's
+        # threads write bytes to each other; timers and consoles cause far fewer.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
 
 def _talk_signs(sample: Sample) -> list[Sign]:
-    """Return a sign for replies: QEMU's threads write bytes to each other for each one."""
+    """Return a sign for replies: for each reply, QEMU's threads write bytes to each other."""
     if sample.io is None:
         return []
     transferred = sample.io.wchar + sample.io.rchar
@@ -347,16 +349,17 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     """Return the wait for a connection of unknown use. `before`: its server in the last sample."""
-    # Unread data proves a request only if the server has disks: it may be a console, which may
-    # never read.
+    # Unread data proves a request only if the peer has disks. Otherwise it may be a console, which
+    # may never read.
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
     certain = (stores and unread) or _is_served([socket])
     signs = socket_signs(socket, "", before)
     if socket.accepted:
-        # Here the process is most likely a server itself, of a backup for example. Only a
-        # vhost-user backend connects to it and is storage. Such a backend has the guest's memory,
-        # and its data does not pass through the connection.
+        # Here the process is most likely a server itself, of a backup for example. Of those that
+        # connect to it, only a vhost-user backend is storage. The backend's data passes through the
+        # guest's memory, so only the signs of the backend itself count, not those of the
+        # connection.
         certain = False
         may_be_backend = sample.shared_memory is not False
         signs = [
@@ -389,7 +392,8 @@ def _node_wait(
         # progress. QEMU reconnects up to 16 s later.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
-        # The connection is in another network namespace, where only QEMU's threads show replies.
+        # The connection is unreadable, for example in another network namespace, so only QEMU's
+        # threads show replies.
         signs += _talk_signs(sample)
     title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)

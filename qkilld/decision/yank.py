@@ -43,7 +43,7 @@ def choose(
 
     disks        the disks that were known before SIGTERM
     stuck        names of nodes that did not answer at that time
-    cut_off         names of connections that were cut off already
+    cut_off      names of connections that were cut off already
     still_since  connections that moved since then are left alone; CLOCK_MONOTONIC, µs
     """
     waits = {wait.key: wait for wait in evidence.waits if wait.kind is WaitKind.STORAGE}
