@@ -76,9 +76,9 @@ class UnitReport:
                     "severity": finding.severity.name.lower().replace("_", "-"),
                     "what": finding.problem,
                     "why": finding.reason,
-                    "mends": [
+                    "fixes": [
                         {"section": line.section, "line": line.text, "by_hand": line.by_hand}
-                        for line in finding.mends
+                        for line in finding.fixes
                     ],
                 }
                 for finding in self.findings
@@ -199,9 +199,9 @@ def show(session: Session, report: UnitReport) -> None:
             sentence = printable(_sentence(text), _SHOWN)
             for line in textwrap.wrap(sentence, columns - len(indent)):
                 output.line(indent + line)
-        for mend in finding.mends:
-            note = "   (by hand)" if mend.by_hand else ""
-            output.line(f"      {printable(str(mend), _SHOWN)}{note}")
+        for fix in finding.fixes:
+            note = "   (by hand)" if fix.by_hand else ""
+            output.line(f"      {printable(str(fix), _SHOWN)}{note}")
     for each in report.overrides:
         output.line(f"  {each}, which overrides what adopt writes: change that file")
 

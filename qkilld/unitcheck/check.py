@@ -103,7 +103,7 @@ def _check_kill_mode(
 ) -> Iterator[Finding]:
     if outlives(facts, surroundings):
         return
-    mode, mend = facts.kill_mode, (Line(section, "KillMode=control-group"),)
+    mode, fix = facts.kill_mode, (Line(section, "KillMode=control-group"),)
     qemu = main_is_qemu(facts, surroundings)
     if mode == "none":
         yield Finding(
@@ -112,7 +112,7 @@ def _check_kill_mode(
             "it has KillMode=none",
             "if ExecStop= has not ended the guest, the guest keeps running, and no unit stops it "
             "any more; at host shutdown its storage goes away before it gets SIGKILL",
-            mend,
+            fix,
         )
     elif mode == "process":
         yield Finding(
@@ -123,7 +123,7 @@ def _check_kill_mode(
             if qemu
             else "SIGTERM goes to the main process alone, which is not known to be QEMU: the "
             "guest keeps running until SIGKILL ends it at host shutdown",
-            mend,
+            fix,
         )
     elif mode == "mixed" and not facts.is_scope and not qemu:
         yield Finding(
@@ -132,7 +132,7 @@ def _check_kill_mode(
             "it has KillMode=mixed",
             "its main process is not known to be QEMU: when that process exits, everything else in "
             "the unit gets SIGKILL, including the guest",
-            mend,
+            fix,
         )
 
 
@@ -168,12 +168,12 @@ def _check_unit(facts: UnitFacts) -> Iterator[Finding]:
 
 def _check_asking(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     option = "-qmp unix:%t/%N/qmp,server=on,wait=off"
-    mends: tuple[Line, ...] = (
+    fixes: tuple[Line, ...] = (
         Line("Service", f"ExecStart=… {option}", by_hand=True),
         Line("Service", "RuntimeDirectory=%N", by_hand=True),
     )
     if facts.is_scope:
-        mends = (Line("", "qemu-system-… -qmp unix:PATH,server=on,wait=off", by_hand=True),)
+        fixes = (Line("", "qemu-system-… -qmp unix:PATH,server=on,wait=off", by_hand=True),)
     for why in dict.fromkeys(surroundings.unasked):
         yield Finding(
             "no-monitor",
@@ -181,7 +181,7 @@ def _check_asking(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Find
             f"its guest cannot be asked to shut down: {why}",
             "on SIGTERM, QEMU writes out its own data, but data that the guest's operating system "
             "has not written yet is lost",
-            mends,
+            fixes,
         )
 
 

@@ -141,7 +141,7 @@ def compare(
             reason=f"it is not known what {shown} of its ExecStop= does to the guest",
             advice=f"if {HELPER} does all that this line does, remove the line",
         )
-    if any(line.by_hand for each in unsafe for line in each.mends) or overrides:
+    if any(line.by_hand for each in unsafe for line in each.fixes) or overrides:
         return replace(
             comparison,
             word=UnitVerdict.MANUAL,

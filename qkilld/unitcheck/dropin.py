@@ -43,7 +43,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
     for finding in findings:
         if not finding.is_unsafe:
             continue
-        lines = tuple(line for line in finding.mends if not line.by_hand)
+        lines = tuple(line for line in finding.fixes if not line.by_hand)
         if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, lines_seen)):
             # Keep only the first change of ExecStop=: each contains the whole list.
             lines = tuple(line for line in lines if not _sets_stop(line))

@@ -166,7 +166,7 @@ def _check_by_name(lines: Sequence[StopLine]) -> Iterator[Finding]:
 
 def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     lines = stop_lines(facts, surroundings)
-    mends = _helper_mends(facts, surroundings)
+    fixes = _helper_fixes(facts, surroundings)
     yield from _check_by_name(lines)
     if not lines:
         if is_cut(facts):
@@ -176,7 +176,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
                 f"it has no ExecStop=, {timeout_of(facts)}",
                 "systemd sends SIGTERM, and then SIGKILL, which loses the data that QEMU has "
                 "not written",
-                mends,
+                fixes,
             )
         else:
             yield Finding(
@@ -185,7 +185,7 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
                 _ADVICE if facts.timeout_stop == INFINITY else _MAY,
                 "it has no ExecStop=, and no timeout that ends in SIGKILL",
                 "no guest is killed too early, but a guest that hangs forever delays every stop",
-                mends,
+                fixes,
             )
     elif any(line.has(ActKind.KILLS) for line in lines):
         yield _kills(facts, surroundings, *_listening(facts))
@@ -197,14 +197,14 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
                 f"its guest is asked to shut down, {timeout_of(facts)}",
                 "at the timeout, the guest is killed, and data that the guest or QEMU has not "
                 "written by then is lost",
-                mends,
+                fixes,
             )
     else:
-        yield _returns_early_finding(facts, lines, mends)
+        yield _returns_early_finding(facts, lines, fixes)
 
 
 def _returns_early_finding(
-    facts: UnitFacts, lines: Sequence[StopLine], mends: tuple[Line, ...]
+    facts: UnitFacts, lines: Sequence[StopLine], fixes: tuple[Line, ...]
 ) -> Finding:
     why = "it may return before the guest is gone; then"
     if any(line.reads for line in lines):
@@ -218,7 +218,7 @@ def _returns_early_finding(
         _LOSES if is_certain else _MAY,
         f"its ExecStop= is {program}, {timeout_of(facts)}",
         f"{why} systemd sends SIGTERM while the guest still works, and SIGKILL at the timeout",
-        mends,
+        fixes,
     )
 
 
@@ -333,7 +333,7 @@ def timeout_of(facts: UnitFacts) -> str:
     return f"and TimeoutStopSec={format_usec(facts.timeout_stop)}"
 
 
-def _helper_mends(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
+def _helper_fixes(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     lines: tuple[Line, ...] = (helper_line(facts, surroundings),)
     stops = facts.exec_stop
     if (

@@ -48,7 +48,7 @@ class Finding:
     """What is wrong. May contain any text from the unit."""
     reason: str
     """How the problem loses data."""
-    mends: tuple[Line, ...] = ()
+    fixes: tuple[Line, ...] = ()
 
     @property
     def is_unsafe(self) -> bool:

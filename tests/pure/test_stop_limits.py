@@ -36,19 +36,19 @@ def test_nothing_limits_a_helper_that_is_heard() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "mends"),
+    ("settings", "fix"),
     [
         ({"notify_access": "none"}, "Add NotifyAccess=exec to [Service]"),
         ({"notify_access": "main"}, "Add NotifyAccess=exec to [Service]"),
         ({"control_pid": OWN + 1}, "Write `exec qkilld-stop`"),
     ],
 )
-def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], mends: str) -> None:
+def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], fix: str) -> None:
     for seconds in (1, 5, 90, 3600):
         limits = limits_of(unit(timeout_stop=seconds * S, **settings), OWN, 16)
         assert 0.8 * seconds * S <= limits.stay <= seconds * S - 100_000
         (warning,) = limits.warnings
-        assert mends in warning
+        assert fix in warning
         # Half of the time is left for SIGTERM and the flush, and at least 5 s.
         assert limits.ask == max(0, min(seconds * S // 2, (seconds - 5) * S))
     # No timeout, so no warning.

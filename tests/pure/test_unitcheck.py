@@ -45,29 +45,29 @@ def found(
     facts: UnitFacts, surroundings: Surroundings = AROUND
 ) -> dict[str, tuple[Severity, list[str]]]:
     return {
-        finding.key: (finding.severity, [str(mend) for mend in finding.mends])
+        finding.key: (finding.severity, [str(fix) for fix in finding.fixes])
         for finding in check(facts, surroundings)
     }
 
 
 def test_the_manager_of_a_user_has_a_limit_of_its_own() -> None:
     surroundings = replace(AROUND, manager="user@1000.service", manager_timeout=120 * S)
-    severity, (mend,) = found(SAFE, surroundings)["manager-timeout"]
+    severity, (fix,) = found(SAFE, surroundings)["manager-timeout"]
     assert severity is ADVICE
-    assert mend == "sudo systemctl edit user@1000.service  # TimeoutStopSec=30min"
+    assert fix == "sudo systemctl edit user@1000.service  # TimeoutStopSec=30min"
     assert found(SAFE, replace(surroundings, manager_timeout=1800 * S)) == {}
 
 
 def test_a_guest_that_cannot_be_asked_is_told_with_the_line_to_add() -> None:
     surroundings = replace(AROUND, unasked=("the guest has no monitor",) * 2)
-    severity, mends = found(SAFE, surroundings)["no-monitor"]
+    severity, fixes = found(SAFE, surroundings)["no-monitor"]
     assert severity is ADVICE
-    assert mends == [
+    assert fixes == [
         "[Service] ExecStart=… -qmp unix:%t/%N/qmp,server=on,wait=off",
         "[Service] RuntimeDirectory=%N",
     ]
-    (mend,) = found(SCOPE, surroundings)["no-monitor"][1]
-    assert "-qmp unix:PATH,server=on,wait=off" in mend
+    (fix,) = found(SCOPE, surroundings)["no-monitor"][1]
+    assert "-qmp unix:PATH,server=on,wait=off" in fix
 
 
 POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
@@ -95,7 +95,7 @@ def test_units_without_findings(facts: UnitFacts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "key", "severity", "mends"),
+    ("change", "key", "severity", "fixes"),
     [
         (
             {"exec_stop": (), "notify_access": "main"},
@@ -249,10 +249,10 @@ def test_units_without_findings(facts: UnitFacts) -> None:
     ],
 )
 def test_each_by_itself(
-    change: dict[str, Any], key: str, severity: Severity, mends: list[str]
+    change: dict[str, Any], key: str, severity: Severity, fixes: list[str]
 ) -> None:
     findings = found(replace(SAFE, **change))
-    assert findings == {key: (severity, mends)}
+    assert findings == {key: (severity, fixes)}
 
 
 def test_the_helper_runs_outside_of_a_sandbox_but_not_on_a_users_environment() -> None:
@@ -380,7 +380,7 @@ def test_arguments_of_the_helper(words: str, key: str) -> None:
         line.text
         for finding in check(sandboxed, AROUND)
         if finding.key == "helper-sandbox"
-        for line in finding.mends
+        for line in finding.fixes
     ]
     assert lines == ["ExecStop=", f"ExecStop=-+/usr/bin/qkilld-stop {words}".rstrip()]
 
@@ -389,7 +389,7 @@ def test_a_restart_has_a_signal_of_its_own() -> None:
     facts = replace(SAFE, exec_stop=(), timeout_stop=INFINITY, restart_kill_signal=9)
     (finding,) = [each for each in check(facts, AROUND) if each.is_unsafe]
     assert finding.key == "restart-kill-signal"
-    assert [line.text for line in finding.mends] == ["RestartKillSignal=SIGTERM"]
+    assert [line.text for line in finding.fixes] == ["RestartKillSignal=SIGTERM"]
 
 
 @pytest.mark.parametrize(
