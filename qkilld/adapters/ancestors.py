@@ -32,7 +32,7 @@ def ancestors(pid: int) -> list[Ancestor]:
 
 
 def services_that_run(programs: Collection[str]) -> dict[str, str]:
-    """Find the system services in which these programs run. Service → program."""
+    """Find the system services in which root runs these programs: service → program."""
     services = {}
     for pid in procfs.pids():
         with ignore(f"looking at process {pid}", OSError):

@@ -45,7 +45,7 @@ class SuggestingParser(ArgumentParser):
 
 
 def _suggestion(words: Iterable[str], choices: Sequence[str]) -> str:
-    import difflib  # only after a typing error: the daemon would keep it in memory
+    import difflib  # Imported late, because the daemon would keep it in memory.
 
     best = [match for word in words for match in difflib.get_close_matches(word, choices, n=1)]
     return f". Did you mean {' '.join(best)}?" if best else ""

@@ -1,6 +1,6 @@
-"""Write in a thread, because a write may block for ever, but must not delay the program's end.
+"""Write in a thread, because a write may block for ever, and must not prevent the program's end.
 
-Does not use asyncio, which the daemon imports late (qkilld.daemon).
+Does not use asyncio, which the daemon imports late (qkilld.startup).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
     Items go to disks, the journal and systemd, any of which may hang when a guest must be stopped.
-    Nothing here blocks or raises, except that `close` blocks.
+    No method raises, and only `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
@@ -45,7 +45,8 @@ class BackgroundWriter(Generic[T]):
         return True
 
     def close(self) -> bool:
-        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if the thread blocks.
+        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if the thread has not
+        ended by then.
 
         May be called again.
         """
@@ -61,5 +62,5 @@ class BackgroundWriter(Generic[T]):
                 try:
                     self._write(item)
                 except Exception as error:
-                    # Only once, because such a thread also writes the debug log.
+                    # Log this only once, because the debug log itself is written by such a thread.
                     note_once(f"writing to {self._thread.name}", error)

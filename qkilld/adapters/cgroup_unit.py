@@ -1,7 +1,7 @@
 """Find the systemd unit in the text of /proc/PID/cgroup, by systemd's own rules.
 
 Source: systemd, src/basic/cgroup-util.c (cg_path_get_unit, cg_path_get_user_unit, cg_shift_path,
-cg_unified_cached). Works on both: cgroup v2 ("0::PATH") and the name=systemd hierarchy of v1.
+cg_unified_cached). Handles cgroup v2 ("0::PATH") and the name=systemd hierarchy of v1.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
         return None
     controller = "" if v2 else "name=systemd"
     path = paths.get(controller, "")
-    # Remove the container's own path, with which every path in a container begins if that has no
-    # cgroup namespace.
+    # In a container without a cgroup namespace, every path begins with the container's own path:
+    # remove it.
     root = roots.get(controller, "").removesuffix("/init.scope").rstrip("/")
     if path.startswith(root + "/"):
         path = path[len(root) :]

@@ -171,7 +171,8 @@ def _real(path: Path, root: Path) -> Path:
 
 
 def _content(path: Path, root: Path) -> bytes:
-    """Read a file. Raises OSError; ValueError with a complaint if it cannot be a configuration."""
+    """Read a file. Raises OSError; ValueError, whose text is a complaint, if the file is not a
+    regular one or is too large."""
     real = _real(path, root)
     if real == _MASK:
         return b""

@@ -1,7 +1,7 @@
 """Store jobs beyond the life of the daemon: states in files, processes in the descriptor store.
 
-The pidfd kept by the manager identifies the process. Without it, the process is looked up by its
-id, start time and executable; no other process gets a signal.
+The pidfd kept by the manager identifies the process. Without a pidfd, the process is looked up by
+its id and start time; no other process gets a signal.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class JobStore:
 
     def store_monitor(self, number: int, fd: int) -> None:
         name = _monitor_name(number)
-        # Replace an earlier connection, which was lost.
+        # Drop the descriptor of an earlier connection, which is lost.
         self._drop(name)
         self._in_store.add(name)
         self._manager.store_fd(name, fd)

@@ -1,8 +1,8 @@
 """Write events to journald, or to standard error if that is not connected to journald.
 
-If journald does not read, its socket, which all services share, fills up, and qkilld is needed
-exactly when disks stall. So events go through a bounded queue to a separate thread. If the queue is
-full, events are dropped and counted. The native protocol
+When disks stall, which is when qkilld is needed, journald may stop reading, and its socket, which
+all services share, fills up. So events go through a bounded queue to a separate thread. If the
+queue is full, events are dropped and counted. The native protocol
 (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here because `systemd.journal.send`
 holds Python's lock while it waits for room in the socket, which stops every thread of the process.
 """
@@ -80,7 +80,7 @@ class QueuedJournal:
         try:
             self._sink(_event(item))
         except Exception as error:
-            # Count the event as dropped. An item that is a count is added to the next one.
+            # Count the event as dropped. If the item is itself a count, add it to the next count.
             note("writing to the journal", error)
             with self._lock:
                 self._dropped += item if isinstance(item, int) else 1
@@ -183,7 +183,7 @@ def _connect(path: Path) -> socket.socket:
 
 
 def _unread(connected: socket.socket) -> bool:
-    """Return whether the other end has yet to read a datagram."""
+    """Return True if the other end has not read every datagram yet."""
     size = fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4))
     return any(size)
 
@@ -240,9 +240,9 @@ def _shown(event: Event) -> list[tuple[str, str]]:
 
 
 def _object_fields(guest: Guest) -> dict[str, str]:
-    """Return OBJECT_PID=, from which journald adds the unit (systemd.journal-fields(7)).
+    """Return OBJECT_PID=, by which journald finds and adds the unit (systemd.journal-fields(7)).
 
-    journald cannot do that after the process has exited, so the unit is named here as well:
+    journald cannot find the unit after the process has exited, so it is named here as well:
     `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. journald drops duplicates.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}

@@ -1,6 +1,7 @@
 """Read the receipts of past stops from the journal.
 
-systemd-python holds Python's lock while it reads from the disk, so the daemon must not use this.
+systemd-python holds Python's lock while it reads from the disk, so the daemon must not use this
+module.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def _is_credible(entry: Mapping[str, Any]) -> bool:
     """Return whether a trustworthy sender wrote the entry.
 
     Anyone may write to the journal, but fields that begin with an underscore are journald's own. An
-    entry counts if it was written by root, by the user who reads it, or in the unit that it is
-    about, as qkilld-stop does in a unit with User=.
+    entry counts if it was written by root, by the user who reads it, or by a process of the unit
+    that it is about, such as qkilld-stop in a unit with User=.
     """
     unit = _unit(entry)
     writer = _number(entry, "_UID")

@@ -84,7 +84,7 @@ class NameReader:
         return [self._names.get(_key(identity), UNKNOWN) for identity in identities]
 
     def keep(self, identities: Iterable[Identity]) -> None:
-        """Forget all other identities."""
+        """Forget the names of all other processes."""
         alive = {_key(identity) for identity in identities}
         self._names = {key: names for key, names in self._names.items() if key in alive}
         with self._lock:

@@ -2,8 +2,9 @@
 
 Whoever can write a pidfile, or the path to it, chooses the process. And a pidfile outlives its
 process: after a crash or a reboot, its number may belong to any process. So the path is walked step
-by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE), and everyone who could have
-replaced the file must be root, the caller or the process's user.
+by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE), everyone who could have
+replaced the file must be root, the caller or the process's user, and the process must not be
+younger than the file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SLACK_S: Final = 2.0
 """How much later than the pidfile its process may seem to have started. The start of a process is
 known to 10 ms and the boot time to 1 s; the rest is for coarse file system clocks."""
 MAX_PID: Final = 2**32 - 1
-"""The greatest pid on the bus; the kernel's own limit is far lower."""
+"""The greatest pid that a call on the bus can carry; the kernel's own limit is far lower."""
 
 MAX_LINKS: Final = 40
 """The number of symbolic links that Linux follows for one path."""
@@ -62,7 +63,8 @@ class PathStep:
         return "directory" if stat.S_ISDIR(self.mode) else "file"
 
     def writable_by(self, bit: int) -> bool:
-        """Return whether the group (S_IWGRP) or others (S_IWOTH) can replace what is there.
+        """Return whether the group (S_IWGRP) or others (S_IWOTH) can change the file, or replace
+        the entries of the directory.
 
         In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it,
         and that owner is checked in the next step. The mode of a link has no meaning.
@@ -115,11 +117,11 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace; a process in another one wrote the id that it
-    has there.
+    """Return the process's id in our PID namespace; a process in another namespace has written the
+    id that it has there.
 
-    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. Raises Failed without
-    such a lock, if only processes in other namespaces have the id.
+    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. If no lock proves it,
+    raises Failed if only processes in other namespaces have the id.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):
@@ -162,8 +164,7 @@ def parse_pid(data: bytes, shown: str) -> int:
 
 def check_writers(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
     """Raise AccessDenied if anyone but root, the caller and the process's user could have written
-    or replaced the file: they could choose the process that the caller stops.
-    """
+    or replaced the file, and so chosen the process that the caller stops."""
     trusted = {0, caller_uid, process_uid}
     for step in content.steps:
         subject = f"Pidfile {shown}"
@@ -202,7 +203,7 @@ def _read(path: str, shown: str) -> Content:
     try:
         if not stat.S_ISREG(steps[-1].mode):
             raise InvalidArgs(f"{shown} is not a pidfile: it is not a regular file")
-        # Opened for reading only after the checks, because opening a device can have side effects.
+        # Open for reading only after the checks, because opening a device can have side effects.
         with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as file:  # noqa: PTH123
             data = file.read(MAX_BYTES + 1)
             status = os.fstat(file.fileno())

@@ -2,9 +2,9 @@
 
 Reading stat, status and exe never blocks. Reading a command line can: the kernel takes the target's
 memory lock, which a QEMU process stuck in a page fault may hold for ever. So call
-`read_command_line` and `read_names` in a thread of their own (adapters.background).
-mountinfo is text that the kernel keeps in memory: reading it accesses no path, so a file system
-whose server is gone does not block. For another user's process this needs the ptrace right.
+`read_command_line` and `read_names` in a separate thread (adapters.target_threads, adapters.names).
+mountinfo is text that the kernel keeps in memory: reading it accesses no path, so it does not block
+on a file system whose server is gone. For another user's process, it needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Stat(NamedTuple):
     start_time: int
     """Clock ticks since boot."""
     exit_status: int
-    """Of a process that has exited, as wait(2) returns it; 0 if it has not, or if the kernel does
-    not show it, as without the ptrace right."""
+    """As wait(2) returns it; 0 if the process has not exited, or if the kernel does not show it
+    because we lack the ptrace right."""
 
     @property
     def command(self) -> str:
@@ -87,7 +87,8 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether they allow S_IRUSR or S_IXUSR (read, execute) for a file. Ignores ACLs."""
+        """Return whether these credentials allow `wanted` for a file: S_IRUSR (read) or S_IXUSR
+        (execute). Ignores ACLs."""
         if self.uid == 0:
             return True
         if self.uid == status.st_uid:
@@ -200,7 +201,8 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
 
 
 def read_identity(pid: int, proc: Path = PROC) -> Identity:
-    """Raises OSError: FileNotFoundError, ProcessLookupError if it is gone, PermissionError."""
+    """Raises OSError: FileNotFoundError or ProcessLookupError if the process is gone,
+    PermissionError if the kernel does not show its executable."""
     stat = read_stat(pid, proc)
     uid = read_uid(pid, proc)
     executable, deleted = read_executable(pid, proc)

@@ -13,8 +13,8 @@ import socket
 def send(address: str, state: str, fd: int | None = None, *, wait: bool) -> None:
     """Send assignments, one on each line, and optionally a descriptor.
 
-    `address` is $NOTIFY_SOCKET. With `wait`, block while the socket is full. Raises OSError,
-    without `wait` also BlockingIOError.
+    `address` is $NOTIFY_SOCKET. While the socket is full, block if `wait` is true, otherwise raise
+    BlockingIOError. Raises OSError.
     """
     if address.startswith("@"):
         address = f"\0{address[1:]}"

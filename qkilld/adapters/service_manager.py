@@ -17,9 +17,9 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""The maximum number of messages waiting to be sent. If a descriptor is dropped, the next daemon
-looks the process up by its identity; if a removal is dropped, the next daemon rejects the
-descriptor."""
+"""The maximum number of messages waiting to be sent. Further ones are dropped: without its
+descriptor, the next daemon looks a process up by its identity; it rejects a descriptor that was not
+removed."""
 
 
 class ServiceManager:
@@ -50,7 +50,7 @@ class ServiceManager:
 
     def store_fd(self, name: str, fd: int) -> None:
         """Store a descriptor, which survives this process. Failures are ignored, because the next
-        daemon can work without it."""
+        daemon can work without the descriptor."""
         # Send a duplicate, because the original may be closed, and its number reused, before that.
         with ignore(f"storing the descriptor of {name}", OSError):
             self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))

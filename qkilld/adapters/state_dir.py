@@ -1,10 +1,10 @@
 """Store jobs in the runtime directory (RUNTIME_DIRECTORY, systemd.exec(5)), one file for each.
 
-/run is a tmpfs, but it may be full, which must not delay a job. So a separate thread writes only
-the newest state of each job. A failure is reported once, and jobs continue.
+Writing must not delay a job, so a separate thread writes the newest state of each job. A failure,
+for example because /run is full, is reported once, and jobs continue.
 
 Files may come from an earlier run or from anyone: a file that is incomplete or not ours is renamed
-to NAME.bad and reported. One of a newer version is reported and left alone.
+to NAME.bad and reported. A file of a newer version is reported and left alone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_BYTES: Final = 4 << 20
 MAX_BAD: Final = 16
 """The number of .bad files to keep; further ones are removed."""
 RESERVE: Final = 16
-"""How many job numbers are reserved in advance: a crash may lose the file of a job, but the job has
-used its number."""
+"""How many job numbers are reserved in advance, so that the number of a job whose file was lost in
+a crash is not used again."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"
@@ -123,7 +123,7 @@ class StateDirectory:
         self._writer.put(callback)
 
     def set_aside(self, name: str) -> None:
-        """Rename a file to NAME.bad."""
+        """Rename a file to NAME.bad, or remove it if there are MAX_BAD of these already."""
         with ignore(f"setting {name} aside", OSError):
             names = [other for other in self._names() if other.endswith(".bad")]
             if len(names) < MAX_BAD or f"{name}.bad" in names:
@@ -203,8 +203,8 @@ class StateDirectory:
         self._rename(temporary, name)
 
     def _overwrite(self, name: str, document: dict[str, Any]) -> bool:
-        """Overwrite the existing file in place when the disk is full; return False if it is too
-        small.
+        """Overwrite the existing file in place, which a full disk allows if the file is large
+        enough. Return False if it fails.
 
         A crash meanwhile leaves an incomplete file, from which no job is resumed.
         """
@@ -213,7 +213,7 @@ class StateDirectory:
         except OSError:
             return False
         try:
-            # Add spaces, which JSON allows at its end, to overwrite the rest of a longer text.
+            # Add spaces, which JSON allows at its end, to overwrite the rest of a longer old text.
             text = self._encoded(document).ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:

@@ -33,7 +33,8 @@ class TraceDirectory:
     def __init__(
         self, path: Path, on_error: Callable[[str], None], max_bytes: int = MAX_BYTES
     ) -> None:
-        """`on_error` is called in the writing thread, once for each cause.
+        """`on_error` is called in the writing thread at a failure, and not again until another
+        trace has been begun.
 
         Raises OSError if `path` is not a directory in which files can be created.
         """
@@ -108,7 +109,8 @@ class TraceFile:
         self._put(self, None)
 
     def create(self, directory: int) -> bool:
-        """Create the file with its header; False if it exists already. Raises OSError."""
+        """Create the file with its header. Return False if that was done before, or the trace has
+        ended. Raises OSError."""
         if self._fd is not None or self._ended:
             return False
         self._fd = _create(directory, self._header)
