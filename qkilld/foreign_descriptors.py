@@ -1,18 +1,19 @@
 """Receive and close descriptors, and use sockets, that a stranger shares with us. Never blocks.
 
 close(2) may block as long as the stranger likes: a TCP socket with SO_LINGER waits until its
-data is acknowledged, a file on FUSE until its server answers FUSE_FLUSH, even after SIGKILL. The
-same happens if the kernel drops descriptors: those for which a recvmsg(2) has no room, or those in
-a socket that is closed before it was read. And whoever shares a socket with us can make it block by
-clearing O_NONBLOCK.
+data is acknowledged, a file on FUSE until its server answers FUSE_FLUSH, even after SIGKILL. A call
+blocks in the same way if it makes the kernel drop descriptors: those for which a recvmsg(2) has no
+room, or those in a socket that is closed before it was read. And whoever shares a socket with us
+can make it block by clearing O_NONBLOCK.
 
 So descriptors are always received, threads close them, and no call depends on O_NONBLOCK. Threads
-that wait for sockets are interrupted by a signal. Those that wait for files cannot be, so there are
-few of them, and no descriptors are accepted while all of them wait.
+that wait for sockets are interrupted by a signal. Threads that wait for files cannot be
+interrupted. There are at most MAX_THREADS of them; while all are stuck, or MAX_PENDING files wait
+for them, descriptors are accepted only from a trusted end.
 
-A process does not end before such a close(2) does: exit_group(2) waits for the thread, and would
-otherwise close the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not
-killable). So do not exit unnecessarily while `closes_files()` is true.
+A process does not end before such a close(2) returns: exit_group(2) waits for the thread, or closes
+the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not killable). So do
+not exit unnecessarily while `closes_files()` is true.
 
 Every package may use this module.
 """
@@ -160,8 +161,8 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
     and none can be accepted at the moment, unless the other end is `trusted`.
     """
     if _files.full and not trusted:
-        # Peek without room for descriptors. That shows whether there are some, and leaves them in
-        # the socket.
+        # Peeking without room for descriptors shows whether there are some, and leaves them in the
+        # socket.
         peeked, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")

@@ -64,8 +64,9 @@ DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0
 BUS_AFTER_S: Final = 0.1
-"""If a Varlink call started us, the import of the D-Bus library waits at most this long for the
-answer to that call, which it would delay. The answer takes 25 ms if the guest is idle."""
+"""If a Varlink call started us, the import of the D-Bus library, which would delay the answer to
+that call, waits for the answer for at most this time. The answer takes 25 ms if the guest is
+idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 UNLOCK_AFTER_S: Final = 10.0
@@ -92,8 +93,8 @@ async def live(
 ) -> int:
     """Serve `bus` and Varlink until stopped, or idle for `exit_idle_s`; return the exit code.
 
-    `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError if there is
-    no bus, no Varlink socket and no job; ConfigError.
+    `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as Life.run
+    does; ConfigError if a socket cannot be created, or the description of an interface not read.
     """
     favour_the_loop()
     with contextlib.ExitStack() as stack:
@@ -181,7 +182,7 @@ def _job_store(
 def control_process(pid: int) -> ControlProcess | None:
     """Return the unit and the age of a client that claims to be an ExecStop= process.
 
-    None if the process is hidden.
+    None if the process is hidden or gone.
     """
     if pid <= 0 or (unit := procfs.read_unit(pid)) is None:
         return None
@@ -248,8 +249,8 @@ class Life:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Raises BusError if there is no listener, no bus and no job, or if the bus denies us our
-        name.
+        Raises BusError at the start if no job runs and either there is neither a bus nor a
+        listener, or the bus denies us our name.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -313,8 +314,8 @@ class Life:
                 return code
 
     async def _serve_on(self, bus: BusService | None) -> int | None:
-        """Serve until the bus is lost, a signal comes, or nothing is left to do. Return the exit
-        code; None to try to reach the bus again."""
+        """Serve until the bus is lost, a signal comes, or nothing is left to do. Without a bus,
+        serve for RETRY_S. Return the exit code; None to try to reach the bus again."""
         while True:
             match await self._until_end(bus):
                 case EndReason.STOP:
@@ -371,8 +372,9 @@ class Life:
         else:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
-        # Close these first. If a connection closes soon after a cancellation, the client concludes
-        # that nobody cancelled the job deliberately.
+        # Close Varlink connections before leaving the bus, which takes time: if a connection closes
+        # soon after a cancellation, the client concludes that nobody cancelled the job
+        # deliberately.
         self._varlink.close()
         await self._leave(bus)
         # systemd starts a new daemon for the remaining jobs if a restart is in progress; otherwise,
@@ -422,7 +424,7 @@ class Life:
             await asyncio.sleep(remaining_s if remaining_s > 0 else span_s / 4)
 
     async def _feed_watchdog(self) -> None:
-        """Ping systemd's watchdog from the event loop, because the loop must not stall."""
+        """Ping systemd's watchdog from the event loop, so that systemd notices if it stalls."""
         if (interval := self._manager.watchdog_s) is not None:
             while True:
                 self._manager.ping()

@@ -41,8 +41,8 @@ def run(options: DaemonOptions) -> int:
     journal = open_journal()
     try:
         with _traces(options.trace_dir, journal) as traces:
-            # Imported after the configuration is read, so that its errors are reported sooner.
-            # asyncio works without TLS, which saves 4 MB of memory, locked while jobs run.
+            # Imported late, so that errors in the configuration are reported sooner. asyncio works
+            # without ssl, whose 4 MB of memory would be locked while jobs run.
             sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
             import asyncio
 
