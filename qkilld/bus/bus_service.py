@@ -112,7 +112,8 @@ async def serve(
 ) -> BusService:
     """Serve a bus under our name.
 
-    Raises NameRefused if the bus denies us the name, BusError for any other failure.
+    Raises NameRefused if the bus denies us the name or another process has it, BusError for any
+    other failure.
     """
     connection = await connect(bus)
     try:

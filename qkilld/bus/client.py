@@ -156,7 +156,7 @@ class ManagerProxy:
         owner_changed: Callable[[str], None],
     ) -> AsyncIterator[str]:
         """Within the context, call back for jobs and for changes of the daemon. Yields the bus name
-        of the daemon, "" if none runs, and starts none.
+        of the daemon, "" if none runs; starts no daemon.
 
         `job_new` and `job_removed` get the job's path, `owner_changed` the new daemon's bus name,
         "" for none. Within the context, JobProxy.watch can be called with `matched`.
@@ -230,8 +230,6 @@ class JobProxy:
     async def wait(self) -> tuple[str, dict[str, Any]]:
         """Wait without a time limit for the job to end; return (result, receipt)."""
         if not self._connection.connected:
-            # Without this check, nothing would end the wait: the loss of a connection is announced
-            # only once.
             raise BusError("the connection to the bus is lost")
         result, receipt = await self._connection.request(
             BUS_NAME, self.path, JOB_INTERFACE, "Wait", timeout_s=None
@@ -239,8 +237,8 @@ class JobProxy:
         return result, _plain(receipt)
 
     async def returns(self, timeout_s: float) -> bool:
-        """After the daemon disappeared: wait up to `timeout_s` for one that continues its jobs.
-        Starts no daemon."""
+        """After the daemon disappeared, wait up to `timeout_s` for another that continues its jobs;
+        return whether one appeared. Starts no daemon."""
         return self._connection.connected and await ManagerProxy(self._connection).appears(
             timeout_s
         )
@@ -299,7 +297,7 @@ class JobProxy:
         complete = stale = False
         properties: dict[str, Any] = {}
         invalidated: set[str] = set()
-        """Properties that changed without their new value in the signal, so it must be read."""
+        """Properties whose new value was not in the signal, so that it must be read."""
         outdated = asyncio.Event()
 
         def on_change(body: list[Any]) -> None:
@@ -324,8 +322,8 @@ class JobProxy:
                 invalidated.clear()
                 with contextlib.suppress(QkilldError):
                     now = await self._properties()
-                    # Use only the invalidated ones: the other values may be older than those of a
-                    # signal received meanwhile.
+                    # Use only the invalidated properties: the other values may be older than those
+                    # of a signal received meanwhile.
                     properties.update({name: now[name] for name in names})
                     changed(self._status(properties))
 
@@ -337,8 +335,8 @@ class JobProxy:
         try:
             properties.update(await self._properties())
             while stale:
-                # A property changed during the read. The reply may be older than that, so read
-                # again.
+                # A property changed during the read. The reply may be older than the change, so
+                # read again.
                 stale = False
                 properties.update(await self._properties())
             complete = True
@@ -356,7 +354,7 @@ class JobProxy:
 
 def job_status(path: str, properties: dict[str, Any], clock_offset: int = 0) -> JobStatus:
     """Parse the properties of org.qkilld1.Job. Times are converted to our clock: `clock_offset`
-    (µs) is how far CLOCK_MONOTONIC of the daemon's host is ahead of it."""
+    (µs) is how far CLOCK_MONOTONIC of the daemon's host is ahead of ours."""
     # Imported late, because it takes 1 ms and an idle guest exits before its status is needed.
     from qkilld.model.job_status import JobStatus
     from qkilld.model.text import printable

@@ -115,11 +115,11 @@ class Connection:
             self._end.set_result(None)
         else:
             self._end.set_exception(error)
-            self._end.exception()  # Mark as retrieved: nobody may be waiting.
+            self._end.exception()  # Mark it as retrieved, because perhaps nobody awaits it.
         for _, future in self._open_calls.values():
             if not future.done():
                 future.set_exception(error or EOFError("the connection is closed"))
-                future.exception()  # Mark as retrieved: the caller may have stopped waiting.
+                future.exception()  # Mark it as retrieved: its caller may have stopped waiting.
 
     # ---- sending ----
 
@@ -244,8 +244,8 @@ class Connection:
             _log.debug("ignored a reply that answers no open call")
             return
         # Accept a reply only from the callee, or from the bus, which may answer any call with an
-        # error. Who owns a well-known name is not known here, but the bus lets nobody else answer
-        # (send_requested_reply in its policy).
+        # error. The owner of a well-known name is not known here, but the bus lets nobody else
+        # answer (send_requested_reply in its policy).
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)
         ):
@@ -269,7 +269,7 @@ class Connection:
             self._schedule_write()
 
     def refuse_later(self, call: IncomingMessage, name: str, text: str) -> None:
-        """Like `refuse`, but delayed by up to HELD_BACK_S, for a caller that floods us."""
+        """Answer a caller that floods us with an error, up to HELD_BACK_S later."""
         if not call.wants_reply:
             return
         if not self._held_back:
@@ -328,9 +328,9 @@ class Connection:
         given. `descriptor` is sent with the call, as index 0; this needs a connection that was made
         for descriptors.
 
-        Raises the QkilldError that the reply names, or Failed for any other error reply. Raises
-        BusError if the connection is lost, no reply comes within `timeout_s`, or the reply cannot
-        be parsed.
+        Raises the QkilldError that an error reply names; RefusedByBus if the policy of the bus
+        forbids the call; CallFailed for any other error reply. Raises BusError if the callee or the
+        connection is lost, no reply comes within `timeout_s`, or the reply cannot be parsed.
         """
         if not self.connected:
             raise BusError("the connection to the bus is lost")

@@ -51,8 +51,8 @@ def guest_properties(watched: WatchedGuest) -> dict[str, Any]:
 class Watchers:
     """The connections that called GetManagedObjects and were on the bus when last checked.
 
-    A match rule for each would report when they leave, but rules are scarce. Instead, one of them
-    is checked before each scan for guests.
+    A match rule for each would report when it leaves, but rules are scarce. Instead, before each
+    scan for guests, the bus is asked until one of them is found that is still there.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -68,8 +68,8 @@ class Watchers:
         self._names[name] = uid
 
     async def has_any(self) -> bool:
-        """Check the names until one is still on the bus, and drop those that are not; return
-        whether there is one. Raises BusError."""
+        """Return whether one of the names is still on the bus; drop those found missing. Raises
+        BusError."""
         while self._names:
             name = next(iter(self._names))
             (exists,) = await self._connection.request_bus("NameHasOwner", "s", name)

@@ -129,8 +129,7 @@ def load() -> None:
 
 
 def introspection(interface: Interface | None, children: list[str]) -> str:
-    """Return the XML that Introspect answers for an object with this interface and these child
-    nodes."""
+    """Return the reply of Introspect for an object with this interface and these child nodes."""
     described = [_STANDARD]
     if interface is not None:
         described.append(interface.xml)
@@ -163,7 +162,7 @@ def _load(name: str) -> Interface:
 
 
 def _members_of(text: str) -> dict[tuple[str, str], _Arguments]:
-    """Return the attributes of the arguments of each member, or its own if it is a property, by
+    """Return the attributes of each member's arguments, and for a property its own attributes, by
     the member's name and kind."""
     members: dict[tuple[str, str], _Arguments] = {}
     last: _Arguments = []

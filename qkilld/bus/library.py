@@ -3,7 +3,7 @@
 The library is dbus-next, or, if that is missing or broken (it does not import under Python 3.15),
 dbus-fast, its maintained successor with the same names. Connecting and parsing are done in
 bus.transport, bus.framing and bus.values, because both libraries keep every signature that they
-have ever parsed and change their connections from release to release.
+have ever parsed, and change how they connect from release to release.
 """
 
 from __future__ import annotations

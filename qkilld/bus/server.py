@@ -53,7 +53,7 @@ class BusCaller:
 
     @property
     def disconnected(self) -> bool:
-        """Whether the call was cancelled because the caller left the bus."""
+        """For a call that was cancelled: whether the reason is that the caller left the bus."""
         return not self._server.draining
 
     async def uid(self) -> int:
@@ -122,8 +122,8 @@ class ObjectTree(Protocol):
 
 
 class NoReply(Exception):
-    """Raised for a call that we do not answer. When the daemon leaves the bus, the bus answers it
-    as after a crash (org.freedesktop.DBus.Error.NoReply)."""
+    """Raised for a call that we do not answer. When the daemon leaves the bus, the bus answers the
+    call as after a crash (org.freedesktop.DBus.Error.NoReply)."""
 
 
 class _NoSuch(Exception):
@@ -182,11 +182,11 @@ class Server:
         connection.watch_names(self._owner_changed)
 
     async def notice_disconnect(self, sender: str) -> None:
-        """Ask the bus to report when this connection ends, so that its calls end too.
+        """Ask the bus to report when the sender leaves, so that its calls end too.
 
         The bus is asked only while a call is open, because otherwise every client that leaves the
-        bus would wake us. If the bus refuses (it limits the match rules of a connection), the calls
-        continue until they are answered.
+        bus would wake us. If the bus refuses (it limits our match rules), the calls continue until
+        they are answered.
         """
         if sender in self._noticed:
             return
@@ -294,8 +294,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name that has no waiting
-        calls: if one that has some were dropped, its next call would overtake them."""
+        """Cache a uid. If the cache is full, drop the least recently used name without waiting
+        calls: if a name with waiting calls were dropped, its next call would overtake them."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]

@@ -38,17 +38,18 @@ _NO_SUCH_UNIT: Final = frozenset(
 
 
 class Systemd:
-    """A systemd manager. Every method raises BusError if it cannot be reached, Failed if it
-    refuses."""
+    """A systemd manager. Every method raises BusError if the manager cannot be reached, Failed if
+    it refuses."""
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
         self._connection = connection
         self._timeout_s = timeout_s
 
     async def unit(self, name: str) -> UnitFacts:
-        """Read all properties of one unit. systemd loads a unit that does not run from its file.
+        """Read all properties of one unit. If the unit does not run, systemd reads its file.
 
-        Raises InvalidArgs if the name is not that of a service or scope, NoSuchUnit.
+        Raises InvalidArgs if the name is not that of a service or scope, NoSuchUnit if systemd
+        knows no such unit.
         """
         if not name.endswith(tuple(KINDS)):
             raise InvalidArgs(f'"{printable(name)}" is neither a .service nor a .scope')
@@ -248,7 +249,8 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
     """Parse RestrictAddressFamilies, which lists either the allowed families or the denied ones."""
     if allowed:
         return tuple(names)
-    # Only AF_UNIX matters here: if it is denied, any list without it will do.
+    # Callers only look for AF_UNIX in the result. So if AF_UNIX is denied, return some list of
+    # allowed families without it.
     return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
 
 
