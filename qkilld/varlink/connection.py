@@ -206,14 +206,15 @@ class VarlinkConnection:
             return
         self._incoming += data
         if self._calling:
-            # Keep some space free, because the client's disconnect is only noticed while reading.
+            # Read on while a call is being answered, because only reading shows that the client has
+            # disconnected. Stop when more than one longest call is buffered.
             if len(self._incoming) > self._max_call:
                 self._read_on(False)
         else:
             self._hand_out()
 
     def _end_of_calls(self) -> None:
-        """Note that no more calls follow. Those received before are still answered, unless the
+        """Note that no more calls follow. Calls received before are still answered, unless the
         client has disconnected."""
         self._ended = True
         self._read_on(False)

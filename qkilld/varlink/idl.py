@@ -108,7 +108,7 @@ class Description(NamedTuple):
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a string has neither a lone surrogate nor NUL, which would end a path. JSON allows
+    """Return True if a string has no lone surrogate and no NUL, which would end a path. JSON allows
     both."""
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 

@@ -21,9 +21,9 @@ UNIT_AFTER_S: Final = 0.3
 """Delay before the unit's settings are read. Most idle guests have exited by then, even if many are
 stopped, and a unit with TimeoutStopSec=1 is still handled in time."""
 OPEN_AFTER_S: Final = 0.1
-"""The first reply waits this long for the end of a job. It does not wait for the unit's settings:
-if the daemon crashed before that reply, the caller would not know of the job, and would send
-SIGTERM a second time."""
+"""The first reply waits this long for the end of a job, but not for the unit's settings: if the
+daemon crashed before the first reply, the caller would not know of the job, and would send SIGTERM
+a second time."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
@@ -110,7 +110,8 @@ class VarlinkMethods:
         self._begun(call, parameters, jobs, first)
 
     def _started(self, call: VarlinkCall, parameters: dict[str, Any], job: Job) -> None:
-        """Reply with a job that has begun, and if requested with its progress and result."""
+        """Reply with the state of a job that has begun, then, if requested, its progress and
+        result."""
         self._begun(call, parameters, [job], lambda: {"state": values.state(job, call.uid)})
 
     def _begun(
@@ -120,7 +121,7 @@ class VarlinkMethods:
         jobs: Sequence[Job],
         first: Callable[[], dict[str, Any]],
     ) -> None:
-        """Reply with `first` when jobs have begun. If their unit matters, wait OPEN_AFTER_S,
+        """Reply with `first` when jobs have begun. With `byUnit`, wait OPEN_AFTER_S before that,
         because most guests have exited by then and need one reply only."""
         by_unit = bool(parameters.get("byUnit"))
         if not call.more or not jobs:

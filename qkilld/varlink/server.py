@@ -128,8 +128,8 @@ class VarlinkCaller:
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
         """Ask polkit about the pidfd of the peer, without a password dialog. Return DENIED if the
-        kernel (before 6.5) gives no pidfd, or polkit (before 124) accepts none. A process id is not
-        enough, because another process may have it by then."""
+        kernel (before 6.5) gives no pidfd, or polkit (before 124) accepts none. A process id would
+        not do, because another process may have it by now."""
         authority = self._server.authority
         if authority is None or (pidfd := self._connection.open_peer()) is None:
             return Answer.DENIED
@@ -140,8 +140,8 @@ class VarlinkCaller:
 
 
 Method = Callable[["VarlinkCall", dict[str, Any]], Coroutine[Any, Any, dict[str, Any] | None]]
-"""Takes the call and its parameters, and returns those of the reply; None if the call was answered
-already."""
+"""Takes the call and its parameters, and returns the parameters of the reply; None if the method
+replies by itself."""
 
 
 class Methods(Protocol):
@@ -176,8 +176,8 @@ class VarlinkCall:
         self.connection = connection
         self.message = message
         self._descriptors = dict(enumerate(descriptors))
-        """The descriptors sent with the call, by index. They are closed when the call only waits
-        for its job, or ends."""
+        """The descriptors sent with the call, by index, without those taken. They are closed when
+        the call only waits for its job, or ends."""
         self.uid = connection.uid
         self.caller = VarlinkCaller(server, connection)
         self.more = False
@@ -223,7 +223,7 @@ class VarlinkCall:
         self.end()
 
     def take_descriptor(self, index: int) -> int:
-        """Return a descriptor that came with the call; its new owner must close it. Raises
+        """Return a descriptor that came with the call, which the caller closes. Raises
         InvalidArgs."""
         try:
             return self._descriptors.pop(index)
@@ -372,7 +372,7 @@ class VarlinkServer:
         uid = connection.uid
         self._connections[connection] = None
         self._per_uid[uid] += 1
-        # A connection counts as a call, because a call will follow.
+        # Check the limits as for a call that opens descriptors, because a connection is one.
         if uid not in self.turns.unlimited:
             with contextlib.suppress(Busy):
                 self.turns.limits.check_descriptors(uid)
@@ -394,7 +394,7 @@ class VarlinkServer:
         self._per_uid[connection.uid] -= 1
         if not self._per_uid[connection.uid]:
             del self._per_uid[connection.uid]
-        # The call continues without its client, which does not wait for its end any more.
+        # The call continues, but its client does not wait for the reply any more.
         if call is not None:
             call.on_disconnect()
 

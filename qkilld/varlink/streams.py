@@ -126,7 +126,7 @@ class JobStream:
                 self._report()
 
     def close(self, *, disconnected: bool) -> None:
-        """Stop reporting. `disconnected`: because the caller disconnected."""
+        """Stop reporting. `disconnected`: whether the reason is that the caller disconnected."""
         for job, callback in self._callbacks.items():
             job.forget_waiter(callback, disconnected=disconnected)
             self._forget(job)
