@@ -12,7 +12,7 @@ from typing import Any
 from qkilld.model.dataclass import dataclass
 
 SETTLED: frozenset[str] = frozenset({"concluded", "null", "aborting", "undefined"})
-"""States in which ending a block job loses nothing more."""
+"""States of a block job in which ending it loses nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class GuestDisk:
     qdev: str = ""
     """QEMU's name for its device; "" if unknown."""
     connections: tuple[str, ...] = ()
-    """The names of the nodes below it that use a network connection."""
+    """The names of the nodes below the disk's node that use a network connection."""
     names: tuple[str, ...] = ()
-    """If only statistics were read: its name and the names of the nodes below it, printable."""
+    """If only statistics were read: the names of the disk and of its nodes, printable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,14 @@ class BlockState:
     """CLOCK_MONOTONIC, µs."""
     runstate: str
     disks: tuple[GuestDisk, ...]
-    """Disks open for writing."""
+    """Disks open for writing; all disks if only statistics were read."""
     queues: tuple[RequestQueue, ...] | None = None
     """The queues of all virtio disks."""
     foreign: tuple[str, ...] = ()
     """Disks whose requests bypass QEMU: vhost-user."""
     unused: tuple[str, ...] = ()
     """Images open for writing that no disk uses: an unplugged device has left them, or an export
-    uses them. They are not flushed, and QEMU may hold data for them."""
+    uses them. They are not flushed, and QEMU may keep data for them in memory."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 
@@ -87,9 +87,9 @@ class FlushResult:
     node: str
     title: str
     error: str = ""
-    """A printable description; "" if it was flushed."""
+    """A printable description; "" if the disk was flushed."""
     refused: bool = False
-    """The flush was not tried, for example because QEMU did not export the node. That shows
+    """The flush was not tried, for example because QEMU did not export the node: this shows
     nothing about the disk."""
 
 

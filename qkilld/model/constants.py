@@ -146,7 +146,7 @@ class ExitCode(IntEnum):
     KILLED = 3
     """The guest exited only after SIGKILL: data may be lost."""
     SURVIVED = 4
-    """The guest still runs: it survived, or was not forced and its time has passed."""
+    """The guest still runs: the job gave up or was cancelled."""
     NOT_QEMU = 5
     """Not a QEMU process, or a different process by now."""
     NOT_PERMITTED = 6

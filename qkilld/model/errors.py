@@ -1,7 +1,7 @@
 """The tree of all errors that the project raises on purpose.
 
 An error's text is for the caller: it says what happened, to what, and what to do next. It never
-contains a path, an internal name, or anything about a process that the caller may not know.
+contains an internal name, or anything about a process that the caller may not know.
 
     QkilldError
     ├── InvalidArgs          a wrong argument, flag or option
@@ -15,8 +15,8 @@ contains a path, an internal name, or anything about a process that the caller m
     ├── Failed               anything else that the daemon could not do
     │   └── UnknownIdentity  the executable of a process cannot be read at the moment
     ├── AccessDenied         the caller may not do this
-    │   └── RefusedByBus     the policy of the bus forbids a call, or our own name
-    ├── InteractiveAuthorizationRequired
+    │   ├── RefusedByBus     the policy of the bus forbids a call, or our own name
+    │   └── InteractiveAuthorizationRequired
     ├── MonitorError         a guest's monitor or agent cannot be used
     │   ├── MonitorUnreachable   there is none, or it is not the guest's own
     │   ├── MonitorBusy          it serves another client, or is silent
@@ -24,7 +24,7 @@ contains a path, an internal name, or anything about a process that the caller m
     │   ├── MonitorClosed        the other end closed the connection
     │   ├── MonitorProtocolError it broke the protocol, or sent too much
     │   └── CommandRefused       it answered with an error
-    ├── ConfigError          a wrong line in a configuration file (never reaches the bus)
+    ├── ConfigError          a wrong configuration or installation (never reaches the bus)
     └── BusError             the bus, or the daemon on it, cannot be reached (client side)
         └── NameRefused      the bus does not give us our name
 """
@@ -145,7 +145,8 @@ class CommandRefused(MonitorError):
 
 
 class ConfigError(QkilldError):
-    """`text` is one line: FILE:LINE: what is wrong and what was expected."""
+    """For a configuration file, the text has one line for each mistake: FILE:LINE: what is wrong
+    and what was expected."""
 
     exit_code = ExitCode.USAGE
 
@@ -155,7 +156,7 @@ class BusError(QkilldError):
 
 
 class NameRefused(BusError):
-    """The bus denies the daemon its name: its policy forbids it, or the name has another owner."""
+    """The bus denies the daemon its name: the policy forbids it, or the name has another owner."""
 
 
 BY_BUS_NAME: Final[dict[str, type[QkilldError]]] = {

@@ -57,7 +57,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of the user manager's unit, or else of the system's."""
+        """The name of the unit within the user's manager, if there is one; otherwise `system`."""
         return self.user or self.system
 
 

@@ -88,7 +88,7 @@ class KeptMonitor:
 
     fd: int
     own_chardevs: tuple[str, ...]
-    """The labels of this monitor itself, which must not be yanked."""
+    """The labels of this monitor's character devices, which must not be yanked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -302,7 +302,7 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
 
 
 def rounded(usec: int) -> int:
-    """Round for readers: to µs below 1 ms, to ms below 1 minute, else to seconds."""
+    """Round down for readers: to µs below 1 ms, to ms below 1 minute, else to seconds."""
     step = USEC_PER_SEC
     if usec < 60 * USEC_PER_SEC:
         step = 1 if usec < 1000 else 1000

@@ -1,4 +1,4 @@
-"""Decode untrusted JSON: bounded in depth, with one exception for all errors."""
+"""Decode untrusted JSON. The depth is bounded, and every error is a ValueError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BRACKET: Final = re.compile(r'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 def decode_json(text: str | bytes) -> Any:
     """Decode a JSON text; bytes must be UTF-8.
 
-    Raises ValueError for anything that is not JSON of at most MAX_DEPTH, NaN and Infinity included.
+    Raises ValueError if the text is not JSON, is deeper than MAX_DEPTH, or has NaN or Infinity.
     """
     if isinstance(text, bytes):
         text = text.decode()

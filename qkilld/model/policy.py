@@ -27,8 +27,8 @@ DEFAULT_EXECUTABLES: Final = (
     "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
     "/usr/lib/xen-*/bin/qemu-system-*",
 )
-"""Paths that only root can write: of packages, snaps (mounted read-only) and stores. Not
-/home/linuxbrew, AppImages and the /app of flatpaks, because users can create these."""
+"""Paths of packages, snaps (mounted read-only) and stores, which only root can write.
+/home/linuxbrew, AppImages and the /app of flatpaks are missing, because users can create these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +139,12 @@ class Config:
         return self.guests.get(name, self.policy) if name else self.policy
 
     def asks(self, name: str | None) -> bool:
-        """Return Powerdown= for the guest of that name; if the name is unknown, whether it is set
-        for any guest."""
+        """Return Powerdown= for the guest of that name; if the name is unknown, whether Powerdown=
+        is yes for any guest."""
         return any(switches.powerdown for switches in self._switches(name))
 
     def yanks(self, name: str | None) -> bool:
-        """Return Yank= for the guest of that name; if the name is unknown, whether it is set for
+        """Return Yank= for the guest of that name; if the name is unknown, whether Yank= is yes for
         all guests."""
         return all(switches.yank for switches in self._switches(name))
 

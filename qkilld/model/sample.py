@@ -85,7 +85,7 @@ class Device:
     they are unknown."""
     counts: bool = False
     """Whether the kernel is known to count its requests: an administrator can switch that off, and
-    some drivers do not."""
+    some drivers do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +163,9 @@ class Socket:
     peer: Peer | None = None
     """None if the peer is not local, or was not searched for."""
     accepted: bool = False
-    """Whether the process listened for this connection: on a unix socket of the same name that it
-    still has, or (TCP) a process of this host on the same port. Not so for a pair of sockets, or a
-    connection that another process accepted."""
+    """Whether the connection was accepted: on a unix socket on which the process still listens or,
+    with TCP, on a local port on which any process listened. False for a pair of sockets, and for a
+    unix connection that another process accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ class Node:
     export: str = ""
     """For NBD: the export that QEMU requests from the server. Printable."""
     reconnect: int | None = None
-    """How many seconds QEMU holds requests for a lost server: reconnect-delay of NBD, for ever with
-    iSCSI. None if unknown."""
+    """How many seconds QEMU keeps requests for a lost server: reconnect-delay of NBD; almost for
+    ever with iSCSI. None if unknown."""
     served: bool | None = None
     """Whether a process on this host listens at the server's address; None if not checked."""
 
@@ -204,7 +204,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """The place of an image that is open for writing. Read if Sample.mounts is not empty."""
+    """The place of an image that is open for writing. Read only if Sample.mounts is not empty."""
 
     names: tuple[str, ...]
     """The names of the nodes that use the image, by the command line; () if the image was added
@@ -256,7 +256,8 @@ class Sample:
     """Whether other processes may use the guest's memory, as vhost-user needs, by the command
     line."""
     formatted: int | None = None
-    """Images open for writing that are not known to be raw: QEMU may hold back data for them."""
+    """Images open for writing that are not known to be raw: QEMU may keep data of them in
+    memory."""
     images: tuple[ImagePlace, ...] | None = None
     """() if `mounts` is empty."""
     ringless: tuple[str, ...] = ()

@@ -86,7 +86,7 @@ def parse(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Like `parse`, but return seconds."""
+    """Return the span in seconds. Raises ValueError as `parse` does."""
     return parse(text) / USEC_PER_SEC
 
 

@@ -51,7 +51,7 @@ class UnitFacts:
     job_timeout: int = INFINITY
     """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
     control_group: str = ""
-    """The path below the cgroup root; "" if it has no processes."""
+    """The path below the cgroup root; "" if the unit has no control group."""
     kill_mode: str = "control-group"
     kill_signal: int = 15
     restart_kill_signal: int = 0
@@ -85,7 +85,8 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows, if it is an allow list; None for all."""
+    """The families that RestrictAddressFamilies= allows; None for all. A deny list counts only if
+    it has AF_UNIX: this is then some list without it."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     noexec_paths: tuple[str, ...] = ()
@@ -108,7 +109,7 @@ class UnitFacts:
     @property
     def cares_for_guests(self) -> bool:
         """Whether the unit has an ExecStop=, which systemd runs before it signals the unit's
-        processes. That of a user manager does not count: it stops units, not guests."""
+        processes. The ExecStop= of a user manager does not count: it stops units, not guests."""
         return bool(self.exec_stop) and not is_user_manager(self.id)
 
     @property
