@@ -1,7 +1,7 @@
 """Find the file system under a file that the kernel names only by its path.
 
 This concerns the backing file of a loop device and the upper directory of an overlay. The path
-belongs to the mount namespace in which it was given, and the kernel does not report which: a
+belongs to the mount namespace in which it was given, which the kernel does not report: a
 container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
 system is accepted only if it has a file at this path, with the length that the loop device reports.
 LOOP_GET_STATUS64 would return the file's device and inode, but is not used, because it blocks if
@@ -24,7 +24,7 @@ from qkilld.debug_log import note_once
 
 TIMEOUT_S: Final = 0.5
 """Timeout of the path walk, which runs in its own thread. It suffices for the correct path, whose
-directories the kernel has in memory; a wrong path may wait for a disk."""
+directories the kernel has in memory; the walk of a wrong path may wait for a disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")

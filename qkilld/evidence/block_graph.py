@@ -1,8 +1,9 @@
 """Read QEMU's storage from its command line: nodes behind connections, images, other connections.
 
-Pure. The command line is its owner's claim, and does not prove that a descriptor exists. It lacks
-disks that were added later, so the use of a connection that it does not name is unknown. Sources:
-qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of QEMU 2.0 to 10.0.
+Pure. The command line is a claim of the process's owner, and does not prove that a descriptor
+exists. It lacks disks that were added later, so the use of a connection that it does not name is
+unknown. Sources: qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of QEMU 2.0
+to 10.0.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class BlockGraph:
             self.endpoints[endpoint] = node
 
     def locate_images(self, directory: str) -> None:
-        """Add the paths as the kernel shows them unless there are symbolic links. `directory` is
-        QEMU's working directory."""
+        """Add the absolute path of each image, which the kernel shows unless there are symbolic
+        links. `directory` is QEMU's working directory."""
         for path, use in list(self.images.items()):
             located = os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             same = self.images.get(located)
@@ -126,8 +127,9 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
 
 
 def _shares_memory(option: QemuOption) -> bool:
-    """Return whether the option makes memory that other processes may use: by default, all kinds
-    but memory-backend-file do, or are no memory of a guest."""
+    """Return whether the option makes memory that other processes may use. memory-backend-file and
+    memory-backend-ram do so only with share=on. The other kinds do so by default, or are no memory
+    of a guest."""
     kind = option.flat.get("qom-type", "") if option.name == "object" else ""
     default = "off" if kind in ("memory-backend-file", "memory-backend-ram") else "on"
     return kind.startswith("memory-backend-") and option.flat.get("share", default) not in _OFF
@@ -214,7 +216,7 @@ def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:
     """Return the path of each image, and whether the command line uses it only as raw.
 
     A chain of several formats is not raw. Neither is a node that nothing uses, because a disk that
-    was added to the running QEMU may use it.
+    was added to the running QEMU may use it with a format.
     """
     parents: dict[str, list[_DiskOption]] = {}
     for disk in disks:
@@ -328,7 +330,8 @@ def _tcp(host: str, number: str, default: int | None) -> ConnectionEnd:
 
 
 def _read_connections(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
-    """Add the connections of other devices. Only those of vhost-user may be for storage."""
+    """Add the connections of options that are not disks. Of these, only vhost-user may be
+    storage."""
     users: dict[str, str] = {}
     for option in options:
         flat = option.flat

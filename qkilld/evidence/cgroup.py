@@ -4,9 +4,9 @@
     v1   memory.stat, blkio.throttle.*, freezer.state (kernel admin-guide/cgroup-v1/)
 
 Both are read if the host has both. Rights: none. Cost, measured on kernel 6.18: 30 µs a read; 0.2
-ms more when the process moves to another group, and every REFRESH_S to list the group's other
-processes. If a controller is not enabled for the process's group, the nearest ancestor that has it
-is read.
+ms more when the process has moved to another group, and once every REFRESH_S, to list the group's
+other processes. If a controller is not enabled for the process's group, the nearest ancestor that
+has it is read.
 
 Limits of v1: blkio counts writeback only for the root group, and since 6.10 counts only disks for
 which a limit was ever set.
@@ -244,7 +244,7 @@ def _sum_v2(text: bytes | None, label: bytes) -> int | None:
 
 
 def _sum_v1(text: bytes | None) -> int | None:
-    """Sum lines like "8:0 Write 2". Without a line the kernel does not count: return None."""
+    """Sum lines like "8:0 Write 2". No line means that the kernel does not count: return None."""
     words = (text or b"").split()
     try:
         amounts = [int(words[at + 1]) for at, word in enumerate(words) if word == b"Write"]

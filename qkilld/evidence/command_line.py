@@ -1,7 +1,7 @@
 """Read a process's block graph from its command line and -readconfig files.
 
-Reading /proc/PID/cmdline takes the target's memory lock, which may be held as long as its storage
-hangs, and the process's user may have put the files on such storage. So a separate thread reads
+Reading /proc/PID/cmdline takes the target's memory lock, which may be held as long as the target's
+storage hangs. The -readconfig files may lie on storage that hangs, too. So a separate thread reads
 both. Reading another user's files needs the ptrace right.
 """
 

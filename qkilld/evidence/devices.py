@@ -94,8 +94,8 @@ def counts_requests(block: Block) -> bool:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file: the device has the whole sectors from its
-    offset to the file's end, or to a limit."""
+    """Return the possible sizes of the backing file. The device has the whole sectors of the file
+    from an offset to its end, or to a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)

@@ -1,10 +1,10 @@
 """Decide which guests' files stay open from one sample to the next.
 
 All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job.
-The rest is for files that jobs and callers must have open. When jobs are added, the files that have
-been kept for the longest time are closed at once. If there is no room for a guest, its files are
-opened for each sample. It does not replace another guest, because guests are sampled one after the
-other: if each replaced the next, no file would be open when it is needed.
+The rest is for files that jobs and callers must have open. If jobs are added, the next sample
+closes the files of those guests that began to keep theirs first. If there is no room for a guest,
+its files are opened for each sample. It does not replace another guest, because guests are sampled
+one after the other: if each replaced the next, no file would be open when it is needed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qkilld.evidence.kept_file import kept_files
 PER_JOB: Final = 4
 """Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
 SPARE: Final = 64
-"""A guest may keep its files, about ten, open only if there is room for this many. So usually no
-other guest's files must be closed for them."""
+"""A guest may begin to keep its files (about ten) open only if there is room for this many. So
+usually no other guest's files must be closed for them."""
 
 
 class Keeper(Protocol):

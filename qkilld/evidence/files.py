@@ -5,8 +5,8 @@ Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 No path of the process is opened or accessed. The link of a descriptor shows what it refers to
 (readlink(2) returns text without access to the file), fdinfo shows its mode and mount, and
 mountinfo shows the file system. stat(2), which shows whether a file is a block device, is called
-only on tmpfs and devtmpfs, which are in memory: on a network file system it could wait for a dead
-server.
+only on tmpfs and devtmpfs, which are in memory. On a network file system, stat(2) could wait for a
+dead server.
 
 The kernel does not show which open files are images. Regular files and block devices count as
 images unless they are open only for writing, as QEMU's logs and pidfile are.
@@ -174,7 +174,7 @@ def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
     The command line does not show this, because images may have been added through a monitor. So
-    the file's content decides, which can be read without blocking, because tmpfs is in memory.
+    the content of the file decides. Reading it does not block, because tmpfs is in memory.
     """
     if path.endswith(" (deleted)"):
         return True

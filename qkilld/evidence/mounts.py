@@ -37,7 +37,7 @@ class MountStatistics:
         self._cache: dict[Filesystem, Mount] = {}
 
     def of(self, filesystem: Filesystem) -> Mount:
-        """Return a mount with its counters, None if it has none or they are unreadable."""
+        """Return a mount with its counters; a counter that is missing or unreadable is None."""
         cached = self._cache.get(filesystem)
         if cached is None:
             operations = bytes_written = None
@@ -72,8 +72,8 @@ def _parse(section: bytes) -> tuple[int | None, int | None]:
     """Return (operations, bytes written) of one mount's section.
 
     Operations are those that the server answered with success. The kernel counts each operation
-    that has ended, even if it gave up waiting (soft mounts). Those that ended in an error, the
-    ninth number since Linux 5.3, are subtracted.
+    that has ended, even if the kernel gave up waiting for it (soft mounts). Operations that ended
+    in an error (the ninth number, since Linux 5.3) are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]

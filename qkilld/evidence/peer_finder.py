@@ -30,7 +30,7 @@ BACKGROUND_SEARCH_S: Final = 1.0
 PAUSE_FACTOR: Final = 9
 """After a search, pause for this many times its processor time."""
 RETRY_S: Final = 5.0
-"""How long to wait before searching again for a socket that no process has."""
+"""How long to wait before searching again for a socket that was found in no process."""
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
@@ -66,7 +66,7 @@ class PeerFinder:
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about
-        SEARCH_S."""
+        SEARCH_S, or twice that if another thread is searching."""
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
@@ -164,7 +164,7 @@ class _Search:
         self._rests_until = time.monotonic() + PAUSE_FACTOR * (time.thread_time() - start)
 
     def _finish(self) -> None:
-        """End a search of all processes; keep only the sockets that were added meanwhile."""
+        """End a search of all processes. Continue only with sockets that were added meanwhile."""
         now = time.monotonic()
         self._candidates = None
         self._retry_at = {inode: at for inode, at in self._retry_at.items() if at > now}

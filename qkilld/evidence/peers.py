@@ -91,8 +91,8 @@ class ServerReader:
         sockets: SocketTable,
         downstream: set[int],
     ) -> dict[int, Peer]:
-        """Sample the servers at these ends. `downstream`: the processes between the guest and them,
-        which are not sampled again."""
+        """Sample the servers at these ends. `downstream`: the guest's process and the servers
+        between it and these ends, which are not sampled again."""
         peers: dict[int, Peer] = {}
         owners = self._finder.find(ends) if ends else {}
         for pid in set(owners.values()) - downstream:

@@ -50,9 +50,9 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now; never read another one.
 
-        Afterwards, check that it is the right one, with a pidfd that was opened before. Raises
-        nothing: if the process is gone, all fields are unknown. `clock` returns seconds, monotonic.
-        Without a guard, exceptions of a read are raised.
+        Afterwards, the caller must check, with a pidfd that was opened before, that this process is
+        the right one. Raises nothing: if the process is gone, all fields are unknown. `clock`
+        returns seconds, monotonic. Without a guard, exceptions of a read are raised.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None

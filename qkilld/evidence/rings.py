@@ -210,7 +210,8 @@ class _Mappings:
         return self._tails
 
     def _run(self, work: Callable[[int], None]) -> None:
-        """Run `work` in a thread. It has its own descriptor, because it may outlive this reader."""
+        """Run `work` in a thread. The thread has its own descriptor, because it may outlive this
+        reader."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
             self._thread = threading.Thread(

@@ -105,8 +105,8 @@ class Reader:
         connections = call("reading sockets", self._sockets.read, sockets, has_run)
         nodes = None if graph is None else tuple(graph.nodes)
         if connections and not (detail or self._expected):
-            # Start early: the search takes long on a busy host, and the next sample needs its
-            # result.
+            # Announce the servers now: the next sample needs them, and on a busy host the search
+            # takes long.
             self._expected = True
             ends = call("looking for servers", self._sockets.peers, connections, sockets)
             self._servers.expect((ends or {}).values())

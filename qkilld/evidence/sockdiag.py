@@ -5,7 +5,7 @@ MB resident, more than the rest of the daemon, and it takes 60 µs for each of t
 sockets of 1,000 guests.
 
 Any user can have 100,000s of sockets. The table of a family with more than MAX_SOCKETS is crowded:
-its sockets are then queried one by one, and only watched TCP sockets are kept.
+its sockets are then queried one by one. A scan of the TCP table finds the ids that this needs.
 
 Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
 table (the kernel scans 100,000s of slots), and 20 µs for one TCP socket whose id is known. The
@@ -152,8 +152,8 @@ class TcpSocket(NamedTuple):
     id: bytes
     """The kernel's id, for SocketTable.tcp and tcp_peer: family, then struct inet_diag_sockid."""
     listened: bool
-    """A process listens on its local port, so this connection was accepted. False in a query by id,
-    which does not include listeners."""
+    """A process listens on its local port, so this connection was accepted. If the table is not
+    crowded, a query by id does not include listeners and returns False."""
     send_queue: int
     """Bytes not yet acknowledged, whether sent or not."""
     receive_queue: int
@@ -167,7 +167,7 @@ class SocketTable:
 
     Make one for each round of samples and share it between readers in any threads. No descriptor
     stays open. All methods raise Unreadable if the kernel fails, or takes too long because there
-    are too many sockets; failures are not retried.
+    are too many sockets. Failures are not retried, except for single sockets of crowded tables.
     """
 
     def __init__(self, crowded: CrowdedTables | None = None) -> None:
@@ -362,7 +362,7 @@ def ports_of(id: bytes) -> tuple[int, int]:
 
 
 def _address(buffer: bytes, start: int) -> bytes:
-    """Return the ports and addresses, IPv4 mapped to IPv6: a server may listen for both."""
+    """Return the ports and addresses, IPv4 mapped to IPv6, because a server may listen for both."""
     ports, source, target = (buffer[start + a : start + b] for a, b in ((4, 8), (8, 24), (24, 40)))
     if buffer[start] == socket.AF_INET:
         source, target = (_MAPPED + address[:4] for address in (source, target))
@@ -475,10 +475,10 @@ def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
 
 
 def _request(request: bytes, flags: int, seconds: float | None = None) -> Iterator[_Place]:
-    """Yield the kernel's answers, at most MAX_SOCKETS, or for at most `seconds`.
+    """Yield the kernel's answers: for at most `seconds`, or at most MAX_SOCKETS if that is None.
 
-    Raises OSError, _TooMany, ValueError, struct.error. ENOENT: there is no such socket, or this
-    kernel lacks the family.
+    Raises _TooMany above that limit, OSError (ENOENT: there is no such socket, or this kernel lacks
+    the family), ValueError and struct.error.
     """
     with _kernel() as kernel:
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)

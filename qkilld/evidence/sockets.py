@@ -66,7 +66,7 @@ _STANDARD: Final = (0, 1, 2)
 
 
 class SocketReader:
-    """The connected stream sockets of one process. For one thread at a time; holds nothing open."""
+    """The connected stream sockets of one process. For one thread at a time; keeps nothing open."""
 
     def __init__(self, pid: int, proc: Path = PROC) -> None:
         self._pid, self._proc = pid, proc
@@ -119,7 +119,7 @@ class SocketReader:
         self._foreign, self._graph = ours != its, graph
         self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
         self._protocols = {inode: protocol for inode, protocol in protocols.items() if protocol}
-        # Forget which sockets were not connected: they may be now.
+        # Forget which sockets were not connected, because they may be connected now.
         self._connections = {
             inode: connection
             for inode, connection in self._connections.items()
@@ -129,16 +129,16 @@ class SocketReader:
     def read(self, table: SocketTable, has_run: bool = True) -> tuple[Socket, ...] | None:
         """Read the queues of all connections, in order of inode. None if unknown: refresh() failed,
         the kernel does not report them, there is a connection of an unsupported kind (vsock, MPTCP,
-        SCTP, SMC), or (in another network namespace) a unix socket that may be a client.
+        SCTP, SMC), or (in another network namespace) unix sockets whose other ends are ambiguous.
 
         Includes established TCP and connected unix sockets, unless the other end has closed them. A
-        unix socket is a client if it has no name and its other end has one; a TCP socket is a
-        client if nobody listened on its local port when it was first seen. Costs 5 µs a socket in
-        addition to the table, and 20 µs for a TCP socket.
+        unix socket is a client if it has no name and its other end has one or is invisible; a TCP
+        socket is a client if nobody listened on its local port when it was first seen. Costs 5 µs a
+        socket in addition to the table, and 20 µs for a TCP socket.
 
-        If all of them are unix sockets that listen or are known not to be storage, the same result
-        is returned until refresh(), or until a descriptor changes. `has_run`: whether the process
-        may have run since the last call; if not, its descriptors are not checked.
+        If the process has only unix sockets that listen or are known not to be storage, the same
+        result is returned until refresh(), or until a descriptor changes. `has_run`: whether the
+        process may have run since the last call; if not, its descriptors are not checked.
         """
         if self._settled is not None and not (has_run and self._changed()):
             return self._settled
@@ -244,9 +244,9 @@ class SocketReader:
         return tuple(replace(node, served=served.get(node.name)) for node in nodes)
 
     def _root(self) -> str:
-        """Return the directory that -chroot has made QEMU's root, if no mount leads out of it; ""
-        if there is none. When QEMU connects again, it looks for the paths of its command line below
-        this directory."""
+        """Return the directory that -chroot has made QEMU's root; "" if there is none, or if
+        something is mounted in it. When QEMU connects again, it looks for the paths of its command
+        line below this directory."""
         directory = f"{self._proc}/{self._pid}"
         try:
             root = os.readlink(f"{directory}/root")  # noqa: PTH115 - half the cost
@@ -330,8 +330,9 @@ class SocketReader:
         unix = table.unix(inode)
         if unix is None or unix.shut:
             return None
-        # The other end is invisible if a hung server has not accepted the connection yet, or if it
-        # is in another network namespace. In both cases this is not half of a socket pair.
+        # The other end is invisible if a hung server has not accepted the connection yet, or if
+        # that server is in another network namespace. In both cases this socket is not half of a
+        # pair.
         peer = table.unix(unix.peer)
         self._peers[inode] = unix.peer
         if unix.name:
@@ -431,8 +432,9 @@ class SocketReader:
 
         The rows do not show which two sockets are connected with each other, and only an accepted
         socket has a path. So for a connection that the process made, the path comes from the
-        accepted sockets of other processes in this namespace. Raises Unreadable if the numbers of
-        both differ, so that they cannot be matched, or if a socket has two rows.
+        accepted sockets of other processes in this namespace. Raises Unreadable if there are not as
+        many of these sockets as such connections, so that they cannot be matched, or if a socket
+        has two rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]
         if len(own) > len(set(own)):

@@ -115,7 +115,7 @@ class StorageReader:
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
         if descriptors is None or not descriptors.count:
-            return  # The process is exiting, and waits for files that it had open before.
+            return  # It is exiting, and may still wait for files that were open.
         if descriptors.too_many:
             self._known = False
             return

@@ -7,9 +7,9 @@ PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). Nothing here takes the
 lock, so no read waits for a thread that holds it.
 
 schedstat (kernel Documentation/scheduler/sched-stats.rst) has the nanoseconds that the thread ran
-and how often it was put on a processor. If its text is the same, a thread that slept has not run,
-and so sleeps in the same call with the same count of switches. Only threads whose schedstat changed
-are read in full.
+and how often it was put on a processor. If the text of this file is the same, a thread that slept
+has not run, and so sleeps in the same call with the same count of switches. Only threads whose
+schedstat changed are read in full.
 """
 
 from __future__ import annotations
@@ -88,18 +88,18 @@ class ThreadReader:
         Switches between two reads do not count if a thread ended between them: idle threads of
         QEMU's pool end after 10 s without work, and each wakes another one.
 
-        `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, with
-        more than MAX_THREADS or when no descriptors are left. Without the ptrace right, only
-        threads in state D are known, so the second result is None instead of (). The freezer of
-        cgroup v1 may put threads into state D too.
+        `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, for
+        example with more than MAX_THREADS threads or without a free descriptor. Without the ptrace
+        right, only threads in state D are known, so the second result is None instead of (). The
+        freezer of cgroup v1 may put threads into state D too.
         """
         if count > MAX_THREADS:
             note_once("reading threads", f"there are more than {MAX_THREADS}")
             self.close()
             return None, None
         try:
-            # List the threads again if their number changed, or if reading one fails, because
-            # another one has replaced it.
+            # List the threads again if their number changed, or if one has exited, because another
+            # one may have replaced it.
             if len(self._entries) != count or not self._read_all():
                 self._list()
                 self._read_all()
@@ -123,7 +123,8 @@ class ThreadReader:
 
     @property
     def alive(self) -> bool:
-        """Return whether any thread was not a zombie at the last read; True if none was read."""
+        """Return True if the last read found a thread that is no zombie, or read no thread at
+        all."""
         return not self._entries or any(entry.alive for entry in self._entries.values())
 
     def living(self) -> Stat | None:
@@ -230,7 +231,8 @@ class ThreadReader:
     def _waiting(
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
-        """Return the thread; None for an idle kernel worker, which shows its creator's call."""
+        """Return the thread; None if it waits only for events of a ring, or is an idle kernel
+        worker, which shows its creator's call."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None

@@ -39,7 +39,7 @@ class Workers:
         self._count = 0
 
     def submit(self, call: Call, *, uid: int, instead: Call, urgent: bool = False) -> None:
-        """Run `call` soon in a worker, an urgent one first; the guard reports exceptions. If `uid`
+        """Run `call` soon in a worker, urgent calls first; the guard reports exceptions. If `uid`
         occupies too many workers already, run `instead`."""
         (self._urgent if urgent else self._others).append((call, instead, uid))
         self._wakeups.put(True)
