@@ -25,7 +25,7 @@ _PC_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kv
 _WITH_VIRTIO_SERIAL: Final = r"(?:pc|q35|virt|pseries|s390-ccw-virtio)(?:-.*)?"
 """Machines with a bus for a virtio-serial device; others, such as microvm, have none."""
 _NOT_OURS: Final = {
-    "daemonize": "systemd keeps the process",
+    "daemonize": "QEMU must stay in the foreground",
     "pidfile": "systemd knows the process",
     "S": "nobody would start the guest's processor",
     "preconfig": "nobody would configure the guest",

@@ -37,8 +37,8 @@ SendSIGKILL= nor KillMode= prevents it. --force and --no-force override this.
 
 TIME is a time span such as 90s, 1min 30s or infinity.
 
-Exit codes: 0 exited without SIGKILL (or before), 1 failure, 2 wrong usage, 3 exited only after
-SIGKILL, 4 still there, 5 not QEMU, 6 permission denied, 7 no such unit.
+Exit codes: 0 exited without SIGKILL or was gone already, 1 failure, 2 wrong usage, 3 exited
+only after SIGKILL, 4 still there, 5 not QEMU, 6 permission denied, 7 no such unit.
 """
 
 

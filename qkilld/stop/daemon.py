@@ -25,14 +25,14 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 500
-"""The maximum number of processes in one call, which is at most 64 KiB long."""
+"""The maximum number of processes in one call. The daemon accepts calls of up to 64 KiB."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it
 first."""
 BUSY_TIMEOUT_S = 12.0
-"""The additional time for the reply of a daemon that has read the call. The daemon is busy then,
-and still stops the guests sooner than the helper could by itself."""
+"""The additional time for a reply if the daemon has read the call. Such a daemon is busy, and still
+stops the guests sooner than the helper could by itself."""
 RETURN_TIMEOUT_S = 3.0
 """How long to wait for the next daemon. systemd restarts a crashed one within a second."""
 RETRY_S = 0.05
@@ -41,10 +41,11 @@ SILENCE_S = 5.0
 running job every second."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
-"""How long our pidfd may take to confirm an exit that the daemon has reported. Normally both pidfds
-report it at the same time."""
+"""How long our pidfd may take to confirm an exit that the daemon has reported. Normally it reports
+the exit at the same time as the daemon's pidfd."""
 ENDING_S = 1.0
-"""How long after a job's last reply the connection may be closed because the daemon exits."""
+"""How long to wait, after a job was cancelled, whether the daemon closes the connection because it
+exits."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
 """Linux: the bytes sent that the peer has not read, unix(7)."""
@@ -57,7 +58,7 @@ _SPANS = {
 }
 """The names of Options by field of Policy."""
 _NEVER_USEC = 2**62
-"""An endless time span in a call."""
+"""The value for an infinite time span in a call."""
 
 
 class DaemonCall:
@@ -113,7 +114,7 @@ class DaemonCall:
         return not any(unread)
 
     def replies(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the replies received, and whether the daemon has closed the connection."""
+        """Return the replies received, and True if the connection is closed or unusable."""
         closed = False
         try:
             while data := self.sock.recv(1 << 16):
@@ -170,8 +171,8 @@ class DaemonStopper:
         self._check_deadlines: dict[GuestStop, float] = {}
         """For stops whose process exited: the deadline for the daemon to report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
-        """For cancelled stops: if the daemon still runs at this time, somebody cancelled the job on
-        purpose."""
+        """For stops whose job was cancelled: the call, and a time. If the daemon still runs at this
+        time, a caller has cancelled the job."""
         self._retry_times: dict[GuestStop, float] = {}
         """For stops whose daemon is gone: when to ask it again."""
         self._return_deadlines: dict[GuestStop, float] = {}
@@ -360,8 +361,8 @@ class DaemonStopper:
             self._forget(stop)
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
-            # Wait to see whether the daemon exits. A daemon that is stopped, not restarted, cancels
-            # its jobs, although no caller asked for that.
+            # Wait to see whether the daemon exits. If it is stopped (and not restarted), it cancels
+            # its jobs itself, and another stopper must continue.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)

@@ -57,7 +57,7 @@ class LocalCaller:
 
 @dataclass(slots=True, kw_only=True)
 class LocalStop:
-    """One process to stop. Used only in the engine's thread."""
+    """One process to stop."""
 
     pid: int
     start_time: int | None
@@ -162,7 +162,7 @@ class Fallback:
             return await self._start(stop, why)
 
     def _past(self, guest: Guest, request: Request, status: JobStatus | None) -> Snapshot | None:
-        """Return the daemon's progress so far as a snapshot; None if unknown."""
+        """Return the progress of the daemon's job as a snapshot; None if it is unknown."""
         if status is None:
             return None
         request = replace(request, flags=request.flags | status.flags & KNOWN_FLAGS)

@@ -44,17 +44,17 @@ class ProcessFinder:
 
     @property
     def in_own_unit(self) -> bool:
-        """Whether the guests of our own unit are the target, even if $MAINPID or a pidfile names
-        one."""
+        """Whether to stop guests of our own unit. $MAINPID or a pidfile may name one of them."""
         options = self._options
         other_target = options.all_guests or options.pid is not None or options.unit is not None
         return self.by_systemd and not other_target
 
     def named(self) -> ProcessHandle | None:
-        """Return the named process; None if a unit or --all is given instead.
+        """Return the named process; None if the target is a whole unit (--unit, or our own unit if
+        systemd gives no $MAINPID) or --all.
 
-        Raises NoSuchProcess if the process is gone, InvalidArgs if nothing is named, and what
-        reading a pidfile raises.
+        Raises InvalidArgs if nothing is named. Also raises what `open_main_process` and
+        `pidfile.read` raise.
         """
         if self._options.unit is not None or self._options.all_guests:
             return None
@@ -99,8 +99,8 @@ class ProcessFinder:
         return inside
 
     def outside(self, globs: Iterable[str]) -> Iterator[OutsideGuest]:
-        """Yield each visible QEMU outside of our own unit. May block forever, because it reads
-        command lines."""
+        """Yield each visible QEMU outside of our own unit, if its unit is known. Reads command
+        lines, so it may block forever."""
         for process, unit in _qemus(globs):
             if unit is not None and unit != self.unit:
                 with ignore(f"reading the command line of process {process.pid}", OSError):
@@ -133,7 +133,7 @@ class ProcessFinder:
 
 
 def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
-    """Yield every visible QEMU with its unit; the caller closes the process."""
+    """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles."""
     for pid in procfs.pids():
         if (process := _qemu(pid, globs)) is not None:
             # Read the unit while the process is open: if its pid was reused, `exited` shows that.

@@ -1,7 +1,8 @@
 """Leave guests to their keepers, the units that shut them down at host shutdown.
 
-A keeper is at work while systemd has a stop job for it. The helper waits until the keeper's timeout
-has passed, and longer while the guest makes progress. Then the helper stops the guest itself.
+A keeper is at work while systemd has a stop job for it. While a keeper is at work, the helper waits
+until the keeper's timeout has passed and the guest makes no progress. Then the helper stops the
+guest itself.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class KeeperWatch:
         self._read_at: dict[str, float] = {}
         self._own: UnitFacts | None = None
         self._services: dict[frozenset[str], dict[str, str]] = {}
-        """The services in which programs run, by these programs."""
+        """For each set of programs: the services in which they run, each with its program."""
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
-        """Return when the process is gone, or none of its keepers is at work.
+        """Return when the process is gone, when none of its keepers is at work, or when the keepers
+        have used up their time and the guest makes no progress.
 
-        `on_keeper` is called once, with the name of a keeper that is at work.
+        If a keeper is at work, `on_keeper` is called once, with the name of the keeper.
         """
         names = await self._names(process.pid)
         is_reported = False
@@ -91,7 +93,7 @@ class KeeperWatch:
             if (latest := _written(process.pid)) != written:
                 written, moved_at = latest, now
             if not any(each.has_time(now) for each in working):
-                # What a guest writes before its keeper runs is no sign of a shutdown.
+                # Before a keeper runs, writes of the guest are no sign of a shutdown.
                 runs = any(each.began is not None for each in working)
                 if not runs or now - moved_at >= STALL_S or now - start >= LONGEST_S:
                     return
@@ -112,7 +114,7 @@ class KeeperWatch:
             return []
         known = []
         for name in candidates.names:
-            # systemd stops the units in our After= after our unit, so they wait for us.
+            # Skip units in our After=: systemd stops them after our unit, so they wait for us.
             if name not in self._own.after:
                 with ignore(f"asking systemd for {name}", QkilldError):
                     known.append(await self._systemd.unit(name))
@@ -163,9 +165,10 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release each process once none of its keepers is at work; processes without keepers at once.
+    """Release processes that have no keeper at work at once, and each other process when
+    `KeeperWatch.leave` returns.
 
-    `on_keeper` is called with each process that has a keeper, and the keeper's name.
+    `on_keeper` is called with each process that has a keeper at work, and the keeper's name.
     """
     if isinstance(connection, str):
         release(processes)

@@ -43,8 +43,8 @@ def shut_down_by_libvirt(
 ) -> None:
     """Ask the guest in a thread. If the guest does not exit, call `go_on` from the mailbox.
 
-    `span` is PowerdownSec= (µs) if the caller gave one. libvirt holds the monitor, so the shutdown
-    cannot be observed and the guest gets a fixed time.
+    libvirt holds the monitor, so the shutdown cannot be observed and the guest gets a fixed time:
+    `span` (µs), or PowerdownSec= of qkilld.conf if `span` is None.
     """
     timeout = _config().policy_for(domain.name).powerdown if span is None else span
     began = time.monotonic()
@@ -67,7 +67,7 @@ def shut_down_by_libvirt(
 
 
 def _wait(stop: GuestStop, began: float, timeout: int) -> None:
-    """Return when the process is gone, or the time that its unit or the policy allows is over."""
+    """Return when the process is gone, or when its unit or the policy allows no more time."""
     poll = select.poll()
     poll.register(stop.process.pidfd, select.POLLIN)
     asked_at = time.monotonic()

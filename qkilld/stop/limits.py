@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 USEC_PER_SEC = 1_000_000
 FIRST = 10 * USEC_PER_SEC
-"""The first extension, sent before anything is known: enough time to call the daemon and get a
-refusal."""
+"""The first extension, sent before anything is known. It is long enough to call the daemon and to
+receive a refusal."""
 NO_STATE = "Asking qkilld to stop the guest"
 """The status until a job has begun."""
 STEP = 20 * USEC_PER_SEC
-"""The longest extension. An extension is renewed every second or two."""
+"""The longest extension, without MARGIN. The helper sends one every second."""
 MARGIN = 5 * USEC_PER_SEC
-"""An extension lasts this much longer than the job's own deadline, which moves with progress."""
+"""An extension ends this long after the time of the job's next step."""
 ASK_ALL = 20 * 60 * USEC_PER_SEC
 """Time limit for asking all guests of a host: systemd gives a shutdown 30 minutes, and
-qkilld-guests.service uses 25 of them."""
+qkilld-guests.service uses at most 25 of them."""
 
 
 def extension(deadlines: Iterable[int], now: int) -> int:

@@ -58,8 +58,8 @@ def say_ending(text: str) -> None:
 
 
 def say_failure(code: int) -> None:
-    """Report the failure as an error in the unit's journal, because systemd ignores the exit
-    status: adopt writes a `-` before the command. For the prefix `<3>`, see sd-daemon(3)."""
+    """Report the failure as an error in the unit's journal. systemd does not report it if the
+    ExecStop= has the prefix `-`, which adopt writes. For the prefix `<3>`, see sd-daemon(3)."""
     if stderr_is_journal():
         why = _FAILURES.get(code, "see above")
         text = f"The stop failed with exit status {code}: {why}. systemd continues with KillSignal="

@@ -46,5 +46,5 @@ class Options:
 
     @property
     def names_process(self) -> bool:
-        """Whether the arguments or the environment name one process to stop."""
+        """Whether neither --unit nor --all is given; each may select several processes."""
         return self.unit is None and not self.all_guests

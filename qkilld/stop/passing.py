@@ -1,6 +1,7 @@
 """Connect to a monitor on TCP or an abstract socket for the daemon, which cannot reach it.
 
-The helper runs in its unit's network namespace, usually the guest's; root can enter another one.
+The helper runs in its unit's network namespace, which is usually also the guest's. If it is not,
+root can enter the guest's.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class ProcessHandle:
 def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     """Open a process by its pid.
 
-    Raises NoSuchProcess if the process is gone, is a zombie, or was not started at `start_time`;
-    Failed if it cannot be opened.
+    Raises NoSuchProcess if the process is gone, is a zombie, or was not started at `start_time`.
+    Raises Failed if it cannot be opened, or if its start time is needed but unreadable.
     """
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
@@ -66,7 +66,7 @@ def open_main_process(text: str) -> ProcessHandle:
     """Open the process in $MAINPID.
 
     Raises what `open_process` raises, InvalidArgs, and Failed if we are in a PID namespace of our
-    own, where another process has this id, or none.
+    own, where this id means another process or none.
     """
     if os.getpid() == 1:
         from qkilld.model.errors import Failed
@@ -91,7 +91,7 @@ def open_main_process(text: str) -> ProcessHandle:
 def by_systemd(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program, directly or through a shell.
 
-    A user's interactive shell runs in a unit too, but not to stop that unit's guests. Source:
+    To run in a unit is not enough, because a user's interactive shell runs in a unit, too. Source:
     $SYSTEMD_EXEC_PID in systemd.exec(5).
     """
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
@@ -122,8 +122,8 @@ def may_pass_monitor(pid: int) -> bool:
 
 
 def _may_name_place(word: bytes) -> bool:
-    """Match -qmp tcp:…, -monitor telnet:…, -chardev socket,…,port=…, their JSON, and
-    -readconfig."""
+    """Match the values of -qmp tcp:…, -monitor telnet:… and -chardev socket,…,port=…, their JSON
+    forms, and -readconfig."""
     if word.startswith((b"tcp:", b"telnet:", b"-readconfig", b"--readconfig")):
         return True
     named = b"port=" in word or b"abstract=" in word or b"fd=" in word

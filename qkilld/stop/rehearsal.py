@@ -38,7 +38,8 @@ class GuestPlan:
     """Pairs (signal, µs after the start)."""
     gives_up_usec: int | None
     leaves_usec: int | None
-    """When qkilld-stop would exit, before systemd kills it, µs after the start; None for never."""
+    """When qkilld-stop would exit because systemd would kill it soon; µs after the start, None for
+    never."""
     ways: tuple[str, ...]
     """How the guest can be asked, and why that may fail."""
     warnings: tuple[str, ...]

@@ -49,8 +49,8 @@ TICK_S = 1.0
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""How many further QEMUs to stop, if a shell in the unit starts a new one after each. The next one,
-and the shell, are left to systemd's own signals."""
+"""How often to stop a QEMU that a shell in the unit starts after the previous one has exited. After
+that, systemd's own signals stop the shell and its QEMU."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
@@ -117,7 +117,7 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """Stop guests that a shell has started in the meantime; return whether there were any."""
+        """Start to stop guests that a shell has started meanwhile. Return True if there are any."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -186,8 +186,7 @@ class StopRun:
             self._leave_to_keepers(stops)
 
     def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
-        """At a host shutdown, another unit may be shutting a guest down: stop each guest once none
-        is."""
+        """Start to stop each guest when no other unit (keeper) is shutting it down any more."""
         from qkilld.stop.keepers import leave_all
         from qkilld.stop.systemd_units import on_bus
 
@@ -300,7 +299,7 @@ class StopRun:
                     )
 
     def _start(self, stops: Sequence[GuestStop]) -> None:
-        """Start these stops. libvirt's guests are first asked through libvirt, each in a thread."""
+        """Start these stops. First ask libvirt's guests through libvirt, each in a thread."""
         if not has_libvirt(os.environ):
             self._hand_over(stops, 0)
             return
@@ -450,7 +449,7 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _handle_exit(self, stop: GuestStop) -> None:
-        """Handle a process that is gone or exiting, so that no signal can help."""
+        """Handle a process that is gone or exiting, which no signal reaches any more."""
         if others := self._substitutes():
             self._over(stop, 0)
             self.begin(others)
@@ -513,7 +512,7 @@ class StopRun:
         if unit["force"] and self._options.force is None:
             stop.forced = True
         if (ask := unit["askUSec"]) is not None:
-            # The limit counts from the start of this program, shortly before the start of the job.
+            # askUSec counts from the start of this program, and ask_at_most from about `_began`.
             before = ran_for_s() - (self._clock() - self._began)
             ask = max(0, int(ask - max(0.0, before) * 1e6))
             stop.ask_at_most = ask if stop.ask_at_most is None else min(ask, stop.ask_at_most)

@@ -28,8 +28,8 @@ class StopListener(Protocol):
         """Another stopper must continue; `stop.state` is the last known state."""
 
     def unit_known(self, unit: dict[str, Any]) -> None:
-        """The unit's limits (UnitLimits of org.qkilld1.varlink) are known, and the stopper's jobs
-        obey them."""
+        """The unit's limits (UnitLimits of org.qkilld1.varlink) are known. The stopper's jobs obey
+        them already."""
 
     def unit_unknown(self, why: str) -> None:
         """The stopper cannot read the unit's limits."""

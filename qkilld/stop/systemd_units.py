@@ -30,7 +30,7 @@ T = TypeVar("T")
 def on_bus(what: Callable[[Connection | str], Awaitable[T]], *, user: bool) -> T:
     """Run `what` with a connection to systemd's bus, or with the reason why there is none.
 
-    Blocks. `user`: the bus of the user manager.
+    Blocks. `user`: use the bus of the user manager.
     """
 
     async def work() -> T:
@@ -75,8 +75,8 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 async def guest_of_own_unit(
     connection: Connection | str, guests: Iterable[OutsideGuest]
 ) -> OutsideGuest | None:
-    """Return the guest that the ExecStart= of our own unit starts; None if it starts none of these,
-    or systemd cannot be asked."""
+    """Return the one of `guests` that the ExecStart= of our own unit starts; None if there is none,
+    or if systemd cannot be asked."""
     from qkilld.unitcheck.context import is_guest_of
 
     facts = await _facts(connection)
@@ -109,7 +109,8 @@ async def check_unit(connection: Connection | str, name: str) -> None:
 async def unattended(
     guests: Iterable[tuple[ProcessHandle, str | None]], connection: Connection | str
 ) -> list[ProcessHandle]:
-    """Return the guests whose units do not stop them, and close the others.
+    """Return the guests whose units do not stop them. Close the others, and those whose unit or
+    its settings are unknown.
 
     Each guest comes with its unit: "" for none, None if unknown. `connection`: to the bus of these
     units' manager, or the reason why there is none.
@@ -131,7 +132,7 @@ async def unattended(
 
 
 async def _is_attended(unit: str, connection: Connection | str) -> bool:
-    """Return whether the unit's own ExecStop= stops its guests."""
+    """Return True if the unit's own ExecStop= stops its guests, or if that is unknown."""
     # Scopes and user managers do not stop guests, so systemd need not be asked.
     if not unit.endswith(".service") or is_user_manager(unit):
         return False

@@ -1,4 +1,4 @@
-"""Choose the processes to stop if the unit's main process is not the guest, or has exited."""
+"""Choose the processes to stop. Most runs do without this module, because $MAINPID is the guest."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is none, NoSuchUnit, InvalidArgs, Failed.
+        Raises NoSuchProcess if there is none. May also raise GuestElsewhere, NoSuchUnit,
+        InvalidArgs or Failed.
         """
         try:
             if (named := self.finder.named()) is not None:

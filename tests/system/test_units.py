@@ -93,7 +93,7 @@ def test_a_wrong_guest_file_is_told_with_its_line(system: Container) -> None:
     assert [entry["MESSAGE"] for entry in entries] == [
         'qemu-guest: /etc/qkilld/guests/wrong.conf:3: "drive" is not an option: each line begins '
         "with an option of QEMU, with its dash",
-        "/etc/qkilld/guests/wrong.conf:4: leave -daemonize out: systemd keeps the process",
+        "/etc/qkilld/guests/wrong.conf:4: leave -daemonize out: QEMU must stay in the foreground",
     ]
 
 
