@@ -53,10 +53,11 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
 
 def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     if facts.is_scope and surroundings.is_guarded:
-        return  # The guard stops the guests before systemd sends signals.
+        return  # The guard (qkilld-scope@.service) stops the guests before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A signal that QEMU ignores is no problem if a guest was asked: systemd then only waits for it.
+    # A signal that QEMU ignores is no problem if the guest was asked: systemd then only waits until
+    # the guest has shut down.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(

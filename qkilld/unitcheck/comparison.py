@@ -1,4 +1,4 @@
-"""Compare the data that stops of a unit keep now and after adoption; give a verdict. Pure."""
+"""Compare which data each stop of a unit keeps now and after adoption; give a verdict. Pure."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from qkilld.unitcheck.stop_outcome import (
     Occasion,
     Outcome,
     StopSettings,
-    is_no_worse,
     outcomes,
+    worse_occasions,
 )
 from qkilld.unitcheck.storage import is_ordered
 
@@ -107,7 +107,7 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    worse = is_no_worse(after_settings, before_settings)
+    worse = worse_occasions(after_settings, before_settings)
     if worse:
         return _worse(comparison, facts, surroundings, worse)
     if instances:
@@ -115,7 +115,7 @@ def compare(
         return replace(
             comparison,
             word=UnitVerdict.WORSE,
-            reason=f"a drop-in for the template would override the own settings of {shown}",
+            reason=f"a drop-in for the template would override settings of {shown} itself",
             advice=f"adopt {shown} first",
         )
     if traps(facts, surroundings) and planned_changes and not has_helper(facts):
@@ -157,8 +157,8 @@ def compare(
 def _refused(
     comparison: Comparison, facts: UnitFacts, surroundings: Surroundings
 ) -> Comparison | None:
-    """Return the verdict of a unit without guests that qkilld would stop, or of a manager of
-    guests; None for other units."""
+    """Return the verdict of a manager of guests, or of a unit in which qkilld would stop no guest;
+    None for other units."""
     if is_manager(facts, surroundings) or (outlives(facts, surroundings) and surroundings.guests):
         return replace(
             comparison,
@@ -262,7 +262,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         lines=stop_lines(facts, surroundings),
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
-        # FinalKillSignal= does not matter, because any other signal kills QEMU too.
+        # FinalKillSignal= is taken as SIGKILL, the worst case. adopt does not change it.
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",
@@ -288,7 +288,7 @@ def adopted(
     wanted: Iterable[Change],
     overrides: Sequence[Override] = (),
 ) -> tuple[UnitFacts, Surroundings]:
-    """Return the unit with these lines, except those that are overridden."""
+    """Return the unit as it is after adoption: with these lines, except overridden ones."""
     if facts.is_scope:
         return facts, replace(surroundings, is_guarded=bool(surroundings.guard))
     ours = {key for each in overrides for key in each.keys}

@@ -1,4 +1,4 @@
-"""The surroundings of a unit, and conclusions from its surroundings and settings."""
+"""The surroundings of a unit, and conclusions from them and the unit's settings."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Surroundings:
     unasked: tuple[str, ...] = ()
     """For each guest that cannot be asked to shut down, although it should be: the reason."""
     guard: str = ""
-    """For a scope: its guard, which stops the guest before systemd stops the scope."""
+    """For a scope: its guard (qkilld-scope@.service), which stops the guest before systemd stops
+    the scope."""
     is_guarded: bool = False
     manager: str = ""
     """For a user's unit: the unit of the user manager; "" for system units."""

@@ -54,7 +54,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
 
 
 def missing_changes(wanted: Iterable[Change], old: str) -> list[Change]:
-    """Return the changes that are not, or only in part, in our earlier drop-in."""
+    """Return the changes of which our earlier drop-in lacks at least one line."""
     old_lines = set(_lines(old))
     return [change for change in wanted if not old_lines.issuperset(change.lines)]
 

@@ -181,7 +181,8 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         else:
             yield Finding(
                 "no-exec-stop",
-                # With a timeout, a guest may survive it, and then loses its storage later.
+                # If there is a timeout, it does not end in SIGKILL here: a guest may still run
+                # after it, and loses its storage later.
                 _ADVICE if facts.timeout_stop == INFINITY else _MAY,
                 "it has no ExecStop=, and no timeout that ends in SIGKILL",
                 "no guest is killed too early, but a guest that hangs forever delays every stop",
@@ -245,11 +246,11 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
-    there is no `-`, because they must not run after a failure. Its present arguments are kept.
+    there is no `-`, because they must not run after a failure. The helper's arguments are kept.
 
     `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
-    guest or the bus. `+` is left out if the unit's user can write an environment file, and so
-    choose libraries that a root process loads.
+    guest or the bus. Unless there is a root directory, `+` is left out if the unit has a user and
+    an environment file: a user who can write the file could choose libraries for a root process.
     """
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
@@ -260,7 +261,7 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
 
 
 def _may_be_theirs(facts: UnitFacts) -> bool:
-    """Return whether another user can write a file that sets the helper's environment."""
+    """Return whether the unit's user may be able to write a file that sets the environment."""
     return bool(facts.user and facts.environment_files)
 
 

@@ -161,8 +161,8 @@ def keeper_names(facts: UnitFacts) -> list[str]:
 def keeper_targets(facts: UnitFacts) -> list[str]:
     """List the targets that a scope is ordered before.
 
-    Those of the services behind these targets that have a known project are keepers: libvirt orders
-    its scopes before virt-guest-shutdown.target, and libvirt-guests.service after this target.
+    A service that is ordered after such a target is a keeper if its project is known. libvirt
+    orders its scopes before virt-guest-shutdown.target, and libvirt-guests.service after it.
     """
     if not facts.is_scope:
         return []
@@ -174,7 +174,7 @@ def runtime_keepers(
 ) -> dict[str, str]:
     """Find the services that stop a guest's container. Service → project.
 
-    `services_that_run`: finds the services in which these programs run.
+    `services_that_run` finds the services in which given programs run.
     """
     keepers: dict[str, str] = {}
     programs: set[str] = set()
@@ -192,8 +192,8 @@ def runtime_keepers(
 
 
 def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
-    """Return the programs whose services stop the guests below this process; empty if it is not
-    known."""
+    """Return the programs whose services stop the guests below this process; empty if the process
+    is no known program."""
     if ancestor.program in PROGRAMS:
         return frozenset({ancestor.program})
     if _SHIM.fullmatch(ancestor.program):

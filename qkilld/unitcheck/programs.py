@@ -37,7 +37,7 @@ _SAVES: Final = re.compile(
     r"|block-commit|blockdev-backup|drive-backup|drive-mirror|blockdev-mirror|snapshot-save"
     r"|blockdev-snapshot|dump-guest-memory)\b"
 )
-"""Monitor commands that save the guest's state or copy its disks: not replaced by qkilld-stop."""
+"""Monitor commands that save the guest's state or copy its disks, which qkilld-stop does not do."""
 _QUIT: Final = re.compile(r"\bquit\b|\bq\b")
 _EMPTY: Final = re.compile(r"[\s\\n{}\"':,.]*|.*qmp_capabilities[\"'}\s\\n]*")
 
@@ -130,8 +130,8 @@ def _awk(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
-    """Return SIGTERM if no signal is given, None if it is unknown. `letters`: options that take a
-    signal."""
+    """Return the signal that the options give: SIGTERM if they give none, None if it is unknown.
+    `letters`: options that take a signal."""
     rest = iter(words)
     for word in rest:
         if word == "--":

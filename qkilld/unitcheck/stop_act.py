@@ -1,6 +1,7 @@
 """The acts of a stop line: what it does to a guest, in order.
 
-An unknown program may do anything; it is never assumed to do nothing.
+An unknown program may do anything; it is never assumed to do nothing, except in a
+substitution.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _acts_of_socat(addresses: Sequence[str], text: str, depth: int) -> tuple[Act
         kind, _, rest = address.partition(":")
         match kind.upper():
             case "EXEC" | "SYSTEM" | "SHELL":
-                # Options follow a comma. A command that contains one is unknown.
+                # Options follow a comma, so the command ends at the first comma.
                 try:
                     nodes = read_shell(rest.partition(",")[0])
                     inner += _acts_of_nodes(nodes, depth)
@@ -208,7 +208,8 @@ def _acts_of_text(text: str, depth: int) -> tuple[Act, ...]:
 
 
 def _inner(text: str, depth: int) -> list[Act]:
-    """Return the acts of a substitution that affect the guest: the rest only produces output."""
+    """Return the acts of a substitution that affect the guest. Assume that unknown programs in it
+    only produce output."""
     harmless = (ActKind.NOTHING, ActKind.UNKNOWN)
     return [each for each in _acts_of_text(text, depth) if each.kind not in harmless]
 

@@ -51,7 +51,7 @@ class Outcome:
     guest: Patience
     """For data that is still only in the memory of the guest's operating system."""
     disks: Patience
-    """Data that the guest's disks have acknowledged."""
+    """For data that the guest's disks have acknowledged."""
     steps: tuple[StopStep, ...] = ()
 
     def __ge__(self, other: Outcome) -> bool:
@@ -182,7 +182,7 @@ def stop(settings: StopSettings, occasion: Occasion, assumed: Assumption) -> Out
 
 
 def worst(settings: StopSettings, occasion: Occasion) -> Outcome:
-    """Return the worst outcome of all assumptions."""
+    """Return the worst outcome under any assumption, for each kind of data by itself."""
     outcomes = [stop(settings, occasion, each) for each in assumptions(settings)]
     low = min(outcomes, key=lambda outcome: (outcome.disks, outcome.guest))
     return replace(low, guest=min(each.guest for each in outcomes))
@@ -217,8 +217,8 @@ class _Stop:
         return self._on_storage(self._signals())
 
     def _before_unit(self) -> Outcome | None:
-        """Simulate a shutdown before the stop of the unit. Return the outcome if qkilld-stop
-        runs."""
+        """Simulate what a shutdown does before it stops the unit. Return the outcome if qkilld-stop
+        stops the guest there; otherwise None."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:
@@ -318,8 +318,8 @@ class _Stop:
             return self._flush()
         if number in IGNORED:
             return self._silence()
-        # Nothing is waited for after this signal, which kills a guest that is still shutting down.
-        # A guest that has exited loses nothing.
+        # This signal kills a guest that is still shutting down, so only earlier waiting counts. A
+        # guest that has exited by then loses nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
@@ -377,8 +377,8 @@ class _Stop:
             step = StopStep("storage", "may-be-gone-first")
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
-            # If systemd signals both at once, QEMU usually exits before the server; after a longer
-            # stop it does not.
+            # If systemd signals QEMU and the server at once, QEMU usually exits first. In a longer
+            # stop, the server exits first.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(
@@ -398,7 +398,7 @@ def outcomes(settings: StopSettings) -> dict[Occasion, Outcome]:
     return {occasion: worst(settings, occasion) for occasion in Occasion}
 
 
-def is_no_worse(
+def worse_occasions(
     after: StopSettings, before: StopSettings, occasions: Sequence[Occasion] = tuple(Occasion)
 ) -> tuple[Occasion, ...]:
     """Return the occasions on which `after` is worse under at least one assumption."""
