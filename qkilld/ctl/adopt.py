@@ -97,7 +97,7 @@ class _Adopter:
         old = drop_in.read()
         wanted = missing_changes(wanted, old)
         if not wanted:
-            # The file is complete: something overrides it, or systemd has not reloaded yet.
+            # The file is complete, so something overrides it, or systemd has not reloaded yet.
             if not report.overrides and not self._dry_run:
                 await self._wait_for_stops()
                 await self._reload(drop_in)
@@ -312,10 +312,8 @@ class _Adopter:
         )
 
     def _check_helper(self) -> None:
-        """Raise Failed if the helper is missing or another user could replace it.
-
-        Units run the helper with their own privileges.
-        """
+        """Raise Failed if the helper is missing, or if another user could replace the helper, which
+        units run with their own privileges."""
         helper = find_helper()
         if helper is None:
             if self._dry_run:

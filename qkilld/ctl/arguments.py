@@ -170,7 +170,7 @@ journal, which records no throughput and no deadlines.
 _LOCAL: Final = frozenset(
     ("adopt", "check-host", "check-unit", "history", "metrics", "replay", "timeline")
 )
-"""Commands that work with files of their own machine."""
+"""Commands that use files of this machine."""
 _HOST: Final = re.compile(r"(?!-)[\w.@\[\]-]+(?::[0-9]{1,5})?", re.ASCII)
 _MACHINE: Final = re.compile(r"(?![-.])(?:[\w.-]+@)?[\w.-]{1,64}", re.ASCII)
 
@@ -456,7 +456,7 @@ def _machine(text: str) -> str:
 
 
 def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusAddress:
-    """Return the bus that the options select. Exits with 2."""
+    """Return the bus that the options select. Exits with 2 if they contradict each other."""
     bus: BusAddress = arguments.bus or SYSTEM_BUS
     host, machine = arguments.host or ("", arguments.machine or "")
     if not host and not machine:
@@ -474,7 +474,7 @@ def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusA
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check what argparse cannot. Exits with 2."""
+    """Check what argparse cannot. Exits with 2 if something is wrong."""
     if arguments.command == "terminate" and arguments.all and arguments.targets:
         targets = " ".join(map(printable, arguments.targets))
         parser.error(f"--all selects every guest: leave out either --all or {targets}")

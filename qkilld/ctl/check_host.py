@@ -110,7 +110,8 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Scopes and user managers get this order from drop-ins, which may not be installed yet.
+    # Scopes and user managers get this order from drop-ins. Assume it, because systemd may not have
+    # read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

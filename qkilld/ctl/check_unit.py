@@ -25,7 +25,8 @@ from qkilld.unitcheck.dropin import Override, changes
 from qkilld.unitcheck.finding import Finding, Severity
 
 _SAMPLE: Final = "qkilld"
-"""The instance that represents a template, because systemd does not load templates."""
+"""The instance that represents a template without a running instance, because systemd does not load
+templates."""
 _OTHER_KINDS: Final = (
     *(".socket", ".target", ".device", ".mount", ".automount"),
     *(".swap", ".timer", ".path", ".slice"),
@@ -242,8 +243,8 @@ def _sentence(text: str) -> str:
 
 
 async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
-    """List the services and scopes that run a QEMU, covered or not; without units of user
-    managers."""
+    """List the services and scopes that run a QEMU, covered by Executables= or not. Leave out
+    user@.service, whose processes belong to the units of a user manager."""
     units = []
     for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
         if unit.startswith("user@"):

@@ -32,7 +32,7 @@ AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to
 
 
 class Outages:
-    """Detects when the daemon goes away, which many jobs report at the same time."""
+    """Finds the first report that the daemon went away. All jobs report that at once."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S

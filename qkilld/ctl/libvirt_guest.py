@@ -24,7 +24,7 @@ METHOD: Final = "virsh"
 class LibvirtShutdown:
     was_asked: bool
     result: str = ""
-    """A result as jobs have it; "" if a job of qkilld follows."""
+    """A value of Result; "" if a job of qkilld must follow."""
     receipt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,9 +36,9 @@ async def shut_down_by_libvirt(
 ) -> LibvirtShutdown:
     """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
 
-    `span`: PowerdownSec= (µs), if the caller gave one. The shutdown cannot be observed, because
-    libvirt holds the monitor. No job follows if `only` is set, or if `wait` is not set, because
-    this program then exits.
+    libvirt holds the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
+    `span` (µs), or the default of PowerdownSec= if `span` is None. If libvirt has asked the guest,
+    no job follows with `only`, nor without `wait`, because this program then exits at once.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN

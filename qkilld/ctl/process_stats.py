@@ -1,8 +1,8 @@
 """A guest's resource usage, for display, from psutil.
 
-No decision uses psutil: it reports on any process that has the pid now. If it cannot read the
-executable, it trusts the command line. Every call can raise: the process may have ended, be a
-zombie, or belong to another user. psutil is imported late, because that takes 40 ms.
+No decision about signals uses psutil: it reports on any process that has the pid now, and trusts
+the command line if the executable is unreadable. Every call can raise: the process may have ended,
+be a zombie, or belong to another user. psutil is imported late, because that takes 40 ms.
 """
 
 from __future__ import annotations

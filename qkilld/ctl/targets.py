@@ -237,14 +237,15 @@ class Resolver:
                 return TargetProcess(guest.pid, guest.name)
 
     async def pin(self, target: Target) -> TargetProcess:
-        """Like `find`, but with the start time, so that a reused pid is noticed.
+        """Find the process with its start time, so that a reuse of its pid is noticed. The start
+        time is None if the target is a pid.
 
-        Raises ProcessChanged if the pid was reused already.
+        Raises what `find` raises, and ProcessChanged if the pid was reused already.
         """
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
             return process
-        # Read before the second list, so that a guest whose pid was reused does not match any more.
+        # Read the start time before the second list, which shows a reuse of the pid until then.
         start_time = await self._start_time(target, process.pid)
         guests = await guest_rows(self._manager)
         guest = next(

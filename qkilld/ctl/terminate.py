@@ -189,8 +189,9 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. None if D-Bus must be used: callers other than root
-    need polkit, and a NOWAIT job has no progress."""
+    """Stop and follow all guests with one call. Return None as the stream if D-Bus must be used:
+    the Varlink socket is unknown or its call failed, a caller of the system's daemon is not root
+    (so polkit may have to ask), or there is nothing to follow (NOWAIT, or no --wait)."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []
@@ -212,8 +213,8 @@ def _status_on_bus(state: dict[str, Any]) -> JobStatus:
 async def _terminate_each(
     session: Session, guests: list[GuestRow], options: TerminateOptions
 ) -> int:
-    """Stop the caller's own guests one by one. The daemon cannot ask libvirt to shut down its
-    guests, and would send them SIGTERM."""
+    """Stop the caller's own guests one by one, because only qkillctl can ask libvirt's guests
+    through libvirt. The daemon would send them SIGTERM."""
     _report_foreign(session, guests)
     own = [guest for guest in guests if is_own(guest, session.connection.uid)]
     return await terminate(session, [TargetOutcome.of_guest(guest) for guest in own], options)
@@ -275,8 +276,8 @@ def finish(session: Session, outcomes: list[TargetOutcome]) -> int:
 async def each(
     session: Session, outcomes: list[TargetOutcome], act: Callable[[TargetOutcome], Awaitable[None]]
 ) -> None:
-    """Act on all targets concurrently. An error is printed, stored in its outcome, and stops no
-    other."""
+    """Act on all targets concurrently. An error is printed and stored in the target's outcome, and
+    does not affect the other targets."""
     slots = asyncio.Semaphore(MAX_CALLS)
 
     async def one(outcome: TargetOutcome) -> None:

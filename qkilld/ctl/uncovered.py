@@ -19,7 +19,7 @@ _SHOWN: Final = 1000
 
 
 class UncoveredGuests:
-    """QEMU processes whose executable the caller may read: their own, or all for root."""
+    """The uncovered QEMU processes that the caller may see: their own; for root, all."""
 
     def __init__(self, executables: Sequence[str]) -> None:
         self._executables = executables

@@ -1,9 +1,9 @@
 """Run when qkilld is removed: delete the drop-ins of adopt from system units.
 
-Does the same as `qkillctl adopt --undo --all`, but calls no service, so it works in a chroot too;
-the caller must reload systemd. Edited drop-ins are kept, and their paths are printed. Without
-qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to their
-users.
+Calls no service, so unlike `qkillctl adopt --undo --all` it works in a chroot, and stops no guards
+of scopes. The caller must reload systemd. Edited drop-ins are kept, and their paths are printed.
+Without qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to
+their users.
 """
 
 from __future__ import annotations

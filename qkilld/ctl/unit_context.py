@@ -96,7 +96,7 @@ async def gather(
     uncovered = [
         path for pid, path in executables.items() if pid not in guests and looks_like_qemu(path)
     ]
-    # Guards are system units, so scopes of user managers have none.
+    # A guard (qkilld-scope@SCOPE.service) is a system unit, so a scope of a user manager has none.
     guard = guard_of(facts.id) if facts.is_scope and not user else ""
     manager = f"user@{os.getuid()}.service" if user else ""
     storage = [] if user else read_storage(facts, guests)
@@ -289,7 +289,7 @@ def instances_with_own(
 
 
 def guard_of(scope: str) -> str:
-    """Return the unit that stops the guest of a scope before systemd stops the scope."""
+    """Return the guard of a scope: the unit that stops the guest before systemd stops the scope."""
     # The scope's name is not escaped: in BindsTo=, systemd does not unescape %i.
     return f"qkilld-scope@{scope}.service"
 
@@ -311,7 +311,8 @@ async def _is_active(systemd: Systemd, unit: str) -> bool:
 
 
 async def _manager_timeout(unit: str) -> int:
-    """Return TimeoutStopSec= (µs) of a user manager's unit; INFINITY if unknown."""
+    """Return TimeoutStopSec= (µs) of user@UID.service, the unit of a user manager; INFINITY if
+    unknown."""
     try:
         async with open_connection(SYSTEM_BUS) as connection:
             facts = await Systemd(connection).unit(unit)

@@ -31,7 +31,7 @@ _UNITS: Final = {"usec": "USec"}
 
 
 class VarlinkFailure(Exception):
-    """The call cannot be made, or was refused. D-Bus can make it, or explain why not."""
+    """The call cannot be made, or was refused. The caller then uses D-Bus instead."""
 
 
 def socket_of(bus: BusAddress) -> str:
