@@ -355,6 +355,7 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     unread = socket.send_queue > 0 or _unread([socket]) > 0
     certain = (stores and unread) or _is_served([socket])
     signs = socket_signs(socket, "", before)
+    watched = server_depth(socket.peer)
     if socket.accepted:
         # Here the process is most likely a server itself, of a backup for example. Of those that
         # connect to it, only a vhost-user backend is storage. The backend's data passes through the
@@ -362,6 +363,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # connection.
         certain = False
         may_be_backend = sample.shared_memory is not False
+        # A client may connect to anything at any time: that is no server which was found late.
+        watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of_server(sign))
             for sign in signs
@@ -371,7 +374,7 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         kind=WaitKind.STORAGE,
         text=f"a {socket.family} connection of unknown use is open and may owe it a reply",
         signs=tuple(signs),
-        watched=server_depth(socket.peer),
+        watched=watched,
         certain=certain,
     )
 

@@ -295,7 +295,9 @@ def _search(trace: Trace, found: Truth) -> float:
         at = sample.at / USEC_PER_SEC
         for socket in sample.sockets or ():
             begun = first.setdefault(socket.inode, at)
-            depth = min(server_depth(socket.peer), 1 if returns else MAX_DEPTH)
+            # A client that QEMU serves may connect to others at any time.
+            alone = returns or socket.accepted
+            depth = min(server_depth(socket.peer), 1 if alone else MAX_DEPTH)
             if depth > depths.get(socket.inode, 0):
                 depths[socket.inode] = depth
                 longest = max(longest, at - begun)

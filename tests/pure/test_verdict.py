@@ -811,6 +811,18 @@ def test_activity_of_a_server_behind_a_proxy_before_it_was_found_is_unknown(
     assert now.unsampled == late
 
 
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_client_that_connects_to_others_hides_no_activity(shared_memory: bool) -> None:
+    """Such as a backup, to which QEMU exports a disk."""
+    looks = [SERVER] * 4 + [replace(SERVER, behind=(BEHIND,))] * 4
+    sockets = [(replace(BACKEND, peer=peer),) for peer in looks]
+    samples = [
+        replace(IDLE, at=s * S, sockets=found, shared_memory=shared_memory)
+        for s, found in enumerate(sockets)
+    ]
+    assert follow(samples).unsampled == 0
+
+
 def test_only_the_time_since_progress_was_unseen() -> None:
     moving = {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=9),)}
     whats = [UNSERVED, UNSERVED, moving, moving, moving, served(SERVER), served(SERVER)]
