@@ -67,7 +67,7 @@ class Access:
         unit: Unit | None = None,
         answer: Answer | None = None,
     ) -> CheckedProcess:
-        """Return the process, labelled. Use it before the loop runs again, then close it.
+        """Return the process, labelled. The caller must close it.
 
         action      the polkit action; None for that of `flags`
         start_time  refuse a process that started at another time (clock ticks since boot)

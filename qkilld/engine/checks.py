@@ -64,8 +64,8 @@ def check_same(identity: Identity, start_time: int) -> None:
 def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> None:
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
-    It may be another QEMU program: QEMU executes itself again for an upgrade (cpr-exec).
-    Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
+    It may run another QEMU program than before, because QEMU executes a new program for an upgrade
+    (cpr-exec). Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
     """
     pid = now.pid
     if now.key != before.key:
@@ -123,7 +123,7 @@ def action_for(flags: Flag) -> PolkitAction:
 def check_answer(answer: Answer, what: str) -> None:
     """Raise AccessDenied or InteractiveAuthorizationRequired unless `answer` is GRANTED.
 
-    `what` begins the text, with nothing that the caller did not say: `Process 4711 is`.
+    `what` begins the text, such as `Process 4711 is`, and contains only what the caller said.
     """
     if answer is Answer.CHALLENGE:
         raise InteractiveAuthorizationRequired(

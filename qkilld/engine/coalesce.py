@@ -9,8 +9,8 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 
 PAUSE_FACTOR: Final = 3
-"""The pause after a run is this many times as long as the run, but at most MAX_PAUSE_S. It keeps
-constant requests from using all the time."""
+"""The pause after a run is this many times as long as the run, but at most MAX_PAUSE_S. The pause
+keeps constant requests from occupying the loop."""
 MAX_PAUSE_S: Final = 0.1
 
 

@@ -4,7 +4,7 @@ decision.flush_plan decides what to flush and what that proves; FlushPhase carri
 a QEMU whose guest has powered off is told to quit, which gives the phase its name in the API. The
 intention to stop the processors is saved first: if the job ends before a signal, or the daemon
 crashes, the processors are started again. The monitor stays open until the job ends, because QEMU
-does not reply to one opened after SIGTERM.
+does not reply on a connection that is made after SIGTERM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings during a wait, for a backup or a flush for example."""
+"""Interval (µs) of readings while a backup, a flush or the release of the job is awaited."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving that the processors will be stopped."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
@@ -45,7 +45,7 @@ back in bursts up to 5 s apart), and after StorageStallSec= in any case."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
 """Timeout (µs) for `quit` to be accepted; SIGTERM follows."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
-"""Time (µs) for the next daemon to start the processors again before it sends SIGTERM."""
+"""Timeout (µs) for starting the processors again in a running job; SIGTERM follows."""
 UNDO_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of attempts of an ended job to start the processors again."""
 
@@ -183,7 +183,7 @@ class FlushPhase:
 
     def _finish(self) -> None:
         self._is_over = True
-        # The call is delayed because the ladder may be the caller.
+        # The call is delayed because `advance` may be the caller.
         self._clock.call_at(self._clock.now(), self._advance)
 
     def _advance(self) -> None:

@@ -72,8 +72,8 @@ class GuestAsker:
         While `may_ask` returns False, the guest is only observed. If the end of QEMU would cancel
         backups or other jobs, asking waits while one of them has moved within `stall` µs, and
         `on_jobs` is called; if `stall` is None, asking does not wait. `on_pressed` is called if
-        somebody else has pressed the guest's power button. `on_fault` is called with a bug in
-        qkilld, after which the guest is no longer asked.
+        somebody else has pressed the guest's power button. `on_fault` is called with an exception
+        that a bug in qkilld has caused; after that, the guest is no longer asked.
         """
         self._link, self._clock = link, clock
         self._attempt = attempt

@@ -70,7 +70,8 @@ class GuestWatch:
         return next((each for each in self._guests.values() if each.number == number), None)
 
     async def guests(self) -> Iterable[WatchedGuest]:
-        """Start to watch; return the guests at the last scan, or at the first if there was none.
+        """Start to watch, if that is not done yet, and wait for the first scan. Return the guests
+        at the last scan.
 
         Raises what `find_guests` raises.
         """
@@ -119,7 +120,7 @@ class GuestWatch:
             self._first_scan, self._scanning = None, None
         if not first.done():
             first.set_exception(error)
-            first.exception()  # Mark as retrieved: nobody may be waiting.
+            first.exception()  # Mark as retrieved, because perhaps nobody waits.
 
     async def _scan(self, *, tell: bool) -> None:
         guests = {guest.identity.key: guest for guest in await self._find_guests()}

@@ -1,8 +1,7 @@
 """Stop one guest: climb the ladder with real signals.
 
-Only four events drive a job: its start, the exit of its process, the time named by its last
-decision, and a requested sample. Each calls `advance`, which carries out decisions until one says
-to wait.
+A job does something only when it starts, its process exits, a timer ends, a caller steers it, or a
+sample or a reply of the monitor arrives. `advance` then does what is due.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ MAX_HISTORY: Final = 100
 class Job:
     """The ladder of one process.
 
-    `phase` runs terminate → kill → reap → done; without SIGKILL, kill and reap are left out.
-    `result` is None while the job runs. A job that has ended does not change.
+    `phase` runs powerdown → quit → terminate → kill → reap → done; phases that are not needed are
+    left out. `result` is None while the job runs. A job that has ended does not change.
     """
 
     # There may be thousands of jobs, and a dictionary with so many keys takes 1.8 kB.
@@ -90,7 +89,7 @@ class Job:
         self.history: tuple[VerdictChange, ...] = ()
         self.assessment: Assessment | None = None
         self.risks: tuple[Risk, ...] = ()
-        """Why data may be lost: by SIGKILL, by the exit, by a yank, or an error of a disk."""
+        """Why data may be lost: because of SIGKILL, the exit, a yank or an error of a disk."""
         self.flush = NOT_FLUSHED
         self.guest_asked = GuestAsked.NOT_ASKED
         self.started = collaborators.clock.now()
@@ -265,7 +264,7 @@ class Job:
             self._flush_phase.recover()
 
     def follow(self) -> None:
-        """Continue after the first signal. Call it once, after `start` or `resume`."""
+        """Begin or continue the present phase. Call it once, after `start` or `resume`."""
         if self.result is Result.SURVIVED and self._process.exited():
             self._survivor_gone()
         if self.running and self.phase is Phase.POWERDOWN:
@@ -393,7 +392,8 @@ class Job:
     def force(self, by: Steerer) -> None:
         """Send SIGKILL now, held or not.
 
-        Raises Failed if the job has ended, UnknownIdentity, and ProcessChanged, which ends the job.
+        Raises Failed if the job has ended, UnknownIdentity if the process's executable is
+        unreadable, and ProcessChanged, which ends the job.
         """
         self._check_running()
         if not self._signals.killed and not self._process.exited():

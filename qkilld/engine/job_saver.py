@@ -25,7 +25,8 @@ PER_JOB: Final = 20_000
 TIMEOUT_S: Final = 0.05
 """How long saving may delay SIGKILL. Saving takes 0.1 ms, but /run may be full or locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
-"""How long saving may delay the reply to a caller: longer, so that a busy host loses no job."""
+"""How long saving may delay the reply to a caller. It is longer than TIMEOUT_S, so that even on a
+busy host a job is saved before its caller relies on it."""
 
 
 class _SavedValues(NamedTuple):
@@ -53,7 +54,7 @@ class JobSaver:
         """The saved values of each job, and when they were saved (CLOCK_MONOTONIC, µs)."""
 
     def job_began(self, job: Job, process: Process) -> None:
-        """Save a job that has sent its first signal."""
+        """Save a job that has begun."""
         self._store.store_fd(job.number, process)
         self.job_changed(job)
 

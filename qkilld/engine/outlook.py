@@ -56,15 +56,15 @@ def _before_signals(job: ObservedJob) -> Outlook:
 
 
 def _standstill(facts: JobFacts, deadline: int) -> int:
-    """Return the stall span that determines the deadline; 0 if GraceSec=, MaxSec= or an
-    extension does."""
+    """Return the stall span that determines the deadline; 0 if GraceSec=, MaxSec= or an extension
+    determines it."""
     evidence, policy = facts.assessment, facts.policy
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0
     if deadline == INFINITY:
         return 0  # The rung never comes, so progress cannot delay it.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # If the stall span alone leads to an earlier deadline, something else determines the real one.
+    # If the stall span alone would lead to another deadline, it does not determine the job's.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

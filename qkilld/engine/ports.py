@@ -40,7 +40,8 @@ class Process(Protocol):
         """Set the guest's names."""
 
     def signal(self, number: Signals) -> None:
-        """Send a signal. Raises ProcessLookupError if the process is gone, PermissionError."""
+        """Send a signal. Raises ProcessLookupError if the process is gone, and PermissionError if
+        the kernel refuses."""
 
     def exited(self) -> bool:
         """Return whether the process has exited, reaped or not. Does not block."""
@@ -154,8 +155,8 @@ class GuestMonitor(Protocol):
         """Give an order; call back with "" or with the reason of the failure, printable."""
 
     def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
-        """After QEMU's exit, return the signs up to its end, and whether none can be missing. Does
-        not block."""
+        """After QEMU's exit, return the signs up to its end, and True if they are all, or False if
+        some may be missing. Does not block."""
 
     def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True

@@ -1,7 +1,7 @@
 """The phase in which the guest is asked to shut down.
 
 The phase calls the job back only through LadderJob. It ends when asking has ended and nobody holds
-the job, or when MaxSec= has passed.
+the job. MaxSec= and the caller's limit end the asking.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PowerdownPhase:
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """Continue the asking of an earlier job for the same process, if that still counts: a
-        second press cancels the shutdown of some systems. Call it before `begin`."""
+        """Continue the asking of an earlier job for the same process, if that still counts, because
+        a second press cancels the shutdown of some systems. Call it before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
             return

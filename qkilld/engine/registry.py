@@ -99,8 +99,9 @@ class Registry:
     def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
         """Return the job that stops this process: the running one, or a new one that has begun.
 
-        The registry then owns the process and, unless this raises, `passed`, a connection to the
-        monitor for a new job. Raises what Job.start raises, and Busy.
+        The registry owns the process from now on, even if this raises. `passed` is a connection to
+        the monitor for a new job; the registry owns it unless this raises. Raises what Job.start
+        and Job.join raise, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
@@ -217,7 +218,7 @@ class Registry:
         self._last = max(self._last, last)
 
     def note(self, event: Event) -> None:
-        """Write a journal entry about a job that could not begin."""
+        """Write a journal entry about a job, or about a stop that could not begin."""
         self._journal.write(event)
 
     @property

@@ -32,7 +32,7 @@ class JobSampler:
         self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
     ) -> None:
         """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
-        With `urgent`, it precedes those of other jobs.
+        With `urgent`, the sample precedes those of other jobs.
 
         A sample that comes after TIMEOUT is still passed to `callback`, after the empty one.
         """

@@ -55,7 +55,8 @@ INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
 """The maximum number of processes that one user's TerminateAll calls open at a time. Each process
-may occupy a thread, and other users get no turn in between."""
+may occupy a thread, and processes that may be opened at the same time are opened before another
+user has a turn."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,
@@ -140,7 +141,7 @@ class Service:
         """Stop the main process of a unit or, if that is not QEMU, the only QEMU process in it.
 
         Control groups show which processes are in the unit; systemd is asked only for the main
-        process and the unit's primary name. Raises NoSuchUnit, too.
+        process and the unit's primary name. Raises what `terminate` raises, and NoSuchUnit.
         """
         flag_set = _parse_flags(flags)
         check_unit_name(name)
@@ -283,7 +284,7 @@ class Service:
     async def plan(
         self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> tuple[Guest, Plan]:
-        """Return what `terminate` would do. Sends nothing. Raises as `terminate`, except Busy."""
+        """Return what `terminate` would do. Sends nothing. Raises what `terminate` raises."""
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         inspection = await self.inspect(pid, caller)
@@ -338,8 +339,9 @@ class Service:
     async def _check_monitor(
         self, process: Process, given: Mapping[str, object], passed: int | None
     ) -> None:
-        """Raise InvalidArgs and close the process if the socket that the caller names, or the
-        connection that it passes, does not lead to the process's monitor."""
+        """Check the monitor that the caller names (a socket) or passes (a connection). Raise
+        InvalidArgs if it is not the monitor of this process. On any error, close the pidfd in
+        `process`."""
         if self._monitors is None:
             return
         try:
@@ -356,7 +358,8 @@ class Service:
         return list(await self._guests.get())
 
     async def _find_guests(self) -> list[Guest]:
-        # Concurrent callers share this: it reads all of /proc, in 0.1 ms for each process.
+        # Concurrent callers share one run, because it reads all of /proc, in 0.1 ms for each
+        # process.
         qemus = [
             identity
             for identity in await self._host.identities()
@@ -389,13 +392,14 @@ class Service:
         given: Mapping[str, object],
         passed: int | None = None,
     ) -> Job:
-        """Start or join a job, and become the owner of the process."""
+        """Start or join a job. The registry then owns the process."""
         flags = self._as_configured(flags, given, checked.process.guest)
         request = _request(flags, given, checked.uid)
         return self.registry.terminate(checked.process, request, passed)
 
     def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
-        """Remove POWERDOWN if the caller refers to the configuration, which disables asking."""
+        """Remove POWERDOWN if the caller leaves it to the configuration, and that says not to
+        ask."""
         if given.get("powerdown-as-configured") and not self.config.asks(guest.label.name):
             return flags & ~Flag.POWERDOWN
         return flags

@@ -140,7 +140,8 @@ class SignalPhase:
                     # `advance` is called again with the sample, or at its timeout.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
-                    # SIGKILL may wait for it, behind the samples of thousands of jobs.
+                    # If SIGKILL waits for this sample, it must not wait for those of thousands of
+                    # jobs.
                     urgent = decision.deadline <= now
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
@@ -176,8 +177,8 @@ class SignalPhase:
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.
 
-        Return False if that is tried again later, because SIGKILL must be saved first, or the
-        process's executable is unreadable.
+        Return False if the signal is tried again later, because the intention to send SIGKILL must
+        be saved first, or the process's executable is unreadable.
         """
         job = self._job
         if number == SIGKILL and not self._is_written_down():

@@ -180,8 +180,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Leave out what nobody uses of the first sample, of which only the written amounts
-            # count. The rest would take a page of memory for each job.
+            # Of the first sample, only the time and the counts of written bytes are used. Its other
+            # large fields would take a page of memory for each job, so leave them out.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )

@@ -92,7 +92,7 @@ class UnitStops:
             powerdown_only=job.request.powerdown_only,
             ask_at_most=ask,
         )
-        # This ends the job if the process has changed.
+        # `join` ends the job if the process has changed.
         with ignore("joining a job for its unit", QkilldError):
             job.join(request)
 
