@@ -34,7 +34,7 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""The maximum number of threads that close sockets, and of those that close files."""
+"""The maximum number of threads that close sockets, and as many again that close files."""
 MAX_PENDING: Final = 1024
 """Files that may wait to be closed."""
 STUCK_S: Final = 0.1
@@ -178,7 +178,7 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
 
 
 class ForeignSocket(socket.socket):
-    """A socket that a stranger shares, or whose other end may send descriptors; those are dropped.
+    """A socket that a stranger shares, or whose other end may send descriptors, which are closed.
 
     No method waits, whatever O_NONBLOCK says.
     """

@@ -94,7 +94,7 @@ async def live(
     """Serve `bus` and Varlink until stopped, or idle for `exit_idle_s`; return the exit code.
 
     `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as Life.run
-    does; ConfigError if a socket cannot be created, or the description of an interface not read.
+    does; ConfigError if no socket can be created or the description of an interface be read.
     """
     favour_the_loop()
     with contextlib.ExitStack() as stack:

@@ -121,7 +121,7 @@ class Journald:
 
         journald reads the unit of an entry from /proc/PID when it processes the entry. If the
         sender has exited by then, the entry belongs to no unit, so `journalctl --unit` does not
-        show it, and `qkillctl history` does not trust it unless root wrote it.
+        show it, and `qkillctl history` trusts it only if root or the reader wrote it.
         """
         if self._socket is None:
             return

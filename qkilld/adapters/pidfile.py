@@ -120,8 +120,8 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
     """Return the process's id in our PID namespace; a process in another namespace has written the
     id that it has there.
 
-    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. If no lock proves it,
-    raises Failed if only processes in other namespaces have the id.
+    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. Raises Failed if
+    there is no such proof, and only processes in other namespaces have the id.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):

@@ -46,7 +46,7 @@ class PidfdProcess:
         return self.guest.identity
 
     def identify(self) -> Identity:
-        """Read the identity again: execve(2) may have changed it. Raises like `open_process`."""
+        """Read the identity again: execve(2) may have changed it. Raises as `open_process` does."""
         identity = _identify(self.identity.pid, self._pidfd, self._proc)
         if identity != self.identity:
             self.guest = Guest(identity, self.guest.label)

@@ -257,7 +257,7 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # Only a whole command line shows that there is no name. That of an exiting process is empty.
+    # Only a whole command line shows that there is no name. An exiting process has an empty one.
     is_whole = 0 < len(command_line) < _MAX_CMDLINE
     label = printable(name) if name or is_whole else None
     return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv)
@@ -313,7 +313,7 @@ class Mounts:
     """The mounts that one process sees at one moment."""
 
     def __init__(self, pid: int | str, proc: Path = PROC) -> None:
-        """Read mountinfo; without mounts if it cannot be read."""
+        """Read mountinfo; if it cannot be read, there are no mounts."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
         # Not splitlines(): a path may contain any line separator except a line feed.

@@ -204,7 +204,7 @@ class StateDirectory:
 
     def _overwrite(self, name: str, document: dict[str, Any]) -> bool:
         """Overwrite the existing file in place, which a full disk allows if the file is large
-        enough. Return False if it fails.
+        enough. Return False on failure.
 
         A crash meanwhile leaves an incomplete file, from which no job is resumed.
         """

@@ -34,7 +34,7 @@ _MAX_LINKS: Final = 40
 def open_path(root: Path, path: str, directory: Path | None = None) -> int:
     """Open a file with O_PATH below `root`; a relative path begins in `directory`.
 
-    Like openat2(2) with RESOLVE_IN_ROOT, which cannot be used because it fails with ENOSYS under
+    Does the work of openat2(2) with RESOLVE_IN_ROOT, which fails with ENOSYS under
     RestrictSUIDSGID= (measured, systemd 252). A procfs link counts as the path that it shows, ".."
     does not lead out of `directory`, and nothing is automounted. Raises OSError.
     """

@@ -24,7 +24,7 @@ _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
 """The maximum number of traces with the same job number, process id and start time: a process may
-outlive daemons, and the next one may count from 1 again."""
+outlive daemons, and the next daemon may count from 1 again."""
 
 
 class TraceDirectory:

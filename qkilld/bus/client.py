@@ -112,7 +112,8 @@ class ManagerProxy:
 
     @property
     def is_remote(self) -> bool:
-        """Whether processes, users and files of the daemon's host are not those of this one."""
+        """Whether the daemon runs on another host or in a container, with other processes, users
+        and files."""
         return self._connection.is_remote
 
     async def owner(self) -> str:

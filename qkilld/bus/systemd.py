@@ -240,7 +240,7 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
 
 
 def _restart_signal(own: dict[str, Any]) -> int:
-    """Return RestartKillSignal=, 0 if it is that of KillSignal=, as by default."""
+    """Return RestartKillSignal=; 0 if it equals KillSignal=, which is the default."""
     number = int(own.get("RestartKillSignal", 0))
     return 0 if number == int(own.get("KillSignal", 15)) else number
 

@@ -44,7 +44,7 @@ _LOCK = threading.RLock()
 
 
 def _with_slots(cls: Any) -> Any:
-    """Return a class like `cls`, with slots for the fields that have none in a base class."""
+    """Return a copy of `cls` with slots for its fields, except those with a slot in a base."""
     inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
     kinds = cls.__annotations__.items()
     names = [name for name, kind in kinds if not kind.startswith("ClassVar")]

@@ -88,7 +88,8 @@ class FlushReport:
     reason: str = ""
     """Why the flush is not complete, printable."""
     proven: bool = False
-    """QEMU held back nothing that the guest had written, and nothing was written since."""
+    """After the flush, QEMU kept nothing that the guest had written, and nothing was written
+    since."""
 
 
 NOT_FLUSHED: Final = FlushReport()

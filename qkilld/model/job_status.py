@@ -103,7 +103,7 @@ class JobStatus:
     """The receipt that Wait returns; None while the job runs."""
 
     def __post_init__(self) -> None:
-        # Correct the deadline after an extension, because the daemon does so only at its next
+        # Correct the deadline after an extension, because the daemon updates it only at its next
         # decision.
         if self.phase == Phase.TERMINATE and self.deadline < self.not_before:
             object.__setattr__(self, "deadline", self.not_before)

@@ -247,7 +247,7 @@ class GuestControl:
     @property
     def signs(self) -> frozenset[ShutdownSign]:
         """The signs of a shutdown seen since the guest was asked, without those that later events
-        disproved. POWERED_OFF, the last sign before QEMU exits, counts even before that."""
+        disproved. POWERED_OFF, the last sign before QEMU exits, counts even in an unasked guest."""
         return frozenset(self._signs)
 
     @property
@@ -329,8 +329,8 @@ class GuestControl:
         return chardevs
 
     async def has_agent(self) -> bool:
-        """Return False if the guest has no agent socket that qkilld can reach, or the agent's port
-        is closed in the guest or used by another program. Raises MonitorError."""
+        """Return whether an agent can be asked: the guest has a socket for it that qkilld can
+        reach, and its port, if known, is open in the guest and unused. Raises MonitorError."""
         if not self.guest_endpoints.with_role(Role.AGENT):
             return False
         port = await self.agent_port()
@@ -385,7 +385,8 @@ class GuestControl:
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # Neither of these is a failure: on success no reply comes, and the port may be closed.
+            # A timeout or a closed connection is no failure: on success no reply comes, and the
+            # port may be closed.
             with contextlib.suppress(MonitorTimeout, MonitorClosed):
                 await agent.execute(
                     "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S

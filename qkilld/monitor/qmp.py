@@ -129,7 +129,7 @@ class QmpClient(Channel):
     ) -> Any:
         """Run a command ahead of all in-band commands; return its result.
 
-        Raises CommandRefused unless `oob` is true; otherwise raises like `execute`.
+        Raises CommandRefused unless `oob` is true; otherwise raises as `execute` does.
         """
         if not self.oob:
             raise CommandRefused(command, "Unsupported", "this QEMU has no out-of-band commands")
@@ -137,7 +137,7 @@ class QmpClient(Channel):
         return await self._call("exec-oob", command, arguments, self._last_id + 1, until)
 
     async def hmp(self, line: str, *, timeout_s: float) -> str:
-        """Run a line in the human monitor; return its output. Raises like `execute`."""
+        """Run a line in the human monitor; return its output. Raises as `execute` does."""
         printed = await self.execute(
             "human-monitor-command", {"command-line": line}, timeout_s=timeout_s
         )
