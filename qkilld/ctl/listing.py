@@ -26,7 +26,7 @@ async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # Only for the system's daemon of this host, because others may read other files.
+        # Only for the system's daemon of this host: others may use other configuration files.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 

@@ -245,7 +245,8 @@ class Resolver:
         process = await self.find(target)
         if target.kind in (TargetKind.PID, TargetKind.PIDFILE):
             return process
-        # Read the start time before the second list, which shows a reuse of the pid until then.
+        # Read the start time before the second list: if the pid was reused by then, the second list
+        # shows another process.
         start_time = await self._start_time(target, process.pid)
         guests = await guest_rows(self._manager)
         guest = next(

@@ -59,7 +59,8 @@ def order_of(flags: Flag, options: Mapping[str, int | str]) -> dict[str, Any]:
 
 
 async def monitor_to_pass(pid: int) -> socket.socket | None:
-    """Connect to a guest's monitor, if the daemon cannot; None if there is no such monitor."""
+    """Connect to a guest's monitor that the daemon cannot reach. None if the guest has no such
+    monitor, or if this fails."""
     from qkilld.monitor.reach import connect_passable
 
     work = run_in_thread(lambda: connect_passable(procfs.read_identity(pid)))

@@ -44,8 +44,8 @@ EXIT_TIMEOUT_S = 1.0
 """How long our pidfd may take to confirm an exit that the daemon has reported. Normally it reports
 the exit at the same time as the daemon's pidfd."""
 ENDING_S = 1.0
-"""How long to wait, after a job was cancelled, whether the daemon closes the connection because it
-exits."""
+"""After a job was cancelled, wait this long for the daemon to close the connection, which shows
+that the daemon exits."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
 """Linux: the bytes sent that the peer has not read, unix(7)."""

@@ -46,5 +46,5 @@ class Options:
 
     @property
     def names_process(self) -> bool:
-        """Whether neither --unit nor --all is given; each may select several processes."""
+        """False with --unit or --all, which may select several processes."""
         return self.unit is None and not self.all_guests

@@ -109,8 +109,8 @@ async def check_unit(connection: Connection | str, name: str) -> None:
 async def unattended(
     guests: Iterable[tuple[ProcessHandle, str | None]], connection: Connection | str
 ) -> list[ProcessHandle]:
-    """Return the guests whose units do not stop them. Close the others, and those whose unit or
-    its settings are unknown.
+    """Return the guests whose units do not stop them. Close the others, and those whose unit
+    is unknown or has unknown settings.
 
     Each guest comes with its unit: "" for none, None if unknown. `connection`: to the bus of these
     units' manager, or the reason why there is none.

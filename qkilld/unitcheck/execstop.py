@@ -287,8 +287,8 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
     """Return the number of the line before which the helper belongs.
 
-    Lines after those that stop the guest or wait for it may need the guest to be gone: they may
-    copy its image or unmount its file system. So the helper belongs before them.
+    A line after one that stops the guest or waits for it may need the guest to be gone, for example
+    to copy its image or to unmount its file system. The helper belongs before such lines.
     """
     for number, command in enumerate(facts.exec_stop):
         if is_helper(command):

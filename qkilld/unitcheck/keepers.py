@@ -131,7 +131,7 @@ class KeeperCandidates:
         return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
 
     def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-        """Return the keepers among `active`, those units of `names` that are active."""
+        """Return the keepers among `active`, which are the active units of `names`."""
         return tuple(
             GuestKeeper(other.id, project, other.timeout_stop)
             for other in active

@@ -401,7 +401,8 @@ def outcomes(settings: StopSettings) -> dict[Occasion, Outcome]:
 def worse_occasions(
     after: StopSettings, before: StopSettings, occasions: Sequence[Occasion] = tuple(Occasion)
 ) -> tuple[Occasion, ...]:
-    """Return the occasions on which `after` is worse under at least one assumption."""
+    """Return the occasions on which `after` keeps less than `before` under at least one
+    assumption."""
     worse = []
     for occasion in occasions:
         pairs = (
