@@ -236,7 +236,7 @@ def _queue_devices(state: BlockState) -> frozenset[str]:
 
 
 def _device_of(disk: GuestDisk, devices: frozenset[str]) -> bool:
-    """Return whether the disk's device, or its controller, is one of these.
+    """Return whether the disk's device, or its controller, is one of `devices`.
 
     The disks of a SCSI controller share its queues, so if one disk is stuck, all may be.
     """

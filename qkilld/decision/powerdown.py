@@ -45,8 +45,8 @@ from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservat
 BASELINE: Final = 1 * USEC_PER_SEC
 """The shortest time (µs) before the press over which work is measured, for comparison."""
 IDLE_DISKS: Final = 2 * USEC_PER_SEC
-"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, a
-request may be in flight to a slow disk: then a load looks like an idle guest (measured: 0.8 s)."""
+"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, the
+disks may only be slow: a load looked like an idle guest for 0.8 s (measured)."""
 QUIET: Final = 3 * USEC_PER_SEC
 """A guest that does not listen and has done no work for this long (µs) is deaf."""
 IDLE_SHARE: Final = 0.05
@@ -75,8 +75,8 @@ HALF_BUSY: Final = 0.5
 """The end of a load is visible if the load is at least this share of one processor."""
 CALM: Final = 0.2
 """A guest is asked at once if its disks are idle and its virtual processors wanted at most this
-share of one processor in the last tenth of a second. That is too short for a measurement, so later
-work is compared with CALM."""
+share of one processor in the last tenth of a second. A tenth of a second is too short to measure
+the work, so later work is compared with CALM."""
 SETTLE: Final = 10 * USEC_PER_SEC
 """A resumed or woken guest has this long (µs) to do the work that was due."""
 
@@ -177,7 +177,7 @@ class Attempt:
     baseline: _Rates = _Rates()
     """The work before the guest was first asked; _CALM_RATES once that load has ended."""
     boots: bool = False
-    """Whether the guest did not listen to the button at first, so that it was booting."""
+    """Whether the guest was booting: at first, it did not listen to the button."""
     helped_at: int | None = None
     """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()

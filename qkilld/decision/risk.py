@@ -76,7 +76,7 @@ def risks_of_exit(
     Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
     an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the latter is
     visible from outside, and only for a server of this host. A missing connection alone proves
-    nothing, because QEMU may have closed the node; but then its server still listens. Until
+    nothing, because QEMU may have closed the node, so its server must be gone, too. Until
     `reconnect-delay` has passed, QEMU keeps the data and does not exit. So an exit before that time
     has lost nothing, even if no sample saw the server return.
 

@@ -37,7 +37,8 @@ OWN_IO: Final = 512
 """If the process itself reads or writes fewer bytes than this, they do not count."""
 
 _KEEPALIVE: Final = frozenset({"iscsi", "ssh", "rbd", "gluster", "sheepdog", "nfs", ""})
-"""Protocols that send messages even if no request makes progress; "" is an unknown one."""
+"""Protocols that send messages even if no request makes progress; "" stands for an unknown
+protocol."""
 _STORAGE_WCHAN: Final = (
     *("folio", "page", "bio", "blk", "io_sched", "rq_qos", "wbt", "throttle", "balance_dirty"),
     *("jbd2", "ext4", "xfs", "btrfs", "nfs", "rpc", "fuse", "ceph", "cifs", "sync", "writeback"),
@@ -235,8 +236,8 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
 
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
-    """Return the signs of a server with other clients. Only its calls on our image's storage
-    certainly count; all other work may be for other clients."""
+    """Return the signs of a server with other clients. Only its calls on the storage of the guest's
+    image certainly count; all other work may be for other clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
         # Nothing shows which of its calls are for this guest, so no sign is sure.
@@ -245,7 +246,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
-    # If a call on our image is stuck, assume that it is for this guest: other activity does not
+    # If a call on that storage is stuck, assume that it is for this guest: other activity does not
     # count.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]

@@ -460,8 +460,8 @@ def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
 
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
-    """Return whether a wait for storage that is no longer listed has ended, rather than become
-    unreadable."""
+    """Return True if a wait for storage that is no longer listed has ended, False if it may only be
+    unreadable now."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     match wait.key.partition(":")[0]:

@@ -262,7 +262,7 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     """Return signs for requests on its io_urings, which may be for any writable disk that is not in
-    `ringless`. If one of these disks has requests in flight and completes none, assume that they
+    `ringless`. If one of these disks has requests in flight and completes none, assume that these
     are the process's: then only completions of that disk and of those below it count."""
     writable = [
         device
@@ -363,7 +363,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # connection.
         certain = False
         may_be_backend = sample.shared_memory is not False
-        # A client may connect to anything at any time: that is no server which was found late.
+        # At most the backend itself counts as a server here. What a client connects to, at any
+        # time, is no server that was found late.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of_server(sign))

@@ -151,7 +151,7 @@ def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
 
 
 def details_of_all(flags: Flag) -> dict[str, str]:
-    """Return the details, as `details_of`, for the guests of all other users."""
+    """Return the details (see `details_of`) for the guests of all other users."""
     target = "all QEMU guests of other users"
     return dict.fromkeys(("pid", "guest", "unit", "uid"), "") | {
         "target": target,

@@ -144,7 +144,7 @@ class Job:
 
     @property
     def data_at_risk(self) -> bool:
-        """Whether data that QEMU held may not have reached its storage."""
+        """Whether data that QEMU held may be missing on its storage."""
         return bool(self.risks)
 
     @property
@@ -316,7 +316,7 @@ class Job:
         rank.
 
         FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
-        is unreadable, and Failed if the job is held or extended; the owner's hold or extension
+        is unreadable, and Failed if the job is held or extended. A hold or extension by the owner
         binds only the owner. Every request with FORCE raises ProcessChanged if the identity has
         changed; the job has then ended as failed.
         """

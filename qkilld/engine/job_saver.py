@@ -1,7 +1,7 @@
 """Decide when to save jobs, so that they survive the end of this program.
 
-Rungs, requests and verdicts are saved at once. Progress alone is saved rarely, because missing
-progress is assumed after a crash (decision.gap).
+Rungs, requests and verdicts are saved at once. Progress alone is saved rarely, because a daemon
+that resumes a job assumes what was not saved (decision.gap).
 """
 
 from __future__ import annotations

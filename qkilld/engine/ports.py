@@ -155,8 +155,8 @@ class GuestMonitor(Protocol):
         """Give an order; call back with "" or with the reason of the failure, printable."""
 
     def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
-        """After QEMU's exit, return the signs up to its end, and True if they are all, or False if
-        some may be missing. Does not block."""
+        """After QEMU's exit, return the signs up to its end, and True if no others exist, or False
+        if some may be missing. Does not block."""
 
     def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True

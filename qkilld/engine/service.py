@@ -171,8 +171,8 @@ class Service:
         """Stop every QEMU process that the caller may stop.
 
         polkit is asked once, and only if there are guests of other users. A guest that cannot be
-        stopped is reported in the journal. Raises InvalidArgs and, if the caller owns no guest,
-        AccessDenied, Busy.
+        stopped is reported in the journal. Raises InvalidArgs, Busy and, if the caller owns no
+        guest, AccessDenied.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)

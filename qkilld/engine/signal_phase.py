@@ -263,7 +263,7 @@ class SignalPhase:
             return self._intent is _Intent.WRITTEN
         self._intent = _Intent.BEING_WRITTEN
         self._job.enter(Phase.KILL)
-        self._job.write_down(self._go_on)  # Calls back at once if nothing is saved.
+        self._job.write_down(self._go_on)  # Calls back at once if jobs are not saved.
         return False
 
     def _go_on(self) -> None:

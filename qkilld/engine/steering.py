@@ -56,6 +56,7 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """Reduce the owner's steering when the job is taken over. `limit` comes from `owner_limit`."""
+    """End the owner's hold and limit the owner's extensions when the job is taken over. `limit`
+    comes from `owner_limit`."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))

@@ -25,7 +25,7 @@ def check_unit_name(name: str) -> None:
 def choose_guest(
     name: str, facts: UnitFacts | None, guests: Sequence[Guest], *, known: bool
 ) -> Guest:
-    """Return the guest that runs in a unit: its main process, or else the only one.
+    """Return the guest that runs in a unit: its main process, or else the only QEMU process in it.
 
     A system unit takes precedence over a user's unit of the same name, because users may choose any
     name. A user's manager shows only that user's units.

@@ -98,7 +98,8 @@ class _FileSearch(threading.Thread):
 
 
 def _find_image(root: Path, backing: Backing) -> str | None:
-    """Return a value for BackingPlace.device; None if the file is another one. Raises OSError."""
+    """Return a value for BackingPlace.device; None if another file has this path. Raises
+    OSError."""
     file = open_path(root, os.fsdecode(backing.path))
     try:
         status = os.fstat(file)

@@ -3,8 +3,8 @@
 All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job.
 The rest is for files that jobs and callers must have open. If jobs are added, the next sample
 closes the files of those guests that began to keep theirs first. If there is no room for a guest,
-its files are opened for each sample. It does not replace another guest, because guests are sampled
-one after the other: if each replaced the next, no file would be open when it is needed.
+its files are opened for each sample. Such a guest does not replace another one: guests are sampled
+in turn, so if each replaced the next, no file would be open when it is needed.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class RingReader:
         return False
 
     def _may_have_context(self) -> bool:
-        """Return False only if no process of the host has an AIO context."""
+        """Return True if a process of the host has an AIO context, or if that is unknown."""
         try:
             return int(read_once(self._proc / "sys/fs/aio-nr")) != 0
         except (OSError, ValueError) as error:
