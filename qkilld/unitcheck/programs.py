@@ -303,7 +303,8 @@ _HARMLESS: Final = frozenset(
      "systemd-cat", "chmod", "chown", "chgrp", "stat", "ls", "readlink", "realpath", "basename",
      "dirname", "umask", "declare", "typeset", "readonly", "false", "install", "tee",
      "continue", "break", "hostname", "id", "ethtool", "sysctl", "modprobe", "resolvectl", "expr",
-     "let", "wc", "sort", "uniq", "losetup"]
+     "let", "wc", "sort", "uniq", "losetup", "jq", "which", "uname", "nproc", "lsof", "ss",
+     "mktemp"]
 )  # fmt: skip
 _READERS: Final[Mapping[str, Callable[[Sequence[str], str], tuple[Act, ...]]]] = {
     "kill": _kill,

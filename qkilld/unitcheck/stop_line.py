@@ -208,10 +208,8 @@ def _acts_of_text(text: str, depth: int) -> tuple[Act, ...]:
 
 
 def _inner(text: str, depth: int) -> list[Act]:
-    """Return the acts of a substitution that affect the guest. Assume that unknown programs in it
-    only produce output."""
-    harmless = (ActKind.NOTHING, ActKind.UNKNOWN)
-    return [each for each in _acts_of_text(text, depth) if each.kind not in harmless]
+    """Return the acts of a substitution that affect the guest, or may do so."""
+    return [each for each in _acts_of_text(text, depth) if each.kind is not ActKind.NOTHING]
 
 
 def _bounded(words: Sequence[str], depth: int, text: str) -> tuple[Act, ...]:
