@@ -219,10 +219,17 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     waits = []
     if sample.rings:
         signs = [Sign("low", SignKind.LOW, sample.rings, "requests on its io_urings completed")]
-        if not _are_diskless(sample):
-            signs += _request_signs(sample, previous)
-        text = f"{sample.rings} requests are in flight on its io_urings"
-        waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
+        on_disks = sample.rings - _diskless_requests(sample)
+        has_stuck_disk = bool(_stuck_disks(sample, previous) - set(sample.ringless))
+        if on_disks > 0:
+            sure = on_disks > sample.timers or has_stuck_disk
+            signs += _request_signs(sample, previous, sure=sure)
+        if sample.rings > sample.timers or has_stuck_disk:
+            text = f"{sample.rings} requests are in flight on its io_urings"
+            waits.append(Wait("io_uring", WaitKind.STORAGE, text, tuple(signs), certain=True))
+        else:
+            text = "whether its io_urings have requests or timers"
+            waits.append(Wait("unseen:timers", WaitKind.UNSEEN, text, tuple(signs)))
     if sample.direct:
         # Of AIO requests, the kernel reports only completions, in the ring, so some may be in
         # flight at any time.
@@ -242,12 +249,11 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     return waits
 
 
-def _are_diskless(sample: Sample) -> bool:
-    """Return whether all requests on the process's io_urings wait for file systems without a block
-    device, so that no disk has them. A kernel thread then waits for each request, which is a wait
-    of its own."""
+def _diskless_requests(sample: Sample) -> int:
+    """Return how many requests on the process's io_urings wait for file systems without a block
+    device. A kernel thread waits for each of them, which is a wait of its own."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
-    return sum(map(sleeps_without_disk, workers)) >= (sample.rings or 0)
+    return sum(map(sleeps_without_disk, workers))
 
 
 def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
@@ -260,10 +266,14 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
     }
 
 
-def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
+def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
     """Return signs for requests on its io_urings, which may be for any writable disk that is not in
     `ringless`. If one of these disks has requests in flight and completes none, assume that these
-    are the process's: then only completions of that disk and of those below it count."""
+    are the process's: then only completions of that disk and of those below it count.
+
+    `sure`: False if there may be timers instead of requests. Then the disks may be busy with
+    requests of others for ever.
+    """
     writable = [
         device
         for device in sample.devices or ()
@@ -271,6 +281,8 @@ def _request_signs(sample: Sample, previous: Sample | None) -> list[Sign]:
     ]
     stuck = _stuck_disks(sample, previous) - set(sample.ringless)
     signs = disk_signs(writable)
+    if not sure:
+        signs = _doubtful(signs)
     own_work = [*io_signs(sample.io, "it"), *group_signs(sample)]
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}

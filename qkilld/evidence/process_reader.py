@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,8 +98,8 @@ class ProcessReader:
         """Put fields of model.sample.Sample into `into`.
 
         These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
-        threads, running, exiting, rings and direct. Unreadable fields are None, except that `state`
-        keeps its value in `into`. Raises nothing that the process could cause.
+        threads, running, exiting, rings, timers and direct. Unreadable fields are None, except that
+        `state` keeps its value in `into`. Raises nothing that the process could cause.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """
@@ -170,7 +170,9 @@ class ProcessReader:
             into["state"], into["exiting"] = living.state, False
 
     def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:
-        into["rings"], into["direct"] = self._rings.read(opened)
+        requests, into["direct"] = self._rings.read(opened)
+        if requests is not None:
+            into["rings"], into["timers"] = requests.in_flight, requests.timers
 
     def _time_run(self) -> int | None:
         """Return the ns that all threads have run; None if unknown or too inaccurate."""
@@ -210,11 +212,14 @@ class ProcessReader:
 
 
 _NOTHING: Final = dict.fromkeys(("cpu", "term_pending", "tracer", "dumping", "io"))
-_NO_DETAIL: Final = dict.fromkeys(("switches", "threads", "running", "exiting", "rings", "direct"))
+_NO_DETAIL: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(("switches", "threads", "running", "exiting", "rings", "direct")),
+    "timers": 0,
+}
 _WHOLE: Final = (
     "state",
     *_NOTHING,
-    *(name for name in _NO_DETAIL if name not in ("rings", "direct")),
+    *(name for name in _NO_DETAIL if name not in ("rings", "timers", "direct")),
 )
 
 

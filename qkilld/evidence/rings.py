@@ -2,7 +2,10 @@
 
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
-completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). The kernel does not show AIO
+completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also waits for events with an
+io_uring: its requests to poll descriptors are listed and do not count, but one more request may be
+a timer, which nothing distinguishes from a request to a disk. QEMU 11 uses one ring for both. It
+hung with such a timer in each case that was measured (NBD, iSCSI). The kernel does not show AIO
 requests in flight. There can be some only if the process has an AIO context (a mapping of
 "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is synchronous.
 
@@ -30,6 +33,7 @@ from typing import Final
 from qkilld.adapters.procfs import read_links
 from qkilld.debug_log import note_once
 from qkilld.evidence.kept_file import EXITED, number_after, open_directory, read_once
+from qkilld.model.dataclass import dataclass
 
 REFRESH_S: Final = 10.0
 MAPPINGS_TIMEOUT_S: Final = 0.05
@@ -47,6 +51,16 @@ _AIO_RING: Final = struct.Struct("=5I")
 _AIO_MAGIC: Final = 0xA10A10A1
 _RING: Final = "anon_inode:[io_uring]"
 _POLL_ADD: Final = b"  op=6,"
+
+
+@dataclass(frozen=True, slots=True)
+class RingRequests:
+    in_flight: int
+    timers: int = 0
+    """How many of them may be timers: one for each ring with which the process waits for events."""
+
+    def __add__(self, other: RingRequests) -> RingRequests:
+        return RingRequests(self.in_flight + other.in_flight, self.timers + other.timers)
 
 
 class RingReader:
@@ -71,13 +85,11 @@ class RingReader:
         size. None if there is no ring or it is unreadable. Takes the target's memory lock."""
         return self._mappings.tails()
 
-    def read(self, opened: int | None = None) -> tuple[int | None, bool | None]:
-        """Return the number of requests in flight on all rings, and whether AIO requests may be in
-        flight.
+    def read(self, opened: int | None = None) -> tuple[RingRequests | None, bool | None]:
+        """Return the requests in flight on all rings, and whether AIO requests may be in flight.
 
         `opened`: st_size of /proc/PID/fd, if the caller has just read it: the number of
-        descriptors, or 0 before Linux 6.2. Requests to poll a descriptor, with which some versions
-        of QEMU wait for events, do not count. Timers count, because they look like other requests.
+        descriptors, or 0 before Linux 6.2.
         """
         if self._descriptors_changed(self._opened() if opened is None else opened):
             self._refresh()
@@ -99,10 +111,10 @@ class RingReader:
         self._count = opened
         return changed or self._clock() >= self._refresh_at
 
-    def _in_flight(self) -> int | None:
+    def _in_flight(self) -> RingRequests | None:
         if self._rings is None:
             return None
-        total = 0
+        total = RingRequests(0)
         for number in self._rings:
             try:
                 text = read_once(f"fdinfo/{number}", self._directory)
@@ -170,8 +182,8 @@ class RingReader:
             return True
 
 
-def requests_in_flight(text: bytes) -> int | None:
-    """Return the number of requests in flight on one ring, from its fdinfo; None if not shown.
+def requests_in_flight(text: bytes) -> RingRequests | None:
+    """Return the requests in flight on one ring, from its fdinfo; None if not shown.
 
     Older kernels show nothing about the ring, and newer ones show nothing while another thread
     holds its lock. Requests to poll a descriptor are in a separate list.
@@ -186,7 +198,10 @@ def requests_in_flight(text: bytes) -> int | None:
     # Completions for which the ring had no room are not in flight, but its tail omits them.
     waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
     in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
-    return max(in_flight, 0) if in_flight <= _MAX_IN_FLIGHT else None
+    if in_flight > _MAX_IN_FLIGHT:
+        return None
+    in_flight = max(in_flight, 0)
+    return RingRequests(in_flight, min(in_flight, 1) if polling else 0)
 
 
 class _Mappings:

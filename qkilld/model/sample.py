@@ -235,6 +235,8 @@ class Sample:
     signal has an effect."""
     rings: int | None = None
     """Requests in flight on its io_urings; 0 if it has none."""
+    timers: int = 0
+    """How many of `rings` may be timers rather than requests to disks."""
     direct: bool | None = None
     """Whether the process has an AIO context, and a file or device open with O_DIRECT."""
     devices: tuple[Device, ...] | None = None

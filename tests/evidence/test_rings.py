@@ -12,7 +12,7 @@ import pytest
 from qkilld.evidence import rings
 from qkilld.evidence.kept_file import open_directory
 from qkilld.evidence.process_reader import ProcessReader
-from qkilld.evidence.rings import RingReader, requests_in_flight
+from qkilld.evidence.rings import RingReader, RingRequests, requests_in_flight
 from tests.evidence.until import until
 from tests.lab.guest import Guest, make_disk
 from tests.lab.qmp import Qmp
@@ -39,23 +39,30 @@ OVERFLOW = "  user_data=7, res=4096, flags=0\n"
 @pytest.mark.parametrize(
     ("tail", "answered", "polls", "overflow", "told"),
     [
-        (0, 0, "", "", 0),
-        (7, 4, "", "", 3),
-        (3, (1 << 32) - 2, "", "", 5),
-        (3, 0, POLL * 3, "", 0),
-        (4, 0, POLL * 3, "", 1),
-        (4, 0, ARMED_READ, "", 4),
-        (4, 0, "", OVERFLOW, 3),
-        (1, 0, POLL * 2, "", 0),
+        (0, 0, "", "", (0, 0)),
+        (7, 4, "", "", (3, 0)),
+        (3, (1 << 32) - 2, "", "", (5, 0)),
+        (3, 0, POLL * 3, "", (0, 0)),
+        (4, 0, POLL * 3, "", (1, 1)),
+        (9, 0, POLL * 3, "", (6, 1)),
+        (4, 0, ARMED_READ, "", (4, 0)),
+        (4, 0, "", OVERFLOW, (3, 0)),
+        (1, 0, POLL * 2, "", (0, 0)),
         (1 << 31, 0, "", "", None),
         ("x", 0, "", "", None),
     ],
 )
 def test_in_flight_is_taken_less_answered(
-    text: str, tail: object, answered: int, polls: str, overflow: str, told: int | None
+    text: str,
+    tail: object,
+    answered: int,
+    polls: str,
+    overflow: str,
+    told: tuple[int, int] | None,
 ) -> None:
     filled = text.format(tail=tail, taken=0, answered=answered, polls=polls, overflow=overflow)
-    assert requests_in_flight(filled.encode()) == told
+    expected = None if told is None else RingRequests(*told)
+    assert requests_in_flight(filled.encode()) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,8 +104,9 @@ def put_descriptor(proc: Path, number: int, link: str, text: str) -> None:
     (proc / f"7/fdinfo/{number}").write_text(text)
 
 
-def put_ring(proc: Path, number: int, in_flight: int) -> None:
-    text = V6_18.format(tail=in_flight, taken=0, answered=0, polls="", overflow="")
+def put_ring(proc: Path, number: int, in_flight: int, polls: int = 0) -> None:
+    tail = in_flight + polls
+    text = V6_18.format(tail=tail, taken=0, answered=0, polls=POLL * polls, overflow="")
     put_descriptor(proc, number, "anon_inode:[io_uring]", text)
 
 
@@ -112,8 +120,9 @@ CARRIAGE_RETURN = "7f-80 rw-s 00000000 00:13 273842                     /tmp/\r 
 
 def test_all_rings_count(lab_dir: Path, reader: Reader) -> None:
     put_ring(lab_dir, 3, 2)
-    put_ring(lab_dir, 4, 5)
-    assert reader().read() == (7, False)
+    put_ring(lab_dir, 4, 5, polls=2)
+    put_ring(lab_dir, 5, 1, polls=2)
+    assert reader().read() == (RingRequests(8, timers=2), False)
 
 
 def test_one_ring_unknown_is_all_unknown(lab_dir: Path, reader: Reader) -> None:
@@ -149,7 +158,7 @@ def test_direct(
     (lab_dir / "sys/fs/aio-nr").write_text(contexts)
     if maps is not None:
         (lab_dir / "7/maps").write_text(maps, newline="")
-    assert reader().read() == (0, told)
+    assert reader().read() == (RingRequests(0), told)
 
 
 def test_too_many_descriptors_are_not_looked_into(lab_dir: Path, reader: Reader) -> None:
@@ -164,20 +173,20 @@ def test_descriptors_are_looked_at_again_after_a_while(lab_dir: Path, reader: Re
     put_descriptor(lab_dir, 3, "/a", BUFFERED)
     now = 100.0
     reading = reader(lambda: now)
-    assert reading.read() == (0, False)
+    assert reading.read() == (RingRequests(0), False)
     (lab_dir / "7/fdinfo/3").write_text(DIRECT)
-    assert reading.read() == (0, False)
+    assert reading.read() == (RingRequests(0), False)
     now += rings.REFRESH_S
-    assert reading.read() == (0, True)
+    assert reading.read() == (RingRequests(0), True)
 
 
 def test_a_ring_that_became_another_file(lab_dir: Path, reader: Reader) -> None:
     put_ring(lab_dir, 3, 2)
     reading = reader()
-    assert reading.read() == (2, False)
+    assert reading.read() == (RingRequests(2), False)
     (lab_dir / "7/fd/3").unlink()
     put_descriptor(lab_dir, 3, "/a", BUFFERED)
-    assert reading.read() == (0, False)
+    assert reading.read() == (RingRequests(0), False)
 
 
 def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> None:
@@ -186,9 +195,9 @@ def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> No
     os.mkfifo(lab_dir / "7/maps")
     now = 0.0
     reading = reader(lambda: now)
-    assert reading.read() == (2, None)
+    assert reading.read() == (RingRequests(2), None)
     now += rings.REFRESH_S
-    assert reading.read() == (2, None)
+    assert reading.read() == (RingRequests(2), None)
     with (lab_dir / "7/maps").open("w") as pipe:  # One thread reads, not two.
         pipe.write(AIO)
     now += rings.REFRESH_S
@@ -197,7 +206,7 @@ def test_mappings_that_block_hold_nobody_up(lab_dir: Path, reader: Reader) -> No
     thread.join(30)
     (lab_dir / "7/maps").unlink()
     (lab_dir / "7/maps").write_text(AIO)
-    assert reading.read() == (2, True)
+    assert reading.read() == (RingRequests(2), True)
 
 
 # ---- a real QEMU ----

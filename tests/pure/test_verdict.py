@@ -412,7 +412,14 @@ MORE = {
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # or another server that does not read its request
+        ({**served(SHARED), "rings": 1}, served(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
+        # but a timer does not keep QEMU from exiting
+        (
+            {**served(SHARED), "rings": 1, "timers": 1},
+            served(replace(SHARED, io=WROTE)),
+            Verdict.UNKNOWN,
+        ),
+        # Nor does it excuse another server that does not read its request
         (
             two_nodes(SHARED, unread=28),
             two_nodes(replace(SHARED, io=WROTE), unread=28),
@@ -495,6 +502,12 @@ MORE = {
         ({"rings": 3}, {"rings": 2}, Verdict.FLUSHING),
         ({"rings": 3}, {"rings": 4}, Verdict.STORAGE_WAIT),
         ({"rings": 3}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        ({"rings": 3, "timers": 1}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        # or timers, which the completions of a disk do not concern
+        ({"rings": 1, "timers": 1}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
+        ({"rings": 1, "timers": 1}, {}, Verdict.UNKNOWN),
+        ({"rings": 2, "timers": 2}, {"rings": 1, "timers": 1}, Verdict.FLUSHING),
+        ({"rings": 1, "timers": 1, "devices": (HUNG,)}, {}, Verdict.STORAGE_WAIT),
         # A disk has a request and completes none: completions of another disk are a neighbour's
         (
             {"rings": 1, "devices": (HUNG, BESIDE)},
@@ -998,6 +1011,11 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
         # On FUSE, beside a disk with a neighbour
         ({"rings": 1, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
         ({"rings": 2, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
+        (
+            {"rings": 2, "timers": 1, "threads": (WORKER,)},
+            {"devices": BUSY_DISK},
+            Verdict.STORAGE_WAIT,
+        ),
         # A client that QEMU serves, such as a backup, or a vhost-user backend
         (
             {"sockets": (CLIENT,)},

@@ -79,6 +79,13 @@ def test_an_idle_server_is_left_alone_while_a_local_disk_is_stuck() -> None:
     assert chosen(evidence, node("well")) == []
 
 
+def test_a_timer_is_no_request_to_a_local_disk() -> None:
+    evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), rings=1, timers=1))
+    assert chosen(evidence, node("well")) == ["well"]
+    evidence = still(replace(with_nodes(link("well"), nodes=(WELL,)), rings=2, timers=1))
+    assert chosen(evidence, node("well")) == []
+
+
 def test_names_of_drives_are_matched_by_the_disks_that_were_seen() -> None:
     evidence = still(with_nodes(link("dead", queue=9), link("well", inode=2)))
     disks = (
