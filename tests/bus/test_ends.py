@@ -122,6 +122,10 @@ def test_a_stale_start_time(client: Client, fake_qemu: Make) -> None:
     assert client.wait(client.terminate(guest.pid, start_time=("t", guest.start_time)))
 
 
+ONE_AT_A_TIME = pytest.mark.xdist_group("ids")
+"""The kernel has one last id for all tests."""
+
+
 def recycled(first: Guest, make: Callable[[], Guest]) -> Guest:
     """Ends the guest and makes the kernel give its pid to a new process."""
     last = Path("/proc/sys/kernel/ns_last_pid")
@@ -142,6 +146,7 @@ def recycled(first: Guest, make: Callable[[], Guest]) -> Guest:
     raise AssertionError(f"the id {pid} was not given out again")
 
 
+@ONE_AT_A_TIME
 def test_a_recycled_id_is_not_the_process_that_was_meant(
     daemon: Daemon, client: Client, fake_qemu: Make
 ) -> None:
@@ -155,6 +160,7 @@ def test_a_recycled_id_is_not_the_process_that_was_meant(
     assert second.alive
 
 
+@ONE_AT_A_TIME
 def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
     """While the daemon sleeps past its deadline, the process exits and its pid is given out
     again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Final
@@ -47,12 +48,16 @@ def run(release: Release, *arguments: str) -> bool:
     # Kept, because making it takes minutes.
     venv = DIRECTORY / f"{release.name}-venv"
     venv.mkdir(exist_ok=True)
+    disk = DIRECTORY / "disk"
+    shutil.rmtree(disk, ignore_errors=True)
+    disk.mkdir()
+    disk.chmod(0o1777)
     log = DIRECTORY / f"{release.name}-tests.log"
     command: list[str | Path] = [
         # It ends the whole process group, and so takes the tests down in order.
         *(needs.program("timeout", "coreutils"), "--kill-after=60", str(_TIMEOUT_S)),
         *(needs.program("unshare", "util-linux"), "--mount", "--propagation", "private"),
-        *(Path(__file__).with_name("chroot"), mountpoint, root, TOP, CACHE, venv),
+        *(Path(__file__).with_name("chroot"), mountpoint, root, TOP, CACHE, venv, disk),
         *("sh", "-c", _RUN, "sh"),
         *("-q", f"--numprocesses={_WORKERS}", "--dist=loadgroup", "-p", "no:cacheprovider"),
         *arguments,

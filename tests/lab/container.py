@@ -279,6 +279,13 @@ def boot(
         console = Log(directory / "console")
         notify = stack.enter_context(NotifySocket(directory))
         escaped = str(TOP).replace("\\", "\\\\").replace(":", "\\:")
+        # Mounts in the checkout (tests/distros/chroot) are bound one by one: with all of them, the
+        # container would contain itself.
+        mounts = [
+            f"--bind-ro={escaped}/{name}:{CHECKOUT}/{name}:norbind"
+            for name in (".venv", ".lab/guest")
+            if (TOP / name).is_mount()
+        ]
 
         def join_cgroups() -> None:
             for cgroup in cgroups:
@@ -299,6 +306,7 @@ def boot(
                     # nspawn forbids pidfd_getfd(2), but real machines do not.
                     "--system-call-filter=pidfd_getfd",
                     f"--bind-ro={escaped}:{CHECKOUT}:norbind",
+                    *mounts,
                 ],
                 stdout=output,
                 stderr=output,
