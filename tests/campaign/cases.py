@@ -243,6 +243,12 @@ _KILLED_WRONGLY: Final = (
         Change(30, 0, "fast"),
     ),
     _case(
+        "nbd-dead-store-shared",
+        "NBD that was added, its store dead for 35 s, and its server serves somebody else, too",
+        Disk("nbd", store="fuse", make="qemu-storage-daemon", syntax="added", shared=True),
+        *_off("dead", 35, "alive"),
+    ),
+    _case(
         "nbd-slow-added-netns",
         "QEMU in a network namespace of its own, slow NBD that was added to it",
         Disk("nbd", store="fuse", records=150, make="qemu-nbd", syntax="added"),

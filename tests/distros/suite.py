@@ -51,7 +51,6 @@ def run(release: Release, *arguments: str) -> bool:
     disk = DIRECTORY / "disk"
     shutil.rmtree(disk, ignore_errors=True)
     disk.mkdir()
-    disk.chmod(0o1777)
     log = DIRECTORY / f"{release.name}-tests.log"
     command: list[str | Path] = [
         # It ends the whole process group, and so takes the tests down in order.
