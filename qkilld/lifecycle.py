@@ -74,7 +74,7 @@ UNLOCK_AFTER_S: Final = 10.0
 
 
 class EndReason(Enum):
-    """Why serving a bus, or waiting for one, ended."""
+    """The reason why the daemon no longer serves a bus or waits for one."""
 
     STOP = auto()
     LOST = auto()

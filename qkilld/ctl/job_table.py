@@ -46,7 +46,7 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether SIGKILL follows unless the guest makes progress."""
+    """Whether a job with FORCE takes its next step now, or unless the guest makes progress."""
 
 
 class Shape(NamedTuple):

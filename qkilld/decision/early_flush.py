@@ -80,8 +80,8 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block would hang, so no full reading and no other flush follows: include disks on a
-        # network.
+        # query-block would hang, so the state of the disks is not read and this is the last flush.
+        # Include the disks on a network, which are otherwise flushed later.
         others += [disk for disk in usable if disk.network]
     if unanswered:
         # These disks may be healthy: perhaps they only share a controller's queues with disks that

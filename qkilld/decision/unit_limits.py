@@ -37,7 +37,8 @@ class Limits:
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
-    """Return the limits of the ExecStop= process `own_pid` of that unit, which stops `pid`."""
+    """Return the limits of process `own_pid`, which runs as ExecStop= of the unit with these
+    `facts` to stop process `pid`."""
     stay, ask, warnings = INFINITY, INFINITY, []
     if facts.timeout_stop != INFINITY and (why := _cannot_extend(facts, own_pid)):
         stay = facts.timeout_stop - _margin(facts.timeout_stop)

@@ -431,10 +431,9 @@ class FlushPhase:
         self._when_saved(saved)
 
     def _flush(self, plan: FlushPlan, state: BlockState) -> None:
-        # The flush times out before the step does, so that the results up to then are reported.
-        timeout = FLUSH_TIMEOUT * 9 // 10
         if plan.running:
-            step = self._start(FLUSH_TIMEOUT)
+            # The flush times out before the step does, so that the results up to then are reported.
+            step, timeout = self._start(FLUSH_TIMEOUT), FLUSH_TIMEOUT * 9 // 10
         else:
             step, timeout = self._start_flush()
 

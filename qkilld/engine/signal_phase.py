@@ -86,7 +86,7 @@ class SignalPhase:
 
     @property
     def sent(self) -> bool:
-        """Whether QEMU was told to exit."""
+        """Whether SIGTERM or SIGKILL was sent."""
         return self._term_at is not None or self._kill_at is not None
 
     @property

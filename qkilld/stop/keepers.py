@@ -1,8 +1,8 @@
 """Leave guests to their keepers, the units that shut them down at host shutdown.
 
-A keeper is at work while systemd has a stop job for it. While a keeper is at work, the helper waits
-until the keeper's timeout has passed and the guest makes no progress. Then the helper stops the
-guest itself.
+The helper waits for a keeper that systemd has a stop job for: until the keeper's timeout has
+passed, and after that while the guest writes, but for 20 minutes at most. A stop job that has not
+begun after 2 minutes is not waited for. Then the helper stops the guest itself.
 """
 
 from __future__ import annotations

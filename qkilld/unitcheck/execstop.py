@@ -249,8 +249,9 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
     there is no `-`, because they must not run after a failure. The helper's arguments are kept.
 
     `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
-    guest or the bus. Unless there is a root directory, `+` is left out if the unit has a user and
-    an environment file: a user who can write the file could choose libraries for a root process.
+    guest or the bus. If the unit has a user and an environment file, there is no `+`, because a
+    user who can write the file could choose libraries for a root process. A unit with a root
+    directory gets `+` nevertheless.
     """
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))

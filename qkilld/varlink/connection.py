@@ -83,7 +83,7 @@ class VarlinkConnection:
         self.pid, self.uid, _ = _UCRED.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         )
-        """The peer. The pid is 0 for a process in another PID namespace."""
+        """The peer. The pid is 0 for a process that has no id in our PID namespace."""
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()

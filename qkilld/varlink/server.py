@@ -235,7 +235,8 @@ class VarlinkCall:
             close_later(self._descriptors.popitem()[1])
 
     def now_waits(self) -> None:
-        """Note that the work of the call is done, and it only waits for its job."""
+        """Free what only the work of the call needed. Call this when the work is done and the
+        call only waits for its job."""
         self._close_descriptors()
         for cost in self.costs:
             if cost is not Cost.WAIT:
