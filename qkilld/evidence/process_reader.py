@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -212,14 +212,11 @@ class ProcessReader:
 
 
 _NOTHING: Final = dict.fromkeys(("cpu", "term_pending", "tracer", "dumping", "io"))
-_NO_DETAIL: Final[Mapping[str, Any]] = {
-    **dict.fromkeys(("switches", "threads", "running", "exiting", "rings", "direct")),
-    "timers": 0,
-}
+_NO_DETAIL: Final = dict.fromkeys(("switches", "threads", "running", "exiting", "rings", "direct"))
 _WHOLE: Final = (
     "state",
     *_NOTHING,
-    *(name for name in _NO_DETAIL if name not in ("rings", "timers", "direct")),
+    *(name for name in _NO_DETAIL if name not in ("rings", "direct")),
 )
 
 

@@ -113,6 +113,7 @@ def test_the_fields(lab_dir: Path, reader_of: ReaderOf) -> None:
         "running": 0,
         "exiting": False,
         "rings": 0,
+        "timers": 0,
         "direct": False,
     }
 
@@ -131,7 +132,7 @@ def test_garbage_is_unknown(lab_dir: Path, reader_of: ReaderOf, text: str) -> No
     for name in ("stat", "status", "io"):
         put(own / name, text)
     assert read(reader_of(7, lab_dir)) == {
-        **UNKNOWN, "state": "?", "rings": 0, "direct": False
+        **UNKNOWN, "state": "?", "rings": 0, "timers": 0, "direct": False
     }  # fmt: skip
 
 

@@ -25,9 +25,11 @@ from qkilld.evidence.sampler import TABLES_AGE_S, HostTables, Reader
 from qkilld.evidence.workers import MAX_PER_USER, Workers
 from qkilld.model.constants import Verdict
 from tests.evidence.until import until
+from tests.lab import needs
 from tests.lab.bare import bare_guest
-from tests.lab.guest import Guest
+from tests.lab.guest import QEMU, Guest
 from tests.lab.nbd import nbd_store
+from tests.lab.process import run
 
 Make = Callable[..., Guest]
 
@@ -180,7 +182,7 @@ def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
 
 
 def test_a_server_that_a_chroot_hides(lab_dir: Path) -> None:
-    """After -chroot, QEMU looks for a lost server below its new root."""
+    """After -chroot or -run-with chroot=, QEMU looks for a lost server below its new root."""
     image, root = lab_dir / "disk", lab_dir / "root"
     root.mkdir()
     image.touch()
@@ -189,7 +191,12 @@ def test_a_server_that_a_chroot_hides(lab_dir: Path) -> None:
         path = str(store.directory / "socket")
         server = {"type": "unix", "path": path}
         node = {"driver": "nbd", "node-name": "d0", "server": server, "reconnect-delay": 300}
-        arguments = ["-blockdev", json.dumps(node), "-chroot", str(root)]
+        help_text = run([needs.program(QEMU, "qemu-system-x86"), "--help"], check=True).stdout
+        # QEMU 11 has removed -chroot.
+        chroot = ["-chroot", str(root)]
+        if "-chroot dir" not in help_text:
+            chroot = ["-run-with", f"chroot={root}"]
+        arguments = ["-blockdev", json.dumps(node), *chroot]
         with (
             bare_guest(lab_dir, arguments) as guest,
             contextlib.closing(Reader(guest.pid, HostTables())) as reader,

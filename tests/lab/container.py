@@ -282,8 +282,9 @@ def boot(
         # Mounts in the checkout (tests/distros/chroot) are bound one by one: with all of them, the
         # container would contain itself.
         mounts = [
-            f"--bind-ro={escaped}/{name}:{CHECKOUT}/{name}:norbind"
-            for name in (".venv", ".lab/guest")
+            f"--bind-ro={escaped}/{name}:{place}/{name}:norbind"
+            for name in (".venv", ".lab/guest", ".lab/debian")
+            for place in (CHECKOUT, escaped)
             if (TOP / name).is_mount()
         ]
 
