@@ -214,8 +214,8 @@ def _totals(disks: Iterable[Mapping[str, int]]) -> BlockTotals:
 
 
 def _is_counter(value: object) -> bool:
-    """Return whether the value is a number below 2**64. Numbers in JSON may be too large for the
-    conversion to a float, which comes later."""
+    """Return whether the value is an integer from 0 to 2**64 - 1. JSON allows larger ones, which
+    could not be converted to a float later."""
     return type(value) is int and 0 <= value < 1 << 64
 
 

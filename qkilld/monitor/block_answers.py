@@ -1,7 +1,7 @@
 """Parse the monitor's replies about disks. Pure; every reply may be a lie, or garbage.
 
 The forms are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
-MonitorProtocolError for any other form.
+MonitorProtocolError if they cannot read a reply.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ from qkilld.monitor.qmp import QmpClient
 
 QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
-"""Timeout of cont, which waits until the monitor has finished earlier commands."""
+"""Timeout of each command of `resume`: the monitor may have to finish earlier commands first."""
 MAX_QUEUES: Final = 256
-"""The maximum number of queues of one guest; a query takes 0.3 ms (measured)."""
+"""A guest with this many queues counts as unreadable; a query takes 0.3 ms (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"
@@ -101,8 +101,8 @@ async def read_jobs(qmp: QmpClient) -> tuple[BackgroundJob, ...]:
 async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
-    """If the disk's device is not a virtio device itself, return the disk with the path of the
-    device's bus in its place: a SCSI disk's bus is that of its virtio controller."""
+    """Return the disk. If its device is not a virtio device itself, replace the device's path by
+    that of its bus: a SCSI disk's bus is that of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -116,8 +116,8 @@ async def _with_bus_path(
 async def _read_queues(
     qmp: QmpClient, devices: Sequence[tuple[str, str]]
 ) -> tuple[RequestQueue, ...] | None:
-    """Read the queues of each device, up to the first that QEMU refuses because the device does not
-    have it. Return None if there are more than MAX_QUEUES.
+    """Read the request queues of each disk device, up to the first that QEMU refuses because the
+    device does not have it. Return None if there are MAX_QUEUES or more.
 
     x-query-virtio-status would return the number of queues, but this command makes QEMU 11.1 abort
     if no driver has started the device (measured).
@@ -166,8 +166,9 @@ async def flush(
 ) -> tuple[FlushResult, ...]:
     """Flush nodes, given as (name, title), and report each result.
 
-    The processors must be stopped. If QEMU does not answer in time, its NBD server stays until
-    `resume` is called with the same `server`. Raises MonitorError if QEMU cannot export anything.
+    The processors must be stopped. If QEMU does not answer in time, its NBD server may stay until
+    `resume` is called with the same `server`. Raises MonitorError if no server can be started,
+    MonitorTimeout also if a later command is not answered within QUERY_S.
     """
     server = server or ExportServer()
     if server.may_be_our_server is None:
@@ -225,8 +226,8 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
 
-    An NBD server without exports is stopped if it may be ours: the flush may have been interrupted
-    before it added one. A server that has exports of another program loses only our exports.
+    An NBD server is stopped if all its exports are ours. Without exports, it is stopped if it may
+    be ours. If it also has exports of another program, only our exports are removed.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.
@@ -249,7 +250,7 @@ async def _serve(
     qmp: QmpClient, count: int, stack: contextlib.ExitStack, server: ExportServer
 ) -> list[NbdConnection]:
     """Start an NBD server in QEMU that accepts `count` connections, and make all of them. Raises
-    MonitorError, TimeoutError."""
+    MonitorError."""
     listener = stack.enter_context(socket.socket(socket.AF_UNIX))
     try:
         listener.bind("")  # The kernel chooses a name.

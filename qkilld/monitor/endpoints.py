@@ -51,7 +51,7 @@ class UnixListener:
     abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether another process is connected, which keeps us out."""
+    """Whether a client is connected, which keeps others out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class TcpListener:
     port: int
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
-    """Whether another process is connected, which keeps us out."""
+    """Whether a client is connected, which keeps others out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class _Claim:
 
     role: Role
     chardev: Mapping[str, str]
-    """The properties of the device, empty if no device has that id."""
+    """The properties of the device; only its id if the command line does not define it."""
 
 
 def may_use_tcp(options: Sequence[QemuOption], unclear: Collection[int]) -> bool:

@@ -1,8 +1,7 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
-A command that waits for a stuck disk blocks all later ones, so each command has its own deadline,
-shorter than the job's. Measured with a Debian guest on QEMU 7.2: opening takes 5 ms, an observation
-5 to 10 ms.
+A command that waits for a stuck disk blocks all later ones, so each command has its own deadline.
+Measured with a Debian guest on QEMU 7.2: opening takes 5 ms, an observation 5 to 10 ms.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ TRY_S: Final = 5.0
 """No further monitor is tried after this time: a hostile process may listen on thousands."""
 QUERY_S: Final = 2.0
 CACHE_AGE_S: Final = 0.1
-"""Maximum age of a cached reply. Replies are cached because a query takes 1 ms, and more on a busy
-host."""
+"""Maximum age of the cached reply to query-chardev, which takes 1 ms, and more on a busy host."""
 ORDER_S: Final = 5.0
 RESUME_S: Final = 30.0
 """Timeout of cont, which may have to wait for the disks."""
@@ -71,7 +69,7 @@ _KINDS: Final = frozenset(EventKind)
 
 
 class GuestControl:
-    """The monitor of one guest. `qmp` is None if it only has a human monitor."""
+    """One monitor of a guest. `qmp` is None if it is a human monitor."""
 
     def __init__(
         self,
@@ -101,11 +99,11 @@ class GuestControl:
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
-        """Whether the guest was asked, so that signs of a shutdown count."""
+        """Whether a shutdown was requested, so that signs of one count."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The last reply to query-chardev, with its time (s)."""
         self._agent_was_open: bool | None = None
-        """Whether the agent's port was open when the guest was asked; None if not known yet."""
+        """Whether the agent's port was open at the shutdown request; None if not known yet."""
 
     @classmethod
     async def open(
@@ -125,11 +123,11 @@ class GuestControl:
         `directly`: include monitors on TCP and abstract sockets; a thread enters the guest's
         network namespace to connect to them.
 
-        Waits BUSY_S for a monitor in use. `qmp_socket`: the path of the QMP monitor according to
-        the caller. `was_asked`: the guest was asked to shut down before; `agent_was_open`: whether
-        its agent had the port open then. Raises InvalidArgs if the process does not listen at
-        `qmp_socket`; MonitorUnreachable, with an explanation for the plan, if no monitor can be
-        used; MonitorTimeout if the process cannot be read in time.
+        Waits BUSY_S for a monitor in use, START_WAIT_S for that of a QEMU that has just started.
+        `qmp_socket`: the path of the QMP monitor according to the caller. `was_asked`: the guest
+        was asked to shut down before; `agent_was_open`: whether its agent had the port open then.
+        Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable, with
+        reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
         """
         began = time.monotonic()
         while True:
@@ -246,8 +244,8 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """The signs of a shutdown seen since the guest was asked, without those that later events
-        disproved. POWERED_OFF, the last sign before QEMU exits, counts even in an unasked guest."""
+        """The signs of a shutdown seen since it was requested, except those disproved since.
+        RESTARTED ends with the next observation. POWERED_OFF counts even without a request."""
         return frozenset(self._signs)
 
     @property
@@ -412,7 +410,8 @@ class GuestControl:
         await self._order("system_wakeup")
 
     async def quit(self) -> None:
-        """Tell QEMU to exit. Raises MonitorError if the command did not arrive."""
+        """Tell QEMU to exit. Raises MonitorError if it refuses or does not answer in time, but not
+        if the connection is closed."""
         with contextlib.suppress(MonitorClosed):
             await self._order("quit")
 

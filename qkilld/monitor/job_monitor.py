@@ -401,8 +401,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task. The task itself calls `work`, so that no coroutine is left if the task is
-        cancelled before it runs."""
+        """Start a task, unless `cancel` was called. The task itself calls `work`, so that no
+        coroutine is left if the task is cancelled before it runs."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))

@@ -48,7 +48,7 @@ class QmpClient(Channel):
         super().__init__()
         self.oob = False
         self._adopted = False
-        """The connection was adopted, and no complete message was received since."""
+        """The connection was adopted, and no line was received since."""
         self.version = ""
         self._on_event = on_event
         self._lines = Lines()

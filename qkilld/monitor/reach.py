@@ -1,9 +1,9 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
 Whoever started QEMU chose the path of its socket, which may be that of any socket. connect(2) alone
-can start a service, or occupy another guest's monitor. So the kernel must confirm before connect(2)
-that the process's own socket is bound to this file, and afterwards, before a byte is sent, that the
-process is the peer.
+can start a service, or occupy another guest's monitor. So before connect(2), the kernel must
+confirm that the process's own socket is bound to this file; if it cannot tell, the file must belong
+to the process's user. Afterwards, before a byte is sent, the process must be the peer.
 
 Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
 -daemonize, and for a socket passed with fd= on which the parent called listen(2).
@@ -100,7 +100,7 @@ def read_process_blocking(
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
     """Connect to a monitor that the daemon cannot reach, to pass the connection to the daemon.
     Return None if the guest has no such monitor, none can be connected to, or the daemon can reach
-    another one.
+    another monitor of the guest or its agent.
 
     Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
     OSError.
@@ -278,8 +278,8 @@ def _is_bound_to(
 ) -> bool:
     """Return whether the process's socket is bound to this file.
 
-    The table covers one network namespace. For sockets outside it, the file's owner must be the
-    process's user, who may connect to their own sockets anyway.
+    The table covers one network namespace. For sockets outside it, or without a table, the file's
+    owner must be the process's user, who may connect to their own sockets anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -344,7 +344,7 @@ def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
 
 
 def _read_config(identity: Identity, path: str, proc: Path) -> str:
-    """Read a -readconfig file that the guest's user can read; "" if there is none."""
+    """Read a -readconfig file that the guest's user can read; "" if that fails."""
     try:
         return read_config(identity.pid, path, proc)
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
 """Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
 
 Both kinds of socket belong to a network namespace, and only a program in the guest's namespace can
-connect. The daemon, which has a network namespace of its own, gets the connection from its caller,
-and repeats the proof. For TCP the kernel does not report the peer's process. But in one network
-namespace, only the peer has the same two addresses in reverse order: the kernel's table shows the
-peer's inode, and the process must have a descriptor with that inode. Our own socket must be in the
-same table with its own inode, which is unique on the host, so that a connection in another
-namespace cannot pass for this one.
+connect. The daemon, which usually has a network namespace of its own, gets the connection from its
+caller, and repeats the proof. For TCP the kernel does not report the peer's process. But in one
+network namespace, only the peer has the same two addresses in reverse order: the kernel's table
+shows the peer's inode, and the process must have a descriptor with that inode. Our own socket must
+be in the same table with its own inode, which is unique on the host, so that a connection in
+another namespace cannot pass for this one.
 
 All functions may block. `connect_directly` also changes the network namespace of its thread: run it
 in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
@@ -98,7 +98,7 @@ def read_tcp(pid: int, proc: Path = procfs.PROC) -> Iterator[TableEntry]:
         try:
             file = (proc / str(pid) / "net" / name).open("rb")
         except FileNotFoundError:
-            continue  # The kernel has no IPv6.
+            continue  # The kernel has no IPv6, or the process is gone.
         with file:
             size = 0
             next(file, None)

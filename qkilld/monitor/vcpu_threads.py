@@ -23,10 +23,8 @@ class VcpuThreads:
         self._tasks, self._threads = tasks, threads
 
     def times(self) -> tuple[int | None, int | None]:
-        """Return (time run, time waited for a host processor) of all threads, in µs.
-
-        None if unreadable.
-        """
+        """Return (time run, time waited for a host processor) of all threads, in µs; both None if
+        any is unreadable."""
         ran = waited = 0
         for thread in self._threads:
             try:
@@ -42,7 +40,7 @@ class VcpuThreads:
 
         This is the sum of the kernel's averages, in which the load of 32 ms ago counts half. Time
         in which a thread waited for a processor is included. None if unreadable, or if a thread has
-        a real-time policy.
+        a policy without such an average, such as a real-time policy.
         """
         load = 0
         for thread in self._threads:
@@ -57,7 +55,8 @@ class VcpuThreads:
 
 
 def parse_load(text: str) -> int | None:
-    """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if it has none.
+    """Return runnable_avg of /proc/PID/task/TID/sched (Linux 5.7 and later); None if the thread has
+    no such average.
 
     The first line has the thread's name, which may be any text, so the last match counts.
     """
