@@ -43,7 +43,7 @@ def services_that_run(programs: Collection[str]) -> dict[str, str]:
 
 
 def service_of(pid: int) -> str:
-    """Return the system service in which a process runs; "" for none."""
+    """Return the system service in which a process runs; "" for none or if unknown."""
     unit = procfs.read_unit(pid)
     if unit is None or unit.user or not unit.system.endswith(".service"):
         return ""

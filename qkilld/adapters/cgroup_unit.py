@@ -68,7 +68,7 @@ def _paths(text: str) -> dict[str, str]:
 
 
 def _first_unit(parts: list[str]) -> tuple[str, list[str]]:
-    """Skip slices; return the first part that is a unit, and the parts after it."""
+    """Return the first part that is not a slice, "" if it is no unit, and the parts after it."""
     for index, part in enumerate(parts):
         # systemd puts an underscore before names that a cgroup controller could claim.
         name = part.removeprefix("_")

@@ -322,7 +322,7 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # [Policy] sets both values, and has a complaint already.
+                continue  # The values are those of [Policy], which has a complaint already.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "

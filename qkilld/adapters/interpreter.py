@@ -15,7 +15,7 @@ _RARELY: Final = 10_000
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call it once, after all imports, during which the collector may be off. With a thousand jobs, a
+    Call it once, after most imports, during which the collector may be off. With a thousand jobs, a
     full collection stops all threads for 60 to 90 ms every few seconds (measured), to find only
     three objects for each job that young collections have missed. Call `collect_garbage` at rest.
     """

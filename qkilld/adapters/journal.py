@@ -54,7 +54,7 @@ class QueuedJournal:
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events that the queue does not report yet."""
+        """The number of dropped events that is not in the queue yet."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
@@ -189,7 +189,7 @@ def _unread(connected: socket.socket) -> bool:
 
 
 def _when_writable(connected: socket.socket, send: Callable[[], object]) -> None:
-    """Wait until the other end has room, and call `send`."""
+    """Call `send` as soon as the other end has room."""
     room = select.poll()
     room.register(connected, select.POLLOUT)
     while True:

@@ -1,7 +1,7 @@
 """Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
 
 Existing memory is locked at once, later memory page by page when it is first used; otherwise each
-thread's whole stack would be locked. Memory that was used once stays locked, so use little.
+new thread's whole stack would be locked. Memory that was used once stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 STACK_BYTES: Final = 256 * 1024
-"""Stack of each further thread in bytes; the default of 8 MiB would be locked as a whole."""
+"""Stack of each further thread; an existing thread's is locked whole. The default is 8 MiB."""
 
 _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
@@ -46,7 +46,7 @@ class MemoryLock:
         self._is_wanted = self._is_locked = self._has_failed = False
 
     def set(self, wanted: bool) -> None:
-        """Lock or unlock the memory soon. Never blocks or raises."""
+        """Lock or unlock the memory soon, without blocking."""
         if self._is_wanted != wanted and not self._has_failed:
             self._is_wanted = wanted
             threading.Thread(target=self._work, name="memory", daemon=True).start()

@@ -21,8 +21,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
 Names = tuple[str | None, str, bool]
-"""The guest's name and UUID, each "" if the command line has none; whether it has a QMP monitor.
-The name is None if it is unknown."""
+"""The guest's name and UUID, each "" if the command line has none; whether it may have a QMP
+monitor. The name is None if it is unknown."""
 UNKNOWN: Final[Names] = (None, "", False)
 _Key = tuple[int, int, str]
 """pid, start time, executable: after execve(2) the same process has another command line."""

@@ -91,8 +91,8 @@ def read(path: str) -> PidfileProcess:
     """Return the process named by the pidfile at `path`.
 
     Raises InvalidArgs if it is not a readable pidfile, NoSuchProcess if its process is gone,
-    ProcessChanged if the process is younger than the file, AccessDenied if somebody without rights
-    over the process could have written the file or the path to it.
+    ProcessChanged if the process is younger than the file, AccessDenied as `check_writers` does,
+    Failed as `_own_pid` does.
     """
     shown = printable(path)
     content = _read(path, shown)
@@ -139,7 +139,7 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
 
 
 def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:
-    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE); None if there is none.
+    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE); None if none is known.
 
     Source: proc_locks(5). The kernel reports the process's id in our PID namespace.
     """

@@ -32,7 +32,7 @@ _SIGNAL: Final = 0x7F
 
 
 class PidfdProcess:
-    """Implements engine.ports.Process. `guest` has an empty label until `set_label`."""
+    """Implements engine.ports.Process. `open_process` leaves the label to `set_label`."""
 
     def __init__(self, pidfd: int, guest: Guest, proc: Path) -> None:
         self.guest = guest
@@ -145,8 +145,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
     """Use a pidfd that was stored for a guest's process, which may have exited since.
 
-    Raises ProcessChanged if it is not a pidfd or belongs to another process; the caller then still
-    owns the descriptor.
+    Raises ProcessChanged if it is no pidfd, or its process is another or cannot be identified; the
+    caller then still owns the descriptor.
     """
     pid = _pid_of(pidfd)
     if pid is None:

@@ -219,7 +219,7 @@ def read_identity(pid: int, proc: Path = PROC) -> Identity:
 
 
 def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
-    """Return the ids of a process in its PID namespaces, ours first; empty if it is gone."""
+    """Return the ids of a process in its PID namespaces, ours first; empty if unknown."""
     try:
         lines = _status_lines(pid, proc)
     except OSError as error:
@@ -245,7 +245,7 @@ def _arguments(command_line: bytes) -> list[str]:
 
 
 def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
-    """Return the guest's name and UUID, each "" if not given, and whether it was given a QMP
+    """Return the guest's name and UUID, each "" if not given, and whether it may have a QMP
     monitor. The name is None if it is unknown. May block for ever."""
     try:
         command_line = _read_command_line(pid, proc)
@@ -264,8 +264,8 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
 
 
 def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
-    """Return the systemd unit. None if it is unknown, because the process or process 1 is hidden
-    (ProtectProc=, hidepid=) or gone.
+    """Return the systemd unit. None if it is unknown: the process or process 1 is hidden
+    (ProtectProc=, hidepid=) or gone, or it is not known which cgroup hierarchy systemd uses.
 
     Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
     """

@@ -60,7 +60,7 @@ class QemuOption:
     """One option of a command line, or one section of a -readconfig file in the same form."""
 
     name: str
-    """The name without dashes. As in QEMU, a word that follows no option is an image, `hda`."""
+    """Without dashes. As in QEMU, a word that is neither option nor argument is an image, `hda`."""
     text: str
     """The argument as given; "" if the option takes none."""
 

@@ -17,9 +17,8 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""The maximum number of messages waiting to be sent. Further ones are dropped: without its
-descriptor, the next daemon looks a process up by its identity; it rejects a descriptor that was not
-removed."""
+"""While this many messages wait to be sent, further ones about stored descriptors are dropped. The
+next daemon identifies a process without its descriptor, and rejects a leftover descriptor."""
 
 
 class ServiceManager:
@@ -102,10 +101,10 @@ class ServiceManager:
 
 
 def stored_descriptors() -> dict[str, int]:
-    """Return the descriptors that the manager has stored, by name. Call it once, at the start.
+    """Return the descriptors that the manager has stored, and its sockets, by name. Call it once,
+    at the start.
 
-    This cannot block: listen_fds_with_names() only reads the environment and sets flags of the
-    descriptors.
+    listen_fds_with_names() cannot block: it only reads the environment and sets flags.
     """
     if "LISTEN_FDS" not in os.environ:
         return {}

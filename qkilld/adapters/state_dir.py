@@ -1,7 +1,7 @@
 """Store jobs in the runtime directory (RUNTIME_DIRECTORY, systemd.exec(5)), one file for each.
 
-Writing must not delay a job, so a separate thread writes the newest state of each job. A failure,
-for example because /run is full, is reported once, and jobs continue.
+Writing must not delay a job, so a separate thread writes the newest state of each job. The first
+failure after a success, for example because /run is full, is reported, and jobs continue.
 
 Files may come from an earlier run or from anyone: a file that is incomplete or not ours is renamed
 to NAME.bad and reported. A file of a newer version is reported and left alone.
@@ -38,7 +38,7 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class BadFile(NamedTuple):
-    """A file from which no job can be resumed."""
+    """A file that cannot be used."""
 
     name: str
     why: str
@@ -48,8 +48,8 @@ class StateDirectory:
     """Call `load` once, before anything else."""
 
     def __init__(self, directory: Path, on_error: Callable[[str], None]) -> None:
-        """Raises OSError if there is no such directory, PermissionError if others may write to
-        it."""
+        """Raises OSError if there is no such directory, PermissionError if others own it or may
+        write to it."""
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         status = os.fstat(self._directory)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -69,7 +69,7 @@ class StateDirectory:
 
     def load(self) -> tuple[list[Snapshot], int, list[BadFile]]:
         """Return the jobs in the order of their numbers, the highest number that may have been
-        used, and the files that were set aside. Jobs of another boot are removed.
+        used, and the unusable files. Files of another boot are removed.
 
         Raises OSError if the directory cannot be read. If it cannot be written to, for example
         because it is full, that is reported, and its files are read nevertheless.

@@ -27,7 +27,7 @@ MAX_THREADS: Final = 96
 
 
 class AllThreadsBlocked(Exception):
-    """All allowed threads are blocked."""
+    """All allowed threads are in use."""
 
 
 class TargetThreads:

@@ -23,8 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""The maximum number of traces with the same job number, process id and start time: a process may
-outlive daemons, and the next daemon may count from 1 again."""
+"""The number of traces with the same job number, process id and start time stays below this: a
+process may outlive daemons, and the next daemon may count from 1 again."""
 
 
 class TraceDirectory:
@@ -90,7 +90,7 @@ class TraceDirectory:
 
 class TraceFile:
     """Implements engine.ports.Recorder: a job calls `record` and `close`. All other methods run in
-    the writing thread."""
+    the writing thread, or after its end."""
 
     def __init__(self, header: Header, put: Callable[[TraceFile, Record | None], bool]) -> None:
         self._header = header
