@@ -1,5 +1,5 @@
 """Reach the bus of another host or of a container through systemd-stdio-bridge(1), like systemd's
-own tools: its standard input and output are the connection."""
+own tools: the bridge's standard input and output are the connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BridgeSocket(socket.socket):
     process: subprocess.Popen[bytes]
 
     def close(self) -> None:
-        """End the process. Blocks for up to END_TIMEOUT_S."""
+        """Block until the process has ended; after END_TIMEOUT_S, terminate it."""
         super().close()
         try:
             self.process.wait(END_TIMEOUT_S)

@@ -71,7 +71,6 @@ class BusService:
         return self._server.busy or self._guests.watch.active
 
     async def wait_closed(self) -> None:
-        """Return when the connection has ended."""
         await self._connection.wait_closed()
 
     async def own_job(self) -> str:
@@ -91,7 +90,7 @@ class BusService:
         await self._connection.flush()
 
     async def own(self) -> bool:
-        """Request the name again; return whether we have it. Raises BusError."""
+        """Request the name; return whether we have it. Raises RefusedByBus, BusError."""
         return await self._connection.own(BUS_NAME)
 
     def close(self) -> None:

@@ -55,8 +55,7 @@ class ManagerProxy:
     async def terminate(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> str:
-        """Return the path of the job. `options` as in the interface: start-time, grace-usec,
-        reason."""
+        """Return the path of the job. `options` are those of TerminateWithOptions."""
         variants = _variants(options)
         (job,) = await self._call("TerminateWithOptions", "uta{sv}", pid, int(flags), variants)
         return str(job)
@@ -117,8 +116,7 @@ class ManagerProxy:
         return self._connection.is_remote
 
     async def owner(self) -> str:
-        """Return the daemon's unique bus name, which changes with each start; "" if it does not
-        run."""
+        """Return the daemon's unique bus name, new with each start; "" if none is known."""
         try:
             (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
         except BusError:

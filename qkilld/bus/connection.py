@@ -3,8 +3,8 @@ parses them.
 
 The libraries parse everything that a stranger sends, keep every signature that they have ever
 parsed, and accept unsolicited replies and signals. Here the header decides (bus.framing): a reply
-must answer an open call to its sender, a signal must have a subscriber. Bodies are parsed only
-after that (bus.values).
+must answer an open call, a signal must have a subscriber. Bodies are parsed only after that
+(bus.values).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CALL_TIMEOUT_S: Final = 25.0
 READ_BYTES: Final = 64 * 1024
 """The maximum number of bytes that one recv() reads."""
 READS: Final = 4
-"""How often to call recv() before the loop serves its timers and pidfds. Four calls read up to
+"""How many recv() calls to make before the loop serves its timers and pidfds. Four read up to
 2,000 small messages in 10 ms. One call would not be enough: the bus has a single queue for all
 senders, so a sender that fills it would block the others."""
 HELD_BACK_S: Final = 0.25
@@ -129,8 +129,8 @@ class Connection:
         self._schedule_write()
 
     def send_now(self, message: Message) -> None:
-        """Write a message now, after those already queued. Does nothing if the connection is
-        lost."""
+        """Write a message, after those already queued, now or once the socket has room. Does
+        nothing if the connection is lost."""
         if self.connected:
             self._queue(message)
             if not self._blocked:
@@ -224,7 +224,6 @@ class Connection:
         return len(chunk) == READ_BYTES and self.connected
 
     def _go_on_reading(self) -> None:
-        """Resume reading once the queue is empty."""
         if self._paused and self.connected:
             self._paused = False
             self._loop.add_reader(self._sock, self._on_readable)
@@ -269,7 +268,7 @@ class Connection:
             self._schedule_write()
 
     def refuse_later(self, call: IncomingMessage, name: str, text: str) -> None:
-        """Answer a caller that floods us with an error, up to HELD_BACK_S later."""
+        """Answer with an error, up to HELD_BACK_S later, because the caller floods us."""
         if not call.wants_reply:
             return
         if not self._held_back:
@@ -293,8 +292,8 @@ class Connection:
         signature: str,
         handler: Callable[[list[Any]], None],
     ) -> Callable[[], None]:
-        """Call `handler` with the body of each such signal; return the function that ends this. The
-        caller adds the match rule to the bus."""
+        """Call `handler` with the body of each signal that matches all other arguments; return the
+        function that ends this. The caller adds the match rule to the bus."""
         key = (sender, path, interface, member)
         entry = (signature, handler)
         self._handlers.setdefault(key, []).append(entry)
@@ -329,8 +328,8 @@ class Connection:
         for descriptors.
 
         Raises the QkilldError that an error reply names; RefusedByBus if the policy of the bus
-        forbids the call; CallFailed for any other error reply. Raises BusError if the callee or the
-        connection is lost, no reply comes within `timeout_s`, or the reply cannot be parsed.
+        forbids the call; CallFailed for any other error reply. Raises BusError if the callee or
+        the connection is missing or lost, no reply comes within `timeout_s`, or it is unusable.
         """
         if not self.connected:
             raise BusError("the connection to the bus is lost")
@@ -436,7 +435,8 @@ class Connection:
             await asyncio.shield(self._end)
 
     async def flush(self) -> None:
-        """Return when everything queued before has been written, or the connection is lost."""
+        """Return when everything queued before has been written, the connection is lost, or
+        CALL_TIMEOUT_S has passed."""
         with contextlib.suppress(Exception):
             await self.request_bus("GetId")
 

@@ -15,10 +15,9 @@ from typing import Any, Final, Literal
 from qkilld.model.dataclass import dataclass
 
 MAX_CALL: Final = 16 << 10
-"""Bytes of a method call, header and body; longer ones are refused. Our own calls are much
-shorter."""
+"""Bytes of a method call, header and body; a longer one loses its body and is refused."""
 MAX_MESSAGE: Final = 1 << 20
-"""The maximum bytes of a message that is no method call."""
+"""Bytes of any other message; longer ones lose their body."""
 MAX_FIELDS: Final = 8 << 10
 """Bytes of header fields; a message with more is skipped."""
 
@@ -32,9 +31,9 @@ _FIELDS: Final = {
     7: (5, ord("s")),
     8: (6, ord("g")),
 }
-"""By field code: the index among the fields of IncomingMessage, and the type."""
+"""By field code: the index in the result of `_fields`, and the type."""
 _SHORT: Final = 512
-"""Header fields of up to this many bytes are cached, because clients repeat them."""
+"""Header fields of up to this many bytes are cached, except replies': clients repeat them."""
 _STRINGS: Final = frozenset(b"so")
 _SIGNATURE: Final = ord("g")
 _NUMBER: Final = ord("u")
@@ -84,7 +83,8 @@ class Frames:
         self._skip = 0
 
     def feed(self, chunk: bytes) -> Iterator[IncomingMessage | None]:
-        """Yield the messages that `chunk` completes; None for one whose header cannot be parsed."""
+        """Yield the messages that `chunk` completes; None for one whose header cannot be parsed. A
+        message that is too long is yielded without its body once its header is complete."""
         if self._skip:
             skipped = min(self._skip, len(chunk))
             self._skip -= skipped

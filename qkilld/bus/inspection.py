@@ -12,8 +12,7 @@ from qkilld.model.constants import UNKNOWN
 
 
 def evidence_dict(evidence: Assessment) -> dict[str, Variant]:
-    """Return the keys that the XML describes. Unreadable ones are missing, and named in
-    `unseen`."""
+    """Return the keys that the XML describes, except unreadable ones."""
     sample = evidence.last
     values: dict[str, tuple[str, Any]] = {
         "verdict": ("s", evidence.verdict.value),

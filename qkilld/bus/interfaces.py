@@ -114,7 +114,7 @@ def guest() -> Interface:
 
 
 def load() -> None:
-    """Parse the files now, because an upgrade or removal may replace them while the daemon runs.
+    """Parse the files now: an upgrade or removal may change or delete them while the daemon runs.
 
     Raises ConfigError.
     """

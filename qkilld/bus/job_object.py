@@ -105,7 +105,7 @@ def job_path(job: ObservedJob) -> str:
 
 
 def properties(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return every property of the interface. Without `private`, those in PRIVATE are unknown."""
+    """Return every property of the interface; `private` as in `changing`."""
     identity, label = job.guest.identity, job.guest.label
     return {
         "Id": job.number,

@@ -61,7 +61,6 @@ class Announcer:
         self._server.emit_removed(job_path(job), interfaces.job())
 
     def close(self) -> None:
-        """Cancel all pending announcements."""
         for timer in self._pending.values():
             timer.cancel()
         self._pending.clear()

@@ -1,8 +1,9 @@
 """Serve objects on a bus.
 
 A call waits for its user's turn (engine.turns). Then path, interface, member, signature and length
-are checked against the interface's XML, and only then the body is parsed. A QkilldError goes to the
-caller under its D-Bus name; any other exception goes only to the journal.
+are checked against the interface's XML, and only then the body is parsed. Our own QkilldError goes
+to the caller under its D-Bus name. Of a failure of another service, or any other exception, the
+caller learns no details.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class BusCaller:
             self.sender, self._uid, action, details, interactive=interactive
         )
         if answer is Answer.CHALLENGE and self.interactive:
-            # A password dialog was allowed but not possible, for example without a polkit agent, so
-            # asking the caller to allow it would not help.
+            # The caller has allowed a password dialog already, so asking them to allow it would not
+            # help.
             return Answer.DENIED
         return answer
 
@@ -294,8 +295,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name without waiting
-        calls: if a name with waiting calls were dropped, its next call would overtake them."""
+        """Cache a uid. If the cache is full, drop the least recently used name, if possible one
+        without waiting calls, because the next call of any other would overtake those."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]
@@ -309,7 +310,6 @@ class Server:
         self._start(call, uid)
 
     def _start(self, call: IncomingMessage, uid: int) -> None:
-        """Answer a call, or start a task that does."""
         try:
             match call.interface:
                 case "org.freedesktop.DBus.Introspectable":
@@ -410,8 +410,8 @@ class Server:
         elif isinstance(error, BusError):
             self.refuse(call, _service_failure())
         else:
-            # Report the error only to the journal: messages of other services, or internal ones,
-            # are not for callers.
+            # Details go only to the journal: messages of other services, or internal ones, are not
+            # for callers.
             self._on_fault(f"answering {printable(call.member)}", error)
             is_remote = isinstance(error, CallFailed)
             self.refuse(call, _service_failure() if is_remote else _internal())

@@ -28,7 +28,8 @@ RETRY_S: Final = 0.01
 
 
 async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.socket:
-    """Connect and authenticate to the first address that accepts us. Never blocks.
+    """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
+    that failed.
 
     `descriptors`: messages may carry them, in both directions.
     Raises OSError, EOFError, ValueError, AuthError or InvalidAddressError.
@@ -124,7 +125,8 @@ async def _authenticate(sock: socket.socket, *, descriptors: bool = False) -> No
 
 
 async def _read_line(sock: socket.socket) -> str:
-    """Read up to CR LF. Raises EOFError if the connection ends; dbus-next would wait forever."""
+    """Read up to CR LF. Raises EOFError if the line is too long or the connection ends, after which
+    dbus-next would wait for ever."""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\r\n"):
