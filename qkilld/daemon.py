@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> int:
-    # Do not look for garbage during the imports, which produce none: that took 5 ms. The event loop
+    # Do not look for garbage during the imports, which produce none: that took 5 ms. lifecycle.live
     # enables the collector again.
     gc.disable()
     from qkilld.daemon_options import parse

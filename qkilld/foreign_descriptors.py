@@ -6,10 +6,10 @@ blocks in the same way if it makes the kernel drop descriptors: those for which 
 room, or those in a socket that is closed before it was read. And whoever shares a socket with us
 can make it block by clearing O_NONBLOCK.
 
-So descriptors are always received, threads close them, and no call depends on O_NONBLOCK. Threads
-that wait for sockets are interrupted by a signal. Threads that wait for files cannot be
-interrupted. There are at most MAX_THREADS of them; while all are stuck, or MAX_PENDING files wait
-for them, descriptors are accepted only from a trusted end.
+So each recvmsg(2) has room for all descriptors, threads close them, and no call depends on
+O_NONBLOCK. Threads stuck on sockets are interrupted by a signal. Those stuck on files cannot be: if
+all MAX_THREADS of these are stuck, or MAX_PENDING files wait for them, descriptors are accepted
+only from a trusted end.
 
 A process does not end before such a close(2) returns: exit_group(2) waits for the thread, or closes
 the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not killable). So do
@@ -180,7 +180,7 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
 class ForeignSocket(socket.socket):
     """A socket that a stranger shares, or whose other end may send descriptors, which are closed.
 
-    No method waits, whatever O_NONBLOCK says.
+    The methods defined here never wait, whatever O_NONBLOCK says.
     """
 
     def recv(self, size: int, flags: int = 0) -> bytes:

@@ -64,9 +64,8 @@ DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0
 BUS_AFTER_S: Final = 0.1
-"""If a Varlink call started us, the import of the D-Bus library, which would delay the answer to
-that call, waits for the answer for at most this time. The answer takes 25 ms if the guest is
-idle."""
+"""The import of the D-Bus library waits at most this long for the answers to the first Varlink
+calls. An answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 UNLOCK_AFTER_S: Final = 10.0
@@ -94,7 +93,7 @@ async def live(
     """Serve `bus` and Varlink until stopped, or idle for `exit_idle_s`; return the exit code.
 
     `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as Life.run
-    does; ConfigError if no socket can be created or the description of an interface be read.
+    does; ConfigError if creating the socket or reading an interface's description fails.
     """
     favour_the_loop()
     with contextlib.ExitStack() as stack:
@@ -165,7 +164,7 @@ def _listen(path: Path) -> socket.socket:
 def _job_store(
     manager: ServiceManager, journal: Journal, stored: dict[str, int]
 ) -> JobStore | None:
-    """Open the storage in which jobs outlive the daemon; None without $RUNTIME_DIRECTORY."""
+    """Open the storage in which jobs outlive the daemon; None without usable $RUNTIME_DIRECTORY."""
     path = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if not path:
         return None
@@ -249,8 +248,8 @@ class Life:
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Raises BusError at the start if no job runs and either there is neither a bus nor a
-        listener, or the bus denies us our name.
+        Without a running job, raises BusError if we cannot have our name, or if there is neither a
+        bus nor a listener; returns FAILURE instead if the journal has such an error already.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -315,7 +314,7 @@ class Life:
 
     async def _serve_on(self, bus: BusService | None) -> int | None:
         """Serve until the bus is lost, a signal comes, or nothing is left to do. Without a bus,
-        serve for RETRY_S. Return the exit code; None to try to reach the bus again."""
+        serve for at most RETRY_S. Return the exit code; None to try to reach the bus again."""
         while True:
             match await self._until_end(bus):
                 case EndReason.STOP:
@@ -333,7 +332,7 @@ class Life:
                     return None if running or goes_on else ExitCode.FAILURE
 
     async def _connect(self) -> BusService:
-        """Raises BusError."""
+        """Raises BusError, ConfigError, ImportError."""
         # Import in a thread, so that Varlink is served meanwhile: the D-Bus library takes as long
         # as all other imports together.
         serve = await run_in_thread(_import_bus_service)
@@ -358,7 +357,11 @@ class Life:
                 task.cancel()
 
     async def _end(self, bus: BusService | None) -> int:
-        """Leave the bus and the jobs because of a signal; return the exit code."""
+        """End because of a signal; return the exit code.
+
+        Cancels all jobs if systemd reports that it stops our unit, or there is no store; otherwise
+        leaves them to the next daemon.
+        """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
         why = "stop" if self._store is None else ""
@@ -383,7 +386,7 @@ class Life:
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 
     async def _end_idle(self, bus: BusService | None) -> int | None:
-        """Exit if still idle; return None if work has arrived.
+        """Return the exit code, or None to serve on.
 
         First systemd is notified. From then on, systemd starts a new daemon if the bus wants to
         activate our name, instead of assuming that we serve it. Connections to the socket wait for
@@ -406,7 +409,7 @@ class Life:
         return None if bus is None or await bus.own() else ExitCode.FAILURE
 
     async def _leave(self, bus: BusService | None) -> None:
-        """Answer every call received."""
+        """Leave the bus, and answer every call received."""
         if bus is not None:
             await bus.leave()
         await self._varlink.drain(DRAIN_TIMEOUT_S)

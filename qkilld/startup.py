@@ -82,7 +82,7 @@ def _take_descriptors() -> None:
 def _traces(
     directory: Path | None, journal: QueuedJournal
 ) -> contextlib.AbstractContextManager[TraceDirectory | None]:
-    """Open the directory for traces, if there is one. Raises ConfigError."""
+    """Open the directory for traces, if one is given. Raises ConfigError."""
     if directory is None:
         return contextlib.nullcontext()
     try:

@@ -82,7 +82,7 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -
     """Return QEMU's argv.
 
     `machine` is the architecture from uname(2); `qmp` and `agent` are paths of sockets to create.
-    Defaults are added only if the file does not set the same option.
+    A QMP monitor is always added, a name or a display only if the file has none.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):
@@ -103,8 +103,8 @@ def _agent_port(path: str) -> list[str]:
 
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
-    """Return whether the agent's port can be added to the machine. A guest restored from a saved
-    state (loadvm) must have the devices with which it was saved."""
+    """Return whether to add the agent's port: the machine can have one, and the file has none. A
+    guest restored from a saved state (loadvm) must have the devices with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]
