@@ -56,8 +56,8 @@ def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         return  # The guard (qkilld-scope@.service) stops the guests before systemd sends signals.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A signal that QEMU ignores is no problem if the guest was asked: systemd then only waits until
-    # the guest has shut down.
+    # A signal that QEMU ignores is no problem if the guest was asked: it leaves the guest the time
+    # until the timeout to shut down.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(

@@ -50,8 +50,8 @@ def _words_before_options(command: Command) -> int:
 
 
 def programs_of(command: Command) -> Iterator[str]:
-    """Yield the name of the program that a command runs and, if it is an interpreter, of its
-    script."""
+    """Yield the name of a command's program and, if that is an interpreter or a wrapper such as
+    env, of what it runs."""
     for word in (command.path, *command.arguments[1:]):
         if word.startswith("-") or "=" in word:
             continue
@@ -64,8 +64,8 @@ def programs_of(command: Command) -> Iterator[str]:
 def line_of(command: Command, *, ignore_failure: bool = False) -> str:
     """Format a command as the value of `ExecStop=`.
 
-    systemd reports commands with quotes and specifiers resolved, but not `$`: systemd.service(5),
-    "Command lines".
+    systemd reports commands with quotes and specifiers resolved, and with `$` as written:
+    systemd.service(5), "Command lines".
     """
     prefixes = {"privileged": "+", "no-setuid": "!", "ambient": "!!", "no-env-expand": ":"}
     front = "-" if ignore_failure or command.ignores_failure else ""
@@ -77,8 +77,8 @@ def line_of(command: Command, *, ignore_failure: bool = False) -> str:
 
 
 def quoted(word: str) -> str:
-    """Quote a word: in quotes if necessary, `%` doubled, and bytes outside plain ASCII escaped.
-    Source: systemd.syntax(7) and systemd.unit(5)."""
+    """Write a word as in a unit file: `%` doubled; if necessary in quotes, with all bytes escaped
+    that are not printable ASCII. Source: systemd.syntax(7) and systemd.unit(5)."""
     word = word.replace("%", "%%")
     if re.fullmatch(r"[\w@%+=:,./$(){}-]+", word, re.ASCII):
         return word

@@ -44,16 +44,17 @@ class UnitVerdict(StrEnum):
     """The verdict, as in --json."""
 
     SAFE = "safe"
-    """After adoption (or now, if adopt would write nothing), every stop keeps the guest's data, and
-    no stop keeps less than now."""
+    """After adoption (or now, if adopt would write nothing), every stop keeps the data that the
+    guest's disks have acknowledged, and no stop keeps less than now."""
     WORSE = "worse"
-    """After adoption, at least one stop would keep less."""
+    """With the drop-in, a stop would keep less, or end guests that are meant to outlive it, or
+    instances would lose settings of their own."""
     NO_BETTER = "no-better"
-    """adopt can write nothing that would keep more."""
+    """Nothing that adopt can write makes the unit safe."""
     UNKNOWN = "unknown"
-    """It is unknown whether every stop keeps the guest's data, or whether there is a guest."""
+    """It is unknown what a stop keeps, or the unit has no known guest."""
     MANUAL = "manual"
-    """Only the unit's owner can decide about the remaining changes."""
+    """Only the owner can make the remaining changes, to the unit or to Executables=."""
     OTHER_UNIT = "other-unit"
     """The unit starts a guest that runs in another unit."""
 
@@ -69,7 +70,7 @@ class Comparison:
     """What to do, a sentence without its full stop; "" for nothing."""
     other_unit: str = ""
     writes: bool = False
-    """adopt has lines to write, and no stop gets worse."""
+    """adopt has lines to write or a guard to start, and no stop gets worse."""
     has_guest: bool = True
     """A QEMU that qkilld recognises runs or would run in the unit, and the unit is not a manager of
     guests."""

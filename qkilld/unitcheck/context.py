@@ -53,7 +53,7 @@ class Surroundings:
     main_executable: str = ""
     """The executable of the running main process; "" if there is none or it is unreadable."""
     main_traps: bool | None = None
-    """Whether the main process is a shell script with a `trap`; None if it is no script."""
+    """Whether the shell script in ExecStart= has a `trap`; None if there is no readable script."""
     guests: int = 0
     """The number of QEMU processes in the unit that match Executables=."""
     uncovered: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Surroundings:
     environment: Mapping[str, str] = field(default_factory=dict)
     """The variables that systemd sets for the unit's commands."""
     stop_texts: tuple[str, ...] = ()
-    """Each ExecStop= as written in the unit's files, in order; empty if unreadable."""
+    """Each ExecStop= as written in the unit's files, in order; empty if unknown."""
     is_template: bool = False
     """The unit is a template: the lines that adopt writes must be right for every instance."""
     keepers: tuple[GuestKeeper, ...] = ()
@@ -98,7 +98,8 @@ def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def is_wrapper(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the main process is a shell that runs one guest, not a manager of guests."""
+    """Return whether the main process is a shell, or a program such as sudo, and not more than one
+    guest runs in the unit."""
     if around.main_executable:
         shell = PurePosixPath(around.main_executable).name in _SHELLS
     else:
@@ -129,7 +130,7 @@ def _is_shell_text(start: Command) -> bool:
 
 
 def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the unit runs one of MANAGERS, whatever the unit's name."""
+    """Return whether the unit runs one of MANAGERS or `podman service`, whatever its name."""
     if facts.is_scope or main_is_qemu(facts, around):
         return False
     running = PurePosixPath(around.main_executable.removesuffix(" (deleted)")).name
@@ -157,7 +158,7 @@ def stop_lines(facts: UnitFacts, around: Surroundings) -> tuple[StopLine, ...]:
 
 
 def looks_like_qemu(executable: str) -> bool:
-    """Judge by the file name alone."""
+    """Judge by the path alone; a file in init.d is a script."""
     path = PurePosixPath(executable.removesuffix(" (deleted)"))
     name = "" if path.parent.name == "init.d" else path.name
     return _QEMU_NAME.fullmatch(name) is not None
@@ -183,7 +184,7 @@ def started_qemus(facts: UnitFacts) -> list[str]:
 
 
 def starts_elsewhere(facts: UnitFacts) -> bool:
-    """Return whether ExecStart= asks another service to start the guest, in another unit."""
+    """Return whether ExecStart= has a command that starts guests in another unit: `virsh start`."""
     return any(
         _ELSEWHERE.search(" ".join((PurePosixPath(start.path).name, *start.arguments[1:])))
         for start in facts.exec_start
@@ -191,8 +192,7 @@ def starts_elsewhere(facts: UnitFacts) -> bool:
 
 
 def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
-    """Return whether the unit's ExecStart= starts the QEMU with this guest name or these
-    arguments."""
+    """Return whether ExecStart= contains this guest name or these arguments of QEMU."""
     text = " ".join(word for start in facts.exec_start for word in start.arguments)
     same = " ".join(words[1:])
     named = bool(name) and name in re.findall(r"[\w.:-]+", text)
@@ -230,8 +230,8 @@ def _may_run(facts: UnitFacts, place: str) -> bool:
 
 
 def helper_fault(facts: UnitFacts, command: Command) -> str:
-    """Return why this line of qkilld-stop may not stop the unit's guest, a clause without its
-    subject; "" if it does."""
+    """Return why this line of qkilld-stop does not surely stop the unit's guest, a clause without
+    its subject; "" if it does."""
     options = helper_options(command)
     if "--dry-run" in options:
         return "stops nothing, because of --dry-run"

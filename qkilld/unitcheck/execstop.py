@@ -224,8 +224,8 @@ def _returns_early_finding(
 
 
 def waits_for_guest(facts: UnitFacts, lines: Sequence[StopLine]) -> bool:
-    """Return whether a line asks the guest to shut down, and a line or systemd (KillSignal=SIGCONT)
-    then waits for the guest."""
+    """Return whether a line asks the guest to shut down, and a line waits or sleeps, or systemd
+    waits after a KillSignal= that QEMU ignores. The order of the lines does not matter."""
     asks = any(line.is_understood and line.has(ActKind.ASKS) for line in lines)
     waits = facts.kill_signal in IGNORED or any(
         line.is_understood and line.has(ActKind.WAITS, ActKind.SLEEPS) for line in lines
@@ -248,10 +248,10 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
     there is no `-`, because they must not run after a failure. The helper's arguments are kept.
 
-    `+` runs the helper without the unit's user, root directory and sandbox, which may hide the
-    guest or the bus. If the unit has a user and an environment file, there is no `+`, because a
-    user who can write the file could choose libraries for a root process. A unit with a root
-    directory gets `+` nevertheless.
+    A unit with a user, a root directory or a sandbox that hides the guest or the bus gets `+`,
+    which runs the helper without these. If the unit has a user and an environment file, there is no
+    `+`, because a user who can write the file could choose libraries for a root process. A unit
+    with a root directory gets `+` nevertheless.
     """
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
@@ -269,8 +269,8 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
 def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     """Return the whole ExecStop= list with a correct helper line, see _helper_place().
 
-    The other lines keep their order. Lines before the helper that send SIGKILL, or that the helper
-    replaces (_is_replaced), are left out.
+    The other lines keep their order. Lines that kill the guest, or that the helper replaces
+    (_is_replaced), are left out, except after an existing helper.
     """
     stops = facts.exec_stop
     place = _helper_place(facts, surroundings)
@@ -288,8 +288,9 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
     """Return the number of the line before which the helper belongs.
 
-    A line after one that stops the guest or waits for it may need the guest to be gone, for example
-    to copy its image or to unmount its file system. The helper belongs before such lines.
+    It is the place of an existing helper, or of the first line that is left out, or that after the
+    last line that stops the guest, waits or sleeps. Later lines may need the guest to be gone, for
+    example to copy its image.
     """
     for number, command in enumerate(facts.exec_stop):
         if is_helper(command):
@@ -301,7 +302,7 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
-    """Return the numbers of the lines that adopt removes."""
+    """Return the numbers of the lines that adopt does not repeat."""
     helpers = [number for number, command in enumerate(facts.exec_stop) if is_helper(command)]
     lines = stop_lines(facts, surroundings)
     removed = {
@@ -313,8 +314,11 @@ def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:
-    """Return whether the line only asks QEMU to exit (the helper asks the guest first) or waits for
-    the guest (the helper waits without a fixed timeout)."""
+    """Return whether the line only asks QEMU to exit (the helper asks the guest first), but not by
+    its name, or waits for the guest (the helper waits without a fixed timeout).
+
+    A line that waits is kept if lines ask the guest and the helper may be unable to ask it.
+    """
     if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
         return True
     is_asked = any(each.has(ActKind.ASKS) for each in lines)
@@ -348,7 +352,7 @@ def _helper_fixes(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, .
 
 
 def _listening(facts: UnitFacts) -> Iterator[Line]:
-    """Yield the missing settings without which the helper cannot extend the timeout."""
+    """Yield the missing settings that the helper needs to extend the timeout in time."""
     if facts.notify_access not in ("exec", "all"):
         yield Line("Service", "NotifyAccess=exec")
     if facts.timeout_stop < START:
@@ -368,7 +372,7 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit as it is, with its specifiers. `ignore_failure` adds a `-`."""
+    """Return a line of the unit, with its specifiers if known. `ignore_failure` adds a `-`."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]

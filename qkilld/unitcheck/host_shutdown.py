@@ -11,8 +11,6 @@ from qkilld.unitcheck.keepers import GuestKeeper
 
 
 class StoppedBy(StrEnum):
-    """Who stops a guest at shutdown, if qkilld-guests.service is enabled."""
-
     OWN_UNIT = "own-unit"
     """The ExecStop= of its unit."""
     KEEPER = "keeper"
@@ -91,7 +89,7 @@ def predict_stop(
 
 
 def shutdown_order(guests: Iterable[HostGuest]) -> tuple[tuple[str, ...], ...]:
-    """Return keepers and units that stop guests, then qkilld-guests.service, then other units."""
+    """Return groups of units: keepers and units with ExecStop=, qkilld-guests.service, others."""
     guests = list(guests)
     keepers = sorted({name for guest in guests for name in guest.keepers})
     own_units = sorted({guest.unit for guest in guests if guest.stopped_by is StoppedBy.OWN_UNIT})

@@ -87,7 +87,7 @@ _OWNERS: Final = (
     ("nerdctl-", ("containerd.service",)),
     ("crio-", ("crio.service",)),
 )
-"""Prefixes of scopes that have no keeper in Before=, with the services that create these scopes."""
+"""Prefixes of scopes that have no keeper in Before=, with the services that may be keepers."""
 _SHIM: Final = re.compile(r"(?:docker-)?containerd-shim.*")
 """The supervisor of a container of containerd, and so of docker."""
 _PROGRAMS_BY_NAMESPACE: Final = {
@@ -131,7 +131,7 @@ class KeeperCandidates:
         return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
 
     def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-        """Return the keepers among `active`, which are the active units of `names`."""
+        """Return the keepers among these units of `names`."""
         return tuple(
             GuestKeeper(other.id, project, other.timeout_stop)
             for other in active

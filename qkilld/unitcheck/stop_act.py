@@ -1,7 +1,6 @@
 """The acts of a stop line: what it does to a guest, in order.
 
-An unknown program may do anything; it is never assumed to do nothing, except in a
-substitution.
+An unknown program may do anything, so its act is UNKNOWN, not NOTHING.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ class _Stop:
             self.waited = max(self.waited, patience)
 
     def _wait_for_end(self, usec: int) -> bool:
-        """Return whether the wait lasts until TimeoutStopSec= ends it."""
+        """Note a wait. Return whether it lasts until TimeoutStopSec= ends it."""
         timeout = self.settings.timeout
         endless = timeout == INFINITY and usec == INFINITY
         self._wait(Patience.PATIENT if endless else Patience.TIMED)
