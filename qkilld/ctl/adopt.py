@@ -49,10 +49,10 @@ async def adopt(
     all_units: bool = False,
     now: bool = False,
 ) -> int:
-    """Adopt each unit; return the worst exit code.
+    """Adopt each unit, or with `undo` revert that; return the worst exit code.
 
-    `all_units`: with `undo`, remove everything that adopt ever wrote. `now`: do not wait for
-    running stops before `daemon-reload`.
+    `all_units`: with `undo`, select every adopted unit. `now`: do not wait for running stops before
+    `daemon-reload`.
     """
     adopter = _Adopter(session, await config_of(session), dry_run=dry_run, now=now)
     codes: list[int] = []
@@ -149,7 +149,7 @@ class _Adopter:
 
     async def _wait_for_stops(self) -> None:
         """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
-        timeout extensions of running stops. Raises StopsRunning."""
+        timeout extensions of running stops. Raises StopsRunning after STOPS_TIMEOUT_S."""
         if self._now:
             return
         deadline = time.monotonic() + STOPS_TIMEOUT_S

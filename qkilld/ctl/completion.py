@@ -46,7 +46,6 @@ class OfferedCommand:
 
 
 def scripts() -> dict[str, str]:
-    """Return the scripts by shell."""
     options, commands = _read(build_parser())
     return {
         "bash": _bash(options, commands),

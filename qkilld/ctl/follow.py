@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 TICK_S: Final = 0.5
-"""Live lines are redrawn at least this often, because they show times."""
+"""Live lines wait this long for a report, and are then redrawn, because they show times."""
 MIN_REDRAW_S: Final = 0.1
 """Live lines are redrawn at most this often, however many jobs report."""
 
@@ -32,7 +32,7 @@ AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to
 
 
 class Outages:
-    """Finds the first report that the daemon went away. All jobs report that at once."""
+    """Recognizes repeated reports that the daemon went away: all jobs report that at once."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S
@@ -201,8 +201,8 @@ async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
 async def follow(job: JobProxy, display: Display) -> tuple[str, dict[str, Any]]:
     """Show a job until it has ended; return (result, receipt).
 
-    Waits for a daemon that restarts, because jobs continue. Raises what JobProxy.wait raises, but
-    ignores errors of the display.
+    Waits for a daemon that restarts, because jobs continue. Raises what JobProxy.wait raises; a
+    failure to watch the job is ignored.
     """
     while True:
         try:

@@ -75,7 +75,7 @@ def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]
 
 
 def qemu_command_lines(facts: UnitFacts) -> list[list[str]]:
-    """Return the QEMU command lines in ExecStart=, including those in shell scripts."""
+    """Return the QEMU command lines in ExecStart=, including those in a text for `sh -c`."""
     command_lines: list[list[str]] = []
     for start in facts.exec_start:
         words = list(start.arguments) or [start.path]

@@ -23,7 +23,7 @@ class JobListener(Protocol):
         """Called when a job is first seen and when it changes. The last status has a result."""
 
     def show_away(self, why: str) -> None:
-        """Called when the daemon disappears, with the reason, and when it returns, with ""."""
+        """Called, perhaps repeatedly, with why the daemon is away, or "" if it is there."""
 
 
 class JobFeed:

@@ -46,7 +46,7 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether a job with FORCE takes its next step now, or unless the guest makes progress."""
+    """Whether the job has FORCE, and its next step is due, or only progress would delay it."""
 
 
 class Shape(NamedTuple):
@@ -90,7 +90,8 @@ def cells_of(job: JobStatus, now: int) -> JobCells:
 
 
 def shape_for(rows: Sequence[JobCells], columns: int) -> Shape:
-    """Return the most detailed shape that fits. The time and the next rung are dropped last."""
+    """Return the most detailed shape that fits, or the narrowest. It always has the time and the
+    next rung."""
     shape = None
     for shape in _shapes(rows):
         if _width(shape) <= columns:

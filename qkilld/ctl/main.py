@@ -70,7 +70,7 @@ async def _run(
     interactive: bool,
 ) -> int:
     if arguments.command == "replay":
-        # Imported late: it imports all of `decision`, which no other command needs.
+        # Imported late: it imports all of `decision`, which most commands do not need.
         from qkilld.ctl import replay
 
         return replay.run(output, arguments.file, _overrides(arguments), json=arguments.json)

@@ -1,8 +1,8 @@
 """The command metrics: running and finished stops as OpenMetrics text, for node_exporter's textfile
 collector. Source: the OpenMetrics specification, 1.0.
 
-Finished stops come from the receipts in the journal of this boot, so counters fall only if the
-journal drops receipts. Running stops come from the daemon, which is not started for this.
+Finished stops come from all receipts in the journal, so counters fall only if the journal drops
+receipts. Running stops come from the daemon, which is not started for this.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class ProcessStats:
 
 
 def process_stats(pid: int, uid: int) -> ProcessStats:
-    """Read the statistics of a process; empty if it does not belong to the user."""
+    """Read the statistics of a process; empty if it is a zombie or another user's."""
     import psutil
 
     try:

@@ -90,10 +90,7 @@ class Target:
 
 
 def parse(text: str, *, jobs: bool = False) -> Target:
-    """Parse a target. With `jobs`, `job:N` and a job's object path are allowed too.
-
-    Raises InvalidArgs.
-    """
+    """Parse a target; with `jobs` also `job:N` and a job's object path. Raises InvalidArgs."""
     kind, value = _split(text, jobs)
     try:
         value.encode()
@@ -206,7 +203,7 @@ class TargetProcess:
     pid: int
     name: str = ""
     start_time: int | None = None
-    """Clock ticks since boot; None if the caller gave only a pid."""
+    """Clock ticks since boot; None if it was not read."""
 
 
 class Resolver:

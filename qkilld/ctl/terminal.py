@@ -43,7 +43,7 @@ class FullScreen:
         """The terminal settings to restore; None if unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
-        """Called when the screen must be redrawn: after a resize, or on return from Ctrl-Z."""
+        """Called when the screen must be redrawn: after a resize, or when it was suspended."""
 
     @property
     def has_keys(self) -> bool:

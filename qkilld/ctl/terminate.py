@@ -135,7 +135,8 @@ async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
     """Start a job over Varlink with a connection to the guest's monitor; return the job's path.
-    None if the daemon can connect to the monitor itself, or no connection can be passed."""
+    None if D-Bus is to be used: for NOWAIT and FIXED, if the daemon can connect to the monitor
+    itself, or if this fails."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:
@@ -152,7 +153,7 @@ async def _terminate_with_monitor(
 
 
 async def terminate_all(session: Session, options: TerminateOptions) -> int:
-    """Stop every guest on this host that the daemon lets the caller stop."""
+    """Stop every guest on this host that the daemon lets the caller stop (see _terminate_each)."""
     before = await guest_rows(session.manager)
     uid = session.connection.uid
     if Flag.POWERDOWN in options.flags and any(domain_of(guest.pid) for guest in before):
@@ -213,8 +214,8 @@ def _status_on_bus(state: dict[str, Any]) -> JobStatus:
 async def _terminate_each(
     session: Session, guests: list[GuestRow], options: TerminateOptions
 ) -> int:
-    """Stop the caller's own guests one by one, because only qkillctl can ask libvirt's guests
-    through libvirt. The daemon would send them SIGTERM."""
+    """Stop only the caller's own guests, each with its own call, because the daemon cannot ask
+    libvirt's guests, and would send them SIGTERM."""
     _report_foreign(session, guests)
     own = [guest for guest in guests if is_own(guest, session.connection.uid)]
     return await terminate(session, [TargetOutcome.of_guest(guest) for guest in own], options)
@@ -232,8 +233,8 @@ async def carry_out(
     start: Callable[[TargetOutcome], Awaitable[None]],
     stream: VarlinkStream | None = None,
 ) -> int:
-    """Start a job for each target with `start`, which sets its `job`, and show the outcomes.
-    `stream`: the replies of the Varlink call that started the jobs, if there was one."""
+    """Start a job for each target with `start`, which sets `job`, or `result` if there is no job;
+    show the outcomes. `stream`: the replies of the Varlink call that started the jobs, if any."""
 
     async def begin(outcome: TargetOutcome) -> None:
         await start(outcome)

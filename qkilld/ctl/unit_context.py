@@ -132,7 +132,8 @@ async def gather(
 async def find_keepers(
     systemd: Systemd, facts: UnitFacts | None, guests: Iterable[int]
 ) -> tuple[GuestKeeper, ...]:
-    """Find the active units that shut these guests of a unit down. `facts`: None for no unit."""
+    """Find the running or stopping units that shut down these guests of a unit. `facts`: None for
+    no unit."""
     runtime: dict[str, str] = {}
     for pid in guests:
         runtime |= runtime_keepers(ancestors(pid), services_that_run)
@@ -173,7 +174,7 @@ def _stop_texts(facts: UnitFacts) -> tuple[str, ...]:
 
 
 def _main_traps(facts: UnitFacts) -> bool | None:
-    """Return whether the shell script in ExecStart= has a `trap`; None if there is no script."""
+    """Return Surroundings.main_traps."""
     for start in facts.exec_start:
         for word in (start.path, *start.arguments[1:]):
             if not word.startswith("/") or not Path(word).is_file():
@@ -189,7 +190,8 @@ def _main_traps(facts: UnitFacts) -> bool | None:
 
 
 def _can_ask(facts: UnitFacts, guests: Sequence[int], config: Config) -> bool | None:
-    """Return whether qkilld-stop can ask every guest of the unit to shut down."""
+    """Return whether qkilld-stop can ask every guest of the unit to shut down; None if unknown, as
+    for guests of libvirt."""
     if not config.switches.powerdown:
         return False
     if guests:
@@ -237,10 +239,7 @@ def _other_unit(facts: UnitFacts, config: Config) -> str:
 
 
 def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterator[str]:
-    """Yield the reasons why guests of the unit cannot be asked to shut down.
-
-    If no guest runs, only the command line in ExecStart= is known.
-    """
+    """Yield why guests of the unit cannot be asked to shut down; if none runs, by ExecStart=."""
     for pid in guests:
         with ignore(f"reading what process {pid} listens on", OSError, QkilldError):
             options = read_options(procfs.read_identity(pid))
@@ -268,7 +267,7 @@ def instances_with_own(
     search_path: Sequence[str], template: str, wanted: Sequence[Change]
 ) -> Iterator[str]:
     """Yield the instances of a template whose own files set what our drop-in for the template would
-    override. An instance that adopt has changed by itself keeps its own drop-in."""
+    override. An instance with a drop-in of adopt is left out: it keeps that drop-in."""
     prefix, _, kind = template.partition("@")
     own_files: dict[str, list[Path]] = {}
     for directory in map(Path, search_path):
@@ -295,7 +294,7 @@ def guard_of(scope: str) -> str:
 
 
 def find_helper() -> Path | None:
-    """Find qkilld-stop beside this program, or else in PATH."""
+    """Find qkilld-stop beside this program or its Python, or else in PATH."""
     places = [Path(sys.argv[0]).resolve().parent, Path(sys.executable).parent]
     helper = next((place / HELPER for place in places if os.access(place / HELPER, os.X_OK)), None)
     if helper is None and (path := shutil.which(HELPER)):
