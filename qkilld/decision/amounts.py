@@ -14,7 +14,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Sample, Socket
 
 RATE_WINDOW: Final = 10 * USEC_PER_SEC
-"""The rate is a mean over this time (µs), because disks write back in bursts up to 5 s apart."""
+"""The rate is a mean over at most this time (µs). Disks write back in bursts up to 5 s apart."""
 _STEP: Final = 2 * USEC_PER_SEC
 """At most one total per this time (µs) is kept."""
 
@@ -79,7 +79,7 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
     before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # A counter that fell was reset: count nothing.
+    # The sum falls if a connection is closed. Then only `served` counts.
     return max(0, after - before) + served
 
 
@@ -89,8 +89,8 @@ def is_storage(socket: Socket) -> bool:
 
 
 def _own_bytes(sample: Sample) -> int | None:
-    """Return the bytes written to disks plus the bytes acknowledged over TCP. The disk writes are
-    counted by the process's control group if it is the guest's own, otherwise by /proc/PID/io."""
+    """Return the bytes written to disks plus the bytes acknowledged over TCP; None if the first
+    number is unknown. It comes from the guest's own control group, or else from /proc/PID/io."""
     group = sample.cgroup
     local = sample.io.write_bytes if sample.io is not None else None
     if group is not None and group.own and group.written is not None:

@@ -8,7 +8,7 @@ NFS, FUSE. So if an image may lie on one, disks that lie elsewhere are flushed f
 from query-blockstats, which asks no file system.
 
 The command line and the open files of the process show which disks lie on such a file system. This
-decides only the order of flushes, never which disks count as flushed.
+decides which disks are flushed, and when, but never which disks count as flushed.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 A flush before SIGTERM shows errors that QEMU hides afterwards. With the processors stopped, it also
 proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so it blocks
-the monitor if a disk does not answer. So `stop` is sent only if no disk has an outstanding request
-older than OLD. Otherwise the disks that answer are flushed one by one, so that a later SIGKILL
-loses none of their data.
+the monitor if a disk does not answer. So `stop` is sent only if no request seems older than OLD
+and, while the guest runs, no vhost-user or network disk hides its requests. Otherwise the disks
+expected to answer are flushed one by one, so that a later SIGKILL loses none of their data.
 
-QEMU reports the requests in flight of virtio disks, but not of others (IDE, NVMe). If such a disk
-is local, evidence from outside shows its requests: a waiting thread, or a ring with requests.
+QEMU reports the requests in flight of virtio disks only. Those of other local disks (IDE, NVMe) are
+visible from outside: a thread waits, or a ring has requests.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unsee
 @dataclass(frozen=True, slots=True)
 class FlushPlan:
     stop: bool
-    """Stop the processors first, then flush over NBD, which reports errors."""
+    """Stop the processors if they run, then flush over NBD, which reports errors."""
     running: bool
-    """The processors run now. If they are stopped, and QEMU is not ended after all, they must be
-    continued."""
+    """The processors run now. Whoever stops them must continue them if QEMU is not ended."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
     """Why the flush is not complete; "" if it is."""
     before: tuple[GuestDisk, ...] = ()
     """The disks to flush before `stop`, the local ones first, if the processors run. This flush
-    leaves `stop` nothing to flush and finds disks that do not answer. It hides errors, which the
+    leaves `stop` little to flush and finds disks that do not answer. It hides errors, which the
     flush after `stop` shows."""
     stuck: tuple[GuestDisk, ...] = ()
     """The disks that do not answer."""
@@ -72,7 +71,7 @@ def plan_flush(
     """Plan the flush.
 
     `second` was read at least OLD µs after `first`; None if nothing was in flight. `evidence` is
-    the assessment at that time, if there is one.
+    the assessment at the last reading, if there is one.
     """
     state = second or first
     running = state.runstate == RUNNING
@@ -96,7 +95,7 @@ def plan_flush(
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
-    # Local disks come first, because a disk on a network may hang, and so may the monitor.
+    # Local disks come first, because a disk on a network may hang, and the monitor with it.
     healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 
@@ -133,7 +132,6 @@ HUMAN_MONITOR_ALONE: Final = (
 
 
 def notes_of_plan(state: BlockState) -> tuple[str, ...]:
-    """Return notes for the caller before a stop."""
     notes = [
         f"{disk.title} has cache=unsafe: it is never flushed"
         for disk in state.disks
@@ -157,8 +155,8 @@ def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
 
 
 def proves_all(plan: FlushPlan, state: BlockState, results: Sequence[FlushResult]) -> bool:
-    """Return whether QEMU provably holds no data of the guest: all disks are flushed, and the guest
-    cannot write."""
+    """Return whether QEMU provably holds no data of the guest: the guest cannot write, all images
+    are flushed, and QEMU reports no risk."""
     if not plan.stop or state.foreign or state.unused or risks_of_state(state):
         return False
     flushed_nodes = {one.node for one in results if not one.error}

@@ -26,7 +26,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
     return replace(
         before,
         # An assessment made by `unsampled_assessment` does not say when samples were taken, so
-        # count from now on.
+        # count time without samples from now on.
         sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
         progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
         outstanding_at=now if before.may_be_outstanding else before.outstanding_at,
@@ -34,8 +34,8 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
-    """Return an assessment if only a verdict and a time of progress are known."""
-    # This sample is as old as the job, so the only decision it allows is to take a new one.
+    """Make an assessment when only a verdict and a time of progress are known."""
+    # This sample is as old as the job, which is too old for SIGKILL.
     empty_sample = Sample(began, "?")
     return Assessment(
         first=empty_sample,

@@ -2,13 +2,13 @@
 
 Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
 
-While a job is held, nothing is sent and the job does not give up. Extend delays SIGKILL. With FIXED
-only time counts; otherwise evidence counts:
+Between SIGTERM and SIGKILL, a job that is held sends nothing and does not give up. Extend delays
+SIGKILL. With FIXED only time counts; otherwise evidence counts until `max` is over:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
-- No SIGKILL if there was progress within the last `stall`.
+- No SIGKILL within `stall` of the last progress, or of the end of the last wait.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
-  last progress. If evidence is missing, the process counts as waiting.
+  last progress, or of SIGTERM. If evidence is missing, the process counts as waiting.
 - SIGKILL is delayed by movement that other processes may have caused, but not for ever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
 - After `max`, SIGKILL in any case. But if SIGTERM was late, because the guest was asked first or
@@ -42,10 +42,10 @@ LATE: Final = 1_000_000
 """A sample that was taken when SIGKILL was already due may be this old (µs). On a busy host all
 samples are late, so FRESH alone would never allow SIGKILL."""
 GRID: Final = 100_000
-"""Samples are taken at multiples of this (µs), so that jobs share readings of the host."""
+"""Regular samples are taken at multiples of this (µs), so that jobs share readings of the host."""
 PER_JOB: Final = 2_000
-"""With N jobs, two samples of one process are at least N times this (µs) apart, which bounds the
-cost of all samples together."""
+"""With N jobs, two regular samples of one process are at least N times this (µs) apart, which
+bounds the cost of all samples together."""
 DOUBT: Final = 5
 """Movement that others may have caused delays SIGKILL until at most this many times `storage_stall`
 after the last progress, because a server that works for others may be stuck for this guest."""
@@ -61,7 +61,6 @@ class Action(Enum):
     KILL = auto()
     """Send SIGKILL."""
     SAMPLE = auto()
-    """Take a sample."""
     WAIT = auto()
     """Do nothing until `wake`."""
     YANK = auto()
@@ -74,8 +73,6 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFacts:
-    """The facts about a job that decisions need."""
-
     flags: Flag
     policy: Policy
     started: int | None = None
@@ -222,8 +219,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) since `began` without samples. Up to 1 s before the first sample is
-    normal and does not count."""
+    """Return the time (µs) without samples: after the first one, and what exceeds 1 s between
+    `began` and the first one."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
@@ -233,7 +230,7 @@ def sample_interval(jobs: int) -> int:
 
 
 def next_sample_time(facts: JobFacts, began: int) -> int:
-    """Return when to take the next sample: soon at first, then once a second, rarely for many jobs.
+    """Return when to take the next sample: soon at first, later once a second, rarer for many jobs.
 
     `began`: when the process last got a signal, or its storage was cut off.
     """
@@ -268,8 +265,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether to cut off storage before a SIGKILL that is due: only if storage that does not
-    move is the reason, not MaxSec=, and something may be left to cut off."""
+    """Return whether to cut off storage before a SIGKILL that is due: the reason is I/O that may be
+    outstanding, not MaxSec=, and something may be left to cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

@@ -27,7 +27,7 @@ class PlannedRung:
 class Plan:
     rungs: tuple[PlannedRung, ...]
     gives_up_after: int
-    """When the job gives up, in µs after the start; INFINITY for never."""
+    """When the job gives up, in µs after the start; INFINITY for never, 0 with NOWAIT."""
     warnings: tuple[str, ...]
     ways: tuple[str, ...] = ()
     """With POWERDOWN: how the guest can be asked, and what prevents it."""
@@ -36,7 +36,7 @@ class Plan:
 def make_plan(
     identity: Identity, request: Request, policy: Policy, evidence: Assessment | None, now: int
 ) -> Plan:
-    """Make the plan. `now` is CLOCK_MONOTONIC in µs; `evidence` is from samples taken just now."""
+    """`now` is CLOCK_MONOTONIC in µs; `evidence` is from samples taken just now."""
     flags = request.flags
     warnings = _warnings(identity, flags, evidence)
     ask = PlannedRung(Phase.POWERDOWN, "ask", 0)

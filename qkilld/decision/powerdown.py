@@ -4,8 +4,8 @@ Call `start`, then `observe` with each observation, about one a second, and `not
 guest was asked. `judge` interprets all of that at any time, based on these facts:
 
 - QEMU drops a press of the power button if no operating system listens. Most machines show whether
-  one listens; on these, the button is pressed only if it does. A guest that does not listen is
-  booting if its processors or disks work, and deaf otherwise.
+  one listens; while none does, the button is not pressed. A guest that does not listen may be
+  booting if its processors or disks work, and is deaf otherwise.
 - A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
   for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
   the press and lasts. Short work proves nothing, because an idle guest writes its log every few
@@ -52,7 +52,7 @@ QUIET: Final = 3 * USEC_PER_SEC
 IDLE_SHARE: Final = 0.05
 """The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
-"""A working guest has this long (µs) to begin to listen to the power button."""
+"""A working guest has at most this long (µs) to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
 """A monitor that has not answered for this long (µs) cannot be used to ask."""
 EFFECT: Final = 10 * USEC_PER_SEC
@@ -68,7 +68,7 @@ RECENT: Final = 10 * USEC_PER_SEC
 LASTING: Final = RECENT // 2
 """Work lasts if it fills this much (µs) of the kept observations."""
 GROWTH: Final = 3
-"""Work has begun if it is at least this many times the earlier amount."""
+"""Work has begun if it is more than this many times the earlier amount."""
 LEAST_REQUESTS: Final = 1
 """Fewer requests per second than this count as none."""
 HALF_BUSY: Final = 0.5
@@ -86,8 +86,6 @@ _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED
 
 
 class AskMethod(StrEnum):
-    """The means by which a guest is asked."""
-
     AGENT = "agent"
     BUTTON = "button"
 
@@ -145,7 +143,7 @@ class AskRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Rates:
-    """Work before the guest was asked. None means unknown, so later work is not compared."""
+    """Rates of work over some time. None means unknown, so the rate is not compared."""
 
     requests: float | None = None
     """Requests per second."""
@@ -177,7 +175,7 @@ class Attempt:
     baseline: _Rates = _Rates()
     """The work before the guest was first asked; _CALM_RATES once that load has ended."""
     boots: bool = False
-    """Whether the guest was booting: at first, it did not listen to the button."""
+    """Whether the guest was booting: it restarted, or once did not listen before it was asked."""
     helped_at: int | None = None
     """When the guest was resumed or woken."""
     signs: frozenset[ShutdownSign] = frozenset()
@@ -213,7 +211,7 @@ def go_on(attempt: Attempt, at: int) -> Attempt:
 
 
 def go_on_unseen(asked: tuple[AskRecord, ...], at: int, *, shutting_down: bool) -> Attempt:
-    """Make an attempt if only the times of asking and the last conclusion are known.
+    """Make an attempt when only the times of asking and the last conclusion are known.
 
     With `shutting_down`, the guest may have made progress until now.
     """
@@ -246,7 +244,7 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
 
 
 def note_helped(attempt: Attempt, at: int) -> Attempt:
-    """Note that the guest was resumed or woken. The baseline excludes earlier work."""
+    """Record that the guest was resumed or woken. The baseline excludes earlier work."""
     return replace(attempt, started=at, recent=(), helped_at=at)
 
 
@@ -308,7 +306,7 @@ def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent`: whether the guest's agent can be asked; False after a failed attempt.
+    `agent`: whether the guest's agent can be asked; False once that was tried.
     """
     last = attempt.last
     if last is None:
@@ -410,10 +408,10 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     """Return how to ask again if asking had no effect; None if not now.
 
-    If the machine has no register that shows whether the guest took the press, the button is
-    pressed once more. On other machines, the button is not pressed again, because a second press
-    cancels the shutdown of some systems (illumos). The button is also pressed again while a guest
-    boots, because the kernel listens seconds before the program that acts on a press.
+    After the agent, the button is tried. It is pressed once more only if the machine has no
+    register that shows whether the guest took the press, because a second press cancels the
+    shutdown of some systems (illumos). While a guest boots, the button is pressed repeatedly,
+    because the kernel listens seconds before the program that acts on a press.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -458,8 +456,8 @@ def _is_unsettled(
 
 
 def _is_measured(attempt: Attempt) -> bool:
-    """Return whether the baseline is known. For a calm guest (CALM) with idle disks, one
-    observation suffices."""
+    """Return whether the baseline is known. For a calm guest (CALM) with idle disks that was not
+    resumed or woken, one observation suffices."""
     rates = _measure(attempt.recent)
     if rates.requests is None:
         return False
@@ -477,7 +475,8 @@ def _has_idle_disks(seen: GuestObservation) -> bool:
 
 
 def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
-    """Return the highest rates that were measured over at least BASELINE."""
+    """Return the highest rates over at least BASELINE. If there are none, idle disks count as no
+    requests, and calm processors as CALM."""
     if not recent:
         return _Rates()
     last = recent[-1]
@@ -497,7 +496,6 @@ def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
 
 
 def _rates(earlier: GuestObservation, later: GuestObservation) -> _Rates:
-    """Return the work between two observations."""
     duration = later.at - earlier.at
     requests = _difference(earlier.requests, later.requests)
     wanted = _wanted_time(earlier, later)

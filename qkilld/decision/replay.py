@@ -6,8 +6,8 @@ sample within SAMPLE_DURATION, it is used. Otherwise the previous sample is used
 nothing had moved. So a replay errs towards SIGKILL, and `Step.since_sample` shows how old the
 sample was.
 
-A replay ends at the exit of the process, at the SIGKILL that it really got, or at the end of the
-recorded job.
+A replay ends when it reaches a result, and at the latest at the exit of the process, at the SIGKILL
+that it really got, or at the end of the recording.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Overrides:
     """Fields of Policy, in µs."""
 
     def override(self, flags: Flag, policy: Policy) -> tuple[Flag, Policy]:
-        """Return the flags and the policy to use."""
         new_flags = (flags | self.add) & ~self.remove
         if Flag.FIXED in new_flags and Flag.FIXED not in flags:
             policy = policy_for(new_flags, policy, {})
@@ -99,14 +98,13 @@ class Replay:
     """When the job would have had this result, or else the end of the recording; CLOCK_MONOTONIC,
     µs."""
     data_at_risk: bool
-    """Whether SIGKILL may have lost data."""
+    """Whether the replay's SIGKILL may have lost data."""
     written_later: int | None
-    """Bytes that the process really wrote after the replay's SIGKILL, by its samples; None if there
-    is no such SIGKILL or no sample after it."""
+    """Bytes that the process really wrote after the last sample before the replay's SIGKILL; None
+    if there is no such SIGKILL, or if unknown."""
 
 
 def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
-    """Replay a recorded job with `overrides`, if any."""
     recorded = recorded_of(trace)
     walk = _Walk(trace, overrides or Overrides())
     yanks = [rung for rung in trace.of(RungRecord) if rung.signal == "yank"]
@@ -166,7 +164,7 @@ class _Walk:
         )
 
     def take(self, moment: _Moment) -> None:
-        """Apply one record, and decide."""
+        """Apply one record. After a sample, decide."""
         self.now = moment.at
         if isinstance(moment, ChangeRecord):
             flags, policy = self._overrides.override(moment.flags, moment.policy)

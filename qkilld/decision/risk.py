@@ -14,7 +14,7 @@ CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
 """The signals that ask QEMU to exit."""
 _LOST: Final = 2 * USEC_PER_SEC
-"""A node without a connection for this long (µs) has lost it: an exiting QEMU closes all
+"""A node without a connection for this long (µs) has lost its server: an exiting QEMU closes all
 connections in less time."""
 
 
@@ -49,9 +49,10 @@ def risks_of_death(
     """Return the risks if a signal that qkilld did not send ended QEMU: from the kernel for lack of
     memory, from another program, or from a crash. Such an end loses what SIGKILL would have lost.
 
-    `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
-    `flushed`: the monitor reported all disks as flushed. A signal that asks QEMU to exit (_HANDLED)
-    ends it only if QEMU does not handle signals yet, and then no guest has run.
+    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) ends it only if
+    QEMU does not handle signals yet, and then no guest has run. `terminated`: QEMU was sent SIGTERM
+    before; otherwise the guest may have written until the end. `flushed`: the monitor reported all
+    disks as flushed.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -93,7 +94,7 @@ def risks_of_exit(
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # The node was connected when the wait was first seen, unless it was disconnected then.
+        # A node that was lost later was connected when the wait was first seen.
         connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
         delay = (node.reconnect or 0) * USEC_PER_SEC
         if node.reconnect is not None and ended < connected_at + delay:

@@ -1,8 +1,8 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
 They come from the disk under the descriptor that a thread waits on, from the server at the other
-end of a connection, or from the bytes on that connection. waits.py assigns signs to waits;
-verdict.py follows them.
+end of a connection, from the bytes on it, or from the counters of the process and its control
+group. waits.py assigns signs to waits; verdict.py follows them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def sleeps_without_disk(thread: Thread) -> bool:
 
 
 def waits_for_storage(thread: Thread) -> bool:
-    """Return whether the thread waits for a file or disk, by its call or its kernel function."""
+    """Return whether the thread waits for a file or disk, by its call, descriptor or wait
+    channel."""
     if thread.target in ("pipe", "other"):
         return False
     if thread.io_call or thread.target in ("disk", "mount"):
@@ -121,8 +122,7 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
     """Return whether completed requests of the device count as the guest's.
 
     Requests of a lower layer count only if a device with depth 0 above it has requests in flight;
-    otherwise they may be for other users of that layer. Requests that throttling holds back are in
-    flight in no layer.
+    otherwise they may be for other users of that layer.
     """
     return device.depth == 0 or any(
         top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
@@ -187,8 +187,8 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # Nothing was ever received, so there is no sign: the kernel accepts connections and
-        # requests even for a hung server. Only a reply proves that the server is alive.
+        # Nothing was ever received, so the connection has no sign: the kernel accepts connections
+        # and requests even for a hung server. Only a reply proves that the server is alive.
         pass
     elif socket.acked is not None and socket.received is not None:
         # Data in the receive queue does not count, because QEMU has not read it: after SIGTERM, it
@@ -236,8 +236,8 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
 
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
-    """Return the signs of a server with other clients. Only its calls on the storage of the guest's
-    image certainly count; all other work may be for other clients."""
+    """Return the signs of a server that may have other clients. Only its calls on the storage of
+    the guest's image certainly count; all other work may be for these clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
         # Nothing shows which of its calls are for this guest, so no sign is sure.
@@ -246,8 +246,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
-    # If a call on that storage is stuck, assume that it is for this guest: other activity does not
-    # count.
+    # If a call on that storage is stuck, assume that it is for this guest, and ignore other work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []

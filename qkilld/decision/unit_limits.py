@@ -15,8 +15,8 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
-"""If a timeout cannot be extended, this much of it (µs), or half of it if that is longer, is kept
-for SIGTERM, and the guest is asked only before that."""
+"""If a timeout cannot be extended, the guest is not asked in its last part, which is for SIGTERM:
+this long (µs), or half of the timeout if that is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Limits:
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
-    """A sentence for each problem of the unit, its consequence and its fix, without initial capital
-    or full stop."""
+    """A text for each problem of the unit, its consequence and its fix, without initial capital or
+    final full stop."""
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:

@@ -3,11 +3,12 @@
 `assess` folds one sample after another into an Assessment. `open_waits` (waits.py) lists what the
 process waits for, and each wait has its own signs of progress. The verdict:
 
-- flushing: a sign of an open wait moved recently;
-- storage-wait: the process waits for storage, and no sign of this wait moved recently;
-- blocked: the process waits in a system call that is not for storage;
-- unknown: a source of waits is unreadable, the process waits only for a processor, or other
-  processes may have caused the movement;
+- zombie, stopped: the process has exited, or cannot run;
+- flushing: something moved since the last sample, or recently while the process waits for storage;
+- storage-wait: the process waits for storage, and nothing moved recently;
+- blocked: the process waits in a system call that is not for storage, or does not take SIGTERM;
+- unknown: a source of waits is unreadable, the process is starved or spins, or other processes may
+  have caused the movement;
 - idle: the process waits for nothing.
 
 Measurements show that no single counter suffices. During fdatasync of a full page cache, no counter
@@ -45,8 +46,7 @@ SLACK: Final = 1_500_000
 
 LOG_LINE: Final = 32
 """A line of a log adds at least this many bytes to wchar. Fewer may come from the event loop alone
-(8 to 16 a second); then the page was written in another way, such as by an io_uring, and is no
-log."""
+(8 to 16 a second); then something else, such as an io_uring, has written the page."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -129,7 +129,7 @@ class Assessment:
     outstanding_unsampled: int = 0
     """`unsampled` at `outstanding_at`."""
     doubt_at: int | None = None
-    """When a sign that other processes may move too last moved: neither progress nor standstill."""
+    """When a sign that other processes may move too last moved."""
     doubt_unsampled: int = 0
     """`unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
@@ -147,7 +147,7 @@ class Assessment:
 
     @property
     def written(self) -> int | None:
-        """Bytes written since the first sample, from the best source available."""
+        """Bytes written since the first sample; None if unknown."""
         return written_since(self.first, self.last, self.amounts.served)
 
     @property
@@ -183,8 +183,8 @@ def assess(
 ) -> Assessment:
     """Fold one more sample into the assessment; `before` is None for the first.
 
-    `interval`: the planned time to the next sample (µs). If a sample comes more than SLACK later,
-    the rest of the delay counts as time without samples, which says nothing about the process.
+    `interval`: the planned time (µs) from the last sample to this one. If this one is more than
+    SLACK late, the rest of the delay counts as time without samples, which proves nothing.
     """
     if before is None:
         return _first(sample)
@@ -363,8 +363,8 @@ def _follow(
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Calls that are over do not count as moves here, because the exit interrupted them, and not
-        # an answer of the storage.
+        # Calls that are over do not count as moves here, because the exit may have interrupted them
+        # without an answer of the storage.
         moves.append("it has begun to exit")
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -442,7 +442,6 @@ def _has_moved(sign: Sign, mark: int) -> bool:
 
 
 def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
-    """Return the mark that the next value is compared with."""
     if mark is None:
         return Mark(sign.name, sign.value, at)
     if sign.kind is SignKind.LOW:
@@ -473,7 +472,7 @@ def _is_over(wait: OpenWait, sample: Sample) -> bool:
 
 
 def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
-    """Describe what the process itself has read and written while it waited for nothing.
+    """Describe what the process itself has read and written between two samples.
 
     `without_log`: leave out what may be a message of QEMU in its log, such as the loss of a
     connection.
@@ -550,7 +549,6 @@ def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
 
 
 def _describe(wait: OpenWait, at: int) -> str:
-    """Describe the wait, and when it last moved."""
     if wait.moved_at is None:
         return wait.text
     return f"{wait.text}; {wait.moved_by}, {(at - wait.moved_at) // USEC_PER_SEC} s ago"

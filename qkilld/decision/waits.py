@@ -1,9 +1,8 @@
 """List what a process waits for, and the signs that each wait makes progress. Pure.
 
 A QEMU that received SIGTERM exits within milliseconds unless it waits for something. `open_waits`
-lists the waits in one sample, each with its own signs: the disk under the descriptor that a thread
-waits on, the server at the other end of a connection. Only these signs show progress of the wait;
-other guests on other disks, traffic on a console and timers do not.
+lists the waits in one sample, each with its own signs (signs.py). Only these show progress of the
+wait; other guests on other disks, traffic on a console and timers do not.
 
 An unreadable source is a wait too, of the kind UNSEEN: unknown is never idle.
 """
@@ -41,11 +40,12 @@ class WaitKind(StrEnum):
     EXIT = "exit"
     """The process waits for the kernel, which frees its memory or writes a core dump."""
     CALL = "call"
-    """The process waits in a system call that is not for storage: a full pipe, a lock, a device."""
+    """The process waits in a system call that is not for storage (a full pipe, a lock, a device),
+    or does not take SIGTERM."""
     PROCESSOR = "processor"
-    """The process waits for a processor, to handle SIGTERM or to continue."""
+    """The process gets hardly any processor time, or spins."""
     UNSEEN = "unseen"
-    """The process may wait: the source that would show a wait is unreadable."""
+    """The process may wait, but nothing readable shows whether it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
 
 
 def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
-    """Return one wait for all threads that wait in the same place."""
+    """Return a wait for each place in which threads wait."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     groups: dict[tuple[WaitKind, tuple[str, ...]], list[Thread]] = {}
     for thread in sample.threads or ():
@@ -197,9 +197,9 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
 
 
 def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
-    """Return the signs of calls that wait for an unknown file. If there are several disks, these
-    signs are not sure, because the calls may wait for another disk than the one that completes
-    requests."""
+    """Return the signs of calls that wait for an unknown file. With several disks or mounts, their
+    signs are not sure, because the calls may wait for another one. While a disk is
+    stuck, the process's I/O is no sure sign either, unless its writes are throttled (`dirties`)."""
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
     is_only = len(places) + len(sample.mounts or ()) <= 1
@@ -268,8 +268,8 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
     """Return signs for requests on its io_urings, which may be for any writable disk that is not in
-    `ringless`. If one of these disks has requests in flight and completes none, assume that these
-    are the process's: then only completions of that disk and of those below it count.
+    `ringless`. If one of these disks is stuck, assume that the process waits for it: completions
+    of other disks do not count, unless they lie below it, and the process's I/O is no sure sign.
 
     `sure`: False if there may be timers instead of requests. Then the disks may be busy with
     requests of others for ever.
@@ -375,8 +375,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # connection.
         certain = False
         may_be_backend = sample.shared_memory is not False
-        # At most the backend itself counts as a server here. What a client connects to, at any
-        # time, is no server that was found late.
+        # At most the backend itself counts as a server here. A server that a client begins to use
+        # was not found late.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of_server(sign))
@@ -449,7 +449,7 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
 
 
 def _unread(sockets: Sequence[Socket]) -> int:
-    """Return the bytes that servers of this host have not read, for example because they are
+    """Return the most bytes that a server of this host has not read, perhaps because it is
     stopped."""
     return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
@@ -462,8 +462,7 @@ def _server(sockets: Sequence[Socket]) -> str:
 
 
 def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
-    """Return the wait of a process that wants to run: it is starved, has yet to handle SIGTERM, or
-    spins."""
+    """Return the wait of a process that is starved, spins, or has not taken SIGTERM."""
     if is_held_still(sample):
         return []
     if previous is None or sample.cpu is None or previous.cpu is None or not sample.running:

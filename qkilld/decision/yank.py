@@ -4,7 +4,8 @@
 that owes QEMU no reply looks like a dead one. Cutting off a healthy connection loses the data that
 QEMU still holds for it. So connections on which a reply is certainly missing are cut off first:
 those with unacknowledged bytes, without a server, or with a request that had no reply before
-SIGTERM. If there are none, others are cut off, because the next rung, SIGKILL, loses more.
+SIGTERM. If there are none, and QEMU waits for connections only, those that do not move are cut off,
+because the next rung, SIGKILL, loses more.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether the server certainly owes a reply."""
+    """Return whether a reply is certainly missing: no server is there, or data is on the way."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True
@@ -104,5 +105,5 @@ def _texts(waits: Sequence[OpenWait]) -> Iterator[str]:
 
 
 def _waits_elsewhere(waits: Collection[OpenWait]) -> bool:
-    """Return whether QEMU certainly waits for something other than a connection."""
+    """Return whether QEMU waits for storage that is not behind a connection."""
     return any(not wait.key.startswith((_NODE, _SOCKET)) for wait in waits)
