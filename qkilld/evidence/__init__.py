@@ -8,6 +8,6 @@
     cgroup          writeback, writes and the freezer of its control groups, v1 and v2
     meminfo         writeback of the whole host
 
-Readers return None for unreadable values, and never raise if the target exits. They may block,
-and are not thread-safe; the sampler runs them in its own threads.
+Readers return None for unreadable values, and never raise if the target exits. They may block, and
+most are not thread-safe; the sampler runs them in its own threads.
 """

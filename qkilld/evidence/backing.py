@@ -3,9 +3,9 @@
 This concerns the backing file of a loop device and the upper directory of an overlay. The path
 belongs to the mount namespace in which it was given, which the kernel does not report: a
 container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
-system is accepted only if it has a file at this path, with the length that the loop device reports.
-LOOP_GET_STATUS64 would return the file's device and inode, but is not used, because it blocks if
-the file system hangs.
+system is accepted only if it has, at this path, a block device, a file with the length that the
+loop device reports, or a directory for an overlay. LOOP_GET_STATUS64 would return the file's device
+and inode, but is not used, because it blocks if the file system hangs.
 
 Paths that cross a remote file system or FUSE are never walked.
 """
@@ -70,8 +70,7 @@ class BackingFinder:
         return distant
 
     def _walk(self, pid: str, backing: Backing) -> str | None:
-        """Return a value for BackingPlace.device; None if the file is missing or the walk takes too
-        long."""
+        """Return a value for BackingPlace.device; None if the file was not found in time."""
         search = self._answers.get((pid, backing))
         if search is None:
             if len(self._answers) >= MAX_FILES:

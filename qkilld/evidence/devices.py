@@ -128,7 +128,7 @@ def read_counters(stats: tuple[str, ...]) -> Counters:
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
     """Return all devices (MAJOR:MINOR) of the btrfs that has the device `source`, a path in
-    mountinfo; None if not found.
+    mountinfo, or of the host's only btrfs; None if not found.
 
     sysfs has to be asked, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).

@@ -19,8 +19,8 @@ from qkilld.evidence.kept_file import kept_files
 PER_JOB: Final = 4
 """Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
 SPARE: Final = 64
-"""A guest may begin to keep its files (about ten) open only if there is room for this many. So
-usually no other guest's files must be closed for them."""
+"""A guest may begin to keep its files (about ten) open only if there is room for this many, so that
+they rarely displace those of other guests."""
 
 
 class Keeper(Protocol):

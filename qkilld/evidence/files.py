@@ -2,14 +2,13 @@
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
-No path of the process is opened or accessed. The link of a descriptor shows what it refers to
-(readlink(2) returns text without access to the file), fdinfo shows its mode and mount, and
-mountinfo shows the file system. stat(2), which shows whether a file is a block device, is called
-only on tmpfs and devtmpfs, which are in memory. On a network file system, stat(2) could wait for a
-dead server.
+The link of a descriptor shows what it refers to (readlink(2) returns text without access to the
+file), fdinfo shows its mode and mount, and mountinfo shows the file system. The files themselves
+are accessed only on tmpfs and devtmpfs, which are in memory: stat(2) shows block devices, and the
+content shows images. On a network file system, such an access could wait for a dead server.
 
 The kernel does not show which open files are images. Regular files and block devices count as
-images unless they are open only for writing, as QEMU's logs and pidfile are.
+images unless they are the guest's memory, or open only for writing, as QEMU's logs are.
 
 Needs the ptrace right (PTRACE_MODE_READ_FSCREDS) for another user's process: CAP_SYS_PTRACE.
 """
@@ -173,8 +172,8 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
 def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
-    The command line does not show this, because images may have been added through a monitor. So
-    the content of the file decides. Reading it does not block, because tmpfs is in memory.
+    A deleted file is. In /dev/shm, the content decides, because images that were added through a
+    monitor are not in the command line. Reading it does not block, because tmpfs is in memory.
     """
     if path.endswith(" (deleted)"):
         return True

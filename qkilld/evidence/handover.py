@@ -27,13 +27,13 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Make the loop run, in MAX_DELAY_S at the latest, the calls that are put until then."""
+        """Make the loop run, after MAX_DELAY_S at the latest, the calls that were put by then."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> None:
-        """Make the loop run `call`: at once if it is urgent or without `more`, otherwise together
-        with a later call. Thread-safe."""
+        """Make the loop run `call`: at once if it is urgent or without `more`, otherwise with a
+        later call, or when `expect` requires it. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         if urgent or not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.

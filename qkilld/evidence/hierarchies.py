@@ -34,7 +34,7 @@ class Group(NamedTuple):
     """The path within its hierarchy, as in /proc/PID/cgroup."""
     ways: tuple[str, ...]
     """The directories of the group and of its visible ancestors, nearest first. The root group is
-    included only if the process itself is in it. () if the hierarchy is not mounted here."""
+    included only if the process itself is in it. () if no mount here shows the group."""
 
     @property
     def is_root(self) -> bool:
@@ -120,10 +120,9 @@ def hierarchies_of(proc: Path) -> Hierarchies:
 
 
 def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
-    """Return whether only this process and its descendants are in `directory`, one of group.ways.
-
-    Costs 10 µs a group and 10 µs a process. Returns False for more processes than a guest can have.
-    """
+    """Return whether only this process and its descendants are in `directory`, one of group.ways,
+    or whether `directory` is in the scope of a machine (_MACHINE). Returns False if there are too
+    many groups or processes. Costs 10 µs a group and 10 µs a process."""
     if group.is_root:
         return False
     if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):

@@ -2,8 +2,7 @@
 
 Sources: the code of nfsstat(8) and mountstats(8), kernel fs/nfs/super.c (nfs_show_stats) and
 net/sunrpc/stats.c (rpc_clnt_show_stats). The kernel answers from memory; no server is asked.
-FUSE, 9p, Ceph, SMB, ZFS and all other types have no readable counters: only their existence is
-known, and their counters are None.
+All other types (FUSE, 9p, Ceph, SMB, ZFS) have no readable counters: theirs are None.
 
 Needs the ptrace right for another user's process. Cost: 10 µs, and 20 µs for each NFS mount.
 """

@@ -32,7 +32,7 @@ REFRESH_S: Final = 10.0
 MAX_PEERS: Final = 64
 """The maximum number of servers of one guest that are sampled."""
 HOPS: Final = 2
-"""How many servers to follow behind a server that forwards requests to another one."""
+"""How many levels of servers to follow behind a server that forwards requests."""
 
 _NONE: Final = frozenset[int]()
 

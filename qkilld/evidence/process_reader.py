@@ -3,8 +3,8 @@
 Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
 stat and status need none; io needs the ptrace right and, for another user's process,
 CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
-them ran since the last read. Nothing here takes the target's memory lock, so no read waits for the
-target's storage.
+them ran since the last read. Only rings.py takes the target's memory lock, in a separate thread, so
+no read waits long for the target's storage.
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
 ran. If it has not advanced, no thread has run: each sleeps in the same call, and everything that
@@ -99,7 +99,7 @@ class ProcessReader:
 
         These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
         threads, running, exiting, rings, timers and direct. Unreadable fields are None, except that
-        `state` keeps its value in `into`. Raises nothing that the process could cause.
+        `timers` is 0 and `state` is unchanged. Raises nothing that the process could cause.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """

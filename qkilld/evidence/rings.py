@@ -4,9 +4,9 @@ With aio=io_uring or aio=native, QEMU passes its requests to the kernel and wait
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also waits for events with an
 io_uring: its requests to poll descriptors are listed and do not count, but one more request may be
-a timer, which nothing distinguishes from a request to a disk. QEMU 11 uses one ring for both. It
-hung with such a timer in each case that was measured (NBD, iSCSI). The kernel does not show AIO
-requests in flight. There can be some only if the process has an AIO context (a mapping of
+a timer, which nothing distinguishes from a request to a disk. QEMU 11 uses one ring for events and
+disks. It hung with such a timer in each case that was measured (NBD, iSCSI). The kernel does not
+show AIO requests in flight. There can be some only if the process has an AIO context (a mapping of
 "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is synchronous.
 
 The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests in flight.
@@ -225,8 +225,8 @@ class _Mappings:
         return self._tails
 
     def _run(self, work: Callable[[int], None]) -> None:
-        """Run `work` in a thread. The thread has its own descriptor, because it may outlive this
-        reader."""
+        """Run `work` in a thread, unless the last one still blocks. Return at the latest after
+        MAPPINGS_TIMEOUT_S, so the thread may outlive this reader and has its own descriptor."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
             self._thread = threading.Thread(

@@ -40,8 +40,6 @@ MEMORY_AGE_S: Final = 5.0
 
 
 class HostTables:
-    """Readings of the whole host, shared by all readers."""
-
     def __init__(self) -> None:
         self._at = -1.0
         self._crowded = CrowdedTables()
@@ -323,7 +321,7 @@ class TargetWatch:
             self._close_reader()
             return
         if not self._keeps:
-            self._close_files()  # `stop_keeping` was called during the sample.
+            self._close_files()  # `stop_keeping` may have been called during the sample.
         callback, self._callback = self._callback, None
         if callback is not None:
             callback(sample)

@@ -45,8 +45,7 @@ _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _RECEIVE_BYTES: Final = 1 << 16
 _TIMEOUT: Final = struct.pack("@ll", 2, 0)
-"""Receive timeout for a dump, in s and µs. The kernel answers during the call, normally without
-delay."""
+"""Receive timeout, in s and µs. The kernel answers during the call, normally without delay."""
 
 _NO_COOKIE: Final = 0xFFFF_FFFF
 _ESTABLISHED: Final = 1
@@ -232,7 +231,7 @@ class SocketTable:
         self._expected.update(inodes)
 
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
-        """Return None if there is no established socket with this inode.
+        """Return the established TCP socket with this inode, if there is one.
 
         `id`: TcpSocket.id of an earlier result. With it, the kernel finds the socket at once;
         otherwise it scans its whole table, which is large even if it has few sockets.

@@ -84,7 +84,7 @@ class SocketReader:
         self._listed = _NONE
         """The inodes of the connections in the last read()."""
         self.accepted: list[int] = []
-        """The inodes of those connections that the process accepted from a client."""
+        """The inodes of the connections that the process accepted from clients."""
         self._lost = False
         self._in_its_namespace: Set[int] = _NONE
         """The unix sockets of the process's network namespace, if that is not ours."""
@@ -209,8 +209,8 @@ class SocketReader:
 
     @property
     def lost(self) -> bool:
-        """Return whether a connection was lost and no new one seen since. QEMU may make a new one
-        with the same descriptor number."""
+        """Return whether a connection was lost and no new one seen since, or a TCP socket was not
+        connected. QEMU may make a new one with the same descriptor number."""
         return self._lost or any(connection is None for connection in self._connections.values())
 
     def served(
@@ -432,9 +432,9 @@ class SocketReader:
 
         The rows do not show which two sockets are connected with each other, and only an accepted
         socket has a path. So for a connection that the process made, the path comes from the
-        accepted sockets of other processes in this namespace. Raises Unreadable if there are not as
-        many of these sockets as such connections, so that they cannot be matched, or if a socket
-        has two rows.
+        accepted sockets of other processes in that namespace. Raises Unreadable if those with a
+        known use are too few and the number of the others does not fit, or if a socket has two
+        rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]
         if len(own) > len(set(own)):

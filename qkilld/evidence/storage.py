@@ -92,9 +92,8 @@ class StorageTable:
 class StorageReader:
     """Reads the storage under one process's images. For one thread at a time; keeps nothing open.
 
-    Counters are host-wide: other users of a disk move them, too. A device that was once seen is
-    kept, because an image that is being closed is gone from /proc/PID/fd while close(2) still waits
-    for its storage.
+    A device that was once seen is kept, because an image that is being closed is gone from
+    /proc/PID/fd while close(2) still waits for its storage.
     """
 
     def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
@@ -107,7 +106,7 @@ class StorageReader:
         self._finder = BackingFinder(proc)
 
     def refresh(self, descriptors: Descriptors | None = None) -> None:
-        """List the open files again. Never raises and never waits for storage.
+        """List the open files again. Never raises. Only BackingFinder waits, with a timeout.
 
         `descriptors`: from files.read_descriptors, if just read. Costs 0.2 ms for a small QEMU, 3
         ms for one with 100 descriptors and 16 block devices.
@@ -124,7 +123,6 @@ class StorageReader:
             return
         stack = _Stack(self._pid, self._proc, self._sys, self._finder)
         stacks = {image: stack.add(image) for image in set(images.values())}
-        # Closed files stay: close(2) itself may wait for its storage.
         self._places |= {number: stacks[image] for number, image in images.items()}
         self._images = images
         self._keep(stack.placed_disks())

@@ -1,9 +1,8 @@
 """Interpret the system call of a waiting thread, from /proc/PID/task/TID/syscall (proc(5)).
 
-An idle QEMU sleeps in calls that wait for events, which are listed here. A thread that sleeps in
-any other call waits for something, whatever the name of the call. Numbers:
-x86_64 from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from the generic table,
-include/uapi/asm-generic/unistd.h.
+An idle QEMU sleeps in calls that wait for events or input, which are listed here. A thread that
+sleeps in any other call waits for something, whatever its name. Numbers: x86_64 from the kernel's
+arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from include/uapi/asm-generic/unistd.h.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ class Call:
     """The system call of a thread."""
 
     name: str
-    """The name of the call, or "system call N" if it is not in our list."""
+    """The name of the call, "system call N" if it is not in our list, or "" for no call."""
     waits: bool
     """A thread that sleeps in the call waits for something other than events."""
     reads: bool

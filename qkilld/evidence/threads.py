@@ -147,7 +147,7 @@ class ThreadReader:
 
     @property
     def all_sleep(self) -> bool:
-        """Return whether each thread slept in a known call at the last read."""
+        """Return whether no thread ran at the last read, and all calls are known."""
         return all(entry.wait_known and not entry.may_have_run for entry in self._entries.values())
 
     def close_files(self) -> None:

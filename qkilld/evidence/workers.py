@@ -23,7 +23,7 @@ Call = Callable[[], None]
 
 
 class Workers:
-    """Runs calls. One thread is enough as long as no call blocks. Idle threads do not wake up."""
+    """Runs calls. Idle threads do not wake up."""
 
     def __init__(self, guard: FaultGuard) -> None:
         self._guard = guard
