@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -75,8 +76,11 @@ def run(release: Release, *arguments: str) -> bool:
     end = lines[-1] if lines else "nothing was said"
     print(f"  {' '.join(arguments)}: {end}", flush=True)
     for line in lines:
-        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
+        if line.startswith(("FAILED", "ERROR")):
             print(f"    {line}", flush=True)
+    skipped = Counter(line.partition(": ")[2] for line in lines if line.startswith("SKIPPED"))
+    for reason, number in skipped.items():
+        print(f"    skipped in {number} places: {reason}", flush=True)
     if code:
         copy = log.with_name(f"{release.name}-failed-{os.getpid()}-{len(lines)}.log")
         log.rename(copy)

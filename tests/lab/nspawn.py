@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Final
@@ -23,6 +25,9 @@ _MS_BIND: Final = 0x1000
 _MS_REC: Final = 0x4000
 _MS_PRIVATE: Final = 1 << 18
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_CGROUPS: Final = "/sys/fs/cgroup"
+_NO_V1: Final = 258
+"""From this version on, systemd-nspawn refuses a host that has cgroup v1 in _CGROUPS."""
 
 
 def main() -> None:
@@ -33,8 +38,16 @@ def main() -> None:
     # Hide /run from nspawn, which would leave files there.
     of_systemd = Path("/run/systemd")
     _mount("tmpfs", str(of_systemd if of_systemd.is_dir() else "/run"), "tmpfs", 0, "mode=0755")
+    if _version(command[0]) >= _NO_V1 and not Path(_CGROUPS, "cgroup.procs").exists():
+        _mount("cgroup2", _CGROUPS, "cgroup2", 0)
     command = [argument.replace("{root}", str(root)) for argument in command]
     os.execv(command[0], command)
+
+
+def _version(nspawn: str) -> int:
+    """Return the version of systemd-nspawn."""
+    shown = subprocess.run([nspawn, "--version"], check=True, capture_output=True, text=True).stdout
+    return int(re.findall(r"\d+", shown)[0])
 
 
 def _private_mounts(mountpoint: str) -> None:
