@@ -8,8 +8,8 @@ The order of the checks keeps the reply from revealing what the caller may not k
    and for anything else. If the process is not QEMU, or not the requested one, polkit is asked
    without interaction, so that nobody is asked for a password in vain. The missing dialog reveals
    no more than ListGuests, which is open to all.
-4. Because time has passed, the process is identified again right before it is returned: it must
-   have the same user, and still be QEMU and in the named unit.
+4. Because time has passed, the checks are repeated right before the process is returned: it must
+   still be QEMU, in the named unit and, unless root asks, of the same user.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Access:
     async def permit(
         self, caller: Caller, job: ObservedJob, action: PolkitAction, *, owner: bool = False
     ) -> Steerer:
-        """Authorize steering a job. Raises what `open_checked` raises for a denial.
+        """Authorize steering a job. Raises AccessDenied, InteractiveAuthorizationRequired, Busy.
 
         The owner of the process may steer jobs that run by the owner's right, and with `owner`
         every job.

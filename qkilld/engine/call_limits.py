@@ -1,4 +1,4 @@
-"""Limit the calls that one user may have open in the daemon at a time."""
+"""Limit the calls that users may have open in the daemon at a time."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _SAFE_MARK: Final = "\N{REPLACEMENT CHARACTER}"
 def check_qemu(identity: Identity, globs: Iterable[str], own_pid: int) -> None:
     """Raise NotQemu unless the process is known to be QEMU; qkilld itself (`own_pid`) never is.
 
-    Raises ExitInProgress if its executable can no longer be read.
+    Raises ExitInProgress if the process is exiting, so that it can no longer be identified.
     """
     pid = identity.pid
     if pid == 1:
@@ -86,9 +86,10 @@ def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> No
 
 
 def check_process(process: Process, before: Identity, globs: Iterable[str]) -> None:
-    """Read the identity again, and raise ProcessChanged if it is not the same process.
+    """Read the identity again, and check it with `check_unchanged`.
 
-    Raises UnknownIdentity if the identity is unreadable, ProcessLookupError if the process is gone.
+    Raises ProcessChanged, UnknownIdentity if the identity is unreadable, and ProcessLookupError if
+    the process is gone.
     """
     try:
         now = process.identify()
@@ -123,7 +124,7 @@ def action_for(flags: Flag) -> PolkitAction:
 def check_answer(answer: Answer, what: str) -> None:
     """Raise AccessDenied or InteractiveAuthorizationRequired unless `answer` is GRANTED.
 
-    `what` begins the text, such as `Process 4711 is`, and contains only what the caller said.
+    `what` begins the text, such as `Process 4711 is`. It must not reveal what a process runs.
     """
     if answer is Answer.CHALLENGE:
         raise InteractiveAuthorizationRequired(

@@ -28,10 +28,10 @@ class Collaborators(Generic[J]):
     load: Callable[[], int]
     """Returns the number of running jobs."""
     when_saved: Callable[[Callable[[], None]], None]
-    """Calls back once all changes so far are saved."""
+    """Calls back once all changes so far are saved, or saving has failed."""
     on_change: Callable[[J], None]
     on_sample: Callable[[J], None]
-    """Called instead of `on_change` if only the time of the last sample has changed."""
+    """Called instead of `on_change` after a sample without news."""
     on_end: Callable[[J], None]
     on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]

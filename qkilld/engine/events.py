@@ -280,7 +280,7 @@ def job_ended(job: ObservedJob) -> Event:
 
 
 def _measured(job: ObservedJob) -> dict[str, str]:
-    """Return the measured numbers as fields, without the unknown ones."""
+    """Return what is known of the outcome, as fields."""
     evidence = job.assessment
     numbers = {
         "QKILLD_GUEST_ASKED": job.guest_asked.value,
@@ -292,7 +292,7 @@ def _measured(job: ObservedJob) -> dict[str, str]:
 
 
 def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
-    """One entry for concurrent stops, in addition to the receipt of each."""
+    """One entry for concurrent stops, in addition to `job_ended` of each."""
     results = Counter(job.result for job in jobs)
     counts = [
         f"{results[result]} {word}" for result, word in _RESULTS_IN_WORDS.items() if results[result]

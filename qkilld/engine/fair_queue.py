@@ -65,14 +65,14 @@ class FairQueue(Generic[Item]):
 
     @property
     def crowded(self) -> bool:
-        """Whether every user with waiting calls has more than CROWD."""
+        """Whether all users with waiting calls have a limit and more than CROWD calls."""
         return all(
             group.count > CROWD and uid not in self._unlimited
             for uid, group in self._groups.items()
         )
 
     def put(self, name: str, uid: int | None, item: Item, size: int) -> bool:
-        """Add a call of that connection; return False if too many wait already."""
+        """Add a call of the connection `name`; return False if too many calls or bytes wait."""
         group = self._strangers.get(name) if uid is None else self._groups.get(uid)
         if group is None:
             group = _ConnectionQueues()

@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. Finally,
-a QEMU whose guest has powered off is told to quit, which gives the phase its name in the API. The
-intention to stop the processors is saved first: if the job ends before a signal, or the daemon
-crashes, the processors are started again. The monitor stays open until the job ends, because QEMU
-does not reply on a connection that is made after SIGTERM.
+decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. Before
+the processors are stopped, that intention is saved: if the job ends before a signal, or the daemon
+crashes, the processors are started again. Finally, a QEMU whose guest has powered off is told to
+quit, which gives the phase its name in the API. The monitor stays open until the job ends, because
+QEMU does not reply on a connection that is made after SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from qkilld.model.job import FlushReport, Risk
 from qkilld.model.sample import Sample
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
-"""Timeout (µs) for opening the monitor; SIGTERM follows."""
+"""Timeout (µs) for opening the monitor and taking a sample; SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while a backup, a flush or the release of the job is awaited."""
+"""Interval (µs) of readings while a backup or a release is awaited, and of samples in a flush."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving that the processors will be stopped."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
-"""Time (µs) from stopping the processors to the end of the flush; the job cannot be held
-meanwhile."""
+"""Timeout (µs) for stopping the processors and flushing; the job cannot be held meanwhile."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
 """A flush that stops no processors is abandoned after this time (µs) without progress (disks write
 back in bursts up to 5 s apart), and after StorageStallSec= in any case."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
-"""Timeout (µs) for `quit` to be accepted; SIGTERM follows."""
+"""How long (µs) QEMU may take to exit after `quit`; SIGTERM follows."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
 """Timeout (µs) for starting the processors again in a running job; SIGTERM follows."""
 UNDO_INTERVAL: Final = USEC_PER_SEC
@@ -72,7 +71,7 @@ class FlushPhase:
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether this job has stopped, or may have stopped, the processors."""
+        """Whether the processors may be stopped, to be started again unless a signal is sent."""
         self._timer: Timer | None = None
         self._until = INFINITY
         """When the current step is abandoned."""
@@ -134,8 +133,8 @@ class FlushPhase:
     # ---- ending ----
 
     def close(self, *, ending: bool) -> None:
-        """End the phase with the job. Unless QEMU was told to exit (`ending`), stopped processors
-        are started again. May be called twice."""
+        """End the phase with the job. Unless SIGTERM or SIGKILL was sent (`ending`), stopped
+        processors are started again. May be called twice."""
         self._step += 1
         self._stop_timer()
         self._sampler.close()
@@ -146,7 +145,7 @@ class FlushPhase:
             self._link.close()
 
     def commit(self) -> None:
-        """Note that QEMU was told to exit, so that nothing needs to be undone."""
+        """Leave the processors stopped, because a signal was sent."""
         self.stopped = False
 
     def undo(self) -> None:
@@ -263,7 +262,6 @@ class FlushPhase:
         return self._link.monitor
 
     def _fail(self, why: str | Exception) -> None:
-        """Give up flushing."""
         if isinstance(why, Exception):
             doing = f"flushing the disks of {self._job.guest.title}"
             self._journal.write(events.internal_error(doing, why))
@@ -470,7 +468,7 @@ class FlushPhase:
             monitor.flush_running(plan.disks, handle_results, timeout=most)
 
     def _end_qemu(self) -> None:
-        """If the guest has powered off, tell QEMU to quit. SIGTERM follows."""
+        """If the guest has powered off, tell QEMU to quit. SIGTERM follows if QEMU remains."""
         monitor = self._link.monitor
         if not self._powered_off or monitor is None or self._job.control.held:
             self._finish()

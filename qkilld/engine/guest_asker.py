@@ -24,7 +24,7 @@ OBSERVE_INTERVAL: Final = USEC_PER_SEC
 FIRST_INTERVAL: Final = 250_000
 """The interval of observations (µs) before the guest was asked."""
 MAX_UNOBSERVED: Final = 60 * USEC_PER_SEC
-"""How long (µs) to wait for a guest that was asked, if a bug in qkilld prevents observation."""
+"""The longest wait (µs) for a guest that was asked, if a bug in qkilld prevents observation."""
 
 _ENDS: Final = {
     Conclusion.SHUT_DOWN: GuestAsked.SHUT_DOWN,
@@ -66,8 +66,8 @@ class GuestAsker:
         on_end: Callable[[AskOutcome], None],
         on_fault: Callable[[Exception], None],
     ) -> None:
-        """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier
-        daemon.
+        """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier daemon
+        or job.
 
         While `may_ask` returns False, the guest is only observed. If the end of QEMU would cancel
         backups or other jobs, asking waits while one of them has moved within `stall` µs, and
@@ -127,7 +127,7 @@ class GuestAsker:
 
     def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
         """Wrap a callback so that a bug in it ends the asking. Otherwise the guest would be neither
-        asked nor stopped, and run for ever."""
+        asked nor stopped."""
 
         def guarded(*arguments: object) -> None:
             if self._closed:
@@ -217,7 +217,8 @@ class GuestAsker:
         self._observe_later()
 
     def _try_to_help(self, observation: GuestObservation) -> bool:
-        """Resume or wake the guest, if the caller allows that and it was not tried yet."""
+        """Resume or wake the guest once, if the caller allows that; return False if nothing is left
+        to try."""
         order = _HELPED_BY.get(observation.runstate or "")
         if order is None or order not in self._help or order in self._helped:
             return False

@@ -58,7 +58,7 @@ class GuestWatch:
 
     @property
     def active(self) -> bool:
-        """Whether a client was interested at the last scan."""
+        """Whether guests are watched."""
         return self._scanning is not None
 
     @property
@@ -84,7 +84,6 @@ class GuestWatch:
         return self.known
 
     def close(self) -> None:
-        """Stop watching."""
         if self._scanning is not None:
             self._scanning.cancel()
             self._end()

@@ -1,7 +1,7 @@
 """Stop one guest: climb the ladder with real signals.
 
-A job does something only when it starts, its process exits, a timer ends, a caller steers it, or a
-sample or a reply of the monitor arrives. `advance` then does what is due.
+A job acts only on events, such as its start, a call, the exit of its process, the end of a timer, a
+sample, or a reply of the monitor. `advance` then does what is due.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ MAX_HISTORY: Final = 100
 class Job:
     """The ladder of one process.
 
-    `phase` runs powerdown → quit → terminate → kill → reap → done; phases that are not needed are
-    left out. `result` is None while the job runs. A job that has ended does not change.
+    `phase` runs powerdown → quit → terminate → kill → reap → done. Phases that are not needed are
+    left out; from kill, it returns to terminate if SIGKILL turns out not to be due. `result` is
+    None while the job runs. After the end, only `processors_stopped` may change.
     """
 
     # There may be thousands of jobs, and a dictionary with so many keys takes 1.8 kB.
@@ -89,7 +90,7 @@ class Job:
         self.history: tuple[VerdictChange, ...] = ()
         self.assessment: Assessment | None = None
         self.risks: tuple[Risk, ...] = ()
-        """Why data may be lost: because of SIGKILL, the exit, a yank or an error of a disk."""
+        """Why data may be lost, for example because of SIGKILL or an error of a disk."""
         self.flush = NOT_FLUSHED
         self.guest_asked = GuestAsked.NOT_ASKED
         self.started = collaborators.clock.now()
@@ -144,13 +145,13 @@ class Job:
 
     @property
     def data_at_risk(self) -> bool:
-        """Whether data that QEMU held may be missing on its storage."""
+        """Whether data may be lost, see `risks`."""
         return bool(self.risks)
 
     @property
     def processors_stopped(self) -> bool:
-        """Whether this job has stopped the guest's processors, and QEMU was not told to exit
-        yet."""
+        """Whether this job may have stopped the guest's processors. If it sends no signal, it must
+        start them again."""
         return self._flush_phase.stopped
 
     @property
@@ -185,7 +186,7 @@ class Job:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether the job waits for a sample."""
+        """Whether the signal phase waits for a sample."""
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
@@ -308,12 +309,13 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Add a request. It can add FORCE and lengthen spans, never the reverse. It can also end
-        the asking of the guest earlier, and let signals follow.
+        """Add a request. It can add FORCE, lengthen spans, end the asking of the guest earlier, and
+        let signals follow; never the reverse. To a job of higher rank, the owner can only add
+        FORCE.
 
-        A request of higher rank takes the job over. The owner's spans and hold then end, and
-        extensions are cut to `owner_limit`. The owner cannot lengthen the spans of a job of higher
-        rank.
+        A request of higher rank takes the job over: it replaces the former request, but not its
+        flags and spans. If the job was the owner's, the owner's spans, FIXED and hold end, too, and
+        the owner's extensions are cut to `owner_limit`.
 
         FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
         is unreadable, and Failed if the job is held or extended. A hold or extension by the owner
@@ -421,7 +423,7 @@ class Job:
         return self._process.exited()
 
     def forget_waiter(self, callback: Callable[[], None], *, disconnected: bool) -> None:
-        """Cancel a callback of `when_ended`. `disconnected`: because its client has left."""
+        """Cancel a callback of `when_ended`. `disconnected`: its client has left."""
         if self._waiters.remove(callback) and disconnected:
             self._parts.journal.write(events.waiter_gone(self))
 
@@ -452,7 +454,7 @@ class Job:
             raise Failed(f"Job {self.number} has sent SIGKILL already")
 
     def _changed(self) -> None:
-        """The job's flags, policy or control changed."""
+        """Act on and report a change of the flags, the policy or the control."""
         self._record_change()
         self.advance()
         self._parts.on_change(self)
@@ -463,7 +465,6 @@ class Job:
         )
 
     def note_rung(self, action: str, at: int) -> None:
-        """Add an action to the receipt."""
         self.rungs += (Rung(self.phase, action, at),)
         self._trace.record(RungRecord(at, self.phase, action))
 
@@ -480,7 +481,7 @@ class Job:
         self._parts.on_change(self)
 
     def note_sample(self) -> None:
-        """Report a sample that changed nothing."""
+        """Report a sample without news."""
         self._parts.on_sample(self)
 
     def advance(self) -> None:
@@ -572,7 +573,7 @@ class Job:
         )
 
     def note_processors_running(self) -> None:
-        """Note that the guest's processors run again after the end of the job."""
+        """Close the process: the guest's processors run again after the end of the job."""
         if self.result is not Result.SURVIVED:
             self._process.close()
         self._parts.on_change(self)

@@ -54,12 +54,11 @@ class JobSaver:
         """The saved values of each job, and when they were saved (CLOCK_MONOTONIC, µs)."""
 
     def job_began(self, job: Job, process: Process) -> None:
-        """Save a job that has begun."""
         self._store.store_fd(job.number, process)
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """Note that a job was resumed from `saved`. It is saved again only if it has changed: a
+        """Record that a job was resumed from `saved`. It is saved again only if it has changed: a
         daemon that resumes thousands of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
@@ -100,14 +99,12 @@ class JobSaver:
         self._store.when_written(once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written, however long that takes."""
+        """Call back once all changes so far are written or have failed, without a time limit."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:
-        """Wait until all changes so far are saved; return False after ANSWER_TIMEOUT_S.
-
-        The store reports failures.
-        """
+        """Wait until all changes so far are saved, or saving has failed, which the store reports.
+        Return False after ANSWER_TIMEOUT_S."""
         finished = asyncio.Event()
         self._store.when_written(finished.set)
         try:
@@ -118,17 +115,17 @@ class JobSaver:
         return True
 
     def monitor_opened(self, job: Job, fd: int | None) -> None:
-        """Keep the connection, and save what the next daemon needs to use it."""
+        """Keep the connection, if it has a descriptor, and save its labels for the next daemon."""
         if fd is not None:
             self._store.store_monitor(job.number, fd)
             self.job_changed(job)
 
     def drop_process(self, job: Job) -> None:
-        """Drop a process that has exited, or is no longer watched."""
+        """Drop the stored pidfd of a process that has exited, or is no longer watched."""
         self._store.drop_fd(job.number)
 
     def drop_monitor(self, job: Job) -> None:
-        """Drop a connection that has ended."""
+        """Drop the stored connection of a job that has ended."""
         self._store.drop_monitor(job.number)
 
     def forget(self, job: Job) -> None:

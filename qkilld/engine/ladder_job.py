@@ -48,6 +48,6 @@ class LadderJob(ObservedJob, Protocol):
         """Save the job; call back when that is done or takes too long."""
 
     def is_last_rung_due(self) -> bool:
-        """Return whether SIGKILL would be sent now, if one more sample shows nothing new."""
+        """Return whether the deadline has passed, by the evidence so far."""
 
     def note_processors_running(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The monitor of one job: opened once, shared by all phases, kept until the process has exited.
+"""The monitor of one job: shared by all phases, opened again if it is lost, closed with the job.
 
 After SIGTERM or `quit`, QEMU only answers out-of-band commands, and only on a connection that was
 open before (measured, QEMU 7.2 and 10.0). So the connection outlives the daemon too: systemd keeps

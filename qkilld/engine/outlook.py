@@ -16,7 +16,7 @@ MAX_REASONS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """The next rung of a job, which never comes before the job's deadline."""
+    """The next rung of a job, if nothing changes."""
 
     rung: NextRung
     standstill: int = 0
@@ -56,8 +56,8 @@ def _before_signals(job: ObservedJob) -> Outlook:
 
 
 def _standstill(facts: JobFacts, deadline: int) -> int:
-    """Return the stall span that determines the deadline; 0 if GraceSec=, MaxSec= or an extension
-    determines it."""
+    """Return the time (µs) without progress that leads to the deadline; 0 if GraceSec=, MaxSec= or
+    an extension determines the deadline."""
     evidence, policy = facts.assessment, facts.policy
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0

@@ -1,6 +1,6 @@
 """The engine's interfaces to the outside, and the readable part of a job.
 
-Adapters and the bus implement these protocols; tests fake them.
+Other packages implement these protocols; tests fake them.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class GuestMonitor(Protocol):
         *,
         timeout: int,
     ) -> None:
-        """Flush one disk after another while the processors run; errors of disks are not
-        reported."""
+        """Flush one disk after another without stopping the processors; errors of disks are not
+        reported. If a disk does not answer in time, its result and all later ones are missing."""
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
         """Undo `stop_and_flush`, even if only a part was done, once the monitor answers again."""
@@ -249,8 +249,8 @@ class Monitors(Protocol):
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """Read the disks of a guest that is not being stopped, if its QMP monitor is free; None if
-        that takes longer than a second. `files` as in GuestMonitor.read_disks."""
+        """Read the disks of a guest that is not being stopped; None if its QMP monitor is not free,
+        or does not answer within a second. `files` as in GuestMonitor.read_disks."""
 
     async def describe(self, process: Process) -> tuple[str, ...]:
         """Describe how qkilld can talk to the guest, and what prevents it."""
@@ -387,7 +387,7 @@ class ObservedJob(Protocol):
 
 
 class Observer(Protocol):
-    """Receives changes of jobs, for the bus. Its exceptions must not reach a job."""
+    """Receives changes of jobs. Its exceptions must not reach a job."""
 
     def job_new(self, job: ObservedJob) -> None: ...
 

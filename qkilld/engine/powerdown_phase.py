@@ -65,7 +65,7 @@ class PowerdownPhase:
             job.guest_asked = GuestAsked.ASKED
 
     def begin(self) -> None:
-        """Ask the guest, or continue what an earlier daemon has begun."""
+        """Ask the guest, or continue what an earlier daemon or job has begun."""
         job = self._job
         asks = tuple(
             AskRecord(AskMethod(rung.action), rung.at)
@@ -122,7 +122,6 @@ class PowerdownPhase:
         return True
 
     def set_span(self, span: int) -> None:
-        """Change PowerdownSec= to `span` (µs)."""
         if self._asker is not None:
             self._asker.set_span(span)
 
@@ -203,7 +202,7 @@ class PowerdownPhase:
         if latest is None or (latest.verdict, latest.reasons) != (verdict, (judgement.reason,)):
             job.turn_to(verdict, (judgement.reason,), self._clock.now())
         job.wait_until(min(judgement.until or INFINITY, self._ask_until), self._ask_until)
-        # This also saves the state of asking for the next daemon.
+        # This also lets the state of asking be saved for the next daemon.
         job.enter(job.phase)
 
     def _ended(self, end: AskOutcome) -> None:

@@ -11,7 +11,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.event import Event, MessageId
 
 WINDOW: Final = USEC_PER_SEC
-"""The time (µs) in which each job gets one entry of each kind."""
+"""The time (µs) in which each job gets one entry of each LIMITED kind."""
 LIMITED: Final = frozenset(
     (
         MessageId.JOB_JOINED,

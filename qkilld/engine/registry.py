@@ -151,11 +151,11 @@ class Registry:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
         `process` must be the snapshot's; None means that it has exited, so that a running job ends
-        as exited or killed. The registry then owns `process` and `monitor`. With `among_many`, a
-        job that would begin with a sample does nothing until `follow_resumed`.
+        as exited or killed. From now on, the registry owns `process` and `monitor`. With
+        `among_many`, a job that would begin with a sample does nothing until `follow_resumed`.
 
-        Raises SnapshotError if the job conflicts with an existing one, or has times in the future;
-        the caller still owns `monitor` then.
+        Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
+        Then `process` is closed, and the caller still owns `monitor`.
         """
         now, key = self._clock.now(), past.guest.identity.key
         process = process or ExitedProcess(past.guest)
@@ -231,7 +231,7 @@ class Registry:
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
-        """Cancel all running jobs, and record `why` in their receipts."""
+        """Cancel all running jobs; `why` is for their receipts."""
         for job in list(self._running.values()):
             job.cancel(why)
 
@@ -315,7 +315,7 @@ class Registry:
         self._drop_survivor(job)
 
     def _drop_survivor(self, job: Job) -> None:
-        """Forget a survivor whose process is gone or has a new job."""
+        """Drop the process of a survivor, which is gone or has a new job."""
         if self.saver is not None:
             self.saver.drop_process(job)
             if job.number not in self._jobs:

@@ -9,13 +9,13 @@ from qkilld.engine.ports import ObservedJob
 
 
 def may_see(job: ObservedJob, uid: int) -> bool:
-    """Return whether a user may know how much the guest writes, as root, owner or requester."""
+    """Return whether a user may see details of evidence: root, the owner and the requester may."""
     return uid in (0, job.guest.identity.uid, job.request.uid)
 
 
 def receipt_values(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return the receipt of an ended job; how much the guest writes is included only with
-    `private`. Missing values are left out. Structures are lists; times are in µs."""
+    """Return the receipt of an ended job; details of evidence (bytes, reasons) are included only
+    with `private`. Missing values are left out. Structures are lists; times are in µs."""
     values: dict[str, Any] = {
         "elapsed-usec": job.elapsed,
         "rungs": [[r.phase.value, r.action, r.at - job.started] for r in job.rungs],

@@ -1,6 +1,6 @@
 """The daemon's methods, independent of how a call arrives.
 
-Every method checks the process and the caller itself; nothing here trusts an argument.
+Methods that act on a process check it and the caller themselves; no argument is trusted.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
 """The maximum number of processes that one user's TerminateAll calls open at a time. Each process
-may occupy a thread, and processes that may be opened at the same time are opened before another
-user has a turn."""
+may occupy a thread, and opening many at the same time delays the turns of other users."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,
@@ -76,7 +75,7 @@ OPTION_TYPES: Final = {
 class Inspection:
     guest: Guest
     evidence: Assessment | None
-    """None if the samples did not arrive in time."""
+    """None if no sample arrived in time."""
     job: Job | None
     """The running job, if there is one."""
 
@@ -140,8 +139,8 @@ class Service:
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
         """Stop the main process of a unit or, if that is not QEMU, the only QEMU process in it.
 
-        Control groups show which processes are in the unit; systemd is asked only for the main
-        process and the unit's primary name. Raises what `terminate` raises, and NoSuchUnit.
+        Control groups show which processes are in the unit; systemd says whether the unit exists,
+        and its primary name and main process. Raises what `terminate` raises, and NoSuchUnit.
         """
         flag_set = _parse_flags(flags)
         check_unit_name(name)
@@ -171,8 +170,8 @@ class Service:
         """Stop every QEMU process that the caller may stop.
 
         polkit is asked once, and only if there are guests of other users. A guest that cannot be
-        stopped is reported in the journal. Raises InvalidArgs, Busy and, if the caller owns no
-        guest, AccessDenied.
+        stopped is reported in the journal. Raises InvalidArgs, Busy and, if there are guests but
+        the caller may stop none, AccessDenied.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
@@ -284,7 +283,7 @@ class Service:
     async def plan(
         self, pid: int, flags: int, options: Mapping[str, Option], caller: Caller
     ) -> tuple[Guest, Plan]:
-        """Return what `terminate` would do. Sends nothing. Raises what `terminate` raises."""
+        """Return what `terminate` would do, without doing it. Raises what `terminate` raises."""
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         inspection = await self.inspect(pid, caller)
@@ -305,7 +304,7 @@ class Service:
     async def _notes(
         self, guest: Guest, request: Request, evidence: Assessment | None
     ) -> tuple[str, ...]:
-        """Describe disks that are never flushed, and what SIGTERM would cancel."""
+        """Describe what cannot be flushed, and what SIGTERM would cancel."""
         reachable = guest.label.qmp or bool(request.qmp_socket)
         by_evidence = not request.flags & (Flag.FIXED | Flag.NOWAIT)
         if self._monitors is None or not by_evidence:
@@ -369,7 +368,8 @@ class Service:
         return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
 
     async def _sample_twice(self, process: Process) -> Assessment | None:
-        """Take two samples, because only a difference shows movement; None if they are late."""
+        """Take two samples, because only a difference shows movement. If the second is late, assess
+        the first alone; return None if both are late."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -392,7 +392,7 @@ class Service:
         given: Mapping[str, object],
         passed: int | None = None,
     ) -> Job:
-        """Start or join a job. The registry then owns the process."""
+        """The registry owns the process from now on."""
         flags = self._as_configured(flags, given, checked.process.guest)
         request = _request(flags, given, checked.uid)
         return self.registry.terminate(checked.process, request, passed)

@@ -41,7 +41,7 @@ _SIGNALS: Final = {
 
 
 class _Intent(Enum):
-    """Whether the intention to send SIGKILL is saved."""
+    """Whether the intention to send SIGKILL is saved, or saving it has taken too long (WRITTEN)."""
 
     NONE = auto()
     BEING_WRITTEN = auto()
@@ -91,7 +91,7 @@ class SignalPhase:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether a sample was requested and has not come."""
+        """Whether a requested sample has not come and is not late."""
         return self._sampler.is_pending
 
     @property
@@ -146,7 +146,7 @@ class SignalPhase:
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
                 case Action.YANK:
-                    # `advance` is called again when the reply arrives.
+                    # `advance` is called again with the reply, or at its timeout.
                     if self._yank.step():
                         return
                 case Action.GIVE_UP:
@@ -158,7 +158,6 @@ class SignalPhase:
                         return
 
     def force(self) -> None:
-        """Send SIGKILL now."""
         self._forced = True
         self.climb(SIGKILL)
 
@@ -170,7 +169,7 @@ class SignalPhase:
         return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
 
     def is_last_rung_due(self) -> bool:
-        """Return whether SIGKILL would be sent now, if one more sample shows nothing new."""
+        """Return whether the deadline has passed, by the evidence so far."""
         now = self._clock.now()
         return decide(self.facts, now).deadline <= now
 
@@ -249,11 +248,10 @@ class SignalPhase:
                 self.check_on_request()
 
     def close(self) -> None:
-        """Stop taking samples."""
         self._sampler.close()
 
     def _is_written_down(self) -> bool:
-        """Return whether the intention to send SIGKILL is saved; if not, start to save it.
+        """Return whether the intention to send SIGKILL is WRITTEN; if not, start to save it.
 
         If qkilld dies right after SIGKILL, the next daemon must not report "exited". SIGTERM is
         not saved first: if it may not have been sent, it is sent again, because no guest may get

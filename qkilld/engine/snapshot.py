@@ -63,13 +63,13 @@ class Snapshot:
     guest_asked: GuestAsked
     flush: FlushReport
     processors_stopped: bool
-    """Whether the job has stopped the virtual processors, and must start them again."""
+    """Whether the job may have stopped the virtual processors, and must start them again."""
     rungs: tuple[Rung, ...]
     """The rungs that were executed; they are not repeated."""
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
     asking: Attempt | None
-    """The state of asking the guest; None once that is over."""
+    """The state of asking the guest; None if there is none, or once signals follow."""
     own_chardevs: tuple[str, ...]
     """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
     started: int
@@ -169,8 +169,8 @@ class Snapshot:
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now`. For a job that uses evidence and has sent a signal, the
-        time since the snapshot counts as a gap without samples."""
+        """Return the assessment at `now`. For a running job that uses evidence and is past asking
+        and flushing, the time since the snapshot counts as a gap without samples."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment

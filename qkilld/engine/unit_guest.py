@@ -27,13 +27,14 @@ def choose_guest(
 ) -> Guest:
     """Return the guest that runs in a unit: its main process, or else the only QEMU process in it.
 
-    A system unit takes precedence over a user's unit of the same name, because users may choose any
-    name. A user's manager shows only that user's units.
+    If systemd describes a system unit, or a guest runs in a system unit of that name, users' units
+    do not count, because users may choose any name.
 
     facts   the unit's properties; None if systemd does not answer
     known   False if systemd says that there is no such unit
 
-    Raises NoSuchUnit, NoSuchProcess, NotQemu, and Failed if there are several guests.
+    Raises NoSuchUnit, NoSuchProcess, NotQemu, and Failed if there are several guests, or if there
+    seems to be none, but the unit of a QEMU is unreadable.
     """
     primary = facts.id if facts is not None else name
     inside = [guest for guest in guests if guest.label.unit_name == primary]

@@ -8,7 +8,7 @@ Callback = Callable[[], None]
 
 
 class Waiters:
-    """Any user may wait for any job, any number of times, so every operation is O(1)."""
+    """Any user may wait for any job, any number of times, so `add` and `remove` are O(1)."""
 
     def __init__(self) -> None:
         self._waiting: dict[Callback, bool] = {}

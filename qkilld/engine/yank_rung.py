@@ -77,7 +77,6 @@ class YankRung:
         return True
 
     def note_exit(self) -> None:
-        """Call it when the process has exited."""
         self._note_unanswered()
 
     def _begin(self) -> None:
@@ -148,7 +147,6 @@ class YankRung:
         self._journal.write(events.cut_off(job, chosen))
 
     def _give_up(self, why: str | Exception = "") -> None:
-        """Give up: SIGKILL is next."""
         self._until = None
         self._unanswered = ()
         self._attempt += 1
