@@ -24,7 +24,7 @@ from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.policy import Policy
 
 _ENDLESS: Final = INFINITY // 2
-"""Spans from this on (µs) are written as infinity: systemd.time(7) cannot express some of them."""
+"""Spans of at least this (µs) are written as infinity: systemd.time(7) cannot express some."""
 
 _Convert = Callable[[Any], Any]
 
@@ -153,7 +153,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """Return for each field the function that converts its value, and whether it may be missing.
 
-    Called at the first use of the class, which may have fields of its own type.
+    Called only when a class is first used, because a class may have fields of its own type.
     """
     hints = typing.get_type_hints(cls)
     return {

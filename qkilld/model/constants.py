@@ -35,7 +35,7 @@ class Flag(IntFlag):
     FORCE = 1
     """The ladder may end in SIGKILL. Without it no SIGKILL is ever sent."""
     NOWAIT = 2
-    """Send only one signal, without supervision: SIGTERM, or with FORCE SIGKILL."""
+    """Send SIGTERM (with FORCE: SIGKILL; with POWERDOWN: only ask), without supervision."""
     POWERDOWN = 4
     """First ask the guest's own operating system to shut down."""
     FIXED = 8
@@ -80,7 +80,7 @@ class Result(StrEnum):
     SURVIVED = "survived"
     """The process still ran when the job gave up. qkilld logs its exit."""
     SIGNALLED = "signalled"
-    """With NOWAIT: one signal was sent, and nothing else is known."""
+    """With NOWAIT: one signal was sent, or the guest was asked; nothing else is known."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -137,7 +137,7 @@ class NextRung(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """Exit codes of `qkilld-stop` and of `qkillctl terminate --wait`."""
+    """Exit codes of `qkilld-stop` and `qkillctl`."""
 
     OK = 0
     """The guest exited without SIGKILL."""

@@ -1,10 +1,10 @@
 """Data classes that are cheap to define: Python's own took an eighth of the daemon's start.
 
-For each class, dataclasses compiles the text of six methods, one by one before Python 3.13. Here
-only `__init__` is compiled, when the first object is made, because a start makes objects of few
-classes. All classes share the other methods, which compare, hash and show objects as those of
-dataclasses do. Only mypy checks that nobody assigns to a field of a frozen class: without a
-__setattr__ that forbids this, an object is made in half the time.
+For each class, dataclasses compiles the text of six methods, one by one before Python 3.13. Here,
+frozen classes and those with slots share all methods but `__init__`. A class with slots gets that
+one at its first use, because a start uses few classes. The shared methods compare, hash and show
+objects as those of dataclasses do. Only mypy checks that nobody assigns to a field of a frozen
+class: without a __setattr__ that forbids this, an object is made in half the time.
 """
 
 from __future__ import annotations

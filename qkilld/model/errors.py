@@ -8,10 +8,10 @@ contains an internal name, or anything about a process that the caller may not k
     ├── NoSuchProcess        no process has that id (any more)
     │   └── ExitInProgress   it is exiting: its executable can no longer be read
     ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
-    ├── ProcessChanged       the process id belongs to another process by now
+    ├── ProcessChanged       it is another process, program or user by now
     ├── NoSuchUnit
     ├── NoSuchJob
-    ├── Busy                 the caller has reached a limit of the daemon
+    ├── Busy                 a limit is reached, or the job cannot do that now
     ├── Failed               anything else that the daemon could not do
     │   └── UnknownIdentity  the executable of a process cannot be read at the moment
     ├── AccessDenied         the caller may not do this
@@ -25,7 +25,7 @@ contains an internal name, or anything about a process that the caller may not k
     │   ├── MonitorProtocolError it broke the protocol, or sent too much
     │   └── CommandRefused       it answered with an error
     ├── ConfigError          a wrong configuration or installation (never reaches the bus)
-    └── BusError             the bus, or the daemon on it, cannot be reached (client side)
+    └── BusError             the bus, or a service on it, cannot be reached
         └── NameRefused      the bus does not give us our name
 """
 
@@ -152,7 +152,7 @@ class ConfigError(QkilldError):
 
 
 class BusError(QkilldError):
-    """The bus or the daemon cannot be reached."""
+    """The bus, or a service on it, cannot be reached."""
 
 
 class NameRefused(BusError):

@@ -1,6 +1,6 @@
-"""A journal entry, and the ids of all kinds of entries. engine.events writes the texts.
+"""A journal entry, and the ids of all kinds of entries.
 
-packaging/qkilld.catalog explains them for `journalctl -x`.
+engine.events and stop.helper_events write the texts; packaging/qkilld.catalog explains them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def exit_code_of(result: str, error_name: str = "") -> ExitCode:
     """Return the exit code of a job's result. A result that only a newer daemon knows counts as
     failure.
 
-    `error_name` is the receipt's `error-name`, because ProcessChanged has its own exit code.
+    `error_name` is the receipt's `error-name`, which decides the exit code of a failed job.
     """
     if result == Result.FAILED and (error := BY_BUS_NAME.get(error_name)) is not None:
         return error.exit_code

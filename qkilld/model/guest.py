@@ -87,7 +87,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A process that is known to be QEMU."""
+    """A QEMU process; before it is checked, possibly another one."""
 
     identity: Identity
     label: Label

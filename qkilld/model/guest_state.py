@@ -118,4 +118,4 @@ class GuestObservation:
     agent_open: bool | None = None
     """Whether the guest's agent has its port open."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs seen since the guest was first asked, if they still hold."""
+    """The signs since the guest was first asked, if they still hold; POWERED_OFF at any time."""

@@ -27,8 +27,7 @@ class Request:
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
-    """If the guest is asked first, SIGTERM follows at most this long (µs) after the start of the
-    job."""
+    """If the guest is asked first, asking ends this long (µs) after the start of the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +87,8 @@ class FlushReport:
     reason: str = ""
     """Why the flush is not complete, printable."""
     proven: bool = False
-    """After the flush, QEMU kept nothing that the guest had written, and nothing was written
-    since."""
+    """After the flush, QEMU kept nothing that the guest had written, and the guest could not write
+    any more."""
 
 
 NOT_FLUSHED: Final = FlushReport()

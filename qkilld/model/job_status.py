@@ -100,7 +100,7 @@ class JobStatus:
     requested_by: int | None = None
     ended: int | None = None
     receipt: dict[str, Any] | None = None
-    """The receipt that Wait returns; None while the job runs."""
+    """The receipt that Wait returns; None while the job runs, or if it was not read."""
 
     def __post_init__(self) -> None:
         # Correct the deadline after an extension, because the daemon updates it only at its next
@@ -310,7 +310,7 @@ def rounded(usec: int) -> int:
 
 
 def receipt_as_json(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return the receipt with the same keys for every job; keys without a value are null."""
+    """Return the receipt for --json. Its reason, error and requester are null if missing."""
     document = {key.replace("-", "_"): value for key, value in receipt.items()}
     document["rungs"] = [
         {"phase": phase, "signal": signal, "at_usec": at}

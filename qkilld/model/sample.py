@@ -134,8 +134,8 @@ class Peer:
     behind: tuple[Peer, ...] = ()
     """Servers on this host that the peer uses itself."""
     unread: int | None = None
-    """Bytes that the process has sent to the peer, on one connection or on all to this peer, and
-    that the peer has not read."""
+    """Bytes that the peer has not read, of those that the process has sent on one connection or on
+    all to this peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,4 +264,4 @@ class Sample:
     """() if `mounts` is empty."""
     ringless: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices whose images have no requests on an io_uring, by the command line;
-    () also if its rings have none, or if that is unknown."""
+    () also if no ring has requests, or if that is unknown."""

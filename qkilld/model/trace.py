@@ -70,7 +70,7 @@ class VerdictRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChangeRecord:
-    """Another request has joined the job, or somebody has held, released or extended it."""
+    """The flags, policy and control of the job after a change of one of them."""
 
     at: int
     flags: Flag

@@ -47,7 +47,6 @@ class UnitFacts:
     before: tuple[str, ...] = ()
     """Units that are ordered after this one, so that they are stopped first."""
     default_dependencies: bool = True
-    """DefaultDependencies=."""
     job_timeout: int = INFINITY
     """The shorter of JobTimeoutSec= and JobRunningTimeoutSec=, µs."""
     control_group: str = ""
@@ -57,7 +56,6 @@ class UnitFacts:
     restart_kill_signal: int = 0
     """RestartKillSignal=, sent instead of KillSignal= at a restart; 0 for KillSignal=."""
     sends_sigkill: bool = True
-    """SendSIGKILL=."""
     final_kill_signal: int = 9
     """FinalKillSignal=, sent instead of SIGKILL."""
     timeout_stop: int = INFINITY
@@ -85,14 +83,13 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. A deny list counts only if
-    it has AF_UNIX: this is then some list without it."""
+    """The families that RestrictAddressFamilies= allows; None for all. For a deny list: some list
+    without AF_UNIX if AF_UNIX is denied, otherwise None."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     noexec_paths: tuple[str, ...] = ()
     """NoExecPaths=: nothing below them can be executed, except below `exec_paths`."""
     exec_paths: tuple[str, ...] = ()
-    """ExecPaths=."""
     private_pids: bool = False
     """PrivatePIDs=: each command runs in a PID namespace of its own (systemd 257)."""
     exec_start: tuple[Command, ...] = ()
