@@ -95,7 +95,7 @@ class VarlinkConnection:
         self._descriptors: list[int] = []
         self._outgoing = bytearray()
         self._calling = False
-        """Whether a call is being answered. Later calls wait, in the socket if they are long."""
+        """Whether a call is being answered. Later calls wait, beyond `_max_call` in the socket."""
         self._reading = False
         self._ended = False
         """Whether the client has closed its sending side. It may still read."""
@@ -117,11 +117,11 @@ class VarlinkConnection:
 
     @property
     def blocked(self) -> bool:
-        """Whether the client has not yet read everything that was sent."""
+        """Whether messages wait because the socket is full."""
         return bool(self._outgoing)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message now; the rest is sent once the socket has room."""
+        """Send a message. What does not fit into the socket now is sent later."""
         if self.closed:
             return
         data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
@@ -214,8 +214,8 @@ class VarlinkConnection:
             self._hand_out()
 
     def _end_of_calls(self) -> None:
-        """Note that no more calls follow. Calls received before are still answered, unless the
-        client has disconnected."""
+        """Handle the end of the input. Calls received before are still answered, unless the client
+        has disconnected."""
         self._ended = True
         self._read_on(False)
         poll = select.poll()

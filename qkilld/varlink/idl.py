@@ -18,7 +18,7 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 class WrongValue(ValueError):
-    """A value of the wrong type; `place` names the parameter."""
+    """A value of the wrong type; `place` names the parameter that contains it."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)

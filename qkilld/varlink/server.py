@@ -1,8 +1,8 @@
 """Serve org.qkilld1 over Varlink.
 
 A call waits for its user's turn, together with bus calls (engine.turns). Then it is checked against
-the interface description. A QkilldError goes to the caller by its name; any other exception goes
-only to the journal.
+the interface description. The caller gets each QkilldError by its name, but BusError and all other
+exceptions as an internal error with details only in the journal.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class VarlinkCall:
         self.costs = [cost for cost in self.costs if cost is Cost.WAIT]
 
     def end(self) -> None:
-        """End an answered call. The connection's next call begins once the client has read the
+        """End an answered call. The connection's next call begins once the socket has taken the
         reply."""
         if self._has_ended:
             return
@@ -328,7 +328,6 @@ class VarlinkServer:
                 await self._quiet.wait()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for open calls to be answered."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._quiet.wait()
@@ -373,7 +372,7 @@ class VarlinkServer:
         uid = connection.uid
         self._connections[connection] = None
         self._per_uid[uid] += 1
-        # Check the limits as for a call that opens descriptors, because a connection is one.
+        # Check the limits as for a call that opens descriptors, because a connection needs one.
         if uid not in self.turns.unlimited:
             with contextlib.suppress(Busy):
                 self.turns.limits.check_descriptors(uid)
@@ -400,7 +399,7 @@ class VarlinkServer:
             call.on_disconnect()
 
     def ended(self, call: VarlinkCall) -> None:
-        """Note that a call is over."""
+        """Forget a call that is over."""
         self._in_work -= 1
         self._has_answered.set()
         if not self._in_work:
@@ -485,7 +484,7 @@ class VarlinkServer:
             call.costs.append(cost)
         answer = self._methods.find(name)(call, parameters)
         call.task = self._loop.create_task(self._answer(call, name, answer))
-        # Close the coroutine, which has an effect only if the task is cancelled before it begins.
+        # Close the coroutine in case the task is cancelled before it begins.
         call.task.add_done_callback(lambda _: answer.close())
 
     async def _answer(

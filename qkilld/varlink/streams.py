@@ -16,8 +16,6 @@ MIN_INTERVAL_S: Final = 0.2
 
 
 class Streams:
-    """All open streams."""
-
     def __init__(self) -> None:
         self._by_job: dict[int, list[JobStream]] = {}
 
@@ -50,7 +48,7 @@ class StreamingCall(Protocol):
 
     @property
     def blocked(self) -> bool:
-        """Whether the client has not yet read everything that was sent."""
+        """Whether messages wait because the socket is full."""
 
     def when_sent(self, callback: Callable[[], None]) -> None: ...
 
