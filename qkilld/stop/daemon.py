@@ -25,7 +25,7 @@ SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
 MAX_AT_ONCE = 500
-"""The maximum number of processes in one call. The daemon accepts calls of up to 64 KiB."""
+"""The maximum number of processes in one call. The daemon accepts calls of root up to 64 KiB."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it
@@ -38,7 +38,7 @@ RETURN_TIMEOUT_S = 3.0
 RETRY_S = 0.05
 SILENCE_S = 5.0
 """After this time without a message, check that the daemon is alive: it sends the state of a
-running job every second."""
+running job only after changes."""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
 """How long our pidfd may take to confirm an exit that the daemon has reported. Normally it reports

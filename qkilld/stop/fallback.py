@@ -57,8 +57,6 @@ class LocalCaller:
 
 @dataclass(slots=True, kw_only=True)
 class LocalStop:
-    """One process to stop."""
-
     pid: int
     start_time: int | None
     flags: Flag
@@ -162,7 +160,7 @@ class Fallback:
             return await self._start(stop, why)
 
     def _past(self, guest: Guest, request: Request, status: JobStatus | None) -> Snapshot | None:
-        """Return the progress of the daemon's job as a snapshot; None if it is unknown."""
+        """Return the daemon's job as a snapshot; None if `status` is."""
         if status is None:
             return None
         request = replace(request, flags=request.flags | status.flags & KNOWN_FLAGS)
@@ -198,7 +196,6 @@ class Fallback:
             stop.job.release(Steerer(os.geteuid(), stop.job.rank))
 
     async def close(self) -> None:
-        """Cancel all jobs."""
         self._registry.cancel_all()
         await self._registry.wait_undone()
         self._sampler.close()

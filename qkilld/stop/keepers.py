@@ -1,8 +1,8 @@
 """Leave guests to their keepers, the units that shut them down at host shutdown.
 
-The helper waits for a keeper that systemd has a stop job for: until the keeper's timeout has
-passed, and after that while the guest writes, but for 20 minutes at most. A stop job that has not
-begun after 2 minutes is not waited for. Then the helper stops the guest itself.
+The helper waits while systemd stops a keeper: until the keeper's timeout has passed, and after that
+while the guest writes, but for about 20 minutes at most. It waits up to 2 minutes for a queued stop
+job to begin. Then the helper stops the guest itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMEOUT_S: Final = 2.0
 STALL_S: Final = 10.0
 """A guest that has written nothing for this long makes no progress."""
 LONGEST_S: Final = 20 * 60.0
-"""The limit for a keeper without a timeout: systemd gives a shutdown 30 minutes."""
+"""The limit for each keeper, whatever its timeout: systemd gives a shutdown 30 minutes."""
 QUEUED_S: Final = 120.0
 """How long a keeper's stop job may wait for other jobs before it runs."""
 
@@ -74,7 +74,7 @@ class KeeperWatch:
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
         """Return when the process is gone, when none of its keepers is at work, or when the keepers
-        have used up their time and the guest makes no progress.
+        have used up their time and the guest makes no progress, or after LONGEST_S.
 
         If a keeper is at work, `on_keeper` is called once, with the name of the keeper.
         """
@@ -165,7 +165,7 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release processes that have no keeper at work at once, and each other process when
+    """Release at once all processes without a keeper at work, and each other process when
     `KeeperWatch.leave` returns.
 
     `on_keeper` is called with each process that has a keeper at work, and the keeper's name.

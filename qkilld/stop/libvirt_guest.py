@@ -41,7 +41,7 @@ def shut_down_by_libvirt(
     mailbox: Mailbox,
     go_on: Callable[[GuestStop], None],
 ) -> None:
-    """Ask the guest in a thread. If the guest does not exit, call `go_on` from the mailbox.
+    """Ask the guest in a thread. If the stop runs after that, call `go_on` from the mailbox.
 
     libvirt holds the monitor, so the shutdown cannot be observed and the guest gets a fixed time:
     `span` (µs), or PowerdownSec= of qkilld.conf if `span` is None.

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 USEC_PER_SEC = 1_000_000
 FIRST = 10 * USEC_PER_SEC
-"""The first extension, sent before anything is known. It is long enough to call the daemon and to
-receive a refusal."""
+"""The extension while no job is known. It is long enough to call the daemon and to receive a
+refusal."""
 NO_STATE = "Asking qkilld to stop the guest"
 """The status until a job has begun."""
 STEP = 20 * USEC_PER_SEC

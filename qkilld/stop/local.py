@@ -71,7 +71,6 @@ class LocalStopper:
         self._do(lambda fallback: fallback.release(local))
 
     def close(self) -> None:
-        """Stop the engine."""
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_TIMEOUT_S)

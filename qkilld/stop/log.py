@@ -52,14 +52,14 @@ def say(text: str) -> None:
 
 
 def say_ending(text: str) -> None:
-    """Print how a stop ended, unless stderr is the journal, which gets an event instead."""
+    """Print unless stderr is the journal."""
     if not stderr_is_journal():
         say(text)
 
 
 def say_failure(code: int) -> None:
-    """Report the failure as an error in the unit's journal. systemd does not report it if the
-    ExecStop= has the prefix `-`, which adopt writes. For the prefix `<3>`, see sd-daemon(3)."""
+    """Report the failure as an error in the unit's journal: systemd does not if ExecStop= has the
+    prefix `-`, as after `qkillctl adopt`. For the prefix `<3>`, see sd-daemon(3)."""
     if stderr_is_journal():
         why = _FAILURES.get(code, "see above")
         text = f"The stop failed with exit status {code}: {why}. systemd continues with KillSignal="

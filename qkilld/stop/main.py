@@ -1,9 +1,9 @@
 """qkilld-stop, from the command line to the exit code.
 
 At shutdown, a host runs one qkilld-stop for each guest at once. Most runs let the daemon stop an
-idle guest and exit after 10 ms, so the main cost is starting Python. In this case only socket, json
-and what Python itself has loaded are imported: not typing, dataclasses, asyncio or a D-Bus library.
-Everything else is imported when needed (tests/pure/test_stop_imports.py).
+idle guest and exit after 10 ms, so the main cost is starting Python. In this case only small
+modules are imported: not typing, dataclasses, asyncio or a D-Bus library. Everything else is
+imported when needed (tests/pure/test_stop_imports.py).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class GuestPlan:
     unit: str
     force: bool
     rungs: tuple[tuple[str, int], ...]
-    """Pairs (signal, µs after the start)."""
+    """Pairs (action, µs after the start)."""
     gives_up_usec: int | None
     leaves_usec: int | None
     """When qkilld-stop would exit because systemd would kill it soon; µs after the start, None for

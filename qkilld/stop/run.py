@@ -163,7 +163,6 @@ class StopRun:
         return self._targets
 
     def begin(self, processes: Sequence[ProcessHandle]) -> None:
-        """Start to stop these processes."""
         options = self._options
         stops = [
             GuestStop(
@@ -186,7 +185,7 @@ class StopRun:
             self._leave_to_keepers(stops)
 
     def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
-        """Start to stop each guest when no other unit (keeper) is shutting it down any more."""
+        """Start to stop each guest once no keeper (unit that shuts it down) is waited for."""
         from qkilld.stop.keepers import leave_all
         from qkilld.stop.systemd_units import on_bus
 
@@ -219,7 +218,7 @@ class StopRun:
 
     @property
     def _mail(self) -> Mailbox:
-        """The mailbox of the threads that ask systemd."""
+        """The mailbox of the threads that ask systemd or libvirt."""
         if self._mailbox is None:
             from qkilld import log_setup
             from qkilld.stop.mailbox import Mailbox
