@@ -231,6 +231,8 @@ class _Stack:
         self._blocks: dict[str, devices.Block | None] = {}
         self._edges: dict[str, set[str]] = {}
         self._trail = [""]
+        self._overlays: set[str] = set()
+        """MAJOR:MINOR of the overlays that are being walked."""
         self._mount = ""
         self.disks: dict[str, _Disk] = {}
         self.filesystems: dict[Filesystem, None] = {}
@@ -277,10 +279,13 @@ class _Stack:
         elif kind == "btrfs" and (numbers := devices.of_btrfs(filesystem.source, self._sys)):
             for number in numbers:
                 self._device(number, depth, writable)
-        elif kind == "overlay" and writable:
-            # A file open for writing lies in the upper directory: the kernel copied it there.
+        elif kind == "overlay" and writable and filesystem.number not in self._overlays:
+            # A file open for writing lies in the upper directory: the kernel copied it there. An
+            # overlay adds no layer, because it has no requests of its own that could be counted.
             upper = _option(filesystem, b"upperdir") or b""
+            self._overlays.add(filesystem.number)
             self._path(Backing(upper, None), kind, depth, writable)
+            self._overlays.discard(filesystem.number)
         elif kind in mounts.KINDS:
             # Prefer the same file system in our own mounts, which stay readable when the process
             # has exited.
@@ -294,15 +299,15 @@ class _Stack:
     def _path(self, backing: Backing, kind: str, depth: int, writable: bool) -> None:
         """Add the storage under a path whose mount namespace the kernel does not report."""
         path = None
-        if depth < MAX_DEPTH:
+        if depth <= MAX_DEPTH:
             tables = {pid: self._table(pid) for pid in NAMESPACES}
             path = self._finder.find(backing, tables)
         if path is None:
             self._unseen(kind)
         elif path.device:
-            self._device(path.device, depth + 1, writable)
+            self._device(path.device, depth, writable)
         elif path.filesystem is not None:
-            self._filesystem(path.filesystem, depth + 1, writable)
+            self._filesystem(path.filesystem, depth, writable)
 
     def _device(self, number: str, depth: int, writable: bool, *, own: bool = False) -> None:
         self._edges.setdefault(self._trail[-1], set()).add(number)
@@ -329,7 +334,8 @@ class _Stack:
         for lower in block.below:
             self._device(lower, depth + 1, writable)
         if block.backing is not None:
-            self._path(Backing(block.backing, block.backing_sizes), "loop", depth, writable)
+            backing = Backing(block.backing, block.backing_sizes)
+            self._path(backing, "loop", depth + 1, writable)
         self._trail.pop()
 
     def _unseen(self, kind: str, number: str = "0:0") -> None:

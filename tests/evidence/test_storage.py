@@ -205,7 +205,8 @@ OVERLAY = "9 0 0:60 / / rw - overlay overlay rw,lowerdir=/l,upperdir=/up\\040per
         ("9 0 0:60 / / rw - zfs tank/a rw\n", RW, {}, ["zfs"]),
         ("9 0 0:60 / / rw - btrfs /dev/sdb rw\n", RW, {"8:16": (0, True)}, []),
         ("9 0 0:60 / / rw - btrfs /dev/sdz rw\n", RW, {}, ["btrfs"]),
-        (OVERLAY, RW, {"8:0": (1, True)}, []),
+        # An overlay counts no requests, so it is no layer.
+        (OVERLAY, RW, {"8:0": (0, True)}, []),
         (OVERLAY, os.O_RDONLY, {}, ["overlay"]),
         (OVERLAY.replace("upperdir=/", "upperdir="), RW, {}, ["overlay"]),
         ("9 0 9:9 / / rw - ext4 /dev/gone rw\n", RW, {}, ["block device"]),
@@ -327,6 +328,37 @@ def test_circles_end(tmp_path: Path) -> None:
         more={"1/mountinfo": "1 0 253:0 / / rw - ext4 /dev/dm-0 rw\n", "1/root/a": 1024 * "x"},
     )
     assert depths(reader) == {"253:0": (0, True), "253:1": (1, True), "7:0": (2, True)}
+
+
+def test_an_overlay_on_its_own_upper_directory_is_unknown(tmp_path: Path) -> None:
+    """The mount can hide the directory of the same name, which then leads back to the overlay."""
+    host = DISK + "9 1 0:60 / /up\\040per rw - overlay o rw,lowerdir=/l,upperdir=/up\\040per\n"
+    more = {"1/mountinfo": host, "1/root/up per/a": ""}
+    reader = reader_of(tmp_path, {3: ("/up per/a", RW, 9)}, host, SYS, more)
+    assert depths(reader) == {}
+    assert [mount.kind for mount in reader.read()[1] or ()] == ["overlay"]
+
+
+def test_an_image_on_an_overlay_counts_like_one_on_the_disk(lab_dir: Path) -> None:
+    """The disk of the upper directory has depth 0: a deeper one would count only while a device
+    above it has requests in flight, and there is none."""
+    needs.root("an overlay and a loop device")
+    with slow_disk(mebibytes=16) as disk:
+        assert disk.directory is not None
+        upper, merged = disk.directory, lab_dir / "merged"
+        for directory in (upper / "files", upper / "work", lab_dir / "lower", merged):
+            directory.mkdir()
+        options = f"lowerdir={lab_dir}/lower,upperdir={upper}/files,workdir={upper}/work"
+        run(["mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
+        try:
+            with start_qemu(arguments=image(raw(merged / "disk"), "a")) as guest:
+                reader = StorageReader(guest.pid)
+                reader.refresh()
+                found = seen(reader)[disk.number]
+                assert (found.depth, found.above, found.writable) == (0, (), True)
+                assert reader.read()[1] == ()
+        finally:
+            run(["umount", merged], check=True)
 
 
 def test_too_much_is_unknown(tmp_path: Path) -> None:
