@@ -305,9 +305,10 @@ def _server_title(peer: Peer) -> str:
     return f"the server {peer.command} (process {peer.pid})"
 
 
-def is_of_server(sign: Sign) -> bool:
-    """Return whether the sign comes from a server, not from the connection to it."""
-    return sign.name.startswith(_SERVER)
+def is_of(sign: Sign, peer: Peer | None) -> bool:
+    """Return whether the sign comes from this server itself, not from the connection to it or from
+    a server behind it."""
+    return peer is not None and sign.name.startswith(_of(peer))
 
 
 def _of(peer: Peer) -> str:

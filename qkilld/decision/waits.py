@@ -21,7 +21,7 @@ from qkilld.decision.signs import (
     disk_signs,
     group_signs,
     io_signs,
-    is_of_server,
+    is_of,
     mount_signs,
     sleeps_without_disk,
     socket_signs,
@@ -370,16 +370,17 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     watched = server_depth(socket.peer)
     if socket.accepted:
         # Here the process is most likely a server itself, of a backup for example. Of those that
-        # connect to it, only a vhost-user backend is storage. The backend's data passes through the
-        # guest's memory, so only the signs of the backend itself count, not those of the
-        # connection.
+        # connect to it, only a vhost-user backend is storage, which needs a unix socket. The
+        # backend's data passes through the guest's memory, so only the signs of the backend itself
+        # count, not those of the connection. What lies behind it may as well be another guest that
+        # the same client backs up.
         certain = False
-        may_be_backend = sample.shared_memory is not False
+        may_be_backend = socket.family == "unix" and sample.shared_memory is not False
         # At most the backend itself counts as a server here. A server that a client begins to use
         # was not found late.
         watched = min(watched, int(may_be_backend))
         signs = [
-            replace(sign, sure=sign.sure and may_be_backend and is_of_server(sign))
+            replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
             for sign in signs
         ]
     return Wait(

@@ -987,6 +987,7 @@ WORKER = replace(SUBMIT, name="iou-wrk-4711", call="io_uring_enter")
 CLIENT = replace(STRANGER, client=False, accepted=True)
 BACKEND = replace(UNIX, node="", role="unknown", client=False, accepted=True, peer=SERVER)
 BACKEND_WROTE = replace(BACKEND, peer=replace(SERVER, io=WROTE))
+BEHIND_WROTE = replace(BEHIND, io=WROTE)
 STUCK_NBD = {"nodes": (NBD,), "sockets": (replace(UNIX, send_queue=28),)}
 TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
 
@@ -1031,6 +1032,17 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
         (
             {"sockets": (BACKEND,), "shared_memory": False},
             {"sockets": (BACKEND_WROTE,)},
+            Verdict.UNKNOWN,
+        ),
+        # vhost-user needs a unix socket, and a client may use another guest, too.
+        (
+            {"sockets": (replace(CLIENT, peer=SERVER),)},
+            {"sockets": (replace(CLIENT, peer=BACKEND_WROTE.peer),)},
+            Verdict.UNKNOWN,
+        ),
+        (
+            {"sockets": (replace(BACKEND, peer=replace(SERVER, behind=(BEHIND,))),)},
+            {"sockets": (replace(BACKEND, peer=replace(SERVER, behind=(BEHIND_WROTE,))),)},
             Verdict.UNKNOWN,
         ),
         # A pair of sockets may be NBD.
