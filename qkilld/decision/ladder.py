@@ -9,7 +9,7 @@ SIGKILL. With FIXED only time counts; otherwise evidence counts until `max` is o
 - No SIGKILL within `stall` of the last progress, or of the end of the last wait.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
   last progress, or of SIGTERM. If evidence is missing, the process counts as waiting.
-- SIGKILL is delayed by movement that other processes may have caused, but not for ever (DOUBT).
+- SIGKILL is delayed by movement that may not be progress, but not for ever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
 - After `max`, SIGKILL in any case. But if SIGTERM was late, because the guest was asked first or
   the job was held, SIGKILL waits for the grace after SIGTERM, or for half of `max` if that is less.

@@ -80,7 +80,8 @@ class Sign:
     """A description of the sign's movement."""
     least: int = 1
     sure: bool = True
-    """False if other processes may move it too: then it shows neither progress nor a standstill."""
+    """False if it may also move without progress, because of other processes or of a loop: then it
+    shows neither progress nor a standstill."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:

@@ -88,7 +88,7 @@ class OpenWait:
     """A description of that sign; "" for none."""
     marks: tuple[Mark, ...]
     doubted_at: int | None
-    """When a sign that other processes may move too last moved; None for never."""
+    """When a sign that is not sure last moved; None for never."""
     doubted_by: str
     watched_at: int | None
     """When `watched` last grew; None for never."""
@@ -129,7 +129,7 @@ class Assessment:
     outstanding_unsampled: int = 0
     """`unsampled` at `outstanding_at`."""
     doubt_at: int | None = None
-    """When a sign that other processes may move too last moved."""
+    """When a sign that is not sure last moved."""
     doubt_unsampled: int = 0
     """`unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
@@ -335,7 +335,7 @@ def _follow(
     before: Assessment, sample: Sample
 ) -> tuple[tuple[OpenWait, ...], list[str], list[str]]:
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
-    movement that other processes may have caused."""
+    movement that may not be progress."""
     if is_held_still(sample):
         # A stopped, traced or frozen process makes no progress, whatever its servers do. But it may
         # have run between two samples that both found it stopped.
@@ -353,7 +353,7 @@ def _follow(
         if followed.moved_at == sample.at:
             moves.append(followed.moved_by)
         elif followed.doubted_at == sample.at:
-            doubts.append(f"{followed.doubted_by}, for this guest or for others")
+            doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
             is_certain = is_certain or wait.certain
     if is_certain:

@@ -478,8 +478,10 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
         return [Wait("spin", WaitKind.PROCESSOR, text)]
     if share < _STARVES:
+        # It may work, or spin with a small quota.
         text = "it wants to run, but gets hardly any processor time"
-        sign = Sign("cpu", SignKind.COUNT, sample.cpu, "it got some processor time")
+        got = "it got some processor time"
+        sign = Sign("cpu", SignKind.COUNT, sample.cpu, got, sure=False)
         return [Wait("starved", WaitKind.PROCESSOR, text, (sign,))]
     return []
 

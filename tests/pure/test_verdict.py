@@ -824,6 +824,16 @@ def test_activity_of_a_server_behind_a_proxy_before_it_was_found_is_unknown(
     assert now.unsampled == late
 
 
+def test_a_small_share_of_a_processor_may_be_spent_in_a_loop() -> None:
+    now = assess(None, replace(IDLE, running=1))
+    for s in range(1, 30):
+        now = assess(now, replace(IDLE, at=s * S, running=1, cpu=5 * s))
+    assert (now.verdict, now.outstanding) == (Verdict.UNKNOWN, None)
+    assert (now.progress_at, now.doubt_at) == (None, 29 * S)
+    written = replace(IDLE, at=30 * S, running=1, cpu=150, io=WROTE)
+    assert assess(now, written).progress_at == 30 * S
+
+
 @pytest.mark.parametrize("shared_memory", [False, True])
 def test_a_client_that_connects_to_others_hides_no_activity(shared_memory: bool) -> None:
     """Such as a backup, to which QEMU exports a disk."""
