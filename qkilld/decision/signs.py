@@ -47,6 +47,13 @@ _STORAGE_WCHAN: Final = (
 """Parts of names of kernel functions in which a thread waits for storage."""
 
 
+_WRITES: Final = frozenset(
+    (
+        *("write", "writev", "pwrite64", "pwritev", "pwritev2", "fsync", "fdatasync"),
+        *("sync_file_range", "fallocate", "ftruncate", "close"),
+    )
+)
+"""Calls that seldom read from the storage."""
 _SERVER: Final = "peer:"
 """How the names of all signs of servers begin."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
@@ -91,6 +98,11 @@ def sleeps_without_disk(thread: Thread) -> bool:
     return any(part in wchan for part in _NO_DISK_WCHAN)
 
 
+def only_writes(thread: Thread) -> bool:
+    """Return whether the thread is in a call that writes and does not read."""
+    return thread.call in _WRITES
+
+
 def waits_for_storage(thread: Thread) -> bool:
     """Return whether the thread waits for a file or disk, by its call, descriptor or wait
     channel."""
@@ -102,6 +114,19 @@ def waits_for_storage(thread: Thread) -> bool:
     # other things.
     wchan = (thread.wchan or "").replace("synchronize", "")
     return thread.state == "D" and any(part in wchan for part in _STORAGE_WCHAN)
+
+
+def write_signs(devices: Iterable[Device]) -> list[Sign]:
+    """Return the signs of each device for calls that only write: completed writes, and reads, which
+    are doubtful, because such a call seldom needs any, but others may read for ever."""
+    listed = list(devices)
+    signs = []
+    for device, sign in zip(listed, disk_signs(listed), strict=True):
+        text = f"the disk {device.name} completes writes"
+        signs.append(replace(sign, name=f"writes:{device.number}", value=device.writes, text=text))
+        name, text = f"reads:{device.number}", f"the disk {device.name} completes reads"
+        signs.append(replace(sign, name=name, value=device.reads, text=text, sure=False))
+    return signs
 
 
 def disk_signs(devices: Iterable[Device]) -> list[Sign]:

@@ -23,9 +23,11 @@ from qkilld.decision.signs import (
     io_signs,
     is_of,
     mount_signs,
+    only_writes,
     sleeps_without_disk,
     socket_signs,
     waits_for_storage,
+    write_signs,
 )
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
@@ -162,7 +164,8 @@ def _call_signs(
         signs += _unlocated_signs(sample, previous, dirties)
         return signs if sample.devices or dirties else [*signs, _woken(threads)]
     devices = [d for d in sample.devices or () if d.number in disk_numbers]
-    signs += disk_signs(devices)
+    writing = all(only_writes(thread) for thread in threads)
+    signs += write_signs(devices) if writing else disk_signs(devices)
     signs += mount_signs(sample.mounts or (), mounts if located else None)
     if devices and not dirties:
         signs += _own_work_signs(sample, devices)

@@ -991,6 +991,8 @@ def test_without_any_look_everything_is_at_risk() -> None:
 OOM = replace(FULL_PIPE, state="D", call="", descriptor=None, target="")
 OOM = replace(OOM, wchan="mem_cgroup_oom_synchronize")
 THREE = (replace(TOP, in_flight=3), replace(BELOW, name="loop1", in_flight=0))
+READS = replace(HUNG, reads=90)
+READING = replace(ON_HUNG, tid=8, syscall=17, call="pread64")
 DEEPEST = Device("254:0", "vda", 100, 0, 0, 2, depth=2)
 ON_THREE = replace(FDATASYNC, disks=("7:0", "8:0", "254:0"))
 WORKER = replace(SUBMIT, name="iou-wrk-4711", call="io_uring_enter")
@@ -1014,6 +1016,14 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
         (
             {"threads": (ON_THREE,), "devices": (*THREE[:1], BELOW, DEEPEST)},
             {"devices": (*THREE[:1], BELOW, replace(DEEPEST, writes=900))},
+            Verdict.FLUSHING,
+        ),
+        # Others may read from the disk of a frozen file system.
+        ({"threads": (ON_HUNG,), "devices": (HUNG,)}, {"devices": (READS,)}, Verdict.UNKNOWN),
+        ({"threads": (READING,), "devices": (HUNG,)}, {"devices": (READS,)}, Verdict.FLUSHING),
+        (
+            {"threads": (ON_HUNG, READING), "devices": (HUNG,)},
+            {"devices": (READS,)},
             Verdict.FLUSHING,
         ),
         ({"threads": (OOM,)}, {"devices": BUSY_DISK}, Verdict.BLOCKED),
