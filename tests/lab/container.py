@@ -44,6 +44,8 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
+    # Newer releases of script(1) otherwise run the shell of the user, which may be nologin.
+    "SHELL": "/bin/sh",
     "LANG": "C.UTF-8",
     "TERM": "dumb",
     "PYTHONPATH": CHECKOUT,
