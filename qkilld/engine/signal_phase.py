@@ -220,6 +220,8 @@ class SignalPhase:
             self._continued_at = now
         else:
             self._term_at = now
+            # The next decision waits for a sample, but callers see the job before that.
+            job.deadline = decide(self.facts, now).deadline
         job.note_rung(number.name, now)
 
     def check_identity(self) -> None:

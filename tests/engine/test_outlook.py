@@ -6,6 +6,9 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from qkilld.engine.job import Job
 from qkilld.engine.outlook import Outlook, outlook, reasons
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import Flag, NextRung, Phase
@@ -89,3 +92,13 @@ def test_while_the_guest_is_asked(world: World) -> None:
     only = world.stop(another(), Flag.POWERDOWN, powerdown_only=True, ask_at_most=30 * S)
     world.clock.advance(3)
     assert outlook(only) == Outlook(NextRung.GIVE_UP)
+
+
+def test_a_client_sees_the_deadline_from_sigterm_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host, `follow` comes late, and qkillctl showed "waits without limit" until then."""
+    monkeypatch.setattr(Job, "follow", lambda job: None)
+    job = world.stop(another(), Flag.FORCE)
+    assert [rung.action for rung in job.rungs] == ["SIGTERM"]
+    assert job.deadline == job.started + job.policy.grace
