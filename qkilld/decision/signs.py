@@ -268,7 +268,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     if not peer.place:
         # Nothing shows which of its calls are for this guest, so no sign is sure.
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
-        return [replace(sign, sure=False) for sign in signs]
+        return [replace(sign, sure=False) for sign in (*signs, *_copied_signs(peer))]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
@@ -292,6 +292,16 @@ def _served_signs(peer: Peer) -> list[Sign]:
         )
         for name, value in (("written", peer.io.write_bytes), ("read", peer.io.read_bytes))
     ]
+
+
+def _copied_signs(peer: Peer) -> list[Sign]:
+    """Return the sign of what the server's calls read and wrote, including what stays in the page
+    cache: bytes of a page that is dirty already are not among those of _served_signs."""
+    if peer.io is None:
+        return []
+    text = f"{_server_title(peer)} copies bytes"
+    copied = peer.io.rchar + peer.io.wchar
+    return [Sign(f"{_of(peer)}copied", SignKind.TRAFFIC, copied, text, PEER_NOISE)]
 
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
