@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 JOURNALD_SOCKET: Final = Path("/run/systemd/journal/socket")
 QUEUE_LENGTH: Final = 4096
-PROCESSING_TIMEOUT_S: Final = 0.5
+PROCESSING_TIMEOUT_S: Final = 1.0
 _PROCESSING_INTERVAL_S: Final = 0.002
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
