@@ -284,9 +284,12 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     ]
     stuck = _stuck_disks(sample, previous) - set(sample.ringless)
     signs = disk_signs(writable)
+    own_work = [*io_signs(sample.io, "it"), *group_signs(sample)]
     if not sure:
         signs = _doubtful(signs)
-    own_work = [*io_signs(sample.io, "it"), *group_signs(sample)]
+        if any(socket.accepted for socket in sample.sockets or ()):
+            # The process may write for a client, such as a backup.
+            own_work = _doubtful(own_work)
     if stuck:
         others = {f"disk:{device.number}" for device in writable if not _carries(device, stuck)}
         signs = [

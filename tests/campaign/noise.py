@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import socket
 import struct
 import threading
@@ -18,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tests.lab import needs
 from tests.lab.bare import MIB, BareGuest
 from tests.lab.groups import temporary_group
+from tests.lab.guest import QEMU
 from tests.lab.nbd import NbdClient, free_port
-from tests.lab.process import end, spawn
+from tests.lab.process import end, run, spawn
 
 _CLONE_NEWNET: Final = 0x40000000
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -70,7 +73,11 @@ def console(around: Surroundings) -> Start:
 def timers(around: Surroundings) -> Start:
     """A character device that tries to reconnect every second."""
     path = around.directory / "nobody"
-    around.arguments += ["-chardev", f"socket,id=timer,path={path},reconnect=1"]
+    # QEMU 9.2 has introduced reconnect-ms, and a later version has removed reconnect.
+    version = run([needs.program(QEMU, "qemu-system-x86"), "--version"], check=True).stdout
+    is_new = [int(number) for number in re.findall(r"\d+", version)[:2]] >= [9, 2]
+    reconnect = "reconnect-ms=1000" if is_new else "reconnect=1"
+    around.arguments += ["-chardev", f"socket,id=timer,path={path},{reconnect}"]
     return _nothing
 
 

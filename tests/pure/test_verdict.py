@@ -506,6 +506,7 @@ MORE = {
         # or timers, which the completions of a disk do not concern
         ({"rings": 1, "timers": 1}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {}, Verdict.UNKNOWN),
+        ({"rings": 1, "timers": 1}, {"io": WROTE}, Verdict.FLUSHING),
         ({"rings": 2, "timers": 2}, {"rings": 1, "timers": 1}, Verdict.FLUSHING),
         ({"rings": 1, "timers": 1, "devices": (HUNG,)}, {}, Verdict.STORAGE_WAIT),
         # A disk has a request and completes none: completions of another disk are a neighbour's
@@ -1038,6 +1039,7 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
             Verdict.STORAGE_WAIT,
         ),
         # A client that QEMU serves, such as a backup, or a vhost-user backend
+        ({"rings": 1, "timers": 1, "sockets": (CLIENT,)}, {"io": WROTE}, Verdict.UNKNOWN),
         (
             {"sockets": (CLIENT,)},
             {"sockets": (replace(CLIENT, acked=90_000, received=9_000),)},
