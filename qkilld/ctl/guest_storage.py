@@ -203,7 +203,9 @@ def _listener_unit(end: ConnectionEnd) -> str:
     kind = "unix" if end.path else "tcp"
     try:
         connections: list[Any] = psutil.net_connections(kind)
-    except (psutil.Error, OSError) as error:
+    except (psutil.Error, OSError, RuntimeError) as error:
+        # RuntimeError: a row is malformed, which any user can cause by a line feed in the name of a
+        # unix socket.
         note("looking for the server of a guest's disks", error)
         return ""
     for each in connections:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 SYSTEM_SOCKET = "/run/qkilld/org.qkilld1"
 USER_SOCKET = "qkilld/org.qkilld1"
 """The socket of a user's own daemon, in $XDG_RUNTIME_DIR."""
-MAX_AT_ONCE = 500
-"""The maximum number of processes in one call. The daemon accepts calls of root up to 64 KiB."""
+MAX_AT_ONCE = 300
+"""The maximum number of processes in one call. Each takes up to 45 bytes, and the daemon accepts
+calls up to 16 KiB (of root, up to 64 KiB)."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
 """Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def test_images() -> None:
 )
 def test_servers(words: list[str], protocols: list[str]) -> None:
     assert [place.protocol for place in places(*words)] == protocols
+
+
+def test_a_socket_whose_name_breaks_the_table_of_sockets(tmp_path: Path) -> None:
+    """Any user can bind one, and psutil raises RuntimeError for it."""
+    with socket.socket(socket.AF_UNIX) as hostile:
+        hostile.bind(os.fsencode(tmp_path / "a\nb c"))
+        assert places("-drive", "file=nbd+unix:///?socket=/x") == []
 
 
 CONFIG = """\
