@@ -178,7 +178,8 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
 
 
 class ForeignSocket(socket.socket):
-    """A socket that a stranger shares, or whose other end may send descriptors, which are closed.
+    """A socket that a stranger also holds, or whose other end may send descriptors. Another thread
+    closes the descriptors that arrive.
 
     The methods defined here never wait, whatever O_NONBLOCK says.
     """

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 STACK_BYTES: Final = 256 * 1024
-"""Stack of each further thread; an existing thread's is locked whole. The default is 8 MiB."""
+"""Stack of each further thread, instead of the usual 8 MiB, because locking memory locks the whole
+stack of every thread."""
 
 _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""

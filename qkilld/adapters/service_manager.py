@@ -101,8 +101,8 @@ class ServiceManager:
 
 
 def stored_descriptors() -> dict[str, int]:
-    """Return the descriptors that the manager has stored, and its sockets, by name. Call it once,
-    at the start.
+    """Return, by name, the descriptors in our file descriptor store and the sockets of our socket
+    units. Call it once, at the start.
 
     listen_fds_with_names() cannot block: it only reads the environment and sets flags.
     """

@@ -154,8 +154,8 @@ class DropIn:
 
 
 def all_drop_ins(base: Path) -> list[DropIn]:
-    """Return all our drop-ins below a directory, including edited ones, and symbolic links of that
-    name, for the administrator to check."""
+    """Return all our drop-ins below a directory, even edited ones. Symbolic links named FILE_NAME
+    are returned too, for the administrator to check."""
     drop_ins = []
     for path in sorted(base.glob(f"*.d/{FILE_NAME}")):
         with ignore(f"reading {path}, which may not be ours to read", OSError):

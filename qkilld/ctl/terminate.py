@@ -233,8 +233,9 @@ async def carry_out(
     start: Callable[[TargetOutcome], Awaitable[None]],
     stream: VarlinkStream | None = None,
 ) -> int:
-    """Start a job for each target with `start`, which sets `job`, or `result` if there is no job;
-    show the outcomes. `stream`: the replies of the Varlink call that started the jobs, if any."""
+    """Call `start` with the outcome of each target, and show the outcomes. `start` sets the job of
+    the outcome or, if the target needs none, the result. `stream`: the replies of the Varlink call
+    that started the jobs, if any."""
 
     async def begin(outcome: TargetOutcome) -> None:
         await start(outcome)

@@ -247,8 +247,9 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
 
 
 def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
-    """Return the signs of a server without other clients: its calls, the disks under them, its own
-    reads and writes."""
+    """Return the signs of a server without other clients: what it reads and writes, writes to the
+    disks that its calls wait for, its calls on mounts and, for NBD, that it runs without being seen
+    in a call."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
     if answers := [thread for thread in working if thread.target == "mount"]:

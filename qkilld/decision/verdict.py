@@ -422,8 +422,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return how long (µs) a server that is first sampled now may have made progress that no sample
-    showed."""
+    """Return for how long (µs) the progress of a server that is first sampled now may have gone
+    unseen: since its wait began or, if that is later, since the last progress."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 

@@ -333,7 +333,7 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
         signs = _request_signs(sample, previous)
     elif what == "sockets":
         # A socket that cannot be read may be a storage connection. For each reply on it, QEMU's
-        # threads write bytes to each other; timers and consoles cause far fewer.
+        # threads wake each other by writing a few bytes; timers and consoles cause far fewer bytes.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 

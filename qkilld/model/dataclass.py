@@ -56,7 +56,8 @@ def _with_slots(cls: Any) -> Any:
 
 
 def _complete_later(cls: Any, made: Any, kw_only: bool) -> None:
-    """Complete `made` at its first use, from `cls`, which has the defaults."""
+    """Let the first use of `made` complete it. `cls` is the class without slots, which still has
+    the default values of the fields."""
     completed = False
 
     def complete() -> None:

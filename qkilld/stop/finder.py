@@ -22,7 +22,7 @@ from qkilld.stop.process import (
 
 @dataclass(frozen=True, slots=True)
 class OutsideGuest:
-    """A QEMU in another unit."""
+    """A QEMU outside of our own unit."""
 
     pid: int
     name: str

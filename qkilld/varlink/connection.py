@@ -207,7 +207,7 @@ class VarlinkConnection:
         self._incoming += data
         if self._calling:
             # Read on while a call is being answered, because only reading shows that the client has
-            # disconnected. Stop when more than one longest call is buffered.
+            # disconnected. Stop when more is buffered than the longest call may have.
             if len(self._incoming) > self._max_call:
                 self._read_on(False)
         else:
