@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -171,8 +173,22 @@ def test_the_room_of_one_that_ends_is_given_to_others(crowd: Callable[[int], Cro
     assert sum(kept) >= len(gone)
 
 
+def stop(guest: Guest) -> None:
+    """Stop a guest with SIGSTOP and return when none of its threads runs, so that only counters
+    may differ between two of its samples."""
+    guest.signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while any(
+        path.read_text().rpartition(") ")[2][0] != "T"
+        for path in Path(f"/proc/{guest.pid}/task").glob("*/stat")
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_guest_is_seen_alike(qemu: Callable[..., Guest]) -> None:
     guest = qemu()
+    stop(guest)
     reader = Reader(guest.pid, HostTables())
     kept = reader.read()
     assert len(files_of(guest)) >= 4
