@@ -4,7 +4,7 @@ catalogue look for it, and remove exactly these files again.
 The Python package goes, byte-compiled, to a directory of its own, so that nothing else on the
 machine imports it by accident; the programs are short scripts that import it from there. Files in
 units/, dbus/ and packaging/ that match the patterns below are installed. They are written for
-PREFIX=/usr; paths of our programs in them are replaced by the installed ones.
+PREFIX=/usr; paths of our programs and documentation in them are replaced by the installed ones.
 
 Needs no network and no module outside of the standard library, and runs under the interpreter that
 the programs will use.
@@ -116,6 +116,7 @@ def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str,
         yield f"{places.package}/{source.relative_to(TOP)}", File(source.read_bytes())
     moved = {f"/usr/bin/{Path(path).name}": path for path in public}
     moved |= {f"/usr/lib/qkilld/{Path(path).name}": path for path in private}
+    moved["/usr/share/doc/qkilld"] = places.docdir
     dbus = f"{places.dbusdatadir}/dbus-1"
     for pattern, directory in (
         ("dbus/*.xml", f"{places.package}/qkilld/interfaces"),

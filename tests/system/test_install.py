@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -103,6 +104,15 @@ def test_other_places(lab_dir: Path) -> None:
     unit = (lab_dir / "etc/systemd/system/qkilld.service").read_text()
     assert "ExecStart=/opt/q/bin/qkilld" in unit
     assert "/usr/bin/qkill" not in unit
+    pages = lab_dir / "opt/q/share/man/man8"
+    for name, place in (
+        ("qkilld-stop.8", "ExecStop=/opt/q/bin/qkilld-stop\n"),
+        ("qemu-guest@.service.8", " /opt/q/share/doc/qkilld/guest-example.conf\n"),
+    ):
+        # troff writes a hyphen that is not to be broken as \-.
+        assert place in (pages / name).read_text().replace("\\-", "-"), name
+    for page in lab_dir.glob("opt/q/share/man/man*/*"):
+        assert not re.search(r"/usr/(bin/qk|share/doc)", page.read_text()), page.name
     completion = lab_dir / "opt/q/share/zsh/site-functions/_qkillctl"
     assert "$(/opt/q/lib/qkilld/complete $kind" in completion.read_text()
     # The bus reads its policy from there alone.
