@@ -126,15 +126,17 @@ def disk_dir() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_progress_over_a_unix_socket_is_told_in_bytes(
-    client: Client, linux_guest: Make, disk_dir: Path
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_progress_over_nbd_is_told_in_bytes(
+    client: Client, linux_guest: Make, disk_dir: Path, tcp: bool
 ) -> None:
-    """No counter of QEMU's moves there; the server's writes count as the guest's."""
+    """On a unix socket, no counter of QEMU's moves, and the server's writes count as the guest's.
+    On TCP, the bytes that the server has acknowledged count."""
     image = disk_dir / "disk"
     create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", str(image), "11G")
     run([needs.program("qemu-img", "qemu-utils"), *create], check=True)
     client.subscribe()
-    with nbd_server(image, room=64 << 20) as server:
+    with nbd_server(image, tcp=tcp, room=64 << 20) as server:
         # A clean exit writes a table of 4 KiB for every three records.
         guest = linux_guest(job="writer", disk=server.uri, records=300, stride=32 << 20, passes=3)
         guest.wait_for("WRITER DONE", 60)
