@@ -49,7 +49,8 @@ def run(release: Release, *arguments: str) -> bool:
     # Kept, because making it takes minutes.
     venv = DIRECTORY / f"{release.name}-venv"
     venv.mkdir(exist_ok=True)
-    disk = DIRECTORY / "disk"
+    # Named by the release, because the suite may run on several releases at once.
+    disk = DIRECTORY / f"{release.name}-disk"
     shutil.rmtree(disk, ignore_errors=True)
     disk.mkdir()
     log = DIRECTORY / f"{release.name}-tests.log"

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import platform
 import re
 import shutil
 import socket
@@ -249,18 +250,21 @@ def saved_state() -> Path:
     """Return the directory of the saved guest; save it first if it belongs to another QEMU or to
     other sources.
 
-    Raises needs.Missing if its disk is missing.
+    Each release of Debian that uses the same directory has a saved guest of its own there, so that
+    the suite can run on several at once. Raises needs.Missing if its disk is missing.
     """
     qemu = needs.program(QEMU, "qemu-system-x86")
     made = _made()
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(run([qemu, "--version"], check=True).stdout.encode())
     digest.update(repr((made, (made / "root.img").stat().st_mtime_ns)).encode())
-    place = made / f"booted-{digest.hexdigest()[:16]}"
+    system = platform.freedesktop_os_release()
+    release = f"booted-{system['ID']}-{system.get('VERSION_CODENAME', '')}"
+    place = made / f"{release}-{digest.hexdigest()[:16]}"
     with (made / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
-            for old in made.glob("booted-*"):
+            for old in made.glob(f"{release}-*"):
                 shutil.rmtree(old)
             _save_state(place)
     return place
