@@ -64,9 +64,12 @@ def test_a_host_with_six_of_them_powers_off() -> None:
     """The whole table is `make bench-units`."""
     names = ("plain", "sigkill", "sigcont", "loop", "on-nbd")
     wanted = {*(f"{name}.service" for name in names), "100.scope"}
-    rows = measure([each for each in STRUCTURES if each.unit in wanted], ["poweroff"])
+    said: list[str] = []
+    chosen = [each for each in STRUCTURES if each.unit in wanted]
+    rows = measure(chosen, ["poweroff"], said.append)
     assert len(rows) == 6
     for row in rows:
+        assert row.is_measured("poweroff"), said
         assert not row.is_worse("poweroff"), row
         guest = 0 if row.structure.unit == "on-nbd.service" else RECORDS
         assert row.kept["poweroff", True] == Kept(RECORDS, guest), row
