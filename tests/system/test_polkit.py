@@ -207,6 +207,8 @@ def test_inspecting_and_cancelling(system: Container, start: Start) -> None:
 
 @contextlib.contextmanager
 def stopped_polkit(system: Container) -> Iterator[None]:
+    # It may have exited since the last test; the bus starts it only when it is asked.
+    system.run("systemctl", "start", "polkit.service")
     system.run("systemctl", "kill", "--signal=STOP", "polkit.service")
     try:
         yield
