@@ -31,6 +31,7 @@ from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout, Monit
 from qkilld.model.guest import Identity
 from qkilld.monitor.endpoints import (
     Endpoint,
+    Role,
     TcpListener,
     UnixListener,
     endpoint_of_peer,
@@ -100,13 +101,14 @@ def read_process_blocking(
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
     """Connect to a monitor that the daemon cannot reach, to pass the connection to the daemon.
     Return None if the guest has no such monitor, none can be connected to, or the daemon can reach
-    another monitor of the guest or its agent.
+    another monitor of the guest. An agent does not replace a monitor.
 
     Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
     OSError.
     """
     guest_endpoints = find_endpoints(*read_process_blocking(identity, proc))
-    for endpoint in () if guest_endpoints.endpoints else guest_endpoints.passable:
+    reachable = (*guest_endpoints.with_role(Role.QMP), *guest_endpoints.with_role(Role.HMP))
+    for endpoint in () if reachable else guest_endpoints.passable:
         with ignore(f"connecting to {endpoint.title}", MonitorError):
             return connect_directly(identity.pid, endpoint, proc)
     return None

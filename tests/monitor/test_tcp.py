@@ -15,10 +15,10 @@ from qkilld.adapters import procfs
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import InvalidArgs, MonitorBusy, MonitorError, MonitorUnreachable
-from qkilld.monitor.endpoints import Endpoint, GuestEndpoints, Role, find_endpoints
+from qkilld.monitor.endpoints import AGENT_PORT, Endpoint, GuestEndpoints, Role, find_endpoints
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.job_monitor import JobMonitors
-from qkilld.monitor.reach import prove, read_process_blocking
+from qkilld.monitor.reach import connect_passable, prove, read_process_blocking
 from qkilld.monitor.tcp import connect_directly, ends_in, read_tcp
 from tests.evidence.until import until
 from tests.lab import needs
@@ -89,6 +89,40 @@ def test_a_monitor_answers_over_a_connection_that_is_passed(
     guest = qemu(qmp=False, arguments=(option, place.format(port=free_port())))
     assert monitor_of(guest).role is role
     assert run(taken(guest, lambda control: control.runstate())) == "running"
+
+
+@pytest.mark.parametrize(
+    ("more", "is_passed"),
+    [
+        ((), True),
+        (("agent",), True),
+        (("hmp",), False),
+        (("agent", "qmp"), False),
+    ],
+)
+def test_a_monitor_is_passed_if_qkilld_reaches_no_other(
+    qemu: Start, lab_dir: Path, more: tuple[str, ...], is_passed: bool
+) -> None:
+    """An agent that qkilld reaches is no monitor."""
+    sockets = {each: f"unix:{lab_dir / each},server=on,wait=off" for each in ("qmp", "hmp")}
+    arguments = {
+        "qmp": ("-qmp", sockets["qmp"]),
+        "hmp": ("-monitor", sockets["hmp"]),
+        "agent": (
+            *("-chardev", f"socket,id=agent,path={lab_dir / 'agent'},server=on,wait=off"),
+            *("-device", "virtio-serial"),
+            *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
+        ),
+    }
+    on_tcp = ("-M", "q35", "-S", "-qmp", PLACES[0][1].format(port=free_port()))
+    guest = qemu(qmp=False, arguments=(*on_tcp, *(word for one in more for word in arguments[one])))
+    monitor_of(guest)
+    until(lambda: guest_endpoints_of(guest.pid).endpoints, lambda now: len(now) == len(more))
+    connection = connect_passable(procfs.read_identity(guest.pid))
+    assert (connection is not None) == is_passed
+    if connection is not None:
+        with connection:
+            assert ends_in(connection, guest.pid)
 
 
 def test_a_descriptor_whose_parent_had_listened() -> None:
