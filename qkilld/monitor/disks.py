@@ -167,8 +167,10 @@ async def flush(
     """Flush nodes, given as (name, title), and report each result.
 
     The processors must be stopped. If QEMU does not answer in time, its NBD server may stay until
-    `resume` is called with the same `server`. Raises MonitorError if no server can be started,
-    MonitorTimeout also if a later command is not answered within QUERY_S.
+    `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
+    results up to then remain, and the other disks count as not tried.
+
+    Raises MonitorError if no server can be started, MonitorTimeout if nothing is known of any disk.
     """
     server = server or ExportServer()
     if server.may_be_our_server is None:
@@ -177,6 +179,7 @@ async def flush(
         return ()
     until = time.monotonic() + timeout_s
     results: list[FlushResult] = []
+    why, refused = "QEMU did not answer in time", False
     with contextlib.ExitStack() as stack:
         try:
             async with asyncio.timeout(timeout_s):
@@ -185,6 +188,10 @@ async def flush(
                     results.append(await _flush_one(qmp, number, node, title, one))
         except TimeoutError:
             pass
+        except MonitorTimeout as error:
+            if not results:
+                raise
+            why, refused = printable(str(error)), True
         finally:
             # Close our connections first: QEMU 7.2 waits in nbd-server-stop for connections that
             # are being negotiated.
@@ -197,7 +204,7 @@ async def flush(
     unfinished = disks[len(results) :]
     return (
         *results,
-        *(FlushResult(node, title, "QEMU did not answer in time") for node, title in unfinished),
+        *(FlushResult(node, title, why, refused=refused) for node, title in unfinished),
     )
 
 
@@ -281,7 +288,7 @@ async def _serve(
 async def _flush_one(
     qmp: QmpClient, number: int, node: str, title: str, connection: NbdConnection
 ) -> FlushResult:
-    """Raises MonitorTimeout."""
+    """Raises MonitorTimeout if the disk was not exported in time, so that no flush was tried."""
     name = f"{EXPORT_PREFIX}{number}"
     export = {"type": "nbd", "id": name, "node-name": node, "name": name}
     try:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from qkilld.model.constants import Flag, Result
 from qkilld.monitor import disks
 from qkilld.monitor.job_monitor import JobMonitors
 from qkilld.monitor.nbd import NbdConnection
+from qkilld.monitor.qmp import QmpClient
 from tests.evidence.until import until as wait_until
 from tests.lab import needs
 from tests.lab.bus import Bus, Client, Daemon, plain
@@ -351,6 +353,42 @@ def test_an_interrupted_flush_leaves_no_server(
                 await resume(monitor)
 
     run_for(120, work())
+    assert server_of(guest) == ""
+
+
+def test_what_is_known_of_one_disk_remains_if_qemu_stops_answering(
+    qemu: Start, lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU is stopped right after the first disk has failed to flush."""
+    flush_one = disks._flush_one
+
+    async def stop_after(qmp: QmpClient, number: int, *more: Any) -> FlushResult:
+        result = await flush_one(qmp, number, *more)
+        guest.signal(signal.SIGSTOP)
+        return result
+
+    monkeypatch.setattr(disks, "_flush_one", stop_after)
+    with flush_fails(lab_dir) as path:
+        image = make_disk(lab_dir / "d")
+        node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={image}"
+        remote = f"driver=nbd,node-name=remote,server.type=unix,server.path={path}"
+        guest = qemu(arguments=machine(["-blockdev", remote, "-blockdev", node]))
+
+        async def work() -> list[object]:
+            async with open_monitor(guest) as monitor:
+                ends: list[object] = []
+                both = [replace(NODE, node=name, title=name) for name in ("remote", "local")]
+                monitor.stop_and_flush(both, ends.append, stop=True, timeout=5 * S)
+                await until(lambda: bool(ends))
+                guest.signal(signal.SIGCONT)
+                await resume(monitor)
+                return ends
+
+        (results,) = run_for(120, work())
+    assert isinstance(results, tuple), results
+    first, second = results
+    assert (first.error, first.refused) == ("Input/output error", False)
+    assert "block-export-add" in second.error and second.refused
     assert server_of(guest) == ""
 
 
