@@ -8,7 +8,6 @@ from typing import Final, Protocol
 
 from qkilld.engine.ports import Monitors
 from qkilld.model.dataclass import dataclass
-from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Guest, GuestChannels
 
 SCAN_INTERVAL_S: Final = 2.0
@@ -73,7 +72,7 @@ class GuestWatch:
         """Start to watch, if that is not done yet, and wait for the first scan. Return the guests
         at the last scan.
 
-        Raises what `find_guests` raises.
+        Raises what the first scan raises; the next call starts again.
         """
         if self._scanning is None:
             loop = asyncio.get_running_loop()
@@ -97,29 +96,26 @@ class GuestWatch:
 
     async def _scan_for_ever(self, first: asyncio.Future[None]) -> None:
         try:
-            await self._scan(tell=False)
-        except QkilldError as error:
-            self._end_with(first, error)
-            return
-        first.set_result(None)
-        while True:
-            await asyncio.sleep(SCAN_INTERVAL_S)
             try:
-                if not await self._is_wanted():
-                    break
-                await self._scan(tell=True)
-            except QkilldError as error:
-                # Go on, because the next scan may succeed.
-                self._on_fault("looking for guests", error)
-        if self._scanning is asyncio.current_task():
-            self._end()
-
-    def _end_with(self, first: asyncio.Future[None], error: QkilldError) -> None:
-        if self._scanning is asyncio.current_task():
-            self._first_scan, self._scanning = None, None
-        if not first.done():
-            first.set_exception(error)
-            first.exception()  # Mark as retrieved, because perhaps nobody waits.
+                await self._scan(tell=False)
+            except Exception as error:
+                first.set_exception(error)
+                first.exception()  # Mark as retrieved, because perhaps nobody waits.
+                return
+            first.set_result(None)
+            while True:
+                await asyncio.sleep(SCAN_INTERVAL_S)
+                try:
+                    if not await self._is_wanted():
+                        break
+                    await self._scan(tell=True)
+                except Exception as error:
+                    # Go on, because the next scan may succeed.
+                    self._on_fault("looking for guests", error)
+        finally:
+            # However the watch ends, the next call of `guests` starts another one.
+            if self._scanning is asyncio.current_task():
+                self._end()
 
     async def _scan(self, *, tell: bool) -> None:
         guests = {guest.identity.key: guest for guest in await self._find_guests()}
