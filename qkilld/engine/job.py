@@ -314,8 +314,12 @@ class Job:
         FORCE.
 
         A request of higher rank takes the job over: it replaces the former request, but not its
-        flags and spans. If the job was the owner's, the owner's spans, FIXED and hold end, too, and
-        the owner's extensions are cut to `owner_limit`.
+        flags and spans, and the guest gets all the help that either of them allows. If the job was
+        the owner's, the owner's spans, FIXED and hold end, too, and the owner's extensions are cut
+        to `owner_limit`.
+
+        If neither the job nor the request lets signals follow, none do; then the job ends after the
+        first order, as with NOWAIT, only if both have NOWAIT.
 
         FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
         is unreadable, and Failed if the job is held or extended. A hold or extension by the owner
@@ -335,8 +339,9 @@ class Job:
             except UnknownIdentity:
                 if at_once:
                     raise
+        asks_alone = replace(self.request, flags=self.flags).asks_alone and request.asks_alone
         if rank > before:
-            self.request = request
+            self.request = steering.replace_request(self.request, request)
             if before is Rank.OWNER:
                 self.flags = self.flags & ~Flag.FIXED | request.flags & Flag.FIXED
                 self.policy = policy_for(self.flags, self._configured, request.spans)
@@ -344,11 +349,11 @@ class Job:
         self.flags |= request.flags & Flag.FORCE
         if steering.may_steer(rank, before):
             self.policy = lengthen(self.policy, request.spans)
-            if not _asks_alone(request):
+            if not asks_alone or Flag.NOWAIT not in request.flags:
                 self.flags &= ~Flag.NOWAIT
             self.request = replace(
                 self.request,
-                powerdown_only=self.request.powerdown_only and _asks_alone(request),
+                powerdown_only=asks_alone and Flag.NOWAIT not in self.flags,
                 ask_at_most=min(self.request.ask_at_most, request.ask_at_most),
             )
             self._powerdown.set_span(self.policy.powerdown)
@@ -584,9 +589,3 @@ class Job:
         self._trace.record(ExitRecord(self._parts.clock.now()))
         self._trace.end()
         self._parts.on_survivor_exit(self)
-
-
-def _asks_alone(request: Request) -> bool:
-    """Return whether the guest is only asked, and QEMU gets no signal."""
-    asks = Flag.POWERDOWN in request.flags
-    return asks and (request.powerdown_only or Flag.NOWAIT in request.flags)

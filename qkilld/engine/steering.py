@@ -13,7 +13,7 @@ from typing import Final
 
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
-from qkilld.model.job import Control
+from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
 
 OWNER_EXTENSION: Final = 10 * 60 * USEC_PER_SEC
@@ -60,3 +60,13 @@ def take_over(control: Control, limit: int) -> Control:
     comes from `owner_limit`."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))
+
+
+def replace_request(before: Request, request: Request) -> Request:
+    """Return the request of a job that is taken over. The guest still gets the help that the former
+    request allows, and its monitor keeps its name."""
+    return replace(
+        request,
+        help=tuple(dict.fromkeys((*before.help, *request.help))),
+        qmp_socket=request.qmp_socket or before.qmp_socket,
+    )

@@ -76,6 +76,8 @@ class UnitStops:
     def _join(
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
+        if Flag.NOWAIT in job.flags:
+            return  # It only waits to give its one order.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:

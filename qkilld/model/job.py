@@ -29,6 +29,11 @@ class Request:
     ask_at_most: int = INFINITY
     """If the guest is asked first, asking ends this long (µs) after the start of the job."""
 
+    @property
+    def asks_alone(self) -> bool:
+        """Whether the guest is only asked, and QEMU gets no signal."""
+        return Flag.POWERDOWN in self.flags and (self.powerdown_only or Flag.NOWAIT in self.flags)
+
 
 @dataclass(frozen=True, slots=True)
 class Control:

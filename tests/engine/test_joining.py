@@ -1,0 +1,118 @@
+"""How the flags and options of a call combine with those of the job that it joins."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from signal import SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+
+from qkilld.decision.unit_limits import Limits
+from qkilld.engine.snapshot import decode
+from qkilld.engine.unit_stop import ControlProcess, UnitStops
+from qkilld.model.constants import Flag, GuestAsked, Result
+from qkilld.model.guest import Unit
+from qkilld.model.guest_state import Button, GuestObservation, GuestOrder
+from tests.engine.conftest import FakeProcess, S, World
+from tests.engine.test_service import make_service
+
+POWERDOWN, FORCE, NOWAIT = Flag.POWERDOWN, Flag.FORCE, Flag.NOWAIT
+OWNER, ROOT, STRANGER = 1000, 0, 1001
+UP = GuestObservation(
+    at=0,
+    runstate="running",
+    button=Button.LISTENED,
+    press_pending=False,
+    requests=100,
+    disks_idle=60 * S,
+    vcpu_time=0,
+)
+IN_DOUBT = replace(UP, button=Button.NOT_LISTENED, requests=None)
+"""The guest is watched for a while before it is asked."""
+SIGNALS: dict[str, Any] = {"flags": POWERDOWN}
+FORCED: dict[str, Any] = {"flags": POWERDOWN | FORCE}
+ONLY: dict[str, Any] = {"flags": POWERDOWN, "powerdown_only": True}
+PRESS: dict[str, Any] = {"flags": POWERDOWN | NOWAIT}
+
+
+def world_of(seen: GuestObservation) -> World:
+    world = World()
+    world.monitors.shows = lambda now: seen
+    return world
+
+
+@pytest.mark.parametrize("uid", [OWNER, ROOT, STRANGER])
+@pytest.mark.parametrize(("first", "signals"), [(SIGNALS, [SIGTERM]), (FORCED, [SIGTERM, SIGKILL])])
+@pytest.mark.parametrize("second", [ONLY, PRESS])
+def test_a_call_without_signals_takes_none_back(
+    first: dict[str, Any], signals: list[int], second: dict[str, Any], uid: int
+) -> None:
+    world, process = world_of(UP), FakeProcess()
+    job = world.stop(process, uid=OWNER, **first)
+    world.clock.advance(2)
+    assert world.stop(FakeProcess(), uid=uid, **second) is job
+    assert not job.request.powerdown_only
+    world.clock.advance(61)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(120)
+    assert process.sent == signals
+
+
+@pytest.mark.parametrize("uid", [OWNER, ROOT])
+@pytest.mark.parametrize(("first", "second"), [(ONLY, PRESS), (PRESS, ONLY), (ONLY, ONLY)])
+def test_no_signal_follows_if_neither_call_allows_one(
+    first: dict[str, Any], second: dict[str, Any], uid: int
+) -> None:
+    world, process = world_of(IN_DOUBT), FakeProcess()
+    job = world.stop(process, uid=OWNER, **first)
+    world.clock.advance(1)
+    assert world.stop(FakeProcess(), uid=uid, **second) is job
+    world.monitors.shows = lambda now: UP
+    world.clock.advance(5)
+    assert world.monitors.orders[0] is GuestOrder.BUTTON
+    assert job.running and job.request.powerdown_only
+    world.clock.advance(100)
+    assert (job.result, job.guest_asked) == (Result.SURVIVED, GuestAsked.IGNORED)
+    assert process.sent == []
+
+
+@pytest.mark.parametrize("uid", [OWNER, ROOT])
+def test_two_single_orders_remain_one(uid: int) -> None:
+    world, process = world_of(IN_DOUBT), FakeProcess()
+    job = world.stop(process, uid=OWNER, **PRESS)
+    world.clock.advance(1)
+    assert world.stop(FakeProcess(), uid=uid, **PRESS) is job
+    world.monitors.shows = lambda now: UP
+    world.clock.advance(5)
+    assert (job.result, process.sent) == (Result.SIGNALLED, [])
+
+
+def test_a_job_that_is_taken_over_keeps_its_help_and_its_monitor() -> None:
+    world = world_of(UP)
+    job = world.stop(
+        FakeProcess(),
+        POWERDOWN,
+        uid=OWNER,
+        help=(GuestOrder.RESUME, GuestOrder.WAKE),
+        qmp_socket="/run/web/qmp",
+    )
+    more = (GuestOrder.WAKE, GuestOrder.THAW)
+    assert world.stop(FakeProcess(), POWERDOWN, uid=ROOT, reason="reboot", help=more) is job
+    request = decode(job.snapshot().to_json()).request
+    assert request.help == (GuestOrder.RESUME, GuestOrder.WAKE, GuestOrder.THAW)
+    assert (request.uid, request.reason, request.qmp_socket) == (ROOT, "reboot", "/run/web/qmp")
+
+
+@pytest.mark.parametrize(
+    ("first", "sent"), [(SIGNALS, [SIGTERM]), (ONLY, []), (PRESS, [])], ids=repr
+)
+def test_the_limits_of_a_unit_add_no_signal(first: dict[str, Any], sent: list[int]) -> None:
+    world, process = world_of(IN_DOUBT), FakeProcess()
+    service, _ = make_service(world)
+    job = world.stop(process, uid=ROOT, **first)
+    units = UnitStops(service, lambda pid: None, user=False)
+    control = ControlProcess(Unit("web.service"), S)
+    units._join(job, Limits(ask=3 * S, force=True), control, ROOT, force=False)
+    world.clock.advance(4)
+    assert process.sent == sent
