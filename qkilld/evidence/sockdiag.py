@@ -191,15 +191,14 @@ class SocketTable:
             place = (self._unix or {}).get(inode)
         else:
             place = self._single_unix(inode, _ESTABLISHED)
-        try:
+        with _checked():
             return None if place is None else _unix(*place)
-        except _MALFORMED as error:
-            raise Unreadable(str(error)) from None
 
     def listens_at(self, inode: int) -> bytes:
         """Return the name of a listening unix socket; b"" if it is not one."""
         place = self._listener(inode)
-        return b"" if place is None else _unix(*place).name
+        with _checked():
+            return b"" if place is None else _unix(*place).name
 
     def has_unix(self, inode: int) -> bool:
         """Return whether a unix stream socket of our network namespace has this inode, and listens
@@ -212,7 +211,8 @@ class SocketTable:
     def listens(self, matches: Callable[[bytes], bool]) -> bool:
         """Return whether any listening unix socket has a matching name."""
         if self._reads_unix():
-            return any(matches(_unix(*place).name) for place in self._listening.values())
+            with _checked():
+                return any(matches(_unix(*place).name) for place in self._listening.values())
         request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0, 1 << _LISTEN, 0, _UNIX_SHOW_NAME, 0, 0)
         with self._single():
             places = _request(request, _DUMP, seconds=SINGLE_S)
@@ -247,19 +247,18 @@ class SocketTable:
                 return _ask_tcp(inode, id, alone=True) if id else None
         sockets, listeners = tables
         place = sockets.get(inode)
-        try:
+        with _checked():
             return None if place is None else _tcp(*place, listeners)
-        except _MALFORMED as error:
-            raise Unreadable(str(error)) from None
 
     def tcp_peer(self, id: bytes) -> int | None:
         """Return the inode of the other end, if it is in this network namespace too."""
         if (tables := self._reads_tcp()) is None:
             with self._single():
                 return _ask_peer(id)
-        if self._by_address is None:
-            self._by_address = {_address(b, s): inode for inode, (b, s, _) in tables[0].items()}
-        return self._by_address.get(_mirrored(id))
+        with _checked():
+            if self._by_address is None:
+                self._by_address = {_address(b, s): inode for inode, (b, s, _) in tables[0].items()}
+            return self._by_address.get(_mirrored(id))
 
     def _reads_unix(self) -> bool:
         """Read the whole unix table once; return False if it is crowded."""
@@ -295,7 +294,8 @@ class SocketTable:
         place = self._singles[inode]
         if place is None:
             return None
-        _, kind, reply_inode, _ = _UNIX_MESSAGE.unpack_from(place[0], place[1])
+        with _checked():
+            _, kind, reply_inode, _ = _UNIX_MESSAGE.unpack_from(place[0], place[1])
         return place if (kind, reply_inode) == (_SOCK_STREAM, state) else None
 
     def _id_of(self, inode: int) -> bytes:
@@ -333,6 +333,15 @@ class SocketTable:
             raise Unreadable(self._failure) from None
 
 
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """Raise Unreadable if a message of the kernel cannot be parsed."""
+    try:
+        yield
+    except _MALFORMED as error:
+        raise Unreadable(str(error)) from None
+
+
 def listening_unix() -> dict[tuple[int, int], int] | None:
     """Return the inodes of listening unix sockets, by the files that they are bound to; None if
     unknown.
@@ -349,7 +358,7 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
                 if kind == _UNIX_VFS:
                     file, device = _U32_U32.unpack_from(buffer, at)
                     inodes[os.makedev(device >> 20, device & 0xFFFFF), file] = inode
-    except (OSError, ValueError, IndexError, struct.error) as error:
+    except (OSError, *_MALFORMED) as error:
         note_once("asking the kernel for listening sockets", error)
         return None
     return inodes
@@ -529,11 +538,11 @@ def _answers(kernel: socket.socket, flags: int, seconds: float | None = None) ->
 
 
 def _attributes(buffer: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (type, start, end) of each attribute."""
+    """Yield (type, start, end) of each attribute. Raises ValueError and struct.error."""
     while start + _ATTRIBUTE.size <= end:
         length, kind = _ATTRIBUTE.unpack_from(buffer, start)
         if length < _ATTRIBUTE.size or start + length > end:
-            return
+            raise ValueError("an attribute in the kernel's answer about sockets is cut off")
         yield kind, start + _ATTRIBUTE.size, start + length
         start += (length + 3) & ~3
 

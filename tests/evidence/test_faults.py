@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -135,6 +136,68 @@ def test_a_netlink_message_that_is_cut_off_is_unreadable(
     monkeypatch.setattr(sockdiag, "_dump_tcp", lambda: ({7: (bytes(20), 0, 20)}, set()))
     with pytest.raises(sockdiag.Unreadable):
         sockdiag.SocketTable().tcp(7)
+
+
+ASK = (
+    lambda table: table.unix(7),
+    lambda table: table.listens_at(7),
+    lambda table: table.listens(b"/s".__eq__),
+    lambda table: table.has_unix(7),
+)
+
+
+@pytest.mark.parametrize("ask", ASK, ids=["unix", "listens_at", "listens", "has_unix"])
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        struct.pack("=HH", 4, sockdiag._UNIX_QUEUES),
+        struct.pack("=HH", 4, sockdiag._UNIX_SHUTDOWN),
+        struct.pack("=HH", 60, sockdiag._UNIX_NAME) + b"/s",
+        struct.pack("=HH", 0, sockdiag._UNIX_NAME),
+    ],
+    ids=["queues", "shutdown", "long-name", "no-length"],
+)
+def test_a_malformed_table_of_unix_sockets_is_unknown(
+    ask: Callable[[sockdiag.SocketTable], object],
+    crowded: bool,
+    attribute: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not show that nothing listens there."""
+    state = sockdiag._LISTEN if ask in ASK[1:3] else sockdiag._ESTABLISHED
+    message = sockdiag._UNIX_MESSAGE.pack(socket.AF_UNIX, sockdiag._SOCK_STREAM, state, 7)
+    message += attribute
+
+    def answer(request: bytes, flags: int, seconds: float | None = None) -> Iterator[object]:
+        yield message, 0, len(message)
+
+    monkeypatch.setattr(sockdiag, "_request", answer)
+    crowd = sockdiag.CrowdedTables()
+    if crowded:
+        crowd.note(socket.AF_UNIX)
+    with pytest.raises(sockdiag.Unreadable):
+        ask(sockdiag.SocketTable(crowd))
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_a_malformed_answer_about_one_socket_is_unknown(
+    crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockdiag, "_request", lambda *arguments, **more: iter([(b"", 0, 0)]))
+    monkeypatch.setattr(sockdiag, "_dump_tcp", lambda: ({7: (b"", 0, 0)}, set()))
+    crowd = sockdiag.CrowdedTables()
+    for family in (socket.AF_UNIX, socket.AF_INET) if crowded else ():
+        crowd.note(family)
+    table = sockdiag.SocketTable(crowd)
+    for ask in (
+        lambda: table.listens_at(7),
+        lambda: table.is_listening(7),
+        lambda: table.tcp(7),
+        lambda: table.tcp_peer(bytes(49)),
+    ):
+        with pytest.raises(sockdiag.Unreadable):
+            ask()
 
 
 def test_each_field_that_is_unknown_has_a_line_and_a_reason(
