@@ -168,18 +168,36 @@ def _is_passed_on(device: Device, devices: Sequence[Device]) -> bool:
     return working.issuperset(range(device.depth))
 
 
-def mount_signs(mounts: Iterable[Mount], wanted: set[str] | None) -> list[Sign]:
-    """Return the signs of mounts; `wanted` has the numbers of the relevant ones, None for all."""
-    return [
-        Sign(
-            name=f"mount:{place}",
-            kind=SignKind.COUNT,
-            value=mount.operations,
-            text=f"a mount of type {mount.kind} answers",
-        )
-        for place, mount in enumerate(mounts)
-        if mount.operations is not None and (wanted is None or mount.number in wanted)
-    ]
+def mount_signs(
+    mounts: Iterable[Mount], wanted: set[str] | None, earlier: Iterable[Mount]
+) -> list[Sign]:
+    """Return the signs of mounts; `wanted` has the numbers of the relevant ones, None for all.
+
+    `earlier`: the mounts in the last sample.
+    """
+    before = {
+        server.pid: server
+        for mount in earlier
+        for server in (mount.servers or ())
+        if wanted is None or mount.number in wanted
+    }
+    signs: dict[str, Sign] = {}
+    for place, mount in enumerate(mounts):
+        if wanted is not None and mount.number not in wanted:
+            continue
+        if mount.operations is not None:
+            text = f"a mount of type {mount.kind} answers"
+            sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
+            signs[sign.name] = sign
+        if mount.waiting is not None:
+            # Only a fall counts, as with data that was not read. Others may use the mount, too.
+            text = f"a mount of type {mount.kind} answers requests"
+            sign = Sign(f"waiting:{mount.number}", SignKind.COUNT, -mount.waiting, text, sure=False)
+            signs[sign.name] = sign
+        for server in mount.servers or ():
+            for sign in peer_signs(server, before.get(server.pid), ""):
+                signs.setdefault(sign.name, replace(sign, sure=sign.sure and mount.certain))
+    return list(signs.values())
 
 
 def io_signs(io: Io | None, who: str) -> list[Sign]:

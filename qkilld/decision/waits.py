@@ -135,10 +135,25 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             kind=kind,
             text=_shown(threads),
             signs=tuple(_call_signs(sample, previous, threads, kind)),
+            watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
             certain=kind is WaitKind.STORAGE or _blocks_exit(threads),
         )
         for (kind, place), threads in groups.items()
     ]
+
+
+def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
+    """Return Wait.watched for the file systems on which the threads may wait."""
+    numbers = {thread.mount for thread in threads if thread.target in ("disk", "mount")}
+    return max(
+        (
+            server_depth(server)
+            for mount in sample.mounts or ()
+            if not numbers or mount.number in numbers
+            for server in mount.servers or ()
+        ),
+        default=0,
+    )
 
 
 def _blocks_exit(threads: Sequence[Thread]) -> bool:
@@ -166,7 +181,8 @@ def _call_signs(
     devices = [d for d in sample.devices or () if d.number in disk_numbers]
     writing = all(only_writes(thread) for thread in threads)
     signs += write_signs(devices) if writing else disk_signs(devices)
-    signs += mount_signs(sample.mounts or (), mounts if located else None)
+    earlier = (previous and previous.mounts) or ()
+    signs += mount_signs(sample.mounts or (), mounts if located else None, earlier)
     if devices and not dirties:
         signs += _own_work_signs(sample, devices)
     elif dirties or disk_numbers:
@@ -206,7 +222,8 @@ def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> 
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
     is_only = len(places) + len(sample.mounts or ()) <= 1
-    signs = [*disk_signs(devices), *mount_signs(sample.mounts or (), None)]
+    earlier = (previous and previous.mounts) or ()
+    signs = [*disk_signs(devices), *mount_signs(sample.mounts or (), None, earlier)]
     signs = [replace(sign, sure=sign.sure and is_only) for sign in signs]
     own_work = [*io_signs(sample.io, "it"), *(group_signs(sample) if devices else [])]
     if not dirties and _stuck_disks(sample, previous):
@@ -240,6 +257,9 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if stuck:
             signs = _doubtful(signs)
+        # Which file system the requests are for, if any, is unknown.
+        earlier = (previous and previous.mounts) or ()
+        signs += _doubtful(mount_signs(sample.mounts or (), None, earlier))
         if sample.completions is not None:
             text = "its asynchronous requests completed"
             signs.append(Sign("tail", SignKind.CHANGE, sample.completions, text))

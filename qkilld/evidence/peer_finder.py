@@ -1,9 +1,11 @@
-"""Find the process at the other end of a connection.
+"""Find the process at the other end of a connection, and the processes that serve FUSE.
 
 The kernel reports a socket's inode but not its process. Finding the process takes a search through
 the descriptors of all processes, 3 µs each, and any user can have millions. So a sample spends at
 most SEARCH_S on a search, all searches together use a fifth of a processor, users take turns, and
 processes with many descriptors are searched separately.
+
+The same search finds the processes that have /dev/fuse open (fuse.py).
 
 Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 """
@@ -22,6 +24,7 @@ from typing import Final, NamedTuple
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS, PROC
+from qkilld.evidence.fuse import DEVICE, FuseHolders, FuseServers
 
 SEARCH_S: Final = 0.05
 """The longest time that a sample searches, or waits for a search by another sample."""
@@ -36,13 +39,13 @@ FEW: Final = 256
 OF_A_PROGRAM: Final = 64
 """A process of root with this many descriptors or more may be a set-user-ID program that another
 user started, so its real user is looked up."""
-MAX_INODES: Final = 65_536
+MAX_LINKS: Final = 65_536
 """The maximum number of sockets to search for at a time."""
 MAX_PLACES: Final = 16_384
 """The maximum number of sockets whose process is cached, 200 bytes each."""
 
 
-class _SocketHolder(NamedTuple):
+class _DescriptorHolder(NamedTuple):
     pid: int
     descriptor: str
 
@@ -61,8 +64,10 @@ class PeerFinder:
         self._proc = proc
         self._lock = threading.Lock()
         """Protects the searches."""
-        self._places: dict[int, _SocketHolder] = {}
+        self._places: dict[str, _DescriptorHolder] = {}
+        """The processes of sockets, by the text of the descriptor's link."""
         self._searches = (_Search(proc, many=False), _Search(proc, many=True))
+        self._fuse = FuseHolders(proc)
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about
@@ -72,29 +77,47 @@ class PeerFinder:
         missing = inode_set - owners.keys()
         if missing and self._lock.acquire(timeout=SEARCH_S):
             try:
-                self._search(missing, SEARCH_S)
+                self._search(map(_link, missing), SEARCH_S)
             finally:
                 self._lock.release()
             owners |= self._known(missing)
         return owners
+
+    def find_fuse(self, connections: Iterable[int]) -> dict[int, FuseServers]:
+        """Return the servers of FUSE connections; those without a known process are left out.
+        Takes at most as long as find()."""
+        wanted = set(connections)
+        if self._fuse.wants_search(wanted) and self._lock.acquire(timeout=SEARCH_S):
+            try:
+                self._search([DEVICE], SEARCH_S)
+                if not any(search.wants(DEVICE) for search in self._searches):
+                    self._fuse.complete()
+            finally:
+                self._lock.release()
+        return self._fuse.servers_of(wanted)
 
     def go_on(self, inodes: Iterable[int]) -> None:
         """Continue the search between samples, unless another thread is searching. Takes at most
         about BACKGROUND_SEARCH_S."""
         if self._lock.acquire(blocking=False):
             try:
-                self._search(set(inodes), BACKGROUND_SEARCH_S)
+                self._search(map(_link, inodes), BACKGROUND_SEARCH_S)
             finally:
                 self._lock.release()
 
-    def _search(self, missing: set[int], seconds: float) -> None:
+    def _search(self, missing: Iterable[str], seconds: float) -> None:
         end = time.monotonic() + seconds
+        links = list(missing)
         for search in self._searches:
-            search.want(missing - self._places.keys())
-            for inode, place in search.go_on(end):
-                self._places.setdefault(inode, place)
+            search.want(link for link in links if link not in self._places)
+            for link, place in search.go_on(end):
+                if link == DEVICE:
+                    # Many processes may have it open.
+                    self._fuse.add(place.pid, place.descriptor)
+                    continue
+                self._places.setdefault(link, place)
                 for other in self._searches:
-                    other.forget(inode)
+                    other.forget(link)
         while len(self._places) > MAX_PLACES:
             del self._places[next(iter(self._places))]
 
@@ -102,17 +125,18 @@ class PeerFinder:
         """Return cached processes that still have their socket. Costs 3 µs each."""
         owners = {}
         for inode in inodes:
-            place = self._places.get(inode)
+            wanted = _link(inode)
+            place = self._places.get(wanted)
             if place is None:
                 continue
             try:
                 link = os.readlink(f"{self._proc}/{place.pid}/fd/{place.descriptor}")  # noqa: PTH115
             except OSError:
                 link = ""
-            if link == _link(inode):
+            if link == wanted:
                 owners[inode] = place.pid
             else:
-                self._places.pop(inode, None)
+                self._places.pop(wanted, None)
         return owners
 
 
@@ -121,58 +145,61 @@ class _Search:
 
     def __init__(self, proc: Path, *, many: bool) -> None:
         self._proc, self._many = proc, many
-        self._inodes: dict[str, int] = {}
-        """The inodes to search for, by the text of a descriptor's link."""
-        self._latecomers: set[int] = set()
-        """Inodes that were added after some processes had been searched."""
-        self._retry_at: dict[int, float] = {}
-        """When to search again for sockets that were not found, time.monotonic()."""
+        self._wanted: set[str] = set()
+        """The texts of the links of descriptors to search for."""
+        self._latecomers: set[str] = set()
+        """Links that were added after some processes had been searched."""
+        self._retry_at: dict[str, float] = {}
+        """When to search again for links that were searched for in all processes,
+        time.monotonic()."""
         self._candidates: Iterator[_Candidate] | None = None
         """The processes still to be searched; None between searches."""
         self._counts: dict[int, int] = {}
         self._rests_until = 0.0
 
-    def want(self, inodes: Iterable[int]) -> None:
+    def want(self, links: Iterable[str]) -> None:
         now = time.monotonic()
-        for inode in inodes:
-            if len(self._inodes) >= MAX_INODES:
-                return
-            link = _link(inode)
-            if link not in self._inodes and now >= self._retry_at.get(inode, 0.0):
-                self._inodes[link] = inode
+        for link in links:
+            if len(self._wanted) >= MAX_LINKS and link != DEVICE:
+                continue
+            if link not in self._wanted and now >= self._retry_at.get(link, 0.0):
+                self._wanted.add(link)
                 if self._candidates is not None:
-                    self._latecomers.add(inode)
+                    self._latecomers.add(link)
 
-    def forget(self, inode: int) -> None:
+    def wants(self, link: str) -> bool:
+        """Return whether some processes were not searched for the link yet."""
+        return link in self._wanted
+
+    def forget(self, link: str) -> None:
         """Stop searching for a socket that was found."""
-        self._inodes.pop(_link(inode), None)
+        self._wanted.discard(link)
 
-    def go_on(self, end: float) -> Iterator[tuple[int, _SocketHolder]]:
-        """Yield sockets found until `end`, time.monotonic(). Finds nothing during a pause."""
+    def go_on(self, end: float) -> Iterator[tuple[str, _DescriptorHolder]]:
+        """Yield links found until `end`, time.monotonic(). Finds nothing during a pause."""
         now = time.monotonic()
-        if now < self._rests_until or not self._inodes:
+        if now < self._rests_until or not self._wanted:
             return
         start = time.thread_time()
-        while self._inodes and time.monotonic() < end:
+        while self._wanted and time.monotonic() < end:
             if self._candidates is None:
                 self._candidates = iter(self._processes())
             process = next(self._candidates, None)
             if process is None:
                 self._finish()
             else:
-                yield from self._sockets_of(process.pid)
+                yield from self._links_of(process.pid)
         self._rests_until = time.monotonic() + PAUSE_FACTOR * (time.thread_time() - start)
 
     def _finish(self) -> None:
-        """End a search of all processes. Continue only with sockets that were added meanwhile."""
+        """End a search of all processes. Continue only with links that were added meanwhile."""
         now = time.monotonic()
         self._candidates = None
-        self._retry_at = {inode: at for inode, at in self._retry_at.items() if at > now}
-        for link, inode in list(self._inodes.items()):
-            if inode not in self._latecomers:
-                del self._inodes[link]
-                if len(self._retry_at) < MAX_INODES:
-                    self._retry_at[inode] = now + RETRY_S
+        self._retry_at = {link: at for link, at in self._retry_at.items() if at > now}
+        for link in self._wanted - self._latecomers:
+            self._wanted.discard(link)
+            if len(self._retry_at) < MAX_LINKS:
+                self._retry_at[link] = now + RETRY_S
         self._latecomers.clear()
 
     def _processes(self) -> list[_Candidate]:
@@ -201,7 +228,7 @@ class _Search:
                 note_once("looking for servers", error)
         return process
 
-    def _sockets_of(self, pid: int) -> Iterator[tuple[int, _SocketHolder]]:
+    def _links_of(self, pid: int) -> Iterator[tuple[str, _DescriptorHolder]]:
         try:
             directory = os.open(f"{self._proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -216,8 +243,8 @@ class _Search:
                     link = os.readlink(name, dir_fd=directory)
                 except OSError:
                     continue  # Closed meanwhile, or its name is too long.
-                if link in self._inodes:
-                    yield self._inodes[link], _SocketHolder(pid, name)
+                if link in self._wanted:
+                    yield link, _DescriptorHolder(pid, name)
         except OSError as error:
             note_once("looking for servers", error)
         finally:

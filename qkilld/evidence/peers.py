@@ -1,7 +1,8 @@
-"""Sample the processes at the other end of a guest's local connections.
+"""Sample the processes at the other end of a guest's local connections, and FUSE servers.
 
 nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd and iSCSI targets on this host work for the guest:
-their system calls and disks show progress. Needs the ptrace right for other users' processes.
+their system calls and disks show progress. So do the servers of FUSE file systems under its images.
+Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from qkilld.debug_log import note_once
 from qkilld.evidence.exports import ExportReader
 from qkilld.evidence.files import read_descriptors
+from qkilld.evidence.fuse import MAX_SERVERS, connection_of, read_waiting
 from qkilld.evidence.kept_file import open_directory, read_once
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
-from qkilld.evidence.storage import StorageReader, StorageTable
+from qkilld.evidence.storage import FilePlace, StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
-from qkilld.model.sample import Peer
+from qkilld.model.sample import Mount, Peer
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
@@ -35,6 +37,12 @@ HOPS: Final = 2
 """How many levels of servers to follow behind a server that forwards requests."""
 
 _NONE: Final = frozenset[int]()
+
+
+class _SampledServers(NamedTuple):
+    peers: tuple[Peer, ...]
+    certain: bool
+    """Whether all of these processes serve the file system."""
 
 
 class ServerReader:
@@ -65,14 +73,31 @@ class ServerReader:
         `ends` maps the inode of each socket of a server to the export that the guest requested,
         None if unknown.
         """
+        return self.read_all(ends, (), {}, storage=storage, sockets=sockets)[0]
+
+    def read_all(
+        self,
+        ends: Mapping[int, str | None],
+        mounts: tuple[Mount, ...],
+        names: Mapping[str, frozenset[str]],
+        *,
+        storage: StorageTable,
+        sockets: SocketTable,
+    ) -> tuple[dict[int, Peer], tuple[Mount, ...]]:
+        """Sample the server of each connection, as read() does, and those of FUSE mounts. Return
+        the first, and the mounts with the second.
+
+        `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
+        """
         self._used_pids = []
         values = self._read(ends, storage, sockets, downstream={self._pid})
+        served = self._read_fuse(mounts, names, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
         # Close unused readers: a server that forks for each connection has a new process after each
         # reconnect.
         for pid in self._readers.keys() - set(self._used_pids):
             self._readers.pop(pid).close()
-        return values
+        return values, tuple(_with_servers(mount, served) for mount in mounts)
 
     def close_files(self) -> None:
         """Close files; the next read opens them again."""
@@ -104,12 +129,70 @@ class ServerReader:
             if peer is None:
                 self._readers.pop(pid).close()
                 continue
-            if len(downstream) <= HOPS:
-                upstream = dict.fromkeys(reader.upstream)
-                behind = self._read(upstream, storage, sockets, downstream | {pid})
-                peer = replace(peer, behind=tuple({p.pid: p for p in behind.values()}.values()))
-            peers |= dict.fromkeys(own_ends, peer)
+            peers |= dict.fromkeys(
+                own_ends, self._with_behind(peer, reader, storage, sockets, downstream)
+            )
         return peers
+
+    def _with_behind(
+        self,
+        peer: Peer,
+        reader: PeerReader,
+        storage: StorageTable,
+        sockets: SocketTable,
+        downstream: set[int],
+    ) -> Peer:
+        """Add the servers that the server uses itself."""
+        if len(downstream) > HOPS:
+            return peer
+        downstream = downstream | {peer.pid}
+        upstream = dict.fromkeys(reader.upstream)
+        behind = self._read(upstream, storage, sockets, downstream)
+        others = {other.pid: other for other in behind.values()}
+        served = self._read_fuse(reader.mounts, reader.names, storage, sockets, downstream)
+        for servers in served.values():
+            # An uncertain server may be that of somebody else.
+            others |= {other.pid: other for other in servers.peers if servers.certain}
+        return replace(peer, behind=tuple(others.values()))
+
+    def _read_fuse(
+        self,
+        mounts: Iterable[Mount],
+        names: Mapping[str, frozenset[str]],
+        storage: StorageTable,
+        sockets: SocketTable,
+        downstream: set[int],
+    ) -> dict[str, _SampledServers]:
+        """Sample the servers of FUSE mounts, by the MAJOR:MINOR of the mount."""
+        numbers = {
+            mount.number: connection
+            for mount in mounts
+            if (connection := connection_of(mount)) is not None
+        }
+        if not numbers:
+            return {}
+        found = self._finder.find_fuse(numbers.values())
+        served = {}
+        for number, connection in numbers.items():
+            servers = found.get(connection)
+            pids = [pid for pid in (servers.pids if servers else ()) if pid not in downstream]
+            if servers is None or not pids or len(pids) > MAX_SERVERS:
+                continue
+            wanted = names.get(number, frozenset())
+            readers = {pid: reader for pid in pids if (reader := self._reader(pid)) is not None}
+            peers = {
+                pid: self._with_behind(peer, reader, storage, sockets, downstream)
+                for pid, reader in readers.items()
+                if (peer := reader.read(storage, sockets, None, wanted)) is not None
+            }
+            certain = servers.certain
+            known = [pid for pid in peers if wanted & readers[pid].image_names]
+            if not certain and len(known) == 1:
+                # Only this one has a file open that is called as the guest's image.
+                peers, certain = {known[0]: peers[known[0]]}, True
+            if peers:
+                served[number] = _SampledServers(tuple(peers.values()), certain)
+        return served
 
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:
@@ -130,14 +213,24 @@ class PeerReader:
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
         """Inodes of the other ends of local connections that it made to servers of its own."""
+        self.mounts: tuple[Mount, ...] = ()
+        """The file systems without a block device under its files."""
         self._sockets = SocketReader(pid, proc)
         self._exports = ExportReader(pid, proc)
 
     def read(
-        self, table: StorageTable, sockets: SocketTable, ours: Mapping[int, str | None]
+        self,
+        table: StorageTable,
+        sockets: SocketTable,
+        ours: Mapping[int, str | None] | None,
+        names: frozenset[str] = frozenset(),
     ) -> Peer | None:
-        """Sample the server; None if it is gone. `ours`: the export that the guest requested over
-        each of its connections, by the inode of the server's end."""
+        """Sample the server; None if it is gone.
+
+        `ours`: the export that the guest requested over each of its connections, by the inode of
+        the server's end; None for the server of a FUSE file system, where nothing shows who else
+        uses it. `names`: the names of the guest's images there.
+        """
         values: dict[str, Any] = {"state": "?"}
         self._process.read(values)
         if values["state"] in ("?", "Z", "X"):
@@ -148,10 +241,18 @@ class PeerReader:
             descriptors = read_descriptors(self.pid, self._proc)
             self._storage.refresh(descriptors)
             self._sockets.refresh(descriptors)
-        devices, _ = self._storage.read(table)
+        devices, mounts = self._storage.read(table)
+        self.mounts = mounts or ()
         connections = self._sockets.read(sockets)
-        shared = None if connections is None else self._is_shared(ours, sockets)
+        shared = None
+        if connections is not None and ours is not None:
+            shared = self._is_shared(ours, sockets)
         client_ends = [connection for connection in connections or () if connection.client]
+        if ours is None:
+            has_upstream = connections is None or bool(client_ends)
+            place = self._place_of_names(names, has_upstream=has_upstream)
+        else:
+            place = self._place(set(ours.values())) if shared is not False else ()
         self.upstream = list(self._sockets.peers(tuple(client_ends), sockets).values())
         return Peer(
             pid=self.pid,
@@ -161,9 +262,9 @@ class PeerReader:
             io=values["io"],
             devices=devices,
             shared=shared,
-            place=self._place(set(ours.values())) if shared is not False else (),
+            place=place,
             unread=None
-            if connections is None
+            if connections is None or ours is None
             else sum(c.receive_queue for c in connections if c.inode in ours),
         )
 
@@ -187,11 +288,28 @@ class PeerReader:
             if len(known_exports) < len(exports):
                 return ()
             images = {path: place for path, place in images.items() if path in paths}
-        places = set(images.values())
-        if len(places) != 1:
+        return _only_place(images.values())
+
+    def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
+        """Return the storage of the files with the names of the guest's images, which a server of
+        files seldom changes. If it does, return that of its only files, unless it has connections:
+        then the images may be elsewhere, and the files its log or cache."""
+        images = self._storage.writable_places
+        if named := {path: place for path, place in images.items() if _name(path) in names}:
+            images = named
+        elif has_upstream:
             return ()
-        (place,) = places
-        return place.disks or ((place.mount,) if place.mount else ())
+        return _only_place(images.values())
+
+    @property
+    def names(self) -> dict[str, frozenset[str]]:
+        """The names of the server's own images on each file system without a block device."""
+        return names_by_mount(self._storage.writable_places)
+
+    @property
+    def image_names(self) -> frozenset[str]:
+        """The names of the server's images."""
+        return frozenset(_name(path) for path in self._storage.writable_places)
 
     def close_files(self) -> None:
         """Close files; the next read opens them again."""
@@ -201,6 +319,42 @@ class PeerReader:
         self._process.close()
         self._storage.close()
         self._sockets.close()
+
+
+def _with_servers(mount: Mount, served: Mapping[str, _SampledServers]) -> Mount:
+    connection = connection_of(mount)
+    if connection is None:
+        return mount
+    servers = served.get(mount.number)
+    return replace(
+        mount,
+        waiting=read_waiting(connection),
+        servers=servers.peers if servers is not None else None,
+        certain=servers is not None and servers.certain,
+    )
+
+
+def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]:
+    """Return the names of the files on each file system without a block device, by its MAJOR:MINOR.
+    `places` has the storage of each file, by its path."""
+    names: dict[str, set[str]] = {}
+    for path, place in places.items():
+        if place.mount:
+            names.setdefault(place.mount, set()).add(_name(path))
+    return {number: frozenset(files) for number, files in names.items()}
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
+    """Return the storage that all files have; () if they have none, or not the same."""
+    distinct = set(places)
+    if len(distinct) != 1:
+        return ()
+    (place,) = distinct
+    return place.disks or ((place.mount,) if place.mount else ())
 
 
 def _command(pid: int, proc: Path) -> str:

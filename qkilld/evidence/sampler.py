@@ -20,14 +20,14 @@ from qkilld.evidence.files import PROC, read_descriptors
 from qkilld.evidence.handover import Handover
 from qkilld.evidence.meminfo import read_memory
 from qkilld.evidence.peer_finder import PeerFinder
-from qkilld.evidence.peers import ServerReader
+from qkilld.evidence.peers import ServerReader, names_by_mount
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import CrowdedTables
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
 from qkilld.evidence.workers import Workers
-from qkilld.model.sample import Memory, Node, Sample, Socket, Thread
+from qkilld.model.sample import Memory, Mount, Node, Sample, Socket, Thread
 
 REFRESH_S: Final = 30.0
 """How long a list of open files and sockets is valid if their number does not change."""
@@ -115,9 +115,9 @@ class Reader:
             )
         if detail:
             with_peers = call(
-                "reading servers", self._with_peers, connections, nodes, sockets, storage
+                "reading servers", self._with_peers, connections, mounts, nodes, sockets, storage
             )
-            connections = connections if with_peers is None else with_peers
+            connections, mounts = with_peers or (connections, mounts)
             if values.get("direct"):
                 values["completions"] = call("reading rings", self._process.read_completions)
         sample = Sample(
@@ -186,24 +186,31 @@ class Reader:
     def _with_peers(
         self,
         connections: tuple[Socket, ...] | None,
+        mounts: tuple[Mount, ...] | None,
         nodes: tuple[Node, ...] | None,
         sockets: SocketTable,
         storage: StorageTable,
-    ) -> tuple[Socket, ...] | None:
-        if not connections:
-            return connections
+    ) -> tuple[tuple[Socket, ...] | None, tuple[Mount, ...] | None]:
+        """Add the servers of connections and of FUSE mounts."""
+        if not connections and not mounts:
+            return connections, mounts
         exports = {node.name: node.export for node in nodes or ()}
-        ends = self._sockets.peers(connections, sockets)
+        ends = self._sockets.peers(connections, sockets) if connections else {}
         wanted_ends = {
             ends[connection.inode]: exports.get(connection.node)
-            for connection in connections
+            for connection in connections or ()
             if connection.inode in ends
         }
-        peers = self._servers.read(wanted_ends, storage, sockets)
-        return tuple(
-            replace(connection, peer=peers.get(ends.get(connection.inode, 0)))
-            for connection in connections
+        names = names_by_mount(self._storage.writable_places) if mounts else {}
+        peers, served = self._servers.read_all(
+            wanted_ends, mounts or (), names, storage=storage, sockets=sockets
         )
+        if connections:
+            connections = tuple(
+                replace(connection, peer=peers.get(ends.get(connection.inode, 0)))
+                for connection in connections
+            )
+        return connections, served if mounts else mounts
 
 
 class EvidenceSampler:

@@ -189,7 +189,8 @@ class Node:
 class Mount:
     """A file system under an image without a block device: a network file system, FUSE, …
 
-    Only NFS has counters (/proc/PID/mountstats). The progress of others cannot be seen.
+    Only NFS has counters (/proc/PID/mountstats). Of FUSE, the servers show progress. That of others
+    cannot be seen.
     """
 
     kind: str
@@ -200,6 +201,12 @@ class Mount:
     """Bytes."""
     number: str = ""
     """MAJOR:MINOR; "" if unknown."""
+    waiting: int | None = None
+    """FUSE: requests that the server has not answered."""
+    servers: tuple[Peer, ...] | None = None
+    """FUSE: the processes that serve it; None if they were not searched for or not found."""
+    certain: bool = False
+    """Whether all of `servers` serve it. Otherwise the kernel does not tell which one does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,10 @@ class _Server:
                 return struct.pack(
                     "<QQQQQIIII24x", 1 << 30, 1 << 29, 1 << 29, 9, 9, 4096, 255, 0, 0
                 )
-            case "release" | "releasedir" | "fsync" | "flush":
+            case "fsync":
+                os.fsync(self._files[node])
+                return b""
+            case "release" | "releasedir" | "flush":
                 return b""
         raise OSError(errno.ENOSYS, call)
 

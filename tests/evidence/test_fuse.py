@@ -1,0 +1,143 @@
+"""Servers of FUSE file systems: real mounts, with and without a kernel that names connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.evidence import fuse
+from qkilld.evidence.fuse import connection_of
+from qkilld.evidence.peer_finder import PeerFinder
+from qkilld.evidence.sampler import HostTables, Reader
+from qkilld.model.sample import Mount, Sample
+from tests.evidence.test_peers import connected, end_of, server_of
+from tests.evidence.until import until
+from tests.lab.fuse import FuseStore, fuse_store
+from tests.lab.nbd import nbd_store
+
+KERNELS = [True, False]
+"""Whether the kernel names the connection of a server (since Linux 6.16)."""
+
+
+@pytest.fixture(params=KERNELS)
+def named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(fuse, "_LABEL", b"\nno such line:\t")
+    return bool(request.param)
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, name: str) -> Iterator[FuseStore]:
+    files = directory / f"files of {name}"
+    files.mkdir()
+    with (files / name).open("wb") as image:
+        image.truncate(1 << 20)
+    with fuse_store(files) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def opened(store: FuseStore, name: str) -> Iterator[None]:
+    file = os.open(store.directory / name, os.O_RDWR)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # The server is gone.
+            os.close(file)
+
+
+@contextlib.contextmanager
+def samples() -> Iterator[Callable[[], Sample]]:
+    """Yield a function that samples this process, with its servers."""
+    with contextlib.closing(Reader(os.getpid(), HostTables())) as reader:
+        yield lambda: reader.read(detail=True)
+
+
+def mount_of(sample: Sample) -> Mount:
+    (mount,) = (m for m in sample.mounts or () if connection_of(m) is not None)
+    return mount
+
+
+def test_the_server_and_the_disks_of_the_image(lab_dir: Path, named: bool) -> None:
+    """Without a name of the connection, a server is known by the name of the image."""
+    with (
+        mounted(lab_dir, "image") as store,
+        mounted(lab_dir, "another") as _,
+        opened(store, "image"),
+        samples() as sample,
+    ):
+        mount = until(lambda: mount_of(sample()), lambda mount: mount.servers)
+        (server,) = mount.servers or ()
+        assert (server.pid, mount.certain) == (store.process.pid, True)
+        assert server.shared is None
+        assert server.devices
+        assert set(server.place) <= {device.number for device in server.devices}
+        assert server.place
+
+
+def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
+    with (
+        mounted(lab_dir, "image") as store,
+        mounted(lab_dir / "files of image", "image") as other,
+        opened(store, "image"),
+        samples() as sample,
+    ):
+        pids = {store.process.pid} if named else {store.process.pid, other.process.pid}
+        mount = until(lambda: mount_of(sample()), lambda m: len(m.servers or ()) == len(pids))
+        assert {server.pid for server in mount.servers or ()} == pids
+        assert mount.certain is named
+
+
+def test_a_server_that_is_gone(lab_dir: Path, named: bool) -> None:
+    with mounted(lab_dir, "image") as store, opened(store, "image"), samples() as sample:
+        until(lambda: mount_of(sample()), lambda mount: mount.servers)
+        store.leave()
+        assert mount_of(sample()).servers is None
+
+
+def test_the_server_of_a_server(lab_dir: Path) -> None:
+    """An NBD server that has its file on FUSE."""
+    with (
+        mounted(lab_dir, "image") as store,
+        nbd_store(store.directory / "image") as nbd,
+        connected(nbd) as connection,
+    ):
+        peer = server_of(end_of(connection), lambda peer: peer.behind)
+        assert [server.pid for server in peer.behind] == [store.process.pid]
+
+
+def test_a_process_without_fuse_costs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(PeerFinder, "find_fuse", search)
+    with samples() as sample:
+        sample()
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "connection"),
+    [
+        ("fuse", "0:39", 39),
+        ("fuse.sshfs", "0:7", 7),
+        ("fuseblk", "0:7", None),
+        ("fuse", "8:1", None),
+        ("fuse", "0:0", None),
+        ("fuse", "", None),
+        ("nfs4", "0:40", None),
+    ],
+)
+def test_the_connection_of_a_mount(kind: str, number: str, connection: int | None) -> None:
+    assert connection_of(Mount(kind, None, None, number)) == connection
+
+
+def test_requests_that_wait(tmp_path: Path) -> None:
+    directory = tmp_path / "fs/fuse/connections/39"
+    directory.mkdir(parents=True)
+    (directory / "waiting").write_text("12\n")
+    assert fuse.read_waiting(39, tmp_path) == 12
+    assert fuse.read_waiting(40, tmp_path) is None
