@@ -124,9 +124,10 @@ def _save(state: Path) -> None:
                 # Do not stop the guest before. Its state would be saved, and continued, as stopped.
                 qmp.call("migrate-set-parameters", **_AT_ONCE)
                 qmp.call("migrate", uri=f"exec:cat >{directory}/state")
-                while (status := qmp.call("query-migrate")["status"]) in ("setup", "active"):
+                # It has further states, such as "device" while QEMU saves its devices.
+                while (status := qmp.call("query-migrate")["status"]) != "completed":
+                    assert status not in ("failed", "cancelled"), status
                     time.sleep(0.05)
-                assert status == "completed", status
         finally:
             end(process)
         Path(directory, "state").rename(state)
