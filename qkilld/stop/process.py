@@ -63,18 +63,7 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
 
 
 def open_main_process(text: str) -> ProcessHandle:
-    """Open the process in $MAINPID.
-
-    Raises what `open_process` raises, InvalidArgs, and Failed if we are in a PID namespace of our
-    own, where this id means another process or none.
-    """
-    if os.getpid() == 1:
-        from qkilld.model.errors import Failed
-
-        raise Failed(
-            "qkilld-stop runs in a PID namespace of its own (PrivatePIDs=), where it sees no guest:"
-            " write + before its path in ExecStop="
-        )
+    """Open the process in $MAINPID. Raises what `open_process` raises, and InvalidArgs."""
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) > 0):
         from qkilld.model.errors import InvalidArgs
 
@@ -86,6 +75,38 @@ def open_main_process(text: str) -> ProcessHandle:
         process.close()
         raise _no_such_process("the main process is gone")
     return process
+
+
+def check_pid_namespace() -> None:
+    """Raise Failed if we are in a PID namespace of our own (PrivatePIDs=). There, a process id such
+    as $MAINPID means another process or none, and no guest of the unit is visible.
+
+    Process 1 of such a namespace is this program, or belongs to the same service. A service manager
+    never runs in a service.
+    """
+    if os.getpid() != 1 and not _shares_service_with_init():
+        return
+    from qkilld.model.errors import Failed
+
+    raise Failed(
+        "qkilld-stop runs in a PID namespace of its own (PrivatePIDs=), where it sees no guest:"
+        " write + before the path in ExecStop="
+    )
+
+
+def _shares_service_with_init() -> bool:
+    if "INVOCATION_ID" not in os.environ:  # systemd has not started us.
+        return False
+    cgroups = []
+    for name in ("self", "1"):
+        try:
+            with open(f"/proc/{name}/cgroup", "rb") as file:  # noqa: PTH123
+                cgroups.append(file.read())
+        except OSError:  # Process 1 is hidden (ProtectProc=), so it belongs to another user.
+            return False
+    # Delegate= has control groups below that of the service.
+    in_service = any(end in cgroups[0] for end in (b".service\n", b".service/"))
+    return in_service and cgroups[0] == cgroups[1]
 
 
 def by_systemd(environment: Mapping[str, str]) -> bool:

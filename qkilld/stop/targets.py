@@ -13,7 +13,7 @@ from qkilld.stop.fallback import configuration
 from qkilld.stop.finder import OutsideGuest, ProcessFinder
 from qkilld.stop.log import say
 from qkilld.stop.options import Options
-from qkilld.stop.process import ProcessHandle
+from qkilld.stop.process import ProcessHandle, check_pid_namespace
 
 OUTSIDE_TIMEOUT_S = 2.0
 
@@ -55,9 +55,19 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is none. May also raise GuestElsewhere, NoSuchUnit,
-        InvalidArgs or Failed.
+        Raises NoSuchProcess if there is none, and Failed if it cannot be known, because guests are
+        not visible in our PID namespace. May also raise GuestElsewhere, NoSuchUnit, InvalidArgs or
+        Failed.
         """
+        if os.getpid() == 1:
+            check_pid_namespace()
+        try:
+            return self._choose()
+        except NoSuchProcess:
+            check_pid_namespace()
+            raise
+
+    def _choose(self) -> list[ProcessHandle]:
         try:
             if (named := self.finder.named()) is not None:
                 return [named]

@@ -254,11 +254,39 @@ def test_a_sandbox_in_which_the_helper_cannot_be_executed(installed: Container) 
         assert "status=0" in installed.property(name, "ExecStop")
 
 
-def test_the_helper_in_a_pid_namespace_of_its_own_says_so(installed: Container) -> None:
-    """As with PrivatePIDs= of systemd 257, $MAINPID is another process there, or none."""
-    inside = "/usr/bin/unshare --pid --fork --mount-proc /usr/bin/qkilld-stop"
-    with unit(installed, f"ExecStart={IDLE}", f"ExecStop={inside}") as name:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "/usr/bin/qkilld-stop",
+        "/usr/bin/qkilld-stop --pid $MAINPID",
+        "/usr/bin/qkilld-stop --unit %n",
+        "/bin/sh -c '/usr/bin/qkilld-stop; exit $$?'",
+        "/bin/sh -c '/usr/bin/qkilld-stop --unit %n; exit $$?'",
+    ],
+)
+def test_the_helper_in_a_pid_namespace_of_its_own_says_so(
+    installed: Container, command: str
+) -> None:
+    """$MAINPID is another process there, or none, and no guest is visible: not "gone"."""
+    version = int(installed.run("systemctl", "--version").stdout.split()[1])
+    lines = ["PrivatePIDs=yes", f"ExecStart={IDLE}", f"ExecStop={command}"]
+    if version < 257:  # It has no PrivatePIDs=.
+        lines = [f"ExecStart={IDLE}"]
+        lines += [f"ExecStop=/usr/bin/unshare --pid --fork --mount-proc {command}"]
+    with unit(installed, *lines) as name:
         installed.run("systemctl", "stop", name)
         assert "status=1" in installed.property(name, "ExecStop")
         said = installed.run("journalctl", "--output=cat", f"--unit={name}").stdout
         assert "PrivatePIDs=" in said
+
+
+def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
+    """The helper that adopt writes is not in such a namespace, and stops it as any other.
+
+    systemd before 257 ignores the setting."""
+    with unit(installed, "Type=exec", "PrivatePIDs=yes", f"ExecStart={IDLE}") as name:
+        assert "/usr/bin/qkilld-stop" in ctl(installed, "adopt", name)
+        installed.run("systemctl", "stop", name)
+        said = installed.run("journalctl", "--output=cat", f"--unit={name}").stdout
+    assert "Sent SIGTERM to QEMU process" in said
+    assert "there is nothing to stop" not in said
