@@ -41,6 +41,7 @@ from qkilld.model.job import Request
 from qkilld.model.policy import JOB_SPANS, Config, is_qemu
 from qkilld.model.sample import Sample
 from qkilld.model.text import MAX_TEXT, printable
+from qkilld.model.timespan import from_call
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +249,7 @@ class Service:
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
         """Extend a job, see Job.extend. This, `hold`, `release` and `force` also raise AccessDenied
         and Busy."""
+        usec = from_call(usec)
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
         job.extend(usec, by)
@@ -451,7 +453,7 @@ def _request(flags: Flag, given: Mapping[str, object], uid: int) -> Request:
         powerdown_only=bool(given.get("powerdown-only", False)),
         help=tuple(order for name, order in _HELP.items() if given.get(name)),
         qmp_socket=str(given.get("qmp-socket", "")),
-        ask_at_most=INFINITY if most is None else most,
+        ask_at_most=INFINITY if most is None else from_call(most),
     )
 
 
@@ -462,7 +464,7 @@ def _number(given: Mapping[str, object], name: str) -> int | None:
 
 def _spans(given: Mapping[str, object]) -> dict[str, int]:
     return {
-        span.field: value
+        span.field: from_call(value)
         for span in JOB_SPANS
         if isinstance(value := given.get(span.bus_option), int)
     }

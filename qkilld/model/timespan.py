@@ -8,6 +8,9 @@ from typing import Final
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.text import printable
 
+ENDLESS: Final = 100 * 365 * 86_400 * USEC_PER_SEC
+"""A time span in a call that has this length (µs) or more is infinite."""
+
 _US: Final = {
     "us": 1,
     "ms": 1_000,
@@ -83,6 +86,11 @@ def parse(text: str) -> int:
         if total >= INFINITY:
             raise _too_long(text)
     return total
+
+
+def from_call(usec: int) -> int:
+    """Return the span that a caller of D-Bus or Varlink means."""
+    return INFINITY if usec >= ENDLESS else usec
 
 
 def parse_seconds(text: str) -> float:

@@ -10,12 +10,12 @@ from qkilld.engine.outlook import outlook, reasons
 from qkilld.engine.ports import ObservedJob
 from qkilld.engine.report import may_see, receipt_values
 from qkilld.engine.service import OPTION_TYPES, Option
-from qkilld.model.constants import INFINITY, UNKNOWN, USEC_PER_SEC, Flag
+from qkilld.model.constants import Flag
 from qkilld.model.errors import InvalidArgs, QkilldError
 from qkilld.model.guest import Guest
 
-ENDLESS: Final = 100 * 365 * 86400 * USEC_PER_SEC
-"""Time spans of this length or more (µs) mean never; null means that no time span is given."""
+_INT_END: Final = 1 << 63
+"""The end of Varlink's int: no greater number can be in a reply."""
 _UNITS: Final = {"usec": "USec"}
 _FLAG_BITS: Final = {str(flag.name).lower(): flag for flag in Flag}
 
@@ -48,8 +48,7 @@ def options_from(parameters: Mapping[str, Any]) -> dict[str, Option]:
             option, kind = _OPTIONS[name]
             if kind == "t":
                 check_span(name, value)
-            endless = option.endswith("-usec") and value >= ENDLESS
-            options[option] = Option(kind, INFINITY if endless else value)
+            options[option] = Option(kind, value)
     return options
 
 
@@ -60,8 +59,8 @@ def check_span(name: str, value: int) -> None:
 
 
 def finite(number: int) -> int | None:
-    """Return None for never and for unknown."""
-    return None if number in (INFINITY, UNKNOWN) else number
+    """Return None for never and unknown, which are 2^64-1, and for times that may as well be."""
+    return None if number >= _INT_END else number
 
 
 def state(job: ObservedJob, uid: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from qkilld.engine.ports import JobState, Process
 from qkilld.engine.service import Option, Service
 from qkilld.engine.snapshot import Snapshot
 from qkilld.model.access import Answer, PolkitAction
-from qkilld.model.constants import Flag, Phase, Result
+from qkilld.model.constants import INFINITY, Flag, Phase, Result
 from qkilld.model.errors import (
     AccessDenied,
     BusError,
@@ -30,7 +30,8 @@ from qkilld.model.errors import (
 )
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest, Identity, Label, Unit
-from qkilld.model.policy import Config, Switches
+from qkilld.model.policy import JOB_SPANS, Config, Switches
+from qkilld.model.timespan import ENDLESS
 from qkilld.model.unit import UnitFacts
 
 from .conftest import FakeProcess, World, make_guest
@@ -475,3 +476,23 @@ def test_but_not_for_ever(world: World) -> None:
     job = run(service.terminate(4711, 0, {}, ROOT))
     assert job.running
     assert world.journal.ids.count(MessageId.NOT_WRITTEN) == 1
+
+
+@pytest.mark.parametrize("usec", [ENDLESS, 2**62, 2**63, INFINITY])
+def test_a_span_of_a_hundred_years_is_infinite(world: World, usec: int) -> None:
+    service, _ = make_service(world, FakeProcess())
+    names = [span.bus_option for span in JOB_SPANS]
+    options = {name: Option("t", usec) for name in (*names, "powerdown-max-usec")}
+    job = run(service.terminate(4711, Flag.FORCE | Flag.POWERDOWN, options, ROOT))
+    assert {getattr(job.policy, span.field) for span in JOB_SPANS} == {INFINITY}
+    assert job.request.ask_at_most == INFINITY
+    run(service.extend(job, usec, ROOT))
+    assert job.control.not_before == INFINITY
+
+
+def test_a_shorter_span_is_not(world: World) -> None:
+    service, _ = make_service(world, FakeProcess())
+    job = run(service.terminate(4711, Flag.FORCE, {"max-usec": Option("t", ENDLESS - 1)}, ROOT))
+    run(service.extend(job, ENDLESS - 1, ROOT))
+    assert job.policy.max == ENDLESS - 1
+    assert job.control.not_before == world.clock.now() + ENDLESS - 1

@@ -102,6 +102,24 @@ def test_never_and_unknown_are_null(varlink: VarlinkClient, fake_qemu: Make) -> 
     assert state["deadlineUSec"] is None and state["notBeforeUSec"] == 0
     assert varlink.call("GetStatus")["maxUSec"] is None
     assert "18446744073709551615" not in json.dumps(varlink.call("ListJobs"))
+    varlink.call("Extend", job=state["job"], usec=2**62)
+    assert (
+        check("GetJobByPID", varlink.call("GetJobByPID", pid=guest.pid))["state"]["notBeforeUSec"]
+        is None
+    )
+
+
+@pytest.mark.parametrize("usec", [2**63, 2**64 - 2])
+def test_no_number_is_greater_than_an_int_of_varlink(
+    service: VarlinkService, fake_qemu: Make, usec: int
+) -> None:
+    """Whatever a caller on the bus has asked for."""
+    guest = fake_qemu(stubborn=True)
+    with service.daemon.bus.client() as on_bus, service.client() as client:
+        path = on_bus.terminate(guest.pid, 1, grace_usec=("t", usec), max_usec=("t", usec))
+        on_bus.call("Extend", "t", usec, path=path, interface="org.qkilld1.Job")
+        state = check("GetJobByPID", client.call("GetJobByPID", pid=guest.pid))["state"]
+    assert (state["notBeforeUSec"], state["deadlineUSec"]) == (None, None)
 
 
 def test_all_in_one_call(varlink: VarlinkClient, fake_qemu: Make) -> None:
