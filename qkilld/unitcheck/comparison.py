@@ -49,8 +49,11 @@ class UnitVerdict(StrEnum):
     WORSE = "worse"
     """With the drop-in, a stop would keep less, or end guests that are meant to outlive it, or
     instances would lose settings of their own."""
+    BETTER = "better"
+    """After adoption, a stop keeps more than now, and no stop keeps less, but the unit is still not
+    safe."""
     NO_BETTER = "no-better"
-    """Nothing that adopt can write makes the unit safe."""
+    """The unit is not safe, and adopt can write nothing that keeps more. It writes nothing."""
     UNKNOWN = "unknown"
     """It is unknown what a stop keeps, or the unit has no known guest."""
     MANUAL = "manual"
@@ -149,10 +152,25 @@ def compare(
             reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
         )
-    reason = "adopt can write nothing that keeps more of the guest's data"
+    # A longer timeout does not show in the outcomes, but gives QEMU more time before SIGKILL.
+    longer = before_settings.is_cut and after_settings.timeout > before_settings.timeout
+    if longer or _keep_more(then, now):
+        return replace(
+            comparison,
+            word=UnitVerdict.BETTER,
+            reason="with the drop-in, it keeps more of the guest's data than now, but is not safe",
+        )
     return replace(
-        comparison, word=UnitVerdict.NO_BETTER, reason=reason, writes=changed and now != then
+        comparison,
+        word=UnitVerdict.NO_BETTER,
+        reason="adopt can write nothing that keeps more of the guest's data",
+        writes=False,
     )
+
+
+def _keep_more(then: Mapping[Occasion, Outcome], now: Mapping[Occasion, Outcome]) -> bool:
+    """Return whether an occasion keeps more of the guest's or the disks' data."""
+    return any(not now[occasion] >= then[occasion] for occasion in Occasion)
 
 
 def _refused(

@@ -293,6 +293,30 @@ def test_a_sandbox_that_hides_the_bus() -> None:
     assert judge(theirs).word is not UnitVerdict.SAFE
 
 
+THEIRS = replace(
+    BARE, user="vm", environment_files=("/home/vm/env",), address_families=("AF_INET",)
+)
+"""qkilld-stop cannot extend the timeout of this unit, and adopt cannot change that."""
+
+
+def test_what_is_better_but_not_safe_is_written() -> None:
+    asked = judge(replace(THEIRS, timeout_stop=90 * S), ASKABLE)
+    assert (asked.word, asked.writes) == (UnitVerdict.BETTER, True)
+    assert asked.now[Occasion.STOP].guest is Patience.NONE
+    assert asked.adopted[Occasion.STOP].guest is Patience.TIMED
+    assert "keeps more" in asked.reason
+    longer = judge(THEIRS)
+    assert "TimeoutStopSec=90s" in written(THEIRS, MUTE)
+    assert (longer.word, longer.writes) == (UnitVerdict.BETTER, True)
+
+
+def test_what_is_no_better_is_not_written() -> None:
+    facts = replace(THEIRS, timeout_stop=90 * S)
+    assert written(facts, MUTE), "it would only take other steps"
+    found = judge(facts)
+    assert (found.word, found.writes) == (UnitVerdict.NO_BETTER, False)
+
+
 def test_overrides_of_the_drop_in_are_counted() -> None:
     facts = replace(BARE, kill_signal=signal.SIGKILL)
     override = Override("/etc/x.conf", ("ExecStop=",))
@@ -318,10 +342,11 @@ def test_adopting_is_never_worse_under_any_assumption() -> None:
                         for surroundings in (ASKABLE, MUTE, replace(MUTE, can_ask=None)):
                             found = judge(facts, surroundings)
                             seen.add(found.word)
+                            assert not (found.writes and found.word is UnitVerdict.NO_BETTER)
                             if found.writes:
                                 worse = [
                                     each for each in Occasion
                                     if not found.adopted[each] >= found.now[each]
                                 ]  # fmt: skip
                                 assert not worse, (facts, surroundings, found)
-    assert seen == {UnitVerdict.SAFE, UnitVerdict.WORSE, UnitVerdict.UNKNOWN, UnitVerdict.NO_BETTER}
+    assert seen == set(UnitVerdict) - {UnitVerdict.MANUAL, UnitVerdict.OTHER_UNIT}
