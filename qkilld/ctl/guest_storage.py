@@ -17,10 +17,11 @@ from typing import Any, Final
 from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
 from qkilld.adapters.target_files import MAX_CONFIGS, read_config
-from qkilld.debug_log import ignore, note
+from qkilld.debug_log import ignore
 from qkilld.evidence.block_graph import BlockGraph, ConnectionEnd, read_block_graph
 from qkilld.evidence.files import read_descriptors
 from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.model.text import printable
 from qkilld.model.unit import UnitFacts
 from qkilld.monitor.reach import read_options
 from qkilld.unitcheck.context import looks_like_qemu
@@ -142,15 +143,13 @@ def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
         if node is None:
             continue
         if end.path or end.host in LOCAL_HOSTS:
-            if server := _listener_unit(end):
-                yield Storage(protocol=node.protocol, server=server)
+            yield from _local_server(node.protocol, end)
         elif end.host:
             yield Storage(protocol=node.protocol)
     for node in graph.unlocated:
         yield Storage(protocol=node.protocol)
     for path in _tpm_sockets(options):
-        if server := _listener_unit(ConnectionEnd(path=path)):
-            yield Storage(protocol="swtpm", server=server)
+        yield from _local_server("swtpm", ConnectionEnd(path=path))
     for path in image_paths(options):
         if kind := device_kind(path) or _kind_of_device(path):
             yield Storage(device=path, protocol=kind)
@@ -196,8 +195,9 @@ _DISKS: Final = frozenset(
 _SHARES: Final = ("virtfs", "fsdev")
 
 
-def _listener_unit(end: ConnectionEnd) -> str:
-    """Return the unit of the process that listens at this address; "" if there is none."""
+def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
+    """Yield the server that listens at this address of the host, if one does and it runs in a
+    unit."""
     import psutil
 
     kind = "unix" if end.path else "tcp"
@@ -206,16 +206,29 @@ def _listener_unit(end: ConnectionEnd) -> str:
     except (psutil.Error, OSError, RuntimeError) as error:
         # RuntimeError: a row is malformed, which any user can cause by a line feed in the name of a
         # unix socket.
-        note("looking for the server of a guest's disks", error)
-        return ""
-    for each in connections:
-        if end.path:
-            listens_there = each.laddr == end.path and not each.raddr
-        else:
-            listens_there = each.status == "LISTEN" and each.laddr.port == end.port
-        if listens_there and each.pid:
-            return _unit_of(each.pid)
-    return ""
+        why = f"the sockets of this host cannot be listed: {printable(str(error))}"
+        yield Storage(protocol=protocol, unseen=why)
+        return
+    place = printable(end.path) or f"port {end.port}"
+    pids = {each.pid for each in connections if _listens_at(each, end)}
+    if known := [pid for pid in pids if pid]:
+        pid = max(known)  # Not systemd, which may have passed the socket.
+        unit = procfs.read_unit(pid)
+        if unit is None:
+            why = f"the unit of process {pid}, which listens at {place}, cannot be read"
+            yield Storage(protocol=protocol, unseen=why)
+        elif unit.system:
+            yield Storage(protocol=protocol, server=unit.system)
+    elif pids:
+        why = f"the process that listens at {place} cannot be seen; root can see it"
+        yield Storage(protocol=protocol, unseen=why)
+
+
+def _listens_at(connection: Any, end: ConnectionEnd) -> bool:
+    """Return whether a connection of psutil is a socket that listens at this address."""
+    if end.path:
+        return bool(connection.laddr == end.path and not connection.raddr)
+    return bool(connection.status == "LISTEN" and connection.laddr.port == end.port)
 
 
 def _mounts_of(path: str) -> Iterator[Storage]:

@@ -145,6 +145,8 @@ def compare(
             reason=f"it is not known what {shown} of its ExecStop= does to the guest",
             advice=f"if {HELPER} does all that this line does, remove the line",
         )
+    if unseen := _unseen(surroundings):
+        return replace(comparison, word=UnitVerdict.UNKNOWN, reason=unseen)
     if any(line.by_hand for each in unsafe for line in each.fixes) or overrides:
         return replace(
             comparison,
@@ -166,6 +168,12 @@ def compare(
         reason="adopt can write nothing that keeps more of the guest's data",
         writes=False,
     )
+
+
+def _unseen(surroundings: Surroundings) -> str:
+    """Return the reason why a server of the guest's disks is not known; "" for none."""
+    whys = [place.unseen for place in surroundings.storage if place.unseen]
+    return f"it is not known which unit serves its disks: {whys[0]}" if whys else ""
 
 
 def _keep_more(then: Mapping[Occasion, Outcome], now: Mapping[Occasion, Outcome]) -> bool:
@@ -247,6 +255,8 @@ def _worse(
             UnitVerdict.UNKNOWN,
             "it is not known what its main process does on its KillSignal=",
         )
+    elif unseen := _unseen(surroundings):
+        word, reason = UnitVerdict.UNKNOWN, unseen
     elif any(place.server and not is_ordered(facts, place) for place in surroundings.storage):
         reason = "its disks are served by a process that may be stopped at the same time"
     elif not surroundings.can_ask:
@@ -294,8 +304,8 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         keepers=tuple(keeper.unit for keeper in surroundings.keepers),
         keeper_timeout=min((keeper.timeout for keeper in surroundings.keepers), default=INFINITY),
         guests_service=surroundings.guests_service and not facts.cares_for_guests,
-        unordered_server=any(place.server for place in unordered),
-        storage_goes_first=any(not place.server for place in unordered)
+        unordered_server=any(place.server or place.unseen for place in unordered),
+        storage_goes_first=any(not (place.server or place.unseen) for place in unordered)
         or not facts.default_dependencies,
         can_ask=surroundings.can_ask,
     )

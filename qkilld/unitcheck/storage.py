@@ -69,6 +69,8 @@ class Storage:
     """For a server or device: nbd, iscsi, vhost-user, …"""
     server: str = ""
     """The unit of a server on this host; "" for a server on another host."""
+    unseen: str = ""
+    """Why the unit of a server on this host is not known."""
     device: str = ""
     """The path of a block device; its kind is `protocol`."""
     text: str = ""
@@ -88,7 +90,9 @@ class Storage:
 
 
 def is_ordered(facts: UnitFacts, place: Storage) -> bool:
-    """Return whether the unit is stopped before the storage disappears."""
+    """Return whether the unit is known to be stopped before the storage disappears."""
+    if place.unseen:
+        return False
     after = frozenset(facts.after)
     if place.server:
         return place.server in after
@@ -125,18 +129,31 @@ def escaped(text: str) -> str:
     return "".join(out)
 
 
+_SERVER_GONE: Final = (
+    "if both are stopped at the same time, for example at host shutdown, the server may be gone"
+    " while the guest still writes"
+)
+
+
 def check_storage(facts: UnitFacts, storage: Sequence[Storage]) -> Iterator[Finding]:
     for place in storage:
         if is_ordered(facts, place):
             continue
-        if place.server:
+        if place.unseen:
+            yield Finding(
+                "server-unknown",
+                Severity.ADVICE,
+                f"it is not known which unit of this host serves its disks ({place.protocol}):"
+                f" {place.unseen}",
+                _SERVER_GONE,
+            )
+        elif place.server:
             yield Finding(
                 "server-order",
                 Severity.LOSES,
                 f"its disks are served by {place.server} on this host ({place.protocol}), and the"
                 " unit is not ordered after that server",
-                "if both are stopped at the same time, for example at host shutdown, the server "
-                "may be gone while the guest still writes",
+                _SERVER_GONE,
                 (Line("Unit", place.line, by_hand=not place.server.endswith(".service")),),
             )
         elif place.device or place.protocol:

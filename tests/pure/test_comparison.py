@@ -262,6 +262,17 @@ def test_a_server_of_this_host_needs_the_order() -> None:
     assert "served" in refused.reason
 
 
+def test_a_server_that_is_not_known_is_not_none() -> None:
+    unseen = Storage(protocol="nbd", unseen="the sockets of this host cannot be listed")
+    surroundings = replace(ASKABLE, storage=(unseen,))
+    for facts in (SAFE, BARE):
+        found = judge(facts, surroundings)
+        assert (found.word, found.writes) == (UnitVerdict.UNKNOWN, False)
+        assert "which unit serves its disks: the sockets of this host" in found.reason
+        findings = [each for each in check(facts, surroundings) if each.key == "server-unknown"]
+        assert len(findings) == 1 and "cannot be listed" in findings[0].problem
+
+
 def test_a_keeper_of_a_scope_comes_first() -> None:
     keeper = GuestKeeper("pve-guests.service", "Proxmox VE")
     facts = replace(

@@ -7,8 +7,10 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import parse_command_line
 from qkilld.ctl.guest_storage import (
     for_all_instances,
@@ -81,10 +83,36 @@ def test_servers(words: list[str], protocols: list[str]) -> None:
 
 
 def test_a_socket_whose_name_breaks_the_table_of_sockets(tmp_path: Path) -> None:
-    """Any user can bind one, and psutil raises RuntimeError for it."""
+    """Any user can bind one, and psutil raises RuntimeError for it. Then the server is not known,
+    which is not the same as no server."""
+    disk = ("-drive", "file=nbd+unix:///?socket=/x")
+    assert places(*disk) == []
     with socket.socket(socket.AF_UNIX) as hostile:
         hostile.bind(os.fsencode(tmp_path / "a\nb c"))
-        assert places("-drive", "file=nbd+unix:///?socket=/x") == []
+        (place,) = places(*disk)
+    assert (place.protocol, place.server) == ("nbd", "")
+    assert "cannot be listed: error while parsing /proc/net/unix" in place.unseen
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_a_server_that_cannot_be_seen(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "server"
+    with socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET) as server:
+        server.bind(str(path) if family == "unix" else ("127.0.0.1", 0))
+        server.listen()
+        port = 0 if family == "unix" else server.getsockname()[1]
+        disk = f"nbd+unix:///?socket={path}" if family == "unix" else f"nbd://127.0.0.1:{port}/x"
+        assert not [place for place in places("-drive", f"file={disk}") if place.unseen]
+        monkeypatch.setattr(procfs, "read_unit", lambda pid: None)
+        (place,) = places("-drive", f"file={disk}")
+        assert f"the unit of process {os.getpid()}" in place.unseen and not place.server
+        # What a user sees of another user's process.
+        listed = [each._replace(pid=None) for each in psutil.net_connections(family)]
+        monkeypatch.setattr(psutil, "net_connections", lambda kind: listed)
+        (place,) = places("-drive", f"file={disk}")
+        assert "cannot be seen; root can see it" in place.unseen and not place.server
 
 
 CONFIG = """\
