@@ -11,7 +11,7 @@ from qkilld.bus.systemd import Systemd
 from qkilld.ctl.session import Session
 from qkilld.ctl.unit_context import config_of, find_keepers, guard_of
 from qkilld.debug_log import ignore
-from qkilld.model.constants import ExitCode
+from qkilld.model.constants import INFINITY, ExitCode
 from qkilld.model.errors import QkilldError
 from qkilld.model.policy import Config, is_qemu
 from qkilld.model.text import printable
@@ -41,7 +41,7 @@ async def check_host(session: Session) -> int:
     if any(guest.stopped_by in uncovered for guest in report.guests):
         code = ExitCode.UNSAFE
     if session.json:
-        session.output.json(_as_json(report, code))
+        session.output.json(as_json(report, code))
     else:
         _show(session, report)
     return code
@@ -129,11 +129,15 @@ def _show(session: Session, report: HostReport) -> None:
         output.line(f"stop {number}  {printable(', '.join(group), 1000)}")
 
 
-def _as_json(report: HostReport, code: int) -> dict[str, Any]:
+def as_json(report: HostReport, code: int) -> dict[str, Any]:
     return {
         "active": report.is_active,
         "keepers": [
-            {"unit": each.unit, "whose": each.project, "timeout_usec": each.timeout}
+            {
+                "unit": each.unit,
+                "project": each.project,
+                "timeout_usec": None if each.timeout == INFINITY else each.timeout,
+            }
             for each in report.keepers
         ],
         "guests": [
@@ -141,7 +145,7 @@ def _as_json(report: HostReport, code: int) -> dict[str, Any]:
                 "pid": each.pid,
                 "name": each.name,
                 "unit": each.unit,
-                "care": each.stopped_by.value,
+                "stopped_by": each.stopped_by.value,
                 "keepers": list(each.keepers),
                 "line": each.line,
             }

@@ -75,8 +75,8 @@ class UnitReport:
                 {
                     "key": finding.key,
                     "severity": finding.severity.name.lower().replace("_", "-"),
-                    "what": finding.problem,
-                    "why": finding.reason,
+                    "problem": finding.problem,
+                    "reason": finding.reason,
                     "fixes": [
                         {"section": line.section, "line": line.text, "by_hand": line.by_hand}
                         for line in finding.fixes

@@ -86,7 +86,7 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         return {
             "verdict": self.word.value,
-            "verdict_why": self.reason,
+            "verdict_reason": self.reason,
             "advice": self.advice,
             "other_unit": self.other_unit or None,
             "now": {occasion.value: each.as_json() for occasion, each in self.now.items()},

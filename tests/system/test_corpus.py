@@ -48,12 +48,12 @@ def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
             installed.run("systemctl", "stop", "no-sigkill.service", "our-cluster.service")
             installed.run("rm", program)
     document = json.loads(done.stdout)
-    care = {guest["unit"]: (guest["care"], guest["keepers"]) for guest in document["guests"]}
-    assert care["100.scope"] == ("keeper", ["pve-guests.service"])
-    assert care["no-sigkill.service"] == ("systemd", [])
+    guests = {each["unit"]: (each["stopped_by"], each["keepers"]) for each in document["guests"]}
+    assert guests["100.scope"] == ("keeper", ["pve-guests.service"])
+    assert guests["no-sigkill.service"] == ("systemd", [])
     assert done.returncode == document["exit_code"] == 8
     # Its program tells what it is.
-    keepers = {each["unit"]: each["whose"] for each in document["keepers"]}
+    keepers = {each["unit"]: each["project"] for each in document["keepers"]}
     assert keepers["our-cluster.service"] == "pacemaker"
     assert keepers["pve-guests.service"] == "Proxmox VE"
     assert "pve-guests.service" in document["order"][0]
