@@ -11,11 +11,10 @@ from typing import Any, Final
 
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.ctl.session import Session
-from qkilld.model.constants import GuestAsked, Phase, Result
+from qkilld.model.constants import INFINITY, USEC_PER_SEC, GuestAsked, Phase, Result
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job_status import label
-from qkilld.model.policy import Policy
-from qkilld.monitor.libvirt import domain_of, shut_down
+from qkilld.monitor.libvirt import Domain, domain_of, shut_down
 
 METHOD: Final = "virsh"
 
@@ -37,8 +36,8 @@ async def shut_down_by_libvirt(
     """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
 
     libvirt holds the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
-    `span` (µs), or the default of PowerdownSec= if `span` is None. If libvirt has asked the guest,
-    no job follows with `only`, nor without `wait`, because this program then exits at once.
+    `span` (µs), or the guest's PowerdownSec= if `span` is None. If libvirt has asked the guest, no
+    job follows with `only`, nor without `wait`, because this program then exits at once.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN
@@ -62,9 +61,9 @@ async def shut_down_by_libvirt(
         if wait:
             if not session.json:
                 session.output.line(f"{title}: libvirt has asked it to shut down")
-            has_exited = await _exits_within(
-                pidfd, (Policy().powerdown if span is None else span) / 1e6
-            )
+            if span is None:
+                span = await _configured_span(session, domain)
+            has_exited = await _exits_within(pidfd, span)
     if wait and not has_exited and not only:
         return LibvirtShutdown(True)
     result, outcome = Result.SIGNALLED, GuestAsked.ASKED
@@ -77,12 +76,19 @@ async def shut_down_by_libvirt(
     return LibvirtShutdown(True, result.value, receipt)
 
 
-async def _exits_within(pidfd: int, seconds: float) -> bool:
+async def _configured_span(session: Session, domain: Domain) -> int:
+    """Return PowerdownSec= (µs) of the guest."""
+    from qkilld.ctl.unit_context import config_of  # Late, because most stops do not need it.
+
+    return (await config_of(session)).policy_for(domain.name).powerdown
+
+
+async def _exits_within(pidfd: int, usec: int) -> bool:
     loop = asyncio.get_running_loop()
     exited = asyncio.Event()
     loop.add_reader(pidfd, exited.set)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(None if usec == INFINITY else usec / USEC_PER_SEC):
             await exited.wait()
     except TimeoutError:
         return False

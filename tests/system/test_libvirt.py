@@ -104,6 +104,20 @@ def test_a_guest_that_ignores_libvirt_gets_sigterm(
     assert [rung["signal"] for rung in document["receipt"]["rungs"]] == ["SIGTERM"]
 
 
+def test_the_configured_time_is_given(
+    installed: Container, libvirt: subprocess.Popen[bytes]
+) -> None:
+    installed.write("/etc/qkilld/qkilld.conf", "[Guest dull]\nPowerdownSec=3s\n")
+    try:
+        with domain(installed, libvirt, "dull", "nothing") as pid:
+            command = ("qkillctl", "--json", "terminate", "--powerdown-only", "--wait")
+            (document,) = json.loads(installed.run(*command, pid, check=False).stdout)
+    finally:
+        installed.write("/etc/qkilld/qkilld.conf", "")
+    assert document["result"] == "survived"
+    assert 3_000_000 <= document["receipt"]["elapsed_usec"] < 30_000_000
+
+
 def test_without_virsh_it_is_said(installed: Container, libvirt: subprocess.Popen[bytes]) -> None:
     with domain(installed, libvirt, "bare", "off") as pid:
         helper = ("/usr/bin/qkilld-stop", f"--pid={pid}")
