@@ -57,6 +57,8 @@ class LocalCaller:
 
 @dataclass(slots=True, kw_only=True)
 class LocalStop:
+    """A stop in the engine's thread, which alone may change it once it has begun."""
+
     pid: int
     start_time: int | None
     flags: Flag
@@ -78,15 +80,16 @@ class LocalStop:
             start_time=stop.process.start_time,
             flags=flags_of(stop.flags),
             powerdown=stop.powerdown,
-            ask_at_most=INFINITY if stop.ask_at_most is None else stop.ask_at_most,
+            ask_at_most=ask_at_most_of(stop),
             spans=spans,
             reason=reason,
             status=None if stop.state is None else status_of(stop.state),
         )
 
-    def amend(self, stop: GuestStop) -> None:
-        self.flags = flags_of(stop.flags)
-        self.ask_at_most = INFINITY if stop.ask_at_most is None else stop.ask_at_most
+
+def ask_at_most_of(stop: GuestStop) -> int:
+    """Return the longest time for asking, µs."""
+    return INFINITY if stop.ask_at_most is None else stop.ask_at_most
 
 
 class Fallback:
@@ -181,7 +184,9 @@ class Fallback:
             control=Control(status.held, status.not_before),
         )
 
-    def join(self, stop: LocalStop) -> None:
+    def amend(self, stop: LocalStop, flags: Flag, ask_at_most: int) -> None:
+        """Change what the stop asks for, and with it the job that it has begun."""
+        stop.flags, stop.ask_at_most = flags, ask_at_most
         if stop.job is not None and stop.job.running:
             request = Request(
                 stop.flags, {}, stop.reason, os.geteuid(), ask_at_most=stop.ask_at_most

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from qkilld.debug_log import note
 from qkilld.engine.events import internal_error
 from qkilld.model.errors import QkilldError
-from qkilld.stop.fallback import Fallback, LocalStop
+from qkilld.model.varlink_state import flags_of
+from qkilld.stop.fallback import Fallback, LocalStop, ask_at_most_of
 from qkilld.stop.log import Log
 from qkilld.stop.mailbox import Mailbox
 
@@ -62,9 +63,8 @@ class LocalStopper:
         """Do nothing: the engine sees the exit itself."""
 
     def amend(self, stop: GuestStop) -> None:
-        local = self._stops[stop]
-        local.amend(stop)
-        self._do(lambda fallback: fallback.join(local))
+        local, flags, ask_at_most = self._stops[stop], flags_of(stop.flags), ask_at_most_of(stop)
+        self._do(lambda fallback: fallback.amend(local, flags, ask_at_most))
 
     def release(self, stop: GuestStop) -> None:
         local = self._stops[stop]

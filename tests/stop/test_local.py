@@ -1,0 +1,73 @@
+"""Stopping without the daemon: what is asked for meanwhile reaches the engine's thread."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+
+from qkilld.model.event import Event
+from qkilld.model.policy import Config, Policy
+from qkilld.stop import fallback, local
+from qkilld.stop.fallback import LocalStop
+from qkilld.stop.local import LocalStopper
+from qkilld.stop.log import Log
+from qkilld.stop.options import Options
+from qkilld.stop.process import open_process
+from tests.lab.guest import Guest, own_qemus
+from tests.stop.fakes import Notes, stop_of
+
+SECOND = 1_000_000
+QUICK = Policy(grace=SECOND // 10, stall=SECOND // 10, storage_stall=SECOND // 10, max=SECOND)
+
+
+class SilentLog(Log):
+    def write(self, event: Event) -> None:
+        pass
+
+
+class RecordingStop(LocalStop):
+    """Records by which threads each attribute is set."""
+
+    setters: ClassVar[defaultdict[str, list[str]]] = defaultdict(list)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.setters[name].append(threading.current_thread().name)
+        super().__setattr__(name, value)
+
+
+def test_force_that_comes_later(
+    fake_qemu: Callable[..., Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(QUICK, executables=(own_qemus(),))
+    monkeypatch.setattr(fallback, "configuration", lambda: config)
+    monkeypatch.setattr(local, "LocalStop", RecordingStop)
+    guest, notes = fake_qemu(stubborn=True), Notes()
+    stop = stop_of(open_process(guest.pid))
+    stopper = LocalStopper(Options(), notes, SilentLog(), reason="a test")
+    try:
+        stopper.start([stop])
+        stop.forced, stop.ask_at_most = True, 5 * SECOND
+        stopper.amend(stop)
+        poll = select.poll()
+        (descriptor,) = stopper.descriptors()
+        poll.register(descriptor, select.POLLIN)
+        while notes.said[-1:] != [("ended", "killed")]:
+            assert poll.poll(30_000), notes.said
+            stopper.work()
+    finally:
+        stopper.close()
+        stop.close()
+        # The program exits instead of closing these.
+        assert stopper._loop is not None
+        stopper._loop.close()
+        os.close(stopper._mailbox._read)
+        os.close(stopper._mailbox._write)
+    assert RecordingStop.setters["flags"] == ["MainThread", "engine"]
+    # After its construction, the stop belongs to the thread of the engine.
+    assert {each for names in RecordingStop.setters.values() for each in names[1:]} == {"engine"}
