@@ -323,7 +323,8 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
     waiting.add_argument(
         "--wait",
         action="store_true",
-        help="wait until all jobs have ended; the exit code shows how they ended",
+        help="wait until all jobs have ended; the exit code shows whether SIGKILL was needed. "
+        "Whether data is at risk is printed; with --json, see data_at_risk of the receipt",
     )
     waiting.add_argument(
         "--no-wait",

@@ -47,6 +47,7 @@ _STATES: Final[dict[str, str]] = {
 }
 """Phrases for the time after SIGTERM, by verdict."""
 _GIVES_UP: Final = "gives up"
+_SHOWN_RISKS: Final = 3
 MOVES_FOR: Final = 6 * USEC_PER_SEC
 """Progress within this time (µs) counts as current: disks write back in bursts up to 5 s apart."""
 
@@ -267,6 +268,8 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
     elapsed = int(receipt.get("elapsed-usec", 0))
     after = f"after {format_usec(rounded(elapsed))}"
     match result:
+        case Result.EXITED if receipt.get("data-at-risk"):
+            return f"gone {after}, without SIGKILL, but data may be lost{_risks(receipt)}"
         case Result.EXITED:
             return f"gone {after}, without SIGKILL"
         case Result.KILLED if receipt.get("data-at-risk") is False:
@@ -299,6 +302,14 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
             return f"not stopped: {error}"
         case _:
             return f'ended {after} as "{printable(result)}", which this qkillctl does not know'
+
+
+def _risks(receipt: dict[str, Any]) -> str:
+    """Return the first reasons why data may be lost, after a colon; "" if the caller may not see
+    them."""
+    texts = [printable(str(text)) for _, text in receipt.get("at-risk", ()) if text]
+    more = f" and {len(texts) - _SHOWN_RISKS} more" if len(texts) > _SHOWN_RISKS else ""
+    return f": {'; '.join(texts[:_SHOWN_RISKS])}{more}" if texts else ""
 
 
 def rounded(usec: int) -> int:

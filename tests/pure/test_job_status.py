@@ -170,6 +170,37 @@ KILL = ["kill", "SIGKILL", 10 * S]
             0,
         ),
         (
+            "exited",
+            {
+                "elapsed-usec": 4321,
+                "rungs": [TERM],
+                "data-at-risk": True,
+                "at-risk": [["flush-failed", "d: Input/output error\n"], ["unknown", "u"]],
+                "guest-asked": "ignored",
+            },
+            [
+                "gone after 4ms, without SIGKILL, but data may be lost: ",
+                ": d: Input/output error\ufffd; u; its system was asked",
+            ],
+            0,
+        ),
+        (
+            "exited",
+            {
+                "rungs": [TERM],
+                "data-at-risk": True,
+                "at-risk": [["unknown", str(n)] for n in range(9)],
+            },
+            ["data may be lost: 0; 1; 2 and 6 more"],
+            0,
+        ),
+        (
+            "exited",
+            {"rungs": [TERM], "data-at-risk": True, "at-risk": [["unknown", ""]]},
+            ["without SIGKILL, but data may be lost"],
+            0,
+        ),
+        (
             "killed",
             {"elapsed-usec": 10_100_000, "rungs": [TERM, KILL]},
             ["gone after 10.1s", "data may be lost"],
