@@ -8,6 +8,7 @@ from typing import Any
 from qkilld.adapters import procfs
 from qkilld.adapters.ancestors import service_of
 from qkilld.bus.systemd import Systemd
+from qkilld.ctl.process_stats import executable as claimed_executable
 from qkilld.ctl.session import Session
 from qkilld.ctl.unit_context import config_of, find_keepers, guard_of
 from qkilld.debug_log import ignore
@@ -34,12 +35,18 @@ from qkilld.unitcheck.keepers import (
 
 
 async def check_host(session: Session) -> int:
-    """Print the report. Return 0 if systemd's own signals stop no guest, else ExitCode.UNSAFE."""
+    """Print the report. Return 0 if systemd's own signals certainly stop no guest, else
+    ExitCode.UNSAFE."""
     report = await _HostCheck(session, await config_of(session)).report()
     uncovered = (StoppedBy.SYSTEMD, StoppedBy.UNCOVERED)
     code = ExitCode.OK
-    if any(guest.stopped_by in uncovered for guest in report.guests):
+    if not report.is_complete or any(each.stopped_by in uncovered for each in report.guests):
         code = ExitCode.UNSAFE
+    if not report.is_complete:
+        session.output.error(
+            "you may not see the processes of other users, so guests and keepers may be missing:"
+            " run this as root"
+        )
     if session.json:
         session.output.json(as_json(report, code))
     else:
@@ -58,9 +65,16 @@ class _HostCheck:
     async def report(self) -> HostReport:
         guests = []
         names = [name for name in KEEPERS if name.endswith(".service")]
-        for pid in procfs.pids():
+        pids = procfs.pids()
+        # Process 1 is missing if /proc hides the processes of other users (hidepid=).
+        is_complete = 1 in pids
+        for pid in pids:
             with ignore(f"looking at process {pid}", OSError):
-                executable = procfs.read_executable(pid)[0]
+                try:
+                    executable = procfs.read_executable(pid)[0]
+                except PermissionError:
+                    is_complete = False
+                    executable = claimed_executable(pid)
                 if PurePosixPath(executable).name in PROGRAMS and (runs_in := service_of(pid)):
                     names.append(runs_in)
                 covered = is_qemu(executable, self._config.executables)
@@ -75,7 +89,13 @@ class _HostCheck:
                 keepers[name] = GuestKeeper(name, project, facts.timeout_stop)
         service = await self._unit(GUESTS_SERVICE)
         is_active = service is not None and service.active_state == "active"
-        return HostReport(is_active, tuple(keepers.values()), tuple(guests), shutdown_order(guests))
+        return HostReport(
+            is_active,
+            tuple(keepers.values()),
+            tuple(guests),
+            shutdown_order(guests),
+            is_complete=is_complete,
+        )
 
     async def _guest(self, pid: int, executable: str, *, is_covered: bool) -> HostGuest:
         unit = procfs.read_unit(pid)
@@ -120,7 +140,7 @@ def _show(session: Session, report: HostReport) -> None:
     state = "is active" if report.is_active else "is not active"
     output.line(f"{GUESTS_SERVICE} {state}.")
     if not report.guests:
-        output.line("No QEMU runs on this host.")
+        output.line("No QEMU runs on this host." if report.is_complete else "No QEMU can be seen.")
     for keeper in report.keepers:
         output.line(f"keeper  {keeper.unit} ({keeper.project}), which shuts its own guests down")
     for guest in report.guests:
@@ -132,6 +152,7 @@ def _show(session: Session, report: HostReport) -> None:
 def as_json(report: HostReport, code: int) -> dict[str, Any]:
     return {
         "active": report.is_active,
+        "complete": report.is_complete,
         "keepers": [
             {
                 "unit": each.unit,

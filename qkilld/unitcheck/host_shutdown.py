@@ -64,6 +64,8 @@ class HostReport:
     guests: tuple[HostGuest, ...]
     order: tuple[tuple[str, ...], ...] = field(default_factory=tuple)
     """Groups of units, in the order in which systemd stops the groups."""
+    is_complete: bool = True
+    """False if the caller may not see all processes, so that guests and keepers may be missing."""
 
 
 def predict_stop(
