@@ -35,13 +35,14 @@ async def plan(session: Session, outcomes: list[TargetOutcome], options: Termina
         documents.append(outcome.as_json(session.bus) | planned)
         if not session.json:
             session.output.line(label(process.pid, answer["name"]))
+            asks = any(name == "ask" for _, name, _ in answer["rungs"])
             for phase, name, after in answer["rungs"]:
-                at = f"after {format_usec(after)} at the soonest" if after else "at once"
+                at = _when(after, asks=asks)
                 session.output.line(f"  {printable(name)} {at} ({printable(phase)})")
             if Flag.NOWAIT not in options.flags:
-                session.output.line(f"  gives up: {_earliest(answer['gives-up-usec'])}")
+                session.output.line(f"  gives up: {_when(answer['gives-up-usec'], asks=asks)}")
             for way in answer.get("ways", []):
-                session.output.line(f"  way to ask: {printable(way)}")
+                session.output.line(f"  asking: {printable(way)}")
             for warning in answer["warnings"]:
                 session.output.line(f"  note: {printable(warning)}")
     if session.json:
@@ -61,5 +62,8 @@ async def plan_all(session: Session, options: TerminateOptions) -> int:
     return await plan(session, outcomes, options)
 
 
-def _earliest(usec: int) -> str:
-    return "never" if usec == INFINITY else f"after {format_usec(usec)} at the soonest"
+def _when(usec: int, *, asks: bool) -> str:
+    """`asks`: the guest is asked first, which ends early if the guest does not listen."""
+    if usec in (0, INFINITY):
+        return "never" if usec else "at once"
+    return f"after {format_usec(usec)}{'' if asks else ' at the soonest'}"

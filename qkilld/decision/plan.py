@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from signal import SIGKILL, SIGTERM
+from typing import Final
 
 from qkilld.decision.ladder import JobFacts, decide, kill_due
 from qkilld.decision.verdict import Assessment, standstill
@@ -12,6 +13,11 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 from qkilld.model.job import Request
 from qkilld.model.policy import Policy
+
+NOT_LISTENING: Final = (
+    "a guest that cannot be asked, or that does not listen, gets SIGTERM within seconds, and all"
+    " that follows comes sooner, too"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +40,16 @@ class Plan:
 
 
 def make_plan(
-    identity: Identity, request: Request, policy: Policy, evidence: Assessment | None, now: int
+    identity: Identity,
+    request: Request,
+    policy: Policy,
+    evidence: Assessment | None,
+    now: int,
+    *,
+    may_be_asked: bool = True,
 ) -> Plan:
-    """`now` is CLOCK_MONOTONIC in µs; `evidence` is from samples taken just now."""
+    """`now` is CLOCK_MONOTONIC in µs; `evidence` is from samples taken just now. `may_be_asked` is
+    False if it is certain that the guest cannot be asked to shut down."""
     flags = request.flags
     warnings = _warnings(identity, flags, evidence)
     ask = PlannedRung(Phase.POWERDOWN, "ask", 0)
@@ -45,11 +58,13 @@ def make_plan(
         if Flag.FORCE in flags:
             first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
         return Plan((ask if Flag.POWERDOWN in flags else first,), 0, warnings)
-    asking = Flag.POWERDOWN in flags
-    # Assume a guest that does nothing; a guest that is shutting down gets more time.
+    asking = Flag.POWERDOWN in flags and may_be_asked
+    # Assume a guest that listens, but does nothing; a guest that is shutting down gets more time.
     asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
-    if asking and request.powerdown_only:
-        return Plan((ask,), asks_for, warnings)
+    if Flag.POWERDOWN in flags and request.powerdown_only:
+        return Plan((ask,) if asking else (), asks_for, warnings)
+    if asking:
+        warnings = (*warnings, NOT_LISTENING)
     term_at = min(now + asks_for, INFINITY)
     facts = JobFacts(flags=flags, policy=policy, started=now, term_at=term_at, assessment=evidence)
     rungs = [ask] if asking else []

@@ -15,7 +15,7 @@ from qkilld.model.access import Answer, PolkitAction, Rank
 from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, YankInstance
 from qkilld.model.constants import Flag, GuestAsked, Phase, Result, Verdict
 from qkilld.model.event import Event
-from qkilld.model.guest import Guest, GuestChannels, Identity, Label
+from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.job import Control, FlushReport, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
@@ -252,7 +252,7 @@ class Monitors(Protocol):
         """Read the disks of a guest that is not being stopped; None if its QMP monitor is not free,
         or does not answer within a second. `files` as in GuestMonitor.read_disks."""
 
-    async def describe(self, process: Process) -> tuple[str, ...]:
+    async def describe(self, process: Process) -> AskingWays:
         """Describe how qkilld can talk to the guest, and what prevents it."""
 
     async def survey(self, identity: Identity) -> GuestChannels:

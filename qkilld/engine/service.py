@@ -35,7 +35,7 @@ from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, MonitorKind
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import BusError, Failed, InvalidArgs, NoSuchUnit, QkilldError
-from qkilld.model.guest import Guest, Identity
+from qkilld.model.guest import AskingWays, Guest, Identity
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Request
 from qkilld.model.policy import JOB_SPANS, Config, is_qemu
@@ -297,11 +297,15 @@ class Service:
         configured = self.config.policy_for(inspection.guest.label.name)
         policy = policy_for(flag_set, configured, _spans(given))
         request = _request(flag_set, given, identity.uid)
-        plan = make_plan(identity, request, policy, inspection.evidence, self._clock.now())
-        notes = await self._notes(inspection.guest, request, inspection.evidence)
+        may_be_asked = ways.may_work or bool(request.qmp_socket)
+        evidence = inspection.evidence
+        plan = make_plan(
+            identity, request, policy, evidence, self._clock.now(), may_be_asked=may_be_asked
+        )
+        notes = await self._notes(inspection.guest, request, evidence)
         if inspection.guest.label.name is None:
             notes = (events.NAME_UNKNOWN, *notes)
-        return inspection.guest, replace(plan, ways=ways, warnings=(*plan.warnings, *notes))
+        return inspection.guest, replace(plan, ways=ways.texts, warnings=(*plan.warnings, *notes))
 
     async def _notes(
         self, guest: Guest, request: Request, evidence: Assessment | None
@@ -326,10 +330,10 @@ class Service:
         finally:
             process.close()
 
-    async def _ways(self, identity: Identity, flags: Flag) -> tuple[str, ...]:
+    async def _ways(self, identity: Identity, flags: Flag) -> AskingWays:
         """Describe how the guest can be asked, and what prevents it."""
         if Flag.POWERDOWN not in flags or self._monitors is None:
-            return ()
+            return AskingWays()
         process = self._host.open(identity.pid)
         try:
             check_same(process.guest.identity, identity.start_time)

@@ -100,6 +100,16 @@ class Guest:
 
 
 @dataclass(frozen=True, slots=True)
+class AskingWays:
+    """How a guest can be asked to shut down."""
+
+    texts: tuple[str, ...] = ()
+    """The ways and the obstacles."""
+    may_work: bool = True
+    """False only if it is certain that the guest cannot be asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class GuestChannels:
     """The channels to a guest, as far as its sockets and its command line show."""
 

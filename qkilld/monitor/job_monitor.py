@@ -27,7 +27,7 @@ from qkilld.model.errors import (
     MonitorUnreachable,
     QkilldError,
 )
-from qkilld.model.guest import GuestChannels, Identity
+from qkilld.model.guest import AskingWays, GuestChannels, Identity
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.text import printable
 from qkilld.monitor import disks
@@ -183,16 +183,17 @@ class JobMonitors:
             note(f"looking at the disks of process {process.guest.identity.pid}", error)
             return None
 
-    async def describe(self, process: Process) -> tuple[str, ...]:
+    async def describe(self, process: Process) -> AskingWays:
         """Do not connect, because a monitor serves only one client at a time."""
         try:
             guest_endpoints = find_endpoints(*await read_process(process.guest.identity))
         except MonitorError as error:
-            return (printable(str(error)),)
+            return AskingWays((printable(str(error)),))
         ways = [endpoint.title for endpoint in guest_endpoints.endpoints]
         how = "" if self._directly else f" {NOT_PASSED}"
         ways += [f"{endpoint.title}{how}" for endpoint in guest_endpoints.passable]
-        return (*ways, *guest_endpoints.obstacles)
+        may_work = guest_endpoints.libvirt or guest_endpoints.expected or bool(ways)
+        return AskingWays((*ways, *guest_endpoints.obstacles), may_work)
 
     async def survey(self, identity: Identity) -> GuestChannels:
         """Do not connect, because a monitor serves only one client at a time."""

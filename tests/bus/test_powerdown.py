@@ -45,6 +45,9 @@ def test_the_plan_names_the_ways(client: Client, qemu: Make) -> None:
         ("terminate", "SIGTERM"),
     ]
     assert any(way.startswith("the monitor at ") for way in found["ways"])
+    found = plan(qemu(qmp=False))
+    assert [tuple(rung) for rung in found["rungs"]] == [("terminate", "SIGTERM", 0)]
+    assert found["ways"]
 
 
 @pytest.mark.parametrize("kind", ["qmp", "monitor"])

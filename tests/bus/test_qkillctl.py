@@ -628,14 +628,17 @@ def test_asking_first(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> N
     """A guest without a monitor, which the receipt says."""
     guest = fake_qemu(name="web")
     planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
-    assert "  ask at once (powerdown)\n  SIGTERM after 1min at the soonest (terminate)\n" in planned
-    assert "  way to ask: the guest has no monitor; give the guest a unix socket" in planned
+    assert planned.splitlines()[1] == "  SIGTERM at once (terminate)"
+    assert "  ask at once" not in planned
+    assert "  asking: the guest has no monitor; give the guest a unix socket" in planned
     assert guest.alive
     text = ctl(daemon.bus, "terminate", "--powerdown", "--wait", "web").stdout
     assert text.splitlines()[-1].endswith("without SIGKILL; it could not be asked to shut down")
     assert not guest.alive
     fake_qemu(name="web")
     only = ("terminate", "--powerdown-only", "--wait", "web")
+    planned = ctl(daemon.bus, *only[:2], "--dry-run", "web").stdout
+    assert planned.splitlines()[1] == "  gives up: at once"
     (document,) = ctl_json(daemon.bus, *only, code=4)
     assert document["result"] == "survived"
     assert document["receipt"]["guest_asked"] == "unreachable"
@@ -646,7 +649,9 @@ def test_a_guest_that_does_not_shut_down(daemon: Daemon, qemu: Make, start_ctl: 
     """A real QEMU in which nothing would react."""
     guest = qemu(name="web", arguments=["-M", "q35", "-m", "32"])
     planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
-    assert "way to ask: the monitor at /" in planned
+    assert "  ask at once (powerdown)\n  SIGTERM after 1min (terminate)\n" in planned
+    assert "asking: the monitor at /" in planned
+    assert "does not listen, gets SIGTERM within seconds" in planned
     only = ("terminate", "--powerdown-only", "--powerdown-sec", "1s", "--wait", "web")
     running = start_ctl(*only)
     running.wait_for(r"is about to be asked(; gives up in 1s unless it can be asked)?$")

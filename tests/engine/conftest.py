@@ -22,7 +22,7 @@ from qkilld.model.block_state import (
 )
 from qkilld.model.constants import Flag
 from qkilld.model.event import Event, MessageId
-from qkilld.model.guest import Guest, GuestChannels, Identity, Label, Unit
+from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label, Unit
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
@@ -303,8 +303,8 @@ class FakeMonitors:
         found = self.disks(self._clock.now())
         return None if isinstance(found, str) else found
 
-    async def describe(self, process: Process) -> tuple[str, ...]:
-        return ()
+    async def describe(self, process: Process) -> AskingWays:
+        return AskingWays()
 
     async def survey(self, identity: Identity) -> GuestChannels:
         return GuestChannels()
