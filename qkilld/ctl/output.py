@@ -98,12 +98,17 @@ class Output:
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns:
-            table.add_column(column, overflow="fold", no_wrap=column in ("PID", "ID"))
+        # Only the last column wraps, between words. A terminal that is too narrow for that wraps
+        # whole lines, so that a UUID or the name of a unit can still be copied.
+        *widths, last = _least_widths([columns, *cells])
+        for column, size in zip(columns, [*widths, None], strict=True):
+            table.add_column(column, width=size, overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
+        console = self.console()
+        console.width = max(console.width, sum(widths) + 2 * len(widths) + last)
         try:
-            self.console().print(table)
+            console.print(table)
         except OSError as error:
             self._failed(error)
 
@@ -121,6 +126,13 @@ class Output:
         if not isinstance(error, BrokenPipeError):
             self.failure = error
         _silence(self._out)
+
+
+def _least_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the widths of the columns at which no cell wraps; for the last one, no word."""
+    *fixed, last = zip(*rows, strict=True)
+    words = [word for cell in last for word in cell.split()]
+    return [min(max(map(width, cells), default=0), MAX_PADDING) for cells in (*fixed, words)]
 
 
 def _null() -> TextIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -173,3 +174,22 @@ def test_text_wraps_at_the_width_of_the_terminal(
     monkeypatch.setenv("COLUMNS", terminal)
     assert Output(Terminal()).columns(96) == width
     assert Output(io.StringIO()).columns(96) == 96, "a pipe has no width"
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_word_of_a_table_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    uuid, unit = "5f0c3c1e-1111-2222-3333-444455556666", "qemu-guest@database.service"
+    Output(terminal, io.StringIO()).table(("NAME", "UUID", "UNIT"), [("web", uuid, unit)])
+    _, row, *rest = terminal.getvalue().splitlines()
+    assert (row.split(), rest) == (["web", uuid, unit], [])
+    # Text in the last column wraps between words.
+    terminal = Terminal()
+    reasons = "it waits for storage and nothing moves, " * 6
+    Output(terminal, io.StringIO()).table(("AFTER", "WHY"), [("1min 5s", reasons)])
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in terminal.getvalue().splitlines()]
+    assert max(map(len, lines)) <= columns and len(lines) > 1
+    assert " ".join(" ".join(lines[1:]).split()) == f"1min 5s {reasons.strip()}"
