@@ -69,6 +69,11 @@ def parse(argv: Sequence[str]) -> Options:
     )
 
 
+def _unit(name: str) -> str:
+    """Complete the name of a unit like systemctl."""
+    return name if name.endswith((".service", ".scope")) else f"{name}.service"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argument_types.SuggestingParser(
         prog="qkilld-stop",
@@ -82,7 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--pidfile", metavar="FILE", help="stop the process whose id is in this file"
     )
-    target.add_argument("--unit", metavar="NAME", help="stop every QEMU in this service or scope")
+    target.add_argument(
+        "--unit", type=_unit, metavar="NAME", help="stop every QEMU in this service or scope"
+    )
     target.add_argument(
         "--all",
         dest="all_guests",
