@@ -136,6 +136,13 @@ def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str,
         ("packaging/qkilld.conf", places.private),
         ("packaging/qkilld.sysusers", f"{places.libdir}/sysusers.d"),
         ("packaging/guest-example.conf", places.docdir),
+        # For authors of clients, and at these places because README.md links to them.
+        ("dbus/README.md", f"{places.docdir}/dbus"),
+        ("dbus/*.varlink", f"{places.docdir}/dbus"),
+        *(
+            (f"dbus/examples/*.{kind}", f"{places.docdir}/dbus/examples")
+            for kind in ("c", "png", "py")
+        ),
         ("packaging/man/*.[1-8]", places.mandir),
         ("README.md", places.docdir),
         ("NEWS.md", places.docdir),
@@ -144,9 +151,11 @@ def files(places: Places, python: str, *, packaged: bool) -> Iterator[tuple[str,
         for source in sorted(TOP.glob(pattern)):
             section = f"man{source.suffix[1:]}/" if directory == places.mandir else ""
             unit = f"{source.parent.name}/" if source.parent.suffix == ".d" else ""
-            content = _relocated(source.read_text(), moved)
+            content = source.read_bytes()
+            if source.suffix != ".png":
+                content = _relocated(content.decode(), moved).encode()
             name = "qkilld.conf" if source.suffix == ".sysusers" else source.name
-            yield f"{directory}/{section}{unit}{name}", File(content.encode())
+            yield f"{directory}/{section}{unit}{name}", File(content)
     for shell, text in _completions().items():
         path = {
             "bash": f"{places.bashdir}/qkillctl",
