@@ -25,7 +25,8 @@ class SuggestingParser(ArgumentParser):
             for command in self._command_parsers(arguments):
                 options += command._option_string_actions
             words = [each.partition("=")[0] for each in rest if each.startswith("--")]
-            self.error(f"unrecognized arguments: {' '.join(rest)}{_suggestion(words, options)}")
+            message = f"unrecognized arguments: {' '.join(rest)}{_suggestion(words, options)}"
+            self.command_parser(arguments).error(message)
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -38,6 +39,10 @@ class SuggestingParser(ArgumentParser):
 
     def _command_groups(self) -> list[dict[str, Any]]:
         return [action.choices for action in self._actions if isinstance(action.choices, dict)]
+
+    def command_parser(self, arguments: Namespace) -> ArgumentParser:
+        """Return the parser of the command in `arguments`, or this one if there is none."""
+        return next(iter(self._command_parsers(arguments)), self)
 
     def _command_parsers(self, arguments: Namespace) -> list[ArgumentParser]:
         name = getattr(arguments, "command", None)

@@ -179,12 +179,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    _check(parser, arguments)
-    arguments.bus = _bus(parser, arguments)
+    # Its errors print the usage of this command.
+    command = parser.command_parser(arguments)
+    _check(command, arguments)
+    arguments.bus = _bus(command, arguments)
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argument_types.SuggestingParser:
     parser = argument_types.SuggestingParser(
         prog="qkillctl",
         description=_DESCRIPTION,
@@ -487,6 +489,9 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         _check_powerdown(parser, arguments)
     if arguments.command == "adopt":
         _check_adopt(parser, arguments)
+    if arguments.command in ("metrics", "timeline") and arguments.json:
+        form = "OpenMetrics text" if arguments.command == "metrics" else "SVG"
+        parser.error(f"{arguments.command} prints {form}: leave out --json")
 
 
 def _check_adopt(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from qkilld.ctl.terminate import TargetOutcome, TerminateOptions
 from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.errors import QkilldError
 from qkilld.model.exits import worst
-from qkilld.model.job_status import label
+from qkilld.model.job_status import known, label, rungs_as_json
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 
@@ -32,6 +32,8 @@ async def plan(session: Session, outcomes: list[TargetOutcome], options: Termina
             continue
         outcome.pid = process.pid
         planned = {key.replace("-", "_"): value for key, value in answer.items()}
+        planned["rungs"] = rungs_as_json(answer["rungs"])
+        planned["gives_up_usec"] = known(answer["gives-up-usec"])
         documents.append(outcome.as_json(session.bus) | planned)
         if not session.json:
             session.output.line(label(process.pid, answer["name"]))

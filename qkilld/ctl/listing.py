@@ -11,13 +11,20 @@ from qkilld.ctl.process_stats import ProcessStats
 from qkilld.ctl.session import Session
 from qkilld.ctl.targets import GuestRow, Resolver, Target, TargetKind, guest_rows
 from qkilld.debug_log import note
-from qkilld.model.constants import ExitCode, Phase
+from qkilld.model.constants import UNKNOWN, ExitCode, Phase
 from qkilld.model.errors import NoSuchJob, QkilldError
 from qkilld.model.job_status import JobStatus, flag_names, known, label
 from qkilld.model.policy import SPANS
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 
+_INSPECTED: Final = {
+    "waiting_threads": ("tid", "name", "state", "function"),
+    "devices": ("name", "number", "bytes_written", "in_flight"),
+    "sockets": ("family", "connected", "send_queue_bytes", "unacknowledged"),
+    "mounts": ("type", "answers"),
+}
+"""The keys of Inspect that are lists of structures, and the keys of their members in JSON."""
 MAX_CALLS: Final = 32
 """The maximum number of concurrent calls, well below the 128 that the system bus allows."""
 
@@ -126,13 +133,24 @@ async def inspect(session: Session, target: Target) -> int:
     answer = await session.manager.inspect(process.pid)
     answer["user"] = session.user_name(answer["uid"])
     if session.json:
-        session.output.json({key.replace("-", "_"): value for key, value in answer.items()})
+        session.output.json(inspection_as_json(answer))
         return ExitCode.OK
     session.output.line(label(process.pid, answer["name"]))
     session.output.fields(
         (key.replace("-", " "), _value(value)) for key, value in answer.items() if key != "pid"
     )
     return ExitCode.OK
+
+
+def inspection_as_json(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return what Inspect replied for --json, with keys instead of structures."""
+    document = {key.replace("-", "_"): value for key, value in answer.items()}
+    for key, columns in _INSPECTED.items():
+        if key in document:
+            document[key] = [dict(zip(columns, row, strict=True)) for row in document[key]]
+    for mount in document.get("mounts", ()):
+        mount["answers"] = known(mount["answers"])
+    return document
 
 
 def guest_as_json(session: Session, guest: GuestRow, stats: ProcessStats) -> dict[str, Any]:
@@ -242,4 +260,6 @@ def _value(value: Any) -> str:
             return "; ".join(_value(item) for item in value) or "none"
         case tuple():
             return " ".join(_value(item) for item in value)
+        case int() if value == UNKNOWN:
+            return "unknown"
     return str(value)

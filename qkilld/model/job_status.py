@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from qkilld.model.constants import (
@@ -323,8 +324,17 @@ def rounded(usec: int) -> int:
 def receipt_as_json(receipt: dict[str, Any]) -> dict[str, Any]:
     """Return the receipt for --json. Its reason, error and requester are null if missing."""
     document = {key.replace("-", "_"): value for key, value in receipt.items()}
-    document["rungs"] = [
-        {"phase": phase, "signal": signal, "at_usec": at}
-        for phase, signal, at in receipt.get("rungs", [])
-    ]
+    document["rungs"] = rungs_as_json(receipt.get("rungs", []))
+    if "verdicts" in receipt:
+        document["verdicts"] = [
+            {"verdict": verdict, "at_usec": at, "reasons": reasons}
+            for verdict, at, reasons in receipt["verdicts"]
+        ]
+    if "at-risk" in receipt:
+        document["at_risk"] = [{"code": code, "text": text} for code, text in receipt["at-risk"]]
     return {"reason": None, "error": None, "requested_by": None} | document
+
+
+def rungs_as_json(rungs: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rungs of a receipt or a plan for --json. `at_usec` counts from the start."""
+    return [{"phase": phase, "action": action, "at_usec": at} for phase, action, at in rungs]

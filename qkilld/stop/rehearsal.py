@@ -6,15 +6,17 @@ import asyncio
 import dataclasses
 import json
 import os
+from typing import Any
 
 from qkilld import log_setup
 from qkilld.debug_log import note
+from qkilld.decision.plan import PlannedRung
 from qkilld.decision.unit_limits import Limits, limits_of
 from qkilld.engine.service import Option
 from qkilld.model.constants import INFINITY, ExitCode, Flag
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import NoSuchProcess, NotQemu
-from qkilld.model.job_status import known
+from qkilld.model.job_status import known, rungs_as_json
 from qkilld.model.policy import JOB_SPANS
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
@@ -34,8 +36,7 @@ class GuestPlan:
     name: str
     unit: str
     force: bool
-    rungs: tuple[tuple[str, int], ...]
-    """Pairs (action, µs after the start)."""
+    rungs: tuple[PlannedRung, ...]
     gives_up_usec: int | None
     leaves_usec: int | None
     """When qkilld-stop would exit because systemd would kill it soon; µs after the start, None for
@@ -50,21 +51,25 @@ class GuestPlan:
             f"would stop process {self.pid}{name}",
             f"  force     {'yes' if self.force else 'no: no SIGKILL'}",
         ]
-        for signal, after in self.rungs:
-            when = f"after {format_usec(after)}, or later if it makes progress" if after else "now"
-            lines.append(f"  {signal:<9} {when}")
+        for rung in self.rungs:
+            after = f"after {format_usec(rung.after)}, or later if it makes progress"
+            lines.append(f"  {rung.action:<9} {after if rung.after else 'now'}")
         for title, usec in (("gives up", self.gives_up_usec), ("leaves", self.leaves_usec)):
             if usec is not None:
                 lines.append(f"  {title:<9} after {format_usec(usec)}")
-        lines += [f"  way       {printable(text, 1000)}" for text in self.ways]
+        lines += [f"  asking    {printable(text, 1000)}" for text in self.ways]
         return lines + [f"  warning   {printable(text, 1000)}" for text in self.warnings]
+
+    def as_json(self) -> dict[str, Any]:
+        rungs = rungs_as_json((rung.phase.value, rung.action, rung.after) for rung in self.rungs)
+        return dataclasses.asdict(self) | {"rungs": rungs}
 
 
 def rehearse(options: Options) -> int:
     """Print the plans, and return the exit code. Raises QkilldError if there is nothing to stop."""
     plans = _plans(options)
     if options.json:
-        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        print(json.dumps([plan.as_json() for plan in plans], indent=2))
     else:
         print("\n".join(line for plan in plans for line in plan.lines()))
     return ExitCode.OK
@@ -116,7 +121,7 @@ async def _plan(options: Options, process: ProcessHandle, facts: UnitFacts | Non
         name=guest.label.shown_name,
         unit=guest.label.unit_name,
         force=Flag.FORCE in flags,
-        rungs=tuple((rung.action, rung.after) for rung in plan.rungs),
+        rungs=plan.rungs,
         gives_up_usec=known(plan.gives_up_after),
         leaves_usec=known(limits.stay),
         ways=plan.ways,

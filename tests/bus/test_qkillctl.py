@@ -242,7 +242,7 @@ def test_a_real_guest(daemon: Daemon, linux_guest: Make) -> None:
     }
     assert receipt["reason"] == "maintenance"
     (rung,) = receipt["rungs"]
-    assert (rung["phase"], rung["signal"]) == ("terminate", "SIGTERM")
+    assert (rung["phase"], rung["action"]) == ("terminate", "SIGTERM")
     assert receipt["requested_by"] == os.getuid()
     assert receipt["error"] is None
 
@@ -359,7 +359,7 @@ def test_no_wait_as_json(daemon: Daemon, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
     (order,) = ctl_json(daemon.bus, "terminate", "--no-wait", str(guest.pid))
     assert order["result"] == "signalled"
-    assert [rung["signal"] for rung in order["receipt"]["rungs"]] == ["SIGTERM"]
+    assert [rung["action"] for rung in order["receipt"]["rungs"]] == ["SIGTERM"]
 
 
 def test_no_wait_that_joins_a_job_does_not_wait_for_it(daemon: Daemon, fake_qemu: Make) -> None:
@@ -672,7 +672,8 @@ def test_dry_run(daemon: Daemon, fake_qemu: Make) -> None:
     ]
     (document,) = ctl_json(daemon.bus, *forced)
     assert document["pid"] == guest.pid
-    assert document["rungs"][1] == ["kill", "SIGKILL", 20_000_000]
+    killed = {"phase": "kill", "action": "SIGKILL", "at_usec": 20_000_000}
+    assert document["rungs"][1] == killed
     assert "without FORCE" in ctl(daemon.bus, "terminate", "--dry-run", "web").stdout
     good, bad = ctl_json(daemon.bus, "terminate", "--dry-run", "web", "nobody", code=7)
     assert bad.keys() <= good.keys()

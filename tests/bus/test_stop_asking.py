@@ -104,7 +104,7 @@ def test_the_dry_run_tells_the_ways(daemon: Daemon, qemu: Make, lab_dir: Path) -
         assert process.wait(60) == 0
     text = said.path.read_text()
     assert "  ask       now\n  SIGTERM   after 1min" in text
-    assert "  way       the monitor at /" in text
+    assert "  asking    the monitor at /" in text
     assert guest.alive
 
 

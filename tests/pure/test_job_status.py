@@ -280,11 +280,21 @@ def test_rounded(usec: int, result: int) -> None:
     assert rounded(usec) == result
 
 
+def test_structures_of_a_receipt_have_keys() -> None:
+    receipt = {
+        "verdicts": [["idle", 7, ["nothing moves"]]],
+        "at-risk": [["killed-io", "a request was outstanding"]],
+    }
+    document = receipt_as_json(receipt)
+    assert document["verdicts"] == [{"verdict": "idle", "at_usec": 7, "reasons": ["nothing moves"]}]
+    assert document["at_risk"] == [{"code": "killed-io", "text": "a request was outstanding"}]
+
+
 def test_receipt_has_the_same_keys_in_every_job() -> None:
     short = receipt_as_json({"elapsed-usec": 5, "rungs": [TERM], "verdict": "gone"})
     assert short == {
         "elapsed_usec": 5,
-        "rungs": [{"phase": "terminate", "signal": "SIGTERM", "at_usec": 0}],
+        "rungs": [{"phase": "terminate", "action": "SIGTERM", "at_usec": 0}],
         "verdict": "gone",
         "reason": None,
         "error": None,

@@ -78,9 +78,9 @@ def _stop_of(job: Job) -> Stop:
 def _qkillctl(domain: Domain) -> Stop:
     document: Any = domain.terminate(_OURS_S)
     receipt = document["receipt"]
-    rungs = [rung["signal"] for rung in receipt.get("rungs", [])]
-    risks = [risk["code"] for risk in receipt.get("at-risk", [])]
-    asked = receipt.get("guest-asked", GuestAsked.NOT_ASKED.value)
+    rungs = [rung["action"] for rung in receipt.get("rungs", [])]
+    risks = [risk["code"] for risk in receipt.get("at_risk", [])]
+    asked = receipt.get("guest_asked", GuestAsked.NOT_ASKED.value)
     return Stop(document["result"], rungs, risks, [], asked)
 
 

@@ -89,7 +89,7 @@ def test_each_guest_is_asked_by_libvirt_or_qkilld(
         documents = json.loads(installed.run(*command).stdout)
     (document,) = [one for one in documents if one["pid"] == int(pid)]
     assert document["result"] == "exited"
-    assert [rung["signal"] for rung in document["receipt"]["rungs"]] == ["virsh"]
+    assert [rung["action"] for rung in document["receipt"]["rungs"]] == ["virsh"]
 
 
 def test_a_guest_that_ignores_libvirt_gets_sigterm(
@@ -101,7 +101,7 @@ def test_a_guest_that_ignores_libvirt_gets_sigterm(
         command = ("qkillctl", "--json", "terminate", "--powerdown", "--powerdown-sec=2s", "--wait")
         (document,) = json.loads(installed.run(*command, pid).stdout)
     assert document["result"] == "exited"
-    assert [rung["signal"] for rung in document["receipt"]["rungs"]] == ["SIGTERM"]
+    assert [rung["action"] for rung in document["receipt"]["rungs"]] == ["SIGTERM"]
 
 
 def test_the_configured_time_is_given(
