@@ -16,6 +16,7 @@ import psutil
 import pytest
 from jeepney import DBusAddress, HeaderFields, new_signal  # type: ignore[import-untyped]
 
+from tests.evidence.until import until
 from tests.lab.bus import CallError, Client, Daemon, private_bus
 from tests.lab.bus import daemon as daemon_on
 from tests.lab.guest import Guest
@@ -211,8 +212,10 @@ def test_a_hundred_thousand_calls_in_a_row(roomy_daemon: Daemon, fake_qemu: Make
                 with pytest.raises(CallError, match="No process has the id"):
                     flood.reply(serial)
             rest -= len(batch)
-        rows = [tuple(row) for row in client.call("ListJobs")[0]]
-        assert rows == [(1, job, guest.pid, "terminate", "idle")]
+        until(
+            lambda: [tuple(row) for row in client.call("ListJobs")[0]],
+            lambda rows: rows == [(1, job, guest.pid, "terminate", "idle")],
+        )
     assert psutil.Process(daemon.pid).memory_info().rss - rss < 8 << 20
 
 

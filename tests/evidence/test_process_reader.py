@@ -341,8 +341,9 @@ def test_no_system_calls_are_known_of_another_architecture() -> None:
 def test_an_idle_qemu(qemu: Make, reader_of: ReaderOf) -> None:
     guest = qemu()
     reader = reader_of(guest.pid)
-    found = until(lambda: read(reader), lambda found: found["state"] == "S")
-    assert found["threads"] == ()
+    found = until(
+        lambda: read(reader), lambda found: (found["state"], found["threads"]) == ("S", ())
+    )
     assert found["switches"] > 0
     assert found["io"].rchar > 0
     assert (found["term_pending"], found["tracer"]) == (False, 0)
@@ -551,5 +552,6 @@ def test_a_process_whose_first_thread_has_exited_is_not_exiting(
 ) -> None:
     guest = scripted_qemu(FIRST_THREAD_EXITS)
     until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")
-    found = read(reader_of(guest.pid))
-    assert (found["exiting"], found["state"], found["threads"]) == (False, "S", ())
+    reader = reader_of(guest.pid)
+    found = until(lambda: read(reader), lambda found: found["state"] == "S")
+    assert (found["exiting"], found["threads"]) == (False, ())

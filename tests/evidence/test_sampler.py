@@ -24,6 +24,7 @@ from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.sampler import TABLES_AGE_S, HostTables, Reader
 from qkilld.evidence.workers import MAX_PER_USER, Workers
 from qkilld.model.constants import Verdict
+from qkilld.model.sample import Sample
 from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.bare import bare_guest
@@ -37,7 +38,13 @@ Make = Callable[..., Guest]
 def test_a_real_qemu_is_seen_whole(qemu: Make) -> None:
     guest = qemu()
     reader = Reader(guest.pid, HostTables())
-    first, second = reader.read(), reader.read()
+
+    def is_seen_idle(samples: tuple[Sample, Sample]) -> bool:
+        before, after = (replace(sample, pluggable=False) for sample in samples)
+        return assess(assess(None, before), after).verdict is Verdict.IDLE
+
+    # It may still run for a moment after its start.
+    first, second = until(lambda: (reader.read(), reader.read()), is_seen_idle)
     reader.close()
     assert blind_to(first) == blind_to(second) == []
     assert first.state in "RS"
@@ -46,8 +53,6 @@ def test_a_real_qemu_is_seen_whole(qemu: Make) -> None:
     # Anything may have been added through its monitor.
     assert assess(assess(None, first), second).verdict is Verdict.UNKNOWN
     assert assess(None, replace(first, pluggable=False)).verdict is Verdict.UNKNOWN
-    samples = [replace(sample, pluggable=False) for sample in (first, second)]
-    assert assess(assess(None, samples[0]), samples[1]).verdict is Verdict.IDLE
 
 
 def test_a_process_that_is_gone_is_unknown_and_raises_nothing(fake_qemu: Make) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from qkilld.evidence import sockdiag, sockets
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.model.sample import Socket
 from tests.evidence.trees import lay
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.guest import Guest, start_qemu
 from tests.lab.netns import NetworkNamespace
@@ -130,6 +133,12 @@ def inode(of: socket.socket) -> int:
     return os.fstat(of.fileno()).st_ino
 
 
+def send(client: socket.socket, data: bytes) -> None:
+    """Send over TCP, and wait until it is acknowledged, so that nothing changes afterwards."""
+    client.send(data)
+    until(lambda: fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), lambda queue: queue == bytes(4))
+
+
 def own() -> dict[int, Socket]:
     return {s.inode: s for s in read(os.getpid())}
 
@@ -207,7 +216,7 @@ def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
                 assert not found[inode(accepted)].client
                 assert not found[inode(client)].accepted
                 assert found[inode(accepted)].accepted
-            client.send(b"x" * 1000)
+            send(client, b"x" * 1000)
             found = {s.inode: s for s in reader.read(SocketTable()) or ()}
             assert found[inode(accepted)].receive_queue == 1000
             assert found[inode(accepted)].received == 1000
@@ -224,7 +233,7 @@ def test_one_by_one_and_all_at_once_are_alike() -> None:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         for _ in range(sockdiag._CHEAPER):
             client = stack.enter_context(socket.create_connection(server.getsockname()))
-            client.send(b"x")
+            send(client, b"x")
             stack.enter_context(server.accept()[0])
         reader = SocketReader(os.getpid())
         reader.refresh()
@@ -259,7 +268,7 @@ def test_a_crowded_table_tells_the_same(
         for _ in range(2):
             made = stack.enter_context(socket.socket(family))
             made.connect(tcp.getsockname())
-            made.send(b"xy")
+            send(made, b"xy")
             stack.enter_context(tcp.accept()[0])
         port = tcp.getsockname()[1]
         free = stack.enter_context(socket.socket())

@@ -21,6 +21,7 @@ from qkilld.monitor.agent import AgentClient
 from qkilld.monitor.endpoints import Endpoint, GuestEndpoints, Role, UnixListener
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.guest import QEMU, Guest
 from tests.lab.log import wait_for_path
@@ -225,8 +226,15 @@ def test_a_monitor_in_use_is_left_alone(qemu: Start, known: bool) -> None:
 def test_rows_in_the_name_of_another_users_socket(qemu: Start, lab_dir: Path) -> None:
     """The kernel shows line feeds in the name of a socket as they are."""
     guest = qemu()
-    (endpoint,) = run(guest_endpoints_of(guest.pid)).endpoints
-    inode = endpoint.listener.inode
+
+    def unused() -> Endpoint:
+        # QEMU may not know yet that the lab, or a test of ours, has closed its connection.
+        return until(
+            lambda: run(guest_endpoints_of(guest.pid)).endpoints[0],
+            lambda endpoint: not endpoint.listener.in_use,
+        )
+
+    inode = unused().listener.inode
     with listener(lab_dir / "other") as other, contextlib.ExitStack() as stack:
         for row in (
             f"0: 00000003 00000000 00000000 0001 03 {inode} {guest.qmp}",
@@ -238,8 +246,7 @@ def test_rows_in_the_name_of_another_users_socket(qemu: Start, lab_dir: Path) ->
             forging = stack.enter_context(socket.socket(socket.AF_UNIX))
             forging.bind(f"\0\n{row}")
             forging.listen()
-        (endpoint,) = run(guest_endpoints_of(guest.pid)).endpoints
-        assert not endpoint.listener.in_use
+        endpoint = unused()
         assert run(status_of(guest.pid)) == "running"
         # The guest's command line does not name the other socket.
         assert str(guest.qmp) in paths_of(endpoint) and nobody_came(other)
