@@ -61,6 +61,7 @@ _ALIVE: Final = re.compile(
     r"|\bis-active\b|\bdomstate\b|\bvirsh\b.*\blist\b|\bqm\s+status\b|\bMAINPID\b"
 )
 """A condition that tests whether the guest still runs."""
+_TESTS_ABSENCE: Final = re.compile(r"(?:\[|\btest)\s+!\s")
 _KILLING_FILES: Final = frozenset(["cgroup.kill", "sysrq-trigger"])
 """Files that kill processes when something is written to them."""
 _MAX_DEPTH: Final = 8
@@ -244,12 +245,25 @@ def _after_options(words: Sequence[str], with_value: Sequence[str]) -> list[str]
 
 def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
     acts_so_far: list[Act] = []
+    before: Node | None = None
     for node in nodes:
         acts = _acts_of_node(node, depth)
         if isinstance(node, Pipeline) and node.joined_by == "||":
-            acts = tuple(replace(each, if_failed=True) for each in acts)
+            kills = before is not None and _is_negated(before)
+            acts = tuple(
+                each if kills and each.kind is ActKind.KILLS else replace(each, if_failed=True)
+                for each in acts
+            )
         acts_so_far += acts
+        before = node
     return tuple(acts_so_far)
+
+
+def _is_negated(node: Node) -> bool:
+    """Return whether a command fails if all is well: it is preceded by `!`, or tests that something
+    (the guest, usually) does not exist."""
+    negated = isinstance(node, Pipeline) and node.negated
+    return negated != bool(_TESTS_ABSENCE.search(_text_of(node)))
 
 
 def _acts_of_node(node: Node, depth: int, text: str = "") -> tuple[Act, ...]:

@@ -250,6 +250,26 @@ def test_lines_that_kill_are_replaced(killing: str) -> None:
     assert not any("kill" in text for text in written(facts, MUTE) if "qkilld" not in text)
 
 
+@pytest.mark.parametrize(
+    ("condition", "kills"),
+    [
+        ("test -d /proc/$MAINPID &&", True),
+        ("! test -d /proc/$MAINPID ||", True),
+        ("test ! -d /proc/$MAINPID ||", True),
+        ("[ ! -d /proc/$MAINPID ] ||", True),
+        ("! kill -0 $MAINPID ||", True),
+        # These kill only if the guest has gone.
+        ("kill -0 $MAINPID ||", False),
+        ("! test ! -d /proc/$MAINPID ||", False),
+    ],
+)
+def test_a_line_that_kills_a_guest_that_still_runs(condition: str, kills: bool) -> None:
+    asks = "echo system_powerdown | socat - UNIX:/run/m; sleep 10"
+    facts = replace(BARE, exec_stop=(line(f"{asks}; {condition} kill -9 $MAINPID"),))
+    found = judge(replace(facts, timeout_stop=INFINITY), ASKABLE)
+    assert found.now[Occasion.STOP].disks is (Patience.TIMED if kills else Patience.PATIENT)
+
+
 def test_a_server_of_this_host_needs_the_order() -> None:
     surroundings = replace(ASKABLE, storage=(NBD,))
     found = judge(BARE, surroundings)
