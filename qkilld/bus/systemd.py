@@ -189,7 +189,6 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         names=tuple(unit.get("Names", ())),
         load_state=str(unit["LoadState"]),
         active_state=str(unit["ActiveState"]),
-        sub_state=str(unit.get("SubState", "")),
         job=int(unit.get("Job", (0, "/"))[0]),
         fragment=str(unit.get("FragmentPath", "")),
         drop_ins=tuple(unit.get("DropInPaths", ())),

@@ -116,7 +116,6 @@ async def gather(
         can_ask=_can_ask(facts, guests, config),
         environment=_environment(facts),
         stop_texts=_stop_texts(facts),
-        is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
         # A user's units need no order: user@.service, which is stopped after them, has it.

@@ -35,7 +35,6 @@ class UnitFacts:
     """loaded, not-found, bad-setting, error, masked, …"""
     active_state: str = "inactive"
     """active, inactive, activating, deactivating, failed, …"""
-    sub_state: str = ""
     job: int = 0
     """The id of systemd's job for the unit, 0 for none."""
     fragment: str = ""

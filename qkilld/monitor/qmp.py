@@ -42,14 +42,13 @@ class QmpEvent:
 
 
 class QmpClient(Channel):
-    """`oob`: out-of-band commands were negotiated. `version`: as QEMU reports it."""
+    """`oob`: out-of-band commands were negotiated."""
 
     def __init__(self, on_event: Callable[[QmpEvent], None] | None = None) -> None:
         super().__init__()
         self.oob = False
         self._adopted = False
         """The connection was adopted, and no line was received since."""
-        self.version = ""
         self._on_event = on_event
         self._lines = Lines()
         self._pretty: list[bytes] = []
@@ -156,7 +155,6 @@ class QmpClient(Channel):
         qmp = greeting["QMP"]
         if not isinstance(qmp, dict):
             raise MonitorProtocolError("The greeting is not that of QMP")
-        self.version = _version(qmp)
         offered = qmp.get("capabilities")
         oob = isinstance(offered, list) and "oob" in offered
         number = self._in_band = self._last_id + 1
@@ -248,13 +246,6 @@ class QmpClient(Channel):
             raise MonitorProtocolError("An event has no name, or invalid data")
         if self._on_event is not None:
             self._on_event(QmpEvent(printable(name), data, time.monotonic_ns() // 1000))
-
-
-def _version(greeting: dict[str, Any]) -> str:
-    match greeting.get("version"):
-        case {"qemu": {"major": int(major), "minor": int(minor), "micro": int(micro)}}:
-            return f"{major}.{minor}.{micro}"
-    return ""
 
 
 def _refusal(command: str, error: object) -> CommandRefused:

@@ -68,8 +68,6 @@ class Surroundings:
     """The variables that systemd sets for the unit's commands."""
     stop_texts: tuple[str, ...] = ()
     """Each ExecStop= as written in the unit's files, in order; empty if unknown."""
-    is_template: bool = False
-    """The unit is a template: the lines that adopt writes must be right for every instance."""
     keepers: tuple[GuestKeeper, ...] = ()
     """The units that shut the guests down at host shutdown, before this unit is stopped."""
     guests_service: bool = False

@@ -90,12 +90,6 @@ class StopLine:
     def reads(self) -> bool:
         return any(each.reads for each in self.acts)
 
-    @property
-    def waits_for_guest(self) -> bool:
-        """Whether the line asks the guest to shut down, and waits until it has exited or for a
-        timeout."""
-        return self.is_understood and self.has(ActKind.ASKS) and self.has(ActKind.WAITS)
-
 
 def read_line(command: Command, environment: Mapping[str, str] | None = None) -> StopLine:
     """Parse an ExecStop= line. `environment`: the variables that systemd sets, as far as known."""

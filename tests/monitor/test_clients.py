@@ -42,7 +42,7 @@ def test_commands_errors_and_events(qemu: Start) -> None:
     async def talk() -> None:
         client = await open_qmp(guest.qmp, events.append)
         try:
-            assert client.oob and client.version.count(".") == 2
+            assert client.oob
             assert (await client.execute("query-status", timeout_s=30))["status"] == "running"
             assert await client.execute_oob("query-yank", timeout_s=30)
             assert await client.hmp("info status", timeout_s=30) == "VM status: running\n"

@@ -179,7 +179,7 @@ def test_order_and_specifiers_of_lines_are_kept() -> None:
         timeout_stop=90 * S,
     )
     texts = ("/opt/vm-stop %i", "/bin/sh -c 'kill -9 1'", "-/opt/after %n")
-    surroundings = replace(ASKABLE, stop_texts=texts, is_template=True)
+    surroundings = replace(ASKABLE, stop_texts=texts)
     assert [text for text in written(facts, surroundings) if text.startswith("ExecStop")] == [
         "ExecStop=",
         "ExecStop=-/opt/vm-stop %i",

@@ -58,7 +58,6 @@ def test_everything_of_a_service(container: Container) -> None:
             "id": "facts.service",
             "load_state": "loaded",
             "active_state": "active",
-            "sub_state": "running",
             "fragment": "/etc/systemd/system/facts.service",
             "control_group": "/system.slice/facts.service",
             "kill_mode": "mixed",
