@@ -24,6 +24,9 @@ way every 5 s."""
 SERVES: Final = 3
 """This many context switches in a WINDOW show that an NBD server serves requests, even if none of
 its threads is seen in a call."""
+HANDSHAKE: Final = 16 * 1024
+"""If fewer bytes than this were acknowledged on a connection, what the server sent may belong to
+the handshake rather than to a reply."""
 TALK: Final = 256
 """If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
 they exchange 8 to 16 bytes a second."""
@@ -89,6 +92,9 @@ class Sign:
     sure: bool = True
     """False if it may also move without progress, because of other processes or of a loop: then it
     shows neither progress nor a standstill."""
+    is_reply: bool = False
+    """Whether it moves only if the server has answered a request, which is not sent again over the
+    next connection."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
@@ -118,19 +124,29 @@ def waits_for_storage(thread: Thread) -> bool:
 
 def write_signs(devices: Iterable[Device]) -> list[Sign]:
     """Return the signs of each device for calls that only write: completed writes, and reads, which
-    are doubtful, because such a call seldom needs any, but others may read for ever."""
+    are doubtful, because such a call seldom needs any, but others may read for ever.
+
+    Writes of a lower layer are doubtful too if a device above it may have only reads in flight, or
+    none, but may hide a flush.
+    """
     listed = list(devices)
+    hides = any(device.hides_flush for device in listed)
     signs = []
-    for device, sign in zip(listed, disk_signs(listed), strict=True):
+    for device, sign in zip(listed, disk_signs(listed, writing=True), strict=True):
         text = f"the disk {device.name} completes writes"
+        if hides and sign.kind is SignKind.QUIET:
+            sign = replace(sign, kind=SignKind.COUNT, sure=False)
         signs.append(replace(sign, name=f"writes:{device.number}", value=device.writes, text=text))
         name, text = f"reads:{device.number}", f"the disk {device.name} completes reads"
         signs.append(replace(sign, name=name, value=device.reads, text=text, sure=False))
     return signs
 
 
-def disk_signs(devices: Iterable[Device]) -> list[Sign]:
-    """Return a sign for the completed requests of each device; QUIET if they do not count."""
+def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign]:
+    """Return a sign for the completed requests of each device; QUIET if they do not count.
+
+    `writing`: for calls that only write.
+    """
     listed = list(devices)
     return [
         Sign(
@@ -138,7 +154,7 @@ def disk_signs(devices: Iterable[Device]) -> list[Sign]:
             kind=SignKind.COUNT if _counts(device, listed) else SignKind.QUIET,
             value=device.writes + device.reads,
             text=f"the disk {device.name} completes requests",
-            sure=_is_passed_on(device, listed),
+            sure=_is_passed_on(device, listed, writing),
         )
         for device in listed
     ]
@@ -147,25 +163,33 @@ def disk_signs(devices: Iterable[Device]) -> list[Sign]:
 def _counts(device: Device, devices: Iterable[Device]) -> bool:
     """Return whether completed requests of the device count as the guest's.
 
-    Requests of a lower layer count only if a device with depth 0 above it has requests in flight;
-    otherwise they may be for other users of that layer.
+    Requests of a lower layer count only if a device with depth 0 above it may work; otherwise they
+    may be for other users of that layer.
     """
     return device.depth == 0 or any(
-        top.depth == 0 and top.in_flight and (not device.above or top.number in device.above)
+        top.depth == 0 and _may_work(top) and (not device.above or top.number in device.above)
         for top in devices
     )
 
 
-def _is_passed_on(device: Device, devices: Sequence[Device]) -> bool:
-    """Return whether each layer above the device has requests in flight. A layer without any may
-    stand still while others use the device, or its driver does not count requests."""
+def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
+    """Return whether each layer above the device may work, with `writing` on other requests than
+    reads. Another layer may stand still while others use the device."""
     tops = set(device.above)
     working = {
         upper.depth
         for upper in devices
-        if upper.in_flight and (not tops or tops.intersection((upper.number, *upper.above)))
+        if _may_work(upper)
+        and not (writing and upper.only_reads)
+        and (not tops or tops.intersection((upper.number, *upper.above)))
     }
     return working.issuperset(range(device.depth))
+
+
+def _may_work(device: Device) -> bool:
+    """Return whether the device has requests in flight, or is known not to count them. Then the
+    layer below it takes its place."""
+    return device.in_flight > 0 or device.accounting is False
 
 
 def mount_signs(
@@ -241,6 +265,17 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
         signs.append(Sign(name, kind, consumed, text, KEEPALIVE if chatty else 1))
+        if socket.acked >= HANDSHAKE:
+            signs.append(
+                Sign(
+                    f"replies:{socket.inode}",
+                    kind,
+                    socket.received - socket.receive_queue,
+                    "the server answered",
+                    KEEPALIVE if chatty else 1,
+                    is_reply=True,
+                )
+            )
     elif socket.family == "unix" or not chatty:
         name, text = f"queue:{socket.inode}", "the queue to the server changed"
         signs.append(Sign(name, SignKind.CHANGE, socket.send_queue, text))
@@ -329,9 +364,10 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
     sure: set[str] = set()
     for thread in working:
         under = [device for device in peer.devices or () if device.number in thread.disks]
+        writing = only_writes(thread)
         used |= {device.number for device in under}
         counted |= {device.number for device in under if _counts(device, under)}
-        sure |= {device.number for device in under if _is_passed_on(device, under)}
+        sure |= {device.number for device in under if _is_passed_on(device, under, writing)}
     return [
         Sign(
             name=f"{_of(peer)}{device.number}",

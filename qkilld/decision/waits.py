@@ -36,6 +36,9 @@ CONNECTED: Final = "connected"
 """The sign that counts the connections of a node; its mark has the time of the last change."""
 
 
+_NONE: Final = frozenset[int]()
+
+
 class WaitKind(StrEnum):
     STORAGE = "storage"
     """The process waits for storage, or for a server that may be storage."""
@@ -64,6 +67,9 @@ class Wait:
     certain: bool = False
     """Whether the process certainly cannot exit before the wait ends, because a request is in
     flight or a call has not returned."""
+    connections: frozenset[int] = _NONE
+    """The inodes of the node's connections. If a connection breaks, the process sends again over a
+    new one what was not answered."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -178,7 +184,7 @@ def _call_signs(
     if not located and not all(sleeps_without_disk(thread) for thread in threads):
         signs += _unlocated_signs(sample, previous, dirties)
         return signs if sample.devices or dirties else [*signs, _woken(threads)]
-    devices = [d for d in sample.devices or () if d.number in disk_numbers]
+    devices = [d for d in _steady(sample, previous) if d.number in disk_numbers]
     writing = all(only_writes(thread) for thread in threads)
     signs += write_signs(devices) if writing else disk_signs(devices)
     earlier = (previous and previous.mounts) or ()
@@ -190,6 +196,18 @@ def _call_signs(
     if not devices and not dirties:
         signs.append(_woken(threads))
     return signs
+
+
+def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
+    """Return the devices, with Device.only_reads if it holds in this sample or the previous one: a
+    read that waits for its dispatch looks like a flush, but seldom twice."""
+    earlier = {device.number: device for device in (previous and previous.devices) or ()}
+    return [
+        replace(device, only_reads=True)
+        if device.in_flight and (before := earlier.get(device.number)) and before.only_reads
+        else device
+        for device in sample.devices or ()
+    ]
 
 
 def _woken(threads: Sequence[Thread]) -> Sign:
@@ -211,7 +229,7 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     if any(device.in_flight for device in tops):
         return []
     signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
-    sure = not (tops and all(device.counts for device in tops))
+    sure = not (tops and all(device.accounting for device in tops))
     return [replace(sign, sure=sign.sure and sure) for sign in signs]
 
 
@@ -458,6 +476,7 @@ def _node_wait(
         signs=tuple(signs),
         watched=watched,
         certain=queued > 0 or _unread(sockets) > 0 or _is_served(sockets),
+        connections=frozenset(socket.inode for socket in sockets),
     )
 
 

@@ -52,8 +52,8 @@ class _Disk:
     writable: bool
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on this one, as in model.sample.Device."""
-    counts: bool = False
-    """Whether the kernel is known to count its requests."""
+    accounting: bool | None = None
+    """As in model.sample.Device."""
 
 
 class FilePlace(NamedTuple):
@@ -80,7 +80,8 @@ class StorageTable:
         """Return the counters; None if the device is gone. Raises OSError, ValueError."""
         if block.stats not in self._counters:
             try:
-                counters = devices.read_counters(block.stats)
+                layered = bool(block.below or block.backing)
+                counters = devices.read_counters(block.stats, layered=layered)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
                     raise
@@ -184,8 +185,9 @@ class StorageReader:
                     own=disk.own,
                     writable=disk.writable,
                     above=disk.above,
-                    # Some drivers never count anything.
-                    counts=disk.counts and counters.reads + counters.writes > 0,
+                    accounting=_accounting(disk, counters),
+                    only_reads=counters.only_reads,
+                    hides_flush=disk.block.backing is not None and not devices.COUNTS_FLUSHES,
                 )
                 for disk in self._disks.values()
                 if (counters := table.counters(disk.block)) is not None
@@ -206,19 +208,26 @@ class StorageReader:
             if number in disks:
                 writable = disk.writable or disks[number].writable
                 disks[number] = dataclasses.replace(
-                    disks[number], writable=writable, counts=disk.counts
+                    disks[number], writable=writable, accounting=disk.accounting
                 )
             elif devices.describe(number, self._sys) is None:
                 del self._disks[number]
         for number in disks.keys() - self._disks.keys():
-            counts = devices.counts_requests(disks[number].block)
-            disks[number] = dataclasses.replace(disks[number], counts=counts)
+            accounting = devices.counts_requests(disks[number].block)
+            disks[number] = dataclasses.replace(disks[number], accounting=accounting)
         self._disks |= disks
 
     def close(self) -> None:
         """Forget everything."""
         self._disks, self._filesystems, self._known = {}, {}, False
         self._places, self._images = {}, {}
+
+
+def _accounting(disk: _Disk, counters: devices.Counters) -> bool | None:
+    # Some drivers never count anything, not even the reads that found the image.
+    if not (counters.reads or counters.writes or counters.in_flight):
+        return False
+    return disk.accounting
 
 
 class _Stack:

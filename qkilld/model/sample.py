@@ -83,9 +83,15 @@ class Device:
     above: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices with depth 0 that lie on this one; () if its own depth is 0, or if
     they are unknown."""
-    counts: bool = False
-    """Whether the kernel is known to count its requests: an administrator can switch that off, and
-    some drivers do not count."""
+    accounting: bool | None = None
+    """Whether the kernel counts its requests: an administrator can switch that off, and some
+    drivers do not count. None if unknown, as in older traces."""
+    only_reads: bool = False
+    """Whether reads are in flight, and no writes, so that nothing shows whether a flush is. Read
+    only if layers lie below it."""
+    hides_flush: bool = False
+    """Whether it may write its whole backing file for a flush that is not among its requests in
+    flight: a loop device before Linux 6.16."""
 
 
 @dataclass(frozen=True, slots=True)

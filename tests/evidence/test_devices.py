@@ -7,21 +7,28 @@ import ctypes
 import fcntl
 import mmap
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qkilld.evidence.devices import (
+    COUNTS_FLUSHES,
     Counters,
+    _counts_flushes,
     counts_requests,
     describe,
     of_btrfs,
     read_counters,
 )
 from tests.evidence.trees import disk, lay
+from tests.evidence.until import until
 from tests.lab import needs
-from tests.lab.storage import slow_disk
+from tests.lab.process import end, run, spawn
+from tests.lab.storage import SlowDisk, slow_disk
 
 _BLKPG, _ADD, _DELETE = 0x1269, 1, 2
 
@@ -194,4 +201,89 @@ def test_whether_requests_are_counted(tmp_path: Path) -> None:
     files |= disk("sdc", "8:32")
     sys = lay(tmp_path, files)
     blocks = [describe(number, sys) for number in ("8:0", "8:1", "8:16", "8:32")]
-    assert [block and counts_requests(block) for block in blocks] == [True, True, False, False]
+    assert [block and counts_requests(block) for block in blocks] == [True, True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("release", "counts"),
+    [
+        ("6.1.0-37-amd64", False),
+        ("6.12.57+deb13-amd64", False),
+        ("6.15", False),
+        ("6.16-rc1", True),
+        ("6.18.44-fc-v657", True),
+        ("7.0.0", True),
+        ("5.14.0-570.el9", False),
+    ],
+)
+def test_whether_flushes_are_counted(release: str, counts: bool) -> None:
+    assert _counts_flushes(release) is counts
+
+
+@contextlib.contextmanager
+def loop_on(disk: SlowDisk) -> Iterator[tuple[Path, str]]:
+    """Make a loop device on a file of the disk; yield its path and number."""
+    assert disk.directory is not None
+    file = disk.directory / "inner"
+    with file.open("wb") as inner:
+        inner.truncate(32 << 20)
+    device = run(["losetup", "--find", "--show", file], check=True).stdout.strip()
+    try:
+        yield Path(device), Path("/sys/block", Path(device).name, "dev").read_text().strip()
+    finally:
+        run(["losetup", "--detach", device], check=True)
+
+
+_READER = """
+import mmap, os, sys
+file, page = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 1 << 20)
+while True:
+    for number in range(16):
+        os.preadv(file, [page], number << 20)
+"""
+
+
+@contextlib.contextmanager
+def reading(device: Path) -> Iterator[None]:
+    """Read from the device all the time."""
+    process = spawn([sys.executable, "-c", _READER, device])
+    try:
+        yield
+    finally:
+        end(process)
+
+
+def seen(stats: tuple[str, ...]) -> list[bool]:
+    """Return what the counters say of the requests in flight, 20 times when there are some."""
+    found: list[bool] = []
+    end = time.monotonic() + 60
+    while len(found) < 20 and time.monotonic() < end:
+        counters = read_counters(stats, layered=True)
+        if counters.in_flight:
+            found.append(counters.only_reads)
+        time.sleep(0.001)
+    return found
+
+
+def test_a_flush_is_told_from_reads() -> None:
+    if not COUNTS_FLUSHES:
+        pytest.skip("the kernel does not count flushes")
+    needs.root("a block device")
+    with slow_disk() as disk, loop_on(disk) as (device, number):
+        block = describe(number)
+        assert block is not None
+        with reading(device):
+            # On a busy host, a read may wait for its dispatch.
+            assert True in seen(block.stats)
+        file = os.open(device, os.O_RDWR | os.O_DIRECT)
+        with mmap.mmap(-1, 1 << 20) as page:
+            for index in range(8):
+                os.pwritev(file, [page], index << 20)
+        disk.slow(2 << 20)
+        flush = threading.Thread(target=os.fsync, args=(file,))
+        flush.start()
+        until(lambda: read_counters(block.stats), lambda counters: counters.in_flight)
+        assert set(seen(block.stats)) == {False}
+        disk.fast()
+        flush.join()
+        os.close(file)

@@ -222,7 +222,7 @@ MORE = {
         ),
         ({"threads": (ON_HUNG,), "devices": (QUIET,)}, MORE["wrote"], Verdict.FLUSHING),
         (
-            {"threads": (ON_HUNG,), "devices": (replace(QUIET, counts=True),)},
+            {"threads": (ON_HUNG,), "devices": (replace(QUIET, accounting=True),)},
             MORE["wrote"],
             Verdict.UNKNOWN,
         ),
