@@ -31,6 +31,7 @@ from qkilld.decision.amounts import (
     is_storage,
     written_since,
 )
+from qkilld.decision.connections import Connections
 from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind, waits_for_storage
 from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
 from qkilld.model.constants import USEC_PER_SEC, Verdict
@@ -94,6 +95,7 @@ class OpenWait:
     """When `watched` last grew; None for never."""
     watched: int = 0
     """The largest number of servers on the way to its storage in any sample so far."""
+    connections: Connections = Connections()
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,16 +386,20 @@ def _new_wait(wait: Wait, at: int) -> OpenWait:
         doubted_by="",
         watched_at=at if wait.watched else None,
         watched=wait.watched,
+        connections=Connections().follow(wait.connections, at),
     )
 
 
 def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     marks = {mark.name: mark for mark in old.marks}
     movement, doubted = (old.moved_at, old.moved_by), (old.doubted_at, old.doubted_by)
+    connections = old.connections.follow(wait.connections, at)
     for sign in wait.signs:
         mark = marks.get(sign.name)
         if mark is not None and _has_moved(sign, mark.value):
-            if sign.sure:
+            if sign.is_reply:
+                connections = connections.answered()
+            if sign.sure and (sign.is_reply or not connections.repeats):
                 movement = at, sign.text
             else:
                 doubted = at, sign.text
@@ -418,6 +424,7 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
         doubted_by=doubted[1],
         watched_at=at if wait.watched > old.watched else old.watched_at,
         watched=max(wait.watched, old.watched),
+        connections=connections,
     )
 
 

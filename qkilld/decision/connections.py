@@ -1,0 +1,61 @@
+"""Tell progress over a connection from the same bytes, sent again and again. Pure.
+
+If a connection to a storage server breaks, QEMU connects again and sends all requests that were not
+answered. A server that takes a part of them and breaks each connection moves for ever: its
+connections, its calls, and perhaps its disk. Only a reply is not repeated. TCP counts what the
+server sent; a unix socket does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
+
+BREAKS: Final = 3
+"""After this many connections of a node have broken without a reply, the requests that QEMU sends
+again over the next one may break that, too."""
+LASTS: Final = 6 * USEC_PER_SEC
+"""A connection that lasts this long (µs), and twice as long as those that broke, counts as one that
+does not break."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """The connections of a node, followed from sample to sample. Times are CLOCK_MONOTONIC in
+    µs."""
+
+    inodes: frozenset[int] = frozenset()
+    """The last ones that were seen."""
+    since: int = 0
+    """When these were first seen."""
+    seen_at: int = 0
+    """When these were last seen."""
+    broken: int = 0
+    """How often they were replaced since a reply was last seen."""
+    longest: int = 0
+    """The longest time (µs) that connections have lasted, of those that replaced others since a
+    reply was last seen."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether what moves on these connections may have moved on earlier ones already."""
+        lasted = self.seen_at - self.since
+        return self.broken >= BREAKS and (lasted < LASTS or lasted < 2 * self.longest)
+
+    def follow(self, inodes: frozenset[int], at: int) -> Connections:
+        """Return the connections after one more sample."""
+        if not inodes:
+            return self
+        if self.inodes <= inodes:
+            since = self.since if self.inodes else at
+            return replace(self, inodes=inodes, since=since, seen_at=at)
+        lasted = self.seen_at - self.since if self.broken else 0
+        longest = max(self.longest, lasted)
+        return Connections(inodes, at, at, self.broken + 1, longest)
+
+    def answered(self) -> Connections:
+        """Return the connections after a reply."""
+        return replace(self, broken=0, longest=0)
