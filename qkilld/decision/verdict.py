@@ -347,7 +347,7 @@ def _follow(
         return tuple(waits), moves, []
     known = {wait.key: wait for wait in before.waits}
     waits, moves, doubts = [], [], []
-    is_certain = False
+    is_certain = is_untaken = False
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
         followed = _new_wait(wait, sample.at) if old is None else _update_wait(wait, old, sample.at)
@@ -358,6 +358,7 @@ def _follow(
             doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
             is_certain = is_certain or wait.certain
+            is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
         # A wait that certainly prevents the exit does not move, so doubts need not delay SIGKILL:
         # the end of that wait will count as progress.
@@ -368,6 +369,9 @@ def _follow(
         # Calls that are over do not count as moves here, because the exit may have interrupted them
         # without an answer of the storage.
         moves.append("it has begun to exit")
+    if is_untaken:
+        # SIGTERM is not taken before that wait ends, and until then the guest may go on writing.
+        doubts, moves = [*doubts, *(f"{move}, perhaps for the guest" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), moves, doubts
@@ -492,16 +496,14 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Writes to images on tmpfs show only in wchar. An event loop alone writes 8 to 16 bytes a
-    # second, which OWN_IO excludes.
+    # Writes to tmpfs show only in wchar. An event loop alone writes 8 to 16 bytes a second.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether the process may have written only a line of a log, which write_bytes counts as
-    a page."""
+    """Return whether it may have written only a line of a log, which counts as a page there."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 

@@ -67,6 +67,9 @@ class Wait:
     certain: bool = False
     """Whether the process certainly cannot exit before the wait ends, because a request is in
     flight or a call has not returned."""
+    holds_sigterm: bool = False
+    """Whether the process's first thread is in it, and cannot take SIGTERM before it ends. So the
+    guest still runs, and makes other disks move for ever."""
     connections: frozenset[int] = _NONE
     """The inodes of the node's connections. If a connection breaks, the process sends again over a
     new one what was not answered."""
@@ -143,6 +146,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             signs=tuple(_call_signs(sample, previous, threads, kind)),
             watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
             certain=kind is WaitKind.STORAGE or _blocks_exit(threads),
+            holds_sigterm=bool(sample.term_pending) and any(thread.first for thread in threads),
         )
         for (kind, place), threads in groups.items()
     ]

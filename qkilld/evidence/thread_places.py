@@ -17,7 +17,8 @@ from qkilld.model.sample import Thread
 def place_threads(
     pid: int, threads: tuple[Thread, ...] | None, storage: StorageReader, proc: Path
 ) -> tuple[Thread, ...] | None:
-    """Add what each thread's descriptor refers to; leave out threads that wait for input."""
+    """Add what each thread's descriptor refers to, and which thread is the first one; leave out
+    threads that wait for input."""
     if not threads:
         return threads
     threads_with_places = (_place_thread(pid, thread, storage, proc) for thread in threads)
@@ -25,6 +26,8 @@ def place_threads(
 
 
 def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) -> Thread:
+    if thread.tid == pid:
+        thread = dataclasses.replace(thread, first=True)
     if thread.descriptor is None:
         return thread
     kind = _kind(pid, thread.descriptor, proc)

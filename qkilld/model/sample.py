@@ -51,6 +51,8 @@ class Thread:
     """MAJOR:MINOR of the file system under that descriptor, if it has no block device."""
     switches: int | None = None
     """The thread's voluntary context switches."""
+    first: bool = False
+    """Whether it is the process's first thread, which takes SIGTERM and runs QEMU's main loop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,10 @@ class BareGuest:
         signal meanwhile."""
         self._send("human-monitor-command", {"command-line": f'qemu-io {drive} "flush"'})
 
+    def begin_hmp(self, line: str) -> None:
+        """Run a line in the human monitor, and do not wait for it."""
+        self._send("human-monitor-command", {"command-line": line})
+
     def flush(self, drive: str) -> None:
         self.hmp(f'qemu-io {drive} "flush"')
 
