@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -45,6 +45,15 @@ class _SampledServers(NamedTuple):
     """Whether all of these processes serve the file system."""
 
 
+class _Matches(NamedTuple):
+    at: float
+    """time.monotonic()."""
+    among: frozenset[int]
+    """The processes that were looked at."""
+    pids: frozenset[int]
+    """Those that have an image of the guest open."""
+
+
 class ServerReader:
     """Samples the servers of one guest. Not thread-safe."""
 
@@ -55,6 +64,8 @@ class ServerReader:
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
         self._missing_ends = _NONE
+        self._matches: dict[tuple[str, frozenset[str]], _Matches] = {}
+        """The FUSE servers that have an image open, by the mount and the names of the images."""
 
     def expect(self, ends: Iterable[int]) -> None:
         """Announce sockets of servers, so that search() can find them before read() needs them."""
@@ -176,23 +187,33 @@ class ServerReader:
         for number, connection in numbers.items():
             servers = found.get(connection)
             pids = [pid for pid in (servers.pids if servers else ()) if pid not in downstream]
-            if servers is None or not pids or len(pids) > MAX_SERVERS:
+            if servers is None or not pids:
                 continue
-            wanted = names.get(number, frozenset())
+            wanted, certain = names.get(number, frozenset()), servers.certain
+            if not certain and (matching := self._matching(number, pids, wanted)):
+                # A server seldom changes the names of files. If only one process has the image
+                # open, that is the server.
+                pids, certain = matching, len(matching) == 1
+            if len(pids) > MAX_SERVERS:
+                continue
             readers = {pid: reader for pid in pids if (reader := self._reader(pid)) is not None}
             peers = {
                 pid: self._with_behind(peer, reader, storage, sockets, downstream)
                 for pid, reader in readers.items()
                 if (peer := reader.read(storage, sockets, None, wanted)) is not None
             }
-            certain = servers.certain
-            known = [pid for pid in peers if wanted & readers[pid].image_names]
-            if not certain and len(known) == 1:
-                # Only this one has a file open that is called as the guest's image.
-                peers, certain = {known[0]: peers[known[0]]}, True
             if peers:
                 served[number] = _SampledServers(tuple(peers.values()), certain)
         return served
+
+    def _matching(self, number: str, pids: Sequence[int], names: frozenset[str]) -> list[int]:
+        """Return the processes that have a file with one of these names open. Costs 4 µs for each
+        descriptor, every REFRESH_S."""
+        known, now = self._matches.get((number, names)), time.monotonic()
+        if known is None or now - known.at >= REFRESH_S or not known.among.issuperset(pids):
+            opened = frozenset(pid for pid in pids if _opens(pid, names, self._proc))
+            known = self._matches[number, names] = _Matches(now, frozenset(pids), opened)
+        return [pid for pid in pids if pid in known.pids]
 
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:
@@ -306,11 +327,6 @@ class PeerReader:
         """The names of the server's own images on each file system without a block device."""
         return names_by_mount(self._storage.writable_places)
 
-    @property
-    def image_names(self) -> frozenset[str]:
-        """The names of the server's images."""
-        return frozenset(_name(path) for path in self._storage.writable_places)
-
     def close_files(self) -> None:
         """Close files; the next read opens them again."""
         self._process.close_files()
@@ -342,6 +358,13 @@ def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]
         if place.mount:
             names.setdefault(place.mount, set()).add(_name(path))
     return {number: frozenset(files) for number, files in names.items()}
+
+
+def _opens(pid: int, names: frozenset[str], proc: Path) -> bool:
+    """Return whether the process has a file with one of these names open."""
+    descriptors = read_descriptors(pid, proc)
+    files = () if descriptors is None else descriptors.files
+    return any(_name(path) in names for _, path in files)
 
 
 def _name(path: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.evidence import fuse
+from qkilld.evidence import fuse, peers
 from qkilld.evidence.fuse import connection_of
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
@@ -90,6 +90,20 @@ def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
         mount = until(lambda: mount_of(sample()), lambda m: len(m.servers or ()) == len(pids))
         assert {server.pid for server in mount.servers or ()} == pids
         assert mount.certain is named
+
+
+def test_one_of_many_servers(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name of the connection, on a host with more servers than are sampled."""
+    monkeypatch.setattr(fuse, "_LABEL", b"\nno such line:\t")
+    monkeypatch.setattr(peers, "MAX_SERVERS", 2)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(mounted(lab_dir, "image"))
+        for number in range(3):
+            stack.enter_context(mounted(lab_dir, f"other{number}"))
+        stack.enter_context(opened(store, "image"))
+        sample = stack.enter_context(samples())
+        mount = until(lambda: mount_of(sample()), lambda mount: mount.certain)
+        assert [server.pid for server in mount.servers or ()] == [store.process.pid]
 
 
 def test_a_server_that_is_gone(lab_dir: Path, named: bool) -> None:
