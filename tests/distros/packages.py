@@ -28,7 +28,8 @@ JOB: Final = "org.qkilld1.Job"
 STUBBORN: Final = """\
 [Service]
 ExecStart=/usr/local/bin/qemu-system-x86_64 -c \
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)" \
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); \
+    open('/run/stubborn', 'w').close(); time.sleep(600)" \
     -name stubborn
 """
 GUEST: Final = """\
@@ -173,6 +174,11 @@ def _upgrade(system: Container, newer: Path) -> None:
     _unit(system, "stubborn.service", STUBBORN)
     system.run("systemctl", "start", "stubborn.service")
     pid = system.property("stubborn.service", "MainPID")
+    # Before it ignores SIGTERM, it would exit.
+    deadline = time.monotonic() + 30
+    while system.run("test", "-e", "/run/stubborn", check=False).returncode:
+        assert time.monotonic() < deadline, "stubborn.service does not start"
+        time.sleep(0.1)
     # With FORCE, and no SIGKILL during the upgrade.
     options = ("TerminateWithOptions", "uta{sv}", pid, "1", "1", "grace-usec", "t", "600000000")
     job = _call(system, *MANAGER, *options).split('"')[1]
@@ -181,7 +187,9 @@ def _upgrade(system: Container, newer: Path) -> None:
     after = system.property("qkilld.service", "MainPID")
     assert after not in ("0", before), f"the daemon was process {before} and is process {after}"
     assert _call(system, *MANAGER, "GetJobByPID", "u", pid).split('"')[1] == job
-    assert system.property("stubborn.service", "MainPID") == pid, "the guest was killed"
+    if system.property("stubborn.service", "MainPID") != pid:
+        said = system.run("journalctl", "--output=cat", "--unit=stubborn.service").stdout
+        raise AssertionError(f"the guest is gone:\n{said}")
     _call(system, MANAGER[0], job, JOB, "Force")
     assert '"killed"' in _call(system, MANAGER[0], job, JOB, "Wait")
 
