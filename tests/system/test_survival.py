@@ -59,7 +59,7 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
 
     def start(script: str = STUBBORN, lines: str = "") -> tuple[str, int]:
         unit = f"outlives{next(_numbers)}.service"
-        text = f'[Service]\nExecStart=@{STAND_IN} sh -c "{script}"\n{lines}\n'
+        text = f'[Service]\nType=exec\nExecStart=@{STAND_IN} sh -c "{script}"\n{lines}\n'
         system.write(f"/run/systemd/system/{unit}", text)
         system.run("systemctl", "start", unit)
         started.append(unit)

@@ -44,7 +44,8 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
         unit = f"guest{next(_numbers)}.service"
         user = [] if uid is None else [f"--uid={uid}"]
         system.run(
-            *("systemd-run", f"--unit={unit}", *user, *(f"--property={p}" for p in properties)),
+            *("systemd-run", f"--unit={unit}", "--property=Type=exec", *user),
+            *(f"--property={p}" for p in properties),
             *("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none"),
             *("-name", unit.removesuffix(".service")),
         )
