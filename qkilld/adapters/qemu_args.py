@@ -188,13 +188,27 @@ def name_and_uuid(argv: Sequence[str]) -> tuple[str, str]:
     return name, uuid
 
 
+def monitor_protocol(option: QemuOption) -> str:
+    """Return what the monitor that this option makes speaks: "qmp" or "hmp"; "" if it makes none.
+
+    QEMU 11.1 has the objects, and libvirt 12.8 uses them.
+    """
+    match option.name, option.flat.get("qom-type"):
+        case ("qmp" | "qmp-pretty", _) | ("object", "monitor-qmp"):
+            return "qmp"
+        case ("monitor", _) | ("object", "monitor-hmp"):
+            return "hmp"
+        case ("mon", _):
+            return "qmp" if option.flat.get("mode") == "control" else "hmp"
+    return ""
+
+
 def has_qmp(argv: Sequence[str]) -> bool:
     """Return whether the QEMU has a QMP monitor, or may have one from a -readconfig file."""
-    for option in parse_command_line(argv):
-        control = option.name == "mon" and option.flat.get("mode") == "control"
-        if control or option.name in ("qmp", "qmp-pretty", "readconfig"):
-            return True
-    return False
+    return any(
+        option.name == "readconfig" or monitor_protocol(option) == "qmp"
+        for option in parse_command_line(argv)
+    )
 
 
 def _parse_json_object(text: str) -> dict[str, Any]:

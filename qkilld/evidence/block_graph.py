@@ -15,7 +15,7 @@ from dataclasses import field
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from qkilld.adapters.qemu_args import QemuOption, parse_command_line
+from qkilld.adapters.qemu_args import QemuOption, monitor_protocol, parse_command_line
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Node
 from qkilld.model.text import printable
@@ -29,7 +29,6 @@ _DISK_OPTIONS: Final = frozenset(
     ("drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd",
      "pflash")
 )  # fmt: skip
-_MONITORS: Final = ("qmp", "qmp-pretty", "mon", "monitor")
 _VHOST_USER: Final = re.compile(r"vhost-user-(blk|scsi|fs|vsock|gpu|input|i2c|rng|net)")
 _URL: Final = re.compile(r"(nbd|iscsi|ssh|https?|ftps?|gluster|nfs|rbd|sheepdog|vxhs)(\+\w+)?:")
 FOREVER_S: Final = 1_000_000_000
@@ -120,7 +119,7 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
     _read_disks(graph, options)
     _read_connections(graph, options)
     graph.pluggable = any(
-        option.name in _MONITORS and option.text not in ("", "none") for option in options
+        monitor_protocol(option) and option.text not in ("", "none") for option in options
     )
     graph.shared_memory = any(_shares_memory(option) for option in options)
     return graph

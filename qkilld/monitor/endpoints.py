@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Final
 
-from qkilld.adapters.qemu_args import QemuOption
+from qkilld.adapters.qemu_args import QemuOption, monitor_protocol
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import InvalidArgs
 from qkilld.model.text import printable
@@ -249,15 +249,10 @@ def _claims(options: Sequence[QemuOption]) -> Iterator[_Claim]:
 
 
 def _role(option: QemuOption) -> Role:
-    match option.name:
-        case "qmp" | "qmp-pretty":
-            return Role.QMP
-        case "monitor":
-            return Role.HMP
-        case "mon":
-            return Role.QMP if option.flat.get("mode") == "control" else Role.HMP
-        case "device" if option.flat.get("name") == AGENT_PORT:
-            return Role.AGENT
+    if protocol := monitor_protocol(option):
+        return Role(protocol)
+    if option.name == "device" and option.flat.get("name") == AGENT_PORT:
+        return Role.AGENT
     return Role.OTHER
 
 

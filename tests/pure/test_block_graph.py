@@ -272,3 +272,18 @@ def test_the_names_of_each_image() -> None:
 )
 def test_whether_others_may_use_the_memory(text: str, shared: bool) -> None:
     assert graph_of(text).shared_memory is shared
+
+
+@pytest.mark.parametrize(
+    ("text", "pluggable"),
+    [
+        ("-drive file=/a", False),
+        ("-monitor none", False),
+        ("-monitor stdio", True),
+        ("-chardev null,id=m -mon m", True),
+        ("-chardev null,id=m -object monitor-qmp,id=q,chardev=m", True),
+        ("-object rng-builtin,id=r", False),
+    ],
+)
+def test_a_monitor_can_plug_further_disks(text: str, pluggable: bool) -> None:
+    assert graph_of(text).pluggable is pluggable

@@ -53,6 +53,8 @@ AGENT = "-device virtio-serial -device virtserialport,chardev=g,id=p,name=org.qe
         ("-chardev socket,id=m,path=/a,server=on -qmp chardev:m", [("qmp", 1)]),
         ("-chardev socket,id=m,fd=11,server=on -mon m,mode=control", [("qmp", 2)]),
         (f"-chardev {JSON_CHARDEV} -mon m,mode=control", [("qmp", 1)]),
+        ("-chardev socket,id=m,path=/a,server=on -object monitor-qmp,chardev=m", [("qmp", 1)]),
+        ("-chardev socket,id=m,path=/a,server=on -object monitor-hmp,chardev=m", [("hmp", 1)]),
         (f"{AGENT} -chardev socket,id=g,path=/b,server=on", [("agent", 2)]),
         # Without a role, with two roles, or with another role: left alone.
         ("", []),
@@ -236,11 +238,19 @@ LIBVIRT_SOCKET = "/var/lib/libvirt/qemu/domain-3-web/monitor.sock"
         ("path=/run/web/monitor.sock", [], False),
     ],
 )
-def test_libvirts_guests(path: str, listeners: list[UnixListener], libvirt: bool) -> None:
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        "-mon chardev=charmonitor,id=monitor,mode=control",
+        # libvirt 12.8 with QEMU 11.1
+        """-object '{"qom-type":"monitor-qmp","id":"monitor","chardev":"charmonitor"}'""",
+    ],
+)
+def test_libvirts_guests(
+    path: str, listeners: list[UnixListener], libvirt: bool, monitor: str
+) -> None:
     arguments = f"-chardev socket,id=charmonitor,{path},server=on,wait=off"
-    guest_endpoints = find(
-        f"{arguments} -mon chardev=charmonitor,id=monitor,mode=control", *listeners
-    )
+    guest_endpoints = find(f"{arguments} {monitor}", *listeners)
     assert guest_endpoints.libvirt is libvirt
     if libvirt:
         assert (guest_endpoints.endpoints, guest_endpoints.obstacles) == (

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
+from qkilld.adapters.qemu_args import (
+    QemuOption,
+    has_qmp,
+    monitor_protocol,
+    parse_command_line,
+    parse_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -101,3 +107,23 @@ path = "before any section"
         "server": "on",
     }
     assert mon.properties == {"id": "x", "chardev": "m,1", "mode": "control"}
+
+
+@pytest.mark.parametrize(
+    ("text", "protocol"),
+    [
+        ("-qmp stdio", "qmp"),
+        ("-monitor stdio", "hmp"),
+        ("-mon m,mode=control", "qmp"),
+        ("-mon m", "hmp"),
+        ("-object monitor-qmp,id=q,chardev=m", "qmp"),
+        ('-object {"qom-type":"monitor-hmp","id":"h","chardev":"m"}', "hmp"),
+        ("-object rng-builtin,id=r", ""),
+        ("-device virtio-serial", ""),
+    ],
+)
+def test_the_protocol_of_a_monitor(text: str, protocol: str) -> None:
+    argv = ["qemu-system-x86_64", *text.split()]
+    (option,) = parse_command_line(argv)
+    assert monitor_protocol(option) == protocol
+    assert has_qmp(argv) is (protocol == "qmp")
