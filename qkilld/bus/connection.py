@@ -518,8 +518,15 @@ async def connect(
             sock = await open_socket(bus, descriptors=descriptors)
             return await _greeted(sock, bus.is_remote)
     except _NO_CONNECTION as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else str(error.__cause__ or error)
-        raise BusError(f"cannot connect to the {bus.title}: {reason}") from error
+        raise BusError(f"cannot connect to the {bus.title}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Describe why there is no connection, for people: without the number of an errno."""
+    cause = error.__cause__ or error
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (isinstance(cause, OSError) and cause.strerror) or str(cause)
 
 
 async def _greeted(sock: socket.socket, is_remote: bool) -> Connection:

@@ -120,6 +120,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--user", "list"], ["session bus", "systemctl --user status qkilld"]),
         (["list"], ["system bus", "systemctl status qkilld", "--user"]),
         (["--user", "list", "--system"], ["system bus"]),
+        (["--bus", "unix:path=/nowhere/bus", "list"], ["bus: No such file or directory. Check"]),
         (["--bus", "unix", "list"], ["bus at unix"]),
         (["--bus", "tcp:port=x", "list"], ["bus at tcp:port=x"]),
         (["--bus", "no-such-transport:x=y", "list"], ["no-such-transport"]),
