@@ -90,6 +90,6 @@ def _traces(
     except OSError as error:
         raise ConfigError(
             f"traces cannot be written to {directory}: {error.strerror}; "
-            "--trace-dir must be a directory that exists"
+            "--trace-dir must be a directory that exists and that qkilld may write to"
         ) from None
     return contextlib.closing(traces)

@@ -219,7 +219,7 @@ def build_parser() -> argument_types.SuggestingParser:
         epilog=f"{_TARGETS}{_JOBS}",
     )
     status.add_argument("target", nargs="?", metavar="TARGET|JOB")
-    inspect = add("inspect", "show the identity of a guest's process", epilog=_TARGETS)
+    inspect = add("inspect", "show a guest's process and the evidence about it", epilog=_TARGETS)
     inspect.add_argument("target", metavar="TARGET")
     add("jobs", "list running jobs and those that ended within the last minute")
     add("watch", "show all running jobs live, and control them with keys", _WATCH)
