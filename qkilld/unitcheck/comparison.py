@@ -49,15 +49,13 @@ class UnitVerdict(StrEnum):
     WORSE = "worse"
     """With the drop-in, a stop would keep less, or end guests that are meant to outlive it, or
     instances would lose settings of their own."""
-    BETTER = "better"
-    """After adoption, a stop keeps more than now, and no stop keeps less, but the unit is still not
-    safe."""
     NO_BETTER = "no-better"
     """The unit is not safe, and adopt can write nothing that keeps more. It writes nothing."""
     UNKNOWN = "unknown"
     """It is unknown what a stop keeps, or the unit has no known guest."""
     MANUAL = "manual"
-    """Only the owner can make the remaining changes, to the unit or to Executables=."""
+    """What adopt writes keeps more or as much, but only the owner can make the changes that are
+    still needed, to the unit or to Executables=."""
     OTHER_UNIT = "other-unit"
     """The unit starts a guest that runs in another unit."""
 
@@ -159,8 +157,9 @@ def compare(
     if longer or _keep_more(then, now):
         return replace(
             comparison,
-            word=UnitVerdict.BETTER,
+            word=UnitVerdict.MANUAL,
             reason="with the drop-in, it keeps more of the guest's data than now, but is not safe",
+            advice="to make it safe, its owner must change what the other findings are about",
         )
     return replace(
         comparison,

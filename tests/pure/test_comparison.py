@@ -332,13 +332,13 @@ THEIRS = replace(
 
 def test_what_is_better_but_not_safe_is_written() -> None:
     asked = judge(replace(THEIRS, timeout_stop=90 * S), ASKABLE)
-    assert (asked.word, asked.writes) == (UnitVerdict.BETTER, True)
+    assert (asked.word, asked.writes) == (UnitVerdict.MANUAL, True)
     assert asked.now[Occasion.STOP].guest is Patience.NONE
     assert asked.adopted[Occasion.STOP].guest is Patience.TIMED
     assert "keeps more" in asked.reason
     longer = judge(THEIRS)
     assert "TimeoutStopSec=90s" in written(THEIRS, MUTE)
-    assert (longer.word, longer.writes) == (UnitVerdict.BETTER, True)
+    assert (longer.word, longer.writes) == (UnitVerdict.MANUAL, True)
 
 
 def test_what_is_no_better_is_not_written() -> None:
@@ -380,4 +380,4 @@ def test_adopting_is_never_worse_under_any_assumption() -> None:
                                     if not found.adopted[each] >= found.now[each]
                                 ]  # fmt: skip
                                 assert not worse, (facts, surroundings, found)
-    assert seen == set(UnitVerdict) - {UnitVerdict.MANUAL, UnitVerdict.OTHER_UNIT}
+    assert seen == set(UnitVerdict) - {UnitVerdict.OTHER_UNIT}
