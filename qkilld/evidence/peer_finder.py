@@ -89,12 +89,23 @@ class PeerFinder:
         wanted = set(connections)
         if self._fuse.wants_search(wanted) and self._lock.acquire(timeout=SEARCH_S):
             try:
-                self._search([DEVICE], SEARCH_S)
-                if not any(search.wants(DEVICE) for search in self._searches):
-                    self._fuse.complete()
+                self._search_fuse(SEARCH_S)
             finally:
                 self._lock.release()
         return self._fuse.servers_of(wanted)
+
+    def go_on_fuse(self, connections: Iterable[int]) -> None:
+        """Continue the search for FUSE servers between samples, as go_on() does."""
+        if self._fuse.wants_search(connections) and self._lock.acquire(blocking=False):
+            try:
+                self._search_fuse(BACKGROUND_SEARCH_S)
+            finally:
+                self._lock.release()
+
+    def _search_fuse(self, seconds: float) -> None:
+        self._search([DEVICE], seconds)
+        if not any(search.wants(DEVICE) for search in self._searches):
+            self._fuse.complete()
 
     def go_on(self, inodes: Iterable[int]) -> None:
         """Continue the search between samples, unless another thread is searching. Takes at most

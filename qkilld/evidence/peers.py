@@ -64,17 +64,23 @@ class ServerReader:
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
         self._missing_ends = _NONE
+        self._missing_fuse = _NONE
+        """The FUSE connections whose servers were not found yet."""
         self._matches: dict[tuple[str, frozenset[str]], _Matches] = {}
         """The FUSE servers that have an image open, by the mount and the names of the images."""
 
-    def expect(self, ends: Iterable[int]) -> None:
-        """Announce sockets of servers, so that search() can find them before read() needs them."""
+    def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
+        """Announce sockets of servers and FUSE mounts, so that search() can find the servers before
+        read() needs them."""
         self._missing_ends = frozenset(ends)
+        self._missing_fuse = frozenset(_connections_of(mounts).values())
 
     def search(self) -> None:
         """Continue the search for servers that were not found yet. May run in any thread."""
         if missing := self._missing_ends:
             self._finder.go_on(missing)
+        if missing := self._missing_fuse:
+            self._finder.go_on_fuse(missing)
 
     def read(
         self, ends: Mapping[int, str | None], storage: StorageTable, sockets: SocketTable
@@ -104,6 +110,11 @@ class ServerReader:
         values = self._read(ends, storage, sockets, downstream={self._pid})
         served = self._read_fuse(mounts, names, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
+        self._missing_fuse = frozenset(
+            connection
+            for number, connection in _connections_of(mounts).items()
+            if number not in served
+        )
         # Close unused readers: a server that forks for each connection has a new process after each
         # reconnect.
         for pid in self._readers.keys() - set(self._used_pids):
@@ -175,11 +186,7 @@ class ServerReader:
         downstream: set[int],
     ) -> dict[str, _SampledServers]:
         """Sample the servers of FUSE mounts, by the MAJOR:MINOR of the mount."""
-        numbers = {
-            mount.number: connection
-            for mount in mounts
-            if (connection := connection_of(mount)) is not None
-        }
+        numbers = _connections_of(mounts)
         if not numbers:
             return {}
         found = self._finder.find_fuse(numbers.values())
@@ -335,6 +342,15 @@ class PeerReader:
         self._process.close()
         self._storage.close()
         self._sockets.close()
+
+
+def _connections_of(mounts: Iterable[Mount]) -> dict[str, int]:
+    """Return the FUSE connection of each mount, by its MAJOR:MINOR."""
+    return {
+        mount.number: connection
+        for mount in mounts
+        if (connection := connection_of(mount)) is not None
+    }
 
 
 def _with_servers(mount: Mount, served: Mapping[str, _SampledServers]) -> Mount:

@@ -102,12 +102,13 @@ class Reader:
         devices, mounts = call("reading storage", self._storage.read, storage) or (None, None)
         connections = call("reading sockets", self._sockets.read, sockets, has_run)
         nodes = None if graph is None else tuple(graph.nodes)
-        if connections and not (detail or self._expected):
+        if (connections or mounts) and not (detail or self._expected):
             # Announce the servers now: the next sample needs them, and on a busy host the search
             # takes long.
             self._expected = True
-            ends = call("looking for servers", self._sockets.peers, connections, sockets)
-            self._servers.expect((ends or {}).values())
+            known = connections or ()
+            ends = call("looking for servers", self._sockets.peers, known, sockets)
+            self._servers.expect((ends or {}).values(), mounts or ())
         if detail and nodes:
             known = connections or ()
             nodes = (

@@ -288,8 +288,8 @@ def _search(trace: Trace, found: Truth) -> float:
     What the server did until then may count as progress, and delay SIGKILL.
     """
     returns = any(change.what == "back" for change in found.spec.changes)
-    first: dict[int, float] = {}
-    depths: dict[int, int] = {}
+    first: dict[int | str, float] = {}
+    depths: dict[int | str, int] = {}
     longest = 0.0
     for sample in trace.of(Sample):
         at = sample.at / USEC_PER_SEC
@@ -300,5 +300,11 @@ def _search(trace: Trace, found: Truth) -> float:
             depth = min(server_depth(socket.peer), 1 if alone else MAX_DEPTH)
             if depth > depths.get(socket.inode, 0):
                 depths[socket.inode] = depth
+                longest = max(longest, at - begun)
+        for mount in sample.mounts or ():
+            begun = first.setdefault(mount.number, at)
+            depth = max(map(server_depth, mount.servers or ()), default=0)
+            if depth > depths.get(mount.number, 0):
+                depths[mount.number] = depth
                 longest = max(longest, at - begun)
     return longest

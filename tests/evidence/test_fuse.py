@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.evidence import fuse, peers
+from qkilld.evidence import fuse, peer_finder, peers
 from qkilld.evidence.fuse import connection_of
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
@@ -114,6 +114,24 @@ def test_a_server_that_is_gone(lab_dir: Path, named: bool) -> None:
         store.leave()
         servers = mount_of(sample()).servers or ()
         assert store.process.pid not in {server.pid for server in servers}
+
+
+def test_a_server_is_searched_for_before_it_is_needed(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_finder, "SEARCH_S", 0.0)
+    with (
+        mounted(lab_dir, IMAGE) as store,
+        opened(store, IMAGE),
+        contextlib.closing(Reader(os.getpid(), HostTables())) as reader,
+    ):
+        reader.read()
+
+        def read() -> Mount:
+            reader.search()
+            return mount_of(reader.read(detail=True))
+
+        until(read, lambda mount: mount.servers)
 
 
 def test_the_server_of_a_server(lab_dir: Path) -> None:
