@@ -121,7 +121,7 @@ class JobStatus:
             return "is left alone" if self.result == Result.CANCELLED else self.result or "ended"
         if self.phase == Phase.QUIT:
             down = self.guest_asked == GuestAsked.SHUT_DOWN
-            return "has shut down" if down else "has its disks flushed"
+            return "has shut down" if down else "is flushing its disks"
         if self.phase == Phase.POWERDOWN:
             return self._doing_before_signals()
         if self.phase in (Phase.KILL, Phase.REAP):

@@ -101,7 +101,7 @@ def test_a_shorter_outlook() -> None:
         ({"phase": Phase.POWERDOWN, "guest_asked": "ignored"}, "was asked to shut down"),
         ({"phase": Phase.POWERDOWN, "verdict": "guest-shutdown"}, "shuts down"),
         ({"phase": Phase.QUIT, "guest_asked": "shut-down"}, "has shut down"),
-        ({"phase": Phase.QUIT}, "has its disks flushed"),
+        ({"phase": Phase.QUIT}, "is flushing its disks"),
         ({"phase": Phase.DONE, "verdict": "zombie", "result": "exited"}, "exited"),
         ({"phase": Phase.DONE, "result": "cancelled"}, "is left alone"),
     ],
