@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,6 +44,7 @@ from qkilld.engine.turns import Turns
 from qkilld.engine.unit_stop import ControlProcess, UnitStops
 from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.sampler import EvidenceSampler
+from qkilld.evidence.server_exits import GuestServerExits
 from qkilld.evidence.sockdiag import ask_through, listening_unix
 from qkilld.model.bus_address import BusAddress
 from qkilld.model.constants import ExitCode
@@ -227,6 +229,7 @@ class Life:
             monitors=monitors,
             traces=traces,
             saver=saver,
+            server_exits=partial(GuestServerExits, started_at=clock.started_at),
         )
         sampler.count_jobs(lambda: self._registry.running)
         self._service = Service(

@@ -26,10 +26,10 @@ class LocalHost:
         return open_process(pid, self._proc)
 
     async def label(self, identity: Identity) -> Label:
-        ((name, uuid, qmp),) = await self._names.names([identity])
+        ((name, uuid, qmp, remote),) = await self._names.names([identity])
         # The unit is read each time, because machine managers move a QEMU process to a scope after
         # it has started.
-        return Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp)
+        return Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp, remote)
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         names = await self._names.names(identities)
@@ -37,8 +37,8 @@ class LocalHost:
             lambda: [procfs.read_unit(identity.pid, self._proc) for identity in identities]
         )
         return [
-            Label(name, uuid, unit, qmp)
-            for (name, uuid, qmp), unit in zip(names, units, strict=True)
+            Label(name, uuid, unit, qmp, remote)
+            for (name, uuid, qmp, remote), unit in zip(names, units, strict=True)
         ]
 
     async def identities(self) -> list[Identity]:

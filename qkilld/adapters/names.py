@@ -20,10 +20,10 @@ from qkilld.debug_log import note_once
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
-Names = tuple[str | None, str, bool]
+Names = tuple[str | None, str, bool, bool]
 """The guest's name and UUID, each "" if the command line has none; whether it may have a QMP
-monitor. The name is None if it is unknown."""
-UNKNOWN: Final[Names] = (None, "", False)
+monitor, and storage on a network. The name is None if it is unknown."""
+UNKNOWN: Final[Names] = (None, "", False, True)
 _Key = tuple[int, int, str]
 """pid, start time, executable: after execve(2) the same process has another command line."""
 

@@ -244,14 +244,14 @@ def _arguments(command_line: bytes) -> list[str]:
     return os.fsdecode(command_line).split("\0")
 
 
-def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
+def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool]:
     """Return the guest's name and UUID, each "" if not given, and whether it may have a QMP
-    monitor. The name is None if it is unknown. May block for ever."""
+    monitor, and storage on a network. The name is None if it is unknown. May block for ever."""
     try:
         command_line = _read_command_line(pid, proc)
     except OSError as error:
         note_once(f"reading the command line of process {pid}", error)
-        return None, "", False
+        return None, "", False, True
     argv = _arguments(command_line)
     # Imported late, because JSON takes 3 ms of the start of qkilld-stop, which rarely needs a name.
     from qkilld.adapters import qemu_args
@@ -260,7 +260,8 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool]:
     # Only a whole command line shows that there is no name. An exiting process has an empty one.
     is_whole = 0 < len(command_line) < _MAX_CMDLINE
     label = printable(name) if name or is_whole else None
-    return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv)
+    is_remote = not is_whole or qemu_args.names_network_storage(argv)
+    return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv), is_remote
 
 
 def read_unit(pid: int, proc: Path = PROC) -> Unit | None:

@@ -47,11 +47,15 @@ _CHARDEV: Final = frozenset({"monitor", "qmp", "qmp-pretty", "serial", "parallel
 _FILE: Final = frozenset({"hda", "hdb", "hdc", "hdd", "fda", "fdb", "cdrom", "mtdblock", "sd",
                           "pflash"})
 """The options that take the name of an image."""
+NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp", "ftps",
+                                    "gluster", "nfs", "rbd", "sheepdog", "vxhs"})
+"""The block drivers whose storage is behind a connection."""
 # fmt: on
 
 _STRINGS: Final = re.compile(r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _INET: Final = re.compile(r"(tcp|telnet|tn3270|websocket|udp):(\[[^\]]*\]|[^:,]*):([^,@]*)")
 _SECTION: Final = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')
+NETWORK_IMAGE: Final = re.compile(rf"({'|'.join(sorted(NETWORK_DRIVERS))})(\+\w+)?:")
 _ENTRY: Final = re.compile(r'(\S+)\s+=\s*"([^"]*)".*')
 
 
@@ -209,6 +213,20 @@ def has_qmp(argv: Sequence[str]) -> bool:
         option.name == "readconfig" or monitor_protocol(option) == "qmp"
         for option in parse_command_line(argv)
     )
+
+
+def names_network_storage(argv: Sequence[str]) -> bool:
+    """Return whether a disk lies on a network, or may do so by a -readconfig file."""
+    for option in parse_command_line(argv):
+        if option.name == "readconfig":
+            return True
+        if option.name in _FILE or option.name in ("drive", "blockdev"):
+            for value in option.flat.values():
+                if value in NETWORK_DRIVERS or NETWORK_IMAGE.match(value):
+                    return True
+                if value.startswith("json:"):
+                    return True
+    return False
 
 
 def _parse_json_object(text: str) -> dict[str, Any]:

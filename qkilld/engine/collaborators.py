@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from qkilld.engine.ports import Clock, Journal, Monitors, Sampler, Traces
+from qkilld.engine.ports import (
+    Clock,
+    Journal,
+    Monitors,
+    Process,
+    Sampler,
+    ServerExits,
+    Traces,
+)
 from qkilld.model.dataclass import dataclass
 
 J = TypeVar("J")
@@ -37,5 +45,9 @@ class Collaborators(Generic[J]):
     on_monitor: Callable[[J, int | None], None]
     """Called when a job has opened its guest's monitor, with the descriptor if it should be
     kept."""
+    server_exits: Callable[[Process], ServerExits] | None
+    """If None, the servers of network disks are not watched."""
+    stopping: Callable[[frozenset[int]], frozenset[int]]
+    """Returns which of these processes are being stopped by a job (server_watch.is_stopping)."""
     write_down: Callable[[J, Callable[[], None]], None]
     """Saves the job, and calls back when that is done or takes too long."""

@@ -93,8 +93,9 @@ class FlushPhase:
 
     # ---- beginning ----
 
-    def begin(self) -> None:
-        """Open the monitor, unless asking has done that.
+    def begin(self, *, skip: bool = False) -> None:
+        """Open the monitor, unless asking has done that. With `skip`, there is no monitor, so that
+        the phase only waits (`lasts`).
 
         If an earlier daemon has stopped the processors, they are started again, and SIGTERM
         follows.
@@ -103,11 +104,17 @@ class FlushPhase:
         self._powered_off = self._job.guest_asked is GuestAsked.SHUT_DOWN
         if self.stopped:
             self._undo()
+        elif skip:
+            self._is_over = True
         else:
             self._open()
 
-    def lasts(self) -> bool:
-        """Return whether SIGTERM must wait. The job may end in this call."""
+    def lasts(self, not_before: int) -> bool:
+        """Return whether SIGTERM must wait. The job may end in this call.
+
+        `not_before`: unless the flush is proven, SIGTERM waits until this time (µs,
+        CLOCK_MONOTONIC), but not longer than MaxSec allows.
+        """
         job, now = self._job, self._clock.now()
         if self._process.exited():
             job.note_gone()
@@ -119,6 +126,10 @@ class FlushPhase:
             self._is_over = True
         if self._is_over and job.control.held and not self.stopped:
             job.wait_until(min(job.deadline, job.control.held_until), job.control.held_until)
+            return True
+        not_before = min(not_before, latest)
+        if self._is_over and now < not_before and not job.flush.proven:
+            job.wait_until(not_before, not_before)
             return True
         if self._is_over:
             self._step += 1

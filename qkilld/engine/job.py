@@ -12,15 +12,16 @@ from signal import SIGKILL, SIGTERM
 from typing import Final
 
 from qkilld.decision.ladder import JobFacts, lengthen, policy_for
-from qkilld.decision.risk import risks_of_death, risks_of_exit
 from qkilld.decision.verdict import Assessment
 from qkilld.engine import events, steering
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.flush_phase import FlushPhase
+from qkilld.engine.guest_end import GuestEnd
 from qkilld.engine.job_trace import JobTrace
 from qkilld.engine.monitor_link import MonitorLink
 from qkilld.engine.ports import GuestMonitor, Process, Timer
 from qkilld.engine.powerdown_phase import BEFORE_SIGNALS, PowerdownPhase
+from qkilld.engine.server_watch import ServerWatch
 from qkilld.engine.signal_phase import SignalPhase
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.waiters import Waiters
@@ -60,10 +61,11 @@ class Job:
 
     # There may be thousands of jobs, and a dictionary with so many keys takes 1.8 kB.
     __slots__ = (
-        "_configured", "_flush_phase", "_link", "_parts", "_powerdown", "_process", "_signals",
-        "_timer", "_trace", "_waiters", "_yank", "assessment", "control", "deadline", "ended",
-        "error", "error_name", "flags", "flush", "guest", "guest_asked", "history", "number",
-        "phase", "policy", "request", "result", "risks", "rungs", "started", "verdict",
+        "_configured", "_end", "_flush_phase", "_link", "_parts", "_powerdown", "_process",
+        "_servers", "_signals", "_timer", "_trace", "_waiters", "_yank", "assessment", "control",
+        "deadline", "ended", "error", "error_name", "flags", "flush", "guest", "guest_asked",
+        "history", "number", "phase", "policy", "request", "result", "risks", "rungs", "started",
+        "verdict",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +127,7 @@ class Job:
             self._flush_phase,
             allowed=collaborators.may_yank(process.guest.label.name),
         )
+        self._servers = ServerWatch(self, process, collaborators)
         self._signals = SignalPhase(
             self,
             process,
@@ -135,7 +138,9 @@ class Job:
             trace=self._trace,
             yank=self._yank,
             load=collaborators.load,
+            on_sample=self._servers.note_sample,
         )
+        self._end = GuestEnd(self, process, clock, self._servers)
         self._timer: Timer | None = None
         self._waiters = Waiters()
 
@@ -229,14 +234,17 @@ class Job:
         self._process.watch(self.advance)
 
     def _first_phase(self) -> Phase | None:
-        """Return the phase before any signal, if there is one."""
+        """Return the phase before any signal."""
         if Flag.POWERDOWN in self.flags:
             return Phase.POWERDOWN
-        named = bool(self.request.qmp_socket) or self._link.is_passed
-        has_monitor = self.guest.label.qmp or named
-        if self.by_evidence and has_monitor and self._parts.monitors is not None:
-            return Phase.QUIT
-        return None
+        return Phase.QUIT if self._can_flush or self._servers.is_needed else None
+
+    @property
+    def _can_flush(self) -> bool:
+        """Whether the guest may have a monitor through which its disks can be flushed."""
+        link, named = self._link, self.guest.label.qmp or bool(self.request.qmp_socket)
+        may_open = self.by_evidence and self._parts.monitors is not None
+        return may_open and (named or link.is_passed or link.is_kept)
 
     def resume(self, past: Snapshot, monitor: KeptMonitor | None = None) -> None:
         """Continue a job of an earlier daemon, instead of `start`. Sends no signal."""
@@ -268,10 +276,12 @@ class Job:
         """Begin or continue the present phase. Call it once, after `start` or `resume`."""
         if self.result is Result.SURVIVED and self._process.exited():
             self._survivor_gone()
+        if self.running:
+            self._servers.begin()
         if self.running and self.phase is Phase.POWERDOWN:
             self._powerdown.begin()
         elif self.running and self.phase is Phase.QUIT:
-            self._flush_phase.begin()
+            self._flush_phase.begin(skip=not self._can_flush)
         elif self.running and self._link.is_kept:
             self._link.open(lambda found: None, was_asked=True)
         self.advance()
@@ -497,9 +507,12 @@ class Job:
                 return
             if self._link.monitor is not None:
                 self._flush_phase.begin()
+            elif self._servers.until:
+                self._flush_phase.begin(skip=True)
             else:
                 self.enter(Phase.TERMINATE)
-        if self.running and self.phase is Phase.QUIT and self._flush_phase.lasts():
+        flushes = self.running and self.phase is Phase.QUIT
+        if flushes and self._flush_phase.lasts(self._servers.until):
             return
         if self.running:
             self._signals.advance()
@@ -531,6 +544,8 @@ class Job:
             self._parts.on_change(self)
 
     def note_gone(self) -> None:
+        if not self._end.note(self._signals):
+            return
         if self.phase in BEFORE_SIGNALS:
             self._powerdown.note_exit()
         self._yank.note_exit()
@@ -544,12 +559,13 @@ class Job:
         self._signals.close()
         self._powerdown.close()
         self._flush_phase.close(ending=self._signals.sent)
-        self.ended = self._parts.clock.now()
+        self.ended = self._parts.clock.now() if self._end.at is None else self._end.at
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:
             self.risks = ()  # QEMU keeps running, so nothing is lost or cancelled.
         if result is Result.EXITED:
-            self.risks = (*self.risks, *self._risks_of_end(self.ended))
+            self.risks = (*self.risks, *self._end.risks(self._signals))
+        self._servers.close()
         self.phase = Phase.DONE
         self.deadline = INFINITY
         if result is Result.SURVIVED:
@@ -563,19 +579,6 @@ class Job:
         self._trace.record(EndRecord(self.ended, result))
         if result is not Result.SURVIVED:
             self._trace.end()
-
-    def _risks_of_end(self, ended: int) -> tuple[Risk, ...]:
-        """Return the risks of an exit that qkilld's SIGKILL did not cause."""
-        evidence, flushed = self.assessment if self.by_evidence else None, self.flush.proven
-        number, terminated = self._process.killed_by(), self._signals.sent
-        if death := risks_of_death(number, evidence, terminated=terminated, flushed=flushed):
-            return death
-        return risks_of_exit(
-            evidence,
-            flushed=flushed,
-            started=self._parts.clock.started_at(self.guest.identity.start_time),
-            ended=ended,
-        )
 
     def note_processors_running(self) -> None:
         """Close the process: the guest's processors run again after the end of the job."""

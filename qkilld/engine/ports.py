@@ -67,6 +67,23 @@ class Process(Protocol):
         """Close the pidfd and cancel the callback. May be called twice."""
 
 
+class ServerExits(Protocol):
+    """Which servers ended before their guest did, or closed its connections. Nothing blocks."""
+
+    def add(self, pid: int, seen_at: int) -> None:
+        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs."""
+
+    def ended(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Return the processes that ended before the guest, or may have, and those that ended after
+        it or are ending. Call it once, after the guest's end."""
+
+    def closed_first(self, tcp_id: str) -> bool | None:
+        """Return whether the guest closed a connection (Socket.tcp_id) before its server did; None
+        if unknown. Call it within a minute after the guest's end."""
+
+    def close(self) -> None: ...
+
+
 class Host(Protocol):
     """The processes of this system."""
 

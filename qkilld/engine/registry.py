@@ -13,8 +13,18 @@ from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
-from qkilld.engine.ports import Clock, Journal, Monitors, Observer, Process, Sampler, Traces
+from qkilld.engine.ports import (
+    Clock,
+    Journal,
+    Monitors,
+    Observer,
+    Process,
+    Sampler,
+    ServerExits,
+    Traces,
+)
 from qkilld.engine.resumed_jobs import ResumedJobs
+from qkilld.engine.server_watch import is_stopping
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.engine.summary import StopSummary
 from qkilld.foreign_descriptors import close_later
@@ -53,6 +63,7 @@ class Registry:
         monitors: Monitors | None = None,
         traces: Traces | None = None,
         saver: JobSaver | None = None,
+        server_exits: Callable[[Process], ServerExits] | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -74,6 +85,8 @@ class Registry:
             on_end=self._ended,
             on_survivor_exit=self._survivor_gone,
             on_monitor=self._monitor_opened,
+            server_exits=server_exits,
+            stopping=self._stopping,
             write_down=self._write_down,
         )
         self._jobs: dict[int, Job] = {}
@@ -247,6 +260,10 @@ class Registry:
         """End all Waits for running jobs, because this daemon will not see their end."""
         for job in list(self._running.values()):
             job.interrupt_waits()
+
+    def _stopping(self, pids: frozenset[int]) -> frozenset[int]:
+        jobs = [job for job in self._jobs.values() if job.guest.identity.pid in pids]
+        return frozenset(job.guest.identity.pid for job in jobs if is_stopping(job))
 
     def _job(self, number: int, process: Process, request: Request, policy: Policy) -> Job:
         return Job(number, process, request, policy, self._collaborators)

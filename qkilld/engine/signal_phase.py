@@ -61,13 +61,14 @@ class SignalPhase:
         trace: JobTrace,
         yank: YankRung,
         load: Callable[[], int],
+        on_sample: Callable[[Sample], None],
     ) -> None:
-        """`load` returns the number of running jobs."""
+        """`load` returns the number of running jobs. `on_sample` gets each sample."""
         self._job, self._process = job, process
         self._clock, self._journal, self._trace = clock, journal, trace
         self._sampler = JobSampler(process, sampler, clock)
         self._executables = executables
-        self._load = load
+        self._load, self._on_sample = load, on_sample
         self._yank = yank
         self._intent = _Intent.NONE
         self._forced = False
@@ -310,6 +311,7 @@ class SignalPhase:
         if before is None or sample.at >= before.last.at:
             job.assessment = evidence = assess(before, sample, sample_interval(self._load()))
             self._trace.record(sample)
+            self._on_sample(sample)
             if evidence.verdict is not job.verdict:
                 job.turn_to(evidence.verdict, evidence.reasons[:4], evidence.last.at)
             could_yank, self._could_yank = self._could_yank, self._yank.possible

@@ -15,7 +15,12 @@ from dataclasses import field
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from qkilld.adapters.qemu_args import QemuOption, monitor_protocol, parse_command_line
+from qkilld.adapters.qemu_args import (
+    NETWORK_IMAGE,
+    QemuOption,
+    monitor_protocol,
+    parse_command_line,
+)
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Node
 from qkilld.model.text import printable
@@ -30,9 +35,11 @@ _DISK_OPTIONS: Final = frozenset(
      "pflash")
 )  # fmt: skip
 _VHOST_USER: Final = re.compile(r"vhost-user-(blk|scsi|fs|vsock|gpu|input|i2c|rng|net)")
-_URL: Final = re.compile(r"(nbd|iscsi|ssh|https?|ftps?|gluster|nfs|rbd|sheepdog|vxhs)(\+\w+)?:")
 FOREVER_S: Final = 1_000_000_000
 _OFF: Final = ("off", "no", "false", "n")
+_ON: Final = ("on", "yes", "true", "y")
+_READERS: Final = frozenset(("ide-cd", "scsi-cd"))
+"""Devices that never write to their drive."""
 _MAX_DEPTH: Final = 8
 _MAX_NODES: Final = 256
 
@@ -85,13 +92,16 @@ class BlockGraph:
         endpoints: Sequence[ConnectionEnd],
         export: str = "",
         reconnect: int | None = None,
+        read_only: bool = False,
     ) -> None:
         if len(self.nodes) >= _MAX_NODES:
             return
         title = printable(name) or f"{protocol}{len(self.nodes)}"
         if any(node.name == title for node in self.nodes):
             title = f"{title}-{len(self.nodes)}"
-        node = Node(title, protocol, export=printable(export), reconnect=reconnect)
+        node = Node(
+            title, protocol, export=printable(export), reconnect=reconnect, read_only=read_only
+        )
         self.nodes.append(node)
         if not endpoints:
             self.unlocated.append(node)
@@ -145,6 +155,7 @@ def config_paths(argv: Sequence[str]) -> list[str]:
 def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
     disks: list[_DiskOption] = []
     in_use: set[str] = set()
+    only_read = _only_read(options)
     names: dict[str, set[str]] = {}
     on_rings: set[str] = set()
     for number, option in enumerate(options):
@@ -153,7 +164,8 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
             in_use.update(flat.values())
             continue
         name = flat.get("node-name") or flat.get("id") or f"{option.name}{number}"
-        _read_nodes(graph, name, flat, 0)
+        read_only = option.name == "cdrom" or flat.get("media") == "cdrom" or name in only_read
+        _read_nodes(graph, name, flat, 0, read_only=read_only)
         disk = _read_disk_option(name, option.name == "blockdev", flat)
         disks.append(disk)
         own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
@@ -238,8 +250,37 @@ def _bare(filename: str) -> str:
     return filename.removeprefix("file:").removeprefix("host_device:")
 
 
-def _read_nodes(graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int) -> None:
-    """Add those nodes of one disk option that are behind connections."""
+def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
+    """Return the nodes and drives that are used, and only for reading."""
+    used: set[str] = set()
+    written: set[str] = set()
+    for option in options:
+        if option.name not in ("drive", "blockdev", "device"):
+            continue
+        reads = option.name == "device" and option.flat.get("driver") in _READERS
+        for key, value in option.flat.items():
+            if key in ("node-name", "id"):
+                continue
+            used.add(value)
+            if not (reads or _is_read_only(option.flat, key)):
+                written.add(value)
+    return frozenset(used - written)
+
+
+def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
+    """Return whether QEMU only reads from the node that `key` of a disk option names or describes:
+    a node above it is read-only, or it is below a backing file."""
+    *levels, last = key.split(".")
+    above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
+    names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]
+    return "backing" in (*levels, last) or any(flat.get(name) in _ON for name in names)
+
+
+def _read_nodes(
+    graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int, *, read_only: bool
+) -> None:
+    """Add those nodes of one disk option that are behind connections. `read_only`: QEMU writes to
+    none of them."""
     for key, value in flat.items():
         prefix, _, last = key.rpartition(".")
         dotted = f"{prefix}." if prefix else ""
@@ -247,9 +288,17 @@ def _read_nodes(graph: BlockGraph, name: str, flat: Mapping[str, str], depth: in
             node = flat.get(f"{dotted}node-name") or name
             ends = list(_endpoints_of_options(value, flat, dotted))
             export = flat.get(f"{dotted}export", "")
-            graph.add(value, node, ends, export, _reconnects(value, flat, dotted))
+            graph.add(
+                value,
+                node,
+                ends,
+                export,
+                _reconnects(value, flat, dotted),
+                read_only=read_only or _is_read_only(flat, key),
+            )
         elif last in ("file", "filename", "backing", "hda", "cdrom", "url"):
-            _read_filename(graph, name, value, depth)
+            only_read = read_only or _is_read_only(flat, key)
+            _read_filename(graph, name, value, depth, read_only=only_read)
 
 
 def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | None:
@@ -260,16 +309,17 @@ def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | No
     return int(delay) if delay.isdecimal() and len(delay) < 10 else None
 
 
-def _read_filename(graph: BlockGraph, name: str, text: str, depth: int) -> None:
+def _read_filename(graph: BlockGraph, name: str, text: str, depth: int, *, read_only: bool) -> None:
     if text.startswith("json:"):
         if depth < _MAX_DEPTH:
             inner = QemuOption("blockdev", text.removeprefix("json:"))
-            _read_nodes(graph, name, inner.flat, depth + 1)
+            _read_nodes(graph, name, inner.flat, depth + 1, read_only=read_only)
         return
-    if not (match := _URL.match(text)):
+    if not (match := NETWORK_IMAGE.match(text)):
         return
     protocol = match[1]
-    graph.add(protocol, name, list(_endpoints_of_url(protocol, text)), _export_of_url(text))
+    ends = list(_endpoints_of_url(protocol, text))
+    graph.add(protocol, name, ends, _export_of_url(text), read_only=read_only)
 
 
 def _endpoints_of_options(

@@ -1,4 +1,5 @@
-"""Find the image that a storage server exports under a name, from its command line.
+"""Read the command line of a storage server: the images that it exports, and whether it exits with
+its client.
 
 qemu-storage-daemon serves many images; only its system calls on the guest's image show progress of
 the guest's request. The command line is the claim of its owner, and the guest's owner chose the
@@ -8,6 +9,7 @@ server, so a lie affects only that guest.
 from __future__ import annotations
 
 import os.path
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,9 @@ from qkilld.debug_log import about, note_once
 
 TIMEOUT_S: Final = 0.05
 _MAX_DEPTH: Final = 8
+# The letters before the one that counts are of options that take no argument.
+_QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
+_NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
 
 
 class ExportReader:
@@ -29,14 +34,24 @@ class ExportReader:
         self._pid, self._proc = pid, proc
         self._thread: threading.Thread | None = None
         self._paths: Mapping[str, str] = {}
+        self._leaves = False
 
     def path_of(self, export: str) -> str:
         """Return the path of the image; "" if unknown. Waits for at most TIMEOUT_S."""
+        self._start()
+        return self._paths.get(export, "")
+
+    def leaves(self) -> bool:
+        """Return whether the server exits when its client disconnects; False if unknown. Waits for
+        at most TIMEOUT_S."""
+        self._start()
+        return self._leaves
+
+    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._read, name="exports", daemon=True)
             self._thread.start()
             self._thread.join(TIMEOUT_S)
-        return self._paths.get(export, "")
 
     def _read(self) -> None:
         about(self._pid)
@@ -46,10 +61,27 @@ class ExportReader:
         except (OSError, ValueError) as error:
             note_once("reading the command line of a server", error)
             return
+        self._leaves = leaves_with_client(argv)
         self._paths = {
             name: os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             for name, path in exported_files(argv).items()
         }
+
+
+def leaves_with_client(argv: Sequence[str]) -> bool:
+    """Return whether a program exits when its only client disconnects: qemu-nbd without
+    --persistent, nbdkit --single, and socat, which serves one connection in each process."""
+    words = [word for word in argv[1:] if word]
+    match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
+        case "qemu-nbd":
+            # getopt accepts every unique beginning of a long option.
+            long = any(word.startswith("--pe") for word in words)
+            return not long and not any(map(_QEMU_NBD_PERSISTENT.match, words))
+        case "nbdkit":
+            return "--single" in words or any(map(_NBDKIT_SINGLE.fullmatch, words))
+        case "socat":
+            return True
+    return False
 
 
 def exported_files(argv: Sequence[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from qkilld.adapters.procfs import read_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.exports import ExportReader
 from qkilld.evidence.files import read_descriptors
@@ -36,6 +37,8 @@ MAX_PEERS: Final = 64
 HOPS: Final = 2
 """How many levels of servers to follow behind a server that forwards requests."""
 
+_MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
+"""The programs of which leaves_with_client knows when they exit."""
 _NONE: Final = frozenset[int]()
 
 
@@ -238,6 +241,7 @@ class PeerReader:
         self._process = ProcessReader(pid, proc)
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
+        self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
         """Inodes of the other ends of local connections that it made to servers of its own."""
@@ -294,6 +298,8 @@ class PeerReader:
             unread=None
             if connections is None or ours is None
             else sum(c.receive_queue for c in connections if c.inode in ours),
+            parent=self._parent,
+            leaves=self._command in _MAY_LEAVE and self._exports.leaves(),
         )
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
@@ -394,6 +400,16 @@ def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
         return ()
     (place,) = distinct
     return place.disks or ((place.mount,) if place.mount else ())
+
+
+def _parent(pid: int, proc: Path) -> int:
+    """Return Peer.parent."""
+    try:
+        stat = read_stat(pid, proc)
+        return stat.parent if read_stat(stat.parent, proc).comm == stat.comm else 0
+    except OSError as error:
+        note_once("looking for the parent of a server", error)
+        return 0
 
 
 def _command(pid: int, proc: Path) -> str:

@@ -50,6 +50,7 @@ _TIMEOUT: Final = struct.pack("@ll", 2, 0)
 _NO_COOKIE: Final = 0xFFFF_FFFF
 _ESTABLISHED: Final = 1
 _LISTEN: Final = 10
+_CLOSED_FIRST: Final = (4, 5, 6, 11)  # FIN_WAIT1, FIN_WAIT2, TIME_WAIT, CLOSING
 _SOCK_STREAM: Final = 1
 
 _HEADER: Final = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
@@ -364,6 +365,23 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
     return inodes
 
 
+def closed_first(id: bytes) -> bool | None:
+    """Return whether this end of a former TCP connection (TcpSocket.id) closed it while the other
+    end had not; None if unknown. The end that closes first keeps it for a minute (TIME_WAIT)."""
+    socket_id = id[1:41] + struct.pack("=II", _NO_COOKIE, _NO_COOKIE)
+    try:
+        request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
+        for buffer, start, _ in _request(request, _ONE, lock_s=0.02):
+            if buffer[start + 4 : start + 40] == id[1:37]:  # Otherwise, it is a listener.
+                return buffer[start + 1] in _CLOSED_FIRST or None
+    except FileNotFoundError:
+        return False
+    except (OSError, *_MALFORMED) as error:
+        note_once("asking the kernel for a closed connection", error)
+        return None
+    return False
+
+
 def ports_of(id: bytes) -> tuple[int, int]:
     """Return the local and remote port of a TcpSocket.id."""
     return _PORT.unpack_from(id, 1)[0], _PORT.unpack_from(id, 3)[0]
@@ -482,13 +500,16 @@ def _ask_tcp(inode: int, id: bytes, *, alone: bool = False) -> TcpSocket | None:
     return None
 
 
-def _request(request: bytes, flags: int, seconds: float | None = None) -> Iterator[_Place]:
+def _request(
+    request: bytes, flags: int, seconds: float | None = None, *, lock_s: float = -1
+) -> Iterator[_Place]:
     """Yield the kernel's answers: for at most `seconds`, or at most MAX_SOCKETS if that is None.
+    `lock_s`: the longest wait for other threads.
 
     Raises _TooMany above that limit, OSError (ENOENT: there is no such socket, or this kernel lacks
     the family), ValueError and struct.error.
     """
-    with _kernel() as kernel:
+    with _kernel(lock_s) as kernel:
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEOUT)
         length = _HEADER.size + len(request)
         kernel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + request)
@@ -496,19 +517,23 @@ def _request(request: bytes, flags: int, seconds: float | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def _kernel() -> Iterator[socket.socket]:
+def _kernel(lock_s: float) -> Iterator[socket.socket]:
     """Provide a netlink socket. Raises OSError."""
     if _netlink is None:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_NETLINK, kind, _NETLINK_SOCK_DIAG) as kernel:
             yield kernel
         return
-    with _netlink_lock:
+    if not _netlink_lock.acquire(timeout=lock_s):
+        raise TimeoutError("other threads use the netlink socket")
+    try:
         # Discard the rest of an unfinished answer: only then does the kernel start the next one.
         with contextlib.suppress(BlockingIOError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass
         yield _netlink
+    finally:
+        _netlink_lock.release()
 
 
 def _answers(kernel: socket.socket, flags: int, seconds: float | None = None) -> Iterator[_Place]:

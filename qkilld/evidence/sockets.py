@@ -323,6 +323,7 @@ class SocketReader:
             acked=tcp.acked,
             received=tcp.received,
             accepted=not connection.client,
+            tcp_id=connection.id.hex() if use.role == "storage" else "",
         )
 
     def _unix(self, inode: int, table: SocketTable) -> Socket | None:

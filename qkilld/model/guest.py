@@ -73,6 +73,8 @@ class Label:
     """None if unknown."""
     qmp: bool = False
     """Whether the command line has a QMP monitor; also False if it was not read in time."""
+    remote: bool = False
+    """Whether the command line names storage on a network; also True if it was not read in time."""
 
     @property
     def shown_name(self) -> str:

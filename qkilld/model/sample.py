@@ -144,6 +144,11 @@ class Peer:
     unread: int | None = None
     """Bytes that the peer has not read, of those that the process has sent on one connection or on
     all to this peer."""
+    parent: int = 0
+    """The parent of the peer if it runs the same program, so that it has most likely forked the
+    peer for this connection; 0 if it does not."""
+    leaves: bool = False
+    """Whether the peer exits by itself when its client disconnects, by its command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,9 @@ class Socket:
     """Whether the connection was accepted: on a unix socket on which the process still listens or,
     with TCP, on a local port on which any process listened. False for a pair of sockets, and for a
     unix connection that another process accepted."""
+    tcp_id: str = ""
+    """TCP, if it is known to be for storage: both addresses in the form of sock_diag(7), as
+    hexadecimal digits. "" if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +199,8 @@ class Node:
     ever with iSCSI. None if unknown."""
     served: bool | None = None
     """Whether a process on this host listens at the server's address; None if not checked."""
+    read_only: bool = False
+    """Whether QEMU never writes to it."""
 
 
 @dataclass(frozen=True, slots=True)

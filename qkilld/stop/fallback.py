@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qkilld.adapters import config
@@ -20,6 +21,7 @@ from qkilld.engine.registry import Registry
 from qkilld.engine.service import Service
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.evidence.sampler import EvidenceSampler
+from qkilld.evidence.server_exits import GuestServerExits
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.access import Answer, PolkitAction, Steerer
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, Phase
@@ -105,7 +107,13 @@ class Fallback:
         )
         self._monitors = JobMonitors(listening_unix, directly=True)
         self._registry = Registry(
-            self.config, self._clock, log, self, self._sampler, self._monitors
+            self.config,
+            self._clock,
+            log,
+            self,
+            self._sampler,
+            self._monitors,
+            server_exits=partial(GuestServerExits, started_at=self._clock.started_at),
         )
         self._sampler.count_jobs(lambda: self._registry.running)
         self._stops: dict[int, LocalStop] = {}

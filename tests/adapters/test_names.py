@@ -37,7 +37,7 @@ class CommandLines:
         self.read.append(pid)
         if pid < 1000:
             self.release.wait()
-        return f"guest{pid}", "", False
+        return f"guest{pid}", "", False, False
 
 
 @pytest.fixture
@@ -65,20 +65,22 @@ def test_blocking_names_are_waited_for_once_and_take_few_threads(lines: CommandL
         names = await reader.names([*hostile, *others])
         took = time.monotonic() - began
         assert took >= names_module.TIMEOUT_S
-        assert names == [UNKNOWN] * 60 + [(f"guest{pid}", "", False) for pid in range(1000, 1100)]
+        assert names == [UNKNOWN] * 60 + [
+            (f"guest{pid}", "", False, False) for pid in range(1000, 1100)
+        ]
         assert threads() <= MAX_THREADS_OF_USER
         # They are not waited for again, and new names of other users are read as usual.
         for pid in range(1100, 1105):
             began = time.monotonic()
             names = await reader.names([*hostile, identity(pid, uid=2000)])
-            assert names[-1] == (f"guest{pid}", "", False)
+            assert names[-1] == (f"guest{pid}", "", False, False)
             assert time.monotonic() - began < took
         lines.release.set()
         for _ in range(3000):
             if UNKNOWN not in (names := await reader.names(hostile)):
                 break
             await asyncio.sleep(0.01)
-        assert names == [(f"guest{pid}", "", False) for pid in range(1, 61)]
+        assert names == [(f"guest{pid}", "", False, False) for pid in range(1, 61)]
 
     asyncio.run(ask())
     assert sorted(lines.read) == sorted({*range(1, 61), *range(1000, 1105)})
@@ -91,7 +93,7 @@ def test_time_in_which_nobody_ran_does_not_count(lines: CommandLines) -> None:
         # The whole process is paused, and then the command line becomes readable.
         time.sleep(names_module.TIMEOUT_S)  # noqa: ASYNC251
         lines.release.set()
-        assert await names == [("guest1", "", False)]
+        assert await names == [("guest1", "", False, False)]
 
     asyncio.run(ask())
 
@@ -101,7 +103,7 @@ def test_users_together_leave_threads_for_root(lines: CommandLines) -> None:
         reader = NameReader(lines)
         await reader.names([identity(pid, uid=1000 + pid) for pid in range(1, 101)])
         assert threads() == MAX_THREADS_OF_USERS
-        assert await reader.names([identity(1000, uid=0)]) == [("guest1000", "", False)]
+        assert await reader.names([identity(1000, uid=0)]) == [("guest1000", "", False, False)]
         # Only the total limit applies to root's processes.
         await reader.names([identity(pid, uid=0) for pid in range(201, 301)])
         assert threads() == MAX_THREADS
@@ -112,7 +114,7 @@ def test_users_together_leave_threads_for_root(lines: CommandLines) -> None:
 def test_thousands_that_answer_are_all_read(lines: CommandLines) -> None:
     everyone = [identity(pid) for pid in range(1000, 6000)]
     names = asyncio.run(NameReader(lines).names(everyone))
-    assert names == [(f"guest{pid}", "", False) for pid in range(1000, 6000)]
+    assert names == [(f"guest{pid}", "", False, False) for pid in range(1000, 6000)]
 
 
 def test_processes_that_are_gone_are_forgotten(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.evidence.exports import exported_files
+from qkilld.evidence.exports import exported_files, leaves_with_client
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -131,6 +131,56 @@ client.send(b"x" * 1000)
 print(flush=True)
 input()
 """
+
+
+@pytest.mark.parametrize(
+    ("command_line", "leaves"),
+    [
+        ("/usr/bin/qemu-nbd -f raw -k /t disk", True),
+        ("qemu-nbd -e 3 disk", True),
+        ("qemu-nbd -t disk", False),
+        ("qemu-nbd -rtk /socket disk", False),
+        ("qemu-nbd -kt disk", True),
+        ("qemu-nbd --persistent disk", False),
+        ("qemu-nbd --pers disk", False),
+        ("qemu-nbd --port 1 disk", True),
+        ("nbdkit -U /socket file disk", False),
+        ("nbdkit -fs file disk", True),
+        ("nbdkit --single file disk", True),
+        ("socat UNIX-LISTEN:/a UNIX:/b", True),
+        ("qemu-storage-daemon -t", False),
+        ("", False),
+    ],
+)
+def test_servers_that_exit_with_their_client(command_line: str, leaves: bool) -> None:
+    assert leaves_with_client(command_line.split(" ")) is leaves
+
+
+def wait_for_listener(path: Path) -> None:
+    """Wait without a connection, because some servers accept only one."""
+    until(lambda: SocketTable().listens(lambda name: name == bytes(path)), bool)
+
+
+def test_a_server_that_exits_with_its_client_and_one_forked_for_it(lab_dir: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        image = lab_dir / "disk"
+        image.write_bytes(bytes(1 << 20))
+        path = lab_dir / "socket"
+        nbd = spawn([needs.program("qemu-nbd", "qemu-utils"), "-f", "raw", "-k", path, image])
+        stack.callback(end, nbd)
+        wait_for_listener(path)
+        client = stack.enter_context(contextlib.closing(NbdClient(str(path), "")))
+        peer = server_of(end_of(client.connection))
+        assert (peer.pid, peer.parent, peer.leaves) == (nbd.pid, 0, True)
+        forks = f"UNIX-LISTEN:{lab_dir / 'forks'},fork"
+        socat = spawn([needs.program("socat", "socat"), forks, "EXEC:cat"])
+        stack.callback(end, socat)
+        wait_for_listener(lab_dir / "forks")
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.connect(str(lab_dir / "forks"))
+        inode = until(lambda: end_of(connection), bool)
+        peer = server_of(inode, lambda peer: peer.pid != socat.pid)
+        assert (peer.parent, peer.leaves) == (socat.pid, True)
 
 
 def test_a_server_here_of_a_process_in_another_network_namespace(lab_dir: Path) -> None:

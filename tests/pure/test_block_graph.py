@@ -6,8 +6,9 @@ import shlex
 
 import pytest
 
-from qkilld.adapters.qemu_args import parse_config
+from qkilld.adapters.qemu_args import NETWORK_DRIVERS, names_network_storage, parse_config
 from qkilld.evidence.block_graph import (
+    _DEFAULT_PORTS,
     FOREVER_S,
     BlockGraph,
     ConnectionEnd,
@@ -287,3 +288,62 @@ def test_whether_others_may_use_the_memory(text: str, shared: bool) -> None:
 )
 def test_a_monitor_can_plug_further_disks(text: str, pluggable: bool) -> None:
     assert graph_of(text).pluggable is pluggable
+
+
+NBD = "driver=nbd,server.type=unix,server.path=/s"
+
+
+@pytest.mark.parametrize(
+    ("text", "read_only"),
+    [
+        (f"-blockdev {NBD},node-name=n", False),
+        (f"-blockdev {NBD},node-name=n,read-only=on", True),
+        (f"-blockdev {NBD},node-name=n -blockdev driver=raw,node-name=r,file=n", False),
+        (f"-blockdev {NBD},node-name=n -blockdev driver=raw,node-name=r,file=n,read-only=on", True),
+        (f"-blockdev {NBD},node-name=n -blockdev driver=qcow2,file=f,backing=n", True),
+        (
+            f"-blockdev {NBD},node-name=n -blockdev driver=qcow2,file=f,backing=n"
+            " -device virtio-blk-pci,drive=n",
+            False,
+        ),
+        (f"-blockdev {NBD},node-name=n -device virtio-blk-pci,drive=n", False),
+        (f"-blockdev {NBD},node-name=n -device scsi-cd,drive=n", True),
+        ("-drive file=nbd:unix:/s,id=n", False),
+        ("-drive file=nbd:unix:/s,id=n,readonly=on", True),
+        ("-drive file=nbd:unix:/s,id=n,read-only=off", False),
+        ("-drive file=nbd:unix:/s,id=n,media=cdrom", True),
+        ("-cdrom nbd:unix:/s", True),
+        ("-drive driver=qcow2,file.driver=nbd,file.path=/s,id=n,read-only=on", True),
+        ("-drive driver=qcow2,file=f,backing.driver=nbd,backing.path=/s,id=n", True),
+        ("-drive driver=qcow2,file.driver=nbd,file.path=/s,backing=b,id=n", False),
+        ("""-blockdev '{"driver":"nbd","node-name":"n","read-only":true,"path":"/s"}'""", True),
+        (
+            """-drive 'file=json:{"driver":"nbd",,"path":"/s"},id=n,readonly=on'""",
+            True,
+        ),
+    ],
+)
+def test_nodes_that_are_only_read(text: str, read_only: bool) -> None:
+    (node,) = graph_of(text).nodes
+    assert node.read_only is read_only
+
+
+@pytest.mark.parametrize(
+    ("text", "is_named"),
+    [
+        ("-drive file=/a.qcow2,id=d -name nbd -netdev user,id=ssh -device driver=nbd", False),
+        ("-drive file=nbd:unix:/s,id=d", True),
+        ("-blockdev driver=raw,file.driver=iscsi,file.portal=p,node-name=n", True),
+        ("-hda rbd:pool/image", True),
+        ("-cdrom https://host/image", True),
+        ("nbd+unix:///?socket=/s", True),
+        ("""-drive 'file=json:{"driver":"nbd"}'""", True),
+        ("-readconfig /config", True),
+    ],
+)
+def test_command_lines_that_name_network_storage(text: str, is_named: bool) -> None:
+    assert names_network_storage(["qemu-system-x86_64", *shlex.split(text)]) is is_named
+
+
+def test_all_drivers_for_network_storage_are_known() -> None:
+    assert set(_DEFAULT_PORTS) == NETWORK_DRIVERS

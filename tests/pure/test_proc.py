@@ -91,7 +91,7 @@ def test_executables(tmp_path: Path, exe: str | None, expected: tuple[str, bool]
 def test_a_process_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         procfs.read_identity(PID, tmp_path)
-    assert procfs.read_names(PID, tmp_path) == (None, "", False)
+    assert procfs.read_names(PID, tmp_path) == (None, "", False, True)
     assert procfs.read_unit(PID, tmp_path) is None
 
 
@@ -151,7 +151,7 @@ def test_name_and_uuid_of_a_process(tmp_path: Path) -> None:
     make_process(
         tmp_path, cmdline=b"qemu\0-name\0evil\x1b[2J\nname\0-uuid\0" + uuid.encode() + b"\0"
     )
-    name, found, _ = procfs.read_names(PID, tmp_path)
+    name, found, *_ = procfs.read_names(PID, tmp_path)
     assert name == "evil\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}name"
     assert found == uuid.lower()
 

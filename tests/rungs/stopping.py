@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost
 from qkilld.engine.job import Job
 from qkilld.engine.registry import Registry
 from qkilld.evidence.sampler import EvidenceSampler
+from qkilld.evidence.server_exits import GuestServerExits
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.constants import Flag
 from qkilld.model.event import Event
@@ -65,12 +67,14 @@ async def stopper(config: Config | None = None) -> AsyncIterator[Stopper]:
     asyncio.get_running_loop().set_exception_handler(
         lambda loop, context: faults.append(context.get("exception") or AssertionError(context))
     )
+    clock = LoopClock()
     registry = Registry(
         config or Config(executables=(own_qemus(),)),
-        LoopClock(),
+        clock,
         journal,
         sampler=sampler,
         monitors=JobMonitors(listening_unix),
+        server_exits=partial(GuestServerExits, started_at=clock.started_at),
     )
     try:
         yield Stopper(registry, journal, LocalHost())

@@ -1,0 +1,58 @@
+"""The end of a guest's process, and the data that it puts at risk.
+
+decision.risk and decision.servers decide. If the guest has storage on a network, the job ends only
+when its servers have shown that they were not being stopped, too (decision.servers.SETTLE).
+"""
+
+from __future__ import annotations
+
+from qkilld.decision.risk import risks_of_death, risks_of_exit
+from qkilld.decision.servers import SETTLE
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.ports import Clock, Process
+from qkilld.engine.server_watch import ServerWatch
+from qkilld.engine.signal_phase import SignalPhase
+from qkilld.model.job import Risk
+
+
+class GuestEnd:
+    def __init__(
+        self, job: LadderJob, process: Process, clock: Clock, servers: ServerWatch
+    ) -> None:
+        self._job, self._process = job, process
+        self._clock, self._servers = clock, servers
+        self.at: int | None = None
+        """When the exit was noticed; CLOCK_MONOTONIC, µs."""
+        self._settled_at = 0
+        self._killed_by = 0
+
+    def note(self, signals: SignalPhase) -> bool:
+        """Note that the process has exited. Return whether its risks are known; if not,
+        `job.note_gone` is called again later."""
+        now = self._clock.now()
+        if self.at is None:
+            self.at = now
+            # Read it now, because the parent may reap the process.
+            self._killed_by = self._process.killed_by()
+            is_known = self._job.flush.proven or signals.killed or self._killed_by
+            if not is_known and self._servers.note_exit():
+                self._settled_at = now + SETTLE
+                self._clock.call_at(self._settled_at, self._note_later)
+        return now >= self._settled_at
+
+    def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
+        """Return the risks of an exit that qkilld's SIGKILL did not cause."""
+        job, ended = self._job, self.at if self.at is not None else self._clock.now()
+        evidence, flushed = job.assessment if job.by_evidence else None, job.flush.proven
+        terminated = signals.sent
+        number = self._killed_by
+        if death := risks_of_death(number, evidence, terminated=terminated, flushed=flushed):
+            return death
+        started = self._clock.started_at(self._process.guest.identity.start_time)
+        if risks := risks_of_exit(evidence, flushed=flushed, started=started, ended=ended):
+            return risks
+        return () if flushed else self._servers.risks(ended)
+
+    def _note_later(self) -> None:
+        if self._job.running:
+            self._job.note_gone()

@@ -1,0 +1,259 @@
+"""Servers of network disks: SIGTERM waits until they are known, and the job's end for theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from signal import SIGKILL, SIGTERM
+
+import pytest
+
+from qkilld.decision.servers import SETTLE
+from qkilld.engine.job import Job
+from qkilld.engine.ports import Process
+from qkilld.engine.registry import Registry
+from qkilld.engine.server_watch import MAX_SAMPLES, TIMEOUT
+from qkilld.model.access import Rank, Steerer
+from qkilld.model.constants import Flag, GuestAsked, Phase, Result
+from qkilld.model.policy import Config
+from qkilld.model.sample import Node, Peer, Sample, Socket
+from tests.engine.conftest import IDLE, FakeProcess, S, World, make_guest
+
+FORCE = Flag.FORCE
+ROOT = Steerer(0, Rank.ROOT)
+SERVER = 90
+SOCKET = Socket(
+    7, "unix", True, 0, 0, role="storage", node="d", peer=Peer(SERVER, "nbdkit", (), 0, None, ())
+)
+CONNECTED = replace(IDLE, nodes=(Node("d", "nbd"),), sockets=(SOCKET,))
+
+
+@dataclass
+class FakeExits:
+    """Implements engine.ports.ServerExits."""
+
+    before: frozenset[int] = frozenset()
+    after: frozenset[int] = frozenset()
+    first: bool | None = None
+    watched: set[int] = field(default_factory=set)
+    closed: int = 0
+
+    def add(self, pid: int, seen_at: int) -> None:
+        self.watched.add(pid)
+
+    def ended(self) -> tuple[frozenset[int], frozenset[int]]:
+        return self.before, self.after
+
+    def closed_first(self, tcp_id: str) -> bool | None:
+        return self.first
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class ServedWorld(World):
+    def __init__(self, shows: Callable[[int], Sample | None] = lambda now: CONNECTED) -> None:
+        super().__init__()
+        self.exits = FakeExits()
+        self.sampler.shows = shows
+        self.registry = Registry(
+            Config(),
+            self.clock,
+            self.journal,
+            self.observer,
+            self.sampler,
+            self.monitors,
+            server_exits=self._watch,
+        )
+
+    def _watch(self, process: Process) -> FakeExits:
+        return self.exits
+
+
+def client() -> FakeProcess:
+    guest = make_guest()
+    return FakeProcess(replace(guest, label=replace(guest.label, remote=True)))
+
+
+def end(world: ServedWorld, process: FakeProcess, job: Job) -> tuple[str, ...]:
+    """End the process, and return the texts of the risks."""
+    process.die()
+    world.clock.advance(1)
+    assert job.result is Result.EXITED
+    assert world.exits.closed == 1
+    return tuple(risk.text for risk in job.risks)
+
+
+def sample_arrives(world: ServedWorld) -> None:
+    (callback,) = world.sampler.late
+    callback(replace(CONNECTED, at=world.clock.now()))
+    world.clock.advance(0)
+
+
+def test_sigterm_follows_the_first_sample() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.5)
+    assert (job.phase, process.sent) == (Phase.QUIT, [])
+    sample_arrives(world)
+    assert (job.phase, process.sent) == (Phase.TERMINATE, [SIGTERM])
+    assert world.exits.watched == {SERVER}
+    assert end(world, process, job) == ()
+
+
+def test_a_guest_without_network_storage_gets_sigterm_at_once() -> None:
+    world, process = ServedWorld(), FakeProcess()
+    job = world.stop(process, FORCE)
+    assert (process.sent, world.sampler.looks) == ([SIGTERM], 0)
+    process.die()
+    assert (job.result, job.risks, world.exits.closed) == (Result.EXITED, (), 0)
+
+
+@pytest.mark.parametrize("flags", [Flag.FIXED, Flag.NOWAIT, FORCE | Flag.NOWAIT])
+def test_jobs_without_evidence_do_not_look(flags: Flag) -> None:
+    world, process = ServedWorld(), client()
+    world.stop(process, flags)
+    assert process.sent == [SIGKILL if FORCE in flags else SIGTERM]
+    assert world.sampler.looks == 0
+
+
+def test_sigterm_does_not_wait_for_ever_and_unread_connections_are_a_risk() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(TIMEOUT / S - 0.01)
+    assert process.sent == []
+    world.clock.advance(0.02)
+    assert process.sent == [SIGTERM]
+    assert end(world, process, job) == (
+        "its connections to the servers of its disks could not be read",
+    )
+
+
+def test_a_server_that_is_not_found_is_looked_for_again() -> None:
+    unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),))
+    world, process = ServedWorld(lambda now: unfound), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(1)
+    assert process.sent == [SIGTERM]
+    assert world.sampler.looks >= MAX_SAMPLES
+    # Samples of the following phase may find it, too.
+    world.sampler.shows = lambda now: CONNECTED
+    world.clock.advance(1)
+    assert world.exits.watched == {SERVER}
+    assert end(world, process, job) == ()
+
+
+def test_a_server_that_ended_before_the_guest() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.exits.before = frozenset({SERVER})
+    (text,) = end(world, process, job)
+    assert "nbd node d: its server nbdkit (process 90) ended before the guest" in text
+    assert job.data_at_risk and job.risks[0].code == "unknown"
+
+
+def test_the_job_ends_when_the_server_has_outlived_the_guest_for_a_while() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.01)
+    gone = world.clock.now()
+    process.die()
+    world.clock.advance(SETTLE / S - 0.01)
+    assert job.running
+    world.exits.after = frozenset({SERVER})
+    world.clock.advance(0.02)
+    assert (job.result, job.ended) == (Result.EXITED, gone)
+    assert "almost the same time" in job.risks[0].text
+
+
+def test_a_proof_makes_the_wait_unnecessary() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.exits.before, world.exits.first = frozenset({SERVER}), True
+    process.die()
+    assert (job.result, job.risks) == (Result.EXITED, ())
+
+
+def test_a_signal_that_ended_it_is_read_before_the_parent_reaps_it() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    process.die(killer=9)
+    assert job.result is Result.EXITED
+    assert "SIGKILL ended it" in job.risks[0].text
+
+
+def test_cancel_while_the_servers_are_looked_for_sends_nothing() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    job.cancel()
+    world.clock.advance(5)
+    assert (job.result, process.sent, job.risks) == (Result.CANCELLED, [], ())
+
+
+def test_a_held_job_sends_no_sigterm_when_the_servers_are_found() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    job.hold(ROOT)
+    sample_arrives(world)
+    world.clock.advance(5)
+    assert process.sent == []
+    job.release(ROOT)
+    world.clock.advance(0)
+    assert process.sent == [SIGTERM]
+
+
+def test_an_exit_while_they_are_looked_for() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    process.die()
+    assert (job.result, process.sent) == (Result.EXITED, [])
+    assert job.data_at_risk
+
+
+def test_max_bounds_the_wait() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    world.stop(process, FORCE, spans={"max": S})
+    world.clock.advance(0.6)
+    assert process.sent == [SIGTERM]
+
+
+def test_a_guest_that_is_asked_first() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, Flag.POWERDOWN)
+    world.clock.advance(5)
+    assert job.guest_asked is GuestAsked.UNREACHABLE
+    assert process.sent == [SIGTERM]
+    assert end(world, process, job) == ()
+
+
+@pytest.mark.parametrize("flags", [FORCE, Flag.NOWAIT, Flag.POWERDOWN])
+def test_a_server_that_another_job_stops(flags: Flag) -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.stop(FakeProcess(make_guest(pid=SERVER)), flags)
+    world.clock.advance(0)
+    (text,) = end(world, process, job)
+    assert "was being stopped when the guest ended" in text
+
+
+def test_a_server_whose_job_has_only_begun_still_serves() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.stop(FakeProcess(make_guest(pid=SERVER)), Flag.POWERDOWN)
+    assert end(world, process, job) == ()
+
+
+def test_a_server_whose_job_has_ended_with_it_is_no_longer_being_stopped() -> None:
+    world, process = ServedWorld(), client()
+    old = FakeProcess(make_guest(pid=SERVER), dies_of=(SIGTERM,))
+    ended = world.stop(old, FORCE)
+    old.wake()
+    assert ended.result is Result.EXITED
+    # The process id was reused.
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    assert end(world, process, job) == ()

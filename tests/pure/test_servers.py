@@ -1,0 +1,156 @@
+"""Which data is at risk because of the servers of a guest's network disks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qkilld.decision.servers import (
+    ServerEnds,
+    StorageServers,
+    follow_servers,
+    needs_settling,
+    risks_of_servers,
+)
+from qkilld.model.sample import Node, Peer, Sample, Socket
+
+S = 1_000_000
+NODE = Node("disk", "nbd")
+PEER = Peer(90, "nbdkit", (), None, None, ())
+UNIX = Socket(7, "unix", True, 0, 0, role="storage", node="disk", peer=PEER)
+TCP = replace(UNIX, family="tcp", tcp_id="02")
+FAR = replace(TCP, peer=None)
+SHOWN = Sample(10 * S, "S", nodes=(NODE,), sockets=(UNIX,), pluggable=False)
+
+
+def sample(*sockets: Socket, node: Node = NODE, **fields: Any) -> Sample:
+    return replace(SHOWN, nodes=(node,), sockets=sockets, **fields)
+
+
+def risk(shown: Sample | StorageServers, **ends: Any) -> str:
+    servers = follow_servers(None, shown) if isinstance(shown, Sample) else shown
+    times = {"guest_started": S, "guest_ended": 20 * S}
+    risks = risks_of_servers(servers, ServerEnds(**{**times, **ends}))
+    assert {one.code for one in risks} <= {"unknown"}
+    return " ".join(one.text for one in risks)
+
+
+ENDED: dict[str, Any] = {"before": frozenset({90})}
+LATER: dict[str, Any] = {"after": frozenset({90})}
+STOPPING: dict[str, Any] = {"stopping": frozenset({90})}
+FIRST: dict[str, Any] = {"closed_first": {"disk": True}}
+SECOND: dict[str, Any] = {"closed_first": {"disk": False}}
+
+
+@pytest.mark.parametrize(
+    ("shown", "ends", "text"),
+    [
+        (sample(UNIX), {}, ""),
+        (sample(UNIX), {"before": frozenset({91})}, ""),
+        (sample(UNIX), ENDED, "nbdkit (process 90) ended before the guest"),
+        (sample(UNIX), LATER, "ended at almost the same time"),
+        (sample(UNIX), STOPPING, "was being stopped"),
+        # The kernel proves that the guest closed the connection first.
+        (sample(TCP), {**FIRST, **ENDED}, ""),
+        (sample(TCP), {**FIRST, **STOPPING}, ""),
+        # The opposite proves nothing if the server is on this host.
+        (sample(TCP), SECOND, ""),
+        (sample(TCP), {**SECOND, **ENDED}, "ended before the guest"),
+        (sample(FAR), {}, ""),
+        (sample(FAR), FIRST, ""),
+        (sample(FAR), SECOND, "closed the connection before the guest"),
+        (sample(replace(UNIX, peer=None)), {}, "was not found"),
+    ],
+)
+def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: str) -> None:
+    found = risk(shown, **ends)
+    assert (text in found) if text else (found == "")
+
+
+@pytest.mark.parametrize(
+    ("peer", "pid", "is_risk"),
+    [
+        # Its end is a consequence of the guest's disconnection.
+        (replace(PEER, leaves=True), 90, False),
+        # So is that of a process that was forked for the connection; but its parent remains.
+        (replace(PEER, parent=80), 90, False),
+        (replace(PEER, parent=80), 80, True),
+        # A proxy, and the server behind it.
+        (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 90, False),
+        (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 95, True),
+    ],
+)
+def test_whose_end_counts(peer: Peer, pid: int, is_risk: bool) -> None:
+    shown = sample(replace(UNIX, peer=peer))
+    assert bool(risk(shown, before=frozenset({pid}))) is is_risk
+    # Whatever it does at its end, it closes its connections if it is stopped.
+    assert risk(shown, stopping=frozenset({90}))
+
+
+@pytest.mark.parametrize(
+    "node", [replace(NODE, read_only=True), replace(NODE, protocol="vhost-user")]
+)
+def test_a_node_for_which_qemu_holds_no_data(node: Node) -> None:
+    assert risk(sample(UNIX, node=node), **ENDED) == ""
+    assert risk(sample(node=replace(node, served=False))) == ""
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_risk"),
+    [
+        (sample(), True),
+        # A monitor may have closed the node.
+        (sample(pluggable=True), False),
+        (sample(pluggable=None), False),
+        (sample(node=replace(NODE, served=True), pluggable=True), False),
+        (sample(node=replace(NODE, served=False), pluggable=True), True),
+        # The command line does not say where its server is.
+        (sample(node=Node("disk", "rbd")), False),
+        (sample(node=Node("disk", "iscsi", served=False)), True),
+    ],
+)
+def test_a_node_without_a_connection_before_sigterm(shown: Sample, is_risk: bool) -> None:
+    assert bool(risk(shown)) is is_risk
+
+
+@pytest.mark.parametrize(("ended", "is_risk"), [(39 * S, False), (40 * S, True)])
+def test_qemu_keeps_data_until_the_reconnect_delay_is_over(ended: int, is_risk: bool) -> None:
+    shown = sample(UNIX, node=replace(NODE, reconnect=30))
+    assert bool(risk(shown, guest_ended=ended, **ENDED)) is is_risk
+    # The time of the loss is unknown; it was not before the start.
+    lost = sample(node=replace(NODE, reconnect=30))
+    assert bool(risk(lost, guest_ended=ended, guest_started=10 * S)) is is_risk
+
+
+def test_unread_connections_are_a_risk() -> None:
+    assert follow_servers(None, replace(SHOWN, sockets=None)) is None
+    assert follow_servers(None, replace(SHOWN, nodes=None)) is None
+    assert [one.code for one in risks_of_servers(None, ServerEnds(guest_started=0, guest_ended=1))]
+
+
+def test_connections_are_followed() -> None:
+    first = follow_servers(None, sample())
+    assert first is not None and first.disconnected == (NODE,)
+    late = follow_servers(first, sample(replace(UNIX, peer=None)))
+    assert late is not None and late.disconnected == () and late.unfound
+    found = follow_servers(late, sample(UNIX, at=11 * S))
+    assert found is not None and not found.unfound and found.lasting == {90}
+    assert found.connected["disk"].at == 10 * S
+    # An exiting QEMU has closed it, and a sample without detail shows no servers.
+    assert follow_servers(found, sample()) == found
+    assert follow_servers(found, sample(replace(UNIX, peer=None))) == found
+    assert follow_servers(found, replace(SHOWN, sockets=None)) == found
+    other = follow_servers(found, sample(replace(UNIX, inode=8, peer=replace(PEER, pid=91))))
+    assert other is not None and other.lasting == {91}
+
+
+def test_only_a_lasting_server_without_proof_takes_time() -> None:
+    assert needs_settling(follow_servers(None, sample(UNIX)), {})
+    assert needs_settling(follow_servers(None, sample(TCP)), {"disk": False})
+    assert not needs_settling(follow_servers(None, sample(TCP)), {"disk": True})
+    leaving = sample(replace(UNIX, peer=replace(PEER, leaves=True)))
+    assert not needs_settling(follow_servers(None, leaving), {})
+    assert not needs_settling(follow_servers(None, sample(FAR)), {})
+    assert not needs_settling(None, {})
