@@ -94,15 +94,24 @@ class Output:
             self.line(text)
 
     def _rich_table(self, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        from rich.table import Table
         from rich.text import Text
 
+        # The blanks between columns are part of their widths, because versions of rich differ in
+        # whether a width includes the padding.
+        table = Table(box=None, pad_edge=False, padding=0, header_style="bold")
+        # Only the last column wraps, between words. A terminal that is too narrow for that wraps
+        # whole lines, so that a UUID or the name of a unit can still be copied.
+        *least, last = _least_widths([columns, *cells])
+        widths = [size + 2 for size in least]
+        for column, size in zip(columns, [*widths, None], strict=True):
+            table.add_column(column, width=size, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
         console = self.console()
-        heading, *lines = aligned([columns, *_wrapped(columns, cells, console.width)])
+        console.width = max(console.width, sum(widths) + last)
         try:
-            # rich neither wraps nor cuts with soft_wrap.
-            console.print(Text(heading, style="bold"), soft_wrap=True)
-            for line in lines:
-                console.print(Text(line), soft_wrap=True)
+            console.print(table)
         except OSError as error:
             self._failed(error)
 
@@ -120,6 +129,13 @@ class Output:
         if not isinstance(error, BrokenPipeError):
             self.failure = error
         _silence(self._out)
+
+
+def _least_widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the widths of the columns at which no cell wraps; for the last one, no word."""
+    *fixed, last = zip(*rows, strict=True)
+    words = [word for cell in last for word in cell.split()]
+    return [min(max(map(width, cells), default=0), MAX_PADDING) for cells in (*fixed, words)]
 
 
 def _null() -> TextIO:
@@ -151,36 +167,6 @@ def width(text: str) -> int:
     """Return the number of terminal columns that printable text takes."""
     visible = [character for character in text if not unicodedata.combining(character)]
     return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in visible)
-
-
-def _wrapped(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], terminal: int
-) -> list[Sequence[str]]:
-    """Wrap the last column between words, if it fits into the terminal so. Otherwise, the terminal
-    wraps whole lines, so that a UUID or the name of a unit can still be copied."""
-    *fixed, last = zip(columns, *rows, strict=True)
-    room = terminal - sum(min(max(map(width, cells)), MAX_PADDING) + 2 for cells in fixed)
-    words = [word for cell in last[1:] for word in cell.split()]
-    if room < max(map(width, (columns[-1], *words))):
-        return list(rows)
-    lines: list[Sequence[str]] = []
-    for *cells, text in rows:
-        first, *others = _wrap(text, room)
-        lines.append([*cells, first])
-        lines += [[*("" for _ in cells), other] for other in others]
-    return lines
-
-
-def _wrap(text: str, room: int) -> list[str]:
-    """Return lines of words that take at most `room` columns. textwrap counts characters."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if width(longer) <= room:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 @functools.cache
