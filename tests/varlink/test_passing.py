@@ -222,7 +222,7 @@ def test_qkillctl_stops_all_with_one_call(service: VarlinkService, fake_qemu: St
         key.replace("-", "_") for key in receipt
     }
     assert own["elapsed_usec"] == receipt["elapsed-usec"]
-    assert [rung["signal"] for rung in own["rungs"]] == ["SIGTERM", "SIGKILL"]
+    assert [rung["action"] for rung in own["rungs"]] == ["SIGTERM", "SIGKILL"]
 
 
 def test_qkillctl_stops_all_without_varlink(service: VarlinkService, fake_qemu: Start) -> None:
