@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evidence.until import until
 from tests.lab.bare import bare_guest
 from tests.lab.fuse import fuse_store
 from tests.lab.storage import slow_disk
@@ -32,6 +33,8 @@ def test_other_disks_do_not_delay_sigkill_for_ever(lab_dir: Path) -> None:
             guest.write_later("local", 0, 60, 3 * MIB)
             store.hang()
             guest.begin_hmp(f"drive_add 0 if=none,id=late,file={store.directory / 'late.raw'}")
+            wchan = Path(f"/proc/{guest.pid}/task/{guest.pid}/wchan")
+            until(wchan.read_text, lambda function: function == "request_wait_answer")
             job = stop(guest, STALL)
             disk.fast()
             store.fast()
