@@ -17,8 +17,9 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""While this many messages wait to be sent, further ones about stored descriptors are dropped. The
-next daemon identifies a process without its descriptor, and rejects a leftover descriptor."""
+"""While this many messages wait to be sent, further ones about stored descriptors are dropped. That
+is harmless: the next daemon finds a process without a stored pidfd by its id and start time, and
+rejects a stored descriptor that no job needs."""
 
 
 class ServiceManager:

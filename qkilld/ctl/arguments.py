@@ -151,8 +151,8 @@ unit or the process id that it had. TIME is a date such as 2026-11-25 or "2026-1
 yesterday, or a span before now such as 2h.
 """
 _REPLAY: Final = """\
-Judge a trace recorded by `qkilld --trace-dir` again, and print the steps and their times. The
-options override the recorded flags and policy. qkilld need not run, and nothing is stopped.
+Judge a job again from the trace that `qkilld --trace-dir` recorded, and print the steps and their
+times. Options override the recorded flags and policy. qkilld need not run, and nothing is stopped.
 """
 
 _METRICS: Final = """\

@@ -1,9 +1,9 @@
 """Tell progress over a connection from the same bytes, sent again and again. Pure.
 
 If a connection to a storage server breaks, QEMU connects again and sends all requests that were not
-answered. A server that takes a part of them and breaks each connection moves for ever: its
-connections, its calls, and perhaps its disk. Only a reply is not repeated. TCP counts what the
-server sent; a unix socket does not.
+answered. A server that accepts some of them and then breaks each connection causes movement
+for ever: on its connections, in its calls, and perhaps on its disk. Only a reply is not repeated.
+TCP counts what the server sent; a unix socket does not.
 """
 
 from __future__ import annotations

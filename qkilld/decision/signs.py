@@ -173,8 +173,9 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
-    """Return whether each layer above the device may work, with `writing` on other requests than
-    reads. Another layer may stand still while others use the device."""
+    """Return whether each layer above the device may be at work. With `writing`, an upper device
+    that has only reads in flight does not count. While an upper layer stands still, the device may
+    be busy for others."""
     tops = set(device.above)
     working = {
         upper.depth

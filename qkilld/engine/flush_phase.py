@@ -94,8 +94,8 @@ class FlushPhase:
     # ---- beginning ----
 
     def begin(self, *, skip: bool = False) -> None:
-        """Open the monitor, unless asking has done that. With `skip`, there is no monitor, so that
-        the phase only waits (`lasts`).
+        """Open the monitor, unless it was already opened to ask the guest. With `skip`, there is no
+        monitor, so that the phase only waits (`lasts`).
 
         If an earlier daemon has stopped the processors, they are started again, and SIGTERM
         follows.

@@ -319,9 +319,9 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Add a request. It can add FORCE, lengthen spans, end the asking of the guest earlier, and
-        let signals follow; never the reverse. To a job of higher rank, the owner can only add
-        FORCE.
+        """Add a request. It can add FORCE, lengthen spans, end asking the guest earlier, and allow
+        signals in a job that would only ask. It can take none of these back. To a job of higher
+        rank, the owner can only add FORCE.
 
         A request of higher rank takes the job over: it replaces the former request, but not its
         flags and spans, and the guest gets all the help that either of them allows. If the job was

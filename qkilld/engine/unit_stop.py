@@ -81,7 +81,8 @@ class UnitStops:
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:
-            # The limit counts from the start of the process. The job began later, so less remains.
+            # The unit's limit counts from the start of the ExecStop= process, `ask_at_most` from
+            # the start of the job, which began later.
             ask = max(0, limits.ask - max(0, process.ran_for - job.elapsed))
         if not flags and ask == INFINITY:
             return

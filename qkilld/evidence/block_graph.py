@@ -137,8 +137,7 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
 
 def _shares_memory(option: QemuOption) -> bool:
     """Return whether the option makes memory that other processes may use. memory-backend-file and
-    memory-backend-ram do so only with share=on. The other kinds do so by default, or are no memory
-    of a guest."""
+    memory-backend-ram do so only with share=on, the other memory backends by default."""
     kind = option.flat.get("qom-type", "") if option.name == "object" else ""
     default = "off" if kind in ("memory-backend-file", "memory-backend-ram") else "on"
     return kind.startswith("memory-backend-") and option.flat.get("share", default) not in _OFF

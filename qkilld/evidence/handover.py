@@ -27,7 +27,7 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Make the loop run, after MAX_DELAY_S at the latest, the calls that were put by then."""
+        """Make the loop run all waiting calls, and those put meanwhile, within MAX_DELAY_S."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 

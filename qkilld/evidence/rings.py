@@ -5,9 +5,10 @@ io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submi
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also waits for events with an
 io_uring: its requests to poll descriptors are listed and do not count, but one more request may be
 a timer, which nothing distinguishes from a request to a disk. QEMU 11 uses one ring for events and
-disks. It hung with such a timer in each case that was measured (NBD, iSCSI). The kernel does not
-show AIO requests in flight. There can be some only if the process has an AIO context (a mapping of
-"/[aio]") and a file open with O_DIRECT, without which io_submit(2) is synchronous.
+disks. In each case that was measured (NBD, iSCSI), a hanging QEMU 11 had such a timer on its ring.
+The kernel does not show AIO requests in flight. There can be some only if the process has an AIO
+context (a mapping of "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is
+synchronous.
 
 The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests in flight.
 It is read only in samples with detail, because reading it takes the target's memory lock.

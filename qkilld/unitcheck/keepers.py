@@ -131,7 +131,7 @@ class KeeperCandidates:
         return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
 
     def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-        """Return the keepers among these units of `names`."""
+        """Return the keepers among these units, whose names are from `names`."""
         return tuple(
             GuestKeeper(other.id, project, other.timeout_stop)
             for other in active
