@@ -5,7 +5,8 @@ QEMU waits for one answer, such as that to an fsync, only the server's disk show
 
 The connection of a mount has the minor number of the mount's st_dev. Since Linux 6.16 (measured on
 6.18), fdinfo of the server's /dev/fuse names the connection. Before, every process that has
-/dev/fuse open may be the server, and peers.py looks for the one that has the guest's image open.
+/dev/fuse open may be the server, and any user can open it. So only if a single process has it open,
+that is certainly the server.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -27,9 +28,12 @@ from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
-"""If more processes may serve one connection, none of them is sampled."""
+"""If more processes may serve one connection, only those are sampled that have a file with the name
+of the guest's image open."""
 AGE_S: Final = 30.0
 """How long a search through all processes is valid if the kernel does not name connections."""
+RENEW_S: Final = 20.0
+"""When to search again, so that the next search is complete before AGE_S."""
 
 _LABEL: Final = b"\nfuse_connection:\t"
 _UNNAMED: Final = None
@@ -86,9 +90,7 @@ class FuseHolders:
         """Return whether a search may find out more about these connections."""
         if all(self._living(number) for number in connections):
             return False
-        at = self._complete_at
-        is_old = at is None or time.monotonic() - at > AGE_S
-        return is_old or not self._candidates()
+        return not self._is_complete(RENEW_S) or not self._candidates()
 
     def servers_of(self, connections: Iterable[int]) -> dict[int, FuseServers]:
         """Return the processes that serve these connections, without those that have none."""
@@ -97,9 +99,14 @@ class FuseHolders:
             if pids := self._living(number):
                 servers[number] = FuseServers(pids, True)
             elif pids := self._candidates():
-                is_only = len(pids) == 1 and self._complete_at is not None
+                is_only = len(pids) == 1 and self._is_complete(AGE_S)
                 servers[number] = FuseServers(pids, is_only)
         return servers
+
+    def _is_complete(self, age: float) -> bool:
+        """Return whether all processes were searched at most this many seconds ago."""
+        at = self._complete_at
+        return at is not None and time.monotonic() - at <= age
 
     def _candidates(self) -> tuple[int, ...]:
         """Return the processes that may serve any connection. A kernel that names connections does

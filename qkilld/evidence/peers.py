@@ -199,11 +199,12 @@ class ServerReader:
             pids = [pid for pid in (servers.pids if servers else ()) if pid not in downstream]
             if servers is None or not pids:
                 continue
-            wanted, certain = names.get(number, frozenset()), servers.certain
-            if not certain and (matching := self._matching(number, pids, wanted)):
-                # A server seldom changes the names of files. If only one process has the image
-                # open, that is the server.
-                pids, certain = matching, len(matching) == 1
+            wanted = names.get(number, frozenset())
+            if len(pids) > MAX_SERVERS and not servers.certain:
+                # A server seldom changes the names of files. But gocryptfs does, and anybody can
+                # have /dev/fuse and a file of that name open, so no other process is left out
+                # while all can be sampled, and a name proves nothing.
+                pids = self._matching(number, pids, wanted)
             if len(pids) > MAX_SERVERS:
                 continue
             readers = {pid: reader for pid in pids if (reader := self._reader(pid)) is not None}
@@ -213,7 +214,7 @@ class ServerReader:
                 if (peer := reader.read(storage, sockets, None, wanted)) is not None
             }
             if peers:
-                served[number] = _SampledServers(tuple(peers.values()), certain)
+                served[number] = _SampledServers(tuple(peers.values()), servers.certain)
         return served
 
     def _matching(self, number: str, pids: Sequence[int], names: frozenset[str]) -> list[int]:
