@@ -68,10 +68,17 @@ class Process(Protocol):
 
 
 class ServerExits(Protocol):
-    """Which servers ended before their guest did, or closed its connections. Nothing blocks."""
+    """Which servers ended before their guest did, or closed its connections."""
+
+    @property
+    def unwatched(self) -> frozenset[int]:
+        """Return the added processes whose end would not be noticed."""
 
     def add(self, pid: int, seen_at: int) -> None:
-        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs."""
+        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs. It may be watched already."""
+
+    def remove(self, pid: int) -> None:
+        """Stop watching a process. It may not be watched."""
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         """Return the processes that ended before the guest, or may have, and those that ended after
@@ -79,9 +86,10 @@ class ServerExits(Protocol):
 
     def closed_first(self, tcp_id: str) -> bool | None:
         """Return whether the guest closed a connection (Socket.tcp_id) before its server did; None
-        if unknown. Call it within a minute after the guest's end."""
+        if unknown. Call it within a minute after the guest's end. Takes up to 20 ms."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """May be called twice."""
 
 
 class Host(Protocol):

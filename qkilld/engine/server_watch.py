@@ -4,13 +4,19 @@ decision.servers decides what their end means. The servers must be known before 
 SIGTERM, because a guest that has lost its disks exits in a few milliseconds. So SIGTERM waits until
 they are found, for at most TIMEOUT. Only guests whose command line names storage on a network are
 watched.
+
+If servers cannot be watched, for example because there are no more descriptors, that is a risk.
+Whatever fails, the job goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from signal import SIGKILL, SIGTERM
 from typing import Any, Final
 
+from qkilld.debug_log import note_once
 from qkilld.decision.servers import (
     ServerEnds,
     StorageServers,
@@ -18,6 +24,7 @@ from qkilld.decision.servers import (
     needs_settling,
     risks_of_servers,
 )
+from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
@@ -33,6 +40,9 @@ RETRY: Final = USEC_PER_SEC // 10
 """After this time (µs), the next sample looks for servers that were not found."""
 MAX_SAMPLES: Final = 4
 
+_UNWATCHED: Final = Risk(
+    "unknown", "it could not be watched whether all servers of its disks outlived the guest"
+)
 _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
@@ -56,6 +66,7 @@ class ServerWatch:
         self._stopping = frozenset[int]()
         self._samples = 0
         self._timer: Timer | None = None
+        self._has_failed = False
         self.until = 0
         """SIGTERM waits until this time; 0 if it does not wait."""
 
@@ -68,38 +79,51 @@ class ServerWatch:
     def begin(self) -> None:
         """If needed, look for the servers, and call the job's `advance` when they are found."""
         if self.is_needed and self._parts.server_exits is not None:
-            self.until = self._clock.now() + TIMEOUT
-            self._exits = self._parts.server_exits(self._process)
-            self._take_sample()
+            with self._failures():
+                self._exits = self._parts.server_exits(self._process)
+                self.until = self._clock.now() + TIMEOUT
+                self._take_sample()
+            if self._has_failed:
+                self._end_search()
 
     def note_sample(self, sample: Sample) -> None:
         """Follow the connections in any sample of the guest."""
-        before, self._servers = self._servers, follow_servers(self._servers, sample)
-        if self._servers is None or self._exits is None:
-            return
-        known = frozenset[int]() if before is None else before.lasting
-        for pid in self._servers.lasting - known:
-            self._exits.add(pid, sample.at)
+        with self._failures():
+            before, self._servers = self._servers, follow_servers(self._servers, sample)
+            if self._servers is None or self._exits is None:
+                return
+            known = frozenset[int]() if before is None else before.lasting
+            for pid in known - self._servers.lasting:
+                self._exits.remove(pid)
+            for pid in self._servers.lasting - known:
+                self._exits.add(pid, sample.at)
 
     def note_exit(self) -> bool:
         """Note that the guest has just exited. Return whether `risks` must wait for SETTLE."""
         servers, exits = self._servers, self._exits
         if servers is None or exits is None:
             return False
-        for name, server in servers.connected.items():
-            if server.node.protocol == "nbd":
-                closed_first = exits.closed_first(server.tcp_id)
-                if closed_first is not None:
-                    self._closed_first[name] = closed_first
-        self._stopping = self._parts.stopping(servers.serving)
-        return needs_settling(servers, self._closed_first)
+        with self._failures():
+            for name, server in servers.connected.items():
+                if server.node.protocol == "nbd":
+                    closed_first = exits.closed_first(server.tcp_id)
+                    if closed_first is not None:
+                        self._closed_first[name] = closed_first
+            self._stopping = self._parts.stopping(servers.serving)
+        return not self._has_failed and needs_settling(servers, self._closed_first)
 
     def risks(self, ended: int) -> tuple[Risk, ...]:
         """Return the risks after the guest has exited at `ended`. Call it once, after `note_exit`
         and before `close`."""
-        if self._exits is None:
-            return ()
-        before, after = self._exits.ended()
+        if self._exits is not None and not self._has_failed:
+            with self._failures():
+                return self._risks(self._exits, ended)
+        if self._has_failed or self.is_needed:
+            return risks_of_servers(None, ServerEnds(guest_started=0, guest_ended=ended))
+        return ()
+
+    def _risks(self, exits: ServerExits, ended: int) -> tuple[Risk, ...]:
+        before, after = exits.ended()
         ends = ServerEnds(
             before=before,
             after=after,
@@ -108,20 +132,41 @@ class ServerWatch:
             guest_started=self._clock.started_at(self._process.guest.identity.start_time),
             guest_ended=ended,
         )
-        return risks_of_servers(self._servers, ends)
+        risks = risks_of_servers(self._servers, ends)
+        if self._servers is not None and exits.unwatched:
+            nodes = self._servers.connected.items()
+            unproven = [one for name, one in nodes if not self._closed_first.get(name)]
+            if any(one.lasting & exits.unwatched for one in unproven):
+                risks += (_UNWATCHED,)
+        return risks
 
     def close(self) -> None:
         """May be called twice."""
         self._end_search()
         self._sampler.close()
-        if self._exits is not None:
-            self._exits.close()
-            self._exits = None
+        exits, self._exits = self._exits, None
+        if exits is not None:
+            with self._failures():
+                exits.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Let no failure reach the job."""
+        try:
+            yield
+        except Exception as error:
+            self._has_failed = True
+            if isinstance(error, OSError):
+                note_once("watching servers", error)
+            else:
+                doing = f"watching the servers of {self._job.guest.title}"
+                self._parts.journal.write(events.internal_error(doing, error))
 
     def _take_sample(self) -> None:
         self._timer = None
         self._samples += 1
-        self._sampler.take_sample(self._seen, detail=True)
+        with self._failures():
+            self._sampler.take_sample(self._seen, detail=True)
 
     def _seen(self, sample: Sample) -> None:
         if not self._job.running:
@@ -130,7 +175,7 @@ class ServerWatch:
         if not self.until:
             return  # The sample is late.
         is_found = self._servers is not None and not self._servers.unfound
-        if is_found or self._samples >= MAX_SAMPLES:
+        if is_found or self._has_failed or self._samples >= MAX_SAMPLES:
             self._end_search()
             # The call is delayed because `begin` may be the caller.
             self._clock.call_at(self._clock.now(), self._job.advance)

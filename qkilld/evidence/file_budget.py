@@ -1,6 +1,7 @@
 """Decide which guests' files stay open from one sample to the next.
 
-All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job.
+All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job,
+and minus those by which the servers of guests are watched (server_exits.py).
 The rest is for files that jobs and callers must have open. If jobs are added, the next sample
 closes the files of those guests that began to keep theirs first. If there is no room for a guest,
 its files are opened for each sample. Such a guest does not replace another one: guests are sampled
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from qkilld.evidence.kept_file import kept_files
+from qkilld.evidence.server_exits import GuestServerExits
 
 PER_JOB: Final = 4
 """Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
@@ -43,7 +45,7 @@ class FileBudget:
 
     def admit(self, keeper: Keeper) -> bool:
         """Return whether files stay open after the sample that is about to be taken."""
-        room = self._most - PER_JOB * self.jobs()
+        room = self._most - PER_JOB * self.jobs() - GuestServerExits.descriptors
         while self._keepers and kept_files() > room:
             oldest, _ = self._keepers.popitem(last=False)
             oldest.stop_keeping()

@@ -8,71 +8,113 @@ it, however late the call is. Sources: pidfd_open(2), ep_poll_callback in fs/eve
 from __future__ import annotations
 
 import os
+import resource
 import select
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from qkilld.adapters import procfs
-from qkilld.debug_log import note_once
+from qkilld.debug_log import ignore, note_once
 from qkilld.engine.ports import Process
+from qkilld.evidence.kept_file import EXITED
 from qkilld.evidence.sockdiag import closed_first
+
+MAX_SERVERS: Final = 64
+"""The maximum number of servers that are watched for one guest."""
 
 _SLACK: Final = 20_000
 """Start times are known to 10 ms; twice that (µs)."""
 
 
 class GuestServerExits:
+    descriptors: ClassVar = 0
+    """The descriptors of all objects of this class. If they are a quarter of those that this
+    program may have, no more servers are watched."""
+
     def __init__(
         self, process: Process, started_at: Callable[[int], int], proc: Path = procfs.PROC
     ) -> None:
-        """`process`: the guest. `started_at`: as in engine.ports.Clock."""
+        """`process`: the guest. `started_at`: as in engine.ports.Clock. Raises OSError."""
         self._started_at, self._proc = started_at, proc
-        self._epoll = select.epoll()
-        self._pids: dict[int, int] = {}
-        """The process ids of the servers by pidfd."""
+        self._pidfds: dict[int, int] = {}
+        """By process id."""
         self._gone: set[int] = set()
-        """Servers that had ended before they were watched, or cannot be watched."""
-        fd = process.fileno()
-        self._guest = os.dup(fd) if fd is not None and fd >= 0 else -1
-        if self._guest >= 0:
-            self._epoll.register(self._guest, select.EPOLLIN)
+        """Servers that had ended before they were watched."""
+        self._unwatched: set[int] = set()
+        self._guest = -1
+        self._epoll = select.epoll()
+        GuestServerExits.descriptors += 1
+        try:
+            fd = process.fileno()
+            if fd is not None and fd >= 0:
+                self._guest = os.dup(fd)
+                GuestServerExits.descriptors += 1
+                self._epoll.register(self._guest, select.EPOLLIN)
+        except OSError:
+            self.close()
+            raise
+
+    @property
+    def unwatched(self) -> frozenset[int]:
+        return frozenset(self._unwatched)
 
     def add(self, pid: int, seen_at: int) -> None:
+        pidfd = self._pidfds.get(pid)
+        if pidfd is not None and not _is_ready(pidfd):
+            return
+        self.remove(pid)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        if len(self._pidfds) >= MAX_SERVERS or GuestServerExits.descriptors >= limit:
+            note_once("watching a server", "there are too many")
+            self._unwatched.add(pid)
+            return
         try:
             pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            note_once("watching a server", error)
-            self._gone.add(pid)
-            return
-        self._pids[pidfd] = pid
-        self._epoll.register(pidfd, select.EPOLLIN)
-        try:
+            self._pidfds[pid] = pidfd
+            GuestServerExits.descriptors += 1
+            self._epoll.register(pidfd, select.EPOLLIN)
             start_time = procfs.read_stat(pid, self._proc).start_time
-            is_other = self._started_at(start_time) > seen_at + _SLACK
         except OSError as error:
             note_once("watching a server", error)
-            is_other = True
-        if is_other:  # The process id was reused, so the server has ended.
+            self.remove(pid)
+            (self._gone if isinstance(error, EXITED) else self._unwatched).add(pid)
+            return
+        if self._started_at(start_time) > seen_at + _SLACK:
+            # The process id was reused, so the server has ended.
+            self.remove(pid)
             self._gone.add(pid)
 
+    def remove(self, pid: int) -> None:
+        self._gone.discard(pid)
+        self._unwatched.discard(pid)
+        if (pidfd := self._pidfds.pop(pid, None)) is not None:
+            with ignore("no longer watching a server", OSError):
+                self._epoll.unregister(pidfd)
+            _close(pidfd)
+
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
-        ready = [fd for fd, _ in self._epoll.poll(0, len(self._pids) + 1)]
+        pids = {pidfd: pid for pid, pidfd in self._pidfds.items()}
+        ready = [fd for fd, _ in self._epoll.poll(0, len(pids) + 1)]
         count = ready.index(self._guest) if self._guest in ready else len(ready)
-        before = frozenset(self._pids[fd] for fd in ready[:count]) | self._gone
-        after = {self._pids[fd] for fd in ready[count + 1 :]}
-        after |= {pid for fd, pid in self._pids.items() if fd not in ready and self._is_ending(pid)}
+        before = frozenset(pids[fd] for fd in ready[:count]) | self._gone
+        after = {pids[fd] for fd in ready[count + 1 :]}
+        after |= {pid for fd, pid in pids.items() if fd not in ready and self._is_ending(pid)}
         return before, frozenset(after) - before
 
     def closed_first(self, tcp_id: str) -> bool | None:
         return closed_first(bytes.fromhex(tcp_id)) if tcp_id else None
 
     def close(self) -> None:
-        self._epoll.close()
-        for fd in (*self._pids, *([self._guest] if self._guest >= 0 else [])):
-            os.close(fd)
-        self._pids.clear()
-        self._guest = -1
+        """May be called twice."""
+        for pid in list(self._pidfds):
+            self.remove(pid)
+        if self._guest >= 0:
+            _close(self._guest)
+            self._guest = -1
+        if not self._epoll.closed:
+            self._epoll.close()
+            GuestServerExits.descriptors -= 1
 
     def _is_ending(self, pid: int) -> bool:
         try:
@@ -80,3 +122,16 @@ class GuestServerExits:
         except OSError as error:
             note_once("looking whether a server is ending", error)
             return True
+
+
+def _is_ready(pidfd: int) -> bool:
+    """Return whether the process has ended. This does not ask the epoll, because that would change
+    the order of its list."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _close(fd: int) -> None:
+    os.close(fd)
+    GuestServerExits.descriptors -= 1

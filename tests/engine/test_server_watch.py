@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from errno import EMFILE
 from signal import SIGKILL, SIGTERM
 
 import pytest
 
 from qkilld.decision.servers import SETTLE
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Process
+from qkilld.engine.ports import Process, ServerExits
 from qkilld.engine.registry import Registry
 from qkilld.engine.server_watch import MAX_SAMPLES, TIMEOUT
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import Flag, GuestAsked, Phase, Result
+from qkilld.model.event import MessageId
 from qkilld.model.policy import Config
 from qkilld.model.sample import Node, Peer, Sample, Socket
 from tests.engine.conftest import IDLE, FakeProcess, S, World, make_guest
@@ -36,10 +38,18 @@ class FakeExits:
     after: frozenset[int] = frozenset()
     first: bool | None = None
     watched: set[int] = field(default_factory=set)
+    unwatched: frozenset[int] = frozenset()
     closed: int = 0
+    error: Exception | None = None
+    """Raised by `add`."""
 
     def add(self, pid: int, seen_at: int) -> None:
+        if self.error is not None:
+            raise self.error
         self.watched.add(pid)
+
+    def remove(self, pid: int) -> None:
+        self.watched.discard(pid)
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         return self.before, self.after
@@ -55,6 +65,8 @@ class ServedWorld(World):
     def __init__(self, shows: Callable[[int], Sample | None] = lambda now: CONNECTED) -> None:
         super().__init__()
         self.exits = FakeExits()
+        self.error: Exception | None = None
+        """Raised when the watch begins."""
         self.sampler.shows = shows
         self.registry = Registry(
             Config(),
@@ -66,7 +78,9 @@ class ServedWorld(World):
             server_exits=self._watch,
         )
 
-    def _watch(self, process: Process) -> FakeExits:
+    def _watch(self, process: Process) -> ServerExits:
+        if self.error is not None:
+            raise self.error
         return self.exits
 
 
@@ -257,3 +271,83 @@ def test_a_server_whose_job_has_ended_with_it_is_no_longer_being_stopped() -> No
     job = world.stop(process, FORCE)
     world.clock.advance(0)
     assert end(world, process, job) == ()
+
+
+UNREAD = "its connections to the servers of its disks could not be read"
+NO_DESCRIPTOR = OSError(EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("error", [NO_DESCRIPTOR, RuntimeError("a bug")])
+def test_sigterm_is_sent_if_servers_cannot_be_watched(error: Exception) -> None:
+    world, process = ServedWorld(), client()
+    world.error = error
+    job = world.stop(process, FORCE)
+    assert process.sent == [SIGTERM]
+    assert (MessageId.INTERNAL_ERROR in world.journal.ids) == isinstance(error, RuntimeError)
+    process.die()
+    assert (job.result, [risk.text for risk in job.risks]) == (Result.EXITED, [UNREAD])
+
+
+@pytest.mark.parametrize("error", [NO_DESCRIPTOR, RuntimeError("a bug")])
+@pytest.mark.parametrize("late", [False, True])
+def test_sigterm_is_sent_if_a_server_cannot_be_watched(error: Exception, late: bool) -> None:
+    world, process = ServedWorld(lambda now: None if late else CONNECTED), client()
+    world.exits.error = error
+    job = world.stop(process, FORCE)
+    if late:
+        sample_arrives(world)
+    world.clock.advance(0)
+    assert process.sent == [SIGTERM]
+    assert end(world, process, job) == (UNREAD,)
+
+
+def test_a_sample_after_sigterm_whose_server_cannot_be_watched() -> None:
+    world, process = ServedWorld(), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.exits.error = RuntimeError("a bug")
+    other = replace(SOCKET, inode=8, peer=Peer(SERVER + 1, "nbdkit", (), 0, None, ()))
+    world.sampler.shows = lambda now: replace(CONNECTED, sockets=(other,))
+    world.clock.advance(600)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_a_server_whose_end_would_not_be_noticed_is_a_risk() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.exits.unwatched = frozenset({SERVER})
+    (text,) = end(world, process, job)
+    assert "could not be watched" in text
+
+
+def test_a_proof_makes_the_watch_unnecessary() -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.exits.unwatched, world.exits.first = frozenset({SERVER}), True
+    process.die()
+    assert (job.result, job.risks) == (Result.EXITED, ())
+
+
+def test_an_exit_before_the_watch_began_is_a_risk() -> None:
+    """A job that an earlier daemon has begun waits for others before its first sample."""
+    world, process = ServedWorld(), client()
+    past = world.stop(process, FORCE).snapshot()
+    after = ServedWorld()
+    job = after.registry.resume(process, past, among_many=True)
+    process.die()
+    assert (job.result, [risk.text for risk in job.risks]) == (Result.EXITED, [UNREAD])
+
+
+def test_only_servers_of_present_connections_are_watched() -> None:
+    world, process = ServedWorld(), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    for pid in range(100, 110):
+        other = replace(SOCKET, inode=pid, peer=Peer(pid, "nbdkit", (), 0, None, ()))
+        world.sampler.shows = lambda now, other=other: replace(  # type: ignore[misc]
+            CONNECTED, sockets=(other,)
+        )
+        world.clock.advance(1)
+        assert world.exits.watched == {pid}

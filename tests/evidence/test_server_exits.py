@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ import pytest
 
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.process import PidfdProcess, open_process
+from qkilld.evidence import server_exits
+from qkilld.evidence.file_budget import SPARE, FileBudget
+from qkilld.evidence.kept_file import kept_files
 from qkilld.evidence.server_exits import GuestServerExits
 from qkilld.evidence.sockdiag import SocketTable
 from tests.evidence.until import until
@@ -85,6 +90,110 @@ def test_no_descriptor_remains(guest: subprocess.Popen[bytes]) -> None:
     with sleeper() as server, exits(guest.pid) as watched:
         watched.add(server.pid, NOW)
     assert descriptors() == before
+
+
+def test_a_server_needs_one_descriptor_until_it_is_removed(
+    guest: subprocess.Popen[bytes],
+) -> None:
+    with sleeper() as server, exits(guest.pid) as watched:
+        before, counted = descriptors(), GuestServerExits.descriptors
+        for _ in range(3):
+            watched.add(server.pid, NOW)
+        assert len(descriptors()) == len(before) + 1
+        assert GuestServerExits.descriptors == counted + 1
+        watched.remove(server.pid)
+        watched.remove(server.pid)
+        assert (descriptors(), GuestServerExits.descriptors) == (before, counted)
+        end(server)
+        end(guest)
+        assert watched.ended() == (frozenset(), frozenset())
+
+
+def test_a_process_id_that_is_added_again_after_its_end(guest: subprocess.Popen[bytes]) -> None:
+    with sleeper() as first, sleeper() as second, exits(guest.pid) as watched:
+        for server in (first, second):
+            watched.add(server.pid, NOW)
+            end(server)
+        watched.add(second.pid, NOW)
+        end(guest)
+        assert watched.ended() == (frozenset({first.pid, second.pid}), frozenset())
+
+
+def test_the_number_of_servers_is_limited(
+    guest: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_exits, "MAX_SERVERS", 1)
+    with sleeper() as one, sleeper() as other, exits(guest.pid) as watched:
+        watched.add(one.pid, NOW)
+        watched.add(other.pid, NOW)
+        assert watched.unwatched == {other.pid}
+        watched.remove(one.pid)
+        watched.add(other.pid, NOW)
+        assert watched.unwatched == frozenset()
+        end(guest)
+        assert watched.ended() == (frozenset(), frozenset())
+
+
+def test_all_guests_together_are_limited(guest: subprocess.Popen[bytes]) -> None:
+    with sleeper() as server, exits(guest.pid) as watched:
+        with descriptor_limit(4 * GuestServerExits.descriptors):
+            watched.add(server.pid, NOW)
+        assert watched.unwatched == {server.pid}
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_no_descriptor_is_left(guest: subprocess.Popen[bytes], left: int) -> None:
+    counted = GuestServerExits.descriptors
+    process = open_process(guest.pid)
+    with contextlib.closing(process), descriptors_left(left), pytest.raises(OSError) as raised:
+        GuestServerExits(process, started_at)
+    assert raised.value.errno == errno.EMFILE
+    assert GuestServerExits.descriptors == counted
+    with sleeper() as server, exits(guest.pid) as watched:
+        before = descriptors()
+        with descriptors_left(left):
+            watched.add(server.pid, NOW)
+        assert watched.unwatched == {server.pid}
+        assert descriptors() == before
+
+
+def test_the_files_of_samples_leave_room_for_them(guest: subprocess.Popen[bytes]) -> None:
+    class Keeper:
+        def stop_keeping(self) -> None: ...
+
+    budget = FileBudget((kept_files() + GuestServerExits.descriptors + SPARE) * 3 // 2 + 1)
+    assert budget.admit(Keeper())
+    with exits(guest.pid):
+        assert not budget.admit(Keeper())
+
+
+@contextlib.contextmanager
+def descriptor_limit(number: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def descriptors_left(number: int) -> Iterator[None]:
+    """Let this process open so many descriptors more."""
+    fillers: list[int] = []
+    with Path("/dev/null").open("rb") as null, contextlib.ExitStack() as stack:
+        limit = 4 * (GuestServerExits.descriptors + len(descriptors()) + 8)
+        stack.enter_context(descriptor_limit(limit))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.dup(null.fileno()))
+            for _ in range(number):
+                os.close(fillers.pop())
+            yield
+        finally:
+            for fd in fillers:
+                os.close(fd)
 
 
 def descriptors() -> set[str]:
