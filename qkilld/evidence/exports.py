@@ -11,47 +11,71 @@ from __future__ import annotations
 import os.path
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from qkilld.adapters.procfs import read_command_line
+from qkilld.adapters.procfs import read_command_line, read_uid
 from qkilld.adapters.qemu_args import parse_command_line
+from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.debug_log import about, note_once
 
 TIMEOUT_S: Final = 0.05
+"""The longest time that one sample waits for the command lines of all servers."""
 _MAX_DEPTH: Final = 8
 # The letters before the one that counts are of options that take no argument.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
 _NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
+_NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
+
+
+class WaitBudget:
+    """How long the readers of one sample may still wait. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._left_s = TIMEOUT_S
+
+    def renew(self) -> None:
+        """Begin the next sample."""
+        self._left_s = TIMEOUT_S
+
+    def join(self, thread: threading.Thread) -> None:
+        start = time.monotonic()
+        thread.join(max(self._left_s, 0.0))
+        self._left_s -= time.monotonic() - start
 
 
 class ExportReader:
-    """Reads the command line once, in its own thread because reading may block (command_line.py).
-    Not thread-safe."""
+    """Reads the command line once, in a thread because reading may block (command_line.py). If no
+    thread is free, the next call tries again. Not thread-safe."""
 
-    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
-        self._pid, self._proc = pid, proc
+    def __init__(self, pid: int, budget: WaitBudget, proc: Path = Path("/proc")) -> None:
+        self._pid, self._budget, self._proc = pid, budget, proc
         self._thread: threading.Thread | None = None
         self._paths: Mapping[str, str] = {}
-        self._leaves = False
+        self._leaves: bool | None = None
 
     def path_of(self, export: str) -> str:
-        """Return the path of the image; "" if unknown. Waits for at most TIMEOUT_S."""
+        """Return the path of the image; "" if unknown. Only the first call waits."""
         self._start()
         return self._paths.get(export, "")
 
-    def leaves(self) -> bool:
-        """Return whether the server exits when its client disconnects; False if unknown. Waits for
-        at most TIMEOUT_S."""
+    def leaves(self) -> bool | None:
+        """Return whether the server exits when its client disconnects; None if unknown. Only the
+        first call waits."""
         self._start()
         return self._leaves
 
     def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._read, name="exports", daemon=True)
-            self._thread.start()
-            self._thread.join(TIMEOUT_S)
+        if self._thread is not None:
+            return
+        try:
+            self._thread = shared.start(self._pid, read_uid(self._pid, self._proc), self._read)
+        except (OSError, AllThreadsBlocked) as error:
+            note_once("reading the command line of a server", error)
+        else:
+            self._budget.join(self._thread)
 
     def _read(self) -> None:
         about(self._pid)
@@ -61,6 +85,8 @@ class ExportReader:
         except (OSError, ValueError) as error:
             note_once("reading the command line of a server", error)
             return
+        if not argv[0]:
+            return  # The process is exiting.
         self._leaves = leaves_with_client(argv)
         self._paths = {
             name: os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
@@ -70,7 +96,8 @@ class ExportReader:
 
 def leaves_with_client(argv: Sequence[str]) -> bool:
     """Return whether a program exits when its only client disconnects: qemu-nbd without
-    --persistent, nbdkit --single, and socat, which serves one connection in each process."""
+    --persistent, nbdkit --single, and socat, which serves one connection in each process. nbdkit
+    --run, too: it kills the server when the client, its command, exits (nbdkit-captive(1))."""
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
         case "qemu-nbd":
@@ -78,7 +105,8 @@ def leaves_with_client(argv: Sequence[str]) -> bool:
             long = any(word.startswith("--pe") for word in words)
             return not long and not any(map(_QEMU_NBD_PERSISTENT.match, words))
         case "nbdkit":
-            return "--single" in words or any(map(_NBDKIT_SINGLE.fullmatch, words))
+            short = any(map(_NBDKIT_SINGLE.fullmatch, words))
+            return short or "--single" in words or any(map(_NBDKIT_CAPTIVE.fullmatch, words))
         case "socat":
             return True
     return False

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from qkilld.adapters.procfs import read_stat
 from qkilld.debug_log import note_once
-from qkilld.evidence.exports import ExportReader
+from qkilld.evidence.exports import ExportReader, WaitBudget
 from qkilld.evidence.files import read_descriptors
 from qkilld.evidence.fuse import MAX_SERVERS, connection_of, read_waiting
 from qkilld.evidence.kept_file import open_directory, read_once
@@ -64,6 +64,7 @@ class ServerReader:
         """`pid`: the guest's process, which never counts as its own server."""
         self._pid, self._finder, self._proc = pid, finder, proc
         self._readers: dict[int, PeerReader] = {}
+        self._budget = WaitBudget()
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
         self._missing_ends = _NONE
@@ -110,6 +111,7 @@ class ServerReader:
         `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
         """
         self._used_pids = []
+        self._budget.renew()
         values = self._read(ends, storage, sockets, downstream={self._pid})
         served = self._read_fuse(mounts, names, storage, sockets, downstream={self._pid})
         self._missing_ends = frozenset(ends) - values.keys()
@@ -228,7 +230,7 @@ class ServerReader:
 
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:
-            self._readers[pid] = PeerReader(pid, self._proc)
+            self._readers[pid] = PeerReader(pid, self._budget, self._proc)
         self._used_pids.append(pid)
         return self._readers.get(pid)
 
@@ -236,7 +238,7 @@ class ServerReader:
 class PeerReader:
     """Samples one server. Not thread-safe."""
 
-    def __init__(self, pid: int, proc: Path = PROC) -> None:
+    def __init__(self, pid: int, budget: WaitBudget, proc: Path = PROC) -> None:
         self.pid = pid
         self._proc = proc
         self._process = ProcessReader(pid, proc)
@@ -249,7 +251,7 @@ class PeerReader:
         self.mounts: tuple[Mount, ...] = ()
         """The file systems without a block device under its files."""
         self._sockets = SocketReader(pid, proc)
-        self._exports = ExportReader(pid, proc)
+        self._exports = ExportReader(pid, budget, proc)
 
     def read(
         self,
@@ -300,7 +302,7 @@ class PeerReader:
             if connections is None or ours is None
             else sum(c.receive_queue for c in connections if c.inode in ours),
             parent=self._parent,
-            leaves=self._command in _MAY_LEAVE and self._exports.leaves(),
+            leaves=self._exports.leaves() if self._command in _MAY_LEAVE else False,
         )
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:

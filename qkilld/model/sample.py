@@ -147,8 +147,9 @@ class Peer:
     parent: int = 0
     """The parent of the peer if it runs the same program, so that it has most likely forked the
     peer for this connection; 0 if it does not."""
-    leaves: bool = False
-    """Whether the peer exits by itself when its client disconnects, by its command line."""
+    leaves: bool | None = False
+    """Whether the peer exits by itself when its client disconnects, by its command line; None if
+    that was not read in time."""
 
 
 @dataclass(frozen=True, slots=True)
