@@ -12,23 +12,27 @@ first. Of a server on another host, nothing else is known.
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
 ordinary stop, so its end proves nothing. The same holds for a process that a server has forked for
 the connection, but its parent remains.
+
+Which of the nodes of a group (Node.group) a connection belongs to is unknown. So any of them takes
+it, and what is found about a node may be true of another node of its group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Final
 
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job import Risk
-from qkilld.model.sample import Node, Peer, Sample
+from qkilld.model.sample import Node, Peer, Sample, Socket
 
 SETTLE: Final = USEC_PER_SEC * 3 // 10
 """How long (µs) a server must run after the guest's end, unless something else shows that it did
 not close its connections before. An idle QEMU or qemu-nbd exits a few ms after it has closed
 them."""
+_MAX_NAMES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,19 @@ class StorageServers:
     """By the name of the node."""
     disconnected: tuple[Node, ...] = ()
     """The nodes that have never been seen connected, though they should be."""
+    groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
+    """All nodes of a group, by Node.group."""
 
     @property
     def unfound(self) -> bool:
-        """Whether a local server was not found, so that another sample may find it."""
-        return any(one.local and one.peer is None for one in self.connected.values())
+        """Whether a local server was not found, or it is not known yet whether it exits with its
+        client, so that another sample may show it."""
+        known = self.connected.values()
+        return any(one.local or one.peer is not None for one in known if not _is_known(one.peer))
+
+    def alike(self, node: Node) -> tuple[Node, ...]:
+        """Return the nodes that may be the one that `node` stands for."""
+        return self.groups.get(node.group, (node,))
 
     @property
     def lasting(self) -> frozenset[int]:
@@ -95,27 +107,70 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     A node that was connected and is not any more keeps its server: an exiting QEMU closes its
     connections.
     """
-    if sample.sockets is None or sample.nodes is None:
+    if sample.nodes is None:
+        return before
+    groups = _groups_that_may_lose_data(sample.nodes)
+    if not groups and before is None:
+        return StorageServers()
+    if sample.sockets is None:
         return before
     known = dict(before.connected) if before is not None else {}
-    nodes = [node for node in sample.nodes if _may_lose_data(node)]
-    for node in nodes:
-        for socket in sample.sockets:
-            if socket.node != node.name:
-                continue
-            old = known.get(node.name)
-            same = old is not None and old.inode == socket.inode
-            if old is None or not same or (old.peer is None and socket.peer is not None):
-                at = old.at if old is not None and same else sample.at
-                local = socket.family == "unix"
-                known[node.name] = NodeServer(
-                    node, socket.inode, at, local, socket.peer, socket.tcp_id
-                )
+    for nodes in groups.values():
+        _follow_group(known, nodes, sample)
     if before is None:
-        candidates: Sequence[Node] = [node for node in nodes if _should_be_connected(node, sample)]
+        every = [node for nodes in groups.values() for node in nodes]
+        candidates: Sequence[Node] = [one for one in every if _should_be_connected(one, sample)]
     else:
         candidates = before.disconnected
-    return StorageServers(known, tuple(node for node in candidates if node.name not in known))
+    lost = tuple(node for node in candidates if node.name not in known)
+    return StorageServers(known, lost, groups)
+
+
+def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
+    """Return the nodes by Node.group; a node without a group by its name."""
+    groups: dict[str, tuple[Node, ...]] = {}
+    for node in nodes:
+        name = node.group or node.name
+        groups[name] = (*groups.get(name, ()), node)
+    return {name: group for name, group in groups.items() if any(map(_may_lose_data, group))}
+
+
+def _follow_group(known: dict[str, NodeServer], nodes: Sequence[Node], sample: Sample) -> None:
+    """Add the connections of one group to `known`."""
+    names = {node.name: node for node in nodes}
+    sockets = [socket for socket in sample.sockets or () if socket.node in names]
+    inodes = {socket.inode for socket in sockets}
+    users = {known[name].inode: name for name in names if name in known}
+    for socket in sockets:
+        name = users.get(socket.inode, "")
+        if not name:
+            free = [one for one in names if one not in known or known[one].inode not in inodes]
+            if not free:
+                continue
+            name = min(free, key=lambda one: (one != socket.node, one in known))
+        old = known.get(name)
+        if old is None or old.inode != socket.inode:
+            known[name] = _node_server(names[name], socket, sample.at)
+        elif old.peer is None or (_is_known(socket.peer) and not _is_known(old.peer)):
+            known[name] = _node_server(names[name], socket, old.at)
+
+
+def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
+    # Not for iSCSI: the kernel itself may be the server.
+    is_here = node.protocol == "nbd" and _connects_to_itself(socket.tcp_id)
+    local = socket.family == "unix" or is_here
+    return NodeServer(node, socket.inode, at, local, socket.peer, socket.tcp_id)
+
+
+def _connects_to_itself(tcp_id: str) -> bool:
+    """Return whether both addresses are the same. `tcp_id`: in hexadecimal, one byte, two ports (4
+    bytes), and two addresses (16 bytes each)."""
+    source, target = tcp_id[10:42], tcp_id[42:74]
+    return bool(target) and source == target
+
+
+def _is_known(peer: Peer | None) -> bool:
+    return peer is not None and all(one.leaves is not None for one in _chain(peer))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +209,15 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
         return (Risk("unknown", text),)
     texts = []
     for node in servers.disconnected:
-        if not _was_kept(node, ends.guest_started, ends.guest_ended):
-            texts.append(f"{_title(node)} had no connection to its server")
+        nodes = servers.alike(node)
+        if not _was_kept(nodes, ends.guest_started, ends.guest_ended):
+            texts.append(f"{_title(nodes)} had no connection to its server")
     for name, server in servers.connected.items():
-        was_kept = _was_kept(server.node, server.at, ends.guest_ended)
+        nodes = servers.alike(server.node)
+        was_kept = _was_kept(nodes, server.at, ends.guest_ended)
         if not was_kept and (problem := _problem(server, ends, ends.closed_first.get(name))):
-            texts.append(f"{_title(server.node)}: {problem}")
-    return tuple(Risk("unknown", text) for text in texts)
+            texts.append(f"{_title(nodes)}: {problem}")
+    return tuple(Risk("unknown", text) for text in dict.fromkeys(texts))
 
 
 def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
@@ -189,16 +246,16 @@ def _may_lose_data(node: Node) -> bool:
 def _should_be_connected(node: Node, sample: Sample) -> bool:
     """Return whether a missing connection means that the node has lost its server, rather than that
     QEMU has closed the node, or uses a connection that the command line does not name."""
-    if any(socket.node == node.name for socket in sample.sockets or ()):
-        return True
     return node.served is False or (node.protocol == "nbd" and sample.pluggable is False)
 
 
-def _was_kept(node: Node, connected_at: int, ended: int) -> bool:
-    """Return whether QEMU would still have kept the data if it had lost the server."""
-    if node.reconnect is None:
-        return False
-    return ended < connected_at + node.reconnect * USEC_PER_SEC
+def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
+    """Return whether QEMU would still have kept the data if it had lost the server of any of these
+    nodes."""
+    return all(
+        node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
+        for node in nodes
+    )
 
 
 def _chain(peer: Peer | None) -> Iterator[Peer]:
@@ -208,5 +265,9 @@ def _chain(peer: Peer | None) -> Iterator[Peer]:
             yield from _chain(one)
 
 
-def _title(node: Node) -> str:
-    return f"{node.protocol} node {node.name}"
+def _title(nodes: Sequence[Node]) -> str:
+    if len(nodes) == 1:
+        return f"{nodes[0].protocol} node {nodes[0].name}"
+    names = [node.name for node in nodes[:_MAX_NAMES]]
+    more = " and others" if len(nodes) > _MAX_NAMES else ""
+    return f"one of the {nodes[0].protocol} nodes {', '.join(names)}{more}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -68,6 +68,8 @@ class ImageUse(NamedTuple):
 @dataclass(slots=True)
 class BlockGraph:
     nodes: list[Node] = field(default_factory=list)
+    ends: list[Sequence[ConnectionEnd]] = field(default_factory=list)
+    """The connections of each node."""
     endpoints: dict[ConnectionEnd, Node | None] = field(default_factory=dict)
     """The use of each connection: its node, or None if it is not for storage."""
     images: dict[str, ImageUse] = field(default_factory=dict)
@@ -103,10 +105,35 @@ class BlockGraph:
             title, protocol, export=printable(export), reconnect=reconnect, read_only=read_only
         )
         self.nodes.append(node)
+        self.ends.append(endpoints)
         if not endpoints:
             self.unlocated.append(node)
         for endpoint in endpoints:
             self.endpoints[endpoint] = node
+
+    def group_nodes(self) -> None:
+        """Set Node.group."""
+        parents = list(range(len(self.nodes)))
+
+        def leader(index: int) -> int:
+            while parents[index] != index:
+                index = parents[index]
+            return index
+
+        paths = {end.path for end in self.endpoints if end.path}
+        relative = {os.path.basename(path) for path in paths if not path.startswith("/")}  # noqa: PTH119
+        firsts: dict[str | int, int] = {}
+        for index, node in enumerate(self.nodes):
+            for end in self.ends[index] if node.protocol != "vhost-user" else ():
+                if (key := _appearance(end, relative)) is not None:
+                    one, other = leader(index), leader(firsts.setdefault(key, index))
+                    parents[max(one, other)] = min(one, other)
+        leaders = [leader(index) for index in range(len(self.nodes))]
+        names = [node.name for node in self.nodes]
+        self.nodes = [
+            replace(node, group=names[first]) if leaders.count(first) > 1 else node
+            for node, first in zip(self.nodes, leaders, strict=True)
+        ]
 
     def locate_images(self, directory: str) -> None:
         """Add the absolute path of each image, which the kernel shows unless there are symbolic
@@ -115,6 +142,15 @@ class BlockGraph:
             located = os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             same = self.images.get(located)
             self.images[located] = use if same is None else _merged(use, same)
+
+
+def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
+    """Return what the kernel shows of a connection's server: its path or port. `relative`: the
+    names of the relative paths, which are compared without the directory (sockets.py)."""
+    if not end.path:
+        return end.port
+    name = os.path.basename(end.path)  # noqa: PTH119
+    return name if name in relative else end.path
 
 
 def _merged(one: ImageUse, other: ImageUse) -> ImageUse:
@@ -128,11 +164,24 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
     graph = BlockGraph()
     _read_disks(graph, options)
     _read_connections(graph, options)
+    graph.group_nodes()
     graph.pluggable = any(
         monitor_protocol(option) and option.text not in ("", "none") for option in options
     )
     graph.shared_memory = any(_shares_memory(option) for option in options)
     return graph
+
+
+def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
+    """Return the export of each node, by its name; None if its connections cannot be told apart
+    from those of a node with another export."""
+    groups: dict[str, set[str]] = {}
+    for node in nodes:
+        groups.setdefault(node.group or node.name, set()).add(node.export)
+    return {
+        node.name: node.export if len(groups[node.group or node.name]) == 1 else None
+        for node in nodes
+    }
 
 
 def _shares_memory(option: QemuOption) -> bool:

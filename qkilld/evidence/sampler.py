@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from qkilld.debug_log import about, is_on, note_unknown
 from qkilld.engine.ports import Process
-from qkilld.evidence.block_graph import BlockGraph
+from qkilld.evidence.block_graph import BlockGraph, requested_exports
 from qkilld.evidence.cgroup import CgroupReader, SharedGroups
 from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.faults import FaultGuard, OnFault
@@ -195,7 +195,7 @@ class Reader:
         """Add the servers of connections and of FUSE mounts."""
         if not connections and not mounts:
             return connections, mounts
-        exports = {node.name: node.export for node in nodes or ()}
+        exports = requested_exports(nodes or ())
         ends = self._sockets.peers(connections, sockets) if connections else {}
         wanted_ends = {
             ends[connection.inode]: exports.get(connection.node)

@@ -202,6 +202,9 @@ class Node:
     """Whether a process on this host listens at the server's address; None if not checked."""
     read_only: bool = False
     """Whether QEMU never writes to it."""
+    group: str = ""
+    """The name of the first of the nodes whose connections cannot be told apart from its own,
+    because their servers have the same path or port. "" if there is no other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from qkilld.evidence.block_graph import (
     ConnectionEnd,
     config_paths,
     read_block_graph,
+    requested_exports,
 )
 
 
@@ -347,3 +348,42 @@ def test_command_lines_that_name_network_storage(text: str, is_named: bool) -> N
 
 def test_all_drivers_for_network_storage_are_known() -> None:
     assert set(_DEFAULT_PORTS) == NETWORK_DRIVERS
+
+
+ONE = "-drive file=nbd:unix:/run/a.sock:exportname=one,if=none,id=a"
+TWO = "-drive file=nbd:unix:/run/a.sock:exportname=two,if=none,id=b"
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        (f"{ONE} {TWO}", ["a", "a"]),
+        (f"{ONE} {TWO} -drive file=nbd:unix:/run/c.sock,id=c", ["a", "a", ""]),
+        # The kernel shows no host names and, of a relative path, no directory.
+        ("-drive file=nbd://one,id=a -drive file=nbd://two:10809/x,id=b", ["a", "a"]),
+        ("-drive file=nbd://one,id=a -drive file=nbd://one:10810,id=b", ["", ""]),
+        (f"{ONE} -drive file=nbd:unix:a.sock,id=b", ["a", "a"]),
+        (f"{ONE} -drive file=nbd:unix:/a.sock,id=b", ["", ""]),
+        (
+            "-drive file=nbd:unix:/a/x,id=a -drive file=nbd:unix:/b/x,id=b"
+            " -drive file=nbd:unix:x,id=c",
+            ["a", "a", "a"],
+        ),
+        ("-drive file=rbd:pool/one,id=a -drive file=rbd:pool/two,id=b", ["", ""]),
+    ],
+)
+def test_nodes_whose_connections_look_the_same(text: str, groups: list[str]) -> None:
+    assert [node.group for node in graph_of(text).nodes] == groups
+
+
+@pytest.mark.parametrize(
+    ("text", "exports"),
+    [
+        (f"{ONE} {TWO}", {"a": None, "b": None}),
+        (f"{ONE} {ONE.replace('=a', '=b')}", {"a": "one", "b": "one"}),
+        (f"{ONE} {TWO.replace('/run', '/other')}", {"a": "one", "b": "two"}),
+    ],
+)
+def test_the_export_over_a_connection(text: str, exports: dict[str, str | None]) -> None:
+    """A wrong one would show the progress of another image."""
+    assert requested_exports(graph_of(text).nodes) == exports

@@ -26,7 +26,7 @@ SHOWN = Sample(10 * S, "S", nodes=(NODE,), sockets=(UNIX,), pluggable=False)
 
 
 def sample(*sockets: Socket, node: Node = NODE, **fields: Any) -> Sample:
-    return replace(SHOWN, nodes=(node,), sockets=sockets, **fields)
+    return replace(SHOWN, **{"nodes": (node,), "sockets": sockets, **fields})
 
 
 def risk(shown: Sample | StorageServers, **ends: Any) -> str:
@@ -144,6 +144,89 @@ def test_connections_are_followed() -> None:
     assert follow_servers(found, replace(SHOWN, sockets=None)) == found
     other = follow_servers(found, sample(replace(UNIX, inode=8, peer=replace(PEER, pid=91))))
     assert other is not None and other.lasting == {91}
+
+
+A, B = replace(NODE, name="a", group="a"), replace(NODE, name="b", group="a")
+FIRST_OF_A = replace(UNIX, node="a")
+SECOND_OF_A = replace(UNIX, node="a", inode=8)
+
+
+def test_two_nodes_with_one_server() -> None:
+    """Both connections bear the name of one of them."""
+    both = replace(SHOWN, nodes=(A, B), sockets=(FIRST_OF_A, SECOND_OF_A))
+    servers = follow_servers(None, both)
+    assert servers is not None
+    assert {name: one.inode for name, one in servers.connected.items()} == {"a": 7, "b": 8}
+    assert risk(servers) == ""
+    assert follow_servers(servers, both) == servers
+    text = risk(servers, **ENDED)
+    assert text.count("nodes a, b") == 1 and "ended before the guest" in text
+    # A new connection takes the place of the lost one.
+    other = replace(both, sockets=(SECOND_OF_A, replace(FIRST_OF_A, inode=9)))
+    servers = follow_servers(servers, other)
+    assert servers is not None
+    assert {name: one.inode for name, one in servers.connected.items()} == {"a": 9, "b": 8}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "pluggable", "is_risk"),
+    [
+        ((A, B), False, True),
+        ((A, B), True, False),
+        # Which of them is connected is unknown.
+        ((replace(A, read_only=True), B), False, True),
+        ((replace(A, reconnect=30), B), False, True),
+        ((replace(A, reconnect=30), replace(B, reconnect=30)), False, False),
+        ((replace(A, read_only=True), replace(B, read_only=True)), False, False),
+    ],
+)
+def test_one_connection_for_two_nodes(
+    nodes: tuple[Node, ...], pluggable: bool, is_risk: bool
+) -> None:
+    shown = replace(SHOWN, nodes=nodes, sockets=(FIRST_OF_A,), pluggable=pluggable)
+    assert ("one of the nbd nodes a, b had no" in risk(shown)) is is_risk
+
+
+def test_the_connection_of_any_node_of_a_group_counts() -> None:
+    """That named after the node that is only read may be that of the other."""
+    nodes = (replace(A, read_only=True), B)
+    shown = replace(SHOWN, nodes=nodes, sockets=(FIRST_OF_A, SECOND_OF_A))
+    assert risk(shown) == ""
+    assert risk(replace(shown, sockets=(FIRST_OF_A, replace(SECOND_OF_A, peer=None))))
+
+
+def test_the_connections_of_nodes_that_lose_nothing_need_not_be_read() -> None:
+    node = replace(NODE, read_only=True)
+    assert follow_servers(None, sample(node=node, sockets=None)) == StorageServers()
+    assert follow_servers(None, replace(SHOWN, nodes=(), sockets=None)) == StorageServers()
+
+
+def test_whether_a_server_exits_with_its_client_may_be_known_late() -> None:
+    slow = replace(PEER, leaves=None)
+    first = follow_servers(None, sample(replace(UNIX, peer=slow)))
+    assert first is not None and first.unfound and first.lasting == {90}
+    behind = replace(PEER, leaves=True, behind=(replace(PEER, pid=95, leaves=None),))
+    second = follow_servers(first, sample(replace(TCP, peer=behind)))
+    assert second is not None and second.unfound
+    found = follow_servers(first, sample(replace(UNIX, peer=replace(PEER, leaves=True))))
+    assert found is not None and not found.unfound and found.lasting == set()
+    assert follow_servers(found, sample(replace(UNIX, peer=slow))) == found
+
+
+SELF = "02" + "a1b22a39" + ("7f000001" + "00" * 12) * 2 + "00" * 12
+OTHER = "02" + "a1b22a39" + ("7f000001" + "00" * 12) + ("7f000002" + "00" * 12) + "00" * 12
+
+
+@pytest.mark.parametrize(
+    ("tcp_id", "protocol", "is_here"),
+    [(SELF, "nbd", True), (OTHER, "nbd", False), ("", "nbd", False), (SELF, "iscsi", False)],
+)
+def test_a_server_on_tcp_that_is_on_this_host(tcp_id: str, protocol: str, is_here: bool) -> None:
+    node = replace(NODE, protocol=protocol)
+    shown = sample(replace(FAR, tcp_id=tcp_id), node=node)
+    servers = follow_servers(None, shown)
+    assert servers is not None and servers.unfound is is_here
+    assert ("was not found" in risk(shown, **SECOND)) is is_here
 
 
 def test_only_a_lasting_server_without_proof_takes_time() -> None:
