@@ -94,14 +94,14 @@ class FuseHolders:
 
     def servers_of(self, connections: Iterable[int]) -> dict[int, FuseServers]:
         """Return the processes that serve these connections, without those that have none."""
-        servers = {}
-        for number in connections:
-            if pids := self._living(number):
-                servers[number] = FuseServers(pids, True)
-            elif pids := self._candidates():
-                is_only = len(pids) == 1 and self._is_complete(AGE_S)
-                servers[number] = FuseServers(pids, is_only)
-        return servers
+        named = {number: self._living(number) for number in connections}
+        candidates = () if all(named.values()) else self._candidates()
+        is_only = len(candidates) == 1 and self._is_complete(AGE_S)
+        return {
+            number: FuseServers(pids, True) if pids else FuseServers(candidates, is_only)
+            for number, pids in named.items()
+            if pids or candidates
+        }
 
     def _is_complete(self, age: float) -> bool:
         """Return whether all processes were searched at most this many seconds ago."""

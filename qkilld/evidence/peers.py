@@ -20,7 +20,7 @@ from qkilld.evidence.exports import ExportReader, WaitBudget
 from qkilld.evidence.files import read_descriptors
 from qkilld.evidence.fuse import MAX_SERVERS, connection_of, read_waiting
 from qkilld.evidence.kept_file import open_directory, read_once
-from qkilld.evidence.peer_finder import PeerFinder
+from qkilld.evidence.peer_finder import SEARCH_S, PeerFinder
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -48,13 +48,11 @@ class _SampledServers(NamedTuple):
     """Whether all of these processes serve the file system."""
 
 
-class _Matches(NamedTuple):
+class _Match(NamedTuple):
     at: float
     """time.monotonic()."""
-    among: frozenset[int]
-    """The processes that were looked at."""
-    pids: frozenset[int]
-    """Those that have an image of the guest open."""
+    opens: bool
+    """Whether the process has a file with the name of an image of the guest open."""
 
 
 class ServerReader:
@@ -70,8 +68,8 @@ class ServerReader:
         self._missing_ends = _NONE
         self._missing_fuse = _NONE
         """The FUSE connections whose servers were not found yet."""
-        self._matches: dict[tuple[str, frozenset[str]], _Matches] = {}
-        """The FUSE servers that have an image open, by the mount and the names of the images."""
+        self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
+        """The processes that may serve a FUSE mount, by the mount and the names of the images."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Announce sockets of servers and FUSE mounts, so that search() can find the servers before
@@ -195,6 +193,7 @@ class ServerReader:
         if not numbers:
             return {}
         found = self._finder.find_fuse(numbers.values())
+        end = time.monotonic() + SEARCH_S
         served = {}
         for number, connection in numbers.items():
             servers = found.get(connection)
@@ -206,7 +205,7 @@ class ServerReader:
                 # A server seldom changes the names of files. But gocryptfs does, and anybody can
                 # have /dev/fuse and a file of that name open, so no other process is left out
                 # while all can be sampled, and a name proves nothing.
-                pids = self._matching(number, pids, wanted)
+                pids = self._matching(number, pids, wanted, end)
             if len(pids) > MAX_SERVERS:
                 continue
             readers = {pid: reader for pid in pids if (reader := self._reader(pid)) is not None}
@@ -219,14 +218,29 @@ class ServerReader:
                 served[number] = _SampledServers(tuple(peers.values()), servers.certain)
         return served
 
-    def _matching(self, number: str, pids: Sequence[int], names: frozenset[str]) -> list[int]:
-        """Return the processes that have a file with one of these names open. Costs 4 µs for each
-        descriptor, every REFRESH_S."""
-        known, now = self._matches.get((number, names)), time.monotonic()
-        if known is None or now - known.at >= REFRESH_S or not known.among.issuperset(pids):
-            opened = frozenset(pid for pid in pids if _opens(pid, names, self._proc))
-            known = self._matches[number, names] = _Matches(now, frozenset(pids), opened)
-        return [pid for pid in pids if pid in known.pids]
+    def _matching(
+        self, number: str, pids: Sequence[int], names: frozenset[str], end: float
+    ) -> list[int]:
+        """Return the processes that have a file with one of these names open; none before all were
+        looked at.
+
+        Costs 4 µs for each descriptor, every REFRESH_S. Any user can have many processes, so this
+        stops at `end`, time.monotonic(), and the next sample continues.
+        """
+        known = self._matches.get((number, names), {})
+        matches = {pid: known[pid] for pid in pids if pid in known}
+        self._matches[number, names] = matches
+        while len(self._matches) > MAX_PEERS:
+            del self._matches[next(iter(self._matches))]
+        for pid in sorted(pids, key=lambda pid: known[pid].at if pid in known else 0.0):
+            now = time.monotonic()
+            if now >= end:
+                break
+            if pid not in matches or now - matches[pid].at >= REFRESH_S:
+                matches[pid] = _Match(now, _opens(pid, names, self._proc))
+        if len(matches) < len(pids):
+            return []
+        return [pid for pid in pids if matches[pid].opens]
 
     def _reader(self, pid: int) -> PeerReader | None:
         if pid not in self._readers and len(self._readers) < MAX_PEERS:

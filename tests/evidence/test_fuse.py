@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from qkilld.evidence import fuse, peer_finder, peers
+from qkilld.evidence.files import Descriptors
 from qkilld.evidence.fuse import connection_of
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
+from qkilld.evidence.sockets import SocketTable
+from qkilld.evidence.storage import StorageTable
 from qkilld.model.sample import Mount, Sample
 from tests.evidence.test_peers import connected, end_of, server_of
 from tests.evidence.until import until
@@ -132,16 +135,83 @@ def test_one_of_many_servers(lab_dir: Path, named: bool, monkeypatch: pytest.Mon
         assert not mount.certain
 
 
+def holders_in(proc: Path, *pids: int) -> fuse.FuseHolders:
+    """Return processes in a fake /proc that have /dev/fuse open."""
+    holders = fuse.FuseHolders(proc)
+    for pid in pids:
+        add_holder(holders, proc, pid)
+    return holders
+
+
+def add_holder(holders: fuse.FuseHolders, proc: Path, pid: int) -> None:
+    (proc / f"{pid}/fd").mkdir(parents=True)
+    (proc / f"{pid}/fdinfo").mkdir()
+    (proc / f"{pid}/fd/3").symlink_to(fuse.DEVICE)
+    (proc / f"{pid}/fdinfo/3").write_text("pos:\t0\n")
+    holders.add(pid, "3")
+
+
+class SlowFiles:
+    """Replaces read_descriptors(): every process has the image open, and looking at three takes
+    longer than SEARCH_S."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: list[int] = []
+        self.now = time.monotonic()
+        monkeypatch.setattr(peers, "read_descriptors", self._read)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def _read(self, pid: int, proc: Path) -> Descriptors:
+        self.read.append(pid)
+        self.now += peer_finder.SEARCH_S / 2.5
+        return Descriptors(2, (("3", fuse.DEVICE), ("4", f"/srv/{IMAGE}")), ())
+
+
+def test_a_search_for_the_image_among_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can have many, so each sample looks at a few, and at each process once."""
+    pids = list(range(7, 7 + fuse.MAX_SERVERS))
+    holders = holders_in(tmp_path, *pids, 50)
+    finder = PeerFinder(tmp_path)
+    monkeypatch.setattr(finder, "find_fuse", holders.servers_of)
+    files = SlowFiles(monkeypatch)
+    mount = Mount("fuse.mergerfs", None, None, "0:39")
+    names = {mount.number: frozenset({IMAGE})}
+    with contextlib.closing(peers.ServerReader(1, finder, tmp_path)) as reader:
+
+        def sample() -> int:
+            before = len(files.read)
+            reader.read_all({}, (mount,), names, storage=StorageTable(), sockets=SocketTable())
+            return len(files.read) - before
+
+        assert [sample() for _ in range(4)] == [3, 3, 3, 0]
+        assert sorted(files.read) == [*pids, 50]
+        add_holder(holders, tmp_path, 51)
+        assert sample() == 1
+        assert files.read[-1] == 51
+
+
+def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many file systems a guest uses."""
+    holders = holders_in(tmp_path, 7, 8)
+    links = []
+    readlink = os.readlink
+
+    def count(path: str) -> str:
+        links.append(path)
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", count)
+    assert len(holders.servers_of(range(30, 40))) == 10
+    assert len(links) == 2
+
+
 def test_the_only_process_with_the_device_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is certainly the server while a search through all processes is recent."""
-    (tmp_path / "7/fd").mkdir(parents=True)
-    (tmp_path / "7/fdinfo").mkdir()
-    (tmp_path / "7/fd/3").symlink_to(fuse.DEVICE)
-    (tmp_path / "7/fdinfo/3").write_text("pos:\t0\n")
-    holders = fuse.FuseHolders(tmp_path)
-    holders.add(7, "3")
+    holders = holders_in(tmp_path, 7)
     assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), False)}
     holders.complete()
     assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), True)}
