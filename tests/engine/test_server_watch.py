@@ -42,6 +42,8 @@ class FakeExits:
     closed: int = 0
     error: Exception | None = None
     """Raised by `add`."""
+    on_question: Callable[[], None] = lambda: None
+    """Called by `closed_first`."""
 
     def add(self, pid: int, seen_at: int) -> None:
         if self.error is not None:
@@ -55,6 +57,7 @@ class FakeExits:
         return self.before, self.after
 
     def closed_first(self, tcp_id: str) -> bool | None:
+        self.on_question()
         return self.first
 
     def close(self) -> None:
@@ -351,3 +354,25 @@ def test_only_servers_of_present_connections_are_watched() -> None:
         )
         world.clock.advance(1)
         assert world.exits.watched == {pid}
+
+
+def test_the_loop_does_not_ask_for_long_which_end_closed_the_connections() -> None:
+    names = [f"d{number}" for number in range(256)]
+    many = replace(
+        CONNECTED,
+        nodes=tuple(Node(name, "nbd") for name in names),
+        sockets=tuple(
+            replace(SOCKET, inode=at, node=name, tcp_id=name) for at, name in enumerate(names)
+        ),
+    )
+    world, process = ServedWorld(lambda now: many), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.01)
+    gone = world.clock.now()
+    world.exits.on_question = lambda: world.clock.advance(0.02)
+    process.die()
+    assert job.running
+    assert world.clock.now() - gone <= 0.04 * S
+    world.exits.before = frozenset({SERVER})
+    world.clock.advance(SETTLE / S)
+    assert len(job.risks) == len(names)
