@@ -5,6 +5,9 @@ SIGTERM, because a guest that has lost its disks exits in a few milliseconds. So
 they are found, for at most TIMEOUT. Only guests whose command line names storage on a network are
 watched.
 
+If an earlier daemon has told QEMU to exit, a node without a connection shows nothing: QEMU may have
+closed it, or lost its server.
+
 If servers cannot be watched, for example because there are no more descriptors, that is a risk.
 Whatever fails, the job goes on.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from signal import SIGKILL, SIGTERM
 from typing import Any, Final
 
@@ -32,7 +36,7 @@ from qkilld.engine.sampling import JobSampler
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked, Result
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Risk
-from qkilld.model.sample import Sample
+from qkilld.model.sample import Node, Sample
 
 TIMEOUT: Final = USEC_PER_SEC * 3 // 2
 """The longest time (µs) that SIGTERM waits for the servers to be found. It usually takes 30 ms."""
@@ -70,6 +74,10 @@ class ServerWatch:
         self._samples = 0
         self._timer: Timer | None = None
         self._has_failed = False
+        self._is_late = False
+        """Whether QEMU may have closed its disks before the watch began."""
+        self._late_nodes: tuple[Node, ...] = ()
+        """If so, the nodes that may lose data."""
         self.until = 0
         """SIGTERM waits until this time; 0 if it does not wait."""
 
@@ -82,6 +90,7 @@ class ServerWatch:
     def begin(self) -> None:
         """If needed, look for the servers, and call the job's `advance` when they are found."""
         if self.is_needed and self._parts.server_exits is not None:
+            self._is_late = is_stopping(self._job)
             with self._failures():
                 self._exits = self._parts.server_exits(self._process)
                 self.until = self._clock.now() + TIMEOUT
@@ -95,6 +104,10 @@ class ServerWatch:
             before, self._servers = self._servers, follow_servers(self._servers, sample)
             if self._servers is None or self._exits is None:
                 return
+            if self._is_late and before is None:
+                self._servers = replace(self._servers, disconnected=())
+                nodes = [node for node in sample.nodes or () if not node.read_only]
+                self._late_nodes = tuple(n for n in nodes if n.protocol != "vhost-user")
             known = frozenset[int]() if before is None else before.lasting
             for pid in known - self._servers.lasting:
                 self._exits.remove(pid)
@@ -128,17 +141,26 @@ class ServerWatch:
 
     def _risks(self, exits: ServerExits, ended: int) -> tuple[Risk, ...]:
         before, after = exits.ended()
+        started = self._clock.started_at(self._process.guest.identity.start_time)
         ends = ServerEnds(
             before=before,
             after=after,
             stopping=self._stopping,
             closed_first=self._closed_first,
-            guest_started=self._clock.started_at(self._process.guest.identity.start_time),
+            guest_started=started,
             guest_ended=ended,
         )
         risks = risks_of_servers(self._servers, ends)
-        if self._servers is not None and exits.unwatched:
-            nodes = self._servers.connected.items()
+        connected = {} if self._servers is None else self._servers.connected
+        for node in self._late_nodes:
+            # As long as QEMU keeps the data, it does not exit.
+            keeps = node.reconnect or 0
+            if node.name not in connected and ended >= started + keeps * USEC_PER_SEC:
+                title = f"{node.protocol} node {node.name}"
+                text = f"it is not known whether {title} had its server until QEMU closed it"
+                risks += (Risk("unknown", text),)
+        if exits.unwatched:
+            nodes = connected.items()
             unproven = [one for name, one in nodes if not self._closed_first.get(name)]
             if any(one.lasting & exits.unwatched for one in unproven):
                 risks += (_UNWATCHED,)

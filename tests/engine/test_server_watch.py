@@ -376,3 +376,57 @@ def test_the_loop_does_not_ask_for_long_which_end_closed_the_connections() -> No
     world.exits.before = frozenset({SERVER})
     world.clock.advance(SETTLE / S)
     assert len(job.risks) == len(names)
+
+
+def resumed(world: ServedWorld, process: FakeProcess) -> tuple[ServedWorld, FakeProcess, Job]:
+    """Continue a job in another daemon, whose sampler shows the same."""
+    (past,) = (job.snapshot() for job in world.registry)
+    after = ServedWorld(world.sampler.shows)
+    after.clock.advance((world.clock.now() - after.clock.now()) / S)
+    job = after.registry.resume(process, past)
+    after.clock.advance(0)
+    return after, process, job
+
+
+@pytest.mark.parametrize("pluggable", [False, True])
+def test_a_job_of_an_earlier_daemon_whose_node_is_not_connected(pluggable: bool) -> None:
+    """QEMU may have closed it normally, or may have lost its server before."""
+    world, process = ServedWorld(), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    closed = replace(CONNECTED, sockets=(), pluggable=pluggable)
+    world.sampler.shows = lambda now: closed
+    assert end(*resumed(world, process)) == (
+        "it is not known whether nbd node d had its server until QEMU closed it",
+    )
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        Node("d", "nbd", read_only=True),
+        Node("d", "vhost-user"),
+        Node("d", "iscsi", reconnect=1 << 30),
+    ],
+)
+def test_a_job_of_an_earlier_daemon_whose_node_loses_nothing(node: Node) -> None:
+    world, process = ServedWorld(), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    world.sampler.shows = lambda now: replace(CONNECTED, nodes=(node,), sockets=())
+    assert end(*resumed(world, process)) == ()
+
+
+def test_a_job_of_an_earlier_daemon_whose_node_is_connected() -> None:
+    world, process = ServedWorld(), client()
+    world.stop(process, FORCE)
+    world.clock.advance(0)
+    assert end(*resumed(world, process)) == ()
+
+
+def test_a_job_of_an_earlier_daemon_that_has_sent_no_sigterm() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    world.stop(process, FORCE)
+    world.sampler.shows = lambda now: replace(CONNECTED, sockets=())
+    after, process, job = resumed(world, process)
+    assert "had no connection to its server" in end(after, process, job)[0]
