@@ -19,10 +19,11 @@ from qkilld.model.job import UNCONTROLLED, Control, FlushReport, Request, Risk, 
 from qkilld.model.policy import Policy
 
 FORMAT: Final = "qkilld-job"
-VERSION: Final = 5
+VERSION: Final = 6
 """Earlier versions can be read, too. Version 1 lacks control. Version 2 lacks error_name,
 Identity.exiting and risks, and its assessment has a different format. Version 3 lacks the state of
-asking a guest. Version 4 lacks the results of flushing."""
+asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote, and some
+fields of samples."""
 YANK: Final = "yank"
 """The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1
@@ -209,7 +210,9 @@ def decode(document: object) -> Snapshot:
         # Another release's assessment is not usable: continue as if no sample had been taken.
         fields["assessment"] = None
         fields["risks"] = to_json((_UNKNOWN_RISK,) if fields.pop("data_at_risk", False) else ())
-    if version < VERSION:
+    if version < 6:
+        fields["guest"] = _with_remote(fields.get("guest"))
+    if version < 5:
         fields.setdefault("flush", to_json(FlushReport()))
         fields.setdefault("processors_stopped", False)
     try:
@@ -238,6 +241,13 @@ def _with_actions(rungs: object) -> object:
         | {"action": names.get(rung.get("signal"), rung.get("action"))}
         for rung in rungs
     ]
+
+
+def _with_remote(guest: object) -> object:
+    """Add to the guest of an older version that it may have storage on a network."""
+    if not isinstance(guest, dict) or not isinstance(guest.get("label"), dict):
+        return guest
+    return guest | {"label": {"remote": True} | guest["label"]}
 
 
 def _problem(snapshot: Snapshot) -> str:

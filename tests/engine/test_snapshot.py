@@ -422,7 +422,14 @@ def test_a_good_one_is_not_refused() -> None:
 
 
 def test_those_of_the_versions_before_are_not_refused() -> None:
-    document = changed("version", 2)
+    document = changed("version", 5)
+    assert decode(document).guest.label.remote is False
+    del document["guest"]["label"]["remote"]
+    assert decode(document).guest.label.remote is True
+    document["version"] = 4
+    del document["flush"]
+    assert decode(document).guest.label.remote is True
+    document["version"] = 2
     del document["guest"]["identity"]["exiting"]
     assert decode(document).guest.identity.exiting is False
     document["version"] = 1
