@@ -24,6 +24,7 @@ class GuestEnd:
         self.at: int | None = None
         """When the exit was noticed; CLOCK_MONOTONIC, µs."""
         self._settled_at = 0
+        self._is_settled = True
         self._killed_by = 0
 
     def note(self, signals: SignalPhase) -> bool:
@@ -40,6 +41,12 @@ class GuestEnd:
                 self._clock.call_at(self._settled_at, self._note_later)
         return now >= self._settled_at
 
+    def stop_waiting(self) -> bool:
+        """Let the job end now if the exit was noticed; return whether it was."""
+        if self._clock.now() < self._settled_at:
+            self._settled_at, self._is_settled = 0, False
+        return self.at is not None
+
     def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
         """Return the risks of an exit that qkilld's SIGKILL did not cause."""
         job, ended = self._job, self.at if self.at is not None else self._clock.now()
@@ -51,7 +58,7 @@ class GuestEnd:
         started = self._clock.started_at(self._process.guest.identity.start_time)
         if risks := risks_of_exit(evidence, flushed=flushed, started=started, ended=ended):
             return risks
-        return () if flushed else self._servers.risks(ended)
+        return () if flushed else self._servers.risks(ended, settled=self._is_settled)
 
     def _note_later(self) -> None:
         if self._job.running:

@@ -422,8 +422,11 @@ class Job:
             self._changed()
 
     def cancel(self, why: str = "") -> None:
-        """Send no more signals and end as `cancelled`. Does nothing if the job has ended."""
-        if self.running:
+        """Send no more signals and end as `cancelled`, or as `exited` if only the servers of disks
+        are awaited. Does nothing if the job has ended."""
+        if self.running and self._end.stop_waiting():
+            self.note_gone()
+        elif self.running:
             self.error = why
             self.finish(Result.CANCELLED)
 

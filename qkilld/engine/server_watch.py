@@ -50,6 +50,10 @@ unknown. A question takes 20 µs, but up to 20 ms while other threads ask the ke
 _UNWATCHED: Final = Risk(
     "unknown", "it could not be watched whether all servers of its disks outlived the guest"
 )
+_UNSETTLED: Final = Risk(
+    "unknown",
+    "the job was cancelled before it was known whether the servers of its disks were being stopped",
+)
 _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
@@ -129,12 +133,13 @@ class ServerWatch:
             self._stopping = self._parts.stopping(servers.serving)
         return not self._has_failed and needs_settling(servers, self._closed_first)
 
-    def risks(self, ended: int) -> tuple[Risk, ...]:
+    def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
         """Return the risks after the guest has exited at `ended`. Call it once, after `note_exit`
-        and before `close`."""
+        and before `close`. `settled`: not earlier than `note_exit` demands."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
-                return self._risks(self._exits, ended)
+                risks = self._risks(self._exits, ended)
+                return risks if settled else (*risks, _UNSETTLED)
         if self._has_failed or self.is_needed:
             return risks_of_servers(None, ServerEnds(guest_started=0, guest_ended=ended))
         return ()

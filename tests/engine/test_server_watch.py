@@ -430,3 +430,33 @@ def test_a_job_of_an_earlier_daemon_that_has_sent_no_sigterm() -> None:
     world.sampler.shows = lambda now: replace(CONNECTED, sockets=())
     after, process, job = resumed(world, process)
     assert "had no connection to its server" in end(after, process, job)[0]
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_cancel_while_the_job_waits_for_the_servers(stopping: bool) -> None:
+    world, process = ServedWorld(), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.01)
+    gone = world.clock.now()
+    process.die()
+    world.clock.advance(SETTLE / S / 2)
+    if stopping:
+        world.exits.before = frozenset({SERVER})
+    world.registry.cancel_all("qkilld was stopped")
+    assert (job.result, job.ended, job.error) == (Result.EXITED, gone, "")
+    *others, last = (risk.text for risk in job.risks)
+    assert "cancelled before it was known" in last
+    assert len(others) == stopping
+    world.clock.advance(5)
+    assert world.exits.closed == 1
+
+
+def test_cancel_after_an_exit_without_a_signal_keeps_the_risks() -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.sampler.late[0](replace(CONNECTED, at=world.clock.now()))
+    process.die()
+    assert job.running
+    job.cancel()
+    assert (job.result, process.sent) == (Result.EXITED, [])
+    assert job.data_at_risk
