@@ -62,6 +62,11 @@ class NodeServer:
         return frozenset(peer.pid for peer in _chain(self.peer))
 
     @property
+    def is_nbd_over_tcp(self) -> bool:
+        """Whether the kernel can be asked which end closed the connection first."""
+        return self.node.protocol == "nbd" and bool(self.tcp_id)
+
+    @property
     def title(self) -> str:
         if self.peer is None:
             return "its server"
@@ -184,10 +189,11 @@ class ServerEnds:
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
-    """By the name of the node: whether the guest closed the connection before the server did. False
-    proves nothing for a server of this host: it often closes the connection between QEMU's request
-    to disconnect and QEMU's shutdown(2): in 38 of 120 stops with a load of 3 on two processors. For
-    a server beyond a network without latency, it was 1 of 60 with a load of 15."""
+    """By the name of the node: whether the guest closed the connection before the server did. It
+    lacks connections of which that is unknown, or cannot be asked (is_nbd_over_tcp). False proves
+    nothing for a server of this host: it often closes the connection between QEMU's request to
+    disconnect and QEMU's shutdown(2): in 38 of 120 stops with a load of 3 on two processors. For a
+    server beyond a network without latency, it was 1 of 60 with a load of 15."""
     guest_started: int
     guest_ended: int
 
@@ -235,6 +241,8 @@ def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) ->
         return "its server was not found, and may have ended before the guest"
     if server.peer is None and closed_first is False:
         return "its server closed the connection before the guest did"
+    if server.peer is None and closed_first is None and server.is_nbd_over_tcp:
+        return "whether its server closed the connection before the guest did is unknown"
     return ""
 
 
@@ -266,8 +274,10 @@ def _chain(peer: Peer | None) -> Iterator[Peer]:
 
 
 def _title(nodes: Sequence[Node]) -> str:
+    protocol = nodes[0].protocol
     if len(nodes) == 1:
-        return f"{nodes[0].protocol} node {nodes[0].name}"
+        return f"{protocol} node {nodes[0].name}"
     names = [node.name for node in nodes[:_MAX_NAMES]]
     more = " and others" if len(nodes) > _MAX_NAMES else ""
-    return f"one of the {nodes[0].protocol} nodes {', '.join(names)}{more}"
+    kind = f"{protocol} nodes" if all(node.protocol == protocol for node in nodes) else "nodes"
+    return f"one of the {kind} {', '.join(names)}{more}"

@@ -58,7 +58,10 @@ SECOND: dict[str, Any] = {"closed_first": {"disk": False}}
         # The opposite proves nothing if the server is on this host.
         (sample(TCP), SECOND, ""),
         (sample(TCP), {**SECOND, **ENDED}, "ended before the guest"),
-        (sample(FAR), {}, ""),
+        # The kernel was asked, but too busy to answer.
+        (sample(FAR), {}, "is unknown"),
+        (sample(replace(FAR, tcp_id="")), {}, ""),
+        (sample(FAR, node=Node("disk", "iscsi")), {}, ""),
         (sample(FAR), FIRST, ""),
         (sample(FAR), SECOND, "closed the connection before the guest"),
         (sample(replace(UNIX, peer=None)), {}, "was not found"),
