@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
 from qkilld.adapters.target_files import MAX_CONFIGS, read_config
+from qkilld.adapters.unix_table import parse_unix_row
 from qkilld.debug_log import ignore
 from qkilld.evidence.block_graph import BlockGraph, ConnectionEnd, read_block_graph
 from qkilld.evidence.files import read_descriptors
@@ -24,6 +25,7 @@ from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.model.text import printable
 from qkilld.model.unit import UnitFacts
 from qkilld.monitor.reach import read_options
+from qkilld.monitor.tcp import socket_descriptors
 from qkilld.unitcheck.context import looks_like_qemu
 from qkilld.unitcheck.shell import (
     Branch,
@@ -197,20 +199,17 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
     """Yield the server that listens at this address of the host, if one does and it runs in a
-    unit."""
+    unit. A process that root cannot see is in no unit of this system, but of the system around this
+    container, or is the kernel."""
     import psutil
 
-    kind = "unix" if end.path else "tcp"
+    place = printable(end.path) or f"port {end.port}"
     try:
-        connections: list[Any] = psutil.net_connections(kind)
+        pids = _unix_listeners(end.path) if end.path else _tcp_listeners(end.port)
     except (psutil.Error, OSError, RuntimeError) as error:
-        # RuntimeError: a row is malformed, which any user can cause by a line feed in the name of a
-        # unix socket.
         why = f"the sockets of this host cannot be listed: {printable(str(error))}"
         yield Storage(protocol=protocol, unseen=why)
         return
-    place = printable(end.path) or f"port {end.port}"
-    pids = {each.pid for each in connections if _listens_at(each, end)}
     if known := [pid for pid in pids if pid]:
         pid = max(known)  # Not systemd, which may have passed the socket.
         unit = procfs.read_unit(pid)
@@ -219,16 +218,40 @@ def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
             yield Storage(protocol=protocol, unseen=why)
         elif unit.system:
             yield Storage(protocol=protocol, server=unit.system)
-    elif pids:
+    elif pids and os.geteuid() != 0:
         why = f"the process that listens at {place} cannot be seen; root can see it"
         yield Storage(protocol=protocol, unseen=why)
 
 
-def _listens_at(connection: Any, end: ConnectionEnd) -> bool:
-    """Return whether a connection of psutil is a socket that listens at this address."""
-    if end.path:
-        return bool(connection.laddr == end.path and not connection.raddr)
-    return bool(connection.status == "LISTEN" and connection.laddr.port == end.port)
+def _tcp_listeners(port: int) -> set[int | None]:
+    """Return the processes that listen at this port, None for one that cannot be seen. Raises what
+    psutil raises."""
+    import psutil
+
+    return {
+        each.pid
+        for each in psutil.net_connections("tcp")
+        if each.status == "LISTEN" and each.laddr.port == port
+    }
+
+
+def _unix_listeners(path: str) -> set[int | None]:
+    """Return the processes that listen at this path, None for one that cannot be seen. Raises
+    OSError.
+
+    psutil reads no table of sockets with a line feed in a name, and any user can bind one.
+    """
+    import psutil
+
+    lines = (procfs.PROC / "net/unix").read_bytes().split(b"\n")
+    rows = [row for line in lines if (row := parse_unix_row(line)) is not None]
+    inodes = {row.inode for row in rows if row.listening and row.name == os.fsencode(path)}
+    pids: set[int | None] = set()
+    for pid in psutil.pids() if inodes else ():
+        with ignore(f"listing the sockets of process {pid}", OSError):
+            if not inodes.isdisjoint(socket_descriptors(pid)):
+                pids.add(pid)
+    return pids or ({None} if inodes else set())
 
 
 def _mounts_of(path: str) -> Iterator[Storage]:

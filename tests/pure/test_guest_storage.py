@@ -19,6 +19,7 @@ from qkilld.ctl.guest_storage import (
     qemu_command_lines,
     read_storage,
 )
+from qkilld.model.guest import Unit
 from qkilld.model.unit import Command
 from qkilld.unitcheck.storage import Storage, device_kind, is_ordered
 from tests.pure.test_unitcheck import SAFE
@@ -82,16 +83,19 @@ def test_servers(words: list[str], protocols: list[str]) -> None:
     assert [place.protocol for place in places(*words)] == protocols
 
 
-def test_a_socket_whose_name_breaks_the_table_of_sockets(tmp_path: Path) -> None:
-    """Any user can bind one, and psutil raises RuntimeError for it. Then the server is not known,
-    which is not the same as no server."""
-    disk = ("-drive", "file=nbd+unix:///?socket=/x")
-    assert places(*disk) == []
-    with socket.socket(socket.AF_UNIX) as hostile:
+def test_a_socket_whose_name_breaks_the_table_of_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can bind one, and psutil raises RuntimeError for it. The server is found anyway."""
+    path = tmp_path / "server"
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: Unit(system=f"{pid}.service"))
+    with socket.socket(socket.AF_UNIX) as hostile, socket.socket(socket.AF_UNIX) as server:
         hostile.bind(os.fsencode(tmp_path / "a\nb c"))
-        (place,) = places(*disk)
-    assert (place.protocol, place.server) == ("nbd", "")
-    assert "cannot be listed: error while parsing /proc/net/unix" in place.unseen
+        server.bind(str(path))
+        server.listen()
+        (place,) = places("-drive", f"file=nbd+unix:///?socket={path}")
+        assert places("-drive", f"file=nbd+unix:///?socket={path}-of-nobody") == []
+    assert (place.protocol, place.server, place.unseen) == ("nbd", f"{os.getpid()}.service", "")
 
 
 @pytest.mark.parametrize("family", ["unix", "tcp"])
@@ -108,11 +112,15 @@ def test_a_server_that_cannot_be_seen(
         monkeypatch.setattr(procfs, "read_unit", lambda pid: None)
         (place,) = places("-drive", f"file={disk}")
         assert f"the unit of process {os.getpid()}" in place.unseen and not place.server
-        # What a user sees of another user's process.
-        listed = [each._replace(pid=None) for each in psutil.net_connections(family)]
+        # What a user sees of another user's process, or a container of one outside.
+        monkeypatch.setattr(psutil, "pids", list)
+        listed = [each._replace(pid=None) for each in psutil.net_connections("tcp")]
         monkeypatch.setattr(psutil, "net_connections", lambda kind: listed)
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
         (place,) = places("-drive", f"file={disk}")
         assert "cannot be seen; root can see it" in place.unseen and not place.server
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        assert places("-drive", f"file={disk}") == []
 
 
 CONFIG = """\

@@ -204,7 +204,7 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
         "box.scope": ["engine.service"],
         "free.scope": [],
     }
-    projects = {keeper["unit"]: keeper["whose"] for keeper in report["keepers"]}
+    projects = {keeper["unit"]: keeper["project"] for keeper in report["keepers"]}
     assert projects["our-guests.service"] == "libvirt" and projects["engine.service"] == "docker"
 
     def stopped(name: str) -> list[int]:
