@@ -223,7 +223,7 @@ def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
         yield Storage(protocol=protocol, unseen=why)
 
 
-def _tcp_listeners(port: int) -> set[int | None]:
+def _tcp_listeners(port: int | None) -> set[int | None]:
     """Return the processes that listen at this port, None for one that cannot be seen. Raises what
     psutil raises."""
     import psutil
@@ -231,7 +231,7 @@ def _tcp_listeners(port: int) -> set[int | None]:
     return {
         each.pid
         for each in psutil.net_connections("tcp")
-        if each.status == "LISTEN" and each.laddr.port == port
+        if each.status == "LISTEN" and each.laddr[1:2] == (port,)
     }
 
 
