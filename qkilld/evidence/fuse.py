@@ -6,7 +6,7 @@ QEMU waits for one answer, such as that to an fsync, only the server's disk show
 The connection of a mount has the minor number of the mount's st_dev. Since Linux 6.16 (measured on
 6.18), fdinfo of the server's /dev/fuse names the connection. Before, every process that has
 /dev/fuse open may be the server, and any user can open it. So only if a single process has it open,
-that is certainly the server.
+and all processes could be read, that is certainly the server.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -74,6 +74,8 @@ class FuseHolders:
         """Whether the kernel is known to name connections."""
         self._complete_at: float | None = None
         """When a search through all processes was last complete, time.monotonic()."""
+        self._all_readable = False
+        """Whether that search was permitted to read all of them."""
 
     def add(self, pid: int, descriptor: str) -> None:
         """Add a process that has /dev/fuse open."""
@@ -82,8 +84,10 @@ class FuseHolders:
             self._is_named = self._is_named or connection is not _UNNAMED
             self._descriptors.setdefault(connection, {})[pid] = descriptor
 
-    def complete(self) -> None:
-        """Note that all processes were searched."""
+    def complete(self, *, readable: bool) -> None:
+        """Note that all processes were searched. `readable`: whether all could be read; a daemon
+        without the ptrace right, such as that of a user, cannot read those of others."""
+        self._all_readable = readable
         self._complete_at = time.monotonic()
 
     def wants_search(self, connections: Iterable[int]) -> bool:
@@ -96,7 +100,7 @@ class FuseHolders:
         """Return the processes that serve these connections, without those that have none."""
         named = {number: self._living(number) for number in connections}
         candidates = () if all(named.values()) else self._candidates()
-        is_only = len(candidates) == 1 and self._is_complete(AGE_S)
+        is_only = len(candidates) == 1 and self._all_readable and self._is_complete(AGE_S)
         return {
             number: FuseServers(pids, True) if pids else FuseServers(candidates, is_only)
             for number, pids in named.items()

@@ -105,7 +105,7 @@ class PeerFinder:
     def _search_fuse(self, seconds: float) -> None:
         self._search([DEVICE], seconds)
         if not any(search.wants(DEVICE) for search in self._searches):
-            self._fuse.complete()
+            self._fuse.complete(readable=all(search.all_readable for search in self._searches))
 
     def go_on(self, inodes: Iterable[int]) -> None:
         """Continue the search between samples, unless another thread is searching. Takes at most
@@ -166,6 +166,10 @@ class _Search:
         self._candidates: Iterator[_Candidate] | None = None
         """The processes still to be searched; None between searches."""
         self._counts: dict[int, int] = {}
+        self._is_denied = False
+        """Whether the present search was not permitted to read a process."""
+        self.all_readable = False
+        """Whether the last search was permitted to read all processes."""
         self._rests_until = 0.0
 
     def want(self, links: Iterable[str]) -> None:
@@ -194,6 +198,7 @@ class _Search:
         start = time.thread_time()
         while self._wanted and time.monotonic() < end:
             if self._candidates is None:
+                self._is_denied = False
                 self._candidates = iter(self._processes())
             process = next(self._candidates, None)
             if process is None:
@@ -206,6 +211,7 @@ class _Search:
         """End a search of all processes. Continue only with links that were added meanwhile."""
         now = time.monotonic()
         self._candidates = None
+        self.all_readable = not self._is_denied
         self._retry_at = {link: at for link, at in self._retry_at.items() if at > now}
         for link in self._wanted - self._latecomers:
             self._wanted.discard(link)
@@ -243,6 +249,7 @@ class _Search:
         try:
             directory = os.open(f"{self._proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
+            self._is_denied = self._is_denied or isinstance(error, PermissionError)
             note_once("looking for servers", error)
             return
         try:

@@ -213,7 +213,7 @@ def test_the_only_process_with_the_device_open(
     """It is certainly the server while a search through all processes is recent."""
     holders = holders_in(tmp_path, 7)
     assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), False)}
-    holders.complete()
+    holders.complete(readable=True)
     assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), True)}
     assert not holders.wants_search([39])
     later = time.monotonic() + fuse.AGE_S + 1
@@ -290,3 +290,21 @@ def test_requests_that_wait(tmp_path: Path) -> None:
     (directory / "waiting").write_text("12\n")
     assert fuse.read_waiting(39, tmp_path) == 12
     assert fuse.read_waiting(40, tmp_path) is None
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_the_only_process_that_can_be_read(
+    tmp_path: Path, denied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may be the process of another user, whose descriptors a user may not read."""
+    holders_in(tmp_path, 7)
+    (tmp_path / "8/fd").mkdir(parents=True)
+    open_file = os.open
+
+    def open_own(path: str, flags: int, dir_fd: int | None = None) -> int:
+        if denied and path == f"{tmp_path}/8/fd":
+            raise PermissionError(path)
+        return open_file(path, flags, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", open_own)
+    assert PeerFinder(tmp_path).find_fuse([39]) == {39: fuse.FuseServers((7,), not denied)}
