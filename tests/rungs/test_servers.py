@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
@@ -124,14 +126,18 @@ def client(directory: Path, store: Server, more: str = "") -> Iterator[BareGuest
         yield guest
 
 
-def stop(guest: BareGuest, around: Callable[[Stopper, Job], Awaitable[None]] | None = None) -> Job:
-    """Stop the guest; return the job after its end. `around` is called after the job has begun."""
+def stop(
+    guest: BareGuest | int, around: Callable[[Stopper, Job], Awaitable[None]] | None = None
+) -> Job:
+    """Stop the guest, or that with this process id; return the job after its end. `around` is
+    called after the job has begun."""
+    pid = guest if isinstance(guest, int) else guest.pid
     # A server that is a guest is a copy of QEMU under another path.
     config = Config(executables=(f"*/{QEMU}",))
 
     async def work() -> Job:
         async with stopper(config) as stopping:
-            job = await stopping.begin_pid(guest.pid, Flag(0))
+            job = await stopping.begin_pid(pid, Flag(0))
             if around is not None:
                 await around(stopping, job)
             await until(lambda: not job.running)
@@ -227,4 +233,47 @@ def test_a_disk_that_is_only_read_is_no_risk(lab_dir: Path, transport: str) -> N
             store.terminate()
 
         job = stop(guest, end_server)
+    assert (job.result, job.risks) == (Result.EXITED, ())
+
+
+def handles_sigterm(pid: int) -> bool:
+    (line,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(line, 16) & 1 << signal.SIGTERM - 1)
+
+
+def two_disks(path: Path) -> list[str]:
+    """Return the arguments of a QEMU with two exports of one server as disks."""
+    files = [f"file=nbd:unix:{path}:exportname={name},format=raw" for name in ("one", "two")]
+    return [word for file in files for word in ("-drive", f"{file},if=none")]
+
+
+@pytest.mark.timeout(120)
+def test_two_disks_of_one_server_and_no_monitor(lab_dir: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        path = lab_dir / "nbd"
+        process = spawn([needs.program("nbdkit", "nbdkit"), "-f", "-U", path, "memory", "1M"])
+        stack.callback(end, process)
+        wait_for_listener(path)
+        guest = stack.enter_context(start_qemu(qmp=False, arguments=two_disks(path)))
+        wait_until(lambda: handles_sigterm(guest.pid), bool)
+        job = stop(guest.pid)
+    assert (job.result, job.risks) == (Result.EXITED, ())
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_runs_its_guest(lab_dir: Path) -> None:
+    """nbdkit ends its server when the guest exits."""
+    with contextlib.ExitStack() as stack:
+        path, pidfile = lab_dir / "nbd", lab_dir / "pid"
+        qemu = shlex.join(
+            [str(needs.program(QEMU, "qemu-system-x86")), "-M", "none", "-nodefaults"]
+        )
+        run_qemu = f"exec {qemu} -display none -pidfile {pidfile} {shlex.join(two_disks(path))}"
+        nbdkit = needs.program("nbdkit", "nbdkit")
+        process = spawn([nbdkit, "-U", path, "memory", "1M", "--run", run_qemu])
+        stack.callback(end, process)
+        pid = int(wait_until(lambda: pidfile.exists() and pidfile.read_text(), bool))
+        wait_until(lambda: handles_sigterm(pid), bool)
+        job = stop(pid)
+        assert process.wait(30) == 0
     assert (job.result, job.risks) == (Result.EXITED, ())
