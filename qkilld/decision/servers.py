@@ -66,6 +66,12 @@ class NodeServer:
         """Whether the kernel can be asked which end closed the connection first."""
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
+    def outlived(self, closed_first: bool | None) -> bool:
+        """Return whether the guest closed the connection first, and no other server lies behind: of
+        that one, the connection says nothing."""
+        is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
+        return bool(closed_first) and is_last
+
     @property
     def title(self) -> str:
         if self.peer is None:
@@ -175,7 +181,9 @@ def _connects_to_itself(tcp_id: str) -> bool:
 
 
 def _is_known(peer: Peer | None) -> bool:
-    return peer is not None and all(one.leaves is not None for one in _chain(peer))
+    return peer is not None and all(
+        one.leaves is not None and not one.behind_unknown for one in _chain(peer)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +210,9 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
     """Return whether only time can show whether a server was being stopped when the guest ended.
     `closed_first` as in ServerEnds."""
     known = servers.connected if servers is not None else {}
-    return any(one.lasting and not closed_first.get(name) for name, one in known.items())
+    return any(
+        one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
+    )
 
 
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
@@ -229,7 +239,7 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
 def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
     """Say why the server may have closed the connection before the guest did; "" if it did not, as
     far as visible."""
-    if closed_first:
+    if server.outlived(closed_first):
         return ""
     if server.lasting & ends.before:
         return f"{server.title} ended before the guest"

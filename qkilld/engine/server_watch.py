@@ -166,7 +166,8 @@ class ServerWatch:
                 risks += (Risk("unknown", text),)
         if exits.unwatched:
             nodes = connected.items()
-            unproven = [one for name, one in nodes if not self._closed_first.get(name)]
+            first = self._closed_first
+            unproven = [one for name, one in nodes if not one.outlived(first.get(name))]
             if any(one.lasting & exits.unwatched for one in unproven):
                 risks += (_UNWATCHED,)
         return risks

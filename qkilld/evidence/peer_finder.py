@@ -227,8 +227,9 @@ class _Search:
                 continue
             try:
                 status = os.stat(f"{self._proc}/{name}/fd")  # noqa: PTH116 - half the cost
-            except OSError:
-                continue  # It has exited.
+            except OSError as error:  # It has exited, or hidepid= hides its files.
+                self._is_denied = self._is_denied or isinstance(error, PermissionError)
+                continue
             count = status.st_size or self._counts.get(int(name), 0)
             if (count >= FEW) is self._many and count <= MAX_DESCRIPTORS:
                 pids.append(self._of_its_user(_Candidate(int(name), status.st_uid, count)))

@@ -178,7 +178,8 @@ class ServerReader:
         for servers in served.values():
             # An uncertain server may be that of somebody else.
             others |= {other.pid: other for other in servers.peers if servers.certain}
-        return replace(peer, behind=tuple(others.values()))
+        unfound = upstream.keys() - behind.keys()
+        return replace(peer, behind=tuple(others.values()), behind_unknown=bool(unfound))
 
     def _read_fuse(
         self,

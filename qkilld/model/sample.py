@@ -150,6 +150,9 @@ class Peer:
     leaves: bool | None = False
     """Whether the peer exits by itself when its client disconnects, by its command line; None if
     that was not read in time."""
+    behind_unknown: bool = False
+    """Whether the process at the other end of one of its connections was not found, which may be a
+    server that belongs to `behind`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,6 +232,27 @@ def test_a_server_on_tcp_that_is_on_this_host(tcp_id: str, protocol: str, is_her
     assert ("was not found" in risk(shown, **SECOND)) is is_here
 
 
+def test_a_server_behind_the_server_may_be_found_late() -> None:
+    proxy = replace(PEER, leaves=True, behind_unknown=True)
+    servers = follow_servers(None, sample(replace(UNIX, peer=proxy)))
+    assert servers is not None and servers.unfound
+    whole = replace(proxy, behind=(replace(PEER, pid=95),), behind_unknown=False)
+    servers = follow_servers(servers, sample(replace(UNIX, peer=whole)))
+    assert servers is not None and not servers.unfound
+    assert "ended before the guest" in risk(servers, before=frozenset({95}))
+
+
+@pytest.mark.parametrize("behind", [(), (replace(PEER, pid=95),)])
+def test_who_closed_the_connection_says_nothing_of_a_server_behind(
+    behind: tuple[Peer, ...],
+) -> None:
+    unknown = not behind
+    peer = replace(PEER, behind=behind, behind_unknown=unknown)
+    shown = sample(replace(TCP, peer=peer))
+    assert "ended before the guest" in risk(shown, **FIRST, **ENDED)
+    assert needs_settling(follow_servers(None, shown), FIRST["closed_first"])
+
+
 def test_only_a_lasting_server_without_proof_takes_time() -> None:
     assert needs_settling(follow_servers(None, sample(UNIX)), {})
     assert needs_settling(follow_servers(None, sample(TCP)), {"disk": False})
