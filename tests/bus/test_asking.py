@@ -85,7 +85,7 @@ def test_a_guest_without_acpi_is_deaf(client: Client, boot: Boot) -> None:
     result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
     assert (result, receipt["guest-asked"]) == ("exited", "deaf")
     print(f"known after {at(receipt, 'SIGTERM'):.3f} s")
-    assert at(receipt, "SIGTERM") < 10
+    assert at(receipt, "SIGTERM") < 30, "half of PowerdownSec="
 
 
 @pytest.mark.parametrize("seconds", [0, 1])

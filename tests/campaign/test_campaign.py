@@ -11,7 +11,7 @@ from tests.campaign import report
 from tests.campaign.cases import CASES
 from tests.campaign.draw import draw
 from tests.campaign.keep import keep
-from tests.campaign.pool import run_all
+from tests.campaign.pool import RunResult, run_all
 from tests.campaign.spec import Spec
 from tests.campaign.truth import BOUNDED, truth
 from tests.lab import needs
@@ -48,11 +48,21 @@ def _length(spec: Spec) -> float:
 
 
 def _all_right(specs: Sequence[Spec]) -> None:
-    """Check each run, except those whose samples were late every time."""
-    wrong = [
-        report.line(keep(one))
+    """Check each run, except those whose samples were late every time.
+
+    A run that is wrong is repeated once, beside fewer others: on a busy host the page cache is
+    written back late, and that movement of a healthy disk is in no schedule.
+    """
+    wrong = _wrong(specs)
+    repeated = _wrong([one.spec for one in wrong])
+    lines = [report.line(keep(one)) for one in repeated]
+    assert not lines, "\n" + "\n".join(lines)
+
+
+def _wrong(specs: Sequence[Spec]) -> list[RunResult]:
+    return [
+        one
         # At most two attempts, so that this does not take too long on a busy host.
-        for one in run_all(specs, most=2)
+        for one in (run_all(specs, most=2) if specs else ())
         if not one.clean and not (one.judgement and one.judgement.too_late)
     ]
-    assert not wrong, "\n" + "\n".join(wrong)
