@@ -92,9 +92,13 @@ class FuseHolders:
 
     def wants_search(self, connections: Iterable[int]) -> bool:
         """Return whether a search may find out more about these connections."""
-        if all(self._living(number) for number in connections):
+        if self.names_all(connections):
             return False
         return not self._is_complete(RENEW_S) or not self._candidates()
+
+    def names_all(self, connections: Iterable[int]) -> bool:
+        """Return whether the kernel has named a server of each connection."""
+        return all(self._living(number) for number in connections)
 
     def servers_of(self, connections: Iterable[int]) -> dict[int, FuseServers]:
         """Return the processes that serve these connections, without those that have none."""

@@ -89,22 +89,27 @@ class PeerFinder:
         wanted = set(connections)
         if self._fuse.wants_search(wanted) and self._lock.acquire(timeout=SEARCH_S):
             try:
-                self._search_fuse(SEARCH_S)
+                self._search_fuse(wanted, SEARCH_S)
             finally:
                 self._lock.release()
         return self._fuse.servers_of(wanted)
 
     def go_on_fuse(self, connections: Iterable[int]) -> None:
         """Continue the search for FUSE servers between samples, as go_on() does."""
-        if self._fuse.wants_search(connections) and self._lock.acquire(blocking=False):
+        wanted = set(connections)
+        if self._fuse.wants_search(wanted) and self._lock.acquire(blocking=False):
             try:
-                self._search_fuse(BACKGROUND_SEARCH_S)
+                self._search_fuse(wanted, BACKGROUND_SEARCH_S)
             finally:
                 self._lock.release()
 
-    def _search_fuse(self, seconds: float) -> None:
+    def _search_fuse(self, connections: Iterable[int], seconds: float) -> None:
         self._search([DEVICE], seconds)
-        if not any(search.wants(DEVICE) for search in self._searches):
+        if self._fuse.names_all(connections):
+            # A search of all processes would delay the searches for other guests' servers.
+            for search in self._searches:
+                search.forget(DEVICE)
+        elif not any(search.wants(DEVICE) for search in self._searches):
             self._fuse.complete(readable=all(search.all_readable for search in self._searches))
 
     def go_on(self, inodes: Iterable[int]) -> None:
@@ -187,7 +192,7 @@ class _Search:
         return link in self._wanted
 
     def forget(self, link: str) -> None:
-        """Stop searching for a socket that was found."""
+        """Stop searching for a link, because what was wanted is found."""
         self._wanted.discard(link)
 
     def go_on(self, end: float) -> Iterator[tuple[str, _DescriptorHolder]]:

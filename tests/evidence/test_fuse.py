@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -246,6 +247,26 @@ def test_a_server_is_searched_for_before_it_is_needed(
             return mount_of(reader.read(detail=True))
 
         until(read, lambda mount: mount.servers)
+
+
+def test_a_search_ends_when_the_kernel_has_named_the_server(
+    lab_dir: Path, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, each new guest on FUSE would delay the searches for all other servers."""
+    with mounted(lab_dir, IMAGE) as store:
+        # The server is found first, long before all processes are searched.
+        server = store.process.pid
+
+        def server_first(processes: list[Any]) -> list[Any]:
+            return sorted(processes, key=lambda process: process.pid != server)
+
+        monkeypatch.setattr(peer_finder, "by_turns", server_first)
+        monkeypatch.setattr(peer_finder, "SEARCH_S", 0.001)
+        connection = os.minor(store.directory.stat().st_dev)
+        finder = peer_finder.PeerFinder()
+        until(lambda: finder.find_fuse([connection]), bool)
+        is_over = not any(search.wants(fuse.DEVICE) for search in finder._searches)
+        assert is_over or not named
 
 
 def test_the_server_of_a_server(lab_dir: Path) -> None:
