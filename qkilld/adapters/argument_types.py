@@ -41,7 +41,7 @@ class SuggestingParser(ArgumentParser):
         return [action.choices for action in self._actions if isinstance(action.choices, dict)]
 
     def command_parser(self, arguments: Namespace) -> ArgumentParser:
-        """Return the parser of the command in `arguments`, or this one if there is none."""
+        """Return the parser of the command in `arguments`; this parser if they name no command."""
         return next(iter(self._command_parsers(arguments)), self)
 
     def _command_parsers(self, arguments: Namespace) -> list[ArgumentParser]:

@@ -2,8 +2,8 @@
 Pure.
 
 If a server ends before the guest has closed its disk, QEMU's last writes and flushes fail. QEMU
-then exits at once, with code 0. Neither shows in a later sample, because there is none. So the
-servers are looked for before SIGTERM, and at the end it is compared which process ended first.
+then exits at once, with code 0, before another sample can be taken. So the servers are looked for
+before SIGTERM, and at the end it is compared which process ended first.
 
 A server that is stopped closes its connections some time before it ends, so its end soon after the
 guest's is a risk, too (SETTLE). With TCP, the kernel may prove that the guest closed the connection

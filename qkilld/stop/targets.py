@@ -55,9 +55,9 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is none, and Failed if it cannot be known, because guests are
-        not visible in our PID namespace. May also raise GuestElsewhere, NoSuchUnit, InvalidArgs or
-        Failed.
+        Raises NoSuchProcess if there is no process to stop, and Failed if that cannot be known,
+        because guests are not visible in our PID namespace. May also raise GuestElsewhere,
+        NoSuchUnit, InvalidArgs or Failed.
         """
         if os.getpid() == 1:
             check_pid_namespace()

@@ -15,19 +15,11 @@ from qkilld.model.constants import Flag, GuestAsked, Result
 from qkilld.model.guest import Unit
 from qkilld.model.guest_state import Button, GuestObservation, GuestOrder
 from tests.engine.conftest import FakeProcess, S, World
+from tests.engine.test_powerdown import UP
 from tests.engine.test_service import make_service
 
 POWERDOWN, FORCE, NOWAIT = Flag.POWERDOWN, Flag.FORCE, Flag.NOWAIT
 OWNER, ROOT, STRANGER = 1000, 0, 1001
-UP = GuestObservation(
-    at=0,
-    runstate="running",
-    button=Button.LISTENED,
-    press_pending=False,
-    requests=100,
-    disks_idle=60 * S,
-    vcpu_time=0,
-)
 IN_DOUBT = replace(UP, button=Button.NOT_LISTENED, requests=None)
 """The guest is watched for a while before it is asked."""
 SIGNALS: dict[str, Any] = {"flags": POWERDOWN}
