@@ -1,13 +1,13 @@
 """Find the file system under a file that the kernel names only by its path.
 
-This concerns the backing file of a loop device and the upper directory of an overlay. The path
-belongs to the mount namespace in which it was given, which the kernel does not report: a
-container's "/tmp/image" could be mistaken for a path on the host's root disk. So a local file
-system is accepted only if it has, at this path, a block device, a file with the length that the
-loop device reports, or a directory for an overlay. LOOP_GET_STATUS64 would return the file's device
-and inode, but is not used, because it blocks if the file system hangs.
+This concerns the backing file of a loop device and the upper directory of an overlay. Their path is
+valid in one mount namespace, and the kernel does not report which one. So a container's
+"/tmp/image" could be mistaken for a file on the host's root disk. To prevent this, a local file
+system is accepted only if the path leads to the right kind of file: for a loop device, a block
+device or a file of the right length; for an overlay, a directory. LOOP_GET_STATUS64 would return
+the file's device and inode, but it blocks if the file system hangs.
 
-Paths that cross a remote file system or FUSE are never walked.
+Paths that cross a remote file system or FUSE are never walked, because the walk could block.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qkilld.adapters.target_files import open_path
 from qkilld.debug_log import note_once
 
 TIMEOUT_S: Final = 0.5
-"""Timeout of the path walk, which runs in its own thread. It suffices for the correct path, whose
-directories the kernel has in memory; the walk of a wrong path may wait for a disk."""
+"""Timeout of the path walk, which runs in its own thread. The correct path is walked faster,
+because the kernel has its directories in memory. Only a wrong path may have to wait for a disk."""
 MAX_FILES: Final = 256
 """The maximum number of files cached for each process."""
 NAMESPACES: Final = ("1", "self")

@@ -1,9 +1,9 @@
 """Read QEMU's storage from its command line: nodes behind connections, images, other connections.
 
 Pure. The command line is a claim of the process's owner, and does not prove that a descriptor
-exists. It lacks disks that were added later, so the use of a connection that it does not name is
-unknown. Sources: qemu-options.hx, qapi/block-core.json, docs/system/device-url-syntax of QEMU 2.0
-to 10.0.
+exists. Disks that were added later are not in it. So if it does not name a connection, the use of
+this connection is unknown. Sources: qemu-options.hx, qapi/block-core.json,
+docs/system/device-url-syntax of QEMU 2.0 to 10.0.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class BlockGraph:
         ]
 
     def locate_images(self, directory: str) -> None:
-        """Add the absolute path of each image, which the kernel shows unless there are symbolic
-        links. `directory` is QEMU's working directory."""
+        """Add the absolute path of each image, because the kernel shows absolute paths. Symbolic
+        links are not resolved. `directory` is QEMU's working directory."""
         for path, use in list(self.images.items()):
             located = os.path.normpath(os.path.join(directory, path))  # noqa: PTH118
             same = self.images.get(located)
@@ -145,8 +145,8 @@ class BlockGraph:
 
 
 def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | None:
-    """Return what the kernel shows of a connection's server: its path or port. `relative`: the
-    names of the relative paths, which are compared without the directory (sockets.py)."""
+    """Return the path or port that the kernel shows for a connection's server. `relative`: the file
+    names of the relative paths, which are compared without a directory (sockets.py)."""
     if not end.path:
         return end.port
     name = os.path.basename(end.path)  # noqa: PTH119
@@ -173,8 +173,8 @@ def read_block_graph(argv: Sequence[str], sections: Sequence[QemuOption] = ()) -
 
 
 def requested_exports(nodes: Sequence[Node]) -> dict[str, str | None]:
-    """Return the export of each node, by its name; None if its connections cannot be told apart
-    from those of a node with another export."""
+    """Return the export of each node, by the node's name. It is None if another node with another
+    export has the same server, because their connections cannot be told apart."""
     groups: dict[str, set[str]] = {}
     for node in nodes:
         groups.setdefault(node.group or node.name, set()).add(node.export)
@@ -274,8 +274,8 @@ def _unfolded(
 def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:
     """Return the path of each image, and whether the command line uses it only as raw.
 
-    A chain of several formats is not raw. Neither is a node that nothing uses, because a disk that
-    was added to the running QEMU may use it with a format.
+    A node that nothing on the command line uses does not count as raw, because a disk that was
+    added to the running QEMU may use it with a format.
     """
     parents: dict[str, list[_DiskOption]] = {}
     for disk in disks:
@@ -316,8 +316,8 @@ def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
 
 
 def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
-    """Return whether QEMU only reads from the node that `key` of a disk option names or describes:
-    a node above it is read-only, or it is below a backing file."""
+    """Return whether QEMU only reads from the node that `key` of a disk option names or describes.
+    That is so if a node above it is read-only, or if it is a backing file or below one."""
     *levels, last = key.split(".")
     above = ["".join(f"{level}." for level in levels[:count]) for count in range(len(levels) + 1)]
     names = [f"{prefix}{name}" for prefix in above for name in ("read-only", "readonly")]
@@ -327,8 +327,8 @@ def _is_read_only(flat: Mapping[str, str], key: str) -> bool:
 def _read_nodes(
     graph: BlockGraph, name: str, flat: Mapping[str, str], depth: int, *, read_only: bool
 ) -> None:
-    """Add those nodes of one disk option that are behind connections. `read_only`: QEMU writes to
-    none of them."""
+    """Add the nodes of one disk option whose storage is behind a connection. `read_only`: QEMU
+    writes to none of them."""
     for key, value in flat.items():
         prefix, _, last = key.rpartition(".")
         dotted = f"{prefix}." if prefix else ""
@@ -350,7 +350,7 @@ def _read_nodes(
 
 
 def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | None:
-    """Return Node.reconnect (s). libiscsi reconnects for ever unless requests have a timeout."""
+    """Return Node.reconnect (s). libiscsi reconnects forever unless requests have a timeout."""
     if protocol == "iscsi":
         return None if flat.get(f"{prefix}timeout", "0") != "0" else FOREVER_S
     delay = flat.get(f"{prefix}reconnect-delay", "") if protocol == "nbd" else ""

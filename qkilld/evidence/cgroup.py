@@ -3,10 +3,11 @@
     v2   memory.stat, io.stat, cgroup.freeze, cgroup.events (kernel admin-guide/cgroup-v2.rst)
     v1   memory.stat, blkio.throttle.*, freezer.state (kernel admin-guide/cgroup-v1/)
 
-Both are read if the host has both. Rights: none. Cost, measured on kernel 6.18: 30 µs a read; 0.2
-ms more when the process has moved to another group, and once every REFRESH_S, to list the group's
-other processes. If a controller is not enabled for the process's group, the nearest ancestor that
-has it is read.
+Both are read if the host has both. If a controller is not enabled for the process's group, the
+nearest ancestor that has it is read. Rights: none.
+
+Cost, measured on kernel 6.18: 30 µs a read. It costs 0.2 ms more to list the group's other
+processes, once every REFRESH_S and when the process has moved to another group.
 
 Limits of v1: blkio counts writeback only for the root group, and since 6.10 counts only disks for
 which a limit was ever set.
@@ -39,7 +40,7 @@ _CACHE_V2: Final = (b"\nfile_dirty ", b"\nfile_writeback ")
 class SharedGroups:
     """Cached figures of groups that several processes share.
 
-    They are only displayed, not used for verdicts, so a few seconds do not matter.
+    They are only displayed, not used for verdicts, so they may be a few seconds old.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +48,7 @@ class SharedGroups:
         self._cache: dict[str, tuple[float, _Pair]] = {}
 
     def read(self, reader: _MemoryStat | _IoStat) -> _Pair:
-        """Return what the reader's file contains, or contained at most SHARED_AGE_S ago."""
+        """Return the figures of the reader's file, at most SHARED_AGE_S old."""
         now = self._clock()
         path = reader.path
         if (cached := self._cache.get(path)) is not None and now - cached[0] < SHARED_AGE_S:
@@ -73,7 +74,7 @@ class CgroupReader:
     ) -> None:
         """Read the process that has this pid now, and no other process that reuses the pid.
 
-        `hierarchies` replaces those of this system. Without `shared`, figures of shared groups are
+        `hierarchies`: None for those of this host. Without `shared`, figures of shared groups are
         not cached. `directory` is a descriptor of /proc/PID, which the caller closes; None to open
         one.
         """
@@ -119,7 +120,8 @@ class CgroupReader:
         if self._io is not None and self._io_own == is_own:
             written, writes = self._figures(self._io, is_own)
         cgroup = Cgroup(is_own, dirty, writeback, written, writes, self._frozen())
-        # Keep the old object if nothing changed, because comparing identical objects is cheap.
+        # Return the old object if nothing changed: callers compare it, and comparing identical
+        # objects is cheap.
         if cgroup != self._last_cgroup:
             self._last_cgroup = cgroup
         return self._last_cgroup
@@ -160,8 +162,8 @@ class CgroupReader:
             if (directory := _nearest(io, name)) is not None:
                 self._io = _IoStat(io, directory)
         frozen_by = [group for name in ("freezer", "") if (group := groups.get(name)) is not None]
-        # Leave out the root group of a hierarchy, which cannot be frozen. Without a mount of a
-        # hierarchy, the state of its freezer is unknown.
+        # Leave out the root group of a hierarchy, because it cannot be frozen. If a hierarchy is
+        # not mounted, the state of its freezer is unknown.
         below = [group for group in frozen_by if not group.is_root]
         self._freezers_known = bool(frozen_by) and all(group.ways for group in below)
         self._freezers = [
@@ -254,8 +256,8 @@ def _sum_v1(text: bytes | None) -> int | None:
 
 
 class _FreezerV2:
-    """Reports a group as frozen as soon as freezing begins. cgroup.events reports that only after
-    the last thread has left uninterruptible sleep, which would be too late."""
+    """Reports a group as frozen as soon as freezing begins. cgroup.events alone would be too late:
+    it reports a freeze only after the last thread has left uninterruptible sleep."""
 
     def __init__(self, group: Group) -> None:
         self._events = KeptFile(f"{group.ways[0]}/cgroup.events")
@@ -268,8 +270,8 @@ class _FreezerV2:
         states = [file.read_or_none() for file in self._freeze]
         if any(text is not None and text.strip() == b"1" for text in states):
             return True
-        # Ancestors that are not visible need no file of their own: the group's own cgroup.events
-        # includes their freezes.
+        # Ancestors outside this mount need not be read: the group's cgroup.events also reports that
+        # it is frozen through an ancestor.
         return None if frozen is None or None in states else False
 
     def close(self) -> None:
@@ -278,7 +280,7 @@ class _FreezerV2:
 
 
 class _FreezerV1:
-    """Reads only the group itself, whose state is FREEZING or FROZEN also if a group above it is
+    """Reads only the group itself: its state is also FREEZING or FROZEN if a group above it is
     frozen."""
 
     def __init__(self, group: Group) -> None:

@@ -1,8 +1,8 @@
 """Read a process's block graph from its command line and -readconfig files.
 
-Reading /proc/PID/cmdline takes the target's memory lock, which may be held as long as the target's
-storage hangs. The -readconfig files may lie on storage that hangs, too. So a separate thread reads
-both. Reading another user's files needs the ptrace right.
+Both reads may block, so a separate thread does them. Reading /proc/PID/cmdline takes the target's
+memory lock, which another thread may hold as long as the target's storage hangs. The -readconfig
+files may lie on such storage, too. Reading another user's files needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class GraphReader:
         )
 
     def ringless(self, places: Mapping[str, FilePlace]) -> tuple[str, ...]:
-        """Return the devices whose images never have requests on an io_uring. `places`: the storage
-        of each image open for writing, by its path."""
+        """Return the devices on which no image has its requests on an io_uring. `places`: the
+        storage of each image open for writing, by its path."""
         if self._graph is None:
             return ()
         images = self._graph.images
@@ -88,7 +88,7 @@ class GraphReader:
             argv = read_command_line(self._pid, self._proc)
             if not argv[0]:
                 return  # The process is exiting.
-            # The last word ends with a zero byte too, after which an empty word follows.
+            # The last word ends with a zero byte, too, so splitting adds an empty word.
             argv = argv[:-1]
             directory = str((self._proc / str(self._pid) / "cwd").readlink())
             files = config_paths(argv)

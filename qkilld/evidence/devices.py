@@ -53,8 +53,8 @@ class Counters(NamedTuple):
 
 
 def _counts_flushes(release: str) -> bool:
-    """Return whether the kernel counts a flush of a device without a disk of its own among the
-    requests in flight, since Linux 6.16."""
+    """Return whether the kernel counts the flushes of stacked devices, such as logical volumes,
+    among the requests in flight. Linux does so since 6.16."""
     major, _, rest = release.partition(".")
     minor = re.match(r"\d*", rest)
     assert minor is not None
@@ -112,8 +112,8 @@ def counts_requests(block: Block) -> bool | None:
 
 
 def _backing_sizes(path: str) -> range:
-    """Return the possible sizes of the backing file. The device has the whole sectors of the file
-    from an offset to its end, or to a limit."""
+    """Return the possible sizes of the backing file. They are a range, because the device has only
+    whole sectors of the file, from an offset to its end or to a limit."""
     fields = ("size", "loop/offset", "loop/sizelimit")
     try:
         size, offset, limit = (int(read_bounded(f"{path}/{f}", 64) or b"") for f in fields)
@@ -139,9 +139,8 @@ def read_counters(stats: tuple[str, ...], *, layered: bool = False) -> Counters:
 def _only_reads(stats: tuple[str, ...]) -> bool:
     """Return whether reads are in flight, and no writes.
 
-    Requests come and go, so the files are read several times. If neither reads nor writes are seen,
-    a flush is in flight: `stat` counts it since Linux 6.16, and `inflight` does not (measured on
-    6.18).
+    Requests come and go, so the files are read several times. If none of these shows a read or a
+    write, the request in flight is a flush, which only `stat` counts (measured on Linux 6.18).
     """
     for _ in range(_ATTEMPTS):
         counts = [_in_flight(path) for path in stats]
@@ -180,8 +179,8 @@ def _read_stats(stats: tuple[str, ...]) -> Counters:
 
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
-    """Return all devices (MAJOR:MINOR) of the btrfs that has the device `source`, a path in
-    mountinfo, or of the host's only btrfs; None if not found.
+    """Return all devices (MAJOR:MINOR) of one btrfs: the one with the device `source`, a path in
+    mountinfo, or else the host's only btrfs. None if not found.
 
     sysfs has to be asked, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).

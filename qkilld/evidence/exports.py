@@ -1,9 +1,9 @@
 """Read the command line of a storage server: the images that it exports, and whether it exits with
 its client.
 
-qemu-storage-daemon serves many images; only its system calls on the guest's image show progress of
-the guest's request. The command line is the claim of its owner, and the guest's owner chose the
-server, so a lie affects only that guest.
+qemu-storage-daemon serves many images, and only its system calls on the guest's image show progress
+of the guest's request. The command line is a claim of the server's owner. The guest's owner chose
+this server, so a false claim affects only that guest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from qkilld.debug_log import about, note_once
 TIMEOUT_S: Final = 0.05
 """The longest time that one sample waits for the command lines of all servers."""
 _MAX_DEPTH: Final = 8
-# The letters before the one that counts are of options that take no argument.
+# Short options can be joined into one word, such as "-vt". The first two patterns allow only
+# options without an argument before the letter that they look for.
 _QEMU_NBD_PERSISTENT: Final = re.compile("-[hVrsndvAL]*t")
 _NBDKIT_SINGLE: Final = re.compile("-[fhnorvV]*s[fhnorvV]*")
 _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
@@ -95,9 +96,12 @@ class ExportReader:
 
 
 def leaves_with_client(argv: Sequence[str]) -> bool:
-    """Return whether a program exits when its only client disconnects: qemu-nbd without
-    --persistent, nbdkit --single, and socat, which serves one connection in each process. nbdkit
-    --run, too: it kills the server when the client, its command, exits (nbdkit-captive(1))."""
+    """Return whether a program exits when its only client disconnects.
+
+    These are qemu-nbd without --persistent, nbdkit --single, and socat, which serves one connection
+    in each process. nbdkit --run is another: it kills the server when the command that it runs, its
+    client, exits (nbdkit-captive(1)).
+    """
     words = [word for word in argv[1:] if word]
     match os.path.basename(argv[0]) if argv else "":  # noqa: PTH119
         case "qemu-nbd":

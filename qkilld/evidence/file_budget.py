@@ -1,11 +1,11 @@
 """Decide which guests' files stay open from one sample to the next.
 
-All guests together may keep two thirds of this program's descriptors, minus PER_JOB for each job,
-and minus those by which the servers of guests are watched (server_exits.py).
-The rest is for files that jobs and callers must have open. If jobs are added, the next sample
-closes the files of those guests that began to keep theirs first. If there is no room for a guest,
-its files are opened for each sample. Such a guest does not replace another one: guests are sampled
-in turn, so if each replaced the next, no file would be open when it is needed.
+All guests together may keep two thirds of this program's descriptors. PER_JOB for each job, and
+those that watch the servers of guests (server_exits.py), are subtracted from that. The other third
+is for files that jobs and callers must have open. If jobs are added and room is short, the next
+sample closes the files of the guests that have kept theirs longest. If there is no room for a
+guest, its files are opened for each sample. It does not displace another guest: guests are sampled
+in turn, so if each displaced the next, no file would be open when it is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Keeper(Protocol):
 
 
 class FileBudget:
-    """Use it in one thread."""
+    """Not thread-safe."""
 
     def __init__(self, limit: int | None = None) -> None:
         """`limit`: how many descriptors this program may have; None for its RLIMIT_NOFILE."""
@@ -44,7 +44,8 @@ class FileBudget:
         """A function that returns the number of running jobs."""
 
     def admit(self, keeper: Keeper) -> bool:
-        """Return whether files stay open after the sample that is about to be taken."""
+        """Return whether this guest's files may stay open after the sample that is about to be
+        taken."""
         room = self._most - PER_JOB * self.jobs() - GuestServerExits.descriptors
         while self._keepers and kept_files() > room:
             oldest, _ = self._keepers.popitem(last=False)

@@ -2,10 +2,10 @@
 
 Sources: proc_pid_fd(5), proc_pid_fdinfo(5).
 
-The link of a descriptor shows what it refers to (readlink(2) returns text without access to the
-file), fdinfo shows its mode and mount, and mountinfo shows the file system. The files themselves
-are accessed only on tmpfs and devtmpfs, which are in memory: stat(2) shows block devices, and the
-content shows images. On a network file system, such an access could wait for a dead server.
+The link of a descriptor shows its path, fdinfo its mode and mount, and mountinfo the file system.
+None of these accesses the file itself: that could block if its server is dead. Only files on tmpfs
+and devtmpfs are accessed, because these are in memory: stat(2) shows block devices, and the content
+shows images.
 
 The kernel does not show which open files are images. Regular files and block devices count as
 images unless they are the guest's memory, or open only for writing, as QEMU's logs are.
@@ -124,8 +124,9 @@ def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[i
 
 
 class _Tables:
-    """The mounts of the process, of process 1 and our own, because a descriptor may be inherited
-    (systemd opens /dev/null before the process gets its own mounts)."""
+    """The mounts of the process, of process 1 and our own. All three are needed, because an
+    inherited descriptor may belong to a mount that the process does not have: systemd opens
+    /dev/null before the process gets its own mounts."""
 
     def __init__(self, pid: int, proc: Path) -> None:
         self._pids = (pid, "1", "self")
@@ -172,8 +173,9 @@ def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | N
 def _is_memory(directory: int, number: str, path: str) -> bool:
     """Return whether a file in tmpfs is the guest's memory, not an image. Raises OSError.
 
-    A deleted file is. In /dev/shm, the content decides, because images that were added through a
-    monitor are not in the command line. Reading it does not block, because tmpfs is in memory.
+    A deleted file is memory. In /dev/shm, the content decides, not the command line, which lacks
+    images that were added through a monitor. Reading the content does not block, because tmpfs is
+    in memory.
     """
     if path.endswith(" (deleted)"):
         return True

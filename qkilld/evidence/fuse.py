@@ -3,10 +3,10 @@
 A FUSE file system has no counters, but its server may store the files on a disk of this host. While
 QEMU waits for one answer, such as that to an fsync, only the server's disk shows progress.
 
-The connection of a mount has the minor number of the mount's st_dev. Since Linux 6.16 (measured on
-6.18), fdinfo of the server's /dev/fuse names the connection. Before, every process that has
-/dev/fuse open may be the server, and any user can open it. So only if a single process has it open,
-and all processes could be read, that is certainly the server.
+Each mount has a connection, whose number is the minor number of the mount's st_dev. Since Linux
+6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
+every process that has /dev/fuse open may be the server, and any user can open it. There the server
+is certain only if a single process has /dev/fuse open, and all processes could be read.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -28,8 +28,8 @@ from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
-"""If more processes may serve one connection, only those are sampled that have a file with the name
-of the guest's image open."""
+"""If more processes than this may serve one connection, only those are sampled that have a file
+with the name of the guest's image open."""
 AGE_S: Final = 30.0
 """How long a search through all processes is valid if the kernel does not name connections."""
 RENEW_S: Final = 20.0
@@ -56,8 +56,8 @@ def connection_of(mount: Mount) -> int | None:
 
 
 def read_waiting(connection: int, sys: Path = Path("/sys")) -> int | None:
-    """Return the number of requests that the server has not answered; None without the control file
-    system, which needs to be mounted."""
+    """Return the number of requests that the server has not answered; None if the control file
+    system is not mounted."""
     text = read_bounded(f"{sys}/fs/fuse/connections/{connection}/waiting", 64)
     return int(text) if text is not None and text.strip().isdigit() else None
 
@@ -85,8 +85,8 @@ class FuseHolders:
             self._descriptors.setdefault(connection, {})[pid] = descriptor
 
     def complete(self, *, readable: bool) -> None:
-        """Note that all processes were searched. `readable`: whether all could be read; a daemon
-        without the ptrace right, such as that of a user, cannot read those of others."""
+        """Note that all processes were searched. `readable`: whether all could be read. A user's
+        daemon lacks the ptrace right, and cannot read the processes of other users."""
         self._all_readable = readable
         self._complete_at = time.monotonic()
 
@@ -101,7 +101,8 @@ class FuseHolders:
         return all(self._living(number) for number in connections)
 
     def servers_of(self, connections: Iterable[int]) -> dict[int, FuseServers]:
-        """Return the processes that serve these connections, without those that have none."""
+        """Return the processes that serve each connection. Connections without a known process are
+        left out."""
         named = {number: self._living(number) for number in connections}
         candidates = () if all(named.values()) else self._candidates()
         is_only = len(candidates) == 1 and self._all_readable and self._is_complete(AGE_S)
@@ -117,8 +118,8 @@ class FuseHolders:
         return at is not None and time.monotonic() - at <= age
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes that may serve any connection. A kernel that names connections does
-        not name one that is not mounted."""
+        """Return the processes that may serve any connection. There are none if the kernel names
+        connections: then a descriptor without a named connection has no mount."""
         return () if self._is_named else self._living(_UNNAMED)
 
     def _living(self, connection: int | None) -> tuple[int, ...]:

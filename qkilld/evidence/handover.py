@@ -15,7 +15,7 @@ AT_ONCE: Final = 4
 
 
 class Handover:
-    """Collects calls, because one wake-up of the loop costs half as much as a sample.
+    """Collects calls, because each wake-up of the loop costs half as much as a sample.
 
     Create it in the running loop. Only `put` may be called in other threads.
     """
@@ -27,13 +27,14 @@ class Handover:
         self._timer: asyncio.TimerHandle | None = None
 
     def expect(self) -> None:
-        """Make the loop run all waiting calls, and those put meanwhile, within MAX_DELAY_S."""
+        """Make the loop run all calls within MAX_DELAY_S, including those put until then."""
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
     def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> None:
-        """Make the loop run `call`: at once if it is urgent or without `more`, otherwise with a
-        later call, or when `expect` requires it. Thread-safe."""
+        """Make the loop run `call`. It runs at once if it is urgent or no more calls follow
+        (`more`). Otherwise it runs with a later call, or at the time that `expect` has set.
+        Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         if urgent or not more:
             with contextlib.suppress(RuntimeError):  # The loop is closed.

@@ -33,8 +33,9 @@ class Group(NamedTuple):
     path: str
     """The path within its hierarchy, as in /proc/PID/cgroup."""
     ways: tuple[str, ...]
-    """The directories of the group and of its visible ancestors, nearest first. The root group is
-    included only if the process itself is in it. () if no mount here shows the group."""
+    """The directories of the group and of its ancestors, nearest first, as far as the mounts here
+    show them. The root group is included only if the process itself is in it. () if no mount here
+    shows the group."""
 
     @property
     def is_root(self) -> bool:
@@ -120,9 +121,9 @@ def hierarchies_of(proc: Path) -> Hierarchies:
 
 
 def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
-    """Return whether only this process and its descendants are in `directory`, one of group.ways,
-    or whether `directory` is in the scope of a machine (_MACHINE). Returns False if there are too
-    many groups or processes. Costs 10 µs a group and 10 µs a process."""
+    """Return whether `directory`, one of group.ways, has only this process and its descendants, or
+    is in the scope of a machine (_MACHINE). Returns False if there are too many groups or
+    processes. Costs 10 µs a group and 10 µs a process."""
     if group.is_root:
         return False
     if _MACHINE.search(directory.removeprefix(group.ways[-1].rpartition("/")[0])):
@@ -136,7 +137,8 @@ def is_alone(group: Group, directory: str, pid: int, proc: Path) -> bool:
         try:
             members.update(map(int, read_once(Path(path, "cgroup.procs")).split()))
         except (OSError, ValueError):
-            # Ignore a threaded v2 group, which cannot be read: the group above lists its processes.
+            # cgroup.procs of a threaded v2 group cannot be read. Ignore the group, because the
+            # group above it lists its processes, too.
             if path == directory:
                 return False
         if len(members) > _MAX_PROCESSES:

@@ -70,15 +70,15 @@ class MountStatistics:
 def _parse(section: bytes) -> tuple[int | None, int | None]:
     """Return (operations, bytes written) of one mount's section.
 
-    Operations are those that the server answered with success. The kernel counts each operation
-    that has ended, even if the kernel gave up waiting for it (soft mounts). Operations that ended
+    Only operations that the server answered with success count, because only they show progress.
+    The kernel's first number includes operations that it gave up (soft mounts), so those that ended
     in an error (the ninth number, since Linux 5.3) are subtracted.
     """
     _, separator, operations = section.partition(b"\tper-op statistics\n")
     counts = [line.split() for line in _OPERATION.findall(operations)]
     answered = sum(int(c[0]) - (int(c[8]) if len(c) > 8 else 0) for c in counts)
     numbers = match[1].split() if (match := _BYTES.search(section)) else []
-    # The columns are bytes read and written by normal calls, then by direct I/O, then from and to
-    # the server, so the sixth is what was written to the server.
+    # The sixth number is the bytes written to the server. Before it are the bytes read and written
+    # by normal calls, those by direct I/O, and those read from the server.
     bytes_written = int(numbers[5]) if len(numbers) > 5 else None
     return answered if separator and counts else None, bytes_written

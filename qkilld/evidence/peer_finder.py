@@ -1,9 +1,9 @@
 """Find the process at the other end of a connection, and the processes that serve FUSE.
 
-The kernel reports a socket's inode but not its process. Finding the process takes a search through
-the descriptors of all processes, 3 µs each, and any user can have millions. So a sample spends at
-most SEARCH_S on a search, all searches together use a fifth of a processor, users take turns, and
-processes with many descriptors are searched separately.
+The kernel reports a socket's inode but not its process. To find the process, the descriptors of all
+processes are searched, at 3 µs each, and any user can have millions. So the search is limited: a
+sample spends at most SEARCH_S on it, and all searches together use at most a fifth of a processor.
+Users take turns, and processes with many descriptors are searched separately.
 
 The same search finds the processes that have /dev/fuse open (fuse.py).
 
@@ -37,8 +37,8 @@ RETRY_S: Final = 5.0
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""
 OF_A_PROGRAM: Final = 64
-"""A process of root with this many descriptors or more may be a set-user-ID program that another
-user started, so its real user is looked up."""
+"""For a process of root with this many descriptors or more, the real user is looked up, because
+another user may have started it as a set-user-ID program."""
 MAX_LINKS: Final = 65_536
 """The maximum number of sockets to search for at a time."""
 MAX_PLACES: Final = 16_384
@@ -106,7 +106,8 @@ class PeerFinder:
     def _search_fuse(self, connections: Iterable[int], seconds: float) -> None:
         self._search([DEVICE], seconds)
         if self._fuse.names_all(connections):
-            # A search of all processes would delay the searches for other guests' servers.
+            # Stop here: searching the remaining processes would delay the searches for other
+            # guests' servers.
             for search in self._searches:
                 search.forget(DEVICE)
         elif not any(search.wants(DEVICE) for search in self._searches):
@@ -188,7 +189,7 @@ class _Search:
                     self._latecomers.add(link)
 
     def wants(self, link: str) -> bool:
-        """Return whether some processes were not searched for the link yet."""
+        """Return whether some processes have yet to be searched for the link."""
         return link in self._wanted
 
     def forget(self, link: str) -> None:
@@ -242,8 +243,8 @@ class _Search:
         return by_turns(pids)
 
     def _of_its_user(self, process: _Candidate) -> _Candidate:
-        """Return the process with its real user: root owns /proc/PID of a set-user-ID program,
-        whoever started it and gave it descriptors."""
+        """Return the process with its real user, which /proc/PID does not show for a set-user-ID
+        program: root owns its directory, whoever started it."""
         if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
             try:
                 return process._replace(uid=read_uid(process.pid, self._proc))
@@ -276,7 +277,7 @@ class _Search:
 
 
 def by_turns(processes: Iterable[_Candidate]) -> list[_Candidate]:
-    """Order processes so that equally many descriptors of each user are searched. A user's
+    """Order processes so that the search looks at equally many descriptors of each user. A user's
     processes with few descriptors come first."""
     searched_per_uid: Counter[int] = Counter()
     order = []

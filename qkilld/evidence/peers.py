@@ -1,8 +1,8 @@
 """Sample the processes at the other end of a guest's local connections, and FUSE servers.
 
-nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd and iSCSI targets on this host work for the guest:
-their system calls and disks show progress. So do the servers of FUSE file systems under its images.
-Needs the ptrace right for other users' processes.
+nbdkit, qemu-nbd, qemu-storage-daemon, virtiofsd and iSCSI targets on this host do the guest's I/O,
+so their system calls and disks show its progress. The same is true of the servers of FUSE file
+systems under its images. Needs the ptrace right for other users' processes.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ REFRESH_S: Final = 10.0
 MAX_PEERS: Final = 64
 """The maximum number of servers of one guest that are sampled."""
 HOPS: Final = 2
-"""How many levels of servers to follow behind a server that forwards requests."""
+"""How many levels of servers to follow behind a server, which may only forward requests."""
 
 _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
-"""The programs of which leaves_with_client knows when they exit."""
+"""The programs for which leaves_with_client can tell whether they exit with their client."""
 _NONE: Final = frozenset[int]()
 
 
@@ -52,7 +52,7 @@ class _Match(NamedTuple):
     at: float
     """time.monotonic()."""
     opens: bool
-    """Whether the process has a file with the name of an image of the guest open."""
+    """Whether the process has a file open that is named like an image of the guest."""
 
 
 class ServerReader:
@@ -72,8 +72,8 @@ class ServerReader:
         """The processes that may serve a FUSE mount, by the mount and the names of the images."""
 
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
-        """Announce sockets of servers and FUSE mounts, so that search() can find the servers before
-        read() needs them."""
+        """Say which servers read() will need, so that search() can find them earlier. `ends`: the
+        inodes of their sockets."""
         self._missing_ends = frozenset(ends)
         self._missing_fuse = frozenset(_connections_of(mounts).values())
 
@@ -89,8 +89,8 @@ class ServerReader:
     ) -> dict[int, Peer]:
         """Sample the server of each connection, if found.
 
-        `ends` maps the inode of each socket of a server to the export that the guest requested,
-        None if unknown.
+        `ends`: the export that the guest requested over each connection, by the inode of the
+        server's socket; None if unknown.
         """
         return self.read_all(ends, (), {}, storage=storage, sockets=sockets)[0]
 
@@ -103,8 +103,8 @@ class ServerReader:
         storage: StorageTable,
         sockets: SocketTable,
     ) -> tuple[dict[int, Peer], tuple[Mount, ...]]:
-        """Sample the server of each connection, as read() does, and those of FUSE mounts. Return
-        the first, and the mounts with the second.
+        """Sample the server of each connection, as read() does, and the servers of FUSE mounts.
+        Return the servers of the connections, and the mounts with their servers.
 
         `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
         """
@@ -118,8 +118,8 @@ class ServerReader:
             for number, connection in _connections_of(mounts).items()
             if number not in served
         )
-        # Close unused readers: a server that forks for each connection has a new process after each
-        # reconnect.
+        # Close unused readers. They would pile up, because a server that forks for each connection
+        # has a new process after each reconnect.
         for pid in self._readers.keys() - set(self._used_pids):
             self._readers.pop(pid).close()
         return values, tuple(_with_servers(mount, served) for mount in mounts)
@@ -176,7 +176,7 @@ class ServerReader:
         others = {other.pid: other for other in behind.values()}
         served = self._read_fuse(reader.mounts, reader.names, storage, sockets, downstream)
         for servers in served.values():
-            # An uncertain server may be that of somebody else.
+            # An uncertain server may serve somebody else, so leave it out.
             others |= {other.pid: other for other in servers.peers if servers.certain}
         unfound = upstream.keys() - behind.keys()
         return replace(peer, behind=tuple(others.values()), behind_unknown=bool(unfound))
@@ -203,9 +203,9 @@ class ServerReader:
                 continue
             wanted = names.get(number, frozenset())
             if len(pids) > MAX_SERVERS and not servers.certain:
-                # A server seldom changes the names of files. But gocryptfs does, and anybody can
-                # have /dev/fuse and a file of that name open, so no other process is left out
-                # while all can be sampled, and a name proves nothing.
+                # Choose by the names of files only if there are too many processes. A name proves
+                # nothing: gocryptfs changes names, and anybody can have /dev/fuse and a file of
+                # that name open.
                 pids = self._matching(number, pids, wanted, end)
             if len(pids) > MAX_SERVERS:
                 continue
@@ -222,7 +222,7 @@ class ServerReader:
     def _matching(
         self, number: str, pids: Sequence[int], names: frozenset[str], end: float
     ) -> list[int]:
-        """Return the processes that have a file with one of these names open; none before all were
+        """Return the processes that have a file with one of these names open; [] until all were
         looked at.
 
         Costs 4 µs for each descriptor, every REFRESH_S. Any user can have many processes, so this
@@ -262,7 +262,7 @@ class PeerReader:
         self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """Inodes of the other ends of local connections that it made to servers of its own."""
+        """The local servers that it uses itself: the inodes of their ends of the connections."""
         self.mounts: tuple[Mount, ...] = ()
         """The file systems without a block device under its files."""
         self._sockets = SocketReader(pid, proc)
@@ -278,8 +278,8 @@ class PeerReader:
         """Sample the server; None if it is gone.
 
         `ours`: the export that the guest requested over each of its connections, by the inode of
-        the server's end; None for the server of a FUSE file system, where nothing shows who else
-        uses it. `names`: the names of the guest's images there.
+        the server's end. It is None for the server of a FUSE file system: nothing shows who else
+        uses that. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
         self._process.read(values)
@@ -343,9 +343,10 @@ class PeerReader:
         return _only_place(images.values())
 
     def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
-        """Return the storage of the files with the names of the guest's images, which a server of
-        files seldom changes. If it does, return that of its only files, unless it has connections:
-        then the images may be elsewhere, and the files its log or cache."""
+        """Return the storage of the server's files that are named like the guest's images. If it
+        has none, because it changes names, return the storage of its only files. But if it has
+        connections, return (): the images may be behind them, and the files may be its log or
+        cache."""
         images = self._storage.writable_places
         if named := {path: place for path, place in images.items() if _name(path) in names}:
             images = named

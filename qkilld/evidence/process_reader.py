@@ -3,14 +3,14 @@
 Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
 stat and status need none; io needs the ptrace right and, for another user's process,
 CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
-them ran since the last read. Only rings.py takes the target's memory lock, in a separate thread, so
-no read waits long for the target's storage.
+them ran since the last read. No read waits long for the target's storage: only rings.py takes the
+target's memory lock, and it does so in a separate thread.
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
-ran. If it has not advanced, no thread has run: each sleeps in the same call, and everything that
-only the threads can change is unchanged. What others can change (a pending signal, a debugger,
-requests on rings) is read each time. The clock may omit a thread that is running now until the next
-tick, so a change may be noticed one sample later.
+ran. If it has not advanced, no thread has run, so everything that only the threads can change is
+unchanged and is not read again. What others can change (a pending signal, a debugger, requests on
+rings) is read each time. The clock may not yet include a thread that is running now, so a change
+may be noticed one sample later.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _TERM: Final = 1 << (signal.SIGTERM - 1)
 _IO_LABELS: Final = tuple(f"{name}:".encode() for name in Io.__slots__)
 _PROC: Final = Path("/proc")
 _COARSE: Final = 1_000_000
-"""1 ms in ns. A multiple of it may come from a coarse clock, which misses short runs, so it counts
-as unknown."""
+"""1 ms in ns. A time that is a multiple of it counts as unknown, because it may come from a coarse
+clock, which misses short runs."""
 
 
 class ProcessReader:
@@ -50,9 +50,10 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now; never read another one.
 
-        Afterwards, the caller must check, with a pidfd that was opened before, that this process is
-        the right one. Raises nothing: if the process is gone, all fields are unknown. `clock`
-        returns seconds, monotonic. Without a guard, exceptions of a read are raised.
+        Open a pidfd of the process before this call. After the call, check with it that the process
+        still exists: only then is this the right one. Raises nothing: if the process is gone, all
+        fields are unknown. `clock` returns seconds, monotonic. Without a guard, exceptions of a
+        read are raised.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
@@ -82,8 +83,8 @@ class ProcessReader:
         return self._directory
 
     def has_run(self) -> bool:
-        """Return whether a thread may have run since the last call, or the last read was
-        incomplete."""
+        """Return whether everything must be read again: a thread may have run since the last call,
+        or the last read was incomplete."""
         before, self._cpu_time = self._cpu_time, self._time_run()
         return self._last_values is None or self._cpu_time is None or self._cpu_time != before
 
@@ -165,8 +166,7 @@ class ProcessReader:
         into["running"] = self._threads.running
         into["exiting"] = exiting and self._threads.alive
         if exiting and (living := self._threads.living()) is not None:
-            # The first thread has exited, and the process continues without it: another thread's
-            # state counts.
+            # The first thread has exited, but others go on, so report the state of one of these.
             into["state"], into["exiting"] = living.state, False
 
     def _read_rings(self, into: dict[str, Any], opened: int | None) -> None:

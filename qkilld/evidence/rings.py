@@ -3,15 +3,16 @@
 With aio=io_uring or aio=native, QEMU passes its requests to the kernel and waits for events. For
 io_uring, /proc/PID/fdinfo of the ring shows the requests in flight: those submitted minus those
 completed (kernel io_uring/fdinfo.c; unknown before Linux 5.18). QEMU also waits for events with an
-io_uring: its requests to poll descriptors are listed and do not count, but one more request may be
-a timer, which nothing distinguishes from a request to a disk. QEMU 11 uses one ring for events and
-disks. In each case that was measured (NBD, iSCSI), a hanging QEMU 11 had such a timer on its ring.
-The kernel does not show AIO requests in flight. There can be some only if the process has an AIO
-context (a mapping of "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is
-synchronous.
+io_uring. Its requests to poll descriptors are listed separately and do not count. One more request
+may be a timer, and nothing distinguishes it from a request to a disk. QEMU 11 uses one ring for
+events and disks, and in each case that was measured (NBD, iSCSI), a hanging QEMU 11 had such a
+timer on its ring.
 
-The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests in flight.
-It is read only in samples with detail, because reading it takes the target's memory lock.
+The kernel does not show Linux AIO requests in flight. There can be some only if the process has an
+AIO context (a mapping of "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is
+synchronous. The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests
+in flight. It is read only in samples with detail (sampler.py), because reading it takes the
+target's memory lock.
 
 Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
 REFRESH_S, or when the number of descriptors changes, 3 µs for each descriptor, 9 µs more for each
@@ -44,8 +45,8 @@ MAX_RINGS: Final = 64
 _MAX_MAPPINGS: Final = 4 << 20
 """The maximum number of bytes of /proc/PID/maps, about 40,000 mappings."""
 _MAX_IN_FLIGHT: Final = 1 << 17
-"""More than the kernel allows (IORING_MAX_CQ_ENTRIES, and overflow). The tails are in memory that
-the process can write to, so a larger number of requests in flight is not believed."""
+"""A larger number of requests in flight is not believed, because the process can write to the
+memory that has the tails. The kernel allows fewer (IORING_MAX_CQ_ENTRIES, and overflow)."""
 
 _AIO_RING: Final = struct.Struct("=5I")
 """struct aio_ring, fs/aio.c: id, nr, head, tail, magic."""
@@ -58,7 +59,8 @@ _POLL_ADD: Final = b"  op=6,"
 class RingRequests:
     in_flight: int
     timers: int = 0
-    """How many of them may be timers: one for each ring with which the process waits for events."""
+    """How many of these requests may be timers: one for each ring with which the process waits for
+    events."""
 
     def __add__(self, other: RingRequests) -> RingRequests:
         return RingRequests(self.in_flight + other.in_flight, self.timers + other.timers)
@@ -82,8 +84,9 @@ class RingReader:
         self._direct: bool | None = None
 
     def read_completions(self) -> int | None:
-        """Return the sum of the tails of all AIO rings. A tail counts completions modulo the ring's
-        size. None if there is no ring or it is unreadable. Takes the target's memory lock."""
+        """Return the sum of the tails of all AIO rings; None if there is no ring, or if one is
+        unreadable. A tail counts completions modulo the ring's size. Takes the target's memory
+        lock."""
         return self._mappings.tails()
 
     def read(self, opened: int | None = None) -> tuple[RingRequests | None, bool | None]:
@@ -186,8 +189,7 @@ class RingReader:
 def requests_in_flight(text: bytes) -> RingRequests | None:
     """Return the requests in flight on one ring, from its fdinfo; None if not shown.
 
-    Older kernels show nothing about the ring, and newer ones show nothing while another thread
-    holds its lock. Requests to poll a descriptor are in a separate list.
+    Older kernels do not show the ring, and newer ones do not while another thread holds its lock.
     """
     sq_tail = number_after(text, b"\nSqTail:\t")
     answered = number_after(text, b"\nCqTail:\t")
@@ -196,7 +198,8 @@ def requests_in_flight(text: bytes) -> RingRequests | None:
         return None
     polls, _, overflowed = polls.partition(b"CqOverflowList:\n")
     polling = sum(line.startswith(_POLL_ADD) for line in polls.splitlines())
-    # Completions for which the ring had no room are not in flight, but its tail omits them.
+    # Requests whose completion had no room on the ring are not in flight, but the tail does not
+    # count them.
     waiting = sum(line.startswith(b"  user_data=") for line in overflowed.splitlines())
     in_flight = (sq_tail - answered) % (1 << 32) - polling - waiting
     if in_flight > _MAX_IN_FLIGHT:
@@ -227,7 +230,7 @@ class _Mappings:
 
     def _run(self, work: Callable[[int], None]) -> None:
         """Run `work` in a thread, unless the last one still blocks. Return at the latest after
-        MAPPINGS_TIMEOUT_S, so the thread may outlive this reader and has its own descriptor."""
+        MAPPINGS_TIMEOUT_S. The thread may outlive this reader, so it has its own descriptor."""
         if self._thread is None or not self._thread.is_alive():
             directory = os.dup(self._directory)
             self._thread = threading.Thread(

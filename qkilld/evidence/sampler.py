@@ -30,7 +30,8 @@ from qkilld.evidence.workers import Workers
 from qkilld.model.sample import Memory, Mount, Node, Sample, Socket, Thread
 
 REFRESH_S: Final = 30.0
-"""How long a list of open files and sockets is valid if their number does not change."""
+"""How long a list of open files and sockets is valid if the number of descriptors does not
+change."""
 RECONNECT_S: Final = 2.0
 """After a connection was lost, the sockets are listed again at this interval."""
 TABLES_AGE_S: Final = 0.05
@@ -86,7 +87,8 @@ class Reader:
     def read(self, *, detail: bool = False) -> Sample:
         """Take a sample now. Raises nothing that the process could cause; may block.
 
-        `detail`: include the servers of its connections, and its AIO rings.
+        `detail`: include the servers of its connections, and its AIO rings, which cost more to
+        read.
         """
         about(self._pid)
         values: dict[str, Any] = {"state": "?"}
@@ -251,7 +253,8 @@ class EvidenceSampler:
 class TargetWatch:
     """Implements engine.ports.Watch.
 
-    A sample that blocks occupies its thread, and a further request waits for the same sample.
+    A sample that blocks occupies its thread. Another request does not start a second sample, but
+    waits for the first.
     """
 
     def __init__(
@@ -300,7 +303,7 @@ class TargetWatch:
             self._close_files()
 
     def _work(self) -> None:
-        # After a fault, report an empty sample: unknown never counts as idle.
+        # After a fault, report an empty sample, which counts as unknown and never as idle.
         sample = self._guard.call("taking a sample", self._read)
         if not self._keeps:
             self._guard.call("closing files", self._close_files)

@@ -24,13 +24,13 @@ MAX_SERVERS: Final = 64
 """The maximum number of servers that are watched for one guest."""
 
 _SLACK: Final = 20_000
-"""Start times are known to 10 ms; twice that (µs)."""
+"""The tolerance (µs) in comparing start times, which are known to 10 ms."""
 
 
 class GuestServerExits:
     descriptors: ClassVar = 0
-    """The descriptors of all objects of this class. If they are a quarter of those that this
-    program may have, no more servers are watched."""
+    """The number of descriptors that all objects of this class have open. If it reaches a quarter
+    of those that this program may have, no more servers are watched."""
 
     def __init__(
         self, process: Process, started_at: Callable[[int], int], proc: Path = procfs.PROC
@@ -125,8 +125,8 @@ class GuestServerExits:
 
 
 def _is_ready(pidfd: int) -> bool:
-    """Return whether the process has ended. This does not ask the epoll, because that would change
-    the order of its list."""
+    """Return whether the process has ended. This does not use the epoll, because epoll_wait(2)
+    would change the order of its ready list."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))

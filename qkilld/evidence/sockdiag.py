@@ -4,8 +4,9 @@ This implements netlink directly. pyroute2 (0.9.7) was measured for comparison: 
 MB resident, more than the rest of the daemon, and it takes 60 µs for each of the thousands of
 sockets of 1,000 guests.
 
-Any user can have 100,000s of sockets. The table of a family with more than MAX_SOCKETS is crowded:
-its sockets are then queried one by one. A scan of the TCP table finds the ids that this needs.
+Any user can have 100,000s of sockets. If a family (unix or TCP) has more than MAX_SOCKETS, its
+table is called crowded, and its sockets are queried one by one. TCP needs the ids of the sockets
+for that, which one scan of the table finds.
 
 Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
 table (the kernel scans 100,000s of slots), and 20 µs for one TCP socket whose id is known. The
@@ -27,12 +28,11 @@ from typing import Final, NamedTuple
 from qkilld.debug_log import note_once
 
 MAX_SOCKETS: Final = 32_768
-"""The maximum number of sockets of one family on the host that are read at once."""
+"""The maximum number of sockets of one family that are read at once."""
 CROWDED_S: Final = 30.0
-"""How long a table counts as crowded after it was found too large."""
+"""How long a table counts as crowded after it had too many sockets."""
 SINGLE_S: Final = 2.0
-"""The longest time that one round spends on single sockets of crowded tables. Sockets that remain
-are unreadable."""
+"""The longest time that a SocketTable spends on single sockets of crowded tables."""
 
 _CHEAPER: Final = 32
 """Up to this many queries for single TCP sockets are cheaper than reading all."""
@@ -116,7 +116,7 @@ class _TooMany(ValueError):
 
 
 class CrowdedTables:
-    """The tables that were found crowded recently, in any round. Thread-safe."""
+    """The tables that were found crowded recently, by any SocketTable. Thread-safe."""
 
     def __init__(self) -> None:
         self._until: dict[int, float] = {}
@@ -139,7 +139,7 @@ class UnixSocket(NamedTuple):
     peer: int
     """The inode of the other end; 0 if the connection was not accepted yet, or it is closed."""
     shut: bool
-    """Nothing can be received, so the process does not wait for a reply: the other end is closed,
+    """Nothing can be received, so the process does not wait for a reply. The other end is closed,
     or this one is shut down for reading, as systemd does with a service's output to the journal
     (src/core/execute.c, connect_logger_as)."""
     send_queue: int
@@ -152,8 +152,8 @@ class TcpSocket(NamedTuple):
     id: bytes
     """The kernel's id, for SocketTable.tcp and tcp_peer: family, then struct inet_diag_sockid."""
     listened: bool
-    """A process listens on its local port, so this connection was accepted. If the table is not
-    crowded, a query by id does not include listeners and returns False."""
+    """A process listens on its local port, so this connection was accepted. A query by id looks for
+    listeners only if the table is crowded; otherwise this is False."""
     send_queue: int
     """Bytes not yet acknowledged, whether sent or not."""
     receive_queue: int
@@ -175,7 +175,7 @@ class SocketTable:
         self._lock = threading.Lock()
         self._singles: dict[int, _Place | None] = {}
         self._query_time = 0.0
-        """Seconds that this round spent on single sockets."""
+        """Seconds spent on single sockets, at most SINGLE_S: further sockets are unreadable."""
         self._expected: set[int] = set()
         self._tcp_infos: dict[int, bytes] = {}
         self._searched_inodes: set[int] = set()
@@ -227,15 +227,15 @@ class SocketTable:
             return _listens_on(port)
 
     def expect_tcp(self, inodes: Iterable[int]) -> None:
-        """Announce sockets that tcp() will be called for without an id, so that one search finds
-        all."""
+        """Announce the inodes for which tcp() will be called without an id, so that one search
+        finds them all."""
         self._expected.update(inodes)
 
     def tcp(self, inode: int, id: bytes = b"") -> TcpSocket | None:
         """Return the established TCP socket with this inode, if there is one.
 
-        `id`: TcpSocket.id of an earlier result. With it, the kernel finds the socket at once;
-        otherwise it scans its whole table, which is large even if it has few sockets.
+        `id`: TcpSocket.id of an earlier result. With it, the kernel finds the socket at once.
+        Without it, the kernel scans its whole table, which takes long even with few sockets.
         """
         if self._tcp is None and id:
             with self._lock, self._query():
@@ -366,8 +366,8 @@ def listening_unix() -> dict[tuple[int, int], int] | None:
 
 
 def closed_first(id: bytes) -> bool | None:
-    """Return whether this end of a former TCP connection (TcpSocket.id) closed it while the other
-    end had not; None if unknown. The end that closes first keeps it for a minute (TIME_WAIT)."""
+    """Return whether this end of a former TCP connection (TcpSocket.id) was the first to close it;
+    None if unknown. The kernel keeps the connection at that end for a minute (TIME_WAIT)."""
     socket_id = id[1:41] + struct.pack("=II", _NO_COOKIE, _NO_COOKIE)
     try:
         request = _TCP_REQUEST.pack(id[0], socket.IPPROTO_TCP, 0, 0, socket_id)
@@ -527,7 +527,7 @@ def _kernel(lock_s: float) -> Iterator[socket.socket]:
     if not _netlink_lock.acquire(timeout=lock_s):
         raise TimeoutError("other threads use the netlink socket")
     try:
-        # Discard the rest of an unfinished answer: only then does the kernel start the next one.
+        # Discard the rest of an unfinished answer: the kernel starts the next one only then.
         with contextlib.suppress(BlockingIOError):
             while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
                 pass

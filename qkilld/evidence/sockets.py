@@ -1,8 +1,8 @@
 """Read the connections of a process: which of its sockets are connected, and their queues.
 
 The links of its descriptors show the inodes of its sockets (files.py). The sockets of our network
-namespace are read from the kernel once for all processes (sockdiag.py). For those in another
-namespace, /proc/PID/net is read, which shows less.
+namespace are read once for all processes, through sock_diag (sockdiag.py). If a process has another
+network namespace, its sockets are read from /proc/PID/net, which shows less.
 
 Needs the ptrace right for another user's process. Sources: sock_diag(7), proc_pid_net(5), unix(7).
 """
@@ -59,7 +59,8 @@ _UNKNOWN: Final = _Use("unknown", "")
 _OTHER: Final = _Use("other", "")
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
-"""With more sockets than this, reading the kernel's table is cheaper than checking each link."""
+"""With more sockets than this, reading the kernel's table is cheaper than checking each
+descriptor's link, so read() does not return an earlier result."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
 """Standard input, output and error are never storage, whatever they are connected to."""
@@ -82,24 +83,24 @@ class SocketReader:
         """The names of the unix sockets that the process listens on; None until needed."""
         self._peers: dict[int, int] = {}
         self._listed = _NONE
-        """The inodes of the connections in the last read()."""
+        """The inodes of the connections that the last read() returned."""
         self.accepted: list[int] = []
         """The inodes of the connections that the process accepted from clients."""
         self._lost = False
         self._in_its_namespace: Set[int] = _NONE
         """The unix sockets of the process's network namespace, if that is not ours."""
         self._settled: tuple[Socket, ...] | None = None
-        """The result that read() returns until the process has a new socket; None if the kernel
-        must be asked again."""
+        """A result that read() may return again while the process has the same sockets; None if the
+        kernel must be asked."""
 
     def refresh(
         self, descriptors: Descriptors | None = None, graph: BlockGraph | None = None
     ) -> None:
         """List the sockets of the process again. Never raises.
 
-        `graph`: from its command line; without it the purpose of every connection is unknown.
-        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs, 3 µs for each new
-        socket, and without `descriptors` 4 µs for each descriptor.
+        `graph`: from its command line; without it, the purpose of every connection is unknown.
+        `descriptors`: from files.read_descriptors, if just read. Costs 20 µs, and 3 µs for each new
+        socket. Without `descriptors`, it costs 4 µs more for each descriptor.
         """
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
@@ -119,7 +120,8 @@ class SocketReader:
         self._foreign, self._graph = ours != its, graph
         self._numbers = {inode: int(number) for number, inode in descriptors.sockets}
         self._protocols = {inode: protocol for inode, protocol in protocols.items() if protocol}
-        # Forget which sockets were not connected, because they may be connected now.
+        # Keep only sockets that were connected. The others are asked again, because they may be
+        # connected now.
         self._connections = {
             inode: connection
             for inode, connection in self._connections.items()
@@ -127,14 +129,16 @@ class SocketReader:
         }
 
     def read(self, table: SocketTable, has_run: bool = True) -> tuple[Socket, ...] | None:
-        """Read the queues of all connections, in order of inode. None if unknown: refresh() failed,
-        the kernel does not report them, there is a connection of an unsupported kind (vsock, MPTCP,
-        SCTP, SMC), or (in another network namespace) unix sockets whose other ends are ambiguous.
+        """Read the queues of all connections, in order of inode. These are established TCP sockets
+        and connected unix sockets, unless the other end has closed them.
 
-        Includes established TCP and connected unix sockets, unless the other end has closed them. A
-        unix socket is a client if it has no name and its other end has one or is invisible; a TCP
-        socket is a client if nobody listened on its local port when it was first seen. Costs 5 µs a
-        socket in addition to the table, and 20 µs for a TCP socket.
+        None if they are unknown: refresh() failed, the kernel does not report them, or one is of an
+        unsupported kind (vsock, MPTCP, SCTP, SMC). In another network namespace, the other ends of
+        unix sockets may also be ambiguous.
+
+        A unix socket is a client if it has no name, and its other end has one or is invisible. A
+        TCP socket is a client if nobody listened on its local port when it was first seen. Costs 5
+        µs a socket in addition to the table, and 20 µs for a TCP socket.
 
         If the process has only unix sockets that listen or are known not to be storage, the same
         result is returned until refresh(), or until a descriptor changes. `has_run`: whether the
@@ -176,8 +180,8 @@ class SocketReader:
     def _settles(
         self, sockets: Sequence[Socket], protocols: Mapping[int, str], table: SocketTable
     ) -> bool:
-        """Return whether the process has no socket that could still become storage. Raises
-        Unreadable."""
+        """Return whether none of the process's sockets is, or could become, a connection to
+        storage. Raises Unreadable."""
         if len(self._numbers) > _MAX_SETTLED or not _UNIX.issuperset(protocols.values()):
             return False
         rest = protocols.keys() - {socket.inode for socket in sockets}
@@ -197,8 +201,9 @@ class SocketReader:
             return True
 
     def hidden(self, table: SocketTable) -> set[int]:
-        """Return the process's unix sockets that may be connected to a client in a third network
-        namespace, whose sockets cannot be read. Raises Unreadable."""
+        """Return the process's unix sockets that are neither in our network namespace nor in its
+        own. They may be connected to a client in a third one, which cannot be read. Raises
+        Unreadable."""
         return {
             inode
             for inode, protocol in (self._protocols or {}).items()
@@ -209,15 +214,16 @@ class SocketReader:
 
     @property
     def lost(self) -> bool:
-        """Return whether a connection was lost and no new one seen since, or a TCP socket was not
-        connected. QEMU may make a new one with the same descriptor number."""
+        """Return whether a connection was lost and no new one was seen since, or a TCP socket was
+        not connected. Then refresh() is needed soon: QEMU may connect again with the same
+        descriptor number, so the number of descriptors need not change."""
         return self._lost or any(connection is None for connection in self._connections.values())
 
     def served(
         self, nodes: Sequence[Node], sockets: Sequence[Socket], table: SocketTable
     ) -> tuple[Node, ...]:
-        """Return the nodes. Those without a connection get Node.served: whether something listens
-        at their address, if that is on this host."""
+        """Return the nodes, with Node.served for those without a connection: whether something
+        listens at their address, if that is on this host."""
         if self._graph is None or self._foreign:
             return tuple(nodes)
         lonely = {node.name for node in nodes} - {socket.node for socket in sockets}
@@ -245,8 +251,8 @@ class SocketReader:
 
     def _root(self) -> str:
         """Return the directory that -chroot has made QEMU's root; "" if there is none, or if
-        something is mounted in it. When QEMU connects again, it looks for the paths of its command
-        line below this directory."""
+        something is mounted in it. When QEMU connects again, it finds the paths of its command line
+        below this directory."""
         directory = f"{self._proc}/{self._pid}"
         try:
             root = os.readlink(f"{directory}/root")  # noqa: PTH115 - half the cost
@@ -332,8 +338,8 @@ class SocketReader:
         if unix is None or unix.shut:
             return None
         # The other end is invisible if a hung server has not accepted the connection yet, or if
-        # that server is in another network namespace. In both cases this socket is not half of a
-        # pair.
+        # that server is in another network namespace. In both cases, this socket is not half of a
+        # socketpair(2).
         peer = table.unix(unix.peer)
         self._peers[inode] = unix.peer
         if unix.name:
@@ -411,8 +417,8 @@ class SocketReader:
         self._peers, self._given_names = {}, None
         self.accepted = []
         try:
-            # Connections from clients in our namespace are in our table: both ends of a unix
-            # connection belong to the network namespace of its client.
+            # Both ends of a unix connection belong to the network namespace of its client. So
+            # connections from clients in our namespace are in our table.
             by_inode = {inode: self._unix(inode, table) for inode in sorted(inodes)}
             elsewhere = frozenset(inode for inode in inodes if not table.has_unix(inode))
             sockets = [socket for socket in by_inode.values() if socket is not None]
@@ -432,10 +438,9 @@ class SocketReader:
         """Return the unix sockets of another network namespace.
 
         The rows do not show which two sockets are connected with each other, and only an accepted
-        socket has a path. So for a connection that the process made, the path comes from the
-        accepted sockets of other processes in that namespace. Raises Unreadable if those with a
-        known use are too few and the number of the others does not fit, or if a socket has two
-        rows.
+        socket has a path. So the use of a connection that the process made comes from the path of
+        an accepted socket of another process in that namespace. Raises Unreadable if the numbers of
+        both do not match, or if a socket has two rows.
         """
         own = [row.inode for row in rows if row.inode in inodes]
         if len(own) > len(set(own)):
@@ -510,8 +515,8 @@ def _use_of(node: Node | None) -> _Use:
 
 
 class _Ends:
-    """A cache of the purposes of connections: a process may have thousands of them, and its command
-    line thousands of endpoints."""
+    """The uses of the endpoints on a command line, for quick look-up: a process may have thousands
+    of connections, and its command line thousands of endpoints."""
 
     def __init__(self, graph: BlockGraph) -> None:
         self.descriptors: dict[int | None, _Use] = {}

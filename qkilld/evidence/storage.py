@@ -3,9 +3,10 @@
     descriptors (files) → mounts (mountinfo) → block devices (devices) and network mounts (mounts)
 
 An image may lie on a partition, a logical volume, a loop device, or a file system in a file on
-another file system. All layers are returned with their depth. Upper layers have fewer users: one
-guest may use a logical volume, and all guests the disk below it. Lower layers do the work, which
-may continue while an upper one makes no progress, such as a loop device during a flush.
+another file system. All layers are returned with their depth, because each shows something else. An
+upper layer has fewer users: one guest may use a logical volume, and all guests the disk below it. A
+lower layer may be at work while the counters of an upper one stand still, such as those of a loop
+device during a flush.
 
 Costs were measured on two cores of a 2020s Xeon; see each method.
 """
@@ -93,8 +94,8 @@ class StorageTable:
 class StorageReader:
     """Reads the storage under one process's images. For one thread at a time; keeps nothing open.
 
-    A device that was once seen is kept, because an image that is being closed is gone from
-    /proc/PID/fd while close(2) still waits for its storage.
+    A device that was once seen is kept, because close(2) removes an image from /proc/PID/fd and may
+    then still wait for its storage.
     """
 
     def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
@@ -107,7 +108,7 @@ class StorageReader:
         self._finder = BackingFinder(proc)
 
     def refresh(self, descriptors: Descriptors | None = None) -> None:
-        """List the open files again. Never raises. Only BackingFinder waits, with a timeout.
+        """List the open files again. Never raises. May wait briefly (backing.TIMEOUT_S).
 
         `descriptors`: from files.read_descriptors, if just read. Costs 0.2 ms for a small QEMU, 3
         ms for one with 100 descriptors and 16 block devices.
@@ -115,7 +116,7 @@ class StorageReader:
         if descriptors is None:
             descriptors = files.read_descriptors(self._pid, self._proc)
         if descriptors is None or not descriptors.count:
-            return  # It is exiting, and may still wait for files that were open.
+            return  # It is exiting, and may still wait for files that were open, so keep the list.
         if descriptors.too_many:
             self._known = False
             return
@@ -198,8 +199,8 @@ class StorageReader:
         return devices_read, tuple(table.mounts.of(filesystem) for filesystem in self._filesystems)
 
     def _keep(self, disks: dict[str, _Disk]) -> None:
-        """Add these devices, and keep those no longer in use unless they were unplugged. Whether
-        the kernel counts their requests is read once.
+        """Add these devices, and keep those no longer in use unless they were unplugged. Read once
+        for each device whether the kernel counts its requests.
 
         A device that was writable stays writable: an exiting QEMU opens its images again for
         reading, and then flushes.
@@ -289,15 +290,15 @@ class _Stack:
             for number in numbers:
                 self._device(number, depth, writable)
         elif kind == "overlay" and writable and filesystem.number not in self._overlays:
-            # A file open for writing lies in the upper directory: the kernel copied it there. An
-            # overlay adds no layer, because it has no requests of its own that could be counted.
+            # A file open for writing lies in the upper directory, because the kernel copied it
+            # there. The overlay is not returned as a layer, because it has no counters of its own.
             upper = _option(filesystem, b"upperdir") or b""
             self._overlays.add(filesystem.number)
             self._path(Backing(upper, None), kind, depth, writable)
             self._overlays.discard(filesystem.number)
         elif kind in mounts.KINDS:
-            # Prefer the same file system in our own mounts, which stay readable when the process
-            # has exited.
+            # Prefer the same file system in our own mounts, because these stay readable when the
+            # process has exited.
             own = self._table("self").every()
             same = (f for f in own if (f.number, f.kind) == (filesystem.number, kind))
             self.filesystems[next(same, filesystem)] = None
@@ -335,7 +336,7 @@ class _Stack:
                 own or before.own,
                 writable or before.writable,
             )
-        # This also ends cycles, because a second visit finds nothing new.
+        # This also ends cycles: a second visit changes nothing.
         if disk == before or depth > MAX_DEPTH or len(self.disks) > MAX_DEVICES:
             return
         self.disks[number] = disk

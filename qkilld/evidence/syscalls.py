@@ -1,8 +1,9 @@
 """Interpret the system call of a waiting thread, from /proc/PID/task/TID/syscall (proc(5)).
 
-An idle QEMU sleeps in calls that wait for events or input, which are listed here. A thread that
-sleeps in any other call waits for something, whatever its name. Numbers: x86_64 from the kernel's
-arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from include/uapi/asm-generic/unistd.h.
+An idle QEMU sleeps in calls that wait for events or input. These calls are listed here. A thread
+that sleeps in any other call, even an unknown one, counts as waiting for something. Numbers: x86_64
+from the kernel's arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from
+include/uapi/asm-generic/unistd.h.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _EVENTS: Final = frozenset(
         *("recvfrom", "recvmsg", "recvmmsg"),
     )
 )
-"""Calls that wait for events, other threads or input. Other readers show requests in flight on a
-ring or at a server."""
+"""Calls that wait for events, other threads or input, so they do not count as waits here. Other
+readers find requests in flight on a ring or at a server."""
 _SUBMITS: Final = frozenset(("io_uring_enter",))
 """Calls that either wait for events, or execute a request themselves and wait for storage."""
 _INPUT: Final = frozenset(("read", "readv"))
@@ -115,8 +116,8 @@ def describe_call(
 ) -> Call | None:
     """Return the call with that number; -1 means no call. None on an unknown architecture.
 
-    The calls of a 32-bit QEMU on a 64-bit kernel are misread: their numbers are from another table,
-    and /proc does not show which table applies.
+    The calls of a 32-bit QEMU on a 64-bit kernel are misread, because their numbers are from
+    another table, and /proc does not show which table applies.
     """
     names = _NUMBERS.get(machine)
     if names is None:

@@ -17,8 +17,8 @@ from qkilld.model.sample import Thread
 def place_threads(
     pid: int, threads: tuple[Thread, ...] | None, storage: StorageReader, proc: Path
 ) -> tuple[Thread, ...] | None:
-    """Add what each thread's descriptor refers to, and which thread is the first one; leave out
-    threads that wait for input."""
+    """Add to each thread what its descriptor refers to, and whether it is the process's first
+    thread. Leave out threads that wait for input."""
     if not threads:
         return threads
     threads_with_places = (_place_thread(pid, thread, storage, proc) for thread in threads)

@@ -7,9 +7,9 @@ PTRACE_MODE_ATTACH_FSCREDS and PTRACE_MODE_READ_FSCREDS). Nothing here takes the
 lock, so no read waits for a thread that holds it.
 
 schedstat (kernel Documentation/scheduler/sched-stats.rst) has the nanoseconds that the thread ran
-and how often it was put on a processor. If the text of this file is the same, a thread that slept
-has not run, and so sleeps in the same call with the same count of switches. Only threads whose
-schedstat changed are read in full.
+and how often it was put on a processor. If a thread slept and its schedstat is the same as before,
+it has not run, so it still sleeps in the same call. Only threads whose schedstat changed are read
+in full.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class ThreadReader:
         self._directory = directory
         self._entries: dict[str, _ThreadEntry] = {}
         self._offset = 0
-        """Added to the switches of the present threads, so that the sum never falls when a thread
-        ends."""
+        """A number that is added to the switches of the present threads, so that the sum does not
+        fall when a thread ends."""
         self._last_sum = 0
         self._has_ended = False
         """A thread has ended since the last complete read."""
@@ -85,13 +85,13 @@ class ThreadReader:
         """Return the sum of the voluntary context switches of all threads, and the threads that
         wait in a call or in state D.
 
-        Switches between two reads do not count if a thread ended between them: idle threads of
-        QEMU's pool end after 10 s without work, and each wakes another one.
+        If a thread ended between two reads, the switches between them do not count. They may not be
+        work: an idle thread of QEMU's pool ends after 10 s, and its end wakes another one.
 
         `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, for
         example with more than MAX_THREADS threads or without a free descriptor. Without the ptrace
-        right, only threads in state D are known, so the second result is None instead of (). The
-        freezer of cgroup v1 may put threads into state D too.
+        right, only threads in state D are known, so the second result is None if there are none.
+        The freezer of cgroup v1 may also put threads into state D.
         """
         if count > MAX_THREADS:
             note_once("reading threads", f"there are more than {MAX_THREADS}")
@@ -123,8 +123,8 @@ class ThreadReader:
 
     @property
     def alive(self) -> bool:
-        """Return True if the last read found a thread that is no zombie, or read no thread at
-        all."""
+        """Return whether a thread may be alive: the last read found one that is no zombie, or read
+        no thread at all."""
         return not self._entries or any(entry.alive for entry in self._entries.values())
 
     def living(self) -> Stat | None:
@@ -206,7 +206,8 @@ class ThreadReader:
             and not schedstat.startswith(b"0 0 0")
         ):
             return
-        # schedstat was read before the rest, so that the next read detects a change in between.
+        # schedstat was read before the rest. So if the thread runs in between, the next read finds
+        # another schedstat.
         entry.last_schedstat = schedstat
         status = read_once(f"task/{entry.tid}/status", self._directory)
         switches = number_after(status, b"\nvoluntary_ctxt_switches:\t")
@@ -232,7 +233,7 @@ class ThreadReader:
         self, entry: _ThreadEntry, status: bytes, state: str, number: int | None, call: Call | None
     ) -> Thread | None:
         """Return the thread; None if it waits only for events of a ring, or is an idle kernel
-        worker, which shows its creator's call."""
+        worker. The wait channel shows that, not the call, which is that of the worker's creator."""
         wchan = self._wchan(entry.tid)
         if state == "S" and wchan in _IDLE_WORKERS:
             return None

@@ -1,4 +1,4 @@
-"""Threads that take samples: as few as possible, more if one blocks in the kernel."""
+"""Run the threads that take samples: as few as possible, more if one blocks in the kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qkilld.evidence.faults import FaultGuard
 STUCK_S: Final = 0.1
 """A call that takes longer counts as blocked; later calls do not wait for it."""
 MAX_WORKERS: Final = 64
-"""The maximum number of worker threads, each of which dead storage may block."""
+"""The maximum number of worker threads. Dead storage may block each of them."""
 MAX_PER_USER: Final = 48
 """The maximum number of workers that one user other than root may occupy; the others are for other
 users."""
