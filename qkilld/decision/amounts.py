@@ -1,8 +1,9 @@
 """Count the bytes that a process has written, to disks and through storage servers. Pure.
 
 The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
-A unix socket has no counter; instead, the writes of a server that has no other client count. Not
-every sample reads the servers, so their writes are added up from one reading to the next.
+A unix socket has no counter. If its server has no other client, what the server writes counts
+instead. Not every sample reads the servers, so their writes are added up from one reading to the
+next.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def written_since(first: Sample, last: Sample, served: int) -> int | None:
     before, after = _own_bytes(first), _own_bytes(last)
     if before is None or after is None:
         return None
-    # The sum falls if a connection is closed. Then only `served` counts.
+    # The sum may fall, because the bytes of a connection are no longer counted when it is closed.
+    # Then only `served` counts.
     return max(0, after - before) + served
 
 

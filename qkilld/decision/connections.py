@@ -1,9 +1,9 @@
-"""Tell progress over a connection from the same bytes, sent again and again. Pure.
+"""Tell progress on a connection from the same bytes sent again and again. Pure.
 
-If a connection to a storage server breaks, QEMU connects again and sends all requests that were not
-answered. A server that accepts some of them and then breaks each connection causes movement
-for ever: on its connections, in its calls, and perhaps on its disk. Only a reply is not repeated.
-TCP counts what the server sent; a unix socket does not.
+If a connection to a storage server breaks, QEMU connects again and repeats all requests that were
+not answered. So a server that breaks each connection after some requests causes movement forever,
+on its connections, in its calls, and perhaps on its disk. Only a reply proves progress, because a
+request that has its reply is not repeated. TCP counts the bytes of replies; a unix socket does not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 
 BREAKS: Final = 3
-"""After this many connections of a node have broken without a reply, the requests that QEMU sends
-again over the next one may break that, too."""
+"""After this many connections of a node have broken without a reply, movement on the next one may
+be a repetition."""
 LASTS: Final = 6 * USEC_PER_SEC
-"""A connection that lasts this long (µs), and twice as long as those that broke, counts as one that
-does not break."""
+"""A connection counts as stable, so that movement on it is no repetition, if it has lasted this
+long (µs), and twice as long as those that broke."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +28,19 @@ class Connections:
     µs."""
 
     inodes: frozenset[int] = frozenset()
-    """The last ones that were seen."""
+    """The connections that were seen last."""
     since: int = 0
     """When these were first seen."""
     seen_at: int = 0
     """When these were last seen."""
     broken: int = 0
-    """How often they were replaced since a reply was last seen."""
+    """How often the connections were replaced since a reply was last seen."""
     longest: int = 0
-    """The longest time (µs) that connections have lasted, of those that replaced others since a
-    reply was last seen."""
+    """The longest time (µs) that one of these replacements has lasted."""
 
     @property
     def repeats(self) -> bool:
-        """Whether what moves on these connections may have moved on earlier ones already."""
+        """Whether movement on these connections may only repeat that on earlier ones."""
         lasted = self.seen_at - self.since
         return self.broken >= BREAKS and (lasted < LASTS or lasted < 2 * self.longest)
 

@@ -2,13 +2,14 @@
 
 If QEMU (7.2 to 11.1) gets query-block or query-named-block-nodes, its main thread asks the file
 systems of all images for their sizes. If a file system does not answer, the main thread and the
-monitor hang, so no disk can be flushed any more: 201 of 300 records of a local disk were lost
-beside an image on FUSE (measured). Only a file system without a block device can hang like this:
-NFS, FUSE. So if an image may lie on one, disks that lie elsewhere are flushed first, by the names
-from query-blockstats, which asks no file system.
+monitor hang, so no disk can be flushed any more. In a measurement with a hanging image on FUSE, a
+local disk lost 201 of 300 records. Only a file system without a block device, such as NFS or FUSE,
+can hang like this. So if an image may lie on one, disks that lie elsewhere are flushed first, by
+the names from query-blockstats, which asks no file system.
 
-The command line and the open files of the process show which disks lie on such a file system. This
-decides which disks are flushed, and when, but never which disks count as flushed.
+The command line and the open files of the process show which disks lie on such a file system. As
+both may be wrong, they decide which disks are flushed, and when, but never which disks count as
+flushed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import ImagePlace, Sample
 
 _CALL: Final = "call:storage:"
-"""The keys of waits for calls to storage begin with this; numbers of disks and mounts follow."""
+"""The prefix of the keys of waits for calls to storage. The numbers of disks and mounts follow
+it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,8 @@ def needs_second_reading(state: BlockState, evidence: Assessment) -> bool:
 def plan_early_flush(
     first: BlockState, second: BlockState | None, evidence: Assessment
 ) -> EarlyFlush:
-    """Plan the flush. The states contain only statistics; `second` was read OLD after `first`, None
-    if nothing was in flight. `evidence` is from samples at the same times."""
+    """Plan the flush. The states contain only statistics. `second` was read OLD µs after `first`;
+    None if nothing was in flight. `evidence` is from samples at the same times."""
     state, images = second or first, evidence.last.images
     stuck = stuck_disks(first, second)
     usable = [disk for disk in state.disks if disk not in stuck]
@@ -80,12 +82,12 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block would hang, so the state of the disks is not read and this is the last flush.
-        # Include the disks on a network, which are otherwise flushed later.
+        # query-block would hang, so no other flush follows this one. Include the disks on a
+        # network, which are otherwise flushed later.
         others += [disk for disk in usable if disk.network]
     if unanswered:
-        # These disks may be healthy: perhaps they only share a controller's queues with disks that
-        # do not answer.
+        # Try these disks, too: they may be healthy, and only share a controller's queues with disks
+        # that do not answer.
         others += [disk for disk in stuck if _lies(disk, images, on_mount=False)]
     return EarlyFlush(sorted_by_risk(healthy), tuple(others), hang_reason)
 

@@ -1,13 +1,14 @@
 """Plan the flush before SIGTERM, and say what it proves. Pure.
 
-A flush before SIGTERM shows errors that QEMU hides afterwards. With the processors stopped, it also
-proves that QEMU holds no data back. But `stop` waits for all requests of all disks, so it blocks
-the monitor if a disk does not answer. So `stop` is sent only if no request seems older than OLD
-and, while the guest runs, no vhost-user or network disk hides its requests. Otherwise the disks
-expected to answer are flushed one by one, so that a later SIGKILL loses none of their data.
+A flush before SIGTERM shows errors that QEMU hides afterwards. With the guest's processors stopped,
+it also proves that QEMU holds no data back. But the QMP command `stop` waits for all requests of
+all disks, so it blocks the monitor if one disk does not answer. Therefore `stop` is sent only if no
+request seems older than OLD. If the guest runs, there must also be no vhost-user or network disk
+that hides its requests. Without `stop`, the disks that are expected to answer are flushed one by
+one, so that a later SIGKILL loses none of their data.
 
-QEMU reports the requests in flight of virtio disks only. Those of other local disks (IDE, NVMe) are
-visible from outside: a thread waits, or a ring has requests.
+QEMU reports the requests in flight only for virtio disks. For other local disks (IDE, NVMe),
+evidence from outside shows them: a thread waits, or a ring has requests.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from qkilld.model.job import Risk
 OLD: Final = USEC_PER_SEC
 """A request that has been outstanding for this long (µs) may be for a disk that does not answer."""
 INACTIVE: Final = frozenset({"inmigrate", "postmigrate", "finish-migrate", "colo"})
-"""Runstates in which the disks belong to another host, or soon will."""
+"""Runstates of a migration, in which the disks belong to another host, or soon will."""
 _SPAN_OF_INDEX: Final = 1 << 16
 _REQUESTS: Final = ("call:storage:", "io_uring", "aio", "unseen:threads", "unseen:io_urings")
-"""The prefixes of the keys of waits for requests of local disks (decision.waits)."""
+"""The prefixes of the keys of waits for requests of local disks (waits.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,15 @@ class FlushPlan:
     stop: bool
     """Stop the processors if they run, then flush over NBD, which reports errors."""
     running: bool
-    """The processors run now. Whoever stops them must continue them if QEMU is not ended."""
+    """The processors run now. If they are stopped for the flush and QEMU is not ended, they must be
+    continued."""
     disks: tuple[GuestDisk, ...]
     incomplete_because: str
     """Why the flush is not complete; "" if it is."""
     before: tuple[GuestDisk, ...] = ()
-    """The disks to flush before `stop`, the local ones first, if the processors run. This flush
-    leaves `stop` little to flush and finds disks that do not answer. It hides errors, which the
-    flush after `stop` shows."""
+    """The disks to flush before `stop` if the processors run, the local ones first. This flush
+    finds disks that do not answer, and leaves little to flush for `stop`. Only the flush after
+    `stop` shows errors."""
     stuck: tuple[GuestDisk, ...] = ()
     """The disks that do not answer."""
 
@@ -95,7 +97,7 @@ def plan_flush(
     else:
         in_order = sorted_by_risk(state.disks)
         return FlushPlan(True, running, state.disks, "", before=in_order if running else ())
-    # Local disks come first, because a disk on a network may hang, and the monitor with it.
+    # Local disks come first, because a disk on a network may hang, and then the monitor hangs, too.
     healthy = [disk for disk in state.disks if disk not in stuck and disk.title not in unreported]
     return FlushPlan(False, running, sorted_by_risk(healthy), why, stuck=stuck)
 
@@ -145,8 +147,8 @@ def notes_of_plan(state: BlockState) -> tuple[str, ...]:
 
 
 def risks_of_flush(results: Sequence[FlushResult]) -> tuple[Risk, ...]:
-    """Return the risks of failed flushes. A flush that QEMU refused is no risk, because it was
-    never tried; but it proves nothing (`proves_all`)."""
+    """Return the risks of failed flushes. A flush that QEMU refused was never tried, so it is no
+    risk, but it also proves nothing (`proves_all`)."""
     return tuple(
         Risk("flush-failed", f"{one.title}: {one.error}")
         for one in results
@@ -168,8 +170,8 @@ class JobsProgress:
     """The progress of backups, mirrors and the migration, from reading to reading."""
 
     progress: Mapping[str, int] = field(default_factory=dict)
-    """The progress of each job, by name. A mirror that is ready never ends, so it is not waited
-    for."""
+    """The progress of each job, by name. A mirror that is ready is left out: it never ends, so
+    waiting for it is useless."""
     moved_at: int = 0
     """When one of the jobs last moved (µs, CLOCK_MONOTONIC)."""
 

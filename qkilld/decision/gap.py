@@ -1,9 +1,10 @@
 """Assess a process after a time without samples. Pure.
 
 A daemon that resumes a job continues from this assessment, which errs in favour of the guest's
-data. It assumes that what moved before the gap moved until now, and that what was outstanding still
-is outstanding. The next `assess` compares counters with those from before the gap, but counts the
-gap as time without samples, which brings SIGKILL no nearer.
+data. If the process made progress before the gap, it assumes progress until now. If the process
+waited for something, it assumes that the wait goes on. The next `assess` compares counters with
+those from before the gap, but counts the gap as time without samples, so the gap brings SIGKILL no
+nearer.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
 Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
 
-Between SIGTERM and SIGKILL, a job that is held sends nothing and does not give up. Extend delays
-SIGKILL. With FIXED only time counts; otherwise evidence counts until `max` is over:
+These rules hold between SIGTERM and SIGKILL. A job that is held sends nothing and does not give up.
+Extend delays SIGKILL. With FIXED, only time counts. Otherwise evidence counts until `max` is over:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
 - No SIGKILL within `stall` of the last progress, or of the end of the last wait.
 - While the process waits for something that does not move, no SIGKILL within `storage_stall` of the
   last progress, or of SIGTERM. If evidence is missing, the process counts as waiting.
-- SIGKILL is delayed by movement that may not be progress, but not for ever (DOUBT).
+- Movement that may not be progress delays SIGKILL, but not forever (DOUBT).
 - Only time with samples counts: a gap without samples does not prove that nothing moved.
-- After `max`, SIGKILL in any case. But if SIGTERM was late, because the guest was asked first or
-  the job was held, SIGKILL waits for the grace after SIGTERM, or for half of `max` if that is less.
-- Before a SIGKILL because of storage that does not move, that storage is cut off if possible, and
+- After `max`, SIGKILL comes in any case. But if SIGTERM was late, because the guest was asked first
+  or the job was held, SIGKILL still waits for the grace after SIGTERM, or for half of `max` if that
+  is less.
+- If SIGKILL is due because storage does not move, that storage is first cut off if possible. Then
   the waiting times start again, because QEMU may have another disk to finish.
 - A process that is only stopped gets SIGCONT, and the waiting times start again.
 - Right before SIGKILL, a last sample is taken.
@@ -37,18 +38,20 @@ FIXED_POLICY: Final = Policy(grace=10 * USEC_PER_SEC, reap=5 * USEC_PER_SEC, max
 """The times of libvirt's virProcessKillPainfully of 2012: SIGKILL after 10 s with force, 15 s in
 all."""
 FRESH: Final = 200_000
-"""SIGKILL needs a sample no older than this (µs)."""
+"""SIGKILL needs a sample that is at most this old (µs)."""
 LATE: Final = 1_000_000
-"""A sample that was taken when SIGKILL was already due may be this old (µs). On a busy host all
-samples are late, so FRESH alone would never allow SIGKILL."""
+"""The limit instead of FRESH (µs) for a sample that was taken when SIGKILL was already due. On a
+busy host all samples are late, so FRESH alone would never allow SIGKILL."""
 GRID: Final = 100_000
-"""Regular samples are taken at multiples of this (µs), so that jobs share readings of the host."""
+"""Regular samples are taken at multiples of this (µs). So jobs are sampled at the same time, and
+share readings of the host."""
 PER_JOB: Final = 2_000
-"""With N jobs, two regular samples of one process are at least N times this (µs) apart, which
-bounds the cost of all samples together."""
+"""With N jobs, two regular samples of one process are at least N times this (µs) apart. This bounds
+the cost of all samples together."""
 DOUBT: Final = 5
-"""Movement that others may have caused delays SIGKILL until at most this many times `storage_stall`
-after the last progress, because a server that works for others may be stuck for this guest."""
+"""Movement that others may have caused delays SIGKILL, but at most until this many times
+`storage_stall` after the last progress. The limit is needed because a server that works for others
+may be stuck for this guest."""
 MAX_CONTINUES: Final = 3
 """After this many SIGCONTs, assume that someone is stopping the process deliberately."""
 
@@ -93,7 +96,8 @@ class JobFacts:
     """The number of sampled jobs; if there are many, each is sampled more rarely."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """The latest due time of SIGKILL that evidence has led to; it never becomes earlier."""
+    """The latest time for which evidence has made SIGKILL due. SIGKILL never becomes due earlier
+    than this."""
 
     @property
     def by_evidence(self) -> bool:
@@ -153,7 +157,7 @@ def decide(facts: JobFacts, now: int) -> Decision:
         return Decision(Action.WAIT, deadline, deadline)
     due = kill_due(facts)
     evidence = facts.assessment
-    # A promise needs a real sample, not assumptions about a gap.
+    # Promise a time (JobFacts.promised) only after a real sample, not from assumptions about a gap.
     promised = 0 if evidence is None or tells_nothing(evidence.seen) else due
     return _by_evidence(facts, _deadline(facts, due), now, promised)
 
@@ -219,8 +223,8 @@ def _last_action_at(facts: JobFacts) -> int:
 
 
 def _unsampled(began: int, evidence: Assessment) -> int:
-    """Return the time (µs) without samples: after the first one, and what exceeds 1 s between
-    `began` and the first one."""
+    """Return the time (µs) without samples: that after the first sample, plus the time from `began`
+    to the first sample, less 1 s."""
     return evidence.unsampled + max(0, evidence.first.at - began - USEC_PER_SEC)
 
 
@@ -265,8 +269,8 @@ def _should_continue(facts: JobFacts) -> bool:
 
 
 def should_yank(facts: JobFacts, now: int) -> bool:
-    """Return whether to cut off storage before a SIGKILL that is due: the reason is I/O that may be
-    outstanding, not MaxSec=, and something may be left to cut off."""
+    """Return whether to cut off storage before a SIGKILL that is due. That is so if I/O may be
+    outstanding, `max` is not over, and something may be left to cut off."""
     evidence = facts.assessment
     start = facts.term_at if facts.started is None else facts.started
     in_time = now < _add(start or 0, facts.policy.max)

@@ -4,27 +4,27 @@ Call `start`, then `observe` with each observation, about one a second, and `not
 guest was asked. `judge` interprets all of that at any time, based on these facts:
 
 - QEMU drops a press of the power button if no operating system listens. Most machines show whether
-  one listens; while none does, the button is not pressed. A guest that does not listen may be
-  booting if its processors or disks work, and is deaf otherwise.
-- A guest that ignores the button may be busy for ever, and a guest that shuts down may be silent
-  for seconds. So neither work nor silence is proof. Work counts only if it exceeds the work before
-  the press and lasts. Short work proves nothing, because an idle guest writes its log every few
-  seconds. A shutdown too short to count ends within PowerdownSec anyway.
-- The same load makes more or fewer requests if the host gives it more or less of its processors and
-  disks. Two figures stay the same. One is its demand, the sum of the processors that it uses or
-  waits for and of its requests in flight (measured: 0.7 and 0.3 became 0.15 and 1.2 when the host's
-  disk became slow). The other is the number of requests for each second that its processors run.
+  one listens, and the button is not pressed before one does. A guest that does not listen may be
+  booting if its processors or disks work. Otherwise it is called deaf.
+- A guest that ignores the button may be busy forever, and a guest that shuts down may be silent for
+  seconds. So neither work nor silence is proof. Work counts as a shutdown only if it exceeds the
+  work before the press and lasts. Short work proves nothing, because an idle guest writes its log
+  every few seconds. A shutdown whose work is too short to count ends within PowerdownSec= anyway.
+- The work of one load varies with how much of its processors and disks the host gives it. Two
+  figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
+  requests in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and
+  1.2 (measured). The other figure is the number of requests per second of processor time.
 - If a load ends after the press, the guest may be shutting down. From then on, all work counts that
   an idle guest does not do.
-- After a sign that only a shutdown gives, all work counts until the sign disappears, as it does if
-  the agent was only restarted. Without such a sign, work that began after the press counts as a
-  shutdown for at most UNCERTAIN_MAX, because it may be an unrelated load.
-- Two other signs are not used. An agent that does not answer may be starved or hung, whereas a
-  stopped agent closes its port, which is a sign. x-query-virtio-status shows whether the guest has
-  reset a device, but QEMU aborts, and loses all data it holds, if it cannot decode the features of
-  that kind of device (qmp_decode_features in hw/virtio/virtio-qmp.c).
-- A guest that restarts has shut down and booted again. It is asked once more, like a booting guest,
-  but not a third time.
+- After a sign that only a shutdown gives, all work counts until the sign disappears. (The agent's
+  port, for example, closes in a shutdown, but opens again if the agent was only restarted.) Without
+  such a sign, work that began after the press counts as a shutdown for at most UNCERTAIN_MAX,
+  because it may be an unrelated load.
+- An agent that does not answer is no sign, because it may be starved or hung. Nor is
+  x-query-virtio-status used, which shows whether the guest has reset a device: QEMU aborts, and
+  loses all data that it holds, if it cannot decode the features of that kind of device
+  (qmp_decode_features in hw/virtio/virtio-qmp.c).
+- A guest that restarts has shut down and booted again. It is asked once more, like a booting guest.
 
 An attempt outlives the daemon (`go_on`): counters from before the gap show what the guest did
 during the gap.
@@ -52,15 +52,15 @@ QUIET: Final = 3 * USEC_PER_SEC
 IDLE_SHARE: Final = 0.05
 """The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
-"""A working guest has at most this long (µs) to begin to listen to the power button."""
+"""How long (µs) to wait for a working guest to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
 """A monitor that has not answered for this long (µs) cannot be used to ask."""
 EFFECT: Final = 10 * USEC_PER_SEC
 """A method that works has an effect within this time (µs); after that, the next one is tried."""
 UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 """Without a sign that only a shutdown gives, work counts as a shutdown for at most this long (µs)
-after the guest was first asked, or for PowerdownSec= if that is longer: an unrelated build may run
-for ever."""
+after the guest was first asked, or for PowerdownSec= if that is longer. The work may be an
+unrelated build, which may run forever."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """Time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
@@ -75,10 +75,10 @@ HALF_BUSY: Final = 0.5
 """The end of a load is visible if the load is at least this share of one processor."""
 CALM: Final = 0.2
 """A guest is asked at once if its disks are idle and its virtual processors wanted at most this
-share of one processor in the last tenth of a second. A tenth of a second is too short to measure
-the work, so later work is compared with CALM."""
+share of one processor in the last tenth of a second. That time is too short to measure a rate, so
+later work is compared with this share instead."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""A resumed or woken guest has this long (µs) to do the work that was due."""
+"""The time (µs) that a guest that was resumed or woken has for work that was due."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -97,7 +97,7 @@ class Conclusion(StrEnum):
     PRESSED = "pressed"
     """Somebody else has pressed the power button, for example an earlier ExecStop= line."""
     WAIT_FOR_LISTENER = "wait-for-listener"
-    """The guest does not listen to the button and is not idle, so it may be booting."""
+    """The guest does not listen to the button but works, so it may be booting."""
     WATCH = "watch"
     """The guest was asked, and its reaction is not known yet."""
     SHUTTING_DOWN = "shutting-down"
@@ -138,7 +138,7 @@ class AskRecord:
     at: int
     """µs, CLOCK_MONOTONIC."""
     quiet: bool = False
-    """Whether the guest did nothing at that time, so that it had finished booting."""
+    """Whether the guest did nothing at that time, so it had finished booting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class _Rates:
 
     @property
     def demand(self) -> float:
-        """The guest's load in processors and requests in flight, which does not depend on how fast
+        """The guest's load, in processors plus requests in flight. It does not depend on how fast
         the host is."""
         return (self.vcpus or 0.0) + self.in_flight
 
@@ -173,7 +173,7 @@ class Attempt:
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
     baseline: _Rates = _Rates()
-    """The work before the guest was first asked; _CALM_RATES once that load has ended."""
+    """The work before the guest was first asked; _CALM_RATES after the end of that load."""
     boots: bool = False
     """Whether the guest was booting: it restarted, or once did not listen before it was asked."""
     helped_at: int | None = None
@@ -249,10 +249,10 @@ def note_helped(attempt: Attempt, at: int) -> Attempt:
 
 
 def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
-    """Return the attempt after one more observation, which must be the newest."""
+    """Return the attempt after one more observation, which is newer than all others."""
     before = attempt.last
     old_signs = attempt.old_signs & observation.signs
-    # A monitor that was opened again reports no earlier events, but a lasting sign still holds.
+    # Keep lasting signs, because a monitor that was opened again does not report earlier events.
     signs = (observation.signs | attempt.signs & _LASTING_SIGNS) - old_signs
     if ShutdownSign.RESTARTED in signs and ShutdownSign.POWERED_OFF not in signs:
         return _begin_again(attempt, observation)
@@ -306,7 +306,7 @@ def _begin_again(attempt: Attempt, observation: GuestObservation) -> Attempt:
 def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     """Interpret the observations. `powerdown` is PowerdownSec= in µs.
 
-    `agent`: whether the guest's agent can be asked; False once that was tried.
+    `agent`: whether the guest's agent can still be asked; False after an attempt.
     """
     last = attempt.last
     if last is None:
@@ -330,8 +330,8 @@ def judge_exit(
     """Return the result of asking a guest whose QEMU exited before any signal of ours; None if the
     guest was not asked.
 
-    `signs`: the signs up to the exit. `all_heard`: all signs were received. Then an exit without
-    POWERED_OFF is no shutdown: QEMU crashed, or somebody else ended it.
+    `signs`: the signs up to the exit. `all_heard`: whether all signs were received. If so, an exit
+    without POWERED_OFF is no shutdown: QEMU crashed, or somebody else ended it.
     """
     if not attempt.asked and attempt.restarts == 0:
         return None
@@ -409,9 +409,10 @@ def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
     """Return how to ask again if asking had no effect; None if not now.
 
     After the agent, the button is tried. It is pressed once more only if the machine has no
-    register that shows whether the guest took the press, because a second press cancels the
-    shutdown of some systems (illumos). While a guest boots, the button is pressed repeatedly,
-    because the kernel listens seconds before the program that acts on a press.
+    register that shows whether the guest took the press. Otherwise it is not, because a second
+    press cancels the shutdown of some systems (illumos). While a guest boots, the button is pressed
+    repeatedly, because its kernel listens seconds before the program that acts on a press has
+    started.
     """
     last_ask = attempt.asked[-1]
     if attempt.boots and last.button is Button.LISTENED and not last_ask.quiet:
@@ -447,7 +448,7 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
 def _is_unsettled(
     attempt: Attempt, before: GuestObservation | None, observation: GuestObservation
 ) -> bool:
-    """Return whether a resumed or woken guest is still doing the work that was due."""
+    """Return whether a guest that was resumed or woken is still busy with work that was due."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
     time = _wanted_time(before, observation)
@@ -475,8 +476,8 @@ def _has_idle_disks(seen: GuestObservation) -> bool:
 
 
 def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
-    """Return the highest rates over at least BASELINE. If there are none, idle disks count as no
-    requests, and calm processors as CALM."""
+    """Return the highest rates over at least BASELINE. If nothing was observed for that long, idle
+    disks count as no requests, and calm processors as CALM."""
     if not recent:
         return _Rates()
     last = recent[-1]
@@ -517,7 +518,8 @@ def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) 
     if now.requests is not None and baseline.requests is not None:
         requests = baseline.requests
         if baseline.demand >= HALF_BUSY:
-            # Add LEAST_REQUESTS, because the baseline may by chance lack a request of a slow load.
+            # Add LEAST_REQUESTS: a slow load may by chance have made one request less in the
+            # baseline.
             requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
         duration = (after.at - before.at) / USEC_PER_SEC
         limit = GROWTH * requests + LEAST_REQUESTS
@@ -545,8 +547,8 @@ def _load_ended(attempt: Attempt) -> bool:
     """Return whether the guest was busy before it was asked, and has demanded less than half as
     much for LASTING. The end of a boot does not count.
 
-    A guest that still makes its requests has not ended its load: the host's disks may have become
-    faster.
+    A guest that still makes as many requests has not ended its load: its demand may have fallen
+    because the host's disks have become faster.
     """
     baseline = attempt.baseline
     if attempt.boots or baseline.vcpus is None or baseline.demand < HALF_BUSY:

@@ -1,10 +1,9 @@
 """Judge a recorded trace again: what would have been done, and when. Pure.
 
 `assess` folds the samples, and `decide` is called at each sample and at each deadline between two
-samples. A deadline requests a sample that the recorded job may not have taken. If the trace has a
-sample within SAMPLE_DURATION, it is used. Otherwise the previous sample is used again, as if
-nothing had moved. So a replay errs towards SIGKILL, and `Step.since_sample` shows how old the
-sample was.
+samples. A deadline requests a sample that the recorded job may not have taken. If the trace has one
+within SAMPLE_DURATION, that is used. Otherwise the previous sample is used again, as if nothing had
+moved. So a replay may send SIGKILL too early; `Step.since_sample` shows how old its sample was.
 
 A replay ends when it reaches a result, and at the latest at the exit of the process, at the SIGKILL
 that it really got, or at the end of the recording.
@@ -116,7 +115,8 @@ def replay(trace: Trace, overrides: Overrides | None = None) -> Replay:
         if walk.result is None:
             walk.take(moment)
     exited = recorded.result is Result.EXITED
-    # In the same µs, an exit comes before a deadline, but a real SIGKILL after it.
+    # If both are in the same µs, an exit comes before a deadline, but a real SIGKILL comes after
+    # it.
     walk.wait_until(recorded.until + (0 if exited else 1))
     result, at = walk.result, walk.now
     if result is None:

@@ -14,15 +14,15 @@ CODES_OF_KILL: Final = frozenset({"killed-io", "unknown", "qcow2-open"})
 _HANDLED: Final = frozenset({SIGTERM, SIGINT, SIGHUP})
 """The signals that ask QEMU to exit."""
 _LOST: Final = 2 * USEC_PER_SEC
-"""A node without a connection for this long (µs) has lost its server: an exiting QEMU closes all
-connections in less time."""
+"""A node without a connection for this long (µs) has lost its server. An exiting QEMU also closes
+its connections, but ends sooner."""
 
 
 def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
     """Return the risks of SIGKILL; () if there are provably none.
 
-    The proof: QEMU has handled SIGTERM, waits for nothing, and has only raw images open for
-    writing, for which it holds back no data.
+    It is proven that nothing is lost if QEMU has handled SIGTERM, waits for nothing, and has only
+    raw images open for writing: for these it holds back no data.
     """
     if evidence is None or tells_nothing(evidence.last):
         return (Risk("unknown", "the process could not be read"),)
@@ -46,13 +46,14 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 def risks_of_death(
     number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
-    """Return the risks if a signal that qkilld did not send ended QEMU: from the kernel for lack of
-    memory, from another program, or from a crash. Such an end loses what SIGKILL would have lost.
+    """Return the risks if a signal that qkilld did not send ended QEMU. It may come from the kernel
+    for lack of memory, from another program, or from a crash, and loses what SIGKILL would have
+    lost.
 
-    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) ends it only if
-    QEMU does not handle signals yet, and then no guest has run. `terminated`: QEMU was sent SIGTERM
-    before; otherwise the guest may have written until the end. `flushed`: the monitor reported all
-    disks as flushed.
+    `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) can end it only
+    before QEMU has installed its handlers, when no guest has run yet, so it is no risk.
+    `terminated`: QEMU was sent SIGTERM before; otherwise the guest may have written until the end.
+    `flushed`: the monitor reported all disks as flushed.
     """
     if not number or number in _HANDLED or flushed:
         return ()
@@ -75,11 +76,11 @@ def risks_of_exit(
     """Return the risks after QEMU has exited without SIGKILL.
 
     Normally an exiting QEMU has written its data. But it also exits with 0 if its storage reported
-    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only the latter is
-    visible from outside, and only for a server of this host. A missing connection alone proves
-    nothing, because QEMU may have closed the node, so its server must be gone, too. Until
-    `reconnect-delay` has passed, QEMU keeps the data and does not exit. So an exit before that time
-    has lost nothing, even if no sample saw the server return.
+    an error, or if it stopped waiting for a lost server (`reconnect-delay`). Only a lost server is
+    visible from outside, and only if it is on this host. A missing connection alone proves nothing,
+    because QEMU may have closed the node, so the server must be gone, too. Until `reconnect-delay`
+    has passed, QEMU keeps the data and does not exit. So an exit before that time has lost nothing,
+    even if no sample saw the server return.
 
     `flushed`: the monitor reported all disks as flushed. `started`, `ended`: when the process
     started and ended; CLOCK_MONOTONIC, µs.
@@ -94,7 +95,7 @@ def risks_of_exit(
         if wait is None or node.served is not False or node.protocol == "vhost-user":
             continue
         disconnects = [mark.at for mark in wait.marks if mark.name == CONNECTED and not mark.value]
-        # A node that was lost later was connected when the wait was first seen.
+        # If the node lost its server later, it was connected when the wait was first seen.
         connected_at = wait.since if disconnects and disconnects[0] > wait.since else started
         delay = (node.reconnect or 0) * USEC_PER_SEC
         if node.reconnect is not None and ended < connected_at + delay:

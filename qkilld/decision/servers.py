@@ -2,19 +2,20 @@
 Pure.
 
 If a server ends before the guest has closed its disk, QEMU's last writes and flushes fail. QEMU
-then exits at once, with code 0, before another sample can be taken. So the servers are looked for
-before SIGTERM, and at the end it is compared which process ended first.
+then exits at once, with code 0, before another sample can be taken. So the servers are found before
+SIGTERM, and after the guest's end it is checked which process ended first.
 
-A server that is stopped closes its connections some time before it ends, so its end soon after the
-guest's is a risk, too (SETTLE). With TCP, the kernel may prove that the guest closed the connection
-first. Of a server on another host, nothing else is known.
+A server that is stopped closes its connections some time before it ends. So if it ends soon after
+the guest (SETTLE), that is a risk, too. With TCP, the kernel may prove that the guest closed the
+connection first. For a server on another host, this is the only evidence.
 
 A server that exits when its client disconnects (Peer.leaves) ends before the guest in every
-ordinary stop, so its end proves nothing. The same holds for a process that a server has forked for
-the connection, but its parent remains.
+ordinary stop, so its end proves nothing. The same is true of a process that a server has forked for
+the connection. Its parent is watched instead, because that remains.
 
-Which of the nodes of a group (Node.group) a connection belongs to is unknown. So any of them takes
-it, and what is found about a node may be true of another node of its group.
+If several nodes use one server (Node.group), it is unknown which connection belongs to which node.
+Each connection is assigned to any of these nodes, so what is found about one node may be true of
+another node of its group.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from qkilld.model.job import Risk
 from qkilld.model.sample import Node, Peer, Sample, Socket
 
 SETTLE: Final = USEC_PER_SEC * 3 // 10
-"""How long (µs) a server must run after the guest's end, unless something else shows that it did
-not close its connections before. An idle QEMU or qemu-nbd exits a few ms after it has closed
-them."""
+"""How long (µs) a server must still run after the guest's end, to show that it was not already
+being stopped and closing its connections. An idle QEMU or qemu-nbd exits a few ms after it has
+closed them."""
 _MAX_NAMES: Final = 4
 
 
@@ -47,13 +48,14 @@ class NodeServer:
     local: bool
     """Whether the server is certainly a process of this host."""
     peer: Peer | None
-    """None if it was not found."""
+    """The server's process; None if it was not found."""
     tcp_id: str = ""
     """Socket.tcp_id"""
 
     @property
     def lasting(self) -> frozenset[int]:
-        """The processes, on the way to the storage, that remain if only the guest disconnects."""
+        """The processes on the way to the storage that go on running if only the guest
+        disconnects."""
         return frozenset(peer.parent or peer.pid for peer in _chain(self.peer) if not peer.leaves)
 
     @property
@@ -67,8 +69,9 @@ class NodeServer:
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
     def outlived(self, closed_first: bool | None) -> bool:
-        """Return whether the guest closed the connection first, and no other server lies behind: of
-        that one, the connection says nothing."""
+        """Return whether the server certainly outlived the guest's use: the guest closed the
+        connection first, and no other server lies behind, for which the connection would prove
+        nothing."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 
@@ -86,19 +89,19 @@ class StorageServers:
     connected: Mapping[str, NodeServer] = field(default_factory=dict)
     """By the name of the node."""
     disconnected: tuple[Node, ...] = ()
-    """The nodes that have never been seen connected, though they should be."""
+    """The nodes that should be connected, but have never been seen connected."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of a group, by Node.group."""
 
     @property
     def unfound(self) -> bool:
-        """Whether a local server was not found, or it is not known yet whether it exits with its
-        client, so that another sample may show it."""
+        """Whether another sample may show more: a local server was not found, or it is not known
+        yet whether it exits with its client."""
         known = self.connected.values()
         return any(one.local or one.peer is not None for one in known if not _is_known(one.peer))
 
     def alike(self, node: Node) -> tuple[Node, ...]:
-        """Return the nodes that may be the one that `node` stands for."""
+        """Return the nodes of which `node` may be any one (Node.group)."""
         return self.groups.get(node.group, (node,))
 
     @property
@@ -115,7 +118,7 @@ class StorageServers:
 def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServers | None:
     """Return the servers after one more sample. None if no sample has shown any connections.
 
-    A node that was connected and is not any more keeps its server: an exiting QEMU closes its
+    A node that has lost its connection keeps its server, because an exiting QEMU closes its
     connections.
     """
     if sample.nodes is None:
@@ -138,7 +141,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
 
 
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
-    """Return the nodes by Node.group; a node without a group by its name."""
+    """Return the groups (Node.group) in which a node may lose data. A node without a group is alone
+    in one of its name."""
     groups: dict[str, tuple[Node, ...]] = {}
     for node in nodes:
         name = node.group or node.name
@@ -197,18 +201,21 @@ class ServerEnds:
     stopping: frozenset[int] = frozenset()
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
-    """By the name of the node: whether the guest closed the connection before the server did. It
-    lacks connections of which that is unknown, or cannot be asked (is_nbd_over_tcp). False proves
-    nothing for a server of this host: it often closes the connection between QEMU's request to
-    disconnect and QEMU's shutdown(2): in 38 of 120 stops with a load of 3 on two processors. For a
-    server beyond a network without latency, it was 1 of 60 with a load of 15."""
+    """By the name of the node: whether the guest closed the connection before the server did.
+    Connections for which that is unknown, or which are not is_nbd_over_tcp, are left out.
+
+    False proves nothing for a server of this host, because a healthy server may close the
+    connection between QEMU's request to disconnect and QEMU's shutdown(2). It did so in 38 of 120
+    stops, with a load of 3 on two processors. A server beyond a network without latency did so in 1
+    of 60 stops, with a load of 15.
+    """
     guest_started: int
     guest_ended: int
 
 
 def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bool]) -> bool:
-    """Return whether only time can show whether a server was being stopped when the guest ended.
-    `closed_first` as in ServerEnds."""
+    """Return whether to wait for SETTLE, because only this can show whether a server was being
+    stopped when the guest ended. `closed_first` as in ServerEnds."""
     known = servers.connected if servers is not None else {}
     return any(
         one.lasting and not one.outlived(closed_first.get(name)) for name, one in known.items()
@@ -216,7 +223,7 @@ def needs_settling(servers: StorageServers | None, closed_first: Mapping[str, bo
 
 
 def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[Risk, ...]:
-    """Return the risks after QEMU has exited; () if no server was missing, as far as visible.
+    """Return the risks after QEMU has exited; () if no server is known to have been missing.
 
     Until the node's reconnect-delay has passed, QEMU keeps the data and does not exit (risk.py).
     """
@@ -237,8 +244,8 @@ def risks_of_servers(servers: StorageServers | None, ends: ServerEnds) -> tuple[
 
 
 def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) -> str:
-    """Say why the server may have closed the connection before the guest did; "" if it did not, as
-    far as visible."""
+    """Say why the server may have closed the connection before the guest did; "" if nothing
+    indicates that."""
     if server.outlived(closed_first):
         return ""
     if server.lasting & ends.before:
@@ -262,14 +269,14 @@ def _may_lose_data(node: Node) -> bool:
 
 
 def _should_be_connected(node: Node, sample: Sample) -> bool:
-    """Return whether a missing connection means that the node has lost its server, rather than that
-    QEMU has closed the node, or uses a connection that the command line does not name."""
+    """Return whether a missing connection means that the node has lost its server. Otherwise QEMU
+    may have closed the node, or use a connection that the command line does not name."""
     return node.served is False or (node.protocol == "nbd" and sample.pluggable is False)
 
 
 def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
-    """Return whether QEMU would still have kept the data if it had lost the server of any of these
-    nodes."""
+    """Return whether QEMU would still have kept the data (`reconnect-delay`) if it had lost the
+    server of any of these nodes."""
     return all(
         node.reconnect is not None and ended < connected_at + node.reconnect * USEC_PER_SEC
         for node in nodes

@@ -1,8 +1,8 @@
 """The signs of a wait: numbers whose change shows progress. Pure.
 
-They come from the disk under the descriptor that a thread waits on, from the server at the other
-end of a connection, from the bytes on it, or from the counters of the process and its control
-group. waits.py assigns signs to waits; verdict.py follows them.
+The numbers are counters: of the disk under the descriptor that a thread waits on, of a connection
+and of the server at its other end, or of the process and its control group. waits.py assigns signs
+to waits; verdict.py follows them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from qkilld.model.sample import Device, Io, Mount, Peer, Sample, Socket, Thread
 WINDOW: Final = 6 * USEC_PER_SEC
 """The time (µs) over which traffic is counted. Disks write back in bursts up to 5 s apart."""
 KEEPALIVE: Final = 512
-"""Fewer bytes than this in a WINDOW may be keepalives, and do not count. iSCSI sends 48 bytes each
-way every 5 s."""
+"""Fewer bytes than this in a WINDOW do not count, because they may be keepalives. iSCSI sends 48
+bytes each way every 5 s."""
 SERVES: Final = 3
 """This many context switches in a WINDOW show that an NBD server serves requests, even if none of
 its threads is seen in a call."""
 HANDSHAKE: Final = 16 * 1024
-"""If fewer bytes than this were acknowledged on a connection, what the server sent may belong to
-the handshake rather than to a reply."""
+"""If fewer bytes than this were acknowledged on a connection, what the server sent does not count
+as a reply, because it may belong to the handshake."""
 TALK: Final = 256
-"""If replies arrive, QEMU's threads exchange at least this many bytes in a WINDOW. Without replies
+"""If QEMU's threads exchange at least this many bytes in a WINDOW, replies arrive. Without replies
 they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
-"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count, because they
-may be for its log."""
+"""If a server reads or writes fewer bytes than this in a WINDOW, they do not count: they may be for
+its log."""
 CACHE_NOISE: Final = 16 * 1024
-"""A page cache that shrinks by fewer bytes than this proves nothing, because these may be a page of
-a log."""
+"""If a page cache shrinks by fewer bytes than this, that does not count: they may be a page of a
+log."""
 OWN_IO: Final = 512
 """If the process itself reads or writes fewer bytes than this, they do not count."""
 
@@ -56,9 +56,9 @@ _WRITES: Final = frozenset(
         *("sync_file_range", "fallocate", "ftruncate", "close"),
     )
 )
-"""Calls that seldom read from the storage."""
+"""Calls that write, and seldom need to read from the storage."""
 _SERVER: Final = "peer:"
-"""How the names of all signs of servers begin."""
+"""The prefix of the names of all signs of servers."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
@@ -72,8 +72,8 @@ class SignKind(StrEnum):
     CHANGE = "change"
     """The sign has moved if its value has changed."""
     LOW = "low"
-    """The sign has moved if its value is lower by `least` than ever before. A fall to an earlier
-    value is no movement, because new requests may have filled the queue in between."""
+    """The sign has moved if its value is lower by `least` than ever before. A fall to a value that
+    was reached before does not count: a queue may only have been filled in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"
@@ -90,11 +90,11 @@ class Sign:
     """A description of the sign's movement."""
     least: int = 1
     sure: bool = True
-    """False if it may also move without progress, because of other processes or of a loop: then it
-    shows neither progress nor a standstill."""
+    """False if the sign is doubtful: it may also move without progress, because of other processes
+    or of a loop. Its movement shows neither progress nor a standstill."""
     is_reply: bool = False
-    """Whether it moves only if the server has answered a request, which is not sent again over the
-    next connection."""
+    """Whether it moves only if the server has answered a request. Such a request is not sent again
+    over the next connection."""
 
 
 def sleeps_without_disk(thread: Thread) -> bool:
@@ -123,11 +123,11 @@ def waits_for_storage(thread: Thread) -> bool:
 
 
 def write_signs(devices: Iterable[Device]) -> list[Sign]:
-    """Return the signs of each device for calls that only write: completed writes, and reads, which
-    are doubtful, because such a call seldom needs any, but others may read for ever.
+    """Return the signs of each device for calls that only write: its completed writes and reads.
 
-    Writes of a lower layer are doubtful too if a device above it may have only reads in flight, or
-    none, but may hide a flush.
+    Reads are doubtful, because such a call seldom needs any, and others may read forever. Writes of
+    a lower layer are doubtful, too, if a device above it seems to have no writes in flight, but may
+    hide a flush.
     """
     listed = list(devices)
     hides = any(device.hides_flush for device in listed)
@@ -173,9 +173,9 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
-    """Return whether each layer above the device may be at work. With `writing`, an upper device
-    that has only reads in flight does not count. While an upper layer stands still, the device may
-    be busy for others."""
+    """Return whether each layer above the device may be at work. If one stands still, the device
+    may be busy for others. With `writing`, an upper device that has only reads in flight counts as
+    standing still."""
     tops = set(device.above)
     working = {
         upper.depth
@@ -188,8 +188,8 @@ def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> b
 
 
 def _may_work(device: Device) -> bool:
-    """Return whether the device has requests in flight, or is known not to count them. Then the
-    layer below it takes its place."""
+    """Return whether the device has requests in flight, or may have them because it does not count
+    any. In the second case, only the layer below it shows movement."""
     return device.in_flight > 0 or device.accounting is False
 
 
@@ -215,7 +215,8 @@ def mount_signs(
             sign = Sign(f"mount:{place}", SignKind.COUNT, mount.operations, text)
             signs[sign.name] = sign
         if mount.waiting is not None:
-            # Only a fall counts, as with data that was not read. Others may use the mount, too.
+            # Only a fall of the number counts, because only answers cause one. Others may use the
+            # mount, too, so the sign is doubtful.
             text = f"a mount of type {mount.kind} answers requests"
             sign = Sign(f"waiting:{mount.number}", SignKind.COUNT, -mount.waiting, text, sure=False)
             signs[sign.name] = sign
@@ -235,8 +236,8 @@ def io_signs(io: Io | None, who: str) -> list[Sign]:
 
 
 def group_signs(sample: Sample) -> list[Sign]:
-    """Return the signs of the process's own control group. If these do not move, nothing is
-    proven, because writes may be counted elsewhere."""
+    """Return the signs of the process's own control group. Their standstill proves nothing, because
+    writes may be counted elsewhere."""
     group = sample.cgroup
     if group is None or not group.own:
         return []
@@ -256,12 +257,12 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
     chatty = protocol in _KEEPALIVE
     signs = []
     if socket.received == 0:
-        # Nothing was ever received, so the connection has no sign: the kernel accepts connections
-        # and requests even for a hung server. Only a reply proves that the server is alive.
+        # Nothing was ever received, so the server may be hung, and the connection has no sign: the
+        # kernel accepts connections and requests even for a hung server.
         pass
     elif socket.acked is not None and socket.received is not None:
-        # Data in the receive queue does not count, because QEMU has not read it: after SIGTERM, it
-        # stops reading from consoles.
+        # Data in the receive queue does not count, because QEMU may never read it: after SIGTERM,
+        # it stops reading from consoles.
         consumed = socket.acked + socket.received - socket.receive_queue
         kind = SignKind.TRAFFIC if chatty else SignKind.COUNT
         name, text = f"bytes:{socket.inode}", "bytes went to or came from the server"
@@ -301,9 +302,9 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
 
 
 def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
-    """Return the signs of a server without other clients: what it reads and writes, writes to the
-    disks that its calls wait for, its calls on mounts and, for NBD, that it runs without being seen
-    in a call."""
+    """Return the signs of a server without other clients: what it reads and writes, movement of the
+    disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign that
+    it runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
     if answers := [thread for thread in working if thread.target == "mount"]:
@@ -318,7 +319,7 @@ def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     """Return the signs of a server that may have other clients. Only its calls on the storage of
-    the guest's image certainly count; all other work may be for these clients."""
+    the guest's image are certain signs, because all other work may be for these clients."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     if not peer.place:
         # Nothing shows which of its calls are for this guest, so no sign is sure.
@@ -327,7 +328,7 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
     own_threads = [thread for thread in working if _place(thread) == peer.place]
     earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
     is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
-    # If a call on that storage is stuck, assume that it is for this guest, and ignore other work.
+    # If a call on that storage is stuck, assume that it is this guest's, and ignore other work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []
@@ -350,8 +351,8 @@ def _served_signs(peer: Peer) -> list[Sign]:
 
 
 def _copied_signs(peer: Peer) -> list[Sign]:
-    """Return the sign of what the server's calls read and wrote, including what stays in the page
-    cache: bytes of a page that is dirty already are not among those of _served_signs."""
+    """Return the sign of all bytes that the server's calls read and wrote, even if they stay in the
+    page cache. _served_signs lacks these if their page was dirty already."""
     if peer.io is None:
         return []
     text = f"{_server_title(peer)} copies bytes"

@@ -1,4 +1,4 @@
-"""Limits that a unit's settings set for its ExecStop= process. Pure; all times in µs.
+"""Compute the limits that a unit's settings set for its ExecStop= process. Pure; all times in µs.
 
 systemd (systemd.service(5), systemd.kill(5); src/core/service.c) applies TimeoutStopSec= three
 times: to the ExecStop= command, then to the exit after KillSignal=, then to the exit after SIGKILL.
@@ -15,13 +15,14 @@ from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 
 FOR_SIGTERM: Final = 5 * USEC_PER_SEC
-"""If a timeout cannot be extended, the guest is not asked in its last part, which is for SIGTERM:
-this long (µs), or half of the timeout if that is longer."""
+"""If a timeout cannot be extended, its last part is reserved for SIGTERM, and the guest is not
+asked in it. This part has this length (µs), or half of the timeout if that is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The defaults are for an unknown unit: the helper stays as long as systemd lets it."""
+    """The limits of the ExecStop= helper. The defaults are for an unknown unit: the helper stays as
+    long as systemd lets it."""
 
     stay: int = INFINITY
     """The helper exits this long after its start, before systemd would kill it."""
@@ -32,8 +33,8 @@ class Limits:
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
-    """A text for each problem of the unit, its consequence and its fix, without initial capital or
-    final full stop."""
+    """A text for each problem of the unit, with its consequence and its fix. It has no initial
+    capital and no final full stop."""
 
 
 def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:

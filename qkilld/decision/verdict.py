@@ -13,8 +13,8 @@ process waits for, and each wait has its own signs of progress. The verdict:
 
 Measurements show that no single counter suffices. During fdatasync of a full page cache, no counter
 of the process moves for half a minute, only the disk's. qcow2 metadata sent to a slow NBD server
-moves only context switches. With a frozen server nothing moves, but a hang is not proven. Nor does
-movement prove progress: timers, consoles and other guests move counters for ever.
+moves only context switches. A standstill does not prove a hang: nothing moves while a server is
+frozen. Nor does movement prove progress: timers, consoles and other guests move counters forever.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ SLACK: Final = 1_500_000
 """A sample may be this late (µs); any further delay counts as time without samples."""
 
 LOG_LINE: Final = 32
-"""A line of a log adds at least this many bytes to wchar. Fewer may come from the event loop alone
-(8 to 16 a second); then something else, such as an io_uring, has written the page."""
+"""A line of a log adds at least this many bytes to wchar. Fewer are only from the event loop (8 to
+16 a second), so something else, such as an io_uring, has written the page."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -55,8 +55,8 @@ MAX_MARKS: Final = 256
 
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
-"""Fields of a sample whose changes mean nothing while no wait has signs, because time or other
-processes change them. The guest's own control group is compared separately."""
+"""Fields of a sample whose changes do not matter while no wait has signs, because time or other
+processes cause them. The guest's own control group is compared separately."""
 _READINGS: Final = attrgetter(*(f.name for f in fields(Sample) if f.name not in _ELSEWHERE))
 _NEWS: Final = attrgetter(
     *("verdict", "reasons", "progress_at", "doubt_at", "outstanding", "pending", "rate"),
@@ -92,9 +92,9 @@ class OpenWait:
     """When a sign that is not sure last moved; None for never."""
     doubted_by: str
     watched_at: int | None
-    """When `watched` last grew; None for never."""
+    """When `watched` last grew."""
     watched: int = 0
-    """The largest number of servers on the way to its storage in any sample so far."""
+    """The largest Wait.watched so far."""
     connections: Connections = Connections()
 
 
@@ -135,11 +135,11 @@ class Assessment:
     doubt_unsampled: int = 0
     """`unsampled` at `doubt_at`."""
     amounts: Amounts = NOTHING_COUNTED
-    """Amounts written that take more than two samples to compute."""
+    """The amounts written, which need more than two samples."""
 
     @property
     def may_be_outstanding(self) -> bool:
-        """Whether I/O may be outstanding. What cannot be read counts as outstanding I/O."""
+        """Whether I/O may be outstanding. If something cannot be read, it may."""
         return self.outstanding is not False
 
     @property
@@ -154,21 +154,21 @@ class Assessment:
 
     @property
     def progress_from(self) -> int:
-        """`progress_at` plus the time since then without samples; 0 for never."""
+        """`progress_at`, moved later by the time since then without samples; 0 for never."""
         if self.progress_at is None:
             return 0
         return self.progress_at + self.unsampled - self.progress_unsampled
 
     @property
     def doubt_from(self) -> int:
-        """`doubt_at` plus the time since then without samples; 0 for never."""
+        """`doubt_at`, moved later by the time since then without samples; 0 for never."""
         if self.doubt_at is None:
             return 0
         return self.doubt_at + self.unsampled - self.doubt_unsampled
 
     @property
     def outstanding_from(self) -> int:
-        """`outstanding_at` plus the time since then without samples; 0 for never."""
+        """`outstanding_at`, moved later by the time since then without samples; 0 for never."""
         if self.outstanding_at is None:
             return 0
         return self.outstanding_at + self.unsampled - self.outstanding_unsampled
@@ -186,7 +186,7 @@ def assess(
     """Fold one more sample into the assessment; `before` is None for the first.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, the rest of the delay counts as time without samples, which proves nothing.
+    SLACK late, the rest of its delay counts as time without samples.
     """
     if before is None:
         return _first(sample)
@@ -233,8 +233,8 @@ def assess(
 def _is_still(before: Assessment, sample: Sample) -> bool:
     """Return whether still nothing moves and no open wait has signs.
 
-    Then the result stays the same. Most idle guests are in this state, and listing their waits
-    again would cost three times as much.
+    Then the result stays the same. This is only for speed: most idle guests are in this state, and
+    listing their waits again would cost three times as much.
     """
     last = before.last
     return (
@@ -310,7 +310,7 @@ def _first(sample: Sample) -> Assessment:
 
 
 def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) -> Assessment:
-    """Return the assessment after a useless sample, which makes only the present state unknown."""
+    """Return the assessment after a useless sample: only the present state becomes unknown."""
     return Assessment(
         first=before.first,
         last=sample,
@@ -339,8 +339,8 @@ def _follow(
     """Return the open waits, descriptions of movement since the last sample, and descriptions of
     movement that may not be progress."""
     if is_held_still(sample):
-        # A stopped, traced or frozen process makes no progress, whatever its servers do. But it may
-        # have run between two samples that both found it stopped.
+        # A stopped, traced or frozen process makes no progress, whatever its servers do. But if it
+        # ran briefly between two samples, count what it read and wrote.
         waits = [_new_wait(wait, sample.at) for wait in open_waits(sample, None)]
         was_still = is_held_still(before.seen)
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
@@ -360,17 +360,17 @@ def _follow(
             is_certain = is_certain or wait.certain
             is_untaken = is_untaken or wait.holds_sigterm
     if is_certain:
-        # A wait that certainly prevents the exit does not move, so doubts need not delay SIGKILL:
-        # the end of that wait will count as progress.
+        # A wait that certainly prevents the exit does not move. So ignore doubts, which would delay
+        # SIGKILL: if that wait ends, its end counts as progress.
         doubts = []
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Calls that are over do not count as moves here, because the exit may have interrupted them
-        # without an answer of the storage.
+        # Do not count calls that are over, because the exit may have interrupted them without an
+        # answer of the storage.
         moves.append("it has begun to exit")
     if is_untaken:
-        # SIGTERM is not taken before that wait ends, and until then the guest may go on writing.
+        # The guest runs until that wait ends, because SIGTERM is not taken before.
         doubts, moves = [*doubts, *(f"{move}, perhaps for the guest" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
@@ -411,8 +411,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
     kept_marks = tuple(marks.values())
     if len(kept_marks) > MAX_MARKS:
         sign_names = {sign.name for sign in wait.signs}
-        # First drop the marks of signs that are missing now. Below the limit they are kept, because
-        # a sign may reappear, for example if a server was not read this time.
+        # Drop the marks of missing signs first. They are kept as long as there is room, because a
+        # sign may reappear, for example if a server was not read this time.
         kept_marks = tuple(
             sorted(kept_marks, key=lambda mark: mark.name not in sign_names)[:MAX_MARKS]
         )
@@ -433,8 +433,8 @@ def _update_wait(wait: Wait, old: OpenWait, at: int) -> OpenWait:
 
 
 def _watched_late(waits: Sequence[OpenWait], now: int, progress_at: int) -> int:
-    """Return for how long (µs) the progress of a server that is first sampled now may have gone
-    unseen: since its wait began or, if that is later, since the last progress."""
+    """Return how long (µs) a server that is first sampled now may have made unseen progress: since
+    its wait began or, if that is later, since the last progress."""
     delays = [now - max(wait.since, progress_at) for wait in waits if wait.watched_at == now]
     return max((time for time in delays if time > SLACK), default=0)
 
@@ -470,8 +470,8 @@ def _new_mark(sign: Sign, mark: Mark | None, at: int) -> Mark:
 
 
 def _is_over(wait: OpenWait, sample: Sample) -> bool:
-    """Return True if a wait for storage that is no longer listed has ended, False if it may only be
-    unreadable now."""
+    """Return whether a wait that is no longer listed was for storage and has certainly ended. False
+    if it may only be unreadable now."""
     if wait.kind is not WaitKind.STORAGE:
         return False
     match wait.key.partition(":")[0]:
@@ -496,14 +496,15 @@ def _own_moves(before: Sample, now: Sample, *, without_log: bool) -> list[str]:
         moves.append(f"it wrote {size} bytes")
     if (size := now.io.read_bytes - before.io.read_bytes) >= OWN_IO:
         moves.append(f"it read {size} bytes from disks")
-    # Writes to tmpfs show only in wchar. An event loop alone writes 8 to 16 bytes a second.
+    # Writes to tmpfs show only in wchar. OWN_IO exceeds those of an event loop, 8 to 16 B/s.
     if (size := now.io.wchar - before.io.wchar) >= OWN_IO and not moves:
         moves.append(f"it passed {size} bytes to write(2)")
     return moves
 
 
 def _is_log(before: Io, now: Io) -> bool:
-    """Return whether it may have written only a line of a log, which counts as a page there."""
+    """Return whether it may have written only a line of a log, which write_bytes counts as a
+    page."""
     pages, passed = now.write_bytes - before.write_bytes, now.wchar - before.wchar
     return pages <= CACHE_NOISE and LOG_LINE <= passed < OWN_IO
 
@@ -550,8 +551,7 @@ def _verdict(
 
 def _is_held(waits: Sequence[OpenWait], at: int) -> bool:
     """Return whether an exiting process (for example after SIGKILL) waits for storage, to close its
-    files, and that storage has not moved lately. The beginning of the exit is no movement of
-    storage."""
+    files, and that storage has not moved lately. That the exit began does not count as movement."""
     waits = [wait for wait in waits if wait.key.startswith(("call:", "exit"))]
     moved = any(wait.moved_at is not None and at - wait.moved_at <= FLUSHING_FOR for wait in waits)
     return not moved and any(wait.kind is WaitKind.STORAGE for wait in waits)
@@ -564,8 +564,8 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 
 def is_dead(sample: Sample) -> bool:
-    """Return whether the process has exited. Its pidfd reports an exit only after the last thread
-    is reaped, which a debugger delays while it waits at its prompt."""
+    """Return whether the process has exited. The pidfd may report that later: only after the last
+    thread is reaped, which a debugger at its prompt delays."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 

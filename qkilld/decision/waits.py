@@ -33,7 +33,8 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Device, Node, Peer, Sample, Socket, Thread
 
 CONNECTED: Final = "connected"
-"""The sign that counts the connections of a node; its mark has the time of the last change."""
+"""The name of the sign that counts the connections of a node. Its mark (verdict.Mark) has the time
+of the last change."""
 
 
 _NONE: Final = frozenset[int]()
@@ -62,17 +63,17 @@ class Wait:
     """A printable description."""
     signs: tuple[Sign, ...] = ()
     watched: int = 0
-    """The number of servers on the way to its storage that run on this host and were sampled: 2 for
-    a proxy and the server behind it."""
+    """The number of servers on the way to its storage that were sampled: 2 for a proxy and the
+    server behind it."""
     certain: bool = False
     """Whether the process certainly cannot exit before the wait ends, because a request is in
     flight or a call has not returned."""
     holds_sigterm: bool = False
-    """Whether the process's first thread is in it, and cannot take SIGTERM before it ends. So the
-    guest still runs, and makes other disks move for ever."""
+    """Whether the process's first thread is in this wait, and cannot take SIGTERM before it ends.
+    Until then the guest still runs, and may make other disks move forever."""
     connections: frozenset[int] = _NONE
-    """The inodes of the node's connections. If a connection breaks, the process sends again over a
-    new one what was not answered."""
+    """The inodes of the node's connections. They show whether a connection broke, and so whether
+    the process may only repeat its requests (connections.py)."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -117,7 +118,7 @@ def _exit_wait(sample: Sample) -> list[Wait]:
         return []
     signs = [Sign("cpu", SignKind.COUNT, sample.cpu or 0, "the kernel frees its memory")]
     signs += io_signs(sample.io, "it")
-    # The movement of a disk is not sure: others may use it while the process writes to another.
+    # The signs of disks are not sure: others may use one disk while the process writes to another.
     disks = disk_signs([d for d in sample.devices or () if d.writable])
     signs += [replace(sign, sure=False) for sign in disks]
     text = "it is exiting, which no signal makes faster"
@@ -203,8 +204,8 @@ def _call_signs(
 
 
 def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices, with Device.only_reads if it holds in this sample or the previous one: a
-    read that waits for its dispatch looks like a flush, but seldom twice."""
+    """Return the devices, with only_reads set if it was set in this sample or the previous one: a
+    read that waits for its dispatch looks like a flush, but seldom in two samples."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return [
         replace(device, only_reads=True)
@@ -215,8 +216,8 @@ def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
 
 
 def _woken(threads: Sequence[Thread]) -> Sign:
-    """Return the sign for storage without counters: only its reply wakes a thread that waits for
-    it, so count how often the threads were woken."""
+    """Return the sign for storage without counters: how often the threads were woken. Only a reply
+    of the storage wakes a thread that waits for it."""
     woken = sum(thread.switches or 0 for thread in threads)
     return Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread")
 
@@ -224,10 +225,10 @@ def _woken(threads: Sequence[Thread]) -> Sign:
 def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for what the process writes and reads while calls wait for these devices.
 
-    If one of the devices holds a request, there are no such signs: the calls wait for this request,
-    and what the process writes may come from other threads, which can write to other disks as long
-    as the guest runs. If the devices count requests and hold none, a request may be held back above
-    them, so the signs are doubtful.
+    If one of the devices has a request in flight, there are no such signs: the calls wait for this
+    request, and other threads may write to other disks as long as the guest runs. If the devices
+    count requests and have none in flight, a request may be held back above them, so the signs are
+    doubtful.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -238,9 +239,12 @@ def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
 
 
 def _unlocated_signs(sample: Sample, previous: Sample | None, dirties: bool) -> list[Sign]:
-    """Return the signs of calls that wait for an unknown file. With several disks or mounts, their
-    signs are not sure, because the calls may wait for another one. While a disk is
-    stuck, the process's I/O is no sure sign either, unless its writes are throttled (`dirties`)."""
+    """Return the signs of calls that wait for an unknown file.
+
+    With several disks or mounts, their signs are not sure, because the calls may wait for any of
+    them. While a disk is stuck, the process's I/O is no sure sign either, unless its writes are
+    throttled (`dirties`).
+    """
     devices = [device for device in sample.devices or () if device.writable]
     places = [device for device in devices if device.depth == 0]
     is_only = len(places) + len(sample.mounts or ()) <= 1
@@ -273,13 +277,14 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             text = "whether its io_urings have requests or timers"
             waits.append(Wait("unseen:timers", WaitKind.UNSEEN, text, tuple(signs)))
     if sample.direct:
-        # Of AIO requests, the kernel reports only completions, in the ring, so some may be in
-        # flight at any time.
+        # The kernel reports AIO requests only when they are complete, so some may be in flight at
+        # any time.
         stuck = bool(_stuck_disks(sample, previous))
         signs = [*io_signs(sample.io, "it"), *group_signs(sample)]
         if stuck:
             signs = _doubtful(signs)
-        # Which file system the requests are for, if any, is unknown.
+        # It is unknown which file system the requests are for, so the signs of all mounts are
+        # doubtful.
         earlier = (previous and previous.mounts) or ()
         signs += _doubtful(mount_signs(sample.mounts or (), None, earlier))
         if sample.completions is not None:
@@ -288,15 +293,16 @@ def _ring_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         else:
             signs += disk_signs(d for d in sample.devices or () if d.writable and d.own)
         text = "it has, or may have, asynchronous requests to a disk"
-        # If a disk is stuck, its requests are most likely the process's own, and the process cannot
-        # exit without that disk anyway.
+        # If a disk is stuck, its requests are most likely the process's own. Even if they are not,
+        # the process cannot exit without that disk.
         waits.append(Wait("aio", WaitKind.STORAGE, text, tuple(signs), certain=stuck))
     return waits
 
 
 def _diskless_requests(sample: Sample) -> int:
     """Return how many requests on the process's io_urings wait for file systems without a block
-    device. A kernel thread waits for each of them, which is a wait of its own."""
+    device. A kernel thread waits for each of these requests, and that is listed as a separate
+    wait."""
     workers = [t for t in sample.threads or () if t.name.startswith("iou-wrk-")]
     return sum(map(sleeps_without_disk, workers))
 
@@ -312,12 +318,13 @@ def _stuck_disks(sample: Sample, previous: Sample | None) -> set[str]:
 
 
 def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True) -> list[Sign]:
-    """Return signs for requests on its io_urings, which may be for any writable disk that is not in
-    `ringless`. If one of these disks is stuck, assume that the process waits for it: completions
-    of other disks do not count, unless they lie below it, and the process's I/O is no sure sign.
+    """Return signs for requests on its io_urings. They may be for any writable disk that is not in
+    `ringless`.
 
-    `sure`: False if there may be timers instead of requests. Then the disks may be busy with
-    requests of others for ever.
+    If one of these disks is stuck, assume that the process waits for it. Then completions of other
+    disks do not count, unless they lie below it, and the process's I/O is no sure sign.
+
+    `sure`: False if there may be timers instead of requests, and only others use the disks.
     """
     writable = [
         device
@@ -355,8 +362,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """Return a wait for storage that may have been added through a monitor, if that is possible.
-    Such storage leaves no trace after it has lost its server."""
+    """Return a wait for storage that may have been added through a monitor. Such storage leaves no
+    trace after it has lost its server, so it may be waited for at any time."""
     if not sample.pluggable or is_held_still(sample):
         return []
     return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
@@ -374,8 +381,8 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "sockets":
-        # A socket that cannot be read may be a storage connection. For each reply on it, QEMU's
-        # threads wake each other by writing a few bytes; timers and consoles cause far fewer bytes.
+        # A socket that cannot be read may be a storage connection. Replies on it show in what
+        # QEMU's threads write to each other, but timers and consoles also make them write a little.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 
@@ -409,23 +416,23 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
 
 def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
     """Return the wait for a connection of unknown use. `before`: its server in the last sample."""
-    # Unread data proves a request only if the peer has disks. Otherwise it may be a console, which
-    # may never read.
+    # Unread data proves a request only if the peer has disks. Without disks, the peer may be a
+    # console, which may never read.
     stores = socket.peer is not None and bool(socket.peer.devices or socket.peer.behind)
     unread = socket.send_queue > 0 or _unread([socket]) > 0
     certain = (stores and unread) or _is_served([socket])
     signs = socket_signs(socket, "", before)
     watched = server_depth(socket.peer)
     if socket.accepted:
-        # Here the process is most likely a server itself, of a backup for example. Of those that
-        # connect to it, only a vhost-user backend is storage, which needs a unix socket. The
-        # backend's data passes through the guest's memory, so only the signs of the backend itself
-        # count, not those of the connection. What lies behind it may as well be another guest that
-        # the same client backs up.
+        # Here the process is most likely a server itself, of a backup for example. Of the programs
+        # that connect to it, only a vhost-user backend is storage, and that needs a unix socket.
+        # The backend's data passes through the guest's memory, so only the signs of the backend
+        # itself count, not those of the connection. Nor do those of servers behind it, which may
+        # belong to another guest that the same client backs up.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
-        # At most the backend itself counts as a server here. A server that a client begins to use
-        # was not found late.
+        # Count at most the backend itself as a server. A server that a client begins to use later
+        # is new, not one that was found late.
         watched = min(watched, int(may_be_backend))
         signs = [
             replace(sign, sure=sign.sure and may_be_backend and is_of(sign, socket.peer))
@@ -453,12 +460,12 @@ def _node_wait(
     ]
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
-        # The return of a server counts once, because a server that comes and goes makes no
-        # progress. QEMU reconnects up to 16 s later.
+        # The return of a server counts, because QEMU reconnects up to 16 s later. It counts only
+        # once, because a server that comes and goes makes no progress.
         signs.append(Sign("served", SignKind.LOW, int(not node.served), "its server is back"))
     if sample.sockets is None:
-        # The connection is unreadable, for example in another network namespace, so only QEMU's
-        # threads show replies.
+        # The connection cannot be read, for example in another network namespace. Only what QEMU's
+        # threads write to each other shows replies.
         signs += _talk_signs(sample)
     title = f"{node.protocol} node {node.name}"
     queued = sum(socket.send_queue + (socket.unacked or 0) for socket in sockets)
@@ -527,7 +534,7 @@ def _processor_wait(sample: Sample, previous: Sample | None) -> list[Wait]:
         text = f"it spins: it uses {share:.0f} % of a processor and does nothing else"
         return [Wait("spin", WaitKind.PROCESSOR, text)]
     if share < _STARVES:
-        # It may work, or spin with a small quota.
+        # The sign is not sure, because the process may work, or only spin with a small quota.
         text = "it wants to run, but gets hardly any processor time"
         got = "it got some processor time"
         sign = Sign("cpu", SignKind.COUNT, sample.cpu, got, sure=False)

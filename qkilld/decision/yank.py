@@ -1,11 +1,11 @@
 """Choose the connections to cut off so that QEMU can finish its other disks. Pure.
 
-`query-yank` lists every connection that can be cut off, even healthy ones, and a healthy NBD server
-that owes QEMU no reply looks like a dead one. Cutting off a healthy connection loses the data that
-QEMU still holds for it. So connections on which a reply is certainly missing are cut off first:
+`query-yank` lists every connection that can be cut off, even healthy ones. Cutting off a healthy
+connection loses the data that QEMU still holds for it, and a healthy NBD server that owes QEMU no
+reply looks like a dead one. So connections on which a reply is certainly missing are cut off first:
 those with unacknowledged bytes, without a server, or with a request that had no reply before
-SIGTERM. If there are none, and QEMU waits for connections only, those that do not move are cut off,
-because the next rung, SIGKILL, loses more.
+SIGTERM. If there are none, and QEMU waits only for connections, those that do not move are cut off.
+The next rung, SIGKILL, would lose more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SOCKET = "socket:"
 class CutOff:
     instance: YankInstance
     disks: tuple[str, ...]
-    """The disks behind the connection, printable; its name if they are unknown."""
+    """The disks behind the connection, printable; the connection's name if they are unknown."""
     why: str
     """A printable description of the wait."""
 
