@@ -10,10 +10,7 @@ guest was asked. `judge` interprets all of that at any time, based on these fact
   seconds. So neither work nor silence is proof. Work counts as a shutdown only if it exceeds the
   work before the press and lasts. Short work proves nothing, because an idle guest writes its log
   every few seconds. A shutdown whose work is too short to count ends within PowerdownSec= anyway.
-- The work of one load varies with how much of its processors and disks the host gives it. Two
-  figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
-  requests in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and
-  1.2 (measured). The other figure is the number of requests per second of processor time.
+- The work of one load varies with how much the host gives it (guest_work.py).
 - If a load ends after the press, the guest may be shutting down. From then on, all work counts that
   an idle guest does not do.
 - After a sign that only a shutdown gives, all work counts until the sign disappears. (The agent's
@@ -38,19 +35,29 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Final
 
+from qkilld.decision.guest_work import (
+    BASELINE,
+    CALM,
+    CALM_RATES,
+    HALF_BUSY,
+    IDLE_DISKS,
+    IDLE_SHARE,
+    LEAST_REQUESTS,
+    Rates,
+    difference,
+    has_idle_disks,
+    measure,
+    rates_between,
+    wanted_time,
+    works,
+    works_at_all,
+)
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
 
-BASELINE: Final = 1 * USEC_PER_SEC
-"""The shortest time (µs) before the press over which work is measured, for comparison."""
-IDLE_DISKS: Final = 2 * USEC_PER_SEC
-"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, the
-disks may only be slow: a load looked like an idle guest for 0.8 s (measured)."""
 QUIET: Final = 3 * USEC_PER_SEC
 """A guest that does not listen and has done no work for this long (µs) is deaf."""
-IDLE_SHARE: Final = 0.05
-"""The virtual processors of an idle guest together use at most this share of one processor."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
 """How long (µs) to wait for a working guest to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
@@ -67,16 +74,6 @@ RECENT: Final = 10 * USEC_PER_SEC
 """How long (µs) observations are kept."""
 LASTING: Final = RECENT // 2
 """Work lasts if it fills this much (µs) of the kept observations."""
-GROWTH: Final = 3
-"""Work has begun if it is more than this many times the earlier amount."""
-LEAST_REQUESTS: Final = 1
-"""Fewer requests per second than this count as none."""
-HALF_BUSY: Final = 0.5
-"""The end of a load is visible if the load is at least this share of one processor."""
-CALM: Final = 0.2
-"""A guest is asked at once if its disks are idle and its virtual processors wanted at most this
-share of one processor in the last tenth of a second. That time is too short to measure a rate, so
-later work is compared with this share instead."""
 SETTLE: Final = 10 * USEC_PER_SEC
 """The time (µs) that a guest that was resumed or woken has for work that was due."""
 
@@ -142,29 +139,6 @@ class AskRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rates:
-    """Rates of work over some time. None means unknown, so the rate is not compared."""
-
-    requests: float | None = None
-    """Requests per second."""
-    vcpus: float | None = None
-    """The number of processors that the virtual processors wanted."""
-    ran: float | None = None
-    """The number of processors that the host provided."""
-    in_flight: float = 0.0
-    """The average number of requests to disks in flight; 0 if unknown."""
-
-    @property
-    def demand(self) -> float:
-        """The guest's load, in processors plus requests in flight. It does not depend on how fast
-        the host is."""
-        return (self.vcpus or 0.0) + self.in_flight
-
-
-_CALM_RATES: Final = _Rates(requests=0.0, vcpus=CALM)
-
-
-@dataclass(frozen=True, slots=True)
 class Attempt:
     """Everything known about asking one guest. Times are CLOCK_MONOTONIC in µs."""
 
@@ -172,8 +146,8 @@ class Attempt:
     recent: tuple[GuestObservation, ...] = ()
     """The observations of the last RECENT µs."""
     asked: tuple[AskRecord, ...] = ()
-    baseline: _Rates = _Rates()
-    """The work before the guest was first asked; _CALM_RATES after the end of that load."""
+    baseline: Rates = Rates()
+    """The work before the guest was first asked; CALM_RATES after the end of that load."""
     boots: bool = False
     """Whether the guest was booting: it restarted, or once did not listen before it was asked."""
     helped_at: int | None = None
@@ -238,7 +212,7 @@ def note_request(attempt: Attempt, method: AskMethod, at: int) -> Attempt:
     return replace(
         attempt,
         asked=(ask,),
-        baseline=_measure(attempt.recent),
+        baseline=measure(attempt.recent),
         agent_was_open=attempt.last.agent_open if attempt.last is not None else None,
     )
 
@@ -270,7 +244,7 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
     )
     if before is None:
         return after
-    requests = _difference(before.requests, observation.requests)
+    requests = difference(before.requests, observation.requests)
     if requests:
         after = replace(after, disk_work_at=observation.at)
     if not attempt.asked:
@@ -278,15 +252,15 @@ def observe(attempt: Attempt, observation: GuestObservation) -> Attempt:
     requested_at = attempt.asked[0].at
     if signs - attempt.signs:
         after = replace(after, effect_at=observation.at, progress_at=observation.at)
-    elif after.signs and _works_at_all(before, observation):
+    elif after.signs and works_at_all(before, observation):
         after = replace(after, progress_at=observation.at)
-    elif before.at >= requested_at and _works(before, observation, attempt.baseline):
+    elif before.at >= requested_at and works(before, observation, attempt.baseline):
         after = replace(after, effect_at=observation.at)
         if _is_lasting(after):
             after = replace(after, progress_at=observation.at)
     elif _load_ended(after):
         at = observation.at
-        after = replace(after, effect_at=at, progress_at=at, baseline=_CALM_RATES)
+        after = replace(after, effect_at=at, progress_at=at, baseline=CALM_RATES)
     return after
 
 
@@ -451,7 +425,7 @@ def _is_unsettled(
     """Return whether a guest that was resumed or woken is still busy with work that was due."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
-    time = _wanted_time(before, observation)
+    time = wanted_time(before, observation)
     busy = time is not None and time > HALF_BUSY * (observation.at - before.at)
     return busy and observation.at < attempt.helped_at + SETTLE
 
@@ -459,11 +433,11 @@ def _is_unsettled(
 def _is_measured(attempt: Attempt) -> bool:
     """Return whether the baseline is known. For a calm guest (CALM) with idle disks that was not
     resumed or woken, one observation suffices."""
-    rates = _measure(attempt.recent)
+    rates = measure(attempt.recent)
     if rates.requests is None:
         return False
     first, last = attempt.recent[0], attempt.recent[-1]
-    if rates.requests == 0 and not _has_idle_disks(last):
+    if rates.requests == 0 and not has_idle_disks(last):
         return False
     if last.at - first.at >= BASELINE:
         return True
@@ -471,76 +445,10 @@ def _is_measured(attempt: Attempt) -> bool:
     return calm and attempt.helped_at is None
 
 
-def _has_idle_disks(seen: GuestObservation) -> bool:
-    return seen.requests == 0 or (seen.disks_idle is not None and seen.disks_idle >= IDLE_DISKS)
-
-
-def _measure(recent: tuple[GuestObservation, ...]) -> _Rates:
-    """Return the highest rates over at least BASELINE. If nothing was observed for that long, idle
-    disks count as no requests, and calm processors as CALM."""
-    if not recent:
-        return _Rates()
-    last = recent[-1]
-    windows = [_rates(earlier, last) for earlier in recent if last.at - earlier.at >= BASELINE]
-    requests = [one.requests for one in windows if one.requests is not None]
-    vcpus = [one.vcpus for one in windows if one.vcpus is not None]
-    if not requests and _has_idle_disks(last):
-        requests = [0.0]
-        if last.vcpu_load is not None and last.vcpu_load <= CALM:
-            vcpus = [CALM]
-    return _Rates(
-        max(requests, default=None),
-        max(vcpus, default=None),
-        max((one.ran for one in windows if one.ran is not None), default=None),
-        max((one.in_flight for one in windows), default=0.0),
-    )
-
-
-def _rates(earlier: GuestObservation, later: GuestObservation) -> _Rates:
-    duration = later.at - earlier.at
-    requests = _difference(earlier.requests, later.requests)
-    wanted = _wanted_time(earlier, later)
-    ran = _difference(earlier.vcpu_time, later.vcpu_time)
-    return _Rates(
-        None if requests is None else requests * USEC_PER_SEC / duration,
-        None if wanted is None else wanted / duration,
-        None if ran is None else ran / duration,
-        max(_difference(earlier.request_time, later.request_time) or 0, 0) / duration,
-    )
-
-
-def _works(before: GuestObservation, after: GuestObservation, baseline: _Rates) -> bool:
-    """Return whether there was clearly more work between the two observations than in the baseline.
-
-    The requests of a busy guest also grow if it gets more of the host. That growth does not count.
-    """
-    now = _rates(before, after)
-    if now.requests is not None and baseline.requests is not None:
-        requests = baseline.requests
-        if baseline.demand >= HALF_BUSY:
-            # Add LEAST_REQUESTS: a slow load may by chance have made one request less in the
-            # baseline.
-            requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
-        duration = (after.at - before.at) / USEC_PER_SEC
-        limit = GROWTH * requests + LEAST_REQUESTS
-        if now.requests * duration > limit * max(duration, 1.0):
-            return True
-    if now.vcpus is None or baseline.vcpus is None:
-        return False
-    return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
-
-
-def _works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
-    time = _wanted_time(before, after) or 0
-    return bool(_difference(before.requests, after.requests)) or (
-        time > IDLE_SHARE * (after.at - before.at)
-    )
-
-
 def _is_lasting(attempt: Attempt) -> bool:
     """Return whether work above the baseline has lasted for LASTING since the guest was asked."""
     pairs = _since_request(attempt)
-    return sum(b.at - a.at for a, b in pairs if _works(a, b, attempt.baseline)) >= LASTING
+    return sum(b.at - a.at for a, b in pairs if works(a, b, attempt.baseline)) >= LASTING
 
 
 def _load_ended(attempt: Attempt) -> bool:
@@ -558,7 +466,7 @@ def _load_ended(attempt: Attempt) -> bool:
         if earlier.at < attempt.asked[0].at:
             return False
         if last.at - earlier.at >= LASTING:
-            now = _rates(earlier, last)
+            now = rates_between(earlier, last)
             before = baseline.requests or 0.0
             fewer = before < LEAST_REQUESTS or (now.requests or 0.0) * 2 < before
             return now.vcpus is not None and now.demand * 2 < baseline.demand and fewer
@@ -576,25 +484,7 @@ def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:
         last = recent[-1]
         duration = last.at - earlier.at
         if duration >= QUIET:
-            time = _wanted_time(earlier, last)
-            requests = _difference(earlier.requests, last.requests)
+            time = wanted_time(earlier, last)
+            requests = difference(earlier.requests, last.requests)
             return requests == 0 and time is not None and time < IDLE_SHARE * duration
     return False
-
-
-def _wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | None:
-    """Return how long (µs) the virtual processors ran or waited for a processor of the host."""
-    time = _difference(earlier.vcpu_time, later.vcpu_time)
-    if time is None:
-        return None
-    return time + (_difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
-
-
-def _relief(now: _Rates, baseline: _Rates) -> float:
-    """Return how much more the processors run now than in the baseline, as a factor of at least
-    1."""
-    return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
-
-
-def _difference(earlier: int | None, later: int | None) -> int | None:
-    return None if earlier is None or later is None else later - earlier

@@ -1,0 +1,142 @@
+"""Measure how much a guest works, and recognize more work than before. Pure.
+
+The work of one load varies with how much of its processors and disks the host gives it. Two figures
+stay about the same. One is its demand: the processors that it uses or waits for, plus its requests
+in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and 1.2
+(measured). The other figure is the number of requests per second of processor time.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.dataclass import dataclass
+from qkilld.model.guest_state import GuestObservation
+
+BASELINE: Final = 1 * USEC_PER_SEC
+"""The shortest time (µs) before the press over which work is measured, for comparison."""
+IDLE_DISKS: Final = 2 * USEC_PER_SEC
+"""Disks that have completed no request for this long (µs) count as idle. After a shorter time, the
+disks may only be slow: a load looked like an idle guest for 0.8 s (measured)."""
+IDLE_SHARE: Final = 0.05
+"""The virtual processors of an idle guest together use at most this share of one processor."""
+GROWTH: Final = 3
+"""Work has begun if it is more than this many times the earlier amount."""
+LEAST_REQUESTS: Final = 1
+"""Fewer requests per second than this count as none."""
+HALF_BUSY: Final = 0.5
+"""The end of a load is visible if the load is at least this share of one processor."""
+CALM: Final = 0.2
+"""A guest is asked at once if its disks are idle and its virtual processors wanted at most this
+share of one processor in the last tenth of a second. That time is too short to measure a rate, so
+later work is compared with this share instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates of work over some time. None means unknown, so the rate is not compared."""
+
+    requests: float | None = None
+    """Requests per second."""
+    vcpus: float | None = None
+    """The number of processors that the virtual processors wanted."""
+    ran: float | None = None
+    """The number of processors that the host provided."""
+    in_flight: float = 0.0
+    """The average number of requests to disks in flight; 0 if unknown."""
+
+    @property
+    def demand(self) -> float:
+        """The guest's load, in processors plus requests in flight. It does not depend on how fast
+        the host is."""
+        return (self.vcpus or 0.0) + self.in_flight
+
+
+CALM_RATES: Final = Rates(requests=0.0, vcpus=CALM)
+
+
+def has_idle_disks(seen: GuestObservation) -> bool:
+    return seen.requests == 0 or (seen.disks_idle is not None and seen.disks_idle >= IDLE_DISKS)
+
+
+def measure(recent: tuple[GuestObservation, ...]) -> Rates:
+    """Return the highest rates over at least BASELINE. If nothing was observed for that long, idle
+    disks count as no requests, and calm processors as CALM."""
+    if not recent:
+        return Rates()
+    last = recent[-1]
+    windows = [
+        rates_between(earlier, last) for earlier in recent if last.at - earlier.at >= BASELINE
+    ]
+    requests = [one.requests for one in windows if one.requests is not None]
+    vcpus = [one.vcpus for one in windows if one.vcpus is not None]
+    if not requests and has_idle_disks(last):
+        requests = [0.0]
+        if last.vcpu_load is not None and last.vcpu_load <= CALM:
+            vcpus = [CALM]
+    return Rates(
+        max(requests, default=None),
+        max(vcpus, default=None),
+        max((one.ran for one in windows if one.ran is not None), default=None),
+        max((one.in_flight for one in windows), default=0.0),
+    )
+
+
+def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
+    duration = later.at - earlier.at
+    requests = difference(earlier.requests, later.requests)
+    wanted = wanted_time(earlier, later)
+    ran = difference(earlier.vcpu_time, later.vcpu_time)
+    return Rates(
+        None if requests is None else requests * USEC_PER_SEC / duration,
+        None if wanted is None else wanted / duration,
+        None if ran is None else ran / duration,
+        max(difference(earlier.request_time, later.request_time) or 0, 0) / duration,
+    )
+
+
+def works(before: GuestObservation, after: GuestObservation, baseline: Rates) -> bool:
+    """Return whether there was clearly more work between the two observations than in the baseline.
+
+    The requests of a busy guest also grow if it gets more of the host. That growth does not count.
+    """
+    now = rates_between(before, after)
+    if now.requests is not None and baseline.requests is not None:
+        requests = baseline.requests
+        if baseline.demand >= HALF_BUSY:
+            # Add LEAST_REQUESTS: a slow load may by chance have made one request less in the
+            # baseline.
+            requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
+        duration = (after.at - before.at) / USEC_PER_SEC
+        limit = GROWTH * requests + LEAST_REQUESTS
+        if now.requests * duration > limit * max(duration, 1.0):
+            return True
+    if now.vcpus is None or baseline.vcpus is None:
+        return False
+    return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
+
+
+def works_at_all(before: GuestObservation, after: GuestObservation) -> bool:
+    time = wanted_time(before, after) or 0
+    return bool(difference(before.requests, after.requests)) or (
+        time > IDLE_SHARE * (after.at - before.at)
+    )
+
+
+def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | None:
+    """Return how long (µs) the virtual processors ran or waited for a processor of the host."""
+    time = difference(earlier.vcpu_time, later.vcpu_time)
+    if time is None:
+        return None
+    return time + (difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
+
+
+def _relief(now: Rates, baseline: Rates) -> float:
+    """Return how much more the processors run now than in the baseline, as a factor of at least
+    1."""
+    return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
+
+
+def difference(earlier: int | None, later: int | None) -> int | None:
+    return None if earlier is None or later is None else later - earlier
