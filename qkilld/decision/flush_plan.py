@@ -60,11 +60,24 @@ def wants_evidence(state: BlockState) -> bool:
 
 
 def needs_second_reading(state: BlockState, evidence: Assessment | None = None) -> bool:
-    """Return whether requests are in flight, so that only another reading, OLD µs later, can show
-    whether they are stuck."""
+    """Return whether requests are in flight, so that only another reading (`is_second_reading`) can
+    show whether they are stuck."""
     if any(queue.in_flight for queue in state.queues or ()):
         return True
     return evidence is not None and bool(_requests(evidence))
+
+
+def is_second_reading(
+    first: BlockState, state: BlockState, evidence: Assessment | None = None
+) -> bool:
+    """Return whether `state` shows which requests are stuck as well as any later reading: it was
+    read OLD µs after `first`, or every queue has completed a request, which a later reading would
+    show, too."""
+    if state.at - first.at >= OLD:
+        return True
+    if evidence is not None and _requests(evidence):
+        return False
+    return not _stuck_devices(first.queues or (), state.queues or ())
 
 
 def plan_flush(
@@ -72,7 +85,7 @@ def plan_flush(
 ) -> FlushPlan:
     """Plan the flush.
 
-    `second` was read at least OLD µs after `first`; None if nothing was in flight. `evidence` is
+    `second` is as in `is_second_reading`; None if nothing was in flight. `evidence` is
     the assessment at the last reading, if there is one.
     """
     state = second or first

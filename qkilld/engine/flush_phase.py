@@ -34,6 +34,8 @@ READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of readings while a backup or a release is awaited, and of samples in a flush."""
+REREAD_INTERVAL: Final = 50_000
+"""The first interval (µs) of readings that show whether requests are stuck; the intervals grow."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving that the processors will be stopped."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
@@ -298,7 +300,10 @@ class FlushPhase:
             self._read_later(READ_INTERVAL)
         elif self._first is None and flush_plan.needs_second_reading(state, evidence):
             self._first = state
-            self._read_later(flush_plan.OLD)
+            self._read_later(REREAD_INTERVAL)
+        elif self._first and not flush_plan.is_second_reading(self._first, state, evidence):
+            passed = state.at - self._first.at
+            self._read_later(max(min(passed, flush_plan.OLD - passed), REREAD_INTERVAL))
         elif self._job.control.held:
             self._read_later(READ_INTERVAL)
         else:

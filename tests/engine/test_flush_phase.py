@@ -159,6 +159,21 @@ def test_requests_that_are_answered_do_not() -> None:
     assert world.monitors.done == ["flush local", "flush remote", "stop", "flush"]
 
 
+def test_a_request_that_is_answered_soon_delays_sigterm_by_no_second() -> None:
+    world, process = flushing_world(), with_monitor()
+    busy = replace(STUCK, completed=9)
+    world.monitors.disks = lambda now: (
+        HELD_UP if now < 1000.02 * S else replace(HELD_UP, queues=(QUEUES[0], busy))
+    )
+    world.monitors.flushes = lambda: tuple(
+        FlushResult(disk.node, disk.title) for disk in (LOCAL, REMOTE)
+    )
+    job = world.stop(process, FORCE)
+    world.clock.advance(0.06)
+    assert world.monitors.done == ["flush local", "flush remote", "stop", "flush"]
+    assert (process.sent, job.flush.proven) == ([SIGTERM], True)
+
+
 def writing(bytes: int) -> dict[str, Any]:
     """A thread is in fdatasync, and so much was written so far."""
     thread = Thread(8, "worker", "D", 75, True, "folio_wait_bit", "fdatasync", 3, "disk", ("8:0",))
