@@ -57,7 +57,10 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
 
 QUIET: Final = 3 * USEC_PER_SEC
-"""A guest that does not listen and has done no work for this long (µs) is deaf."""
+"""A guest that does not listen and has done no work for this long (µs) is deaf. One burst of
+requests (`BURST`) does not count as work."""
+BURST: Final = 600_000
+"""An idle guest writes its log or its journal every few seconds, in less than this time (µs)."""
 BOOT_MAX: Final = 300 * USEC_PER_SEC
 """How long (µs) to wait for a working guest to begin to listen to the power button."""
 SILENT: Final = 5 * USEC_PER_SEC
@@ -68,6 +71,11 @@ UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 """Without a sign that only a shutdown gives, work counts as a shutdown for at most this long (µs)
 after the guest was first asked, or for PowerdownSec= if that is longer. The work may be an
 unrelated build, which may run forever."""
+CLOSING: Final = 300_000
+"""The time (µs) for all that lies between the end of asking and SIGTERM: an observation, and the
+flush. Measured on a fast disk: 40 to 60 ms. The rest is for a second reading of the disks."""
+CUT: Final = 20
+"""A guest that does not react loses at most one part in CUT of PowerdownSec=."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """Time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
@@ -326,9 +334,9 @@ def _judge_before(
         return Judgement(Conclusion.PRESSED, "somebody has pressed its power button already")
     if not agent and last.button is Button.NOT_LISTENED:
         return _judge_deafness(attempt, last, powerdown)
-    measured = attempt.started + IDLE_DISKS
-    if not _is_measured(attempt) and last.at < measured:
-        return Judgement(Conclusion.MEASURE, "measuring what the guest does", measured)
+    until = _measure_until(attempt)
+    if not _is_measured(attempt) and last.at < until:
+        return Judgement(Conclusion.MEASURE, "measuring what the guest does", until)
     if agent:
         return Judgement(Conclusion.ASK, "the agent answers", method=AskMethod.AGENT)
     if last.button is Button.UNKNOWN and last.at < attempt.started + QUIET:
@@ -344,7 +352,7 @@ def _judge_before(
 
 def _judge_deafness(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
     deaf = Conclusion.DEAF if attempt.restarts == 0 else Conclusion.IGNORED
-    if _is_quiet(attempt.recent):
+    if _is_idle(attempt.recent):
         reason = "no operating system listens to the power button, and the guest is idle"
         return Judgement(deaf, reason)
     since = max(attempt.started, attempt.disk_work_at or 0)
@@ -358,6 +366,8 @@ def _judge_deafness(attempt: Attempt, last: GuestObservation, powerdown: int) ->
 def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Judgement:
     last_ask = attempt.asked[-1]
     until = max(last_ask.at, attempt.progress_at or 0) + powerdown
+    if not attempt.signs and attempt.progress_at is None:
+        until = _unanswered_until(attempt, powerdown)
     if not attempt.signs:
         until = min(until, attempt.asked[0].at + max(UNCERTAIN_MAX, powerdown))
     if last.at >= until:
@@ -377,6 +387,18 @@ def _judge_after(attempt: Attempt, last: GuestObservation, powerdown: int) -> Ju
         reaction = "has not noticed" if last.press_pending else "has noticed"
         reason = f"the guest {reaction} the power button"
     return Judgement(Conclusion.WATCH, reason, until)
+
+
+def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
+    """Return when to stop waiting for a guest that has not reacted.
+
+    If it was asked soon after the start, SIGTERM follows at most PowerdownSec + BASELINE after the
+    start: what measuring took beyond BASELINE, and what follows the asking, counts as PowerdownSec.
+    """
+    until = attempt.asked[-1].at + powerdown
+    early = attempt.started + BASELINE + powerdown - CLOSING
+    may_cut = not attempt.boots and early >= until - powerdown // CUT
+    return min(early, until) if may_cut else until
 
 
 def _next_method(attempt: Attempt, last: GuestObservation) -> AskMethod | None:
@@ -430,6 +452,15 @@ def _is_unsettled(
     return busy and observation.at < attempt.helped_at + SETTLE
 
 
+def _measure_until(attempt: Attempt) -> int:
+    """Return when measuring ends if nothing more is observed. Disks that are not idle need more
+    than the baseline only as long as they complete no request."""
+    first, last = attempt.recent[0], attempt.recent[-1]
+    until, baseline = attempt.started + IDLE_DISKS, first.at + BASELINE
+    needs_baseline = bool(difference(first.requests, last.requests)) or has_idle_disks(last)
+    return min(until, baseline) if needs_baseline and last.at < baseline else until
+
+
 def _is_measured(attempt: Attempt) -> bool:
     """Return whether the baseline is known. For a calm guest (CALM) with idle disks that was not
     resumed or woken, one observation suffices."""
@@ -476,6 +507,26 @@ def _load_ended(attempt: Attempt) -> bool:
 def _since_request(attempt: Attempt) -> Iterator[tuple[GuestObservation, GuestObservation]]:
     requested_at = attempt.asked[0].at
     return pairwise(one for one in attempt.recent if one.at >= requested_at)
+
+
+def _is_idle(recent: tuple[GuestObservation, ...]) -> bool:
+    """Return whether the guest has done nothing for QUIET, apart from one BURST of requests.
+    Unknown is not idle. If requests take long, the guest may have waited for its disks."""
+    began = ended = 0
+    for before, after in reversed(tuple(pairwise(recent))):
+        requests = difference(before.requests, after.requests)
+        if requests:
+            began, ended = before.at, ended or after.at
+        if requests is None or ended - began > BURST:
+            return False
+        duration = recent[-1].at - before.at
+        if duration - (ended - began) >= QUIET:
+            waited = difference(before.request_time, recent[-1].request_time) if ended else 0
+            if waited is None or waited > BURST:
+                return False
+            time = wanted_time(before, recent[-1])
+            return time is not None and time < IDLE_SHARE * duration
+    return False
 
 
 def _is_quiet(recent: tuple[GuestObservation, ...]) -> bool:

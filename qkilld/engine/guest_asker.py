@@ -207,7 +207,7 @@ class GuestAsker:
         elif judgement.conclusion is Conclusion.PRESSED:
             self._order(GuestOrder.WATCH, self._watch_press)
         else:
-            self._observe_later()
+            self._observe_later(until=judgement.until)
 
     def _watch_press(self, refused: str) -> None:
         """Continue as if qkilld had pressed the button, because a second press could cancel the
@@ -265,12 +265,14 @@ class GuestAsker:
         else:
             monitor.order(what, self._guarded(callback))
 
-    def _observe_later(self, interval: int | None = None) -> None:
+    def _observe_later(self, interval: int | None = None, *, until: int | None = None) -> None:
+        """Observe after `interval` (µs), but not later than `until`, when the conclusion changes
+        if nothing more is observed."""
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
-        self._timer = self._clock.call_at(
-            self._clock.now() + interval, self._guarded(self._observe)
-        )
+        now = self._clock.now()
+        at = now + interval if until is None else min(now + interval, max(until, now))
+        self._timer = self._clock.call_at(at, self._guarded(self._observe))
 
     def _end(self, outcome: GuestAsked, reason: str) -> None:
         """Report the outcome. The monitor stays open, because `quit` may follow."""

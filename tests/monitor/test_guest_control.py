@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from qkilld.adapters.process import PidfdProcess, open_process
-from qkilld.decision import powerdown
+from qkilld.decision import guest_work, powerdown
 from qkilld.decision.powerdown import ENDS, AskMethod, Conclusion
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.constants import USEC_PER_SEC
@@ -138,7 +138,7 @@ def test_observations_of_an_idle_guest() -> None:
                 assert port is not None and port.opened and not port.held
                 assert await control.has_agent()
                 debian.shell.run("sync; head -c 100000 /dev/zero >/data/x; sync /data/x")
-                assert await load_becomes(control, lambda load: load <= powerdown.CALM)
+                assert await load_becomes(control, lambda load: load <= guest_work.CALM)
                 second = await control.observe()
                 assert first.requests is not None and second.requests is not None
                 assert second.requests > first.requests
@@ -147,7 +147,7 @@ def test_observations_of_an_idle_guest() -> None:
                 assert second.disks_idle is not None and second.disks_idle >= 0
                 assert not await control.is_frozen()
                 debian.shell.tell("while :; do :; done &")
-                assert await load_becomes(control, lambda load: load > powerdown.HALF_BUSY)
+                assert await load_becomes(control, lambda load: load > guest_work.HALF_BUSY)
                 with pytest.raises(InvalidArgs):
                     process = process_of(debian.guest)
                     try:
