@@ -68,6 +68,7 @@ def measure(row: str, column: str) -> dict[str, Any]:
         "notes": kept.notes,
         "seconds": round(took, 1),
         "ended": stop.ended,
+        "sigterm_s": None if stop.sigterm_s is None else round(stop.sigterm_s, 1),
         "rungs": stop.rungs,
         "at_risk": stop.at_risk,
         "verdicts": stop.verdicts,
@@ -118,6 +119,8 @@ def shown(cell: dict[str, Any] | None) -> str:
     over = cell["ended"] == "survived" and cell["seconds"] >= LONGEST_S
     words += cell["notes"]
     words.append(f"> {LONGEST_S} s" if over else f"{cell['seconds']} s, {cell['ended']}")
+    if cell.get("sigterm_s") is not None:
+        words.append(f"SIGTERM at {cell['sigterm_s']} s")
     text = ", ".join(words)
     details = [", ".join(cell["verdicts"])] if cell["verdicts"] else []
     details += [f"asked: {cell['asked']}"] if cell["asked"] else []

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from qkilld.debug_log import ignore
 from qkilld.engine.job import Job
-from qkilld.model.constants import Flag, GuestAsked
+from qkilld.model.constants import USEC_PER_SEC, Flag, GuestAsked
 from qkilld.model.job import Request
 from qkilld.model.policy import Config
 from tests.lab.process import wait_gone
@@ -41,6 +41,8 @@ class Stop:
     verdicts: list[str] = field(default_factory=list)
     asked: str = ""
     """The result of asking the guest."""
+    sigterm_s: float | None = None
+    """The seconds from the call to SIGTERM; None if it was not sent, or is not known."""
 
 
 Policy = Callable[[Scene, Row], Stop]
@@ -72,16 +74,24 @@ def _stop_of(job: Job) -> Stop:
         sorted(codes(job)),
         [one for one in dict.fromkeys(verdicts) if one not in ("gone", "zombie")],
         job.guest_asked.value,
+        _sigterm_s((rung.action, rung.at - job.started) for rung in job.rungs),
     )
+
+
+def _sigterm_s(rungs: Iterable[tuple[str, int]]) -> float | None:
+    """Return when SIGTERM was sent. Takes each rung's action and its time after the start, µs."""
+    times = [at / USEC_PER_SEC for action, at in rungs if action == signal.SIGTERM.name]
+    return times[0] if times else None
 
 
 def _qkillctl(domain: Domain) -> Stop:
     document: Any = domain.terminate(_OURS_S)
     receipt = document["receipt"]
-    rungs = [rung["action"] for rung in receipt.get("rungs", [])]
+    rungs = [(rung["action"], rung["at_usec"]) for rung in receipt.get("rungs", [])]
     risks = [risk["code"] for risk in receipt.get("at_risk", [])]
     asked = receipt.get("guest_asked", GuestAsked.NOT_ASKED.value)
-    return Stop(document["result"], rungs, risks, [], asked)
+    names = [action for action, _ in rungs]
+    return Stop(document["result"], names, risks, [], asked, _sigterm_s(rungs))
 
 
 def virsh(scene: Scene, row: Row) -> Stop:
