@@ -6,7 +6,8 @@ QEMU waits for one answer, such as that to an fsync, only the server's disk show
 Each mount has a connection, whose number is the minor number of the mount's st_dev. Since Linux
 6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
 every process that has /dev/fuse open may be the server, and any user can open it. There the server
-is certain only if a single process has /dev/fuse open, and all processes could be read.
+is certain only if a single process has /dev/fuse open, and all processes could be read after the
+mount was made.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -17,12 +18,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qkilld.adapters.procfs import read_bounded
 from qkilld.debug_log import note_once
+from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch, Searched
+from qkilld.evidence.files import PROC
 from qkilld.evidence.kept_file import read_once
 from qkilld.model.sample import Mount
 
@@ -30,6 +33,15 @@ DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
 """If more processes than this may serve one connection, only those are sampled that have a file
 with the name of the guest's image open."""
+SEARCH_S: Final = 0.02
+"""The longest time that a sample searches. It does not wait for a search by another thread."""
+BACKGROUND_SEARCH_S: Final = 1.0
+"""The longest time of a search between samples, for which no sample waits."""
+PAUSE_FACTOR: Final = 19
+"""After a search, pause for this many times its processor time, so that all these searches together
+use a tenth of a processor."""
+RETRY_S: Final = 5.0
+"""How long to wait before searching again if no process may serve a connection."""
 AGE_S: Final = 30.0
 """How long a search through all processes is valid if the kernel does not name connections."""
 RENEW_S: Final = 20.0
@@ -62,60 +74,87 @@ def read_waiting(connection: int, sys: Path = Path("/sys")) -> int | None:
     return int(text) if text is not None and text.strip().isdigit() else None
 
 
-class FuseHolders:
-    """The processes that have /dev/fuse open, as PeerFinder finds them. Thread-safe."""
+class FuseFinder:
+    """Finds the servers of FUSE file systems, for all guests. Thread-safe.
 
-    def __init__(self, proc: Path) -> None:
+    It does not share the searches of PeerFinder, so it delays none for a socket.
+    """
+
+    def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
+        self._searching = threading.Lock()
+        """Protects the searches."""
+        self._searches = [
+            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
+            for many in (False, True)
+        ]
         self._lock = threading.Lock()
+        """Protects the descriptors."""
         self._descriptors: dict[int | None, dict[int, str]] = {}
-        """The descriptor of each process, by connection."""
+        """The descriptor of each process that has /dev/fuse open, by connection."""
         self._is_named = False
         """Whether the kernel is known to name connections."""
-        self._complete_at: float | None = None
-        """When a search through all processes was last complete, time.monotonic()."""
-        self._all_readable = False
-        """Whether that search was permitted to read all of them."""
 
-    def add(self, pid: int, descriptor: str) -> None:
+    def find(self, connections: Mapping[int, float]) -> dict[int, FuseServers]:
+        """Return the servers of FUSE connections; those without a known process are left out. Takes
+        at most about SEARCH_S.
+
+        `connections`: when the caller first saw each of them, time.monotonic(). The kernel reuses
+        their numbers, so what was searched before proves nothing.
+        """
+        unnamed = self._search(connections, SEARCH_S)
+        candidates = self._candidates() if unnamed else ()
+        servers = {}
+        for connection, since in connections.items():
+            if pids := self._living(connection):
+                servers[connection] = FuseServers(pids, True)
+            elif candidates:
+                is_only = len(candidates) == 1 and self._is_searched(connection, since)
+                servers[connection] = FuseServers(candidates, is_only)
+        return servers
+
+    def go_on(self, connections: Mapping[int, float]) -> None:
+        """Continue the search between samples. Takes at most about BACKGROUND_SEARCH_S."""
+        self._search(connections, BACKGROUND_SEARCH_S)
+
+    def _search(self, connections: Mapping[int, float], seconds: float) -> set[int]:
+        """Search for servers, unless another thread does. Return the connections of which none was
+        known before."""
+        unnamed = {number for number in connections if not self._living(number)}
+        if not unnamed or not self._searching.acquire(blocking=False):
+            return unnamed
+        try:
+            end = time.monotonic() + seconds
+            age = RENEW_S if self._candidates() else RETRY_S
+            for search in self._searches:
+                search.want(
+                    str(number)
+                    for number in unnamed
+                    if not _is_recent(search.searched(str(number)), connections[number], age)
+                )
+            for search in self._searches:
+                for _, holder in search.go_on(end):
+                    self._add(holder)
+        finally:
+            self._searching.release()
+        return unnamed
+
+    def _is_searched(self, connection: int, since: float) -> bool:
+        """Return whether all processes could be read, after this time and recently."""
+        searches = [search.searched(str(connection)) for search in self._searches]
+        return all(one is not None and one.all_readable for one in searches) and all(
+            _is_recent(one, since, AGE_S) for one in searches
+        )
+
+    def _add(self, holder: DescriptorHolder) -> None:
         """Add a process that has /dev/fuse open."""
-        connection = self._connection(pid, descriptor)
+        connection = self._connection(holder.pid, holder.descriptor)
         with self._lock:
-            self._is_named = self._is_named or connection is not _UNNAMED
-            self._descriptors.setdefault(connection, {})[pid] = descriptor
-
-    def complete(self, *, readable: bool) -> None:
-        """Note that all processes were searched. `readable`: whether all could be read. A user's
-        daemon lacks the ptrace right, and cannot read the processes of other users."""
-        self._all_readable = readable
-        self._complete_at = time.monotonic()
-
-    def wants_search(self, connections: Iterable[int]) -> bool:
-        """Return whether a search may find out more about these connections."""
-        if self.names_all(connections):
-            return False
-        return not self._is_complete(RENEW_S) or not self._candidates()
-
-    def names_all(self, connections: Iterable[int]) -> bool:
-        """Return whether the kernel has named a server of each connection."""
-        return all(self._living(number) for number in connections)
-
-    def servers_of(self, connections: Iterable[int]) -> dict[int, FuseServers]:
-        """Return the processes that serve each connection. Connections without a known process are
-        left out."""
-        named = {number: self._living(number) for number in connections}
-        candidates = () if all(named.values()) else self._candidates()
-        is_only = len(candidates) == 1 and self._all_readable and self._is_complete(AGE_S)
-        return {
-            number: FuseServers(pids, True) if pids else FuseServers(candidates, is_only)
-            for number, pids in named.items()
-            if pids or candidates
-        }
-
-    def _is_complete(self, age: float) -> bool:
-        """Return whether all processes were searched at most this many seconds ago."""
-        at = self._complete_at
-        return at is not None and time.monotonic() - at <= age
+            self._descriptors.setdefault(connection, {})[holder.pid] = holder.descriptor
+        if connection is not _UNNAMED:
+            self._is_named = True
+            for search in self._searches:
+                search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
         """Return the processes that may serve any connection. There are none if the kernel names
@@ -151,3 +190,12 @@ class FuseHolders:
             return _UNNAMED
         number = text.partition(_LABEL)[2].partition(b"\n")[0]
         return int(number) if number.isdigit() else _UNNAMED
+
+
+def _is_recent(searched: Searched | None, since: float, age: float) -> bool:
+    """Return whether a search began after `since`, and ended at most `age` seconds ago."""
+    return (
+        searched is not None
+        and searched.began >= since
+        and time.monotonic() - searched.ended <= age
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,9 +18,15 @@ from qkilld.adapters.procfs import read_stat
 from qkilld.debug_log import note_once
 from qkilld.evidence.exports import ExportReader, WaitBudget
 from qkilld.evidence.files import read_descriptors
-from qkilld.evidence.fuse import MAX_SERVERS, connection_of, read_waiting
+from qkilld.evidence.fuse import (
+    MAX_SERVERS,
+    SEARCH_S,
+    FuseFinder,
+    connection_of,
+    read_waiting,
+)
 from qkilld.evidence.kept_file import open_directory, read_once
-from qkilld.evidence.peer_finder import SEARCH_S, PeerFinder
+from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -39,7 +45,6 @@ HOPS: Final = 2
 
 _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
 """The programs for which leaves_with_client can tell whether they exit with their client."""
-_NONE: Final = frozenset[int]()
 
 
 class _SampledServers(NamedTuple):
@@ -58,16 +63,23 @@ class _Match(NamedTuple):
 class ServerReader:
     """Samples the servers of one guest. Not thread-safe."""
 
-    def __init__(self, pid: int, finder: PeerFinder, proc: Path = PROC) -> None:
+    def __init__(
+        self, pid: int, finder: PeerFinder, fuse_finder: FuseFinder, proc: Path = PROC
+    ) -> None:
         """`pid`: the guest's process, which never counts as its own server."""
-        self._pid, self._finder, self._proc = pid, finder, proc
+        self._pid, self._proc = pid, proc
+        self._finder, self._fuse_finder = finder, fuse_finder
         self._readers: dict[int, PeerReader] = {}
         self._budget = WaitBudget()
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
-        self._missing_ends = _NONE
-        self._missing_fuse = _NONE
-        """The FUSE connections whose servers were not found yet."""
+        self._missing_ends: Set[int] = frozenset()
+        """The sockets of servers that were not found yet, of servers behind others, too."""
+        self._connections: Mapping[int, float] = {}
+        """When each FUSE connection was first seen, time.monotonic()."""
+        self._new_missing_ends: set[int] = set()
+        self._new_connections: dict[int, float] = {}
+        """What read() has met so far. search() may run meanwhile."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
         """The processes that may serve a FUSE mount, by the mount and the names of the images."""
 
@@ -75,14 +87,14 @@ class ServerReader:
         """Say which servers read() will need, so that search() can find them earlier. `ends`: the
         inodes of their sockets."""
         self._missing_ends = frozenset(ends)
-        self._missing_fuse = frozenset(_connections_of(mounts).values())
+        self._connections = self._since(_connections_of(mounts).values())
 
     def search(self) -> None:
         """Continue the search for servers that were not found yet. May run in any thread."""
         if missing := self._missing_ends:
             self._finder.go_on(missing)
-        if missing := self._missing_fuse:
-            self._finder.go_on_fuse(missing)
+        if connections := self._connections:
+            self._fuse_finder.go_on(connections)
 
     def read(
         self, ends: Mapping[int, str | None], storage: StorageTable, sockets: SocketTable
@@ -109,15 +121,12 @@ class ServerReader:
         `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
         """
         self._used_pids = []
+        self._new_missing_ends, self._new_connections = set(), {}
         self._budget.renew()
         values = self._read(ends, storage, sockets, downstream={self._pid})
         served = self._read_fuse(mounts, names, storage, sockets, downstream={self._pid})
-        self._missing_ends = frozenset(ends) - values.keys()
-        self._missing_fuse = frozenset(
-            connection
-            for number, connection in _connections_of(mounts).items()
-            if number not in served
-        )
+        self._missing_ends = self._new_missing_ends
+        self._connections = self._new_connections
         # Close unused readers. They would pile up, because a server that forks for each connection
         # has a new process after each reconnect.
         for pid in self._readers.keys() - set(self._used_pids):
@@ -145,6 +154,7 @@ class ServerReader:
         between it and these ends, which are not sampled again."""
         peers: dict[int, Peer] = {}
         owners = self._finder.find(ends) if ends else {}
+        self._new_missing_ends |= ends.keys() - owners.keys()
         for pid in set(owners.values()) - downstream:
             own_ends = {end: ends[end] for end, owner in owners.items() if owner == pid}
             reader = self._reader(pid)
@@ -193,7 +203,9 @@ class ServerReader:
         numbers = _connections_of(mounts)
         if not numbers:
             return {}
-        found = self._finder.find_fuse(numbers.values())
+        connections = self._since(numbers.values())
+        self._new_connections |= connections
+        found = self._fuse_finder.find(connections)
         end = time.monotonic() + SEARCH_S
         served = {}
         for number, connection in numbers.items():
@@ -218,6 +230,11 @@ class ServerReader:
             if peers:
                 served[number] = _SampledServers(tuple(peers.values()), servers.certain)
         return served
+
+    def _since(self, connections: Iterable[int]) -> dict[int, float]:
+        """Return when each FUSE connection was first seen, time.monotonic()."""
+        now = time.monotonic()
+        return {number: self._connections.get(number, now) for number in connections}
 
     def _matching(
         self, number: str, pids: Sequence[int], names: frozenset[str], end: float

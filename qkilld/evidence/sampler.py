@@ -17,6 +17,7 @@ from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.faults import FaultGuard, OnFault
 from qkilld.evidence.file_budget import FileBudget
 from qkilld.evidence.files import PROC, read_descriptors
+from qkilld.evidence.fuse import FuseFinder
 from qkilld.evidence.handover import Handover
 from qkilld.evidence.meminfo import read_memory
 from qkilld.evidence.peer_finder import PeerFinder
@@ -49,6 +50,7 @@ class HostTables:
         self._memory: Memory | None = None
         self._memory_at = -MEMORY_AGE_S
         self.peers = PeerFinder()
+        self.fuse = FuseFinder()
         self.groups = SharedGroups()
 
     def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
@@ -75,7 +77,7 @@ class Reader:
         self._storage = StorageReader(pid)
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
-        self._servers = ServerReader(pid, tables.peers)
+        self._servers = ServerReader(pid, tables.peers, tables.fuse)
         self._expected = False
         self._tables = tables
         self._refresh_time = -REFRESH_S

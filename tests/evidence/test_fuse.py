@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qkilld.evidence import fuse, peer_finder, peers
+from qkilld.evidence import descriptor_search, fuse, peers
 from qkilld.evidence.files import Descriptors
-from qkilld.evidence.fuse import connection_of
+from qkilld.evidence.fuse import FuseFinder, FuseServers, connection_of
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
 from qkilld.evidence.sockets import SocketTable
@@ -136,20 +136,25 @@ def test_one_of_many_servers(lab_dir: Path, named: bool, monkeypatch: pytest.Mon
         assert not mount.certain
 
 
-def holders_in(proc: Path, *pids: int) -> fuse.FuseHolders:
-    """Return processes in a fake /proc that have /dev/fuse open."""
-    holders = fuse.FuseHolders(proc)
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each search goes through all processes at once, however busy this host is."""
+    monkeypatch.setattr(fuse, "SEARCH_S", 60.0)
+    monkeypatch.setattr(fuse, "PAUSE_FACTOR", 0)
+
+
+def finder_in(proc: Path, *pids: int) -> FuseFinder:
+    """Return a finder for a fake /proc in which these processes have /dev/fuse open."""
     for pid in pids:
-        add_holder(holders, proc, pid)
-    return holders
+        add_holder(proc, pid)
+    return FuseFinder(proc)
 
 
-def add_holder(holders: fuse.FuseHolders, proc: Path, pid: int) -> None:
-    (proc / f"{pid}/fd").mkdir(parents=True)
-    (proc / f"{pid}/fdinfo").mkdir()
-    (proc / f"{pid}/fd/3").symlink_to(fuse.DEVICE)
-    (proc / f"{pid}/fdinfo/3").write_text("pos:\t0\n")
-    holders.add(pid, "3")
+def add_holder(proc: Path, pid: int, descriptor: str = "3") -> None:
+    (proc / f"{pid}/fd").mkdir(parents=True, exist_ok=True)
+    (proc / f"{pid}/fdinfo").mkdir(exist_ok=True)
+    (proc / f"{pid}/fd/{descriptor}").symlink_to(fuse.DEVICE)
+    (proc / f"{pid}/fdinfo/{descriptor}").write_text("pos:\t0\n")
 
 
 class SlowFiles:
@@ -164,7 +169,7 @@ class SlowFiles:
 
     def _read(self, pid: int, proc: Path) -> Descriptors:
         self.read.append(pid)
-        self.now += peer_finder.SEARCH_S / 2.5
+        self.now += fuse.SEARCH_S / 2.5
         return Descriptors(2, (("3", fuse.DEVICE), ("4", f"/srv/{IMAGE}")), ())
 
 
@@ -173,13 +178,13 @@ def test_a_search_for_the_image_among_many_processes(
 ) -> None:
     """Any user can have many, so each sample looks at a few, and at each process once."""
     pids = list(range(7, 7 + fuse.MAX_SERVERS))
-    holders = holders_in(tmp_path, *pids, 50)
-    finder = PeerFinder(tmp_path)
-    monkeypatch.setattr(finder, "find_fuse", holders.servers_of)
+    holders = [*pids, 50]
+    finder = FuseFinder(tmp_path)
+    monkeypatch.setattr(finder, "find", lambda _: {39: FuseServers(tuple(holders), False)})
     files = SlowFiles(monkeypatch)
     mount = Mount("fuse.mergerfs", None, None, "0:39")
     names = {mount.number: frozenset({IMAGE})}
-    with contextlib.closing(peers.ServerReader(1, finder, tmp_path)) as reader:
+    with contextlib.closing(peers.ServerReader(1, PeerFinder(), finder, tmp_path)) as reader:
 
         def sample() -> int:
             before = len(files.read)
@@ -188,39 +193,96 @@ def test_a_search_for_the_image_among_many_processes(
 
         assert [sample() for _ in range(4)] == [3, 3, 3, 0]
         assert sorted(files.read) == [*pids, 50]
-        add_holder(holders, tmp_path, 51)
+        holders.append(51)
         assert sample() == 1
         assert files.read[-1] == 51
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many file systems a guest uses."""
-    holders = holders_in(tmp_path, 7, 8)
+    finder = finder_in(tmp_path, 7, 8)
     links = []
     readlink = os.readlink
 
-    def count(path: str) -> str:
+    def count(path: str, *, dir_fd: int | None = None) -> str:
         links.append(path)
-        return readlink(path)
+        return readlink(path, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "readlink", count)
-    assert len(holders.servers_of(range(30, 40))) == 10
-    assert len(links) == 2
+    now = time.monotonic()
+    finder.find({39: now})
+    links.clear()
+    assert len(finder.find({39: now})) == 1
+    before = len(links)
+    monkeypatch.setattr(fuse, "SEARCH_S", 0.0)
+    links.clear()
+    assert len(finder.find(dict.fromkeys(range(30, 40), now))) == 10
+    assert len(links) == before
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_only_process_with_the_device_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is certainly the server while a search through all processes is recent."""
-    holders = holders_in(tmp_path, 7)
-    assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), False)}
-    holders.complete(readable=True)
-    assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), True)}
-    assert not holders.wants_search([39])
+    finder = finder_in(tmp_path, 7)
+    now = time.monotonic()
+    assert finder.find({39: now}) == {39: FuseServers((7,), True)}
+    monkeypatch.setattr(fuse, "SEARCH_S", 0.0)
     later = time.monotonic() + fuse.AGE_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert holders.servers_of([39]) == {39: fuse.FuseServers((7,), False)}
-    assert holders.wants_search([39])
+    assert finder.find({39: now}) == {39: FuseServers((7,), False)}
+    monkeypatch.setattr(fuse, "SEARCH_S", 1.0)
+    assert finder.find({39: now}) == {39: FuseServers((7,), True)}
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("number", [39, 40])
+def test_a_mount_that_is_newer_than_the_search(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server is not the process that was the only one before. The kernel may give it the number
+    of an earlier mount."""
+    finder = finder_in(tmp_path, 7)
+    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), True)}
+    add_holder(tmp_path, 8)
+    found = {number: FuseServers((7, 8), False)}
+    since = time.monotonic()
+    monkeypatch.setattr(fuse, "SEARCH_S", 0.0)
+    assert finder.find({number: since}) == {number: FuseServers((7,), False)}
+    monkeypatch.setattr(fuse, "SEARCH_S", 60.0)
+    assert finder.find({number: since}) == found
+
+
+@pytest.mark.usefixtures("patient")
+def test_the_servers_of_two_guests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that has ended does not delay that for a later mount."""
+    finder = finder_in(tmp_path, 7)
+    (tmp_path / "7/fdinfo/3").write_text("pos:\t0\nfuse_connection:\t39\n")
+    add_holder(tmp_path, 9)
+    assert finder.find({39: time.monotonic(), 40: time.monotonic()}) == {
+        39: FuseServers((7,), True)
+    }
+    add_holder(tmp_path, 8)
+    (tmp_path / "8/fdinfo/3").write_text("pos:\t0\nfuse_connection:\t41\n")
+    monkeypatch.setattr(fuse, "RETRY_S", 600.0)
+    since = time.monotonic()
+    assert finder.find({41: since}) == {41: FuseServers((8,), True)}
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_process_that_opens_the_device_later(tmp_path: Path) -> None:
+    """That it was seen without proves nothing."""
+    finder = finder_in(tmp_path, 7)
+    (tmp_path / "8/fd").mkdir(parents=True)
+    (tmp_path / "8/fd/1").symlink_to("/dev/null")
+    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), True)}
+    (tmp_path / "8/fd/1").unlink()
+    add_holder(tmp_path, 8, "1")
+    found = {39: FuseServers((7, 8), False)}
+    since = time.monotonic()
+    assert finder.find({39: since}) == found
 
 
 def test_a_server_that_is_gone(lab_dir: Path, named: bool) -> None:
@@ -234,7 +296,7 @@ def test_a_server_that_is_gone(lab_dir: Path, named: bool) -> None:
 def test_a_server_is_searched_for_before_it_is_needed(
     lab_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_finder, "SEARCH_S", 0.0)
+    monkeypatch.setattr(fuse, "SEARCH_S", 0.0)
     with (
         mounted(lab_dir, IMAGE) as store,
         opened(store, IMAGE),
@@ -252,7 +314,7 @@ def test_a_server_is_searched_for_before_it_is_needed(
 def test_a_search_ends_when_the_kernel_has_named_the_server(
     lab_dir: Path, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise, each new guest on FUSE would delay the searches for all other servers."""
+    """Otherwise, each new guest on FUSE would cost a search through all processes."""
     with mounted(lab_dir, IMAGE) as store:
         # The server is found first, long before all processes are searched.
         server = store.process.pid
@@ -260,13 +322,14 @@ def test_a_search_ends_when_the_kernel_has_named_the_server(
         def server_first(processes: list[Any]) -> list[Any]:
             return sorted(processes, key=lambda process: process.pid != server)
 
-        monkeypatch.setattr(peer_finder, "by_turns", server_first)
-        monkeypatch.setattr(peer_finder, "SEARCH_S", 0.001)
+        monkeypatch.setattr(descriptor_search, "by_turns", server_first)
+        monkeypatch.setattr(fuse, "SEARCH_S", 0.001)
         connection = os.minor(store.directory.stat().st_dev)
-        finder = peer_finder.PeerFinder()
-        until(lambda: finder.find_fuse([connection]), bool)
-        is_over = not any(search.wants(fuse.DEVICE) for search in finder._searches)
-        assert is_over or not named
+        finder = FuseFinder()
+        since = time.monotonic()
+        until(lambda: finder.find({connection: since}), bool)
+        is_over = not any(search.wants_any for search in finder._searches)
+        assert is_over is named
 
 
 def test_the_server_of_a_server(lab_dir: Path) -> None:
@@ -284,7 +347,7 @@ def test_a_process_without_fuse_costs_no_search(monkeypatch: pytest.MonkeyPatch)
     def search(*arguments: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(PeerFinder, "find_fuse", search)
+    monkeypatch.setattr(FuseFinder, "find", search)
     with samples() as sample:
         sample()
 
@@ -313,12 +376,13 @@ def test_requests_that_wait(tmp_path: Path) -> None:
     assert fuse.read_waiting(40, tmp_path) is None
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("denied", [False, True])
 def test_the_only_process_that_can_be_read(
     tmp_path: Path, denied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server may be the process of another user, whose descriptors a user may not read."""
-    holders_in(tmp_path, 7)
+    finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
     open_file = os.open
 
@@ -328,4 +392,4 @@ def test_the_only_process_that_can_be_read(
         return open_file(path, flags, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", open_own)
-    assert PeerFinder(tmp_path).find_fuse([39]) == {39: fuse.FuseServers((7,), not denied)}
+    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), not denied)}

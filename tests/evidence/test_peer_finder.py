@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from qkilld.evidence import peer_finder
-from qkilld.evidence.peer_finder import PeerFinder, _Candidate, by_turns
+from qkilld.evidence.descriptor_search import Candidate, by_turns
+from qkilld.evidence.peer_finder import PeerFinder
 
 LONG_S = 60.0
 
@@ -102,12 +103,12 @@ def test_a_failed_search_is_not_repeated_at_once(
 
 
 def test_users_take_turns_by_their_descriptors() -> None:
-    hostile = [_Candidate(pid, 1000, 200) for pid in range(100, 150)]
-    others = [_Candidate(200, 0, 20), _Candidate(201, 0, 20), _Candidate(300, 64055, 250)]
+    hostile = [Candidate(pid, 1000, 200) for pid in range(100, 150)]
+    others = [Candidate(200, 0, 20), Candidate(201, 0, 20), Candidate(300, 64055, 250)]
     order = [process.pid for process in by_turns([*hostile, *others])]
     assert set(order[:4]) == {100, 200, 201, 300}
 
 
 def test_few_descriptors_come_before_many() -> None:
-    big, small = _Candidate(1, 0, 4000), _Candidate(2, 0, 3)
+    big, small = Candidate(1, 0, 4000), Candidate(2, 0, 3)
     assert by_turns([big, small]) == [small, big]

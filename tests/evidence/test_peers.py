@@ -22,6 +22,7 @@ from qkilld.evidence.exports import (
     exported_files,
     leaves_with_client,
 )
+from qkilld.evidence.fuse import FuseFinder
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -41,7 +42,7 @@ def end_of(connection: socket.socket) -> int:
 
 
 def server_of(inode: int, wanted: Callable[[Peer], object] = bool) -> Peer:
-    reader = ServerReader(os.getpid(), PeerFinder())
+    reader = ServerReader(os.getpid(), PeerFinder(), FuseFinder())
 
     def read() -> Peer | None:
         return reader.read({inode: None}, StorageTable(), SocketTable()).get(inode)
@@ -102,7 +103,7 @@ def test_servers_that_are_used_no_more_are_let_go(image: Path) -> None:
     """Their places in the finder are needed for the next servers."""
     finder = PeerFinder()
     with (
-        contextlib.closing(ServerReader(os.getpid(), finder)) as reader,
+        contextlib.closing(ServerReader(os.getpid(), finder, FuseFinder())) as reader,
         nbd_store(image) as store,
         connected(store) as connection,
     ):

@@ -1,0 +1,215 @@
+"""Search the descriptors of all processes for sockets or a device.
+
+The kernel does not report which process has a socket or device open. To find it, the descriptors of
+all processes are searched, at 3 µs each, and any user can have millions. So the search is done in
+parts, with pauses between them. Users take turns, and processes with many descriptors are searched
+separately.
+
+Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from qkilld.adapters.procfs import read_uid
+from qkilld.debug_log import note_once
+from qkilld.evidence.files import MAX_DESCRIPTORS
+
+FEW: Final = 256
+"""Processes with this many descriptors or more are searched separately."""
+OF_A_PROGRAM: Final = 64
+"""For a process of root with this many descriptors or more, the real user is looked up, because
+another user may have started it as a set-user-ID program."""
+MAX_KEYS: Final = 65_536
+"""The maximum number of keys to search for at a time."""
+
+
+class DescriptorHolder(NamedTuple):
+    pid: int
+    descriptor: str
+
+
+class Candidate(NamedTuple):
+    pid: int
+    uid: int
+    descriptor_count: int
+    """The number of open descriptors; before Linux 6.2, the number at the last search, or 0."""
+
+
+class Searched(NamedTuple):
+    """A search through all processes. Times are of time.monotonic()."""
+
+    began: float
+    ended: float
+    all_readable: bool
+    """Whether all processes could be read. A user's daemon lacks the ptrace right, and cannot read
+    the processes of other users."""
+
+
+class DescriptorSearch:
+    """Searches either all processes with few descriptors, or all with many. Not thread-safe."""
+
+    def __init__(
+        self, proc: Path, *, many: bool, pause_factor: float, valid_s: float, link: str = ""
+    ) -> None:
+        """`pause_factor`: pause for this many times the processor time of a search. `valid_s`: how
+        long to remember that all processes were searched for a key. `link`: the link of the
+        descriptors to search for, whatever the keys are; "" if each key is a link."""
+        self._proc, self._many, self._link = proc, many, link
+        self._pause_factor, self._valid_s = pause_factor, valid_s
+        self._wanted: set[str] = set()
+        """The keys to search for."""
+        self._latecomers: set[str] = set()
+        """Keys that were added after some processes had been searched."""
+        self._searched: dict[str, Searched] = {}
+        """The keys for which all processes were searched."""
+        self._candidates: Iterator[Candidate] | None = None
+        """The processes still to be searched; None between searches."""
+        self._began = 0.0
+        self._counts: dict[int, int] = {}
+        self._without: set[Candidate] = set()
+        """The processes that did not have `link` open when they were last searched."""
+        self._is_denied = False
+        """Whether the present search was not permitted to read a process."""
+        self._rests_until = 0.0
+
+    def want(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if len(self._wanted) >= MAX_KEYS:
+                return
+            if key not in self._wanted:
+                self._wanted.add(key)
+                if self._candidates is not None:
+                    self._latecomers.add(key)
+
+    @property
+    def wants_any(self) -> bool:
+        """Return whether there is a key to search for."""
+        return bool(self._wanted)
+
+    def forget(self, key: str) -> None:
+        """Stop searching for a key, because it was found."""
+        self._wanted.discard(key)
+
+    def searched(self, key: str) -> Searched | None:
+        """Return the last search for this key that went through all processes; None if there was
+        none in the last `valid_s` seconds."""
+        searched = self._searched.get(key)
+        is_valid = searched is not None and time.monotonic() - searched.ended < self._valid_s
+        return searched if is_valid else None
+
+    def go_on(self, end: float) -> Iterator[tuple[str, DescriptorHolder]]:
+        """Yield links found until `end`, time.monotonic(). Finds nothing during a pause."""
+        now = time.monotonic()
+        if now < self._rests_until or not self._wanted:
+            return
+        start = time.thread_time()
+        while self._wanted and time.monotonic() < end:
+            if self._candidates is None or self._wanted <= self._latecomers:
+                # The remaining processes would have to be searched again for the latecomers.
+                self._candidates = self._begin()
+            process = next(self._candidates, None)
+            if process is None:
+                self._finish()
+            else:
+                yield from self._links_of(process)
+        self._rests_until = time.monotonic() + self._pause_factor * (time.thread_time() - start)
+
+    def _begin(self) -> Iterator[Candidate]:
+        self._began = time.monotonic()
+        self._is_denied = False
+        self._latecomers.clear()
+        processes = self._processes()
+        self._counts = {process.pid: process.descriptor_count for process in processes}
+        self._without &= set(processes)
+        # That a process was seen without the link proves nothing, so it is searched again, but
+        # last: most servers are new processes.
+        new = [process for process in processes if process not in self._without]
+        return iter([*by_turns(new), *by_turns(self._without)])
+
+    def _finish(self) -> None:
+        """End a search of all processes. Continue only with keys that were added meanwhile."""
+        now = time.monotonic()
+        self._candidates = None
+        self._searched = {
+            key: searched
+            for key, searched in self._searched.items()
+            if now - searched.ended < self._valid_s
+        }
+        for key in self._wanted - self._latecomers:
+            self._wanted.discard(key)
+            if key in self._searched or len(self._searched) < MAX_KEYS:
+                self._searched[key] = Searched(self._began, now, not self._is_denied)
+
+    def _processes(self) -> list[Candidate]:
+        """List the processes. Costs 3 µs each."""
+        processes = []
+        for name in os.listdir(self._proc):  # noqa: PTH208 - half the cost
+            if not name.isdecimal():
+                continue
+            try:
+                status = os.stat(f"{self._proc}/{name}/fd")  # noqa: PTH116 - half the cost
+            except OSError as error:  # It has exited, or hidepid= hides its files.
+                self._is_denied = self._is_denied or isinstance(error, PermissionError)
+                continue
+            count = status.st_size or self._counts.get(int(name), 0)
+            if (count >= FEW) is self._many and count <= MAX_DESCRIPTORS:
+                processes.append(self._of_its_user(Candidate(int(name), status.st_uid, count)))
+        return processes
+
+    def _of_its_user(self, process: Candidate) -> Candidate:
+        """Return the process with its real user, which /proc/PID does not show for a set-user-ID
+        program: root owns its directory, whoever started it."""
+        if process.uid == 0 and process.descriptor_count >= OF_A_PROGRAM:
+            try:
+                return process._replace(uid=read_uid(process.pid, self._proc))
+            except OSError as error:
+                note_once("looking for servers", error)
+        return process
+
+    def _links_of(self, process: Candidate) -> Iterator[tuple[str, DescriptorHolder]]:
+        try:
+            directory = os.open(f"{self._proc}/{process.pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            self._is_denied = self._is_denied or isinstance(error, PermissionError)
+            note_once("looking for servers", error)
+            return
+        has_link = False
+        try:
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
+            self._counts[process.pid] = len(names)
+            for name in names[:MAX_DESCRIPTORS]:
+                try:
+                    link = os.readlink(name, dir_fd=directory)
+                except OSError:
+                    continue  # Closed meanwhile, or its name is too long.
+                if link == self._link or (not self._link and link in self._wanted):
+                    has_link = True
+                    yield link, DescriptorHolder(process.pid, name)
+            if self._link and not has_link:
+                self._without.add(process)
+        except OSError as error:
+            note_once("looking for servers", error)
+        finally:
+            os.close(directory)
+
+
+def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:
+    """Order processes so that the search looks at equally many descriptors of each user. A user's
+    processes with few descriptors come first."""
+    searched_per_uid: Counter[int] = Counter()
+    order = []
+    for process in sorted(
+        processes, key=lambda process: (process.descriptor_count // FEW, process.pid)
+    ):
+        order.append((searched_per_uid[process.uid], process))
+        searched_per_uid[process.uid] += process.descriptor_count + 1
+    return [process for _, process in sorted(order)]
