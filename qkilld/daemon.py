@@ -10,6 +10,9 @@ def main() -> int:
     # Do not look for garbage during the imports, which produce none: that took 5 ms. lifecycle.live
     # enables the collector again.
     gc.disable()
+    from qkilld.adapters import unused_modules
+
+    unused_modules.set_up()
     from qkilld.daemon_options import parse
     from qkilld.startup import run
 

@@ -29,6 +29,7 @@ from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.interpreter import collect_garbage, favour_the_loop
 from qkilld.adapters.job_store import JobStore
+from qkilld.adapters.loop_signals import call_at
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.memlock import MemoryLock
 from qkilld.adapters.service_manager import ServiceManager, stored_descriptors
@@ -124,6 +125,7 @@ async def live(
             store=store,
             exit_idle_s=exit_idle_s,
         )
+        stack.enter_context(call_at((signal.SIGTERM, signal.SIGINT), life.stop))
         return await life.run(listeners)
 
 
@@ -248,16 +250,17 @@ class Life:
         self._stop = asyncio.Event()
         self._ready = False
 
+    def stop(self) -> None:
+        """Let `run` end as at a signal."""
+        self._stop.set()
+
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
         Without a running job, raises BusError if we cannot have our name, or if there is neither a
         bus nor a listener; returns FAILURE instead if the journal has such an error already.
         """
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        feeding = loop.create_task(self._feed_watchdog())
+        feeding = asyncio.get_running_loop().create_task(self._feed_watchdog())
         self._registry.on_busy = self._busy
         try:
             if self._store is not None:

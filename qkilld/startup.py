@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -41,9 +42,7 @@ def run(options: DaemonOptions) -> int:
     journal = open_journal()
     try:
         with _traces(options.trace_dir, journal) as traces:
-            # Imported late, so that errors in the configuration are reported sooner. asyncio works
-            # without ssl, whose 4 MB of memory would be locked while jobs run.
-            sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+            # Imported late, so that errors in the configuration are reported sooner.
             import asyncio
 
             from qkilld.lifecycle import live
@@ -56,6 +55,9 @@ def run(options: DaemonOptions) -> int:
                 varlink=options.varlink,
                 exit_idle_s=options.exit_idle,
             )
+            # lifecycle handles SIGINT. asyncio would, too, and its handler would be shown, which
+            # imports inspect, when lifecycle replaces it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             return asyncio.run(end)
     except ConfigError as error:
         print(f"qkilld: {error}", file=sys.stderr)

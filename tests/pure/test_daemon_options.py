@@ -33,7 +33,7 @@ import qkilld.startup
 assert gc.isenabled()
 qkilld.startup.run = lambda options: 0 if not gc.isenabled() else 1
 assert qkilld.daemon.main() == 0
-print(*sorted(sys.modules))
+print(*sorted(name for name, module in sys.modules.items() if type(module) is type(sys)))
 """
 
 

@@ -1,0 +1,54 @@
+"""Modules of Python's library that the daemon does without until somebody uses them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import qkilld
+from qkilld.adapters.unused_modules import DEFERRED
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from qkilld.adapters import unused_modules
+unused_modules.set_up()
+import asyncio, dataclasses, pathlib, traceback
+import qkilld.lifecycle
+standing_in = [sys.modules[name] for name in unused_modules.DEFERRED]
+for name, module in zip(unused_modules.DEFERRED, standing_in, strict=True):
+    assert type(module) is unused_modules._DeferredModule, name
+assert not {"ast", "dis", "gettext"} & set(sys.modules)
+"""
+USE = """
+from importlib import import_module
+for module in standing_in:
+    name = module.__name__
+    assert module.__file__.endswith(name.replace(".", "/") + ".py"), name
+    assert import_module(name).__file__ == module.__file__
+    assert import_module(name) is sys.modules[name] is not module
+import asyncio.sslproto, inspect
+from textwrap import indent
+assert indent("a", " ") == " a"
+assert asyncio.sslproto.SSLProtocol.__module__ == "asyncio.sslproto"
+assert inspect.signature(qkilld.lifecycle.live).parameters["varlink"].kind.name == "KEYWORD_ONLY"
+try:
+    standing_in[0].does_not_exist
+except AttributeError:
+    print("complete")
+"""
+
+
+def run(program: str) -> str:
+    command = [sys.executable, "-I", "-S", "-c", program, str(Path(qkilld.__file__).parents[1])]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_daemon_is_imported_without_them() -> None:
+    assert "inspect" in DEFERRED
+    run(PROGRAM)
+
+
+def test_each_is_there_when_it_is_used() -> None:
+    assert run(PROGRAM + USE) == "complete\n"
