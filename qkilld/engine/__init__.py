@@ -1,1 +1,2 @@
-"""The engine: jobs that climb the ladder. It reaches the outside only through `engine.ports`."""
+"""Run the jobs: each climbs the ladder for one process. Everything outside the engine is behind
+`engine.ports`."""

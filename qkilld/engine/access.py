@@ -1,13 +1,13 @@
 """Open a process by pid, and check that it is QEMU and that the caller has the needed rights.
 
-The order of the checks keeps the reply from revealing what the caller may not know:
+The order of the checks ensures that a reply does not reveal what the caller may not know:
 
-1. The process is opened. Only then is the caller identified.
+1. The process is opened first, and then the caller is identified.
 2. For root and the process's own user, only the process is checked.
-3. For all others polkit is asked, whatever the process is, and a denial reads the same for QEMU
-   and for anything else. If the process is not QEMU, or not the requested one, polkit is asked
-   without interaction, so that nobody is asked for a password in vain. The missing dialog reveals
-   no more than ListGuests, which is open to all.
+3. For all others, polkit is asked, whatever the process is, and a denial has the same text for
+   QEMU and for anything else. If the process is not QEMU, or not the requested one, polkit is
+   asked without a dialog, so that nobody types a password in vain. The missing dialog shows that
+   it is not QEMU, but so does ListGuests, which anybody may call.
 4. Because time has passed, the checks are repeated right before the process is returned: it must
    still be QEMU, in the named unit and, unless root asks, of the same user.
 """
@@ -51,7 +51,7 @@ class Access:
         known: Callable[[tuple[int, int]], bool] = lambda key: False,
     ) -> None:
         """`known` returns whether the process with that pid and start time was identified as QEMU
-        before. That decides for an exiting process, which can no longer be identified."""
+        before. It is used for an exiting process, which can no longer be identified."""
         self._config = config
         self._host = host
         self._is_known = known
@@ -113,8 +113,8 @@ class Access:
     ) -> Steerer:
         """Authorize steering a job. Raises AccessDenied, InteractiveAuthorizationRequired, Busy.
 
-        The owner of the process may steer jobs that run by the owner's right, and with `owner`
-        every job.
+        The owner of the process may steer jobs that run by the owner's right (steering.py), and
+        with `owner` every job.
         """
         uid = await caller.uid()
         identity = job.guest.identity

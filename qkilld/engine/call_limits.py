@@ -27,9 +27,9 @@ MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait. At most MAX_READS of them may be READ."""
 TOGETHER: Final = 32
-"""All users except root together may have this many times what one user may, because somebody with
-subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB (measured), all of them
-100 MB."""
+"""All users except root together may have this many times what one user may. This limit is needed
+because somebody with subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB
+(measured), so all of them take 100 MB."""
 RESERVE: Final = 4
 """One in this many descriptors is reserved for root's calls and running jobs."""
 
@@ -81,7 +81,7 @@ class CallLimits:
 
 
 def _check_together(count: int, limit: int, what: str) -> None:
-    """Check `count`, the calls of all users; `limit` is that of one user. Raises Busy."""
+    """Check the number of calls of all users, `count`; `limit` is that of one user. Raises Busy."""
     if count >= TOGETHER * limit:
         raise Busy(
             f"Users other than root have {TOGETHER * limit} {what} open here, the most allowed for "

@@ -1,5 +1,5 @@
-"""Check that a target is QEMU, is still the same process, and may be stopped by the caller; and
-describe it for polkit's dialog.
+"""Check a process before it is stopped: it must be QEMU and still the same process, and the caller
+must be allowed to stop it. Describe it for polkit's dialog.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def check_same(identity: Identity, start_time: int) -> None:
 def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> None:
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
-    It may run another QEMU program than before, because QEMU executes a new program for an upgrade
-    (cpr-exec). Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
+    The executable may be another QEMU than before, because QEMU executes a new program for an
+    upgrade (cpr-exec). Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
     """
     pid = now.pid
     if now.key != before.key:
@@ -106,9 +106,8 @@ def is_free(caller_uid: int, identity: Identity) -> bool:
 
 
 def check_free(caller_uid: int, before: Identity, after: Identity) -> None:
-    """Raise ProcessChanged if the process's user has changed since the caller was permitted.
-
-    Root may stop the processes of all users.
+    """Raise ProcessChanged if the process's user has changed since the caller was permitted. For
+    root, the user does not matter.
     """
     if caller_uid != 0 and before.uid != after.uid:
         raise ProcessChanged(
@@ -124,7 +123,8 @@ def action_for(flags: Flag) -> PolkitAction:
 def check_answer(answer: Answer, what: str) -> None:
     """Raise AccessDenied or InteractiveAuthorizationRequired unless `answer` is GRANTED.
 
-    `what` begins the text, such as `Process 4711 is`. It must not reveal what a process runs.
+    `what` is the beginning of the error's text, such as `Process 4711 is`. It must not reveal what
+    a process runs.
     """
     if answer is Answer.CHALLENGE:
         raise InteractiveAuthorizationRequired(
@@ -137,7 +137,8 @@ def check_answer(answer: Answer, what: str) -> None:
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
     """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
 
-    The owner of the guest chooses its name, which the person who types a password will see.
+    The person who types a password sees the guest's name, and its owner has chosen this, so it is
+    made harmless (for_dialog).
     """
     name = for_dialog(guest.label.shown_name)
     process = f"process {guest.identity.pid}"
@@ -161,6 +162,6 @@ def details_of_all(flags: Flag) -> dict[str, str]:
 
 
 def for_dialog(text: str) -> str:
-    """Replace what the dialog of any desktop could take for markup, a closing quote or a variable
-    of polkit's."""
+    """Replace characters that the dialog of some desktop may interpret as markup, a closing quote
+    or a variable of polkit's."""
     return "".join(_SAFE_MARK if c in _MARKUP else c for c in printable(text, MAX_DIALOG_TEXT))

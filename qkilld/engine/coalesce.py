@@ -9,14 +9,14 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 
 PAUSE_FACTOR: Final = 3
-"""The pause after a run is this many times as long as the run, but at most MAX_PAUSE_S. The pause
-keeps constant requests from occupying the loop."""
+"""The pause after a run is this many times as long as the run, but at most MAX_PAUSE_S. Without a
+pause, constant requests would occupy the loop."""
 MAX_PAUSE_S: Final = 0.1
 
 
 class SharedRun(Generic[T]):
-    """Callers that arrive while a run is in progress share the next run, because the current one
-    may have begun before the change that they ask about."""
+    """Callers that arrive while a run is in progress share the next run. The current one may have
+    begun before the change that they ask about."""
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         self._work = work

@@ -32,7 +32,7 @@ class Collaborators(Generic[J]):
     executables: tuple[str, ...]
     """Globs of QEMU executables."""
     may_yank: Callable[[str | None], bool]
-    """Returns Yank=: whether dead storage of the guest with this name may be yanked."""
+    """Returns Yank= for the guest with this name: whether its dead storage may be cut off."""
     load: Callable[[], int]
     """Returns the number of running jobs."""
     when_saved: Callable[[Callable[[], None]], None]
@@ -43,8 +43,8 @@ class Collaborators(Generic[J]):
     on_end: Callable[[J], None]
     on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
-    """Called when a job has opened its guest's monitor, with the descriptor if it should be
-    kept."""
+    """Called when a job has opened its guest's monitor, with the descriptor if systemd should keep
+    it for the next daemon."""
     server_exits: Callable[[Process], ServerExits] | None
     """If None, the servers of network disks are not watched."""
     stopping: Callable[[frozenset[int]], frozenset[int]]

@@ -336,8 +336,8 @@ def waiter_gone(job: ObservedJob) -> Event:
 
 
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
-    """A guest of TerminateAll could not be stopped. If the guest has just exited, nothing is
-    wrong."""
+    """A guest of TerminateAll could not be stopped. This is no problem if the guest has just
+    exited."""
     is_gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,
@@ -371,7 +371,7 @@ def daemon_idle() -> Event:
 
 
 def bus_lost(running: int, why: str, *, goes_on: bool) -> Event:
-    """`goes_on`: Varlink is still served, which needs no bus."""
+    """`goes_on`: Varlink is still served, because it needs no bus."""
     if goes_on:
         consequence = "it serves only Varlink until a bus appears"
     elif running:

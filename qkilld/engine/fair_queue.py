@@ -1,8 +1,8 @@
 """Choose whose call is next: every user gets a turn, however many calls and connections others
 have.
 
-A pure data structure. All connections of a uid share its turn. A connection of unknown uid has a
-queue but no turn. The calls of each connection keep their order.
+A pure data structure. All connections of a uid share its turn. Until the uid of a connection is
+known, its calls are queued but get no turn. The calls of each connection keep their order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""Enough for one call of any length. All 2,048 connections of a bus together can take 32 MiB."""
+"""Enough for one call of the greatest length. All 2,048 connections of a bus together can take 32
+MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
@@ -147,7 +148,8 @@ class FairQueue(Generic[Item]):
 
 
 def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:
-    """Return whether a connection with these waiting calls may have another one in a crowd."""
+    """Return whether a connection with these waiting calls may have another one although MAX_TOTAL
+    is reached."""
     if own is None:
         return size <= SPARE_BYTES
     return len(own) < SPARE and sum(waiting for _, waiting in own) + size <= SPARE_BYTES

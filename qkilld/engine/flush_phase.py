@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
 decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. Before
-the processors are stopped, that intention is saved: if the job ends before a signal, or the daemon
-crashes, the processors are started again. Finally, a QEMU whose guest has powered off is told to
-quit, which gives the phase its name in the API. The monitor stays open until the job ends, because
-QEMU does not reply on a connection that is made after SIGTERM.
+the processors are stopped, it is saved that they will be. So they are started again if the job ends
+before a signal, even if the daemon crashes in between. If the guest has powered off, QEMU is
+finally told to quit; therefore the API calls this phase "quit". The monitor stays open until the
+job ends, because QEMU does not reply on a connection that is made after SIGTERM.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from qkilld.model.job import FlushReport, Risk
 from qkilld.model.sample import Sample
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
-"""Timeout (µs) for opening the monitor and taking a sample; SIGTERM follows."""
+"""Timeout (µs) for opening the monitor and taking a sample. After this and the other timeouts,
+SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while a backup or a release is awaited, and of samples in a flush."""
+"""Interval (µs) of readings while the job waits for a backup or to be released, and of samples
+during a flush."""
 REREAD_INTERVAL: Final = 50_000
 """The first interval (µs) of readings that show whether requests are stuck; the intervals grow."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
 """Timeout (µs) for saving that the processors will be stopped."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
-"""Timeout (µs) for stopping the processors and flushing; the job cannot be held meanwhile."""
+"""Timeout (µs) for stopping the processors and flushing. It is short, because the job cannot be
+held meanwhile."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
-"""A flush that stops no processors is abandoned after this time (µs) without progress (disks write
-back in bursts up to 5 s apart), and after StorageStallSec= in any case."""
+"""A flush that stops no processors is abandoned after this time (µs) without progress, and after
+StorageStallSec= in any case. Disks write back in bursts up to 5 s apart."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
-"""How long (µs) QEMU may take to exit after `quit`; SIGTERM follows."""
+"""How long (µs) QEMU may take to exit after `quit`."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
-"""Timeout (µs) for starting the processors again in a running job; SIGTERM follows."""
+"""Timeout (µs) for starting the processors again in a running job."""
 UNDO_INTERVAL: Final = USEC_PER_SEC
 """Interval (µs) of attempts of an ended job to start the processors again."""
 
@@ -69,11 +72,12 @@ class FlushPhase:
         self._journal, self._link, self._when_saved = journal, link, when_saved
         self._sampler = JobSampler(process, sampler, clock)
         self._evidence: Assessment | None = None
-        """The assessment of the process from outside."""
+        """The assessment of the process, from samples of this phase."""
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether the processors may be stopped, to be started again unless a signal is sent."""
+        """Whether the processors may be stopped. If so, they must be started again unless a signal
+        is sent."""
         self._timer: Timer | None = None
         self._until = INFINITY
         """When the current step is abandoned."""
@@ -97,7 +101,7 @@ class FlushPhase:
 
     def begin(self, *, skip: bool = False) -> None:
         """Open the monitor, unless it was already opened to ask the guest. With `skip`, there is no
-        monitor, so that the phase only waits (`lasts`).
+        monitor, and the phase only waits (`lasts`).
 
         If an earlier daemon has stopped the processors, they are started again, and SIGTERM
         follows.

@@ -69,11 +69,12 @@ class GuestAsker:
         """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier daemon
         or job.
 
-        While `may_ask` returns False, the guest is only observed. If the end of QEMU would cancel
-        backups or other jobs, asking waits while one of them has moved within `stall` µs, and
-        `on_jobs` is called; if `stall` is None, asking does not wait. `on_pressed` is called if
-        somebody else has pressed the guest's power button. `on_fault` is called with an exception
-        that a bug in qkilld has caused; after that, the guest is no longer asked.
+        While `may_ask` returns False, the guest is only observed. The end of QEMU would cancel
+        backups and other background jobs of QEMU. So asking waits as long as one of them makes
+        progress within `stall` µs, and `on_jobs` is called. If `stall` is None, asking does not
+        wait. `on_pressed` is called if somebody else has pressed the guest's power button.
+        `on_fault` is called with an exception that a bug in qkilld has caused; after that, the
+        guest is no longer asked.
         """
         self._link, self._clock = link, clock
         self._attempt = attempt
@@ -106,7 +107,7 @@ class GuestAsker:
 
     def take_unanswered(self) -> GuestOrder | None:
         """After QEMU's exit, count a request without a reply as made, because QEMU can exit before
-        its reply is read. Return the order; None if there is none."""
+        its reply is read. Return this request; None if there is none."""
         if (method := self._unanswered) is None:
             return None
         self._unanswered = None
@@ -164,7 +165,7 @@ class GuestAsker:
         elif not self._attempt.asked and self._attempt.restarts == 0:
             self._end(GuestAsked.UNREACHABLE, opened)
         else:
-            # Go on without a monitor: the guest was asked, and may be shutting down.
+            # Go on without a monitor, because the guest was asked and may be shutting down.
             self._learn(GuestObservation(at=self._clock.now()))
 
     def _observe(self) -> None:
@@ -187,7 +188,7 @@ class GuestAsker:
             self._act_on(judgement)
 
     def _wait_for_jobs(self, jobs: tuple[BackgroundJob, ...] | str, judgement: Judgement) -> None:
-        """Wait while the jobs make progress. Jobs that cannot be read do not count."""
+        """Wait while QEMU's background jobs make progress. If they cannot be read, do not wait."""
         now, jobs = self._clock.now(), () if isinstance(jobs, str) else jobs
         self._jobs = self._jobs.after(jobs, now)
         if self._stall is not None and self._jobs.waited_for(now, self._stall()):

@@ -1,7 +1,8 @@
 """The end of a guest's process, and the data that it puts at risk.
 
-decision.risk and decision.servers decide. If the guest has storage on a network, the job ends only
-when its servers have shown that they were not being stopped, too (decision.servers.SETTLE).
+decision.risk and decision.servers decide which data is at risk. If the guest has storage on a
+network, the job ends a little later: it must be known whether the servers were being stopped, too
+(decision.servers.SETTLE).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class GuestEnd:
         now = self._clock.now()
         if self.at is None:
             self.at = now
-            # Read it now, because the parent may reap the process.
+            # Read the signal now: when the parent has reaped the process, it is gone.
             self._killed_by = self._process.killed_by()
             is_known = self._job.flush.proven or signals.killed or self._killed_by
             if not is_known and self._servers.note_exit():

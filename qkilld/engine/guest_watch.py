@@ -19,7 +19,8 @@ MAX_SURVEYS: Final = 8
 @dataclass(frozen=True, slots=True)
 class WatchedGuest:
     number: int
-    """Stays the same while the process lives and guests are watched; never reused."""
+    """The number of the guest while the process lives and guests are watched. It is never
+    reused."""
     guest: Guest
     channels: GuestChannels
 
@@ -69,8 +70,8 @@ class GuestWatch:
         return next((each for each in self._guests.values() if each.number == number), None)
 
     async def guests(self) -> Iterable[WatchedGuest]:
-        """Start to watch, if that is not done yet, and wait for the first scan. Return the guests
-        at the last scan.
+        """Start to watch, unless guests are watched already, and wait for the first scan. Return
+        the guests at the last scan.
 
         Raises what the first scan raises; the next call starts again.
         """

@@ -1,7 +1,7 @@
 """Stop one guest: climb the ladder with real signals.
 
-A job acts only on events, such as its start, a call, the exit of its process, the end of a timer, a
-sample, or a reply of the monitor. `advance` then does what is due.
+A job acts only on events: its start, a call, the exit of its process, the end of a timer, a sample,
+or a reply of the monitor. After each, `advance` does what is due.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ MAX_HISTORY: Final = 100
 class Job:
     """The ladder of one process.
 
-    `phase` runs powerdown → quit → terminate → kill → reap → done. Phases that are not needed are
-    left out; from kill, it returns to terminate if SIGKILL turns out not to be due. `result` is
+    `phase` goes from powerdown to quit, terminate, kill, reap and done. Phases that are not needed
+    are left out. It returns from kill to terminate if SIGKILL turns out not to be due. `result` is
     None while the job runs. After the end, only `processors_stopped` may change.
     """
 
-    # There may be thousands of jobs, and a dictionary with so many keys takes 1.8 kB.
+    # Slots save memory: there may be thousands of jobs, and a dictionary would take 1.8 kB each.
     __slots__ = (
         "_configured", "_end", "_flush_phase", "_link", "_parts", "_powerdown", "_process",
         "_servers", "_signals", "_timer", "_trace", "_waiters", "_yank", "assessment", "control",
@@ -166,12 +166,12 @@ class Job:
 
     @property
     def rank(self) -> Rank:
-        """The rank of the requester whose right the job runs by."""
+        """The rank of the requester by whose right the job runs (steering.py)."""
         return rank_of(self.request.uid, self.guest.identity)
 
     @property
     def owner_limit(self) -> int:
-        """The time until which the owner may extend a job that runs by another's right;
+        """The time until which the owner may extend a job that runs by somebody else's right;
         CLOCK_MONOTONIC, µs."""
         return steering.owner_limit(self.started, self.policy)
 
@@ -195,13 +195,13 @@ class Job:
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
-        """Talk to the guest over this connection. Call it before `start`; if `start` succeeds, the
-        job owns the connection."""
+        """Use this connection to the guest's monitor. Call it before `start`. If `start` succeeds,
+        the job owns the connection."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
-        """Do not ask the guest again if `ended`, a job for the same process, has just asked. Call
-        this before `start`."""
+        """Do not ask the guest again if `ended`, an earlier job for the same process, has just
+        asked. Call it before `start`."""
         self._powerdown.follow_up(ended._powerdown.attempt)
 
     def start(self) -> None:
@@ -320,21 +320,21 @@ class Job:
 
     def join(self, request: Request) -> None:
         """Add a request. It can add FORCE, lengthen spans, end asking the guest earlier, and allow
-        signals in a job that would only ask. It can take none of these back. To a job of higher
-        rank, the owner can only add FORCE.
+        signals in a job that would only ask. It can take back none of these. If the job has a
+        higher rank, the owner's request can only add FORCE.
 
-        A request of higher rank takes the job over: it replaces the former request, but not its
-        flags and spans, and the guest gets all the help that either of them allows. If the job was
-        the owner's, the owner's spans, FIXED and hold end, too, and the owner's extensions are cut
-        to `owner_limit`.
+        A request of higher rank takes the job over. It replaces the former request, but not its
+        flags and spans. The guest gets all the help that either of them allows. If the job was the
+        owner's, the owner's spans, FIXED and hold end, and the owner's extensions are cut to
+        `owner_limit`.
 
-        If neither the job nor the request lets signals follow, none do; then the job ends after the
-        first order, as with NOWAIT, only if both have NOWAIT.
+        If both the job and the request only ask the guest, no signal follows. Such a job ends right
+        after asking only if both have NOWAIT.
 
         FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
         is unreadable, and Failed if the job is held or extended. A hold or extension by the owner
-        binds only the owner. Every request with FORCE raises ProcessChanged if the identity has
-        changed; the job has then ended as failed.
+        stops only the owner's requests. Every request with FORCE raises ProcessChanged if the
+        identity has changed, and the job has then ended as failed.
         """
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
@@ -422,8 +422,9 @@ class Job:
             self._changed()
 
     def cancel(self, why: str = "") -> None:
-        """Send no more signals and end as `cancelled`, or as `exited` if only the servers of disks
-        are awaited. Does nothing if the job has ended."""
+        """Send no more signals and end as `cancelled`. If the process has exited, and the job waits
+        only for the servers of its disks, it ends as `exited`. Does nothing if the job has
+        ended."""
         if self.running and self._end.stop_waiting():
             self.note_gone()
         elif self.running:
@@ -431,8 +432,8 @@ class Job:
             self.finish(Result.CANCELLED)
 
     def when_ended(self, callback: Callable[[], None], uid: int | None = None) -> None:
-        """Call back once: when the job ends, or when the daemon exits before that. Only for a
-        running job. `uid` is the uid of the client that waits, if there is one."""
+        """Call back once, when the job ends or the daemon exits. Only for a running job. `uid` is
+        that of the client that waits, if there is one."""
         self._waiters.add(callback, requester=uid == self.request.uid)
 
     @property

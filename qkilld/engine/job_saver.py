@@ -1,7 +1,7 @@
 """Decide when to save jobs, so that they survive the end of this program.
 
 Rungs, requests and verdicts are saved at once. Progress alone is saved rarely, because a daemon
-that resumes a job assumes what was not saved (decision.gap).
+that resumes a job assumes that it went on (decision.gap).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PER_JOB: Final = 20_000
 TIMEOUT_S: Final = 0.05
 """How long saving may delay SIGKILL. Saving takes 0.1 ms, but /run may be full or locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
-"""How long saving may delay the reply to a caller. It is longer than TIMEOUT_S, so that even on a
-busy host a job is saved before its caller relies on it."""
+"""How long saving may delay the reply to a caller. It is longer than TIMEOUT_S, because even on a
+busy host a job should be saved before its caller relies on it."""
 
 
 class _SavedValues(NamedTuple):
@@ -58,8 +58,8 @@ class JobSaver:
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """Record that a job was resumed from `saved`. It is saved again only if it has changed: a
-        daemon that resumes thousands of jobs has more urgent work."""
+        """Record that a job was resumed from `saved`. It is saved again only if it has changed,
+        because a daemon that resumes thousands of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)

@@ -1,8 +1,8 @@
 """The monitor of one job: shared by all phases, opened again if it is lost, closed with the job.
 
 After SIGTERM or `quit`, QEMU only answers out-of-band commands, and only on a connection that was
-open before (measured, QEMU 7.2 and 10.0). So the connection outlives the daemon too: systemd keeps
-a copy for the next daemon.
+open before (measured, QEMU 7.2 and 10.0). So the connection must also survive the daemon: systemd
+keeps a copy for the next one.
 """
 
 from __future__ import annotations

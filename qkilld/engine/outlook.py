@@ -62,9 +62,10 @@ def _standstill(facts: JobFacts, deadline: int) -> int:
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0
     if deadline == INFINITY:
-        return 0  # The rung never comes, so progress cannot delay it.
+        return 0  # There is no next rung, so progress cannot delay it.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # If the stall span alone would lead to another deadline, it does not determine the job's.
+    # Compute the deadline from progress alone. If it is another one, progress does not determine
+    # the job's deadline.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

@@ -55,7 +55,7 @@ class Process(Protocol):
         it after the exit."""
 
     def dying(self) -> bool:
-        """Return whether the process has received SIGKILL or is exiting, as far as known."""
+        """Return whether the process is known to have received SIGKILL, or to be exiting."""
 
     def watch(self, callback: Callable[[], None]) -> None:
         """Call back once, when the process exits."""
@@ -75,10 +75,10 @@ class ServerExits(Protocol):
         """Return the added processes whose end would not be noticed."""
 
     def add(self, pid: int, seen_at: int) -> None:
-        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs. It may be watched already."""
+        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs. May be called again."""
 
     def remove(self, pid: int) -> None:
-        """Stop watching a process. It may not be watched."""
+        """Stop watching a process. Does nothing if it is not watched."""
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         """Return the processes that ended before the guest, or may have, and those that ended after
@@ -105,8 +105,8 @@ class Host(Protocol):
         """Return the names of many processes, in order, within a second even if some block."""
 
     async def identities(self) -> list[Identity]:
-        """Return every process whose executable is visible. Runs outside the loop, because there
-        may be many."""
+        """Return every process whose executable is visible. There may be many, so this does not run
+        in the loop."""
 
 
 class Caller(Protocol):
@@ -117,15 +117,17 @@ class Caller(Protocol):
         reused meanwhile."""
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
-        """Ask polkit whether the caller may do that. The answer may take minutes.
+        """Ask polkit whether the caller may do that. The answer may take minutes, and is never
+        cached.
 
-        `details` are shown to the person who is asked for a password; without `ask` nobody is
-        asked. Raises Busy if the caller has too many open requests. Answers are never cached.
+        `details` are shown to the person who is asked for a password; without `ask`, nobody is
+        asked. Raises Busy if the caller has too many open requests.
         """
 
 
 class Units(Protocol):
-    """systemd's manager, whose units TerminateUnit names. It raises only QkilldErrors."""
+    """systemd's manager, for the units that callers of TerminateUnit name. Raises only
+    QkilldErrors."""
 
     async def unit(self, name: str) -> UnitFacts:
         """Raises InvalidArgs, NoSuchUnit."""
@@ -137,8 +139,8 @@ class Watch(Protocol):
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:
-        """Take a sample and call back with it in the loop, possibly late or never. An urgent sample
-        precedes others that wait to be taken."""
+        """Take a sample and call back with it in the loop. The callback may come late or never. An
+        urgent sample is taken before others that wait."""
 
     def close(self) -> None:
         """Stop taking samples; no callback follows."""
@@ -180,8 +182,8 @@ class GuestMonitor(Protocol):
         """Give an order; call back with "" or with the reason of the failure, printable."""
 
     def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
-        """After QEMU's exit, return the signs up to its end, and True if no others exist, or False
-        if some may be missing. Does not block."""
+        """After QEMU's exit, return the signs of a shutdown up to its end, and whether these are
+        certainly all. Does not block."""
 
     def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
@@ -219,17 +221,19 @@ class GuestMonitor(Protocol):
         reported. If a disk does not answer in time, its result and all later ones are missing."""
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
-        """Undo `stop_and_flush`, even if only a part was done, once the monitor answers again."""
+        """Undo `stop_and_flush`, or the part of it that was done, as soon as the monitor
+        answers."""
 
     def query_yank(
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
     ) -> None:
-        """List connections that can be yanked, except the monitor's, even if QEMU is busy."""
+        """List the connections that QEMU can cut off ("yank"), except the monitor's. Works even if
+        QEMU is busy."""
 
     def yank(
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
     ) -> None:
-        """Yank these instances; call back with "" or the reason of a failure."""
+        """Cut off these connections; call back with "" or the reason of a failure."""
 
     def close(self) -> None:
         """May be called twice."""
@@ -249,20 +253,20 @@ class Monitors(Protocol):
         was_asked: bool = False,
         agent_was_open: bool | None = None,
     ) -> Callable[[], None]:
-        """Open the guest's monitor; `qmp_socket` is the path that a caller named, or "".
+        """Open the guest's monitor. `qmp_socket` is the path that a caller named, or "".
 
-        `kept` is tried first, then `passed`, a connection that `check_passed` has checked; the
+        `kept` is tried first, then `passed`, a connection that `check_passed` has checked. The
         callee owns both. `was_asked`: the guest was asked to shut down before, so signs of a
-        shutdown count; `agent_was_open`: whether its agent had the port open then, if known.
+        shutdown count. `agent_was_open`: whether its agent had the port open at that time, if
+        known.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
         """
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """Read the signs left in a kept connection after QEMU has exited, without blocking.
-
-        Signs that an earlier daemon has read from it are not returned.
+        """After QEMU's exit, return the signs that are left in a kept connection, without blocking.
+        Those that an earlier daemon has read from it are missing.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
@@ -274,11 +278,12 @@ class Monitors(Protocol):
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """Read the disks of a guest that is not being stopped; None if its QMP monitor is not free,
-        or does not answer within a second. `files` as in GuestMonitor.read_disks."""
+        """Read the disks of a guest that is not being stopped. None if another program uses its QMP
+        monitor, or if the monitor does not answer within a second. `files` as in
+        GuestMonitor.read_disks."""
 
     async def describe(self, process: Process) -> AskingWays:
-        """Describe how qkilld can talk to the guest, and what prevents it."""
+        """Describe how qkilld can ask the guest, and what prevents it."""
 
     async def survey(self, identity: Identity) -> GuestChannels:
         """Return which channels to the guest exist, within a few seconds. Connects to nothing."""
@@ -341,7 +346,8 @@ class Store(Protocol):
         """Save a job's state, in place of an earlier one."""
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back in the loop when everything saved before is written, or has failed."""
+        """Call back in the loop when everything saved before this call is written, or has
+        failed."""
 
     def store_monitor(self, number: int, fd: int) -> None:
         """Keep a copy of that job's connection to its guest's monitor."""

@@ -1,7 +1,7 @@
 """The phase in which the guest is asked to shut down.
 
-The phase calls the job back only through LadderJob. It ends when asking has ended and nobody holds
-the job. MaxSec= and the caller's limit end the asking.
+The phase uses the job only through LadderJob. It ends when asking has ended and nobody holds the
+job. MaxSec= and the caller's limit end the asking.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class PowerdownPhase:
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """Continue the asking of an earlier job for the same process, if that still counts, because
-        a second press cancels the shutdown of some systems. Call it before `begin`."""
+        """Continue the asking of an earlier job for the same process, if that still counts. The
+        button must not be pressed again, because a second press cancels the shutdown of some
+        systems. Call it before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
             return
@@ -90,8 +91,8 @@ class PowerdownPhase:
                 events.internal_error(f"asking {job.guest.title}", error)
             ),
         )
-        # If the process exited while no daemon ran, `note_exit` reads its last events from the kept
-        # connection.
+        # If the process exited while no daemon ran, it cannot be asked. `note_exit` then reads its
+        # last events from the kept connection.
         if not self._process.exited():
             self._asker.start()
 
@@ -202,7 +203,7 @@ class PowerdownPhase:
         if latest is None or (latest.verdict, latest.reasons) != (verdict, (judgement.reason,)):
             job.turn_to(verdict, (judgement.reason,), self._clock.now())
         job.wait_until(min(judgement.until or INFINITY, self._ask_until), self._ask_until)
-        # This also lets the state of asking be saved for the next daemon.
+        # Enter the same phase again, so that the state of asking is saved for the next daemon.
         job.enter(job.phase)
 
     def _ended(self, end: AskOutcome) -> None:

@@ -1,4 +1,4 @@
-"""Limit the journal entries, written in root's name, that callers and guests can cause."""
+"""Limit the journal entries that callers and guests can make qkilld write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ LIMITED: Final = frozenset(
         MessageId.INTERNAL_ERROR,
     )
 )
-"""Kinds of entries that a caller can cause without limit. The number of jobs bounds the others."""
+"""Kinds of entries that a caller can cause without limit. Other kinds are limited by the number of
+jobs."""
 
 _Key = tuple[MessageId, str]
 

@@ -42,12 +42,12 @@ UNDO_S: Final = 2.0
 """How long to wait for processors to start again. QEMU needs a millisecond, unless a disk blocks
 its main loop."""
 MAX_JOBS_PER_UID: Final = 2048
-"""The maximum number of running and ended jobs of one user, so that a flood cannot fill the memory.
+"""The maximum number of running and ended jobs of one user, so that they cannot fill the memory.
 Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
 """The maximum number of jobs of all users except root. At 80 kB each (units/qkilld.service), they
-take 490 MB; together with their descriptors (350 MB) and all the calls that users may have open,
-two thirds of MemoryMax=."""
+take 490 MB. Their descriptors take 350 MB. Together with all the calls that users may have open,
+this is two thirds of MemoryMax=."""
 
 
 class Registry:
@@ -163,8 +163,8 @@ class Registry:
     ) -> Job:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
-        `process` must be the snapshot's; None means that it has exited, so that a running job ends
-        as exited or killed. From now on, the registry owns `process` and `monitor`. With
+        `process` must be the process in the snapshot. None means that it has exited; a running job
+        then ends as exited or killed. The registry owns `process` and `monitor` from now on. With
         `among_many`, a job that would begin with a sample does nothing until `follow_resumed`.
 
         Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
@@ -249,8 +249,8 @@ class Registry:
             job.cancel(why)
 
     async def wait_undone(self) -> None:
-        """Wait, for at most UNDO_S, until all processors that ended jobs have stopped are running
-        again. Call it before this program exits."""
+        """Wait until the processors of all guests whose job has ended are running again, for at
+        most UNDO_S. Call it before this program exits."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(UNDO_S):
                 while any(job.processors_stopped for job in self if not job.running):  # noqa: ASYNC110
@@ -326,7 +326,7 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # If several jobs of this process were resumed, another one may be registered, and stays.
+        # If several jobs of this process were resumed, another job may be registered. Leave that.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)

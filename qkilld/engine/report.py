@@ -14,7 +14,7 @@ def may_see(job: ObservedJob, uid: int) -> bool:
 
 
 def receipt_values(job: ObservedJob, *, private: bool) -> dict[str, Any]:
-    """Return the receipt of an ended job; details of evidence (bytes, reasons) are included only
+    """Return the receipt of an ended job. Details of evidence (bytes, reasons) are included only
     with `private`. Missing values are left out. Structures are lists; times are in µs."""
     values: dict[str, Any] = {
         "elapsed-usec": job.elapsed,

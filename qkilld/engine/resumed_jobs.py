@@ -1,7 +1,8 @@
 """Let the jobs of an earlier daemon continue: the most urgent first, a few at a time.
 
-Each job begins with a sample, and the first sample of a process takes longest. If all samples were
-requested at once, most would miss their timeout and count as blocked, which delays SIGKILL.
+Each job begins with a sample, and the first sample of a process takes longest. If all were
+requested at once, most would miss their timeout. Their processes would count as blocked, which
+delays SIGKILL.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ResumedJobs:
         """Let the added jobs continue as soon as possible. Call it once."""
         now = self._clock.now()
         for job in self._waiting:
-            # The first sample may come late, but callers may read the deadline at once.
+            # Set the deadline now: callers may read it before the first sample comes.
             job.deadline = decide(job.facts, now).deadline
         self._waiting.sort(key=lambda job: job.deadline)
         self._waiting.reverse()  # The most urgent job is last.
@@ -46,7 +47,7 @@ class ResumedJobs:
                     self._sampling.append(job)
                     job.follow()
         finally:
-            # In `finally`, because the others must continue even after a fault of one job.
+            # This is in `finally`, because the others must continue even after a fault of one job.
             if self._waiting:
                 self._clock.call_at(self._clock.now() + PAUSE, self._follow_some)
             else:

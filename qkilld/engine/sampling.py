@@ -31,10 +31,11 @@ class JobSampler:
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
     ) -> None:
-        """Request a sample, with `detail` an expensive one; do nothing if a request is pending.
-        With `urgent`, the sample precedes those of other jobs.
+        """Request a sample; do nothing if a request is pending. With `detail`, the sample is
+        expensive (evidence.sampler). With `urgent`, it is taken before those of other jobs.
 
-        A sample that comes after TIMEOUT is still passed to `callback`, after the empty one.
+        After TIMEOUT, `callback` gets an empty sample. If the real one comes later, `callback` gets
+        that, too.
         """
         if self._timeout is not None:
             return

@@ -1,12 +1,12 @@
 """Watch the servers of a guest's network disks while the guest is stopped.
 
-decision.servers decides what their end means. The servers must be known before the guest gets
-SIGTERM, because a guest that has lost its disks exits in a few milliseconds. So SIGTERM waits until
-they are found, for at most TIMEOUT. Only guests whose command line names storage on a network are
-watched.
+decision.servers decides what the end of a server means. The servers must be known before the guest
+gets SIGTERM, because a guest that has lost its disks exits in a few milliseconds. So SIGTERM waits
+until they are found, for at most TIMEOUT. This is done only for guests whose command line names
+storage on a network.
 
-If an earlier daemon has told QEMU to exit, a node without a connection shows nothing: QEMU may have
-closed it, or lost its server.
+If an earlier daemon has told QEMU to exit, a missing connection of a node proves nothing: QEMU may
+have closed the node, or lost its server.
 
 If servers cannot be watched, for example because there are no more descriptors, that is a risk.
 Whatever fails, the job goes on.
@@ -44,8 +44,9 @@ RETRY: Final = USEC_PER_SEC // 10
 """After this time (µs), the next sample looks for servers that were not found."""
 MAX_SAMPLES: Final = 4
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""How long (µs) the loop asks at most which ends have closed the connections. The others count as
-unknown. A question takes 20 µs, but up to 20 ms while other threads ask the kernel."""
+"""How long (µs) to ask the kernel at most which end has closed each connection. For connections
+after that, it counts as unknown. A question takes 20 µs, but up to 20 ms while other threads ask
+the kernel."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "it could not be watched whether all servers of its disks outlived the guest"
@@ -59,7 +60,7 @@ _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 def is_stopping(job: ObservedJob) -> bool:
     """Return whether the job's process may be closing its disks and exports: it was told to exit,
-    or its guest has powered off, and it has not exited, as far as known."""
+    or its guest has powered off, and it is not known to have exited."""
     if job.result in (Result.EXITED, Result.KILLED):
         return False
     was_told = any(rung.action in _ENDING for rung in job.rungs)
@@ -81,7 +82,7 @@ class ServerWatch:
         self._is_late = False
         """Whether QEMU may have closed its disks before the watch began."""
         self._late_nodes: tuple[Node, ...] = ()
-        """If so, the nodes that may lose data."""
+        """If it may (_is_late), the nodes that may lose data."""
         self.until = 0
         """SIGTERM waits until this time; 0 if it does not wait."""
 
@@ -135,7 +136,7 @@ class ServerWatch:
 
     def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
         """Return the risks after the guest has exited at `ended`. Call it once, after `note_exit`
-        and before `close`. `settled`: not earlier than `note_exit` demands."""
+        and before `close`. `settled`: whether SETTLE has passed, if `note_exit` required that."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
                 risks = self._risks(self._exits, ended)
@@ -158,7 +159,8 @@ class ServerWatch:
         risks = risks_of_servers(self._servers, ends)
         connected = {} if self._servers is None else self._servers.connected
         for node in self._late_nodes:
-            # As long as QEMU keeps the data, it does not exit.
+            # If QEMU exited before its reconnect-delay has passed, no data was lost
+            # (decision/risk.py).
             keeps = node.reconnect or 0
             if node.name not in connected and ended >= started + keeps * USEC_PER_SEC:
                 title = f"{node.protocol} node {node.name}"

@@ -1,4 +1,4 @@
-"""The daemon's methods, independent of how a call arrives.
+"""The daemon's methods, for calls over D-Bus and Varlink.
 
 Methods that act on a process check it and the caller themselves; no argument is trusted.
 """
@@ -55,8 +55,8 @@ class Option:
 INSPECT_INTERVAL_S: Final = 0.2
 INSPECT_TIMEOUT_S: Final = 2.0
 MAX_AT_ONCE: Final = 16
-"""The maximum number of processes that one user's TerminateAll calls open at a time. Each process
-may occupy a thread, and opening many at the same time delays the turns of other users."""
+"""The maximum number of processes that one user's TerminateAll calls open at a time. Each may
+occupy a thread, and opening many at a time would delay the calls of other users."""
 _HELP: Final = {
     "resume": GuestOrder.RESUME,
     "wake": GuestOrder.WAKE,
@@ -97,13 +97,13 @@ class Service:
         self._host = host
         self._access = Access(config, host, lambda key: registry.running_for(key) is not None)
         self.units = units
-        """None without a bus; replaced with each new connection to a bus."""
+        """None without a bus. Each new connection to a bus replaces it."""
         self._clock = clock
         self._sampler = sampler
         self._monitors = monitors
         self._guests = SharedRun(self._find_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-        """The slots of each calling uid, kept while calls use them."""
+        """The slots of each calling uid (MAX_AT_ONCE), kept while calls use them."""
 
     @property
     def monitors(self) -> Monitors | None:
@@ -140,8 +140,9 @@ class Service:
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
         """Stop the main process of a unit or, if that is not QEMU, the only QEMU process in it.
 
-        Control groups show which processes are in the unit; systemd says whether the unit exists,
-        and its primary name and main process. Raises what `terminate` raises, and NoSuchUnit.
+        Control groups show which processes are in the unit. systemd reports whether the unit
+        exists, its primary name and its main process. Raises what `terminate` raises, and
+        NoSuchUnit.
         """
         flag_set = _parse_flags(flags)
         check_unit_name(name)
@@ -321,7 +322,7 @@ class Service:
         process = self._host.open(guest.identity.pid)
         try:
             check_same(process.guest.identity, guest.identity.start_time)
-            # A plan must not block a guest in a file system that does not answer.
+            # Ask no file system that may not answer: a plan must not block the guest.
             files = evidence is not None and not may_hang(evidence.last)
             state = await self._monitors.read_disks(process, request.qmp_socket, files=files)
             if state is None:
@@ -374,8 +375,8 @@ class Service:
         return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
 
     async def _sample_twice(self, process: Process) -> Assessment | None:
-        """Take two samples, because only a difference shows movement. If the second is late, assess
-        the first alone; return None if both are late."""
+        """Take two samples, because only a difference shows movement. If the second is late, use
+        only the first; return None if both are late."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -404,8 +405,8 @@ class Service:
         return self.registry.terminate(checked.process, request, passed)
 
     def _as_configured(self, flags: Flag, given: Mapping[str, object], guest: Guest) -> Flag:
-        """Remove POWERDOWN if the caller leaves it to the configuration, and that says not to
-        ask."""
+        """Remove POWERDOWN if the caller leaves the decision to the configuration, and the
+        configuration says not to ask."""
         if given.get("powerdown-as-configured") and not self.config.asks(guest.label.name):
             return flags & ~Flag.POWERDOWN
         return flags

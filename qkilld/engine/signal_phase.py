@@ -1,7 +1,7 @@
 """The phase that sends signals, based on samples of the process.
 
-decision.ladder decides; SignalPhase carries the decisions out, checks the identity before every
-signal, and takes samples. It calls the job back only through LadderJob.
+decision.ladder decides; SignalPhase carries the decisions out. It takes the samples, and checks the
+identity before every signal. It uses the job only through LadderJob.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _SIGNALS: Final = {
 
 
 class _Intent(Enum):
-    """Whether the intention to send SIGKILL is saved, or saving it has taken too long (WRITTEN)."""
+    """Whether the intention to send SIGKILL is saved. WRITTEN also means that saving it has taken
+    too long."""
 
     NONE = auto()
     BEING_WRITTEN = auto()
@@ -126,7 +127,7 @@ class SignalPhase:
             now = self._clock.now()
             decision = decide(self.facts, now)
             self._promised = max(self._promised, decision.promised)
-            # The exit is checked here because it may coincide with the deadline.
+            # Check for the exit here, because it may coincide with the deadline.
             if decision.action is not Action.LEAVE and self._process.exited():
                 job.note_gone()
                 return
@@ -141,8 +142,8 @@ class SignalPhase:
                     # `advance` is called again with the sample, or at its timeout.
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
-                    # If SIGKILL waits for this sample, it must not wait for those of thousands of
-                    # jobs.
+                    # If SIGKILL waits for this sample, the sample must not wait for those of
+                    # thousands of jobs.
                     urgent = decision.deadline <= now
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
@@ -177,8 +178,8 @@ class SignalPhase:
     def climb(self, number: Signals) -> bool:
         """Send the signal of a rung, then record and report it.
 
-        Return False if the signal is tried again later, because the intention to send SIGKILL must
-        be saved first, or the process's executable is unreadable.
+        Return False if the signal must wait: the intention to send SIGKILL must be saved first, or
+        the process's executable is unreadable.
         """
         job = self._job
         if number == SIGKILL and not self._is_written_down():
@@ -221,7 +222,8 @@ class SignalPhase:
             self._continued_at = now
         else:
             self._term_at = now
-            # The next decision waits for a sample, but callers see the job before that.
+            # Set the deadline now: the next decision waits for a sample, and callers see the job
+            # before that.
             job.deadline = decide(self.facts, now).deadline
         job.note_rung(number.name, now)
 
@@ -256,9 +258,9 @@ class SignalPhase:
     def _is_written_down(self) -> bool:
         """Return whether the intention to send SIGKILL is WRITTEN; if not, start to save it.
 
-        If qkilld dies right after SIGKILL, the next daemon must not report "exited". SIGTERM is
-        not saved first: if it may not have been sent, it is sent again, because no guest may get
-        SIGKILL without SIGTERM. QEMU ignores a second SIGTERM.
+        If qkilld dies right after SIGKILL, the next daemon must not report "exited". This is not
+        needed for SIGTERM: the next daemon sends it again if it may not have been sent, and QEMU
+        ignores a second one.
         """
         if self._intent is not _Intent.NONE:
             return self._intent is _Intent.WRITTEN
@@ -273,7 +275,8 @@ class SignalPhase:
             self._job.advance()
 
     def _withdraw(self) -> None:
-        """Withdraw the intention to send SIGKILL: something moved, or a caller wants time."""
+        """Withdraw the intention to send SIGKILL, because something moved or a caller wants
+        time."""
         if self._intent is not _Intent.NONE:
             self._intent = _Intent.NONE
             self._job.enter(Phase.TERMINATE)
@@ -307,7 +310,7 @@ class SignalPhase:
         if not job.running:
             return
         before = job.assessment
-        # Ignore a late sample that is older than the empty one which replaced it.
+        # Ignore a late sample if it is older than the empty one that replaced it.
         if before is None or sample.at >= before.last.at:
             job.assessment = evidence = assess(before, sample, sample_interval(self._load()))
             self._trace.record(sample)

@@ -70,7 +70,7 @@ class Snapshot:
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
     asking: Attempt | None
-    """The state of asking the guest; None if there is none, or once signals follow."""
+    """The state of asking the guest; None if it was not asked, or if signals have followed."""
     own_chardevs: tuple[str, ...]
     """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
     started: int
@@ -93,8 +93,8 @@ class Snapshot:
     ) -> Snapshot:
         """Make a snapshot from what a caller sees of a job (StartedUSec, Verdict, LastProgressUSec,
         Held). It assumes that SIGTERM was sent at the start, and SIGKILL if `kill_at` is given.
-        With `guest_asked`, it assumes that no signal was sent, and the guest was asked at the
-        start, if at all.
+        With `guest_asked`, it assumes that no signal was sent, and that the guest, if it was asked,
+        was asked at the start.
 
         `policy` is the job's, with the request's spans. If `progress_at` is None, progress is
         assumed until the job is resumed.
@@ -170,8 +170,8 @@ class Snapshot:
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now`. For a running job that uses evidence and is past asking
-        and flushing, the time since the snapshot counts as a gap without samples."""
+        """Return the assessment at `now`. The time since the snapshot counts as a gap without
+        samples if the job runs, goes by evidence, and is past the phases before signals."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment
@@ -181,8 +181,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Of the first sample, only the time and the counts of written bytes are used. Its other
-            # large fields would take a page of memory for each job, so leave them out.
+            # Leave out large fields of the first sample, which would take a page of memory for each
+            # job. Only its time and its counts of written bytes are used.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )
@@ -244,7 +244,8 @@ def _with_actions(rungs: object) -> object:
 
 
 def _with_remote(guest: object) -> object:
-    """Add to the guest of an older version that it may have storage on a network."""
+    """Set Label.remote for the guest of an older version, because it may have storage on a
+    network."""
     if not isinstance(guest, dict) or not isinstance(guest.get("label"), dict):
         return guest
     return guest | {"label": {"remote": True} | guest["label"]}

@@ -2,8 +2,8 @@
 
 A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
 process. Root and authorized users steer every job. The owner steers only jobs that run by the
-owner's right, and may extend other jobs up to a bound. Without that bound, owners could keep root
-from stopping their guests.
+owner's right. The owner may also extend other jobs, but only up to a limit: otherwise owners could
+prevent root from stopping their guests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def owner_limit(started: int, policy: Policy) -> int:
 
 
 def may_steer(rank: Rank, job: Rank) -> bool:
-    """Return whether a caller of rank `rank` may steer a job of rank `job` without a bound."""
+    """Return whether a caller of rank `rank` may steer a job of rank `job` without a limit."""
     return rank > Rank.OWNER or job is Rank.OWNER
 
 

@@ -16,8 +16,9 @@ from qkilld.model.errors import Busy, QkilldError
 ROUND_S: Final = 0.002
 """After starting calls for this time, the loop serves its timers and pidfds."""
 CROWDED_S: Final = 0.002
-"""If all waiting users have a crowd of calls and still send more, no call is started for this time:
-messages are only read. Otherwise another user's call would wait behind theirs in the socket."""
+"""If all waiting users have a crowd of calls (fair_queue.CROWD) and still send more, no call is
+started for this time, and messages are only read. Otherwise another user's call would wait behind
+theirs in the socket."""
 FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 

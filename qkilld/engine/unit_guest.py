@@ -27,8 +27,8 @@ def choose_guest(
 ) -> Guest:
     """Return the guest that runs in a unit: its main process, or else the only QEMU process in it.
 
-    If systemd describes a system unit, or a guest runs in a system unit of that name, users' units
-    do not count, because users may choose any name.
+    Users may choose any name for their units. So if there is a system unit of that name, by
+    systemd's description or because a guest runs in it, users' units do not count.
 
     facts   the unit's properties; None if systemd does not answer
     known   False if systemd says that there is no such unit

@@ -77,12 +77,12 @@ class UnitStops:
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
         if Flag.NOWAIT in job.flags:
-            return  # It only waits to give its one order.
+            return  # It ends after its one order, so limits do not matter.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:
-            # The unit's limit counts from the start of the ExecStop= process, `ask_at_most` from
-            # the start of the job, which began later.
+            # The unit's limit counts from the start of the ExecStop= process, but `ask_at_most`
+            # from the start of the job, which began later.
             ask = max(0, limits.ask - max(0, process.ran_for - job.elapsed))
         if not flags and ask == INFINITY:
             return

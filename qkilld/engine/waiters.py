@@ -8,7 +8,8 @@ Callback = Callable[[], None]
 
 
 class Waiters:
-    """Any user may wait for any job, any number of times, so `add` and `remove` are O(1)."""
+    """The callers that wait for one job. Any user may wait, any number of times, so `add` and
+    `remove` are O(1)."""
 
     def __init__(self) -> None:
         self._waiting: dict[Callback, bool] = {}

@@ -1,7 +1,8 @@
-"""The rung before SIGKILL: yank dead storage, so that QEMU can finish its other disks.
+"""The rung before SIGKILL: cut off dead storage, so that QEMU can finish its other disks.
 
-decision.yank decides what to yank. Yanking needs a connection to the monitor that was open before
-SIGTERM, on which QEMU answers in 1 to 3 ms. Data on yanked storage is at risk.
+QEMU's command for that is `yank`; its "instances" are connections. decision.yank decides which to
+cut off. The command needs a connection to the monitor that was open before SIGTERM, on which QEMU
+answers in 1 to 3 ms. Data on storage that was cut off is at risk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qkilld.model.constants import USEC_PER_SEC, Phase
 from qkilld.model.job import Risk
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for both commands; SIGKILL follows."""
+"""Timeout (µs) for both commands, after which SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
