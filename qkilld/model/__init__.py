@@ -1,1 +1,2 @@
-"""Constants and data classes that every other package uses. Imports nothing else of the project."""
+"""Constants and data classes that every other package uses. Imports no other package of the
+project."""

@@ -1,7 +1,7 @@
 """The state of a guest's disks, reported by its monitor before QEMU is told to exit.
 
-None means unreadable, never that there is nothing. Names that are sent back to QEMU are kept as
-received; titles are printable.
+None means unreadable, never "nothing". Names that are sent back to QEMU are kept as received;
+titles are printable.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class GuestDisk:
     """QEMU's name for the node."""
     title: str
     network: bool
-    """Whether the disk is reached over a network connection, as far as the monitor reports."""
+    """Whether the monitor reports a network connection below the disk."""
     failed: bool = False
     """The disk's I/O status is not "ok": a request of the guest failed, or the file system of the
     image is full."""
     no_flush: bool = False
-    """cache=unsafe: QEMU never flushes it."""
+    """QEMU never flushes the disk (cache=unsafe)."""
     device: str | None = None
     """The path of the disk's device; None if unknown."""
     qdev: str = ""
@@ -36,7 +36,7 @@ class GuestDisk:
     connections: tuple[str, ...] = ()
     """The names of the nodes below the disk's node that use a network connection."""
     names: tuple[str, ...] = ()
-    """If only statistics were read: the names of the disk and of its nodes, printable."""
+    """The names of the disk and of its nodes, printable; () unless only statistics were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class BlockState:
     queues: tuple[RequestQueue, ...] | None = None
     """The queues of all virtio disks."""
     foreign: tuple[str, ...] = ()
-    """Disks whose requests bypass QEMU: vhost-user."""
+    """Disks whose requests do not pass through QEMU (vhost-user)."""
     unused: tuple[str, ...] = ()
-    """Images open for writing that no disk uses: an unplugged device has left them, or an export
-    uses them. They are not flushed, and QEMU may keep data for them in memory."""
+    """Images open for writing that no disk uses: their device was unplugged, or an export uses
+    them. They are not flushed, so QEMU may still hold data for them."""
     jobs: tuple[BackgroundJob, ...] = ()
 
 
@@ -89,13 +89,13 @@ class FlushResult:
     error: str = ""
     """A printable description; "" if the disk was flushed."""
     refused: bool = False
-    """The flush was not tried, for example because QEMU did not export the node: this shows
-    nothing about the disk."""
+    """The flush was not tried, for example because QEMU did not export the node. So `error` is no
+    error of the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class YankInstance:
-    """A connection that can be yanked."""
+    """A connection that QEMU can cut off with its command `yank`."""
 
     kind: str
     """block-node, chardev or migration."""

@@ -9,7 +9,7 @@ from qkilld.model.dataclass import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BusAddress:
-    """The system bus, unless `user` (the session bus) or `address` says otherwise."""
+    """The system bus of this host, unless a field says otherwise."""
 
     user: bool = False
     address: str = ""

@@ -24,7 +24,8 @@ from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.policy import Policy
 
 _ENDLESS: Final = INFINITY // 2
-"""Spans of at least this (µs) are written as infinity: systemd.time(7) cannot express some."""
+"""Spans of at least this (µs) are written as infinity, because systemd.time(7) cannot express all
+of them."""
 
 _Convert = Callable[[Any], Any]
 
@@ -153,7 +154,7 @@ def _object_decoder(cls: Any, strict: bool) -> _Convert:
 def _field_decoders(cls: Any, strict: bool) -> dict[str, tuple[_Convert, bool]]:
     """Return for each field the function that converts its value, and whether it may be missing.
 
-    Called only when a class is first used, because a class may have fields of its own type.
+    Call it when the class is first used, not earlier: a class may have fields of its own type.
     """
     hints = typing.get_type_hints(cls)
     return {
@@ -174,7 +175,7 @@ def _enum_decoder(hint: type[Enum]) -> _Convert:
     kinds = {kind for kind, _ in members}
 
     def decode(value: Any) -> Enum:
-        # Compare the types too, because in Python, unlike in JSON, a bool is equal to an int.
+        # Compare the types, too, because True equals 1 in Python, but not in JSON.
         member = members.get((type(value), value)) if type(value) in kinds else None
         if member is None:
             raise _Mismatch(f"is not one of {', '.join(str(one.value) for one in hint)}")
@@ -185,7 +186,7 @@ def _enum_decoder(hint: type[Enum]) -> _Convert:
 
 def _plain_decoder(hint: type) -> _Convert:
     def decode(value: Any) -> Any:
-        # Compare the exact type, because in Python, unlike in JSON, a bool is an int.
+        # Compare the exact type, because a bool is an int in Python, but not in JSON.
         if type(value) is not hint:
             raise _Mismatch(f"is not of the type {hint.__name__}")
         return value

@@ -33,13 +33,14 @@ class Flag(IntFlag):
     """
 
     FORCE = 1
-    """The ladder may end in SIGKILL. Without it no SIGKILL is ever sent."""
+    """The ladder may end in SIGKILL. Without FORCE, SIGKILL is never sent."""
     NOWAIT = 2
-    """Send SIGTERM (with FORCE: SIGKILL; with POWERDOWN: only ask), without supervision."""
+    """Only send SIGTERM (with FORCE: SIGKILL; with POWERDOWN: only ask), and do not watch the
+    process afterwards."""
     POWERDOWN = 4
     """First ask the guest's own operating system to shut down."""
     FIXED = 8
-    """Use the fixed timeouts of libvirt's 2012 algorithm instead of evidence."""
+    """Use libvirt's fixed timeouts of 2012 instead of evidence."""
 
 
 KNOWN_FLAGS: Final = Flag.FORCE | Flag.NOWAIT | Flag.POWERDOWN | Flag.FIXED
@@ -78,9 +79,9 @@ class Result(StrEnum):
     KILLED = "killed"
     """The process exited after SIGKILL."""
     SURVIVED = "survived"
-    """The process still ran when the job gave up. qkilld logs its exit."""
+    """The process still ran when the job gave up. qkilld logs the exit when it comes."""
     SIGNALLED = "signalled"
-    """With NOWAIT: one signal was sent, or the guest was asked; nothing else is known."""
+    """With NOWAIT: one signal was sent, or the guest was asked. What happened then is not known."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 

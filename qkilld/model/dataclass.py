@@ -1,10 +1,13 @@
-"""Data classes that are cheap to define: Python's own took an eighth of the daemon's start.
+"""Data classes that are cheap to define. With Python's own, defining them took an eighth of the
+daemon's start.
 
-For each class, dataclasses compiles the text of six methods, one by one before Python 3.13. Here,
-frozen classes and those with slots share all methods but `__init__`. A class with slots gets that
-one at its first use, because a start uses few classes. The shared methods compare, hash and show
-objects as those of dataclasses do. Only mypy checks that nobody assigns to a field of a frozen
-class: without a __setattr__ that forbids this, an object is made in half the time.
+Python's dataclasses compiles the text of six methods for each class, one by one before Python 3.13.
+Here, frozen classes and those with slots share all methods but `__init__`. A class with slots gets
+its `__init__` at its first use, because few classes are used at the start. The shared methods
+compare, hash and show objects as those of dataclasses do.
+
+At run time, nothing prevents an assignment to a field of a frozen class; mypy does. Without a
+__setattr__ that forbids this, an object is made in half the time.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ def _with_slots(cls: Any) -> Any:
 
 
 def _complete_later(cls: Any, made: Any, kw_only: bool) -> None:
-    """Let the first use of `made` complete it. `cls` is the class without slots, which still has
-    the default values of the fields."""
+    """Arrange that the first use of `made` completes it. `cls` is the class without slots, which
+    still has the default values of the fields."""
     completed = False
 
     def complete() -> None:
@@ -89,7 +92,8 @@ class _Later:
 
 def _complete(cls: Any, made: Any, kw_only: bool) -> None:
     if not cls.__doc__:
-        # Otherwise dataclasses would write the signature here, which takes as long as all the rest.
+        # Without this, dataclasses would write the signature here, which takes as long as all the
+        # rest.
         cls.__doc__ = made.__name__
     full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
     made._values = _values_of(dataclasses.fields(full))

@@ -6,9 +6,9 @@ contains an internal name, or anything about a process that the caller may not k
     QkilldError
     ├── InvalidArgs          a wrong argument, flag or option
     ├── NoSuchProcess        no process has that id (any more)
-    │   └── ExitInProgress   it is exiting: its executable can no longer be read
+    │   └── ExitInProgress   the process is exiting: its executable can no longer be read
     ├── NotQemu              the process is not, or cannot be shown to be, a QEMU
-    ├── ProcessChanged       it is another process, program or user by now
+    ├── ProcessChanged       the id is that of another process, program or user by now
     ├── NoSuchUnit
     ├── NoSuchJob
     ├── Busy                 a limit is reached, or the job cannot do that now
@@ -18,12 +18,12 @@ contains an internal name, or anything about a process that the caller may not k
     │   ├── RefusedByBus     the policy of the bus forbids a call, or our own name
     │   └── InteractiveAuthorizationRequired
     ├── MonitorError         a guest's monitor or agent cannot be used
-    │   ├── MonitorUnreachable   there is none, or it is not the guest's own
+    │   ├── MonitorUnreachable   there is no monitor, or it is not the guest's own
     │   ├── MonitorBusy          it serves another client, or is silent
     │   ├── MonitorTimeout       a command was not answered in time
     │   ├── MonitorClosed        the other end closed the connection
-    │   ├── MonitorProtocolError it broke the protocol, or sent too much
-    │   └── CommandRefused       it answered with an error
+    │   ├── MonitorProtocolError the other end broke the protocol, or sent too much
+    │   └── CommandRefused       the other end answered with an error
     ├── ConfigError          a wrong configuration or installation (never reaches the bus)
     └── BusError             the bus, or a service on it, cannot be reached
         └── NameRefused      the bus does not give us our name
@@ -145,8 +145,8 @@ class CommandRefused(MonitorError):
 
 
 class ConfigError(QkilldError):
-    """For a configuration file, the text has one line for each mistake: FILE:LINE: what is wrong
-    and what was expected."""
+    """For a configuration file, the text has one line for each mistake. It begins with FILE:LINE:,
+    and says what is wrong and what was expected."""
 
     exit_code = ExitCode.USAGE
 

@@ -23,8 +23,8 @@ WORST_FIRST: Final = (
     ExitCode.UNSAFE,
     ExitCode.OK,
 )
-"""From worst to best: with several targets, the worst counts. A guest that may still be running is
-worse than one that was killed."""
+"""The exit codes from worst to best. With several targets, the worst counts. A guest that may still
+be running is worse than one that was killed."""
 
 RESULT_EXIT_CODES: Final[dict[str, ExitCode]] = {
     Result.EXITED: ExitCode.OK,

@@ -24,7 +24,7 @@ class Identity:
     executable_deleted: bool
     """The file no longer exists at its path: an upgrade replaced it."""
     exiting: bool = False
-    """There is no executable, because the whole process is exiting."""
+    """The whole process is exiting, so it has no executable any more."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -46,10 +46,7 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The systemd unit that a process runs in; Unit() if it runs in none.
-
-    None, not Unit(), is an unknown unit. Two unknown units may be different.
-    """
+    """The systemd unit in which a process runs; Unit() if it runs in none. None if unknown."""
 
     system: str = ""
     user: str = ""
@@ -57,7 +54,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of the unit within the user's manager, if there is one; otherwise `system`."""
+        """The name of the unit of the user manager, if there is one; otherwise `system`."""
         return self.user or self.system
 
 
@@ -89,7 +86,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A QEMU process; before it is checked, possibly another one."""
+    """A QEMU process. Before engine.checks has checked it, it may be any process."""
 
     identity: Identity
     label: Label

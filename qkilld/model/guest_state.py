@@ -1,6 +1,6 @@
 """The state of a guest's operating system, as shown by its monitor and its threads.
 
-None and UNKNOWN mean that something is unreadable, never that there is nothing.
+None and UNKNOWN mean unreadable, never "nothing".
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from qkilld.model.dataclass import dataclass
 RUNNING: Final = "running"
 """The only runstate in which a guest can shut itself down."""
 POWERED_OFF: Final = "shutdown"
-"""The runstate after the guest's power-off with -no-shutdown or -action shutdown=pause."""
+"""The runstate after the guest has powered off, if QEMU has -no-shutdown or -action
+shutdown=pause."""
 
 
 class Button(StrEnum):
@@ -37,7 +38,7 @@ class GuestOrder(StrEnum):
     BUTTON = "button"
     """Press the power button."""
     WATCH = "watch"
-    """Count signs of a shutdown that somebody else has requested."""
+    """Watch for signs of a shutdown, which somebody else has requested."""
     RESUME = "resume"
     WAKE = "wake"
     THAW = "thaw"
@@ -49,7 +50,7 @@ class ShutdownSign(StrEnum):
     """A sign that only a guest that is shutting down gives."""
 
     AGENT_CLOSED = "agent-closed"
-    """The agent was stopped: its port was open when the guest was asked, and has closed."""
+    """The agent was stopped: its port was open when the guest was asked, and is closed now."""
     PVSHUTDOWN = "pvshutdown"
     """The guest reported its shutdown (pvpanic device, QEMU 9.1)."""
     RESTARTED = "restarted"
@@ -88,7 +89,7 @@ class KeptMonitor:
 
     fd: int
     own_chardevs: tuple[str, ...]
-    """The labels of this monitor's character devices, which must not be yanked."""
+    """The labels of this monitor's character devices, which must not be cut off (yank)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,4 +119,5 @@ class GuestObservation:
     agent_open: bool | None = None
     """Whether the guest's agent has its port open."""
     signs: frozenset[ShutdownSign] = frozenset()
-    """The signs since the guest was first asked, if they still hold; POWERED_OFF at any time."""
+    """The signs since the guest was first asked, as far as they still hold. POWERED_OFF also counts
+    before that."""

@@ -21,9 +21,9 @@ class Request:
     uid: int = 0
     """The requester: root, the owner of the process, or a user whom polkit authorized."""
     powerdown_only: bool = False
-    """Never go beyond asking the guest."""
+    """Only ask the guest: send no signal even if it does not shut down."""
     help: tuple[GuestOrder, ...] = ()
-    """Orders that may be given so that the guest can be asked: RESUME, WAKE, THAW."""
+    """Orders that may be given so that the guest can react to being asked: RESUME, WAKE, THAW."""
     qmp_socket: str = ""
     """The path of the guest's QMP monitor, if the caller named it."""
     ask_at_most: int = INFINITY
@@ -40,13 +40,13 @@ class Control:
     """How callers have steered a running job."""
 
     held: bool = False
-    """Whether the next rung waits until the job is released."""
+    """Whether the job is held, so that the next rung waits until it is released."""
     not_before: int = 0
     """The earliest time of SIGKILL; CLOCK_MONOTONIC, µs."""
     held_until: int = INFINITY
     """When the hold expires; CLOCK_MONOTONIC, µs."""
     hold_outranks: bool = False
-    """Whether root or an authorized user holds the job, not the owner."""
+    """Whether root or an authorized user, not the owner, holds the job."""
     outranking: int = 0
     """The latest `not_before` that root or an authorized user requested; 0 for none."""
 
@@ -92,8 +92,8 @@ class FlushReport:
     reason: str = ""
     """Why the flush is not complete, printable."""
     proven: bool = False
-    """After the flush, QEMU kept nothing that the guest had written, and the guest could not write
-    any more."""
+    """Whether it is proven that QEMU held no data of the guest after the flush, and that the guest
+    could not write any more."""
 
 
 NOT_FLUSHED: Final = FlushReport()

@@ -29,7 +29,7 @@ _ASKED: Final[dict[str, str]] = {
     GuestAsked.UNREACHABLE: "it could not be asked to shut down",
     GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
 }
-"""Phrases for the result of asking; none if the guest was not to be asked."""
+"""Phrases for the result of asking. Results without one are not mentioned."""
 _ASKED_BY: Final = {
     "agent": "its agent was asked to shut it down",
     "button": "its power button was pressed",
@@ -105,8 +105,7 @@ class JobStatus:
     """The receipt that Wait returns; None while the job runs, or if it was not read."""
 
     def __post_init__(self) -> None:
-        # Correct the deadline after an extension, because the daemon updates it only at its next
-        # decision.
+        # Correct the deadline after an extension. The daemon updates it only at its next decision.
         if self.phase == Phase.TERMINATE and self.deadline < self.not_before:
             object.__setattr__(self, "deadline", self.not_before)
 
@@ -152,7 +151,7 @@ class JobStatus:
     def outlook(self, now: int, *, short: bool = False) -> str:
         """Describe the next step and its earliest time: `SIGKILL in 7s unless it moves`.
 
-        "" if nothing follows. While there is progress, no time counts down and none is shown:
+        "" if nothing follows. While there is progress, no time is shown, because none counts down:
         `SIGKILL only after 1min without progress`. `short` uses fewer words.
         """
         if self.result or self.phase == Phase.DONE:
@@ -162,7 +161,7 @@ class JobStatus:
         step = self._next_step
         if self.deadline == INFINITY:
             return "" if self.next_rung == NextRung.ASK else "waits without limit"
-        # Rounded up, so that the last second is not shown as 0.
+        # Round up, so that the last second is not shown as 0.
         seconds = -((now - self.deadline) // USEC_PER_SEC)
         remaining = format_usec(seconds * USEC_PER_SEC)
         if seconds <= 0:
@@ -306,7 +305,7 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
 
 
 def _risks(receipt: dict[str, Any]) -> str:
-    """Return the first reasons why data may be lost, after a colon; "" if the caller may not see
+    """Return a colon and the first reasons why data may be lost; "" if the caller may not see
     them."""
     texts = [printable(str(text)) for _, text in receipt.get("at-risk", ()) if text]
     more = f" and {len(texts) - _SHOWN_RISKS} more" if len(texts) > _SHOWN_RISKS else ""

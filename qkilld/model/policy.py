@@ -27,8 +27,8 @@ DEFAULT_EXECUTABLES: Final = (
     "/var/lib/snapd/snap/*/*/bin/qemu-system-*",
     "/usr/lib/xen-*/bin/qemu-system-*",
 )
-"""Paths of packages, snaps (mounted read-only) and stores, which only root can write.
-/home/linuxbrew, AppImages and the /app of flatpaks are missing, because users can create these."""
+"""Paths of packages, of snaps (mounted read-only) and of stores: only root can write to them.
+/home/linuxbrew, AppImages and the /app of flatpaks are left out, because users can create these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Switches:
     powerdown: bool = True
     """qkilld-stop asks the guest to shut down before it sends a signal."""
     yank: bool = True
-    """With FORCE, dead network storage is yanked before SIGKILL."""
+    """With FORCE, dead network storage is cut off before SIGKILL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,8 @@ class Config:
     """The complete switches of each guest with its own `[Guest NAME]` section."""
 
     def policy_for(self, name: str | None) -> Policy:
-        """Return the policy for the guest of that name; "" is a guest without a name.
-
-        None is an unknown name: each span is the longest of all guests.
+        """Return the policy for the guest of that name, "" for a guest without a name. If the name
+        is unknown (None), each span is the longest of all sections.
         """
         if name is None:
             every = (self.policy, *self.guests.values())
@@ -162,6 +161,6 @@ def is_qemu(executable: str, globs: Iterable[str]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _matches(executable: str, globs: tuple[str, ...]) -> bool:
-    # Cached, because a scan calls it for all processes, most of which share an executable.
+    # This is cached, because a scan calls it for all processes, many of which share an executable.
     path = PurePosixPath(executable)
     return path.is_absolute() and any(path.match(glob) for glob in globs)

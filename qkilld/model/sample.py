@@ -1,7 +1,7 @@
 """Raw counters of a process, read from outside at one moment, without judgement.
 
-None always means unreadable, never "nothing": unknown is never idle. Counters start anywhere and
-only grow, so only the difference of two samples has a meaning.
+None always means unreadable, never "nothing", so it never counts as idle. Counters start at any
+value and only grow, so only the difference of two samples has a meaning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Io:
     syscw: int
     read_bytes: int
     write_bytes: int
-    """Bytes dirtied, or written past the page cache; not the bytes that reached the disk."""
+    """Bytes dirtied in the page cache, or written without it. It does not count the bytes that
+    reached the disk."""
     cancelled_write_bytes: int
 
 
@@ -42,7 +43,7 @@ class Thread:
     call: str = ""
     """The name of the system call, "" if it is not in our list."""
     descriptor: int | None = None
-    """The file descriptor that the call works on."""
+    """The descriptor that the call works on."""
     target: str = ""
     """The kind of that descriptor: disk, mount, pipe, socket, other; "" if unknown."""
     disks: tuple[str, ...] = ()
@@ -57,7 +58,8 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A block device under an image. Its counters are host-wide: other users move them, too.
+    """A block device under an image. Its counters are those of the whole host: other processes move
+    them, too.
 
     Each layer is a Device of its own, from the logical volume, partition or loop device that the
     image is or lies on, down to the disks. So several Devices may count the same write.
@@ -75,8 +77,8 @@ class Device:
     reads: int
     in_flight: int
     depth: int = 0
-    """The number of layers above it. Deeper devices have more other users, but may work while an
-    upper device stands still, such as a loop device that waits for one flush."""
+    """The number of layers above it. A deeper device has more other users. But it may be at work
+    while an upper device stands still, such as a loop device that waits for one flush."""
     own: bool = False
     """Whether the process has the device itself open, without a file system between, so that other
     users are unlikely."""
@@ -89,11 +91,11 @@ class Device:
     """Whether the kernel counts its requests: an administrator can switch that off, and some
     drivers do not count. None if unknown, as in older traces."""
     only_reads: bool = False
-    """Whether reads are in flight, and no writes, so that nothing shows whether a flush is. Read
-    only if layers lie below it."""
+    """Whether reads are in flight, and no writes. Then a flush may also be in flight, which nothing
+    shows. This is only read for a device with layers below it."""
     hides_flush: bool = False
-    """Whether it may write its whole backing file for a flush that is not among its requests in
-    flight: a loop device before Linux 6.16."""
+    """Whether it may be flushing although it has no request in flight: a loop device before Linux
+    6.16, which may write its whole backing file for a flush."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,17 +144,16 @@ class Peer:
     behind: tuple[Peer, ...] = ()
     """Servers on this host that the peer uses itself."""
     unread: int | None = None
-    """Bytes that the peer has not read, of those that the process has sent on one connection or on
-    all to this peer."""
+    """Bytes that the process has sent to the peer, and that the peer has not read."""
     parent: int = 0
-    """The parent of the peer if it runs the same program, so that it has most likely forked the
-    peer for this connection; 0 if it does not."""
+    """The parent of the peer if it runs the same program; 0 if it does not. Such a parent has most
+    likely forked the peer for this connection."""
     leaves: bool | None = False
-    """Whether the peer exits by itself when its client disconnects, by its command line; None if
-    that was not read in time."""
+    """Whether the peer exits by itself when its client disconnects, according to its command line;
+    None if that was not read in time."""
     behind_unknown: bool = False
-    """Whether the process at the other end of one of its connections was not found, which may be a
-    server that belongs to `behind`."""
+    """Whether `behind` may lack a server: the process at the other end of one of its connections
+    was not found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +164,10 @@ class Socket:
     family: str
     """unix or tcp."""
     client: bool
-    """Whether the process called connect(2), as QEMU does for storage, rather than accept(2)."""
+    """Whether the process made the connection with connect(2), as QEMU does for storage. Otherwise
+    it accepted the connection."""
     send_queue: int
-    """Bytes. 0 does not mean idle: a request may wait for its reply."""
+    """Bytes. 0 does not mean idle, because a request may wait for its reply."""
     receive_queue: int
     unacked: int | None = None
     """TCP: segments sent and not acknowledged."""
@@ -174,18 +176,18 @@ class Socket:
     received: int | None = None
     """TCP: bytes received so far."""
     role: str = "unknown"
-    """The purpose of the connection, by the command line: storage, other, or unknown."""
+    """The purpose of the connection, according to the command line: storage, other, or unknown."""
     node: str = ""
     """The name of the node, in Sample.nodes, that the connection belongs to."""
     peer: Peer | None = None
     """None if the peer is not local, or was not searched for."""
     accepted: bool = False
-    """Whether the connection was accepted: on a unix socket on which the process still listens or,
-    with TCP, on a local port on which any process listened. False for a pair of sockets, and for a
-    unix connection that another process accepted."""
+    """Whether the connection was accepted. On a unix socket, the process itself must have accepted
+    it and still listen; on TCP, any process may have listened on the local port. False for a pair
+    of sockets."""
     tcp_id: str = ""
-    """TCP, if it is known to be for storage: both addresses in the form of sock_diag(7), as
-    hexadecimal digits. "" if unknown."""
+    """For a TCP connection that is known to be for storage: both addresses in the form of
+    sock_diag(7), as hexadecimal digits. "" for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,23 +201,23 @@ class Node:
     export: str = ""
     """For NBD: the export that QEMU requests from the server. Printable."""
     reconnect: int | None = None
-    """How many seconds QEMU keeps requests for a lost server: reconnect-delay of NBD; almost for
-    ever with iSCSI. None if unknown."""
+    """How many seconds QEMU keeps requests for a lost server. This is the reconnect-delay of NBD,
+    and almost infinite with iSCSI. None if unknown."""
     served: bool | None = None
     """Whether a process on this host listens at the server's address; None if not checked."""
     read_only: bool = False
     """Whether QEMU never writes to it."""
     group: str = ""
-    """The name of the first of the nodes whose connections cannot be told apart from its own,
-    because their servers have the same path or port. "" if there is no other."""
+    """A name that nodes share if their connections cannot be told apart, because their servers have
+    the same path or port. It is the name of the first of them; "" if there is no other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
     """A file system under an image without a block device: a network file system, FUSE, …
 
-    Only NFS has counters (/proc/PID/mountstats). Of FUSE, the servers show progress. That of others
-    cannot be seen.
+    Only NFS has counters (/proc/PID/mountstats). For FUSE, its servers show progress. For other
+    types, nothing does.
     """
 
     kind: str
@@ -231,7 +233,7 @@ class Mount:
     servers: tuple[Peer, ...] | None = None
     """FUSE: the processes that serve it; None if they were not searched for or not found."""
     certain: bool = False
-    """Whether all of `servers` serve it. Otherwise the kernel does not tell which one does."""
+    """Whether all of `servers` serve it. If not, it is unknown which of them do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +241,11 @@ class ImagePlace:
     """The place of an image that is open for writing. Read only if Sample.mounts is not empty."""
 
     names: tuple[str, ...]
-    """The names of the nodes that use the image, by the command line; () if the image was added
-    later, or is named by way of a link."""
+    """The names of the nodes that use the image, according to the command line. () if the image was
+    added later, or if the command line names a link to it."""
     mount: str
-    """MAJOR:MINOR of its file system without a block device; "" if it lies on block devices."""
+    """MAJOR:MINOR of its file system, if that has no block device; "" if the image lies on block
+    devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,5 +298,5 @@ class Sample:
     images: tuple[ImagePlace, ...] | None = None
     """() if `mounts` is empty."""
     ringless: tuple[str, ...] = ()
-    """MAJOR:MINOR of the devices whose images have no requests on an io_uring, by the command line;
-    () also if no ring has requests, or if that is unknown."""
+    """MAJOR:MINOR of the devices on which no image has its requests on an io_uring, according to
+    the command line. Also () if no ring has requests, or if that is unknown."""

@@ -26,7 +26,7 @@ def format_bytes(count: int) -> str:
     size = float(count)
     for unit in ("kB", "MB", "GB", "TB"):
         size /= 1000
-        # Rounding must not give 1000.0 kB.
+        # Avoid "1000.0 kB", which rounding could give.
         if size < 999.95 or unit == "TB":
             break
     return f"{size:.1f} {unit}"

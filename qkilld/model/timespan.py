@@ -73,7 +73,7 @@ def parse(text: str) -> int:
             raise _wrong(text)  # `1.2.3` and `5x`, but not `1 2`.
         size = _BY_SPELLING[unit] if unit else _US["s"]
         digits = (whole or "").lstrip("+0") or "0"
-        # Refuse very long numbers here, because int() would do so with a message of its own.
+        # Refuse very long numbers here: int() would refuse them with another message.
         if len(digits) > len(str(_LONG_MAX)):
             raise _too_long(text)
         number = int(digits)

@@ -28,8 +28,8 @@ from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-trace"
 VERSION: Final = 2
-"""The only version that can be read. Version 1 lacks what the verdict needs now: which sockets lead
-to storage according to the command line, and for which descriptors threads wait."""
+"""The only version that can be read. Version 1 lacks facts that the verdict needs now: which
+sockets lead to storage according to the command line, and for which descriptors threads wait."""
 MAX_BYTES: Final = 64 * 1024 * 1024
 """Greatest size of a trace in bytes."""
 
@@ -119,8 +119,8 @@ _KIND_OF: Final = {cls: kind for kind, cls in _KINDS.items()}
 class Trace:
     header: Header
     records: tuple[Record, ...]
-    """In the order of recording, which is not the order of their times: a sample is recorded only
-    when it is complete."""
+    """The records in the order of recording. Their times may be in another order, because a sample
+    is recorded only when it is complete."""
 
     def of(self, cls: type[_R]) -> list[_R]:
         """Return the records of one class."""

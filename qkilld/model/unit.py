@@ -82,8 +82,8 @@ class UnitFacts:
     environment: tuple[str, ...] = ()
     """Environment=: NAME=VALUE assignments."""
     address_families: tuple[str, ...] | None = None
-    """The families that RestrictAddressFamilies= allows; None for all. For a deny list: some list
-    without AF_UNIX if AF_UNIX is denied, otherwise None."""
+    """The families that RestrictAddressFamilies= allows; None for all. For a deny list, only
+    AF_UNIX matters: None if it is allowed, otherwise some list without it."""
     hidden_paths: tuple[str, ...] = ()
     """Paths that InaccessiblePaths= and TemporaryFileSystem= hide from its processes."""
     noexec_paths: tuple[str, ...] = ()
@@ -105,7 +105,8 @@ class UnitFacts:
     @property
     def cares_for_guests(self) -> bool:
         """Whether the unit has an ExecStop=, which systemd runs before it signals the unit's
-        processes. The ExecStop= of a user manager does not count: it stops units, not guests."""
+        processes. The ExecStop= of a user manager does not count, because it stops units, not
+        guests."""
         return bool(self.exec_stop) and not is_user_manager(self.id)
 
     @property
