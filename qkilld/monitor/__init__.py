@@ -1,1 +1,1 @@
-"""QEMU's monitor and the guest agent: finding them, proving whose they are, and talking to them."""
+"""Find QEMU's monitor and the guest agent, prove to which guest they belong, and talk to them."""

@@ -1,7 +1,7 @@
 """A client for the guest agent. Source: QEMU's docs/interop/qemu-ga-ref.
 
-Replies come from inside the guest, which is not trusted, and carry no id. If a reply is late, the
-connection is closed, because the late reply would be taken for the reply to the next command.
+Replies come from inside the guest, which is not trusted. They carry no id, so a late reply would be
+taken for the reply to the next command. Therefore the connection is closed if a reply is late.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qkilld.model.text import printable
 from qkilld.monitor.channel import Channel, Lines, decode_object
 
 SYNC_S: Final = 3.0
-"""Timeout of the first command, guest-sync-delimited; Proxmox VE allows as much for its ping."""
+"""Timeout of the first command, guest-sync-delimited. Proxmox VE allows as much for its ping."""
 _MARK: Final = b"\xff"
 """The byte before guest-sync-delimited and before its reply. Before the command, it makes the agent
 discard an incomplete command of an earlier client."""
@@ -29,7 +29,8 @@ class AgentClient(Channel):
         super().__init__()
         self._lines = Lines()
         self._sync: int | None = None
-        """The id expected in the reply to guest-sync-delimited; None if none is awaited."""
+        """The id expected in the reply to guest-sync-delimited; None if no such reply is
+        expected."""
         self._answer: asyncio.Future[dict[str, Any]] | None = None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Parse the monitor's replies. Pure; every reply may be a lie, or garbage.
+"""Parse the monitor's replies. Pure. Replies are hostile: each may be false, or not parse at all.
 
 The text forms are those of the human monitor of QEMU 7.2 to 10.0. For any other form, a function
 raises MonitorProtocolError or skips the lines that it does not recognize.
@@ -47,7 +47,7 @@ class AgentPort:
     opened: bool
     """Whether a program in the guest, normally its agent, has the port open."""
     held: bool
-    """Whether a client on the host is connected, which keeps others out."""
+    """Whether a client on the host is connected, so that no other can connect."""
 
 
 def read_runstate(answer: object) -> str:
@@ -59,8 +59,8 @@ def read_runstate(answer: object) -> str:
 
 
 def read_runstate_text(text: str) -> str:
-    """Parse info status, which shows the run state in parentheses unless it is running or
-    paused."""
+    """Parse info status. It shows "running" or "paused", followed by any other run state in
+    parentheses."""
     if (match := _RUNSTATE.match(text)) is None:
         raise _unreadable("info status")
     return match[2] or match[1]
@@ -80,8 +80,8 @@ def find_event_registers(tree: str) -> int | None:
     port = max(registers)
     if port > 0xFFFC:
         raise _unreadable("info mtree")
-    # A low port means that the firmware has not mapped the register yet: until then, info mtree
-    # shows its offset in its own memory region.
+    # A low port means that the firmware has not mapped the register yet: info mtree then shows only
+    # its offset in its memory region.
     return port if port >= 0x100 else 0
 
 
@@ -145,8 +145,8 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
-    """Return the names by which query-chardev may show a listener. It shows a connected TCP device
-    by the address of our end of the connection, `own`."""
+    """Return the names by which query-chardev may show a listener. `own` is the address of our end
+    of the connection, by which it shows a connected TCP device."""
     if isinstance(listener, UnixListener):
         # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]

@@ -1,4 +1,5 @@
-"""Parse the monitor's replies about disks. Pure; every reply may be a lie, or garbage.
+"""Parse the monitor's replies about disks. Pure. Replies are hostile: each may be false, or not
+parse at all.
 
 The forms are those of QEMU 7.2 to 11.1. All functions except read_export_ids raise
 MonitorProtocolError if they cannot read a reply.
@@ -71,7 +72,7 @@ def _has_medium(entry: object) -> bool:
 
 
 def _is_used(file: str, used: set[object]) -> bool:
-    """Return whether a disk uses this file, directly or through a filter: the file name of a filter
+    """Return whether a disk uses this file, directly or through a filter. The file name of a filter
     contains that of the file."""
     inner = file.removeprefix("json:") if file.startswith("json:") else json.dumps(file)
     return file in used or any(isinstance(name, str) and inner in name for name in used)
@@ -173,8 +174,8 @@ def _disk(
         title=_title(str(name)),
         network=network or bool(below) or inserted.get("drv") in NETWORK_DRIVERS,
         failed=entry.get("io-status", "ok") != "ok",
-        # Check the lower nodes too: during a backup the top node is a filter, which lacks the flag
-        # of the node below it.
+        # Check the lower nodes, too: during a backup, the top node is a filter, which does not show
+        # the flag of the node below it.
         no_flush=_is_unsafe(inserted) or not unsafe.isdisjoint(files),
         device=device if isinstance(device, str) else None,
         qdev=device if isinstance(device, str) else "",

@@ -2,7 +2,7 @@
 
     open ──► closed, by close(), by the other end, or because the other end sent invalid data
 
-A closed channel stays closed. Pending and later calls raise the MonitorError with the reason; the
+A closed channel stays closed. Pending and later calls raise the MonitorError with the reason. The
 other end can cause no other exception.
 """
 
@@ -22,7 +22,8 @@ from qkilld.model.json_text import decode_json
 MAX_MESSAGE: Final = 256 << 10
 """The maximum number of bytes of one message."""
 MAX_FLOW: Final = 4 << 20
-"""The maximum number of bytes accepted in FLOW_S: a flood of events would keep the loop busy."""
+"""The maximum number of bytes accepted in FLOW_S. More, such as a flood of events, would keep the
+loop busy."""
 FLOW_S: Final = 10.0
 TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} bytes"
 
@@ -68,8 +69,8 @@ class Channel(asyncio.Protocol):
     def read_rest(self) -> bool:
         """Read what the other end sent before it exited, without blocking.
 
-        Return True if all of it has been read, False if some may be missing, for example because
-        this side closed the connection.
+        Return whether all of it has certainly been read. It has not if, for example, this side
+        closed the connection.
         """
         if self._error is not None:
             return self._ended
@@ -130,7 +131,7 @@ class Channel(asyncio.Protocol):
             self._send_with(data, pass_fd)
 
     def _send_with(self, data: bytes, fd: int) -> None:
-        """Send without the transport, which cannot pass descriptors. Raises MonitorError."""
+        """Send directly, because the transport cannot pass descriptors. Raises MonitorError."""
         assert self._transport is not None
         count = 0
         if not self._transport.get_write_buffer_size():

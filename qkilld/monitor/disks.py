@@ -1,13 +1,13 @@
 """A guest's disks over QMP: read their state, stop the processors, flush, and resume.
 
 No QMP command reports a failed flush: `stop` returns {}, no statistic counts the failure, and QEMU
-exits with 0 (measured, 7.2). A read-only NBD export does report it. The processors are stopped
-first: export code has failed an assertion while they ran (QEMU issue 945), and nothing may be
-written after the flush.
+exits with 0 (measured, 7.2). But a flush through a read-only NBD export does report it. The
+processors are stopped first, so that nothing is written after the flush, and because export code
+has failed an assertion while they ran (QEMU issue 945).
 
-QEMU's NBD server gets a listening socket with a name that the kernel chose. We make all connections
-that the server may accept, and add an export only after the server has greeted each of them, so
-that nobody else can read the export.
+Nobody else may read the export. So QEMU's NBD server gets a listening socket with a name that the
+kernel chose. We make all connections that the server may accept, and add an export only after the
+server has greeted each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUERY_S: Final = 1.0
 CONTINUE_S: Final = 30.0
 """Timeout of each command of `resume`: the monitor may have to finish earlier commands first."""
 MAX_QUEUES: Final = 256
-"""A guest with this many queues counts as unreadable; a query takes 0.3 ms (measured)."""
+"""A guest with this many queues counts as unreadable, because a query takes 0.3 ms (measured)."""
 EXPORT_PREFIX: Final = "qkilld-"
 """Prefix of the ids of our exports."""
 _LISTENER: Final = "qkilld-nbd"
@@ -102,7 +102,7 @@ async def _with_bus_path(
     qmp: QmpClient, disk: GuestDisk, devices: Sequence[tuple[str, str]]
 ) -> GuestDisk:
     """Return the disk. If its device is not a virtio device itself, replace the device's path by
-    that of its bus: a SCSI disk's bus is that of its virtio controller."""
+    that of its bus. For a SCSI disk, that is the bus of its virtio controller."""
     if disk.device is None or disk.device in (path for _, path in devices):
         return disk
     arguments = {"path": disk.device, "property": "parent_bus"}
@@ -153,8 +153,8 @@ class ExportServer:
     """What is known about the NBD server in QEMU."""
 
     may_be_our_server: bool | None = None
-    """Whether we may have started it over this connection; None if we may have started it over an
-    earlier one."""
+    """Whether we may have started the server over this connection; None if we may have done so over
+    an earlier connection."""
 
 
 async def flush(
@@ -168,7 +168,7 @@ async def flush(
 
     The processors must be stopped. If QEMU does not answer in time, its NBD server may stay until
     `resume` is called with the same `server`. If a command is not answered within QUERY_S, the
-    results up to then remain, and the other disks count as not tried.
+    results up to then are returned, and the other disks count as not tried.
 
     Raises MonitorError if no server can be started, MonitorTimeout if nothing is known of any disk.
     """
@@ -211,8 +211,8 @@ async def flush(
 async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
     """Flush a disk while the processors run; QEMU does not report errors of the disk.
 
-    The command names the disk's device if possible. If it names a node instead, QEMU 8 and later
-    first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
+    The command names the disk's device if possible, because for a node, QEMU 8 and later first wait
+    for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
     MonitorTimeout, the monitor is blocked until the flush is done.
     """
     names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []
@@ -233,8 +233,8 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
 async def resume(qmp: QmpClient, server: ExportServer | None = None) -> None:
     """Undo any part of `stop_processors` and `flush` that was done. Raises MonitorError.
 
-    An NBD server is stopped if all its exports are ours. Without exports, it is stopped if it may
-    be ours. If it also has exports of another program, only our exports are removed.
+    QEMU's NBD server is stopped if all its exports are ours or, if it has none, if we may have
+    started it. If it also has exports of another program, only our exports are removed.
     """
     ids: tuple[str, ...] = ()
     with contextlib.suppress(CommandRefused):  # QEMU before 5.2 does not know exports.

@@ -1,7 +1,7 @@
 """Decide which sockets of a QEMU process lead to its monitor and to the guest agent. Pure.
 
-The kernel reports which sockets the process listens on; the command line only says what they are
-for. A socket without a clear role is left alone.
+The kernel reports on which sockets the process listens. The command line says what they are for,
+and may be wrong. A socket without a clear role is not used.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class UnixListener:
     inode: int
     """The socket's inode, as in /proc/PID/fd; not that of its file."""
     paths: tuple[str, ...]
-    """The path that the socket is bound to; a hostile one with line breaks may yield several. An
-    abstract name begins with "@"."""
+    """The path that the socket is bound to. A hostile path with line breaks may look like several.
+    An abstract name begins with "@"."""
     descriptors: frozenset[int] = frozenset()
     in_use: bool = False
     """Whether a client is connected, which keeps others out."""
@@ -91,13 +91,13 @@ class GuestEndpoints:
     """QMP first, then HMP, then the agent."""
     passable: tuple[Endpoint, ...] = ()
     """Monitors on TCP or an abstract socket, in the same order. Only a program in the guest's
-    network namespace can connect to them; it can pass the connection to the daemon."""
+    network namespace can connect to them, and pass the connection to the daemon."""
     obstacles: tuple[str, ...] = ()
     """Monitors and agents that cannot be used, and why; shown in the plan."""
     libvirt: bool = False
     expected: bool = False
-    """The command line names a monitor socket on which the process does not listen; if QEMU has
-    just started, it may listen there soon."""
+    """The command line names a monitor socket on which the process does not listen. If QEMU has
+    just started, it may do so soon."""
     agent_chardev: str = ""
     """The agent's label in query-chardev."""
     agent_device: str = ""
@@ -134,7 +134,7 @@ def find_endpoints(
     listeners: Sequence[UnixListener],
     tcp_listeners: Sequence[TcpListener] = (),
 ) -> GuestEndpoints:
-    """Find a guest's monitor and agent. `options`: of the command line and its -readconfig
+    """Find a guest's monitor and agent. `options`: those of the command line and its -readconfig
     files."""
     claims = list(_claims(options))
     if any(_is_libvirts(claim, listeners) for claim in claims):
@@ -257,7 +257,7 @@ def _role(option: QemuOption) -> Role:
 
 
 def _chardev(flat: Mapping[str, str]) -> Mapping[str, str]:
-    """Flatten the JSON form, which is that of the QMP command chardev-add."""
+    """Flatten the JSON form of the option, which is that of the QMP command chardev-add."""
     place = "backend.data.addr.data."
     if "backend.type" not in flat:
         return flat
@@ -293,7 +293,8 @@ def _is_on_tcp(chardev: Mapping[str, str], listener: TcpListener) -> bool:
     if not int(first) <= listener.port <= max(int(first), end):
         return False
     host = chardev.get("host", "")
-    # For a host name, accept any address: only QEMU knows to which one it resolved the name.
+    # For a host name, accept any address, because only QEMU knows to which address it resolved the
+    # name.
     return not _ADDRESS.fullmatch(host) or host == listener.host
 
 
@@ -322,7 +323,8 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
         return False
     paths = [claim.chardev.get("path", "")]
     paths += [path for one in listeners if _is_on(claim.chardev, one) for path in one.paths]
-    # If the descriptor that libvirt passed is closed by now, only the id shows whose monitor it is.
+    # If the descriptor that libvirt passed is closed by now, only the id shows that it is libvirt's
+    # monitor.
     unseen = "fd" in claim.chardev and len(paths) == 1
     return any(_LIBVIRT_PATH.search(path) for path in paths) or (
         unseen and claim.chardev.get("id") == "charmonitor"

@@ -1,7 +1,7 @@
 """Observe one guest and ask it to shut down, over its monitor and agent.
 
 A command that waits for a stuck disk blocks all later ones, so each command has its own deadline.
-Measured with a Debian guest on QEMU 7.2: opening takes 5 ms, an observation 5 to 10 ms.
+With a Debian guest on QEMU 7.2, opening takes 5 ms, and an observation 5 to 10 ms (measured).
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_
 from qkilld.monitor.vcpu_threads import VcpuThreads
 
 BUSY_S: Final = 1.0
-"""How long to wait for a busy monitor; programs that poll it are done sooner."""
+"""How long to wait for a busy monitor. Programs that poll it are done sooner."""
 START_S: Final = 5.0
 """A QEMU younger than this may not listen on its monitor yet, so qkilld waits for the monitor."""
 START_WAIT_S: Final = 1.0
 """How long to wait for the monitor of a QEMU younger than START_S."""
 TRY_S: Final = 5.0
-"""No further monitor is tried after this time: a hostile process may listen on thousands."""
+"""No further monitor is tried after this time, because a hostile process may listen on
+thousands."""
 QUERY_S: Final = 2.0
 CACHE_AGE_S: Final = 0.1
-"""Maximum age of the cached reply to query-chardev, which takes 1 ms, and more on a busy host."""
+"""The maximum age of the cached reply to query-chardev. The command takes 1 ms, and more on a busy
+host."""
 ORDER_S: Final = 5.0
 RESUME_S: Final = 30.0
 """Timeout of cont, which may have to wait for the disks."""
@@ -79,7 +81,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Do not call this: `open`, `take` and `adopt` also connect."""
+        """Do not call this directly, but `open`, `take` or `adopt`, which also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -90,8 +92,8 @@ class GuestControl:
         self._proc = proc
         self._on_event: Callable[[GuestEvent], None] | None = None
         self.own_chardevs: frozenset[str] = frozenset()
-        """The labels of this monitor's character devices, which must not be yanked. `adopt` needs
-        them."""
+        """The labels of this monitor's character devices, which must not be cut off (yank). `adopt`
+        needs them."""
         self._registers: int | None = 0
         """The I/O port of PM1_STS; 0 if not known yet, None if the machine has none."""
         self._vcpus: VcpuThreads | None = None
@@ -99,7 +101,7 @@ class GuestControl:
         self.last_port: AgentPort | None = None
         """The agent's port in the last observation; None if unknown."""
         self._expects_shutdown = False
-        """Whether a shutdown was requested, so that signs of one count."""
+        """Whether a shutdown was requested, so that signs of a shutdown count."""
         self._chardevs: tuple[float, object] = (float("-inf"), None)
         """The last reply to query-chardev, with its time (s)."""
         self._agent_was_open: bool | None = None
@@ -216,9 +218,9 @@ class GuestControl:
     ) -> GuestControl:
         """Take over an out-of-band connection that an earlier daemon opened.
 
-        In-band commands on it may never be answered, so none is sent. `was_asked` as in `open`. If
-        the connection does not end in the process, or QEMU does not answer, closes the connection
-        and raises MonitorError.
+        No in-band command is sent on it, because QEMU may never answer one. `was_asked` as in
+        `open`. If the connection does not end in the process, or QEMU does not answer, closes the
+        connection and raises MonitorError.
         """
         try:
             await check_end(process, connection, proc)
@@ -244,7 +246,7 @@ class GuestControl:
 
     @property
     def signs(self) -> frozenset[ShutdownSign]:
-        """The signs of a shutdown seen since it was requested, except those disproved since.
+        """The signs of a shutdown since it was requested, except those that were disproved.
         RESTARTED ends with the next observation. POWERED_OFF counts even without a request."""
         return frozenset(self._signs)
 
@@ -259,8 +261,8 @@ class GuestControl:
         return client is None or client.closed
 
     def read_rest(self) -> bool:
-        """Read the last events of a QEMU that has exited. Return True if all have been read, False
-        if some may be missing, which is always so with HMP."""
+        """Read the last events of a QEMU that has exited. Return whether all have certainly been
+        read, which is never so with HMP."""
         return self.qmp is not None and self.qmp.read_rest()
 
     def close(self) -> None:
@@ -335,7 +337,7 @@ class GuestControl:
         return port is None or (port.opened and not port.held)
 
     async def observe(self) -> GuestObservation:
-        """Observe the guest. Never raises MonitorError: what cannot be read is unknown."""
+        """Observe the guest. Never raises MonitorError: a value that cannot be read is unknown."""
         at = time.monotonic_ns() // 1000
         runstate = totals = None
         button, pending = Button.UNKNOWN, None
@@ -383,8 +385,8 @@ class GuestControl:
         """
         async with self._agent() as agent:
             await self.begin_watch()
-            # A timeout or a closed connection is no failure: on success no reply comes, and the
-            # port may be closed.
+            # A timeout or a closed connection is no failure: after success, no reply comes, and the
+            # agent may close its port.
             with contextlib.suppress(MonitorTimeout, MonitorClosed):
                 await agent.execute(
                     "guest-shutdown", {"mode": "powerdown"}, timeout_s=AGENT_REFUSAL_S
@@ -418,7 +420,8 @@ class GuestControl:
     # ---- out of band, which works while QEMU's main loop is busy ----
 
     async def query_yank(self) -> tuple[YankInstance, ...]:
-        """List what can be yanked, except this monitor. A reply also shows that QEMU is alive.
+        """List the connections that can be cut off, except this monitor's. A reply also shows that
+        QEMU is alive.
 
         Raises MonitorError: CommandRefused if this QEMU has no out-of-band commands.
         """
@@ -429,7 +432,7 @@ class GuestControl:
         return tuple(one for one in instances if not self._is_own(one))
 
     async def yank(self, instances: Sequence[YankInstance]) -> None:
-        """Yank all `instances` with one command.
+        """Cut off all these connections with one command.
 
         Raises ValueError if one of them is this monitor's own connection; MonitorError.
         """
@@ -462,8 +465,8 @@ class GuestControl:
         return self._own_threads(answers.read_vcpu_threads_text(await self.hmp("info cpus")))
 
     def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
-        """Return None if these are not ids of the process's threads here: a QEMU in another PID
-        namespace reports the ids that its threads have there."""
+        """Return the threads; None if these are not ids of the process's threads here. A QEMU in
+        another PID namespace reports the ids that its threads have there."""
         tasks = self._proc / str(self._process.guest.identity.pid) / "task"
         try:
             known = all((tasks / str(thread)).exists() for thread in threads)
@@ -526,8 +529,8 @@ class GuestControl:
         if self._agent_was_open is None:
             self._agent_was_open = port.opened
         elif port.opened:
-            # Only the agent or the guest was restarted, so the closed port was no sign of a
-            # shutdown.
+            # The port is open again, so only the agent or the guest was restarted. The closed port
+            # was no sign of a shutdown.
             self._signs.discard(ShutdownSign.AGENT_CLOSED)
         elif self._agent_was_open:
             self._signs.add(ShutdownSign.AGENT_CLOSED)

@@ -30,8 +30,8 @@ _REFUSAL: Final = re.compile(r"unknown command: '|Error: |[^\n]*\nTry \"help ")
 def checked(line: str, text: str) -> str:
     """Return the human monitor's output for a line, with plain line breaks.
 
-    Raises CommandRefused if the output looks like an error, which the monitor reports in no other
-    way.
+    Raises CommandRefused if the output looks like an error, because the monitor reports errors in
+    no other way.
     """
     text = text.replace("\r\n", "\n")
     if _REFUSAL.match(text):

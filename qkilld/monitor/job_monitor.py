@@ -146,7 +146,7 @@ class JobMonitors:
             raise InvalidArgs(f"The descriptor is no connection to the monitor: {error}") from None
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """Skip incomplete messages, because the previous daemon may have read their other half."""
+        """Skip incomplete messages, because the previous daemon may have read their beginning."""
         with take_over(socket.socket(fileno=os.dup(kept.fd))) as connection:
             data = b""
             with ignore("reading the rest of a stored monitor connection", OSError):
@@ -402,8 +402,8 @@ class _Tasks:
     def run(
         self, work: Callable[[], Awaitable[T]], callback: Callable[[T | Exception], None]
     ) -> None:
-        """Start a task, unless `cancel` was called. The task itself calls `work`, so that no
-        coroutine is left if the task is cancelled before it runs."""
+        """Start a task, unless `cancel` was called. The task itself calls `work`: if it is
+        cancelled before it runs, no coroutine is left that nobody awaits."""
         if self._cancelled:
             return
         task = asyncio.get_running_loop().create_task(_call_back(work, callback))
@@ -411,7 +411,8 @@ class _Tasks:
         task.add_done_callback(self._end_task)
 
     def cancel(self) -> None:
-        """Cancel all tasks except the calling one, which is about to end; start no more."""
+        """Cancel all tasks except the calling one, which is about to end. Later calls of `run`
+        start none."""
         self._cancelled = True
         self.interrupt()
 
@@ -425,7 +426,8 @@ class _Tasks:
     def _end_task(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # A bug of ours: the loop's handler reports it, and the job continues to its deadline.
+            # This is a bug of ours. The loop's handler reports it, and the job continues to its
+            # deadline.
             task.get_loop().call_exception_handler(
                 {"message": "talking to a monitor", "exception": error, "task": task}
             )

@@ -1,9 +1,9 @@
 """Ask libvirt's guests to shut down, with virsh, because libvirt holds their monitors.
 
-For qkilld-stop and qkillctl; the daemon starts no programs. A process is matched to a domain by
-libvirt's pid files, in a directory that only libvirt's user can write to. A command line proves
-nothing, because whoever starts a process chooses its command line. `virsh qemu-monitor-command` is
-never used, because it taints a domain.
+Only qkilld-stop and qkillctl do this, because the daemon starts no programs. A process is matched
+to a domain by libvirt's pid files, which are in a directory that only libvirt's user can write to.
+A command line would prove nothing, because whoever starts a process chooses it. `virsh
+qemu-monitor-command` is never used, because it taints a domain.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from qkilld.model.text import MAX_TEXT, printable
 
 SYSTEM: Final = Path("/run/libvirt/qemu")
 TIMEOUT_S: Final = 10.0
-"""Long enough for a busy host: virsh does not wait for the shutdown, and normally returns after
-some milliseconds."""
+"""Timeout of virsh. It does not wait for the shutdown, and normally returns after some
+milliseconds, so this is enough for a busy host."""
 MAX_DOMAINS: Final = 10_000
 _AMBIGUOUS: Final = re.compile(r"[0-9]+|[0-9a-fA-F-]{32,36}")
 """Names that virsh takes for an id or a UUID."""

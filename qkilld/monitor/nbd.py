@@ -1,7 +1,7 @@
 """The part of an NBD client that asks a server for one flush.
 
-Source: the NBD protocol's doc/proto.md, fixed newstyle with NBD_OPT_GO. The server is as hostile as
-the QEMU that it runs in.
+Source: the NBD protocol's doc/proto.md, fixed newstyle with NBD_OPT_GO. The server runs in QEMU, so
+its replies are as untrusted as QEMU's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A client for QMP: greeting, out-of-band commands, one in-band command at a time, events.
 
 Source: QEMU's docs/interop/qmp-spec. Measured with QEMU 7.2 and 10.0: while QEMU hangs in its final
-drain, an out-of-band command is answered in 1 to 3 ms if the connection existed before. It is not
-answered if 8 in-band commands wait behind a blocked one, so we send only one of these at a time.
+drain, it answers an out-of-band command in 1 to 3 ms if the connection existed before. It does not
+answer if 8 in-band commands wait behind a blocked one, so we send only one in-band command at a
+time.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from qkilld.monitor.channel import MAX_MESSAGE, TOO_LONG, Channel, Lines, decode
 from qkilld.monitor.hmp import checked
 
 OPEN_S: Final = 1.0
-"""Timeout of greeting and negotiation, which take 2 ms. Without a greeting in time, the monitor
-counts as busy: while it serves another client, it sends none."""
+"""Timeout of greeting and negotiation, which take 2 ms. A monitor that sends no greeting in time
+counts as busy, because it sends none while it serves another client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class QmpClient(Channel):
         super().__init__()
         self.oob = False
         self._adopted = False
-        """The connection was adopted, and no line was received since."""
+        """The connection was adopted, and no line has been received since then."""
         self._on_event = on_event
         self._lines = Lines()
         self._pretty: list[bytes] = []
@@ -86,10 +87,10 @@ class QmpClient(Channel):
     async def adopt(
         cls, connection: socket.socket, on_event: Callable[[QmpEvent], None] | None = None
     ) -> Self:
-        """Take over a connection that another process negotiated with out-of-band commands.
+        """Take over a connection on which another process has negotiated out-of-band commands.
 
-        That process may have read half a message, so an incomplete first message is ignored, and so
-        are replies to its commands.
+        That process may have read half a message, so an incomplete first message is ignored.
+        Replies to its commands are ignored, too.
         """
         client = await cls._over(connection, on_event)
         client._greeting.cancel()

@@ -1,9 +1,10 @@
 """Connect to a process's monitor, and prove that it is the process's.
 
-Whoever started QEMU chose the path of its socket, which may be that of any socket. connect(2) alone
-can start a service, or occupy another guest's monitor. So before connect(2), the kernel must
-confirm that the process's own socket is bound to this file; if it cannot tell, the file must belong
-to the process's user. Afterwards, before a byte is sent, the process must be the peer.
+Whoever started QEMU chose the path on its command line, and this may lead to any socket. connect(2)
+alone can start a service, or occupy another guest's monitor. So before connect(2), the kernel must
+confirm that the process's own socket is bound to this file. If the kernel does not show that, the
+file must belong to the process's user. After connect(2), and before a byte is sent, it is checked
+that the process is the peer.
 
 Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
 -daemonize, and for a socket passed with fd= on which the parent called listen(2).
@@ -51,9 +52,9 @@ from qkilld.monitor.tcp import (
 )
 
 REACH_TIMEOUT_S: Final = 1.0
-"""Timeout of file system access: a path may lead to a file server that does not answer."""
+"""Timeout of file system access, because a path may lead to a file server that does not answer."""
 MAX_TABLE: Final = 64 << 20
-"""The maximum number of bytes of /proc/PID/net/unix, about 600,000 sockets: any user may have
+"""The maximum number of bytes of /proc/PID/net/unix, about 600,000 sockets. Any user may have
 many."""
 
 ListenerTable = Callable[[], Mapping[tuple[int, int], int] | None]
@@ -65,7 +66,7 @@ T = TypeVar("T")
 async def read_process(
     identity: Identity, proc: Path = procfs.PROC
 ) -> tuple[list[QemuOption], list[UnixListener], list[TcpListener]]:
-    """Read the options that a QEMU was started with, and what it listens on: the arguments of
+    """Read the options that a QEMU was started with, and the sockets that it listens on, for
     find_endpoints.
 
     Raises MonitorUnreachable if they cannot be read; MonitorTimeout if that takes too long, or if
@@ -99,9 +100,9 @@ def read_process_blocking(
 
 
 def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.socket | None:
-    """Connect to a monitor that the daemon cannot reach, to pass the connection to the daemon.
-    Return None if the guest has no such monitor, none can be connected to, or the daemon can reach
-    another monitor of the guest. An agent does not replace a monitor.
+    """Connect to a monitor that the daemon cannot reach, so that the caller can pass the connection
+    to the daemon. Return None if there is no such monitor, if connecting fails, or if the daemon
+    can reach another monitor of the guest. An agent does not count as a monitor.
 
     Run it in a thread of its own: it may block, and changes the thread's network namespace. Raises
     OSError.
@@ -219,8 +220,9 @@ def _unix_listeners(
     rows: dict[int, list[UnixRow]] = {}
     for row in _read_rows(proc / str(pid) / "net/unix", descriptors):
         rows.setdefault(row.inode, []).append(row)
-    # Of several rows with one inode, at most one is true. `connect` refuses a forged path. A forged
-    # row must not make the monitor look used, because then the guest would not be asked.
+    # If several rows have one inode, at most one of them is true; the others are forged. `connect`
+    # refuses a forged path. Ignore such rows for `used`: if they made the monitor look used, the
+    # guest would not be asked.
     used = {row.name for own in rows.values() if len(own) == 1 for row in own if row.connected}
     listeners = []
     for inode, own in sorted(rows.items()):
@@ -281,7 +283,7 @@ def _is_bound_to(
     """Return whether the process's socket is bound to this file.
 
     The table covers one network namespace. For sockets outside it, or without a table, the file's
-    owner must be the process's user, who may connect to their own sockets anyway.
+    owner must be the process's user: users may connect to their own sockets anyway.
     """
     status = os.fstat(file)
     if not stat.S_ISSOCK(status.st_mode):
@@ -298,7 +300,7 @@ def _is_bound_to(
 
 
 def _device_of_mount(file: int, pid: int, proc: Path) -> int | None:
-    """Return the device in mountinfo; on btrfs and overlays, stat returns another one."""
+    """Return the device in mountinfo, because stat returns another one on btrfs and overlays."""
     try:
         lines = Path(f"/proc/self/fdinfo/{file}").read_text().splitlines()
         mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
@@ -337,7 +339,7 @@ def _read_rows(path: Path, inodes: Collection[int]) -> Iterator[UnixRow]:
             size += len(line)
             if size > MAX_TABLE:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            # Most rows are of other processes, and this check is faster than parsing the row.
+            # Most rows are of other processes. This check is faster than parsing them.
             if wanted.isdisjoint(line.split(maxsplit=7)[6:7]):
                 continue
             row = parse_unix_row(line.removesuffix(b"\n"))

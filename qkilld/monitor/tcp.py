@@ -1,12 +1,14 @@
 """Connect to a monitor on TCP or an abstract socket, and prove in which process it ends.
 
 Both kinds of socket belong to a network namespace, and only a program in the guest's namespace can
-connect. The daemon, which usually has a network namespace of its own, gets the connection from its
-caller, and repeats the proof. For TCP the kernel does not report the peer's process. But in one
-network namespace, only the peer has the same two addresses in reverse order: the kernel's table
-shows the peer's inode, and the process must have a descriptor with that inode. Our own socket must
-be in the same table with its own inode, which is unique on the host, so that a connection in
-another namespace cannot pass for this one.
+connect. The daemon usually has its own namespace, so it gets the connection from its caller, and
+repeats the proof.
+
+For TCP, the kernel does not report the peer's process. But in one network namespace, only the peer
+has the same two addresses in reverse order. The kernel's table shows the inode of the peer's
+socket, and the process must have a descriptor with that inode. The same table must also contain our
+own socket. Its inode is unique on the host, so this rules out a connection in another namespace
+that has the same addresses.
 
 All functions may block. `connect_directly` also changes the network namespace of its thread: run it
 in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
@@ -31,8 +33,8 @@ from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_
 
 CONNECT_S: Final = 1.0
 ACCEPT_S: Final = 1.0
-"""Time for QEMU to accept a connection, usually a millisecond. Until then the other end has no
-inode, so nothing proves to which process it belongs."""
+"""How long to wait for QEMU to accept a connection, which usually takes a millisecond. Until then,
+the other end has no inode, so nothing proves to which process it belongs."""
 MAX_TABLE: Final = 64 << 20
 """The maximum number of bytes of /proc/PID/net/tcp, about 400,000 sockets."""
 MAX_DESCRIPTORS: Final = 65_536

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 FULL_LOAD: Final = 1024
-"""The kernel's load average of a thread that always wants a processor."""
+"""The kernel's load average for a thread that always wants a processor."""
 _FAIR: Final = frozenset({0, 3, 5})
 """SCHED_NORMAL, SCHED_BATCH and SCHED_IDLE: the policies for which the kernel has an average."""
 _POLICY: Final = re.compile(r"^policy\s*:\s*([0-9]{1,10})$", re.MULTILINE)
@@ -38,9 +38,9 @@ class VcpuThreads:
     def load(self) -> float | None:
         """Return how many processors of the host the threads have wanted lately.
 
-        This is the sum of the kernel's averages, in which the load of 32 ms ago counts half. Time
-        in which a thread waited for a processor is included. None if unreadable, or if a thread has
-        a policy without such an average, such as a real-time policy.
+        This is the sum of the kernel's averages for the threads, in which the load of 32 ms ago
+        counts half. It includes the time that a thread waited for a processor. None if unreadable,
+        or if a thread has a scheduling policy without such an average, such as a real-time policy.
         """
         load = 0
         for thread in self._threads:
