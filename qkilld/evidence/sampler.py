@@ -20,6 +20,7 @@ from qkilld.evidence.files import PROC, read_descriptors
 from qkilld.evidence.fuse import FuseFinder
 from qkilld.evidence.handover import Handover
 from qkilld.evidence.meminfo import read_memory
+from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.peers import ServerReader, names_by_mount
 from qkilld.evidence.process_reader import ProcessReader
@@ -51,6 +52,7 @@ class HostTables:
         self._memory_at = -MEMORY_AGE_S
         self.peers = PeerFinder()
         self.fuse = FuseFinder()
+        self.namespaces = OtherNamespaces()
         self.groups = SharedGroups()
 
     def recent(self, waits: bool = True) -> tuple[SocketTable, StorageTable, Memory | None]:
@@ -115,8 +117,10 @@ class Reader:
             self._servers.expect((ends or {}).values(), mounts or ())
         if detail and nodes:
             known = connections or ()
+            elsewhere = self._tables.namespaces
             nodes = (
-                call("looking for servers", self._sockets.served, nodes, known, sockets) or nodes
+                call("looking for servers", self._sockets.served, nodes, known, sockets, elsewhere)
+                or nodes
             )
         if detail:
             with_peers = call(

@@ -24,6 +24,7 @@ from qkilld.debug_log import note_once
 from qkilld.evidence import files, sockdiag
 from qkilld.evidence.block_graph import BlockGraph
 from qkilld.evidence.files import Descriptors
+from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import SocketTable, Unreadable
 from qkilld.model.sample import Node, Socket
 
@@ -220,7 +221,11 @@ class SocketReader:
         return self._lost or any(connection is None for connection in self._connections.values())
 
     def served(
-        self, nodes: Sequence[Node], sockets: Sequence[Socket], table: SocketTable
+        self,
+        nodes: Sequence[Node],
+        sockets: Sequence[Socket],
+        table: SocketTable,
+        elsewhere: OtherNamespaces,
     ) -> tuple[Node, ...]:
         """Return the nodes, with Node.served for those without a connection: whether something
         listens at their address, if that is on this host."""
@@ -232,22 +237,26 @@ class SocketReader:
             for end, node in self._graph.endpoints.items()
             if node is not None and node.name in lonely
         ]
-        served: dict[str, bool] = {}
+        served: dict[str, set[bool | None]] = {}
         root = self._root() if any(end.path for end, _ in ends) else ""
         try:
             for end, name in ends:
                 if end.path:
                     path = root + end.path if end.path.startswith("/") else end.path
-                    listens = table.listens(partial(_listens_at, path))
+                    matches = partial(_listens_at, path)
+                    # A path that listens elsewhere may be that of another server.
+                    listens = table.listens(matches) or (
+                        False if elsewhere.listens(matches) is False else None
+                    )
                 elif end.port is not None and end.host in _LOCAL:
                     listens = table.listens_on(end.port)
                 else:
                     continue
-                served[name] = served.get(name, False) or listens
+                served.setdefault(name, set()).add(listens)
         except Unreadable as error:
             note_once("looking for listening servers", error)
             return tuple(nodes)
-        return tuple(replace(node, served=served.get(node.name)) for node in nodes)
+        return tuple(replace(node, served=_any(served.get(node.name))) for node in nodes)
 
     def _root(self) -> str:
         """Return the directory that -chroot has made QEMU's root; "" if there is none, or if
@@ -552,6 +561,13 @@ _NO_ENDS: Final = _Ends(BlockGraph())
 
 def _ends_of(graph: BlockGraph) -> _Ends:
     return _Ends(graph) if graph.endpoints else _NO_ENDS
+
+
+def _any(answers: Set[bool | None] | None) -> bool | None:
+    """Return whether one of these is True; None if that is unknown, or there are none."""
+    if not answers or (None in answers and True not in answers):
+        return None
+    return True in answers
 
 
 def _listens_at(given: str, kernels: bytes) -> bool:

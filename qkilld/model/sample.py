@@ -204,7 +204,7 @@ class Node:
     """How many seconds QEMU keeps requests for a lost server. This is the reconnect-delay of NBD,
     and almost infinite with iSCSI. None if unknown."""
     served: bool | None = None
-    """Whether a process on this host listens at the server's address; None if not checked."""
+    """Whether a process on this host listens at the server's address; None if unknown."""
     read_only: bool = False
     """Whether QEMU never writes to it."""
     group: str = ""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 
 from qkilld.decision.verdict import assess
 from qkilld.decision.waits import blind_to
+from qkilld.evidence import other_namespaces
 from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.sampler import TABLES_AGE_S, HostTables, Reader
 from qkilld.evidence.workers import MAX_PER_USER, Workers
@@ -30,7 +31,8 @@ from tests.lab import needs
 from tests.lab.bare import bare_guest
 from tests.lab.guest import QEMU, Guest
 from tests.lab.nbd import nbd_store
-from tests.lab.process import run
+from tests.lab.netns import NetworkNamespace
+from tests.lab.process import run, spawn
 
 Make = Callable[..., Guest]
 
@@ -156,6 +158,58 @@ def test_an_urgent_call_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.wait(10)
     assert order == ["urgent", "first", "second"]
     workers.close()
+
+
+def test_a_server_in_another_network_namespace(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sockets of our namespace do not show whether it listens."""
+    monkeypatch.setattr(other_namespaces, "AGE_S", 0.0)
+    image = lab_dir / "disk"
+    image.touch()
+    os.truncate(image, 1 << 20)
+    with nbd_store(image) as store:
+        path = str(store.directory / "socket")
+        server = {"type": "unix", "path": path}
+        node = {"driver": "nbd", "node-name": "d0", "server": server, "reconnect-delay": 300}
+        with (
+            bare_guest(lab_dir, ["-blockdev", json.dumps(node)]) as guest,
+            contextlib.closing(Reader(guest.pid, HostTables())) as reader,
+        ):
+
+            def served() -> bool | None:
+                (found,) = reader.read(detail=True).nodes or ()
+                return found.served
+
+            store.leave()
+            until(served, lambda found: found is False)
+            with listening_elsewhere(path):
+                until(served, lambda found: found is None)
+            until(served, lambda found: found is False)
+
+
+@contextlib.contextmanager
+def listening_elsewhere(path: str) -> Iterator[None]:
+    """Listen in another network namespace, without accepting connections."""
+    # QEMU would connect to a socket that has this path in the file system.
+    code = (
+        "import os, socket, sys\n"
+        "server = socket.socket(socket.AF_UNIX)\n"
+        f"server.bind({path!r}); os.rename({path!r}, {path + '-moved'!r})\n"
+        "server.listen(); print(flush=True); sys.stdin.read()"
+    )
+    Path(path).unlink(missing_ok=True)
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with (
+        NetworkNamespace() as namespace,
+        namespace.run(lambda: spawn(command, stdin=pipe, stdout=pipe)) as process,
+    ):
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            yield
+        finally:
+            process.kill()
 
 
 def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:

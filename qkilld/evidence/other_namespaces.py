@@ -1,0 +1,82 @@
+"""Read which unix sockets listen in network namespaces other than ours.
+
+sock_diag(7) reports the sockets of one network namespace, but a unix socket with a path can be
+reached from all of them. A namespace that no process is in cannot be read.
+
+Needs the ptrace right for other users' processes. Sources: proc_pid_ns(5), proc_pid_net(5).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from qkilld.adapters.procfs import read_bounded
+from qkilld.adapters.unix_table import parse_unix_row
+from qkilld.debug_log import note_once
+from qkilld.evidence import sockdiag
+from qkilld.evidence.files import PROC
+
+SEARCH_S: Final = 0.2
+"""The longest time of a search, enough for about 40,000 processes."""
+AGE_S: Final = 5.0
+"""How long a search is valid."""
+MAX_BYTES: Final = 4 << 20
+"""The maximum number of bytes of one namespace, about 28,000 sockets."""
+
+
+class OtherNamespaces:
+    """The listening unix sockets of other network namespaces. Thread-safe."""
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self._proc = proc
+        self._lock = threading.Lock()
+        self._names: frozenset[bytes] | None = None
+        self._read_at = -AGE_S
+
+    def listens(self, matches: Callable[[bytes], bool]) -> bool | None:
+        """Return whether any of these sockets has a matching name; None if unknown.
+
+        Processes that may not be read count as processes of our namespace: a user's daemon can read
+        only those of this user. Costs 5 µs for each process of the host, every AGE_S.
+        """
+        with self._lock:
+            if time.monotonic() - self._read_at >= AGE_S:
+                self._names = self._read()
+                self._read_at = time.monotonic()
+            names = self._names
+        return None if names is None else any(map(matches, names))
+
+    def _read(self) -> frozenset[bytes] | None:
+        """Return the names of the sockets; None if there are too many, or not enough time."""
+        end = time.monotonic() + SEARCH_S
+        names: set[bytes] = set()
+        unread: set[str] = set()
+        try:
+            read = {os.readlink(f"{self._proc}/{sockdiag.namespace_of}/ns/net")}  # noqa: PTH115
+            pids = [name for name in os.listdir(self._proc) if name.isdecimal()]  # noqa: PTH208
+        except OSError as error:
+            note_once("looking for network namespaces", error)
+            return None
+        for pid in pids:
+            if time.monotonic() > end:
+                note_once("looking for network namespaces", "there are too many processes")
+                return None
+            try:
+                namespace = os.readlink(f"{self._proc}/{pid}/ns/net")  # noqa: PTH115
+            except OSError:
+                continue  # It has exited, or may not be read.
+            if namespace in read:
+                continue
+            text = read_bounded(f"{self._proc}/{pid}/net/unix", MAX_BYTES)
+            if text is None:
+                unread.add(namespace)
+                continue
+            read.add(namespace)
+            rows = map(parse_unix_row, text.split(b"\n"))
+            names.update(row.name for row in rows if row is not None and row.listening)
+        return None if unread - read else frozenset(names)
