@@ -16,7 +16,16 @@ def main() -> int:
     from qkilld.daemon_options import parse
     from qkilld.startup import run
 
-    return run(parse(sys.argv[1:]))
+    try:
+        options = parse(sys.argv[1:])
+    except SystemExit as end:
+        if end.code:
+            from qkilld.failed_start import refuse_calls
+            from qkilld.model.bus_address import BusAddress
+
+            refuse_calls("its command line is wrong", BusAddress(user="--user" in sys.argv))
+        raise
+    return run(options)
 
 
 if __name__ == "__main__":

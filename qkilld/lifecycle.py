@@ -32,7 +32,12 @@ from qkilld.adapters.job_store import JobStore
 from qkilld.adapters.loop_signals import call_at
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.memlock import MemoryLock
-from qkilld.adapters.service_manager import ServiceManager, stored_descriptors
+from qkilld.adapters.service_manager import (
+    SOCK_DIAG,
+    VARLINK,
+    ServiceManager,
+    stored_descriptors,
+)
 from qkilld.adapters.state_dir import StateDirectory
 from qkilld.engine import events
 from qkilld.engine.job_saver import JobSaver
@@ -59,10 +64,6 @@ from qkilld.varlink.streams import Streams
 if TYPE_CHECKING:
     from qkilld.bus.bus_service import BusService
 
-SOCK_DIAG: Final = "sock-diag"
-"""The name of the descriptor from units/qkilld-diag.socket."""
-VARLINK: Final = "varlink"
-"""The name of the descriptor from units/qkilld.socket."""
 DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0

@@ -30,6 +30,8 @@ def run(options: DaemonOptions) -> int:
             f"qkilld: the configuration is wrong, so qkilld does not start:\n{error}",
             file=sys.stderr,
         )
+        if not options.check_config:
+            _refuse_calls(f"its configuration is wrong at {error.place}", options)
         return ExitCode.USAGE
     if options.check_config:
         print("The configuration is good.")
@@ -61,6 +63,7 @@ def run(options: DaemonOptions) -> int:
             return asyncio.run(end)
     except ConfigError as error:
         print(f"qkilld: {error}", file=sys.stderr)
+        _refuse_calls(str(error), options)
         return ExitCode.USAGE
     except BusError as error:
         print(f"qkilld: {error}", file=sys.stderr)
@@ -72,6 +75,13 @@ def run(options: DaemonOptions) -> int:
         return ExitCode.FAILURE
     finally:
         journal.close()
+
+
+def _refuse_calls(why: str, options: DaemonOptions) -> None:
+    # Imported late, because it imports asyncio, see above.
+    from qkilld.failed_start import refuse_calls
+
+    refuse_calls(why, BusAddress(user=options.user, address=options.bus))
 
 
 def _take_descriptors() -> None:

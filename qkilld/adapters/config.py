@@ -64,11 +64,12 @@ class _Settings:
     executables: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
     """The place where each setting was last set, by (guest or "", field)."""
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    """The place and the text of each complaint."""
 
     def complain(self, place: _Place, text: str) -> None:
         # File names and contents may be any text; printable() keeps the complaint to one line.
-        self.wrong.append(f"{printable(str(place), 4096)}: {printable(text, 512)}")
+        self.wrong.append((printable(str(place), 4096), printable(text, 512)))
 
 
 def load(root: Path = Path("/")) -> Config:
@@ -81,7 +82,8 @@ def load(root: Path = Path("/")) -> Config:
         _read(path, root, settings)
     config = _build(settings)
     if settings.wrong:
-        raise ConfigError("\n".join(settings.wrong))
+        text = "\n".join(f"{place}: {what}" for place, what in settings.wrong)
+        raise ConfigError(text, place=settings.wrong[0][0])
     return config
 
 

@@ -20,6 +20,10 @@ QUEUE_LENGTH: Final = 1 << 14
 """While this many messages wait to be sent, further ones about stored descriptors are dropped. That
 is harmless: the next daemon finds a process without a stored pidfd by its id and start time, and
 rejects a stored descriptor that no job needs."""
+SOCK_DIAG: Final = "sock-diag"
+"""The name of the descriptor from units/qkilld-diag.socket."""
+VARLINK: Final = "varlink"
+"""The name of the descriptor from units/qkilld.socket."""
 
 
 class ServiceManager:

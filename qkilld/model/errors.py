@@ -150,6 +150,11 @@ class ConfigError(QkilldError):
 
     exit_code = ExitCode.USAGE
 
+    def __init__(self, text: str, *, place: str = "") -> None:
+        super().__init__(text)
+        self.place = place
+        """FILE:LINE of the first mistake, without its text, for those who may not read the file."""
+
 
 class BusError(QkilldError):
     """The bus, or a service on it, cannot be reached."""

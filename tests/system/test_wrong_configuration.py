@@ -1,0 +1,75 @@
+"""A wrong configuration is the answer to every call, and none of them makes systemd start qkilld
+again and again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from tests.evidence.until import until
+from tests.lab.container import Container
+
+CALL: Final = ("busctl", "call", "org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager", "ListGuests")
+WRONG: Final = "/etc/qkilld/qkilld.conf.d/wrong.conf"
+ANSWER: Final = f"qkilld cannot start, because its configuration is wrong at {WRONG}:2"
+STARTING: Final = "7d4958e842da4a758f6c1cdc7b36dcc5"
+"""The MESSAGE_ID of "Starting qkilld.service", sd-messages.h."""
+_CALL: Final = """
+import socket
+for waits in (False, True):
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/run/qkilld/org.qkilld1")
+    client.send(b'{"method":"org.qkilld1.ListGuests"}' + bytes(1))
+    if waits:
+        print(client.recv(4096).decode())
+"""
+
+
+@pytest.fixture
+def system(installed: Container) -> Iterator[Container]:
+    installed.run("systemctl", "stop", "qkilld.service")
+    installed.write(WRONG, "[Policy]\nGarceSec=5s\n")
+    installed.run("systemctl", "start", "qkilld.socket")
+    yield installed
+    installed.run("rm", "-f", WRONG)
+
+
+def test_callers_on_the_bus(system: Container) -> None:
+    for command in (("qkillctl", "list"), CALL, ("qkillctl", "list")):
+        began = time.monotonic()
+        done = system.run(*command, check=False)
+        assert done.returncode == 1
+        assert ANSWER in done.stderr
+        # Without an answer, dbus-daemon would give up after 25 s.
+        assert time.monotonic() - began < 15
+    # The next call starts it.
+    system.run("rm", WRONG)
+    system.run(*CALL)
+
+
+def test_callers_on_varlink(system: Container) -> None:
+    """The first of two clients goes at once. No more than two starts answer both."""
+    since = system.run("date", "+%s.%N").stdout.strip()
+    said = system.python("-c", _CALL).stdout
+    assert '"error": "org.qkilld1.Failed"' in said and ANSWER in said
+    until(lambda: system.property("qkilld.service", "ActiveState"), lambda state: state == "failed")
+    time.sleep(1)
+    starts = system.journal(f"--since=@{since}", "UNIT=qkilld.service", f"MESSAGE_ID={STARTING}")
+    assert len(starts) in (1, 2)
+    assert system.property("qkilld.service", "ActiveState") == "failed"
+    assert system.property("qkilld.socket", "ActiveState") == "active"
+
+
+def test_a_wrong_option(system: Container) -> None:
+    path = "/run/systemd/system/qkilld.service.d/wrong.conf"
+    system.write(path, "[Service]\nExecStart=\nExecStart=/usr/bin/qkilld --exit-idel 60s\n")
+    system.run("systemctl", "daemon-reload")
+    try:
+        done = system.run("qkillctl", "list", check=False)
+    finally:
+        system.run("rm", path)
+        system.run("systemctl", "daemon-reload")
+    assert "qkilld cannot start, because its command line is wrong" in done.stderr
