@@ -365,7 +365,7 @@ def _add_powerdown(command: argparse.ArgumentParser) -> None:
         help="ask the guest, and send no signal if it does not shut down",
     )
     for name, text in (
-        ("resume", "resume a paused guest, so that it can be asked"),
+        ("resume", "resume a paused or stopped (SIGSTOP) guest, so that it can be asked"),
         ("wake", "wake up a suspended guest, so that it can be asked"),
         ("thaw", "thaw the guest's file systems before its agent is asked"),
     ):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from signal import SIGKILL, SIGTERM
+from signal import SIGCONT, SIGKILL, SIGTERM
 from typing import Final
 
 from qkilld.decision.ladder import JobFacts, decide, kill_due
-from qkilld.decision.verdict import Assessment, standstill
+from qkilld.decision.powerdown import obstacle_to_asking
+from qkilld.decision.verdict import Assessment, can_be_continued, standstill
 from qkilld.decision.waits import blind_to
 from qkilld.model.constants import INFINITY, Flag, Phase
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
+from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Request
 from qkilld.model.policy import Policy
 
@@ -52,22 +54,27 @@ def make_plan(
     False if it is certain that the guest cannot be asked to shut down."""
     flags = request.flags
     warnings = _warnings(identity, flags, evidence)
-    ask = PlannedRung(Phase.POWERDOWN, "ask", 0)
+    ask: tuple[PlannedRung, ...] = (PlannedRung(Phase.POWERDOWN, "ask", 0),)
+    if Flag.POWERDOWN in flags and evidence and (obstacle := obstacle_to_asking(evidence.last)):
+        if can_be_continued(evidence.last) and GuestOrder.RESUME in request.help:
+            ask = (PlannedRung(Phase.POWERDOWN, SIGCONT.name, 0), *ask)
+        else:
+            ask, warnings = (), (*warnings, obstacle)
     if Flag.NOWAIT in flags:
         first = PlannedRung(Phase.TERMINATE, SIGTERM.name, 0)
         if Flag.FORCE in flags:
             first = PlannedRung(Phase.KILL, SIGKILL.name, 0)
-        return Plan((ask if Flag.POWERDOWN in flags else first,), 0, warnings)
-    asking = Flag.POWERDOWN in flags and may_be_asked
+        return Plan(ask if Flag.POWERDOWN in flags else (first,), 0, warnings)
+    asking = Flag.POWERDOWN in flags and may_be_asked and bool(ask)
     # Assume a guest that listens, but does nothing; a guest that is shutting down gets more time.
     asks_for = min(policy.powerdown, request.ask_at_most, policy.max) if asking else 0
     if Flag.POWERDOWN in flags and request.powerdown_only:
-        return Plan((ask,) if asking else (), asks_for, warnings)
+        return Plan(ask if asking else (), asks_for, warnings)
     if asking:
         warnings = (*warnings, NOT_LISTENING)
     term_at = min(now + asks_for, INFINITY)
     facts = JobFacts(flags=flags, policy=policy, started=now, term_at=term_at, assessment=evidence)
-    rungs = [ask] if asking else []
+    rungs = list(ask) if asking else []
     rungs.append(PlannedRung(Phase.TERMINATE, SIGTERM.name, term_at - now))
     last = kill_due(facts) if facts.by_evidence else decide(facts, now).deadline
     if Flag.FORCE in flags:

@@ -52,9 +52,11 @@ from qkilld.decision.guest_work import (
     works,
     works_at_all,
 )
+from qkilld.decision.verdict import can_be_continued, standstill
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import POWERED_OFF, RUNNING, Button, GuestObservation, ShutdownSign
+from qkilld.model.sample import Sample
 
 QUIET: Final = 3 * USEC_PER_SEC
 """A guest that does not listen and has done no work for this long (µs) is deaf. One burst of
@@ -304,6 +306,14 @@ def judge(attempt: Attempt, *, powerdown: int, agent: bool) -> Judgement:
     if not attempt.asked:
         return _judge_before(attempt, last, powerdown, agent)
     return _judge_after(attempt, last, powerdown)
+
+
+def obstacle_to_asking(sample: Sample) -> str:
+    """Explain why the guest cannot be asked because its process cannot run; "" if it can."""
+    if not (reason := standstill(sample)):
+        return ""
+    hint = "; the option resume continues it first" if can_be_continued(sample) else ""
+    return f"{reason}, so its guest cannot be asked to shut down{hint}"
 
 
 def judge_exit(

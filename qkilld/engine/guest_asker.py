@@ -101,6 +101,11 @@ class GuestAsker:
         was_open = self._attempt.agent_was_open
         self._link.open(self._guarded(self._opened), was_asked=was_asked, agent_was_open=was_open)
 
+    def note_continued(self) -> None:
+        """Measure only what the guest does from now on: its process has just been continued. Call
+        it before `start`."""
+        self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
+
     def set_span(self, span: int) -> None:
         """Change PowerdownSec= to `span` (µs)."""
         self._span = span

@@ -109,7 +109,7 @@ class Job:
         self._link = MonitorLink(
             process, collaborators.monitors, request.qmp_socket, on_open=self._monitor_opened
         )
-        self._powerdown = PowerdownPhase(self, process, clock, collaborators.journal, self._link)
+        self._powerdown = PowerdownPhase(self, process, collaborators, self._link)
         self._flush_phase = FlushPhase(
             self,
             process,

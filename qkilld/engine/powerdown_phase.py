@@ -7,15 +7,17 @@ job. MaxSec= and the caller's limit end the asking.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from qkilld.decision import powerdown
 from qkilld.decision.powerdown import AskMethod, AskRecord, Attempt, Conclusion, Judgement
 from qkilld.engine import events
+from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.guest_asker import AskOutcome, GuestAsker
 from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Clock, Journal, Process
+from qkilld.engine.ports import Process
+from qkilld.engine.standstill_check import StandstillCheck
 from qkilld.model.block_state import BackgroundJob
 from qkilld.model.constants import (
     INFINITY,
@@ -35,12 +37,12 @@ class PowerdownPhase:
         self,
         job: LadderJob,
         process: Process,
-        clock: Clock,
-        journal: Journal,
+        parts: Collaborators[Any],
         link: MonitorLink,
     ) -> None:
-        self._job, self._process, self._clock = job, process, clock
-        self._journal, self._link = journal, link
+        self._job, self._process, self._clock = job, process, parts.clock
+        self._journal, self._link = parts.journal, link
+        self._standstill = StandstillCheck(job, process, parts)
         self._asker: GuestAsker | None = None
         self._past_attempt: Attempt | None = None
         self._end: AskOutcome | None = None
@@ -71,7 +73,7 @@ class PowerdownPhase:
         asks = tuple(
             AskRecord(AskMethod(rung.action), rung.at)
             for rung in job.rungs
-            if rung.phase is Phase.POWERDOWN
+            if rung.phase is Phase.POWERDOWN and rung.action in set(AskMethod)
         )
         self._asker = GuestAsker(
             self._link,
@@ -93,7 +95,24 @@ class PowerdownPhase:
         )
         # If the process exited while no daemon ran, it cannot be asked. `note_exit` then reads its
         # last events from the kept connection.
-        if not self._process.exited():
+        if self._process.exited():
+            return
+        if self._asker.attempt.asked:
+            self._asker.start()
+        else:
+            may_continue = GuestOrder.RESUME in job.request.help
+            self._standstill.begin(self._checked, may_continue=may_continue)
+
+    def _checked(self, obstacle: str, continued: bool) -> None:
+        """Ask the guest, unless its process cannot run."""
+        if self._asker is None:
+            return
+        if obstacle:
+            self._job.turn_to(Verdict.STOPPED, (obstacle,), self._clock.now())
+            self._ended(AskOutcome(GuestAsked.NOT_RUNNING, obstacle))
+        else:
+            if continued:
+                self._asker.note_continued()
             self._asker.start()
 
     def lasts(self) -> bool:
@@ -136,6 +155,7 @@ class PowerdownPhase:
 
     def close(self) -> None:
         """Stop asking. May be called twice."""
+        self._standstill.close()
         if self._asker is not None:
             self._past_attempt = self._asker.attempt
             self._asker.close()

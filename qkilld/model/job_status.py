@@ -282,7 +282,8 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
                 "of its storage. qkilld logs when it exits"
             )
         case Result.SURVIVED if "SIGTERM" not in signals:
-            return f"still there {after}, without any signal"
+            some = "but SIGCONT" if "SIGCONT" in signals else ""
+            return f"still there {after}, without any signal {some}".rstrip()
         case Result.SURVIVED:
             return (
                 f"still there {after}; SIGKILL was not allowed (--force). It may still exit after "

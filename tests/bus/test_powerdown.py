@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ def test_the_plan_names_the_ways(client: Client, qemu: Make) -> None:
     found = plan(qemu(qmp=False))
     assert [tuple(rung) for rung in found["rungs"]] == [("terminate", "SIGTERM", 0)]
     assert found["ways"]
+
+
+def test_the_plan_for_a_stopped_process(client: Client, qemu: Make) -> None:
+    guest = qemu()
+    guest.signal(signal.SIGSTOP)
+
+    def plan(flags: int, **options: Any) -> tuple[list[str], list[str]]:
+        found = plain(client.call("Plan", "uta{sv}", guest.pid, flags, options)[0])
+        return [rung[1] for rung in found["rungs"]], found["warnings"]
+
+    cannot = (
+        "it is stopped (SIGSTOP), so its guest cannot be asked to shut down; the option resume"
+        " continues it first"
+    )
+    rungs, warnings = plan(POWERDOWN)
+    assert rungs == ["SIGTERM"] and cannot in warnings
+    rungs, warnings = plan(POWERDOWN, resume=("b", True))
+    assert rungs == ["SIGCONT", "ask", "SIGTERM"] and cannot not in warnings
+    rungs, warnings = plan(POWERDOWN | NOWAIT, resume=("b", True))
+    assert rungs == ["SIGCONT", "ask"]
 
 
 @pytest.mark.parametrize("kind", ["qmp", "monitor"])

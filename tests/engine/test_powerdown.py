@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from signal import SIGKILL, SIGTERM
+from signal import SIGCONT, SIGKILL, SIGTERM
 
 import pytest
 
@@ -20,8 +20,9 @@ from qkilld.model.guest_state import (
     KeptMonitor,
     ShutdownSign,
 )
-from qkilld.model.job import Request
-from tests.engine.conftest import FakeProcess, S, World
+from qkilld.model.job import Control, Request
+from qkilld.model.sample import Cgroup, Sample
+from tests.engine.conftest import IDLE, FakeProcess, S, World
 from tests.evidence.until import until
 
 POWERDOWN, FORCE, NOWAIT = Flag.POWERDOWN, Flag.FORCE, Flag.NOWAIT
@@ -223,6 +224,100 @@ def test_a_guest_that_does_not_run_is_helped_only_if_that_is_allowed(
     world.clock.advance(3)
     assert world.monitors.orders == [order, GuestOrder.BUTTON]
     assert process.sent == []
+
+
+STOPPED = replace(IDLE, state="T")
+FROZEN = replace(IDLE, cgroup=Cgroup(True, 0, 0, 0, 0, frozen=True))
+
+
+@pytest.mark.parametrize(
+    ("sample", "help", "why"),
+    [
+        (STOPPED, (), "it is stopped (SIGSTOP), so its guest cannot be asked"),
+        (STOPPED, (GuestOrder.WAKE, GuestOrder.THAW), "the option resume continues it first"),
+        (FROZEN, (GuestOrder.RESUME,), "its control group is frozen, so its guest cannot be asked"),
+        (replace(STOPPED, tracer=7), (GuestOrder.RESUME,), "a debugger holds it (process 7)"),
+    ],
+)
+def test_a_stopped_process_is_not_continued_unless_that_is_allowed_and_helps(
+    sample: Sample, help: tuple[GuestOrder, ...], why: str
+) -> None:
+    world, process = asked_world(UP), FakeProcess()
+    world.sampler.shows = lambda now: sample
+    job = world.stop(process, POWERDOWN | FORCE, help=help)
+    world.clock.advance(0)
+    assert (process.sent, job.guest_asked) == ([SIGTERM], GuestAsked.NOT_RUNNING)
+    assert (world.monitors.orders, world.monitors.open_monitors) == ([], 0)
+    assert job.history[0].verdict is Verdict.STOPPED and why in job.history[0].reasons[0]
+    ended = [event for event in world.journal.events if event.id is MessageId.ASKING_ENDED]
+    assert len(ended) == 1 and why in ended[0].message
+
+
+def continued_world() -> tuple[World, FakeProcess]:
+    world, process = asked_world(UP), FakeProcess()
+    world.sampler.shows = lambda now: IDLE if SIGCONT in process.sent else STOPPED
+    return world, process
+
+
+def test_with_resume_a_stopped_process_is_continued_and_then_asked() -> None:
+    world, process = continued_world()
+    job = world.stop(process, POWERDOWN | FORCE, help=(GuestOrder.RESUME,))
+    assert process.sent == [SIGCONT]
+    world.clock.advance(0.9)
+    assert world.monitors.orders == []  # What was due is not its usual work.
+    world.clock.advance(0.3)
+    assert world.monitors.orders == [GuestOrder.BUTTON]
+    assert [(rung.phase, rung.action) for rung in job.rungs] == [
+        (Phase.POWERDOWN, "SIGCONT"),
+        (Phase.POWERDOWN, "button"),
+    ]
+    process.die()
+    assert (job.result, process.sent) == (Result.EXITED, [SIGCONT])
+
+
+def test_the_next_daemon_does_not_take_sigcont_for_a_request() -> None:
+    world, process = continued_world()
+    job = world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))
+    saved = decode(replace(job.snapshot(), asking=None).to_json())
+    later, same = asked_world(UP), FakeProcess()
+    resumed = later.registry.resume(same, saved)
+    later.clock.advance(2)
+    assert later.monitors.orders == [GuestOrder.BUTTON]
+    assert [rung.action for rung in resumed.rungs] == ["SIGCONT", "button"]
+
+
+def test_a_held_job_does_not_continue_the_process() -> None:
+    world, process = continued_world()
+    job = world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))
+    held = decode(replace(job.snapshot(), rungs=(), control=Control(held=True)).to_json())
+    later, same = asked_world(UP), FakeProcess()
+    later.sampler.shows = lambda now: IDLE if SIGCONT in same.sent else STOPPED
+    resumed = later.registry.resume(same, held)
+    later.clock.advance(5)
+    assert same.sent == []
+    resumed.release(ROOT)
+    later.clock.advance(3)
+    assert (same.sent, later.monitors.orders) == ([SIGCONT], [GuestOrder.BUTTON])
+
+
+def test_a_process_that_is_not_qemu_any_more_is_not_continued() -> None:
+    world, process = continued_world()
+    world.sampler.shows = lambda now: None
+    job = world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))
+    process.guest = replace(process.guest, identity=replace(process.guest.identity, uid=2000))
+    (answer,) = world.sampler.late
+    answer(replace(STOPPED, at=world.clock.now()))
+    world.clock.advance(0)
+    assert (process.sent, job.result) == ([], Result.FAILED)
+
+
+def test_cancel_before_the_sample_continues_nothing() -> None:
+    world, process = continued_world()
+    world.sampler.shows = lambda now: None
+    job = world.stop(process, POWERDOWN, help=(GuestOrder.RESUME,))
+    job.cancel()
+    world.clock.advance(5)
+    assert (process.sent, job.result, world.sampler.closed) == ([], Result.CANCELLED, 1)
 
 
 def test_a_guest_that_has_powered_off_has_its_qemu_told_to_quit() -> None:

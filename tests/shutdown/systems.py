@@ -6,6 +6,7 @@ The guest holds eight files that it has not written to its disk yet (tests.lab.d
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,10 @@ def _wait_for_runstate(path: Path, wanted: str) -> None:
 def _pause(debian: _Debian) -> None:
     with Qmp(debian.qmp) as qmp:
         qmp.call("stop")
+
+
+def _stop(debian: _Debian) -> None:
+    debian.target.signal(signal.SIGSTOP)
 
 
 def _suspend(debian: _Debian) -> None:
@@ -329,6 +334,19 @@ ROWS: Final = {
     "resumed": _row(
         "Debian, paused; with option resume",
         _debian(strike=_pause),
+        help=(GuestOrder.RESUME,),
+        columns=_ALONE,
+    ),
+    "halted": _row(
+        "Debian, its process is stopped (SIGSTOP)",
+        _debian(strike=_stop),
+        kept=0,
+        asked="not-running",
+        columns=_ALONE,
+    ),
+    "continued": _row(
+        "Debian, its process is stopped (SIGSTOP); with option resume",
+        _debian(strike=_stop),
         help=(GuestOrder.RESUME,),
         columns=_ALONE,
     ),

@@ -1,0 +1,84 @@
+"""Check, before a guest is asked, whether its process can run at all, and continue it if allowed.
+
+The monitor of a QEMU that SIGSTOP, a debugger or the freezer stops does not answer. If such a guest
+got SIGTERM, it would lose what its operating system holds as soon as it runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from signal import SIGCONT
+from typing import Any, Final
+
+from qkilld.debug_log import note
+from qkilld.decision.powerdown import obstacle_to_asking
+from qkilld.decision.verdict import can_be_continued
+from qkilld.engine import events
+from qkilld.engine.checks import check_process
+from qkilld.engine.collaborators import Collaborators
+from qkilld.engine.ladder_job import LadderJob
+from qkilld.engine.ports import Process, Timer
+from qkilld.engine.sampling import JobSampler
+from qkilld.model.constants import USEC_PER_SEC
+from qkilld.model.errors import ProcessChanged, UnknownIdentity
+from qkilld.model.sample import Sample
+
+HELD_INTERVAL: Final = USEC_PER_SEC
+"""While the job is held, a stopped process is checked again after this time (µs)."""
+
+Callback = Callable[[str, bool], None]
+"""Receives why the guest cannot be asked, or "", and whether its process was continued."""
+
+
+class StandstillCheck:
+    def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
+        self._job, self._process, self._parts = job, process, parts
+        self._sampler = JobSampler(process, parts.sampler, parts.clock)
+        self._timer: Timer | None = None
+
+    def begin(self, callback: Callback, *, may_continue: bool) -> None:
+        """Take a sample, and call back. With `may_continue`, send SIGCONT first if only a SIGSTOP
+        stops the process, as soon as nobody holds the job. No callback follows the exit of the
+        process, or `close`."""
+        self._timer = None
+
+        def sampled(sample: Sample) -> None:
+            self._sampler.close()
+            reason = obstacle_to_asking(sample)
+            if not may_continue or not can_be_continued(sample):
+                callback(reason, False)
+            elif self._job.control.held:
+                at = self._parts.clock.now() + HELD_INTERVAL
+                again = lambda: self.begin(callback, may_continue=may_continue)  # noqa: E731
+                self._timer = self._parts.clock.call_at(at, again)
+            else:
+                self._continue(reason, callback)
+
+        self._sampler.take_sample(sampled, detail=False)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._sampler.close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _continue(self, reason: str, callback: Callback) -> None:
+        job = self._job
+        try:
+            check_process(self._process, job.guest.identity, self._parts.executables)
+            self._process.signal(SIGCONT)
+        except ProcessLookupError:
+            return  # The pidfd will report the exit.
+        except PermissionError:
+            self._parts.journal.write(events.signal_refused(job, SIGCONT))
+            callback(reason, False)
+        except (ProcessChanged, UnknownIdentity) as error:
+            # SIGTERM is checked in the same way, and ends the job or is tried again.
+            note(f"continuing process {job.guest.identity.pid}", error)
+            callback(reason, False)
+        else:
+            job.note_rung(SIGCONT.name, self._parts.clock.now())
+            self._parts.journal.write(events.signal_sent(job, job.rungs[-1]))
+            job.enter(job.phase)
+            callback("", True)
