@@ -1,1 +1,1 @@
-"""Adapters: /proc and pidfds, the journal, configuration files, the clock."""
+"""Access to the system: /proc and pidfds, the journal, configuration files, the clock."""

@@ -16,7 +16,7 @@ _MAX_ANCESTORS: Final = 64
 def ancestors(pid: int) -> list[Ancestor]:
     """List the parent of a process, the parent's parent, and so on, without process 1.
 
-    Processes of other users than root are left out, because they can have any name. May block,
+    Only processes of root are listed, because other users can give theirs any name. May block,
     because it reads command lines.
     """
     found = []
@@ -32,7 +32,8 @@ def ancestors(pid: int) -> list[Ancestor]:
 
 
 def services_that_run(programs: Collection[str]) -> dict[str, str]:
-    """Find the system services in which root runs these programs: service → program."""
+    """Find the system services in which root runs these programs. Return the program by the
+    service."""
     services = {}
     for pid in procfs.pids():
         with ignore(f"looking at process {pid}", OSError):
@@ -43,7 +44,8 @@ def services_that_run(programs: Collection[str]) -> dict[str, str]:
 
 
 def service_of(pid: int) -> str:
-    """Return the system service in which a process runs; "" for none or if unknown."""
+    """Return the system service in which a process runs; "" if there is none, or if it is
+    unknown."""
     unit = procfs.read_unit(pid)
     if unit is None or unit.user or not unit.system.endswith(".service"):
         return ""

@@ -1,6 +1,6 @@
-"""Write in a thread, because a write may block for ever, and must not prevent the program's end.
+"""Write in a thread, because a write may block forever, and must not prevent the program's end.
 
-Does not use asyncio, which the daemon imports late (qkilld.startup).
+This does not use asyncio, because the daemon imports asyncio late (qkilld.startup).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FLUSH_TIMEOUT_S: Final = 2.0
 class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
-    Items go to disks, the journal and systemd, any of which may hang when a guest must be stopped.
-    No method raises, and only `close` blocks.
+    Items go to disks, the journal and systemd. Any of these may hang when a guest must be stopped,
+    so no method raises, and only `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
         """Call `write` for each item in the thread `name`; ignore what it raises.
 
-        `limit` is the number of items that may wait; None if the caller bounds them.
+        `limit` is the number of items that may wait; None if the caller limits them.
         """
         self._write = write
         self._limit = limit

@@ -17,9 +17,9 @@ _UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | None:
     """Return the unit, or None if systemd's hierarchy is unknown.
 
-    `own` and `init` are the texts for the process and for process 1 of the same system. `uses_v2`
-    (`systemd_uses_v2`) is called only if the process is in both hierarchies. systemd uses one of
-    them, and the other may be mounted for any purpose.
+    `own` and `init` are the texts for the process and for process 1 of the same system. A process
+    may be in both hierarchies, of which systemd uses one, and others may use the other. Only then
+    is `uses_v2` (`systemd_uses_v2`) called.
     """
     paths, roots = _paths(own), _paths(init)
     v2: bool | None = "" in paths
@@ -29,8 +29,8 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
         return None
     controller = "" if v2 else "name=systemd"
     path = paths.get(controller, "")
-    # In a container without a cgroup namespace, every path begins with the container's own path:
-    # remove it.
+    # Remove the container's own path, with which every path begins in a container without a cgroup
+    # namespace.
     root = roots.get(controller, "").removesuffix("/init.scope").rstrip("/")
     if path.startswith(root + "/"):
         path = path[len(root) :]
@@ -45,8 +45,9 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
 def systemd_uses_v2(kind_at: Callable[[str], str]) -> bool | None:
     """Return whether systemd keeps its units in cgroup v2, by systemd's rules; None if unknown.
 
-    `kind_at` returns the type of the file system mounted at a path, or "". In hybrid mode
-    /sys/fs/cgroup is a tmpfs; v2 is mounted below it at unified or, by systemd 232, at systemd.
+    `kind_at` returns the type of the file system mounted at a path, or "". In hybrid mode,
+    /sys/fs/cgroup is a tmpfs, and v2 is mounted below it at "unified", or at "systemd" by systemd
+    232.
     """
     places = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
     kinds = [kind_at(place) for place in places]
@@ -68,7 +69,8 @@ def _paths(text: str) -> dict[str, str]:
 
 
 def _first_unit(parts: list[str]) -> tuple[str, list[str]]:
-    """Return the first part that is not a slice, "" if it is no unit, and the parts after it."""
+    """Return the first part that is not a slice, and the parts after it. The first is "" if it is
+    no unit."""
     for index, part in enumerate(parts):
         # systemd puts an underscore before names that a cgroup controller could claim.
         name = part.removeprefix("_")

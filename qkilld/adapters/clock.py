@@ -12,7 +12,7 @@ from qkilld.model.constants import USEC_PER_SEC
 
 
 class LoopClock:
-    """Implements engine.ports.Clock. asyncio's own clock is CLOCK_MONOTONIC too, in seconds.
+    """Implements engine.ports.Clock. asyncio's own clock is also CLOCK_MONOTONIC, in seconds.
 
     Create it in the running loop.
     """
@@ -25,12 +25,12 @@ class LoopClock:
         return time.monotonic_ns() // 1000
 
     def started_at(self, start_time: int) -> int:
-        # CLOCK_BOOTTIME, because clock ticks since boot include the time in which the host was
-        # suspended.
+        # Use CLOCK_BOOTTIME: like clock ticks since boot, it includes the time in which the host
+        # was suspended.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / os.sysconf("SC_CLK_TCK")
         return self.now() - int(age * USEC_PER_SEC)
 
     def call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        # Rounded up, because a timer that fires early would find its deadline still in the future.
-        # One context for all timers, because asyncio would make one for each.
+        # Round up, because a timer that fires early would find its deadline still in the future.
+        # Share one context, because asyncio would make one for each timer.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

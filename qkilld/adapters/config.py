@@ -1,7 +1,7 @@
 """Read qkilld.conf as systemd reads its own files.
 
 Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). The
-parser is our own, because Python's libraries do not keep line numbers, which complaints contain.
+parser is our own, because complaints contain line numbers, which Python's libraries do not keep.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Place:
 
 @dataclass(slots=True)
 class _Settings:
-    """The settings read so far, and the complaints about them."""
+    """The settings that were read so far, and the complaints about them."""
 
     policy: dict[str, int] = field(default_factory=dict)
     guests: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -111,7 +111,7 @@ def _files(root: Path, settings: _Settings) -> Iterator[Path]:
             continue
         for name in names:
             if name.endswith(".conf") and not name.startswith("."):
-                # Of files with the same name, the one in the highest directory counts, even if it
+                # If files have the same name, the one in the highest directory counts, even if it
                 # only masks the others.
                 drop_ins.setdefault(name, directory / "qkilld.conf.d" / name)
     for name in sorted(drop_ins, key=os.fsencode):
@@ -141,7 +141,7 @@ def _read(path: Path, root: Path, settings: _Settings) -> None:
 
 
 def _real(path: Path, root: Path) -> Path:
-    """Resolve `path`, with every link taken relative to `root`; return _MASK for /dev/null.
+    """Resolve `path`, with `root` as the root of every link. Return _MASK for /dev/null.
 
     Raises OSError; FileNotFoundError also for a dangling link.
     """
@@ -155,7 +155,7 @@ def _real(path: Path, root: Path) -> Path:
             continue
         resolved.append(part)
         if [*resolved, *reversed(ahead)] == ["dev", "null"]:
-            return _MASK  # A tree that is not booted may lack the device.
+            return _MASK  # The tree below `root` may lack the device.
         try:
             target = root.joinpath(*resolved).readlink()
         except OSError as error:
@@ -209,7 +209,7 @@ def _logical_lines(
         if bare.startswith(("#", ";")):
             continue
         start, sound = start or number, sound and not fault
-        # A backslash that is escaped or followed by blanks does not continue the line.
+        # An odd number of backslashes at the very end continues the line.
         if (len(bare) - len(bare.rstrip("\\"))) % 2:
             joined += bare[:-1] + " "
             continue
@@ -324,7 +324,7 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # The values are those of [Policy], which has a complaint already.
+                continue  # Both values are from [Policy], which has this complaint already.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "

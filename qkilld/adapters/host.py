@@ -27,8 +27,8 @@ class LocalHost:
 
     async def label(self, identity: Identity) -> Label:
         ((name, uuid, qmp, remote),) = await self._names.names([identity])
-        # The unit is read each time, because machine managers move a QEMU process to a scope after
-        # it has started.
+        # Read the unit each time, because machine managers move a QEMU process to a scope after it
+        # has started.
         return Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp, remote)
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:

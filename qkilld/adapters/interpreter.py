@@ -7,7 +7,7 @@ import sys
 from typing import Final
 
 _SWITCH_S: Final = 0.001
-"""How long a thread may keep the others from running: a fifth of the default."""
+"""How long (s) a thread may keep the others from running: a fifth of the default."""
 _RARELY: Final = 10_000
 """A full collection runs only after this many smaller ones, a thousand times the default."""
 
@@ -15,9 +15,10 @@ _RARELY: Final = 10_000
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call it once, after most imports, during which the collector may be off. With a thousand jobs, a
-    full collection stops all threads for 60 to 90 ms every few seconds (measured), to find only
-    three objects for each job that young collections have missed. Call `collect_garbage` at rest.
+    Call it once, after most imports; the collector may be off until then. With a thousand jobs, a
+    full collection stops all threads for 60 to 90 ms every few seconds (measured), and finds only
+    three objects for each job. So full collections are rare, and `collect_garbage` should be called
+    when there is nothing to do.
     """
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()

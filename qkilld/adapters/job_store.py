@@ -1,7 +1,7 @@
 """Store jobs beyond the life of the daemon: states in files, processes in the descriptor store.
 
-The pidfd kept by the manager identifies the process. Without a pidfd, the process is looked up by
-its id and start time; no other process gets a signal.
+The service manager keeps a pidfd of each job's process, which identifies it. Without a pidfd, the
+process is looked up by its id and start time, so no other process gets a signal.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class JobStore:
         descriptors for the next start.
         """
         self._registry = registry
-        # Do not reuse these numbers: a crash may have left a job's descriptor in the store, but no
-        # file with its state.
+        # Do not reuse the job numbers of stored descriptors. A crash may have left a descriptor in
+        # the store, but no file with the state of its job.
         numbers = [int(match[1]) for name in self._stored if (match := _NAME.fullmatch(name))]
         registry.count_from(max(numbers, default=0))
         try:

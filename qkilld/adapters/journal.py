@@ -1,9 +1,9 @@
 """Write events to journald, or to standard error if that is not connected to journald.
 
-When disks stall, which is when qkilld is needed, journald may stop reading, and its socket, which
-all services share, fills up. So events go through a bounded queue to a separate thread. If the
-queue is full, events are dropped and counted. The native protocol
-(https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here because `systemd.journal.send`
+qkilld is needed when disks stall, and then journald may stop reading. Its socket, which all
+services share, fills up, and writing to it blocks. So events go through a bounded queue to a
+separate thread. If the queue is full, events are dropped and counted. The native protocol
+(https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here, because `systemd.journal.send`
 holds Python's lock while it waits for room in the socket, which stops every thread of the process.
 """
 
@@ -48,13 +48,14 @@ class QueuedJournal:
     """Implements engine.ports.Journal."""
 
     def __init__(self, sink: Sink, wait: Callable[[], None] | None = None) -> None:
-        """`sink` may block and may raise; if it raises, the event counts as dropped. `wait` waits,
-        for a limited time, until the reader has processed everything that the sink wrote."""
+        """`sink` writes one event. It may block and may raise; if it raises, the event counts as
+        dropped. `wait` waits, for a limited time, until the reader has processed everything that
+        the sink wrote."""
         self._sink = sink
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events that is not in the queue yet."""
+        """The number of dropped events, as far as it has not been queued yet."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
@@ -240,10 +241,12 @@ def _shown(event: Event) -> list[tuple[str, str]]:
 
 
 def _object_fields(guest: Guest) -> dict[str, str]:
-    """Return OBJECT_PID=, by which journald finds and adds the unit (systemd.journal-fields(7)).
+    """Return OBJECT_PID=, for which journald adds the unit of the process
+    (systemd.journal-fields(7)).
 
-    journald cannot find the unit after the process has exited, so it is named here as well:
-    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. journald drops duplicates.
+    journald cannot find the unit after the process has exited, so it is also named here:
+    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds it, too, it drops
+    the duplicate.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit

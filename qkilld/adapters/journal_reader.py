@@ -57,7 +57,8 @@ def read_receipts(since: int | None, directory: Path | None = None) -> list[Rece
 
 
 def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
-    """Return the receipts in journal entries, oldest first, without those that may be forged."""
+    """Return the receipts in journal entries, oldest first. Entries that may be forged are left
+    out."""
     receipts: dict[tuple[str, ...], Receipt] = {}
     for number, entry in enumerate(entries):
         if not _is_credible(entry):
@@ -104,8 +105,8 @@ def read_job(number: int, directory: Path | None = None) -> list[JobEntry]:
 
 
 def entries_of(entries: Iterable[Mapping[str, Any]]) -> list[JobEntry]:
-    """Return the entries of the newest job, without those that may be forged. Jobs can have the
-    same number, because a daemon that has lost its state counts from 1."""
+    """Return the entries of the newest of the jobs with one number: a daemon that has lost its
+    state counts from 1 again. Entries that may be forged are left out."""
     job_entries: list[JobEntry] = []
     boot = ""
     for entry in entries:
@@ -145,9 +146,9 @@ def _job_entry(message: MessageId, entry: Mapping[str, Any]) -> JobEntry:
 def _is_credible(entry: Mapping[str, Any]) -> bool:
     """Return whether a trustworthy sender wrote the entry.
 
-    Anyone may write to the journal, but fields that begin with an underscore are journald's own. An
-    entry counts if it was written by root, by the user who reads it, or by a process of the unit
-    that it is about, such as qkilld-stop in a unit with User=.
+    Anyone may write to the journal, but only journald sets fields that begin with an underscore. By
+    these, an entry counts if it was written by root, by the user who reads it, or by a process of
+    the unit that it is about, such as qkilld-stop in a unit with User=.
     """
     unit = _unit(entry)
     writer = _number(entry, "_UID")

@@ -7,7 +7,8 @@ import sys
 
 
 def stderr_is_journal() -> bool:
-    """Return whether standard error is the journal, by $JOURNAL_STREAM: see systemd.exec(5)."""
+    """Return whether standard error is connected to the journal, according to $JOURNAL_STREAM
+    (systemd.exec(5))."""
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
     try:
         status = os.fstat(sys.stderr.fileno())

@@ -1,4 +1,4 @@
-"""Run functions that may block for ever in threads, so that the event loop can await them."""
+"""Run functions that may block forever in threads, so that the event loop can await them."""
 
 from __future__ import annotations
 

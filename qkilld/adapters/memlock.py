@@ -1,7 +1,8 @@
 """Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
 
-Existing memory is locked at once, later memory page by page when it is first used; otherwise each
-new thread's whole stack would be locked. Memory that was used once stays locked, so use little.
+Existing memory is locked at once. Later memory is locked page by page when it is first used,
+because otherwise the whole stack of each new thread would be locked. Memory that was used once
+stays locked, so use little.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 STACK_BYTES: Final = 256 * 1024
-"""Stack of each further thread, instead of the usual 8 MiB, because locking memory locks the whole
-stack of every thread."""
+"""The stack of each further thread, instead of the usual 8 MiB. It is small, because mlockall(2)
+locks the whole stack of each thread that exists."""
 
 _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
@@ -28,16 +29,18 @@ _CAP_IPC_LOCK: Final = 1 << 14
 def share_heap() -> None:
     """Let all threads allocate from one heap. Call this before the first thread starts.
 
-    By default glibc has up to eight heaps for each processor, and keeps what a thread once needed:
-    after 200,000 hostile calls, a dozen heaps held 9 MB, 5 MB of it free. Sharing one heap costs no
-    time, because Python's threads run one at a time. Other C libraries have only one heap.
+    By default, glibc has up to eight heaps for each processor, and keeps the memory that a thread
+    once needed. After 200,000 hostile calls, a dozen heaps held 9 MB, of which 5 MB were free.
+    Sharing one heap costs no time, because Python's threads run one at a time. Other C libraries
+    have only one heap.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class MemoryLock:
-    """Locks memory in its own threads, because locking pages that must be read first takes long."""
+    """Locks memory in its own threads, because locking takes long if pages must first be read from
+    a disk."""
 
     def __init__(self, on_error: Callable[[str], None]) -> None:
         """`on_error` is called at most once, in any thread."""
@@ -67,7 +70,7 @@ class MemoryLock:
 
     def _try(self) -> str:
         """Lock the memory. Return why that is impossible, or ""."""
-        # Under a limit, later allocations would fail, so lock nothing.
+        # With a limit, later allocations would fail, so lock nothing.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
         for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):

@@ -1,9 +1,9 @@
-"""Read the names of guests from their command lines. Each read may block for ever.
+"""Read the names of guests from their command lines. Each read may block forever.
 
-To read a command line, the kernel takes the target's memory lock (adapters.procfs), which any user
-can hold as long as they like, for example with an argument on a page of a FUSE file. So each user
-gets a few reading threads, and each call has one deadline for all its names. No later call waits
-for a name that missed a deadline, but the name becomes known once it is read.
+To read a command line, the kernel takes the target's memory lock (procfs.py). Any user can hold
+that as long as they like, for example with an argument on a page of a FUSE file. So each user gets
+only a few reading threads, and each call has one deadline for all its names. If a name misses a
+deadline, later calls do not wait for it, but return it as soon as it is read.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ Names = tuple[str | None, str, bool, bool]
 monitor, and storage on a network. The name is None if it is unknown."""
 UNKNOWN: Final[Names] = (None, "", False, True)
 _Key = tuple[int, int, str]
-"""pid, start time, executable: after execve(2) the same process has another command line."""
+"""pid, start time, executable. The executable is included because a process has another command
+line after execve(2)."""
 
 TIMEOUT_S: Final = 0.5
 TIMEOUT_EACH_S: Final = 0.0005
-"""What each name to read adds to the timeout. Reading one usually takes 10 to 50 µs."""
+"""How much each name to read adds to the timeout. Reading one usually takes 10 to 50 µs."""
 MAX_THREADS: Final = 64
 MAX_THREADS_OF_USERS: Final = 48
-"""Threads for all users except root; the rest is reserved for root's processes."""
+"""Threads for the processes of all users except root. The rest is reserved for root's processes."""
 MAX_THREADS_OF_USER: Final = 16
 MAX_QUEUE: Final = 16_384
 """The maximum number of command lines of one user that may wait for a thread."""
 MAX_NAMES: Final = 16_384
 _TICK_S: Final = 0.01
-"""If a user's threads have read nothing for this long, another one is started."""
+"""If a user's threads have read nothing for this long (s), another thread is started."""
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # `keys` lacks names that were read meanwhile; `_collect` takes their results.
+        # Names that were read meanwhile are not in `keys`, and `_collect` takes their results.
         self._pending &= keys
         self._late_keys &= keys
 
@@ -117,7 +118,7 @@ class NameReader:
                     await self._wake.wait()
             self._collect()
             missing = wanted.keys() & self._pending
-            # On a busy host this process may not run for a while. That time does not count, because
+            # On a busy host, this process may not run for a while. Do not count that time, because
             # it says nothing about the readers.
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
         for pid, *_ in missing:
@@ -132,7 +133,7 @@ class NameReader:
                 queue.waiting.append(key)
 
     def _start_thread(self, uid: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Start a thread if the user's queue is not empty and none of their threads progresses."""
+        """Start a thread if the user's queue is not empty and their threads make no progress."""
         with self._lock:
             if (queue := self._users.get(uid)) is None:
                 return

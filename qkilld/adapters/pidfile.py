@@ -1,10 +1,11 @@
 """Find the process that a pidfile names, if it is the one for which the file was written.
 
-Whoever can write a pidfile, or the path to it, chooses the process. And a pidfile outlives its
-process: after a crash or a reboot, its number may belong to any process. So the path is walked step
-by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE), everyone who could have
-replaced the file must be root, the caller or the process's user, and the process must not be
-younger than the file.
+Whoever can write to a pidfile, or to a directory on its path, chooses the process. So the path is
+walked step by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE). Everyone who
+could have replaced the file must be root, the caller or the process's user.
+
+A pidfile also outlives its process: after a crash or a reboot, its number may belong to any
+process. So the process must not be younger than the file.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""How much later than the pidfile its process may seem to have started. The start of a process is
-known to 10 ms and the boot time to 1 s; the rest is for coarse file system clocks."""
+"""How much later than its pidfile a process may seem to have started (s). The start of a process is
+known to 10 ms, and the boot time to 1 s. The rest is for coarse clocks of file systems."""
 MAX_PID: Final = 2**32 - 1
 """The greatest pid that a call on the bus can carry; the kernel's own limit is far lower."""
 
@@ -66,8 +67,8 @@ class PathStep:
         """Return whether the group (S_IWGRP) or others (S_IWOTH) can change the file, or replace
         the entries of the directory.
 
-        In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it,
-        and that owner is checked in the next step. The mode of a link has no meaning.
+        In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it.
+        The check of the next step covers this owner. The mode of a link has no meaning.
         """
         if stat.S_ISLNK(self.mode) or (stat.S_ISDIR(self.mode) and self.mode & stat.S_ISVTX):
             return False
@@ -117,11 +118,11 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace; a process in another namespace has written the
+    """Return the process's id in our PID namespace. A process in another namespace has written the
     id that it has there.
 
     QEMU holds a lock on its pidfile while it runs, which proves who wrote it. Raises Failed if
-    there is no such proof, and only processes in other namespaces have the id.
+    there is no such proof, and no process of our namespace has the id.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):
@@ -203,7 +204,8 @@ def _read(path: str, shown: str) -> Content:
     try:
         if not stat.S_ISREG(steps[-1].mode):
             raise InvalidArgs(f"{shown} is not a pidfile: it is not a regular file")
-        # Open for reading only after the checks, because opening a device can have side effects.
+        # Open the file for reading only after the checks, because opening a device can have side
+        # effects.
         with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as file:  # noqa: PTH123
             data = file.read(MAX_BYTES + 1)
             status = os.fstat(file.fileno())

@@ -1,7 +1,7 @@
 """A process opened by pidfd. Sources: pidfd_open(2), pidfd_send_signal(2).
 
-The identity is read after the pidfd is opened: while the pidfd shows that the process is alive,
-/proc/PID belongs to it, because its pid cannot be reused.
+The pidfd is opened first, and then the identity is read. As long as the pidfd shows that the
+process is alive, its pid cannot be reused, so /proc/PID belongs to it.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Use a pidfd that was stored for a guest's process, which may have exited since.
+    """Use a pidfd that was stored for a guest's process, which may have exited since then.
 
-    Raises ProcessChanged if it is no pidfd, or its process is another or cannot be identified; the
-    caller then still owns the descriptor.
+    Raises ProcessChanged if it is no pidfd, or is that of another process, or if the process cannot
+    be identified. The caller then still owns the descriptor.
     """
     pid = _pid_of(pidfd)
     if pid is None:
@@ -205,8 +205,8 @@ def _already_gone(pid: int) -> NoSuchProcess:
 
 
 def _exit_status(pidfd: int) -> int:
-    """Return the exit status of a reaped process in the form of wait(2); 0 if unknown, which it
-    always is before Linux 6.15."""
+    """Return the exit status of a reaped process in the form of wait(2); 0 if unknown. Before Linux
+    6.15, it is always unknown."""
     info = bytearray(_INFO.size)
     _INFO.pack_into(info, 0, _INFO_EXIT, 0)
     try:

@@ -1,10 +1,11 @@
-"""/proc/PID: the identity of a process and the mounts it sees. Sources: proc(5), cgroups(7).
+"""Read /proc/PID: the identity of a process and the mounts that it sees. Sources: proc(5),
+cgroups(7).
 
-Reading stat, status and exe never blocks. Reading a command line can: the kernel takes the target's
-memory lock, which a QEMU process stuck in a page fault may hold for ever. So call
-`read_command_line` and `read_names` in a separate thread (adapters.target_threads, adapters.names).
-mountinfo is text that the kernel keeps in memory: reading it accesses no path, so it does not block
-on a file system whose server is gone. For another user's process, it needs the ptrace right.
+Reading stat, status and exe never blocks. Reading a command line can block: the kernel takes the
+target's memory lock, which a QEMU process stuck in a page fault may hold forever. So call
+`read_command_line` and `read_names` in a separate thread (target_threads.py, names.py). Reading
+mountinfo does not block on a file system whose server is gone, because the kernel has the text in
+memory and accesses no path. For another user's process, it needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 1 << 20
-"""Bytes read of a command line; a process can make its own arbitrarily long."""
+"""How many bytes of a command line are read. A process can make its own arbitrarily long."""
 _CHUNK: Final = 1 << 14
 _MAX_MOUNTINFO: Final = 4 << 20
 """Bytes of a mountinfo, enough for about 25,000 mounts. A longer one counts as unreadable."""
@@ -46,7 +47,7 @@ class Stat(NamedTuple):
     state: str
     parent: int
     exiting: bool
-    """The first thread is exiting; others of the process may live on."""
+    """The first thread is exiting; other threads of the process may go on."""
     cpu: int
     """Clock ticks in user and kernel mode, of all threads."""
     threads: int
@@ -65,7 +66,7 @@ class Filesystem(NamedTuple):
     """A line of mountinfo. Its strings keep the kernel's escapes."""
 
     pid: str
-    """The process whose mount namespace it is in: a process id or "self"."""
+    """The process in whose mount namespace it is: a process id or "self"."""
     id: int
     parent: int
     number: str
@@ -246,18 +247,19 @@ def _arguments(command_line: bytes) -> list[str]:
 
 def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool]:
     """Return the guest's name and UUID, each "" if not given, and whether it may have a QMP
-    monitor, and storage on a network. The name is None if it is unknown. May block for ever."""
+    monitor, and storage on a network. The name is None if it is unknown. May block forever."""
     try:
         command_line = _read_command_line(pid, proc)
     except OSError as error:
         note_once(f"reading the command line of process {pid}", error)
         return None, "", False, True
     argv = _arguments(command_line)
-    # Imported late, because JSON takes 3 ms of the start of qkilld-stop, which rarely needs a name.
+    # This is imported late, because importing JSON takes 3 ms of the start of qkilld-stop, which
+    # rarely needs a name.
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # Only a whole command line shows that there is no name. An exiting process has an empty one.
+    # Only a complete command line shows that there is no name. That of an exiting process is empty.
     is_whole = 0 < len(command_line) < _MAX_CMDLINE
     label = printable(name) if name or is_whole else None
     is_remote = not is_whole or qemu_args.names_network_storage(argv)
@@ -265,10 +267,11 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool
 
 
 def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
-    """Return the systemd unit. None if it is unknown: the process or process 1 is hidden
-    (ProtectProc=, hidepid=) or gone, or it is not known which cgroup hierarchy systemd uses.
+    """Return the systemd unit. It is unknown (None) if the process or process 1 is hidden
+    (ProtectProc=, hidepid=) or gone, or if it is unknown which cgroup hierarchy systemd uses.
 
-    Users choose names of cgroups below user@UID.service. A name that no unit can have becomes "?".
+    Users choose the names of cgroups below user@UID.service. A name that no unit can have becomes
+    "?".
     """
     try:
         # Not read_text(), which would turn a carriage return in a name into a line break.
@@ -340,8 +343,8 @@ class Mounts:
     def way_to(self, path: bytes) -> list[Filesystem]:
         """Return the file systems on the way to this absolute path; the last one holds it.
 
-        Follows mounts as the kernel does when it walks a path, so that mounts covered by later ones
-        are ignored. Symbolic links are not followed: paths from the kernel have none.
+        Follows mounts as the kernel does when it walks a path, so mounts that later ones cover are
+        ignored. Symbolic links are not followed, because paths from the kernel have none.
         """
         every = self.every()
         ids = {filesystem.id for filesystem in every}

@@ -64,7 +64,8 @@ class QemuOption:
     """One option of a command line, or one section of a -readconfig file in the same form."""
 
     name: str
-    """Without dashes. As in QEMU, a word that is neither option nor argument is an image, `hda`."""
+    """The option's name without dashes. A word that is neither option nor argument is an image, as
+    in QEMU, and gets the name `hda`."""
     text: str
     """The argument as given; "" if the option takes none."""
 
@@ -72,9 +73,9 @@ class QemuOption:
     def properties(self) -> Mapping[str, Any]:
         """The argument's keys and values; empty if it has none (`-kernel FILE`).
 
-        From key=value: all values are strings, keys keep their dots ("file.driver"), a key without
-        a value is "on" or, with the prefix "no", "off", and the last of equal keys counts. From
-        JSON: the nested object; `flat` is the same for both.
+        From key=value: all values are strings, and keys keep their dots ("file.driver"). A key
+        without a value is "on" or, with the prefix "no", "off". The last of equal keys counts. From
+        JSON: the nested object. `flat` has one form for both.
         """
         if self.name in _FILE:
             return MappingProxyType({"file": self.text})
@@ -193,9 +194,10 @@ def name_and_uuid(argv: Sequence[str]) -> tuple[str, str]:
 
 
 def monitor_protocol(option: QemuOption) -> str:
-    """Return what the monitor that this option makes speaks: "qmp" or "hmp"; "" if it makes none.
+    """Return the protocol of the monitor that this option makes, "qmp" or "hmp"; "" if it makes no
+    monitor.
 
-    QEMU 11.1 has the objects, and libvirt 12.8 uses them.
+    QEMU 11.1 has objects for monitors, and libvirt 12.8 uses them.
     """
     match option.name, option.flat.get("qom-type"):
         case ("qmp" | "qmp-pretty", _) | ("object", "monitor-qmp"):
@@ -216,7 +218,8 @@ def has_qmp(argv: Sequence[str]) -> bool:
 
 
 def names_network_storage(argv: Sequence[str]) -> bool:
-    """Return whether a disk lies on a network, or may do so by a -readconfig file."""
+    """Return whether the command line names storage on a network, or a -readconfig file may do
+    so."""
     for option in parse_command_line(argv):
         if option.name == "readconfig":
             return True

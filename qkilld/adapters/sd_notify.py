@@ -1,7 +1,8 @@
 """The protocol of sd_notify(3).
 
-It is implemented here, as that page allows: systemd-python's notify() takes 10 ms to import, and
-holds Python's lock while it waits for room in the socket, which stops every other thread.
+It is implemented here, as that page allows, because systemd-python's notify() takes 10 ms to
+import. It also holds Python's lock while it waits for room in the socket, which stops every other
+thread.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""While this many messages wait to be sent, further ones about stored descriptors are dropped. That
-is harmless: the next daemon finds a process without a stored pidfd by its id and start time, and
-rejects a stored descriptor that no job needs."""
+"""While this many messages wait to be sent, further ones about stored descriptors are dropped. This
+is harmless: if a pidfd is missing, the next daemon finds the process by its id and start time. If a
+descriptor is stored that no job needs, the next daemon rejects it."""
 SOCK_DIAG: Final = "sock-diag"
 """The name of the descriptor from units/qkilld-diag.socket."""
 VARLINK: Final = "varlink"
@@ -47,7 +47,8 @@ class ServiceManager:
         self._put(state, None, always=True)
 
     def ping(self) -> None:
-        """Feed the watchdog. At most one such message waits to be sent."""
+        """Tell systemd's watchdog that this program works. At most one such message waits to be
+        sent."""
         if not self._pinging:
             self._pinging = True
             self._put("WATCHDOG=1", None, always=True)
@@ -55,7 +56,8 @@ class ServiceManager:
     def store_fd(self, name: str, fd: int) -> None:
         """Store a descriptor, which survives this process. Failures are ignored, because the next
         daemon can work without the descriptor."""
-        # Send a duplicate, because the original may be closed, and its number reused, before that.
+        # Send a duplicate, because the original may be closed, and its number reused, before it is
+        # sent.
         with ignore(f"storing the descriptor of {name}", OSError):
             self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))
 
@@ -70,7 +72,7 @@ class ServiceManager:
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         loop = asyncio.get_running_loop()
         received = asyncio.Event()
-        loop.add_reader(read, received.set)  # End of file, when systemd closes the other end.
+        loop.add_reader(read, received.set)  # The pipe ends when systemd closes its end.
         self._put("BARRIER=1", write, always=True)
         try:
             async with asyncio.timeout(timeout_s):
@@ -99,7 +101,7 @@ class ServiceManager:
             sd_notify.send(self._address, state, fd, wait=True)
         if fd is None:
             return
-        if is_socket(fd):  # A caller may have made this monitor connection: closing may block.
+        if is_socket(fd):  # Closing may block if a caller has made this connection.
             close_later(fd)
         else:
             os.close(fd)

@@ -1,10 +1,11 @@
 """Store jobs in the runtime directory (RUNTIME_DIRECTORY, systemd.exec(5)), one file for each.
 
-Writing must not delay a job, so a separate thread writes the newest state of each job. The first
-failure after a success, for example because /run is full, is reported, and jobs continue.
+Writing must not delay a job, so a separate thread writes the newest state of each job. If writing
+fails, for example because /run is full, jobs continue, and the first failure after a success is
+reported.
 
-Files may come from an earlier run or from anyone: a file that is incomplete or not ours is renamed
-to NAME.bad and reported. A file of a newer version is reported and left alone.
+Files may come from an earlier run or from anyone. A file that is incomplete or not ours is renamed
+to NAME.bad and reported. A file of a newer version is reported and kept.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ MAX_BYTES: Final = 4 << 20
 MAX_BAD: Final = 16
 """The number of .bad files to keep; further ones are removed."""
 RESERVE: Final = 16
-"""How many job numbers are reserved in advance, so that the number of a job whose file was lost in
-a crash is not used again."""
+"""How many job numbers are reserved in advance. If a crash loses the file of a job, its number is
+still reserved, and not used again."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"
@@ -69,10 +70,10 @@ class StateDirectory:
 
     def load(self) -> tuple[list[Snapshot], int, list[BadFile]]:
         """Return the jobs in the order of their numbers, the highest number that may have been
-        used, and the unusable files. Files of another boot are removed.
+        used, and the unusable files. Remove files of another boot.
 
         Raises OSError if the directory cannot be read. If it cannot be written to, for example
-        because it is full, that is reported, and its files are read nevertheless.
+        because it is full, that is reported, and its files are still read.
         """
         documents, bad = [], []
         last = 0
@@ -174,7 +175,7 @@ class StateDirectory:
             try:
                 self._write(name, document)
             except OSError:
-                # The file may predate a Cancel or Hold, so it must not be used any more.
+                # The old file may lack a Cancel or Hold, so it must not be used any more.
                 if not self._overwrite(name, document):
                     with contextlib.suppress(OSError):
                         os.unlink(name, dir_fd=self._directory)
@@ -203,17 +204,18 @@ class StateDirectory:
         self._rename(temporary, name)
 
     def _overwrite(self, name: str, document: dict[str, Any]) -> bool:
-        """Overwrite the existing file in place, which a full disk allows if the file is large
+        """Overwrite the existing file in place, which works on a full disk if the file is large
         enough. Return False on failure.
 
-        A crash meanwhile leaves an incomplete file, from which no job is resumed.
+        A crash during this leaves an incomplete file, from which no job is resumed.
         """
         try:
             fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         except OSError:
             return False
         try:
-            # Add spaces, which JSON allows at its end, to overwrite the rest of a longer old text.
+            # If the old text is longer, overwrite its rest with spaces, which JSON allows at its
+            # end.
             text = self._encoded(document).ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:

@@ -17,7 +17,7 @@ _DEBUG_PREFIX: Final = "<7>"
 
 
 class StderrHandler(logging.Handler):
-    """Writes in a thread of its own, because a journald that does not read blocks its writers."""
+    """Writes in its own thread, because writing blocks while journald does not read."""
 
     def __init__(self, program: str) -> None:
         super().__init__()

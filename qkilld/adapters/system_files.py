@@ -18,7 +18,7 @@ _FILES: Final = (
     ),
 )
 _DOCUMENTATION: Final = Path(__file__).parents[1] / "documentation"
-"""Only in a wheel; elsewhere man pages are installed."""
+"""This exists only in a wheel. Other packages install man pages."""
 
 
 def find_missing(root: Path) -> list[str]:

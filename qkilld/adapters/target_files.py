@@ -1,7 +1,7 @@
 """Open files as another process sees them, without following a link out of its root.
 
-Everything here accesses file systems of the target's choice and may block for ever, so run it in a
-separate thread. Sources: path_resolution(7), proc_pid_root(5).
+The target chooses the file systems that are accessed here, so everything may block forever: run it
+in a separate thread. Sources: path_resolution(7), proc_pid_root(5).
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _MAX_LINKS: Final = 40
 def open_path(root: Path, path: str, directory: Path | None = None) -> int:
     """Open a file with O_PATH below `root`; a relative path begins in `directory`.
 
-    Does the work of openat2(2) with RESOLVE_IN_ROOT, which fails with ENOSYS under
-    RestrictSUIDSGID= (measured, systemd 252). A procfs link counts as the path that it shows, ".."
-    does not lead out of `directory`, and nothing is automounted. Raises OSError.
+    This does the work of openat2(2) with RESOLVE_IN_ROOT, because that fails with ENOSYS under
+    RestrictSUIDSGID= (measured, systemd 252). The differences: a procfs link counts as the path
+    that it shows, ".." does not lead out of `directory`, and nothing is automounted. Raises
+    OSError.
     """
     return _PathWalk(root, None if path.startswith("/") else directory).open(path)
 
@@ -44,8 +45,8 @@ def open_path(root: Path, path: str, directory: Path | None = None) -> int:
 def read_config(pid: int, path: str, proc: Path = PROC) -> str:
     """Read a -readconfig file of a process, if its user can read it.
 
-    The process chooses the path, so the content must be readable for its user. Raises OSError;
-    ValueError if it is not a regular file, or too long.
+    The process chooses the path, so it must not reveal a file that its user cannot read. Raises
+    OSError; ValueError if the file is not a regular one, or too long.
     """
     directory = proc / str(pid)
     user = read_credentials(pid, proc)

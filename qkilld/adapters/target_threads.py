@@ -1,4 +1,5 @@
-"""Threads for operations that a target may block for ever: on its file systems and its memory lock.
+"""Run operations that a target may block forever, on its file systems or its memory lock, in
+threads.
 
 A thread that is blocked in the kernel cannot be ended, so the number of threads is limited for each
 target and each user.
@@ -91,4 +92,5 @@ class TargetThreads:
 
 
 shared: Final = TargetThreads()
-"""For the whole program, because TasksMax= limits all threads of its unit together."""
+"""The threads of the whole program. They are counted together, because TasksMax= limits all threads
+of its unit."""

@@ -1,7 +1,7 @@
 """Write traces to disk: a file for each job, in one directory.
 
-Writing to a disk can block, and qkilld is needed exactly when disks stall, so a separate thread
-writes. If too many records wait, the trace ends with a note. No failure here affects a job.
+A separate thread writes, because writing to a disk can block, and qkilld is needed when disks
+stall. If too many records wait, the trace ends with a note. No failure here affects a job.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""The number of traces with the same job number, process id and start time stays below this: a
-process may outlive daemons, and the next daemon may count from 1 again."""
+"""There are fewer traces than this with the same job number, process id and start time. There may
+be several, because a process may outlive a daemon, and the next one may count from 1 again."""
 
 
 class TraceDirectory:
@@ -33,8 +33,8 @@ class TraceDirectory:
     def __init__(
         self, path: Path, on_error: Callable[[str], None], max_bytes: int = MAX_BYTES
     ) -> None:
-        """`on_error` is called in the writing thread at a failure, and not again until another
-        trace has been begun.
+        """`on_error` is called in the writing thread at a failure. It is not called again until
+        another trace has begun.
 
         Raises OSError if `path` is not a directory in which files can be created.
         """

@@ -1,8 +1,8 @@
 """Parse /proc/PID/net/unix: proc_pid_net(5).
 
 The kernel does not escape the names of sockets. So any user of the network namespace can forge a
-row, for the socket of somebody else, by a name with line feeds. But the kernel lists a socket once:
-of several rows with one inode, at most one is true.
+row for somebody else's socket, by a name with line feeds. But the kernel lists a socket only once:
+if several rows have one inode, at most one of them is true.
 """
 
 from __future__ import annotations
