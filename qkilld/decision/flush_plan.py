@@ -70,9 +70,9 @@ def needs_second_reading(state: BlockState, evidence: Assessment | None = None) 
 def is_second_reading(
     first: BlockState, state: BlockState, evidence: Assessment | None = None
 ) -> bool:
-    """Return whether `state` shows which requests are stuck as well as any later reading: it was
-    read OLD µs after `first`, or every queue has completed a request, which a later reading would
-    show, too."""
+    """Return whether `state` shows which requests are stuck. It does if it was read OLD µs after
+    `first`, or if every queue with requests in flight has completed one since `first`: a later
+    reading would show that, too."""
     if state.at - first.at >= OLD:
         return True
     if evidence is not None and _requests(evidence):

@@ -74,10 +74,10 @@ UNCERTAIN_MAX: Final = 300 * USEC_PER_SEC
 after the guest was first asked, or for PowerdownSec= if that is longer. The work may be an
 unrelated build, which may run forever."""
 CLOSING: Final = 300_000
-"""The time (µs) for all that lies between the end of asking and SIGTERM: an observation, and the
-flush. Measured on a fast disk: 40 to 60 ms. The rest is for a second reading of the disks."""
+"""The time (µs) from the end of asking to SIGTERM, for an observation and the flush. These take 40
+to 60 ms on a fast disk (measured). The rest is for a second reading of the disks."""
 CUT: Final = 20
-"""A guest that does not react loses at most one part in CUT of PowerdownSec=."""
+"""If a guest does not react, PowerdownSec= is shortened by at most one part in CUT."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
 """Time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
@@ -403,7 +403,7 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
     If it was asked soon after the start, SIGTERM follows at most PowerdownSec + BASELINE after the
-    start: what measuring took beyond BASELINE, and what follows the asking, counts as PowerdownSec.
+    start. So the time for measuring beyond BASELINE, and CLOSING, are taken from PowerdownSec.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING
@@ -463,8 +463,8 @@ def _is_unsettled(
 
 
 def _measure_until(attempt: Attempt) -> int:
-    """Return when measuring ends if nothing more is observed. Disks that are not idle need more
-    than the baseline only as long as they complete no request."""
+    """Return when measuring ends if nothing more is observed. BASELINE suffices if the disks are
+    idle or have completed a request; otherwise measuring takes IDLE_DISKS."""
     first, last = attempt.recent[0], attempt.recent[-1]
     until, baseline = attempt.started + IDLE_DISKS, first.at + BASELINE
     needs_baseline = bool(difference(first.requests, last.requests)) or has_idle_disks(last)

@@ -59,9 +59,9 @@ class DescriptorSearch:
     def __init__(
         self, proc: Path, *, many: bool, pause_factor: float, valid_s: float, link: str = ""
     ) -> None:
-        """`pause_factor`: pause for this many times the processor time of a search. `valid_s`: how
-        long to remember that all processes were searched for a key. `link`: the link of the
-        descriptors to search for, whatever the keys are; "" if each key is a link."""
+        """`pause_factor`: the pause after a search, as a multiple of its processor time. `valid_s`:
+        how long (s) to remember that all processes were searched for a key. `link`: the link of the
+        descriptors to search for; "" if each key is the link."""
         self._proc, self._many, self._link = proc, many, link
         self._pause_factor, self._valid_s = pause_factor, valid_s
         self._wanted: set[str] = set()
@@ -106,14 +106,15 @@ class DescriptorSearch:
         return searched if is_valid else None
 
     def go_on(self, end: float) -> Iterator[tuple[str, DescriptorHolder]]:
-        """Yield links found until `end`, time.monotonic(). Finds nothing during a pause."""
+        """Yield what is found until `end`, time.monotonic(). Finds nothing during a pause."""
         now = time.monotonic()
         if now < self._rests_until or not self._wanted:
             return
         start = time.thread_time()
         while self._wanted and time.monotonic() < end:
             if self._candidates is None or self._wanted <= self._latecomers:
-                # The remaining processes would have to be searched again for the latecomers.
+                # Begin again, because the remaining processes would have to be searched again for
+                # the latecomers.
                 self._candidates = self._begin()
             process = next(self._candidates, None)
             if process is None:
@@ -129,8 +130,8 @@ class DescriptorSearch:
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
         self._without &= set(processes)
-        # That a process was seen without the link proves nothing, so it is searched again, but
-        # last: most servers are new processes.
+        # A process may have opened the link since it was searched, so search it again. But search
+        # it last, because most servers are new processes.
         new = [process for process in processes if process not in self._without]
         return iter([*by_turns(new), *by_turns(self._without)])
 

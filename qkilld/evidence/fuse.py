@@ -77,7 +77,8 @@ def read_waiting(connection: int, sys: Path = Path("/sys")) -> int | None:
 class FuseFinder:
     """Finds the servers of FUSE file systems, for all guests. Thread-safe.
 
-    It does not share the searches of PeerFinder, so it delays none for a socket.
+    Its searches are separate from those of PeerFinder, so they do not delay the search for a
+    socket.
     """
 
     def __init__(self, proc: Path = PROC) -> None:
@@ -100,7 +101,7 @@ class FuseFinder:
         at most about SEARCH_S.
 
         `connections`: when the caller first saw each of them, time.monotonic(). The kernel reuses
-        their numbers, so what was searched before proves nothing.
+        their numbers, so a search before that time proves nothing.
         """
         unnamed = self._search(connections, SEARCH_S)
         candidates = self._candidates() if unnamed else ()
@@ -118,8 +119,8 @@ class FuseFinder:
         self._search(connections, BACKGROUND_SEARCH_S)
 
     def _search(self, connections: Mapping[int, float], seconds: float) -> set[int]:
-        """Search for servers, unless another thread does. Return the connections of which none was
-        known before."""
+        """Search for servers, unless another thread does. Return the connections for which no
+        server was known before the search."""
         unnamed = {number for number in connections if not self._living(number)}
         if not unnamed or not self._searching.acquire(blocking=False):
             return unnamed
