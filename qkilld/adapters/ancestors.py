@@ -32,8 +32,7 @@ def ancestors(pid: int) -> list[Ancestor]:
 
 
 def services_that_run(programs: Collection[str]) -> dict[str, str]:
-    """Find the system services in which root runs these programs. Return the program by the
-    service."""
+    """Find the system services in which root runs these programs. Return {service: program}."""
     services = {}
     for pid in procfs.pids():
         with ignore(f"looking at process {pid}", OSError):

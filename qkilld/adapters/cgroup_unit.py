@@ -69,8 +69,8 @@ def _paths(text: str) -> dict[str, str]:
 
 
 def _first_unit(parts: list[str]) -> tuple[str, list[str]]:
-    """Return the first part that is not a slice, and the parts after it. The first is "" if it is
-    no unit."""
+    """Return the first part that is not a slice, and the parts after it; ("", []) if it is no
+    unit."""
     for index, part in enumerate(parts):
         # systemd puts an underscore before names that a cgroup controller could claim.
         name = part.removeprefix("_")

@@ -63,7 +63,7 @@ class _Settings:
     """By guest name; "" is [Policy]."""
     executables: list[str] = field(default_factory=list)
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
-    """The place where each setting was last set, by (guest or "", field)."""
+    """Where each setting was last set, by (guest, field); the guest is "" in [Policy]."""
     wrong: list[tuple[str, str]] = field(default_factory=list)
     """The place and the text of each complaint."""
 

@@ -1,4 +1,5 @@
-"""Settings of Python's interpreter that keep the event loop responsive: signals must be on time."""
+"""Set up Python's interpreter so that the event loop stays responsive, because signals must be sent
+on time."""
 
 from __future__ import annotations
 

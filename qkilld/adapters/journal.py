@@ -55,7 +55,7 @@ class QueuedJournal:
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events, as far as it has not been queued yet."""
+        """The number of dropped events that was not queued yet."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
@@ -147,7 +147,8 @@ class Journald:
 
 
 def open_journal(identifier: str = "qkilld") -> QueuedJournal:
-    """Return a queue to journald if standard error is connected to it, else to standard error."""
+    """Return a queue for events, which writes to journald if standard error is connected to it,
+    else to standard error."""
     if not stderr_is_journal():
         return QueuedJournal(to_stderr)
     journald = Journald(identifier)

@@ -28,7 +28,7 @@ def call_at(numbers: Sequence[signal.Signals], function: Callable[[], object]) -
 
     with read, write:
         loop.add_reader(read, receive)
-        # Python's handler runs only when the loop wakes up; this wakes it.
+        # Wake the loop, because Python's handler runs only when the loop wakes up.
         signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         previous = {number: signal.signal(number, _do_nothing) for number in numbers}
         try:

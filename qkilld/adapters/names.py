@@ -52,7 +52,7 @@ class _UserQueue:
     read: int = 0
     """The number of command lines read so far."""
     read_before: int = 0
-    """The value of `read` a tick ago."""
+    """The value of `read` one _TICK_S ago."""
 
 
 class NameReader:

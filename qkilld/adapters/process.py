@@ -152,7 +152,7 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
     if pid is None:
         raise ProcessChanged("it is no pidfd")
     try:
-        # -1: the process was reaped, so a signal through the pidfd reaches nothing.
+        # If the pid is -1, the process was reaped, so a signal through the pidfd reaches nothing.
         if pid > 0 and (
             pid != guest.identity.pid
             or procfs.read_stat(pid, proc).start_time != guest.identity.start_time

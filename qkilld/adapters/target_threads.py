@@ -1,5 +1,4 @@
-"""Run operations that a target may block forever, on its file systems or its memory lock, in
-threads.
+"""Threads for operations that a target may block forever, by its file systems or its memory lock.
 
 A thread that is blocked in the kernel cannot be ended, so the number of threads is limited for each
 target and each user.
@@ -53,7 +52,7 @@ class TargetThreads:
             return run_in_thread(work)
 
     def start(self, pid: int, uid: int, function: Callable[[], object]) -> threading.Thread:
-        """Run `function`, which raises nothing, in a thread. Raises AllThreadsBlocked."""
+        """Run `function` in a thread. It must not raise. Raises AllThreadsBlocked."""
 
         def work() -> None:
             function()

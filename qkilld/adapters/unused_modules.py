@@ -23,7 +23,8 @@ DEFERRED: Final = (
     "textwrap",
     "tokenize",
 )
-"""These are imported at their first use, such as by a traceback, which reads the source."""
+"""These modules are imported only at their first use, for example when a traceback reads the
+source."""
 _LOCK = threading.Lock()
 
 

@@ -7,8 +7,8 @@ local disk lost 201 of 300 records. Only a file system without a block device, s
 can hang like this. So if an image may lie on one, disks that lie elsewhere are flushed first, by
 the names from query-blockstats, which asks no file system.
 
-The command line and the open files of the process show which disks lie on such a file system. As
-both may be wrong, they decide which disks are flushed, and when, but never which disks count as
+The command line and the open files of the process show which disks lie on such a file system. Both
+may be wrong. So they decide which disks are flushed, and when, but never which disks count as
 flushed.
 """
 
@@ -82,8 +82,8 @@ def plan_early_flush(
     if not hang_reason and unanswered:
         hang_reason = f"requests of {list_titles(unanswered)} have not been answered for 1 s"
     if hang_reason:
-        # query-block would hang, so no other flush follows this one. Include the disks on a
-        # network, which are otherwise flushed later.
+        # query-block would hang, so this is the last flush. Include the disks on a network, which
+        # are otherwise flushed later.
         others += [disk for disk in usable if disk.network]
     if unanswered:
         # Try these disks, too: they may be healthy, and only share a controller's queues with disks

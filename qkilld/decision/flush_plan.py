@@ -235,7 +235,7 @@ def _requests(evidence: Assessment) -> list[OpenWait]:
 
 def standing_waits(evidence: Assessment) -> list[OpenWait]:
     """Return the waits for requests of local disks that did not move between two readings."""
-    # Half of OLD, because two readings need not be exactly OLD apart.
+    # Use half of OLD, because two readings need not be exactly OLD apart.
     since = evidence.last.at - OLD // 2
     return [
         wait

@@ -1,9 +1,9 @@
 """Assess a process after a time without samples. Pure.
 
 A daemon that resumes a job continues from this assessment, which errs in favour of the guest's
-data. If the process made progress before the gap, it assumes progress until now. If the process
-waited for something, it assumes that the wait goes on. The next `assess` compares counters with
-those from before the gap, but counts the gap as time without samples, so the gap brings SIGKILL no
+data. If the process made progress before the gap, progress is assumed until now. If the process
+waited for something, it is assumed to wait still. The next `assess` compares counters with those
+from before the gap, but counts the gap as time without samples, so the gap brings SIGKILL no
 nearer.
 """
 

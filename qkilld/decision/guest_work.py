@@ -1,8 +1,8 @@
 """Measure how much a guest works, and recognize more work than before. Pure.
 
-The work of one load varies with how much of its processors and disks the host gives it. Two figures
-stay about the same. One is its demand: the processors that it uses or waits for, plus its requests
-in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and 1.2
+The work that a load does varies with the share of processors and disks that the host gives it. Two
+figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
+requests in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and 1.2
 (measured). The other figure is the number of requests per second of processor time.
 """
 
@@ -35,7 +35,7 @@ later work is compared with this share instead."""
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of work over some time. None means unknown, so the rate is not compared."""
+    """Rates of work over some time. A rate of None is unknown, and is not compared."""
 
     requests: float | None = None
     """Requests per second."""

@@ -201,7 +201,7 @@ def kill_due(facts: JobFacts) -> int:
     latest = min(max(began_at + policy.max, earliest), INFINITY)
     due = max(start + policy.grace, facts.promised)
     if evidence is None:
-        # Only an estimate: SIGKILL needs a fresh sample.
+        # This is only an estimate, because SIGKILL needs a fresh sample.
         return min(max(due, start + policy.stall), latest)
     since = max(start + _unsampled(start, evidence), evidence.progress_from)
     if evidence.progress_at is not None:

@@ -79,13 +79,14 @@ to 60 ms on a fast disk (measured). The rest is for a second reading of the disk
 CUT: Final = 20
 """If a guest does not react, PowerdownSec= is shortened by at most one part in CUT."""
 BOOT_REPEAT: Final = 30 * USEC_PER_SEC
-"""Time (µs) between presses while a guest boots."""
+"""The time (µs) between presses while a guest boots."""
 RECENT: Final = 10 * USEC_PER_SEC
 """How long (µs) observations are kept."""
 LASTING: Final = RECENT // 2
-"""Work lasts if it fills this much (µs) of the kept observations."""
+"""Work is lasting if it fills this much (µs) of the kept observations."""
 SETTLE: Final = 10 * USEC_PER_SEC
-"""The time (µs) that a guest that was resumed or woken has for work that was due."""
+"""For at most this long (µs) after a guest was resumed or woken, its work is not measured, because
+it may be due to that."""
 
 
 _LASTING_SIGNS: Final = frozenset({ShutdownSign.PVSHUTDOWN, ShutdownSign.POWERED_OFF})
@@ -454,7 +455,7 @@ def _judge_silence(attempt: Attempt, last: GuestObservation, powerdown: int) -> 
 def _is_unsettled(
     attempt: Attempt, before: GuestObservation | None, observation: GuestObservation
 ) -> bool:
-    """Return whether a guest that was resumed or woken is still busy with work that was due."""
+    """Return whether a guest that was resumed or woken is still busy because of that (SETTLE)."""
     if before is None or attempt.helped_at is None or attempt.asked:
         return False
     time = wanted_time(before, observation)

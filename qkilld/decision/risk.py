@@ -46,9 +46,9 @@ def risks_of_kill(evidence: Assessment | None) -> tuple[Risk, ...]:
 def risks_of_death(
     number: int, evidence: Assessment | None, *, terminated: bool, flushed: bool = False
 ) -> tuple[Risk, ...]:
-    """Return the risks if a signal that qkilld did not send ended QEMU. It may come from the kernel
-    for lack of memory, from another program, or from a crash, and loses what SIGKILL would have
-    lost.
+    """Return the risks if a signal that qkilld did not send ended QEMU. The signal may come from
+    the kernel for lack of memory, from another program, or from a crash. It loses what SIGKILL
+    would have lost.
 
     `number`: the signal, 0 for none. A signal that asks QEMU to exit (_HANDLED) can end it only
     before QEMU has installed its handlers, when no guest has run yet, so it is no risk.

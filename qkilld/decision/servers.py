@@ -69,9 +69,9 @@ class NodeServer:
         return self.node.protocol == "nbd" and bool(self.tcp_id)
 
     def outlived(self, closed_first: bool | None) -> bool:
-        """Return whether the server certainly outlived the guest's use: the guest closed the
-        connection first, and no other server lies behind, for which the connection would prove
-        nothing."""
+        """Return whether the server was certainly there until the guest closed the connection. That
+        is so if the guest closed it first, and no other server lies behind: for that one, the
+        connection proves nothing."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 
@@ -101,7 +101,8 @@ class StorageServers:
         return any(one.local or one.peer is not None for one in known if not _is_known(one.peer))
 
     def alike(self, node: Node) -> tuple[Node, ...]:
-        """Return the nodes of which `node` may be any one (Node.group)."""
+        """Return the nodes that cannot be told apart from `node` (Node.group), including `node`
+        itself."""
         return self.groups.get(node.group, (node,))
 
     @property
@@ -141,8 +142,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
 
 
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
-    """Return the groups (Node.group) in which a node may lose data. A node without a group is alone
-    in one of its name."""
+    """Return the groups (Node.group) in which a node may lose data. For a node without a group, the
+    key is the node's name."""
     groups: dict[str, tuple[Node, ...]] = {}
     for node in nodes:
         name = node.group or node.name
@@ -171,7 +172,7 @@ def _follow_group(known: dict[str, NodeServer], nodes: Sequence[Node], sample: S
 
 
 def _node_server(node: Node, socket: Socket, at: int) -> NodeServer:
-    # Not for iSCSI: the kernel itself may be the server.
+    # This is not known for iSCSI, because the kernel itself may be the server.
     is_here = node.protocol == "nbd" and _connects_to_itself(socket.tcp_id)
     local = socket.family == "unix" or is_here
     return NodeServer(node, socket.inode, at, local, socket.peer, socket.tcp_id)
@@ -202,7 +203,7 @@ class ServerEnds:
     """The processes that qkilld is stopping."""
     closed_first: Mapping[str, bool] = field(default_factory=dict)
     """By the name of the node: whether the guest closed the connection before the server did.
-    Connections for which that is unknown, or which are not is_nbd_over_tcp, are left out.
+    A node is missing if that is unknown, or if the kernel cannot be asked (is_nbd_over_tcp).
 
     False proves nothing for a server of this host, because a healthy server may close the
     connection between QEMU's request to disconnect and QEMU's shutdown(2). It did so in 38 of 120

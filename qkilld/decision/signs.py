@@ -28,8 +28,8 @@ HANDSHAKE: Final = 16 * 1024
 """If fewer bytes than this were acknowledged on a connection, what the server sent does not count
 as a reply, because it may belong to the handshake."""
 TALK: Final = 256
-"""If QEMU's threads exchange at least this many bytes in a WINDOW, replies arrive. Without replies
-they exchange 8 to 16 bytes a second."""
+"""QEMU's threads exchange at least this many bytes in a WINDOW only if replies arrive. Without
+replies, they exchange 8 to 16 bytes a second."""
 PEER_NOISE: Final = 16 * 1024
 """If a server reads or writes fewer bytes than this in a WINDOW, they do not count: they may be for
 its log."""
@@ -73,7 +73,7 @@ class SignKind(StrEnum):
     """The sign has moved if its value has changed."""
     LOW = "low"
     """The sign has moved if its value is lower by `least` than ever before. A fall to a value that
-    was reached before does not count: a queue may only have been filled in between."""
+    was reached before does not count, because new requests may have filled the queue in between."""
     TRAFFIC = "traffic"
     """The sign has moved if its value has grown by `least` within WINDOW."""
     QUIET = "quiet"

@@ -25,9 +25,9 @@ class Limits:
     long as systemd lets it."""
 
     stay: int = INFINITY
-    """The helper exits this long after its start, before systemd would kill it."""
+    """How long after its start the helper exits, because systemd would kill it later."""
     ask: int = INFINITY
-    """The helper stops asking the guest this long after its start, to leave time for SIGTERM."""
+    """How long after its start the helper stops asking the guest, to leave time for SIGTERM."""
     force: bool = False
     """Whether systemd would finally send SIGKILL to the guest's process."""
     extendable: bool = False

@@ -564,8 +564,8 @@ def _describe(wait: OpenWait, at: int) -> str:
 
 
 def is_dead(sample: Sample) -> bool:
-    """Return whether the process has exited. The pidfd may report that later: only after the last
-    thread is reaped, which a debugger at its prompt delays."""
+    """Return whether the process has exited. The pidfd may report the exit later: it does so after
+    the last thread is reaped, and a debugger at its prompt delays that."""
     return sample.state in ("Z", "X") and sample.threads == () and not sample.exiting
 
 

@@ -4,7 +4,7 @@ A QEMU that received SIGTERM exits within milliseconds unless it waits for somet
 lists the waits in one sample, each with its own signs (signs.py). Only these show progress of the
 wait; other guests on other disks, traffic on a console and timers do not.
 
-An unreadable source is a wait too, of the kind UNSEEN: unknown is never idle.
+An unreadable source also counts as a wait, of the kind UNSEEN, because unknown is never idle.
 """
 
 from __future__ import annotations

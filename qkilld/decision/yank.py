@@ -89,7 +89,8 @@ def _has_moved(wait: OpenWait, since: int) -> bool:
 
 
 def _owes(node: Node, sample: Sample) -> bool:
-    """Return whether a reply is certainly missing: no server is there, or data is on the way."""
+    """Return whether a reply is certainly missing, because there is no server or data is on the
+    way."""
     sockets = [socket for socket in sample.sockets or () if socket.node == node.name]
     if sample.sockets is not None and not sockets:
         return True

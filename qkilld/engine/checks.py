@@ -137,7 +137,7 @@ def check_answer(answer: Answer, what: str) -> None:
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
     """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
 
-    The person who types a password sees the guest's name, and its owner has chosen this, so it is
+    The person who types a password sees the guest's name. As the guest's owner has chosen it, it is
     made harmless (for_dialog).
     """
     name = for_dialog(guest.label.shown_name)

@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
 decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. Before
-the processors are stopped, it is saved that they will be. So they are started again if the job ends
-before a signal, even if the daemon crashes in between. If the guest has powered off, QEMU is
-finally told to quit; therefore the API calls this phase "quit". The monitor stays open until the
-job ends, because QEMU does not reply on a connection that is made after SIGTERM.
+the processors are stopped, this intention is saved. So if the job ends before a signal, or the
+daemon crashes, they are started again. If the guest has powered off, QEMU is finally told to quit;
+therefore the API calls this phase "quit". The monitor stays open until the job ends, because QEMU
+does not reply on a connection that is made after SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
 """Timeout (µs) for reading the state of the disks, which takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while the job waits for a backup or to be released, and of samples
-during a flush."""
+"""Interval (µs) of readings while the job waits for a backup or a Release, and of samples during a
+flush."""
 REREAD_INTERVAL: Final = 50_000
 """The first interval (µs) of readings that show whether requests are stuck; the intervals grow."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2

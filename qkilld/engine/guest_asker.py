@@ -93,7 +93,7 @@ class GuestAsker:
 
     @property
     def attempt(self) -> Attempt:
-        """Everything known so far, which the next daemon needs."""
+        """Everything known so far. The next daemon needs it."""
         return self._attempt
 
     def start(self) -> None:

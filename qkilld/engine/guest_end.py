@@ -1,8 +1,8 @@
 """The end of a guest's process, and the data that it puts at risk.
 
 decision.risk and decision.servers decide which data is at risk. If the guest has storage on a
-network, the job ends a little later: it must be known whether the servers were being stopped, too
-(decision.servers.SETTLE).
+network, the job ends a little later (decision.servers.SETTLE), to find out whether the servers were
+being stopped, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GuestEnd:
         now = self._clock.now()
         if self.at is None:
             self.at = now
-            # Read the signal now: when the parent has reaped the process, it is gone.
+            # Read the signal now, because it is gone when the parent has reaped the process.
             self._killed_by = self._process.killed_by()
             is_known = self._job.flush.proven or signals.killed or self._killed_by
             if not is_known and self._servers.note_exit():

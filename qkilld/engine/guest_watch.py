@@ -19,7 +19,7 @@ MAX_SURVEYS: Final = 8
 @dataclass(frozen=True, slots=True)
 class WatchedGuest:
     number: int
-    """The number of the guest while the process lives and guests are watched. It is never
+    """A number that the guest keeps while its process lives and guests are watched. It is never
     reused."""
     guest: Guest
     channels: GuestChannels

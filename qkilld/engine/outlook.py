@@ -56,8 +56,8 @@ def _before_signals(job: ObservedJob) -> Outlook:
 
 
 def _standstill(facts: JobFacts, deadline: int) -> int:
-    """Return the time (µs) without progress that leads to the deadline; 0 if GraceSec=, MaxSec= or
-    an extension determines the deadline."""
+    """Return the time (µs) without progress after which the deadline comes. Return 0 if the
+    deadline depends only on GraceSec=, MaxSec= or an extension."""
     evidence, policy = facts.assessment, facts.policy
     if evidence is None or facts.term_at is None or not facts.by_evidence:
         return 0

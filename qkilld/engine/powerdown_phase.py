@@ -49,7 +49,7 @@ class PowerdownPhase:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The state of asking, which the next daemon needs."""
+        """The state of asking. The next daemon needs it."""
         return self._asker.attempt if self._asker is not None else self._past_attempt
 
     def resume(self, past: Attempt | None) -> None:

@@ -204,7 +204,7 @@ class Registry:
         return job
 
     def follow_resumed(self) -> None:
-        """Let the jobs continue that were resumed among many."""
+        """Let the jobs continue that were resumed with `among_many`."""
         self._resumed.follow()
 
     def get(self, number: int) -> Job:
@@ -326,7 +326,7 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # If several jobs of this process were resumed, another job may be registered. Leave that.
+        # Leave another job of this process registered: several may have been resumed.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)

@@ -44,9 +44,9 @@ RETRY: Final = USEC_PER_SEC // 10
 """After this time (µs), the next sample looks for servers that were not found."""
 MAX_SAMPLES: Final = 4
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""How long (µs) to ask the kernel at most which end has closed each connection. For connections
-after that, it counts as unknown. A question takes 20 µs, but up to 20 ms while other threads ask
-the kernel."""
+"""The longest time (µs) for asking the kernel which end closed each connection first. A question
+takes 20 µs, but up to 20 ms while other threads ask the kernel. If the time is over, the answer for
+the other connections is unknown."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "it could not be watched whether all servers of its disks outlived the guest"

@@ -157,7 +157,7 @@ class Snapshot:
         return self.phase is Phase.KILL
 
     def without_kill(self) -> Snapshot:
-        """Return the snapshot without the SIGKILL, which was not sent."""
+        """Return the snapshot for the case that the SIGKILL was not sent."""
         risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 

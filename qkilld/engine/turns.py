@@ -79,8 +79,8 @@ class Turns:
             self._round = asyncio.get_running_loop().call_soon(self._serve)
 
     def _serve(self) -> None:
-        """Give each user a turn while time remains. The next round follows after the loop has
-        handled other events and the tasks started here have begun."""
+        """Give each user a turn while time remains. The next round follows when the loop has
+        handled other events, and when the tasks started here have begun."""
         self._round = None
         called, self._has_new_calls = self._has_new_calls, False
         end = time.monotonic() + ROUND_S

@@ -46,8 +46,8 @@ class YankRung:
         self._cut_off_names = _NOTHING
         """The names of yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
-        """The connections whose yank has no reply yet. If QEMU exits before its reply is read, they
-        count as yanked."""
+        """The connections for which `yank` has no reply yet. If QEMU exits before its reply is
+        read, they count as cut off."""
         self._exhausted = False
         self._until: int | None = None
         """The deadline of the current attempt; None if there is none."""

@@ -299,7 +299,7 @@ def _bare(filename: str) -> str:
 
 
 def _only_read(options: Sequence[QemuOption]) -> frozenset[str]:
-    """Return the nodes and drives that are used, and only for reading."""
+    """Return the nodes and drives that are used only for reading."""
     used: set[str] = set()
     written: set[str] = set()
     for option in options:

@@ -6,11 +6,11 @@
 Both are read if the host has both. If a controller is not enabled for the process's group, the
 nearest ancestor that has it is read. Rights: none.
 
-Cost, measured on kernel 6.18: 30 µs a read. It costs 0.2 ms more to list the group's other
-processes, once every REFRESH_S and when the process has moved to another group.
+Cost, measured on kernel 6.18: 30 µs a read. Listing the group's other processes costs 0.2 ms. This
+is done every REFRESH_S, and when the process has moved to another group.
 
-Limits of v1: blkio counts writeback only for the root group, and since 6.10 counts only disks for
-which a limit was ever set.
+Limits of v1: blkio counts writeback only for the root group. Since Linux 6.10, it counts only for
+disks on which a limit was ever set.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Decide which guests' files stay open from one sample to the next.
 
-All guests together may keep two thirds of this program's descriptors. PER_JOB for each job, and
-those that watch the servers of guests (server_exits.py), are subtracted from that. The other third
-is for files that jobs and callers must have open. If jobs are added and room is short, the next
-sample closes the files of the guests that have kept theirs longest. If there is no room for a
+All guests together may keep two thirds of this program's descriptors. From these, PER_JOB for each
+job is subtracted, and the descriptors that watch the servers of guests (server_exits.py). The other
+third is for files that jobs and callers must have open. If jobs are added and room is short, the
+next sample closes the files of the guests that have kept theirs longest. If there is no room for a
 guest, its files are opened for each sample. It does not displace another guest: guests are sampled
 in turn, so if each displaced the next, no file would be open when it is needed.
 """
@@ -21,8 +21,8 @@ from qkilld.evidence.server_exits import GuestServerExits
 PER_JOB: Final = 4
 """Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
 SPARE: Final = 64
-"""A guest may begin to keep its files (about ten) open only if there is room for this many, so that
-they rarely displace those of other guests."""
+"""A guest, which has about ten files, may begin to keep them open only if there is room for this
+many. So they rarely displace the files of other guests."""
 
 
 class Keeper(Protocol):

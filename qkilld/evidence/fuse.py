@@ -32,7 +32,7 @@ from qkilld.model.sample import Mount
 DEVICE: Final = "/dev/fuse"
 MAX_SERVERS: Final = 8
 """If more processes than this may serve one connection, only those are sampled that have a file
-with the name of the guest's image open."""
+open that is named like the guest's image."""
 SEARCH_S: Final = 0.02
 """The longest time that a sample searches. It does not wait for a search by another thread."""
 BACKGROUND_SEARCH_S: Final = 1.0

@@ -1,7 +1,7 @@
 """Find the directories of a process's control groups, from /proc/PID/cgroup and the mounts.
 
 Source: cgroups(7), proc_pid_mountinfo(5). A process is in one group of each hierarchy. A host has
-the hierarchy of v2, several of v1, or both.
+the one hierarchy of v2, several hierarchies of v1, or both.
 """
 
 from __future__ import annotations

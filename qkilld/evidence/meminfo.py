@@ -1,7 +1,7 @@
 """Read the unwritten page cache of the whole host from /proc/meminfo.
 
-Source: kernel Documentation/filesystems/proc.rst. Rights: none. Cost: 14 µs. The values are the
-same for all processes, so read them once for all samples that are taken together.
+Source: kernel Documentation/filesystems/proc.rst. Rights: none. Cost: 14 µs. The values are those
+of the whole host, so read them once for all samples that are taken together.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ class OtherNamespaces:
     def listens(self, matches: Callable[[bytes], bool]) -> bool | None:
         """Return whether any of these sockets has a matching name; None if unknown.
 
-        Processes that may not be read count as processes of our namespace: a user's daemon can read
-        only those of this user. Costs 5 µs for each process of the host, every AGE_S.
+        Processes that we may not read count as processes of our namespace. A user's daemon can read
+        only the processes of this user. Costs 5 µs for each process of the host, every AGE_S.
         """
         with self._lock:
             if time.monotonic() - self._read_at >= AGE_S:

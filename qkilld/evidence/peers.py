@@ -74,12 +74,14 @@ class ServerReader:
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
         self._missing_ends: Set[int] = frozenset()
-        """The sockets of servers that were not found yet, of servers behind others, too."""
+        """The sockets of servers that were not found yet, including servers behind other
+        servers."""
         self._connections: Mapping[int, float] = {}
         """When each FUSE connection was first seen, time.monotonic()."""
         self._new_missing_ends: set[int] = set()
         self._new_connections: dict[int, float] = {}
-        """What read() has met so far. search() may run meanwhile."""
+        """What the present read() has found so far. It is kept apart, because search() may run
+        meanwhile."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
         """The processes that may serve a FUSE mount, by the mount and the names of the images."""
 

@@ -9,17 +9,17 @@ events and disks, and in each case that was measured (NBD, iSCSI), a hanging QEM
 timer on its ring.
 
 The kernel does not show Linux AIO requests in flight. There can be some only if the process has an
-AIO context (a mapping of "/[aio]") and a file open with O_DIRECT, without which io_submit(2) is
+AIO context (a mapping of "/[aio]") and a file open with O_DIRECT: without O_DIRECT, io_submit(2) is
 synchronous. The tail of the ring in that mapping (kernel fs/aio.c) counts completions, not requests
 in flight. It is read only in samples with detail (sampler.py), because reading it takes the
 target's memory lock.
 
 Rights: the ptrace right. Cost, measured on kernel 6.18: 11 µs for each ring at each read. Every
-REFRESH_S, or when the number of descriptors changes, 3 µs for each descriptor, 9 µs more for each
-file (0.6 ms for 100), and 40 to 400 µs for the mappings. The mappings are read only if a file is
-open with O_DIRECT and any process on the host has an AIO context. Reading them takes the target's
-memory lock, which may block as long as its storage hangs. So a separate thread reads them, and
-after MAPPINGS_TIMEOUT_S the result is unknown.
+REFRESH_S, and when the number of descriptors changes, the descriptors and mappings are read again.
+This costs 3 µs for each descriptor, 9 µs more for each file (0.6 ms for 100), and 40 to 400 µs for
+the mappings. The mappings are read only if a file is open with O_DIRECT and any process on the host
+has an AIO context. Reading them takes the target's memory lock, which may block as long as its
+storage hangs. So a separate thread reads them, and after MAPPINGS_TIMEOUT_S the result is unknown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Find out which servers ended before their guest did. Implements engine.ports.ServerExits.
 
 The kernel puts a pidfd into the ready list of an epoll when its process ends, and epoll_wait(2)
-returns that list in order. So one call after the guest's end shows which of the others ended before
-it, however late the call is. Sources: pidfd_open(2), ep_poll_callback in fs/eventpoll.c.
+returns that list in order. So one call after the guest's end shows which servers ended before the
+guest, however late the call is. Sources: pidfd_open(2), ep_poll_callback in fs/eventpoll.c.
 """
 
 from __future__ import annotations

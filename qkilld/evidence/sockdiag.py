@@ -5,8 +5,8 @@ MB resident, more than the rest of the daemon, and it takes 60 µs for each of t
 sockets of 1,000 guests.
 
 Any user can have 100,000s of sockets. If a family (unix or TCP) has more than MAX_SOCKETS, its
-table is called crowded, and its sockets are queried one by one. TCP needs the ids of the sockets
-for that, which one scan of the table finds.
+table is called crowded, and its sockets are queried one by one. To query a TCP socket, its id is
+needed; one scan of the table finds the ids.
 
 Needs no rights. Cost: 30 µs for the unix table, and 2 µs for each socket in it; 600 µs for the TCP
 table (the kernel scans 100,000s of slots), and 20 µs for one TCP socket whose id is known. The

@@ -78,7 +78,8 @@ class SocketReader:
         self._graph: BlockGraph | None = None
         self._ends: _Ends | None = None
         self._given_names: dict[bytes | None, _Use] | None = None
-        """The uses of listening sockets that were passed to QEMU, by name; None until needed."""
+        """The uses of the listening sockets that were passed to QEMU as descriptors, by the
+        sockets' names; None until needed."""
         self._numbers: dict[int, int] = {}
         self._own_names: set[bytes] | None = None
         """The names of the unix sockets that the process listens on; None until needed."""

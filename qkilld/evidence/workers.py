@@ -16,7 +16,7 @@ STUCK_S: Final = 0.1
 MAX_WORKERS: Final = 64
 """The maximum number of worker threads. Dead storage may block each of them."""
 MAX_PER_USER: Final = 48
-"""The maximum number of workers that one user other than root may occupy; the others are for other
+"""The maximum number of workers that one user other than root may occupy. The rest is for other
 users."""
 
 Call = Callable[[], None]

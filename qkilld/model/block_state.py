@@ -89,8 +89,8 @@ class FlushResult:
     error: str = ""
     """A printable description; "" if the disk was flushed."""
     refused: bool = False
-    """The flush was not tried, for example because QEMU did not export the node. So `error` is no
-    error of the disk."""
+    """The flush was not tried, for example because QEMU did not export the node. So `error` says
+    nothing about the disk."""
 
 
 @dataclass(frozen=True, slots=True)

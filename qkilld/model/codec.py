@@ -1,7 +1,7 @@
 """Convert our dataclasses to plain JSON types and back, driven by their type hints.
 
-A Flag becomes the list of its names, any other Enum its value, a tuple or set a list. A Policy
-becomes an object of time spans as in systemd.time(7).
+A Flag becomes a list of names. Any other Enum becomes its value, and a tuple or set becomes a list.
+A Policy becomes an object of time spans as in systemd.time(7).
 
 Each type gets a function that converts its values. The functions are kept, because examining a type
 takes longer than converting a value, and a job has 300 values.

@@ -60,7 +60,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The names of a guest. All but the unit are the process's own claims."""
+    """The names of a guest. All except the unit are claims of the process itself."""
 
     name: str | None = None
     """The argument of -name, printable; "" if there is none, None if unknown."""

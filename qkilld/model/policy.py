@@ -1,5 +1,5 @@
-"""The policy: the time spans of the ladder, in µs, INFINITY for never; and switches for rungs that
-are not signals."""
+"""The policy: the time spans of the ladder, and switches for rungs that are not signals. Spans are
+in µs; INFINITY means never."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class Span(NamedTuple):
 
     @property
     def argument(self) -> str:
-        """The option of qkillctl and qkilld-stop, such as --storage-stall; its dest is `field`."""
+        """The option of qkillctl and qkilld-stop, such as --storage-stall. argparse stores its
+        value as `field`."""
         return f"--{self.word or self.field.replace('_', '-')}"
 
     @property

@@ -27,7 +27,7 @@ class Io:
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that waits in uninterruptible sleep, or in a call other than a wait for events."""
+    """A thread that is in uninterruptible sleep, or waits in a call that is not for events."""
 
     tid: int
     name: str
@@ -238,10 +238,11 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """The place of an image that is open for writing. Read only if Sample.mounts is not empty."""
+    """The place of an image that is open for writing. This is only read if Sample.mounts is not
+    empty."""
 
     names: tuple[str, ...]
-    """The names of the nodes that use the image, according to the command line. () if the image was
+    """The names of the nodes that use the image, according to the command line; () if the image was
     added later, or if the command line names a link to it."""
     mount: str
     """MAJOR:MINOR of its file system, if that has no block device; "" if the image lies on block

@@ -36,7 +36,8 @@ MAX_BYTES: Final = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The job of a trace. Of the guest's command line, only the name is included."""
+    """The job of a trace. The guest's name is the only part of its command line that is
+    included."""
 
     job: int
     started: int

@@ -146,7 +146,7 @@ def read_agent_port(answer: object, label: str) -> AgentPort | None:
 
 def chardev_places(listener: UnixListener | TcpListener, own: object) -> tuple[str, ...]:
     """Return the names by which query-chardev may show a listener. `own` is the address of our end
-    of the connection, by which it shows a connected TCP device."""
+    of the connection: query-chardev shows that for a connected TCP device."""
     if isinstance(listener, UnixListener):
         # QEMU shows no name for an abstract socket that is connected (measured, 7.2).
         names = ["" if path.startswith("@") else path for path in listener.paths]

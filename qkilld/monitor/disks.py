@@ -211,8 +211,8 @@ async def flush(
 async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) -> FlushResult:
     """Flush a disk while the processors run; QEMU does not report errors of the disk.
 
-    The command names the disk's device if possible, because for a node, QEMU 8 and later first wait
-    for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
+    The command names the disk's device if possible. If it named a node, QEMU 8 and later would
+    first wait for all requests of all disks (measured, 10.0 and 11.1). Raises MonitorError. After a
     MonitorTimeout, the monitor is blocked until the flush is done.
     """
     names = [f"-d {disk.qdev}"] if _DEVICE_NAME.fullmatch(disk.qdev) else []

@@ -306,7 +306,8 @@ def _serves_tcp(chardev: Mapping[str, str]) -> bool:
 
 
 def _descriptor(chardev: Mapping[str, str]) -> int | None:
-    """Return the number of the descriptor that QEMU was given for the device; None for none."""
+    """Return the number of the descriptor that QEMU was given for the device; None if it was given
+    none."""
     number = chardev.get("fd", "")
     return int(number) if number.isdecimal() and len(number) < 10 else None
 

@@ -125,11 +125,11 @@ class GuestControl:
         `directly`: include monitors on TCP and abstract sockets; a thread enters the guest's
         network namespace to connect to them.
 
-        Waits BUSY_S for a monitor in use, START_WAIT_S for that of a QEMU that has just started.
+        Waits for BUSY_S if the monitor is in use, and for START_WAIT_S if QEMU has just started.
         `qmp_socket`: the path of the QMP monitor according to the caller. `was_asked`: the guest
-        was asked to shut down before; `agent_was_open`: whether its agent had the port open then.
-        Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable, with
-        reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
+        was asked to shut down before. `agent_was_open`: whether its agent had the port open at that
+        time. Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable,
+        with reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
         """
         began = time.monotonic()
         while True:

@@ -3,8 +3,8 @@
 Whoever started QEMU chose the path on its command line, and this may lead to any socket. connect(2)
 alone can start a service, or occupy another guest's monitor. So before connect(2), the kernel must
 confirm that the process's own socket is bound to this file. If the kernel does not show that, the
-file must belong to the process's user. After connect(2), and before a byte is sent, it is checked
-that the process is the peer.
+file must belong to the process's user. After connect(2), before any byte is sent, SO_PEERCRED must
+show that the process is the peer.
 
 Sources: unix(7), proc_pid_net(5), sock_diag(7). Measured: SO_PEERCRED returns QEMU's pid also after
 -daemonize, and for a socket passed with fd= on which the parent called listen(2).
