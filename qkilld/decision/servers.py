@@ -56,12 +56,12 @@ class NodeServer:
     def lasting(self) -> frozenset[int]:
         """The processes on the way to the storage that go on running if only the guest
         disconnects."""
-        return frozenset(peer.parent or peer.pid for peer in _chain(self.peer) if not peer.leaves)
+        return _lasting(_chain([self.peer]))
 
     @property
     def serving(self) -> frozenset[int]:
         """All processes on the way to the storage."""
-        return frozenset(peer.pid for peer in _chain(self.peer))
+        return _serving(_chain([self.peer]))
 
     @property
     def is_nbd_over_tcp(self) -> bool:
@@ -97,8 +97,8 @@ class StorageServers:
     def unfound(self) -> bool:
         """Whether another sample may show more: a local server was not found, or it is not known
         yet whether it exits with its client."""
-        known = self.connected.values()
-        return any(one.local or one.peer is not None for one in known if not _is_known(one.peer))
+        missing = any(one.local for one in self.connected.values() if one.peer is None)
+        return missing or not _are_known(self._chain())
 
     def alike(self, node: Node) -> tuple[Node, ...]:
         """Return the nodes that cannot be told apart from `node` (Node.group), including `node`
@@ -108,12 +108,15 @@ class StorageServers:
     @property
     def lasting(self) -> frozenset[int]:
         """NodeServer.lasting of all nodes."""
-        return frozenset(pid for one in self.connected.values() for pid in one.lasting)
+        return _lasting(self._chain())
 
     @property
     def serving(self) -> frozenset[int]:
         """NodeServer.serving of all nodes."""
-        return frozenset(pid for one in self.connected.values() for pid in one.serving)
+        return _serving(self._chain())
+
+    def _chain(self) -> Iterator[Peer]:
+        return _chain(one.peer for one in self.connected.values())
 
 
 def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServers | None:
@@ -130,8 +133,13 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if sample.sockets is None:
         return before
     known = dict(before.connected) if before is not None else {}
-    for nodes in groups.values():
-        _follow_group(known, nodes, sample)
+    group_of = {node.name: name for name, nodes in groups.items() for node in nodes}
+    sockets: dict[str, list[Socket]] = {}
+    for socket in sample.sockets:
+        if socket.node in group_of:
+            sockets.setdefault(group_of[socket.node], []).append(socket)
+    for name, nodes in groups.items():
+        _follow_group(known, nodes, sockets.get(name, ()), sample.at)
     if before is None:
         every = [node for nodes in groups.values() for node in nodes]
         candidates: Sequence[Node] = [one for one in every if _should_be_connected(one, sample)]
@@ -144,29 +152,32 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:
     """Return the groups (Node.group) in which a node may lose data. For a node without a group, the
     key is the node's name."""
-    groups: dict[str, tuple[Node, ...]] = {}
+    groups: dict[str, list[Node]] = {}
     for node in nodes:
-        name = node.group or node.name
-        groups[name] = (*groups.get(name, ()), node)
-    return {name: group for name, group in groups.items() if any(map(_may_lose_data, group))}
+        groups.setdefault(node.group or node.name, []).append(node)
+    return {name: tuple(group) for name, group in groups.items() if any(map(_may_lose_data, group))}
 
 
-def _follow_group(known: dict[str, NodeServer], nodes: Sequence[Node], sample: Sample) -> None:
+def _follow_group(
+    known: dict[str, NodeServer], nodes: Sequence[Node], sockets: Sequence[Socket], at: int
+) -> None:
     """Add the connections of one group to `known`."""
     names = {node.name: node for node in nodes}
-    sockets = [socket for socket in sample.sockets or () if socket.node in names]
     inodes = {socket.inode for socket in sockets}
     users = {known[name].inode: name for name in names if name in known}
+    free = [one for one in names if one not in known or known[one].inode not in inodes]
+    free.sort(key=lambda one: one in known)
+    free_names = dict.fromkeys(reversed(free))  # The next one to use is the last.
     for socket in sockets:
         name = users.get(socket.inode, "")
         if not name:
-            free = [one for one in names if one not in known or known[one].inode not in inodes]
-            if not free:
+            if not free_names:
                 continue
-            name = min(free, key=lambda one: (one != socket.node, one in known))
+            name = socket.node if socket.node in free_names else next(reversed(free_names))
+            del free_names[name]
         old = known.get(name)
         if old is None or old.inode != socket.inode:
-            known[name] = _node_server(names[name], socket, sample.at)
+            known[name] = _node_server(names[name], socket, at)
         elif old.peer is None or (_is_known(socket.peer) and not _is_known(old.peer)):
             known[name] = _node_server(names[name], socket, old.at)
 
@@ -186,9 +197,19 @@ def _connects_to_itself(tcp_id: str) -> bool:
 
 
 def _is_known(peer: Peer | None) -> bool:
-    return peer is not None and all(
-        one.leaves is not None and not one.behind_unknown for one in _chain(peer)
-    )
+    return peer is not None and _are_known(_chain([peer]))
+
+
+def _are_known(peers: Iterable[Peer]) -> bool:
+    return all(peer.leaves is not None and not peer.behind_unknown for peer in peers)
+
+
+def _lasting(peers: Iterable[Peer]) -> frozenset[int]:
+    return frozenset(peer.parent or peer.pid for peer in peers if not peer.leaves)
+
+
+def _serving(peers: Iterable[Peer]) -> frozenset[int]:
+    return frozenset(peer.pid for peer in peers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,11 +305,17 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
     )
 
 
-def _chain(peer: Peer | None) -> Iterator[Peer]:
-    if peer is not None:
-        yield peer
-        for one in peer.behind:
-            yield from _chain(one)
+def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
+    """Yield the servers and those behind them. Several connections have one server, and servers may
+    share those behind them, so each object is visited only once."""
+    waiting = [peer for peer in peers if peer is not None]
+    seen: set[int] = set()
+    while waiting:
+        peer = waiting.pop()
+        if id(peer) not in seen:
+            seen.add(id(peer))
+            yield peer
+            waiting += peer.behind
 
 
 def _title(nodes: Sequence[Node]) -> str:

@@ -402,9 +402,11 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         for socket in (previous and previous.sockets) or ()
         if socket.peer is not None
     }
+    by_node: dict[str, list[Socket]] = {}
+    for socket in sockets:
+        by_node.setdefault(socket.node, []).append(socket)
     waits = [
-        _node_wait(node, [socket for socket in sockets if socket.node == node.name], sample, before)
-        for node in sample.nodes or ()
+        _node_wait(node, by_node.get(node.name, ()), sample, before) for node in sample.nodes or ()
     ]
     waits += [
         _unknown_wait(socket, sample, before.get(socket.inode))

@@ -22,6 +22,7 @@ from qkilld.evidence.fuse import (
     MAX_SERVERS,
     SEARCH_S,
     FuseFinder,
+    FuseServers,
     connection_of,
     read_waiting,
 )
@@ -40,6 +41,9 @@ REFRESH_S: Final = 10.0
 """How long a list of a server's open files is valid."""
 MAX_PEERS: Final = 64
 """The maximum number of servers of one guest that are sampled."""
+MAX_PLACES: Final = 1024
+"""The maximum number of servers behind others in one sample. They are counted again for each
+connection of the guest, because a sample takes time and memory for each."""
 HOPS: Final = 2
 """How many levels of servers to follow behind a server, which may only forward requests."""
 
@@ -51,6 +55,19 @@ class _SampledServers(NamedTuple):
     peers: tuple[Peer, ...]
     certain: bool
     """Whether all of these processes serve the file system."""
+
+
+class _SampleTables(NamedTuple):
+    storage: StorageTable
+    sockets: SocketTable
+
+
+class _Links(NamedTuple):
+    """The servers that a server uses itself."""
+
+    pids: tuple[int, ...]
+    unknown: bool
+    """Whether it may use others."""
 
 
 class _Match(NamedTuple):
@@ -82,6 +99,12 @@ class ServerReader:
         self._new_connections: dict[int, float] = {}
         """What the present read() has found so far. It is kept apart, because search() may run
         meanwhile."""
+        self._sampled: dict[int, Peer] = {}
+        """What the present read() has sampled, without the servers behind, by process id."""
+        self._links: dict[int, _Links] = {}
+        """The servers that these use, by process id."""
+        self._room = 0
+        """How many more servers behind others this sample may have."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
         """The processes that may serve a FUSE mount, by the mount and the names of the images."""
 
@@ -124,9 +147,14 @@ class ServerReader:
         """
         self._used_pids = []
         self._new_missing_ends, self._new_connections = set(), {}
+        self._sampled, self._links, self._room = {}, {}, MAX_PLACES
         self._budget.renew()
-        values = self._read(ends, storage, sockets, downstream={self._pid})
-        served = self._read_fuse(mounts, names, storage, sockets, downstream={self._pid})
+        tables = _SampleTables(storage, sockets)
+        owners = self._read(ends, tables)
+        owners = {end: pid for end, pid in owners.items() if pid != self._pid}
+        chains = {pid: self._with_behind(self._sampled[pid], tables) for pid in owners.values()}
+        values = {end: self._placed(chains[pid]) for end, pid in owners.items()}
+        served = self._read_fuse(mounts, names, tables)
         self._missing_ends = self._new_missing_ends
         self._connections = self._new_connections
         # Close unused readers. They would pile up, because a server that forks for each connection
@@ -145,63 +173,101 @@ class ServerReader:
             reader.close()
         self._readers.clear()
 
-    def _read(
-        self,
-        ends: Mapping[int, str | None],
-        storage: StorageTable,
-        sockets: SocketTable,
-        downstream: set[int],
-    ) -> dict[int, Peer]:
-        """Sample the servers at these ends. `downstream`: the guest's process and the servers
-        between it and these ends, which are not sampled again."""
-        peers: dict[int, Peer] = {}
+    def _read(self, ends: Mapping[int, str | None], tables: _SampleTables) -> dict[int, int]:
+        """Sample the servers at these ends, each once in a sample. Return the process id of each
+        end, if its server was sampled or is the guest's own process."""
         owners = self._finder.find(ends) if ends else {}
         self._new_missing_ends |= ends.keys() - owners.keys()
-        for pid in set(owners.values()) - downstream:
-            own_ends = {end: ends[end] for end, owner in owners.items() if owner == pid}
-            reader = self._reader(pid)
-            peer = reader.read(storage, sockets, own_ends) if reader is not None else None
-            if reader is None:
-                continue
-            if peer is None:
-                self._readers.pop(pid).close()
-                continue
-            peers |= dict.fromkeys(
-                own_ends, self._with_behind(peer, reader, storage, sockets, downstream)
-            )
-        return peers
+        own_ends: dict[int, dict[int, str | None]] = {}
+        for end, pid in owners.items():
+            own_ends.setdefault(pid, {})[end] = ends[end]
+        for pid in own_ends.keys() - self._sampled.keys() - {self._pid}:
+            if (peer := self._sample(pid, tables, own_ends[pid])) is not None:
+                self._sampled[pid] = peer
+        known = {self._pid, *self._sampled}
+        return {end: owners[end] for end in ends if owners.get(end) in known}
 
-    def _with_behind(
+    def _sample(
         self,
-        peer: Peer,
-        reader: PeerReader,
-        storage: StorageTable,
-        sockets: SocketTable,
-        downstream: set[int],
-    ) -> Peer:
-        """Add the servers that the server uses itself."""
-        if len(downstream) > HOPS:
-            return peer
-        downstream = downstream | {peer.pid}
-        upstream = dict.fromkeys(reader.upstream)
-        behind = self._read(upstream, storage, sockets, downstream)
-        others = {other.pid: other for other in behind.values()}
-        served = self._read_fuse(reader.mounts, reader.names, storage, sockets, downstream)
+        pid: int,
+        tables: _SampleTables,
+        ours: Mapping[int, str | None] | None,
+        names: frozenset[str] = frozenset(),
+    ) -> Peer | None:
+        reader = self._reader(pid)
+        peer = None if reader is None else reader.read(*tables, ours, names)
+        if peer is None and reader is not None:
+            self._readers.pop(pid).close()
+        return peer
+
+    def _with_behind(self, server: Peer, tables: _SampleTables) -> Peer:
+        """Add the servers that the server uses itself, and those that these use. Each process has
+        only one place in the result, because the number of ways to it may be huge."""
+        seen = {self._pid, server.pid}
+        level, behind, unknown = [server.pid], dict[int, list[int]](), set[int]()
+        for _ in range(HOPS):
+            following: list[int] = []
+            for pid in level:
+                links = self._links_of(pid, tables)
+                behind[pid] = [one for one in links.pids if one not in seen]
+                seen.update(behind[pid])
+                following += behind[pid]
+                if links.unknown:
+                    unknown.add(pid)
+            level = following
+
+        def build(peer: Peer) -> Peer:
+            others = [build(self._sampled[pid]) for pid in behind.get(peer.pid, ())]
+            return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)
+
+        return build(server)
+
+    def _links_of(self, pid: int, tables: _SampleTables) -> _Links:
+        """Find and sample the servers that a server uses itself, once in a sample."""
+        if (links := self._links.get(pid)) is not None:
+            return links
+        if (reader := self._readers.get(pid)) is None:
+            return _Links((), unknown=True)
+        ends = dict.fromkeys(reader.upstream)
+        owners = self._read(ends, tables)
+        pids = dict.fromkeys(owners.values())
+        served = self._fuse_servers(reader.mounts, reader.names, {self._pid, pid})
         for servers in served.values():
             # An uncertain server may serve somebody else, so leave it out.
-            others |= {other.pid: other for other in servers.peers if servers.certain}
-        unfound = upstream.keys() - behind.keys()
-        return replace(peer, behind=tuple(others.values()), behind_unknown=bool(unfound))
+            for other in servers.pids if servers.certain else ():
+                peer = self._sampled.get(other) or self._sample(other, tables, None)
+                if peer is not None:
+                    self._sampled[other] = peer
+                    pids[other] = None
+        links = self._links[pid] = _Links(tuple(pids), unknown=bool(ends.keys() - owners.keys()))
+        return links
+
+    def _placed(self, server: Peer) -> Peer:
+        """Return the server, without those behind it if the sample has no more room for them."""
+        size = _size(server) - 1
+        if size > self._room:
+            return replace(server, behind=(), behind_unknown=True)
+        self._room -= size
+        return server
 
     def _read_fuse(
-        self,
-        mounts: Iterable[Mount],
-        names: Mapping[str, frozenset[str]],
-        storage: StorageTable,
-        sockets: SocketTable,
-        downstream: set[int],
+        self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], tables: _SampleTables
     ) -> dict[str, _SampledServers]:
         """Sample the servers of FUSE mounts, by the MAJOR:MINOR of the mount."""
+        served = {}
+        for number, servers in self._fuse_servers(mounts, names, {self._pid}).items():
+            wanted = names.get(number, frozenset())
+            sampled = [self._sample(pid, tables, None, wanted) for pid in servers.pids]
+            peers = [self._with_behind(peer, tables) for peer in sampled if peer is not None]
+            if peers:
+                served[number] = _SampledServers(tuple(map(self._placed, peers)), servers.certain)
+        return served
+
+    def _fuse_servers(
+        self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
+    ) -> dict[str, FuseServers]:
+        """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: processes
+        that are none of them."""
         numbers = _connections_of(mounts)
         if not numbers:
             return {}
@@ -215,22 +281,13 @@ class ServerReader:
             pids = [pid for pid in (servers.pids if servers else ()) if pid not in downstream]
             if servers is None or not pids:
                 continue
-            wanted = names.get(number, frozenset())
             if len(pids) > MAX_SERVERS and not servers.certain:
                 # Choose by the names of files only if there are too many processes. A name proves
                 # nothing: gocryptfs changes names, and anybody can have /dev/fuse and a file of
                 # that name open.
-                pids = self._matching(number, pids, wanted, end)
-            if len(pids) > MAX_SERVERS:
-                continue
-            readers = {pid: reader for pid in pids if (reader := self._reader(pid)) is not None}
-            peers = {
-                pid: self._with_behind(peer, reader, storage, sockets, downstream)
-                for pid, reader in readers.items()
-                if (peer := reader.read(storage, sockets, None, wanted)) is not None
-            }
-            if peers:
-                served[number] = _SampledServers(tuple(peers.values()), servers.certain)
+                pids = self._matching(number, pids, names.get(number, frozenset()), end)
+            if 0 < len(pids) <= MAX_SERVERS:
+                served[number] = FuseServers(tuple(pids), servers.certain)
         return served
 
     def _since(self, connections: Iterable[int]) -> dict[int, float]:
@@ -418,6 +475,10 @@ def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]
         if place.mount:
             names.setdefault(place.mount, set()).add(_name(path))
     return {number: frozenset(files) for number, files in names.items()}
+
+
+def _size(server: Peer) -> int:
+    return 1 + sum(map(_size, server.behind))
 
 
 def _opens(pid: int, names: frozenset[str], proc: Path) -> bool:

@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qkilld.adapters.target_threads import MAX_OF_TARGET
+from qkilld.evidence import peers
 from qkilld.evidence.exports import (
     TIMEOUT_S,
     ExportReader,
@@ -24,7 +26,7 @@ from qkilld.evidence.exports import (
 )
 from qkilld.evidence.fuse import FuseFinder
 from qkilld.evidence.peer_finder import PeerFinder
-from qkilld.evidence.peers import ServerReader
+from qkilld.evidence.peers import PeerReader, ServerReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import StorageTable
 from qkilld.model.sample import Peer
@@ -78,6 +80,83 @@ def test_a_server_and_the_one_behind_it(image: Path) -> None:
         assert (peer.pid, peer.shared) == (front.process.pid, False)
         (behind,) = peer.behind
         assert (behind.pid, behind.shared, behind.behind) == (store.process.pid, False, ())
+
+
+SERVER = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+connections = [socket.socket(socket.AF_UNIX) for _ in sys.argv[2:]]
+for connection, path in zip(connections, sys.argv[2:]):
+    connection.connect(path)
+print(flush=True)
+while True:
+    connections.append(listener.accept()[0])
+"""
+
+
+@contextlib.contextmanager
+def layers_of_servers(directory: Path, *sizes: int) -> Iterator[tuple[str, list[list[int]]]]:
+    """Run servers, each of which is connected to all those of the previous layer. Yield the path of
+    the only one in the last layer, and the process ids of each layer."""
+    with contextlib.ExitStack() as stack:
+        paths: list[str] = []
+        pids: list[list[int]] = []
+        for layer, size in enumerate((*sizes, 1)):
+            behind, paths = paths, [f"{directory}/{layer}-{number}" for number in range(size)]
+            pids.append([])
+            for path in paths:
+                argv = [sys.executable, "-c", SERVER, path, *behind]
+                process = spawn(argv, stdout=subprocess.PIPE)
+                stack.callback(end, process)
+                assert process.stdout is not None
+                assert process.stdout.readline()
+                pids[-1].append(process.pid)
+        yield paths[0], pids
+
+
+def pids_of(peer: Peer) -> list[int]:
+    """Return the server's process id, and those of all servers behind it."""
+    return [peer.pid, *(pid for other in peer.behind for pid in pids_of(other))]
+
+
+def test_each_server_is_sampled_once_and_has_one_place(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, count = PeerReader.read, 0
+
+    def counted(self: PeerReader, *args: Any) -> Peer | None:
+        nonlocal count
+        count += 1
+        return read(self, *args)
+
+    monkeypatch.setattr(PeerReader, "read", counted)
+    with (
+        layers_of_servers(lab_dir, 4, 4) as (path, layers),
+        contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader,
+        socket.socket(socket.AF_UNIX) as one,
+        socket.socket(socket.AF_UNIX) as other,
+    ):
+        one.connect(path)
+        other.connect(path)
+        first_end = until(lambda: end_of(one), bool)
+        ends: dict[int, str | None] = {first_end: None, until(lambda: end_of(other), bool): None}
+        every = sorted(pid for layer in layers for pid in layer)
+
+        def read_both() -> list[Peer]:
+            nonlocal count
+            count = 0
+            return list(reader.read(ends, StorageTable(), SocketTable()).values())
+
+        found = until(read_both, lambda found: any(len(pids_of(peer)) == 9 for peer in found))
+        assert [sorted(pids_of(peer)) for peer in found] == [every, every]
+        assert count == 9
+        # If there is no room for all, the servers behind the second connection are unknown.
+        monkeypatch.setattr(peers, "MAX_PLACES", 8)
+        first, second = read_both()
+        assert sorted(pids_of(first)) == every
+        assert (second.pid, second.behind, second.behind_unknown) == (first.pid, (), True)
 
 
 def test_bytes_that_a_stopped_server_has_not_read(image: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -261,3 +262,29 @@ def test_only_a_lasting_server_without_proof_takes_time() -> None:
     assert not needs_settling(follow_servers(None, leaving), {})
     assert not needs_settling(follow_servers(None, sample(FAR)), {})
     assert not needs_settling(None, {})
+
+
+def test_servers_that_share_those_behind_them_take_little_time() -> None:
+    """The event loop follows them with each sample."""
+    last = tuple(replace(PEER, pid=200 + number) for number in range(30))
+    middle = tuple(replace(PEER, pid=100 + number, behind=last) for number in range(30))
+    first = replace(PEER, behind=middle)
+    nodes = tuple(Node(f"n{number}", "nbd") for number in range(256))
+    sockets = [replace(UNIX, inode=i, node=node.name, peer=first) for i, node in enumerate(nodes)]
+    servers = follow_servers(None, sample(*sockets, nodes=nodes))
+    assert servers is not None
+    start = time.thread_time()
+    assert len(servers.lasting) == len(servers.serving) == 61
+    assert not servers.unfound
+    assert time.thread_time() - start < 0.05
+
+
+def test_many_connections_to_the_server_of_many_nodes_take_little_time() -> None:
+    nodes = tuple(Node(f"n{number}", "nbd", group="n0") for number in range(256))
+    shown = sample(*(replace(UNIX, inode=i, node="n255") for i in range(4000)), nodes=nodes)
+    servers = follow_servers(None, shown)
+    start = time.thread_time()
+    servers = follow_servers(servers, shown)
+    assert time.thread_time() - start < 0.02
+    assert servers is not None
+    assert servers.connected.keys() == {node.name for node in nodes}
