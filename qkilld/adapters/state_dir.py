@@ -171,12 +171,16 @@ class StateDirectory:
         with self._lock:
             state = self._pending.pop(number)
         if state is not None:
-            name, document = _name(number), {"job": state.to_json()}
+            name, job = _name(number), state.to_json()
+            text = self._encoded({"job": job})
+            if len(text) > MAX_BYTES:
+                # A job without evidence is resumed as if no sample had been taken.
+                text = self._encoded({"job": job | {"assessment": None}})
             try:
-                self._write(name, document)
+                self._write(name, text)
             except OSError:
                 # The old file may lack a Cancel or Hold, so it must not be used any more.
-                if not self._overwrite(name, document):
+                if not self._overwrite(name, text):
                     with contextlib.suppress(OSError):
                         os.unlink(name, dir_fd=self._directory)
                     raise
@@ -191,19 +195,19 @@ class StateDirectory:
 
     def _reserve(self, last: int) -> None:
         self._reserved_number = last + RESERVE
-        self._write(_NUMBERS, {"last": self._reserved_number})
+        self._write(_NUMBERS, self._encoded({"last": self._reserved_number}))
 
-    def _write(self, name: str, document: dict[str, Any]) -> None:
+    def _write(self, name: str, text: bytes) -> None:
         """Write a file completely or not at all. Raises OSError."""
         temporary = f".{name}.tmp"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=self._directory)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=self._directory), "wb") as file:
-            file.write(self._encoded(document))
+            file.write(text)
         self._rename(temporary, name)
 
-    def _overwrite(self, name: str, document: dict[str, Any]) -> bool:
+    def _overwrite(self, name: str, text: bytes) -> bool:
         """Overwrite the existing file in place, which works on a full disk if the file is large
         enough. Return False on failure.
 
@@ -216,7 +220,7 @@ class StateDirectory:
         try:
             # If the old text is longer, overwrite its rest with spaces, which JSON allows at its
             # end.
-            text = self._encoded(document).ljust(os.fstat(fd).st_size)
+            text = text.ljust(os.fstat(fd).st_size)
             return os.pwrite(fd, text, 0) == len(text)
         except OSError:
             return False

@@ -17,6 +17,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Guest
 from qkilld.model.job import UNCONTROLLED, Control, FlushReport, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
+from qkilld.model.sample import Sample
 
 FORMAT: Final = "qkilld-job"
 VERSION: Final = 6
@@ -182,11 +183,17 @@ class Snapshot:
         evidence = self.assessment
         if evidence is not None:
             # Leave out large fields of the first sample, which would take a page of memory for each
-            # job. Only its time and its counts of written bytes are used.
+            # job. Only its time and its counts of written bytes are used. Servers may take
+            # megabytes, and are used only to compare the next sample with the last.
             first = replace(
                 evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
             )
-            evidence = replace(evidence, first=first)
+            evidence = replace(
+                evidence,
+                first=_without_servers(first),
+                last=_without_servers(evidence.last),
+                seen=_without_servers(evidence.seen),
+            )
         fields = to_json(replace(self, assessment=evidence))
         return {"format": FORMAT, "version": VERSION, **fields}
 
@@ -222,6 +229,15 @@ def decode(document: object) -> Snapshot:
     if problem := _problem(snapshot):
         raise SnapshotError(problem)
     return snapshot
+
+
+def _without_servers(sample: Sample) -> Sample:
+    sockets, mounts = sample.sockets, sample.mounts
+    if sockets is not None:
+        sockets = tuple(replace(socket, peer=None) for socket in sockets)
+    if mounts is not None:
+        mounts = tuple(replace(mount, servers=None) for mount in mounts)
+    return replace(sample, sockets=sockets, mounts=mounts)
 
 
 def _latest_of(attempt: Attempt) -> int:

@@ -14,15 +14,18 @@ from signal import SIGTERM
 
 import pytest
 
+from qkilld.adapters import state_dir
 from qkilld.adapters.job_store import JobStore
 from qkilld.adapters.service_manager import ServiceManager
 from qkilld.adapters.state_dir import MAX_BAD, RESERVE, StateDirectory
+from qkilld.decision.verdict import assess
 from qkilld.engine.snapshot import VERSION, Snapshot
 from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.job import Request, Rung
 from qkilld.model.policy import Policy
+from qkilld.model.sample import Sample, Socket
 from tests.engine.conftest import FakeProcess, World
 from tests.lab import needs
 from tests.lab.process import OTHER_UID
@@ -97,6 +100,20 @@ def test_jobs_of_another_boot_are_gone(lab_dir: Path, opened: Open) -> None:
         (lab_dir / name).write_text(json.dumps(document | {"boot": "another"}))
     assert opened().load() == ([], 0, [])
     assert files(lab_dir) == ["numbers.json"]
+
+
+def test_a_job_with_too_much_evidence_is_saved_without_it(
+    lab_dir: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostile guest may have thousands of connections. A longer file would not be loaded."""
+    first = opened()
+    first.load()
+    sockets = tuple(Socket(inode, "unix", True, 0, 0) for inode in range(4096))
+    long = replace(snapshot(1), assessment=assess(None, Sample(5, "S", sockets=sockets)))
+    monkeypatch.setattr(state_dir, "MAX_BYTES", 1 << 20)
+    first.save(long)
+    first.close(1)
+    assert opened().load() == ([replace(long, assessment=None)], 1, [])
 
 
 def _torn(path: Path) -> None:

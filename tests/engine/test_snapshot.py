@@ -17,7 +17,7 @@ from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Ve
 from qkilld.model.event import MessageId
 from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
-from qkilld.model.sample import Io, Sample, Thread
+from qkilld.model.sample import Io, Mount, Peer, Sample, Socket, Thread
 
 from .conftest import IDLE, FakeProcess, S, World, make_guest
 
@@ -454,3 +454,21 @@ def test_holds_and_extensions_survive_a_crash(world: World) -> None:
     job.extend(60 * S, ADMIN)
     after, _ = crash(before, job, now, down=20)
     assert ends(after, now)[0] == 60 * S
+
+
+def test_servers_are_not_saved() -> None:
+    """There may be hundreds for each sample."""
+    peer = Peer(90, "nbdkit", (), 0, None, ())
+    socket = Socket(7, "unix", True, 0, 0, peer=replace(peer, behind=(peer,)))
+    mount = Mount("fuse.sshfs", None, None, servers=(peer,))
+    shown = replace(WAITING, sockets=(socket,), mounts=(mount,))
+    world, process = World(), FakeProcess(dies_of=())
+    world.sampler.shows = lambda now: replace(shown, at=now)
+    job = world.stop(process, FORCE)
+    world.clock.advance(3)
+    assert job.assessment is not None
+    assert job.assessment.last.sockets == (socket,)
+    assert "nbdkit" not in json.dumps(job.snapshot().to_json())
+    saved = passed_on(job.snapshot()).assessment
+    assert saved is not None
+    assert saved.last.sockets == (replace(socket, peer=None),)
