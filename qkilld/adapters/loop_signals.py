@@ -43,4 +43,4 @@ def call_at(numbers: Sequence[signal.Signals], function: Callable[[], object]) -
 
 
 def _do_nothing(number: int, frame: object) -> None:
-    """Without a handler, Python does not write to the wakeup descriptor."""
+    """Do nothing. Python writes to the wakeup descriptor only if there is a handler."""

@@ -29,7 +29,7 @@ _LOCK = threading.Lock()
 
 
 def set_up() -> None:
-    """Call this before anything imports them."""
+    """Call it before anything imports these modules."""
     for name in _ABSENT:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     for name in DEFERRED:

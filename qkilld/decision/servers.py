@@ -70,8 +70,8 @@ class NodeServer:
 
     def outlived(self, closed_first: bool | None) -> bool:
         """Return whether the server was certainly there until the guest closed the connection. That
-        is so if the guest closed it first, and no other server lies behind: for that one, the
-        connection proves nothing."""
+        is so if the guest closed it first, and no other server lies behind this one. The connection
+        would prove nothing about such a server."""
         is_last = self.peer is None or not (self.peer.behind or self.peer.behind_unknown)
         return bool(closed_first) and is_last
 

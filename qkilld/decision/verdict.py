@@ -366,8 +366,8 @@ def _follow(
     if not sample.exiting:
         moves += [f"over: {old.text}" for old in known.values() if _is_over(old, sample)]
     elif not before.seen.exiting:
-        # Do not count calls that are over, because the exit may have interrupted them without an
-        # answer of the storage.
+        # Do not count calls that are over, because the exit may have interrupted them before the
+        # storage answered.
         moves.append("it has begun to exit")
     if is_untaken:
         # The guest runs until that wait ends, because SIGTERM is not taken before.

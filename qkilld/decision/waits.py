@@ -381,8 +381,8 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     if what == "io_urings":
         signs = _request_signs(sample, previous)
     elif what == "sockets":
-        # A socket that cannot be read may be a storage connection. Replies on it show in what
-        # QEMU's threads write to each other, but timers and consoles also make them write a little.
+        # A socket that cannot be read may be a storage connection. If it is one, QEMU's threads
+        # write to each other at each reply. Timers and consoles also make them write a little.
         signs = [replace(sign, sure=False) for sign in _talk_signs(sample)]
     return Wait(f"unseen:{what}", WaitKind.UNSEEN, what, tuple(signs))
 

@@ -102,8 +102,8 @@ class GuestAsker:
         self._link.open(self._guarded(self._opened), was_asked=was_asked, agent_was_open=was_open)
 
     def note_continued(self) -> None:
-        """Measure only what the guest does from now on: its process has just been continued. Call
-        it before `start`."""
+        """Measure only what the guest does from now on, because its process has just been
+        continued. Call it before `start`."""
         self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
 
     def set_span(self, span: int) -> None:

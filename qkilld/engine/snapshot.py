@@ -125,7 +125,7 @@ class Snapshot:
             result=None,
             error="",
             error_name="",
-            # NOT_ASKED stands for unknown, too.
+            # NOT_ASKED is also used if it is unknown.
             guest_asked=guest_asked or GuestAsked.NOT_ASKED,
             flush=FlushReport(),
             processors_stopped=False,

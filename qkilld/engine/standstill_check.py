@@ -1,7 +1,8 @@
 """Check, before a guest is asked, whether its process can run at all, and continue it if allowed.
 
-The monitor of a QEMU that SIGSTOP, a debugger or the freezer stops does not answer. If such a guest
-got SIGTERM, it would lose what its operating system holds as soon as it runs again.
+If SIGSTOP, a debugger or the freezer stops QEMU, its monitor does not answer. SIGTERM would take
+effect as soon as QEMU runs again, and the data that the guest's operating system holds would be
+lost.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class StandstillCheck:
 
     def begin(self, callback: Callback, *, may_continue: bool) -> None:
         """Take a sample, and call back. With `may_continue`, send SIGCONT first if only a SIGSTOP
-        stops the process, as soon as nobody holds the job. No callback follows the exit of the
-        process, or `close`."""
+        stops the process. If the job is held, this waits until it is released. No callback follows
+        the exit of the process, or `close`."""
         self._timer = None
 
         def sampled(sample: Sample) -> None:

@@ -50,10 +50,10 @@ class ProcessReader:
     ) -> None:
         """Open the process that has this pid now; never read another one.
 
-        Open a pidfd of the process before this call. After the call, check with it that the process
-        still exists: only then is this the right one. Raises nothing: if the process is gone, all
-        fields are unknown. `clock` returns seconds, monotonic. Without a guard, exceptions of a
-        read are raised.
+        Open a pidfd of the process before this call, and check afterwards that this pidfd's process
+        still exists. Otherwise another process may have been opened here. Raises nothing: if the
+        process is gone, all fields are unknown. `clock` returns seconds, monotonic. Without a
+        guard, exceptions of a read are raised.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
