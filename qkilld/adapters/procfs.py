@@ -26,8 +26,10 @@ from qkilld.model.guest import Identity, Unit
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
-_MAX_CMDLINE: Final = 1 << 20
+_MAX_CMDLINE: Final = 256 << 10
 """How many bytes of a command line are read. A process can make its own arbitrarily long."""
+_MAX_WORDS: Final = 10_000
+"""Parsing a longer command line would take seconds. libvirt's longest have about 5,000 words."""
 _CHUNK: Final = 1 << 14
 _MAX_MOUNTINFO: Final = 4 << 20
 """Bytes of a mountinfo, enough for about 25,000 mounts. A longer one counts as unreadable."""
@@ -231,8 +233,14 @@ def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
 
 
 def read_command_line(pid: int, proc: Path = PROC) -> list[str]:
-    """Return the words of /proc/PID/cmdline, at most 1 MiB. May block. Raises OSError."""
-    return _arguments(_read_command_line(pid, proc))
+    """Return the words of /proc/PID/cmdline. May block.
+
+    Raises OSError, also (E2BIG) if they are more than 10,000 or longer than 256 KiB.
+    """
+    command_line = _read_command_line(pid, proc)
+    if not _is_whole(command_line):
+        raise OSError(errno.E2BIG, "The command line is too long")
+    return _arguments(command_line)
 
 
 def _read_command_line(pid: int, proc: Path) -> bytes:
@@ -241,8 +249,12 @@ def _read_command_line(pid: int, proc: Path) -> bytes:
         return file.read(_MAX_CMDLINE)
 
 
+def _is_whole(command_line: bytes) -> bool:
+    return len(command_line) < _MAX_CMDLINE and command_line.count(b"\0") <= _MAX_WORDS
+
+
 def _arguments(command_line: bytes) -> list[str]:
-    return os.fsdecode(command_line).split("\0")
+    return os.fsdecode(command_line).split("\0", _MAX_WORDS)[:_MAX_WORDS]
 
 
 def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool]:
@@ -260,7 +272,7 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
     # Only a complete command line shows that there is no name. That of an exiting process is empty.
-    is_whole = 0 < len(command_line) < _MAX_CMDLINE
+    is_whole = bool(command_line) and _is_whole(command_line)
     label = printable(name) if name or is_whole else None
     is_remote = not is_whole or qemu_args.names_network_storage(argv)
     return label, _canonical_uuid(uuid_text), qemu_args.has_qmp(argv), is_remote

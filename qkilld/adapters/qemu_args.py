@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from qkilld.model.dataclass import dataclass
-from qkilld.model.json_text import decode_json
+from qkilld.model.json_text import MAX_DEPTH, decode_json
 
 # fmt: off
 NO_ARGUMENT: Final = frozenset({
@@ -51,8 +51,12 @@ NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp
                                     "gluster", "nfs", "rbd", "sheepdog", "vxhs"})
 """The block drivers whose storage is behind a connection."""
 # fmt: on
+MAX_KEY: Final = 1024
+"""Longest key (characters) in key=value form. QEMU's keys have fewer than 100. A longer one would
+make the key of each element below it as long."""
 
-_STRINGS: Final = re.compile(r"'((?:[^'\\]|\\.)*)'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+# A string without an end reaches to the end of the text, so that it is searched only once.
+_STRINGS: Final = re.compile(r"'((?:[^'\\]++|\\.)*+)'?|\"(?:[^\"\\]++|\\.)*+\"?", re.DOTALL)
 _INET: Final = re.compile(r"(tcp|telnet|tn3270|websocket|udp):(\[[^\]]*\]|[^:,]*):([^,@]*)")
 _SECTION: Final = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')
 NETWORK_IMAGE: Final = re.compile(rf"({'|'.join(sorted(NETWORK_DRIVERS))})(\+\w+)?:")
@@ -89,12 +93,15 @@ class QemuOption:
     def flat(self) -> Mapping[str, str]:
         """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
 
-        Booleans become "on" and "off"; the key of a list's element is its index.
+        Booleans become "on" and "off"; the key of a list's element is its index. Keys longer than
+        MAX_KEY or deeper than MAX_DEPTH are left out.
         """
         values: dict[str, str] = {}
         pending: list[tuple[str, Any]] = [("", dict(self.properties))]
         while pending:
             path, value = pending.pop()
+            if len(path) > MAX_KEY or path.count(".") >= MAX_DEPTH:
+                continue
             if isinstance(value, dict | list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
                 pending += [(f"{path}.{key}" if path else str(key), item) for key, item in items]

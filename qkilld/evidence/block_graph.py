@@ -217,9 +217,10 @@ def _read_disks(graph: BlockGraph, options: Sequence[QemuOption]) -> None:
         disk = _read_disk_option(name, option.name == "blockdev", flat)
         disks.append(disk)
         own = {flat[key] for key in ("node-name", "id", "file.node-name") if key in flat}
-        for path, values in _unfolded(disk.paths, flat):
+        on_ring = "io_uring" in flat.values()
+        for path, values in _unfolded(disk.paths):
             names.setdefault(path, set()).update(own)
-            if "io_uring" in values:
+            if on_ring or "io_uring" in values:
                 on_rings.add(path)
     raw = _images(disks, in_use)
     graph.images = {
@@ -256,19 +257,17 @@ def _read_disk_option(name: str, is_node: bool, flat: Mapping[str, str]) -> _Dis
     return _DiskOption(name, frozenset(formats), tuple(paths), frozenset(children))
 
 
-def _unfolded(
-    paths: Iterable[str], flat: Mapping[str, str]
-) -> Iterator[tuple[str, Collection[str]]]:
-    """Yield each path with the values of its options. `json:{...}` in place of a path has its own
-    options."""
+def _unfolded(paths: Iterable[str]) -> Iterator[tuple[str, Collection[str]]]:
+    """Yield each path with the values of its own options, which only `json:{...}` has."""
     for path in paths:
         if not path.startswith("json:"):
-            yield _bare(path), flat.values()
+            yield _bare(path), ()
             continue
         inner = QemuOption("blockdev", path.removeprefix("json:")).flat
+        values = frozenset(inner.values())
         for key, value in inner.items():
             if key.rpartition(".")[2] == "filename":
-                yield _bare(value), (*flat.values(), *inner.values())
+                yield _bare(value), values
 
 
 def _images(disks: Sequence[_DiskOption], in_use: set[str]) -> dict[str, bool]:

@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import islice
 from typing import Final
 
 from qkilld.adapters.qemu_args import QemuOption, monitor_protocol
@@ -26,10 +27,13 @@ _ADVICE: Final = "give the guest a unix socket: -qmp unix:PATH,server=on,wait=of
 _LIBVIRT_PATH: Final = re.compile(r"(?:^|/)libvirt/qemu/(?:.*/)?domain-[^/]*/monitor\.sock$")
 _ADDRESS: Final = re.compile(r"[0-9.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 _FULL_NAME: Final = 107
-"""Bytes of the longest abstract name: sun_path without its first NUL, unix(7)."""
+"""Bytes of the longest abstract name or path: sun_path without one NUL, unix(7)."""
 WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """For a listener on all addresses of the host: the address to connect to."""
 _NO_DEVICE: Final = frozenset({"null", "none"})
+MAX_CLAIMS: Final = 1000
+"""A guest with more monitors and devices on character devices is left alone, because each of them
+is compared with each of its sockets."""
 
 
 class Role(StrEnum):
@@ -136,7 +140,11 @@ def find_endpoints(
 ) -> GuestEndpoints:
     """Find a guest's monitor and agent. `options`: those of the command line and its -readconfig
     files."""
-    claims = list(_claims(options))
+    claims = list(islice(_claims(options), MAX_CLAIMS + 1))
+    if len(claims) > MAX_CLAIMS:
+        return GuestEndpoints(
+            obstacles=(f"the guest has more than {MAX_CLAIMS} character devices",)
+        )
     if any(_is_libvirts(claim, listeners) for claim in claims):
         return GuestEndpoints(obstacles=(LIBVIRT,), libvirt=True)
     roles: dict[int, set[Role]] = {}
@@ -327,7 +335,7 @@ def _is_libvirts(claim: _Claim, listeners: Sequence[UnixListener]) -> bool:
     # If the descriptor that libvirt passed is closed by now, only the id shows that it is libvirt's
     # monitor.
     unseen = "fd" in claim.chardev and len(paths) == 1
-    return any(_LIBVIRT_PATH.search(path) for path in paths) or (
+    return any(_LIBVIRT_PATH.search(path) for path in paths if len(path) <= _FULL_NAME) or (
         unseen and claim.chardev.get("id") == "charmonitor"
     )
 

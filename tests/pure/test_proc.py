@@ -279,3 +279,11 @@ def test_the_hierarchy_that_systemd_uses(
 )
 def test_printable(text: str, shown: str) -> None:
     assert printable(text, 10) == shown
+
+
+@pytest.mark.parametrize("cmdline", [b"qemu\0" + (256 << 10) * b"x", 10_001 * b"x\0"])
+def test_a_command_line_that_is_too_long_is_refused(tmp_path: Path, cmdline: bytes) -> None:
+    make_process(tmp_path, cmdline=cmdline)
+    with pytest.raises(OSError, match="too long"):
+        procfs.read_command_line(PID, tmp_path)
+    assert procfs.read_names(PID, tmp_path)[0] is None
