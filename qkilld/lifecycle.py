@@ -42,7 +42,6 @@ from qkilld.adapters.state_dir import StateDirectory
 from qkilld.engine import events
 from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.observers import Observers
-from qkilld.engine.ports import Journal, Traces
 from qkilld.engine.rate_limit import RateLimitedJournal
 from qkilld.engine.registry import Registry
 from qkilld.engine.service import Service
@@ -63,6 +62,7 @@ from qkilld.varlink.streams import Streams
 
 if TYPE_CHECKING:
     from qkilld.bus.bus_service import BusService
+    from qkilld.engine.ports import Journal, Traces
 
 DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""

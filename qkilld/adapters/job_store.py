@@ -11,19 +11,21 @@ import contextlib
 import os
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.adapters.process import PidfdProcess, adopt_process, open_process
 from qkilld.adapters.service_manager import ServiceManager
 from qkilld.adapters.state_dir import StateDirectory
 from qkilld.engine import events
-from qkilld.engine.ports import JobState, Journal, Process
 from qkilld.engine.registry import Registry
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.model.constants import Result
 from qkilld.model.errors import NoSuchProcess, NotQemu, ProcessChanged, QkilldError
 from qkilld.model.guest import Guest
 from qkilld.model.guest_state import KeptMonitor
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import JobState, Journal, Process
 
 _NAME: Final = re.compile(r"(?:job|monitor)-([1-9][0-9]{0,8})")
 

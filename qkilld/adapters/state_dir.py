@@ -18,12 +18,14 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qkilld.adapters.background import BackgroundWriter
 from qkilld.debug_log import ignore
-from qkilld.engine.ports import JobState
 from qkilld.engine.snapshot import VERSION, Snapshot, SnapshotError, UnknownVersion, decode
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import JobState
 
 MAX_BYTES: Final = 4 << 20
 """Greatest size of a file in bytes. A job has a few KiB."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus import interfaces
 from qkilld.bus.library import Variant
 from qkilld.bus.server import BusCaller, Method, NoReply
 from qkilld.engine.job import Job
 from qkilld.engine.outlook import outlook, reasons
-from qkilld.engine.ports import ObservedJob
 from qkilld.engine.report import may_see, receipt_values
 from qkilld.engine.service import Service
 from qkilld.model.constants import JOB_PATH_PREFIX, UNKNOWN
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 PRIVATE: Final = ("BytesWritten", "BytesPending", "Rate", "Reasons", "Receipt")
 """Properties that only some callers may read; PropertiesChanged lists them as invalidated."""

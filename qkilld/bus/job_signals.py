@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus import interfaces
 from qkilld.bus.job_object import PRIVATE, changing, job_path, properties
 from qkilld.bus.server import Server
-from qkilld.engine.ports import ObservedJob
 from qkilld.model.constants import MANAGER_PATH
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 MIN_INTERVAL_S: Final = 0.2
 """The shortest time between two PropertiesChanged signals of a job."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qkilld.engine.checks import (
     action_for,
@@ -27,12 +27,14 @@ from qkilld.engine.checks import (
     details_of,
     is_free,
 )
-from qkilld.engine.ports import Caller, Host, ObservedJob, Process
 from qkilld.model.access import Answer, PolkitAction, Rank, Steerer
 from qkilld.model.constants import Flag
 from qkilld.model.errors import Failed, InvalidArgs, ProcessChanged, QkilldError
 from qkilld.model.guest import Guest, Identity, Unit
 from qkilld.model.policy import Config
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Caller, Host, ObservedJob, Process
 
 
 class CheckedProcess(NamedTuple):

@@ -5,9 +5,8 @@ must be allowed to stop it. Describe it for polkit's dialog.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from qkilld.engine.ports import Process
 from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.constants import Flag
 from qkilld.model.errors import (
@@ -23,6 +22,9 @@ from qkilld.model.errors import (
 from qkilld.model.guest import Guest, Identity
 from qkilld.model.policy import is_qemu
 from qkilld.model.text import printable
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Process
 
 MAX_DIALOG_TEXT: Final = 64
 _MARKUP: Final = frozenset("<>&$%\\\"'`")

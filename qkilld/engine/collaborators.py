@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from qkilld.engine.ports import (
-    Clock,
-    Journal,
-    Monitors,
-    Process,
-    Sampler,
-    ServerExits,
-    Traces,
-)
 from qkilld.model.dataclass import dataclass
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import (
+        Clock,
+        Journal,
+        Monitors,
+        Process,
+        Sampler,
+        ServerExits,
+        Traces,
+    )
 
 J = TypeVar("J")
 """The class of the job."""

@@ -6,10 +6,9 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from signal import SIGKILL, Signals
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision.yank import CutOff
-from qkilld.engine.ports import ObservedJob
 from qkilld.model.constants import (
     INFINITY,
     USEC_PER_SEC,
@@ -25,6 +24,9 @@ from qkilld.model.guest import Guest, Identity
 from qkilld.model.job import Request, Rung, VerdictChange
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 _WORRYING: Final = (Verdict.STORAGE_WAIT, Verdict.BLOCKED, Verdict.STOPPED)
 _RESULTS_IN_WORDS: Final = {

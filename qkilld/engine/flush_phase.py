@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision import early_flush, flush_plan
 from qkilld.decision.early_flush import EarlyFlush
 from qkilld.decision.flush_plan import FlushPlan, JobsProgress
 from qkilld.decision.verdict import Assessment, assess
 from qkilld.engine import events
-from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Clock, GuestMonitor, Journal, Process, Sampler, Timer
 from qkilld.engine.sampling import JobSampler
 from qkilld.model.block_state import BlockState, FlushResult, GuestDisk
 from qkilld.model.constants import INFINITY, USEC_PER_SEC, GuestAsked, Phase, Verdict
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import FlushReport, Risk
 from qkilld.model.sample import Sample
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Clock, GuestMonitor, Journal, Process, Sampler, Timer
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
 """Timeout (µs) for opening the monitor and taking a sample. After this and the other timeouts,

@@ -7,17 +7,19 @@ at a time. Asking ends with an AskOutcome, unless GuestAsker is closed before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision import powerdown
 from qkilld.decision.flush_plan import JobsProgress
 from qkilld.decision.powerdown import AskMethod, Attempt, Conclusion, Judgement
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Clock, GuestMonitor, Timer
 from qkilld.model.block_state import BackgroundJob
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest_state import GuestObservation, GuestOrder
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Clock, GuestMonitor, Timer
 
 OBSERVE_INTERVAL: Final = USEC_PER_SEC
 """The interval of observations (µs) after the guest was asked."""

@@ -7,13 +7,17 @@ being stopped, too.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qkilld.decision.risk import risks_of_death, risks_of_exit
 from qkilld.decision.servers import SETTLE
-from qkilld.engine.ladder_job import LadderJob
-from qkilld.engine.ports import Clock, Process
 from qkilld.engine.server_watch import ServerWatch
 from qkilld.engine.signal_phase import SignalPhase
 from qkilld.model.job import Risk
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Clock, Process
 
 
 class GuestEnd:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from qkilld.engine.ports import Monitors
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Guest, GuestChannels
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Monitors
 
 SCAN_INTERVAL_S: Final = 2.0
 """The time between scans, which read all of /proc and take 0.1 ms for each process of the host."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision.ladder import JobFacts, lengthen, policy_for
 from qkilld.decision.verdict import Assessment
@@ -19,7 +19,6 @@ from qkilld.engine.flush_phase import FlushPhase
 from qkilld.engine.guest_end import GuestEnd
 from qkilld.engine.job_trace import JobTrace
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import GuestMonitor, Process, Timer
 from qkilld.engine.powerdown_phase import BEFORE_SIGNALS, PowerdownPhase
 from qkilld.engine.server_watch import ServerWatch
 from qkilld.engine.signal_phase import SignalPhase
@@ -46,6 +45,9 @@ from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.job import NOT_FLUSHED, UNCONTROLLED, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
 from qkilld.model.trace import ChangeRecord, EndRecord, ExitRecord, RungRecord, VerdictRecord
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import GuestMonitor, Process, Timer
 
 MAX_HISTORY: Final = 100
 """The maximum number of changes of the verdict in a receipt."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Clock, Process, Store
 from qkilld.engine.snapshot import Snapshot
 from qkilld.model.constants import USEC_PER_SEC, Flag, Phase, Result, Verdict
 from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Clock, Process, Store
 
 PROGRESS_INTERVAL: Final = 3 * USEC_PER_SEC
 """The shortest time (µs) between saves of one job that only record progress."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from qkilld.engine.ports import ObservedJob, Recorder, Traces
+from typing import TYPE_CHECKING
+
 from qkilld.model.trace import Header, Record
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob, Recorder, Traces
 
 
 class JobTrace:

@@ -8,10 +8,13 @@ keeps a copy for the next one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from qkilld.engine.ports import GuestMonitor, Monitors, Process
 from qkilld.foreign_descriptors import close_later
 from qkilld.model.guest_state import KeptMonitor, ShutdownSign
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import GuestMonitor, Monitors, Process
 
 
 class MonitorLink:

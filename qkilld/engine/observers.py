@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from qkilld.engine import events
-from qkilld.engine.ports import Journal, ObservedJob, Observer
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Journal, ObservedJob, Observer
 
 
 class Observers:

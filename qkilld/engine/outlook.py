@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision.ladder import JobFacts, kill_due, should_yank
-from qkilld.engine.ports import ObservedJob
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, NextRung, Phase
 from qkilld.model.dataclass import dataclass
 from qkilld.model.job_status import BEFORE_SIGNALS
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 MAX_REASONS: Final = 8
 

@@ -1,6 +1,7 @@
 """The engine's interfaces to the outside, and the readable part of a job.
 
-Other packages implement these protocols; tests fake them.
+Other packages implement these protocols; tests fake them. The daemon never imports this module, so
+import it for types only (TYPE_CHECKING).
 """
 
 from __future__ import annotations

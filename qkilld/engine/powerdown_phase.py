@@ -7,16 +7,14 @@ job. MaxSec= and the caller's limit end the asking.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.decision import powerdown
 from qkilld.decision.powerdown import AskMethod, AskRecord, Attempt, Conclusion, Judgement
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.guest_asker import AskOutcome, GuestAsker
-from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Process
 from qkilld.engine.standstill_check import StandstillCheck
 from qkilld.model.block_state import BackgroundJob
 from qkilld.model.constants import (
@@ -28,6 +26,10 @@ from qkilld.model.constants import (
     Verdict,
 )
 from qkilld.model.guest_state import GuestOrder
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Process
 
 BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from qkilld.engine.ports import Clock, Journal
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.event import Event, MessageId
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Clock, Journal
 
 WINDOW: Final = USEC_PER_SEC
 """The time (µs) in which each job gets one entry of each LIMITED kind."""

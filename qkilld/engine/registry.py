@@ -7,22 +7,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from signal import Signals
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
 from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
-from qkilld.engine.ports import (
-    Clock,
-    Journal,
-    Monitors,
-    Observer,
-    Process,
-    Sampler,
-    ServerExits,
-    Traces,
-)
 from qkilld.engine.resumed_jobs import ResumedJobs
 from qkilld.engine.server_watch import is_stopping
 from qkilld.engine.snapshot import Snapshot, SnapshotError
@@ -35,6 +25,18 @@ from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.job import Request
 from qkilld.model.policy import Config, Policy
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import (
+        Clock,
+        Journal,
+        Monitors,
+        Observer,
+        Process,
+        Sampler,
+        ServerExits,
+        Traces,
+    )
 
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
 """How long (µs) a job's object outlives the job, so that a late Wait still gets its answer."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from signal import SIGKILL
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qkilld.engine.ports import ObservedJob
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 
 def may_see(job: ObservedJob, uid: int) -> bool:

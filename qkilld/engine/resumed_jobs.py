@@ -7,11 +7,13 @@ delays SIGKILL.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision.ladder import decide
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Clock
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Clock
 
 AT_ONCE: Final = 16
 """At most this many first samples are taken at a time."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from qkilld.engine.ports import Clock, Process, Sampler, Timer, Watch
 from qkilld.model.sample import Sample
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Clock, Process, Sampler, Timer, Watch
 
 TIMEOUT: Final = 1_000_000
 """A sample that takes longer (µs) counts as blocked, and is replaced by an empty one."""

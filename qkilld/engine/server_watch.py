@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.debug_log import note_once
 from qkilld.decision.servers import (
@@ -30,13 +30,15 @@ from qkilld.decision.servers import (
 )
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
-from qkilld.engine.ladder_job import LadderJob
-from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 from qkilld.engine.sampling import JobSampler
 from qkilld.model.constants import USEC_PER_SEC, GuestAsked, Result
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Risk
 from qkilld.model.sample import Node, Sample
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 
 TIMEOUT: Final = USEC_PER_SEC * 3 // 2
 """The longest time (µs) that SIGTERM waits for the servers to be found. It usually takes 30 ms."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from weakref import WeakValueDictionary
 
 from qkilld.decision.early_flush import CACHE_UNSAFE_UNKNOWN, may_hang
@@ -27,7 +27,6 @@ from qkilld.engine.checks import (
 )
 from qkilld.engine.coalesce import SharedRun
 from qkilld.engine.job import Job
-from qkilld.engine.ports import Caller, Clock, Host, Monitors, Process, Sampler, Units, Watch
 from qkilld.engine.registry import Registry
 from qkilld.engine.unit_guest import check_unit_name, choose_guest
 from qkilld.foreign_descriptors import close_later
@@ -42,6 +41,9 @@ from qkilld.model.policy import JOB_SPANS, Config, is_qemu
 from qkilld.model.sample import Sample
 from qkilld.model.text import MAX_TEXT, printable
 from qkilld.model.timespan import from_call
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Caller, Clock, Host, Monitors, Process, Sampler, Units, Watch
 
 
 @dataclass(frozen=True, slots=True)

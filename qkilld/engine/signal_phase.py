@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum, auto
 from signal import SIGCONT, SIGKILL, SIGTERM, Signals
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision.ladder import Action, JobFacts, decide, sample_interval
 from qkilld.decision.risk import risks_of_kill
@@ -19,8 +19,6 @@ from qkilld.decision.verdict import assess, is_dead, is_news
 from qkilld.engine import events
 from qkilld.engine.checks import check_process
 from qkilld.engine.job_trace import JobTrace
-from qkilld.engine.ladder_job import LadderJob
-from qkilld.engine.ports import Clock, Journal, Process, Sampler
 from qkilld.engine.sampling import JobSampler
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.yank_rung import YankRung
@@ -28,6 +26,10 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC, Phase, Result
 from qkilld.model.errors import ProcessChanged, UnknownIdentity
 from qkilld.model.job import Risk, Rung
 from qkilld.model.sample import Sample
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Clock, Journal, Process, Sampler
 
 RECHECK: Final = USEC_PER_SEC
 """If the process's executable is unreadable, a signal is tried again after this time (µs)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from signal import SIGCONT
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.debug_log import note
 from qkilld.decision.powerdown import obstacle_to_asking
@@ -17,12 +17,14 @@ from qkilld.decision.verdict import can_be_continued
 from qkilld.engine import events
 from qkilld.engine.checks import check_process
 from qkilld.engine.collaborators import Collaborators
-from qkilld.engine.ladder_job import LadderJob
-from qkilld.engine.ports import Process, Timer
 from qkilld.engine.sampling import JobSampler
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.errors import ProcessChanged, UnknownIdentity
 from qkilld.model.sample import Sample
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Process, Timer
 
 HELD_INTERVAL: Final = USEC_PER_SEC
 """While the job is held, a stopped process is checked again after this time (µs)."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qkilld.engine import events
-from qkilld.engine.ports import ObservedJob
 from qkilld.model.event import Event
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 
 class StopSummary:

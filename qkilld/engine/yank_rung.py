@@ -7,19 +7,21 @@ answers in 1 to 3 ms. Data on storage that was cut off is at risk.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.decision import yank
 from qkilld.decision.yank import CutOff
 from qkilld.engine import events
 from qkilld.engine.flush_phase import FlushPhase
-from qkilld.engine.ladder_job import LadderJob
 from qkilld.engine.monitor_link import MonitorLink
-from qkilld.engine.ports import Clock, Journal
 from qkilld.engine.snapshot import YANK, Snapshot
 from qkilld.model.block_state import YankInstance
 from qkilld.model.constants import USEC_PER_SEC, Phase
 from qkilld.model.job import Risk
+
+if TYPE_CHECKING:
+    from qkilld.engine.ladder_job import LadderJob
+    from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
 """Timeout (µs) for both commands, after which SIGKILL follows."""

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.debug_log import about, is_on, note_unknown
-from qkilld.engine.ports import Process
 from qkilld.evidence.block_graph import BlockGraph, requested_exports
 from qkilld.evidence.cgroup import CgroupReader, SharedGroups
 from qkilld.evidence.command_line import GraphReader
@@ -30,6 +29,9 @@ from qkilld.evidence.storage import StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
 from qkilld.evidence.workers import Workers
 from qkilld.model.sample import Memory, Mount, Node, Sample, Socket, Thread
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Process
 
 REFRESH_S: Final = 30.0
 """How long a list of open files and sockets is valid if the number of descriptors does not

@@ -12,13 +12,15 @@ import resource
 import select
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import ignore, note_once
-from qkilld.engine.ports import Process
 from qkilld.evidence.kept_file import EXITED
 from qkilld.evidence.sockdiag import closed_first
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Process
 
 MAX_SERVERS: Final = 64
 """The maximum number of servers that are watched for one guest."""

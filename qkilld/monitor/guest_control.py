@@ -13,10 +13,9 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qkilld.adapters import procfs
-from qkilld.engine.ports import Process
 from qkilld.model.block_state import YankInstance
 from qkilld.model.errors import (
     MonitorBusy,
@@ -43,6 +42,9 @@ from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
 from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_process
 from qkilld.monitor.vcpu_threads import VcpuThreads
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Process
 
 BUSY_S: Final = 1.0
 """How long to wait for a busy monitor. Programs that poll it are done sooner."""

@@ -8,10 +8,9 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qkilld.debug_log import ignore, note, note_once
-from qkilld.engine.ports import GuestMonitor, Process
 from qkilld.foreign_descriptors import close_later, take_over
 from qkilld.model.block_state import (
     BackgroundJob,
@@ -37,6 +36,9 @@ from qkilld.monitor.endpoints import NOT_PASSED, Role, endpoint_at, find_endpoin
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.qmp import QmpClient
 from qkilld.monitor.reach import ListenerTable, prove, read_process
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import GuestMonitor, Process
 
 T = TypeVar("T")
 

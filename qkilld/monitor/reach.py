@@ -19,7 +19,7 @@ import socket
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
@@ -27,7 +27,6 @@ from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, open_path, rea
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import ignore
-from qkilld.engine.ports import Process
 from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout, MonitorUnreachable
 from qkilld.model.guest import Identity
 from qkilld.monitor.endpoints import (
@@ -50,6 +49,9 @@ from qkilld.monitor.tcp import (
     read_tcp_listeners,
     socket_descriptors,
 )
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import Process
 
 REACH_TIMEOUT_S: Final = 1.0
 """Timeout of file system access, because a path may lead to a file server that does not answer."""

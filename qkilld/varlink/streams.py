@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkilld.engine.job import Job
-from qkilld.engine.ports import ObservedJob
 from qkilld.varlink.values import receipt, state
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 MIN_INTERVAL_S: Final = 0.2
 """The shortest time between two replies about changes."""

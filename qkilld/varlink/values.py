@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.decision.unit_limits import Limits
 from qkilld.engine.outlook import outlook, reasons
-from qkilld.engine.ports import ObservedJob
 from qkilld.engine.report import may_see, receipt_values
 from qkilld.engine.service import OPTION_TYPES, Option
 from qkilld.model.constants import Flag
 from qkilld.model.errors import InvalidArgs, QkilldError
 from qkilld.model.guest import Guest
+
+if TYPE_CHECKING:
+    from qkilld.engine.ports import ObservedJob
 
 _INT_END: Final = 1 << 63
 """The end of Varlink's int: no greater number can be in a reply."""

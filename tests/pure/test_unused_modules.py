@@ -16,10 +16,12 @@ from qkilld.adapters import unused_modules
 unused_modules.set_up()
 import asyncio, dataclasses, pathlib, traceback
 import qkilld.lifecycle
+from qkilld.bus import bus_service
 standing_in = [sys.modules[name] for name in unused_modules.DEFERRED]
 for name, module in zip(unused_modules.DEFERRED, standing_in, strict=True):
     assert type(module) is unused_modules._DeferredModule, name
 assert not {"ast", "dis", "gettext"} & set(sys.modules)
+assert not {"qkilld.engine.ports", "qkilld.engine.ladder_job"} & set(sys.modules)
 """
 USE = """
 from importlib import import_module
@@ -41,7 +43,7 @@ except AttributeError:
 
 
 def run(program: str) -> str:
-    command = [sys.executable, "-I", "-S", "-c", program, str(Path(qkilld.__file__).parents[1])]
+    command = [sys.executable, "-I", "-c", program, str(Path(qkilld.__file__).parents[1])]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
