@@ -18,11 +18,12 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.cgroup_unit import systemd_uses_v2, unit_of
 from qkilld.debug_log import note_once
 from qkilld.model.guest import Identity, Unit
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")

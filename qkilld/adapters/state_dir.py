@@ -18,11 +18,12 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.adapters.background import BackgroundWriter
 from qkilld.debug_log import ignore
 from qkilld.engine.snapshot import VERSION, Snapshot, SnapshotError, UnknownVersion, decode
+from qkilld.model.named_tuple import NamedTuple
 
 if TYPE_CHECKING:
     from qkilld.engine.ports import JobState

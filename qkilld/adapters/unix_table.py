@@ -8,7 +8,9 @@ if several rows have one inode, at most one of them is true.
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
+
+from qkilld.model.named_tuple import NamedTuple
 
 _ROW: Final = re.compile(
     # Num: RefCount Protocol Flags Type St Inode [Path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.bus.client import JobProxy
 from qkilld.ctl.follow import monotonic_usec
@@ -13,6 +13,7 @@ from qkilld.ctl.terminate import TargetOutcome, each, finish
 from qkilld.debug_log import ignore
 from qkilld.model.errors import NoSuchJob, QkilldError
 from qkilld.model.job_status import JobStatus
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkilld.bus.client import JobProxy
 from qkilld.ctl.job_table import cells_of, line_of, shape_for
@@ -15,6 +15,7 @@ from qkilld.debug_log import ignore
 from qkilld.model.constants import INFINITY
 from qkilld.model.errors import BusError, QkilldError
 from qkilld.model.job_status import JobStatus, label
+from qkilld.model.named_tuple import NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from qkilld.ctl.output import width
 from qkilld.model.constants import Flag, Phase, Verdict
 from qkilld.model.job_status import JobStatus, label
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import format_bytes, printable
 
 if TYPE_CHECKING:

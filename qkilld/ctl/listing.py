@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from qkilld.bus.client import ManagerProxy
 from qkilld.ctl.follow import monotonic_usec
@@ -14,6 +14,7 @@ from qkilld.debug_log import note
 from qkilld.model.constants import UNKNOWN, ExitCode, Phase
 from qkilld.model.errors import NoSuchJob, QkilldError
 from qkilld.model.job_status import JobStatus, flag_names, known, label
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.policy import SPANS
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec

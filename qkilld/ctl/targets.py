@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters import pidfile, procfs
 from qkilld.bus.client import ManagerProxy
@@ -25,6 +25,7 @@ from qkilld.model.errors import (
     QkilldError,
 )
 from qkilld.model.job_status import label
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
 
 UNIT_SUFFIXES: Final = (".service", ".scope")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from qkilld.engine.checks import (
     action_for,
@@ -31,6 +31,7 @@ from qkilld.model.access import Answer, PolkitAction, Rank, Steerer
 from qkilld.model.constants import Flag
 from qkilld.model.errors import Failed, InvalidArgs, ProcessChanged, QkilldError
 from qkilld.model.guest import Guest, Identity, Unit
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.policy import Config
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from qkilld.engine.job import Job
 from qkilld.engine.snapshot import Snapshot
 from qkilld.model.constants import USEC_PER_SEC, Flag, Phase, Result, Verdict
 from qkilld.model.job import Control, Request
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.policy import Policy
 
 if TYPE_CHECKING:

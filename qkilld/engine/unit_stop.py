@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from qkilld.debug_log import ignore
 from qkilld.decision.unit_limits import Limits, being_stopped, limits_of
@@ -14,6 +13,7 @@ from qkilld.model.constants import INFINITY, Flag
 from qkilld.model.errors import QkilldError
 from qkilld.model.guest import Unit
 from qkilld.model.job import Request
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.unit import UnitFacts
 
 

@@ -16,11 +16,12 @@ import os
 import stat
 import threading
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import Filesystem, Mounts
 from qkilld.adapters.target_files import open_path
 from qkilld.debug_log import note_once
+from qkilld.model.named_tuple import NamedTuple
 
 TIMEOUT_S: Final = 0.5
 """Timeout of the path walk, which runs in its own thread. The correct path is walked faster,

@@ -12,7 +12,7 @@ import os.path
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from qkilld.adapters.qemu_args import (
@@ -22,6 +22,7 @@ from qkilld.adapters.qemu_args import (
     parse_command_line,
 )
 from qkilld.model.dataclass import dataclass
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Node
 from qkilld.model.text import printable
 

@@ -16,11 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS
+from qkilld.model.named_tuple import NamedTuple
 
 FEW: Final = 256
 """Processes with this many descriptors or more are searched separately."""

@@ -11,10 +11,11 @@ import os
 import re
 from pathlib import Path
 from sys import maxsize
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import read_bounded, unescape
 from qkilld.debug_log import note_once
+from qkilld.model.named_tuple import NamedTuple
 
 SYS: Final = Path("/sys")
 _MAX_ATTRIBUTE: Final = 1 << 16

@@ -18,11 +18,12 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import Filesystem, Mounts, read_links
 from qkilld.debug_log import note_once
 from qkilld.model.dataclass import dataclass
+from qkilld.model.named_tuple import NamedTuple
 
 PROC: Final = Path("/proc")
 MAX_DESCRIPTORS: Final = 4096

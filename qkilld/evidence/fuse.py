@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import read_bounded
 from qkilld.debug_log import note_once
 from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch, Searched
 from qkilld.evidence.files import PROC
 from qkilld.evidence.kept_file import read_once
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Mount
 
 DEVICE: Final = "/dev/fuse"

@@ -12,11 +12,12 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import note_once
 from qkilld.evidence.kept_file import read_once
+from qkilld.model.named_tuple import NamedTuple
 
 _RELOAD_S: Final = 60.0
 _MAX_MOUNTINFO: Final = 4 << 20

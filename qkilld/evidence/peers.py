@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from qkilld.adapters.procfs import read_stat
 from qkilld.debug_log import note_once
@@ -33,6 +33,7 @@ from qkilld.evidence.sockdiag import Unreadable
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import FilePlace, StorageReader, StorageTable
 from qkilld.evidence.thread_places import place_threads
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Mount, Peer
 from qkilld.model.text import printable
 

@@ -23,9 +23,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.debug_log import note_once
+from qkilld.model.named_tuple import NamedTuple
 
 MAX_SOCKETS: Final = 32_768
 """The maximum number of sockets of one family that are read at once."""
@@ -33,7 +34,6 @@ CROWDED_S: Final = 30.0
 """How long a table counts as crowded after it had too many sockets."""
 SINGLE_S: Final = 2.0
 """The longest time that a SocketTable spends on single sockets of crowded tables."""
-
 _CHEAPER: Final = 32
 """Up to this many queries for single TCP sockets are cheaper than reading all."""
 

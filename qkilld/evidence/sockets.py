@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import read_bounded
 from qkilld.adapters.unix_table import UnixRow, parse_unix_row
@@ -26,6 +26,7 @@ from qkilld.evidence.block_graph import BlockGraph
 from qkilld.evidence.files import Descriptors
 from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import SocketTable, Unreadable
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Node, Socket
 
 __all__ = ["SocketReader", "SocketTable"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters.procfs import Filesystem, Mounts, unescape
 from qkilld.debug_log import note_once
@@ -24,6 +24,7 @@ from qkilld.evidence import devices, files, mounts
 from qkilld.evidence.backing import NAMESPACES, Backing, BackingFinder
 from qkilld.evidence.files import Descriptors
 from qkilld.model.dataclass import dataclass
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.sample import Device, Mount
 from qkilld.model.text import printable
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum, IntEnum, StrEnum
-from typing import NamedTuple
 
 from qkilld.model.guest import Identity
+from qkilld.model.named_tuple import NamedTuple
 
 
 class PolkitAction(StrEnum):

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Iterable
 from dataclasses import field, fields
 from pathlib import PurePosixPath
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
+from qkilld.model.named_tuple import NamedTuple
 
 DEFAULT_EXECUTABLES: Final = (
     "/usr/bin/qemu-system-*",

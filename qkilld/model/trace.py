@@ -100,9 +100,8 @@ class CutRecord:
     why: str
 
 
-_R = TypeVar("_R", bound="Record")
-
 Record = Sample | RungRecord | VerdictRecord | ChangeRecord | EndRecord | ExitRecord | CutRecord
+_R = TypeVar("_R", bound=Record)
 
 _KINDS: Final[dict[str, type[Any]]] = {
     "sample": Sample,

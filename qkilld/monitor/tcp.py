@@ -25,10 +25,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.model.errors import MonitorBusy, MonitorError, MonitorUnreachable
+from qkilld.model.named_tuple import NamedTuple
 from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_address
 
 CONNECT_S: Final = 1.0

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+from qkilld.model.named_tuple import NamedTuple
 
 _TOKEN: Final = re.compile(
     r"\s*(?:#[^\n]*\n\s*)*(\[\]|\[string\]|->|[(),:?]|[A-Za-z][\w.-]*|\Z)", re.ASCII

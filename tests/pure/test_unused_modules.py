@@ -10,18 +10,20 @@ import qkilld
 from qkilld.adapters.unused_modules import DEFERRED
 
 PROGRAM = """
-import sys
+import gc, sys
 sys.path.insert(0, sys.argv.pop(1))
 from qkilld.adapters import unused_modules
 unused_modules.set_up()
 import asyncio, dataclasses, pathlib, traceback
 import qkilld.lifecycle
 from qkilld.bus import bus_service
+from typing import ForwardRef
 standing_in = [sys.modules[name] for name in unused_modules.DEFERRED]
 for name, module in zip(unused_modules.DEFERRED, standing_in, strict=True):
     assert type(module) is unused_modules._DeferredModule, name
-assert not {"ast", "dis", "gettext"} & set(sys.modules)
+assert not {"ast", "_ast", "dis", "gettext"} & set(sys.modules)
 assert not {"qkilld.engine.ports", "qkilld.engine.ladder_job"} & set(sys.modules)
+assert not [x for x in gc.get_objects() if type(x) is ForwardRef]
 """
 USE = """
 from importlib import import_module
