@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import signal
 import sys
@@ -44,9 +45,13 @@ def run(options: DaemonOptions) -> int:
     journal = open_journal()
     try:
         with _traces(options.trace_dir, journal) as traces:
+            # Collect the classes that model.dataclass has replaced, so that later modules use their
+            # memory. favour_the_loop does it again, but skips everything that is frozen.
+            gc.collect()
             # Imported late, so that errors in the configuration are reported sooner.
             import asyncio
 
+            gc.freeze()
             from qkilld.lifecycle import live
 
             end = live(

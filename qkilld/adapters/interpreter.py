@@ -22,6 +22,8 @@ def favour_the_loop() -> None:
     when there is nothing to do.
     """
     sys.setswitchinterval(_SWITCH_S)
+    # The classes that model.dataclass has replaced.
+    gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], _RARELY)
     gc.enable()

@@ -25,79 +25,93 @@ else:
         def make(cls):
             if not (frozen or slots):
                 return dataclasses.dataclass(kw_only=kw_only)(cls)
-            made = _with_slots(cls) if slots else cls
-            own = cls.__dict__.keys()
+            namespace = _namespace_of(cls)
+            made = _with_slots(cls, namespace) if slots else cls
             for name, method in _SHARED.items():
-                if name not in own:
+                if name not in namespace:
                     setattr(made, name, method)
             if not frozen:
                 made.__hash__ = None
             if slots:
-                _complete_later(cls, made, kw_only)
+                _complete_later(made, namespace, kw_only)
             else:
-                _complete(cls, made, kw_only)
+                _complete(made, cls, kw_only)
             return made
 
         return make if cls is None else make(cls)
 
 
-_LATER = ("__dataclass_fields__", "__dataclass_params__", "__match_args__", "_values")
-"""The attributes that are completed, with `__init__`, at the first use of the class."""
 _LOCK = threading.RLock()
+_INCOMPLETE: dict[type, tuple[dict[str, Any], bool]] = {}
+"""Classes that have not been used yet: each with its namespace, which has the default values of the
+fields, and whether these are keyword-only. The class without slots is not kept: 3 kB each."""
 
 
-def _with_slots(cls: Any) -> Any:
+def _namespace_of(cls: Any) -> dict[str, Any]:
+    of_instances = ("__dict__", "__weakref__")
+    namespace = {name: value for name, value in vars(cls).items() if name not in of_instances}
+    return namespace | {"__qualname__": cls.__qualname__}
+
+
+def _with_slots(cls: Any, namespace: dict[str, Any]) -> Any:
     """Return a copy of `cls` with slots for its fields, except those with a slot in a base."""
     inherited = {name for base in cls.__mro__ for name in base.__dict__.get("__slots__", ())}
     kinds = cls.__annotations__.items()
     names = [name for name, kind in kinds if not kind.startswith("ClassVar")]
-    excluded = {*names, "__dict__", "__weakref__"}
-    content = {name: value for name, value in cls.__dict__.items() if name not in excluded}
+    content = {name: value for name, value in namespace.items() if name not in names}
     content["__slots__"] = tuple(name for name in names if name not in inherited)
-    content["__qualname__"] = cls.__qualname__
     return type(cls)(cls.__name__, cls.__bases__, content)
 
 
-def _complete_later(cls: Any, made: Any, kw_only: bool) -> None:
-    """Arrange that the first use of `made` completes it. `cls` is the class without slots, which
-    still has the default values of the fields."""
-    completed = False
-
-    def complete() -> None:
-        nonlocal completed
-        with _LOCK:
-            if not completed:
-                _complete(cls, made, kw_only)
-                completed = True
+def _complete_later(made: Any, namespace: dict[str, Any], kw_only: bool) -> None:
+    """Arrange that the first use of `made` completes it."""
+    _INCOMPLETE[made] = namespace, kw_only
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        complete()
+        _complete_now(made)
         made.__init__(self, *args, **kwargs)
 
     made.__init__ = __init__
-    for name in _LATER:
-        setattr(made, name, _Later(name, complete))
+    for attribute in _LATER:
+        setattr(made, attribute.name, attribute)
+
+
+def _complete_now(made: type) -> None:
+    """Complete a class unless it is complete."""
+    with _LOCK:
+        if made in _INCOMPLETE:
+            namespace, kw_only = _INCOMPLETE[made]
+            without_slots = type(made)(made.__name__, made.__bases__, namespace)
+            _complete(made, without_slots, kw_only)
+            del _INCOMPLETE[made]
 
 
 class _Later:
-    """An attribute of a class that completes the class when it is read."""
+    """An attribute of all incomplete classes: reading it completes the class."""
 
-    def __init__(self, name: str, complete: Any) -> None:
-        self._name, self._complete = name, complete
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __get__(self, obj: Any, owner: Any) -> Any:
-        self._complete()
-        return getattr(owner if obj is None else obj, self._name)
+    def __get__(self, obj: Any, owner: type) -> Any:
+        for each in owner.__mro__:
+            _complete_now(each)
+        return getattr(owner if obj is None else obj, self.name)
 
 
-def _complete(cls: Any, made: Any, kw_only: bool) -> None:
+_FROM_DATACLASSES = ("__dataclass_fields__", "__dataclass_params__", "__match_args__")
+_LATER = [_Later(name) for name in (*_FROM_DATACLASSES, "_values")]
+"""The attributes that are completed, with `__init__`, at the first use of the class."""
+
+
+def _complete(made: Any, cls: Any, kw_only: bool) -> None:
+    """Let dataclasses make what `made` lacks from `cls`, the same class without slots."""
     if not cls.__doc__:
         # Without this, dataclasses would write the signature here, which takes as long as all the
         # rest.
         cls.__doc__ = made.__name__
     full = dataclasses.dataclass(eq=False, repr=False, kw_only=kw_only)(cls)
     made._values = _values_of(dataclasses.fields(full))
-    for name in (*_LATER[:-1], "__init__"):
+    for name in (*_FROM_DATACLASSES, "__init__"):
         setattr(made, name, full.__dict__[name])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -102,6 +104,27 @@ def test_a_class_is_compiled_when_it_is_used() -> None:
     assert UnusedRecord(1) == UnusedRecord(one=1, two=2)
     assert UnusedRecord.__init__ is not stub
     assert [field.name for field in dataclasses.fields(UnusedRecord)] == ["one", "two"]
+
+
+def test_the_class_without_slots_is_not_kept() -> None:
+    replaced: list[weakref.ref[type]] = []
+
+    def note(cls: type) -> type:
+        replaced.append(weakref.ref(cls))
+        return cls
+
+    @dataclass(slots=True)
+    @note
+    class SlottedRecord:
+        one: int
+        two: int = dataclasses.field(init=False)
+
+        def __post_init__(self) -> None:
+            self.two = self.one + 1
+
+    gc.collect()
+    assert replaced[0]() is None
+    assert SlottedRecord(1).two == 2
 
 
 def test_fields_are_told_without_an_object() -> None:
