@@ -179,7 +179,6 @@ class ServerWatch:
     def close(self) -> None:
         """May be called twice."""
         self._end_search()
-        self._sampler.close()
         exits, self._exits = self._exits, None
         if exits is not None:
             with self._failures():
@@ -219,7 +218,9 @@ class ServerWatch:
             self._timer = self._clock.call_at(self._clock.now() + RETRY, self._take_sample)
 
     def _end_search(self) -> None:
+        """The job's own samples show the connections from now on."""
         self.until = 0
+        self._sampler.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

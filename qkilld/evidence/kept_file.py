@@ -43,6 +43,11 @@ def kept_files() -> int:
     return _count.value
 
 
+def count_kept(number: int) -> None:
+    """Count other descriptors that are opened, or with a negative number closed, as files are."""
+    _count.add(number)
+
+
 def open_directory(path: str | os.PathLike[str], dir_fd: int | None = None) -> int:
     """Open a directory. Raises OSError."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -90,6 +95,10 @@ class KeptFile:
         except OSError as error:
             note_once(f"reading {self._path}", error)
             return None
+
+    @property
+    def is_open(self) -> bool:
+        return self._descriptor >= 0
 
     def close(self) -> None:
         """Close the file; the next read opens it again. May be called twice."""

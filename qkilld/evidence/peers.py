@@ -26,7 +26,7 @@ from qkilld.evidence.fuse import (
     connection_of,
     read_waiting,
 )
-from qkilld.evidence.kept_file import open_directory, read_once
+from qkilld.evidence.kept_file import count_kept, open_directory, read_once
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import Unreadable
@@ -45,6 +45,10 @@ MAX_PEERS: Final = 64
 MAX_PLACES: Final = 1024
 """The maximum number of servers behind others in one sample. They are counted again for each
 connection of the guest, because a sample takes time and memory for each."""
+KEPT_FILES: Final = 64
+"""How many descriptors of the servers of one guest may stay open after each has been read."""
+KEPT_THREADS: Final = 16
+"""Of this many threads of a server, a file may stay open."""
 HOPS: Final = 2
 """How many levels of servers to follow behind a server, which may only forward requests."""
 
@@ -104,6 +108,8 @@ class ServerReader:
         """What the present read() has sampled, without the servers behind, by process id."""
         self._links: dict[int, _Links] = {}
         """The servers that these use, by process id."""
+        self._open_files = 0
+        """How many descriptors of servers are open."""
         self._room = 0
         """How many more servers behind others this sample may have."""
         self._matches: dict[tuple[str, frozenset[str]], dict[int, _Match]] = {}
@@ -149,6 +155,7 @@ class ServerReader:
         self._used_pids = []
         self._new_missing_ends, self._new_connections = set(), {}
         self._sampled, self._links, self._room = {}, {}, MAX_PLACES
+        self._open_files = sum(reader.open_files for reader in self._readers.values())
         self._budget.renew()
         tables = _SampleTables(storage, sockets)
         owners = self._read(ends, tables)
@@ -196,9 +203,15 @@ class ServerReader:
         names: frozenset[str] = frozenset(),
     ) -> Peer | None:
         reader = self._reader(pid)
-        peer = None if reader is None else reader.read(*tables, ours, names)
-        if peer is None and reader is not None:
+        if reader is None:
+            return None
+        self._open_files -= reader.open_files
+        peer = reader.read(*tables, ours, names)
+        if peer is None:
             self._readers.pop(pid).close()
+        if self._open_files + reader.open_files > KEPT_FILES:
+            reader.close_files()
+        self._open_files += reader.open_files
         return peer
 
     def _with_behind(self, server: Peer, tables: _SampleTables) -> Peer:
@@ -333,7 +346,10 @@ class PeerReader:
     def __init__(self, pid: int, budget: WaitBudget, proc: Path = PROC) -> None:
         self.pid = pid
         self._proc = proc
-        self._process = ProcessReader(pid, proc)
+        self._process: ProcessReader | None = None
+        """None if its files are closed."""
+        self._start_time: int | None = None
+        """The start of the process, once read: its id may be reused while the files are closed."""
         self._storage = StorageReader(pid, proc)
         self._command = _command(pid, proc)
         self._parent = _parent(pid, proc)
@@ -359,7 +375,7 @@ class PeerReader:
         uses that. `names`: the names of the guest's images in the file system.
         """
         values: dict[str, Any] = {"state": "?"}
-        self._process.read(values)
+        self._read_process(values)
         if values["state"] in ("?", "Z", "X"):
             return None
         now = time.monotonic()
@@ -396,6 +412,16 @@ class PeerReader:
             parent=self._parent,
             leaves=self._exports.leaves() if self._command in _MAY_LEAVE else False,
         )
+
+    def _read_process(self, values: dict[str, Any]) -> None:
+        if self._process is None:
+            self._process = ProcessReader(self.pid, self._proc, most_kept=KEPT_THREADS)
+            count_kept(self._process.directory >= 0)
+        self._process.read(values)
+        if self._start_time is None:
+            self._start_time = self._process.start_time
+        elif self._process.start_time != self._start_time:
+            values["state"] = "?"
 
     def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
         if not ours.keys() >= set(self._sockets.accepted):
@@ -436,12 +462,20 @@ class PeerReader:
         """The names of the server's own images on each file system without a block device."""
         return names_by_mount(self._storage.writable_places)
 
+    @property
+    def open_files(self) -> int:
+        """The number of descriptors that are open between reads."""
+        return 0 if self._process is None else self._process.open_files
+
     def close_files(self) -> None:
-        """Close files; the next read opens them again."""
-        self._process.close_files()
+        """Close files, and the directory of the process; the next read opens them again."""
+        if self._process is not None:
+            count_kept(-(self._process.directory >= 0))
+            self._process.close()
+            self._process = None
 
     def close(self) -> None:
-        self._process.close()
+        self.close_files()
         self._storage.close()
         self._sockets.close()
 

@@ -27,7 +27,7 @@ from qkilld.debug_log import note_once
 from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
 from qkilld.evidence.rings import RingReader
-from qkilld.evidence.threads import ThreadReader
+from qkilld.evidence.threads import MAX_KEPT, ThreadReader
 from qkilld.model.sample import Io
 
 _TERM: Final = 1 << (signal.SIGTERM - 1)
@@ -47,13 +47,15 @@ class ProcessReader:
         proc: Path = Path("/proc"),
         clock: Callable[[], float] = time.monotonic,
         guard: FaultGuard | None = None,
+        most_kept: int = MAX_KEPT,
     ) -> None:
         """Open the process that has this pid now; never read another one.
 
         Open a pidfd of the process before this call, and check afterwards that this pidfd's process
         still exists. Otherwise another process may have been opened here. Raises nothing: if the
         process is gone, all fields are unknown. `clock` returns seconds, monotonic. Without a
-        guard, exceptions of a read are raised.
+        guard, exceptions of a read are raised. `most_kept`: the number of threads of which a file
+        may stay open.
         """
         self._guard = guard or FaultGuard()
         self._clock_id = ~pid << 3 | 2 if proc == _PROC else None
@@ -65,6 +67,8 @@ class ProcessReader:
         self._last_values: tuple[Any, ...] | None = None
         """The results of the last read, in the order of _WHOLE, if it was complete and all threads
         slept."""
+        self.start_time: int | None = None
+        """The start of the process in clock ticks since boot; None before it was read."""
         try:
             self._directory = open_directory(proc / str(pid))
         except OSError as error:
@@ -74,13 +78,21 @@ class ProcessReader:
         self._stat = KeptFile("stat", self._directory)
         self._status = KeptFile("status", self._directory)
         self._io = KeptFile("io", self._directory)
-        self._threads = ThreadReader(self._directory)
+        self._threads = ThreadReader(self._directory, most_kept)
         self._rings = RingReader(self._directory, proc, clock)
 
     @property
     def directory(self) -> int:
         """The descriptor of /proc/PID, which `close` closes; -1 if there is none."""
         return self._directory
+
+    @property
+    def open_files(self) -> int:
+        """The number of descriptors that are open between reads, including the directory's."""
+        if self._directory < 0:
+            return 0
+        files = sum(file.is_open for file in (self._stat, self._status, self._io))
+        return 1 + files + self._threads.open_files
 
     def has_run(self) -> bool:
         """Return whether everything must be read again: a thread may have run since the last call,
@@ -156,6 +168,7 @@ class ProcessReader:
             note_once("reading stat", error)
             return None, False
         into["state"], into["cpu"] = stat.state, stat.cpu
+        self.start_time = stat.start_time
         return stat.threads, stat.exiting
 
     def _read_io(self) -> Io | None:

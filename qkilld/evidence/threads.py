@@ -34,7 +34,7 @@ MAX_THREADS: Final = 512
 """A process with more threads is not examined."""
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
-_MAX_KEPT: Final = 128
+MAX_KEPT: Final = 128
 """The maximum number of threads whose schedstat stays open; that of other threads is opened for
 each read."""
 
@@ -70,9 +70,10 @@ class _ThreadEntry:
 
 
 class ThreadReader:
-    def __init__(self, directory: int) -> None:
-        """`directory`: a descriptor of /proc/PID, which the caller closes."""
-        self._directory = directory
+    def __init__(self, directory: int, most_kept: int = MAX_KEPT) -> None:
+        """`directory`: a descriptor of /proc/PID, which the caller closes. `most_kept`: as
+        MAX_KEPT."""
+        self._directory, self._most_kept = directory, most_kept
         self._entries: dict[str, _ThreadEntry] = {}
         self._offset = 0
         """A number that is added to the switches of the present threads, so that the sum does not
@@ -150,6 +151,10 @@ class ThreadReader:
         """Return whether no thread ran at the last read, and all calls are known."""
         return all(entry.wait_known and not entry.may_have_run for entry in self._entries.values())
 
+    @property
+    def open_files(self) -> int:
+        return sum(entry.schedstat.is_open for entry in self._entries.values())
+
     def close_files(self) -> None:
         """Close files; the next read opens them again."""
         for entry in self._entries.values():
@@ -182,7 +187,7 @@ class ThreadReader:
         exited = []
         for place, entry in enumerate(self._entries.values()):
             try:
-                self._read(entry, keep=place < _MAX_KEPT)
+                self._read(entry, keep=place < self._most_kept)
             except EXITED:
                 exited.append(entry.tid)
         for tid in exited:

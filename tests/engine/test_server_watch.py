@@ -118,6 +118,13 @@ def test_sigterm_follows_the_first_sample() -> None:
     assert end(world, process, job) == ()
 
 
+def test_the_files_of_the_servers_are_closed_when_they_are_found() -> None:
+    """The job's own samples have the same files open."""
+    world, process = ServedWorld(), client()
+    world.stop(process)
+    assert world.sampler.closed == 1
+
+
 def test_a_guest_without_network_storage_gets_sigterm_at_once() -> None:
     world, process = ServedWorld(), FakeProcess()
     job = world.stop(process, FORCE)

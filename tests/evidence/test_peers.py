@@ -25,6 +25,7 @@ from qkilld.evidence.exports import (
     leaves_with_client,
 )
 from qkilld.evidence.fuse import FuseFinder
+from qkilld.evidence.kept_file import kept_files
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.peers import PeerReader, ServerReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
@@ -157,6 +158,63 @@ def test_each_server_is_sampled_once_and_has_one_place(
         first, second = read_both()
         assert sorted(pids_of(first)) == every
         assert (second.pid, second.behind, second.behind_unknown) == (first.pid, (), True)
+
+
+def open_below(pids: list[int]) -> int:
+    """Return how many of our descriptors are in the directories of these processes in /proc."""
+    places = {("/", "proc", str(pid)) for pid in pids}
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # The descriptor of this list.
+            links.append(entry.readlink())
+    return sum(link.parts[:3] in places for link in links)
+
+
+def test_descriptors_of_servers_are_counted_closed_and_few(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "KEPT_FILES", 12)
+    before = kept_files()
+    with (
+        layers_of_servers(lab_dir, 3, 3) as (path, layers),
+        contextlib.closing(ServerReader(os.getpid(), PeerFinder(), FuseFinder())) as reader,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        connection.connect(path)
+        pids = [pid for layer in layers for pid in layer]
+        ends: dict[int, str | None] = {until(lambda: end_of(connection), bool): None}
+
+        def read() -> list[Peer]:
+            return list(reader.read(ends, StorageTable(), SocketTable()).values())
+
+        for _ in range(2):
+            (peer,) = until(read, lambda found: found and len(pids_of(found[0])) == 7)
+            assert 0 < open_below(pids) == kept_files() - before <= 12
+            reader.close_files()
+            assert open_below(pids) == kept_files() - before == 0
+        assert peer.threads is not None
+    assert kept_files() == before
+
+
+def test_a_process_id_that_is_used_again_while_files_are_closed(tmp_path: Path) -> None:
+    proc = tmp_path / "proc"
+    (proc / "7/task/7").mkdir(parents=True)
+    fields = Path("/proc/self/stat").read_text().rpartition(") ")[2].split()
+
+    def write_stat(start_time: int) -> None:
+        (proc / "7/stat").write_text(
+            f"7 (s) {' '.join((*fields[:19], str(start_time), *fields[20:]))}"
+        )
+
+    write_stat(100)
+    reader = PeerReader(7, WaitBudget(), proc)
+    assert reader.read(StorageTable(), SocketTable(), None) is not None
+    reader.close_files()
+    assert reader.read(StorageTable(), SocketTable(), None) is not None
+    reader.close_files()
+    write_stat(200)
+    assert reader.read(StorageTable(), SocketTable(), None) is None
+    reader.close()
 
 
 def test_bytes_that_a_stopped_server_has_not_read(image: Path) -> None:
