@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qkilld.adapters import procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.names import NameReader
 from qkilld.adapters.process import PidfdProcess, open_process
@@ -49,16 +50,17 @@ class LocalHost:
 
 def _identities(proc: Path) -> list[Identity]:
     identities = []
-    for pid in procfs.pids(proc):
-        try:
-            identity = procfs.read_identity(pid, proc)
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # It has exited.
-        except PermissionError as error:
-            note_once(f"identifying process {pid}", error)
-            continue
-        except OSError as error:
-            raise Failed(f"Cannot list processes: {os.strerror(error.errno or 0)}") from None
-        if identity.executable:
-            identities.append(identity)
+    for pid, identity in procfs.read_identities(procfs.pids(proc), proc):
+        match identity:
+            case FileNotFoundError() | ProcessLookupError():
+                pass  # It has exited.
+            case PermissionError() | Unanswered():
+                note_once(f"identifying process {pid}", identity)
+            case OSError():
+                reason = os.strerror(identity.errno or 0)
+                raise Failed(f"Cannot list processes: {reason}") from None
+            case Exception():
+                raise identity
+            case _ if identity.executable:
+                identities.append(identity)
     return identities

@@ -13,14 +13,25 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from qkilld.adapters.process import PidfdProcess, adopt_process, open_process
+from qkilld.adapters.process import (
+    PidfdProcess,
+    adopt_process,
+    open_process,
+    open_unidentified,
+)
 from qkilld.adapters.service_manager import ServiceManager
 from qkilld.adapters.state_dir import StateDirectory
 from qkilld.engine import events
 from qkilld.engine.registry import Registry
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.model.constants import Result
-from qkilld.model.errors import NoSuchProcess, NotQemu, ProcessChanged, QkilldError
+from qkilld.model.errors import (
+    NoSuchProcess,
+    NotQemu,
+    ProcessChanged,
+    QkilldError,
+    UnknownIdentity,
+)
 from qkilld.model.guest import Guest
 from qkilld.model.guest_state import KeptMonitor
 
@@ -160,7 +171,11 @@ class JobStore:
 
     def _open_same(self, guest: Guest) -> Process | None:
         try:
-            process = self._open(guest.identity.pid)
+            try:
+                process = self._open(guest.identity.pid)
+            except UnknownIdentity:
+                # The job looks again, and checks the identity before it sends a signal.
+                return open_unidentified(guest)
         except NoSuchProcess:
             return None
         except NotQemu as error:

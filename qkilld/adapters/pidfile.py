@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.debug_log import ignore
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import (
@@ -25,6 +26,7 @@ from qkilld.model.errors import (
     InvalidArgs,
     NoSuchProcess,
     ProcessChanged,
+    UnknownIdentity,
 )
 from qkilld.model.text import printable
 
@@ -93,7 +95,7 @@ def read(path: str) -> PidfileProcess:
 
     Raises InvalidArgs if it is not a readable pidfile, NoSuchProcess if its process is gone,
     ProcessChanged if the process is younger than the file, AccessDenied as `check_writers` does,
-    Failed as `_own_pid` does.
+    Failed as `_own_pid` does, UnknownIdentity if the process blocks the reading of its start time.
     """
     shown = printable(path)
     content = _read(path, shown)
@@ -106,6 +108,8 @@ def read(path: str) -> PidfileProcess:
             f"Process {pid}, named by pidfile {shown}, is gone: "
             "the pidfile is stale and can be removed"
         ) from None
+    except Unanswered as error:
+        raise UnknownIdentity.blocked(pid, error.strerror) from None
     check_writers(content, process_uid, os.geteuid(), shown)
     started = boot_time() + start_time / os.sysconf("SC_CLK_TCK")
     if started > content.mtime + SLACK_S:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.debug_log import note_once
-from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged, UnknownIdentity
 from qkilld.model.guest import Guest, Identity, Label
 
 _GET_INFO: Final = 0xC040FF0B
@@ -119,10 +120,28 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     """Open a process and read its identity; the caller closes it.
 
     Raises NoSuchProcess (also for a thread's id and for a zombie), NotQemu if the kernel does not
-    show its executable, Failed if it cannot be read for another reason, such as EMFILE.
+    show its executable, UnknownIdentity if the process blocks that, Failed if it cannot be read for
+    another reason, such as EMFILE.
     """
+    pidfd = _open_pidfd(pid)
     try:
-        pidfd = os.pidfd_open(pid)
+        identity = _identify(pid, pidfd, proc)
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return PidfdProcess(pidfd, Guest(identity, Label()), proc)
+
+
+def open_unidentified(guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
+    """Open the process with a guest's id, which may be another one by now: that shows before it
+    gets a signal. Raises NoSuchProcess, Failed."""
+    return PidfdProcess(_open_pidfd(guest.identity.pid), guest, proc)
+
+
+def _open_pidfd(pid: int) -> int:
+    """Raises NoSuchProcess, Failed."""
+    try:
+        return os.pidfd_open(pid)
     except OverflowError:
         raise NoSuchProcess(f"No process has the id {pid}") from None
     except OSError as error:
@@ -134,16 +153,11 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
         if error.errno in (errno.ESRCH, errno.EINVAL):
             raise NoSuchProcess(f"No process has the id {pid}") from None
         raise Failed(f"Cannot open process {pid}: {os.strerror(error.errno or 0)}") from None
-    try:
-        identity = _identify(pid, pidfd, proc)
-    except BaseException:
-        os.close(pidfd)
-        raise
-    return PidfdProcess(pidfd, Guest(identity, Label()), proc)
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Use a pidfd that was stored for a guest's process, which may have exited since then.
+    """Use a pidfd that was stored for a guest's process, which may have exited since then. If
+    the process blocks the reading of its start time, that is checked before it gets a signal.
 
     Raises ProcessChanged if it is no pidfd, or is that of another process, or if the process cannot
     be identified. The caller then still owns the descriptor.
@@ -158,6 +172,8 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
             or procfs.read_stat(pid, proc).start_time != guest.identity.start_time
         ):
             raise ProcessChanged("it is a pidfd of another process")
+    except Unanswered as error:
+        note_once(f"reading the start time of process {pid}", error)
     except OSError:
         if not _exited(pidfd):
             raise ProcessChanged("its process cannot be identified") from None
@@ -189,6 +205,8 @@ def _identify(pid: int, pidfd: int, proc: Path) -> Identity:
         if _exited(pidfd):
             raise NoSuchProcess(f"Process {pid} has just exited") from None
         raise Failed(f"Process {pid} cannot be seen in /proc") from None
+    except Unanswered as error:
+        raise UnknownIdentity.blocked(pid, error.strerror) from None
     except OSError as error:
         raise _unreadable(pid, error) from None
     if _exited(pidfd):

@@ -1,8 +1,9 @@
 """Read /proc/PID: the identity of a process and the mounts that it sees. Sources: proc(5),
 cgroups(7).
 
-Reading stat, status and exe never blocks. Reading a command line can block: the kernel takes the
-target's memory lock, which a QEMU process stuck in a page fault may hold forever. So call
+Reading status and cgroup never blocks. Reading stat and exe can, so these functions wait for them
+only briefly, and raise Unanswered (blockable.py). Reading a command line can block, too: the kernel
+takes the target's memory lock, which a QEMU process stuck in a page fault may hold forever. So call
 `read_command_line` and `read_names` in a separate thread (target_threads.py, names.py). Reading
 mountinfo does not block on a file system whose server is gone, because the kernel has the text in
 memory and accesses no path. For another user's process, it needs the ptrace right.
@@ -17,9 +18,11 @@ import itertools
 import os
 import re
 import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from qkilld.adapters import blockable
 from qkilld.adapters.cgroup_unit import systemd_uses_v2, unit_of
 from qkilld.debug_log import note_once
 from qkilld.model.guest import Identity, Unit
@@ -108,8 +111,14 @@ def pids(proc: Path = PROC) -> list[int]:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
-    """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process."""
-    return parse_stat(_read(f"{proc}/{pid}/stat"))
+    """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process,
+    Unanswered if the process blocks that."""
+    return blockable.shared.one(f"{proc}/{pid}", _stat)
+
+
+def _stat(directory: str) -> Stat:
+    """May block. Raises OSError."""
+    return parse_stat(_read(f"{directory}/stat"))
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -137,11 +146,16 @@ def parse_stat(text: bytes) -> Stat:
 
 def read_uid(pid: int, proc: Path = PROC) -> int:
     """Return the real uid. Raises OSError."""
-    _, label, rest = _read(f"{proc}/{pid}/status").partition(b"\nUid:")
+    return _uid(f"{proc}/{pid}")
+
+
+def _uid(directory: str) -> int:
+    """Raises OSError."""
+    _, label, rest = _read(f"{directory}/status").partition(b"\nUid:")
     if label:
         with contextlib.suppress(ValueError, IndexError):
             return int(rest.split(None, 1)[0])
-    raise ProcessLookupError(f"no Uid line for {pid}")
+    raise ProcessLookupError(f"no Uid line in {directory}/status")
 
 
 def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
@@ -193,9 +207,23 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """Return the target of exe, and whether it is deleted; ("", False) if there is none.
 
     Kernel threads and exiting processes have none. If the first thread has exited, exe of another
-    thread is read. Raises OSError, for example PermissionError if the kernel does not show it.
+    thread is read. Raises OSError, for example PermissionError if the kernel does not show it,
+    Unanswered if the process blocks that.
     """
-    directory = f"{proc}/{pid}"
+    return blockable.shared.one(f"{proc}/{pid}", _executable)
+
+
+def read_executables(
+    pids: Iterable[int], proc: Path = PROC
+) -> Iterator[tuple[int, tuple[str, bool] | Exception]]:
+    """Yield what `read_executable` returns or raises for each process."""
+    wanted = list(pids)
+    directories = [f"{proc}/{pid}" for pid in wanted]
+    return zip(wanted, blockable.shared.each(directories, _executable), strict=True)
+
+
+def _executable(directory: str) -> tuple[str, bool]:
+    """May block. Raises OSError."""
     path = _readlink(f"{directory}/exe")
     if path is None:
         tasks = _tasks(Path(directory))
@@ -206,19 +234,34 @@ def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
 
 def read_identity(pid: int, proc: Path = PROC) -> Identity:
     """Raises OSError: FileNotFoundError or ProcessLookupError if the process is gone,
-    PermissionError if the kernel does not show its executable."""
-    stat = read_stat(pid, proc)
-    uid = read_uid(pid, proc)
-    executable, deleted = read_executable(pid, proc)
+    PermissionError if the kernel does not show its executable, Unanswered if the process blocks
+    that."""
+    return blockable.shared.one(f"{proc}/{pid}", _identity)
+
+
+def read_identities(
+    pids: Iterable[int], proc: Path = PROC
+) -> Iterator[tuple[int, Identity | Exception]]:
+    """Yield what `read_identity` returns or raises for each process."""
+    wanted = list(pids)
+    directories = [f"{proc}/{pid}" for pid in wanted]
+    return zip(wanted, blockable.shared.each(directories, _identity), strict=True)
+
+
+def _identity(directory: str) -> Identity:
+    """May block. Raises OSError."""
+    stat = _stat(directory)
+    uid = _uid(directory)
+    executable, deleted = _executable(directory)
     return Identity(
-        pid=pid,
+        pid=int(directory.rpartition("/")[2]),
         start_time=stat.start_time,
         uid=uid,
         command=stat.command,
         state=stat.state,
         executable=executable,
         executable_deleted=deleted,
-        exiting=not executable and read_stat(pid, proc).exiting,
+        exiting=not executable and _stat(directory).exiting,
     )
 
 

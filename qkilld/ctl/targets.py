@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Final
 
 from qkilld.adapters import pidfile, procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.bus.client import ManagerProxy
 from qkilld.model.constants import JOB_PATH_PREFIX, ExitCode
 from qkilld.model.dataclass import dataclass
@@ -23,6 +24,7 @@ from qkilld.model.errors import (
     NoSuchUnit,
     ProcessChanged,
     QkilldError,
+    UnknownIdentity,
 )
 from qkilld.model.job_status import label
 from qkilld.model.named_tuple import NamedTuple
@@ -262,6 +264,8 @@ class Resolver:
             return int((await self._manager.inspect(pid))["start-time"])
         try:
             return procfs.read_stat(pid).start_time
+        except Unanswered as error:
+            raise UnknownIdentity.blocked(pid, error.strerror) from None
         except OSError:
             raise NoSuchProcess(f'"{target.shown}", process {pid}, has just exited') from None
 

@@ -98,6 +98,11 @@ class UnknownIdentity(Failed):
         self.exiting = exiting
         """Whether the process is exiting, so that its executable will stay unreadable."""
 
+    @classmethod
+    def blocked(cls, pid: int, why: str | None) -> UnknownIdentity:
+        """Make the error for a process that blocks the reading of its identity."""
+        return cls(f"Cannot identify process {pid} at the moment: {why}. Try again later")
+
 
 class AccessDenied(QkilldError):
     bus_name = "org.freedesktop.DBus.Error.AccessDenied"

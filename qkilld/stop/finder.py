@@ -16,6 +16,7 @@ from qkilld.stop.process import (
     ProcessHandle,
     by_systemd,
     open_main_process,
+    open_named,
     open_process,
 )
 
@@ -59,7 +60,7 @@ class ProcessFinder:
         if self._options.unit is not None or self._options.all_guests:
             return None
         if self._options.pid is not None:
-            return open_process(self._options.pid)
+            return open_named(self._options.pid)
         if self._options.pidfile is not None:
             return _of_pidfile(self._options.pidfile)
         if not self._main_pid and self.by_systemd:
@@ -133,9 +134,14 @@ class ProcessFinder:
 
 
 def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
-    """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles."""
-    for pid in procfs.pids():
-        if (process := _qemu(pid, globs)) is not None:
+    """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles.
+
+    Skips a process whose executable cannot be read, because it is hidden or blocks that.
+    """
+    for pid, executable in procfs.read_executables(procfs.pids()):
+        if isinstance(executable, Exception):
+            note(f"reading the executable of process {pid}", executable)
+        elif is_qemu(executable[0], globs) and (process := _qemu(pid, globs)) is not None:
             # Read the unit while the process is open: if its pid was reused, `exited` shows that.
             unit = procfs.read_unit(pid)
             if process.exited():
@@ -145,6 +151,7 @@ def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
 
 
 def _qemu(pid: int, globs: Iterable[str]) -> ProcessHandle | None:
+    """Open a process, and check once more that it is QEMU."""
     if pid == os.getpid():
         return None
     try:
@@ -156,7 +163,7 @@ def _qemu(pid: int, globs: Iterable[str]) -> ProcessHandle | None:
         if is_qemu(procfs.read_executable(pid)[0], globs):
             return process
     except OSError as error:
-        note(f"reading the executable of process {pid}, which may be hidden", error)
+        note(f"reading the executable of process {pid}", error)
     process.close()
     return None
 
@@ -168,4 +175,4 @@ def _of_pidfile(path: str) -> ProcessHandle:
         # QEMU removes its pidfile when it exits, so a missing one means that the process is gone.
         raise NoSuchProcess("the pidfile does not exist")
     named = pidfile.read(path)
-    return open_process(named.pid, named.start_time)
+    return open_named(named.pid, named.start_time)

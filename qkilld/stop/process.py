@@ -6,6 +6,8 @@ import os
 import select
 import time
 
+from qkilld.adapters import blockable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from qkilld.model.errors import QkilldError
 
 
+IDENTITY_TIMEOUT_S = 3.0
+"""How long to wait for a process that blocks the reading of its start time. Shorter than
+limits.FIRST, so that systemd waits, too."""
+IDENTITY_RETRY_S = 0.1
 MAX_COMMAND_LINE = 1 << 20
 READ_TIMEOUT_S = 0.2
 
@@ -41,7 +47,8 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     """Open a process by its pid.
 
     Raises NoSuchProcess if the process is gone, is a zombie, or was not started at `start_time`.
-    Raises Failed if it cannot be opened, or if its start time is needed but unreadable.
+    Raises Failed if it cannot be opened, or if its start time is needed but unreadable;
+    UnknownIdentity if the process blocks the reading of that.
     """
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
@@ -50,7 +57,13 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
     # The start time is None if the process is hidden or gone; the pidfd shows which.
-    process.start_time = read_start_time(pid)
+    try:
+        process.start_time = blockable.shared.one(f"/proc/{pid}", _start_time)
+    except blockable.Unanswered as error:
+        process.close()
+        from qkilld.model.errors import UnknownIdentity
+
+        raise UnknownIdentity.blocked(pid, error.strerror) from None
     if process.exited() or (
         start_time is not None and process.start_time not in (None, start_time)
     ):
@@ -62,15 +75,30 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     return process
 
 
+def open_named(pid: int, start_time: int | None = None) -> ProcessHandle:
+    """Open a process as `open_process` does; if it blocks the reading of its start time, try that
+    for IDENTITY_TIMEOUT_S."""
+    until = time.monotonic() + IDENTITY_TIMEOUT_S
+    while True:
+        try:
+            return open_process(pid, start_time)
+        except Exception as error:
+            from qkilld.model.errors import UnknownIdentity
+
+            if not isinstance(error, UnknownIdentity) or time.monotonic() > until:
+                raise
+        time.sleep(IDENTITY_RETRY_S)
+
+
 def open_main_process(text: str) -> ProcessHandle:
-    """Open the process in $MAINPID. Raises what `open_process` raises, and InvalidArgs."""
+    """Open the process in $MAINPID. Raises what `open_named` raises, and InvalidArgs."""
     if not (text.isascii() and text.isdecimal() and len(text) < 11 and int(text) > 0):
         from qkilld.model.errors import InvalidArgs
 
         raise InvalidArgs("$MAINPID is not the id of a process")
-    process = open_process(int(text))
+    process = open_named(int(text))
     # systemd knew the main process when it started us, so a younger process has reused the pid.
-    own = read_start_time(os.getpid())
+    own = read_own_start_time()
     if process.start_time is not None and own is not None and process.start_time > own:
         process.close()
         raise _no_such_process("the main process is gone")
@@ -154,16 +182,21 @@ def _may_name_place(word: bytes) -> bool:
 def ran_for_s() -> float:
     """Return the seconds since this program was started, with a resolution of 10 ms; 0 if
     unknown."""
-    started = read_start_time(os.getpid())
+    started = read_own_start_time()
     if started is None:
         return 0.0
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
-def read_start_time(pid: int) -> int | None:
-    """Return field 22 of /proc/PID/stat, clock ticks since boot; None if unreadable."""
+def read_own_start_time() -> int | None:
+    """Return the start time of this program in clock ticks since boot; None if unreadable."""
+    return _start_time("/proc/self")
+
+
+def _start_time(directory: str) -> int | None:
+    """Return field 22 of /proc/PID/stat; None if unreadable. May block."""
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{directory}/stat", os.O_RDONLY | os.O_CLOEXEC)
         try:
             stat = os.read(fd, 4096)
         finally:

@@ -47,8 +47,11 @@ print(*sorted(sys.modules))
 ALLOWED = {
     "qkilld",
     "qkilld.adapters",
+    "qkilld.adapters.blockable",
     "qkilld.adapters.journal_stream",
     "qkilld.adapters.sd_notify",
+    "qkilld.engine",
+    "qkilld.engine.fair_shares",
 }
 
 

@@ -128,7 +128,7 @@ def test_it_is_limited(installed: Container) -> None:
     assert installed.property("qkilld.service", "MemoryMax") == str(1536 << 20)
     assert installed.property("qkilld.service", "MemorySwapMax") == "0"
     assert installed.property("qkilld.service", "MemoryHigh") == "infinity"
-    assert installed.property("qkilld.service", "TasksMax") == "320"
+    assert installed.property("qkilld.service", "TasksMax") == "512"
 
 
 def test_it_is_hardened(installed: Container) -> None:

@@ -1,0 +1,236 @@
+"""Read files of /proc/PID that the process itself can block, but wait for them only briefly.
+
+Recent kernels (measured on Linux 6.18.44) take the process's exec_update_lock to show stat and the
+links exe, cwd and root. execve(2) holds that lock while it closes the O_CLOEXEC files of the
+process. If one of them is on a FUSE mount whose server does not answer, that takes forever, and
+any user can mount FUSE. status, cgroup and cmdline did not block.
+
+So a thread reads, and the caller waits PATIENCE_S for it. No second read begins for a process while
+one is blocked. Imports little: see stop.main.
+"""
+
+from __future__ import annotations
+
+import _thread
+import errno
+import os
+import time
+
+from qkilld.engine.fair_shares import FairShares
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+PATIENCE_S = 0.02
+"""A read usually takes 10 to 30 µs."""
+SHORT_PATIENCE_S = 0.001
+"""Used for SHORT_FOR_S after a read was given up, so that somebody who blocks and unblocks
+processes all the time cannot take much time of the event loop."""
+SHORT_FOR_S = 1.0
+MAX_WAIT_S = 0.5
+"""The longest wait for a thread that sleeps for another reason, such as that of the interpreter."""
+MAX_THREADS = 64
+MAX_OF_ROOT = 16
+MAX_SHARED = 24
+"""See FairShares; only blocked threads count."""
+MAX_IDLE = 2
+
+
+class Unanswered(TimeoutError):
+    """The kernel does not show the process at the moment, because the process blocks that."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            errno.ETIMEDOUT,
+            "the kernel does not show it, perhaps because it executes a program and waits for a "
+            "file system that does not answer",
+        )
+
+
+class _Batch:
+    """Reads for one caller, done by one thread in this order."""
+
+    __slots__ = ("blocked_on", "directories", "done", "finished", "outcomes", "read", "uid")
+
+    def __init__(self, directories: Sequence[str], read: Callable[[str], Any]) -> None:
+        self.directories, self.read = directories, read
+        self.outcomes: list[Any] = []
+        """For each directory what `read` returned or, if it raised that, an exception."""
+        self.finished = False
+        self.blocked_on: str | None = None
+        """The directory whose read the caller has given up; the thread must not begin another."""
+        self.uid = -1
+        """The user for whom the blocked thread counts."""
+        self.done = _thread.allocate_lock()
+        self.done.acquire()
+
+
+class _ReadingThread:
+    """A thread that reads batches."""
+
+    __slots__ = ("batch", "thread_id", "wake")
+
+    def __init__(self) -> None:
+        self.batch: _Batch | None = None
+        self.thread_id = 0
+        self.wake = _thread.allocate_lock()
+        self.wake.acquire()
+
+    def is_blocked(self) -> bool:
+        """Return whether the kernel lets the thread wait for a lock. If not, it has only not had
+        its turn on a busy machine."""
+        if not self.thread_id:
+            return False
+        try:
+            fd = os.open(f"/proc/self/task/{self.thread_id}/stat", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.read(fd, 512).rpartition(b")")[2].split()[:1] == [b"D"]
+            finally:
+                os.close(fd)
+        except OSError:  # For example, there are no free descriptors.
+            return True
+
+
+class BlockableReads:
+    """Runs reads in threads. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
+        self._idle: list[_ReadingThread] = []
+        self._blocked: dict[str, int] = {}
+        """The number of blocked reads of each directory: more than one if they began together."""
+        self._shares = FairShares(MAX_THREADS, of_root=MAX_OF_ROOT, shared=MAX_SHARED)
+        self._short_until = 0.0
+
+    @property
+    def blocked(self) -> int:
+        """The number of blocked threads."""
+        return self._shares.taken
+
+    def each(self, directories: Sequence[str], read: Callable[[str], T]) -> Iterator[T | Exception]:
+        """Yield what `read` returns for each directory (/proc/PID), or the exception that it
+        raises; Unanswered if the process blocks that, or blocked threads leave no room."""
+        position = 0
+        while position < len(directories):
+            batch = _Batch(directories[position:] if position else directories, read)
+            count = self._run(batch)
+            yield from batch.outcomes[:count]
+            position += count
+            if position < len(directories):
+                yield Unanswered()
+                position += 1
+
+    def one(self, directory: str, read: Callable[[str], T]) -> T:
+        """Return what `read` returns for the directory. Raises what it raises, and Unanswered."""
+        batch = _Batch((directory,), read)
+        outcome: T | Exception = batch.outcomes.pop() if self._run(batch) else Unanswered()
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        finally:
+            del outcome  # Otherwise its traceback would refer to itself.
+
+    def _run(self, batch: _Batch) -> int:
+        """Run a batch; return the number of its outcomes. If that is not all of them, the next read
+        is blocked."""
+        with self._lock:
+            reader = self._idle.pop() if self._idle else _ReadingThread()
+            reader.batch = batch
+        reader.wake.release()
+        if not reader.thread_id:
+            try:
+                _thread.start_new_thread(self._work, (reader,))
+            except RuntimeError:  # The system allows no more threads.
+                return 0
+        return self._wait(reader, batch)
+
+    def _wait(self, reader: _ReadingThread, batch: _Batch) -> int:
+        count, began = 0, time.monotonic()
+        while not batch.done.acquire(timeout=self._patience(began)):
+            now = time.monotonic()
+            if len(batch.outcomes) != count:
+                count, began = len(batch.outcomes), now
+            elif reader.is_blocked() or now - began > MAX_WAIT_S:
+                with self._lock:
+                    if not batch.finished:
+                        return self._give_up(batch)
+        return len(batch.outcomes)
+
+    def _patience(self, now: float) -> float:
+        return SHORT_PATIENCE_S if now < self._short_until else PATIENCE_S
+
+    def _give_up(self, batch: _Batch) -> int:
+        """Leave the thread to its fate; return the number of outcomes. Call it with the lock."""
+        count = len(batch.outcomes)
+        batch.blocked_on = directory = batch.directories[count]
+        self._blocked[directory] = self._blocked.get(directory, 0) + 1
+        batch.uid = _uid(directory)
+        self._shares.take(batch.uid)
+        self._short_until = time.monotonic() + SHORT_FOR_S
+        return count
+
+    def _work(self, reader: _ReadingThread) -> None:
+        reader.thread_id = _thread.get_native_id()
+        while True:
+            reader.wake.acquire()
+            batch = reader.batch
+            assert batch is not None
+            for directory in batch.directories:
+                if batch.blocked_on is not None:
+                    break
+                batch.outcomes.append(self._outcome(directory, batch.read))
+            with self._lock:
+                batch.finished = True
+                if batch.blocked_on is not None:
+                    self._note_end(batch.blocked_on, batch.uid)
+                reader.batch = None
+                lasts = len(self._idle) < MAX_IDLE
+                if lasts:
+                    self._idle.append(reader)
+            batch.done.release()
+            if not lasts:
+                return
+
+    def _note_end(self, directory: str, uid: int) -> None:
+        """Note that a blocked read has ended."""
+        self._shares.give_back(uid)
+        self._blocked[directory] -= 1
+        if not self._blocked[directory]:
+            del self._blocked[directory]
+
+    def _outcome(self, directory: str, read: Callable[[str], T]) -> T | Exception:
+        if self._blocked and not self._may_read(directory):
+            return Unanswered()
+        try:
+            return read(directory)
+        except Exception as error:
+            return error
+
+    def _may_read(self, directory: str) -> bool:
+        if directory in self._blocked:
+            return False
+        uid = _uid(directory)
+        with self._lock:
+            return self._shares.has_room(uid)
+
+
+def _uid(directory: str) -> int:
+    """Return the real uid of the process, from status, which does not block; -1 if it is gone."""
+    try:
+        fd = os.open(f"{directory}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        return int(text.partition(b"\nUid:")[2].split(None, 1)[0])
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+shared = BlockableReads()
+"""For the whole program, because TasksMax= limits all threads of its unit together."""

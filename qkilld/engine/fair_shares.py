@@ -1,0 +1,44 @@
+"""Divide a limited number of places, such as threads that may block, among users. Imports nothing:
+see stop.main."""
+
+from __future__ import annotations
+
+
+class FairShares:
+    """Places taken by users. It has no lock of its own.
+
+    Root may take all `places`, and keeps `of_root` of these free from the others. A part of the
+    rest, `shared`, is divided equally among the users who have places. Further places are only for
+    users who have none, so that they get one, whatever the others have taken.
+    """
+
+    def __init__(self, places: int, *, of_root: int, shared: int) -> None:
+        self._places = places
+        self._of_users = places - of_root
+        self._shared = shared
+        self._taken: dict[int, int] = {}
+
+    @property
+    def taken(self) -> int:
+        return sum(self._taken.values())
+
+    def has_room(self, uid: int) -> bool:
+        """Return whether the user may take another place."""
+        taken, own = self.taken, self._taken.get(uid, 0)
+        if uid == 0 or taken >= self._places:
+            return taken < self._places
+        by_users = taken - self._taken.get(0, 0)
+        if not own:
+            return by_users < self._of_users
+        users = sum(other != 0 for other in self._taken)
+        further = by_users - users
+        return by_users < self._of_users and further < self._shared and own <= self._shared // users
+
+    def take(self, uid: int) -> None:
+        """Take a place, even if there is no room."""
+        self._taken[uid] = self._taken.get(uid, 0) + 1
+
+    def give_back(self, uid: int) -> None:
+        self._taken[uid] -= 1
+        if not self._taken[uid]:
+            del self._taken[uid]

@@ -1,0 +1,176 @@
+"""Processes that block the reading of their identity: real ones, in execve(2) on a FUSE mount."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qkilld.adapters import blockable, procfs
+from qkilld.adapters.blockable import BlockableReads, Unanswered
+from qkilld.adapters.host import LocalHost
+from qkilld.adapters.process import adopt_process, open_process
+from qkilld.model.errors import UnknownIdentity
+from qkilld.stop import process as stop_process
+from qkilld.stop.finder import ProcessFinder
+from qkilld.stop.options import Options
+from tests.evidence.until import until
+from tests.lab.guest import Guest, own_qemus
+from tests.lab.process import OTHER_UID
+from tests.lab.stuck import StuckGuests, stuck_guests
+
+Make = Callable[..., Guest]
+
+
+def executable(directory: str) -> Path:
+    return Path(directory, "exe").readlink()
+
+
+@pytest.fixture
+def stuck() -> Iterator[StuckGuests]:
+    with stuck_guests() as guests:
+        yield guests
+    until(lambda: blockable.shared.blocked, lambda blocked: not blocked)
+
+
+def test_a_process_cannot_be_identified_while_it_is_stuck(stuck: StuckGuests) -> None:
+    guest = stuck.make(OTHER_UID)
+    process = open_process(guest.pid)
+    try:
+        stuck.stick(guest)
+        for _ in range(3):
+            with pytest.raises(UnknownIdentity, match="file system that does not answer"):
+                process.identify()
+            with pytest.raises(UnknownIdentity):
+                open_process(guest.pid)
+            with pytest.raises(Unanswered):
+                procfs.read_stat(guest.pid)
+        assert blockable.shared.blocked == 1
+        assert not process.exited() and not process.dying() and not process.collected()
+        assert process.killed_by() == 0
+        stuck.free()
+        until(lambda: blockable.shared.blocked, lambda blocked: not blocked)
+        assert process.identify().key == (guest.pid, guest.start_time)
+    finally:
+        process.close()
+
+
+def test_only_the_first_reader_waits(stuck: StuckGuests) -> None:
+    guest = stuck.make_stuck(OTHER_UID)
+
+    def read() -> float:
+        began = time.monotonic()
+        with pytest.raises(Unanswered):
+            procfs.read_executable(guest.pid)
+        return time.monotonic() - began
+
+    read()
+    took = sorted(read() for _ in range(50))
+    assert took[25] < blockable.PATIENCE_S / 2, took
+
+
+def test_a_stored_pidfd_is_used_although_its_process_is_stuck(stuck: StuckGuests) -> None:
+    """The job looks again before it sends a signal."""
+    guest = stuck.make(OTHER_UID)
+    before = open_process(guest.pid)
+    before.close()
+    stuck.stick(guest)
+    process = adopt_process(os.pidfd_open(guest.pid), before.guest)
+    try:
+        assert process.identity == before.identity
+        with pytest.raises(UnknownIdentity):
+            process.identify()
+    finally:
+        process.close()
+
+
+def test_a_scan_skips_them(stuck: StuckGuests, fake_qemu: Make) -> None:
+    import asyncio
+
+    guests = [stuck.make_stuck(OTHER_UID) for _ in range(4)]
+    web = fake_qemu(name="web")
+
+    async def scan() -> list[int]:
+        return [identity.pid for identity in await LocalHost().identities()]
+
+    for _ in range(2):
+        pids = asyncio.run(scan())
+        assert web.pid in pids
+        assert not {guest.pid for guest in guests} & set(pids)
+    assert blockable.shared.blocked >= len(guests)  # Other tests may have some.
+
+
+def test_qkilld_stop_finds_the_others(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 0.2)
+    guest, web = stuck.make_stuck(OTHER_UID), fake_qemu(name="web")
+    processes = ProcessFinder(Options(), {}).of_manager([own_qemus()])
+    for process, _ in processes:
+        process.close()
+    pids = [process.pid for process, _ in processes]
+    assert web.pid in pids and guest.pid not in pids
+    with pytest.raises(UnknownIdentity, match="Try again"):
+        ProcessFinder(Options(pid=guest.pid), {}).named()
+    threading.Timer(0.3, stuck.free).start()
+    monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 30)
+    named = ProcessFinder(Options(pid=guest.pid), {}).named()
+    assert named is not None and named.start_time == guest.start_time
+    named.close()
+
+
+def test_a_user_with_many_of_them_leaves_room(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockable, "MAX_THREADS", 6)
+    monkeypatch.setattr(blockable, "MAX_OF_ROOT", 1)
+    monkeypatch.setattr(blockable, "MAX_SHARED", 2)
+    reads = BlockableReads()
+
+    def blocks(guest: Guest) -> bool:
+        """Return whether reading the guest blocks another thread."""
+        before = reads.blocked
+        with pytest.raises(Unanswered):
+            reads.one(f"/proc/{guest.pid}", executable)
+        return reads.blocked > before
+
+    assert [blocks(stuck.make_stuck(OTHER_UID)) for _ in range(4)] == [True, True, True, False]
+    # Not even a process that would not block is read for this user; another user's is.
+    own = fake_qemu(uid=OTHER_UID)
+    with pytest.raises(Unanswered):
+        reads.one(f"/proc/{own.pid}", executable)
+    another = fake_qemu(uid=OTHER_UID + 1)
+    assert reads.one(f"/proc/{another.pid}", executable)
+    assert [blocks(stuck.make_stuck(OTHER_UID + n)) for n in (1, 1, 2, 3)] == [
+        *(True, False, True, False)
+    ]
+    assert [blocks(stuck.make_stuck()) for _ in range(2)] == [True, False]
+    stuck.free()
+    until(lambda: reads.blocked, lambda blocked: not blocked)
+    assert reads.one(f"/proc/{own.pid}", executable)
+
+
+def test_a_busy_interpreter_is_not_a_blocked_process() -> None:
+    """A read that has not had its turn is waited for."""
+
+    def slow(directory: str) -> str:
+        time.sleep(5 * blockable.PATIENCE_S)
+        return directory
+
+    assert BlockableReads().one("/proc/1", slow) == "/proc/1"
+
+
+def test_the_order_and_the_errors_of_many_reads() -> None:
+    def read(directory: str) -> int:
+        if directory == "b":
+            raise KeyError(directory)
+        return ord(directory)
+
+    first, second, third = BlockableReads().each(["a", "b", "c"], read)
+    assert (first, third) == (97, 99)
+    assert isinstance(second, KeyError)
+    assert list(BlockableReads().each([], read)) == []

@@ -1,0 +1,126 @@
+"""Processes that block the reading of their identity: nobody else waits, and they get no signal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import pytest
+
+from tests.evidence.until import until
+from tests.lab.bus import Bus, CallError, Client, Daemon
+from tests.lab.guest import Guest
+from tests.lab.process import OTHER_UID, wait_gone
+from tests.lab.stuck import StuckGuests, stuck_guests
+
+FORCE, FIXED = 1, 8
+JOB = "org.qkilld1.Job"
+ANSWER_S = 1.0
+Make = Callable[..., Guest]
+Start = Callable[..., Daemon]
+
+
+@pytest.fixture
+def stuck() -> Iterator[StuckGuests]:
+    with stuck_guests() as guests:
+        yield guests
+
+
+class Timed:
+    """Calls methods of the manager, and notes the longest time that one took."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.longest_s = 0.0
+
+    def __call__(self, method: str, *arguments: Any) -> tuple[Any, ...]:
+        began = time.monotonic()
+        try:
+            return self._client.call(method, *arguments)
+        finally:
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+
+
+def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: Make) -> None:
+    theirs = [stuck.make_stuck(OTHER_UID) for _ in range(3)]
+    daemon, web = start_daemon(), fake_qemu(name="web")
+    with daemon.bus.client() as client:
+        call = Timed(client)
+        for guest in theirs:
+            for method, signature, more in (
+                ("Terminate", "ut", (0,)),
+                ("Inspect", "u", ()),
+            ):
+                with pytest.raises(CallError, match="Cannot identify process") as caught:
+                    call(method, signature, guest.pid, *more)
+                assert caught.value.name == "org.qkilld1.Error.Failed"
+        rows = call("ListGuests")[0]
+        assert web.pid in [row[0] for row in rows]
+        assert not {guest.pid for guest in theirs} & {row[0] for row in rows}
+        (jobs,) = call("TerminateAll", "ta{sv}", 0, {})
+        ((pid, job),) = jobs
+        assert pid == web.pid
+        assert client.wait(job)[0] == "exited"
+        assert call.longest_s < ANSWER_S
+    assert all(guest.alive for guest in theirs)
+
+
+def test_a_job_sends_no_signal_while_its_process_is_stuck(
+    stuck: StuckGuests, start_daemon: Start, fake_qemu: Make
+) -> None:
+    guest, daemon = stuck.make(OTHER_UID), start_daemon()
+    with daemon.bus.client() as client:
+        job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 1_000_000))
+        daemon.wait_for("Sent SIGTERM")
+        stuck.stick(guest)
+        # The grace period ends, and the daemon looks again each second.
+        time.sleep(3.5)
+        assert client.properties(job, JOB)["Result"] == ""
+        assert "SIGKILL" not in _pending_signals(guest.pid)
+        call = Timed(client)
+        call("ListGuests")
+        other = fake_qemu()
+        assert client.wait(client.terminate(other.pid))[0] == "exited"
+        assert call.longest_s < ANSWER_S
+        stuck.free()
+        result, receipt = client.wait(job)
+    assert result == "killed"
+    assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
+    assert wait_gone(guest.pidfd, 10)
+
+
+def test_a_daemon_that_is_restarted_meanwhile_is_ready(
+    stuck: StuckGuests, private_bus: Bus, start_daemon: Start, lab_dir: Path
+) -> None:
+    lab_dir.chmod(0o700)
+    env = {"RUNTIME_DIRECTORY": str(lab_dir)}
+    first, guest = start_daemon(env=env), stuck.make(OTHER_UID)
+    with private_bus.client() as client:
+        job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 4_000_000))
+        first.wait_for("Sent SIGTERM")
+        time.sleep(0.2)
+        stuck.stick(guest)
+        first.process.kill()
+        first.wait_gone()
+        began = time.monotonic()
+        start_daemon(env=env).wait_for("Resuming the stop")
+        print("ready after", time.monotonic() - began)
+        call = Timed(client)
+        call("ListGuests")
+        assert call.longest_s < ANSWER_S
+        time.sleep(max(0.0, began + 6 - time.monotonic()))
+        assert client.properties(job, JOB)["Result"] == ""
+        stuck.free()
+        result, receipt = client.wait(job)
+    assert result == "killed"
+    assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
+
+
+def _pending_signals(pid: int) -> str:
+    """Return "SIGKILL" if it is pending."""
+    lines = until(Path(f"/proc/{pid}/status").read_text, lambda text: "ShdPnd" in text).split("\n")
+    masks = [int(line.split()[1], 16) for line in lines if line[3:5] == "Pn"]
+    return "SIGKILL" if any(mask & 1 << SIGKILL - 1 for mask in masks) else ""

@@ -1,0 +1,64 @@
+"""How many places each user may take."""
+
+from __future__ import annotations
+
+import pytest
+
+from qkilld.engine.fair_shares import FairShares
+
+
+@pytest.fixture
+def shares() -> FairShares:
+    return FairShares(12, of_root=2, shared=4)
+
+
+def fill(shares: FairShares, uid: int) -> int:
+    """Take all places that the user may have; return how many these were."""
+    count = 0
+    while shares.has_room(uid):
+        shares.take(uid)
+        count += 1
+    return count
+
+
+def test_the_first_user_takes_no_place_that_is_the_first_of_another(shares: FairShares) -> None:
+    assert fill(shares, 1000) == 5
+    assert [fill(shares, uid) for uid in range(1001, 1007)] == [1, 1, 1, 1, 1, 0]
+    assert shares.taken == 10
+
+
+def test_shares_shrink_with_the_number_of_users(shares: FairShares) -> None:
+    for uid in (1000, 1001):
+        shares.take(uid)
+    assert fill(shares, 1000) == 2
+    assert fill(shares, 1001) == 2
+    assert fill(shares, 1002) == 1
+    shares.give_back(1000)
+    assert not shares.has_room(1000)
+    shares.give_back(1000)
+    shares.give_back(1002)
+    assert fill(shares, 1002) == 2
+
+
+@pytest.mark.parametrize("users", [0, 1, 20])
+def test_root_has_places_of_its_own(shares: FairShares, users: int) -> None:
+    taken = sum(fill(shares, uid) for uid in range(1000, 1000 + users))
+    assert fill(shares, 0) == 12 - taken >= 2
+    assert not shares.has_room(1) and not shares.has_room(0)
+
+
+def test_root_does_not_count_as_a_user(shares: FairShares) -> None:
+    assert fill(shares, 0) == 12
+    for _ in range(10):
+        shares.give_back(0)
+    assert fill(shares, 1000) == 5
+
+
+def test_a_place_may_be_taken_without_room(shares: FairShares) -> None:
+    for _ in range(20):
+        shares.take(1000)
+    assert not shares.has_room(1001) and not shares.has_room(0)
+    for _ in range(20):
+        shares.give_back(1000)
+    assert shares.taken == 0
+    assert fill(shares, 1000) == 5
