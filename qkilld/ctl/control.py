@@ -11,8 +11,9 @@ from qkilld.ctl.session import Session
 from qkilld.ctl.targets import Resolver, parse
 from qkilld.ctl.terminate import TargetOutcome, each, finish
 from qkilld.debug_log import ignore
+from qkilld.model.constants import GuestAsked
 from qkilld.model.errors import NoSuchJob, QkilldError
-from qkilld.model.job_status import JobStatus
+from qkilld.model.job_status import BEFORE_SIGNALS, JobStatus
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
@@ -26,6 +27,10 @@ class JobCommand(NamedTuple):
 
 def _cancel_report(before: JobStatus, _: JobStatus) -> str:
     text = "cancelled: no more signals will be sent. The guest may still exit from an earlier one"
+    if before.phase in BEFORE_SIGNALS:
+        text = "cancelled: no signal will be sent"
+        if before.guest_asked == GuestAsked.ASKED:
+            text += ". The guest was asked, and may still shut down"
     if unit := printable(before.unit):
         text += (
             f". If systemd is stopping {unit}, systemd continues, up to SIGKILL at its timeout: to"

@@ -23,9 +23,9 @@ _SHORT: Final = {
     "blocked in a call": "blocked",
     "is held still": "held still",
     "idle, does not exit": "idle",
-    "does not exit despite SIGKILL": "SIGKILL sent",
     "is about to be asked": "to be asked",
     "was asked to shut down": "was asked",
+    "cannot be asked": "not asked",
 }
 """Short forms of JobStatus.doing."""
 _GOOD: Final = (Verdict.FLUSHING, Verdict.GUEST_SHUTDOWN)

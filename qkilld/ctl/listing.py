@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any, Final
 
 from qkilld.bus.client import ManagerProxy
@@ -11,9 +12,9 @@ from qkilld.ctl.process_stats import ProcessStats
 from qkilld.ctl.session import Session
 from qkilld.ctl.targets import GuestRow, Resolver, Target, TargetKind, guest_rows
 from qkilld.debug_log import note
-from qkilld.model.constants import UNKNOWN, ExitCode, Phase
+from qkilld.model.constants import INFINITY, UNKNOWN, ExitCode, Flag, Phase
 from qkilld.model.errors import NoSuchJob, QkilldError
-from qkilld.model.job_status import JobStatus, flag_names, known, label
+from qkilld.model.job_status import JobStatus, ending, flag_names, known, label, rounded
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.policy import SPANS
 from qkilld.model.text import printable
@@ -102,13 +103,14 @@ async def status(session: Session, target: Target) -> int:
     resolver = Resolver(session.manager)
     job: JobStatus | None
     if target.kind is TargetKind.JOB:
-        job = await _job_status(session.manager, await resolver.job(target))
+        job = await _with_receipt(session.manager, await resolver.job(target))
         guest = GuestRow(job.pid, job.name, job.uuid, job.uid, job.unit)
     else:
         process = await resolver.find(target)
         guest = await _who(session.manager, resolver, process.pid)
         try:
-            job = await _job_status(session.manager, await session.manager.job_by_pid(process.pid))
+            path = await session.manager.job_by_pid(process.pid)
+            job = await _with_receipt(session.manager, path)
         except NoSuchJob:
             job = None
     # Read no statistics for an ended job, because another process may have its pid.
@@ -188,17 +190,22 @@ class _JobRow(NamedTuple):
         return self.status.result if self.status else ""
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "path": self.path,
-            "pid": self.pid,
-            "name": self.name,
-            "phase": self.phase,
-            "verdict": self.verdict,
-            "result": self.result or None,
-            "held": self.status.held if self.status else None,
-            "deadline_usec": known(self.status.deadline) if self.status else None,
-        }
+        """Return the document of `status` for the job. If the job was forgotten, values that are
+        not in the list are null."""
+        if self.status is not None:
+            return self.status.as_json()
+        listed = JobStatus(
+            path=self.path,
+            id=self.id,
+            pid=self.pid,
+            flags=Flag(0),
+            phase=self.phase,
+            verdict=self.verdict,
+            started=0,
+            deadline=INFINITY,
+        )
+        kept = {"id", "path", "pid", "phase", "verdict"}
+        return {key: value if key in kept else None for key, value in listed.as_json().items()}
 
 
 async def _jobs(manager: ManagerProxy) -> list[_JobRow]:
@@ -219,6 +226,15 @@ async def _jobs(manager: ManagerProxy) -> list[_JobRow]:
 
 async def _job_status(manager: ManagerProxy, path: str) -> JobStatus:
     return await manager.job(path).status()
+
+
+async def _with_receipt(manager: ManagerProxy, path: str) -> JobStatus:
+    """Return the status of a job, with its receipt if it has ended."""
+    status = await _job_status(manager, path)
+    if not status.result:
+        return status
+    _, receipt = await manager.job(path).wait()  # Returns at once.
+    return replace(status, receipt=receipt)
 
 
 def _job_table(session: Session, jobs: list[_JobRow]) -> None:
@@ -244,11 +260,20 @@ def _job_fields(job: JobStatus) -> list[tuple[str, str]]:
         ("verdict", job.verdict),
     ]
     if job.result:
-        return [*fields, ("result", job.result)]
+        return [*fields, ("result", job.result), *_receipt_fields(job)]
     for title, count in (("written", job.bytes_written), ("pending", job.bytes_pending)):
         if count is not None:
             fields.append((title, f"{count} bytes"))
     return [*fields, ("running for", job.elapsed(now)), ("next", job.outlook(now))]
+
+
+def _receipt_fields(job: JobStatus) -> list[tuple[str, str]]:
+    receipt = job.receipt or {}
+    rungs = [
+        f"{printable(str(action))} after {format_usec(rounded(int(at)))}"
+        for _, action, at in receipt.get("rungs", ())
+    ]
+    return [("end", ending(job.result, receipt)), ("rungs", "; ".join(rungs) or "none")]
 
 
 def _value(value: Any) -> str:

@@ -24,6 +24,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import BusError, Failed, NoSuchUnit, QkilldError
 from qkilld.model.exits import INTERRUPTED, exit_code_of, worst
 from qkilld.model.job_status import JobStatus, ending, label, receipt_as_json
+from qkilld.model.text import printable
 from qkilld.model.varlink_state import receipt_of, status_of
 from qkilld.monitor.libvirt import domain_of
 
@@ -363,7 +364,11 @@ async def _follow_stream(
 
 def _print_error(session: Session, outcome: TargetOutcome) -> None:
     if outcome.error is not None:
-        session.output.error(f"{outcome.title}: {explain(outcome.error, session.bus)}")
+        text = explain(outcome.error, session.bus)
+        # The error of a target that was not found names the target itself.
+        target = printable(outcome.text)
+        is_named = outcome.pid is None and (f'"{target}"' in text or f" {target}: " in text)
+        session.output.error(text if is_named else f"{outcome.title}: {text}")
 
 
 def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
@@ -384,8 +389,9 @@ def _started_line(outcome: TargetOutcome, command: str) -> str:
         return (
             f"{outcome.title}: job {status.id} ({outcome.job}) has ended already: {status.result}"
         )
+    doing = "would stop it, but is held" if status is not None and status.held else "is stopping it"
     return (
-        f"{outcome.title}: {outcome.job} is stopping it. Follow the job with "
+        f"{outcome.title}: {outcome.job} {doing}. Follow the job with "
         f"`{command} status {outcome.job_target}`, cancel it with "
         f"`{command} cancel {outcome.job_target}`"
     )

@@ -42,6 +42,11 @@ class MonitorLink:
         return self._monitor
 
     @property
+    def is_human(self) -> bool:
+        """Whether the open monitor is a human one, which cannot report the state of disks."""
+        return (monitor := self.monitor) is not None and not monitor.reads_disks
+
+    @property
     def own_chardevs(self) -> tuple[str, ...]:
         """The labels for the KeptMonitor of the next daemon."""
         if self._kept_monitor is not None:

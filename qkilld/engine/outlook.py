@@ -48,7 +48,8 @@ def reasons(job: ObservedJob) -> tuple[str, ...]:
 
 
 def _before_signals(job: ObservedJob) -> Outlook:
-    after = NextRung.GIVE_UP if job.request.powerdown_only else NextRung.TERMINATE
+    asks_alone = replace(job.request, flags=job.flags).asks_alone
+    after = NextRung.GIVE_UP if asks_alone else NextRung.TERMINATE
     if job.phase is Phase.QUIT:
         return Outlook(after)
     if job.guest_asked is GuestAsked.NOT_ASKED:

@@ -162,6 +162,10 @@ class GuestMonitor(Protocol):
         """Return whether the guest has an agent that seems to listen."""
 
     @property
+    def reads_disks(self) -> bool:
+        """Return whether the state of disks can be read; False for a human monitor."""
+
+    @property
     def lost(self) -> bool:
         """Return whether the connection has ended. If so, another one may be opened."""
 

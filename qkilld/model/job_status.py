@@ -30,6 +30,15 @@ _ASKED: Final[dict[str, str]] = {
     GuestAsked.NOT_RUNNING: "it was not running, so it could not be asked to shut down",
 }
 """Phrases for the result of asking. Results without one are not mentioned."""
+_BEFORE_SIGNALS: Final[dict[str, str]] = {
+    GuestAsked.NOT_ASKED: "is about to be asked",
+    GuestAsked.SHUT_DOWN: "has shut down",
+    GuestAsked.IGNORED: "did not shut down",
+    GuestAsked.DEAF: "cannot be asked",
+    GuestAsked.UNREACHABLE: "cannot be asked",
+    GuestAsked.NOT_RUNNING: "cannot be asked",
+}
+"""Phrases for the time before signals, by the result of asking so far."""
 _ASKED_BY: Final = {
     "agent": "its agent was asked to shut it down",
     "button": "its power button was pressed",
@@ -123,15 +132,22 @@ class JobStatus:
             return "has shut down" if down else "is flushing its disks"
         if self.phase == Phase.POWERDOWN:
             return self._doing_before_signals()
-        if self.phase in (Phase.KILL, Phase.REAP):
-            return "does not exit despite SIGKILL"
+        # In phase kill, SIGKILL may not have been sent yet: the next rung says that.
+        is_sent = self.phase == Phase.KILL and self.next_rung in ("", NextRung.GIVE_UP)
+        if is_sent or self.phase == Phase.REAP:
+            return "SIGKILL sent"
         return _STATES.get(self.verdict, self.verdict)
 
     def _doing_before_signals(self) -> str:
         if self.verdict == Verdict.GUEST_SHUTDOWN:
             return "shuts down"
-        was_asked = self.guest_asked != GuestAsked.NOT_ASKED
-        return "was asked to shut down" if was_asked else "is about to be asked"
+        # A job that is held stays in this phase after the end of asking.
+        return _BEFORE_SIGNALS.get(self.guest_asked, "was asked to shut down")
+
+    @property
+    def asks_alone(self) -> bool:
+        """Whether the guest is only asked, and no signal follows."""
+        return self.powerdown_only or (Flag.POWERDOWN in self.flags and self.unsupervised)
 
     @property
     def unsupervised(self) -> bool:
@@ -182,7 +198,7 @@ class JobStatus:
         """Name the next step; if an older daemon does not report it, infer it from the phase."""
         if self.next_rung and self.next_rung not in (NextRung.ASK, NextRung.GIVE_UP):
             return self.next_rung
-        if self.phase in BEFORE_SIGNALS and not self.powerdown_only:
+        if self.phase in BEFORE_SIGNALS and not self.asks_alone:
             return NextRung.TERMINATE.value
         if not self.next_rung and self.phase == Phase.TERMINATE and self.forced:
             return NextRung.KILL.value
@@ -191,8 +207,9 @@ class JobStatus:
     @property
     def _condition(self) -> str:
         if self.phase == Phase.POWERDOWN:
-            was_asked = self.guest_asked != GuestAsked.NOT_ASKED
-            return " unless it shuts down" if was_asked else " unless it can be asked"
+            if self.guest_asked == GuestAsked.NOT_ASKED:
+                return " unless it can be asked"
+            return " unless it shuts down" if self.guest_asked == GuestAsked.ASKED else ""
         return " unless it moves" if self.standstill else ""
 
     def as_json(self) -> dict[str, Any]:
@@ -289,6 +306,8 @@ def _ending(result: str, receipt: dict[str, Any]) -> str:
                 f"still there {after}; SIGKILL was not allowed (--force). It may still exit after "
                 "the SIGTERM, and qkilld logs that"
             )
+        case Result.CANCELLED if not {"SIGTERM", "SIGKILL"} & set(signals):
+            return f"cancelled {after}, before any signal"
         case Result.CANCELLED:
             return (
                 f"cancelled {after}: no more signals will be sent. "

@@ -230,6 +230,10 @@ class JobMonitor:
         return self._can_have_agent and port is not None and port.opened and not port.held
 
     @property
+    def reads_disks(self) -> bool:
+        return self._control.qmp is not None
+
+    @property
     def lost(self) -> bool:
         return self._control.lost
 

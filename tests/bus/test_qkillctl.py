@@ -158,14 +158,22 @@ def test_status_of_the_daemon(start_daemon: Start, fake_qemu: Make) -> None:
     assert document["policy"]["reap_usec"] == 7_000_000
     assert document["policy"]["max_usec"] is None
     job = {"id": 1, "path": "/org/qkilld1/job/1", "pid": guest.pid, "name": "web"}
-    deadline = document["jobs"][0].pop("deadline_usec")
+    deadline = document["jobs"][0]["deadline_usec"]
     assert 0 < deadline - time.monotonic_ns() // 1000 < 15_000_000
     job |= {"phase": "terminate", "verdict": "unknown", "result": None, "held": False}
-    assert document["jobs"] == [job]
-    assert ctl_json(bus, "jobs") == [job | {"deadline_usec": deadline}]
+    job |= {
+        "unit": ctl_json(bus, "list")[0]["unit"],
+        "next_rung": "give-up",
+        "deadline_usec": deadline,
+    }
+    assert job.items() <= document["jobs"][0].items()
+    assert ctl_json(bus, "jobs") == document["jobs"]
+    assert document["jobs"][0].keys() == ctl_json(bus, "status", "job:1")["job"].keys()
     ctl(bus, "hold", "web")
     assert re.search(rf"{row}held$", ctl(bus, "jobs").stdout, re.MULTILINE)
-    assert ctl_json(bus, "jobs") == [job | {"held": True, "deadline_usec": None}]
+    (held,) = ctl_json(bus, "jobs")
+    assert (held["held"], held["deadline_usec"]) == (True, None)
+    assert "would stop it, but is held" in ctl(bus, "terminate", "web").stdout
 
 
 def test_status_of_a_guest_and_of_its_job(daemon: Daemon, fake_qemu: Make) -> None:
@@ -200,6 +208,10 @@ def test_the_result_of_a_job_that_has_ended(daemon: Daemon, fake_qemu: Make) -> 
     assert re.search(row, ctl(daemon.bus, "jobs").stdout, re.MULTILINE)
     document = ctl_json(daemon.bus, "status", "job:1")
     assert document["job"]["result"] == "exited"
+    assert [rung["action"] for rung in document["job"]["receipt"]["rungs"]] == ["SIGTERM"]
+    text = ctl(daemon.bus, "status", "job:1").stdout
+    assert re.search(r"^  end: +gone after \S+, without SIGKILL", text, re.MULTILINE)
+    assert re.search(r"^  rungs: +SIGTERM after \S+$", text, re.MULTILINE)
     # Its pid may belong to another process by now.
     assert document["guest"]["memory_bytes"] is None
 
@@ -412,7 +424,8 @@ def test_not_found(daemon: Daemon, fake_qemu: Make) -> None:
     done = ctl(daemon.bus, "terminate", "nobody", "nobody.service", HOSTILE, code=7)
     assert len(done.stderr.splitlines()) == 3
     assert all(line.isprintable() for line in done.stderr.split("\n"))
-    assert "qkillctl: nobody: No running guest has" in done.stderr
+    assert 'qkillctl: No running guest has the name, UUID or unit "nobody"' in done.stderr
+    assert done.stderr.count("nobody") == 2  # nobody.service is the other one.
     assert "`qkillctl list`" in done.stderr
     guest = fake_qemu()
     guest.signal(signal.SIGKILL)

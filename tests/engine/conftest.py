@@ -246,6 +246,7 @@ class FakeMonitors:
         self.refuses: set[GuestOrder] = set()
         self.on_order: Callable[[GuestOrder], None] = lambda order: None
         self.open_monitors = 0
+        self.reads_disks = True
         self.opens = False
         """The monitor opens although the guest cannot be observed."""
         self.disks: Callable[[int], BlockState | str] = lambda now: "its disks cannot be seen"
@@ -318,6 +319,10 @@ class FakeMonitor:
     @property
     def has_agent(self) -> bool:
         return self._monitors.has_agent
+
+    @property
+    def reads_disks(self) -> bool:
+        return self._monitors.reads_disks
 
     @property
     def lost(self) -> bool:

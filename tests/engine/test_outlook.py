@@ -11,7 +11,7 @@ import pytest
 from qkilld.engine.job import Job
 from qkilld.engine.outlook import Outlook, outlook, reasons
 from qkilld.model.access import Rank, Steerer
-from qkilld.model.constants import Flag, NextRung, Phase
+from qkilld.model.constants import Flag, GuestAsked, NextRung, Phase
 from qkilld.model.guest_state import Button, GuestObservation
 from qkilld.model.sample import Io, Sample, Socket
 
@@ -49,6 +49,18 @@ def test_as_long_as_it_moves_sigkill_waits_for_a_standstill(world: World) -> Non
     lax = world.stop(another(), NO_FLAGS)
     world.clock.advance(30)
     assert outlook(lax) == Outlook(NextRung.GIVE_UP, policy.stall + policy.reap)
+
+
+@pytest.mark.parametrize("flags", [Flag.POWERDOWN, Flag.POWERDOWN | Flag.NOWAIT])
+def test_no_sigterm_is_announced_for_a_job_that_only_asks(world: World, flags: Flag) -> None:
+    busy = GuestObservation(at=0, runstate="running", button=Button.LISTENED, disks_idle=0)
+    world.monitors.shows = lambda now: busy
+    job = world.stop(another(), flags)
+    world.clock.advance(0.5)
+    assert outlook(job).rung is NextRung.ASK
+    job.guest_asked = GuestAsked.IGNORED
+    expected = NextRung.GIVE_UP if Flag.NOWAIT in flags else NextRung.TERMINATE
+    assert outlook(job).rung is expected
 
 
 def test_of_storage_it_is_the_longer_span(world: World) -> None:

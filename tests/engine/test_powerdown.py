@@ -226,6 +226,24 @@ def test_a_guest_that_does_not_run_is_helped_only_if_that_is_allowed(
     assert process.sent == []
 
 
+def test_a_human_monitor_is_never_said_to_flush() -> None:
+    world, process = asked_world(UP), FakeProcess()
+    world.monitors.reads_disks = False
+    job = world.stop(process, POWERDOWN)
+    world.clock.advance(61)
+    assert process.sent == [SIGTERM]
+    assert "human monitor" in job.flush.reason and job.flush.outcome == "left-out"
+    assert world.observer.seen == ["powerdown", "terminate"]
+    # But a QEMU whose guest has powered off is told to quit.
+    off, other = asked_world(UP), FakeProcess()
+    off.monitors.reads_disks = False
+    off.stop(other, POWERDOWN)
+    off.clock.advance(1)
+    off.monitors.shows = lambda now: replace(UP, runstate="shutdown")
+    off.clock.advance(1.1)
+    assert off.monitors.orders == [GuestOrder.BUTTON, GuestOrder.QUIT]
+
+
 STOPPED = replace(IDLE, state="T")
 FROZEN = replace(IDLE, cgroup=Cgroup(True, 0, 0, 0, 0, frozen=True))
 

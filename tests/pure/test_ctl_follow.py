@@ -42,7 +42,7 @@ def test_nothing_is_promised_of_a_released_job_before_it_is_known(
         "SIGTERM sent; held",
         "SIGTERM sent; released",
         "idle, does not exit",
-        "does not exit despite SIGKILL; gives up in 5s",
+        "SIGKILL sent; gives up in 5s",
     ]
     later = {"deadline": NOW + 3 * S}
     assert lines(monkeypatch, HELD, OVERDUE, later)[1:] == [

@@ -39,6 +39,9 @@ ONLY_AFTER = "SIGKILL only after 1min without progress"
 UNLESS_DOWN = "SIGTERM in 7s unless it shuts down"
 
 
+GIVES_UP = "gives up in 7s unless it can be asked"
+
+
 @pytest.mark.parametrize(
     ("changes", "outlook"),
     [
@@ -56,11 +59,14 @@ UNLESS_DOWN = "SIGTERM in 7s unless it shuts down"
         ({"flags": Flag.FORCE, "phase": Phase.REAP}, "gives up in 7s"),
         ({"phase": Phase.POWERDOWN}, "SIGTERM in 7s unless it can be asked"),
         ({"phase": Phase.POWERDOWN, "next_rung": "ask"}, "SIGTERM in 7s unless it can be asked"),
-        ({"phase": Phase.POWERDOWN, "guest_asked": "ignored"}, UNLESS_DOWN),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "asked"}, UNLESS_DOWN),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "deaf"}, "SIGTERM in 7s"),
+        ({"flags": Flag.POWERDOWN | Flag.NOWAIT, "phase": Phase.POWERDOWN}, GIVES_UP),
+        ({"flags": Flag.FORCE, "phase": Phase.KILL, "next_rung": "SIGKILL"}, "SIGKILL in 7s"),
         ({"phase": Phase.POWERDOWN, "next_rung": "ask", "deadline": INFINITY}, ""),
         ({"phase": Phase.QUIT}, "SIGTERM in 7s"),
         (
-            {"phase": Phase.POWERDOWN, "powerdown_only": True, "guest_asked": "ignored"},
+            {"phase": Phase.POWERDOWN, "powerdown_only": True, "guest_asked": "asked"},
             "gives up in 7s unless it shuts down",
         ),
         ({"deadline": NOW + 7 * S + 1}, "gives up in 8s"),  # Rounded up.
@@ -96,9 +102,14 @@ def test_a_shorter_outlook() -> None:
         ({}, "SIGTERM sent"),
         ({"verdict": "flushing"}, "flushes"),
         ({"verdict": "of-a-newer-daemon"}, "of-a-newer-daemon"),
-        ({"phase": Phase.REAP, "verdict": "storage-wait"}, "does not exit despite SIGKILL"),
+        ({"phase": Phase.REAP, "verdict": "storage-wait"}, "SIGKILL sent"),
+        ({"phase": Phase.KILL, "next_rung": "give-up"}, "SIGKILL sent"),
+        ({"phase": Phase.KILL, "next_rung": "SIGKILL", "verdict": "idle"}, "idle, does not exit"),
         ({"phase": Phase.POWERDOWN}, "is about to be asked"),
-        ({"phase": Phase.POWERDOWN, "guest_asked": "ignored"}, "was asked to shut down"),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "asked"}, "was asked to shut down"),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "ignored", "held": True}, "did not shut down"),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "deaf", "held": True}, "cannot be asked"),
+        ({"phase": Phase.POWERDOWN, "guest_asked": "of-a-newer-daemon"}, "was asked to shut down"),
         ({"phase": Phase.POWERDOWN, "verdict": "guest-shutdown"}, "shuts down"),
         ({"phase": Phase.QUIT, "guest_asked": "shut-down"}, "has shut down"),
         ({"phase": Phase.QUIT}, "is flushing its disks"),
@@ -157,6 +168,7 @@ def test_label(name: str, text: str) -> None:
 
 TERM = ["terminate", "SIGTERM", 0]
 ASKED = ["powerdown", "button", 0]
+CONT = ["powerdown", "SIGCONT", 0]
 KILL = ["kill", "SIGKILL", 10 * S]
 
 
@@ -213,6 +225,9 @@ KILL = ["kill", "SIGKILL", 10 * S]
             3,
         ),
         ("survived", {"elapsed-usec": 15 * S, "rungs": [TERM]}, ["after 15s", "--force"], 4),
+        ("survived", {"rungs": [CONT, ASKED]}, ["without any signal but SIGCONT"], 4),
+        ("cancelled", {"rungs": [ASKED], "guest-asked": "asked"}, ["before any signal; its"], 4),
+        ("cancelled", {"rungs": [ASKED, TERM]}, ["may still exit because of earlier signals"], 4),
         ("survived", {"elapsed-usec": 15 * S, "rungs": [TERM, KILL]}, ["the kernel"], 4),
         (
             "signalled",

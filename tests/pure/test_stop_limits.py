@@ -115,7 +115,7 @@ def test_the_status_says_what_is_waited_for() -> None:
     )
     assert "of-a-newer-daemon" in status_line([replace(JOB, verdict="of-a-newer-daemon")], 10 * S)
     asking = replace(JOB, phase="powerdown", verdict="unknown", bytes_written=None)
-    assert status_line([replace(asking, guest_asked="ignored")], 10 * S) == (
+    assert status_line([replace(asking, guest_asked="asked")], 10 * S) == (
         "Stopping web (pid 4): was asked to shut down, SIGTERM in 10s unless it shuts down"
     )
     assert "about to be asked" in status_line([asking], 10 * S)
