@@ -52,11 +52,13 @@ class TargetThreads:
             return run_in_thread(work)
 
     def start(self, pid: int, uid: int, function: Callable[[], object]) -> threading.Thread:
-        """Run `function` in a thread. It must not raise. Raises AllThreadsBlocked."""
+        """Run `function` in a thread. Raises AllThreadsBlocked."""
 
         def work() -> None:
-            function()
-            self._leave(pid, uid)
+            try:
+                function()
+            finally:
+                self._leave(pid, uid)
 
         with self._place(pid, uid):
             thread = threading.Thread(target=work, name=f"target-{pid}", daemon=True)

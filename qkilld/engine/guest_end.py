@@ -32,9 +32,10 @@ class GuestEnd:
         self._is_settled = True
         self._killed_by = 0
 
-    def note(self, signals: SignalPhase) -> bool:
-        """Note that the process has exited. Return whether its risks are known; if not,
-        `job.note_gone` is called again later."""
+    def note(self, signals: SignalPhase, *, wait: bool) -> bool:
+        """Note that the process has exited. Return whether the job can end; if not,
+        `job.note_gone` is called again later. Without `wait` it can, even if its risks are not
+        known yet."""
         now = self._clock.now()
         if self.at is None:
             self.at = now
@@ -44,13 +45,9 @@ class GuestEnd:
             if not is_known and self._servers.note_exit():
                 self._settled_at = now + SETTLE
                 self._clock.call_at(self._settled_at, self._note_later)
-        return now >= self._settled_at
-
-    def stop_waiting(self) -> bool:
-        """Let the job end now if the exit was noticed; return whether it was."""
-        if self._clock.now() < self._settled_at:
+        if not wait and now < self._settled_at:
             self._settled_at, self._is_settled = 0, False
-        return self.at is not None
+        return now >= self._settled_at
 
     def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
         """Return the risks of an exit that qkilld's SIGKILL did not cause."""

@@ -424,11 +424,10 @@ class Job:
             self._changed()
 
     def cancel(self, why: str = "") -> None:
-        """Send no more signals and end as `cancelled`. If the process has exited, and the job waits
-        only for the servers of its disks, it ends as `exited`. Does nothing if the job has
-        ended."""
-        if self.running and self._end.stop_waiting():
-            self.note_gone()
+        """Send no more signals and end as `cancelled`, or as `exited` if the process has exited.
+        Does nothing if the job has ended."""
+        if self.running and self._process.exited():
+            self.note_gone(wait=False)
         elif self.running:
             self.error = why
             self.finish(Result.CANCELLED)
@@ -549,12 +548,14 @@ class Job:
             self.deadline = deadline
             self._parts.on_change(self)
 
-    def note_gone(self) -> None:
-        if not self._end.note(self._signals):
-            return
-        if self.phase in BEFORE_SIGNALS:
+    def note_gone(self, *, wait: bool = True) -> None:
+        is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
+        if is_first:
+            # Now, because the end of the monitor changes both while servers are awaited.
             self._powerdown.note_exit()
-        self._yank.note_exit()
+            self._yank.note_exit()
+        if not is_known:
+            return
         self.verdict = Verdict.GONE if self._process.collected() else Verdict.ZOMBIE
         self.finish(Result.EXITED if not self._signals.killed else Result.KILLED)
 
@@ -578,8 +579,7 @@ class Job:
             self._process.watch(self._survivor_gone)
         elif not self.processors_stopped:
             self._process.close()
-        # Call waiters first, so that writing the journal does not delay their replies.
-        self.interrupt_waits()
+        self.interrupt_waits()  # First, so that writing the journal does not delay replies.
         self._parts.on_end(self)
         self._parts.journal.write(events.job_ended(self))
         self._trace.record(EndRecord(self.ended, result))

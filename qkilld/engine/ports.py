@@ -236,9 +236,10 @@ class GuestMonitor(Protocol):
         QEMU is busy."""
 
     def yank(
-        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
-        """Cut off these connections; call back with "" or the reason of a failure."""
+        """Cut off these connections; call back with "", with the reason of a refusal, or with None
+        if no reply came, so that they may be cut off."""
 
     def close(self) -> None:
         """May be called twice."""

@@ -148,7 +148,12 @@ class PowerdownPhase:
             self._asker.set_span(span)
 
     def note_exit(self) -> None:
-        """Determine the outcome of asking. Call it when the process has exited."""
+        """Determine the outcome of asking, and stop asking. Call it when the process has exited."""
+        if self._job.phase in BEFORE_SIGNALS:
+            self._judge_exit()
+        self.close()
+
+    def _judge_exit(self) -> None:
         if self._asker is None or self._job.guest_asked is GuestAsked.SHUT_DOWN:
             return
         if (order := self._asker.take_unanswered()) is not None:

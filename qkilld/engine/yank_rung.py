@@ -80,7 +80,9 @@ class YankRung:
         return True
 
     def note_exit(self) -> None:
+        """Call it when the process has exited, before its monitor reports that it was closed."""
         self._note_unanswered()
+        self._attempt += 1
 
     def _begin(self) -> None:
         monitor = self._link.monitor
@@ -121,12 +123,13 @@ class YankRung:
             self._job.advance()
             return
 
-        def handle_reply(refused: str | Exception) -> None:
+        def handle_reply(refused: str | Exception | None) -> None:
             if attempt != self._attempt or not self._job.running:
                 return
             if refused:
                 self._give_up(refused)
             else:
+                self._exhausted = refused is None
                 self.at = self._clock.now()
                 self._note_unanswered()
                 self._job.enter(Phase.TERMINATE)

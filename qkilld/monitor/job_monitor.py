@@ -22,7 +22,10 @@ from qkilld.model.block_state import (
 from qkilld.model.constants import USEC_PER_SEC, AgentKind, MonitorKind
 from qkilld.model.errors import (
     InvalidArgs,
+    MonitorClosed,
     MonitorError,
+    MonitorProtocolError,
+    MonitorTimeout,
     MonitorUnreachable,
     QkilldError,
 )
@@ -344,10 +347,13 @@ class JobMonitor:
         self._run(self._control.query_yank, callback)
 
     def yank(
-        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
-        async def cut_off() -> str:
-            await self._control.yank(instances)
+        async def cut_off() -> str | None:
+            try:
+                await self._control.yank(instances)
+            except (MonitorClosed, MonitorTimeout, MonitorProtocolError):
+                return None
             return ""
 
         self._run(cut_off, callback)

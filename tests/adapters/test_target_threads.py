@@ -103,3 +103,14 @@ def test_threads_of_readers_count_with_them(gate: threading.Event) -> None:
         await threads.run(target(500), lambda: None)
 
     asyncio.run(work())
+
+
+def test_a_function_that_fails_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    threads = TargetThreads()
+
+    def fail() -> None:
+        raise MemoryError
+
+    for _ in range(MAX_OF_TARGET + 1):
+        threads.start(5, 1000, fail).join()

@@ -262,6 +262,7 @@ class FakeMonitors:
         self.answers = True
         """Whether out-of-band commands are answered."""
         self.answers_yank = True
+        self.yank_reply: str | None = ""
         self.yanked: list[list[str]] = []
         self.on_yank: Callable[[], None] = lambda: None
 
@@ -414,12 +415,12 @@ class FakeMonitor:
             self._call(lambda: callback(self._monitors.instances))
 
     def yank(
-        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception], None]
+        self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
         self._monitors.yanked.append([instance.name for instance in instances])
         self._monitors.on_yank()
         if self._monitors.answers_yank:
-            self._call(lambda: callback(""))
+            self._call(lambda: callback(self._monitors.yank_reply))
 
     def close(self) -> None:
         if not self._closed:

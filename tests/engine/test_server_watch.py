@@ -467,3 +467,19 @@ def test_cancel_after_an_exit_without_a_signal_keeps_the_risks() -> None:
     job.cancel()
     assert (job.result, process.sent) == (Result.EXITED, [])
     assert job.data_at_risk
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_cancel_before_the_exit_is_noticed(sent: bool) -> None:
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.sampler.late[0](replace(CONNECTED, at=world.clock.now()))
+    if sent:
+        world.clock.advance(0)
+        assert process.sent == [SIGTERM]
+    process.dead = True
+    world.exits.before = frozenset({SERVER})
+    job.cancel()
+    assert job.result is Result.EXITED
+    assert "d" in "".join(risk.text for risk in job.risks)
+    assert job.data_at_risk

@@ -13,17 +13,22 @@ from qkilld.model.block_state import YankInstance
 from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId, Priority
 from qkilld.model.policy import Config, Switches
-from qkilld.model.sample import Io, Node, Socket
+from qkilld.model.sample import Io, Node, Peer, Socket
 from tests.engine.conftest import IDLE, FakeProcess, World, make_guest
+from tests.engine.test_server_watch import ServedWorld, client
 
 FORCE = Flag.FORCE
 ROOT = Steerer(0, Rank.ROOT)
 DEAD = YankInstance("block-node", "dead", {"type": "block-node", "node-name": "dead"})
+SOCKET = Socket(1, "unix", True, 900, 0, role="storage", node="dead")
 STUCK = replace(
     IDLE,
     nodes=(Node("dead", "nbd", served=True),),
-    sockets=(Socket(1, "unix", True, 900, 0, role="storage", node="dead"),),
+    sockets=(SOCKET,),
 )
+
+
+STUCK_SERVED = replace(STUCK, sockets=(replace(SOCKET, peer=Peer(90, "nbdkit", (), 0, None, ())),))
 
 
 def stuck_world(config: Config | None = None) -> tuple[World, FakeProcess]:
@@ -64,6 +69,33 @@ def test_storage_that_may_have_been_cut_off_is_at_risk() -> None:
     assert "yanked" in [risk.code for risk in job.risks]
     process.die()
     assert [rung.action for rung in job.rungs].count("yank") == 1
+
+
+def test_storage_is_at_risk_if_the_monitor_closes_before_its_reply() -> None:
+    world, process = stuck_world()
+    world.monitors.yank_reply = None
+    job = begun(world, process)
+    world.clock.advance(62)
+    assert "yanked" in [risk.code for risk in job.risks]
+    assert job.phase is Phase.TERMINATE
+    assert process.sent == [SIGTERM], "QEMU gets time to write its other disks"
+    process.die()
+    assert [rung.action for rung in job.rungs].count("yank") == 1
+
+
+@pytest.mark.parametrize("reply", ["", None, "it was refused"])
+def test_storage_is_at_risk_if_qemu_exits_before_its_reply(reply: str | None) -> None:
+    """The reply comes while the job waits for the guest's servers."""
+    world, process = ServedWorld(lambda now: STUCK_SERVED), client()
+    world.monitors.opens = True
+    world.monitors.instances = (DEAD,)
+    process.set_label(replace(process.guest.label, qmp=True))
+    job = begun(world, process)
+    world.monitors.yank_reply = reply
+    world.monitors.on_yank = process.die
+    world.clock.advance(70)
+    assert (job.result, process.sent) == (Result.EXITED, [SIGTERM])
+    assert "yanked" in [risk.code for risk in job.risks]
 
 
 def test_the_rung_the_risk_and_the_phase() -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from signal import SIGKILL, SIGSTOP
 
 import pytest
 
@@ -493,6 +494,24 @@ def test_a_guest_without_a_monitor(qemu: Start) -> None:
             process.close()
 
     run_for(100, look())
+
+
+def test_a_yank_whose_reply_never_comes(qemu: Start) -> None:
+    guest = qemu()
+
+    async def work() -> None:
+        reply: asyncio.Future[str | Exception | None] = asyncio.get_running_loop().create_future()
+        async with controlled(guest) as control:
+            monitor = JobMonitor(control)
+            os.kill(guest.pid, SIGSTOP)
+            monitor.yank([], reply.set_result)
+            await asyncio.sleep(0.1)
+            assert not reply.done()
+            os.kill(guest.pid, SIGKILL)
+            assert await reply is None
+            monitor.close()
+
+    run_for(60, work())
 
 
 def test_work_cancelled_before_it_began_leaves_nothing_behind(qemu: Start) -> None:
