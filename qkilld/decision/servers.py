@@ -306,8 +306,9 @@ def _was_kept(nodes: Iterable[Node], connected_at: int, ended: int) -> bool:
 
 
 def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
-    """Yield the servers and those behind them. Several connections have one server, and servers may
-    share those behind them, so each object is visited only once."""
+    """Yield the servers and those behind them, without those that may be somebody else's. Several
+    connections have one server, and servers may share those behind them, so each object is visited
+    only once."""
     waiting = [peer for peer in peers if peer is not None]
     seen: set[int] = set()
     while waiting:
@@ -315,7 +316,7 @@ def _chain(peers: Iterable[Peer | None]) -> Iterator[Peer]:
         if id(peer) not in seen:
             seen.add(id(peer))
             yield peer
-            waiting += peer.behind
+            waiting += [other for other in peer.behind if other.certain]
 
 
 def _title(nodes: Sequence[Node]) -> str:

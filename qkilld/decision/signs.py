@@ -296,9 +296,22 @@ def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     if peer.shared is not False:
         signs = _shared_server_signs(peer, before)
     earlier = {other.pid: other for other in (before and before.behind) or ()}
+    awaited = _awaited_mounts(peer)
     for other in peer.behind:
-        signs += peer_signs(other, earlier.get(other.pid), "")
+        of_other = peer_signs(other, earlier.get(other.pid), "")
+        if other.serves and awaited is not None and awaited.isdisjoint(other.serves):
+            # The kernel writes cached pages back, which says nothing about the guest's requests.
+            of_other = [replace(sign, kind=SignKind.QUIET) for sign in of_other]
+        signs += [replace(sign, sure=sign.sure and other.certain) for sign in of_other]
     return signs
+
+
+def _awaited_mounts(peer: Peer) -> set[str] | None:
+    """Return the file systems for which calls of the server wait; None if it may wait for any."""
+    if peer.threads is None or peer.unseen_requests is not False:
+        return None
+    working = [thread for thread in peer.threads if waits_for_storage(thread)]
+    return None if any(not thread.target for thread in working) else {t.mount for t in working}
 
 
 def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:

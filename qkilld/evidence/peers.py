@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ HOPS: Final = 2
 
 _MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
 """The programs for which leaves_with_client can tell whether they exit with their client."""
+_NONE: Final = frozenset[int]()
 
 
 class _SampledServers(NamedTuple):
@@ -73,6 +75,10 @@ class _Links(NamedTuple):
     pids: tuple[int, ...]
     unknown: bool
     """Whether it may use others."""
+    mounts: Mapping[int, tuple[str, ...]]
+    """MAJOR:MINOR of the FUSE file systems that a server serves or may serve, by its process id."""
+    uncertain: frozenset[int]
+    """The servers that only may serve them."""
 
 
 class _Match(NamedTuple):
@@ -219,10 +225,12 @@ class ServerReader:
         only one place in the result, because the number of ways to it may be huge."""
         seen = {self._pid, server.pid}
         level, behind, unknown = [server.pid], dict[int, list[int]](), set[int]()
+        served = Counter[int]()
         for _ in range(HOPS):
             following: list[int] = []
             for pid in level:
                 links = self._links_of(pid, tables)
+                served.update(links.pids)
                 behind[pid] = [one for one in links.pids if one not in seen]
                 seen.update(behind[pid])
                 following += behind[pid]
@@ -231,7 +239,12 @@ class ServerReader:
             level = following
 
         def build(peer: Peer) -> Peer:
-            others = [build(self._sampled[pid]) for pid in behind.get(peer.pid, ())]
+            others = []
+            for pid in behind.get(peer.pid, ()):
+                other, links = build(self._sampled[pid]), self._links[peer.pid]
+                # It has only one place, but may work for several of these processes.
+                serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
+                others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)
 
         return build(server)
@@ -241,19 +254,27 @@ class ServerReader:
         if (links := self._links.get(pid)) is not None:
             return links
         if (reader := self._readers.get(pid)) is None:
-            return _Links((), unknown=True)
+            return _Links((), True, {}, _NONE)
         ends = dict.fromkeys(reader.upstream)
         owners = self._read(ends, tables)
         pids = dict.fromkeys(owners.values())
         served = self._fuse_servers(reader.mounts, reader.names, {self._pid, pid})
-        for servers in served.values():
-            # An uncertain server may serve somebody else, so leave it out.
-            for other in servers.pids if servers.certain else ():
-                peer = self._sampled.get(other) or self._sample(other, tables, None)
+        mounts: dict[int, tuple[str, ...]] = {}
+        certain = set(pids)
+        for number, servers in served.items():
+            names = reader.names.get(number, frozenset())
+            for other in servers.pids:
+                peer = self._sampled.get(other) or self._sample(other, tables, None, names)
                 if peer is not None:
                     self._sampled[other] = peer
-                    pids[other] = None
-        links = self._links[pid] = _Links(tuple(pids), unknown=bool(ends.keys() - owners.keys()))
+                    mounts[other] = (*mounts.get(other, ()), number)
+                    certain.update({other} if servers.certain else ())
+        links = self._links[pid] = _Links(
+            pids=(*pids, *(other for other in mounts if other not in pids)),
+            unknown=bool(ends.keys() - owners.keys()),
+            mounts={other: numbers for other, numbers in mounts.items() if other not in pids},
+            uncertain=frozenset(mounts.keys() - certain),
+        )
         return links
 
     def _placed(self, server: Peer) -> Peer:
@@ -411,6 +432,7 @@ class PeerReader:
             else sum(c.receive_queue for c in connections if c.inode in ours),
             parent=self._parent,
             leaves=self._exports.leaves() if self._command in _MAY_LEAVE else False,
+            unseen_requests=_unseen_requests(values["rings"], values["direct"]),
         )
 
     def _read_process(self, values: dict[str, Any]) -> None:
@@ -478,6 +500,13 @@ class PeerReader:
         self.close_files()
         self._storage.close()
         self._sockets.close()
+
+
+def _unseen_requests(rings: int | None, direct: bool | None) -> bool | None:
+    """Return Peer.unseen_requests. `rings`, `direct`: as in model.sample.Sample."""
+    if rings or direct:
+        return True
+    return None if rings is None or direct is None else False
 
 
 def _connections_of(mounts: Iterable[Mount]) -> dict[str, int]:

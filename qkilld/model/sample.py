@@ -154,6 +154,14 @@ class Peer:
     behind_unknown: bool = False
     """Whether `behind` may lack a server: the process at the other end of one of its connections
     was not found."""
+    serves: tuple[str, ...] = ()
+    """MAJOR:MINOR of the FUSE file systems that the peer serves to the process before it, if it is
+    part of `behind` and serves only that process; () if not."""
+    certain: bool = True
+    """Whether it certainly serves them. Otherwise the kernel does not tell which process does."""
+    unseen_requests: bool | None = None
+    """Whether the peer may have requests to its files in flight without a thread that waits for
+    them: on an io_uring, or asynchronous ones."""
 
 
 @dataclass(frozen=True, slots=True)

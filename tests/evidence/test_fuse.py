@@ -332,15 +332,22 @@ def test_a_search_ends_when_the_kernel_has_named_the_server(
         assert is_over is named
 
 
-def test_the_server_of_a_server(lab_dir: Path) -> None:
+def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
     """An NBD server that has its file on FUSE."""
     with (
         mounted(lab_dir, IMAGE) as store,
         nbd_store(store.directory / IMAGE) as nbd,
         connected(nbd) as connection,
     ):
-        peer = server_of(end_of(connection), lambda peer: peer.behind)
-        assert [server.pid for server in peer.behind] == [store.process.pid]
+        number = store.directory.stat().st_dev
+        peer = server_of(
+            end_of(connection),
+            lambda peer: store.process.pid in [server.pid for server in peer.behind],
+        )
+        (server,) = (one for one in peer.behind if one.pid == store.process.pid)
+        assert server.serves == (f"{os.major(number)}:{os.minor(number)}",)
+        assert server.certain is named
+        assert peer.unseen_requests is False
 
 
 def test_a_process_without_fuse_costs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ PEER = Peer(90, "nbdkit", (), None, None, ())
 UNIX = Socket(7, "unix", True, 0, 0, role="storage", node="disk", peer=PEER)
 TCP = replace(UNIX, family="tcp", tcp_id="02")
 FAR = replace(TCP, peer=None)
+OF_FUSE = replace(PEER, pid=95, serves=("0:9",))
 SHOWN = Sample(10 * S, "S", nodes=(NODE,), sockets=(UNIX,), pluggable=False)
 
 
@@ -84,6 +85,9 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
         # A proxy, and the server behind it.
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 90, False),
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 95, True),
+        # The server of the file system that has its files, and one that may be it.
+        (replace(PEER, behind=(OF_FUSE,)), 95, True),
+        (replace(PEER, behind=(replace(OF_FUSE, certain=False),)), 95, False),
     ],
 )
 def test_whose_end_counts(peer: Peer, pid: int, is_risk: bool) -> None:
@@ -243,12 +247,15 @@ def test_a_server_behind_the_server_may_be_found_late() -> None:
     assert "ended before the guest" in risk(servers, before=frozenset({95}))
 
 
-@pytest.mark.parametrize("behind", [(), (replace(PEER, pid=95),)])
-def test_who_closed_the_connection_says_nothing_of_a_server_behind(
-    behind: tuple[Peer, ...],
-) -> None:
-    unknown = not behind
-    peer = replace(PEER, behind=behind, behind_unknown=unknown)
+@pytest.mark.parametrize(
+    "peer",
+    [
+        replace(PEER, behind_unknown=True),
+        replace(PEER, behind=(replace(PEER, pid=95),)),
+        replace(PEER, behind=(replace(OF_FUSE, certain=False),)),
+    ],
+)
+def test_who_closed_the_connection_says_nothing_of_a_server_behind(peer: Peer) -> None:
     shown = sample(replace(TCP, peer=peer))
     assert "ended before the guest" in risk(shown, **FIRST, **ENDED)
     assert needs_settling(follow_servers(None, shown), FIRST["closed_first"])

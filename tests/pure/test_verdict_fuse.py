@@ -21,6 +21,9 @@ from tests.pure.test_verdict import (
     S,
     verdict,
 )
+from tests.pure.test_verdict import (
+    served as connected_to,
+)
 
 SLOW = Device("7:1", "loop1", 5, 0, 0, 1)
 WROTE = replace(SLOW, writes=9)
@@ -102,3 +105,35 @@ def test_the_activity_of_a_server_before_it_was_found_is_unknown() -> None:
     assert now.unsampled == 0
     now = assess(now, replace(waiting, at=9 * S, mounts=(served(SERVER),)))
     assert now.unsampled == 9 * S
+
+
+FRONT = Peer(80, "tgtd", (), 1_000, NO_IO, (), shared=False, unseen_requests=False)
+"""A server that has its files on FUSE."""
+CALLING = replace(FRONT, threads=(ON_MOUNT,))
+
+
+def behind(front: Peer, server: Peer, *, certain: bool = True) -> dict[str, Any]:
+    return connected_to(replace(front, behind=(replace(server, serves=("0:9",), certain=certain),)))
+
+
+@pytest.mark.parametrize(
+    ("front", "certain", "expected"),
+    [
+        (CALLING, True, Verdict.FLUSHING),
+        # Another process may be the server.
+        (CALLING, False, Verdict.UNKNOWN),
+        # The kernel writes back what was written earlier.
+        (FRONT, True, Verdict.STORAGE_WAIT),
+        (replace(FRONT, threads=(replace(ON_MOUNT, mount="0:8"),)), True, Verdict.STORAGE_WAIT),
+        # It may have requests without a call.
+        (replace(FRONT, unseen_requests=True), True, Verdict.FLUSHING),
+        (replace(FRONT, unseen_requests=None), True, Verdict.FLUSHING),
+        (replace(FRONT, threads=None), True, Verdict.FLUSHING),
+        # Its call may be for any file.
+        (replace(FRONT, threads=(SUBMIT,)), True, Verdict.FLUSHING),
+    ],
+)
+def test_a_server_on_fuse(front: Peer, certain: bool, expected: Verdict) -> None:
+    before = behind(front, SERVER, certain=certain)
+    now = behind(front, replace(SERVER, devices=(WROTE,)), certain=certain)
+    assert verdict(before, now) is expected
