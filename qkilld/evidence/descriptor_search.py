@@ -10,11 +10,14 @@ Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -30,11 +33,20 @@ OF_A_PROGRAM: Final = 64
 another user may have started it as a set-user-ID program."""
 MAX_KEYS: Final = 65_536
 """The maximum number of keys to search for at a time."""
+STUCK_S: Final = 3.0
+"""A thread that has searched for this long is stuck. Reading the link of a descriptor that is being
+closed may make the reader close the file, and wait for the storage of another guest."""
+
+_AT_ONCE: Final = 64
+"""The number of descriptors that are read before the time is looked at again."""
 
 
 class DescriptorHolder(NamedTuple):
     pid: int
     descriptor: str
+
+
+_Link = tuple[str, DescriptorHolder]
 
 
 class Candidate(NamedTuple):
@@ -71,8 +83,8 @@ class DescriptorSearch:
         """Keys that were added after some processes had been searched."""
         self._searched: dict[str, Searched] = {}
         """The keys for which all processes were searched."""
-        self._candidates: Iterator[Candidate] | None = None
-        """The processes still to be searched; None between searches."""
+        self._rest: Iterator[_Link | None] | None = None
+        """The rest of a search through all processes; None between searches."""
         self._began = 0.0
         self._counts: dict[int, int] = {}
         self._without: set[Candidate] = set()
@@ -87,7 +99,7 @@ class DescriptorSearch:
                 return
             if key not in self._wanted:
                 self._wanted.add(key)
-                if self._candidates is not None:
+                if self._rest is not None:
                     self._latecomers.add(key)
 
     @property
@@ -106,25 +118,28 @@ class DescriptorSearch:
         is_valid = searched is not None and time.monotonic() - searched.ended < self._valid_s
         return searched if is_valid else None
 
-    def go_on(self, end: float) -> Iterator[tuple[str, DescriptorHolder]]:
+    def go_on(self, end: float) -> Iterator[_Link]:
         """Yield what is found until `end`, time.monotonic(). Finds nothing during a pause."""
         now = time.monotonic()
         if now < self._rests_until or not self._wanted:
             return
         start = time.thread_time()
         while self._wanted and time.monotonic() < end:
-            if self._candidates is None or self._wanted <= self._latecomers:
+            if self._rest is None or self._wanted <= self._latecomers:
                 # Begin again, because the remaining processes would have to be searched again for
                 # the latecomers.
-                self._candidates = self._begin()
-            process = next(self._candidates, None)
-            if process is None:
+                self._rest = self._search_all()
+            try:
+                link = next(self._rest)
+            except StopIteration:
                 self._finish()
             else:
-                yield from self._links_of(process)
+                if link is not None:
+                    yield link
         self._rests_until = time.monotonic() + self._pause_factor * (time.thread_time() - start)
 
-    def _begin(self) -> Iterator[Candidate]:
+    def _search_all(self) -> Iterator[_Link | None]:
+        """Yield what is found, and now and then None, so that the caller can look at the time."""
         self._began = time.monotonic()
         self._is_denied = False
         self._latecomers.clear()
@@ -134,12 +149,14 @@ class DescriptorSearch:
         # A process may have opened the link since it was searched, so search it again. But search
         # it last, because most servers are new processes.
         new = [process for process in processes if process not in self._without]
-        return iter([*by_turns(new), *by_turns(self._without)])
+        for process in (*by_turns(new), *by_turns(self._without)):
+            yield from self._links_of(process)
+            yield None
 
     def _finish(self) -> None:
         """End a search of all processes. Continue only with keys that were added meanwhile."""
         now = time.monotonic()
-        self._candidates = None
+        self._rest = None
         self._searched = {
             key: searched
             for key, searched in self._searched.items()
@@ -176,32 +193,82 @@ class DescriptorSearch:
                 note_once("looking for servers", error)
         return process
 
-    def _links_of(self, process: Candidate) -> Iterator[tuple[str, DescriptorHolder]]:
+    def _links_of(self, process: Candidate) -> Iterator[_Link | None]:
+        directory = f"{self._proc}/{process.pid}/fd"
         try:
-            directory = os.open(f"{self._proc}/{process.pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
+            with os.scandir(directory) as entries:
+                names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
         except OSError as error:
             self._is_denied = self._is_denied or isinstance(error, PermissionError)
             note_once("looking for servers", error)
             return
+        self._counts[process.pid] = len(names)
         has_link = False
+        for number, name in enumerate(names[:MAX_DESCRIPTORS], 1):
+            try:
+                link = os.readlink(f"{directory}/{name}")  # noqa: PTH115 - half the cost
+            except OSError:
+                continue  # Closed meanwhile, or its name is too long.
+            if link == self._link or (not self._link and link in self._wanted):
+                has_link = True
+                yield link, DescriptorHolder(process.pid, name)
+            if not number % _AT_ONCE:
+                yield None
+        if self._link and not has_link:
+            self._without.add(process)
+
+
+class _Turn:
+    """Both searches, for one thread at a time."""
+
+    def __init__(self, searches: Sequence[DescriptorSearch]) -> None:
+        self.searches = searches
+        self.lock = threading.Lock()
+        self.began = 0.0
+        """When a thread took the lock last, time.monotonic()."""
+
+
+class SharedSearch:
+    """A search that serves all guests. Thread-safe."""
+
+    def __init__(self, proc: Path, *, pause_factor: float, valid_s: float, link: str = "") -> None:
+        """The arguments are those of DescriptorSearch."""
+        self._make = partial(
+            DescriptorSearch, proc, pause_factor=pause_factor, valid_s=valid_s, link=link
+        )
+        self._replacing = threading.Lock()
+        self._turn = self._new_turn()
+
+    @property
+    def searches(self) -> Sequence[DescriptorSearch]:
+        """The present searches, for processes with few descriptors and with many."""
+        return self._turn.searches
+
+    @contextlib.contextmanager
+    def turn(self, wait_s: float = 0.0) -> Iterator[Sequence[DescriptorSearch]]:
+        """Yield the searches; () if another thread still has its turn after `wait_s` seconds. If
+        that thread is stuck, it is left with its searches, and new ones begin."""
+        turn = self._turn
+        if not turn.lock.acquire(timeout=wait_s):
+            turn = self._replaced(turn)
+            if not turn.lock.acquire(blocking=False):
+                yield ()
+                return
+        turn.began = time.monotonic()
         try:
-            with os.scandir(directory) as entries:
-                names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
-            self._counts[process.pid] = len(names)
-            for name in names[:MAX_DESCRIPTORS]:
-                try:
-                    link = os.readlink(name, dir_fd=directory)
-                except OSError:
-                    continue  # Closed meanwhile, or its name is too long.
-                if link == self._link or (not self._link and link in self._wanted):
-                    has_link = True
-                    yield link, DescriptorHolder(process.pid, name)
-            if self._link and not has_link:
-                self._without.add(process)
-        except OSError as error:
-            note_once("looking for servers", error)
+            yield turn.searches
         finally:
-            os.close(directory)
+            turn.lock.release()
+
+    def _replaced(self, turn: _Turn) -> _Turn:
+        with self._replacing:
+            if self._turn is turn and time.monotonic() - turn.began >= STUCK_S:
+                note_once("looking for servers", "a search is stuck")
+                self._turn = self._new_turn()
+            return self._turn
+
+    def _new_turn(self) -> _Turn:
+        return _Turn([self._make(many=False), self._make(many=True)])
 
 
 def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:

@@ -18,13 +18,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from qkilld.adapters.procfs import read_bounded
 from qkilld.debug_log import note_once
-from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch, Searched
+from qkilld.evidence.descriptor_search import (
+    DescriptorHolder,
+    DescriptorSearch,
+    Searched,
+    SharedSearch,
+)
 from qkilld.evidence.files import PROC
 from qkilld.evidence.kept_file import read_once
 from qkilld.model.named_tuple import NamedTuple
@@ -84,12 +89,7 @@ class FuseFinder:
 
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
-        self._searching = threading.Lock()
-        """Protects the searches."""
-        self._searches = [
-            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
-            for many in (False, True)
-        ]
+        self._shared = SharedSearch(proc, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
         self._lock = threading.Lock()
         """Protects the descriptors."""
         self._descriptors: dict[int | None, dict[int, str]] = {}
@@ -123,39 +123,37 @@ class FuseFinder:
         """Search for servers, unless another thread does. Return the connections for which no
         server was known before the search."""
         unnamed = {number for number in connections if not self._living(number)}
-        if not unnamed or not self._searching.acquire(blocking=False):
+        if not unnamed:
             return unnamed
-        try:
+        age = RENEW_S if self._candidates() else RETRY_S
+        with self._shared.turn() as searches:
             end = time.monotonic() + seconds
-            age = RENEW_S if self._candidates() else RETRY_S
-            for search in self._searches:
+            for search in searches:
                 search.want(
                     str(number)
                     for number in unnamed
                     if not _is_recent(search.searched(str(number)), connections[number], age)
                 )
-            for search in self._searches:
+            for search in searches:
                 for _, holder in search.go_on(end):
-                    self._add(holder)
-        finally:
-            self._searching.release()
+                    self._add(holder, searches)
         return unnamed
 
     def _is_searched(self, connection: int, since: float) -> bool:
         """Return whether all processes could be read, after this time and recently."""
-        searches = [search.searched(str(connection)) for search in self._searches]
+        searches = [search.searched(str(connection)) for search in self._shared.searches]
         return all(one is not None and one.all_readable for one in searches) and all(
             _is_recent(one, since, AGE_S) for one in searches
         )
 
-    def _add(self, holder: DescriptorHolder) -> None:
+    def _add(self, holder: DescriptorHolder, searches: Iterable[DescriptorSearch]) -> None:
         """Add a process that has /dev/fuse open."""
         connection = self._connection(holder.pid, holder.descriptor)
         with self._lock:
             self._descriptors.setdefault(connection, {})[holder.pid] = holder.descriptor
         if connection is not _UNNAMED:
             self._is_named = True
-            for search in self._searches:
+            for search in searches:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
@@ -166,13 +164,17 @@ class FuseFinder:
     def _living(self, connection: int | None) -> tuple[int, ...]:
         """Return the processes that still have the connection open. Costs 3 to 15 µs each."""
         with self._lock:
-            descriptors = self._descriptors.get(connection, {})
-            for pid, descriptor in list(descriptors.items()):
-                if not self._is_open(pid, descriptor, connection):
-                    del descriptors[pid]
-            if not descriptors:
+            descriptors = list(self._descriptors.get(connection, {}).items())
+        # Reading a link may block, so do not hold the lock meanwhile.
+        closed = [one for one in descriptors if not self._is_open(*one, connection)]
+        with self._lock:
+            known = self._descriptors.get(connection, {})
+            for pid, descriptor in closed:
+                if known.get(pid) == descriptor:
+                    del known[pid]
+            if not known:
                 self._descriptors.pop(connection, None)
-            return tuple(descriptors)
+            return tuple(known)
 
     def _is_open(self, pid: int, descriptor: str, connection: int | None) -> bool:
         try:

@@ -8,13 +8,12 @@ at most a fifth of a processor.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch
+from qkilld.evidence.descriptor_search import DescriptorHolder, SharedSearch
 from qkilld.evidence.files import PROC
 
 SEARCH_S: Final = 0.05
@@ -34,14 +33,9 @@ class PeerFinder:
 
     def __init__(self, proc: Path = PROC) -> None:
         self._proc = proc
-        self._lock = threading.Lock()
-        """Protects the searches."""
         self._places: dict[str, DescriptorHolder] = {}
         """The processes of sockets, by the text of the descriptor's link."""
-        self._searches = [
-            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
-            for many in (False, True)
-        ]
+        self._shared = SharedSearch(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about
@@ -49,35 +43,29 @@ class PeerFinder:
         inode_set = set(inodes)
         owners = self._known(inode_set)
         missing = inode_set - owners.keys()
-        if missing and self._lock.acquire(timeout=SEARCH_S):
-            try:
-                self._search(missing, SEARCH_S)
-            finally:
-                self._lock.release()
+        if missing:
+            self._search(missing, SEARCH_S, wait_s=SEARCH_S)
             owners |= self._known(missing)
         return owners
 
     def go_on(self, inodes: Iterable[int]) -> None:
         """Continue the search between samples, unless another thread is searching. Takes at most
         about BACKGROUND_SEARCH_S."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._search(inodes, BACKGROUND_SEARCH_S)
-            finally:
-                self._lock.release()
+        self._search(inodes, BACKGROUND_SEARCH_S)
 
-    def _search(self, missing: Iterable[int], seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def _search(self, missing: Iterable[int], seconds: float, *, wait_s: float = 0.0) -> None:
         links = list(map(_link, missing))
-        for search in self._searches:
-            unknown = (link for link in links if link not in self._places)
-            search.want(link for link in unknown if search.searched(link) is None)
-            for link, place in search.go_on(end):
-                self._places.setdefault(link, place)
-                for other in self._searches:
-                    other.forget(link)
+        with self._shared.turn(wait_s) as searches:
+            end = time.monotonic() + seconds
+            for search in searches:
+                unknown = (link for link in links if link not in self._places)
+                search.want(link for link in unknown if search.searched(link) is None)
+                for link, place in search.go_on(end):
+                    self._places.setdefault(link, place)
+                    for other in searches:
+                        other.forget(link)
         while len(self._places) > MAX_PLACES:
-            del self._places[next(iter(self._places))]
+            self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return cached processes that still have their socket. Costs 3 µs each."""

@@ -328,7 +328,7 @@ def test_a_search_ends_when_the_kernel_has_named_the_server(
         finder = FuseFinder()
         since = time.monotonic()
         until(lambda: finder.find({connection: since}), bool)
-        is_over = not any(search.wants_any for search in finder._searches)
+        is_over = not any(search.wants_any for search in finder._shared.searches)
         assert is_over is named
 
 
@@ -391,12 +391,12 @@ def test_the_only_process_that_can_be_read(
     """The server may be the process of another user, whose descriptors a user may not read."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
-    open_file = os.open
+    scandir = os.scandir
 
-    def open_own(path: str, flags: int, dir_fd: int | None = None) -> int:
+    def list_own(path: str) -> Any:
         if denied and path == f"{tmp_path}/8/fd":
             raise PermissionError(path)
-        return open_file(path, flags, dir_fd=dir_fd)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "open", open_own)
+    monkeypatch.setattr(os, "scandir", list_own)
     assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), not denied)}

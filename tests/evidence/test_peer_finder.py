@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from qkilld.evidence import peer_finder
+from qkilld.evidence import descriptor_search, peer_finder
 from qkilld.evidence.descriptor_search import Candidate, by_turns
 from qkilld.evidence.peer_finder import PeerFinder
+from tests.evidence.until import until
 
 LONG_S = 60.0
 
@@ -112,3 +115,61 @@ def test_users_take_turns_by_their_descriptors() -> None:
 def test_few_descriptors_come_before_many() -> None:
     big, small = Candidate(1, 0, 4000), Candidate(2, 0, 3)
     assert by_turns([big, small]) == [small, big]
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_a_thread_that_is_stuck(is_stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have to close a file of another guest, whose storage hangs."""
+    monkeypatch.setattr(peer_finder, "SEARCH_S", 0.1)
+    monkeypatch.setattr(descriptor_search, "STUCK_S", 0.0 if is_stuck else LONG_S)
+    blocks, over = threading.Event(), threading.Event()
+    readlink = os.readlink
+
+    def read(path: str) -> str:
+        if threading.current_thread() is thread:
+            blocks.set()
+            assert over.wait(LONG_S)
+        return readlink(path)
+
+    monkeypatch.setattr(os, "readlink", read)
+    finder = PeerFinder()
+    thread = threading.Thread(target=finder.find, args=([1],))
+    with with_sockets(1) as (pid, inode):
+        thread.start()
+        try:
+            assert blocks.wait(LONG_S)
+            if is_stuck:
+                assert looks_until_found(finder, inode)[0] == pid
+            else:
+                assert finder.find([inode]) == {}
+        finally:
+            over.set()
+            thread.join()
+        assert looks_until_found(finder, inode)[0] == pid
+
+
+def test_a_search_of_one_process_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each link takes long if the host is busy."""
+    readlink = os.readlink
+    pids = []
+
+    def read(path: str) -> str:
+        pids.append(path.split("/")[2])
+        time.sleep(0.001)
+        return readlink(path)
+
+    with with_sockets(4000) as (pid, _):
+        monkeypatch.setattr(os, "listdir", lambda _: [str(pid)])
+        monkeypatch.setattr(os, "readlink", read)
+        monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
+        finder = PeerFinder()
+        before = time.monotonic()
+        finder.find([1])
+        assert time.monotonic() - before < 3
+        assert 0 < len(pids) < 4000
+        first = len(pids)
+        finder.find([1])
+        assert len(pids) > first
+        until(lambda: (finder.find([1]), len(pids))[1], lambda count: count >= 4000)
+        finder.find([1])
+        assert len(pids) < 4010
