@@ -81,7 +81,7 @@ class FlushPhase:
         """Whether the processors may be stopped. If so, they must be started again unless a signal
         is sent."""
         self._timer: Timer | None = None
-        self._until = INFINITY
+        self._until = self._due = INFINITY
         """When the current step is abandoned."""
         self._step = 0
         """The number of the current step; answers to earlier steps are ignored."""
@@ -149,8 +149,7 @@ class FlushPhase:
             self._sampler.close()
             job.enter(Phase.TERMINATE)
             return False
-        until = min(self._until, latest)
-        job.wait_until(until, until)
+        self._wait()
         return True
 
     # ---- ending ----
@@ -182,15 +181,18 @@ class FlushPhase:
 
     # ---- the steps ----
 
-    def _start(self, timeout: int) -> int:
-        """Begin a step with this timeout (µs), and return its number."""
+    def _start(self, timeout: int, due: int = 0) -> int:
+        """Begin a step with this timeout (µs); return its number. `due`: a later deadline (µs)."""
         self._step += 1
         self._stop_timer()
         self._until = min(self._clock.now() + timeout, INFINITY)
+        self._due = max(self._until, due)
         if self._job.running:
-            until = min(self._until, self._latest)
-            self._job.wait_until(until, until)
+            self._wait()
         return self._step
+
+    def _wait(self) -> None:
+        self._job.wait_until(min(self._due, self._latest), min(self._until, self._latest))
 
     @property
     def _latest(self) -> int:
@@ -292,8 +294,8 @@ class FlushPhase:
         self._leave_out(why)
         self._end_qemu()
 
-    def _read_later(self, interval: int) -> None:
-        self._start(interval + READ_TIMEOUT)
+    def _read_later(self, interval: int, due: int = 0) -> None:
+        self._start(interval + READ_TIMEOUT, due)
         self._timer = self._clock.call_at(self._clock.now() + interval, self._read_again)
         self._advance()
 
@@ -307,7 +309,8 @@ class FlushPhase:
         self.disks = state.disks
         evidence = self._evidence if flush_plan.wants_evidence(state) else None
         if self._waits_for_jobs(state):
-            self._read_later(READ_INTERVAL)
+            due = self._jobs.moved_at + self._job.policy.storage_stall
+            self._read_later(READ_INTERVAL, min(due, INFINITY))
         elif self._first is None and flush_plan.needs_second_reading(state, evidence):
             self._first = state
             self._read_later(REREAD_INTERVAL)
@@ -414,9 +417,8 @@ class FlushPhase:
         def handle_sample(moved: bool) -> None:
             job, now = self._job, self._clock.now()
             if moved:
-                self._until = min(now + STANDSTILL, latest)
-                until = min(self._until, self._latest)
-                job.wait_until(until, until)
+                self._until = self._due = min(now + STANDSTILL, latest)
+                self._wait()
                 if job.verdict is not Verdict.FLUSHING and self._evidence is not None:
                     job.turn_to(Verdict.FLUSHING, self._evidence.reasons[:4], now)
             self._timer = self._clock.call_at(now + READ_INTERVAL, take_sample)

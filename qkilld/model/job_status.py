@@ -141,6 +141,8 @@ class JobStatus:
     def _doing_before_signals(self) -> str:
         if self.verdict == Verdict.GUEST_SHUTDOWN:
             return "shuts down"
+        if self.verdict == Verdict.FLUSHING and self.guest_asked == GuestAsked.NOT_ASKED:
+            return "waits for a backup or migration"
         # A job that is held stays in this phase after the end of asking.
         return _BEFORE_SIGNALS.get(self.guest_asked, "was asked to shut down")
 
@@ -210,6 +212,8 @@ class JobStatus:
             if self.guest_asked == GuestAsked.NOT_ASKED:
                 return " unless it can be asked"
             return " unless it shuts down" if self.guest_asked == GuestAsked.ASKED else ""
+        if self.phase == Phase.QUIT and self.verdict == Verdict.FLUSHING:
+            return " unless it moves"
         return " unless it moves" if self.standstill else ""
 
     def as_json(self) -> dict[str, Any]:

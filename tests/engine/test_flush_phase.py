@@ -268,7 +268,10 @@ def test_a_backup_is_waited_for_as_long_as_it_moves(migration: bool) -> None:
     job = world.stop(process, FORCE)
     world.clock.advance(100)
     assert process.sent == []
-    world.clock.advance(65)
+    assert job.deadline == world.clock.now() + job.policy.storage_stall
+    world.clock.advance(50)
+    assert job.deadline == 1160 * S
+    world.clock.advance(15)
     assert process.sent == [SIGTERM]
     code = "migration-cancelled" if migration else "job-cancelled"
     assert code in [risk.code for risk in job.risks]

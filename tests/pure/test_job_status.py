@@ -65,6 +65,7 @@ GIVES_UP = "gives up in 7s unless it can be asked"
         ({"flags": Flag.FORCE, "phase": Phase.KILL, "next_rung": "SIGKILL"}, "SIGKILL in 7s"),
         ({"phase": Phase.POWERDOWN, "next_rung": "ask", "deadline": INFINITY}, ""),
         ({"phase": Phase.QUIT}, "SIGTERM in 7s"),
+        ({"phase": Phase.QUIT, "verdict": "flushing"}, "SIGTERM in 7s unless it moves"),
         (
             {"phase": Phase.POWERDOWN, "powerdown_only": True, "guest_asked": "asked"},
             "gives up in 7s unless it shuts down",
@@ -106,6 +107,7 @@ def test_a_shorter_outlook() -> None:
         ({"phase": Phase.KILL, "next_rung": "give-up"}, "SIGKILL sent"),
         ({"phase": Phase.KILL, "next_rung": "SIGKILL", "verdict": "idle"}, "idle, does not exit"),
         ({"phase": Phase.POWERDOWN}, "is about to be asked"),
+        ({"phase": Phase.POWERDOWN, "verdict": "flushing"}, "waits for a backup or migration"),
         ({"phase": Phase.POWERDOWN, "guest_asked": "asked"}, "was asked to shut down"),
         ({"phase": Phase.POWERDOWN, "guest_asked": "ignored", "held": True}, "did not shut down"),
         ({"phase": Phase.POWERDOWN, "guest_asked": "deaf", "held": True}, "cannot be asked"),
