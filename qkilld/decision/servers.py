@@ -276,6 +276,8 @@ def _problem(server: NodeServer, ends: ServerEnds, closed_first: bool | None) ->
         return f"{server.title} was being stopped when the guest ended"
     if server.lasting & ends.after:
         return f"{server.title} ended at almost the same time as the guest"
+    if any(peer.behind_unknown for peer in _chain([server.peer])):
+        return f"not all servers that {server.title} may use were found; one may have ended first"
     if server.peer is None and server.local:
         return "its server was not found, and may have ended before the guest"
     if server.peer is None and closed_first is False:

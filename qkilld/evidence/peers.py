@@ -237,6 +237,7 @@ class ServerReader:
                 if links.unknown:
                     unknown.add(pid)
             level = following
+        unknown |= {pid for pid in level if self._may_use_servers(pid)}
 
         def build(peer: Peer) -> Peer:
             others = []
@@ -248,6 +249,12 @@ class ServerReader:
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)
 
         return build(server)
+
+    def _may_use_servers(self, pid: int) -> bool:
+        if (reader := self._readers.get(pid)) is None:
+            return True
+        has_servers = bool(reader.upstream or _connections_of(reader.mounts))
+        return has_servers or reader.upstream_unknown
 
     def _links_of(self, pid: int, tables: _SampleTables) -> _Links:
         """Find and sample the servers that a server uses itself, once in a sample."""
@@ -271,7 +278,7 @@ class ServerReader:
                     certain.update({other} if servers.certain else ())
         links = self._links[pid] = _Links(
             pids=(*pids, *(other for other in mounts if other not in pids)),
-            unknown=bool(ends.keys() - owners.keys()),
+            unknown=reader.upstream_unknown or bool(ends.keys() - owners.keys()),
             mounts={other: numbers for other, numbers in mounts.items() if other not in pids},
             uncertain=frozenset(mounts.keys() - certain),
         )
@@ -377,6 +384,8 @@ class PeerReader:
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
         """The local servers that it uses itself: the inodes of their ends of the connections."""
+        self.upstream_unknown = True
+        """Whether there may be others, because its sockets or their other ends are unreadable."""
         self.mounts: tuple[Mount, ...] = ()
         """The file systems without a block device under its files."""
         self._sockets = SocketReader(pid, proc)
@@ -418,6 +427,7 @@ class PeerReader:
         else:
             place = self._place(set(ours.values())) if shared is not False else ()
         self.upstream = list(self._sockets.peers(tuple(client_ends), sockets).values())
+        self.upstream_unknown = connections is None or self._sockets.has_unknown_peers
         return Peer(
             pid=self.pid,
             command=self._command,

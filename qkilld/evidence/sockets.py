@@ -9,9 +9,9 @@ Needs the ptrace right for another user's process. Sources: sock_diag(7), proc_p
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
@@ -59,6 +59,12 @@ class _Use(NamedTuple):
 
 _UNKNOWN: Final = _Use("unknown", "")
 _OTHER: Final = _Use("other", "")
+_SERVICES: Final = re.compile(
+    rb"(/var)?/run/(dbus|systemd|nscd|nslcd|avahi-daemon|user/[0-9]+/(bus$|systemd))"
+    rb"|/var/lib/sss/pipes/|\0?/tmp/(dbus-|\.X11-unix/)"
+)
+"""The beginnings of names of sockets at which services of the system listen that store no data of
+guests. Anybody may choose such a name, but only for a server that the guest's owner has chosen."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
 """With more sockets than this, reading the kernel's table is cheaper than checking each
@@ -89,6 +95,9 @@ class SocketReader:
         """The inodes of the connections that the last read() returned."""
         self.accepted: list[int] = []
         """The inodes of the connections that the process accepted from clients."""
+        self.has_unknown_peers = False
+        """Whether the last peers() lacks other ends on this host, because they were unreadable or
+        have not accepted the connection yet."""
         self._lost = False
         self._in_its_namespace: Set[int] = _NONE
         """The unix sockets of the process's network namespace, if that is not ours."""
@@ -278,16 +287,22 @@ class SocketReader:
         """Return the inode of the other end of each local connection that may be storage, by the
         inode of the process's end."""
         peer_ends = {}
+        self.has_unknown_peers = False
         for socket in sockets:
             if socket.role == "other":
                 continue
             peer = self._peers.get(socket.inode)
+            is_local = socket.family == "unix"
             connection = self._connections.get(socket.inode)
             if socket.family == "tcp" and connection is not None:
-                with contextlib.suppress(Unreadable):
+                try:
                     peer = table.tcp_peer(connection.id)
+                except Unreadable:
+                    is_local = True  # It may be.
             if peer:
                 peer_ends[socket.inode] = peer
+            elif is_local:
+                self.has_unknown_peers = True
         return peer_ends
 
     def close(self) -> None:
@@ -381,7 +396,7 @@ class SocketReader:
         if number in _STANDARD:
             return _OTHER
         if ends is None:
-            return _UNKNOWN
+            return _OTHER if _SERVICES.match(name) else _UNKNOWN
         if number in ends.descriptors:
             return ends.descriptors[number]
         if name and ends.descriptors:

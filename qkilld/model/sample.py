@@ -152,8 +152,8 @@ class Peer:
     """Whether the peer exits by itself when its client disconnects, according to its command line;
     None if that was not read in time."""
     behind_unknown: bool = False
-    """Whether `behind` may lack a server: the process at the other end of one of its connections
-    was not found."""
+    """Whether `behind` may lack servers: the process at the other end of a connection was not
+    found, the connections could not be read, or the sample has no room for more servers."""
     serves: tuple[str, ...] = ()
     """MAJOR:MINOR of the FUSE file systems that the peer serves to the process before it, if it is
     part of `behind` and serves only that process; () if not."""

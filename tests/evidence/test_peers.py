@@ -85,16 +85,32 @@ def test_a_server_and_the_one_behind_it(image: Path) -> None:
 
 SERVER = """
 import socket, sys
+names = [name.replace("@", chr(0)) for name in sys.argv[2:]]
 listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[1])
+listener.bind(names[0])
 listener.listen()
-connections = [socket.socket(socket.AF_UNIX) for _ in sys.argv[2:]]
-for connection, path in zip(connections, sys.argv[2:]):
-    connection.connect(path)
+other = socket.socket(socket.AF_INET, socket.SOCK_STREAM, int(sys.argv[1]))
+connections = [socket.socket(socket.AF_UNIX) for _ in names[1:]]
+for connection, name in zip(connections, names[1:]):
+    connection.connect(name)
 print(flush=True)
 while True:
     connections.append(listener.accept()[0])
 """
+
+
+@contextlib.contextmanager
+def running_server(*names: str, protocol: int = 0) -> Iterator[int]:
+    """Run a server that listens on the first of these unix sockets ("@": abstract), is connected to
+    the others, and has a TCP socket of this protocol. Yield its process id."""
+    argv = [sys.executable, "-c", SERVER, str(protocol), *names]
+    process = spawn(argv, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process.pid
+    finally:
+        end(process)
 
 
 @contextlib.contextmanager
@@ -106,15 +122,17 @@ def layers_of_servers(directory: Path, *sizes: int) -> Iterator[tuple[str, list[
         pids: list[list[int]] = []
         for layer, size in enumerate((*sizes, 1)):
             behind, paths = paths, [f"{directory}/{layer}-{number}" for number in range(size)]
-            pids.append([])
-            for path in paths:
-                argv = [sys.executable, "-c", SERVER, path, *behind]
-                process = spawn(argv, stdout=subprocess.PIPE)
-                stack.callback(end, process)
-                assert process.stdout is not None
-                assert process.stdout.readline()
-                pids[-1].append(process.pid)
+            servers = [running_server(path, *behind) for path in paths]
+            pids.append([stack.enter_context(server) for server in servers])
         yield paths[0], pids
+
+
+@contextlib.contextmanager
+def connected_to(path: str) -> Iterator[int]:
+    """Connect to a server; yield the inode of its end."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        yield until(lambda: end_of(connection), bool)
 
 
 def pids_of(peer: Peer) -> list[int]:
@@ -158,6 +176,51 @@ def test_each_server_is_sampled_once_and_has_one_place(
         first, second = read_both()
         assert sorted(pids_of(first)) == every
         assert (second.pid, second.behind, second.behind_unknown) == (first.pid, (), True)
+
+
+def chain_of(peer: Peer) -> list[Peer]:
+    """Return the server and the only one behind it, and so on."""
+    return [peer, *(one for other in peer.behind for one in chain_of(other))]
+
+
+def test_servers_too_far_behind_are_unknown(lab_dir: Path) -> None:
+    for sizes, unknown in (((1, 1), [False] * 3), ((1, 1, 1), [False, False, True])):
+        directory = lab_dir / str(len(sizes))
+        directory.mkdir()
+        with layers_of_servers(directory, *sizes) as (path, _), connected_to(path) as inode:
+            peer = server_of(inode, lambda peer: len(pids_of(peer)) == 3)
+            assert [one.behind_unknown for one in chain_of(peer)] == unknown
+
+
+@pytest.mark.parametrize(("protocol", "unknown"), [(0, False), (socket.IPPROTO_MPTCP, True)])
+def test_a_server_whose_connections_cannot_be_read(
+    lab_dir: Path, protocol: int, unknown: bool
+) -> None:
+    """The kernel does not report a socket of MPTCP as one of TCP, and it may be a connection."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol).close()
+    except OSError as error:
+        raise needs.Missing(f"MPTCP: {error}. Set the sysctl net.mptcp.enabled to 1") from None
+    path = str(lab_dir / "s")
+    with running_server(path, protocol=protocol), connected_to(path) as inode:
+        assert server_of(inode).behind_unknown is unknown
+
+
+def test_a_service_of_the_system_is_no_server_of_a_server(lab_dir: Path) -> None:
+    bus, path = f"@/tmp/dbus-{os.getpid()}", str(lab_dir / "s")
+    with running_server(bus), running_server(path, bus), connected_to(path) as inode:
+        for _ in range(3):
+            peer = server_of(inode)
+            assert (peer.behind, peer.behind_unknown) == ((), False)
+
+
+def test_a_server_that_has_not_accepted_the_connection_of_a_server(lab_dir: Path) -> None:
+    hung, path = str(lab_dir / "hung"), str(lab_dir / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(hung)
+        listener.listen()
+        with running_server(path, hung), connected_to(path) as inode:
+            assert server_of(inode).behind_unknown
 
 
 def open_below(pids: list[int]) -> int:

@@ -20,6 +20,7 @@ from qkilld.model.sample import Node, Peer, Sample, Socket
 S = 1_000_000
 NODE = Node("disk", "nbd")
 PEER = Peer(90, "nbdkit", (), None, None, ())
+UNSURE = replace(PEER, leaves=True, behind_unknown=True)
 UNIX = Socket(7, "unix", True, 0, 0, role="storage", node="disk", peer=PEER)
 TCP = replace(UNIX, family="tcp", tcp_id="02")
 FAR = replace(TCP, peer=None)
@@ -67,6 +68,11 @@ SECOND: dict[str, Any] = {"closed_first": {"disk": False}}
         (sample(FAR), FIRST, ""),
         (sample(FAR), SECOND, "closed the connection before the guest"),
         (sample(replace(UNIX, peer=None)), {}, "was not found"),
+        # Servers behind the server count as the server itself.
+        (sample(replace(UNIX, peer=UNSURE)), {}, "not all servers that its server nbdkit"),
+        (sample(replace(UNIX, peer=replace(PEER, behind=(UNSURE,)))), {}, "not all servers"),
+        (sample(replace(TCP, peer=replace(PEER, behind=(UNSURE,)))), FIRST, "not all servers"),
+        (sample(replace(UNIX, peer=replace(PEER, behind=(replace(PEER, pid=91),)))), {}, ""),
     ],
 )
 def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: str) -> None:
