@@ -41,6 +41,8 @@ _OFF: Final = ("off", "no", "false", "n")
 _ON: Final = ("on", "yes", "true", "y")
 _READERS: Final = frozenset(("ide-cd", "scsi-cd"))
 """Devices that never write to their drive."""
+_OF_ADDRESS: Final = ("node-name", "reconnect-delay")
+"""Options of a node whose address is given as a file name."""
 _MAX_DEPTH: Final = 8
 _MAX_NODES: Final = 256
 
@@ -329,10 +331,13 @@ def _read_nodes(
 ) -> None:
     """Add the nodes of one disk option whose storage is behind a connection. `read_only`: QEMU
     writes to none of them."""
+    addressed = _prefix_of_address(flat)
     for key, value in flat.items():
         prefix, _, last = key.rpartition(".")
         dotted = f"{prefix}." if prefix else ""
         if last == "driver" and value in _DEFAULT_PORTS:
+            if dotted == addressed:
+                continue
             node = flat.get(f"{dotted}node-name") or name
             ends = list(_endpoints_of_options(value, flat, dotted))
             export = flat.get(f"{dotted}export", "")
@@ -346,7 +351,18 @@ def _read_nodes(
             )
         elif last in ("file", "filename", "backing", "hda", "cdrom", "url"):
             only_read = read_only or _is_read_only(flat, key)
-            _read_filename(graph, name, value, depth, read_only=only_read)
+            options = {}
+            if key == "file" and addressed is not None:
+                options = {word: flat.get(f"{addressed}{word}", "") for word in _OF_ADDRESS}
+            _read_filename(graph, name, value, depth, options, read_only=only_read)
+
+
+def _prefix_of_address(flat: Mapping[str, str]) -> str | None:
+    """Return the prefix of the other options of the node whose address is in `file`; None if there
+    is no address. In driver=nbd,file=nbd://host,reconnect-delay=9 they have none."""
+    if (match := NETWORK_IMAGE.match(flat.get("file", ""))) is None:
+        return None
+    return "" if match[1] in (flat.get("driver"), flat.get("format")) else "file."
 
 
 def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | None:
@@ -357,7 +373,17 @@ def _reconnects(protocol: str, flat: Mapping[str, str], prefix: str) -> int | No
     return int(delay) if delay.isdecimal() and len(delay) < 10 else None
 
 
-def _read_filename(graph: BlockGraph, name: str, text: str, depth: int, *, read_only: bool) -> None:
+def _read_filename(
+    graph: BlockGraph,
+    name: str,
+    text: str,
+    depth: int,
+    options: Mapping[str, str],
+    *,
+    read_only: bool,
+) -> None:
+    """Add the nodes that a file name describes. `options`: those of _OF_ADDRESS, if the file name
+    is the address of a node."""
     if text.startswith("json:"):
         if depth < _MAX_DEPTH:
             inner = QemuOption("blockdev", text.removeprefix("json:"))
@@ -367,7 +393,14 @@ def _read_filename(graph: BlockGraph, name: str, text: str, depth: int, *, read_
         return
     protocol = match[1]
     ends = list(_endpoints_of_url(protocol, text))
-    graph.add(protocol, name, ends, _export_of_url(text), read_only=read_only)
+    graph.add(
+        protocol,
+        options.get("node-name") or name,
+        ends,
+        _export_of_url(text),
+        _reconnects(protocol, options, "") if protocol == "nbd" else None,
+        read_only=read_only,
+    )
 
 
 def _endpoints_of_options(

@@ -49,6 +49,22 @@ UNIX = ConnectionEnd(path="/run/nbd.sock")
             {("nbd", "d")},
             {UNIX: "d"},
         ),
+        # The address and the other options describe one node.
+        (
+            "-drive driver=nbd,file=nbd:unix:/run/nbd.sock,id=d",
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
+        (
+            "-drive file=nbd:unix:/run/nbd.sock,format=nbd,id=d",
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
+        (
+            "-drive file=nbd:unix:/run/nbd.sock,file.driver=nbd,format=raw,id=d",
+            {("nbd", "d")},
+            {UNIX: "d"},
+        ),
         ("nbd://host/x", {("nbd", "hda0")}, {ConnectionEnd(host="host", port=10809): "hda0"}),
         (
             "-drive driver=qcow2,file.driver=nbd,file.path=/run/nbd.sock,id=d",
@@ -233,6 +249,12 @@ def test_names_are_printable_and_unlike_each_other() -> None:
 def test_how_long_requests_are_held_for_a_lost_server(node: str, seconds: int | None) -> None:
     argv = ["qemu", "-blockdev", f"node-name=n,{node}"]
     assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
+    if "reconnect" in node and "nbd" in node:
+        url = f"file=nbd:unix:/s,{node.rpartition(',')[2]}"
+        argv = ["qemu", "-drive", f"driver=nbd,{url}"]
+        assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
+        argv = ["qemu", "-drive", f"format=raw,{url.replace(',', ',file.')}"]
+        assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
     nested = ",".join(f"file.{word}" for word in node.split(","))
     argv = ["qemu", "-drive", f"format=qcow2,{nested}"]
     assert [each.reconnect for each in read_block_graph(argv).nodes] == [seconds]
