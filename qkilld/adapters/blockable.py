@@ -1,9 +1,10 @@
 """Read files of /proc/PID that the process itself can block, but wait for them only briefly.
 
-Recent kernels (measured on Linux 6.18.44) take the process's exec_update_lock to show stat and the
-links exe, cwd and root. execve(2) holds that lock while it closes the O_CLOEXEC files of the
-process. If one of them is on a FUSE mount whose server does not answer, that takes forever, and
-any user can mount FUSE. status, cgroup and cmdline did not block.
+Linux 6.18.44 takes the process's exec_update_lock to show most of /proc/PID: stat, the links exe,
+cwd and root, io, fd, ns, maps, and of its threads stat, io, syscall, wchan and stack. execve(2)
+holds that lock while it closes the O_CLOEXEC files of the process. If one of them is on a FUSE
+mount whose server does not answer, that takes forever, and any user can mount FUSE. status, cgroup,
+cmdline, comm, mountinfo, net, sched and the list of threads do not block.
 
 So a thread reads, and the caller waits PATIENCE_S for it. No second read begins for a process while
 one is blocked. Imports little: see stop.main.

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qkilld.adapters import procfs
+from qkilld.adapters import blockable, procfs
 from qkilld.adapters.ancestors import ancestors, services_that_run
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.debug_log import ignore, note
@@ -229,6 +229,7 @@ def _written(pid: int) -> tuple[int, ...]:
     """Return counters that increase with writes; empty if unreadable."""
     wanted = ("wchar", "syscw", "write_bytes")
     with ignore(f"reading what process {pid} has written", OSError, ValueError):
-        pairs = (line.split(":") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        text = blockable.shared.one(f"/proc/{pid}", lambda path: Path(path, "io").read_text())
+        pairs = (line.split(":") for line in text.splitlines())
         return tuple(int(value) for name, value in pairs if name in wanted)
     return ()
