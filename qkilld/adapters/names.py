@@ -17,6 +17,7 @@ from dataclasses import field
 from typing import Final
 
 from qkilld.debug_log import note_once
+from qkilld.engine.fair_shares import FairShares
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
@@ -32,9 +33,9 @@ TIMEOUT_S: Final = 0.5
 TIMEOUT_EACH_S: Final = 0.0005
 """How much each name to read adds to the timeout. Reading one usually takes 10 to 50 µs."""
 MAX_THREADS: Final = 64
-MAX_THREADS_OF_USERS: Final = 48
-"""Threads for the processes of all users except root. The rest is reserved for root's processes."""
-MAX_THREADS_OF_USER: Final = 16
+RESERVED_FOR_ROOT: Final = 16
+MAX_SHARED: Final = 24
+"""See FairShares."""
 MAX_QUEUE: Final = 16_384
 """The maximum number of command lines of one user that may wait for a thread."""
 MAX_NAMES: Final = 16_384
@@ -64,6 +65,7 @@ class NameReader:
         self._lock = threading.Lock()
         """Protects the queues; never held during a read."""
         self._users: dict[int, _UserQueue] = {}
+        self._threads = FairShares(MAX_THREADS, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
         self._results: deque[tuple[_Key, Names]] = deque()
         self._names: dict[_Key, Names] = {}
         self._pending: set[_Key] = set()
@@ -139,29 +141,30 @@ class NameReader:
                 return
             stuck = queue.read == queue.read_before
             queue.read_before = queue.read
-            if not queue.waiting or not (stuck or not queue.threads) or not self._has_room(uid):
+            if not queue.waiting or not (stuck or not queue.threads):
+                return
+            if not self._threads.has_room(uid):
                 return
             queue.threads += 1
-        threading.Thread(
-            target=self._work, args=(queue, loop), name=f"names-{uid}", daemon=True
-        ).start()
+            self._threads.take(uid)
+        try:
+            threading.Thread(
+                target=self._work, args=(uid, queue, loop), name=f"names-{uid}", daemon=True
+            ).start()
+        except RuntimeError as error:  # The system allows no more threads.
+            note_once("starting a thread for names", error)
+            with self._lock:
+                self._end_thread(uid, queue)
 
-    def _has_room(self, uid: int) -> bool:
-        total = sum(queue.threads for queue in self._users.values())
-        if uid == 0:
-            return total < MAX_THREADS
-        root = self._users[0].threads if 0 in self._users else 0
-        return (
-            total < MAX_THREADS
-            and total - root < MAX_THREADS_OF_USERS
-            and self._users[uid].threads < MAX_THREADS_OF_USER
-        )
+    def _end_thread(self, uid: int, queue: _UserQueue) -> None:
+        queue.threads -= 1
+        self._threads.give_back(uid)
 
-    def _work(self, queue: _UserQueue, loop: asyncio.AbstractEventLoop) -> None:
+    def _work(self, uid: int, queue: _UserQueue, loop: asyncio.AbstractEventLoop) -> None:
         while True:
             with self._lock:
                 if not queue.waiting:
-                    queue.threads -= 1
+                    self._end_thread(uid, queue)
                     break
                 key = queue.waiting.popleft()
                 queue.reading.add(key)

@@ -14,16 +14,16 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Final, TypeVar
 
 from qkilld.adapters.loop_thread import run_in_thread
+from qkilld.engine.fair_shares import FairShares
 from qkilld.model.guest import Identity
 
 T = TypeVar("T")
 
 MAX_OF_TARGET: Final = 2
-MAX_OF_USER: Final = 16
-"""Threads for the processes of one user other than root."""
-MAX_OF_USERS: Final = 64
-"""Threads for the processes of all users except root."""
 MAX_THREADS: Final = 96
+RESERVED_FOR_ROOT: Final = 32
+MAX_SHARED: Final = 32
+"""See FairShares."""
 
 
 class AllThreadsBlocked(Exception):
@@ -34,7 +34,7 @@ class TargetThreads:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._targets: Counter[Hashable] = Counter()
-        self._users: Counter[int] = Counter()
+        self._users = FairShares(MAX_THREADS, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
 
     def run(self, target: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
         """Run `function` in a thread; the future gets its result or exception.
@@ -72,7 +72,7 @@ class TargetThreads:
             if not self._has_room(target, uid):
                 raise AllThreadsBlocked
             self._targets[target] += 1
-            self._users[uid] += 1
+            self._users.take(uid)
         try:
             yield
         except RuntimeError:  # The system allows no more threads.
@@ -82,14 +82,10 @@ class TargetThreads:
     def _leave(self, target: Hashable, uid: int) -> None:
         with self._lock:
             self._targets -= Counter((target,))
-            self._users -= Counter((uid,))
+            self._users.give_back(uid)
 
     def _has_room(self, target: Hashable, uid: int) -> bool:
-        total = self._users.total()
-        if self._targets[target] >= MAX_OF_TARGET or total >= MAX_THREADS:
-            return False
-        others = total - self._users[0]
-        return uid == 0 or (self._users[uid] < MAX_OF_USER and others < MAX_OF_USERS)
+        return self._targets[target] < MAX_OF_TARGET and self._users.has_room(uid)
 
 
 shared: Final = TargetThreads()

@@ -194,7 +194,7 @@ def _run(identity: Identity, function: Callable[[], T]) -> asyncio.Future[T]:
     try:
         return shared.run(identity, function)
     except AllThreadsBlocked:
-        raise MonitorTimeout("Earlier reads of the user's files still block") from None
+        raise MonitorTimeout("Too many reads of users' files block: no thread is left") from None
 
 
 def read_options(identity: Identity, proc: Path = procfs.PROC) -> list[QemuOption]:

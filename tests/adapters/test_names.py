@@ -12,9 +12,9 @@ import pytest
 
 from qkilld.adapters import names as names_module
 from qkilld.adapters.names import (
+    MAX_SHARED,
     MAX_THREADS,
-    MAX_THREADS_OF_USER,
-    MAX_THREADS_OF_USERS,
+    RESERVED_FOR_ROOT,
     UNKNOWN,
     NameReader,
     Names,
@@ -68,7 +68,7 @@ def test_blocking_names_are_waited_for_once_and_take_few_threads(lines: CommandL
         assert names == [UNKNOWN] * 60 + [
             (f"guest{pid}", "", False, False) for pid in range(1000, 1100)
         ]
-        assert threads() <= MAX_THREADS_OF_USER
+        assert threads() <= MAX_SHARED + 1
         # They are not waited for again, and new names of other users are read as usual.
         for pid in range(1100, 1105):
             began = time.monotonic()
@@ -102,7 +102,7 @@ def test_users_together_leave_threads_for_root(lines: CommandLines) -> None:
     async def ask() -> None:
         reader = NameReader(lines)
         await reader.names([identity(pid, uid=1000 + pid) for pid in range(1, 101)])
-        assert threads() == MAX_THREADS_OF_USERS
+        assert threads() == MAX_THREADS - RESERVED_FOR_ROOT
         assert await reader.names([identity(1000, uid=0)]) == [("guest1000", "", False, False)]
         # Only the total limit applies to root's processes.
         await reader.names([identity(pid, uid=0) for pid in range(201, 301)])
@@ -129,7 +129,28 @@ def test_processes_that_are_gone_are_forgotten(
             await reader.names(new[:1])
         # Those being read, and the last ones requested.
         kept = (reader._names, reader._pending, reader._late_keys)
-        assert all(len(each) <= MAX_THREADS_OF_USER + 1 for each in kept)
+        assert all(len(each) <= MAX_SHARED + 1 + 1 for each in kept)
 
     monkeypatch.setattr(names_module, "TIMEOUT_S", 0.02)
+    asyncio.run(ask())
+
+
+def test_a_thread_that_cannot_be_started_takes_no_place(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = threading.Thread.start
+    failures = [RuntimeError("can't start new thread")] * 5
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("names-") and failures:
+            raise failures.pop()
+        starts(thread)
+
+    async def ask() -> None:
+        # With a place for each failure, no thread would ever be started again.
+        reader = NameReader(lines)
+        assert await reader.names([identity(1000)]) == [("guest1000", "", False, False)]
+        assert not failures
+
+    monkeypatch.setattr(threading.Thread, "start", start)
     asyncio.run(ask())

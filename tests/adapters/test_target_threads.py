@@ -10,9 +10,9 @@ import pytest
 
 from qkilld.adapters.target_threads import (
     MAX_OF_TARGET,
-    MAX_OF_USER,
-    MAX_OF_USERS,
+    MAX_SHARED,
     MAX_THREADS,
+    RESERVED_FOR_ROOT,
     AllThreadsBlocked,
     TargetThreads,
 )
@@ -61,13 +61,13 @@ def test_a_blocking_target_gets_no_more_threads(gate: threading.Event) -> None:
 def test_one_user_leaves_room_for_others_and_all_for_root(gate: threading.Event) -> None:
     async def work() -> None:
         threads = TargetThreads()
-        assert blocked(threads, gate, range(1, 100), 1000) == MAX_OF_USER
+        assert blocked(threads, gate, range(1, 100), 1000) == MAX_SHARED + 1
         others = sum(
-            blocked(threads, gate, range(uid * 100, uid * 100 + 99), uid) for uid in range(1, 9)
+            blocked(threads, gate, range(uid * 100, uid * 100 + 99), uid) for uid in range(1, 99)
         )
-        assert others == MAX_OF_USERS - MAX_OF_USER
+        assert others == MAX_THREADS - RESERVED_FOR_ROOT - MAX_SHARED - 1
         roots = blocked(threads, gate, range(10_000, 10_100), 0)
-        assert roots == MAX_THREADS - MAX_OF_USERS
+        assert roots == RESERVED_FOR_ROOT
         gate.set()
 
     asyncio.run(work())
@@ -93,7 +93,7 @@ def test_threads_of_readers_count_with_them(gate: threading.Event) -> None:
         with pytest.raises(AllThreadsBlocked):
             for pid in range(1, 100):
                 started.append(threads.start(pid, 1000, gate.wait))
-        assert len(started) == MAX_OF_USER
+        assert len(started) == MAX_SHARED + 1
         with pytest.raises(AllThreadsBlocked):
             threads.run(target(500), gate.wait)
         await threads.run(target(501, uid=0), lambda: None)
