@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from qkilld.decision.signs import waits_for_storage
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
 from qkilld.model.sample import Sample, Socket
@@ -119,3 +120,19 @@ def _served_bytes(sample: Sample) -> list[tuple[int, int]]:
         for pid, peer in peers.items()
         if peer.io is not None and peer.shared is False
     ]
+
+
+def pending(sample: Sample) -> int | None:
+    """Return the bytes still to be written, from the most specific source available."""
+    cgroup = sample.cgroup
+    if cgroup is not None and cgroup.own and (remaining := _sum(cgroup.dirty, cgroup.writeback)):
+        return remaining
+    if queued := sum(s.send_queue for s in sample.sockets or () if is_storage(s)):
+        return queued
+    if sample.host is not None and any(waits_for_storage(t) for t in sample.threads or ()):
+        return sample.host.dirty + sample.host.writeback
+    return None
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other

@@ -28,11 +28,11 @@ from qkilld.decision.amounts import (
     NOTHING_COUNTED,
     Amounts,
     count_amounts,
-    is_storage,
+    pending,
     written_since,
 )
 from qkilld.decision.connections import Connections
-from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind, waits_for_storage
+from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind
 from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
 from qkilld.model.constants import USEC_PER_SEC, Verdict
 from qkilld.model.dataclass import dataclass
@@ -53,6 +53,7 @@ DETAIL_AFTER: Final = 250_000
 MAX_MARKS: Final = 256
 """At most this many signs are remembered for one wait."""
 
+_NO_THREAD: Final = "the threads of qkilld are blocked by processes of other users"
 _OUTSTANDING: Final = (WaitKind.STORAGE, WaitKind.EXIT, WaitKind.CALL)
 _ELSEWHERE: Final = ("at", "devices", "mounts", "host", "cgroup")
 """Fields of a sample whose changes do not matter while no wait has signs, because time or other
@@ -186,11 +187,12 @@ def assess(
     """Fold one more sample into the assessment; `before` is None for the first.
 
     `interval`: the planned time (µs) from the last sample to this one. If this one is more than
-    SLACK late, the rest of its delay counts as time without samples.
+    SLACK late, the rest of its delay counts as time without samples; if it was missed, all of that.
     """
     if before is None:
         return _first(sample)
-    unsampled = before.unsampled + max(0, sample.at - before.sampled_at - interval - SLACK)
+    covered = 0 if sample.missed else interval + SLACK
+    unsampled = before.unsampled + max(0, sample.at - before.sampled_at - covered)
     if tells_nothing(sample):
         return _after_useless_sample(before, sample, unsampled)
     if _is_still(before, sample):
@@ -317,7 +319,7 @@ def _after_useless_sample(before: Assessment, sample: Sample, unsampled: int) ->
         seen=before.seen,
         waits=before.waits,
         verdict=Verdict.UNKNOWN,
-        reasons=("the process could not be read",),
+        reasons=(_NO_THREAD if sample.missed else "the process could not be read",),
         progress_at=before.progress_at,
         outstanding=None,
         outstanding_at=sample.at,
@@ -582,19 +584,3 @@ def can_be_continued(sample: Sample) -> bool:
     """Return whether SIGCONT would continue it, because only a SIGSTOP holds it."""
     frozen = sample.cgroup is not None and sample.cgroup.frozen
     return sample.state == "T" and not sample.tracer and not frozen
-
-
-def pending(sample: Sample) -> int | None:
-    """Return the bytes still to be written, from the most specific source available."""
-    cgroup = sample.cgroup
-    if cgroup is not None and cgroup.own and (remaining := _sum(cgroup.dirty, cgroup.writeback)):
-        return remaining
-    if queued := sum(s.send_queue for s in sample.sockets or () if is_storage(s)):
-        return queued
-    if sample.host is not None and any(waits_for_storage(t) for t in sample.threads or ()):
-        return sample.host.dirty + sample.host.writeback
-    return None
-
-
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other

@@ -143,6 +143,11 @@ class Watch(Protocol):
         """Take a sample and call back with it in the loop. The callback may come late or never. An
         urgent sample is taken before others that wait."""
 
+    @property
+    def lacks_thread(self) -> bool:
+        """Return whether the requested sample has not begun, because processes of other users block
+        the threads that take samples."""
+
     def close(self) -> None:
         """Stop taking samples; no callback follows."""
 

@@ -49,7 +49,8 @@ class JobSampler:
             callback(sample)
 
         def give_up() -> None:
-            answer(Sample(self._clock.now(), "?"))
+            missed = self._watch is not None and self._watch.lacks_thread
+            answer(Sample(self._clock.now(), "?", missed=missed))
 
         if self._watch is None and self._sampler is not None:
             self._watch = self._sampler.watch(self._process)

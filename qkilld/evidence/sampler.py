@@ -284,18 +284,26 @@ class TargetWatch:
         self._workers, self._handover, self._guard = workers, handover, guard
         self._callback: Callable[[Sample], None] | None = None
         self._detail = self._urgent = False
-        self._busy = False
+        self._busy = self._begun = False
+        """Whether a sample was requested, and whether a thread has begun to take it."""
         self._closed = False
 
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:
         self._callback, self._detail, self._urgent = callback, detail, urgent
-        if not self._busy:
-            self._busy = True
+        if self._busy:
+            self._workers.grow()
+        else:
+            self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
             self._handover.expect()
+
+    @property
+    def lacks_thread(self) -> bool:
+        blocks = self._workers.blocked_by(self._uid)
+        return self._busy and not self._begun and not blocks
 
     def close(self) -> None:
         self._closed = True
@@ -311,6 +319,7 @@ class TargetWatch:
             self._close_files()
 
     def _work(self) -> None:
+        self._begun = True
         # After a fault, report an empty sample, which counts as unknown and never as idle.
         sample = self._guard.call("taking a sample", self._read)
         if not self._keeps:
@@ -323,7 +332,7 @@ class TargetWatch:
             self._guard.call("looking for servers", reader.search)
 
     def _give_up(self) -> None:
-        self._hand_over(Sample(time.monotonic_ns() // 1000, "?"))
+        self._hand_over(Sample(time.monotonic_ns() // 1000, "?", missed=self.lacks_thread))
 
     def _hand_over(self, sample: Sample) -> None:
         more = self._workers.waiting

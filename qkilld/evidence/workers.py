@@ -5,19 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from qkilld.debug_log import note_once
+from qkilld.engine.fair_shares import FairShares
 from qkilld.evidence.faults import FaultGuard
 
 STUCK_S: Final = 0.1
 """A call that takes longer counts as blocked; later calls do not wait for it."""
-MAX_WORKERS: Final = 64
-"""The maximum number of worker threads. Dead storage may block each of them."""
-MAX_PER_USER: Final = 48
-"""The maximum number of workers that one user other than root may occupy. The rest is for other
-users."""
+MAX_BLOCKED: Final = 128
+"""The maximum number of blocked threads. Dead storage may block each of them."""
+RESERVED_FOR_ROOT: Final = 16
+MAX_SHARED: Final = 56
+"""See FairShares. Many guests on dead storage often belong to one user."""
+MAX_WORKERS: Final = MAX_BLOCKED + 1
+"""One thread is always left for what is done instead of calls."""
 
 Call = Callable[[], None]
 
@@ -33,32 +37,45 @@ class Workers:
         """True for each waiting call; False ends a worker."""
         self._lock = threading.Lock()
         self._idle = 0
-        self._busy_since: dict[int, float] = {}
-        self._users: Counter[int] = Counter()
-        """The number of workers that are busy with each user's processes."""
+        self._busy: dict[int, tuple[float, int | None]] = {}
+        """Since when each worker has been busy, and with whose process; None if it has just been
+        started."""
         self._count = 0
 
     def submit(self, call: Call, *, uid: int, instead: Call, urgent: bool = False) -> None:
-        """Run `call` soon in a worker, urgent calls first; the guard reports exceptions. If `uid`
-        occupies too many workers already, run `instead`."""
+        """Run `call` soon in a worker, urgent calls first; the guard reports exceptions. If the
+        blocked workers leave no room for a process of `uid`, run `instead`."""
         (self._urgent if urgent else self._others).append((call, instead, uid))
         self._wakeups.put(True)
+        self.grow()
+
+    def grow(self) -> None:
+        """Add a worker if calls wait and all workers are blocked."""
         with self._lock:
             now = time.monotonic()
-            stuck = all(now - since > STUCK_S for since in self._busy_since.values())
-            if self._idle or not stuck or self._count >= MAX_WORKERS:
+            stuck = all(now - since > STUCK_S for since, _ in self._busy.values())
+            if self._idle or not stuck or self._count >= MAX_WORKERS or not self.waiting:
                 return
-            self._count += 1
-            number = self._count
-            self._busy_since[number] = now
-        threading.Thread(
-            target=self._work, args=(number,), name=f"sampler-{number}", daemon=True
-        ).start()
+            number = self._count + 1
+            try:
+                threading.Thread(
+                    target=self._work, args=(number,), name=f"sampler-{number}", daemon=True
+                ).start()
+            except RuntimeError as error:  # The system allows no more threads.
+                note_once("starting a thread for samples", error)
+                return
+            self._count = number
+            self._busy[number] = (now, None)
 
     @property
     def waiting(self) -> bool:
         """Return whether calls wait for a worker."""
         return bool(self._urgent or self._others)
+
+    def blocked_by(self, uid: int) -> bool:
+        """Return whether a process of this user blocks a worker."""
+        with self._lock:
+            return uid in self._blocking()
 
     def close(self) -> None:
         """Let workers end when they are idle; blocked ones are abandoned."""
@@ -67,22 +84,30 @@ class Workers:
                 self._wakeups.put(False)
 
     def _work(self, number: int) -> None:
-        uid: int | None = None
         while True:
             with self._lock:
-                self._busy_since.pop(number, None)
+                self._busy.pop(number, None)
                 self._idle += 1
-                if uid is not None:
-                    self._users[uid] -= 1
-                    if not self._users[uid]:
-                        del self._users[uid]
             if not self._wakeups.get():
                 return
             with self._lock:
                 call, instead, uid = (self._urgent or self._others).popleft()
                 self._idle -= 1
-                self._busy_since[number] = time.monotonic()
-                if uid and self._users[uid] >= MAX_PER_USER:
+                if not self._has_room(uid):
                     call = instead
-                self._users[uid] += 1
+                self._busy[number] = (time.monotonic(), uid)
             self._guard.call("working in a thread", call)
+
+    def _has_room(self, uid: int) -> bool:
+        """Return whether a call for this user may block another worker."""
+        shares = FairShares(MAX_BLOCKED, of_root=RESERVED_FOR_ROOT, shared=MAX_SHARED)
+        for user in self._blocking():
+            shares.take(user)
+        return shares.has_room(uid)
+
+    def _blocking(self) -> list[int]:
+        """Return the uid of each process that blocks a worker."""
+        now = time.monotonic()
+        return [
+            uid for since, uid in self._busy.values() if uid is not None and now - since > STUCK_S
+        ]

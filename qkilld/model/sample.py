@@ -263,6 +263,9 @@ class Sample:
     """CLOCK_MONOTONIC, µs."""
     state: str
     """The state of the main thread, proc(5)."""
+    missed: bool = False
+    """Whether qkilld had no thread to take the sample, because processes of other users block them.
+    Then all else is unknown, and nothing can be concluded from the time since the last sample."""
     term_pending: bool | None = None
     """Whether SIGTERM was sent and is not handled yet (ShdPnd in /proc/PID/status)."""
     tracer: int | None = None

@@ -214,6 +214,8 @@ class FakeSampler:
     def watch(self, process: Process) -> FakeSampler:
         return self
 
+    lacks_thread: bool = False
+
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:

@@ -124,6 +124,23 @@ def test_a_look_that_never_comes_back_delays_nothing_for_good(world: World) -> N
     assert job.result is Result.KILLED
 
 
+def test_a_sample_for_which_other_users_leave_no_thread_brings_sigkill_no_nearer(
+    world: World,
+) -> None:
+    world.sampler.shows = lambda now: None
+    world.sampler.lacks_thread = True
+    process = FakeProcess()
+    job = world.stop(process, FORCE)
+    world.clock.advance(600)
+    assert (process.sent, job.verdict) == ([SIGTERM], Verdict.UNKNOWN)
+    world.sampler.shows = lambda now: WAITING
+    world.clock.advance(58)
+    assert process.sent == [SIGTERM]
+    world.clock.advance(5)
+    assert process.sent == [SIGTERM, SIGKILL]
+    process.wake()
+
+
 def test_progress_seen_by_the_last_look_holds_sigkill_back(world: World) -> None:
     """Idle between samples, but moving at the deadline."""
     deadline = world.clock.now() + 10 * S

@@ -62,6 +62,8 @@ class SlowWatch:
     def __init__(self, sampler: SlowSampler, pid: int) -> None:
         self._sampler, self._pid = sampler, pid
 
+    lacks_thread: bool = False
+
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:

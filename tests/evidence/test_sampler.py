@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,12 +19,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qkilld.adapters.process import open_process
 from qkilld.decision.verdict import assess
 from qkilld.decision.waits import blind_to
 from qkilld.evidence import other_namespaces
+from qkilld.evidence import workers as workers_module
 from qkilld.evidence.faults import FaultGuard
-from qkilld.evidence.sampler import TABLES_AGE_S, HostTables, Reader
-from qkilld.evidence.workers import MAX_PER_USER, Workers
+from qkilld.evidence.sampler import TABLES_AGE_S, EvidenceSampler, HostTables, Reader
+from qkilld.evidence.workers import MAX_SHARED, Workers
 from qkilld.model.constants import Verdict
 from qkilld.model.sample import Sample
 from tests.evidence.until import until
@@ -97,7 +100,7 @@ def test_the_processes_of_one_user_leave_threads_for_others() -> None:
         workers.submit(block, uid=1000, instead=refused.release)
         count += 1
         assert count < 100_000
-    for _ in range(MAX_PER_USER):
+    for _ in range(MAX_SHARED + 1):
         assert blocked.acquire(timeout=10)
     assert not blocked.acquire(blocking=False)
     for uid in (0, 1001):
@@ -108,6 +111,108 @@ def test_the_processes_of_one_user_leave_threads_for_others() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("sampler-"):
             thread.join(10)
+
+
+def join_workers(workers: Workers) -> None:
+    workers.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("sampler-"):
+            thread.join(10)
+
+
+def test_many_users_leave_threads_for_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "STUCK_S", 0.01)
+    monkeypatch.setattr(workers_module, "MAX_BLOCKED", 12)
+    monkeypatch.setattr(workers_module, "MAX_WORKERS", 13)
+    monkeypatch.setattr(workers_module, "RESERVED_FOR_ROOT", 2)
+    monkeypatch.setattr(workers_module, "MAX_SHARED", 4)
+    workers = Workers(FaultGuard())
+    release, began, refused = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def block() -> None:
+        began.release()
+        release.wait()
+
+    def is_served(uid: int) -> bool:
+        """Return whether a call of this user gets a thread, which it then blocks."""
+        workers.submit(block, uid=uid, instead=refused.release)
+        for _ in range(1000):
+            if began.acquire(timeout=0.02):
+                time.sleep(0.02)  # From now on, it counts as blocked.
+                return True
+            if refused.acquire(blocking=False):
+                return False
+            workers.grow()
+        raise AssertionError("the call was forgotten")
+
+    assert [is_served(1000) for _ in range(6)] == [True] * 5 + [False]
+    assert [is_served(uid) for uid in range(1001, 1008)] == [True] * 5 + [False] * 2
+    assert workers.blocked_by(1000) and not workers.blocked_by(1007)
+    assert [is_served(0) for _ in range(3)] == [True, True, False]
+    release.set()
+    join_workers(workers)
+
+
+def test_who_pays_for_a_sample_without_a_thread(
+    fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user who blocks the threads, and nobody else."""
+    monkeypatch.setattr(workers_module, "STUCK_S", 0.01)
+    monkeypatch.setattr(workers_module, "MAX_BLOCKED", 1)
+    monkeypatch.setattr(workers_module, "MAX_WORKERS", 2)
+    monkeypatch.setattr(workers_module, "RESERVED_FOR_ROOT", 0)
+    guest = fake_qemu()
+
+    async def samples() -> list[Sample]:
+        sampler = EvidenceSampler(lambda doing, error: None)
+        release, entered = threading.Event(), threading.Event()
+
+        def block() -> None:
+            entered.set()
+            release.wait()
+
+        sampler._workers.submit(block, uid=1000, instead=fail)
+        assert entered.wait(10)
+        time.sleep(0.1)  # noqa: ASYNC251  # Now it counts as blocked.
+        taken = []
+        for uid in (1000, 1001):
+            process = open_process(guest.pid)
+            process.guest = replace(process.guest, identity=replace(process.identity, uid=uid))
+            watch = sampler.watch(process)
+            future = asyncio.get_running_loop().create_future()
+            watch.take_sample(future.set_result)
+            taken.append(await asyncio.wait_for(future, 10))
+            watch.close()
+            process.close()
+        release.set()
+        sampler.close()
+        join_workers(sampler._workers)
+        return taken
+
+    own, others = asyncio.run(samples())
+    assert (own.state, own.missed) == ("?", False)
+    assert (others.state, others.missed) == ("?", True)
+
+
+def test_a_call_that_waits_behind_a_blocked_one_gets_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers_module, "STUCK_S", 0.2)
+    workers = Workers(FaultGuard())
+    entered, release, done = threading.Event(), threading.Event(), threading.Event()
+
+    def block() -> None:
+        entered.set()
+        release.wait()
+
+    workers.submit(block, uid=1000, instead=fail)
+    assert entered.wait(10)
+    workers.submit(done.set, uid=0, instead=fail)
+    assert not done.wait(0.3)
+    workers.grow()
+    assert done.wait(10)
+    release.set()
+    join_workers(workers)
 
 
 def test_one_thread_does_it_all_until_a_call_blocks() -> None:

@@ -18,7 +18,7 @@ from qkilld.decision.ladder import (
     next_sample_time,
     policy_for,
 )
-from qkilld.decision.verdict import Assessment
+from qkilld.decision.verdict import Assessment, assess
 from qkilld.model.constants import INFINITY, Flag, Verdict
 from qkilld.model.job import Control
 from qkilld.model.policy import Policy
@@ -310,3 +310,44 @@ def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
     assert decide(facts, killed_at) == Decision(Action.WAIT, T0 + 15 * S, killed_at + 300_000)
     assert decide(facts, killed_at + 300_000).action is Action.SAMPLE
     assert decide(facts, T0 + 15 * S).action is Action.GIVE_UP
+
+
+@pytest.mark.parametrize(
+    ("missed", "max_s", "expected"),
+    [(False, INFINITY // S, 60), (True, INFINITY // S, None), (True, 120, 120)],
+)
+def test_samples_without_a_thread_bring_sigkill_no_nearer(
+    missed: bool, max_s: int, expected: int | None
+) -> None:
+    """Not knowing because other users block the threads is no evidence, but MaxSec is a limit."""
+    evidence, promised = None, 0
+    policy = replace(Policy(), max=max_s * S)
+    for second in range(1, 600):
+        now = T0 + second * S
+        evidence = assess(evidence, Sample(now, "?", missed=missed))
+        facts = JobFacts(
+            flags=FORCE,
+            policy=policy,
+            started=T0,
+            term_at=T0,
+            assessment=evidence,
+            promised=promised,
+        )
+        decision = decide(facts, now)
+        promised = max(promised, decision.promised)
+        if decision.action is Action.KILL:
+            assert second == expected
+            return
+    assert expected is None
+
+
+def test_time_without_a_thread_is_not_counted_afterwards() -> None:
+    first = Sample(T0, "?")
+    evidence = assess(None, first)
+    for second in range(1, 100):
+        evidence = assess(evidence, Sample(T0 + second * S, "?", missed=True))
+    assert evidence.unsampled == 99 * S
+    assert evidence.reasons == ("the threads of qkilld are blocked by processes of other users",)
+    evidence = assess(evidence, Sample(T0 + 100 * S, "?"))
+    facts = JobFacts(flags=FORCE, policy=Policy(), started=T0, term_at=T0, assessment=evidence)
+    assert kill_due(facts) == T0 + (99 + 60) * S
