@@ -5,8 +5,9 @@ gets SIGTERM, because a guest that has lost its disks exits in a few millisecond
 until they are found, for at most TIMEOUT. This is done only for guests whose command line names
 storage on a network.
 
-If an earlier daemon has told QEMU to exit, a missing connection of a node proves nothing: QEMU may
-have closed the node, or lost its server.
+If QEMU was told to exit before the first usable sample, by an earlier daemon or because the host is
+busy, a missing connection of a node proves nothing: QEMU may have closed the node, or lost its
+server.
 
 If servers cannot be watched, for example because there are no more descriptors, that is a risk.
 Whatever fails, the job goes on.
@@ -111,7 +112,7 @@ class ServerWatch:
             before, self._servers = self._servers, follow_servers(self._servers, sample)
             if self._servers is None or self._exits is None:
                 return
-            if self._is_late and before is None:
+            if before is None and (self._is_late or is_stopping(self._job)):
                 self._servers = replace(self._servers, disconnected=())
                 nodes = [node for node in sample.nodes or () if not node.read_only]
                 self._late_nodes = tuple(n for n in nodes if n.protocol != "vhost-user")

@@ -439,6 +439,21 @@ def test_a_job_of_an_earlier_daemon_that_has_sent_no_sigterm() -> None:
     assert "had no connection to its server" in end(after, process, job)[0]
 
 
+@pytest.mark.parametrize("pluggable", [False, True])
+def test_the_first_sample_comes_after_sigterm(pluggable: bool) -> None:
+    """On a busy host. QEMU may have closed a node normally, or may have lost its server before."""
+    world, process = ServedWorld(lambda now: None), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(TIMEOUT / S)
+    assert process.sent == [SIGTERM]
+    both = replace(CONNECTED, nodes=(Node("c", "nbd"), Node("d", "nbd")), pluggable=pluggable)
+    world.sampler.shows = lambda now: both
+    world.clock.advance(1)
+    assert end(world, process, job) == (
+        "it is not known whether nbd node c had its server until QEMU closed it",
+    )
+
+
 @pytest.mark.parametrize("stopping", [False, True])
 def test_cancel_while_the_job_waits_for_the_servers(stopping: bool) -> None:
     world, process = ServedWorld(), client()
