@@ -90,6 +90,9 @@ class StorageServers:
     """By the name of the node."""
     disconnected: tuple[Node, ...] = ()
     """The nodes that should be connected, but have never been seen connected."""
+    unchecked: tuple[Node, ...] = ()
+    """The nodes that have never been seen connected, and may not need to be. No sample has shown
+    yet whether their servers listen: only samples with detail do."""
     groups: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     """All nodes of a group, by Node.group."""
 
@@ -140,13 +143,20 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
             sockets.setdefault(group_of[socket.node], []).append(socket)
     for name, nodes in groups.items():
         _follow_group(known, nodes, sockets.get(name, ()), sample.at)
+    nodes_now = {node.name: node for nodes in groups.values() for node in nodes}
     if before is None:
-        every = [node for nodes in groups.values() for node in nodes]
-        candidates: Sequence[Node] = [one for one in every if _should_be_connected(one, sample)]
-    else:
-        candidates = before.disconnected
-    lost = tuple(node for node in candidates if node.name not in known)
-    return StorageServers(known, lost, groups)
+        before = StorageServers(unchecked=tuple(nodes_now.values()))
+    unchecked = [nodes_now.get(node.name, node) for node in before.unchecked]
+    lost = {node.name: node for node in unchecked if _should_be_connected(node, sample)}
+    unchecked = [one for one in unchecked if one.served is None and one.name not in lost]
+    return StorageServers(
+        connected=known,
+        disconnected=tuple(
+            node for node in (*before.disconnected, *lost.values()) if node.name not in known
+        ),
+        unchecked=tuple(node for node in unchecked if node.name not in known),
+        groups=groups,
+    )
 
 
 def _groups_that_may_lose_data(nodes: Iterable[Node]) -> dict[str, tuple[Node, ...]]:

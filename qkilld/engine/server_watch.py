@@ -113,7 +113,7 @@ class ServerWatch:
             if self._servers is None or self._exits is None:
                 return
             if before is None and (self._is_late or is_stopping(self._job)):
-                self._servers = replace(self._servers, disconnected=())
+                self._servers = replace(self._servers, disconnected=(), unchecked=())
                 nodes = [node for node in sample.nodes or () if not node.read_only]
                 self._late_nodes = tuple(n for n in nodes if n.protocol != "vhost-user")
             known = frozenset[int]() if before is None else before.lasting

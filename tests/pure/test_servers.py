@@ -301,3 +301,27 @@ def test_many_connections_to_the_server_of_many_nodes_take_little_time() -> None
     assert time.thread_time() - start < 0.02
     assert servers is not None
     assert servers.connected.keys() == {node.name for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("later", "is_risk"),
+    [
+        ([sample(node=replace(NODE, served=False))], True),
+        ([sample(), sample(node=replace(NODE, served=False))], True),
+        # Something listens, so QEMU has closed the node.
+        ([sample(node=replace(NODE, served=True))], False),
+        (
+            [sample(node=replace(NODE, served=True)), sample(node=replace(NODE, served=False))],
+            False,
+        ),
+        ([sample()], False),
+        ([sample(UNIX), sample(node=replace(NODE, served=False))], False),
+    ],
+)
+def test_whether_a_server_listens_may_be_known_late(later: list[Sample], is_risk: bool) -> None:
+    """A sample without detail does not look for servers."""
+    servers = None
+    for shown in (sample(), *later):
+        servers = follow_servers(servers, replace(shown, pluggable=True))
+    assert servers is not None
+    assert bool(risk(servers)) is is_risk
