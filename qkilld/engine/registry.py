@@ -132,14 +132,14 @@ class Registry:
         if request.uid != 0 and self._per_uid[request.uid] >= MAX_JOBS_PER_UID:
             process.close()
             raise Busy(
-                f"You have {MAX_JOBS_PER_UID} jobs here, running or just finished; "
-                "try again in a minute"
+                f"You have {MAX_JOBS_PER_UID} jobs here that run, have just finished, or whose "
+                "guest has survived; try again in a minute"
             )
         if request.uid != 0 and self._per_uid.total() - self._per_uid[0] >= MAX_JOBS_OF_USERS:
             process.close()
             raise Busy(
-                f"Users other than root have {MAX_JOBS_OF_USERS} jobs here, running or just "
-                "finished; try again in a minute"
+                f"Users other than root have {MAX_JOBS_OF_USERS} jobs here that run, have just "
+                "finished, or whose guest has survived; try again in a minute"
             )
         policy = self._config.policy_for(process.guest.label.name)
         job = self._job(self._last + 1, process, request, policy)
@@ -337,8 +337,8 @@ class Registry:
         """Drop the process of a survivor, which is gone or has a new job."""
         if self.saver is not None:
             self.saver.drop_process(job)
-            if job.number not in self._jobs:
-                self.saver.forget(job)
+        if job.number not in self._jobs:
+            self._forget_entirely(job)
 
     def _forget(self, job: Job) -> None:
         if job.processors_stopped:
@@ -347,10 +347,16 @@ class Registry:
         del self._jobs[job.number]
         if self._ended_jobs.get(job.guest.identity.key) is job:
             del self._ended_jobs[job.guest.identity.key]
-        if self.saver is not None and self._survivors.get(job.guest.identity.key) is not job:
+        if self._survivors.get(job.guest.identity.key) is not job:
+            self._forget_entirely(job)
+        self._tell(lambda observer: observer.job_forgotten(job))
+
+    def _forget_entirely(self, job: Job) -> None:
+        """Remove what is kept of a job. That of a survivor is kept until its guest is gone, so it
+        counts for its user until then."""
+        if self.saver is not None:
             self.saver.forget(job)
         self._per_uid -= Counter((job.request.uid,))
-        self._tell(lambda observer: observer.job_forgotten(job))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         """Call the observer; its exceptions must not affect a job."""

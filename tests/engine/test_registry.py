@@ -155,6 +155,27 @@ def test_a_user_has_a_limit_and_root_has_none(
     world.stop(FakeProcess(), NOWAIT, uid=1000)
 
 
+def test_a_survivor_counts_for_its_user_until_its_guest_is_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pidfd and its file are kept as long."""
+    monkeypatch.setattr(registry_module, "MAX_JOBS_PER_UID", 2)
+    guests = [FakeProcess(make_guest(pid=pid)) for pid in range(2)]
+    for process in guests:
+        world.stop(process, FIXED, uid=1000)
+    world.clock.advance(80)
+    with pytest.raises(Busy, match="2 jobs"):
+        world.stop(FakeProcess(make_guest(pid=9)), uid=1000)
+    guests[0].die()
+    job = world.stop(FakeProcess(make_guest(pid=9)), FIXED, uid=1000)
+    guests[1].die()
+    world.clock.advance(80)
+    assert job.result is Result.SURVIVED
+    world.stop(FakeProcess(make_guest(pid=10)), uid=1000)
+    with pytest.raises(Busy, match="2 jobs"):
+        world.stop(FakeProcess(make_guest(pid=11)), uid=1000)
+
+
 def test_users_together_have_a_limit_and_root_has_a_reserve(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,9 +184,11 @@ def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
 
 
 def test_a_job_taken_over_counts_for_its_new_requester(world: World) -> None:
-    world.stop(FakeProcess(), uid=OWNER)
+    process = FakeProcess()
+    world.stop(process, uid=OWNER)
     assert world.registry._per_uid == {OWNER: 1}
     world.stop(FakeProcess(), uid=0)
     assert world.registry._per_uid == {0: 1}
+    process.die()
     world.clock.advance(600)
     assert not world.registry._per_uid
