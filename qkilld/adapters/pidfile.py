@@ -104,6 +104,10 @@ def read(path: str) -> PidfileProcess:
         start_time = procfs.read_stat(pid).start_time
         process_uid = procfs.read_uid(pid)
     except (FileNotFoundError, ProcessLookupError):
+        if _is_hidden(pid):
+            raise UnknownIdentity(
+                f"Process {pid}, named by pidfile {shown}, is hidden (ProtectProc=, hidepid=)"
+            ) from None
         raise NoSuchProcess(
             f"Process {pid}, named by pidfile {shown}, is gone: "
             "the pidfile is stale and can be removed"
@@ -141,6 +145,18 @@ def _own_pid(pid: int, content: Content, shown: str) -> int:
             " --pid"
         )
     return pid
+
+
+def _is_hidden(pid: int) -> bool:
+    """Return whether a process exists, although /proc does not show it."""
+    try:
+        os.close(os.pidfd_open(pid))
+    except ProcessLookupError:
+        return False
+    except OSError as error:
+        # EINVAL: a thread has the id, or no process can have it.
+        return error.errno != errno.EINVAL
+    return not (procfs.PROC / str(pid)).exists()
 
 
 def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:

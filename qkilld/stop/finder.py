@@ -171,8 +171,12 @@ def _qemu(pid: int, globs: Iterable[str]) -> ProcessHandle | None:
 def _of_pidfile(path: str) -> ProcessHandle:
     from qkilld.adapters import pidfile
 
-    if not os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         # QEMU removes its pidfile when it exits, so a missing one means that the process is gone.
-        raise NoSuchProcess("the pidfile does not exist")
+        raise NoSuchProcess("the pidfile does not exist") from None
+    except OSError as error:
+        note(f"looking for the pidfile {path}", error)  # `read` says why.
     named = pidfile.read(path)
     return open_named(named.pid, named.start_time)

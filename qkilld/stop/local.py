@@ -43,12 +43,22 @@ class LocalStopper:
         """The reason why the daemon does not stop the guest."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
-        if not self._thread.is_alive():
-            self._thread.start()
-            self._ready.wait()
+        if not self._ready.is_set():
+            self._start_engine()
         for stop in stops:
             local = self._stops[stop] = LocalStop.of(stop, self._options.spans, self._reason)
+            if self._loop is None:
+                self._mailbox.put(functools.partial(self._listener.ended, stop, "failed"))
             self._do(functools.partial(self._begin, stop, local))
+
+    def _start_engine(self) -> None:
+        """Start the engine in its thread; without it, `_loop` stays None."""
+        try:
+            self._thread.start()
+            self._ready.wait()
+        except RuntimeError as error:  # The system allows no more threads.
+            self._ready.set()
+            self._log.write(internal_error("stopping guests", error))
 
     def descriptors(self) -> Collection[int]:
         return (self._mailbox.fileno(),)
@@ -78,9 +88,9 @@ class LocalStopper:
     # ---- in the thread ----
 
     def _run(self) -> None:
-        loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(loop)
         try:
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
             loop.run_until_complete(self._open())
             self._loop = loop
             self._ready.set()

@@ -150,7 +150,8 @@ def may_pass_monitor(pid: int) -> bool:
     """Return whether the command line suggests a monitor on TCP or an abstract socket, to which the
     daemon cannot connect. Takes 0.1 ms.
 
-    If a hostile process makes reading its command line block, return False after READ_TIMEOUT_S.
+    If a hostile process makes reading its command line block, return False after READ_TIMEOUT_S;
+    without a thread for it (TasksMax=), at once.
     """
     import _thread
 
@@ -166,7 +167,10 @@ def may_pass_monitor(pid: int) -> bool:
             pass
         finished.release()
 
-    _thread.start_new_thread(read, ())
+    try:
+        _thread.start_new_thread(read, ())
+    except RuntimeError:
+        return False
     return finished.acquire(timeout=READ_TIMEOUT_S) and any(map(_may_name_place, words))
 
 

@@ -230,7 +230,10 @@ class StopRun:
     def _in_thread(self, work: Callable[[], None]) -> None:
         import threading
 
-        threading.Thread(target=work, name="systemd", daemon=True).start()
+        from qkilld.debug_log import ignore
+
+        with ignore("starting a thread", RuntimeError):
+            threading.Thread(target=work, name="systemd", daemon=True).start()
 
     # ---- stopping ----
 
@@ -449,14 +452,16 @@ class StopRun:
 
     def _handle_exit(self, stop: GuestStop) -> None:
         """Handle a process that is gone or exiting, which no signal reaches any more."""
-        if others := self._substitutes():
-            self._over(stop, 0)
-            self.begin(others)
-        elif stop.process.exited():
-            self._report_gone(stop)
-        else:
+        others = self._substitutes()
+        if not stop.process.exited():
+            # It still finishes its I/O.
             del self._stopper_of[stop]
             stop.leave_at = self._clock() + EXITING_TIMEOUT_S
+        elif others:
+            self._over(stop, 0)
+        else:
+            self._report_gone(stop)
+        self.begin(others)
 
     def _report_gone(self, stop: GuestStop) -> None:
         say_ending(f"{stop.title} is gone already")

@@ -18,7 +18,14 @@ import pytest
 
 from qkilld.adapters import pidfile, procfs
 from qkilld.adapters.pidfile import Content, PathStep
-from qkilld.model.errors import AccessDenied, Failed, InvalidArgs, NoSuchProcess, ProcessChanged
+from qkilld.model.errors import (
+    AccessDenied,
+    Failed,
+    InvalidArgs,
+    NoSuchProcess,
+    ProcessChanged,
+    UnknownIdentity,
+)
 from tests.lab import needs
 from tests.lab.log import wait_for_path
 from tests.lab.process import OTHER_UID, children, end, spawn
@@ -122,6 +129,23 @@ def test_a_pidfile_behind_a_symbolic_link(tmp_path: Path, child: subprocess.Pope
     (tmp_path / "pid").chmod(0o644)
     (tmp_path / "link").symlink_to("pid")
     assert pidfile.read(str(tmp_path / "link")).pid == child.pid
+
+
+def test_a_process_that_proc_hides_is_not_gone(
+    tmp_path: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hidepid= and ProtectProc= make /proc/PID of other users missing."""
+    (tmp_path / "pid").write_text(str(child.pid))
+    (tmp_path / "pid").chmod(0o644)
+    monkeypatch.setattr(procfs, "PROC", tmp_path)
+    read_stat = procfs.read_stat
+    monkeypatch.setattr(procfs, "read_stat", lambda pid: read_stat(pid, tmp_path))
+    with pytest.raises(UnknownIdentity, match="is hidden"):
+        pidfile.read(str(tmp_path / "pid"))
+    child.kill()
+    child.wait()
+    with pytest.raises(NoSuchProcess, match="is gone"):
+        pidfile.read(str(tmp_path / "pid"))
 
 
 @pytest.fixture

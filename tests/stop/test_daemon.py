@@ -6,15 +6,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from qkilld.model.errors import InvalidArgs, NoSuchProcess
 from qkilld.stop import daemon as stop_daemon
+from qkilld.stop import finder
 from qkilld.stop.daemon import DaemonStopper
 from qkilld.stop.guest_stop import GuestStop
 from qkilld.stop.log import Log
 from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
+from qkilld.stop.process import ProcessHandle
 from qkilld.stop.run import StopRun
 from qkilld.varlink.server import description
 from tests.stop.fakes import Clock, FakeDaemon, FakeHandle, Notes, state, stop_of, stopper
@@ -115,6 +119,35 @@ def test_asking_every_guest_of_a_host_has_a_limit(
     ask_at_most = None if seconds is None else seconds * 1_000_000
     assert [stop.options.get("powerdownMaxUSec") for stop in started] == [ask_at_most]
     process.close()
+
+
+def test_a_process_that_is_exiting_is_waited_for_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The unit runs another QEMU, and the first one still finishes its I/O."""
+    run, begun = StopRun(Options(), Notifier(""), Log()), list[ProcessHandle]()
+    process, other = FakeHandle(), FakeHandle()
+    stop = stop_of(process)
+    run._stops.append(stop)
+    run._stopper_of[stop] = Mock()
+    monkeypatch.setattr(run, "_substitutes", lambda: [other])
+    monkeypatch.setattr(run, "begin", begun.extend)
+    run._handle_exit(stop)
+    assert stop.running
+    assert stop.leave_at is not None
+    assert begun == [other]
+    process.exit()
+    run._handle_exit(stop)
+    assert not stop.running
+    process.close()
+    other.close()
+
+
+def test_a_pidfile_that_cannot_be_looked_for_is_not_missing(tmp_path: Path) -> None:
+    with pytest.raises(NoSuchProcess, match="does not exist"):
+        finder._of_pidfile(str(tmp_path / "pid"))
+    with pytest.raises(InvalidArgs, match="File name too long"):
+        finder._of_pidfile(str(tmp_path / ("x" * 300)))
 
 
 def test_a_missing_daemon_is_lost(lab_dir: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
+import asyncio
+import errno
 import os
 import select
 import threading
@@ -18,7 +21,7 @@ from qkilld.stop.fallback import LocalStop
 from qkilld.stop.local import LocalStopper
 from qkilld.stop.log import Log
 from qkilld.stop.options import Options
-from qkilld.stop.process import open_process
+from qkilld.stop.process import may_pass_monitor, open_process
 from tests.lab.guest import Guest, own_qemus
 from tests.stop.fakes import Notes, stop_of
 
@@ -71,3 +74,42 @@ def test_force_that_comes_later(
     assert RecordingStop.setters["flags"] == ["MainThread", "engine"]
     # After its construction, the stop belongs to the thread of the engine.
     assert {each for names in RecordingStop.setters.values() for each in names[1:]} == {"engine"}
+
+
+@pytest.mark.parametrize("without", ["descriptors", "threads"])
+def test_an_engine_that_cannot_start_ends_the_stops(
+    monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    """Otherwise the helper would wait for it, and extend the timeout, for ever."""
+    if without == "descriptors":
+
+        def no_loop() -> asyncio.AbstractEventLoop:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
+    else:
+
+        def no_thread(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    notes = Notes()
+    stop = stop_of(open_process(os.getpid()))
+    stopper = LocalStopper(Options(), notes, SilentLog(), reason="a test")
+    try:
+        stopper.start([stop])
+        stopper.work()
+        assert notes.said == [("ended", "failed")]
+    finally:
+        stopper.close()
+        stop.close()
+        os.close(stopper._mailbox._read)
+        os.close(stopper._mailbox._write)
+
+
+def test_no_monitor_is_passed_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*arguments: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", no_thread)
+    assert not may_pass_monitor(os.getpid())
