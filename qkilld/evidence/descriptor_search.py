@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -224,8 +225,9 @@ class _Turn:
     def __init__(self, searches: Sequence[DescriptorSearch]) -> None:
         self.searches = searches
         self.lock = threading.Lock()
-        self.began = 0.0
-        """When a thread took the lock last, time.monotonic()."""
+        self.began = math.inf
+        """When the present turn began, time.monotonic(); infinity if it has just begun, or if no
+        thread has its turn."""
 
 
 class SharedSearch:
@@ -258,6 +260,7 @@ class SharedSearch:
         try:
             yield turn.searches
         finally:
+            turn.began = math.inf
             turn.lock.release()
 
     def _replaced(self, turn: _Turn) -> _Turn:

@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from qkilld.evidence import descriptor_search, peer_finder
-from qkilld.evidence.descriptor_search import Candidate, by_turns
+from qkilld.evidence.descriptor_search import Candidate, SharedSearch, by_turns
 from qkilld.evidence.peer_finder import PeerFinder
 from tests.evidence.until import until
 
@@ -173,3 +174,12 @@ def test_a_search_of_one_process_takes_no_longer(monkeypatch: pytest.MonkeyPatch
         until(lambda: (finder.find([1]), len(pids))[1], lambda count: count >= 4000)
         finder.find([1])
         assert len(pids) < 4010
+
+
+def test_a_turn_that_has_just_begun_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptor_search, "STUCK_S", 0.0)
+    search = SharedSearch(Path("/proc"), pause_factor=0, valid_s=1)
+    with search.turn() as searches:
+        assert searches
+    with search._turn.lock, search.turn() as searches:
+        assert not searches
