@@ -32,6 +32,7 @@ from qkilld.model.unit import UnitFacts
 from qkilld.monitor.endpoints import NO_MONITOR, UnixListener, find_endpoints
 from qkilld.monitor.reach import read_listeners, read_options
 from qkilld.unitcheck.command import HELPER
+from qkilld.unitcheck.command_text import matching_texts
 from qkilld.unitcheck.context import (
     GUESTS_SERVICE,
     Surroundings,
@@ -116,6 +117,7 @@ async def gather(
         can_ask=_can_ask(facts, guests, config),
         environment=_environment(facts),
         stop_texts=_stop_texts(facts),
+        is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
         # A user's units need no order: user@.service, which is stopped after them, has it.
@@ -162,14 +164,12 @@ def _environment(facts: UnitFacts) -> dict[str, str]:
 
 
 def _stop_texts(facts: UnitFacts) -> tuple[str, ...]:
-    """Return the unit's ExecStop= lines as written; empty if their number differs from that in
-    systemd."""
+    """Return the commands of the unit's ExecStop= as written; empty if they are not known."""
     texts = []
     for path in (facts.fragment, *facts.drop_ins):
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
             texts.append(file.read(MAX_DROP_IN).decode(errors="surrogateescape"))
-    commands = merged(texts, "Service", "ExecStop")
-    return tuple(commands) if len(commands) == len(facts.exec_stop) else ()
+    return matching_texts(merged(texts, "Service", "ExecStop"), facts.exec_stop)
 
 
 def _main_traps(facts: UnitFacts) -> bool | None:

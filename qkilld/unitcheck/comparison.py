@@ -120,6 +120,17 @@ def compare(
             reason=f"a drop-in for the template would override settings of {shown} itself",
             advice=f"adopt {shown} first",
         )
+    if surroundings.is_template and any(
+        line.is_resolved for change in planned_changes for line in change.lines
+    ):
+        return replace(
+            comparison,
+            word=UnitVerdict.UNKNOWN,
+            reason="the drop-in would repeat its ExecStop= for all instances, but systemd has other"
+            " commands for the instance than the unit's files, or they cannot be read",
+            advice="run `systemctl daemon-reload`, correct the lines that systemd ignores, and"
+            " check it again",
+        )
     if traps(facts, surroundings) and planned_changes and not has_helper(facts):
         return replace(
             comparison,

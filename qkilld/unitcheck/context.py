@@ -67,7 +67,9 @@ class Surroundings:
     environment: Mapping[str, str] = field(default_factory=dict)
     """The variables that systemd sets for the unit's commands."""
     stop_texts: tuple[str, ...] = ()
-    """Each ExecStop= as written in the unit's files, in order; empty if unknown."""
+    """Each command of ExecStop= as written in the unit's files, in order; empty if unknown."""
+    is_template: bool = False
+    """The settings are those of an instance, and adopt writes for all instances."""
     keepers: tuple[GuestKeeper, ...] = ()
     """The units that shut the guests down at host shutdown, before this unit is stopped."""
     guests_service: bool = False

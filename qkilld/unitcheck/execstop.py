@@ -12,6 +12,7 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
+from qkilld.unitcheck.command_text import ignoring_failure
 from qkilld.unitcheck.context import (
     Surroundings,
     helper_fault,
@@ -26,7 +27,6 @@ from qkilld.unitcheck.programs import IGNORED
 from qkilld.unitcheck.stop_act import ActKind
 from qkilld.unitcheck.stop_line import StopLine
 from qkilld.unitcheck.stop_outcome import Helper
-from qkilld.unitcheck.unit_text import ignoring_failure
 
 _ENDING: Final = (ActKind.TERMINATES, ActKind.KILLS, ActKind.WAITS, ActKind.SLEEPS)
 START: Final = 30 * USEC_PER_SEC
@@ -372,11 +372,12 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit, with its specifiers if known. `ignore_failure` adds a `-`."""
+    """Return a line of the unit, as written if that is known. `ignore_failure` adds a `-`."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]
         text = ignoring_failure(text) if ignore_failure else text
     else:
         text = line_of(command, ignore_failure=ignore_failure)
-    return Line("Service", f"ExecStop={text}", repeats=number)
+    resolved = not surroundings.stop_texts
+    return Line("Service", f"ExecStop={text}", repeats=number, is_resolved=resolved)

@@ -34,6 +34,9 @@ class Line:
     judge."""
     repeats: int | None = field(default=None, compare=False)
     """The index of the unit's ExecStop= line that this line repeats."""
+    is_resolved: bool = field(default=False, compare=False)
+    """The line has a text of the unit in which systemd has replaced the specifiers, so it is right
+    for one instance of a template only."""
 
     def __str__(self) -> str:
         return f"[{self.section}] {self.text}" if self.section else self.text

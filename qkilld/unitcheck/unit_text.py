@@ -35,12 +35,6 @@ def merged(texts: Iterable[str], section: str, key: str) -> list[str]:
     return values
 
 
-def ignoring_failure(value: str) -> str:
-    """Return a command line with the prefix `-`."""
-    prefixes = value[: len(value) - len(value.lstrip("-@:+!|"))]
-    return value if "-" in prefixes else f"-{value}"
-
-
 def parse_environment(text: str) -> dict[str, str]:
     """Parse a file of EnvironmentFile=: systemd.exec(5)."""
     variables = {}

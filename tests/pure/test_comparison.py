@@ -189,6 +189,17 @@ def test_order_and_specifiers_of_lines_are_kept() -> None:
     ]
 
 
+def test_a_template_gets_no_line_of_one_instance() -> None:
+    facts = replace(BARE, exec_stop=(POWERDOWN, line("logger web")), timeout_stop=90 * S)
+    found = judge(facts, replace(ASKABLE, is_template=True))
+    assert (found.word, found.writes) == (UnitVerdict.UNKNOWN, False)
+    assert "daemon-reload" in found.advice
+    for surroundings in (ASKABLE, replace(ASKABLE, is_template=True, stop_texts=("a %i", "b %i"))):
+        assert judge(facts, surroundings).writes
+    # Nothing of the instance would be written.
+    assert judge(BARE, replace(ASKABLE, is_template=True)).writes
+
+
 @pytest.mark.parametrize("polite", ["kill -TERM $MAINPID", "echo quit | socat - UNIX:/run/m"])
 def test_lines_that_ask_qemu_leave_the_guest_to_be_asked_first(polite: str) -> None:
     facts = replace(BARE, exec_stop=(line(polite), UNKNOWN))
