@@ -14,7 +14,7 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.policy import is_qemu
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.check import check
-from qkilld.unitcheck.command import HELPER
+from qkilld.unitcheck.command import HELPER, is_helper
 from qkilld.unitcheck.context import (
     Surroundings,
     helper_in_unit,
@@ -387,13 +387,12 @@ def _stops_with(own: Sequence[Command], lines: Iterable[Line]) -> tuple[Command,
         value = line.text.partition("=")[2]
         path = value.lstrip("-@:+!|")
         prefixes = value[: len(value) - len(path)]
+        flags = ("privileged",) if "+" in prefixes else ()
         if not value:
             commands = []
-        elif line.repeats is not None:
-            commands.append(replace(own[line.repeats], ignores_failure="-" in prefixes))
+        elif line.repeats is None:
+            commands.append(Command(path, (path,), "-" in prefixes, flags))
         else:
-            flags = ("privileged",) if "+" in prefixes else ()
-            # Of the helper's arguments, only options with simple values matter.
-            words = tuple(path.split())
-            commands.append(Command(words[0], words, "-" in prefixes, flags))
+            repeated = replace(own[line.repeats], ignores_failure="-" in prefixes)
+            commands.append(replace(repeated, flags=flags) if is_helper(repeated) else repeated)
     return tuple(commands)

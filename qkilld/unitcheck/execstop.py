@@ -12,7 +12,7 @@ from qkilld.model.constants import INFINITY, USEC_PER_SEC
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
-from qkilld.unitcheck.command_text import ignoring_failure
+from qkilld.unitcheck.command_text import helper_arguments_of, ignoring_failure
 from qkilld.unitcheck.context import (
     Surroundings,
     helper_fault,
@@ -256,9 +256,19 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
     prefix = ("-" if is_last else "") + ("+" if confined else "")
-    own = next((command for command in facts.exec_stop if is_helper(command)), None)
-    arguments = helper_arguments(own) if own is not None else ""
-    return Line("Service", f"ExecStop={prefix}{quoted(surroundings.helper)} {arguments}".rstrip())
+    number = next((n for n, each in enumerate(facts.exec_stop) if is_helper(each)), None)
+    arguments, is_resolved = "", False
+    if number is not None and surroundings.stop_texts:
+        arguments = helper_arguments_of(surroundings.stop_texts[number])
+    elif number is not None:
+        arguments = helper_arguments(facts.exec_stop[number])
+        is_resolved = bool(arguments)
+    return Line(
+        "Service",
+        f"ExecStop={prefix}{quoted(surroundings.helper)} {arguments}".rstrip(),
+        repeats=number,
+        is_resolved=is_resolved,
+    )
 
 
 def _may_be_theirs(facts: UnitFacts) -> bool:

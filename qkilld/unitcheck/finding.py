@@ -33,7 +33,8 @@ class Line:
     """adopt does not write the line: it changes how the unit runs, which only the owner can
     judge."""
     repeats: int | None = field(default=None, compare=False)
-    """The index of the unit's ExecStop= line that this line repeats."""
+    """The index of the unit's ExecStop= command that this line repeats, for qkilld-stop perhaps
+    with other prefixes."""
     is_resolved: bool = field(default=False, compare=False)
     """The line has a text of the unit in which systemd has replaced the specifiers, so it is right
     for one instance of a template only."""

@@ -200,6 +200,30 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     assert judge(BARE, replace(ASKABLE, is_template=True)).writes
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("/usr/bin/qkilld-stop --pidfile /run/%i.pid", " --pidfile /run/%i.pid"),
+        ("@/usr/bin/qkilld-stop q --pidfile  '/run/%i.pid'", " --pidfile  '/run/%i.pid'"),
+        ("/opt/py -m qkilld.stop --pidfile /run/%i.pid", " --pidfile /run/%i.pid"),
+        ("/usr/bin/qkilld-stop", ""),
+    ],
+)
+def test_the_helper_of_a_template_keeps_its_specifiers(text: str, options: str) -> None:
+    words = text.replace("%i", "web").replace("'", "").replace("@", "").split()
+    stop = Command(words[0], tuple(words))
+    facts = replace(SAFE, exec_stop=(stop,), address_families=("AF_INET",), pid_file="/run/web.pid")
+    template = replace(ASKABLE, is_template=True)
+    known = replace(template, stop_texts=(text,))
+    assert written(facts, known) == [
+        "ExecStop=",
+        f"ExecStop=-+/usr/bin/qkilld-stop{options}",
+    ]
+    assert judge(facts, known).writes
+    # Without the text, only a helper without arguments is right for every instance.
+    assert judge(facts, template).writes is (len(words) == 1)
+
+
 @pytest.mark.parametrize("polite", ["kill -TERM $MAINPID", "echo quit | socat - UNIX:/run/m"])
 def test_lines_that_ask_qemu_leave_the_guest_to_be_asked_first(polite: str) -> None:
     facts = replace(BARE, exec_stop=(line(polite), UNKNOWN))

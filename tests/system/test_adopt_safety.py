@@ -290,3 +290,32 @@ def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
         said = installed.run("journalctl", "--output=cat", f"--unit={name}").stdout
     assert "Sent SIGTERM to QEMU process" in said
     assert "there is nothing to stop" not in said
+
+
+def test_a_template_gets_the_lines_as_written(installed: Container) -> None:
+    """Two commands in one line, quotes, escapes and specifiers, as systemd reads them."""
+    lines = (
+        f"ExecStart={IDLE} -name %i -pidfile /run/%i.pid",
+        "ExecStop=/bin/sh -c 'echo system_powerdown | socat - \"UNIX:/run/%i.mon\"' ; "
+        '@/usr/bin/qkilld-stop stop --reason "unit\\x20%n" --pidfile /run/%i.pid',
+        "ExecStop=-/bin/echo 100%% \\; \\",
+        "  \"/run/%i stopped\"",
+        "NotifyAccess=exec",
+    )  # fmt: skip
+    template = "safety-lines@.service"
+    with unit(installed, *lines, name="safety-lines@a.service"):
+        assert "is safe" in ctl(installed, "adopt", template)
+        text = installed.run("cat", f"{DIRECTORY}/{template}.d/{OURS}").stdout
+        assert 'qkilld-stop --reason "unit\\x20%n" --pidfile /run/%i.pid\n' in text
+        other = installed.property("safety-lines@b.service", "ExecStop")
+        for expected in ("UNIX:/run/b.mon", "--pidfile /run/b.pid", "100% ; /run/b stopped"):
+            assert expected in other
+        assert "/run/a" not in other
+        ctl(installed, "adopt", "--undo", template)
+
+    # systemd ignores the last line, so it has not the lines of the file.
+    with unit(installed, *lines, "ExecStop=-nonsense/", name="safety-lines@a.service"):
+        before = files(installed)
+        assert "daemon-reload" in ctl(installed, "adopt", template, code=8)
+        assert files(installed) == before
+        assert "is safe" in ctl(installed, "adopt", "safety-lines@a.service")
