@@ -527,12 +527,12 @@ def _kernel(lock_s: float) -> Iterator[socket.socket]:
     if not _netlink_lock.acquire(timeout=lock_s):
         raise TimeoutError("other threads use the netlink socket")
     try:
-        # Discard the rest of an unfinished answer: the kernel starts the next one only then.
-        with contextlib.suppress(BlockingIOError):
-            while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
-                pass
         yield _netlink
     finally:
+        # The kernel starts the next answer, perhaps for the event loop, only after this one's end.
+        with contextlib.suppress(OSError):
+            while _netlink.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT):
+                pass
         _netlink_lock.release()
 
 

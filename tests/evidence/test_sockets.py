@@ -509,3 +509,30 @@ def test_without_proc(tmp_path: Path) -> None:
     reader = SocketReader(7, lay(tmp_path, {"7/fd/3": "->socket:[5]"}))
     reader.refresh()
     assert reader.read(SocketTable()) is None
+
+
+def test_the_rest_of_an_answer_does_not_wait_for_the_next_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event loop may ask next, and the rest may be 500,000 sockets."""
+    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)
+    monkeypatch.setattr(sockdiag, "namespace_of", "self")
+    monkeypatch.setattr(sockdiag, "_netlink", None)
+    sockdiag.ask_through(kernel.detach())
+    ours = sockdiag._netlink
+    assert ours is not None
+    with contextlib.ExitStack() as stack:
+        stack.callback(ours.close)
+        for number in range(20):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(f"\0qkilld-{os.getpid()}-{number}")
+            listener.listen()
+        assert SocketTable().listens(bool)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1, socket.MSG_DONTWAIT)
+        monkeypatch.setattr(sockdiag, "MAX_SOCKETS", 1)
+        crowd = sockdiag.CrowdedTables()
+        assert SocketTable(crowd).listens(bool)
+        assert socket.AF_UNIX in crowd
+        with pytest.raises(BlockingIOError):
+            ours.recv(1, socket.MSG_DONTWAIT)
