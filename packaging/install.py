@@ -215,7 +215,9 @@ def uninstall(root: str, places: Places) -> bool:
     if manifest:
         # Run the module, because the program expects it at its place without DESTDIR.
         undo = [sys.executable, "-B", "-m", "qkilld.ctl.undo_adopt", "--root", root or "/"]
-        subprocess.run(undo, cwd="/", env={"PYTHONPATH": root + places.package}, check=False)
+        environment = {"PYTHONPATH": root + places.package}
+        if subprocess.run(undo, cwd="/", env=environment, check=False).returncode == 4:
+            raise InstallError("qkilld-stop is stopping a guest; nothing was removed")
     _remove_links(root, {line for line in manifest if line.endswith(".service")})
     # Other interpreters may have written byte code, too.
     for compiled in Path(root + places.package).rglob("__pycache__/*.pyc"):

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shlex
 import stat
-import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -16,28 +15,21 @@ from qkilld import __version__
 from qkilld.bus.systemd import Systemd
 from qkilld.ctl.check_unit import UnitReport, check_unit, error_report, full_name, load, show
 from qkilld.ctl.dropin_file import DropIn, all_drop_ins, is_writable_by_others
+from qkilld.ctl.running_stops import wait_for_stops
 from qkilld.ctl.session import NeedsRoot, Session
 from qkilld.ctl.unit_context import config_of, find_helper, guard_of
-from qkilld.debug_log import ignore
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchUnit, QkilldError
 from qkilld.model.exits import worst
 from qkilld.model.policy import Config
 from qkilld.model.text import printable
-from qkilld.unitcheck.command import HELPER, is_helper
+from qkilld.unitcheck.command import HELPER
 from qkilld.unitcheck.dropin import Change, changes, missing_changes, text_of
 from qkilld.unitcheck.finding import Line
 
 GUARD_TIMEOUT_S: Final = 15.0
-STOPS_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.1
 _SHOWN: Final = 4096
-
-
-class StopsRunning(QkilldError):
-    """Guests are being stopped, and `daemon-reload` would shorten their timeouts."""
-
-    exit_code = ExitCode.SURVIVED
 
 
 async def adopt(
@@ -148,29 +140,9 @@ class _Adopter:
         return list(unit_names)
 
     async def _wait_for_stops(self) -> None:
-        """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
-        timeout extensions of running stops. Raises StopsRunning after STOPS_TIMEOUT_S."""
-        if self._now:
-            return
-        deadline = time.monotonic() + STOPS_TIMEOUT_S
-        while stopping := await self._stopping_units():
-            if time.monotonic() > deadline:
-                names = ", ".join(map(printable, stopping))
-                raise StopsRunning(
-                    f"Guests are being stopped in {names}, and `daemon-reload` would make systemd"
-                    " forget their extended timeouts. Nothing was changed: try again later, or with"
-                    " --now"
-                )
-            await asyncio.sleep(_POLL_S)
-
-    async def _stopping_units(self) -> list[str]:
-        unit_names = []
-        for name in await self._systemd.list_units("*.service", states=["deactivating"]):
-            with ignore(f"asking systemd for {name}", QkilldError):
-                facts = await self._systemd.unit(name)
-                if facts.control_pid and any(map(is_helper, facts.exec_stop)):
-                    unit_names.append(name)
-        return unit_names
+        if not self._now:
+            advice = "Nothing was changed: try again later, or with --now"
+            await wait_for_stops(self._systemd, advice)
 
     async def undo(self, name: str) -> tuple[int, dict[str, Any]]:
         try:

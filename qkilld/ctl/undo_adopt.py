@@ -1,19 +1,27 @@
 """Run when qkilld is removed: delete the drop-ins of adopt from system units.
 
-Calls no service, so unlike `qkillctl adopt --undo --all` it works in a chroot, and stops no guards
-of scopes. The caller must reload systemd. Edited drop-ins are kept, and their paths are printed.
-Without qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to
-their users.
+Unlike `qkillctl adopt --undo --all`, it works in a chroot, and stops no guards of scopes. The
+caller must reload systemd. Edited drop-ins are kept, and their paths are printed. Without
+qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to their
+users.
+
+While qkilld-stop stops a guest in a unit of the running system, nothing is removed: the stop would
+lose its extended timeout, and the modules that it has yet to import. If this lasts longer than
+30 s, the exit code is 4, and the package must not be removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from pathlib import Path
 from typing import Final
 
+from qkilld.bus.connection import connect
+from qkilld.bus.systemd import Systemd
 from qkilld.ctl.dropin_file import all_drop_ins
+from qkilld.ctl.running_stops import StopsRunning, wait_for_stops
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import QkilldError
 from qkilld.model.text import printable
@@ -29,6 +37,14 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
     root = parser.parse_args().root
     code = ExitCode.OK
+    if root == Path("/") and Path("/run/systemd/system").is_dir():
+        try:
+            asyncio.run(_wait_for_stops())
+        except StopsRunning as error:
+            print(f"qkilld cannot be removed now. {_text(error)}", file=sys.stderr)
+            return error.exit_code
+        except QkilldError as error:
+            print(f"Cannot tell whether guests are being stopped: {_text(error)}", file=sys.stderr)
     # all_drop_ins() leaves out files of the same name that adopt did not write, such as those of
     # `make install UNITDIR=/etc/systemd/system`.
     for drop_in in (each for base in _BASES for each in all_drop_ins(root / base)):
@@ -39,6 +55,14 @@ def main() -> int:
             print(f"Left {_text(drop_in.path)}: {_text(error)}", file=sys.stderr)
             code = ExitCode.FAILURE
     return code
+
+
+async def _wait_for_stops() -> None:
+    connection = await connect()
+    try:
+        await wait_for_stops(Systemd(connection), "Try again when they have ended")
+    finally:
+        connection.close()
 
 
 def _text(value: object) -> str:

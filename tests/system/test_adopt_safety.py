@@ -119,6 +119,9 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
                 stack.enter_context(installed.spawn("qkillctl", *words))
                 for words in (("adopt", name), ("adopt", "--undo", other))
             ]
+            # What the removal of a package runs.
+            removal = stack.enter_context(installed.spawn("/usr/lib/qkilld/undo-adopt"))
+            assert removal.wait(90) == 4
             for each in tries:
                 assert each.wait(90) == 4
                 assert each.stdout is not None
