@@ -110,13 +110,10 @@ class JobStore:
         self._directory.save(state)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
+        self._directory.when_written(_in_loop(callback))
 
-        def written() -> None:
-            with contextlib.suppress(RuntimeError):  # The loop is closed.
-                loop.call_soon_threadsafe(callback)
-
-        self._directory.when_written(written)
+    def write_first(self, number: int, callback: Callable[[], None]) -> None:
+        self._directory.write_first(number, _in_loop(callback))
 
     def store_monitor(self, number: int, fd: int) -> None:
         name = _monitor_name(number)
@@ -191,6 +188,17 @@ class JobStore:
         os.close(self._stored.pop(name))
         self._manager.drop_fd(name)
         self._journal.write(events.descriptor_rejected(name, why))
+
+
+def _in_loop(callback: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls back in the running loop, whatever thread calls it."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
+            loop.call_soon_threadsafe(callback)
+
+    return call
 
 
 def _name(number: int) -> str:

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -69,6 +70,8 @@ class StateDirectory:
         """The newest unwritten state of each job; None for a job that was forgotten."""
         self._lock = threading.Lock()
         """Protects _pending; never held during a write."""
+        self._first: deque[tuple[int, Callable[[], None]]] = deque()
+        """Jobs whose states are written before all others, each with a callback."""
         self._writer = BackgroundWriter("state", self._write_item, limit=None)
 
     def load(self) -> tuple[list[Snapshot], int, list[BadFile]]:
@@ -126,6 +129,12 @@ class StateDirectory:
         failed."""
         self._writer.put(callback)
 
+    def write_first(self, number: int, callback: Callable[[], None]) -> None:
+        """Write the saved state of a job before those of others. Call back, in the writing thread,
+        when it is written or has failed."""
+        self._first.append((number, callback))
+        self._writer.put(_do_nothing)  # Wakes the thread, which looks at _first at each item.
+
     def set_aside(self, name: str) -> None:
         """Rename a file to NAME.bad, or remove it if there are MAX_BAD of these already."""
         with ignore(f"setting {name} aside", OSError):
@@ -156,15 +165,25 @@ class StateDirectory:
             self._writer.put(number)
 
     def _write_item(self, item: int | Callable[[], None]) -> None:
-        """Write the newest state of a job, or for 0 the numbers; or call a callback."""
+        """Write the newest state of a job, or for 0 the numbers; or call a callback. Write the
+        states of `write_first` before."""
+        while self._first:
+            number, callback = self._first.popleft()
+            self._try_to_write(number)
+            callback()
+        self._try_to_write(item)
+
+    def _try_to_write(self, item: int | Callable[[], None]) -> None:
         try:
             if not isinstance(item, int):
                 item()
                 return
             if item == 0:
                 self._reserve(self._reserved_number - RESERVE)
-            else:
+            elif item in self._pending:
                 self._write_job(item)
+            else:
+                return  # It was written before others.
             self._is_error_reported = False
         except OSError as error:
             self._failed(error)
@@ -262,6 +281,10 @@ class StateDirectory:
 
     def _rename(self, name: str, to: str) -> None:
         os.rename(name, to, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _name(number: int) -> str:

@@ -86,8 +86,9 @@ class JobSaver:
     def _interval(self) -> int:
         return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
 
-    def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written, or after TIMEOUT_S."""
+    def write_first(self, job: Job, callback: Callable[[], None]) -> None:
+        """Write all changes of this job before those of others, because SIGKILL waits for it. Call
+        back once they are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:
@@ -99,7 +100,7 @@ class JobSaver:
 
         deadline = self._clock.now() + int(TIMEOUT_S * USEC_PER_SEC)
         timer = self._clock.call_at(deadline, once)
-        self._store.when_written(once)
+        self._store.write_first(job.number, once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
         """Call back once all changes so far are written or have failed, without a time limit."""

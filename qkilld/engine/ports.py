@@ -360,6 +360,10 @@ class Store(Protocol):
         """Call back in the loop when everything saved before this call is written, or has
         failed."""
 
+    def write_first(self, number: int, callback: Callable[[], None]) -> None:
+        """Write the saved state of that job before those of others. Call back in the loop when it
+        is written, or has failed."""
+
     def store_monitor(self, number: int, fd: int) -> None:
         """Keep a copy of that job's connection to its guest's monitor."""
 

@@ -300,7 +300,7 @@ class Registry:
         if self.saver is None:
             go_on()
         else:
-            self.saver.when_written(go_on)
+            self.saver.write_first(job, go_on)
 
     def _when_saved(self, callback: Callable[[], None]) -> None:
         if self.saver is not None:

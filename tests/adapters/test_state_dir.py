@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -79,6 +81,48 @@ def test_saved_jobs_are_loaded_again(lab_dir: Path, opened: Open) -> None:
     assert files(lab_dir) == ["job-10.json", "job-9.json", "numbers.json"]
     assert {(lab_dir / name).stat().st_mode & 0o777 for name in files(lab_dir)} == {0o600}
     assert opened().load() == ([snapshot(9, term_at=6), snapshot(10)], 10, [])
+
+
+def test_what_sigkill_waits_for_is_written_before_other_jobs(lab_dir: Path, opened: Open) -> None:
+    directory = opened()
+    directory.load()
+    goes_on = threading.Event()
+    written: list[list[str]] = []
+    directory.when_written(lambda: None if goes_on.wait(10) else written.append([]))
+    for number in range(1, 50):
+        directory.save(snapshot(number))
+    directory.save(snapshot(49, term_at=6))
+    directory.write_first(49, lambda: written.append(files(lab_dir)))
+    directory.write_first(48, lambda: written.append(files(lab_dir)))
+    # Nothing to write: this job is not saved.
+    directory.write_first(99, lambda: written.append(files(lab_dir)))
+    goes_on.set()
+    directory.save(snapshot(48, term_at=7))
+    directory.close(49)
+    first, second, third = (set(names) - {"numbers.json"} for names in written)
+    assert (first, second) == ({"job-49.json"}, {"job-48.json", "job-49.json"})
+    assert second == third
+    saved, _, _ = opened().load()
+    assert [job.number for job in saved] == list(range(1, 50))
+    assert saved[-2:] == [snapshot(48, term_at=7), snapshot(49, term_at=6)]
+
+
+def test_it_is_told_when_that_cannot_be_written(
+    lab_dir: Path, opened: Open, errors: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = opened()
+    directory.load()
+    called = threading.Event()
+
+    def write(name: str, text: bytes) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(directory, "_write", write)
+    directory.save(snapshot(1))
+    directory.write_first(1, called.set)
+    assert called.wait(10)
+    directory.close(1)
+    assert errors == ["full"]
 
 
 def test_no_number_is_given_twice_even_after_a_crash(lab_dir: Path, opened: Open) -> None:

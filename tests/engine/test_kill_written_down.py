@@ -46,6 +46,9 @@ class SlowStore:
     def when_written(self, callback: Callable[[], None]) -> None:
         self._waiting.append(callback)
 
+    def write_first(self, number: int, callback: Callable[[], None]) -> None:
+        self._waiting.append(callback)
+
     def store_monitor(self, number: int, fd: int) -> None: ...
 
     def drop_fd(self, number: int) -> None: ...

@@ -434,6 +434,9 @@ class FakeStore:
         if not self.blocks:
             self.waiting.put_nowait(callback)
 
+    def write_first(self, number: int, callback: Callable[[], None]) -> None:
+        self.when_written(callback)
+
     def drop_fd(self, number: int) -> None: ...
 
     def drop_monitor(self, number: int) -> None: ...
