@@ -217,11 +217,23 @@ def monitor_protocol(option: QemuOption) -> str:
 
 
 def has_qmp(argv: Sequence[str]) -> bool:
-    """Return whether the QEMU has a QMP monitor, or may have one from a -readconfig file."""
-    return any(
-        option.name == "readconfig" or monitor_protocol(option) == "qmp"
-        for option in parse_command_line(argv)
-    )
+    """Return whether the QEMU has a QMP monitor that is not libvirt's, or may have one from a
+    -readconfig file.
+
+    libvirt uses the monitor itself, and QEMU serves one client at a time.
+    """
+    found = False
+    for option in parse_command_line(argv):
+        if option.name == "chardev" and _is_libvirts_monitor(option.flat):
+            return False
+        found = found or option.name == "readconfig" or monitor_protocol(option) == "qmp"
+    return found
+
+
+def _is_libvirts_monitor(chardev: Mapping[str, str]) -> bool:
+    """Return whether libvirt made this character device for its monitor: it passes a listening
+    socket, and chooses this id (src/qemu/qemu_command.c of libvirt)."""
+    return chardev.get("id") == "charmonitor" and "fd" in chardev
 
 
 def names_network_storage(argv: Sequence[str]) -> bool:

@@ -69,7 +69,8 @@ class Label:
     unit: Unit | None = None
     """None if unknown."""
     qmp: bool = False
-    """Whether the command line has a QMP monitor; also False if it was not read in time."""
+    """Whether the command line has a QMP monitor that is not libvirt's; also False if it was not
+    read in time."""
     remote: bool = False
     """Whether the command line names storage on a network; also True if it was not read in time."""
 

@@ -127,3 +127,21 @@ def test_the_protocol_of_a_monitor(text: str, protocol: str) -> None:
     (option,) = parse_command_line(argv)
     assert monitor_protocol(option) == protocol
     assert has_qmp(argv) is (protocol == "qmp")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_there"),
+    [
+        # As libvirt 9.0 starts QEMU, also with a monitor of the user's beside its own.
+        ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
+         "-mon chardev=charmonitor,id=monitor,mode=control", False),
+        ("-chardev socket,id=charmonitor,fd=29,server=on,wait=off "
+         "-mon chardev=charmonitor,id=monitor,mode=control -qmp unix:/a,server=on", False),
+        # Not libvirt's, or only seen to be libvirt's by the path of the socket.
+        ("-chardev socket,id=charmonitor,path=/a,server=on -mon charmonitor,mode=control", True),
+        ("-chardev socket,id=mine,fd=29,server=on,wait=off -mon mine,mode=control", True),
+        ("-readconfig /a", True),
+    ],
+)  # fmt: skip
+def test_libvirts_monitor_is_not_for_us(text: str, is_there: bool) -> None:
+    assert has_qmp(["qemu-system-x86_64", *text.split()]) is is_there
