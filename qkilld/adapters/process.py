@@ -35,6 +35,8 @@ _SIGNAL: Final = 0x7F
 class PidfdProcess:
     """Implements engine.ports.Process. `open_process` leaves the label to `set_label`."""
 
+    __slots__ = ("_on_exit", "_pidfd", "_proc", "_watched_by", "guest")
+
     def __init__(self, pidfd: int, guest: Guest, proc: Path) -> None:
         self.guest = guest
         self._pidfd = pidfd

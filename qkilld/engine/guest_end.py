@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 
 class GuestEnd:
+    __slots__ = (
+        "_clock", "_is_settled", "_job", "_killed_by", "_process", "_servers", "_settled_at",
+        "at",
+    )  # fmt: skip
+
     def __init__(
         self, job: LadderJob, process: Process, clock: Clock, servers: ServerWatch
     ) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class JobTrace:
     """The trace of one job; does nothing if traces are off."""
 
+    __slots__ = ("_recorder",)
+
     def __init__(self, job: ObservedJob, traces: Traces | None) -> None:
         self._recorder: Recorder | None = traces.begin(_trace_header(job)) if traces else None
 

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 
 class MonitorLink:
+    __slots__ = (
+        "_cancel", "_kept_monitor", "_monitor", "_monitors", "_on_open", "_passed_fd",
+        "_process", "_qmp_socket",
+    )  # fmt: skip
+
     def __init__(
         self,
         process: Process,

@@ -35,6 +35,11 @@ BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 
 
 class PowerdownPhase:
+    __slots__ = (
+        "_asker", "_clock", "_end", "_job", "_journal", "_link", "_past_attempt", "_process",
+        "_standstill",
+    )  # fmt: skip
+
     def __init__(
         self,
         job: LadderJob,

@@ -17,6 +17,8 @@ TIMEOUT: Final = 1_000_000
 class JobSampler:
     """Watches the process from the first sample on. The caller closes it."""
 
+    __slots__ = ("_clock", "_process", "_sampler", "_timeout", "_watch")
+
     def __init__(self, process: Process, sampler: Sampler | None, clock: Clock) -> None:
         """If `sampler` is None, all samples are empty."""
         self._process = process

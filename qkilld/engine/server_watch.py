@@ -71,6 +71,12 @@ def is_stopping(job: ObservedJob) -> bool:
 
 
 class ServerWatch:
+    __slots__ = (
+        "_clock", "_closed_first", "_exits", "_has_failed", "_is_late", "_job", "_late_nodes",
+        "_parts", "_process", "_sampler", "_samples", "_servers", "_stopping", "_timer",
+        "until",
+    )  # fmt: skip
+
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
         self._job, self._process, self._clock = job, process, parts.clock
         self._sampler = JobSampler(process, parts.sampler, parts.clock)

@@ -52,6 +52,12 @@ class _Intent(Enum):
 
 
 class SignalPhase:
+    __slots__ = (
+        "_clock", "_continued_at", "_could_yank", "_executables", "_forced", "_intent", "_job",
+        "_journal", "_kill_at", "_load", "_on_sample", "_process", "_promised", "_sampler",
+        "_term_at", "_trace", "_unidentified_since", "_yank",
+    )  # fmt: skip
+
     def __init__(
         self,
         job: LadderJob,

@@ -34,6 +34,8 @@ Callback = Callable[[str, bool], None]
 
 
 class StandstillCheck:
+    __slots__ = ("_job", "_parts", "_process", "_sampler", "_timer")
+
     def __init__(self, job: LadderJob, process: Process, parts: Collaborators[Any]) -> None:
         self._job, self._process, self._parts = job, process, parts
         self._sampler = JobSampler(process, parts.sampler, parts.clock)

@@ -11,6 +11,8 @@ class Waiters:
     """The callers that wait for one job. Any user may wait, any number of times, so `add` and
     `remove` are O(1)."""
 
+    __slots__ = ("_requesters", "_waiting")
+
     def __init__(self) -> None:
         self._waiting: dict[Callback, bool] = {}
         """For each callback, whether it is the job's requester who waits."""

@@ -29,6 +29,11 @@ _NOTHING: Final = frozenset[str]()
 
 
 class YankRung:
+    __slots__ = (
+        "_allowed", "_attempt", "_clock", "_cut_off_names", "_exhausted", "_flush_phase",
+        "_job", "_journal", "_link", "_unanswered", "_until", "at",
+    )  # fmt: skip
+
     def __init__(
         self,
         job: LadderJob,

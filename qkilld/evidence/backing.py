@@ -52,6 +52,8 @@ class BackingPlace(NamedTuple):
 class BackingFinder:
     """Finds backing files, and caches them. Not thread-safe."""
 
+    __slots__ = ("_answers", "_proc")
+
     def __init__(self, proc: Path) -> None:
         self._proc = proc
         self._answers: dict[tuple[str, Backing], _FileSearch] = {}

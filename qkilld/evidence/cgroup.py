@@ -63,6 +63,12 @@ class SharedGroups:
 class CgroupReader:
     """Reads one process's groups. Not thread-safe."""
 
+    __slots__ = (
+        "_clock", "_directory", "_freezers", "_freezers_known", "_hierarchies", "_io",
+        "_io_own", "_last_cgroup", "_membership", "_memory", "_memory_own", "_owns_directory",
+        "_pid", "_proc", "_refresh_at", "_shared", "_text",
+    )  # fmt: skip
+
     def __init__(
         self,
         pid: int,
@@ -193,6 +199,8 @@ def _nearest(group: Group, name: str) -> str | None:
 class _MemoryStat:
     """The page cache of a group and its descendants."""
 
+    __slots__ = ("_stat", "directory", "group", "path")
+
     def __init__(self, group: Group, directory: str) -> None:
         self.group, self.directory = group, directory
         self.path = f"{directory}/memory.stat"
@@ -211,6 +219,8 @@ class _MemoryStat:
 class _IoStat:
     """Bytes written and writes, summed over all disks. A write may be counted several times, once
     for each layer of stacked devices."""
+
+    __slots__ = ("_files", "directory", "group", "path")
 
     def __init__(self, group: Group, directory: str) -> None:
         self.group, self.directory = group, directory

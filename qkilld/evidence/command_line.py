@@ -27,6 +27,8 @@ TIMEOUT_S: Final = 0.05
 class GraphReader:
     """Reads once, because a command line does not change. Not thread-safe."""
 
+    __slots__ = ("_graph", "_pid", "_proc", "_thread")
+
     def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
         self._pid, self._proc = pid, proc
         self._thread: threading.Thread | None = None

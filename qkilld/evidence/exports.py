@@ -34,6 +34,8 @@ _NBDKIT_CAPTIVE: Final = re.compile("--run?(=.*)?", re.DOTALL)
 class WaitBudget:
     """How long the readers of one sample may still wait. Not thread-safe."""
 
+    __slots__ = ("_left_s",)
+
     def __init__(self) -> None:
         self._left_s = TIMEOUT_S
 

@@ -41,6 +41,11 @@ clock, which misses short runs."""
 class ProcessReader:
     """Reads one process. Not thread-safe."""
 
+    __slots__ = (
+        "_clock_id", "_cpu_time", "_directory", "_guard", "_io", "_last_values", "_rings",
+        "_stat", "_status", "_text", "_threads", "start_time",
+    )  # fmt: skip
+
     def __init__(
         self,
         pid: int,

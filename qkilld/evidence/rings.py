@@ -67,6 +67,11 @@ class RingRequests:
 
 
 class RingReader:
+    __slots__ = (
+        "_clock", "_count", "_direct", "_directory", "_mappings", "_proc", "_refresh_at",
+        "_rings",
+    )  # fmt: skip
+
     def __init__(
         self,
         directory: int,
@@ -210,6 +215,8 @@ def requests_in_flight(text: bytes) -> RingRequests | None:
 
 class _Mappings:
     """Finds AIO contexts among the mappings, and reads them, without blocking for long."""
+
+    __slots__ = ("_addresses", "_directory", "_tails", "_thread")
 
     def __init__(self, directory: int) -> None:
         self._directory = directory

@@ -72,6 +72,12 @@ class HostTables:
 class Reader:
     """Takes samples of one process. Not thread-safe."""
 
+    __slots__ = (
+        "_cgroup", "_descriptors", "_expected", "_fd_directory", "_graph", "_guard",
+        "_known_graph", "_pid", "_process", "_refresh_time", "_servers", "_sockets", "_storage",
+        "_tables",
+    )  # fmt: skip
+
     def __init__(self, pid: int, tables: HostTables, guard: FaultGuard | None = None) -> None:
         """Without a guard, exceptions of readers are raised."""
         self._pid = pid
@@ -264,6 +270,11 @@ class TargetWatch:
     A sample that blocks occupies its thread. Another request does not start a second sample, but
     waits for the first.
     """
+
+    __slots__ = (
+        "_begun", "_budget", "_busy", "_callback", "_closed", "_detail", "_guard", "_handover",
+        "_keeps", "_pid", "_reader", "_tables", "_uid", "_urgent", "_workers",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -99,6 +99,11 @@ class StorageReader:
     then still wait for its storage.
     """
 
+    __slots__ = (
+        "_disks", "_filesystems", "_finder", "_images", "_known", "_pid", "_places", "_proc",
+        "_sys",
+    )  # fmt: skip
+
     def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
         self._pid, self._proc, self._sys = pid, proc, sys
         self._disks: dict[str, _Disk] = {}

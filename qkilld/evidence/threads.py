@@ -70,6 +70,8 @@ class _ThreadEntry:
 
 
 class ThreadReader:
+    __slots__ = ("_directory", "_entries", "_has_ended", "_last_sum", "_most_kept", "_offset")
+
     def __init__(self, directory: int, most_kept: int = MAX_KEPT) -> None:
         """`directory`: a descriptor of /proc/PID, which the caller closes. `most_kept`: as
         MAX_KEPT."""
