@@ -288,6 +288,26 @@ def test_the_daemon_goes_away(
     assert "JOB_RESUMED" in events
 
 
+def test_the_daemon_is_stopped_without_a_bus(
+    system: Container, slow_guest: Callable[..., SlowGuest]
+) -> None:
+    """It cannot ask whether it is stopped or restarted, so it keeps its jobs, and the helper starts
+    the next daemon."""
+    guest = slow_guest("TimeoutStopSec=3", seconds=12)
+    with stopping(system, guest.unit):
+        system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
+        system.run("systemctl", "stop", "dbus.socket", "dbus.service")
+        try:
+            system.run("systemctl", "stop", "qkilld.service")
+            until(lambda: system.property("qkilld.service", "ActiveState"), "active".__eq__)
+        finally:
+            system.run("systemctl", "start", "dbus.socket", "dbus.service")
+    assert guest.lost() == 0
+    events = story(system, guest.unit)
+    assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
+    assert "JOB_RESUMED" in events and "STOP_ALONE" not in events, said(system, guest.unit)
+
+
 def test_a_daemon_that_does_not_answer(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
