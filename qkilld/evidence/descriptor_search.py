@@ -10,18 +10,16 @@ Needs the ptrace right for other users' processes. Source: proc_pid_fd(5).
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from qkilld.adapters import blockable
+from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS
@@ -34,12 +32,9 @@ OF_A_PROGRAM: Final = 64
 another user may have started it as a set-user-ID program."""
 MAX_KEYS: Final = 65_536
 """The maximum number of keys to search for at a time."""
-STUCK_S: Final = 3.0
-"""A thread that has searched for this long is stuck. Reading the link of a descriptor that is being
-closed may make the reader close the file, and wait for the storage of another guest."""
 
-_AT_ONCE: Final = 64
-"""The number of descriptors that are read before the time is looked at again."""
+_AT_ONCE: Final = 16
+"""The number of processes with few descriptors that are read before the time is looked at again."""
 
 
 class DescriptorHolder(NamedTuple):
@@ -48,6 +43,17 @@ class DescriptorHolder(NamedTuple):
 
 
 _Link = tuple[str, DescriptorHolder]
+
+
+class _HeldLinks(NamedTuple):
+    """What was read of one process."""
+
+    total: int
+    """The number of its descriptors."""
+    links: list[tuple[str, str]]
+    """The links that were searched for, with the numbers of their descriptors."""
+    seconds: float
+    """The processor time."""
 
 
 class Candidate(NamedTuple):
@@ -92,6 +98,8 @@ class DescriptorSearch:
         """The processes that did not have `link` open when they were last searched."""
         self._is_denied = False
         """Whether the present search was not permitted to read a process."""
+        self._seconds = 0.0
+        """The processor time of the threads that read the descriptors."""
         self._rests_until = 0.0
 
     def want(self, keys: Iterable[str]) -> None:
@@ -124,7 +132,7 @@ class DescriptorSearch:
         now = time.monotonic()
         if now < self._rests_until or not self._wanted:
             return
-        start = time.thread_time()
+        start, self._seconds = time.thread_time(), 0.0
         while self._wanted and time.monotonic() < end:
             if self._rest is None or self._wanted <= self._latecomers:
                 # Begin again, because the remaining processes would have to be searched again for
@@ -137,7 +145,8 @@ class DescriptorSearch:
             else:
                 if link is not None:
                     yield link
-        self._rests_until = time.monotonic() + self._pause_factor * (time.thread_time() - start)
+        took = time.thread_time() - start + self._seconds
+        self._rests_until = time.monotonic() + self._pause_factor * took
 
     def _search_all(self) -> Iterator[_Link | None]:
         """Yield what is found, and now and then None, so that the caller can look at the time."""
@@ -150,8 +159,14 @@ class DescriptorSearch:
         # A process may have opened the link since it was searched, so search it again. But search
         # it last, because most servers are new processes.
         new = [process for process in processes if process not in self._without]
-        for process in (*by_turns(new), *by_turns(self._without)):
-            yield from self._links_of(process)
+        order = [*by_turns(new), *by_turns(self._without)]
+        size = 1 if self._many else _AT_ONCE
+        for first in range(0, len(order), size):
+            part = order[first : first + size]
+            directories = [f"{self._proc}/{process.pid}" for process in part]
+            answers = blockable.shared.each(directories, self._read)
+            for process, answer in zip(part, answers, strict=True):
+                yield from self._links_of(process, answer)
             yield None
 
     def _finish(self) -> None:
@@ -194,84 +209,32 @@ class DescriptorSearch:
                 note_once("looking for servers", error)
         return process
 
-    def _links_of(self, process: Candidate) -> Iterator[_Link | None]:
-        directory = f"{self._proc}/{process.pid}/fd"
-        try:
-            with os.scandir(directory) as entries:
-                names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
-        except OSError as error:
-            self._is_denied = self._is_denied or isinstance(error, PermissionError)
-            note_once("looking for servers", error)
+    def _links_of(self, process: Candidate, answer: _HeldLinks | Exception) -> Iterator[_Link]:
+        if isinstance(answer, Exception):
+            self._is_denied = self._is_denied or isinstance(answer, (PermissionError, Unanswered))
+            note_once("looking for servers", answer)
             return
-        self._counts[process.pid] = len(names)
-        has_link = False
-        for number, name in enumerate(names[:MAX_DESCRIPTORS], 1):
+        self._seconds += answer.seconds
+        self._counts[process.pid] = answer.total
+        for link, name in answer.links:
+            yield link, DescriptorHolder(process.pid, name)
+        if self._link and not answer.links:
+            self._without.add(process)
+
+    def _read(self, directory: str) -> _HeldLinks:
+        """Read the descriptors of a process. `directory`: /proc/PID. Raises OSError."""
+        start = time.thread_time()
+        with os.scandir(f"{directory}/fd") as entries:
+            names = [entry.name for entry in itertools.islice(entries, MAX_DESCRIPTORS + 1)]
+        links = []
+        for name in names[:MAX_DESCRIPTORS]:
             try:
-                link = os.readlink(f"{directory}/{name}")  # noqa: PTH115 - half the cost
+                link = os.readlink(f"{directory}/fd/{name}")  # noqa: PTH115 - half the cost
             except OSError:
                 continue  # Closed meanwhile, or its name is too long.
             if link == self._link or (not self._link and link in self._wanted):
-                has_link = True
-                yield link, DescriptorHolder(process.pid, name)
-            if not number % _AT_ONCE:
-                yield None
-        if self._link and not has_link:
-            self._without.add(process)
-
-
-class _Turn:
-    """Both searches, for one thread at a time."""
-
-    def __init__(self, searches: Sequence[DescriptorSearch]) -> None:
-        self.searches = searches
-        self.lock = threading.Lock()
-        self.began = math.inf
-        """When the present turn began, time.monotonic(); infinity if it has just begun, or if no
-        thread has its turn."""
-
-
-class SharedSearch:
-    """A search that serves all guests. Thread-safe."""
-
-    def __init__(self, proc: Path, *, pause_factor: float, valid_s: float, link: str = "") -> None:
-        """The arguments are those of DescriptorSearch."""
-        self._make = partial(
-            DescriptorSearch, proc, pause_factor=pause_factor, valid_s=valid_s, link=link
-        )
-        self._replacing = threading.Lock()
-        self._turn = self._new_turn()
-
-    @property
-    def searches(self) -> Sequence[DescriptorSearch]:
-        """The present searches, for processes with few descriptors and with many."""
-        return self._turn.searches
-
-    @contextlib.contextmanager
-    def turn(self, wait_s: float = 0.0) -> Iterator[Sequence[DescriptorSearch]]:
-        """Yield the searches; () if another thread still has its turn after `wait_s` seconds. If
-        that thread is stuck, it is left with its searches, and new ones begin."""
-        turn = self._turn
-        if not turn.lock.acquire(timeout=wait_s):
-            turn = self._replaced(turn)
-            if not turn.lock.acquire(blocking=False):
-                yield ()
-                return
-        turn.began = time.monotonic()
-        try:
-            yield turn.searches
-        finally:
-            turn.began = math.inf
-            turn.lock.release()
-
-    def _replaced(self, turn: _Turn) -> _Turn:
-        with self._replacing:
-            if self._turn is turn and time.monotonic() - turn.began >= STUCK_S:
-                note_once("looking for servers", "a search is stuck")
-                self._turn = self._new_turn()
-            return self._turn
-
-    def _new_turn(self) -> _Turn:
-        return _Turn([self._make(many=False), self._make(many=True)])
+                links.append((link, name))
+        return _HeldLinks(len(names), links, time.thread_time() - start)
 
 
 def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:

@@ -8,12 +8,15 @@ at most a fifth of a processor.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from qkilld.evidence.descriptor_search import DescriptorHolder, SharedSearch
+from qkilld.adapters import blockable
+from qkilld.adapters.blockable import Unanswered
+from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch
 from qkilld.evidence.files import PROC
 
 SEARCH_S: Final = 0.05
@@ -35,7 +38,12 @@ class PeerFinder:
         self._proc = proc
         self._places: dict[str, DescriptorHolder] = {}
         """The processes of sockets, by the text of the descriptor's link."""
-        self._shared = SharedSearch(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
+        self._lock = threading.Lock()
+        """Protects the searches."""
+        self._searches = [
+            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
+            for many in (False, True)
+        ]
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about
@@ -55,35 +63,56 @@ class PeerFinder:
 
     def _search(self, missing: Iterable[int], seconds: float, *, wait_s: float = 0.0) -> None:
         links = list(map(_link, missing))
-        with self._shared.turn(wait_s) as searches:
+        if not self._lock.acquire(timeout=wait_s):
+            return
+        try:
             end = time.monotonic() + seconds
-            for search in searches:
+            for search in self._searches:
                 unknown = (link for link in links if link not in self._places)
                 search.want(link for link in unknown if search.searched(link) is None)
                 for link, place in search.go_on(end):
                     self._places.setdefault(link, place)
-                    for other in searches:
+                    for other in self._searches:
                         other.forget(link)
+        finally:
+            self._lock.release()
         while len(self._places) > MAX_PLACES:
             self._places.pop(next(iter(self._places)), None)
 
     def _known(self, inodes: Iterable[int]) -> dict[int, int]:
-        """Return cached processes that still have their socket. Costs 3 µs each."""
-        owners = {}
+        """Return cached processes that still have their socket. Costs 3 µs each, and 50 µs in
+        all."""
+        places: dict[str, dict[int, str]] = {}
         for inode in inodes:
-            wanted = _link(inode)
-            place = self._places.get(wanted)
-            if place is None:
+            if (place := self._places.get(_link(inode))) is not None:
+                places.setdefault(f"{self._proc}/{place.pid}", {})[inode] = place.descriptor
+
+        def read(directory: str) -> list[int]:
+            return [
+                inode
+                for inode, descriptor in places[directory].items()
+                if _read_link(f"{directory}/fd/{descriptor}") == _link(inode)
+            ]
+
+        owners: dict[int, int] = {}
+        for directory, answer in zip(
+            places, blockable.shared.each(list(places), read), strict=True
+        ):
+            if isinstance(answer, Unanswered):
                 continue
-            try:
-                link = os.readlink(f"{self._proc}/{place.pid}/fd/{place.descriptor}")  # noqa: PTH115
-            except OSError:
-                link = ""
-            if link == wanted:
-                owners[inode] = place.pid
-            else:
-                self._places.pop(wanted, None)
+            held = [] if isinstance(answer, Exception) else answer
+            owners |= dict.fromkeys(held, int(directory.rpartition("/")[2]))
+            for inode in places[directory].keys() - held:
+                self._places.pop(_link(inode), None)
         return owners
+
+
+def _read_link(path: str) -> str:
+    """Return the link; "" if there is none."""
+    try:
+        return os.readlink(path)  # noqa: PTH115 - half the cost
+    except OSError:
+        return ""
 
 
 def _link(inode: int) -> str:

@@ -328,7 +328,7 @@ def test_a_search_ends_when_the_kernel_has_named_the_server(
         finder = FuseFinder()
         since = time.monotonic()
         until(lambda: finder.find({connection: since}), bool)
-        is_over = not any(search.wants_any for search in finder._shared.searches)
+        is_over = not any(search.wants_any for search in finder._searches)
         assert is_over is named
 
 
