@@ -258,6 +258,7 @@ def _job_fields(job: JobStatus) -> list[tuple[str, str]]:
         ("flags", ", ".join(flag_names(job.flags))),
         ("phase", job.phase),
         ("verdict", job.verdict),
+        *([("reasons", "; ".join(job.reasons))] if job.reasons else []),
     ]
     if job.result:
         return [*fields, ("result", job.result), *_receipt_fields(job)]

@@ -279,13 +279,19 @@ def label(pid: int, name: str) -> str:
 def ending(result: str, receipt: dict[str, Any]) -> str:
     """Describe the end of a job, as a sentence without its subject."""
     asking = _ASKED.get(str(receipt.get("guest-asked", "")), "")
-    if not asking or result == Result.SIGNALLED:
+    # The error of a job that only asks says why the guest could not be asked.
+    is_said = result == Result.FAILED and "SIGTERM" not in _actions(receipt)
+    if not asking or is_said or result == Result.SIGNALLED:
         return _ending(result, receipt)
     return f"{_ending(result, receipt)}; {asking}"
 
 
+def _actions(receipt: dict[str, Any]) -> list[str]:
+    return [printable(str(action)) for _, action, _ in receipt.get("rungs", [])]
+
+
 def _ending(result: str, receipt: dict[str, Any]) -> str:
-    signals = [printable(str(signal)) for _, signal, _ in receipt.get("rungs", [])]
+    signals = _actions(receipt)
     elapsed = int(receipt.get("elapsed-usec", 0))
     after = f"after {format_usec(rounded(elapsed))}"
     match result:

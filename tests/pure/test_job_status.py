@@ -143,6 +143,12 @@ def test_clock(seconds: int, clock: str) -> None:
     assert replace(JOB, started=NOW - seconds * S).clock(NOW) == clock
 
 
+def test_a_job_that_only_asks_says_once_why_it_failed() -> None:
+    receipt = {"error": "it is stopped", "guest-asked": "not-running", "rungs": []}
+    assert ending("failed", receipt) == "not stopped: it is stopped"
+    assert "did not" in ending("failed", receipt | {"rungs": [TERM], "guest-asked": "ignored"})
+
+
 def test_json_has_null_for_what_is_not_known() -> None:
     job = replace(JOB, flags=Flag(9 | 1 << 40), deadline=INFINITY)
     document = json.loads(json.dumps(job.as_json()))
