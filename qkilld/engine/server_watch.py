@@ -58,6 +58,7 @@ _UNSETTLED: Final = Risk(
     "unknown",
     "the job was cancelled before it was known whether the servers of its disks were being stopped",
 )
+_NONE: Final = frozenset[int]()
 _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
@@ -84,7 +85,7 @@ class ServerWatch:
         self._exits: ServerExits | None = None
         self._servers: StorageServers | None = None
         self._closed_first: dict[str, bool] = {}
-        self._stopping = frozenset[int]()
+        self._stopping = _NONE
         self._samples = 0
         self._timer: Timer | None = None
         self._has_failed = False

@@ -101,12 +101,12 @@ class ServerReader:
         self._budget = WaitBudget()
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
-        self._missing_ends: Set[int] = frozenset()
+        self._missing_ends: Set[int] = _NONE
         """The sockets of servers that were not found yet, including servers behind other
         servers."""
         self._connections: Mapping[int, float] = {}
         """When each FUSE connection was first seen, time.monotonic()."""
-        self._new_missing_ends: set[int] = set()
+        self._new_missing_ends: Set[int] = _NONE
         self._new_connections: dict[int, float] = {}
         """What the present read() has found so far. It is kept apart, because search() may run
         meanwhile."""
@@ -159,7 +159,7 @@ class ServerReader:
         `names`: the names of the guest's images on each mount, by its MAJOR:MINOR.
         """
         self._used_pids = []
-        self._new_missing_ends, self._new_connections = set(), {}
+        self._new_missing_ends, self._new_connections = _NONE, {}
         self._sampled, self._links, self._room = {}, {}, MAX_PLACES
         self._open_files = sum(reader.open_files for reader in self._readers.values())
         self._budget.renew()
