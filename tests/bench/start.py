@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from tests.bench.figures import Figure, Row, at_most
 from tests.bench.processor_usage import ProcessorUsage
 from tests.bench.rest import resident
 from tests.lab.bus import Bus, daemon, private_bus
-from tests.lab.process import spawn
+from tests.lab.process import end, spawn
 from tests.lab.scratch import scratch
 
 _FLOOR: Final = "python3 -I -c pass"
@@ -78,7 +79,19 @@ def _floor() -> tuple[float, float]:
     process = spawn([sys.executable, *_FLOOR.split()[1:3], "pass"])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return (used.ru_utime + used.ru_stime) * 1000, used.ru_maxrss * 1024 / 1e6
+    # ru_maxrss would include the memory of this process, from before execve(2).
+    waiting = "print(flush=True); input()"
+    process = spawn(
+        [sys.executable, *_FLOOR.split()[1:3], waiting],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        megabytes = resident(process.pid)
+    finally:
+        end(process)
+    return (used.ru_utime + used.ru_stime) * 1000, megabytes
 
 
 def _imports(bus: Bus, env: Mapping[str, str]) -> list[str]:
