@@ -30,6 +30,9 @@ MAX_UNREAD: Final = 1 << 20
 """Bytes of input not handled yet, for one user other than root, over any number of connections."""
 MAX_TOTAL: Final = 16 << 20
 """Bytes of input not handled yet, for all users except root together."""
+MAX_FIRST: Final = 32 << 10
+"""Of each user's bytes, so many come from a half of MAX_TOTAL that is only for them, so that users
+with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
@@ -43,6 +46,8 @@ class InputBudget:
         """`unlimited`: uids without a limit."""
         self._unlimited = unlimited
         self._per_uid: Counter[int] = Counter()
+        self._further = 0
+        """The bytes of all users beyond MAX_FIRST for each."""
 
     def is_unlimited(self, uid: int) -> bool:
         return uid in self._unlimited
@@ -52,16 +57,23 @@ class InputBudget:
         uid or of all users."""
         if uid in self._unlimited:
             return True
-        if self._per_uid[uid] + count > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:
+        after = self._per_uid.get(uid, 0) + count
+        if after > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:
             return False
-        self._per_uid[uid] += count
+        if after > MAX_FIRST and self._further + count > MAX_TOTAL // 2:
+            return False
+        self._set(uid, after)
         return True
 
     def give(self, uid: int, count: int) -> None:
         if uid not in self._unlimited:
-            self._per_uid[uid] -= count
-            if not self._per_uid[uid]:
-                del self._per_uid[uid]
+            self._set(uid, self._per_uid[uid] - count)
+
+    def _set(self, uid: int, count: int) -> None:
+        before = self._per_uid.pop(uid, 0)
+        self._further += max(0, count - MAX_FIRST) - max(0, before - MAX_FIRST)
+        if count:
+            self._per_uid[uid] = count
 
 
 class VarlinkConnection:
