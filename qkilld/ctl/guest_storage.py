@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -17,7 +17,7 @@ from typing import Final
 from qkilld.adapters import procfs
 from qkilld.adapters.qemu_args import QemuOption, parse_command_line, parse_config
 from qkilld.adapters.target_files import MAX_CONFIGS, read_config
-from qkilld.adapters.unix_table import parse_unix_row
+from qkilld.ctl.local_servers import Owners, owners_of, tcp_listeners, unix_listeners
 from qkilld.debug_log import ignore
 from qkilld.evidence.block_graph import BlockGraph, ConnectionEnd, read_block_graph
 from qkilld.evidence.files import read_descriptors
@@ -25,7 +25,6 @@ from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.model.text import printable
 from qkilld.model.unit import UnitFacts
 from qkilld.monitor.reach import read_options
-from qkilld.monitor.tcp import socket_descriptors
 from qkilld.unitcheck.context import looks_like_qemu
 from qkilld.unitcheck.shell import (
     Branch,
@@ -46,6 +45,8 @@ from qkilld.unitcheck.storage import (
 
 SYS: Final = Path("/sys")
 _IMAGE_KEYS: Final = ("file", "filename", "backing")
+_MANAGER: Final = "init.scope"
+"""The unit of systemd itself."""
 _MAX_DEPTH: Final = 8
 _MAX_DEVICES: Final = 64
 
@@ -198,60 +199,41 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 
 def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
-    """Yield the server that listens at this address of the host, if one does and it runs in a
-    unit. A process that root cannot see is in no unit of this system, but of the system around this
-    container, or is the kernel."""
-    import psutil
-
+    """Yield the unit of each process that listens at this address of the host. A process that root
+    cannot see is in no unit of this system, but of the system around this container, or is the
+    kernel."""
     place = printable(end.path) or f"port {end.port}"
     try:
-        pids = _unix_listeners(end.path) if end.path else _tcp_listeners(end.port)
-    except (psutil.Error, OSError, RuntimeError) as error:
-        why = f"the sockets of this host cannot be listed: {printable(str(error))}"
+        inodes = (
+            unix_listeners(end.path, _is_remote) if end.path else tcp_listeners(end.host, end.port)
+        )
+    except (OSError, ValueError) as error:
+        why = f"the server at {place} cannot be found: {printable(str(error))}"
         yield Storage(protocol=protocol, unseen=why)
         return
-    if known := [pid for pid in pids if pid]:
-        pid = max(known)  # Not systemd, which may have passed the socket.
-        unit = procfs.read_unit(pid)
-        if unit is None:
-            why = f"the unit of process {pid}, which listens at {place}, cannot be read"
+    owners = owners_of(inodes)
+    for inode in inodes:
+        yield from _units_of(protocol, place, owners.pids.get(inode, set()), owners)
+
+
+def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iterator[Storage]:
+    """Yield the unit of each process that owns the server's socket, or why it is not known."""
+    units: dict[str, None] = {}
+    for pid in sorted(pids):
+        if (unit := procfs.read_unit(pid)) is None:
+            why = f"the unit of process {pid}, which has the socket of {place}, cannot be read"
             yield Storage(protocol=protocol, unseen=why)
         elif unit.system:
-            yield Storage(protocol=protocol, server=unit.system)
-    elif pids and os.geteuid() != 0:
-        why = f"the process that listens at {place} cannot be seen; root can see it"
+            units[unit.system] = None
+    if len(units) > 1:
+        units.pop(_MANAGER, None)  # It has passed the socket to its service.
+    for name in units:
+        yield Storage(protocol=protocol, server=name)
+    if not pids and not owners.is_complete:
+        why = f"the process that has the socket of {place} cannot be seen"
+        if os.geteuid() != 0:
+            why += "; root can see it"
         yield Storage(protocol=protocol, unseen=why)
-
-
-def _tcp_listeners(port: int | None) -> set[int | None]:
-    """Return the processes that listen at this port, None for one that cannot be seen. Raises what
-    psutil raises."""
-    import psutil
-
-    return {
-        each.pid
-        for each in psutil.net_connections("tcp")
-        if each.status == "LISTEN" and each.laddr[1:2] == (port,)
-    }
-
-
-def _unix_listeners(path: str) -> set[int | None]:
-    """Return the processes that listen at this path, None for one that cannot be seen. Raises
-    OSError.
-
-    psutil reads no table of sockets with a line feed in a name, and any user can bind one.
-    """
-    import psutil
-
-    lines = (procfs.PROC / "net/unix").read_bytes().split(b"\n")
-    rows = [row for line in lines if (row := parse_unix_row(line)) is not None]
-    inodes = {row.inode for row in rows if row.listening and row.name == os.fsencode(path)}
-    pids: set[int | None] = set()
-    for pid in psutil.pids() if inodes else ():
-        with ignore(f"listing the sockets of process {pid}", OSError):
-            if not inodes.isdisjoint(socket_descriptors(pid)):
-                pids.add(pid)
-    return pids or ({None} if inodes else set())
 
 
 def _mounts_of(path: str) -> Iterator[Storage]:
@@ -286,34 +268,17 @@ def _served(pid: int, graph: BlockGraph) -> Iterator[Storage]:
     try:
         sockets = reader.read(table) or ()
         ends = reader.peers(sockets, table)
-        owners = _owners(frozenset(ends.values()))
     finally:
         reader.close()
+    owners = owners_of(ends.values())
     for socket in sockets:
-        owner = owners.get(ends.get(socket.inode, -1))
-        if socket.role != "storage" or owner is None or owner == pid:
+        if socket.role != "storage" or (end := ends.get(socket.inode)) is None:
             continue
-        if unit := _unit_of(owner):
-            node = next((each for each in graph.nodes if each.name == socket.node), None)
-            yield Storage(protocol=node.protocol if node else "storage", server=unit)
-
-
-def _owners(inodes: frozenset[int]) -> dict[int, int]:
-    """Return the process that owns each socket. Reads all descriptors of the host, 4 µs each."""
-    owners: dict[int, int] = {}
-    if not inodes:
-        return owners
-    for pid in procfs.pids():
-        descriptors = read_descriptors(pid)
-        for _, inode in descriptors.sockets if descriptors is not None else ():
-            if inode in inodes:
-                owners.setdefault(inode, pid)
-    return owners
-
-
-def _unit_of(pid: int) -> str:
-    unit = procfs.read_unit(pid)
-    return "" if unit is None else unit.system
+        node = next((each for each in graph.nodes if each.name == socket.node), None)
+        protocol = node.protocol if node else "storage"
+        pids = owners.pids.get(end, set())
+        if pid not in pids:
+            yield from _units_of(protocol, f"connection {socket.inode}", pids, owners)
 
 
 def _open_devices(pid: int) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from qkilld.adapters import procfs
@@ -21,6 +22,7 @@ from qkilld.ctl.guest_storage import (
 )
 from qkilld.model.guest import Unit
 from qkilld.model.unit import Command
+from qkilld.monitor import tcp
 from qkilld.unitcheck.storage import Storage, device_kind, is_ordered
 from tests.pure.test_unitcheck import SAFE
 
@@ -113,14 +115,82 @@ def test_a_server_that_cannot_be_seen(
         (place,) = places("-drive", f"file={disk}")
         assert f"the unit of process {os.getpid()}" in place.unseen and not place.server
         # What a user sees of another user's process, or a container of one outside.
-        monkeypatch.setattr(psutil, "pids", list)
-        listed = [each._replace(pid=None) for each in psutil.net_connections("tcp")]
-        monkeypatch.setattr(psutil, "net_connections", lambda kind: listed)
+        monkeypatch.setattr(procfs, "pids", list)
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
         (place,) = places("-drive", f"file={disk}")
         assert "cannot be seen; root can see it" in place.unseen and not place.server
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         assert places("-drive", f"file={disk}") == []
+
+
+@pytest.fixture
+def unit_is_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: Unit(system=f"{pid}.service"))
+
+
+@pytest.mark.usefixtures("unit_is_process")
+def test_a_forged_row_makes_no_server() -> None:
+    """A user's abstract socket whose name is a row of /proc/net/unix for another socket of his."""
+    path = f"/run/{os.getpid()}.nbd"
+    with socket.socket(socket.AF_UNIX) as mine, socket.socket(socket.AF_UNIX) as hostile:
+        mine.bind(f"\0{path}")
+        mine.listen()
+        inode = os.fstat(mine.fileno()).st_ino
+        row = f"0: 00000002 00000000 00010000 0001 01 {inode} {path}"
+        hostile.bind(f"\0z\n{row}")
+        assert places("-drive", f"file=nbd+unix:///?socket={path}") == []
+
+
+@pytest.mark.usefixtures("unit_is_process")
+def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()"
+    run = f"{code}; print(flush=True); input()"
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", run, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as first,
+        socket.socket(socket.AF_UNIX) as second,
+    ):
+        assert first.stdin is not None and first.stdout is not None
+        first.stdout.readline()
+        disk = f"file=nbd+unix:///?socket={path}"
+        assert [place.server for place in places("-drive", disk)] == [f"{first.pid}.service"]
+        # Its socket keeps the name, but not the file.
+        path.unlink()
+        second.bind(str(path))
+        (place,) = places("-drive", disk)
+        assert "no process of this network namespace listens" in place.unseen
+        second.listen()
+        assert [place.server for place in places("-drive", disk)] == [f"{os.getpid()}.service"]
+
+
+@pytest.mark.usefixtures("unit_is_process")
+@pytest.mark.parametrize(("host", "is_found"), [("127.0.0.2", False), ("0.0.0.0", True)])
+def test_a_port_of_another_address_is_not_the_server(host: str, is_found: bool) -> None:
+    with socket.socket(socket.AF_INET) as server:
+        server.bind((host, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert bool(places("-drive", f"file=nbd://127.0.0.1:{port}/x")) is is_found
+
+
+@pytest.mark.usefixtures("unit_is_process")
+def test_a_server_with_too_many_descriptors_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "server"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        monkeypatch.setattr(tcp, "MAX_DESCRIPTORS", 3)
+        (place,) = places("-drive", f"file=nbd+unix:///?socket={path}")
+    assert "cannot be seen" in place.unseen and not place.server
+
+
+def test_a_relative_path_is_unknown() -> None:
+    (place,) = places("-drive", "file=nbd:unix:server")
+    assert "relative" in place.unseen
 
 
 CONFIG = """\

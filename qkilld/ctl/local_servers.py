@@ -1,0 +1,112 @@
+"""Find the processes of this host that listen at an address, as root where users may be hostile.
+
+The names of sockets prove nothing: a name may contain rows of /proc/net/unix, and a user may bind
+any name in a mount namespace of their own. So a unix socket is found by the file that it is bound
+to, which sock_diag(7) reports, and a process by its descriptor of the socket.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from qkilld.adapters import procfs
+from qkilld.debug_log import note
+from qkilld.evidence.sockdiag import listening_unix
+from qkilld.model.named_tuple import NamedTuple
+from qkilld.model.text import printable
+from qkilld.monitor.tcp import read_tcp, socket_descriptors
+
+_LOOPBACK: Final = {
+    "localhost": frozenset({"127.0.0.1", "::1"}),
+    "127.0.0.1": frozenset({"127.0.0.1"}),
+    "::1": frozenset({"::1"}),
+}
+_ANY: Final = frozenset({"0.0.0.0", "::"})
+
+
+class Owners(NamedTuple):
+    """The processes that have descriptors of sockets."""
+
+    pids: dict[int, set[int]]
+    """By the inode of the socket."""
+    is_complete: bool
+    """Whether the descriptors of all processes were read."""
+
+
+def owners_of(inodes: Iterable[int]) -> Owners:
+    """Read all descriptors of the host, 4 µs each."""
+    sought = frozenset(inodes)
+    owners: dict[int, set[int]] = {}
+    is_complete = os.geteuid() == 0  # /proc may hide other users' processes.
+    for pid in procfs.pids() if sought else ():
+        try:
+            descriptors = socket_descriptors(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # It has exited.
+        except OSError as error:
+            note(f"listing the sockets of process {pid}", error)
+            is_complete = False
+            continue
+        for inode in sought.intersection(descriptors):
+            owners.setdefault(inode, set()).add(pid)
+    return Owners(owners, is_complete)
+
+
+def tcp_listeners(host: str, port: int | None) -> set[int]:
+    """Return the inodes of the sockets that a connection to this loopback address may reach. Raises
+    OSError."""
+    hosts = _LOOPBACK[host] | _ANY
+    return {
+        each.inode
+        for each in read_tcp(os.getpid())
+        if each.listening and each.local.port == port and each.local.host in hosts
+    }
+
+
+def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
+    """Return the inode of the socket that a connection to this path reaches; empty if there is no
+    file. `may_hang`: whether a file system of this type is not to be accessed.
+
+    Raises OSError: the path or the sockets cannot be read, or the file is bound to no socket of our
+    network namespace.
+    """
+    if not path.startswith("/"):
+        raise OSError(f"{printable(path)} is relative to a directory that is not known")
+    mounts = procfs.Mounts("self")
+    for filesystem in mounts.way_to(os.fsencode(os.path.normpath(path))):
+        if may_hang(filesystem.kind):
+            raise OSError(f"{printable(path)} is on {filesystem.kind}, which may hang")
+    try:
+        file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return set()
+    try:
+        status = os.fstat(file)
+        devices = {status.st_dev, _device_of(file, mounts)}
+    finally:
+        os.close(file)
+    if not stat.S_ISSOCK(status.st_mode):
+        return set()
+    listening = listening_unix()
+    if listening is None:
+        raise OSError("the kernel does not list the listening sockets")
+    number = status.st_ino & 0xFFFF_FFFF
+    inodes = {listening[key] for device in devices if (key := (device, number)) in listening}
+    if not inodes:
+        raise OSError(f"no process of this network namespace listens at {printable(path)}")
+    return inodes
+
+
+def _device_of(file: int, mounts: procfs.Mounts) -> int:
+    """Return the device in mountinfo, because stat returns another one on btrfs and overlays.
+    Raises OSError."""
+    with open(f"/proc/self/fdinfo/{file}") as lines:  # noqa: PTH123
+        mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "-1")
+    filesystem = mounts.get(int(mount))
+    if filesystem is None:
+        raise OSError("the mounts of this process cannot be read")
+    major, _, minor = filesystem.number.partition(":")
+    return os.makedev(int(major), int(minor))
