@@ -29,7 +29,7 @@ class Limits:
     ask: int = INFINITY
     """How long after its start the helper stops asking the guest, to leave time for SIGTERM."""
     force: bool = False
-    """Whether systemd would finally send SIGKILL to the guest's process."""
+    """Whether systemd would finally send SIGKILL to the guest's process, in this stop."""
     extendable: bool = False
     """Whether the unit has a time limit that the helper may extend."""
     warnings: tuple[str, ...] = ()
@@ -37,9 +37,10 @@ class Limits:
     capital and no final full stop."""
 
 
-def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
+def limits_of(facts: UnitFacts, own_pid: int, pid: int, guest_unit: UnitFacts | None) -> Limits:
     """Return the limits of process `own_pid`, which runs as ExecStop= of the unit with these
-    `facts` to stop process `pid`."""
+    `facts` to stop process `pid`. `guest_unit`: the unit of `pid`, such as the scope that a
+    qkilld-scope@.service guards; None if unknown."""
     stay, ask, warnings = INFINITY, INFINITY, []
     if facts.timeout_stop != INFINITY and (why := _cannot_extend(facts, own_pid)):
         stay = facts.timeout_stop - _margin(facts.timeout_stop)
@@ -61,20 +62,28 @@ def limits_of(facts: UnitFacts, own_pid: int, pid: int) -> Limits:
     return Limits(
         stay=stay,
         ask=ask,
-        force=would_be_killed(facts, pid),
+        force=guest_unit is not None
+        and (guest_unit.id == facts.id or _is_stopping(guest_unit))
+        and would_be_killed(guest_unit, pid),
         extendable=stay == INFINITY and facts.timeout_stop != INFINITY,
         warnings=tuple(warnings),
     )
 
 
 def would_be_killed(facts: UnitFacts, pid: int) -> bool:
-    """Return whether systemd would send SIGKILL to process `pid` after the helper has exited."""
+    """Return whether systemd would send SIGKILL to process `pid` when it stops the unit in which
+    `pid` runs."""
     return (
         facts.sends_sigkill
         and facts.timeout_stop != INFINITY
         and facts.kill_mode != "none"
         and (facts.kill_mode != "process" or pid == facts.main_pid)
     )
+
+
+def _is_stopping(facts: UnitFacts) -> bool:
+    # The only jobs that wait for an active unit's ExecStop= in another unit stop or restart it.
+    return facts.active_state == "deactivating" or facts.job != 0
 
 
 def being_stopped(facts: UnitFacts) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from qkilld.debug_log import ignore
 from qkilld.decision.unit_limits import Limits, being_stopped, limits_of
@@ -60,18 +61,36 @@ class UnitStops:
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
-        With `force`, a job gets FORCE if systemd would also send SIGKILL. Return the limits of the
-        first job.
+        With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest. Return the
+        limits that hold for all jobs.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
             return UnitLimits(name, None, why)
-        limits = limits_of(facts, pid, jobs[0].guest.identity.pid)
         process = self._describe(pid)
+        units: dict[str, UnitFacts | None] = {facts.id: facts}
+        every: list[Limits] = []
         for job in jobs:
+            guest_pid = job.guest.identity.pid
+            guest_unit = await self._unit_of(guest_pid, units) if force else None
+            limits = limits_of(facts, pid, guest_pid, guest_unit)
+            every.append(limits)
             if job.running:
-                self._join(job, limits_of(facts, pid, job.guest.identity.pid), process, uid, force)
-        return UnitLimits(facts.id, limits)
+                self._join(job, limits, process, uid, force)
+        forced = all(limits.force for limits in every)
+        return UnitLimits(facts.id, replace(every[0], force=forced))
+
+    async def _unit_of(self, pid: int, known: dict[str, UnitFacts | None]) -> UnitFacts | None:
+        """Return the unit of a guest; None if unknown. `known`: the units that were read."""
+        process, units = self._describe(pid), self._service.units
+        if process is None or units is None or bool(process.unit.user) is not self._user:
+            return None
+        name = process.unit.name
+        if name not in known:
+            known[name] = None
+            with ignore(f"asking systemd for {name}", QkilldError):
+                known[name] = await units.unit(name)
+        return known[name]
 
     def _join(
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool

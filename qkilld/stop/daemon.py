@@ -315,7 +315,7 @@ class DaemonStopper:
         if (state := parameters.get("state")) is not None:
             self._state(pending, state, parameters.get("receipt"))
         if (unit := parameters.get("unit")) is not None:
-            self._listener.unit_known(unit)
+            self._listener.unit_known(unit, list(pending.stops.values()))
         if (why := parameters.get("unitError")) is not None:
             self._listener.unit_unknown(why)
         if not reply.get("continues") and not self._awaits_close(pending):

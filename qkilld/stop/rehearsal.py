@@ -20,13 +20,12 @@ from qkilld.model.job_status import known, rungs_as_json
 from qkilld.model.policy import JOB_SPANS
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
-from qkilld.model.unit import UnitFacts
 from qkilld.stop.fallback import Fallback, LocalCaller
 from qkilld.stop.limits import ASK_ALL
 from qkilld.stop.log import Log
 from qkilld.stop.options import Options
 from qkilld.stop.process import ProcessHandle
-from qkilld.stop.systemd_units import on_bus, own_facts
+from qkilld.stop.systemd_units import limiting_units, on_bus
 from qkilld.stop.targets import Targets
 
 
@@ -78,17 +77,16 @@ def rehearse(options: Options) -> int:
 def _plans(options: Options) -> list[GuestPlan]:
     log_setup.silence()
     targets = Targets(options)
-    facts = on_bus(own_facts, user=targets.user)
     processes = targets.choose()
     plans: list[GuestPlan] = []
     for process in processes:
         try:
-            plans.append(asyncio.run(_plan(options, process, facts)))
+            plans.append(_plan_of(options, process, targets))
         except NoSuchProcess as error:
             note("planning a stop", error)
         except NotQemu:
             others = targets.substitutes({process.pid for process in processes})
-            plans += [asyncio.run(_plan(options, other, facts)) for other in others]
+            plans += [_plan_of(options, other, targets) for other in others]
             if not plans:
                 raise
     if not plans:
@@ -96,8 +94,17 @@ def _plans(options: Options) -> list[GuestPlan]:
     return plans
 
 
-async def _plan(options: Options, process: ProcessHandle, facts: UnitFacts | None) -> GuestPlan:
-    limits = limits_of(facts, os.getpid(), process.pid) if facts is not None else Limits()
+def _plan_of(options: Options, process: ProcessHandle, targets: Targets) -> GuestPlan:
+    """Raises QkilldError."""
+    pid, limits = process.pid, Limits()
+    units = on_bus(lambda connection: limiting_units(connection, [pid]), user=targets.user)
+    if units is not None:
+        own, guest_units = units
+        limits = limits_of(own, os.getpid(), pid, guest_units.get(pid))
+    return asyncio.run(_plan(options, process, limits))
+
+
+async def _plan(options: Options, process: ProcessHandle, limits: Limits) -> GuestPlan:
     flags = Flag(0) if options.powerdown is False else Flag.POWERDOWN
     if limits.force if options.force is None else options.force:
         flags |= Flag.FORCE

@@ -27,7 +27,7 @@ from qkilld.stop.process import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from qkilld.model.unit import UnitFacts
@@ -417,10 +417,10 @@ class StopRun:
             place = len(self._stoppers) - 1  # The job has begun: the local engine continues it.
         self._hand_over([stop], place)
 
-    def unit_known(self, unit: dict[str, Any]) -> None:
+    def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
         self._is_unit_settled = True
         self._ask_unit_at = NEVER
-        for stop in self._stops:
+        for stop in stops:
             if stop.running:
                 self._obey(stop, unit)
         self._extendable = unit["extendable"]
@@ -484,25 +484,26 @@ class StopRun:
         """Read the unit's settings from systemd, in a thread."""
         self._ask_unit_at = NEVER
         self._is_unit_settled = True
-        from qkilld.stop.systemd_units import on_bus, own_facts
+        from qkilld.stop.systemd_units import limiting_units, on_bus
 
         mailbox, user = self._mail, self.targets.user
+        pids = [stop.process.pid for stop in self._stops if stop.running]
 
         def work() -> None:
-            facts = on_bus(own_facts, user=user)
-            if facts is not None:
-                mailbox.put(lambda: self._facts_known(facts))
+            units = on_bus(lambda connection: limiting_units(connection, pids), user=user)
+            if units is not None:
+                mailbox.put(lambda: self._facts_known(*units))
 
         self._in_thread(work)
 
-    def _facts_known(self, facts: UnitFacts) -> None:
+    def _facts_known(self, facts: UnitFacts, guest_units: Mapping[int, UnitFacts]) -> None:
         from qkilld.decision.unit_limits import limits_of
         from qkilld.varlink.values import limits_value
 
         running = [stop for stop in self._stops if stop.running]
         for stop in running:
-            limits = limits_of(facts, os.getpid(), stop.process.pid)
-            unit = limits_value(facts.id, limits)
+            pid = stop.process.pid
+            unit = limits_value(facts.id, limits_of(facts, os.getpid(), pid, guest_units.get(pid)))
             before = stop.forced, stop.ask_at_most
             self._obey(stop, unit)
             stopper = self._stopper_of.get(stop)
@@ -510,7 +511,7 @@ class StopRun:
                 stopper.amend(stop)
         if running:
             # Leave FORCE as it was set above, for each stop; the other limits are the same for all.
-            self.unit_known(unit | {"force": False})
+            self.unit_known(unit | {"force": False}, running)
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
         if unit["force"] and self._options.force is None:

@@ -27,9 +27,9 @@ class StopListener(Protocol):
     def lost(self, stop: GuestStop, why: str) -> None:
         """Another stopper must continue; `stop.state` is the last known state."""
 
-    def unit_known(self, unit: dict[str, Any]) -> None:
-        """The unit's limits (UnitLimits of org.qkilld1.varlink) are known. The stopper's jobs obey
-        them already."""
+    def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
+        """The unit's limits (UnitLimits of org.qkilld1.varlink) for these stops are known. The
+        stopper's jobs obey them already."""
 
     def unit_unknown(self, why: str) -> None:
         """The stopper cannot read the unit's limits."""

@@ -72,6 +72,24 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
     return facts if facts is not None and being_stopped(facts) else None
 
 
+async def limiting_units(
+    connection: Connection | str, pids: Iterable[int]
+) -> tuple[UnitFacts, dict[int, UnitFacts]] | None:
+    """Return the settings of our own unit, and those of the units of these processes, as far as
+    known. None like own_facts()."""
+    own = await own_facts(connection)
+    if own is None or isinstance(connection, str):
+        return None
+    from qkilld.bus.systemd import Systemd
+
+    systemd = Systemd(connection, timeout_s=TIMEOUT_S)
+    units: dict[int, UnitFacts] = {}
+    for pid in pids:
+        with ignore(f"asking systemd for the unit of process {pid}", QkilldError):
+            units[pid] = await systemd.unit_of(pid)
+    return own, units
+
+
 async def guest_of_own_unit(
     connection: Connection | str, guests: Iterable[OutsideGuest]
 ) -> OutsideGuest | None:

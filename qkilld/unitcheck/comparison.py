@@ -140,8 +140,13 @@ def compare(
             " that",
             advice="if it does nothing of this kind, start QEMU without the shell around it",
         )
-    changed = bool(planned_changes) or surroundings_after.is_guarded != surroundings.is_guarded
-    comparison = replace(comparison, writes=changed)
+    changes_unit = bool(planned_changes) and not facts.is_scope
+    # A safe scope needs no guard, and a guard cannot be better: it sends no signal that systemd
+    # would not send.
+    starts_guard = surroundings_after.is_guarded != surroundings.is_guarded and (
+        any(finding.is_unsafe for finding in findings) or not comparison.keeps_data
+    )
+    comparison = replace(comparison, writes=changes_unit or starts_guard)
     unsafe = [each for each in check(after, surroundings_after) if each.is_unsafe]
     if all(outcome.keeps_disks for outcome in then.values()) and not unsafe:
         reason = "every stop waits for the guest as long as it makes progress"

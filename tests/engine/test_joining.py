@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from signal import SIGKILL, SIGTERM
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from qkilld.decision.unit_limits import Limits
 from qkilld.engine.snapshot import decode
 from qkilld.engine.unit_stop import ControlProcess, UnitStops
-from qkilld.model.constants import Flag, GuestAsked, Result
+from qkilld.model.constants import INFINITY, Flag, GuestAsked, Result
+from qkilld.model.errors import NoSuchUnit
 from qkilld.model.guest import Unit
 from qkilld.model.guest_state import Button, GuestObservation, GuestOrder
+from qkilld.model.unit import UnitFacts
 from tests.engine.conftest import FakeProcess, S, World
 from tests.engine.test_powerdown import UP
 from tests.engine.test_service import make_service
@@ -107,4 +110,50 @@ def test_the_limits_of_a_unit_add_no_signal(first: dict[str, Any], sent: list[in
     control = ControlProcess(Unit("web.service"), S)
     units._join(job, Limits(ask=3 * S, force=True), control, ROOT, force=False)
     world.clock.advance(4)
+    assert process.sent == sent
+
+
+class OneScope:
+    """systemd, with the guard of a scope that is being stopped."""
+
+    def __init__(self, scope: UnitFacts | None) -> None:
+        self.scope = scope
+
+    async def unit(self, name: str) -> UnitFacts:
+        if name == GUARD:
+            return UnitFacts(
+                GUARD, active_state="deactivating", control_pid=7, timeout_stop=90 * S,
+                notify_access="exec",
+            )  # fmt: skip
+        if self.scope is None or name != self.scope.id:
+            raise NoSuchUnit(name)
+        return self.scope
+
+
+GUARD = "qkilld-scope@web.scope.service"
+SCOPE = UnitFacts("web.scope", active_state="active", job=9, timeout_stop=90 * S)
+
+
+@pytest.mark.parametrize(
+    ("scope", "sent"),
+    [
+        (SCOPE, [SIGTERM, SIGKILL]),
+        (replace(SCOPE, timeout_stop=INFINITY), [SIGTERM]),
+        (replace(SCOPE, sends_sigkill=False), [SIGTERM]),
+        (replace(SCOPE, job=0), [SIGTERM]),
+        (None, [SIGTERM]),
+    ],
+)
+def test_a_guard_forces_only_if_its_scope_would_kill(
+    scope: UnitFacts | None, sent: list[int]
+) -> None:
+    world, process = world_of(UP), FakeProcess()
+    service, _ = make_service(world)
+    service.units = OneScope(scope)
+    job = world.stop(process, uid=ROOT)
+    described = {7: Unit(GUARD), job.guest.identity.pid: Unit("web.scope")}
+    units = UnitStops(service, lambda pid: ControlProcess(described[pid], S), user=False)
+    found = asyncio.run(units.limit([job], 7, ROOT, force=True))
+    assert found.limits is not None and found.limits.force is (SIGKILL in sent)
+    world.clock.advance(200)
     assert process.sent == sent

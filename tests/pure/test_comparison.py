@@ -344,6 +344,15 @@ def test_a_keeper_of_a_scope_comes_first() -> None:
     ]
 
 
+def test_a_scope_that_is_safe_gets_no_guard() -> None:
+    surroundings = replace(ASKABLE, guard="qkilld-scope@run-1.scope.service")
+    safe = judge(replace(SCOPE, timeout_stop=INFINITY), surroundings)
+    assert (safe.word, safe.writes) == (UnitVerdict.SAFE, False) and safe.keeps_data
+    for facts in (SCOPE, replace(SCOPE, sends_sigkill=False), replace(SCOPE, kill_mode="process")):
+        assert judge(facts, surroundings).writes
+        assert not judge(facts, replace(surroundings, is_guarded=True)).writes
+
+
 def test_a_sandbox_that_hides_the_bus() -> None:
     facts = replace(BARE, timeout_stop=90 * S, address_families=("AF_INET", "AF_INET6"))
     assert "ExecStop=-+/usr/bin/qkilld-stop" in written(facts, MUTE)

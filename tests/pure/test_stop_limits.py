@@ -31,7 +31,7 @@ def unit(**settings: Any) -> UnitFacts:
 
 def test_nothing_limits_a_helper_that_is_heard() -> None:
     for facts in (unit(), unit(notify_access="all", control_pid=OWN + 1)):
-        limits = limits_of(facts, OWN, 16)
+        limits = limits_of(facts, OWN, 16, facts)
         assert (limits.stay, limits.ask, limits.warnings) == (INFINITY, INFINITY, ())
 
 
@@ -45,14 +45,14 @@ def test_nothing_limits_a_helper_that_is_heard() -> None:
 )
 def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], fix: str) -> None:
     for seconds in (1, 5, 90, 3600):
-        limits = limits_of(unit(timeout_stop=seconds * S, **settings), OWN, 16)
+        limits = limits_of(unit(timeout_stop=seconds * S, **settings), OWN, 16, None)
         assert 0.8 * seconds * S <= limits.stay <= seconds * S - 100_000
         (warning,) = limits.warnings
         assert fix in warning
         # Half of the time is left for SIGTERM and the flush, and at least 5 s.
         assert limits.ask == max(0, min(seconds * S // 2, (seconds - 5) * S))
     # No timeout, so no warning.
-    endless = limits_of(unit(timeout_stop=INFINITY, **settings), OWN, 16)
+    endless = limits_of(unit(timeout_stop=INFINITY, **settings), OWN, 16, None)
     assert (endless.stay, endless.warnings) == (INFINITY, ())
 
 
@@ -63,7 +63,7 @@ def test_one_that_is_not_heard_leaves_in_time(settings: dict[str, Any], fix: str
 def test_a_second_guest_on_the_same_disks_is_warned_of(
     settings: dict[str, Any], named: str
 ) -> None:
-    (warning,) = limits_of(unit(**settings), OWN, 16).warnings
+    (warning,) = limits_of(unit(**settings), OWN, 16, None).warnings
     assert named in warning
     assert not would_be_killed(unit(**settings), 16)
 
@@ -73,6 +73,29 @@ def test_force_is_for_what_systemd_would_kill() -> None:
         assert would_be_killed(unit(kill_mode=mode), 16)
     assert not would_be_killed(unit(kill_mode="process"), 18), "another one is left alone"
     assert not would_be_killed(unit(timeout_stop=INFINITY), 16)
+
+
+GUARD = replace(unit(), id="qkilld-scope@web.scope.service", main_pid=0)
+SCOPE = UnitFacts("web.scope", active_state="active", job=7, timeout_stop=90 * S)
+
+
+@pytest.mark.parametrize(
+    ("scope", "force"),
+    [
+        (SCOPE, True),
+        (replace(SCOPE, active_state="deactivating", job=0), True),
+        (replace(SCOPE, timeout_stop=INFINITY), False),
+        (replace(SCOPE, sends_sigkill=False), False),
+        (replace(SCOPE, kill_mode="none"), False),
+        (replace(SCOPE, kill_mode="process"), False),
+        # The guard is stopped without its scope.
+        (replace(SCOPE, job=0), False),
+        (None, False),
+    ],
+)
+def test_the_unit_of_the_guest_decides_about_sigkill(scope: UnitFacts | None, force: bool) -> None:
+    assert limits_of(GUARD, OWN, 16, scope).force is force
+    assert limits_of(GUARD, OWN, 16, scope).extendable
 
 
 def test_only_a_unit_that_is_being_stopped_counts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Notes:
     def lost(self, stop: GuestStop, why: str) -> None:
         self.said.append(("lost", why))
 
-    def unit_known(self, unit: dict[str, Any]) -> None:
+    def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
         self.said.append(("unit", unit["name"]))
 
     def unit_unknown(self, why: str) -> None:

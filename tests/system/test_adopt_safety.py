@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -322,3 +324,32 @@ def test_a_template_gets_the_lines_as_written(installed: Container) -> None:
         assert "daemon-reload" in ctl(installed, "adopt", template, code=8)
         assert files(installed) == before
         assert "is safe" in ctl(installed, "adopt", "safety-lines@a.service")
+
+
+@pytest.mark.parametrize(("settings", "forced"), [((), True), (("SendSIGKILL=no",), False)])
+def test_a_guard_kills_only_what_systemd_would_kill(
+    installed: Container, stubborn: str, settings: tuple[str, ...], forced: bool
+) -> None:
+    installed.run("systemctl", "start", "qkilld.service")
+    scope = f"safety{next(_numbers)}.scope"
+    words = ["systemd-run", "--scope", f"--unit={scope}"]
+    words += [f"--property={line}" for line in ("TimeoutStopSec=300", *settings)]
+
+    def jobs() -> dict[int, list[str]]:
+        listed = json.loads(ctl(installed, "--json", "jobs"))
+        return {job["id"]: job["flags"] for job in listed}
+
+    loop = 'trap "" TERM; while true; do sleep 1; done'
+    script = f"exec -a busybox {STUBBORN} sh -c '{loop}'"
+    with installed.spawn(*words, "bash", "-c", script, stderr=subprocess.DEVNULL):
+        until(lambda: installed.property(scope, "ActiveState"), lambda state: state == "active")
+        ctl(installed, "adopt", scope)
+        earlier = jobs().keys()
+        installed.run("systemctl", "stop", "--no-block", scope)
+        try:
+            until(jobs, lambda found: found.keys() - earlier)
+            time.sleep(1)  # qkilld reads the settings of the unit 0.3 s after the call.
+            flags = [each for number, each in jobs().items() if number not in earlier]
+            assert any("force" in each for each in flags) is forced, flags
+        finally:
+            installed.run("systemctl", "kill", "--signal=KILL", scope, check=False)
