@@ -28,7 +28,7 @@ from qkilld.unitcheck.context import (
     traps,
 )
 from qkilld.unitcheck.dropin import Change, Override, changes
-from qkilld.unitcheck.execstop import has_helper
+from qkilld.unitcheck.execstop import has_helper, line_after_failure
 from qkilld.unitcheck.finding import Finding, Line
 from qkilld.unitcheck.stop_outcome import (
     Occasion,
@@ -130,6 +130,17 @@ def compare(
             " commands for the instance than the unit's files, or they cannot be read",
             advice="run `systemctl daemon-reload`, correct the lines that systemd ignores, and"
             " check it again",
+        )
+    rewrites = any(line.text == "ExecStop=" for each in planned_changes for line in each.lines)
+    if rewrites and (skipped := line_after_failure(facts, surroundings)) is not None:
+        is_known = all(line.is_understood for line in before_settings.lines)
+        return replace(
+            comparison,
+            word=UnitVerdict.WORSE if is_known else UnitVerdict.UNKNOWN,
+            reason=f"with the drop-in, {skipped.shown} of its ExecStop= would run although a line"
+            " before it has failed and the guest may still run; now systemd skips it",
+            advice="put a - before the lines whose failure does not matter, or the lines into one"
+            " script, and check it again",
         )
     if traps(facts, surroundings) and planned_changes and not has_helper(facts):
         return replace(

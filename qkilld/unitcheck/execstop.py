@@ -298,17 +298,43 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
     """Return the number of the line before which the helper belongs.
 
-    It is the place of an existing helper, or of the first line that is left out, or that after the
-    last line that stops the guest, waits or sleeps. Later lines may need the guest to be gone, for
-    example to copy its image.
+    It is the place of the first line that is left out, or that after the last line that stops the
+    guest, waits or sleeps. Later lines may need the guest to be gone, for example to copy its
+    image, and so do earlier ones that would run after a failure that now prevents them.
     """
-    for number, command in enumerate(facts.exec_stop):
-        if is_helper(command):
-            return number
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):
-        return min(left_out)
-    return max((n for n, line in enumerate(lines, 1) if line.has(*_ENDING)), default=len(lines))
+        place = min(left_out)
+    else:
+        place = max(
+            (n for n, line in enumerate(lines, 1) if line.has(*_ENDING)), default=len(lines)
+        )
+    first = _first_skipped(facts, surroundings, place)
+    return first if all(map(_ignores_guest, lines[first:place])) else place
+
+
+def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
+    """Return the first line that would run before the helper although an earlier one has failed,
+    while systemd skips it now, so that it would find the guest still running. Lines that only ask
+    the guest or wait are no such lines."""
+    place = _helper_place(facts, surroundings)
+    first = _first_skipped(facts, surroundings, place)
+    return stop_lines(facts, surroundings)[first] if first < place else None
+
+
+def _first_skipped(facts: UnitFacts, surroundings: Surroundings, place: int) -> int:
+    """Return the number of the first line before `place` that now needs the success of an earlier
+    one, and that may need the guest to be gone; `place` if there is none."""
+    can_fail = False
+    for number, line in enumerate(stop_lines(facts, surroundings)[:place]):
+        if can_fail and (line.changes or not line.is_understood):
+            return number
+        can_fail = can_fail or not line.ignores_failure
+    return place
+
+
+def _ignores_guest(line: StopLine) -> bool:
+    return all(each.kind is ActKind.NOTHING for each in line.acts)
 
 
 def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:

@@ -23,6 +23,7 @@ IGNORED: Final = frozenset(
 """QEMU ignores these signals."""
 
 _NOTHING: Final = act(ActKind.NOTHING)
+_CHANGES: Final = (Act(ActKind.NOTHING, changes=True),)
 _UNKNOWN: Final = act(ActKind.UNKNOWN)
 _ASKS: Final = act(ActKind.ASKS)
 _ASKS_AND_WAITS: Final = (*act(ActKind.ASKS), *act(ActKind.WAITS))
@@ -75,8 +76,10 @@ def acts_of_text(text: str) -> tuple[Act, ...]:
 
 def acts_of_program(name: str, words: Sequence[str], text: str) -> tuple[Act, ...] | None:
     """Classify a program with its arguments `words` and its input `text`; None if it is unknown."""
-    if name in _HARMLESS:
+    if name in _READING:
         return _NOTHING
+    if name in _CHANGING:
+        return _CHANGES
     if name in _SENDERS:
         if name == "socat" and not text and any(word in ("-", "STDIO") for word in words):
             return (Act(ActKind.NOTHING, reads=True),)
@@ -169,7 +172,9 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
             return _UNKNOWN
         case "reset" | "reboot" | "undefine":
             return _UNKNOWN
-    return _NOTHING
+        case "domid" | "dominfo" | "domstate" | "list":
+            return _NOTHING
+    return _CHANGES
 
 
 def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -177,7 +182,7 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
     command = _verb(words, ("--context", "-H", "--host", "--namespace", "-n"))
     if command == "machine":
         subcommand = _verb(words[list(words).index("machine") + 1 :], ())
-        return _ASKS_AND_WAITS if subcommand == "stop" else _NOTHING
+        return _ASKS_AND_WAITS if subcommand == "stop" else _CHANGES
     if command == "kill":
         number = _signal_option(words, ("s",))
         has_signal = any(re.match(r"-s|--signal|-[A-Z0-9]+$", word) for word in words)
@@ -186,13 +191,13 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
         return _KILLS
     # A stop is unknown, because the container's entry point may do anything on SIGTERM; SIGKILL
     # follows 10 s later.
-    return _UNKNOWN if command in ("stop", "restart", "compose", "") else _NOTHING
+    return _UNKNOWN if command in ("stop", "restart", "compose", "") else _CHANGES
 
 
 def _instances(words: Sequence[str], text: str) -> tuple[Act, ...]:
     """Classify a command of incus, lxc, multipass, limactl, crc or minikube."""
     if _verb(words, ("--project",)) not in ("stop", "restart", "pause", "suspend"):
-        return _NOTHING if words else _UNKNOWN
+        return _CHANGES if words else _UNKNOWN
     return _KILLS if {"-f", "--force"} & set(words) else _ASKS_AND_WAITS
 
 
@@ -201,7 +206,7 @@ def _proxmox(words: Sequence[str], text: str) -> tuple[Act, ...]:
     command = _verb(words, ())
     if command == "monitor":
         return acts_of_text(text)
-    return acts.get(command, _NOTHING if command else _UNKNOWN)
+    return acts.get(command, _CHANGES if command else _UNKNOWN)
 
 
 def _xen(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -214,7 +219,7 @@ def _xen(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _ganeti(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    return _ASKS_AND_WAITS if _verb(words, ()) in ("shutdown", "stop") else _NOTHING
+    return _ASKS_AND_WAITS if _verb(words, ()) in ("shutdown", "stop") else _CHANGES
 
 
 def _machinectl(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -225,7 +230,7 @@ def _machinectl(words: Sequence[str], text: str) -> tuple[Act, ...]:
             return _KILLS
         case "kill":
             return acts_of_signal(_signal_option(words, ("s",)))
-    return _NOTHING
+    return _CHANGES
 
 
 def _systemctl(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -237,7 +242,9 @@ def _systemctl(words: Sequence[str], text: str) -> tuple[Act, ...]:
         case "poweroff" | "halt":
             # With -H, this powers off the guest: `systemctl -H GUEST poweroff`.
             return _ASKS if "-H" in words else _UNKNOWN
-    return _NOTHING
+        case "is-active" | "show" | "status":
+            return _NOTHING
+    return _CHANGES
 
 
 def _ssh(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -295,17 +302,21 @@ _SENDERS: Final = frozenset(
 """Programs that write text to a monitor or a console, and return."""
 _TYPED: Final = frozenset(["screen", "tmux", "qmp-shell", "hmp", "qmp", "qemu-ga-client", "qmp.py"])
 """Those of _SENDERS that take the text as arguments."""
-_HARMLESS: Final = frozenset(
-    ["true", ":", "echo", "printf", "rm", "rmdir", "test", "[", "[[", "logger", "touch", "ip",
-     "iptables", "ip6tables", "nft", "brctl", "bridge", "ovs-vsctl", "tunctl", "mkdir", "mv", "cp",
-     "ln", "cd", "export", "unset", "set", "exit", "return", "local", "date", "sync", "seq",
-     "grep", "egrep", "sed", "cut", "tr", "head", "pgrep", "pidof", "ps", "systemd-notify",
-     "systemd-cat", "chmod", "chown", "chgrp", "stat", "ls", "readlink", "realpath", "basename",
-     "dirname", "umask", "declare", "typeset", "readonly", "false", "install", "tee",
-     "continue", "break", "hostname", "id", "ethtool", "sysctl", "modprobe", "resolvectl", "expr",
-     "let", "wc", "sort", "uniq", "losetup", "jq", "which", "uname", "nproc", "lsof", "ss",
-     "mktemp"]
+_READING: Final = frozenset(
+    ["true", ":", "echo", "printf", "test", "[", "[[", "logger", "cd", "export", "unset", "set",
+     "exit", "return", "local", "sync", "seq", "grep", "egrep", "cut", "tr", "head", "pgrep",
+     "pidof", "ps", "systemd-notify", "systemd-cat", "stat", "ls", "readlink", "realpath",
+     "basename", "dirname", "umask", "declare", "typeset", "readonly", "false", "continue",
+     "break", "id", "expr", "let", "wc", "sort", "uniq", "jq", "which", "uname", "nproc", "lsof",
+     "ss"]
 )  # fmt: skip
+"""Programs that change nothing."""
+_CHANGING: Final = frozenset(
+    ["rm", "rmdir", "touch", "ip", "iptables", "ip6tables", "nft", "brctl", "bridge", "ovs-vsctl",
+     "tunctl", "mkdir", "mv", "cp", "ln", "date", "sed", "chmod", "chown", "chgrp", "install",
+     "tee", "hostname", "ethtool", "sysctl", "modprobe", "resolvectl", "losetup", "mktemp"]
+)  # fmt: skip
+"""Programs that change files or the network, but do nothing to a running guest."""
 _READERS: Final[Mapping[str, Callable[[Sequence[str], str], tuple[Act, ...]]]] = {
     "kill": _kill,
     "pkill": _pkill,

@@ -40,6 +40,8 @@ class Act:
     """The program reads its standard input, which is /dev/null, and so returns at once."""
     if_failed: bool = False
     """The act runs only if the previous one has failed (`||`)."""
+    changes: bool = False
+    """For NOTHING: the program changes something else, such as a file or the network."""
 
 
 def act(kind: ActKind, usec: int = INFINITY, *, by_name: bool = False) -> tuple[Act, ...]:

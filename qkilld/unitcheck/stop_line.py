@@ -74,6 +74,9 @@ class StopLine:
     ignores_failure: bool = False
     shown: str = ""
     """The program of the line, for display."""
+    changes: bool = False
+    """The line changes something besides the guest, such as a file, which may need the guest to be
+    gone."""
 
     def has(self, *kinds: ActKind) -> bool:
         return any(each.kind in kinds for each in self.acts)
@@ -101,7 +104,8 @@ def read_line(command: Command, environment: Mapping[str, str] | None = None) ->
     if "no-env-expand" not in command.flags:
         words = _expanded(words, environment or {})
     acts = _acts_of_words(words, "", 0)
-    return StopLine(_tidied(acts), command.ignores_failure, program)
+    changes = any(each.changes for each in acts)
+    return StopLine(_tidied(acts), command.ignores_failure, program, changes)
 
 
 def _expanded(words: Iterable[str], environment: Mapping[str, str]) -> list[str]:
@@ -263,17 +267,13 @@ def _is_negated(node: Node) -> bool:
 def _acts_of_node(node: Node, depth: int, text: str = "") -> tuple[Act, ...]:
     match node:
         case SimpleCommand():
-            stdin_text = f"{text} {node.text}" if node.text else text
-            if node.output and _kills_by_file([node.output]):
-                return act(ActKind.KILLS)
-            if node.output and PurePosixPath((*node.words, "")[0]).name in ("echo", "printf"):
-                written_acts = acts_of_text(" ".join(node.words[1:]))
-                return (
-                    written_acts
-                    if written_acts[0].kind is not ActKind.UNKNOWN
-                    else act(ActKind.NOTHING)
-                )
-            return _acts_of_words(node.words, stdin_text or "<" * node.redirected, depth)
+            acts = _acts_of_simple_command(node, depth, text)
+            if not node.output or node.output.startswith("/dev/"):
+                return acts
+            return tuple(
+                replace(each, changes=True) if each.kind is ActKind.NOTHING else each
+                for each in acts
+            )
         case Pipeline():
             return _acts_of_pipeline(node, depth)
         case CommandGroup():
@@ -288,6 +288,17 @@ def _acts_of_node(node: Node, depth: int, text: str = "") -> tuple[Act, ...]:
             return (*condition, *first, *(act(ActKind.KILLS) if kills else _UNKNOWN))
         case Loop():
             return _acts_of_loop(node, depth)
+
+
+def _acts_of_simple_command(node: SimpleCommand, depth: int, text: str) -> tuple[Act, ...]:
+    stdin_text = f"{text} {node.text}" if node.text else text
+    if node.output and _kills_by_file([node.output]):
+        return act(ActKind.KILLS)
+    if node.output and PurePosixPath((*node.words, "")[0]).name in ("echo", "printf"):
+        written_acts = acts_of_text(" ".join(node.words[1:]))
+        is_known = written_acts[0].kind is not ActKind.UNKNOWN
+        return written_acts if is_known else act(ActKind.NOTHING)
+    return _acts_of_words(node.words, stdin_text or "<" * node.redirected, depth)
 
 
 def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:

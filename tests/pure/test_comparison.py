@@ -10,6 +10,7 @@ import pytest
 from qkilld.model.constants import INFINITY
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.check import check
+from qkilld.unitcheck.command import line_of
 from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
 from qkilld.unitcheck.context import Surroundings
 from qkilld.unitcheck.dropin import Override, changes
@@ -265,6 +266,54 @@ def test_lines_that_need_the_guest_to_be_gone_come_after_the_helper(
         "ExecStop=/bin/cp /run/web.img /srv/web.img",
     ]
     assert len(texts) == 1 + len(kept) + 2
+
+
+IGNORED_UNKNOWN = replace(UNKNOWN, ignores_failure=True)
+
+
+@pytest.mark.parametrize(
+    ("stops", "lines"),
+    [
+        # Now systemd does not copy if the line before has failed, and the guest still runs.
+        ((UNKNOWN, COPY), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
+        ((POWERDOWN, COPY, line("logger x")), ["-POWERDOWN", "/usr/bin/qkilld-stop", "COPY",
+                                               '/bin/sh -c "logger x"']),
+        ((line("logger x"), UNKNOWN), None),
+        ((UNKNOWN, COPY, STOP), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
+        ((UNKNOWN, COPY, line("kill -9 1")), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
+        # It waited for a guest that was killed, or until it had exited.
+        ((line("kill -9 1"), COPY, STOP), ["/usr/bin/qkilld-stop", "COPY"]),
+        ((line("kill 1"), line("while kill -0 1; do sleep 1; done"), COPY, STOP),
+         ["/usr/bin/qkilld-stop", "COPY"]),
+        # The line that copies is followed by one that the guest needs.
+        ((UNKNOWN, COPY, line("sleep 9")), None),
+        ((POWERDOWN, COPY, line("sleep 9")), None),
+        ((POWERDOWN, line("echo > /run/x; sleep 9")), None),
+        ((UNKNOWN, UNKNOWN), None),
+        # These run in any case now.
+        ((IGNORED_UNKNOWN, IGNORED_UNKNOWN),
+         ["-/opt/vm-stop web", "-/opt/vm-stop web", "-/usr/bin/qkilld-stop"]),
+        ((POWERDOWN, line("sleep 9"), line("kill -0 1")),
+         ["-POWERDOWN", '-/bin/sh -c "sleep 9"', "/usr/bin/qkilld-stop", '/bin/sh -c "kill -0 1"']),
+    ],
+)  # fmt: skip
+def test_no_line_runs_after_a_failure_that_prevents_it_now(
+    stops: tuple[Command, ...], lines: list[str] | None
+) -> None:
+    facts = replace(BARE, exec_stop=stops, timeout_stop=90 * S)
+    found = judge(facts, ASKABLE)
+    assert found.writes is (lines is not None)
+    if lines is None:
+        known = all(each is not UNKNOWN for each in stops)
+        assert found.word is (UnitVerdict.WORSE if known else UnitVerdict.UNKNOWN)
+        assert "has failed" in found.reason
+        return
+    names = {line_of(POWERDOWN): "POWERDOWN", line_of(COPY): "COPY"}
+    texts = [each for each in written(facts, ASKABLE) if each.startswith("ExecStop=")]
+    for text, name in names.items():
+        texts = [each.replace(text, name) for each in texts]
+    both = ["ExecStop=", *(f"ExecStop={each}" for each in lines)]
+    assert texts in (both, both[-1:])
 
 
 @pytest.mark.parametrize("saves", ["savevm auto\\nquit", "migrate exec:gzip\\nquit"])
