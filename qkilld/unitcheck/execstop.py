@@ -50,7 +50,17 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             " timeout",
             corrected(facts, surroundings),
         )
-    yield from _check_by_name(lines)
+    if _goes_on_without_helper(facts):
+        kills = any(line.has(ActKind.KILLS) for line in stop_lines(facts, surroundings)[first:])
+        yield Finding(
+            "exec-stop-order",
+            _LOSES if kills else _MAY,
+            f"the failure of {HELPER} is ignored, and another ExecStop= follows it",
+            f"if {HELPER} is cancelled or cannot stop the guest, systemd runs that line while the"
+            " guest still runs",
+            corrected(facts, surroundings),
+        )
+    yield from _check_by_name(stop_lines(facts, surroundings))
     if surroundings.can_ask is not True and any(_asks_and_returns(line) for line in lines):
         yield Finding(
             "powerdown-cut",
@@ -72,6 +82,18 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
     yield from _check_arguments(facts)
     yield from _check_listening(facts, surroundings)
     yield from _check_sandbox(facts, surroundings)
+
+
+def _goes_on_without_helper(facts: UnitFacts) -> bool:
+    """Return whether other lines follow a qkilld-stop whose failure is ignored."""
+    return any(
+        is_helper(command) and command.ignores_failure and not _is_last(facts, number)
+        for number, command in enumerate(facts.exec_stop)
+    )
+
+
+def _is_last(facts: UnitFacts, number: int) -> bool:
+    return all(map(is_helper, facts.exec_stop[number + 1 :]))
 
 
 def _check_listening(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
@@ -241,8 +263,15 @@ def has_helper(facts: UnitFacts) -> bool:
     return any(is_helper(command) for command in facts.exec_stop)
 
 
-def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool = True) -> Line:
-    """Return the ExecStop= line of a service for qkilld-stop, the helper.
+def helper_line(
+    facts: UnitFacts,
+    surroundings: Surroundings,
+    number: int | None = None,
+    *,
+    is_last: bool = True,
+) -> Line:
+    """Return the ExecStop= line of a service for qkilld-stop, the helper. `number`: that of the
+    existing line that it replaces.
 
     With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
     the helper's exit status too, the helper reports failures in the journal. If other lines follow,
@@ -256,7 +285,6 @@ def helper_line(facts: UnitFacts, surroundings: Surroundings, *, is_last: bool =
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
     prefix = ("-" if is_last else "") + ("+" if confined else "")
-    number = next((n for n, each in enumerate(facts.exec_stop) if is_helper(each)), None)
     arguments, is_resolved = "", False
     if number is not None and surroundings.stop_texts:
         arguments = helper_arguments_of(surroundings.stop_texts[number])
@@ -280,19 +308,26 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
     """Return the whole ExecStop= list with a correct helper line, see _helper_place().
 
     The other lines keep their order. Lines that kill the guest, or that the helper replaces
-    (_is_replaced), are left out, except after an existing helper.
+    (_is_replaced), are left out, except after an existing helper. Each existing helper remains.
     """
     stops = facts.exec_stop
     place = _helper_place(facts, surroundings)
     left_out = _left_out(facts, surroundings)
-    before = [number for number in range(place) if number not in left_out]
+    first = next((number for number, command in enumerate(stops) if is_helper(command)), None)
     after = [number for number in range(place, len(stops)) if number not in left_out]
-    return (
-        Line("Service", "ExecStop="),
-        *(_repeated(facts, surroundings, number, ignore_failure=True) for number in before),
-        helper_line(facts, surroundings, is_last=not after),
-        *(_repeated(facts, surroundings, number, ignore_failure=False) for number in after),
-    )
+    is_last = all(is_helper(stops[number]) for number in after)
+    lines = [Line("Service", "ExecStop=")]
+    for number in range(place):
+        if number not in left_out:
+            lines.append(_repeated(facts, surroundings, number, ignore_failure=True))
+    lines.append(helper_line(facts, surroundings, first, is_last=is_last))
+    for number in after:
+        if is_helper(stops[number]):
+            more = helper_line(facts, surroundings, number, is_last=_is_last(facts, number))
+            lines.append(more)
+        else:
+            lines.append(_repeated(facts, surroundings, number, ignore_failure=False))
+    return tuple(lines)
 
 
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
@@ -346,7 +381,7 @@ def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
         for number, line in enumerate(lines[: helpers[0] if helpers else len(lines)])
         if line.has(ActKind.KILLS) or _is_replaced(line, lines, surroundings)
     }
-    return removed.union(helpers)
+    return removed.union(helpers[:1])
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:

@@ -93,6 +93,8 @@ class Assumption:
     wrapper: Wrapper = Wrapper.ENDS
     can_ask: bool = False
     """Whether qkilld-stop can ask the guest to shut down."""
+    helper_fails: bool = False
+    """Whether qkilld-stop fails, or is cancelled, in a unit that then runs further lines."""
 
 
 class Helper(StrEnum):
@@ -150,6 +152,16 @@ class StopSettings:
         """Whether the timeout ends in SIGKILL."""
         return self.timeout != INFINITY and self.sends_sigkill
 
+    @property
+    def goes_on_without_helper(self) -> bool:
+        """Whether other lines follow a qkilld-stop whose failure is ignored."""
+        last = max(
+            (n for n, line in enumerate(self.lines) if not line.has(ActKind.HELPER)), default=-1
+        )
+        return any(
+            line.has(ActKind.HELPER) and line.ignores_failure for line in self.lines[: last + 1]
+        )
+
 
 class Occasion(StrEnum):
     STOP = "stop"
@@ -165,12 +177,14 @@ def assumptions(*all_settings: StopSettings) -> list[Assumption]:
         each.main_may_trap and each.kill_mode in ("mixed", "process") for each in all_settings
     )
     answers = {each.can_ask for each in all_settings}
+    goes_on = any(each.goes_on_without_helper for each in all_settings)
     return [
-        Assumption(program, wrapper, can_ask)
-        for program, wrapper, can_ask in product(
+        Assumption(program, wrapper, can_ask, helper_fails)
+        for program, wrapper, can_ask, helper_fails in product(
             UnknownProgram if unknown else (UnknownProgram.NOTHING,),
             Wrapper if wrapped else (Wrapper.ENDS,),
             (False, True) if None in answers else (True in answers,),
+            (False, True) if goes_on else (False,),
         )
     ]
 
@@ -233,9 +247,16 @@ class _Stop:
     def _line(self, line: StopLine) -> tuple[Outcome | None, bool]:
         """Simulate one line. Return the outcome if the stop ends in this line, and whether systemd
         continues with the next line."""
-        program = self.assumed.program
+        settings, program = self.settings, self.assumed.program
         title = f"ExecStop={line.shown}"
         if not line.is_understood and program is UnknownProgram.FAILS:
+            self.steps.append(StopStep(title, "fails"))
+            return None, line.ignores_failure
+        if (
+            self.assumed.helper_fails
+            and settings.goes_on_without_helper
+            and line.has(ActKind.HELPER)
+        ):
             self.steps.append(StopStep(title, "fails"))
             return None, line.ignores_failure
         for each in self._assumed_acts(line.acts):
@@ -244,13 +265,13 @@ class _Stop:
                 continue
             self.steps.append(StopStep(title, each.kind.value))
             match each.kind:
-                case ActKind.HELPER if self.settings.helper is not Helper.INEFFECTIVE:
+                case ActKind.HELPER if settings.helper is not Helper.INEFFECTIVE:
                     return self._helper(""), True
                 case ActKind.ASKS:
                     self.was_asked = True
                 case ActKind.SLEEPS:
                     self._wait(Patience.TIMED)
-                    if each.usec >= self.settings.timeout:
+                    if each.usec >= settings.timeout:
                         return None, False
                 case ActKind.WAITS:
                     if self._wait_for_end(each.usec):

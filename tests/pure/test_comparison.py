@@ -19,6 +19,7 @@ from qkilld.unitcheck.stop_outcome import Occasion, Patience
 from qkilld.unitcheck.storage import Storage
 from tests.pure.test_unitcheck import SAFE, SCOPE, SHELL, STOP, S, line
 
+QEMU = "/usr/bin/qemu-system-x86_64"
 ASKABLE = Surroundings(guests=1, is_running=True, can_ask=True)
 MUTE = replace(ASKABLE, can_ask=False)
 BARE = replace(SAFE, exec_stop=(), notify_access="none", timeout_stop=5 * S)
@@ -266,6 +267,34 @@ def test_lines_that_need_the_guest_to_be_gone_come_after_the_helper(
         "ExecStop=/bin/cp /run/web.img /srv/web.img",
     ]
     assert len(texts) == 1 + len(kept) + 2
+
+
+@pytest.mark.parametrize("later", ["kill -9 $MAINPID", "virsh destroy web", "rm -f /run/x"])
+def test_what_follows_a_helper_that_may_fail_may_find_the_guest_running(later: str) -> None:
+    """qkilld-stop fails if its job is cancelled, and the `-` hides that from systemd."""
+    facts = replace(SAFE, exec_stop=(replace(STOP, ignores_failure=True), line(later)))
+    found = judge(facts, ASKABLE)
+    kills = "rm" not in later
+    assert found.now[Occasion.STOP].disks is (Patience.NONE if kills else Patience.TIMED)
+    steps = [step.does for step in found.now[Occasion.STOP].steps]
+    assert steps[:2] == ["fails", "kills" if kills else "nothing"]
+    assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
+    assert {each.disks for each in found.adopted.values()} == {Patience.PATIENT}
+    # Without the prefix, systemd skips the line.
+    assert judge(replace(SAFE, exec_stop=(STOP, line(later))), ASKABLE).keeps_data
+
+
+def test_each_helper_of_a_unit_remains() -> None:
+    stops = [Command(STOP.path, (STOP.path, "--pidfile", f"/run/{name}.pid")) for name in "ab"]
+    start = (QEMU, "-pidfile", "/run/a.pid", "-pidfile", "/run/b.pid")
+    facts = replace(
+        SAFE, exec_start=(Command(QEMU, start),), exec_stop=(POWERDOWN, *stops),
+        address_families=("AF_INET",),
+    )  # fmt: skip
+    assert written(facts, ASKABLE)[2:] == [
+        "ExecStop=-+/usr/bin/qkilld-stop --pidfile /run/a.pid",
+        "ExecStop=-+/usr/bin/qkilld-stop --pidfile /run/b.pid",
+    ]
 
 
 IGNORED_UNKNOWN = replace(UNKNOWN, ignores_failure=True)

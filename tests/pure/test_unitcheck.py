@@ -84,6 +84,8 @@ POWERDOWN = line("echo system_powerdown | socat - unix:/run/m")
         replace(SAFE, kill_signal=1),
         replace(SAFE, exec_start=(SHELL,)),
         replace(SAFE, exec_stop=(replace(line("rm -f /run/x"), ignores_failure=True), STOP)),
+        replace(SAFE, exec_stop=(STOP, line("rm -f /run/x"))),
+        replace(SAFE, exec_stop=(replace(STOP, ignores_failure=True), STOP)),
         replace(SAFE, type="forking", pid_file="/run/web.pid"),
         replace(SAFE, type="oneshot", remain_after_exit=True),
         replace(SAFE, restart="on-failure"),
@@ -172,6 +174,26 @@ def test_units_without_findings(facts: UnitFacts) -> None:
                 "[Service] ExecStop=",
                 '[Service] ExecStop=-/bin/sh -c "socat x y"',
                 "[Service] ExecStop=-/usr/bin/qkilld-stop",
+            ],
+        ),
+        (
+            {"exec_stop": (replace(STOP, ignores_failure=True), line("rm /run/x"))},
+            "exec-stop-order",
+            MAY,
+            [
+                "[Service] ExecStop=",
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                '[Service] ExecStop=/bin/sh -c "rm /run/x"',
+            ],
+        ),
+        (
+            {"exec_stop": (replace(STOP, ignores_failure=True), line("kill -9 $MAINPID"))},
+            "exec-stop-order",
+            LOSES,
+            [
+                "[Service] ExecStop=",
+                "[Service] ExecStop=/usr/bin/qkilld-stop",
+                '[Service] ExecStop=/bin/sh -c "kill -9 $MAINPID"',
             ],
         ),
         (
