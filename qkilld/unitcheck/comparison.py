@@ -27,7 +27,7 @@ from qkilld.unitcheck.context import (
     stop_lines,
     traps,
 )
-from qkilld.unitcheck.dropin import Change, Override, changes
+from qkilld.unitcheck.dropin import FILE_NAME, Change, Override, changes
 from qkilld.unitcheck.execstop import has_helper, line_after_failure
 from qkilld.unitcheck.finding import Finding, Line
 from qkilld.unitcheck.stop_outcome import (
@@ -109,6 +109,16 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
+    if (adding := next((each for each in overrides if each.adds_stop), None)) is not None:
+        return replace(
+            comparison,
+            word=UnitVerdict.MANUAL,
+            adopted=now,
+            reason=f"systemd would run the ExecStop= lines of {adding.path} after those that adopt"
+            " writes",
+            advice=f"move them into a drop-in whose name sorts before {FILE_NAME}, run `systemctl"
+            " daemon-reload`, and check it again",
+        )
     worse = worse_occasions(after_settings, before_settings)
     if worse:
         return _worse(comparison, facts, surroundings, worse)

@@ -12,6 +12,7 @@ from typing import Final
 from qkilld.model.dataclass import dataclass
 from qkilld.model.text import printable
 from qkilld.unitcheck.finding import Finding, Line
+from qkilld.unitcheck.unit_text import entries
 
 FILE_NAME: Final = "50-qkilld.conf"
 _WIDTH: Final = 96
@@ -66,6 +67,8 @@ class Override:
     path: str
     keys: tuple[str, ...]
     """Those of our settings that this drop-in overrides, such as `KillSignal=`."""
+    adds_stop: bool = False
+    """The drop-in adds lines to ExecStop=, which systemd runs after ours."""
 
     def __str__(self) -> str:
         return (
@@ -82,23 +85,30 @@ def read_later(drop_ins: Iterable[str]) -> list[str]:
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
     """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # In a list, only an empty assignment overrides our lines. Any other assignment appends.
-    ends = {"ExecStop": r"\s*$", "After": r"\s*$", "RequiresMountsFor": r"\s*$"}
+    # In other lists than ExecStop=, only an empty assignment overrides our lines. Any other
+    # assignment appends. To ExecStop=, it appends lines that ours repeat, or that run after ours.
+    ends = {"After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="
         for key in keys
         if re.search(rf"^\s*{key}\s*={ends.get(key, '')}", text, re.MULTILINE)
     )
-    return Override(path, overridden) if overridden else None
+    adds_stop = "ExecStop=" in overridden and _adds_stop(text)
+    return Override(path, overridden, adds_stop) if overridden else None
+
+
+def _adds_stop(text: str) -> bool:
+    return any(entries(text, "Service", "ExecStop"))
 
 
 def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:
     """Return whether our drop-in for a template would override settings in a file of an instance:
-    its own unit file, or a drop-in that systemd reads before ours."""
+    its own unit file, or a drop-in that systemd reads before ours. Or a later drop-in adds lines to
+    ExecStop=, which systemd would run after ours."""
     name = PurePosixPath(path).name
-    if name.endswith(".conf") and name >= FILE_NAME:
-        return False
     keys = {line.text.partition("=")[0] for change in wanted for line in change.lines}
+    if name.endswith(".conf") and name >= FILE_NAME:
+        return "ExecStop" in keys and _adds_stop(text)
     return any(re.search(rf"^\s*{key}\s*=", text, re.MULTILINE) for key in keys)
 
 

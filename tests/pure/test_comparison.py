@@ -478,6 +478,15 @@ def test_overrides_of_the_drop_in_are_counted() -> None:
     assert found.word is UnitVerdict.MANUAL
 
 
+def test_a_later_drop_in_that_adds_to_the_stop_is_moved_first() -> None:
+    facts = replace(BARE, exec_stop=(POWERDOWN,))
+    adding = Override("/etc/systemd/system/web.service.d/60-local.conf", ("ExecStop=",), True)
+    found = compare(facts, ASKABLE, check(facts, ASKABLE), [adding])
+    assert (found.word, found.writes) == (UnitVerdict.MANUAL, False)
+    assert "60-local.conf" in found.reason and "50-qkilld.conf" in found.advice
+    assert found.adopted == found.now
+
+
 def test_adopting_is_never_worse_under_any_assumption() -> None:
     """For every combination of units' settings, adopting keeps at least as much."""
     stops = [(), (POWERDOWN,), (LOOP,), (UNKNOWN,), (line("kill -9 1"),), (line("kill 1"),),

@@ -17,6 +17,7 @@ from qkilld.unitcheck.dropin import (
     is_ours,
     is_unchanged,
     missing_changes,
+    overridden_by_template,
     override,
     read_later,
     text_of,
@@ -88,7 +89,7 @@ def test_changes_already_in_the_file_are_not_written_again() -> None:
     [
         ("[Service]\nKillSignal=SIGKILL\n", ("KillSignal=",)),
         ("[Service]\n  KillSignal = SIGKILL\nExecStop=\n", ("KillSignal=", "ExecStop=")),
-        ("[Service]\nExecStop=/bin/more\n", ()),  # Adds a line to ours.
+        ("[Service]\nExecStop=/bin/more\n", ("ExecStop=",)),
         ("[Service]\n#KillSignal=SIGKILL\nFinalKillSignal=SIGKILL\n", ()),
         ("\udcff", ()),
     ],
@@ -98,6 +99,27 @@ def test_a_later_drop_in_stands_over_ours(text: str, keys: tuple[str, ...]) -> N
     found = override("/etc/systemd/system/w\n.service.d/x.conf", text, wanted)
     assert (found.keys if found else ()) == keys
     assert str(found).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "adds"),
+    [
+        ("[Service]\nExecStop=/bin/more\n", True),
+        ("[Service]\nExecStop=\nExecStop=/bin/more\n", True),
+        ("[Service]\nExecStop=\n", False),
+        ("[Service]\nKillSignal=SIGKILL\n", False),
+    ],
+)
+def test_a_later_drop_in_that_adds_a_line_to_the_stop(text: str, adds: bool) -> None:
+    wanted = [Change("a reason", (Line("Service", "KillSignal=SIGTERM"),)), *CHANGES]
+    found = override("/etc/systemd/system/w.service.d/60-local.conf", text, wanted)
+    assert found is not None and found.adds_stop is adds
+    # One of an instance, while ours is for the template.
+    path = "/etc/systemd/system/w@a.service.d/60-local.conf"
+    assert overridden_by_template(path, text, wanted) is adds
+    if adds:
+        assert override("x", text, wanted[:1]) is None
+        assert not overridden_by_template(path, text, wanted[:1])
 
 
 def test_which_drop_ins_are_later() -> None:

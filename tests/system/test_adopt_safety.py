@@ -353,3 +353,17 @@ def test_a_guard_kills_only_what_systemd_would_kill(
             assert any("force" in each for each in flags) is forced, flags
         finally:
             installed.run("systemctl", "kill", "--signal=KILL", scope, check=False)
+
+
+def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> None:
+    with unit(installed) as name:
+        later = f"{DIRECTORY}/{name}.d/60-local.conf"
+        installed.write(later, "[Service]\nExecStop=/bin/cp /run/a.img /run/b.img\n")
+        installed.run("systemctl", "daemon-reload")
+        before = files(installed)
+        assert "60-local.conf" in ctl(installed, "adopt", name, code=8)
+        assert files(installed) == before
+        installed.run("mv", later, f"{DIRECTORY}/{name}.d/40-local.conf")
+        installed.run("systemctl", "daemon-reload")
+        assert "is safe" in ctl(installed, "adopt", name)
+        assert installed.property(name, "ExecStop").count("/bin/cp") == 2  # Its path and argv[0].
