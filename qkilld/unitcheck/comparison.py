@@ -17,6 +17,7 @@ from qkilld.unitcheck.check import check
 from qkilld.unitcheck.command import HELPER, is_helper
 from qkilld.unitcheck.context import (
     Surroundings,
+    can_ask,
     helper_in_unit,
     is_manager,
     main_is_qemu,
@@ -284,7 +285,7 @@ def _worse(
     if any(not line.is_understood for line in lines):
         shown = next(line.shown for line in lines if not line.is_understood)
         word, reason = UnitVerdict.UNKNOWN, f"it is not known what {shown} does to the guest"
-    elif surroundings.can_ask is None:
+    elif can_ask(facts, surroundings) is None:
         word, reason = UnitVerdict.UNKNOWN, f"it is not known whether {HELPER} can ask its guest"
     elif may_trap(facts, surroundings) and facts.kill_mode in ("mixed", "process"):
         word, reason = (
@@ -295,7 +296,7 @@ def _worse(
         word, reason = UnitVerdict.UNKNOWN, unseen
     elif any(place.server and not is_ordered(facts, place) for place in surroundings.storage):
         reason = "its disks are served by a process that may be stopped at the same time"
-    elif not surroundings.can_ask:
+    elif not can_ask(facts, surroundings):
         reason = f"its guest is asked to shut down now, but {HELPER} cannot ask it"
     else:
         reason = "the existing ExecStop= keeps more"
@@ -335,7 +336,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         main_is_qemu=main_is_qemu(facts, surroundings) and not facts.is_scope,
         main_may_trap=may_trap(facts, surroundings),
         outlives=outlives(facts, surroundings),
-        helper=helper_in_unit(facts),
+        helper=helper_in_unit(facts, surroundings.policy),
         guard=surroundings.guard if surroundings.is_guarded else "",
         keepers=tuple(keeper.unit for keeper in surroundings.keepers),
         keeper_timeout=min((keeper.timeout for keeper in surroundings.keepers), default=INFINITY),
@@ -343,7 +344,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         unordered_server=any(place.server or place.unseen for place in unordered),
         storage_goes_first=any(not (place.server or place.unseen) for place in unordered)
         or not facts.default_dependencies,
-        can_ask=surroundings.can_ask,
+        can_ask=can_ask(facts, surroundings),
     )
 
 

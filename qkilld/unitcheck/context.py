@@ -8,9 +8,10 @@ from dataclasses import field
 from pathlib import PurePosixPath
 from typing import Final
 
+from qkilld.model import timespan
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
-from qkilld.model.policy import DEFAULT_EXECUTABLES, Policy, is_qemu
+from qkilld.model.policy import DEFAULT_EXECUTABLES, JOB_SPANS, Policy, Span, is_qemu
 from qkilld.model.unit import Command, UnitFacts
 from qkilld.unitcheck.command import HELPER, helper_options, is_helper, programs_of
 from qkilld.unitcheck.keepers import MANAGERS, GuestKeeper
@@ -250,10 +251,44 @@ def helper_fault(facts: UnitFacts, command: Command) -> str:
     return ""
 
 
-def helper_limit(command: Command) -> str:
-    """Return the value of --max in a line of qkilld-stop; "" for no limit."""
-    limit = helper_options(command).get("--max", "")
-    return "" if limit == "infinity" else limit
+def helper_limit(command: Command, policy: Policy) -> str:
+    """Return the option with which this line of qkilld-stop ends a guest earlier than the
+    configuration, such as `--max 3s`; "" for none."""
+    spans = (span for span in JOB_SPANS if span.field != "powerdown")
+    return next((text for span in spans if (text := _shorter(command, span, policy))), "")
+
+
+def helper_hurry(command: Command, policy: Policy) -> str:
+    """Return the option because of which this line of qkilld-stop does not ask the guest to shut
+    down, or not as long as the configuration says; "" for none."""
+    if "--no-powerdown" in helper_options(command):
+        return "--no-powerdown"
+    spans = (span for span in JOB_SPANS if span.field == "powerdown")
+    return next((text for span in spans if (text := _shorter(command, span, policy))), "")
+
+
+def _shorter(command: Command, span: Span, policy: Policy) -> str:
+    value = helper_options(command).get(span.argument)
+    if value is None:
+        return ""
+    try:
+        is_shorter = timespan.parse(value) < getattr(policy, span.field)
+    except ValueError:
+        is_shorter = True  # A variable, for example.
+    return f"{span.argument} {value}" if is_shorter else ""
+
+
+def forces(command: Command) -> bool:
+    """Return whether this line of qkilld-stop sends SIGKILL, whatever the unit's settings."""
+    return "--force" in helper_options(command)
+
+
+def can_ask(facts: UnitFacts, around: Surroundings) -> bool | None:
+    """Return whether qkilld-stop would ask all guests of the unit to shut down; None if unknown."""
+    own = [command for command in facts.exec_stop if is_helper(command)]
+    if any("--no-powerdown" in helper_options(command) for command in own):
+        return False
+    return around.can_ask
 
 
 def hides_bus(facts: UnitFacts) -> str:
@@ -266,7 +301,7 @@ def hides_bus(facts: UnitFacts) -> str:
     return ""
 
 
-def helper_in_unit(facts: UnitFacts) -> Helper:
+def helper_in_unit(facts: UnitFacts, policy: Policy) -> Helper:
     """Return how well the unit's own qkilld-stop works."""
     own = [command for command in facts.exec_stop if is_helper(command)]
     if own and all(helper_fault(facts, command) for command in own):
@@ -274,7 +309,10 @@ def helper_in_unit(facts: UnitFacts) -> Helper:
     reach = helper_reach(facts)
     if any("privileged" in command.flags for command in own):
         reach = Helper.EXTENDS
-    if reach is Helper.EXTENDS and own and all(map(helper_limit, own)):
+    limited = [command for command in own if helper_limit(command, policy)]
+    if any(map(forces, limited)):
+        return Helper.KILLS
+    if reach is Helper.EXTENDS and limited:
         return Helper.TIMED
     if reach is Helper.EXTENDS and facts.notify_access not in ("exec", "all"):
         return Helper.TIMED

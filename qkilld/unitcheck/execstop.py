@@ -9,13 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qkilld.model.constants import INFINITY, USEC_PER_SEC
+from qkilld.model.policy import Policy
 from qkilld.model.timespan import format_usec
 from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.command import HELPER, helper_arguments, is_helper, line_of, quoted
 from qkilld.unitcheck.command_text import helper_arguments_of, ignoring_failure
 from qkilld.unitcheck.context import (
     Surroundings,
+    can_ask,
+    forces,
     helper_fault,
+    helper_hurry,
     helper_limit,
     helper_reach,
     hides_bus,
@@ -61,7 +65,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             corrected(facts, surroundings),
         )
     yield from _check_by_name(stop_lines(facts, surroundings))
-    if surroundings.can_ask is not True and any(_asks_and_returns(line) for line in lines):
+    if can_ask(facts, surroundings) is not True and any(_asks_and_returns(line) for line in lines):
         yield Finding(
             "powerdown-cut",
             _ADVICE,
@@ -79,7 +83,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
             " the timeout",
             (Line("Service", "TimeoutStopSec=… (more than it ever takes)", by_hand=True),),
         )
-    yield from _check_arguments(facts)
+    yield from _check_arguments(facts, surroundings.policy)
     yield from _check_listening(facts, surroundings)
     yield from _check_sandbox(facts, surroundings)
 
@@ -149,7 +153,7 @@ def _check_sandbox(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Fin
         )
 
 
-def _check_arguments(facts: UnitFacts) -> Iterator[Finding]:
+def _check_arguments(facts: UnitFacts, policy: Policy) -> Iterator[Finding]:
     plain = (Line("Service", f"ExecStop=/usr/bin/{HELPER}", by_hand=True),)
     for command in facts.exec_stop:
         if not is_helper(command):
@@ -162,13 +166,27 @@ def _check_arguments(facts: UnitFacts) -> Iterator[Finding]:
                 "systemd then sends SIGTERM to the unit's own guest, and SIGKILL at the timeout",
                 plain,
             )
-        elif (limit := helper_limit(command)) and is_cut(facts):
+            continue
+        limit = helper_limit(command, policy)
+        if limit and (is_cut(facts) or forces(command)):
             yield Finding(
                 "helper-max",
                 _MAY,
-                f"its {HELPER} has --max {limit}",
+                f"its {HELPER} has {limit}",
                 "after this time, the guest is killed, or left to systemd's signals, even while it "
-                "still writes",
+                "still writes"
+                if limit.startswith("--max")
+                else "this is shorter than configured: the guest is killed, or left to systemd's "
+                "signals, while a slow disk may still write its data",
+                plain,
+            )
+        if hurry := helper_hurry(command, policy):
+            yield Finding(
+                "helper-powerdown",
+                _ADVICE,
+                f"its {HELPER} has {hurry}",
+                "the guest's operating system is not asked to shut down, or not as long as "
+                "configured: data in its memory may be lost",
                 plain,
             )
 
@@ -376,15 +394,16 @@ def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
     """Return the numbers of the lines that adopt does not repeat."""
     helpers = [number for number, command in enumerate(facts.exec_stop) if is_helper(command)]
     lines = stop_lines(facts, surroundings)
+    helper_asks = can_ask(facts, surroundings) is True
     removed = {
         number
         for number, line in enumerate(lines[: helpers[0] if helpers else len(lines)])
-        if line.has(ActKind.KILLS) or _is_replaced(line, lines, surroundings)
+        if line.has(ActKind.KILLS) or _is_replaced(line, lines, helper_asks=helper_asks)
     }
     return removed.union(helpers[:1])
 
 
-def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surroundings) -> bool:
+def _is_replaced(line: StopLine, lines: Sequence[StopLine], *, helper_asks: bool) -> bool:
     """Return whether the line only asks QEMU to exit (the helper asks the guest first), but not by
     its name, or waits for the guest (the helper waits without a fixed timeout).
 
@@ -393,11 +412,7 @@ def _is_replaced(line: StopLine, lines: Sequence[StopLine], surroundings: Surrou
     if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
         return True
     is_asked = any(each.has(ActKind.ASKS) for each in lines)
-    return (
-        line.is_understood
-        and line.has(ActKind.WAITS)
-        and (surroundings.can_ask is True or not is_asked)
-    )
+    return line.is_understood and line.has(ActKind.WAITS) and (helper_asks or not is_asked)
 
 
 def is_cut(facts: UnitFacts) -> bool:

@@ -104,6 +104,8 @@ class Helper(StrEnum):
     """systemd extends the timeout whenever qkilld-stop asks."""
     TIMED = auto()
     """systemd ignores qkilld-stop's extensions of the timeout."""
+    KILLS = auto()
+    """qkilld-stop sends SIGKILL after a fixed time."""
     INEFFECTIVE = auto()
     """qkilld-stop sees no guest, or cannot be started."""
 
@@ -316,7 +318,10 @@ class _Stop:
             self.steps.append(StopStep(by, ActKind.HELPER.value))
         settings = self.settings
         patient = Patience.TIMED
-        if settings.helper is Helper.EXTENDS or not settings.is_cut or by:
+        is_timed = settings.helper is Helper.KILLS or (
+            settings.helper is Helper.TIMED and settings.is_cut
+        )
+        if by or not is_timed:
             patient = Patience.PATIENT
         guest = self.waited
         if self.assumed.can_ask and not self.exiting:

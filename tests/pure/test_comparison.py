@@ -284,6 +284,26 @@ def test_what_follows_a_helper_that_may_fail_may_find_the_guest_running(later: s
     assert judge(replace(SAFE, exec_stop=(STOP, line(later))), ASKABLE).keeps_data
 
 
+def test_a_helper_with_options_keeps_only_what_they_allow() -> None:
+    def stopped(*words: str, timeout: int = 90 * S) -> Comparison:
+        command = Command(STOP.path, (STOP.path, *words))
+        return judge(replace(SAFE, exec_stop=(command,), timeout_stop=timeout), ASKABLE)
+
+    asks = stopped().now[Occasion.STOP]
+    assert (asks.guest, asks.disks) == (Patience.PATIENT, Patience.PATIENT)
+    mute = stopped("--no-powerdown").now[Occasion.STOP]
+    assert (mute.guest, mute.disks) == (Patience.NONE, Patience.PATIENT)
+    for words in (("--force", "--stall", "1s"), ("--force", "--max=9s")):
+        for timeout in (90 * S, INFINITY):
+            assert stopped(*words, timeout=timeout).now[Occasion.STOP].disks is Patience.TIMED
+            assert stopped(*words, timeout=timeout).word is not UnitVerdict.SAFE
+    # A line that asks the guest is not replaced by a helper that does not.
+    mute_stop = Command(STOP.path, (STOP.path, "--no-powerdown"))
+    assert any("system_powerdown" in each for each in written(
+        replace(SAFE, exec_stop=(LOOP, mute_stop)), ASKABLE
+    ))  # fmt: skip
+
+
 def test_each_helper_of_a_unit_remains() -> None:
     stops = [Command(STOP.path, (STOP.path, "--pidfile", f"/run/{name}.pid")) for name in "ab"]
     start = (QEMU, "-pidfile", "/run/a.pid", "-pidfile", "/run/b.pid")

@@ -383,6 +383,11 @@ def test_names_as_systemd_escapes_them() -> None:
         ("--pidfile /run/web.pid", ""),
         ("--max infinity", ""),
         ("--max 3s", "helper-max"),
+        ("--max $MAX", "helper-max"),
+        ("--storage-stall 1s --stall 1s --force", "helper-max"),
+        ("--grace=2s", "helper-max"),
+        ("--storage-stall 1h --stall=1min --grace infinity", ""),
+        ("--no-powerdown", ""),
         ("--dry-run", "helper-target"),
         ("--all --force", "helper-target"),
         ("--pid 1", "helper-target"),
@@ -405,6 +410,30 @@ def test_arguments_of_the_helper(words: str, key: str) -> None:
         for line in finding.fixes
     ]
     assert lines == ["ExecStop=", f"ExecStop=-+/usr/bin/qkilld-stop {words}".rstrip()]
+
+
+@pytest.mark.parametrize(
+    ("words", "timeout", "key"),
+    [
+        ("--max 3s", INFINITY, ""),
+        # It kills the guest although systemd would not.
+        ("--force --max 3s", INFINITY, "helper-max"),
+        ("--force --stall 1s", INFINITY, "helper-max"),
+        ("--force", INFINITY, ""),
+        ("--no-powerdown", 90 * S, "helper-powerdown"),
+        ("--powerdown-sec 1s", 90 * S, "helper-powerdown"),
+        ("--powerdown-sec 1h", 90 * S, ""),
+    ],
+)
+def test_a_helper_that_is_in_a_hurry(words: str, timeout: int, key: str) -> None:
+    command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
+    facts = replace(SAFE, exec_stop=(command,), timeout_stop=timeout)
+    assert list(found(facts)) == ([key] if key else [])
+    # The configuration of this host may be in more of a hurry.
+    quick = Policy(grace=S, stall=S, storage_stall=S, max=2 * S, powerdown=S)
+    assert found(facts, replace(AROUND, policy=quick)) == (
+        found(facts) if words == "--no-powerdown" else {}
+    )
 
 
 def test_a_restart_has_a_signal_of_its_own() -> None:
