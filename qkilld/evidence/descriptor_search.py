@@ -33,7 +33,7 @@ another user may have started it as a set-user-ID program."""
 MAX_KEYS: Final = 65_536
 """The maximum number of keys to search for at a time."""
 
-_AT_ONCE: Final = 16
+_AT_ONCE: Final = 64
 """The number of processes with few descriptors that are read before the time is looked at again."""
 
 
