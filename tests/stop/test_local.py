@@ -14,15 +14,19 @@ from typing import Any, ClassVar
 
 import pytest
 
+from qkilld.model.constants import INFINITY, Flag
+from qkilld.model.errors import UnknownIdentity
 from qkilld.model.event import Event
 from qkilld.model.policy import Config, Policy
 from qkilld.stop import fallback, local
-from qkilld.stop.fallback import LocalStop
+from qkilld.stop.fallback import Fallback, LocalStop
 from qkilld.stop.local import LocalStopper
 from qkilld.stop.log import Log
 from qkilld.stop.options import Options
 from qkilld.stop.process import may_pass_monitor, open_process
 from tests.lab.guest import Guest, own_qemus
+from tests.lab.process import OTHER_UID
+from tests.lab.stuck import stuck_guests
 from tests.stop.fakes import Notes, stop_of
 
 SECOND = 1_000_000
@@ -32,6 +36,41 @@ QUICK = Policy(grace=SECOND // 10, stall=SECOND // 10, storage_stall=SECOND // 1
 class SilentLog(Log):
     def write(self, event: Event) -> None:
         pass
+
+
+def local_stop(pid: int) -> LocalStop:
+    return LocalStop(
+        pid=pid,
+        start_time=None,
+        flags=Flag.FORCE,
+        powerdown=False,
+        ask_at_most=INFINITY,
+        spans={},
+        reason="a test",
+        status=None,
+    )
+
+
+def test_a_process_that_is_stuck_for_a_moment_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(QUICK, executables=(own_qemus(),))
+    monkeypatch.setattr(fallback, "configuration", lambda: config)
+
+    async def stop(pid: int) -> str:
+        engine = Fallback(SilentLog())
+        try:
+            return await engine.stop(local_stop(pid), "a test")
+        finally:
+            await engine.close()
+
+    with stuck_guests() as stuck:
+        guest = stuck.make_stuck(OTHER_UID)
+        with monkeypatch.context() as patch:
+            patch.setattr(fallback, "IDENTITY_S", 0.3)
+            with pytest.raises(UnknownIdentity, match="Try again"):
+                asyncio.run(stop(guest.pid))
+        threading.Timer(0.5, stuck.free).start()
+        monkeypatch.setattr(fallback, "IDENTITY_S", 30.0)
+        assert asyncio.run(stop(guest.pid)) == "killed"
 
 
 class RecordingStop(LocalStop):
