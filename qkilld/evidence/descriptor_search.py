@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import blockable
-from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS
@@ -68,9 +67,8 @@ class Searched(NamedTuple):
 
     began: float
     ended: float
-    all_readable: bool
-    """Whether all processes could be read. A user's daemon lacks the ptrace right, and cannot read
-    the processes of other users."""
+    complete: bool
+    """Whether each process that was listed could be read, and all of its descriptors."""
 
 
 class DescriptorSearch:
@@ -96,8 +94,14 @@ class DescriptorSearch:
         self._counts: dict[int, int] = {}
         self._without: set[Candidate] = set()
         """The processes that did not have `link` open when they were last searched."""
-        self._is_denied = False
-        """Whether the present search was not permitted to read a process."""
+        self._is_complete = True
+        """See Searched.complete; of the present search."""
+        self._left_out: frozenset[int] = frozenset()
+        """The processes that the present search leaves to `beside`, by their numbers of
+        descriptors."""
+        self.beside: DescriptorSearch | None = None
+        """The search through the others. A process that it left out is searched here, although its
+        number of descriptors may have changed since."""
         self._seconds = 0.0
         """The processor time of the threads that read the descriptors."""
         self._rests_until = 0.0
@@ -151,7 +155,7 @@ class DescriptorSearch:
     def _search_all(self) -> Iterator[_Link | None]:
         """Yield what is found, and now and then None, so that the caller can look at the time."""
         self._began = time.monotonic()
-        self._is_denied = False
+        self._is_complete = True
         self._latecomers.clear()
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
@@ -181,23 +185,35 @@ class DescriptorSearch:
         for key in self._wanted - self._latecomers:
             self._wanted.discard(key)
             if key in self._searched or len(self._searched) < MAX_KEYS:
-                self._searched[key] = Searched(self._began, now, not self._is_denied)
+                self._searched[key] = Searched(self._began, now, self._is_complete)
 
     def _processes(self) -> list[Candidate]:
         """List the processes. Costs 3 µs each."""
         processes = []
+        left_out = []
+        taken_over = self.beside._left_out if self.beside is not None else ()
         for name in os.listdir(self._proc):  # noqa: PTH208 - half the cost
             if not name.isdecimal():
                 continue
             try:
                 status = os.stat(f"{self._proc}/{name}/fd")  # noqa: PTH116 - half the cost
-            except OSError as error:  # It has exited, or hidepid= hides its files.
-                self._is_denied = self._is_denied or isinstance(error, PermissionError)
+            except OSError as error:
+                self._note_failure(error)
                 continue
             count = status.st_size or self._counts.get(int(name), 0)
-            if (count >= FEW) is self._many and count <= MAX_DESCRIPTORS:
+            if (count >= FEW) is not self._many and int(name) not in taken_over:
+                left_out.append(int(name))
+            elif count <= MAX_DESCRIPTORS:
                 processes.append(self._of_its_user(Candidate(int(name), status.st_uid, count)))
+            else:
+                self._is_complete = False
+        self._left_out = frozenset(left_out)
         return processes
+
+    def _note_failure(self, error: Exception) -> None:
+        """Note that a process could not be read. That it has exited leaves nothing to read."""
+        if not isinstance(error, (FileNotFoundError, ProcessLookupError)):
+            self._is_complete = False
 
     def _of_its_user(self, process: Candidate) -> Candidate:
         """Return the process with its real user, which /proc/PID does not show for a set-user-ID
@@ -211,11 +227,13 @@ class DescriptorSearch:
 
     def _links_of(self, process: Candidate, answer: _HeldLinks | Exception) -> Iterator[_Link]:
         if isinstance(answer, Exception):
-            self._is_denied = self._is_denied or isinstance(answer, (PermissionError, Unanswered))
+            self._note_failure(answer)
             note_once("looking for servers", answer)
             return
         self._seconds += answer.seconds
         self._counts[process.pid] = answer.total
+        if answer.total > MAX_DESCRIPTORS:
+            self._is_complete = False
         for link, name in answer.links:
             yield link, DescriptorHolder(process.pid, name)
         if self._link and not answer.links:
@@ -235,6 +253,19 @@ class DescriptorSearch:
             if link == self._link or (not self._link and link in self._wanted):
                 links.append((link, name))
         return _HeldLinks(len(names), links, time.thread_time() - start)
+
+
+def search_pair(
+    proc: Path, *, pause_factor: float, valid_s: float, link: str = ""
+) -> list[DescriptorSearch]:
+    """Return the search through the processes with few descriptors, and the one through those with
+    many. For the parameters see DescriptorSearch."""
+    few, many = (
+        DescriptorSearch(proc, many=many, pause_factor=pause_factor, valid_s=valid_s, link=link)
+        for many in (False, True)
+    )
+    few.beside, many.beside = many, few
+    return [few, many]
 
 
 def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:

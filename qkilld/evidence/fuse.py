@@ -6,8 +6,8 @@ QEMU waits for one answer, such as that to an fsync, only the server's disk show
 Each mount has a connection, whose number is the minor number of the mount's st_dev. Since Linux
 6.16 (measured on 6.18), fdinfo of the server's /dev/fuse names the connection. On older kernels,
 every process that has /dev/fuse open may be the server, and any user can open it. There the server
-is certain only if a single process has /dev/fuse open, and all processes could be read after the
-mount was made.
+is certain only if a single process has /dev/fuse open, and all processes of the host were read
+after the mount was made.
 
 Sources: kernel fs/fuse/dev.c (fuse_dev_show_fdinfo), Documentation/filesystems/fuse.rst
 ("Control filesystem").
@@ -26,7 +26,7 @@ from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_bounded
 from qkilld.debug_log import note_once
-from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch, Searched
+from qkilld.evidence.descriptor_search import DescriptorHolder, Searched, search_pair
 from qkilld.evidence.files import PROC
 from qkilld.evidence.kept_file import read_once
 from qkilld.model.named_tuple import NamedTuple
@@ -50,6 +50,7 @@ AGE_S: Final = 30.0
 RENEW_S: Final = 20.0
 """When to search again, so that the next search is complete before AGE_S."""
 
+FIRST_NAMESPACE: Final = "pid:[4026531836]"
 _LABEL: Final = b"\nfuse_connection:\t"
 _UNNAMED: Final = None
 """The key of the processes whose connection the kernel does not name."""
@@ -88,10 +89,8 @@ class FuseFinder:
         self._proc = proc
         self._searching = threading.Lock()
         """Protects the searches."""
-        self._searches = [
-            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
-            for many in (False, True)
-        ]
+        self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=AGE_S, link=DEVICE)
+        self._sees_all = _sees_all_processes(proc)
         self._lock = threading.Lock()
         """Protects the descriptors."""
         self._descriptors: dict[int | None, dict[int, str]] = {}
@@ -146,10 +145,10 @@ class FuseFinder:
         return unnamed
 
     def _is_searched(self, connection: int, since: float) -> bool:
-        """Return whether all processes could be read, after this time and recently."""
+        """Return whether all processes were searched, after this time and recently."""
         searches = [search.searched(str(connection)) for search in self._searches]
-        return all(one is not None and one.all_readable for one in searches) and all(
-            _is_recent(one, since, AGE_S) for one in searches
+        return self._sees_all and all(
+            one is not None and one.complete and _is_recent(one, since, AGE_S) for one in searches
         )
 
     def _add(self, holder: DescriptorHolder) -> None:
@@ -211,6 +210,17 @@ def _connection(directory: str, descriptor: str) -> int | None:
     """Return the connection that a process has open. `directory`: /proc/PID. Raises OSError."""
     number = read_once(f"{directory}/fdinfo/{descriptor}").partition(_LABEL)[2].partition(b"\n")[0]
     return int(number) if number.isdigit() else _UNNAMED
+
+
+def _sees_all_processes(proc: Path) -> bool:
+    """Return whether we see the processes of all users and containers: as root, to whom hidepid=
+    hides none, and in the first PID namespace, whose number is PROC_PID_INIT_INO
+    (include/linux/proc_ns.h)."""
+    try:
+        return os.geteuid() == 0 and os.readlink(f"{proc}/self/ns/pid") == FIRST_NAMESPACE  # noqa: PTH115
+    except OSError as error:
+        note_once("reading our PID namespace", error)
+        return False
 
 
 def _is_recent(searched: Searched | None, since: float, age: float) -> bool:

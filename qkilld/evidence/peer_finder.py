@@ -16,7 +16,7 @@ from typing import Final
 
 from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
-from qkilld.evidence.descriptor_search import DescriptorHolder, DescriptorSearch
+from qkilld.evidence.descriptor_search import DescriptorHolder, search_pair
 from qkilld.evidence.files import PROC
 
 SEARCH_S: Final = 0.05
@@ -40,10 +40,7 @@ class PeerFinder:
         """The processes of sockets, by the text of the descriptor's link."""
         self._lock = threading.Lock()
         """Protects the searches."""
-        self._searches = [
-            DescriptorSearch(proc, many=many, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
-            for many in (False, True)
-        ]
+        self._searches = search_pair(proc, pause_factor=PAUSE_FACTOR, valid_s=RETRY_S)
 
     def find(self, inodes: Iterable[int]) -> dict[int, int]:
         """Return the process id of each socket that was found, by inode. Takes at most about

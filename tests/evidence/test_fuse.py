@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qkilld.evidence import descriptor_search, fuse, peers
-from qkilld.evidence.files import Descriptors
+from qkilld.evidence.files import MAX_DESCRIPTORS, Descriptors
 from qkilld.evidence.fuse import FuseFinder, FuseServers, connection_of
 from qkilld.evidence.peer_finder import PeerFinder
 from qkilld.evidence.sampler import HostTables, Reader
@@ -147,6 +148,8 @@ def finder_in(proc: Path, *pids: int) -> FuseFinder:
     """Return a finder for a fake /proc in which these processes have /dev/fuse open."""
     for pid in pids:
         add_holder(proc, pid)
+    (proc / "self/ns").mkdir(parents=True)
+    (proc / "self/ns/pid").symlink_to(fuse.FIRST_NAMESPACE)
     return FuseFinder(proc)
 
 
@@ -384,19 +387,80 @@ def test_requests_that_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("denied", [False, True])
+@pytest.mark.parametrize(
+    ("error", "certain"),
+    [
+        (None, True),
+        (FileNotFoundError, True),
+        (ProcessLookupError, True),
+        (PermissionError, False),
+        (OSError, False),
+    ],
+)
+@pytest.mark.parametrize("where", ["scandir", "stat"])
 def test_the_only_process_that_can_be_read(
-    tmp_path: Path, denied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    where: str,
+    error: type[OSError] | None,
+    certain: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The server may be the process of another user, whose descriptors a user may not read."""
+    """The server may be a process that could not be read: that of another user, or any if there are
+    no descriptors for reading it. One that has exited is none."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
-    scandir = os.scandir
+    function = getattr(os, where)
 
-    def list_own(path: str) -> Any:
-        if denied and path == f"{tmp_path}/8/fd":
-            raise PermissionError(path)
-        return scandir(path)
+    def fail(path: str, **options: Any) -> Any:
+        if error is not None and path == f"{tmp_path}/8/fd":
+            raise error(path)
+        return function(path, **options)
 
-    monkeypatch.setattr(os, "scandir", list_own)
-    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), not denied)}
+    monkeypatch.setattr(os, where, fail)
+    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), certain)}
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("other", ["uid", "namespace", "many", "very many"])
+def test_the_only_process_that_is_seen(
+    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finder = finder_in(tmp_path, 7)
+    (tmp_path / "8/fd").mkdir(parents=True)
+    match other:
+        case "uid":
+            monkeypatch.setattr(os, "geteuid", lambda: 1000)
+            finder = FuseFinder(tmp_path)
+        case "namespace":
+            (tmp_path / "self/ns/pid").unlink()
+            (tmp_path / "self/ns/pid").symlink_to("pid:[4026532000]")
+            finder = FuseFinder(tmp_path)
+        case "many" | "very many":
+            stat, count = os.stat, MAX_DESCRIPTORS + (other == "very many")
+
+            def with_count(path: str, **options: Any) -> Any:
+                status = stat(path, **options)
+                is_its = path == f"{tmp_path}/8/fd"
+                return SimpleNamespace(st_size=count, st_uid=0) if is_its else status
+
+            monkeypatch.setattr(os, "stat", with_count)
+    assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), other == "many")}
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_server_whose_number_of_descriptors_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has many when those with few are searched, and few when those with many are."""
+    finder = finder_in(tmp_path, 7, 8)
+    stat, counts = os.stat, iter((descriptor_search.FEW, 1))
+
+    def changing(path: str, **options: Any) -> Any:
+        status = stat(path, **options)
+        if path == f"{tmp_path}/8/fd":
+            return SimpleNamespace(st_size=next(counts, 1), st_uid=0)
+        return status
+
+    monkeypatch.setattr(os, "stat", changing)
+    (servers,) = finder.find({39: time.monotonic()}).values()
+    assert (sorted(servers.pids), servers.certain) == ([7, 8], False)
