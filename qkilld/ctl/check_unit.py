@@ -10,7 +10,7 @@ from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.process_stats import executable
 from qkilld.ctl.session import Session, error_as_json, explain
 from qkilld.ctl.unit_context import config_of, gather, instances_with_own, overrides
-from qkilld.debug_log import note
+from qkilld.debug_log import ignore, note
 from qkilld.model.constants import ExitCode
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchUnit, QkilldError
@@ -21,7 +21,7 @@ from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
 from qkilld.unitcheck.context import Surroundings, looks_like_qemu
-from qkilld.unitcheck.dropin import Override, changes
+from qkilld.unitcheck.dropin import Override, changes, has_own_files
 from qkilld.unitcheck.finding import Finding, Severity
 
 _SAMPLE: Final = "qkilld"
@@ -32,6 +32,7 @@ _OTHER_KINDS: Final = (
     *(".swap", ".timer", ".path", ".slice"),
 )
 """Units that cannot run a guest: systemd.unit(5)."""
+_MAX_INSTANCES: Final = 64
 _SHOWN: Final = 1000
 _WIDTH: Final = 96
 
@@ -142,9 +143,10 @@ async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
     is_template = bool(at) and rest.startswith(".")
     try:
         if is_template:
-            running = sorted(await systemd.list_units(f"{prefix}@*{rest}"))
-            full = running[0] if running else f"{prefix}@{_SAMPLE}{rest}"
-        facts = await systemd.unit(full)
+            facts = await _instance_of(systemd, prefix, rest)
+            full = facts.id
+        else:
+            facts = await systemd.unit(full)
     except NoSuchUnit:
         raise NoSuchUnit(f'systemd knows no unit "{printable(full_name(name))}"') from None
     if not facts.exists:
@@ -156,6 +158,18 @@ async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
         prefix, _, rest = facts.id.partition("@")
         return facts, f"{prefix}@.{rest.rpartition('.')[2]}"
     return facts, facts.id
+
+
+async def _instance_of(systemd: Systemd, prefix: str, suffix: str) -> UnitFacts:
+    """Load an instance that represents its template: a running one without files of its own, or
+    else one that does not exist. Raises NoSuchUnit."""
+    running = sorted(await systemd.list_units(f"{prefix}@*{suffix}"))
+    for name in running[:_MAX_INSTANCES]:
+        with ignore(f"asking systemd for {name}", NoSuchUnit):
+            facts = await systemd.unit(name)
+            if not has_own_files(facts):
+                return facts
+    return await systemd.unit(f"{prefix}@{_SAMPLE}{suffix}")
 
 
 def full_name(name: str) -> str:

@@ -104,6 +104,7 @@ async def gather(
     if is_template:
         instance = facts.id.partition("@")[2].rpartition(".")[0]
         storage = for_all_instances(storage, instance)
+    texts = _texts_of(facts)
     return Surroundings(
         policy=config.policy,
         executables=config.executables,
@@ -114,9 +115,9 @@ async def gather(
         uncovered=tuple(dict.fromkeys(uncovered)),
         is_running=bool(executables),
         other_unit="" if guests else _other_unit(facts, config),
-        can_ask=_can_ask(facts, guests, config),
-        environment=_environment(facts),
-        stop_texts=_stop_texts(facts),
+        can_ask=_can_ask(facts, () if is_template else guests, config, is_template=is_template),
+        environment=_environment(facts, texts, is_template=is_template),
+        stop_texts=matching_texts(merged(texts, "Service", "ExecStop"), facts.exec_stop),
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
@@ -153,9 +154,15 @@ async def find_keepers(
     return candidates.keepers(active)
 
 
-def _environment(facts: UnitFacts) -> dict[str, str]:
+def _environment(facts: UnitFacts, texts: Sequence[str], *, is_template: bool) -> dict[str, str]:
     """Return the known environment of the unit's commands. Files with a `%` or a glob in the name
-    are left out."""
+    are left out. For a template, the environment is not known if it may differ between
+    instances."""
+    lines = [
+        line for key in ("Environment", "EnvironmentFile") for line in merged(texts, "Service", key)
+    ]
+    if is_template and any("%" in line.replace("%%", "") for line in lines):
+        return {}
     variables = dict(pair.partition("=")[::2] for pair in facts.environment)
     for path in facts.environment_files:
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
@@ -163,13 +170,13 @@ def _environment(facts: UnitFacts) -> dict[str, str]:
     return variables
 
 
-def _stop_texts(facts: UnitFacts) -> tuple[str, ...]:
-    """Return the commands of the unit's ExecStop= as written; empty if they are not known."""
+def _texts_of(facts: UnitFacts) -> list[str]:
+    """Return the texts of the unit's files, as far as they can be read."""
     texts = []
     for path in (facts.fragment, *facts.drop_ins):
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
             texts.append(file.read(MAX_DROP_IN).decode(errors="surrogateescape"))
-    return matching_texts(merged(texts, "Service", "ExecStop"), facts.exec_stop)
+    return texts
 
 
 def _main_traps(facts: UnitFacts) -> bool | None:
@@ -188,16 +195,19 @@ def _main_traps(facts: UnitFacts) -> bool | None:
     return None
 
 
-def _can_ask(facts: UnitFacts, guests: Sequence[int], config: Config) -> bool | None:
+def _can_ask(
+    facts: UnitFacts, guests: Sequence[int], config: Config, *, is_template: bool
+) -> bool | None:
     """Return whether qkilld-stop can ask every guest of the unit to shut down; None if unknown, as
-    for guests of libvirt."""
+    for guests of libvirt, and for a template whose instances may have other options."""
     if not config.switches.powerdown:
         return False
     if guests:
         can = [_can_ask_process(pid) for pid in guests]
         return None if None in can else all(can)
     planned = planned_options(facts)
-    if not planned:
+    words = [word for start in facts.exec_start for word in start.arguments]
+    if not planned or (is_template and any("$" in w or "-readconfig" in w for w in words)):
         return None
     guest_endpoints = [find_endpoints(options, _would_listen(options)) for options in planned]
     return all(each.endpoints for each in guest_endpoints)

@@ -11,6 +11,7 @@ from typing import Final
 
 from qkilld.model.dataclass import dataclass
 from qkilld.model.text import printable
+from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.finding import Finding, Line
 from qkilld.unitcheck.unit_text import entries
 
@@ -99,6 +100,16 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 def _adds_stop(text: str) -> bool:
     return any(entries(text, "Service", "ExecStop"))
+
+
+def has_own_files(facts: UnitFacts) -> bool:
+    """Return whether an instance of a template has a unit file or a drop-in that other instances do
+    not have."""
+    own = {f"{name}.d" for name in (facts.id, *facts.names)}
+    is_templates = PurePosixPath(facts.fragment).name.partition("@")[2].startswith(".")
+    return not is_templates or any(
+        PurePosixPath(path).parent.name in own for path in facts.drop_ins
+    )
 
 
 def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:

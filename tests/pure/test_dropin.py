@@ -14,6 +14,7 @@ from qkilld.unitcheck.check import check
 from qkilld.unitcheck.dropin import (
     Change,
     changes,
+    has_own_files,
     is_ours,
     is_unchanged,
     missing_changes,
@@ -120,6 +121,22 @@ def test_a_later_drop_in_that_adds_a_line_to_the_stop(text: str, adds: bool) -> 
     if adds:
         assert override("x", text, wanted[:1]) is None
         assert not overridden_by_template(path, text, wanted[:1])
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        ("/etc/systemd/system/w@.service.d/x.conf", False),
+        ("/etc/systemd/system/service.d/x.conf", False),
+        ("/etc/systemd/system/w@a.service.d/50-qkilld.conf", True),
+        ("/run/systemd/system.control/w@a.service.d/x.conf", True),
+    ],
+)
+def test_what_an_instance_has_alone(path: str, own: bool) -> None:
+    facts = replace(SAFE, id="w@a.service", fragment="/etc/systemd/system/w@.service")
+    assert not has_own_files(facts)
+    assert has_own_files(replace(facts, drop_ins=(path,))) is own
+    assert has_own_files(replace(facts, fragment="/etc/systemd/system/w@a.service"))
 
 
 def test_which_drop_ins_are_later() -> None:

@@ -367,3 +367,28 @@ def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> Non
         installed.run("systemctl", "daemon-reload")
         assert "is safe" in ctl(installed, "adopt", name)
         assert installed.property(name, "ExecStop").count("/bin/cp") == 2  # Its path and argv[0].
+
+
+def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container) -> None:
+    """The instance is safe by its own drop-in, and its environment says what its stop line does."""
+    lines = (
+        f"ExecStart={IDLE} -name %i",
+        "EnvironmentFile=-/run/%i.env",
+        "ExecStop=/bin/sh -c ${HALT}",
+    )
+    installed.write("/run/a.env", "HALT=kill -9 $MAINPID\n")
+    template, own = "safety-own@.service", f"{DIRECTORY}/safety-own@a.service.d"
+    with unit(installed, *lines, name="safety-own@a.service"):
+        said = ctl(installed, "check-unit", template, code=8)
+        assert "not known what sh of its ExecStop= does" in said
+        assert "sends SIGKILL" not in said
+        installed.write(
+            f"{own}/40-own.conf",
+            "[Service]\nExecStop=\nExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\n",
+        )
+        installed.run("systemctl", "daemon-reload")
+        try:
+            assert "is safe" in ctl(installed, "check-unit", "safety-own@a.service")
+            assert "is safe" not in ctl(installed, "check-unit", template, code=8)
+        finally:
+            installed.run("rm", "-r", own, "/run/a.env")
