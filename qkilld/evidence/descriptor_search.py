@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import blockable
+from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
 from qkilld.evidence.files import MAX_DESCRIPTORS
@@ -96,6 +97,9 @@ class DescriptorSearch:
         """The processes that did not have `link` open when they were last searched."""
         self._is_complete = True
         """See Searched.complete; of the present search."""
+        self._is_blocked = False
+        """Whether a process did not answer the present search. It may do so soon: processes are
+        stuck for a moment while they execute a program."""
         self._left_out: frozenset[int] = frozenset()
         """The processes that the present search leaves to `beside`, by their numbers of
         descriptors."""
@@ -155,7 +159,7 @@ class DescriptorSearch:
     def _search_all(self) -> Iterator[_Link | None]:
         """Yield what is found, and now and then None, so that the caller can look at the time."""
         self._began = time.monotonic()
-        self._is_complete = True
+        self._is_complete, self._is_blocked = True, False
         self._latecomers.clear()
         processes = self._processes()
         self._counts = {process.pid: process.descriptor_count for process in processes}
@@ -184,6 +188,8 @@ class DescriptorSearch:
         }
         for key in self._wanted - self._latecomers:
             self._wanted.discard(key)
+            if self._is_blocked and not self._link:
+                continue
             if key in self._searched or len(self._searched) < MAX_KEYS:
                 self._searched[key] = Searched(self._began, now, self._is_complete)
 
@@ -228,6 +234,7 @@ class DescriptorSearch:
     def _links_of(self, process: Candidate, answer: _HeldLinks | Exception) -> Iterator[_Link]:
         if isinstance(answer, Exception):
             self._note_failure(answer)
+            self._is_blocked = self._is_blocked or isinstance(answer, Unanswered)
             note_once("looking for servers", answer)
             return
         self._seconds += answer.seconds

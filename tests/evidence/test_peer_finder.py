@@ -14,6 +14,7 @@ from operator import attrgetter
 import pytest
 
 from qkilld.adapters import blockable
+from qkilld.adapters.blockable import Unanswered
 from qkilld.evidence import descriptor_search, peer_finder
 from qkilld.evidence.descriptor_search import Candidate, by_turns
 from qkilld.evidence.peer_finder import PeerFinder
@@ -135,3 +136,24 @@ def test_a_process_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
             thread.join(LONG_S / 2)
             assert found == [{inode: pid}]
     until(lambda: blockable.shared.blocked, lambda blocked: not blocked)
+
+
+def test_a_server_that_was_stuck_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is searched for again before RETRY_S."""
+    monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
+    monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
+    monkeypatch.setattr(peer_finder, "RETRY_S", LONG_S)
+    finder = PeerFinder()
+    each = blockable.shared.each
+    with with_sockets(1) as (pid, inode):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                blockable.shared,
+                "each",
+                lambda directories, read: [
+                    Unanswered() if directory == f"/proc/{pid}" else answer
+                    for directory, answer in zip(directories, each(directories, read), strict=True)
+                ],
+            )
+            assert finder.find([inode]) == {}
+        assert finder.find([inode]) == {inode: pid}
