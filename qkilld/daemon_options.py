@@ -51,8 +51,8 @@ _VALUES: Final[dict[str, Callable[[str], Any]]] = {
 
 
 def _parse_simple(words: Sequence[str]) -> dict[str, Any]:
-    """Parse options that are written out, each with its value in the next word. Raises
-    StopIteration, LookupError, ValueError."""
+    """Parse options with unabbreviated names and their values in words of their own (`--bus
+    ADDRESS`). Raises StopIteration, LookupError, ValueError."""
     found: dict[str, Any] = {}
     rest = iter(words)
     for option in rest:

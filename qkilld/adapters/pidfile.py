@@ -194,18 +194,18 @@ def check_writers(content: Content, process_uid: int, caller_uid: int, shown: st
         if step.writable_by(stat.S_IWOTH):
             raise AccessDenied(
                 f"{subject} is writable by everybody, so its content proves nothing: "
-                "check the process id in it and name that instead"
+                "check the process id in it, and give that id instead"
             )
         # Assume that a group with the same number as a trusted user is that user's private group.
         if step.writable_by(stat.S_IWGRP) and step.gid not in trusted:
             raise AccessDenied(
                 f"{subject} is writable by group {step.gid}, whose members may have written it: "
-                "check the process id in it and name that instead"
+                "check the process id in it, and give that id instead"
             )
         if step.uid not in trusted:
             raise AccessDenied(
                 f"{subject} belongs to uid {step.uid}, who is neither you nor root nor the "
-                "user of the process in it: check that process id and name it instead"
+                "user of the process: check the process id in it, and give that id instead"
             )
 
 

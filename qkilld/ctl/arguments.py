@@ -40,7 +40,7 @@ _DESCRIPTION: Final = """\
 Stop QEMU guests through qkilld, and show what qkilld does.
 
 qkilld sends SIGTERM, on which QEMU writes out its data and exits. SIGKILL would lose this data, and
-is sent only with --force, after a grace period. Data that the guest's operating system has not
+is sent only with --force, to a QEMU that is stuck. Data that the guest's operating system has not
 written is saved only if the guest shuts down: with --powerdown, qkilld asks it to do so first.
 """
 _EXAMPLES: Final = """\
@@ -312,7 +312,9 @@ def _add_terminate(command: argparse.ArgumentParser) -> None:
         "those of others",
     )
     command.add_argument(
-        "--force", action="store_true", help="allow SIGKILL once the grace period is over"
+        "--force",
+        action="store_true",
+        help="allow SIGKILL if QEMU makes no progress, or its storage does not move",
     )
     command.add_argument(
         "--fixed",

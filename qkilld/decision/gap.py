@@ -26,8 +26,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
         before = unsampled_assessment(began, Verdict.UNKNOWN, now)
     return replace(
         before,
-        # An assessment made by `unsampled_assessment` does not say when samples were taken, so
-        # count time without samples from now on.
+        # `unsampled_assessment` does not set `sampled_at`. The time without samples begins now.
         sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
         progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
         outstanding_at=now if before.may_be_outstanding else before.outstanding_at,

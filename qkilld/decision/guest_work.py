@@ -2,8 +2,9 @@
 
 The work that a load does varies with the share of processors and disks that the host gives it. Two
 figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
-requests in flight. When the host's disk became slow, these changed from 0.7 and 0.3 to 0.15 and 1.2
-(measured). The other figure is the number of requests per second of processor time.
+requests in flight. When the host's disk became slow, the first fell from 0.7 to 0.15, and the
+second rose from 0.3 to 1.2, so their sum changed little (measured). The other figure is the number
+of requests per second of processor time.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ guest was asked. `judge` interprets all of that at any time, based on these fact
   work before the press and lasts. Short work proves nothing, because an idle guest writes its log
   every few seconds. A shutdown whose work is too short to count ends within PowerdownSec= anyway.
 - The work of one load varies with how much the host gives it (guest_work.py).
-- If a load ends after the press, the guest may be shutting down. From then on, all work counts that
-  an idle guest does not do.
+- If a load ends after the press, the guest may be shutting down. From then on, all work counts as
+  a shutdown that an idle guest does not do.
 - After a sign that only a shutdown gives, all work counts until the sign disappears. (The agent's
   port, for example, closes in a shutdown, but opens again if the agent was only restarted.) Without
   such a sign, work that began after the press counts as a shutdown for at most UNCERTAIN_MAX,

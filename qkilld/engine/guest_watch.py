@@ -47,7 +47,7 @@ class GuestWatch:
         on_fault: Callable[[str, BaseException], None],
     ) -> None:
         """`is_wanted` is called before each scan but the first; if it returns False, the watch ends
-        and its numbers become invalid."""
+        and the numbers of its guests become invalid."""
         self._find_guests = find_guests
         self._monitors = monitors
         self._listener = listener

@@ -3,8 +3,9 @@
 Sources: proc_pid_stat(5), proc_pid_status(5), kernel Documentation/filesystems/proc.rst. Rights:
 stat and status need none; io needs the ptrace right and, for another user's process,
 CAP_DAC_OVERRIDE. Cost, measured on kernel 6.18: 22 µs for QEMU with three threads, 6 µs if none of
-them ran since the last read. No read waits long for the target's storage: only rings.py takes the
-target's memory lock, and it does so in a separate thread.
+them ran since the last read. The target's memory lock may be held as long as its storage hangs.
+Only rings.py takes it, in a separate thread. A target that executes a program can block most other
+reads (adapters/blockable.py), so samples are taken in threads that may be left behind (workers.py).
 
 The processor clock of a process (clock_getcpuclockid(3)) counts the nanoseconds that its threads
 ran. If it has not advanced, no thread has run, so everything that only the threads can change is
@@ -117,7 +118,7 @@ class ProcessReader:
 
         These are state, cpu, term_pending, tracer, dumping and io; with `detail` also switches,
         threads, running, exiting, rings, timers and direct. Unreadable fields are None, except that
-        `timers` is 0 and `state` is unchanged. Raises nothing that the process could cause.
+        `timers` is 0 and `state` is unchanged. Whatever the process does, this raises no exception.
 
         `has_run`: a result of has_run(), if the caller has just called it.
         """

@@ -63,8 +63,9 @@ _SERVICES: Final = re.compile(
     rb"(/var)?/run/(dbus|systemd|nscd|nslcd|avahi-daemon|user/[0-9]+/(bus$|systemd))"
     rb"|/var/lib/sss/pipes/|\0?/tmp/(dbus-|\.X11-unix/)"
 )
-"""The beginnings of names of sockets at which services of the system listen that store no data of
-guests. Anybody may choose such a name, but only for a server that the guest's owner has chosen."""
+"""How the names of sockets begin that belong to services of the system. These store no data of
+guests. Anybody can give a socket such a name, but QEMU connects to it only if the guest's owner
+wants that."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_SETTLED: Final = 16
 """With more sockets than this, reading the kernel's table is cheaper than checking each

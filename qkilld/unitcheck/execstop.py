@@ -353,7 +353,8 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
     It is the place of the first line that is left out, or that after the last line that stops the
     guest, waits or sleeps. Later lines may need the guest to be gone, for example to copy its
-    image, and so do earlier ones that would run after a failure that now prevents them.
+    image. So may earlier ones: they are repeated with the prefix `-`, so one that systemd now skips
+    after a failure would run. If there is one, the helper goes before it if possible.
     """
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):

@@ -75,8 +75,8 @@ class StopLine:
     shown: str = ""
     """The program of the line, for display."""
     changes: bool = False
-    """The line changes something besides the guest, such as a file, which may need the guest to be
-    gone."""
+    """The line changes something besides the guest, such as a file. Perhaps it must not run before
+    the guest has exited."""
 
     def has(self, *kinds: ActKind) -> bool:
         return any(each.kind in kinds for each in self.acts)
