@@ -14,6 +14,7 @@ from typing import Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import note
+from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.model.text import printable
@@ -67,11 +68,11 @@ def tcp_listeners(host: str, port: int | None) -> set[int]:
 
 
 def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
-    """Return the inode of the socket that a connection to this path reaches; empty if there is no
-    file. `may_hang`: whether a file system of this type is not to be accessed.
+    """Return the inode of the socket that a connection to this path reaches; empty if nobody
+    listens. `may_hang`: whether a file system of this type is not to be accessed.
 
-    Raises OSError: the path or the sockets cannot be read, or the file is bound to no socket of our
-    network namespace.
+    Raises OSError: the path or the sockets cannot be read, or the socket may be in another network
+    namespace.
     """
     if not path.startswith("/"):
         raise OSError(f"{printable(path)} is relative to a directory that is not known")
@@ -95,9 +96,19 @@ def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
         raise OSError("the kernel does not list the listening sockets")
     number = status.st_ino & 0xFFFF_FFFF
     inodes = {listening[key] for device in devices if (key := (device, number)) in listening}
-    if not inodes:
-        raise OSError(f"no process of this network namespace listens at {printable(path)}")
+    if not inodes and _may_listen_elsewhere(os.path.basename(path)):  # noqa: PTH119
+        raise OSError("it may be in another network namespace")
     return inodes
+
+
+def _may_listen_elsewhere(name: str) -> bool:
+    """Return whether a socket of another network namespace may have a file of this name. Without
+    one, nobody listens, or only a process outside of this container."""
+
+    def matches(path: bytes) -> bool:
+        return os.path.basename(os.fsdecode(path)) == name  # noqa: PTH119
+
+    return os.geteuid() != 0 or OtherNamespaces().listens(matches) is not False
 
 
 def _device_of(file: int, mounts: procfs.Mounts) -> int:

@@ -159,10 +159,23 @@ def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
         # Its socket keeps the name, but not the file.
         path.unlink()
         second.bind(str(path))
-        (place,) = places("-drive", disk)
-        assert "no process of this network namespace listens" in place.unseen
+        assert places("-drive", disk) == []
         second.listen()
         assert [place.server for place in places("-drive", disk)] == [f"{os.getpid()}.service"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
+def test_a_server_in_another_network_namespace_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()"
+    run = ("unshare", "--net", sys.executable, "-c", f"{code}; print(flush=True); input()", path)
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        server.stdout.readline()
+        (place,) = places("-drive", f"file=nbd+unix:///?socket={path}")
+        assert "another network namespace" in place.unseen and not place.server
+        server.communicate(b"\n")
+    assert places("-drive", f"file=nbd+unix:///?socket={path}") == []
 
 
 @pytest.mark.usefixtures("unit_is_process")
