@@ -61,8 +61,8 @@ class UnitStops:
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
-        With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest. Return the
-        limits that hold for all jobs.
+        With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
+        caller is root or the owner. Return the limits that hold for all jobs.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -74,6 +74,9 @@ class UnitStops:
             guest_pid = job.guest.identity.pid
             guest_unit = await self._unit_of(guest_pid, units) if force else None
             limits = limits_of(facts, pid, guest_pid, guest_unit)
+            if uid not in (0, job.guest.identity.uid):
+                # polkit allowed SIGTERM only.
+                limits = replace(limits, force=False)
             every.append(limits)
             if job.running:
                 self._join(job, limits, process, uid, force)

@@ -135,25 +135,28 @@ SCOPE = UnitFacts("web.scope", active_state="active", job=9, timeout_stop=90 * S
 
 
 @pytest.mark.parametrize(
-    ("scope", "sent"),
+    ("scope", "uid", "sent"),
     [
-        (SCOPE, [SIGTERM, SIGKILL]),
-        (replace(SCOPE, timeout_stop=INFINITY), [SIGTERM]),
-        (replace(SCOPE, sends_sigkill=False), [SIGTERM]),
-        (replace(SCOPE, job=0), [SIGTERM]),
-        (None, [SIGTERM]),
+        (SCOPE, ROOT, [SIGTERM, SIGKILL]),
+        (SCOPE, OWNER, [SIGTERM, SIGKILL]),
+        (SCOPE, STRANGER, [SIGTERM]),
+        (replace(SCOPE, timeout_stop=INFINITY), ROOT, [SIGTERM]),
+        (replace(SCOPE, sends_sigkill=False), ROOT, [SIGTERM]),
+        (replace(SCOPE, job=0), ROOT, [SIGTERM]),
+        (None, ROOT, [SIGTERM]),
     ],
 )
 def test_a_guard_forces_only_if_its_scope_would_kill(
-    scope: UnitFacts | None, sent: list[int]
+    scope: UnitFacts | None, uid: int, sent: list[int]
 ) -> None:
+    """And only for a caller who may force; a stranger was allowed SIGTERM by polkit."""
     world, process = world_of(UP), FakeProcess()
     service, _ = make_service(world)
     service.units = OneScope(scope)
-    job = world.stop(process, uid=ROOT)
+    job = world.stop(process, uid=uid)
     described = {7: Unit(GUARD), job.guest.identity.pid: Unit("web.scope")}
     units = UnitStops(service, lambda pid: ControlProcess(described[pid], S), user=False)
-    found = asyncio.run(units.limit([job], 7, ROOT, force=True))
+    found = asyncio.run(units.limit([job], 7, uid, force=True))
     assert found.limits is not None and found.limits.force is (SIGKILL in sent)
     world.clock.advance(200)
     assert process.sent == sent
