@@ -67,13 +67,17 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
     """Convert the storage of an instance to that of its template: replace the instance name by
-    %i."""
+    %i. If the name is only a part of a word, as in nbd-web.service, the storage may be that of this
+    instance alone, and that of the others is not known."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point
         parts = re.split(r"(?<![\w.:-])" + re.escape(instance) + r"(?![\w:-])", text)
         if instance and len(parts) > 1:
             place = replace(place, text="%i".join(part.replace("%", "%%") for part in parts))
+        elif instance and re.search(rf"(?<![A-Za-z0-9]){re.escape(instance)}(?![A-Za-z0-9])", text):
+            why = f"{printable(text)} may be that of the instance {printable(instance)} alone"
+            place = Storage(protocol=place.protocol or "a mount", unseen=why)
         generalized.append(place)
     return generalized
 

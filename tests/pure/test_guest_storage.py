@@ -271,3 +271,17 @@ def test_templates_have_the_specifier() -> None:
     lines = [place.line for place in for_all_instances([own, mount, shared], "web")]
     assert lines == ["After=nbd@%i.service", "RequiresMountsFor=/srv/%i",
                      "RequiresMountsFor=/srv/website"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        Storage(protocol="nbd", server="nbd-web.service"),
+        Storage(mount_point="/srv/vm_web", unit="srv-vm_web.mount"),
+    ],
+)
+def test_templates_do_not_get_the_storage_of_one_instance(own: Storage) -> None:
+    (place,) = for_all_instances([own], "web")
+    assert place.unseen.endswith("may be that of the instance web alone") and not place.server
+    assert not is_ordered(replace(SAFE, after=(own.server, own.unit)), place)
+    assert for_all_instances([own], "we") == [own]
