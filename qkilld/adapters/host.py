@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from qkilld.adapters import procfs
-from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.names import NameReader
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.debug_log import note_once
 from qkilld.model.errors import Failed
 from qkilld.model.guest import Identity, Label
+
+_OWN_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class LocalHost:
@@ -54,11 +57,11 @@ def _identities(proc: Path) -> list[Identity]:
         match identity:
             case FileNotFoundError() | ProcessLookupError():
                 pass  # It has exited.
-            case PermissionError() | Unanswered():
-                note_once(f"identifying process {pid}", identity)
-            case OSError():
+            case OSError() if identity.errno in _OWN_LIMITS:
                 reason = os.strerror(identity.errno or 0)
                 raise Failed(f"Cannot list processes: {reason}") from None
+            case OSError():  # No process may keep the others from being listed.
+                note_once(f"identifying process {pid}", identity)
             case Exception():
                 raise identity
             case _ if identity.executable:

@@ -223,7 +223,7 @@ def read_executables(
 
 
 def _executable(directory: str) -> tuple[str, bool]:
-    """May block. Raises OSError."""
+    """May block. Raises OSError. The kernel does not show a path of 4096 bytes and more."""
     path = _readlink(f"{directory}/exe")
     if path is None:
         tasks = _tasks(Path(directory))
@@ -477,11 +477,16 @@ def read_links(fd_directory: int, most: int) -> list[tuple[str, str]] | None:
 
 
 def _readlink(path: str) -> str | None:
-    """Read a link; None if it does not exist. Raises OSError."""
+    """Read a link; None if it does not exist, or is too long for the kernel to show it. Raises
+    OSError."""
     try:
         return os.readlink(path)  # noqa: PTH115 - a third of the time
     except (FileNotFoundError, ProcessLookupError):
         return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise
 
 
 def _tasks(own: Path) -> list[Path]:

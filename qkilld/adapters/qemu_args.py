@@ -54,6 +54,8 @@ NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp
 MAX_KEY: Final = 1024
 """Longest key (characters) in key=value form. QEMU's keys have fewer than 100. A longer one would
 make the key of each element below it as long."""
+MAX_KEYS: Final = 64 << 10
+"""See QemuOption.flat (characters)."""
 
 # A string without an end reaches to the end of the text, so that it is searched only once.
 _STRINGS: Final = re.compile(r"'((?:[^'\\]++|\\.)*+)'?|\"(?:[^\"\\]++|\\.)*+\"?", re.DOTALL)
@@ -94,9 +96,11 @@ class QemuOption:
         """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
 
         Booleans become "on" and "off"; the key of a list's element is its index. Keys longer than
-        MAX_KEY or deeper than MAX_DEPTH are left out.
+        MAX_KEY or deeper than MAX_DEPTH are left out, and so is the rest if all keys together are
+        much longer than the text, which repeats no key for the elements below it.
         """
         values: dict[str, str] = {}
+        room = MAX_KEYS + 4 * len(self.text)
         pending: list[tuple[str, Any]] = [("", dict(self.properties))]
         while pending:
             path, value = pending.pop()
@@ -104,7 +108,11 @@ class QemuOption:
                 continue
             if isinstance(value, dict | list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                pending += [(f"{path}.{key}" if path else str(key), item) for key, item in items]
+                for key, item in items:
+                    inner = f"{path}.{key}" if path else str(key)
+                    if (room := room - len(inner)) < 0:
+                        return MappingProxyType(values)
+                    pending.append((inner, item))
             elif isinstance(value, bool):
                 values[path] = "on" if value else "off"
             else:

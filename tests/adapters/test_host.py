@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,9 @@ from typing import BinaryIO
 import pytest
 
 from qkilld.adapters import names as names_module
-from qkilld.adapters.host import LocalHost
+from qkilld.adapters import procfs
+from qkilld.adapters.host import LocalHost, _identities
+from qkilld.model.errors import Failed
 from qkilld.model.guest import Identity
 
 QEMU = Identity(17, 99, 0, "qemu", "S", "/usr/bin/qemu-system-x86_64", False)
@@ -66,3 +71,52 @@ def test_another_program_of_the_process_is_read_anew(tmp_path: Path) -> None:
         return names
 
     assert asyncio.run(ask()) == ["one", "one", "two"]
+
+
+def test_a_path_that_the_kernel_does_not_show_hides_no_other_process(tmp_path: Path) -> None:
+    """readlink(2) of /proc/PID/exe fails if the path has 4096 bytes or more."""
+    name, before = "d" * 250, os.open(".", os.O_PATH)
+    os.chdir(tmp_path)
+    try:
+        for _ in range(20):
+            Path(name).mkdir()
+            os.chdir(name)
+        shutil.copy("/bin/sleep", "sleep")
+        child = subprocess.Popen(["./sleep", "100"])
+    finally:
+        os.fchdir(before)
+        os.close(before)
+    try:
+        while True:
+            try:
+                path = Path(f"/proc/{child.pid}/exe").readlink()
+            except OSError as error:
+                assert error.errno == errno.ENAMETOOLONG
+                break
+            assert "python" in str(path), "the child has not executed it yet"
+
+        async def ask() -> list[Identity]:
+            return await LocalHost().identities()
+
+        pids = {identity.pid for identity in asyncio.run(ask())}
+        assert os.getpid() in pids
+        assert child.pid not in pids
+    finally:
+        child.kill()
+        child.wait()
+        subprocess.run(["rm", "-r", tmp_path / name], check=True)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_only_our_own_want_of_resources_fails_the_list(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identities(pids: object, proc: Path) -> list[tuple[int, Identity | Exception]]:
+        return [(17, QEMU), (18, OSError(number, os.strerror(number)))]
+
+    monkeypatch.setattr(procfs, "read_identities", identities)
+    if number == errno.EMFILE:
+        with pytest.raises(Failed, match="Too many open files"):
+            _identities(procfs.PROC)
+    else:
+        assert _identities(procfs.PROC) == [QEMU]

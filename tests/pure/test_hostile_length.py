@@ -81,3 +81,12 @@ def test_a_path_that_looks_like_libvirts_again_and_again() -> None:
     path = "/libvirt/qemu/" * (WORD // 14)
     options = parse_command_line(["qemu", "-qmp", f"unix:{path},server=on"])
     assert cost(lambda: find_endpoints(options, [])) < SECONDS
+
+
+def test_a_long_key_above_a_long_list_takes_no_memory() -> None:
+    """A key was repeated for each element: 147 MB for one command line."""
+    text = '{"' + 1000 * "k" + '":[' + (WORD // 2) * "0," + "0]}"
+    (option,) = parse_command_line(["qemu", "-blockdev", text])
+    assert sum(map(len, option.flat)) < 5 * WORD
+    (option,) = parse_command_line(["qemu", "-blockdev", '{"a":[' + 9_999 * "0," + "0]}"])
+    assert len(option.flat) == 10_000
