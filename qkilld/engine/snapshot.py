@@ -274,8 +274,7 @@ def _problem(snapshot: Snapshot) -> str:
         return "the job's number is impossible"
     if snapshot.guest.identity.pid <= 0:
         return "the process id is impossible"
-    asks = Flag.POWERDOWN in snapshot.flags or snapshot.phase is Phase.QUIT
-    if not snapshot.rungs and not (asks or snapshot.result):
+    if snapshot.phase is Phase.REAP and not snapshot.rungs:
         return "the job has not sent a signal"
     if not ended == (snapshot.phase is Phase.DONE) == (snapshot.ended is not None):
         return "it says both that the job has ended and that it has not"

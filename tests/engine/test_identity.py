@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from qkilld.engine.job import Job
+from qkilld.engine.job_saver import JobSaver
 from qkilld.model.access import Rank, Steerer
-from qkilld.model.constants import Flag, Result
+from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.errors import Failed, ProcessChanged, UnknownIdentity
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest
 from qkilld.model.job import Request
 
-from .conftest import FakeProcess, World
+from .conftest import FakeProcess, S, World, make_guest
+from .test_kill_written_down import SlowStore, after_crash
 from .test_snapshot import crash
 
 FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
@@ -145,3 +147,51 @@ def test_a_process_that_is_exiting_is_given_up_as_after_a_sigkill(
     assert process.sent == [SIGTERM]
     process.die()
     assert world.journal.ids[-1] is MessageId.SURVIVOR_GONE
+
+
+def before_sigterm(world: World, flags: Flag, **request: Any) -> tuple[Job, FakeProcess]:
+    """A job that has ended the flush, and waits with SIGTERM for a readable identity."""
+    guest = make_guest()
+    process = FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
+    job = world.stop(process, flags, **request)
+    becomes(process, executable="")
+    world.clock.advance(1)
+    assert (job.phase, job.rungs, process.sent) == (Phase.TERMINATE, (), [])
+    return job, process
+
+
+@pytest.mark.parametrize("flags", [FORCE, Flag(0)])
+def test_a_restart_before_sigterm_loses_no_job(world: World, flags: Flag) -> None:
+    job, process = before_sigterm(world, flags)
+    after, resumed = crash(world, job, process, down=30)
+    after.clock.advance(1)
+    assert (resumed.running, process.sent) == (True, [])
+    becomes(process, executable=make_guest().identity.executable)
+    after.clock.advance(1)
+    assert process.sent == [SIGTERM]
+    term_at = resumed.rungs[0].at
+    while resumed.running and len(process.sent) < 2 and after.clock.now() < term_at + 60 * S:
+        after.clock.advance(0.05)
+    assert process.sent == ([SIGTERM, SIGKILL] if flags else [SIGTERM])
+    assert resumed.rungs[-1].at - term_at >= 10 * S or not flags
+
+
+def test_a_sigkill_that_was_not_sent_before_sigterm_loses_no_job(world: World) -> None:
+    """Two restarts: the first daemon has only saved that it sends SIGKILL."""
+    store = SlowStore()
+    world.registry.saver = JobSaver(store, world.clock)
+    guest = make_guest()
+    process = FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
+    job = world.stop(process)
+    assert job.phase is Phase.QUIT
+    job.force(ROOT)
+    store.newest = store._saved
+    process._callback = None
+    becomes(process, executable="")
+    after = after_crash(world, store, process)
+    (resumed,) = after.registry
+    assert (resumed.phase, resumed.rungs, process.sent) == (Phase.TERMINATE, (), [])
+    last, again = crash(after, resumed, process, down=1)
+    becomes(process, executable=guest.identity.executable)
+    last.clock.advance(1)
+    assert (again.running, process.sent) == (True, [SIGTERM])

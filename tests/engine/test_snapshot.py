@@ -401,7 +401,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         changed("control/not_before", -1),
         changed("phase", "done"),
         changed("result", "exited"),
-        changed("rungs", []),
+        changed("rungs", []) | {"phase": "reap"},
         changed("rungs/0/at", -1),
         changed("rungs/0/signal", "SIGTERM"),
         changed("history/0/reasons", "x"),
