@@ -509,7 +509,7 @@ async def connect(
     timeout_s: float = CONNECT_TIMEOUT_S,
     descriptors: bool = False,
 ) -> Connection:
-    """Connect to a bus. `descriptors`: allow sending descriptors; the kernel drops received ones.
+    """Connect to a bus. `descriptors`: allow sending descriptors; received ones are closed.
     Raises BusError, which names the bus."""
     if bus.host:
         timeout_s = max(timeout_s, SSH_TIMEOUT_S)

@@ -19,6 +19,7 @@ from qkilld.bus.library import (
     get_bus_address,
     parse_address,
 )
+from qkilld.foreign_descriptors import take_over
 from qkilld.model.bus_address import BusAddress
 
 MAX_LINE: Final = 4096
@@ -31,7 +32,8 @@ async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.s
     """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
     that failed.
 
-    `descriptors`: messages may carry them, in both directions.
+    `descriptors`: messages may carry them, in both directions. Any user of the bus may
+    then send some, so the socket is a ForeignSocket, whether or not the bus delivers them.
     Raises OSError, EOFError, ValueError, AuthError or InvalidAddressError.
     """
     if bus.is_remote:
@@ -39,7 +41,7 @@ async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.s
     failure: Exception = InvalidAddressError("there is no address")
     for transport, options in parse_address(_address(bus)):
         family, target = _target(transport, options)
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = take_over(socket.socket(family, socket.SOCK_STREAM))
         try:
             await _connect(sock, target)
             await _authenticate(sock, descriptors=descriptors)

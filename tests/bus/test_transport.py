@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jeepney import (  # type: ignore[import-untyped]
+    DBusAddress,
+    HeaderFields,
+    new_method_call,
+    new_signal,
+)
+from jeepney.io.blocking import open_dbus_connection  # type: ignore[import-untyped]
 
 from qkilld.bus.connection import Connection, connect
 from qkilld.model.bus_address import BusAddress
 from qkilld.model.errors import BusError
 from tests.lab.bus import Bus, private_bus
+from tests.lab.lingering import lingering_sockets
+
+DBUS = "org.freedesktop.DBus"
 
 
 async def version_of(address: str, timeout_s: float = 10) -> str:
@@ -101,3 +113,41 @@ def test_a_bus_that_is_full() -> None:
         pytest.raises(BusError, match="cannot connect to the bus at"),
     ):
         asyncio.run(version_of(full.address))
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_descriptor_that_lingers(private_bus: Bus, read: bool) -> None:
+    """Any user of the bus may send one to a connection that takes descriptors. Neither dropping it
+    nor closing the connection with it unread blocks."""
+    driver = DBusAddress("/org/freedesktop/DBus", DBUS, DBUS)
+
+    def send(name: str) -> None:
+        passed = make()
+        signal = new_signal(DBusAddress("/x", name, "a.b"), "C", "h", (passed,))
+        signal.header.fields[HeaderFields.destination] = name
+        sender.send(signal)
+        passed.close()
+
+    def wait_received(sock: socket.socket) -> None:
+        assert select.select([sock], [], [], 30)[0]
+        time.sleep(0.2)  # Until the bus has closed its copy.
+
+    async def receive() -> float:
+        connection = await connect(BusAddress(address=private_bus.address), descriptors=True)
+        names = sender.send_and_get_reply(new_method_call(driver, "ListNames")).body[0]
+        (name,) = set(names) - {DBUS, sender.unique_name}
+        send(name)
+        wait_received(connection._sock)
+        since = time.monotonic()
+        if read:
+            await asyncio.sleep(0.01)
+            assert not select.select([connection._sock], [], [], 0)[0]
+            await connection.request_bus("GetId")
+        connection.close()
+        return time.monotonic() - since
+
+    with (
+        lingering_sockets(5) as make,
+        open_dbus_connection(private_bus.address, enable_fds=True) as sender,
+    ):
+        assert asyncio.run(receive()) < 3

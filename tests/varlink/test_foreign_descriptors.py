@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.fuse import fuse_store
 from tests.lab.guest import Guest
+from tests.lab.lingering import lingering_sockets
 from tests.lab.process import OTHER_UID, end, spawn
 from tests.monitor.test_tcp import connected
 from tests.varlink.conftest import StartDaemon, VarlinkService
@@ -45,21 +45,7 @@ def is_served(service: VarlinkService) -> bool:
 
 @pytest.fixture
 def lingering() -> Iterator[Callable[[], socket.socket]]:
-    """A function: makes a TCP socket whose last close(2) takes five minutes."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-
-        def make() -> socket.socket:
-            made = socket.create_connection(server.getsockname())
-            stack.enter_context(server.accept()[0])
-            made.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    made.send(bytes(1 << 16))
-            made.setblocking(True)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 300))
-            return made
-
+    with lingering_sockets(300) as make:
         yield make
 
 
