@@ -2,7 +2,7 @@
 
 Pure: the time is an argument and nothing is remembered. Times are CLOCK_MONOTONIC in µs.
 
-These rules hold between SIGTERM and SIGKILL. A job that is held sends nothing and does not give up.
+A job that is held sends nothing and does not give up. These rules hold between SIGTERM and SIGKILL.
 Extend delays SIGKILL. With FIXED, only time counts. Otherwise evidence counts until `max` is over:
 
 - No SIGKILL without FORCE, and none within the grace after SIGTERM.
@@ -147,7 +147,8 @@ def decide(facts: JobFacts, now: int) -> Decision:
     if Flag.NOWAIT in flags and Flag.FORCE in flags:
         return Decision(Action.KILL)
     if facts.term_at is None:
-        return Decision(Action.TERMINATE)
+        until = facts.control.held_until if facts.control.held else 0
+        return Decision(Action.WAIT, until, until) if now < until else Decision(Action.TERMINATE)
     if Flag.NOWAIT in flags:
         return Decision(Action.LEAVE)
     if not facts.by_evidence:

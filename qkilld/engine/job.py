@@ -378,7 +378,7 @@ class Job:
         """Allow no SIGKILL for at least `usec` from now, whatever the policy.
 
         The owner can extend a job of higher rank up to `owner_limit`. This, `hold` and `release`
-        raise Failed if the job has ended or has sent SIGKILL.
+        raise Failed if the job has ended, or has sent SIGKILL or been told to by Force.
         """
         self._check_controllable()
         until = min(self._parts.clock.now() + usec, INFINITY)
@@ -470,8 +470,8 @@ class Job:
 
     def _check_controllable(self) -> None:
         self._check_running()
-        if self._signals.killed:
-            raise Failed(f"Job {self.number} has sent SIGKILL already")
+        if self._signals.must_kill:
+            raise Failed(f"Job {self.number} has sent SIGKILL already, or will as soon as it can")
 
     def _changed(self) -> None:
         """Act on and report a change of the flags, the policy or the control."""

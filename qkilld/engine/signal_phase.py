@@ -95,6 +95,11 @@ class SignalPhase:
         return self._kill_at is not None
 
     @property
+    def must_kill(self) -> bool:
+        """Whether SIGKILL was sent, or will be, whatever the ladder says."""
+        return self.killed or self._forced
+
+    @property
     def sent(self) -> bool:
         """Whether SIGTERM or SIGKILL was sent."""
         return self._term_at is not None or self._kill_at is not None

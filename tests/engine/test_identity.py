@@ -12,7 +12,7 @@ import pytest
 from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
 from qkilld.model.access import Rank, Steerer
-from qkilld.model.constants import Flag, Phase, Result
+from qkilld.model.constants import INFINITY, Flag, Phase, Result
 from qkilld.model.errors import Failed, ProcessChanged, UnknownIdentity
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest
@@ -195,3 +195,24 @@ def test_a_sigkill_that_was_not_sent_before_sigterm_loses_no_job(world: World) -
     becomes(process, executable=guest.identity.executable)
     last.clock.advance(1)
     assert (again.running, process.sent) == (True, [SIGTERM])
+
+
+@pytest.mark.parametrize("by", [ROOT, Steerer(1000, Rank.OWNER)])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_hold_keeps_back_a_sigterm_that_has_waited(
+    world: World, by: Steerer, restart: bool
+) -> None:
+    job, process = before_sigterm(world, FORCE, uid=by.uid, spans={"max": 60 * S})
+    job.hold(by)
+    if restart:
+        world, job = crash(world, job, process)
+    becomes(process, executable=make_guest().identity.executable)
+    world.clock.advance(58 if by.rank is Rank.OWNER else 3600)
+    assert (job.control.held, process.sent) == (True, [])
+    if by is ROOT:
+        assert job.deadline == INFINITY
+        job.release(by)
+    else:
+        assert job.deadline == job.started + 60 * S
+        world.clock.advance(1)
+    assert (job.control.held, process.sent) == (False, [SIGTERM])

@@ -91,10 +91,14 @@ def test_held_and_extended(fixed: Flag) -> None:
         extended = replace(held, control=Control(not_before=late))
         reap = 0 if flags else 5 * S
         assert decide(extended, T0).deadline == late + reap
-    # A hold does not undo SIGKILL, nor delay a signal that is sent at once.
+    # A hold does not undo SIGKILL.
     killed = replace(held, kill_at=T0)
     assert decide(killed, T0 + 5 * S).action is Action.GIVE_UP
-    assert decide(replace(held, term_at=None), T0).action is Action.TERMINATE
+    early = replace(held, term_at=None)
+    assert decide(early, late) == Decision(Action.WAIT)
+    until = replace(early, control=Control(held=True, held_until=late))
+    assert decide(until, T0) == Decision(Action.WAIT, late, late)
+    assert decide(until, late).action is Action.TERMINATE
 
 
 @pytest.mark.parametrize("fixed", [NONE, FIXED])
