@@ -26,14 +26,7 @@ from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.waiters import Waiters
 from qkilld.engine.yank_rung import YankRung
 from qkilld.model.access import Rank, Steerer, rank_of
-from qkilld.model.constants import (
-    INFINITY,
-    Flag,
-    GuestAsked,
-    Phase,
-    Result,
-    Verdict,
-)
+from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
 from qkilld.model.errors import (
     Busy,
     Failed,
@@ -370,7 +363,7 @@ class Job:
             )
             self._powerdown.set_span(self.policy.powerdown)
         if at_once and not self._process.exited():
-            self._signals.force()
+            self._kill()
         self._parts.journal.write(events.job_joined(self, request, took_over=rank > before))
         self._changed()
 
@@ -417,11 +410,16 @@ class Job:
         self._check_running()
         if not self._signals.killed and not self._process.exited():
             self._signals.check_on_request()
-            self.flags |= Flag.FORCE
+            self.flags = self.flags & ~Flag.NOWAIT | Flag.FORCE
             self.control = UNCONTROLLED
             self._parts.journal.write(events.job_forced(self, by.uid))
-            self._signals.force()
+            self._kill()
             self._changed()
+
+    def _kill(self) -> None:
+        # SIGKILL may come a little later. With NOWAIT, a reply of the guest would end the job.
+        self._powerdown.close()
+        self._signals.force()
 
     def cancel(self, why: str = "") -> None:
         """Send no more signals and end as `cancelled`, or as `exited` if the process has exited.

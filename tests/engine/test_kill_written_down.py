@@ -8,6 +8,7 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 
+from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.ports import JobState, Process
 from qkilld.engine.snapshot import Snapshot
@@ -17,6 +18,7 @@ from qkilld.model.errors import Failed
 from qkilld.model.job import Request
 
 from .conftest import IDLE, FakeProcess, S, World
+from .test_powerdown import UP
 from .test_snapshot import passed_on
 
 FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
@@ -174,3 +176,26 @@ def test_force_waits_until_sigkill_is_saved(world: World, store: SlowStore) -> N
     assert other.sent == [SIGTERM, SIGKILL]
     with pytest.raises(Failed):
         job.hold(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("act", "result"),
+    [
+        (lambda job: job.force(ROOT), Result.KILLED),
+        (lambda job: job.join(Request(FORCE | NOWAIT, uid=1000)), Result.SIGNALLED),
+    ],
+)
+def test_a_reply_of_the_guest_does_not_undo_force(
+    world: World, store: SlowStore, act: Callable[[Job], None], result: Result
+) -> None:
+    """With NOWAIT, the job ends once the guest was asked."""
+    process = FakeProcess()
+    world.monitors.shows = lambda now: UP
+    world.monitors.on_order = lambda order: act(job)
+    job = world.stop(process, Flag.POWERDOWN | NOWAIT)
+    world.clock.advance(0.04)
+    assert (job.running, process.sent) == (True, [])
+    world.clock.advance(0.02)
+    assert process.sent == [SIGKILL]
+    process.wake()
+    assert job.result is result
