@@ -92,6 +92,8 @@ class JobStream:
         """Ended jobs that are not reported yet."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
+        self._postponed: set[Callable[[], None]] = set()
+        """What runs once the socket has taken all messages."""
         self._changes = changes
         self._first_reply = first
         for job in jobs:
@@ -145,12 +147,25 @@ class JobStream:
     def _report(self) -> None:
         self._timer = None
         if self._call.blocked:
-            self._call.when_sent(self._report)
+            self._postpone(self._report)
             return
         self._last_report = self._loop.time()
         changed, self._changed_jobs = self._changed_jobs, {}
         for job in changed.values():
             self._call.progress({"state": state(job, self._call.uid)})
+
+    def _postpone(self, report: Callable[[], None]) -> None:
+        """Call `report` once when the socket has taken all messages, however often this is
+        requested before: a client may never read."""
+        if report in self._postponed:
+            return
+        self._postponed.add(report)
+
+        def resume() -> None:
+            self._postponed.remove(report)
+            report()
+
+        self._call.when_sent(resume)
 
     def _end(self, job: Job) -> None:
         del self._callbacks[job]
@@ -165,7 +180,7 @@ class JobStream:
 
     def _report_ends(self) -> None:
         if self._call.blocked and self._callbacks:
-            self._call.when_sent(self._report_ends)
+            self._postpone(self._report_ends)
             return
         if self._callbacks and self._ended_jobs:
             self.open()

@@ -1,0 +1,105 @@
+"""What a call leaves in the daemon whose client does not read, or does not stay."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qkilld.engine.service import Service
+from qkilld.engine.turns import Turns
+from qkilld.engine.unit_stop import UnitStops
+from qkilld.model.guest import Identity, Label
+from qkilld.model.policy import Config
+from qkilld.varlink import streams
+from qkilld.varlink.methods import VarlinkMethods
+from qkilld.varlink.server import VarlinkServer
+from tests.engine.conftest import FakeProcess, World
+from tests.engine.test_service import FakeHost
+from tests.evidence.until import until
+
+
+class SlowHost(FakeHost):
+    """Naming a guest takes until `goes_on` is set."""
+
+    def __init__(self, *processes: FakeProcess) -> None:
+        super().__init__(*processes)
+        self.goes_on = asyncio.Event()
+
+    async def label(self, identity: Identity) -> Label:
+        label = await super().label(identity)
+        await self.goes_on.wait()
+        return label
+
+
+class Daemon:
+    """The Varlink server for one guest, without a bus. Make one in a running loop."""
+
+    def __init__(self, directory: Path) -> None:
+        self.world = World()
+        self.process = FakeProcess()
+        self.host = SlowHost(self.process)
+        self.streams = streams.Streams()
+        self.turns = Turns(frozenset())
+        service = Service(
+            Config(), self.host, self.world.registry, self.world.clock, self.world.sampler
+        )
+        units = UnitStops(service, lambda pid: None, user=False)
+        self.server = VarlinkServer(
+            VarlinkMethods(service, self.streams, units), self.turns, lambda what, error: None
+        )
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(directory / "s"))
+        listener.listen()
+        self.server.listen(listener)
+        self._path = directory / "s"
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self._path))
+            sock.setblocking(False)
+            yield sock
+
+    @property
+    def guest_pid(self) -> int:
+        return self.process.guest.identity.pid
+
+
+def send(sock: socket.socket, method: str, **parameters: Any) -> None:
+    call = {"method": f"org.qkilld1.{method}", "more": True, "parameters": parameters}
+    sock.send(json.dumps(call).encode() + b"\0")
+
+
+def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs the same memory, however often its job changes, and gets the end."""
+    monkeypatch.setattr(streams, "MIN_INTERVAL_S", 0.0)
+
+    async def follow() -> None:
+        daemon = Daemon(lab_dir)
+        job = daemon.world.stop(daemon.process)
+        with daemon.client() as client:
+            send(client, "Wait", job=job.number)
+            await asyncio.to_thread(until, lambda: daemon.streams._by_job, bool)
+            (connection,) = daemon.server._connections
+            while not connection.blocked:
+                daemon.streams.job_changed(job)
+            for _ in range(1000):
+                daemon.streams.job_changed(job)
+            assert len(connection._when_sent) == 1
+            daemon.process.die()
+            assert not job.running
+            received = b""
+            async with asyncio.timeout(30):
+                while daemon.server.busy or not received.endswith(b"\0"):
+                    received += await asyncio.get_running_loop().sock_recv(client, 1 << 20)
+            assert "receipt" in json.loads(received.split(b"\0")[-2])["parameters"]
+        daemon.server.close()
+
+    asyncio.run(follow())
