@@ -25,13 +25,7 @@ from qkilld.engine import events
 from qkilld.engine.registry import Registry
 from qkilld.engine.snapshot import Snapshot, SnapshotError
 from qkilld.model.constants import Result
-from qkilld.model.errors import (
-    NoSuchProcess,
-    NotQemu,
-    ProcessChanged,
-    QkilldError,
-    UnknownIdentity,
-)
+from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged
 from qkilld.model.guest import Guest
 from qkilld.model.guest_state import KeptMonitor
 
@@ -81,6 +75,7 @@ class JobStore:
         for name, why in bad:
             self._journal.write(events.state_set_aside(name, why))
         registry.count_from(last)
+        kept: set[str] = set()
         for snapshot in snapshots:
             monitor = self._stored_monitor(snapshot)
             try:
@@ -93,12 +88,31 @@ class JobStore:
                     self._stored.pop(_monitor_name(snapshot.number))
             except SnapshotError as error:
                 self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
-                self._directory.set_aside(f"{_name(snapshot.number)}.json")
-                self.drop_fd(snapshot.number)
-                self.drop_monitor(snapshot.number)
-        registry.follow_resumed()
-        for name in list(self._stored):
+                self._set_aside(snapshot.number)
+            except Failed as error:
+                # The next start may succeed.
+                self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
+                kept |= {_name(snapshot.number), _monitor_name(snapshot.number)}
+            except Exception as error:
+                # Otherwise no start could succeed, and no job would continue.
+                self._report(f"resuming job {snapshot.number}", error)
+                # Do not close this descriptor, because the job may own it.
+                self._stored.pop(_monitor_name(snapshot.number), None)
+                self._set_aside(snapshot.number)
+        try:
+            registry.follow_resumed()
+        except Exception as error:
+            self._report("continuing a job of an earlier daemon", error)
+        for name in self._stored.keys() - kept:
             self._reject(name, "no job needs it")
+
+    def _set_aside(self, number: int) -> None:
+        self._directory.set_aside(f"{_name(number)}.json")
+        self.drop_fd(number)
+        self.drop_monitor(number)
+
+    def _report(self, doing: str, error: Exception) -> None:
+        self._journal.write(events.internal_error(doing, error))
 
     def store_fd(self, number: int, process: Process) -> None:
         name, fd = _name(number), process.fileno()
@@ -142,7 +156,8 @@ class JobStore:
             self._directory.close(self._registry.last)
 
     def _process(self, snapshot: Snapshot) -> Process | None:
-        """Return the job's process; None if it is gone or not needed. Raises SnapshotError."""
+        """Return the job's process; None if it is gone or not needed. Raises SnapshotError, and
+        Failed if it cannot be opened now."""
         ended = snapshot.result not in (None, Result.SURVIVED)
         if ended and not snapshot.processors_stopped:
             return None
@@ -170,15 +185,13 @@ class JobStore:
         try:
             try:
                 process = self._open(guest.identity.pid)
-            except UnknownIdentity:
+            except Failed:
                 # The job looks again, and checks the identity before it sends a signal.
                 return open_unidentified(guest)
         except NoSuchProcess:
             return None
         except NotQemu as error:
             raise SnapshotError(str(error)) from None
-        except QkilldError as error:
-            raise SnapshotError(f"its process cannot be opened: {error}") from None
         if process.identity.key != guest.identity.key:
             process.close()
             return None

@@ -5,12 +5,14 @@ fails, for example because /run is full, jobs continue, and the first failure af
 reported.
 
 Files may come from an earlier run or from anyone. A file that is incomplete or not ours is renamed
-to NAME.bad and reported. A file of a newer version is reported and kept.
+to NAME.bad and reported. A file of a newer version is reported and kept, as is one that cannot be
+read for lack of descriptors or memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -39,6 +41,7 @@ still reserved, and not used again."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -98,13 +101,12 @@ class StateDirectory:
                         documents.append(_job(name, document))
                         if document["job"]["version"] != VERSION:
                             self.outdated.add(documents[-1].number)
-                except UnknownVersion as error:
-                    # Keep the file, and do not reuse its number.
-                    bad.append(BadFile(name, _why(error)))
-                    last = max(last, int(name[4:-5]))
                 except (SnapshotError, OSError) as error:
                     bad.append(BadFile(name, _why(error)))
-                    self.set_aside(name)
+                    if not _is_usable_later(error):
+                        self.set_aside(name)
+                    elif job := _JOB.fullmatch(name):
+                        last = max(last, int(job[1]))  # Do not reuse its number.
         last = max([last, *(snapshot.number for snapshot in documents)])
         try:
             self._reserve(last)
@@ -303,6 +305,11 @@ def _number(document: dict[str, Any]) -> int:
     if type(last) is not int or not 0 <= last < 10**9:
         raise SnapshotError("it has no valid job number")
     return last
+
+
+def _is_usable_later(error: Exception) -> bool:
+    short = isinstance(error, OSError) and error.errno in _SHORTAGES
+    return short or isinstance(error, UnknownVersion)
 
 
 def _why(error: Exception) -> str:

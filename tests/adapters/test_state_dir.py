@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
@@ -12,24 +13,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGKILL, SIGTERM
+from typing import Any
 
 import pytest
 
-from qkilld.adapters import state_dir
+from qkilld.adapters import job_store, process, procfs, state_dir
 from qkilld.adapters.job_store import JobStore
+from qkilld.adapters.process import PidfdProcess
 from qkilld.adapters.service_manager import ServiceManager
 from qkilld.adapters.state_dir import MAX_BAD, RESERVE, StateDirectory
 from qkilld.decision.verdict import assess
+from qkilld.engine.job import Job
 from qkilld.engine.snapshot import VERSION, Snapshot
 from qkilld.model.constants import Flag, Phase, Result
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Guest, Identity, Label
 from qkilld.model.job import Request, Rung
-from qkilld.model.policy import Policy
+from qkilld.model.policy import Config, Policy
 from qkilld.model.sample import Sample, Socket
 from tests.engine.conftest import FakeProcess, World
 from tests.lab import needs
+from tests.lab.guest import Guest as LabGuest
 from tests.lab.process import OTHER_UID
 
 GUEST = Guest(Identity(4711, 99, 1000, "qemu", "S", "/usr/bin/qemu-system-x86_64", False), Label())
@@ -263,6 +268,134 @@ def test_a_file_of_an_earlier_version_is_written_again(
         store.close()
     assert [job.number for job in world.registry] == [3]
     assert json.loads(path.read_text())["job"]["version"] == VERSION
+
+
+def _saved(opened: Open, *jobs: Snapshot) -> StateDirectory:
+    """The directory of the next daemon, with these jobs."""
+    first = opened()
+    first.load()
+    for job in jobs:
+        first.save(job)
+    first.close(len(jobs))
+    return opened()
+
+
+def _without_descriptors(step: Callable[..., PidfdProcess]) -> Callable[..., PidfdProcess]:
+    def call(what: Any) -> PidfdProcess:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            return step(what)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return call
+
+
+def test_a_process_that_cannot_be_opened_at_first_keeps_its_job(
+    lab_dir: Path, opened: Open, qemu: Callable[..., LabGuest]
+) -> None:
+    async def restore(manager: ServiceManager) -> None:
+        started = qemu()
+        guest = Guest(procfs.read_identity(started.pid), Label())
+        world = World(Config(executables=(guest.identity.executable,)))
+        directory = _saved(opened, replace(snapshot(1), guest=guest))
+        without = _without_descriptors(process.open_process)
+        store = JobStore(directory, manager, world.journal, {}, open_process=without)
+        store.restore(world.registry)
+        (job,) = world.registry
+        assert (job.running, job.guest, job.process_exited) == (True, guest, False)
+        ended = asyncio.Event()
+        job.when_ended(ended.set)
+        os.kill(started.pid, SIGKILL)
+        await ended.wait()
+        store.close()
+
+    with contextlib.closing(ServiceManager()) as manager:
+        asyncio.run(asyncio.wait_for(restore(manager), 30))
+    assert "job-1.json.bad" not in files(lab_dir)
+
+
+def test_without_descriptors_a_job_is_kept_for_the_next_start(
+    lab_dir: Path, opened: Open, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = replace(snapshot(2), result=Result.EXITED, phase=Phase.DONE, ended=world.clock.now())
+    identity = replace(GUEST.identity, pid=os.getpid())
+    directory = _saved(opened, replace(snapshot(1), guest=Guest(identity, Label())), done)
+    read, write = os.pipe()
+    os.close(write)
+    without = _without_descriptors(process.open_unidentified)
+    monkeypatch.setattr(job_store, "open_unidentified", without)
+    with contextlib.closing(ServiceManager()) as manager:
+        store = JobStore(
+            directory,
+            manager,
+            world.journal,
+            {"monitor-1": read},
+            open_process=_without_descriptors(process.open_process),
+        )
+        store.restore(world.registry)
+        store.close()
+    assert [job.number for job in world.registry] == [2]
+    assert world.journal.ids == [MessageId.STATE_SET_ASIDE]
+    assert "Too many open files" in world.journal.events[0].message
+    os.close(read)  # Kept open for the next start.
+    assert [job.number for job in opened().load()[0]] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_file_that_cannot_be_read_now_is_kept(
+    lab_dir: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    directory = _saved(opened, snapshot(40), snapshot(2))
+    read = StateDirectory._read
+
+    def fail(self: StateDirectory, name: str) -> dict[str, Any]:
+        if name == "job-2.json":
+            return read(self, name)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateDirectory, "_read", fail)
+        found, last, bad = directory.load()
+    assert ([job.number for job in found], last) == ([2], 40)
+    assert {name for name, why in bad} == {"job-40.json", "numbers.json"}
+    assert [job.number for job in opened().load()[0]] == [2, 40]
+
+
+@pytest.mark.parametrize("step", ["resume", "check_process", "follow"])
+def test_a_fault_of_one_job_does_not_end_the_start(
+    lab_dir: Path, opened: Open, world: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    before: Callable[..., None] = getattr(Job, step)
+
+    def fail(job: Job, *arguments: object) -> None:
+        if job.number == 1:
+            raise RuntimeError("a bug")
+        before(job, *arguments)
+
+    monkeypatch.setattr(Job, step, fail)
+    done = replace(snapshot(1), result=Result.EXITED, phase=Phase.DONE, ended=world.clock.now())
+    directory = _saved(opened, done, replace(done, number=2))
+    with contextlib.closing(ServiceManager()) as manager:
+        store = JobStore(directory, manager, world.journal, {})
+        store.restore(world.registry)
+        store.close()
+    assert 2 in [job.number for job in world.registry]
+    assert MessageId.INTERNAL_ERROR in world.journal.ids
+    assert files(lab_dir) == ["job-1.json.bad", "job-2.json", "numbers.json"]
+
+
+def test_a_fault_while_jobs_continue_does_not_end_the_start(
+    opened: Open, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(world.registry, "follow_resumed", fail)
+    with contextlib.closing(ServiceManager()) as manager:
+        JobStore(_saved(opened), manager, world.journal, {}).restore(world.registry)
+    assert world.journal.ids == [MessageId.INTERNAL_ERROR]
 
 
 def test_files_set_aside_are_bounded(lab_dir: Path, opened: Open) -> None:
