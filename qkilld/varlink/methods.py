@@ -152,6 +152,8 @@ class VarlinkMethods:
             call.end()
 
         call.on_disconnect = disconnect
+        if call.connection.closed:
+            disconnect()  # The client left before the job began.
         return stream
 
     def _unit_order(

@@ -15,6 +15,7 @@ import pytest
 from qkilld.engine.service import Service
 from qkilld.engine.turns import Turns
 from qkilld.engine.unit_stop import UnitStops
+from qkilld.model.event import MessageId
 from qkilld.model.guest import Identity, Label
 from qkilld.model.policy import Config
 from qkilld.varlink import streams
@@ -103,3 +104,25 @@ def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPa
         daemon.server.close()
 
     asyncio.run(follow())
+
+
+def test_a_client_that_leaves_before_its_job_begins(lab_dir: Path) -> None:
+    """Nothing is left of its call while the job runs."""
+
+    async def leave() -> None:
+        daemon = Daemon(lab_dir)
+        with daemon.client() as client:
+            send(client, "Terminate", pid=daemon.guest_pid)
+            await asyncio.to_thread(until, lambda: "label" in daemon.host.asked, bool)
+        await asyncio.to_thread(until, lambda: daemon.server._connections, lambda all: not all)
+        assert daemon.server.busy
+        daemon.host.goes_on.set()
+        await asyncio.to_thread(until, lambda: daemon.world.registry.running, bool)
+        await asyncio.to_thread(until, lambda: not daemon.server.busy, bool)
+        assert not daemon.streams._by_job and not daemon.turns.limits._running
+        (job,) = daemon.world.registry
+        assert job.running and not job._waiters._waiting
+        assert MessageId.WAITER_GONE in daemon.world.journal.ids
+        daemon.server.close()
+
+    asyncio.run(leave())
