@@ -261,7 +261,7 @@ def job_ended(job: ObservedJob) -> Event:
         ),
         Result.SURVIVED: (
             Priority.WARNING,
-            f"is still there after {after}{why}: no more signals will be sent",
+            f"is still there after {after}{why}: {job.error or 'no more signals will be sent'}",
         ),
         Result.SIGNALLED: (Priority.INFO, _unsupervised(job)),
         Result.CANCELLED: (

@@ -80,7 +80,8 @@ class Job:
         self.verdict = Verdict.UNKNOWN
         self.result: Result | None = None
         self.error = ""
-        """With `failed`: the reason. With `cancelled`: the reason, unless a caller cancelled it."""
+        """With `failed`: the reason. With `cancelled`: the reason, unless a caller cancelled it.
+        With `survived`: why a signal could not be sent, if that is so."""
         self.error_name = ""
         """With `failed`: the D-Bus name of the error, if there is one."""
         self.rungs: tuple[Rung, ...] = ()

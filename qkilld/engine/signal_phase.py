@@ -305,9 +305,14 @@ class SignalPhase:
         job, now = self._job, self._clock.now()
         if self._unidentified_since is None:
             self._unidentified_since = now
+        reap = job.policy.reap
         tried = now - self._unidentified_since
-        if error.exiting and number == SIGKILL and tried >= job.policy.reap:
+        latest = max(job.started + job.policy.max, job.control.not_before) + reap
+        if error.exiting and number == SIGKILL and tried >= reap:
             # The whole process is exiting, so SIGKILL could not change the result.
+            job.finish(Result.SURVIVED)
+        elif now >= latest and tried >= reap:
+            job.error = f"{number.name} could not be sent before MaxSec= had passed: {error}"
             job.finish(Result.SURVIVED)
         else:
             job.wait_until(job.deadline, now + RECHECK)

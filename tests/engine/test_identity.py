@@ -133,6 +133,55 @@ def test_an_unreadable_identity_is_unknown(world: World, monkeypatch: pytest.Mon
     assert process.sent == [SIGTERM, SIGKILL]
 
 
+@pytest.mark.parametrize("flags", [FORCE, Flag(0), FORCE | FIXED])
+@pytest.mark.parametrize("restart", [False, True])
+def test_maxsec_ends_a_job_whose_process_stays_unknown(
+    world: World, flags: Flag, restart: bool
+) -> None:
+    """If SIGTERM was sent, a job without FORCE ends as usual."""
+    by_evidence = FIXED not in flags
+    if by_evidence:
+        job, process = before_sigterm(world, flags, spans={"max": 60 * S})
+    else:
+        process = FakeProcess()
+        job = world.stop(process, flags, spans={"max": 60 * S})
+        becomes(process, executable="")
+    sent = list(process.sent)
+    world.clock.advance(30)
+    if restart:
+        world, job = crash(world, job, process)
+    world.clock.advance((job.started - world.clock.now()) / S + 64.9)
+    assert job.running
+    world.clock.advance(1.1)
+    assert (job.result, process.sent) == (Result.SURVIVED, sent)
+    waiting = "SIGTERM" if by_evidence else "SIGKILL"
+    assert job.error.startswith(f"{waiting} could not be sent before MaxSec= had passed: Cannot")
+    assert job.error in world.journal.events[-1].message
+
+
+def test_a_moment_in_which_the_process_is_unknown_ends_no_job_after_maxsec(world: World) -> None:
+    process = FakeProcess()
+    job = world.stop(process, FORCE, spans={"max": 60 * S})
+    job.hold(ROOT)
+    world.clock.advance(3600)
+    becomes(process, executable="")
+    job.release(ROOT)
+    world.clock.advance(3)
+    assert job.running
+    becomes(process, executable=make_guest().identity.executable)
+    world.clock.advance(2)
+    assert process.sent == [SIGTERM, SIGKILL]
+
+
+def test_an_extension_counts_for_a_process_that_stays_unknown(world: World) -> None:
+    job, process = before_sigterm(world, FORCE, spans={"max": 60 * S})
+    job.extend(600 * S, ROOT)
+    world.clock.advance(603)
+    assert (job.running, process.sent) == (True, [])
+    world.clock.advance(4)
+    assert job.result is Result.SURVIVED
+
+
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
 def test_a_process_that_is_exiting_is_given_up_as_after_a_sigkill(
     world: World, flags: Flag
