@@ -129,13 +129,16 @@ class Registry:
             self._per_uid -= Counter((before,))
             self._per_uid[job.request.uid] += 1
             return job
-        if request.uid != 0 and self._per_uid[request.uid] >= MAX_JOBS_PER_UID:
+        freed = self._freed_by_job_for(key)
+        own = self._per_uid[request.uid] - freed[request.uid]
+        if request.uid != 0 and own >= MAX_JOBS_PER_UID:
             process.close()
             raise Busy(
                 f"You have {MAX_JOBS_PER_UID} jobs here that run, have just finished, or whose "
                 "guest has survived; try again in a minute"
             )
-        if request.uid != 0 and self._per_uid.total() - self._per_uid[0] >= MAX_JOBS_OF_USERS:
+        every = self._per_uid - freed
+        if request.uid != 0 and every.total() - every[0] >= MAX_JOBS_OF_USERS:
             process.close()
             raise Busy(
                 f"Users other than root have {MAX_JOBS_OF_USERS} jobs here that run, have just "
@@ -262,6 +265,13 @@ class Registry:
         """End all Waits for running jobs, because this daemon will not see their end."""
         for job in list(self._running.values()):
             job.interrupt_waits()
+
+    def _freed_by_job_for(self, key: tuple[int, int]) -> Counter[int]:
+        """Return, by uid, what a new job for this process frees: the survivor that it replaces."""
+        survivor = self._survivors.get(key)
+        if survivor is None or survivor.number in self._jobs:
+            return Counter()
+        return Counter((survivor.request.uid,))
 
     def _stopping(self, pids: frozenset[int]) -> frozenset[int]:
         jobs = [job for job in self._jobs.values() if job.guest.identity.pid in pids]

@@ -166,7 +166,11 @@ def test_a_survivor_counts_for_its_user_until_its_guest_is_gone(
     world.clock.advance(80)
     with pytest.raises(Busy, match="2 jobs"):
         world.stop(FakeProcess(make_guest(pid=9)), uid=1000)
-    guests[0].die()
+    # A new job for the same guest replaces the survivor.
+    again = FakeProcess(make_guest(pid=0))
+    world.stop(again, FIXED, uid=1000)
+    again.die()
+    world.clock.advance(80)
     job = world.stop(FakeProcess(make_guest(pid=9)), FIXED, uid=1000)
     guests[1].die()
     world.clock.advance(80)

@@ -422,6 +422,9 @@ def test_a_good_one_is_not_refused() -> None:
 
 
 def test_those_of_the_versions_before_are_not_refused() -> None:
+    document = changed("version", 6)
+    del document["assessment"]["last"]["missed"]
+    assert decode(document).assessment is not None
     document = changed("version", 5)
     assert decode(document).guest.label.remote is False
     del document["guest"]["label"]["remote"]
