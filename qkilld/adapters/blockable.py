@@ -158,7 +158,9 @@ class BlockableReads:
                 count, began = len(batch.outcomes), now
             elif reader.is_blocked() or now - began > MAX_WAIT_S:
                 with self._lock:
-                    if not batch.finished:
+                    # With the lock, the thread cannot begin the next read.
+                    is_same = len(batch.outcomes) == count < len(batch.directories)
+                    if is_same and not batch.finished:
                         return self._give_up(batch)
         return len(batch.outcomes)
 
@@ -182,8 +184,9 @@ class BlockableReads:
             batch = reader.batch
             assert batch is not None
             for directory in batch.directories:
-                if batch.blocked_on is not None:
-                    break
+                with self._lock:
+                    if batch.blocked_on is not None:
+                        break
                 batch.outcomes.append(self._outcome(directory, batch.read))
             with self._lock:
                 batch.finished = True

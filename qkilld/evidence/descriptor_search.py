@@ -150,6 +150,9 @@ class DescriptorSearch:
                 link = next(self._rest)
             except StopIteration:
                 self._finish()
+            except Exception:
+                self._rest = None  # Otherwise the rest would seem to have been searched.
+                raise
             else:
                 if link is not None:
                     yield link

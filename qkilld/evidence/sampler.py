@@ -309,7 +309,9 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-            self._handover.expect()
+        # Even if it is busy: its sample may have been put without a wake-up, because another one
+        # was to follow, which then blocked.
+        self._handover.expect()
 
     @property
     def lacks_thread(self) -> bool:

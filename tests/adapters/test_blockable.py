@@ -174,3 +174,41 @@ def test_the_order_and_the_errors_of_many_reads() -> None:
     assert (first, third) == (97, 99)
     assert isinstance(second, KeyError)
     assert list(BlockableReads().each([], read)) == []
+
+
+class _MainThreadFirst:
+    """A lock that the main thread gets before the others, once `begins` is set."""
+
+    def __init__(self) -> None:
+        self.begins, self._done = threading.Event(), threading.Event()
+        self._lock, self._main = threading.Lock(), threading.get_ident()
+
+    def __enter__(self) -> None:
+        if self.begins.is_set() and threading.get_ident() != self._main:
+            self._done.wait(0.5)
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        if self.begins.is_set() and threading.get_ident() == self._main:
+            self._done.set()
+
+
+def test_a_read_that_ends_while_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after it has been found to be blocked, and before that is noted."""
+    reads, lock = BlockableReads(), _MainThreadFirst()
+    monkeypatch.setattr(reads, "_lock", lock)
+
+    def read(directory: str) -> str:
+        if directory == "last":
+            lock.begins.wait(10)
+        return directory
+
+    def seems_blocked(reader: object) -> bool:
+        lock.begins.set()
+        time.sleep(0.1)
+        return True
+
+    monkeypatch.setattr(blockable._ReadingThread, "is_blocked", seems_blocked)
+    assert list(reads.each(["first", "last"], read)) == ["first", "last"]
+    assert reads.blocked == 0

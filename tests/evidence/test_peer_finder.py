@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -10,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
 from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
 from qkilld.evidence import descriptor_search, peer_finder
-from qkilld.evidence.descriptor_search import Candidate, by_turns
+from qkilld.evidence.descriptor_search import Candidate, by_turns, search_pair
 from qkilld.evidence.peer_finder import PeerFinder
 from tests.evidence.until import until
 from tests.lab.process import OTHER_UID
@@ -98,16 +101,39 @@ def test_a_closed_socket_is_forgotten() -> None:
 
 
 def test_a_failed_search_is_not_repeated_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_finder, "SEARCH_S", LONG_S)
     monkeypatch.setattr(peer_finder, "PAUSE_FACTOR", 0)
-    finder = PeerFinder()
+    for pid in range(1000):
+        (tmp_path / f"{pid}/fd").mkdir(parents=True)
+    finder = PeerFinder(tmp_path)
     assert finder.find([1]) == {}
     before = time.process_time()
     for _ in range(100):
         finder.find([1])
     assert time.process_time() - before < 0.01
+
+
+def test_a_search_that_fails_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1/fd").mkdir(parents=True)
+    (search, _) = search_pair(tmp_path, pause_factor=0, valid_s=60)
+    search.want(["socket:[1]"])
+    list_directory = os.listdir
+
+    def fail(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Too many open files"):
+            list(search.go_on(time.monotonic() + 60))
+    monkeypatch.setattr(os, "listdir", list_directory)
+    assert search.wants_any and search.searched("socket:[1]") is None
+    list(search.go_on(time.monotonic() + 60))
+    assert search.searched("socket:[1]") is not None
 
 
 def test_users_take_turns_by_their_descriptors() -> None:

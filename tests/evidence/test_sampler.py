@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,7 +26,15 @@ from qkilld.decision.waits import blind_to
 from qkilld.evidence import other_namespaces
 from qkilld.evidence import workers as workers_module
 from qkilld.evidence.faults import FaultGuard
-from qkilld.evidence.sampler import TABLES_AGE_S, EvidenceSampler, HostTables, Reader
+from qkilld.evidence.file_budget import FileBudget
+from qkilld.evidence.handover import MAX_DELAY_S, Handover
+from qkilld.evidence.sampler import (
+    TABLES_AGE_S,
+    EvidenceSampler,
+    HostTables,
+    Reader,
+    TargetWatch,
+)
 from qkilld.evidence.workers import MAX_SHARED, Workers
 from qkilld.model.constants import Verdict
 from qkilld.model.sample import Sample
@@ -213,6 +222,41 @@ def test_a_call_that_waits_behind_a_blocked_one_gets_a_thread(
     assert done.wait(10)
     release.set()
     join_workers(workers)
+
+
+def test_a_sample_arrives_although_the_next_one_blocks() -> None:
+    """It was put without a wake-up, because another was to follow, and after the loop's timer."""
+
+    class BusyWorkers(Workers):
+        waiting = True
+
+        def submit(self, call: Callable[[], None], **options: Any) -> None:
+            submitted.append(call)
+
+        def grow(self) -> None:
+            pass
+
+    submitted: list[Callable[[], None]] = []
+
+    async def main() -> Sample:
+        handover, guard = Handover(), FaultGuard()
+        target = TargetWatch(
+            os.getpid(), 0, workers=BusyWorkers(guard), handover=handover, tables=HostTables(),
+            guard=guard, budget=FileBudget(),
+        )  # fmt: skip
+        taken: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        target.take_sample(lambda sample: None)
+        await asyncio.sleep(2 * MAX_DELAY_S)
+        (work,) = submitted
+        await asyncio.to_thread(work)
+        await asyncio.sleep(2 * MAX_DELAY_S)
+        target.take_sample(taken.set_result)
+        sample = await asyncio.wait_for(taken, 10)
+        target.close()
+        handover.close()
+        return sample
+
+    assert asyncio.run(main()).state in "RS"
 
 
 def test_one_thread_does_it_all_until_a_call_blocks() -> None:

@@ -14,6 +14,7 @@ from signal import SIGKILL, SIGSTOP
 
 import pytest
 
+from qkilld.adapters import procfs
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.decision import guest_work, powerdown
 from qkilld.decision.powerdown import ENDS, AskMethod, Conclusion
@@ -37,6 +38,7 @@ from qkilld.model.guest_state import (
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.job_monitor import JobMonitor, JobMonitors
 from qkilld.monitor.qmp import QmpEvent
+from tests.evidence.until import until
 from tests.lab.debian import FILES, boot_debian
 from tests.lab.guest import Guest
 from tests.monitor.connecting import run_for
@@ -504,6 +506,7 @@ def test_a_yank_whose_reply_never_comes(qemu: Start) -> None:
         async with controlled(guest) as control:
             monitor = JobMonitor(control)
             os.kill(guest.pid, SIGSTOP)
+            until(lambda: procfs.read_stat(guest.pid).state, "T".__eq__)
             monitor.yank([], reply.set_result)
             await asyncio.sleep(0.1)
             assert not reply.done()
