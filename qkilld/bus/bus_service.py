@@ -98,7 +98,7 @@ class BusService:
         self._announcer.close()
         self._guests.watch.close()
         self._service.units = None
-        self._server.forget_waiting(None)
+        self._server.close()
         self._connection.close()
 
 

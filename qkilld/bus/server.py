@@ -172,13 +172,16 @@ class Server:
         self._waiting: Counter[str] = Counter()
         """Calls of each sender that wait for their turn."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
+        self._waits: set[asyncio.Task[None]] = set()
+        """Those of these tasks that only wait for a job."""
         self._uids: OrderedDict[str, int] = OrderedDict()
         """The uid of each unique name, least recently used first. Unique names are never reused."""
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._asking_slots = asyncio.Semaphore(MAX_ASKING)
         self._noticed: set[str] = set()
         self.draining = False
-        """Whether calls end because the daemon exits, not because their callers left."""
+        """Whether calls end because the daemon leaves or loses the bus, not because their callers
+        left."""
         connection.on_call = self._on_call
         connection.watch_names(self._owner_changed)
 
@@ -253,6 +256,14 @@ class Server:
         self.forget_waiting(_stopping_error())
         self._connection.send_held_back()
         self.draining = False
+
+    def close(self) -> None:
+        """Drop the calls that wait for a turn or for a job, because the connection is lost or is
+        closed next. Other calls continue, because a guest may have to be stopped."""
+        self.draining = True
+        for task in self._waits:
+            task.cancel()
+        self.forget_waiting(None)
 
     def forget_waiting(self, error: QkilldError | None) -> None:
         """Drop the calls that wait for a turn. Each gets `error` as its reply; None sends
@@ -381,9 +392,12 @@ class Server:
         sender = call.sender
         task = asyncio.get_running_loop().create_task(self._answer(call, answer, gives))
         self._tasks.setdefault(sender, set()).add(task)
+        if cost is Cost.WAIT:
+            self._waits.add(task)
 
         def finished(task: asyncio.Task[None]) -> None:
             answer.close()  # Has an effect only if the task was cancelled before it began.
+            self._waits.discard(task)
             self._turns.limits.end(uid, cost)
             self._finished(sender, task)
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from qkilld import __version__
+from qkilld.engine.call_limits import MAX_WAITS
 from qkilld.varlink.idl import Type, WrongValue, parse
 from tests.evidence.until import until
-from tests.lab.bus import Daemon
+from tests.lab.bus import Daemon, daemon, private_bus
 from tests.lab.guest import Guest
 from tests.lab.process import OTHER_UID, TOP
 from tests.lab.varlink import VarlinkClient, VarlinkError
@@ -439,6 +440,32 @@ def test_without_a_bus_it_starts_serves_and_ends(
         assert last["state"]["result"] == "exited"
     daemon.wait_for("qkilld has no bus .* it serves only Varlink until a bus appears")
     assert daemon.stop() == 0
+
+
+def test_losing_the_bus_ends_its_waits(socket_path: Path, fake_qemu: Make) -> None:
+    """They would count against the limits of their user until the end of the job. That the client
+    no longer waits is not reported, because it may wait again on Varlink."""
+    guest = fake_qemu(stubborn=True, uid=OTHER_UID)
+    limits = {"max_replies_per_connection": 2 * MAX_WAITS}
+    with private_bus(limits) as bus, daemon(bus, "--varlink", str(socket_path)) as running:
+        service = VarlinkService(running, socket_path)
+        running.wait_for("serves the bus at")
+        with bus.client(OTHER_UID) as user:
+            path = user.terminate(guest.pid, grace_usec=("t", 600_000_000))
+            for number in range(MAX_WAITS):
+                user.send("Wait", path=path, interface="org.qkilld1.Job")
+                if number % 64 == 63:
+                    user.call("Ping", interface="org.freedesktop.DBus.Peer")
+            with service.client(OTHER_UID) as client:
+                assert "calls of Wait open" in refused(client, "Wait", job=1)[1]["message"]
+            bus.stop()
+            running.wait_for("qkilld has no bus")
+        with service.client(OTHER_UID) as client:
+            assert next(client.stream("Wait", job=1))["state"]["pid"] == guest.pid
+        assert "no longer waits" not in running.stderr.text()
+        with service.client() as client:
+            client.call("Force", job=1)
+        assert guest.wait_gone() == -9
 
 
 def test_losing_the_bus_ends_nothing(service: VarlinkService, fake_qemu: Make) -> None:
