@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from qkilld.bus.systemd import KINDS, Systemd
 from qkilld.ctl.process_stats import executable
 from qkilld.ctl.session import Session, error_as_json, explain
-from qkilld.ctl.unit_context import config_of, gather, instances_with_own, overrides
+from qkilld.ctl.unit_context import (
+    config_of,
+    gather,
+    has_own_settings,
+    instances_with_own,
+    overrides,
+)
 from qkilld.debug_log import ignore, note
 from qkilld.model.constants import ExitCode
 from qkilld.model.dataclass import dataclass
@@ -21,7 +28,7 @@ from qkilld.model.unit import UnitFacts
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.comparison import Comparison, UnitVerdict, compare
 from qkilld.unitcheck.context import Surroundings, looks_like_qemu
-from qkilld.unitcheck.dropin import Override, changes, has_own_files
+from qkilld.unitcheck.dropin import Override, changes
 from qkilld.unitcheck.finding import Finding, Severity
 
 _SAMPLE: Final = "qkilld"
@@ -126,6 +133,8 @@ async def check_unit(session: Session, systemd: Systemd, name: str, config: Conf
     surroundings = await gather(
         systemd, facts, config, user=session.bus.user, is_template=is_template
     )
+    if is_template and facts.id not in (running := await _running_instances(systemd, name)):
+        surroundings = replace(surroundings, special_instances=tuple(running))
     findings = check(facts, surroundings)
     wanted = changes(findings)
     over = tuple(overrides(facts, wanted))
@@ -161,15 +170,19 @@ async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
 
 
 async def _instance_of(systemd: Systemd, prefix: str, suffix: str) -> UnitFacts:
-    """Load an instance that represents its template: a running one without files of its own, or
+    """Load an instance that represents its template: a running one without settings of its own, or
     else one that does not exist. Raises NoSuchUnit."""
-    running = sorted(await systemd.list_units(f"{prefix}@*{suffix}"))
-    for name in running[:_MAX_INSTANCES]:
+    for name in await _running_instances(systemd, f"{prefix}@{suffix}"):
         with ignore(f"asking systemd for {name}", NoSuchUnit):
             facts = await systemd.unit(name)
-            if not has_own_files(facts):
+            if not has_own_settings(facts):
                 return facts
     return await systemd.unit(f"{prefix}@{_SAMPLE}{suffix}")
+
+
+async def _running_instances(systemd: Systemd, template: str) -> list[str]:
+    prefix, _, suffix = template.partition("@")
+    return sorted(await systemd.list_units(f"{prefix}@*{suffix}"))[:_MAX_INSTANCES]
 
 
 def full_name(name: str) -> str:

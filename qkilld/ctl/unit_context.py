@@ -46,7 +46,9 @@ from qkilld.unitcheck.dropin import (
     Override,
     overridden_by_template,
     override,
+    own_files,
     read_later,
+    sets_facts,
 )
 from qkilld.unitcheck.keepers import (
     GuestKeeper,
@@ -259,6 +261,23 @@ def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterato
         for options in planned_options(facts):
             guest_endpoints = find_endpoints(options, ())
             yield from (text for text in guest_endpoints.obstacles if text.startswith(NO_MONITOR))
+
+
+def has_own_settings(facts: UnitFacts) -> bool:
+    """Return whether an instance has files of its own with settings by which it is judged, so that
+    it cannot represent its template. True if such a file cannot be read."""
+    for path in own_files(facts):
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(MAX_DROP_IN + 1)
+        except OSError as error:
+            note(f"reading {path}", error)
+            return True
+        if path == facts.fragment or len(data) > MAX_DROP_IN:
+            return True
+        if sets_facts(data.decode(errors="surrogateescape")):
+            return True
+    return False
 
 
 def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:

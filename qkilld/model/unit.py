@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 
@@ -112,6 +115,50 @@ class UnitFacts:
     @property
     def is_scope(self) -> bool:
         return self.id.endswith(".scope")
+
+
+SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        ("id", "names", "load_state", "active_state", "job", "fragment", "drop_ins", "transient"),
+        (),
+    ),
+    **dict.fromkeys(("control_group", "main_pid", "control_pid"), ()),
+    "after": (
+        *("After", "RequiresMountsFor", "WantsMountsFor", "WorkingDirectory", "StateDirectory"),
+        *("CacheDirectory", "LogsDirectory", "RuntimeDirectory", "ConfigurationDirectory"),
+        *("BindPaths", "BindReadOnlyPaths", "PrivateTmp", "Sockets"),
+    ),
+    "before": ("Before",),
+    "default_dependencies": ("DefaultDependencies",),
+    "job_timeout": ("JobTimeoutSec", "JobRunningTimeoutSec"),
+    "kill_mode": ("KillMode",),
+    "kill_signal": ("KillSignal",),
+    "restart_kill_signal": ("RestartKillSignal",),
+    "sends_sigkill": ("SendSIGKILL",),
+    "final_kill_signal": ("FinalKillSignal",),
+    "timeout_stop": ("TimeoutStopSec", "TimeoutSec"),
+    "type": ("Type", "BusName"),
+    "timeout_failure_mode": ("TimeoutStopFailureMode",),
+    "restart": ("Restart",),
+    "remain_after_exit": ("RemainAfterExit",),
+    "pid_file": ("PIDFile",),
+    "root": ("RootDirectory", "RootImage", "RootMStack", "RootDirectoryStartOnly"),
+    "notify_access": ("NotifyAccess", "WatchdogSec"),
+    "user": ("User", "DynamicUser", "PermissionsStartOnly"),
+    "environment_files": ("EnvironmentFile",),
+    "environment": ("Environment", "PassEnvironment", "UnsetEnvironment"),
+    "address_families": ("RestrictAddressFamilies",),
+    "hidden_paths": ("InaccessiblePaths", "InaccessibleDirectories", "TemporaryFileSystem"),
+    "noexec_paths": ("NoExecPaths",),
+    "exec_paths": ("ExecPaths",),
+    "private_pids": ("PrivatePIDs",),
+    "exec_start": ("ExecStart", "ExecSearchPath"),
+    "exec_stop": ("ExecStop", "ExecSearchPath"),
+    "other_commands": ("ExecStartPre", "ExecStartPost", "ExecStopPost", "ExecSearchPath"),
+    "runtime_max": ("RuntimeMaxSec",),
+}
+"""For each field of UnitFacts, the settings in unit files that it depends on; none for names, files
+and the state of a unit: systemd.unit(5)."""
 
 
 def is_user_manager(name: str) -> bool:

@@ -257,6 +257,14 @@ def _refused(
             if surroundings.other_unit
             else "check that unit",
         )
+    if surroundings.special_instances and not started_qemus(facts):
+        shown = ", ".join(surroundings.special_instances)
+        return replace(
+            comparison,
+            reason="all running instances have settings of their own, and its ExecStart= does not"
+            " show whether a QEMU will run in others",
+            advice=f"check {shown} instead",
+        )
     if surroundings.is_running or not started_qemus(facts):
         return replace(
             comparison,

@@ -71,6 +71,8 @@ class Surroundings:
     """Each command of ExecStop= as written in the unit's files, in order; empty if unknown."""
     is_template: bool = False
     """The settings are those of an instance, and adopt writes for all instances."""
+    special_instances: tuple[str, ...] = ()
+    """For a template of which only instances with settings of their own run: these instances."""
     keepers: tuple[GuestKeeper, ...] = ()
     """The units that shut the guests down at host shutdown, before this unit is stopped."""
     guests_service: bool = False

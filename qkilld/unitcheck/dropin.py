@@ -11,9 +11,9 @@ from typing import Final
 
 from qkilld.model.dataclass import dataclass
 from qkilld.model.text import printable
-from qkilld.model.unit import UnitFacts
+from qkilld.model.unit import SETTINGS, UnitFacts
 from qkilld.unitcheck.finding import Finding, Line
-from qkilld.unitcheck.unit_text import entries
+from qkilld.unitcheck.unit_text import entries, keys
 
 FILE_NAME: Final = "50-qkilld.conf"
 _WIDTH: Final = 96
@@ -102,14 +102,20 @@ def _adds_stop(text: str) -> bool:
     return any(entries(text, "Service", "ExecStop"))
 
 
-def has_own_files(facts: UnitFacts) -> bool:
-    """Return whether an instance of a template has a unit file or a drop-in that other instances do
+def own_files(facts: UnitFacts) -> list[str]:
+    """Return the unit file and the drop-ins of an instance that other instances of its template do
     not have."""
     own = {f"{name}.d" for name in (facts.id, *facts.names)}
+    files = [path for path in facts.drop_ins if PurePosixPath(path).parent.name in own]
     is_templates = PurePosixPath(facts.fragment).name.partition("@")[2].startswith(".")
-    return not is_templates or any(
-        PurePosixPath(path).parent.name in own for path in facts.drop_ins
-    )
+    return files if is_templates else [facts.fragment, *files]
+
+
+def sets_facts(text: str) -> bool:
+    """Return whether a file sets something by which units are judged. A limit of memory, for
+    example, is nothing of this kind."""
+    judged = {key for settings in SETTINGS.values() for key in settings}
+    return not judged.isdisjoint(keys(text))
 
 
 def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:

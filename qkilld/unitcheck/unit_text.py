@@ -22,6 +22,12 @@ def entries(text: str, section: str, key: str) -> Iterator[str]:
             yield value.strip()
 
 
+def keys(text: str) -> set[str]:
+    """Return the keys that a text sets, in any section."""
+    pairs = (line.partition("=") for line in _logical_lines(text))
+    return {name.strip() for name, equals, _ in pairs if equals}
+
+
 def merged(texts: Iterable[str], section: str, key: str) -> list[str]:
     """Merge a list such as ExecStop= from a unit file and its drop-ins, in the order in which
     systemd reads them."""

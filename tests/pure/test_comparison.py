@@ -490,6 +490,18 @@ def test_what_is_no_better_is_not_written() -> None:
     assert (found.word, found.writes) == (UnitVerdict.NO_BETTER, False)
 
 
+def test_a_template_of_which_only_special_instances_run() -> None:
+    facts = replace(BARE, id="vm@qkilld.service", exec_start=(line("/usr/local/bin/vm qkilld"),))
+    around = replace(
+        ASKABLE, guests=0, is_running=False, is_template=True, special_instances=("vm@web.service",)
+    )
+    found = judge(facts, around)
+    assert (found.word, found.advice) == (UnitVerdict.UNKNOWN, "check vm@web.service instead")
+    assert (
+        judge(facts, replace(around, special_instances=())).advice == "start it and check it again"
+    )
+
+
 def test_overrides_of_the_drop_in_are_counted() -> None:
     facts = replace(BARE, kill_signal=signal.SIGKILL)
     override = Override("/etc/x.conf", ("ExecStop=",))

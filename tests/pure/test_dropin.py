@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from qkilld.ctl.dropin_file import DropIn
+from qkilld.ctl.unit_context import has_own_settings
 from qkilld.model.errors import AccessDenied, Failed
+from qkilld.model.unit import SETTINGS, UnitFacts
 from qkilld.unitcheck.check import check
 from qkilld.unitcheck.dropin import (
     Change,
     changes,
-    has_own_files,
     is_ours,
     is_unchanged,
     missing_changes,
     overridden_by_template,
     override,
+    own_files,
     read_later,
+    sets_facts,
     text_of,
 )
 from qkilld.unitcheck.finding import Finding, Line, Severity
@@ -134,9 +137,37 @@ def test_a_later_drop_in_that_adds_a_line_to_the_stop(text: str, adds: bool) -> 
 )
 def test_what_an_instance_has_alone(path: str, own: bool) -> None:
     facts = replace(SAFE, id="w@a.service", fragment="/etc/systemd/system/w@.service")
-    assert not has_own_files(facts)
-    assert has_own_files(replace(facts, drop_ins=(path,))) is own
-    assert has_own_files(replace(facts, fragment="/etc/systemd/system/w@a.service"))
+    assert own_files(facts) == []
+    assert own_files(replace(facts, drop_ins=(path,))) == [path] * own
+    unit_file = "/etc/systemd/system/w@a.service"
+    assert own_files(replace(facts, fragment=unit_file)) == [unit_file]
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("[Service]\nMemoryMax=8G\nCPUWeight=20\n", False),
+        ("[Unit]\nDescription=After=x\n[Service]\n#KillSignal=SIGKILL\n", False),
+        ("[Service]\nKillSignal=SIGKILL\n", True),
+        ("[Service]\nMemoryMax=8G\n  ExecStop \\\n# a comment\n =\n", True),
+        ("[Unit]\nAfter=nbd-web.service\n", True),
+        ("[Service]\nEnvironment=DISK=/srv/web\n", True),
+    ],
+)
+def test_which_settings_of_an_instance_count(text: str, counts: bool, tmp_path: Path) -> None:
+    assert sets_facts(text) is counts
+    path = tmp_path / "w@a.service.d/override.conf"
+    path.parent.mkdir()
+    path.write_text(text)
+    facts = replace(SAFE, id="w@a.service", fragment="/etc/systemd/system/w@.service")
+    assert has_own_settings(replace(facts, drop_ins=(str(path),))) is counts
+    path.unlink()  # What cannot be read may be anything.
+    assert has_own_settings(replace(facts, drop_ins=(str(path),)))
+    assert has_own_settings(replace(facts, fragment=str(path.with_name("w@a.service"))))
+
+
+def test_the_settings_of_every_fact_are_known() -> None:
+    assert set(SETTINGS) == {each.name for each in fields(UnitFacts)}
 
 
 def test_which_drop_ins_are_later() -> None:

@@ -392,3 +392,23 @@ def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container)
             assert "is safe" not in ctl(installed, "check-unit", template, code=8)
         finally:
             installed.run("rm", "-r", own, "/run/a.env")
+
+
+def test_a_limit_of_memory_does_not_make_an_instance_special(installed: Container) -> None:
+    """Nothing but a running instance shows what its script runs."""
+    script, template = "/usr/local/bin/safety-run", "safety-limit@.service"
+    installed.write(script, f"#!/bin/sh\nexec {IDLE} -name $1\n")
+    installed.run("chmod", "755", script)
+    lines, own = (f"ExecStart={script} %i",), f"{DIRECTORY}/safety-limit@a.service.d"
+    with unit(installed, *lines, name="safety-limit@a.service") as name:
+        try:
+            installed.run("systemctl", "set-property", name, "MemoryMax=1G")
+            installed.write(f"{own}/override.conf", "[Service]\nMemoryHigh=1G\n")
+            installed.run("systemctl", "daemon-reload")
+            said = ctl(installed, "check-unit", template, code=8)
+            assert "does not run" not in said and "ExecStop=" in said
+            installed.write(f"{own}/override.conf", "[Service]\nKillSignal=SIGINT\n")
+            installed.run("systemctl", "daemon-reload")
+            assert f"Check {name} instead" in ctl(installed, "check-unit", template, code=8)
+        finally:
+            installed.run("rm", "-rf", own, f"{DIRECTORY}.control/{name}.d", script)
