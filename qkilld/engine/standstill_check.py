@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 HELD_INTERVAL: Final = USEC_PER_SEC
 """While the job is held, a stopped process is checked again after this time (µs)."""
+MAX_SAMPLES: Final = 5
+"""How many samples to request if they are not taken within sampling.TIMEOUT. On a busy host, the
+first may be late."""
 
 Callback = Callable[[str, bool], None]
 """Receives why the guest cannot be asked, or "", and whether its process was continued."""
@@ -43,13 +46,23 @@ class StandstillCheck:
 
     def begin(self, callback: Callback, *, may_continue: bool) -> None:
         """Take a sample, and call back. With `may_continue`, send SIGCONT first if only a SIGSTOP
-        stops the process. If the job is held, this waits until it is released. No callback follows
-        the exit of the process, or `close`."""
+        stops the process. If the job is held, this waits until it is released. If no sample comes
+        in time, even after MAX_SAMPLES, the guest may be asked. No callback follows the exit of the
+        process, or `close`."""
         self._timer = None
+        taken = 0
+
+        def take_sample() -> None:
+            nonlocal taken
+            taken += 1
+            self._sampler.take_sample(sampled, detail=False)
 
         def sampled(sample: Sample) -> None:
-            self._sampler.close()
             reason = obstacle_to_asking(sample)
+            if sample.state == "?" and not reason and taken < MAX_SAMPLES:
+                take_sample()
+                return
+            self._sampler.close()
             if not may_continue or not can_be_continued(sample):
                 callback(reason, False)
             elif self._job.control.held:
@@ -59,7 +72,7 @@ class StandstillCheck:
             else:
                 self._continue(reason, callback)
 
-        self._sampler.take_sample(sampled, detail=False)
+        take_sample()
 
     def close(self) -> None:
         """May be called twice."""

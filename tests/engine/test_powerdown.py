@@ -8,7 +8,9 @@ from signal import SIGCONT, SIGKILL, SIGTERM
 
 import pytest
 
+from qkilld.engine.sampling import TIMEOUT
 from qkilld.engine.snapshot import decode
+from qkilld.engine.standstill_check import MAX_SAMPLES
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.block_state import BackgroundJob, BlockState
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
@@ -327,6 +329,27 @@ def test_a_process_that_is_not_qemu_any_more_is_not_continued() -> None:
     answer(replace(STOPPED, at=world.clock.now()))
     world.clock.advance(0)
     assert (process.sent, job.result) == ([], Result.FAILED)
+
+
+def test_a_late_sample_does_not_show_that_the_process_can_run() -> None:
+    """As on a host that has much to do: the third sample comes in time."""
+    world, process = continued_world()
+    shows, began = world.sampler.shows, world.clock.now()
+    world.sampler.shows = lambda now: None if now < began + 2 * S else shows(now)
+    world.stop(process, POWERDOWN | FORCE, help=(GuestOrder.RESUME,))
+    world.clock.advance(1.9)
+    assert (process.sent, world.monitors.orders) == ([], [])
+    world.clock.advance(2)
+    assert (process.sent, world.monitors.orders) == ([SIGCONT], [GuestOrder.BUTTON])
+
+
+@pytest.mark.parametrize("sample", [None, Sample(0, "?")])
+def test_without_any_sample_the_guest_is_asked_in_the_end(sample: Sample | None) -> None:
+    world, process = asked_world(UP), FakeProcess()
+    world.sampler.shows = lambda now: sample
+    world.stop(process, POWERDOWN)
+    world.clock.advance(MAX_SAMPLES * TIMEOUT / S + 1)
+    assert (process.sent, world.monitors.orders) == ([], [GuestOrder.BUTTON])
 
 
 def test_cancel_before_the_sample_continues_nothing() -> None:
