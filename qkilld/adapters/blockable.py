@@ -106,6 +106,9 @@ class BlockableReads:
         """The number of blocked reads of each directory: more than one if they began together."""
         self._shares = FairShares(MAX_THREADS, of_root=MAX_OF_ROOT, shared=MAX_SHARED)
         self._short_until = 0.0
+        self.may_block_caller = False
+        """Whether to read without a thread if the system allows no more threads. For a program that
+        harms only itself if it blocks."""
 
     @property
     def blocked(self) -> int:
@@ -147,7 +150,10 @@ class BlockableReads:
             try:
                 _thread.start_new_thread(self._work, (reader,))
             except RuntimeError:  # The system allows no more threads.
-                return 0
+                if not self.may_block_caller:
+                    return 0
+                batch.outcomes += [self._outcome(each, batch.read) for each in batch.directories]
+                return len(batch.outcomes)
         return self._wait(reader, batch)
 
     def _wait(self, reader: _ReadingThread, batch: _Batch) -> int:

@@ -62,6 +62,15 @@ _NEVER_USEC = 2**62
 """The value for an infinite time span in a call."""
 
 
+def socket_paths(options: Options) -> list[str]:
+    """Return the sockets of the system's daemon and, for a user's guests, of the user's own
+    daemon."""
+    if options.socket is not None:
+        return [options.socket]
+    directory = os.environ.get("XDG_RUNTIME_DIR", "")
+    return [SYSTEM_SOCKET, f"{directory}/{USER_SOCKET}"] if directory else [SYSTEM_SOCKET]
+
+
 class DaemonCall:
     """One call on a connection of its own."""
 

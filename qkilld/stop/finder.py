@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import ignore, note
 from qkilld.model.dataclass import dataclass
-from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.model.guest import Unit
 from qkilld.model.policy import is_qemu
+from qkilld.stop import process as stop_process
 from qkilld.stop.options import Options
 from qkilld.stop.process import (
     ProcessHandle,
@@ -19,6 +21,9 @@ from qkilld.stop.process import (
     open_named,
     open_process,
 )
+
+MAX_PIDS = 20
+"""The number of unidentified processes that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class ProcessFinder:
         self.unit = procfs.read_unit(os.getpid())
         """The unit in which this program runs; None if unreadable."""
         self.by_systemd = by_systemd(environment)
+        self.unidentified: list[int] = []
+        """The processes of which the last search does not know whether they are guests to stop."""
 
     @property
     def in_own_unit(self) -> bool:
@@ -75,7 +82,8 @@ class ProcessFinder:
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
         """Return every visible QEMU in the named unit, or in our own.
 
-        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable.
+        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable;
+        UnknownIdentity if a process of the unit, or of an unknown unit, cannot be identified.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -83,14 +91,20 @@ class ProcessFinder:
             units.append(Unit(name))
         if self.unit is not None and self.unit.name:
             units.append(self.unit if name is None else Unit(self.unit.system, name))
+
+        def is_unknown(unit: Unit | None) -> bool:
+            return unit is None or (name is None and self.unit is None)
+
         inside, hidden = [], []
-        for process, unit in _qemus(globs):
+        for process, unit in self._qemus(globs, lambda unit: unit in units or is_unknown(unit)):
             if unit in units:
                 inside.append(process)
                 continue
-            if unit is None or (name is None and self.unit is None):
+            if is_unknown(unit):
                 hidden.append(process.pid)
             process.close()
+        if self.unidentified and not inside:
+            raise self.unknown_identity()
         if hidden and not inside:
             raise Failed(
                 f"cannot tell whether process {' '.join(map(str, hidden))} runs in "
@@ -102,7 +116,7 @@ class ProcessFinder:
     def outside(self, globs: Iterable[str]) -> Iterator[OutsideGuest]:
         """Yield each visible QEMU outside of our own unit, if its unit is known. Reads command
         lines, so it may block forever."""
-        for process, unit in _qemus(globs):
+        for process, unit in _qemus(globs, lambda unit: False, []):
             if unit is not None and unit != self.unit:
                 with ignore(f"reading the command line of process {process.pid}", OSError):
                     words = tuple(procfs.read_command_line(process.pid))
@@ -120,50 +134,93 @@ class ProcessFinder:
             raise Failed(
                 "cannot tell whose guests these are: process 1 is hidden (ProtectProc=, hidepid=)"
             )
+        own = self.unit
         guests: list[tuple[ProcessHandle, str | None]] = []
-        for process, unit in _qemus(globs):
+        for process, unit in self._qemus(
+            globs, lambda unit: unit is None or not own.user or unit.system == own.system
+        ):
             if unit is None:
                 guests.append((process, None))
-            elif not self.unit.user:
+            elif not own.user:
                 guests.append((process, unit.system))
-            elif unit.system == self.unit.system:
+            elif unit.system == own.system:
                 guests.append((process, unit.user))
             else:
                 process.close()
         return guests
 
+    def unknown_identity(self) -> UnknownIdentity:
+        """Make the error for the processes in `unidentified`."""
+        pids = " ".join(map(str, self.unidentified[:MAX_PIDS]))
+        more = " and others" if len(self.unidentified) > MAX_PIDS else ""
+        return UnknownIdentity(
+            f"cannot tell whether process {pids}{more} is a guest to stop: the kernel does not"
+            " show its executable at the moment. Try again later"
+        )
 
-def _qemus(globs: Iterable[str]) -> Iterator[tuple[ProcessHandle, Unit | None]]:
+    def _qemus(
+        self, globs: Iterable[str], concerns: Callable[[Unit | None], bool]
+    ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
+        """Yield what the function `_qemus` yields, and set `unidentified`."""
+        self.unidentified = []
+        yield from _qemus(globs, concerns, self.unidentified)
+
+
+def _qemus(
+    globs: Iterable[str], concerns: Callable[[Unit | None], bool], unidentified: list[int]
+) -> Iterator[tuple[ProcessHandle, Unit | None]]:
     """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles.
 
-    Skips a process whose executable cannot be read, because it is hidden or blocks that.
+    Skips processes whose executable is hidden. If it cannot be read for another reason, and the
+    process is in a unit that `concerns` the caller, try again for IDENTITY_TIMEOUT_S; then append
+    the process to `unidentified`.
     """
-    for pid, executable in procfs.read_executables(procfs.pids()):
-        if isinstance(executable, Exception):
-            note(f"reading the executable of process {pid}", executable)
-        elif is_qemu(executable[0], globs) and (process := _qemu(pid, globs)) is not None:
+    pids, until = procfs.pids(), time.monotonic() + stop_process.IDENTITY_TIMEOUT_S
+    while pids:
+        unread = []
+        for pid, executable in procfs.read_executables(pids):
+            try:
+                process = _qemu(pid, executable, globs)
+            except (NoSuchProcess, PermissionError, FileNotFoundError, ProcessLookupError) as error:
+                note(f"identifying process {pid}", error)
+                continue
+            except Exception as error:
+                note(f"identifying process {pid}", error)
+                if concerns(procfs.read_unit(pid)):
+                    unread.append(pid)
+                continue
+            if process is None:
+                continue
             # Read the unit while the process is open: if its pid was reused, `exited` shows that.
             unit = procfs.read_unit(pid)
             if process.exited():
                 process.close()
             else:
                 yield process, unit
+        if unread and time.monotonic() > until:
+            unidentified += unread
+            return
+        pids = unread
+        if pids:
+            time.sleep(stop_process.IDENTITY_RETRY_S)
 
 
-def _qemu(pid: int, globs: Iterable[str]) -> ProcessHandle | None:
-    """Open a process, and check once more that it is QEMU."""
-    if pid == os.getpid():
+def _qemu(
+    pid: int, executable: tuple[str, bool] | Exception, globs: Iterable[str]
+) -> ProcessHandle | None:
+    """Open a process, and check once more that it is QEMU; return None if it is not. Raises
+    `executable` if that is an exception, what `open_process` raises, and OSError."""
+    if isinstance(executable, Exception):
+        raise executable
+    if pid == os.getpid() or not is_qemu(executable[0], globs):
         return None
-    try:
-        process = open_process(pid)
-    except (NoSuchProcess, Failed) as error:
-        note(f"opening process {pid}", error)
-        return None
+    process = open_process(pid)
     try:
         if is_qemu(procfs.read_executable(pid)[0], globs):
             return process
-    except OSError as error:
-        note(f"reading the executable of process {pid}", error)
+    except BaseException:
+        process.close()
+        raise
     process.close()
     return None
 

@@ -47,8 +47,10 @@ def main() -> NoReturn:
 
 
 def _main(options: Options, notifier: Notifier) -> int:
+    from qkilld.adapters import blockable
     from qkilld.stop.log import Log
 
+    blockable.shared.may_block_caller = True
     if options.debug or "SYSTEMD_LOG_LEVEL" in os.environ:
         from qkilld import log_setup
 

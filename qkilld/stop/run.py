@@ -12,7 +12,7 @@ import signal
 import time
 
 from qkilld.adapters.journal_stream import stderr_is_journal
-from qkilld.stop.daemon import SYSTEM_SOCKET, USER_SOCKET, DaemonStopper
+from qkilld.stop.daemon import DaemonStopper, socket_paths
 from qkilld.stop.guest_stop import ENDINGS, GuestStop
 from qkilld.stop.limits import ASK_ALL, FIRST, NO_STATE, extension
 from qkilld.stop.log import say, say_ending
@@ -72,7 +72,7 @@ class StopRun:
         self._by_systemd = by_systemd(os.environ)
         self._began = clock()
         self._stops: list[GuestStop] = []
-        self._stoppers: list[Stopper | None] = [None] * (len(self._paths) + 1)
+        self._stoppers: list[Stopper | None] = [None] * (len(socket_paths(options)) + 1)
         """In the order in which they are tried; constructed when needed. The last one is local."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
         self._place: dict[GuestStop, int] = {}
@@ -136,6 +136,8 @@ class StopRun:
         codes = [stop.code for stop in self._stops if stop.code is not None]
         if len(codes) < len(self._stops) and self._departure is not None:
             return self._departure
+        if self._targets is not None and self._targets.report_unidentified():
+            codes.append(1)
         if not any(codes):
             return 0
         from qkilld.model.exits import worst
@@ -338,7 +340,7 @@ class StopRun:
     def _stopper(self, place: int) -> Stopper:
         stopper = self._stoppers[place]
         if stopper is None:
-            paths = self._paths
+            paths = socket_paths(self._options)
             if place < len(paths):
                 stopper = DaemonStopper(
                     paths[place],
@@ -362,14 +364,6 @@ class StopRun:
         if reason is None:
             reason = self.targets.reason
         return LocalStopper(self._options, self, self._log, reason=reason)
-
-    @property
-    def _paths(self) -> list[str]:
-        """The sockets of the system's daemon and, for a user's guests, of the user's own daemon."""
-        if self._options.socket is not None:
-            return [self._options.socket]
-        directory = os.environ.get("XDG_RUNTIME_DIR", "")
-        return [SYSTEM_SOCKET, f"{directory}/{USER_SOCKET}"] if directory else [SYSTEM_SOCKET]
 
     # ---- stopper.StopListener ----
 

@@ -106,18 +106,29 @@ class Targets:
 
     def substitutes(self, excluded_pids: Collection[int]) -> list[ProcessHandle]:
         """Return the QEMU processes of our own unit, except those in `excluded_pids`. For a unit
-        whose main process is gone or not a QEMU (for example, a shell)."""
+        whose main process is gone or not a QEMU (for example, a shell).
+
+        Raises UnknownIdentity if none is excluded or found, but one cannot be identified.
+        """
         if not self.finder.in_own_unit:
             return []
         try:
             processes = self.finder.in_unit(self._executables)
         except Failed as error:
+            if self.finder.unidentified and not excluded_pids:
+                raise
             say(str(error))
             return []
         for process in processes:
             if process.pid in excluded_pids:
                 process.close()
         return [process for process in processes if process.pid not in excluded_pids]
+
+    def report_unidentified(self) -> bool:
+        """Print which processes might be guests to stop, too; return whether there are any."""
+        if self.finder.unidentified:
+            say(str(self.finder.unknown_identity()))
+        return bool(self.finder.unidentified)
 
     def _outside(self) -> list[OutsideGuest]:
         """Return the QEMU processes in other units that can be read within OUTSIDE_TIMEOUT_S."""
@@ -149,6 +160,8 @@ class Targets:
 
         guests = self.finder.of_manager(self._executables)
         processes = on_bus(lambda connection: unattended(guests, connection), user=self.user)
+        if self.finder.unidentified and not processes:
+            raise self.finder.unknown_identity()
         if not processes:
             raise NoSuchProcess("every QEMU is stopped by its own unit, or none runs")
         return processes

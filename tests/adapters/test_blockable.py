@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from qkilld.adapters.blockable import BlockableReads, Unanswered
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.process import adopt_process, open_process
 from qkilld.model.errors import UnknownIdentity
+from qkilld.model.guest import Unit
 from qkilld.stop import process as stop_process
 from qkilld.stop.finder import ProcessFinder
 from qkilld.stop.options import Options
@@ -109,11 +111,14 @@ def test_qkilld_stop_finds_the_others(
 ) -> None:
     monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 0.2)
     guest, web = stuck.make_stuck(OTHER_UID), fake_qemu(name="web")
-    processes = ProcessFinder(Options(), {}).of_manager([own_qemus()])
+    finder = ProcessFinder(Options(), {})
+    processes = finder.of_manager([own_qemus()])
     for process, _ in processes:
         process.close()
     pids = [process.pid for process, _ in processes]
     assert web.pid in pids and guest.pid not in pids
+    assert guest.pid in finder.unidentified
+    assert f"{guest.pid}" in str(finder.unknown_identity())
     with pytest.raises(UnknownIdentity, match="Try again"):
         ProcessFinder(Options(pid=guest.pid), {}).named()
     threading.Timer(0.3, stuck.free).start()
@@ -121,6 +126,52 @@ def test_qkilld_stop_finds_the_others(
     named = ProcessFinder(Options(pid=guest.pid), {}).named()
     assert named is not None and named.start_time == guest.start_time
     named.close()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_stuck_process_of_the_unit_is_not_taken_for_none(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """Otherwise systemd would run the next ExecStop= line while the guest runs."""
+    monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 0.2)
+    guest, foreign = stuck.make_stuck(OTHER_UID), stuck.make_stuck(OTHER_UID)
+    there = {fake_qemu().pid for _ in range(others)}
+    units = dict.fromkeys({guest.pid, *there}, Unit("web.service"))
+    units |= {foreign.pid: Unit("db.service"), os.getpid(): Unit("a.service")}
+    monkeypatch.setattr(procfs, "pids", lambda: list(units))
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: units[pid])
+    finder = ProcessFinder(Options(unit="web.service"), {})
+    if there:
+        processes = finder.in_unit([own_qemus()])
+        for process in processes:
+            process.close()
+        assert {process.pid for process in processes} == there
+    else:
+        with pytest.raises(UnknownIdentity, match=f"whether process {guest.pid} is"):
+            finder.in_unit([own_qemus()])
+    assert finder.unidentified == [guest.pid]
+    threading.Timer(0.3, stuck.free).start()
+    monkeypatch.setattr(stop_process, "IDENTITY_TIMEOUT_S", 30)
+    processes = finder.in_unit([own_qemus()])
+    for process in processes:
+        process.close()
+    assert {process.pid for process in processes} == {guest.pid, *there}
+    assert not finder.unidentified
+
+
+def test_a_program_that_may_block_reads_without_threads(
+    fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*arguments: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_thread, "start_new_thread", no_thread)
+    reads, own = BlockableReads(), f"/proc/{os.getpid()}"
+    with pytest.raises(Unanswered):
+        reads.one(own, executable)
+    reads.may_block_caller = True
+    assert reads.one(own, executable) == executable(own)
+    assert list(reads.each([own, own], executable)) == [executable(own)] * 2
 
 
 def test_a_user_with_many_of_them_leaves_room(

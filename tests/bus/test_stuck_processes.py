@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from tests.evidence.until import until
 from tests.lab.bus import Bus, CallError, Client, Daemon
 from tests.lab.guest import Guest
-from tests.lab.process import OTHER_UID, wait_gone
+from tests.lab.process import OTHER_UID, TOP, wait_gone
 from tests.lab.stuck import StuckGuests, stuck_guests
 
 FORCE, FIXED = 1, 8
@@ -124,3 +127,33 @@ def _pending_signals(pid: int) -> str:
     lines = until(Path(f"/proc/{pid}/status").read_text, lambda text: "ShdPnd" in text).split("\n")
     masks = [int(line.split()[1], 16) for line in lines if line[3:5] == "Pn"]
     return "SIGKILL" if any(mask & 1 << SIGKILL - 1 for mask in masks) else ""
+
+
+_WITHOUT_THREADS = """
+import _thread
+def refuse(*arguments):
+    raise RuntimeError("can't start new thread")
+_thread.start_new_thread = refuse
+from qkilld.stop.main import main
+main()
+"""
+
+
+def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
+    start_daemon: Start, fake_qemu: Make, lab_dir: Path
+) -> None:
+    """TasksMax= of its unit may allow no more."""
+    daemon = start_daemon("--varlink", f"{lab_dir}/socket")
+    daemon.wait_for("serves the bus at")
+    guest = fake_qemu()
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_THREADS, f"--socket={lab_dir}/socket"],
+        env=os.environ | {"MAINPID": str(guest.pid), "PYTHONPATH": str(TOP)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    wait_gone(guest.pid, 10)
+    daemon.wait_for("Sent SIGTERM")

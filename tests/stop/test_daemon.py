@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from qkilld.model.errors import InvalidArgs, NoSuchProcess
+from qkilld.model.errors import InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.stop import daemon as stop_daemon
 from qkilld.stop import finder
 from qkilld.stop.daemon import DaemonStopper
@@ -20,6 +20,7 @@ from qkilld.stop.notifier import Notifier
 from qkilld.stop.options import Options
 from qkilld.stop.process import ProcessHandle
 from qkilld.stop.run import StopRun
+from qkilld.stop.targets import Targets
 from qkilld.varlink.server import description
 from tests.stop.fakes import Clock, FakeDaemon, FakeHandle, Notes, state, stop_of, stopper
 
@@ -148,6 +149,41 @@ def test_a_pidfile_that_cannot_be_looked_for_is_not_missing(tmp_path: Path) -> N
         finder._of_pidfile(str(tmp_path / "pid"))
     with pytest.raises(InvalidArgs, match="File name too long"):
         finder._of_pidfile(str(tmp_path / ("x" * 300)))
+
+
+def test_a_process_that_cannot_be_identified_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be a guest that still runs, so the next ExecStop= line must not follow."""
+    run = StopRun(Options(all_guests=True), Notifier(""), Log())
+    process = FakeHandle()
+    run._stops.append(stop_of(process))
+    run._stops[0].code = 0
+    run.targets.finder.unidentified = [4, 5]
+    assert run.code == 1
+    assert "whether process 4 5 is a guest to stop" in capsys.readouterr().err
+    run.targets.finder.unidentified = []
+    assert run.code == 0
+    process.close()
+
+
+def test_a_substitute_that_cannot_be_identified_is_not_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The main process was a shell, and has exited."""
+    targets = Targets(Options())
+    chosen = targets.finder
+    monkeypatch.setattr(finder.ProcessFinder, "in_own_unit", True)
+    monkeypatch.setattr(chosen, "named", Mock(side_effect=NoSuchProcess("gone")))
+
+    def in_unit(globs: object) -> list[ProcessHandle]:
+        chosen.unidentified = [5]
+        raise chosen.unknown_identity()
+
+    monkeypatch.setattr(chosen, "in_unit", in_unit)
+    with pytest.raises(UnknownIdentity, match="process 5 is"):
+        targets.choose()
+    assert targets.substitutes([4]) == []
 
 
 def test_a_missing_daemon_is_lost(lab_dir: Path) -> None:
