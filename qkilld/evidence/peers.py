@@ -253,8 +253,7 @@ class ServerReader:
     def _may_use_servers(self, pid: int) -> bool:
         if (reader := self._readers.get(pid)) is None:
             return True
-        has_servers = bool(reader.upstream or _connections_of(reader.mounts))
-        return has_servers or reader.upstream_unknown
+        return bool(reader.upstream or reader.upstream_unknown or _connections_of(reader.mounts))
 
     def _links_of(self, pid: int, tables: _SampleTables) -> _Links:
         """Find and sample the servers that a server uses itself, once in a sample."""
@@ -267,18 +266,19 @@ class ServerReader:
         pids = dict.fromkeys(owners.values())
         served = self._fuse_servers(reader.mounts, reader.names, {self._pid, pid})
         mounts: dict[int, tuple[str, ...]] = {}
-        certain = set(pids)
+        certain, missing = set(pids), set(_connections_of(reader.mounts))
         for number, servers in served.items():
             names = reader.names.get(number, frozenset())
             for other in servers.pids:
                 peer = self._sampled.get(other) or self._sample(other, tables, None, names)
                 if peer is not None:
                     self._sampled[other] = peer
+                    missing.discard(number)
                     mounts[other] = (*mounts.get(other, ()), number)
                     certain.update({other} if servers.certain else ())
         links = self._links[pid] = _Links(
             pids=(*pids, *(other for other in mounts if other not in pids)),
-            unknown=reader.upstream_unknown or bool(ends.keys() - owners.keys()),
+            unknown=reader.upstream_unknown or bool(missing or ends.keys() - owners.keys()),
             mounts={other: numbers for other, numbers in mounts.items() if other not in pids},
             uncertain=frozenset(mounts.keys() - certain),
         )
