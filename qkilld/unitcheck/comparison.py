@@ -110,7 +110,10 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    if (adding := next((each for each in overrides if each.adds_stop), None)) is not None:
+    # A drop-in that replaces the lines of adopt also decides what those that add lines add to.
+    replaces = any("ExecStop=" in each.keys and not each.adds_stop for each in overrides)
+    adding = next((each for each in overrides if each.adds_stop and not replaces), None)
+    if adding is not None:
         return replace(
             comparison,
             word=UnitVerdict.MANUAL,

@@ -99,7 +99,10 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def _adds_stop(text: str) -> bool:
-    return any(entries(text, "Service", "ExecStop"))
+    """Return whether a drop-in adds lines to ExecStop=. Those after an empty assignment replace the
+    earlier ones instead."""
+    values = list(entries(text, "Service", "ExecStop"))
+    return bool(values) and "" not in values
 
 
 def own_files(facts: UnitFacts) -> list[str]:

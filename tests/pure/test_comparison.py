@@ -517,6 +517,9 @@ def test_a_later_drop_in_that_adds_to_the_stop_is_moved_first() -> None:
     assert (found.word, found.writes) == (UnitVerdict.MANUAL, False)
     assert "60-local.conf" in found.reason and "50-qkilld.conf" in found.advice
     assert found.adopted == found.now
+    replacing = Override("/etc/systemd/system/web.service.d/70-local.conf", ("ExecStop=",))
+    found = compare(facts, ASKABLE, check(facts, ASKABLE), [adding, replacing])
+    assert "60-local.conf" not in found.reason
 
 
 def test_adopting_is_never_worse_under_any_assumption() -> None:

@@ -109,7 +109,9 @@ def test_a_later_drop_in_stands_over_ours(text: str, keys: tuple[str, ...]) -> N
     ("text", "adds"),
     [
         ("[Service]\nExecStop=/bin/more\n", True),
-        ("[Service]\nExecStop=\nExecStop=/bin/more\n", True),
+        ("[Service]\nExecStop=\nExecStop=/bin/more\n", False),
+        ("[Service]\nExecStop=/bin/less\nExecStop=\nExecStop=/bin/more\n", False),
+        ("[Service]\nExecStop=/bin/less\nExecStop=\n", False),
         ("[Service]\nExecStop=\n", False),
         ("[Service]\nKillSignal=SIGKILL\n", False),
     ],
