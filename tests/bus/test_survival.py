@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
@@ -66,6 +67,24 @@ def test_a_job_goes_on_with_no_descriptor_kept(
     assert result == "killed"
     assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
     assert receipt["elapsed-usec"] >= 8_000_000
+
+
+def test_a_job_goes_on_that_had_not_sent_sigterm(
+    private_bus: Bus, start: Start, fake_qemu: Make, lab_dir: Path
+) -> None:
+    """Its phase is saved before SIGTERM is sent."""
+    first, guest, saved = start(), fake_qemu(stubborn=True), lab_dir / "job-1.json"
+    with private_bus.client() as client:
+        job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 1_000_000))
+        kill(first)
+        document = json.loads(saved.read_text())
+        document["job"] |= {"phase": "terminate", "rungs": []}
+        saved.write_text(json.dumps(document))
+        second = start()
+        second.wait_for("Sent SIGTERM")
+        result, receipt = client.wait(job)
+    assert result == "killed"
+    assert [rung[1] for rung in receipt["rungs"]] == ["SIGTERM", "SIGKILL"]
 
 
 def test_a_job_outlives_a_crash_right_after_its_reply(
