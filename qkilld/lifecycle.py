@@ -243,9 +243,8 @@ class Life:
         streams = Streams()
         self._observers.add(streams)
         units = UnitStops(self._service, control_process, user=bus.user)
-        self._varlink = VarlinkServer(
-            VarlinkMethods(self._service, streams, units), self._turns, self._fault
-        )
+        methods = VarlinkMethods(self._service, streams, units, self._turns.limits)
+        self._varlink = VarlinkServer(methods, self._turns, self._fault)
         self._memory = MemoryLock(lambda why: journal.write(events.memory_not_locked(why)))
         self._unlock: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from qkilld import __version__
-from qkilld.engine.call_limits import Cost
+from qkilld.engine.call_limits import CallLimits, Cost
 from qkilld.engine.job import Job
 from qkilld.engine.service import Option, Service
 from qkilld.engine.unit_stop import UnitStops
@@ -16,6 +16,7 @@ from qkilld.model.policy import SPANS
 from qkilld.varlink import values
 from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
 from qkilld.varlink.streams import JobStream, Streams
+from qkilld.varlink.unit_queries import UnitQueries
 
 UNIT_AFTER_S: Final = 0.3
 """Delay before the unit's settings are read. Most idle guests have exited by then, even if many are
@@ -30,10 +31,13 @@ _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 class VarlinkMethods:
     """Implements server.Methods."""
 
-    def __init__(self, service: Service, streams: Streams, units: UnitStops) -> None:
+    def __init__(
+        self, service: Service, streams: Streams, units: UnitStops, limits: CallLimits
+    ) -> None:
         self._service = service
         self._streams = streams
         self._units = units
+        self._unit_queries = UnitQueries(units, limits)
         self._methods: Mapping[str, Method] = {
             "GetStatus": self._get_status,
             "Terminate": self._terminate,
@@ -184,7 +188,7 @@ class VarlinkMethods:
     async def _report_unit(
         self, call: VarlinkCall, jobs: Sequence[Job], stream: JobStream | None, force: bool
     ) -> None:
-        settings = await self._units.limit(jobs, call.caller.pid, call.uid, force=force)
+        settings = await self._unit_queries.limit(jobs, call.caller.pid, call.uid, force=force)
         name, limits, why = settings
         if stream is None:
             return

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from qkilld.engine.ports import Process
 from qkilld.engine.service import Service
 from qkilld.engine.turns import Turns
-from qkilld.engine.unit_stop import UnitStops
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Identity, Label
 from qkilld.model.policy import Config
@@ -24,6 +24,7 @@ from qkilld.varlink.server import VarlinkServer
 from tests.engine.conftest import FakeProcess, World
 from tests.engine.test_service import FakeHost
 from tests.evidence.until import until
+from tests.varlink.test_unit_queries import SlowUnits
 
 
 class SlowHost(FakeHost):
@@ -32,6 +33,10 @@ class SlowHost(FakeHost):
     def __init__(self, *processes: FakeProcess) -> None:
         super().__init__(*processes)
         self.goes_on = asyncio.Event()
+
+    def open(self, pid: int) -> Process:
+        super().open(pid)
+        return FakeProcess(self.processes[pid].guest)  # Each call closes its own.
 
     async def label(self, identity: Identity) -> Label:
         label = await super().label(identity)
@@ -51,10 +56,9 @@ class Daemon:
         service = Service(
             Config(), self.host, self.world.registry, self.world.clock, self.world.sampler
         )
-        units = UnitStops(service, lambda pid: None, user=False)
-        self.server = VarlinkServer(
-            VarlinkMethods(service, self.streams, units), self.turns, lambda what, error: None
-        )
+        self.units = SlowUnits(service)
+        methods = VarlinkMethods(service, self.streams, self.units, self.turns.limits)
+        self.server = VarlinkServer(methods, self.turns, lambda what, error: None)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(directory / "s"))
         listener.listen()
@@ -73,8 +77,8 @@ class Daemon:
         return self.process.guest.identity.pid
 
 
-def send(sock: socket.socket, method: str, **parameters: Any) -> None:
-    call = {"method": f"org.qkilld1.{method}", "more": True, "parameters": parameters}
+def send(sock: socket.socket, method: str, *, more: bool = True, **parameters: Any) -> None:
+    call = {"method": f"org.qkilld1.{method}", "more": more, "parameters": parameters}
     sock.send(json.dumps(call).encode() + b"\0")
 
 
@@ -126,3 +130,23 @@ def test_a_client_that_leaves_before_its_job_begins(lab_dir: Path) -> None:
         daemon.server.close()
 
     asyncio.run(leave())
+
+
+def test_a_client_that_calls_by_its_unit_all_the_time(lab_dir: Path) -> None:
+    """systemd is not asked once for each call at the same time."""
+
+    async def call() -> None:
+        daemon = Daemon(lab_dir)
+        daemon.host.goes_on.set()
+        calls = 30
+        with daemon.client() as client:
+            for _ in range(calls):
+                send(client, "Terminate", more=False, pid=daemon.guest_pid, byUnit=True)
+            await asyncio.to_thread(until, lambda: daemon.units.count, bool)
+            await asyncio.sleep(0.2)
+            assert daemon.units.running.total() == 1
+            daemon.units.goes_on.set()
+            await asyncio.to_thread(until, lambda: daemon.units.count, lambda n: n == calls)
+        daemon.server.close()
+
+    asyncio.run(call())

@@ -1,0 +1,92 @@
+"""Limit how often systemd is asked about the units of callers (`byUnit`).
+
+Any user may start such a query with each call, and all of them use the daemon's only connection to
+the bus.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+from weakref import WeakValueDictionary
+
+from qkilld.engine.call_limits import CallLimits, Cost
+from qkilld.engine.fair_shares import FairShares
+from qkilld.engine.job import Job
+from qkilld.engine.unit_stop import UnitLimits, UnitStops
+from qkilld.model.errors import Busy
+
+MAX_AT_ONCE: Final = 16
+"""Queries that may run at a time. Each has one call of systemd open. The system bus allows a
+connection 128 pending replies, of which polkit may need 64 (polkit.MAX_IN_ALL) and the uids of
+callers 32 (server.MAX_ASKING)."""
+MAX_SHARED: Final = 8
+OF_ROOT: Final = 4
+"""See FairShares."""
+
+
+class UnitQueries:
+    def __init__(self, units: UnitStops, limits: CallLimits) -> None:
+        self._units = units
+        self._limits = limits
+        self._places = FairShares(MAX_AT_ONCE, of_root=OF_ROOT, shared=MAX_SHARED)
+        self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
+        """The queries that wait for a place, by uid. The first uid is next."""
+        self._locks: WeakValueDictionary[tuple[str, tuple[int, ...]], asyncio.Lock] = (
+            WeakValueDictionary()
+        )
+        """One for each unit and jobs that are asked about."""
+
+    async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
+        """Do what UnitStops.limit does, once it is this query's turn. A user who has too many
+        queries gets UnitLimits without limits."""
+        # A query that waits costs as much as a Wait, but its client need not stay.
+        try:
+            self._limits.begin(uid, Cost.WAIT)
+        except Busy as error:
+            return UnitLimits("", None, str(error))
+        try:
+            key = self._units.reason(pid), tuple(job.number for job in jobs)
+            lock = self._locks.get(key)
+            if lock is None:
+                lock = self._locks[key] = asyncio.Lock()
+            async with lock, self._place(uid):
+                if not any(job.running for job in jobs):
+                    return UnitLimits("", None, "the stop has ended")
+                return await self._units.limit(jobs, pid, uid, force=force)
+        finally:
+            self._limits.end(uid, Cost.WAIT)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, uid: int) -> AsyncIterator[None]:
+        """Wait for one of the MAX_AT_ONCE places."""
+        if uid in self._waiting or not self._places.has_room(uid):
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(uid, deque()).append(turn)
+            await turn
+        else:
+            self._places.take(uid)
+        try:
+            yield
+        finally:
+            self._places.give_back(uid)
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free places to those who wait for one."""
+        # Of more users than there are places, one has none. If even that one gets none, no other
+        # user does, but root may.
+        uids = dict.fromkeys((0, *itertools.islice(self._waiting, MAX_AT_ONCE + 1)))
+        for uid in uids:
+            turns = self._waiting.pop(uid, None)
+            while turns and self._places.has_room(uid):
+                turn = turns.popleft()
+                if not turn.done():
+                    self._places.take(uid)
+                    turn.set_result(None)
+            if turns:
+                self._waiting[uid] = turns
