@@ -5,9 +5,9 @@ caller must reload systemd. Edited drop-ins are kept, and their paths are printe
 qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to their
 users.
 
-While qkilld-stop stops a guest in a unit of the running system, nothing is removed: the stop would
-lose its extended timeout, and the modules that it has yet to import. If this lasts longer than
-30 s, the exit code is 4, and the package must not be removed.
+While qkilld-stop stops a guest in a system unit, nothing is removed: the stop would lose its
+extended timeout, and the modules that it has yet to import. If this lasts longer than 30 s, the
+exit code is 4, and the package must not be removed. The units of user managers are not asked about.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def main() -> int:
 async def _wait_for_stops() -> None:
     connection = await connect()
     try:
-        await wait_for_stops(Systemd(connection), "Try again when they have ended")
+        advice = (
+            "Try again when they have ended, or end them with `systemctl kill UNIT`, which sends"
+            " SIGTERM to the guest"
+        )
+        await wait_for_stops(Systemd(connection), advice)
     finally:
         connection.close()
 

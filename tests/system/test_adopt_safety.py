@@ -104,7 +104,8 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
     """`daemon-reload` makes systemd forget by how much a running ExecStop= has extended its
     time."""
     installed.run("systemctl", "start", "qkilld.service")
-    helper = ("ExecStop=/usr/bin/qkilld-stop", "NotifyAccess=exec", "TimeoutStopSec=infinity")
+    line = "ExecStop=/bin/sh -c 'exec qkilld-stop'"
+    helper = (line, "NotifyAccess=exec", "TimeoutStopSec=infinity")
     with (
         unit(installed) as name,
         unit(installed) as other,
@@ -124,6 +125,9 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
             # What the removal of a package runs.
             removal = stack.enter_context(installed.spawn("/usr/lib/qkilld/undo-adopt"))
             assert removal.wait(90) == 4
+            assert removal.stdout is not None
+            said = removal.stdout.read().decode()
+            assert slow in said and "systemctl kill" in said
             for each in tries:
                 assert each.wait(90) == 4
                 assert each.stdout is not None
@@ -142,6 +146,18 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
             installed.run("qkillctl", "force", pid)
             assert adopting.wait(60) == 0
         assert "qkilld-stop" in shown(installed, name, "ExecStop")[0]
+
+
+def test_a_removal_does_not_wait_for_other_lines_of_a_stop(installed: Container) -> None:
+    lines = ("ExecStop=/usr/bin/qkilld-stop", "ExecStop=/bin/sleep 600", "TimeoutStopSec=infinity")
+    with unit(installed, f"ExecStart={IDLE}", *lines, "NotifyAccess=exec") as name:
+        installed.run("systemctl", "stop", "--no-block", name)
+        until(
+            lambda: "sleep" in installed.run("systemctl", "status", name, check=False).stdout, bool
+        )
+        until(lambda: installed.property(name, "MainPID"), lambda pid: pid == "0")
+        installed.run("/usr/lib/qkilld/undo-adopt", timeout=20)
+        assert installed.property(name, "ActiveState") == "deactivating"
 
 
 def test_everything_that_was_ever_written_is_taken_back(installed: Container) -> None:
