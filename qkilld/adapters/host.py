@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import procfs
+from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.loop_thread import run_in_thread
 from qkilld.adapters.names import NameReader
 from qkilld.adapters.process import PidfdProcess, open_process
 from qkilld.debug_log import note_once
 from qkilld.model.errors import Failed
-from qkilld.model.guest import Identity, Label
+from qkilld.model.guest import Identity, Label, Unidentified
 
 _OWN_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_TIMEOUT_S: Final = 2.0
+"""How long to try to identify processes that the kernel does not show, for example because the host
+thrashes."""
+_RETRY_S: Final = 0.1
 
 
 class LocalHost:
@@ -25,6 +31,9 @@ class LocalHost:
     def __init__(self, proc: Path = procfs.PROC) -> None:
         self._proc = proc
         self._names = NameReader(lambda pid: procfs.read_names(pid, proc))
+        self._blocked: frozenset[int] = frozenset()
+        """The processes that the last search could not identify. The next one does not wait for
+        them, so that they do not delay every search."""
 
     def open(self, pid: int) -> PidfdProcess:
         return open_process(pid, self._proc)
@@ -45,18 +54,48 @@ class LocalHost:
             for (name, uuid, qmp, remote), unit in zip(names, units, strict=True)
         ]
 
-    async def identities(self) -> list[Identity]:
-        identities = await run_in_thread(lambda: _identities(self._proc))
+    async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
+        blocked = self._blocked
+        identities, unidentified = await run_in_thread(lambda: _identities(self._proc, blocked))
         self._names.keep(identities)
-        return identities
+        self._blocked = frozenset(each.pid for each in unidentified)
+        return identities, unidentified
 
 
-def _identities(proc: Path) -> list[Identity]:
-    identities = []
-    for pid, identity in procfs.read_identities(procfs.pids(proc), proc):
+def _identities(
+    proc: Path, blocked: Collection[int] = ()
+) -> tuple[list[Identity], list[Unidentified]]:
+    """Identify all processes. Try again for _TIMEOUT_S if some do not answer, except for those in
+    `blocked`."""
+    identities: list[Identity] = []
+    pids, until = procfs.pids(proc), time.monotonic() + _TIMEOUT_S
+    while True:
+        unanswered = _identify(pids, proc, identities)
+        if set(unanswered) <= set(blocked) or time.monotonic() > until:
+            return identities, [_unidentified(pid, proc) for pid in unanswered]
+        pids = unanswered
+        time.sleep(_RETRY_S)
+
+
+def _unidentified(pid: int, proc: Path) -> Unidentified:
+    try:
+        uid = procfs.read_uid(pid, proc)
+    except OSError as error:
+        note_once(f"reading the user of process {pid}", error)
+        uid = -1
+    return Unidentified(pid, uid, procfs.read_unit(pid, proc))
+
+
+def _identify(pids: Sequence[int], proc: Path, identities: list[Identity]) -> list[int]:
+    """Append to `identities`; return the processes that do not answer."""
+    unanswered = []
+    for pid, identity in procfs.read_identities(pids, proc):
         match identity:
             case FileNotFoundError() | ProcessLookupError():
                 pass  # It has exited.
+            case Unanswered():
+                note_once(f"identifying process {pid}", identity)
+                unanswered.append(pid)
             case OSError() if identity.errno in _OWN_LIMITS:
                 reason = os.strerror(identity.errno or 0)
                 raise Failed(f"Cannot list processes: {reason}") from None
@@ -66,4 +105,4 @@ def _identities(proc: Path) -> list[Identity]:
                 raise identity
             case _ if identity.executable:
                 identities.append(identity)
-    return identities
+    return unanswered

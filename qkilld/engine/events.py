@@ -20,7 +20,7 @@ from qkilld.model.constants import (
 )
 from qkilld.model.errors import NoSuchProcess, QkilldError
 from qkilld.model.event import Event, MessageId, Priority
-from qkilld.model.guest import Guest, Identity
+from qkilld.model.guest import Guest, Identity, Unidentified, Unit
 from qkilld.model.job import Request, Rung, VerdictChange
 from qkilld.model.text import printable
 from qkilld.model.timespan import format_usec
@@ -348,6 +348,26 @@ def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
         guest=guest,
         fields={"QKILLD_GUEST": guest.label.shown_name, "QKILLD_REQUESTED_BY": str(uid)},
     )
+
+
+def not_identified(processes: Sequence[Unidentified], uid: int) -> Event:
+    """TerminateAll leaves processes out, because the kernel does not show their executables."""
+    named = ", ".join(
+        f"{each.pid} (unit: {_unit_in_words(each.unit)})" for each in processes[:MAX_NAMED]
+    )
+    more = len(processes) - MAX_NAMED
+    return Event(
+        MessageId.NOT_IDENTIFIED,
+        Priority.WARNING,
+        f"Failed to identify process {named}{f' and {more} more' if more > 0 else ''} for uid "
+        f"{uid}, who requested to stop all: the kernel does not show its executable. A guest among "
+        "them is not stopped.",
+        fields={"QKILLD_REQUESTED_BY": str(uid)},
+    )
+
+
+def _unit_in_words(unit: Unit | None) -> str:
+    return "unknown" if unit is None else printable(unit.name or "none")
 
 
 def daemon_started(version: str, where: str) -> Event:

@@ -16,7 +16,7 @@ from qkilld.model.access import Answer, PolkitAction, Rank
 from qkilld.model.block_state import BackgroundJob, BlockState, FlushResult, GuestDisk, YankInstance
 from qkilld.model.constants import Flag, GuestAsked, Phase, Result, Verdict
 from qkilld.model.event import Event
-from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label
+from qkilld.model.guest import AskingWays, Guest, GuestChannels, Identity, Label, Unidentified
 from qkilld.model.guest_state import GuestObservation, GuestOrder, KeptMonitor, ShutdownSign
 from qkilld.model.job import Control, FlushReport, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
@@ -105,9 +105,9 @@ class Host(Protocol):
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         """Return the names of many processes, in order, within a second even if some block."""
 
-    async def identities(self) -> list[Identity]:
-        """Return every process whose executable is visible. There may be many, so this does not run
-        in the loop."""
+    async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
+        """Return every process whose executable is visible, and those that cannot be identified at
+        the moment. There may be many, so this does not run in the loop."""
 
 
 class Caller(Protocol):

@@ -22,6 +22,7 @@ LIMITED: Final = frozenset(
         MessageId.JOB_EXTENDED,
         MessageId.WAITER_GONE,
         MessageId.NOT_STOPPED,
+        MessageId.NOT_IDENTIFIED,
         MessageId.NOT_WRITTEN,
         MessageId.INTERNAL_ERROR,
     )

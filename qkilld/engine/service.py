@@ -34,7 +34,7 @@ from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.constants import INFINITY, KNOWN_FLAGS, Flag, MonitorKind
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import BusError, Failed, InvalidArgs, NoSuchUnit, QkilldError
-from qkilld.model.guest import AskingWays, Guest, Identity
+from qkilld.model.guest import AskingWays, Guest, Identity, Unidentified
 from qkilld.model.guest_state import GuestOrder
 from qkilld.model.job import Request
 from qkilld.model.policy import JOB_SPANS, Config, is_qemu
@@ -156,7 +156,7 @@ class Service:
                 known = False
             except (BusError, Failed):
                 pass  # systemd does not answer; the control groups are enough
-        guest = choose_guest(name, facts, await self.guests(), known=known)
+        guest = choose_guest(name, facts, *await self._guests.get(), known=known)
         checked = await self._access.open_checked(
             guest.identity.pid,
             caller,
@@ -174,14 +174,14 @@ class Service:
         """Stop every QEMU process that the caller may stop.
 
         polkit is asked once, and only if there are guests of other users. A guest that cannot be
-        stopped is reported in the journal. Raises InvalidArgs, Busy and, if there are guests but
-        the caller may stop none, AccessDenied.
+        stopped is reported in the journal, and so is a process that may be one. Raises InvalidArgs,
+        Busy and, if there are guests but the caller may stop none, AccessDenied.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         _check_for_many(given)
         uid = await caller.uid()
-        guests = await self.guests()
+        guests, unidentified = await self._guests.get()
         own = [guest for guest in guests if is_free(uid, guest.identity)]
         answer = Answer.DENIED
         if len(own) < len(guests):
@@ -189,6 +189,9 @@ class Service:
             if not own:
                 check_answer(answer, "The QEMU guests of this host are")
         wanted = guests if answer is Answer.GRANTED else own
+        every = answer is Answer.GRANTED or uid == 0
+        if unknown := [each for each in unidentified if every or each.uid == uid]:
+            self.registry.note(events.not_identified(unknown, uid))
         slots = self._slots_of(uid)
 
         async def one(guest: Guest) -> Job | None:
@@ -363,18 +366,21 @@ class Service:
 
     async def guests(self) -> list[Guest]:
         """Return every visible QEMU process on this host."""
-        return list(await self._guests.get())
+        return list((await self._guests.get())[0])
 
-    async def _find_guests(self) -> list[Guest]:
+    async def _find_guests(self) -> tuple[list[Guest], list[Unidentified]]:
+        """Return also the processes that may be guests, but cannot be identified."""
         # Concurrent callers share one run, because it reads all of /proc, in 0.1 ms for each
         # process.
+        identities, unidentified = await self._host.identities()
         qemus = [
             identity
-            for identity in await self._host.identities()
+            for identity in identities
             if is_qemu(identity.executable, self.config.executables)
         ]
         labels = await self._host.labels(qemus)
-        return [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
+        guests = [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
+        return guests, unidentified
 
     async def _sample_twice(self, process: Process) -> Assessment | None:
         """Take two samples, because only a difference shows movement. If the second is late, use

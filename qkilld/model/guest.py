@@ -59,6 +59,16 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class Unidentified:
+    """A process that the kernel does not show at the moment, so that it may be a guest."""
+
+    pid: int
+    uid: int
+    """-1 if unknown."""
+    unit: Unit | None
+
+
+@dataclass(frozen=True, slots=True)
 class Label:
     """The names of a guest. All except the unit are claims of the process itself."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qkilld.adapters import blockable, procfs
+from qkilld.adapters import blockable, host, procfs
 from qkilld.adapters.blockable import BlockableReads, Unanswered
 from qkilld.adapters.host import LocalHost
 from qkilld.adapters.process import adopt_process, open_process
@@ -90,20 +90,44 @@ def test_a_stored_pidfd_is_used_although_its_process_is_stuck(stuck: StuckGuests
         process.close()
 
 
-def test_a_scan_skips_them(stuck: StuckGuests, fake_qemu: Make) -> None:
+def test_a_scan_skips_them(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import asyncio
 
     guests = [stuck.make_stuck(OTHER_UID) for _ in range(4)]
     web = fake_qemu(name="web")
 
-    async def scan() -> list[int]:
-        return [identity.pid for identity in await LocalHost().identities()]
+    monkeypatch.setattr(procfs, "pids", lambda proc: [web.pid, *(guest.pid for guest in guests)])
 
-    for _ in range(2):
-        pids = asyncio.run(scan())
-        assert web.pid in pids
-        assert not {guest.pid for guest in guests} & set(pids)
+    async def scan() -> None:
+        local, theirs = LocalHost(), {guest.pid for guest in guests}
+        for is_first in (True, False):
+            began = time.monotonic()
+            known, unidentified = await local.identities()
+            assert (time.monotonic() - began > host._TIMEOUT_S) is is_first
+            pids = {identity.pid for identity in known}
+            assert web.pid in pids and not theirs & pids
+            assert theirs <= {each.pid for each in unidentified}
+            assert all(each.uid == OTHER_UID for each in unidentified if each.pid in theirs)
+
+    asyncio.run(scan())
     assert blockable.shared.blocked >= len(guests)  # Other tests may have some.
+
+
+def test_a_search_waits_for_a_process_that_is_stuck_for_a_moment(stuck: StuckGuests) -> None:
+    """The host may thrash."""
+    import asyncio
+
+    guest = stuck.make_stuck(OTHER_UID)
+
+    async def scan() -> set[int]:
+        threading.Timer(0.5, stuck.free).start()
+        known, unidentified = await LocalHost().identities()
+        assert guest.pid not in {each.pid for each in unidentified}
+        return {identity.pid for identity in known}
+
+    assert guest.pid in asyncio.run(scan())
 
 
 def test_qkilld_stop_finds_the_others(

@@ -22,6 +22,8 @@ from tests.lab.stuck import StuckGuests, stuck_guests
 FORCE, FIXED = 1, 8
 JOB = "org.qkilld1.Job"
 ANSWER_S = 1.0
+LIST_S = ANSWER_S + 2
+"""The first search for guests waits for stuck processes, and so for those of other tests."""
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 
@@ -60,6 +62,7 @@ def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: 
                 with pytest.raises(CallError, match="Cannot identify process") as caught:
                     call(method, signature, guest.pid, *more)
                 assert caught.value.name == "org.qkilld1.Error.Failed"
+        assert call.longest_s < ANSWER_S
         rows = call("ListGuests")[0]
         assert web.pid in [row[0] for row in rows]
         assert not {guest.pid for guest in theirs} & {row[0] for row in rows}
@@ -67,7 +70,9 @@ def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: 
         ((pid, job),) = jobs
         assert pid == web.pid
         assert client.wait(job)[0] == "exited"
-        assert call.longest_s < ANSWER_S
+        warning = daemon.wait_for("Failed to identify process.*")[0]
+        assert all(str(guest.pid) in warning for guest in theirs)
+        assert call.longest_s < LIST_S
     assert all(guest.alive for guest in theirs)
 
 
@@ -87,7 +92,7 @@ def test_a_job_sends_no_signal_while_its_process_is_stuck(
         call("ListGuests")
         other = fake_qemu()
         assert client.wait(client.terminate(other.pid))[0] == "exited"
-        assert call.longest_s < ANSWER_S
+        assert call.longest_s < LIST_S
         stuck.free()
         result, receipt = client.wait(job)
     assert result == "killed"
@@ -113,7 +118,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_ready(
         print("ready after", time.monotonic() - began)
         call = Timed(client)
         call("ListGuests")
-        assert call.longest_s < ANSWER_S
+        assert call.longest_s < LIST_S
         time.sleep(max(0.0, began + 6 - time.monotonic()))
         assert client.properties(job, JOB)["Result"] == ""
         stuck.free()
@@ -155,5 +160,5 @@ def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    wait_gone(guest.pid, 10)
+    assert wait_gone(guest.pidfd, 10)
     daemon.wait_for("Sent SIGTERM")

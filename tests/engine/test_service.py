@@ -28,8 +28,8 @@ from qkilld.model.errors import (
     ProcessChanged,
     QkilldError,
 )
-from qkilld.model.event import MessageId
-from qkilld.model.guest import Guest, Identity, Label, Unit
+from qkilld.model.event import MessageId, Priority
+from qkilld.model.guest import Guest, Identity, Label, Unidentified, Unit
 from qkilld.model.policy import JOB_SPANS, Config, Switches
 from qkilld.model.timespan import ENDLESS
 from qkilld.model.unit import UnitFacts
@@ -44,6 +44,7 @@ class FakeHost:
         self.processes = {p.guest.identity.pid: p for p in processes}
         self.asked: list[str] = []
         self.unit: Unit | None = Unit()
+        self.unidentified: list[Unidentified] = []
         self.exiting = False
 
     def open(self, pid: int) -> Process:
@@ -63,8 +64,9 @@ class FakeHost:
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
         return [await self.label(identity) for identity in identities]
 
-    async def identities(self) -> list[Identity]:
-        return [process.guest.identity for process in self.processes.values()]
+    async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
+        known = [process.guest.identity for process in self.processes.values()]
+        return known, self.unidentified
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -251,6 +253,26 @@ def test_one_of_all_that_fails_stops_no_other(world: World) -> None:
     (event,) = [event for event in world.journal.events if event.id is MessageId.NOT_STOPPED]
     assert event.guest is not None
     assert event.guest.identity.pid == 11
+
+
+@pytest.mark.parametrize(
+    ("uid", "answer", "named"),
+    [
+        (0, Answer.DENIED, "process 21 (unit: web.service), 22 (unit: unknown) for"),
+        (7, Answer.DENIED, "process 21 (unit: web.service) for"),
+        (7, Answer.GRANTED, "process 21 (unit: web.service), 22 (unit: unknown) for"),
+        (9, Answer.DENIED, None),
+    ],
+)
+def test_what_cannot_be_identified_is_reported_to_who_stops_all(
+    world: World, uid: int, answer: Answer, named: str | None
+) -> None:
+    service, host = make_service(world, *(FakeProcess(make_guest(n, uid=n)) for n in (7, 8, 9)))
+    host.unidentified = [Unidentified(21, 7, Unit("web.service")), Unidentified(22, -1, None)]
+    run(service.terminate_all(0, {}, FakeCaller(uid, answer)))
+    found = [event for event in world.journal.events if event.id is MessageId.NOT_IDENTIFIED]
+    assert [event.priority for event in found] == [Priority.WARNING] * (named is not None)
+    assert all(named is not None and named in event.message for event in found)
 
 
 class FakeUnits:

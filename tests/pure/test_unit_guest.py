@@ -7,8 +7,16 @@ from dataclasses import replace
 import pytest
 
 from qkilld.engine.unit_guest import check_unit_name, choose_guest
-from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, NoSuchUnit, NotQemu, QkilldError
-from qkilld.model.guest import Guest, Identity, Label, Unit
+from qkilld.model.errors import (
+    Failed,
+    InvalidArgs,
+    NoSuchProcess,
+    NoSuchUnit,
+    NotQemu,
+    QkilldError,
+    UnknownIdentity,
+)
+from qkilld.model.guest import Guest, Identity, Label, Unidentified, Unit
 from qkilld.model.unit import Command, UnitFacts
 
 WEB = UnitFacts("web.service", main_pid=10, control_group="/system.slice/web.service")
@@ -63,6 +71,38 @@ def test_the_guest_of_a_unit(
     if expected is Failed:
         for pid, _ in guests:
             assert str(pid) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "guests", "unit", "expected"),
+    [
+        (WEB, [(10, SYSTEMS)], SYSTEMS, 10),
+        (WEB, [(11, SYSTEMS)], SYSTEMS, None),  # It may be the main process.
+        (WEB, [(11, SYSTEMS)], USERS, 11),
+        (WEB, [(11, SYSTEMS)], None, 11),
+        (WEB, [], SYSTEMS, None),
+        (WEB, [], None, None),
+        (OWN, [], USERS, None),
+        (None, [], USERS, None),
+        (None, [(11, SYSTEMS)], USERS, 11),
+    ],
+)
+def test_a_process_of_the_unit_that_cannot_be_identified(
+    facts: UnitFacts | None,
+    guests: list[tuple[int, Unit | None]],
+    unit: Unit | None,
+    expected: int | None,
+) -> None:
+    there, unknown = [guest(*each) for each in guests], [Unidentified(21, 7, unit)]
+
+    def choose() -> int:
+        return choose_guest("web.service", facts, there, unknown, known=True).identity.pid
+
+    if expected is not None:
+        assert choose() == expected
+        return
+    with pytest.raises(UnknownIdentity, match="process 21 is a guest"):
+        choose()
 
 
 @pytest.mark.parametrize(
