@@ -67,8 +67,9 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
     """Convert the storage of an instance to that of its template: replace the instance name by
-    %i. If the name is only a part of a word, as in nbd-web.service, the storage may be that of this
-    instance alone, and that of the others is not known."""
+    %i. If the name is only a part of a word, as in nbd-web.service, a server may be that of this
+    instance alone, and those of the others are not known. File systems at other places are ordered
+    by remote-fs.target."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point
@@ -76,8 +77,11 @@ def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]
         if instance and len(parts) > 1:
             place = replace(place, text="%i".join(part.replace("%", "%%") for part in parts))
         elif instance and re.search(rf"(?<![A-Za-z0-9]){re.escape(instance)}(?![A-Za-z0-9])", text):
-            why = f"{printable(text)} may be that of the instance {printable(instance)} alone"
-            place = Storage(protocol=place.protocol or "a mount", unseen=why)
+            if place.server:
+                why = f"{printable(text)} may be that of the instance {printable(instance)} alone"
+                place = Storage(protocol=place.protocol, unseen=why)
+            else:
+                place = replace(place, may_differ=True)
         generalized.append(place)
     return generalized
 

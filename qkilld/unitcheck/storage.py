@@ -76,6 +76,8 @@ class Storage:
     text: str = ""
     """For a template: the mount point or server with specifiers, right for every instance; "" if no
     specifier is needed."""
+    may_differ: bool = False
+    """For a template: other instances may have another mount point."""
 
     @property
     def line(self) -> str:
@@ -86,6 +88,9 @@ class Storage:
             return f"After=remote-fs-pre.target {' '.join(DEVICE_UNITS[self.protocol])}"
         if self.protocol:
             return "After=network.target network-online.target"
+        if self.may_differ:
+            # RequiresMountsFor= would let no instance start without the mount of this one.
+            return f"After=remote-fs.target {self.unit}"
         return f"RequiresMountsFor={self.text or quoted(self.mount_point)}"
 
 

@@ -23,7 +23,7 @@ from qkilld.ctl.guest_storage import (
 from qkilld.model.guest import Unit
 from qkilld.model.unit import Command
 from qkilld.monitor import tcp
-from qkilld.unitcheck.storage import Storage, device_kind, is_ordered
+from qkilld.unitcheck.storage import Storage, device_kind, is_ordered, mount_unit
 from tests.pure.test_unitcheck import SAFE
 
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -273,15 +273,22 @@ def test_templates_have_the_specifier() -> None:
                      "RequiresMountsFor=/srv/website"]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        Storage(protocol="nbd", server="nbd-web.service"),
-        Storage(mount_point="/srv/vm_web", unit="srv-vm_web.mount"),
-    ],
-)
-def test_templates_do_not_get_the_storage_of_one_instance(own: Storage) -> None:
+def test_templates_do_not_get_the_server_of_one_instance() -> None:
+    own = Storage(protocol="nbd", server="nbd-web.service")
     (place,) = for_all_instances([own], "web")
     assert place.unseen.endswith("may be that of the instance web alone") and not place.server
     assert not is_ordered(replace(SAFE, after=(own.server, own.unit)), place)
     assert for_all_instances([own], "we") == [own]
+
+
+@pytest.mark.parametrize(
+    ("instance", "mount_point"), [("web", "/srv/vm_web"), ("vm", "/srv/vm-images"), ("1", "/d-1")]
+)
+def test_templates_are_ordered_after_a_mount_that_may_be_shared(
+    instance: str, mount_point: str
+) -> None:
+    unit = mount_unit(mount_point)
+    (place,) = for_all_instances([Storage(mount_point=mount_point, unit=unit)], instance)
+    assert (place.unseen, place.line) == ("", f"After=remote-fs.target {unit}")
+    assert not is_ordered(SAFE, place)
+    assert is_ordered(replace(SAFE, after=("remote-fs.target", unit)), place)
