@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from qkilld.bus.framing import Frames, IncomingMessage, MessageKind, error_reply
+from qkilld.bus.framing import Frames, IncomingMessage, MessageKind, error_reply, reply_header
 from qkilld.bus.library import (
     AuthError,
     InvalidAddressError,
@@ -85,6 +85,8 @@ class Connection:
         self._scheduled = False
         self._blocked = False
         """Whether the socket's buffer is full."""
+        self._has_room = asyncio.Event()
+        """Set when everything is sent, or the connection is lost."""
         self._open_calls: dict[int, tuple[str, asyncio.Future[IncomingMessage]]] = {}
         """Calls without a reply yet, by serial: the destination, and the future for the reply."""
         self._handlers: dict[_Subscription, list[tuple[str, Callable[[list[Any]], None]]]] = {}
@@ -111,6 +113,7 @@ class Connection:
             return
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
+        self._has_room.set()
         if error is None:
             self._end.set_result(None)
         else:
@@ -135,6 +138,20 @@ class Connection:
             self._queue(message)
             if not self._blocked:
                 self._write()
+
+    def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
+        """Write the reply to a call, as `send_now` does. `body`: as from library.encode_body."""
+        if self.connected:
+            self._unsent += reply_header(call, self._next_serial(), signature, len(body))
+            self._unsent += body
+            if not self._blocked:
+                self._write()
+
+    async def wait_for_room(self) -> None:
+        """Return when at most MAX_UNSENT bytes wait to be sent, or the connection is lost."""
+        while self.connected and len(self._unsent) > MAX_UNSENT:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def _queue(self, message: Message) -> int:
         """Append a message to the queue; return its serial."""
@@ -186,6 +203,7 @@ class Connection:
         if self._blocked:
             self._blocked = False
             self._loop.remove_writer(self._sock)
+        self._has_room.set()
         self._go_on_reading()
 
     # ---- reading ----

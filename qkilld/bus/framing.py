@@ -189,8 +189,26 @@ def error_reply(call: IncomingMessage, serial: int, name: str, text: str) -> byt
         + _string_field(6, b"s", call.sender)
         + b"\x08\1g\0\1s\0"
     )
-    fixed = struct.pack("<cBBBIII", b"l", MessageKind.ERROR, 1, 1, len(body), serial, len(fields))
-    return fixed + fields + b"\0" * (-len(fields) & 7) + body
+    return _header(MessageKind.ERROR, serial, fields, len(body)) + body
+
+
+def reply_header(call: IncomingMessage, serial: int, signature: str, length: int) -> bytes:
+    """Encode what precedes the body of a reply to `call`. `length`: that of the body, which is in
+    little-endian byte order."""
+    fields = (
+        struct.pack("<B3sI", 5, b"\1u\0", call.serial)
+        + _string_field(6, b"s", call.sender)
+        + struct.pack("<B3sB", 8, b"\1g\0", len(signature))
+        + signature.encode()
+        + b"\0"
+    )
+    return _header(MessageKind.REPLY, serial, fields, length)
+
+
+def _header(kind: MessageKind, serial: int, fields: bytes, length: int) -> bytes:
+    """Encode a header, padded for a body of this length."""
+    fixed = struct.pack("<cBBBIII", b"l", kind, 1, 1, length, serial, len(fields))
+    return fixed + fields + b"\0" * (-len(fields) & 7)
 
 
 def _string_field(code: int, kind: bytes, text: str) -> bytes:

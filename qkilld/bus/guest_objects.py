@@ -25,8 +25,8 @@ class GuestObject:
         self.methods: Mapping[str, Method] = {}
         self._guest = guest
 
-    def property(self, name: str, uid: int) -> Any:
-        return guest_properties(self._guest)[name]
+    def properties(self, uid: int) -> Mapping[str, Any]:
+        return guest_properties(self._guest)
 
 
 def guest_path(guest: WatchedGuest) -> str:

@@ -57,8 +57,8 @@ class JobObject:
             "Force": self._force,
         }
 
-    def property(self, name: str, uid: int) -> Any:
-        return properties(self._job, private=may_see(self._job, uid))[name]
+    def properties(self, uid: int) -> Mapping[str, Any]:
+        return properties(self._job, private=may_see(self._job, uid))
 
     async def _wait(self, caller: BusCaller) -> list[Any]:
         if not caller.wants_reply:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from importlib.machinery import PathFinder
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Prevent both libraries from importing GLib for an event loop that is not used here. This saves
 # memory, which is locked while jobs run.
@@ -30,6 +30,7 @@ def _add_bare_package(name: str) -> None:
 
 if TYPE_CHECKING:
     from dbus_next._private.address import get_bus_address, parse_address
+    from dbus_next._private.marshaller import Marshaller
     from dbus_next.auth import AuthExternal
     from dbus_next.constants import BusType, MessageFlag, MessageType, NameFlag, RequestNameReply
     from dbus_next.errors import AuthError, InvalidAddressError
@@ -39,6 +40,7 @@ else:
     _add_bare_package("dbus_next")
     try:
         from dbus_next._private.address import get_bus_address, parse_address
+        from dbus_next._private.marshaller import Marshaller
         from dbus_next.auth import AuthExternal
         from dbus_next.constants import (
             BusType,
@@ -54,6 +56,7 @@ else:
         # Not only ImportError: a library too old for its Python can fail in any way.
         try:
             from dbus_fast._private.address import get_bus_address, parse_address
+            from dbus_fast._private.marshaller import Marshaller
             from dbus_fast.auth import AuthExternal
             from dbus_fast.constants import (
                 BusType,
@@ -83,6 +86,7 @@ __all__ = [
     "RequestNameReply",
     "Variant",
     "encode",
+    "encode_body",
     "get_bus_address",
     "parse_address",
 ]
@@ -91,4 +95,10 @@ __all__ = [
 def encode(message: Message) -> bytes | bytearray:
     """Encode a message for the bus; its serial must be set. Send its descriptors with it."""
     encoded: bytes | bytearray = message._marshall(bool(message.unix_fds))
+    return encoded
+
+
+def encode_body(signature: str, body: list[Any]) -> bytearray:
+    """Encode values as they are in the body of a message, in little-endian byte order."""
+    encoded: bytearray = Marshaller(signature, body).marshall()
     return encoded

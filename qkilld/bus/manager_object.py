@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from qkilld import __version__
@@ -13,17 +13,17 @@ from qkilld.bus.guest_objects import GuestObject, Guests, guest_path
 from qkilld.bus.inspection import evidence_dict
 from qkilld.bus.job_object import JobObject, job_path
 from qkilld.bus.library import Variant
-from qkilld.bus.server import BusCaller, BusObject, Method
+from qkilld.bus.listing import Listing
+from qkilld.bus.server import BusCaller, BusObject, Method, variants
 from qkilld.bus.values import VariantValue
+from qkilld.engine.job import Job
+from qkilld.engine.registry import Registry
 from qkilld.engine.service import Option, Service
 from qkilld.model.constants import GUEST_PATH_PREFIX, JOB_PATH_PREFIX, MANAGER_PATH
 from qkilld.model.errors import NoSuchJob
 from qkilld.model.guest import Guest
 from qkilld.model.policy import SPANS
 from qkilld.model.text import printable
-
-_POLICY_PROPERTIES: Final = {span.bus_property: span.field for span in SPANS}
-
 
 _NUMBER: Final = re.compile("[1-9][0-9]{0,8}")
 
@@ -46,15 +46,14 @@ class ManagerObject:
             "GetJobByPID": self._get_job_by_pid,
         }
 
-    def property(self, name: str, uid: int) -> Any:
-        match name:
-            case "Version":
-                return __version__
-            case "NowUSec":
-                return time.monotonic_ns() // 1000
-            case "NJobs":
-                return self._service.registry.running
-        return getattr(self._service.config.policy, _POLICY_PROPERTIES[name])
+    def properties(self, uid: int) -> Mapping[str, Any]:
+        policy = self._service.config.policy
+        return {
+            "Version": __version__,
+            "NowUSec": time.monotonic_ns() // 1000,
+            "NJobs": self._service.registry.running,
+            **{span.bus_property: getattr(policy, span.field) for span in SPANS},
+        }
 
     async def _terminate(
         self,
@@ -103,33 +102,27 @@ class ManagerObject:
             }
         ]
 
-    async def _list_guests(self, caller: BusCaller) -> list[Any]:
-        return [
-            [
-                [
-                    guest.identity.pid,
-                    guest.label.shown_name,
-                    guest.label.uuid,
-                    guest.identity.uid,
-                    guest.label.unit_name,
-                ]
-                for guest in await self._service.guests()
-            ]
-        ]
+    async def _list_guests(self, caller: BusCaller) -> Listing:
+        guests = {str(guest.identity.pid): guest for guest in await self._service.guests()}
 
-    async def _list_jobs(self, caller: BusCaller) -> list[Any]:
-        return [
-            [
-                [
-                    job.number,
-                    job_path(job),
-                    job.guest.identity.pid,
-                    job.phase.value,
-                    job.verdict.value,
-                ]
-                for job in self._service.registry
-            ]
-        ]
+        def row(pid: str) -> list[Any] | None:
+            if (guest := guests.get(pid)) is None:
+                return None
+            identity, label = guest.identity, guest.label
+            return [[identity.pid, label.shown_name, label.uuid, identity.uid, label.unit_name]]
+
+        return Listing(lambda: guests, row)
+
+    async def _list_jobs(self, caller: BusCaller) -> Listing:
+        registry = self._service.registry
+
+        def row(path: str) -> list[Any] | None:
+            if (job := _job_at(path, registry)) is None:
+                return None
+            pid = job.guest.identity.pid
+            return [[job.number, path, pid, job.phase.value, job.verdict.value]]
+
+        return Listing(lambda: map(job_path, registry), row)
 
     async def _get_job_by_pid(self, caller: BusCaller, pid: int) -> list[Any]:
         return [job_path(self._service.registry.by_pid(pid))]
@@ -149,12 +142,8 @@ class ManagerTree:
             return self._manager
         if path.startswith(GUEST_PATH_PREFIX):
             return self._find_guest(path.removeprefix(GUEST_PATH_PREFIX))
-        if not path.startswith(JOB_PATH_PREFIX):
-            return None
-        # Each job has exactly one path: 7, not 007.
-        if not _NUMBER.fullmatch(number := path.removeprefix(JOB_PATH_PREFIX)):
-            raise NoSuchJob("A job's path ends in its number")
-        return JobObject(self._service.registry.get(int(number)), self._service)
+        job = _job_at(path, self._service.registry)
+        return None if job is None else JobObject(job, self._service)
 
     def _find_guest(self, number: str) -> BusObject | None:
         if self.guests is None or not _NUMBER.fullmatch(number):
@@ -162,16 +151,23 @@ class ManagerTree:
         guest = self.guests.watch.get(int(number))
         return None if guest is None else GuestObject(guest)
 
-    async def managed(self, sender: str, uid: int) -> Mapping[str, BusObject]:
+    async def managed(self, sender: str, uid: int) -> Listing:
         """Return all jobs and guests. The caller gets signals about guests from now on."""
-        objects: dict[str, BusObject] = {}
         if self.guests is not None:
             self.guests.watchers.add(sender, uid)
-            for guest in await self.guests.watch.guests():
-                objects[guest_path(guest)] = GuestObject(guest)
-        for job in self._service.registry:
-            objects[job_path(job)] = JobObject(job, self._service)
-        return objects
+            await self.guests.watch.guests()
+
+        def described(path: str) -> dict[str, Any] | None:
+            found = None if path == MANAGER_PATH else self.find(path)
+            if found is None:
+                return None
+            return {path: {found.interface.name: variants(found.interface, found.properties(uid))}}
+
+        return Listing(self._managed_paths, described)
+
+    def _managed_paths(self) -> Iterable[str]:
+        guests = () if self.guests is None else self.guests.watch.known
+        return [*map(guest_path, guests), *map(job_path, self._service.registry)]
 
     def children(self, path: str) -> list[str]:
         match path:
@@ -188,6 +184,16 @@ class ManagerTree:
             case "/org/qkilld1/guest" if self.guests is not None:
                 return [str(guest.number) for guest in self.guests.watch.known]
         return []
+
+
+def _job_at(path: str, registry: Registry) -> Job | None:
+    """Return the job at that path; None if the path is not below that of jobs. Raises NoSuchJob."""
+    if not path.startswith(JOB_PATH_PREFIX):
+        return None
+    # Each job has exactly one path: 7, not 007.
+    if not _NUMBER.fullmatch(number := path.removeprefix(JOB_PATH_PREFIX)):
+        raise NoSuchJob("A job's path ends in its number")
+    return registry.get(int(number))
 
 
 def _given(options: dict[str, VariantValue]) -> dict[str, Option]:

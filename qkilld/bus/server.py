@@ -19,6 +19,7 @@ from qkilld.bus.connection import CallFailed, Connection
 from qkilld.bus.framing import MAX_CALL, Flags, IncomingMessage
 from qkilld.bus.interfaces import Interface, introspection
 from qkilld.bus.library import Message, MessageType, Variant
+from qkilld.bus.listing import Listing, Listings
 from qkilld.bus.values import parse
 from qkilld.engine.call_limits import Cost
 from qkilld.engine.turns import FULL, Turns, WaitingCall
@@ -82,7 +83,9 @@ class BusCaller:
         await self._server.notice_disconnect(self.sender)
 
 
-Method = Callable[..., Coroutine[Any, Any, list[Any]]]
+Body = list[Any] | Listing
+"""The values of a reply, or the Listing that is its only value."""
+Method = Callable[..., Coroutine[Any, Any, Body]]
 """Takes the BusCaller and the arguments, returns the body of the reply."""
 
 
@@ -90,8 +93,8 @@ class BusObject(Protocol):
     interface: Interface
     methods: Mapping[str, Method]
 
-    def property(self, name: str, uid: int) -> Any:
-        """Return the value in its D-Bus type, as far as that uid may see it."""
+    def properties(self, uid: int) -> Mapping[str, Any]:
+        """Return every property in its D-Bus type, as far as that uid may see it."""
 
 
 class Authority(Protocol):
@@ -118,8 +121,8 @@ class ObjectTree(Protocol):
 
     def children(self, path: str) -> list[str]: ...
 
-    async def managed(self, sender: str, uid: int) -> Mapping[str, BusObject]:
-        """Return the objects below the manager, by path. Raises a QkilldError."""
+    async def managed(self, sender: str, uid: int) -> Listing:
+        """Return the value of GetManagedObjects. Raises a QkilldError."""
 
 
 class NoReply(Exception):
@@ -169,6 +172,7 @@ class Server:
         self.authority = authority
         """None unless this is the system bus, because polkit cannot identify callers on others."""
         self._turns = turns
+        self._listings = Listings()
         self._waiting: Counter[str] = Counter()
         """Calls of each sender that wait for their turn."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
@@ -212,11 +216,13 @@ class Server:
 
     def emit_added(self, path: str, interface: Interface, values: Mapping[str, Any]) -> None:
         """Broadcast InterfacesAdded."""
-        variants = {name: Variant(interface.properties[name], v) for name, v in values.items()}
-        self._send_from_manager("InterfacesAdded", "oa{sa{sv}}", [path, {interface.name: variants}])
+        self._listings.announced(path)
+        described = {interface.name: variants(interface, values)}
+        self._send_from_manager("InterfacesAdded", "oa{sa{sv}}", [path, described])
 
     def emit_removed(self, path: str, interface: Interface) -> None:
         """Broadcast InterfacesRemoved."""
+        self._listings.announced(path)
         self._send_from_manager("InterfacesRemoved", "oas", [path, [interface.name]])
 
     def emit_changed(
@@ -224,14 +230,14 @@ class Server:
     ) -> None:
         """Broadcast PropertiesChanged: the values of `values`, and only the names of
         `invalidated`."""
-        changed = {name: Variant(interface.properties[name], v) for name, v in values.items()}
+        self._listings.announced(path)
         self._send(
             Message.new_signal(
                 path,
                 _PROPERTIES,
                 "PropertiesChanged",
                 "sa{sv}as",
-                [interface.name, changed, list(invalidated)],
+                [interface.name, variants(interface, values), list(invalidated)],
             )
         )
 
@@ -342,14 +348,8 @@ class Server:
         if call.member != "GetManagedObjects" or call.signature:
             raise _NoSuch("UnknownMethod", "ObjectManager has only GetManagedObjects()")
         self._turns.limits.check_descriptors(uid)
-        answer = self._managed_objects(call.sender, uid)
+        answer = self._tree.managed(call.sender, uid)
         self._run(call, uid, answer, Cost.READ, interfaces.OBJECT_MANAGER_GIVES)
-
-    async def _managed_objects(self, sender: str, uid: int) -> list[Any]:
-        objects = await self._tree.managed(sender, uid)
-        return [
-            {path: {one.interface.name: _all_properties(one, uid)} for path, one in objects.items()}
-        ]
 
     def _start_method(self, call: IncomingMessage, uid: int) -> None:
         bus_object = self._tree.find(call.path)
@@ -379,7 +379,7 @@ class Server:
         self,
         call: IncomingMessage,
         uid: int,
-        answer: Coroutine[Any, Any, list[Any]],
+        answer: Coroutine[Any, Any, Body],
         cost: Cost,
         gives: str = "s",
     ) -> None:
@@ -390,7 +390,7 @@ class Server:
             raise
         call.body = None  # The body may be long, and the call may take long.
         sender = call.sender
-        task = asyncio.get_running_loop().create_task(self._answer(call, answer, gives))
+        task = asyncio.get_running_loop().create_task(self._answer(call, uid, answer, gives))
         self._tasks.setdefault(sender, set()).add(task)
         if cost is Cost.WAIT:
             self._waits.add(task)
@@ -404,10 +404,14 @@ class Server:
         task.add_done_callback(finished)
 
     async def _answer(
-        self, call: IncomingMessage, answer: Coroutine[Any, Any, list[Any]], gives: str
+        self, call: IncomingMessage, uid: int, answer: Coroutine[Any, Any, Body], gives: str
     ) -> None:
         try:
-            self._reply(call, gives, await answer)
+            body = await answer
+            if isinstance(body, Listing):
+                await self._reply_listing(call, uid, gives, body)
+            else:
+                self._reply(call, gives, body)
         except NoReply:
             pass
         except asyncio.CancelledError:
@@ -457,7 +461,7 @@ class Server:
             raise _NoSuch("UnknownInterface", f"No interface {printable(interface)} there")
         types = bus_object.interface.properties
         if call.member == "GetAll":
-            return "a{sv}", [_all_properties(bus_object, uid)]
+            return "a{sv}", [variants(bus_object.interface, bus_object.properties(uid))]
         name = rest[0]
         if name not in types:
             raise _NoSuch(
@@ -465,7 +469,7 @@ class Server:
             )
         if call.member == "Set":
             raise _NoSuch("PropertyReadOnly", f"{name} cannot be set")
-        return "v", [Variant(types[name], bus_object.property(name, uid))]
+        return "v", [Variant(types[name], bus_object.properties(uid)[name])]
 
     def _finished(self, sender: str, task: asyncio.Task[None]) -> None:
         group = self._tasks.get(sender)
@@ -506,6 +510,17 @@ class Server:
                 )
             )
 
+    async def _reply_listing(
+        self, call: IncomingMessage, uid: int, signature: str, listing: Listing
+    ) -> None:
+        if not call.wants_reply:
+            return
+        async with self._turns.long_replies.turn(uid) as pace:
+            # Replies of many megabytes must not pile up.
+            await self._connection.wait_for_room()
+            body = await self._listings.encode(signature, listing, pace)
+            self._connection.reply_encoded(call, signature, body)
+
     def refuse(self, call: IncomingMessage, error: QkilldError, *, later: bool = False) -> None:
         refuse = self._connection.refuse_later if later else self._connection.refuse
         refuse(call, error.bus_name, str(error))
@@ -519,9 +534,9 @@ class Server:
             self._connection.send(message)
 
 
-def _all_properties(bus_object: BusObject, uid: int) -> dict[str, Variant]:
-    types = bus_object.interface.properties
-    return {name: Variant(kind, bus_object.property(name, uid)) for name, kind in types.items()}
+def variants(interface: Interface, values: Mapping[str, Any]) -> dict[str, Variant]:
+    """Return properties of an interface with their types."""
+    return {name: Variant(interface.properties[name], value) for name, value in values.items()}
 
 
 def _arguments(call: IncomingMessage, takes: str, shown: str) -> list[Any]:

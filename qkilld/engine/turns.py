@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from qkilld.engine.call_limits import CallLimits
 from qkilld.engine.fair_queue import MAX_CALLS, FairQueue
+from qkilld.engine.long_replies import LongReplies
 from qkilld.model.errors import Busy, QkilldError
 
 ROUND_S: Final = 0.002
@@ -38,6 +39,7 @@ class Turns:
         """`unlimited`: uids without limits."""
         self.unlimited = unlimited
         self.limits = CallLimits(unlimited)
+        self.long_replies = LongReplies(unlimited)
         self.last_call = time.monotonic()
         """The time of the last call, time.monotonic()."""
         self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)

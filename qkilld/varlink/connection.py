@@ -39,6 +39,10 @@ _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("3i")
 
 
+def encode(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 class InputBudget:
     """Limits the input (bytes) that is received but not handled yet."""
 
@@ -134,9 +138,14 @@ class VarlinkConnection:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. What does not fit into the socket now is sent later."""
+        if not self.closed:
+            self.send_encoded(encode(message))
+
+    def send_encoded(self, message: bytes) -> None:
+        """Send a message that `encode` has made, or one put together from its results."""
         if self.closed:
             return
-        data = json.dumps(message, separators=(",", ":")).encode() + b"\0"
+        data = message + b"\0"
         if not self._outgoing:
             try:
                 sent = self._sock.send(data)

@@ -225,11 +225,13 @@ class VarlinkMethods:
             "job": inspection.job.number if inspection.job else None,
         }
 
-    async def _list_guests(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
-        return {"guests": [values.guest_value(each) for each in await self._service.guests()]}
+    async def _list_guests(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        await call.finish_list("guests", map(values.guest_value, await self._service.guests()))
 
-    async def _list_jobs(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:
-        return {"jobs": [values.state(job, call.uid) for job in self._service.registry]}
+    async def _list_jobs(self, call: VarlinkCall, parameters: dict[str, Any]) -> None:
+        await call.finish_list(
+            "jobs", (values.state(job, call.uid) for job in self._service.registry)
+        )
 
     async def _get_job_by_pid(
         self, call: VarlinkCall, parameters: dict[str, Any]

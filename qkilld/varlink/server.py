@@ -14,7 +14,7 @@ import itertools
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -36,7 +36,7 @@ from qkilld.model.errors import (
 from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 from qkilld.varlink import idl
-from qkilld.varlink.connection import InputBudget, VarlinkConnection
+from qkilld.varlink.connection import InputBudget, VarlinkConnection, encode
 from qkilld.varlink.values import type_name
 
 INTERFACE: Final = "org.qkilld1"
@@ -216,6 +216,19 @@ class VarlinkCall:
 
     def finish(self, parameters: dict[str, Any]) -> None:
         self._reply({"parameters": parameters})
+        self.end()
+
+    async def finish_list(self, name: str, elements: Iterable[dict[str, Any]]) -> None:
+        """Finish with a list of any length as the only parameter."""
+        encoded = []
+        async with self._server.turns.long_replies.turn(self.uid) as pace:
+            for element in elements:
+                encoded.append(encode(element))
+                await pace.rest()
+            if not self.oneway and not self._has_ended:
+                self.connection.send_encoded(
+                    b'{"parameters":{"%b":[%b]}}' % (name.encode(), b",".join(encoded))
+                )
         self.end()
 
     def abandon(self) -> None:

@@ -1,0 +1,86 @@
+"""Encode replies that list any number of objects, in steps between which the loop goes on.
+
+Signals are sent between these steps. A client applies them when they arrive, which is before the
+reply, so the reply must not be older: an object that is announced meanwhile is encoded again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from qkilld.bus.library import encode_body
+from qkilld.engine.long_replies import Pace
+from qkilld.model.dataclass import dataclass
+from qkilld.model.errors import Busy, NoSuchJob
+
+MAX_REPETITIONS: Final = 4
+"""How many times as many elements as there are may be encoded. More are needed only if objects
+change faster than they can be listed."""
+SPARE: Final = 64
+"""Further elements that may be encoded, such as those of new objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The value of a reply that is an array of structures or dictionary entries."""
+
+    keys: Callable[[], Iterable[str]]
+    """Returns the keys of all elements. The key of one that describes an object is its path."""
+    element: Callable[[str], Any]
+    """Returns an array of only this element. Returns None or raises NoSuchJob if there is no such
+    element, or none any more."""
+
+
+class Listings:
+    """The listings of one connection."""
+
+    def __init__(self) -> None:
+        self._unfinished: list[OrderedDict[str, None]] = []
+        """For each listing: the keys of the elements to encode, the next one first."""
+
+    def announced(self, path: str) -> None:
+        """Note that a signal about an object is sent: that it is new, gone, or has changed."""
+        for keys in self._unfinished:
+            keys[path] = None
+
+    async def encode(self, signature: str, listing: Listing, pace: Pace) -> bytearray:
+        """Return the body of the reply. It is as new as the last signal until the caller awaits
+        something. Raises Busy if the objects change too fast."""
+        keys: OrderedDict[str, None] = OrderedDict()
+        encoded: dict[str, bytes] = {}
+        self._unfinished.append(keys)
+        try:
+            keys.update(dict.fromkeys(listing.keys()))
+            for _ in range(MAX_REPETITIONS * len(keys) + SPARE):
+                if not keys:
+                    return _array(encoded.values())
+                key, _ = keys.popitem(last=False)
+                try:
+                    array = listing.element(key)
+                except NoSuchJob:
+                    array = None
+                if array is None:
+                    encoded.pop(key, None)
+                else:
+                    encoded[key] = bytes(encode_body(signature, [array])[_START:])
+                await pace.rest()
+        finally:
+            self._unfinished = [each for each in self._unfinished if each is not keys]
+        raise Busy("The jobs change faster than they can be listed; try again")
+
+
+_START: Final = 8
+"""The offset of the first element in an array of structures or dictionary entries, which are
+aligned to 8 bytes. So the bytes of an element do not depend on its place."""
+
+
+def _array(elements: Iterable[bytes]) -> bytearray:
+    array = bytearray(_START)
+    for element in elements:
+        array += bytes(-len(array) % 8)
+        array += element
+    struct.pack_into("<I", array, 0, len(array) - _START)
+    return array

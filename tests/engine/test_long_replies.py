@@ -1,0 +1,179 @@
+"""Replies about thousands of jobs do not block the loop.
+
+Processor time is measured, because a busy machine takes the processor away at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from qkilld.bus.connection import Connection
+from qkilld.bus.framing import IncomingMessage, MessageKind
+from qkilld.bus.interfaces import OBJECT_MANAGER, OBJECT_MANAGER_GIVES
+from qkilld.bus.manager_object import ManagerObject, ManagerTree
+from qkilld.bus.server import Server
+from qkilld.bus.values import parse
+from qkilld.engine.call_limits import MAX_READS
+from qkilld.engine.long_replies import LongReplies
+from qkilld.engine.service import Service
+from qkilld.engine.snapshot import Snapshot
+from qkilld.engine.turns import Turns
+from qkilld.model.constants import MANAGER_PATH, Flag, Phase, Result
+from qkilld.model.job import Request
+from qkilld.model.policy import Policy
+from qkilld.varlink.connection import VarlinkConnection
+from qkilld.varlink.methods import VarlinkMethods
+from qkilld.varlink.server import VarlinkCall, VarlinkServer
+
+from .conftest import S, World, make_guest
+
+UID = 1000
+MAX_SHARE = 1 / 12
+"""The longest step, as a share of the processor time of MAX_READS calls. It is 1 / MAX_READS if the
+calls are only answered one by one, each in one step."""
+
+
+def service_with(world: World, jobs: int) -> Service:
+    for number in range(1, jobs + 1):
+        snapshot = Snapshot.of_signals(
+            make_guest(number, uid=UID, name="n" * 20),
+            Request(Flag.NOWAIT, {}, "", UID),
+            Policy(),
+            number=number,
+            started=world.clock.now() - 2 * S,
+        )
+        ended = replace(
+            snapshot, result=Result.SIGNALLED, phase=Phase.DONE, ended=world.clock.now() - S
+        )
+        world.registry.resume(None, ended)
+    # The methods that VarlinkMethods looks up, though nobody calls them here.
+    steering = dict.fromkeys(("cancel", "hold", "release", "force"))
+    return cast(Service, SimpleNamespace(registry=world.registry, **steering))
+
+
+async def longest_share(work: Awaitable[None]) -> float:
+    """Return the longest processor time between two turns of the loop during the work, as a share
+    of all of it."""
+    longest = 0.0
+
+    async def tick() -> None:
+        nonlocal longest
+        while True:
+            before = time.process_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.process_time() - before)
+
+    ticking = asyncio.create_task(tick())
+    await asyncio.sleep(0)
+    gc.disable()
+    start = time.process_time()
+    try:
+        await work
+        await asyncio.sleep(0)
+    finally:
+        gc.enable()
+        ticking.cancel()
+    return longest / (time.process_time() - start)
+
+
+class FakeBus:
+    def __init__(self) -> None:
+        self.connected = True
+        self.on_call: Callable[[IncomingMessage], None]
+        self.replies: list[tuple[int, str, bytes]] = []
+
+    def watch_names(self, handler: object) -> None: ...
+
+    async def uid_of(self, name: str) -> int:
+        return UID
+
+    async def wait_for_room(self) -> None: ...
+
+    def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
+        self.replies.append((call.serial, signature, bytes(body)))
+
+
+def fault(doing: str, error: BaseException) -> None:
+    raise AssertionError(doing) from error
+
+
+@pytest.mark.parametrize(
+    ("interface", "member", "gives", "jobs"),
+    [
+        (OBJECT_MANAGER, "GetManagedObjects", OBJECT_MANAGER_GIVES, 1000),
+        ("org.qkilld1.Manager", "ListJobs", "a(uouss)", 6000),
+    ],
+)
+def test_calls_on_the_bus(world: World, interface: str, member: str, gives: str, jobs: int) -> None:
+    bus, service = FakeBus(), service_with(world, jobs)
+
+    async def work() -> None:
+        tree = ManagerTree(ManagerObject(service), service)
+        server = Server(cast(Connection, bus), tree, fault, Turns(frozenset({0})))
+
+        async def call_all() -> None:
+            for serial in range(1, MAX_READS + 1):
+                bus.on_call(
+                    IncomingMessage(
+                        MessageKind.CALL,
+                        0,
+                        serial,
+                        "<",
+                        path=MANAGER_PATH,
+                        interface=interface,
+                        member=member,
+                        sender=f":1.{serial % 2}",
+                    )
+                )
+            while server.busy:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        assert await longest_share(call_all()) < MAX_SHARE
+
+    asyncio.run(work())
+    assert sorted(serial for serial, *_ in bus.replies) == list(range(1, MAX_READS + 1))
+    for _, signature, body in bus.replies:
+        assert signature == gives
+        (listed,) = parse(gives, body)
+        assert len(listed) == jobs
+
+
+def test_calls_on_varlink(world: World) -> None:
+    service = service_with(world, 6000)
+    sent: list[bytes] = []
+
+    class FakeConnection:
+        uid, pid, blocked = UID, 1, False
+
+        def send_encoded(self, message: bytes) -> None:
+            sent.append(message)
+
+        def when_sent(self, callback: Callable[[], None]) -> None: ...
+
+    async def work() -> None:
+        turns = SimpleNamespace(long_replies=LongReplies(frozenset({0})))
+        server = cast(VarlinkServer, SimpleNamespace(turns=turns))
+        methods = VarlinkMethods(service, *[cast(Any, None)] * 3)
+
+        async def call() -> None:
+            connection = cast(VarlinkConnection, FakeConnection())
+            await methods.find("ListJobs")(VarlinkCall(server, connection, b"", []), {})
+
+        async def call_all() -> None:
+            await asyncio.gather(*(call() for _ in range(MAX_READS)))
+
+        assert await longest_share(call_all()) < MAX_SHARE
+
+    asyncio.run(work())
+    assert len(sent) == MAX_READS
+    for message in sent:
+        assert len(json.loads(message)["parameters"]["jobs"]) == 6000
