@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from qkilld.bus import interfaces
 from qkilld.bus.job_object import PRIVATE, changing, job_path, properties
 from qkilld.bus.server import Server
+from qkilld.engine.long_replies import STEP_S
 from qkilld.model.constants import MANAGER_PATH
 
 if TYPE_CHECKING:
@@ -22,8 +25,12 @@ class Announcer:
         self._server = server
         self._announced_values: dict[int, tuple[Any, ...]] = {}
         """The values of the properties that change, as last announced for each running job."""
-        self._pending: dict[int, asyncio.Handle] = {}
-        """For each job: the timer of its next announcement, or of the pause after the last one."""
+        self._due: OrderedDict[int, ObservedJob] = OrderedDict()
+        """Jobs whose changes are to be announced now, the next one first."""
+        self._round: asyncio.Handle | None = None
+        """The next round of announcements."""
+        self._pauses: dict[int, asyncio.Handle] = {}
+        """For each job: the timer of the pause after its last announcement."""
         self._announced_count = 0
         self._manager_pending: asyncio.Handle | None = None
         """The timer of the next announcement of the manager's properties, or of the pause after the
@@ -45,12 +52,12 @@ class Announcer:
 
     def job_changed(self, job: ObservedJob) -> None:
         """Schedule one signal for all changes in this turn of the loop."""
-        if job.number in self._announced_values and job.number not in self._pending:
-            loop = asyncio.get_running_loop()
-            self._pending[job.number] = loop.call_soon(self._announce, job)
+        if job.number in self._announced_values and job.number not in self._pauses:
+            self._announce_soon(job)
 
     def job_ended(self, job: ObservedJob) -> None:
-        if timer := self._pending.pop(job.number, None):
+        self._due.pop(job.number, None)
+        if timer := self._pauses.pop(job.number, None):
             timer.cancel()
         # Announce the last changes first: clients stop reading after JobRemoved.
         self._announce_changes(job)
@@ -63,9 +70,10 @@ class Announcer:
         self._server.emit_removed(job_path(job), interfaces.job())
 
     def close(self) -> None:
-        for timer in self._pending.values():
+        self._due.clear()
+        for timer in self._pauses.values():
             timer.cancel()
-        self._pending.clear()
+        self._pauses.clear()
         if self._manager_pending is not None:
             self._manager_pending.cancel()
             self._manager_pending = None
@@ -84,11 +92,29 @@ class Announcer:
             loop = asyncio.get_running_loop()
             self._manager_pending = loop.call_later(MIN_INTERVAL_S, self._announce_manager)
 
-    def _announce(self, job: ObservedJob) -> None:
-        del self._pending[job.number]
-        if self._announce_changes(job):
-            loop = asyncio.get_running_loop()
-            self._pending[job.number] = loop.call_later(MIN_INTERVAL_S, self._announce, job)
+    def _announce_soon(self, job: ObservedJob) -> None:
+        self._pauses.pop(job.number, None)
+        self._due[job.number] = job
+        if self._round is None:
+            self._round = asyncio.get_running_loop().call_soon(self._announce_due)
+
+    def _announce_due(self) -> None:
+        """Announce changes for STEP_S, because thousands of jobs may change at a time. The next
+        round follows when the loop has handled other events."""
+        self._round = None
+        loop = asyncio.get_running_loop()
+        end = time.monotonic() + STEP_S
+        try:
+            while self._due:
+                number, job = self._due.popitem(last=False)
+                if self._announce_changes(job):
+                    pause = loop.call_later(MIN_INTERVAL_S, self._announce_soon, job)
+                    self._pauses[number] = pause
+                if time.monotonic() >= end:
+                    break
+        finally:
+            if self._due:
+                self._round = loop.call_soon(self._announce_due)
 
     def _announce_changes(self, job: ObservedJob) -> bool:
         now = changing(job, private=True)

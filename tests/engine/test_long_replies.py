@@ -19,6 +19,8 @@ import pytest
 from qkilld.bus.connection import Connection
 from qkilld.bus.framing import IncomingMessage, MessageKind
 from qkilld.bus.interfaces import OBJECT_MANAGER, OBJECT_MANAGER_GIVES
+from qkilld.bus.job_signals import Announcer
+from qkilld.bus.library import encode
 from qkilld.bus.manager_object import ManagerObject, ManagerTree
 from qkilld.bus.server import Server
 from qkilld.bus.values import parse
@@ -27,6 +29,7 @@ from qkilld.engine.long_replies import LongReplies
 from qkilld.engine.service import Service
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.turns import Turns
+from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import MANAGER_PATH, Flag, Phase, Result
 from qkilld.model.job import Request
 from qkilld.model.policy import Policy
@@ -34,7 +37,7 @@ from qkilld.varlink.connection import VarlinkConnection
 from qkilld.varlink.methods import VarlinkMethods
 from qkilld.varlink.server import VarlinkCall, VarlinkServer
 
-from .conftest import S, World, make_guest
+from .conftest import FakeProcess, S, World, make_guest
 
 UID = 1000
 MAX_SHARE = 1 / 12
@@ -90,8 +93,16 @@ class FakeBus:
         self.connected = True
         self.on_call: Callable[[IncomingMessage], None]
         self.replies: list[tuple[int, str, bytes]] = []
+        self.changed: list[str] = []
+        """The path of each signal."""
 
     def watch_names(self, handler: object) -> None: ...
+
+    def send(self, message: Any) -> None:
+        """Send a signal."""
+        message.serial = 1
+        encode(message)
+        self.changed.append(message.path)
 
     async def uid_of(self, name: str) -> int:
         return UID
@@ -177,3 +188,29 @@ def test_calls_on_varlink(world: World) -> None:
     assert len(sent) == MAX_READS
     for message in sent:
         assert len(json.loads(message)["parameters"]["jobs"]) == 6000
+
+
+def test_changes_of_many_jobs(world: World) -> None:
+    """Such as those of a host that shuts down."""
+    bus = FakeBus()
+
+    async def work() -> None:
+        server = Server(cast(Connection, bus), cast(Any, None), fault, Turns(frozenset({0})))
+        announcer = Announcer(server)
+        jobs = [world.stop(FakeProcess(make_guest(pid))) for pid in range(1, 3001)]
+        for job in jobs:
+            announcer.adopt(job)
+            job.hold(Steerer(0, Rank.ROOT))
+
+        async def announce_all() -> None:
+            for job in jobs:
+                announcer.job_changed(job)
+                announcer.job_changed(job)
+            while len(bus.changed) < len(jobs):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        assert await longest_share(announce_all()) < MAX_SHARE
+        announcer.close()
+
+    asyncio.run(work())
+    assert bus.changed == [f"/org/qkilld1/job/{number}" for number in range(1, 3001)]
