@@ -10,7 +10,7 @@ import threading
 from typing import Final
 
 from qkilld.adapters import procfs
-from qkilld.debug_log import ignore
+from qkilld.debug_log import ignore, note
 from qkilld.model.errors import QkilldError
 from qkilld.monitor.reach import connect_passable
 from qkilld.stop.guest_stop import GuestStop
@@ -36,7 +36,11 @@ def connect_monitor(stop: GuestStop) -> None:
 
     # In a thread, because the work changes the network namespace, and may block.
     thread = threading.Thread(target=work, name="monitor", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # The system allows no more threads.
+        note("starting a thread to connect to a monitor", error)
+        return
     thread.join(TIMEOUT_S)
     with lock:
         late = True

@@ -211,7 +211,8 @@ class StopRun:
             finally:
                 release(list(by_process))
 
-        self._in_thread(work)
+        if not self._in_thread(work):
+            release(list(by_process))
 
     def _note_kept(self, stop: GuestStop, keeper: str) -> None:
         from qkilld.stop.helper_events import stop_kept
@@ -229,13 +230,16 @@ class StopRun:
             self._mailbox = Mailbox()
         return self._mailbox
 
-    def _in_thread(self, work: Callable[[], None]) -> None:
+    def _in_thread(self, work: Callable[[], None]) -> bool:
+        """Return False if the system allows no more threads."""
         import threading
 
         from qkilld.debug_log import ignore
 
         with ignore("starting a thread", RuntimeError):
             threading.Thread(target=work, name="systemd", daemon=True).start()
+            return True
+        return False
 
     # ---- stopping ----
 
