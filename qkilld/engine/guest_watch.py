@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
+from qkilld.engine.long_replies import Pace
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Guest, GuestChannels
 
@@ -54,6 +55,8 @@ class GuestWatch:
         self._is_wanted = is_wanted
         self._on_fault = on_fault
         self._guests: dict[tuple[int, int], WatchedGuest] = {}
+        self._keys: dict[int, tuple[int, int]] = {}
+        """The key of each guest in `_guests`, by its number."""
         self._last_number = 0
         self._scanning: asyncio.Task[None] | None = None
         self._first_scan: asyncio.Future[None] | None = None
@@ -69,7 +72,8 @@ class GuestWatch:
         return tuple(self._guests.values())
 
     def get(self, number: int) -> WatchedGuest | None:
-        return next((each for each in self._guests.values() if each.number == number), None)
+        key = self._keys.get(number)
+        return None if key is None else self._guests[key]
 
     async def guests(self) -> Iterable[WatchedGuest]:
         """Start to watch, unless guests are watched already, and wait for the first scan. Return
@@ -96,6 +100,7 @@ class GuestWatch:
             first.cancel()
         self._scanning = None
         self._guests.clear()
+        self._keys.clear()
 
     async def _scan_for_ever(self, first: asyncio.Future[None]) -> None:
         try:
@@ -122,24 +127,29 @@ class GuestWatch:
 
     async def _scan(self, *, tell: bool) -> None:
         guests = {guest.identity.key: guest for guest in await self._find_guests()}
+        pace = Pace()
         for key, lost_guest in list(self._guests.items()):
             if key not in guests:
-                del self._guests[key]
+                del self._guests[key], self._keys[lost_guest.number]
                 self._listener.guest_gone(lost_guest)
+            await pace.rest()
         fresh = [guest for key, guest in guests.items() if key not in self._guests]
         channels = await self._survey(fresh)
         for guest, ways in zip(fresh, channels, strict=True):
             self._last_number += 1
             watched = WatchedGuest(self._last_number, guest, ways)
             self._guests[guest.identity.key] = watched
+            self._keys[self._last_number] = guest.identity.key
             if tell:
                 self._listener.guest_new(watched)
+            await pace.rest()
         for key, guest in guests.items():
             before = self._guests[key]
             if before.guest.label != guest.label or before.guest.identity.uid != guest.identity.uid:
                 now = WatchedGuest(before.number, guest, before.channels)
                 self._guests[key] = now
                 self._listener.guest_changed(before, now)
+            await pace.rest()
 
     async def _survey(self, guests: list[Guest]) -> list[GuestChannels]:
         monitors = self._monitors

@@ -18,12 +18,14 @@ import pytest
 
 from qkilld.bus.connection import Connection
 from qkilld.bus.framing import IncomingMessage, MessageKind
+from qkilld.bus.guest_objects import GuestSignals
 from qkilld.bus.interfaces import OBJECT_MANAGER, OBJECT_MANAGER_GIVES
 from qkilld.bus.job_signals import Announcer
 from qkilld.bus.library import encode
 from qkilld.bus.manager_object import ManagerObject, ManagerTree
 from qkilld.bus.server import Server
 from qkilld.bus.values import parse
+from qkilld.engine import guest_watch
 from qkilld.engine.call_limits import MAX_READS
 from qkilld.engine.long_replies import LongReplies
 from qkilld.engine.service import Service
@@ -31,6 +33,7 @@ from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.turns import Turns
 from qkilld.model.access import Rank, Steerer
 from qkilld.model.constants import MANAGER_PATH, Flag, Phase, Result
+from qkilld.model.guest import Guest
 from qkilld.model.job import Request
 from qkilld.model.policy import Policy
 from qkilld.varlink.connection import VarlinkConnection
@@ -214,3 +217,36 @@ def test_changes_of_many_jobs(world: World) -> None:
 
     asyncio.run(work())
     assert bus.changed == [f"/org/qkilld1/job/{number}" for number in range(1, 3001)]
+
+
+def test_many_guests_that_come_and_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_watch, "SCAN_INTERVAL_S", 0)
+    bus = FakeBus()
+    guests: list[Guest] = []
+
+    async def find() -> list[Guest]:
+        return list(guests)
+
+    async def is_wanted() -> bool:
+        return True
+
+    async def work() -> None:
+        server = Server(cast(Connection, bus), cast(Any, None), fault, Turns(frozenset({0})))
+        watch = guest_watch.GuestWatch(find, None, GuestSignals(server), is_wanted, fault)
+        assert list(await watch.guests()) == []
+
+        async def change_to(found: list[Guest], signals: int) -> None:
+            guests[:] = found
+            while len(bus.changed) < signals:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        new = [make_guest(pid) for pid in range(1, 4001)]
+        assert await longest_share(change_to(new, 4000)) < MAX_SHARE
+        assert [watch.get(one.number) for one in watch.known] == list(watch.known)
+        numbers = [one.number for one in watch.known]
+        assert len(numbers) == 4000
+        assert await longest_share(change_to([], 8000)) < MAX_SHARE
+        assert set(map(watch.get, numbers)) == {None}
+        watch.close()
+
+    asyncio.run(work())
