@@ -258,7 +258,8 @@ async def _serve(
 ) -> list[NbdConnection]:
     """Start an NBD server in QEMU that accepts `count` connections, and make all of them. Raises
     MonitorError."""
-    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    # Any process may connect to it, and send descriptors that are not received before its end.
+    listener = stack.enter_context(take_over(socket.socket(socket.AF_UNIX)))
     try:
         listener.bind("")  # The kernel chooses a name.
         listener.listen(count)

@@ -27,6 +27,7 @@ from qkilld.adapters.target_files import MAX_CONFIG, MAX_CONFIGS, open_path, rea
 from qkilld.adapters.target_threads import AllThreadsBlocked, shared
 from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import ignore
+from qkilld.foreign_descriptors import take_over
 from qkilld.model.errors import MonitorBusy, MonitorError, MonitorTimeout, MonitorUnreachable
 from qkilld.model.guest import Identity
 from qkilld.monitor.endpoints import (
@@ -261,9 +262,9 @@ def connect_blocking(
 
 def _connect_file(file: int, identity: Identity, endpoint: Endpoint) -> socket.socket:
     """Connect through the descriptor, which refers to the file that was checked."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # From here on, the other end may have sent descriptors.
+    connection = take_over(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
-        connection.setblocking(False)
         connection.connect(f"/proc/self/fd/{file}")
         if peer_of(connection) != identity.pid:
             raise MonitorUnreachable(f"Another process listens at {endpoint.title}")

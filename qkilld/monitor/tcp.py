@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from qkilld.adapters import procfs
+from qkilld.foreign_descriptors import take_over
 from qkilld.model.errors import MonitorBusy, MonitorError, MonitorUnreachable
 from qkilld.model.named_tuple import NamedTuple
 from qkilld.monitor.endpoints import WILDCARDS, Endpoint, TcpListener, abstract_address
@@ -191,7 +192,7 @@ def _connect(endpoint: Endpoint) -> socket.socket:
     else:
         family = socket.AF_UNIX
         address = abstract_address(listener.paths[0])
-    connection = socket.socket(family, socket.SOCK_STREAM)
+    connection = take_over(socket.socket(family, socket.SOCK_STREAM))
     try:
         connection.settimeout(CONNECT_S)
         connection.connect(address)

@@ -380,7 +380,7 @@ class VarlinkServer:
             )
         except OSError as error:
             note_once("accepting a connection on Varlink", error)
-            sock.close()
+            close_later(sock.detach())
             return
         uid = connection.uid
         self._connections[connection] = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import random
 import resource
 import socket
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from qkilld.adapters import procfs
 from qkilld.adapters.process import open_process
 from qkilld.evidence.sockdiag import listening_unix
 from qkilld.model.errors import (
@@ -29,9 +32,13 @@ from qkilld.model.errors import (
 )
 from qkilld.monitor import channel
 from qkilld.monitor.agent import AgentClient
+from qkilld.monitor.endpoints import Endpoint, Role, UnixListener
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
+from qkilld.monitor.reach import connect_blocking
+from qkilld.monitor.tcp import connect_directly
+from tests.lab.lingering import lingering_sockets
 from tests.monitor.connecting import run, run_for
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
@@ -397,3 +404,29 @@ def test_very_many_silent_monitors(lab_dir: Path) -> None:
             assert run_for(100, look(target.pid)) < 30
         finally:
             target.kill()
+
+
+@pytest.mark.parametrize("way", ["path", "abstract"])
+def test_a_descriptor_that_lingers_in_a_connection(lab_dir: Path, way: str) -> None:
+    """A process can send one, and exit before it is known whose the connection is. Closing the
+    connection does not block."""
+    path = str(lab_dir / "s")
+    name = path if way == "path" else f"@{path}"
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(name.replace("@", "\0"))
+        listener.listen()
+        inode = os.fstat(listener.fileno()).st_ino
+        endpoint = Endpoint(Role.QMP, UnixListener(inode, (name,)))
+        if way == "path":
+            identity = procfs.read_identity(os.getpid())
+            connection = connect_blocking(identity, endpoint, lambda: None)
+        else:
+            connection = connect_directly(os.getpid(), endpoint)
+        peer = stack.enter_context(listener.accept()[0])
+        make = stack.enter_context(lingering_sockets(5))
+        with make() as passed:
+            socket.send_fds(peer, [b"x"], [passed.fileno()])
+        since = time.monotonic()
+        connection.close()
+        assert time.monotonic() - since < 3
