@@ -62,7 +62,8 @@ class UnitStops:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner. Return the limits that hold for all jobs.
+        caller is root or the owner. Return the limits that hold for all jobs; their `force` says
+        only what systemd would do.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -72,14 +73,12 @@ class UnitStops:
         every: list[Limits] = []
         for job in jobs:
             guest_pid = job.guest.identity.pid
-            guest_unit = await self._unit_of(guest_pid, units) if force else None
-            limits = limits_of(facts, pid, guest_pid, guest_unit)
-            if uid not in (0, job.guest.identity.uid):
-                # polkit allowed SIGTERM only.
-                limits = replace(limits, force=False)
+            limits = limits_of(facts, pid, guest_pid, await self._unit_of(guest_pid, units))
             every.append(limits)
+            # polkit allowed other callers SIGTERM only.
+            may_force = uid in (0, job.guest.identity.uid)
             if job.running:
-                self._join(job, limits, process, uid, force)
+                self._join(job, limits, process, uid, force and may_force)
         forced = all(limits.force for limits in every)
         return UnitLimits(facts.id, replace(every[0], force=forced))
 

@@ -49,6 +49,12 @@ class GuestStop:
         """When to give up, time.monotonic(). Set if the process is exiting and nothing more can be
         done."""
 
+    def force_if_allowed(self) -> None:
+        """Send FORCE with further orders, unless the daemon would refuse them for that: this
+        program runs neither as root nor as the owner of the process."""
+        if self.state is None or os.geteuid() in (0, self.state["uid"]):
+            self.forced = True
+
     def close_monitor(self) -> None:
         """Close the connection, so that others can connect to the monitor."""
         if self.monitor >= 0:

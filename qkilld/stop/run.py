@@ -513,7 +513,7 @@ class StopRun:
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
         if unit["force"] and self._options.force is None:
-            stop.forced = True
+            stop.force_if_allowed()
         if (ask := unit["askUSec"]) is not None:
             # askUSec counts from the start of this program, and ask_at_most from about `_began`.
             before = ran_for_s() - (self._clock() - self._began)

@@ -135,28 +135,30 @@ SCOPE = UnitFacts("web.scope", active_state="active", job=9, timeout_stop=90 * S
 
 
 @pytest.mark.parametrize(
-    ("scope", "uid", "sent"),
+    ("scope", "uid", "force", "kills", "sent"),
     [
-        (SCOPE, ROOT, [SIGTERM, SIGKILL]),
-        (SCOPE, OWNER, [SIGTERM, SIGKILL]),
-        (SCOPE, STRANGER, [SIGTERM]),
-        (replace(SCOPE, timeout_stop=INFINITY), ROOT, [SIGTERM]),
-        (replace(SCOPE, sends_sigkill=False), ROOT, [SIGTERM]),
-        (replace(SCOPE, job=0), ROOT, [SIGTERM]),
-        (None, ROOT, [SIGTERM]),
+        (SCOPE, ROOT, True, True, [SIGTERM, SIGKILL]),
+        (SCOPE, OWNER, True, True, [SIGTERM, SIGKILL]),
+        (SCOPE, STRANGER, True, True, [SIGTERM]),
+        (SCOPE, ROOT, False, True, [SIGTERM]),
+        (replace(SCOPE, timeout_stop=INFINITY), ROOT, True, False, [SIGTERM]),
+        (replace(SCOPE, sends_sigkill=False), ROOT, True, False, [SIGTERM]),
+        (replace(SCOPE, job=0), ROOT, True, False, [SIGTERM]),
+        (None, ROOT, True, False, [SIGTERM]),
     ],
 )
 def test_a_guard_forces_only_if_its_scope_would_kill(
-    scope: UnitFacts | None, uid: int, sent: list[int]
+    scope: UnitFacts | None, uid: int, force: bool, kills: bool, sent: list[int]
 ) -> None:
-    """And only for a caller who may force; a stranger was allowed SIGTERM by polkit."""
+    """And only for a caller who asks for it and may force; a stranger was allowed SIGTERM by
+    polkit. What systemd would do is reported to all."""
     world, process = world_of(UP), FakeProcess()
     service, _ = make_service(world)
     service.units = OneScope(scope)
     job = world.stop(process, uid=uid)
     described = {7: Unit(GUARD), job.guest.identity.pid: Unit("web.scope")}
     units = UnitStops(service, lambda pid: ControlProcess(described[pid], S), user=False)
-    found = asyncio.run(units.limit([job], 7, uid, force=True))
-    assert found.limits is not None and found.limits.force is (SIGKILL in sent)
+    found = asyncio.run(units.limit([job], 7, uid, force=force))
+    assert found.limits is not None and found.limits.force is kills
     world.clock.advance(200)
     assert process.sent == sent

@@ -122,6 +122,30 @@ def test_asking_every_guest_of_a_host_has_a_limit(
     process.close()
 
 
+@pytest.mark.parametrize(
+    ("uid", "force", "forced"),
+    [(0, None, True), (1000, None, True), (1001, None, False), (0, False, False)],
+)
+def test_force_is_asked_for_only_by_who_may(
+    monkeypatch: pytest.MonkeyPatch, uid: int, force: bool | None, forced: bool
+) -> None:
+    """A daemon that is asked again would refuse the whole order otherwise."""
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    run, process = StopRun(Options(force=force), Notifier(""), Log()), FakeHandle()
+    stop = stop_of(process)
+    stop.state = state(uid=1000)
+    told: dict[str, Any] = {
+        "force": True,
+        "extendable": True,
+        "stayUSec": None,
+        "askUSec": None,
+        "warnings": [],
+    }
+    run.unit_known(told, [stop])
+    assert ("force" in stop.flags) is forced
+    process.close()
+
+
 def test_a_process_that_is_exiting_is_waited_for_beside_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
