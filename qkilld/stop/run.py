@@ -176,6 +176,7 @@ class StopRun:
             for process in processes
         ]
         self._stops += stops
+        self._is_unit_settled = False
         if options.names_process:
             for stop in stops:
                 if may_pass_monitor(stop.process.pid):
@@ -501,7 +502,9 @@ class StopRun:
         running = [stop for stop in self._stops if stop.running]
         for stop in running:
             pid = stop.process.pid
-            unit = limits_value(facts.id, limits_of(facts, os.getpid(), pid, guest_units.get(pid)))
+            inside = pid not in guest_units and self.targets.is_in_own_unit(pid)  # a substitute
+            guest_unit = facts if inside else guest_units.get(pid)
+            unit = limits_value(facts.id, limits_of(facts, os.getpid(), pid, guest_unit))
             before = stop.forced, stop.ask_at_most
             self._obey(stop, unit)
             stopper = self._stopper_of.get(stop)
@@ -526,8 +529,7 @@ class StopRun:
         deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
         if not states:
-            # Return before the imports below, which take 12 ms and would delay the handling of the
-            # daemon's first reply.
+            # The imports below take 12 ms, and would delay the daemon's first reply.
             self._notifier.status(NO_STATE)
             return
         try:

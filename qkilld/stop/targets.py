@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
+from qkilld.adapters import procfs
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
 from qkilld.model.policy import Config
@@ -129,6 +130,11 @@ class Targets:
         if self.finder.unidentified:
             say(str(self.finder.unknown_identity()))
         return bool(self.finder.unidentified)
+
+    def is_in_own_unit(self, pid: int) -> bool:
+        """Return False if that is unknown."""
+        own = self.finder.unit
+        return own is not None and bool(own.name) and procfs.read_unit(pid) == own
 
     def _outside(self) -> list[OutsideGuest]:
         """Return the QEMU processes in other units that can be read within OUTSIDE_TIMEOUT_S."""

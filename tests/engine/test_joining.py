@@ -162,3 +162,27 @@ def test_a_guard_forces_only_if_its_scope_would_kill(
     assert found.limits is not None and found.limits.force is kills
     world.clock.advance(200)
     assert process.sent == sent
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_the_main_process_is_forced_in_whatever_scope_unless_the_caller_says_no(
+    force: bool,
+) -> None:
+    """A forking guest may be in the scope of a session (pam_systemd)."""
+    world, process = world_of(UP), FakeProcess()
+    service, _ = make_service(world)
+    job = world.stop(process, uid=0)
+    pid = job.guest.identity.pid
+
+    class OneService(OneScope):
+        async def unit(self, name: str) -> UnitFacts:
+            facts = await super().unit(name)
+            return replace(facts, main_pid=pid) if name == GUARD else facts
+
+    service.units = OneService(replace(SCOPE, job=0))
+    described = {7: Unit(GUARD), pid: Unit("web.scope")}
+    units = UnitStops(service, lambda pid: ControlProcess(described[pid], S), user=False)
+    found = asyncio.run(units.limit([job], 7, 0, force=force))
+    assert found.limits is not None and found.limits.force
+    world.clock.advance(200)
+    assert process.sent == ([SIGTERM, SIGKILL] if force else [SIGTERM])

@@ -98,6 +98,13 @@ def test_the_unit_of_the_guest_decides_about_sigkill(scope: UnitFacts | None, fo
     assert limits_of(GUARD, OWN, 16, scope).extendable
 
 
+@pytest.mark.parametrize("elsewhere", [None, replace(SCOPE, job=0)])
+def test_the_main_process_is_killed_in_whatever_unit_it_runs(elsewhere: UnitFacts | None) -> None:
+    assert limits_of(unit(), OWN, 16, elsewhere).force
+    assert not limits_of(unit(), OWN, 18, elsewhere).force
+    assert not limits_of(unit(timeout_stop=INFINITY), OWN, 16, elsewhere).force
+
+
 def test_only_a_unit_that_is_being_stopped_counts() -> None:
     assert being_stopped(unit())
     assert not being_stopped(unit(control_pid=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from qkilld.adapters import procfs
 from qkilld.model.errors import InvalidArgs, NoSuchProcess, UnknownIdentity
+from qkilld.model.guest import Unit
+from qkilld.model.unit import UnitFacts
 from qkilld.stop import daemon as stop_daemon
 from qkilld.stop import finder
 from qkilld.stop.daemon import DaemonStopper
@@ -208,6 +212,32 @@ def test_a_substitute_that_cannot_be_identified_is_not_missing(
     with pytest.raises(UnknownIdentity, match="process 5 is"):
         targets.choose()
     assert targets.substitutes([4]) == []
+
+
+@pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])
+def test_a_substitute_that_begins_after_the_units_were_read(
+    monkeypatch: pytest.MonkeyPatch, inside: bool, forced: bool
+) -> None:
+    """The main process was a shell; the unit of the QEMU behind it was not asked for."""
+    run = StopRun(Options(), Notifier(""), Log())
+    process = FakeHandle(4)
+    monkeypatch.setattr(run, "_start", Mock())
+    run._is_unit_settled = True
+    run.begin([process])
+    assert not run._is_unit_settled
+    own = Unit("web.service")
+    run.targets.finder.unit = own
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: own if inside else Unit("db.service"))
+    facts = UnitFacts(
+        "web.service",
+        main_pid=3,
+        control_pid=os.getpid(),
+        timeout_stop=90_000_000,
+        notify_access="exec",
+    )
+    run._facts_known(facts, {3: facts})
+    assert run._stops[0].forced is forced
+    process.close()
 
 
 def test_a_missing_daemon_is_lost(lab_dir: Path) -> None:
