@@ -77,6 +77,10 @@ class NameReader:
     async def names(self, identities: Sequence[Identity]) -> list[Names]:
         """Return names in the order of `identities`; UNKNOWN for those not read in time."""
         self._collect()
+        loop = asyncio.get_running_loop()
+        for uid in {identity.uid for identity in identities if _key(identity) in self._late_keys}:
+            # They still wait for a thread if there was no room for one, or it did not start.
+            self._start_thread(uid, loop)
         wanted = {
             key: identity.uid
             for identity in identities

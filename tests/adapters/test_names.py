@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 
@@ -84,6 +85,29 @@ def test_blocking_names_are_waited_for_once_and_take_few_threads(lines: CommandL
 
     asyncio.run(ask())
     assert sorted(lines.read) == sorted({*range(1, 61), *range(1000, 1105)})
+
+
+@pytest.mark.parametrize("lacks", ["room", "a thread"])
+def test_a_late_name_is_read_once_there_is_a_thread(
+    lines: CommandLines, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    monkeypatch.setattr(names_module, "TIMEOUT_S", 0.1)
+
+    async def ask() -> None:
+        reader, late = NameReader(lines), [identity(1000, uid=2000)]
+        with pytest.MonkeyPatch.context() as patch:
+            if lacks == "room":
+                patch.setattr(reader._threads, "has_room", lambda uid: False)
+            else:
+                patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError))
+            assert await reader.names(late) == [UNKNOWN]
+        for _ in range(1000):
+            if UNKNOWN not in (names := await reader.names(late)):
+                break
+            await asyncio.sleep(0.01)
+        assert names == [("guest1000", "", False, False)]
+
+    asyncio.run(ask())
 
 
 def test_time_in_which_nobody_ran_does_not_count(lines: CommandLines) -> None:
