@@ -38,6 +38,10 @@ MAX_THREADS = 64
 MAX_OF_ROOT = 16
 MAX_SHARED = 24
 """See FairShares; only blocked threads count."""
+MAX_OF_SEARCHES = 40
+MAX_SHARED_OF_SEARCHES = 12
+"""Searches (`each`) meet the processes of all users. Half of the users' places is left for reads of
+one process, such as those before a signal."""
 MAX_IDLE = 2
 
 
@@ -55,10 +59,21 @@ class Unanswered(TimeoutError):
 class _Batch:
     """Reads for one caller, done by one thread in this order."""
 
-    __slots__ = ("blocked_on", "directories", "done", "finished", "outcomes", "read", "uid")
+    __slots__ = (
+        "blocked_on",
+        "directories",
+        "done",
+        "finished",
+        "is_search",
+        "outcomes",
+        "read",
+        "uid",
+    )
 
-    def __init__(self, directories: Sequence[str], read: Callable[[str], Any]) -> None:
-        self.directories, self.read = directories, read
+    def __init__(
+        self, directories: Sequence[str], read: Callable[[str], Any], *, is_search: bool
+    ) -> None:
+        self.directories, self.read, self.is_search = directories, read, is_search
         self.outcomes: list[Any] = []
         """For each directory what `read` returned or, if it raised that, an exception."""
         self.finished = False
@@ -105,6 +120,9 @@ class BlockableReads:
         self._blocked: dict[str, int] = {}
         """The number of blocked reads of each directory: more than one if they began together."""
         self._shares = FairShares(MAX_THREADS, of_root=MAX_OF_ROOT, shared=MAX_SHARED)
+        self._of_searches = FairShares(
+            MAX_OF_SEARCHES, of_root=MAX_OF_ROOT, shared=MAX_SHARED_OF_SEARCHES
+        )
         self._short_until = 0.0
         self.may_block_caller = False
         """Whether to read without a thread if the system allows no more threads. For a program that
@@ -120,7 +138,9 @@ class BlockableReads:
         raises; Unanswered if the process blocks that, or blocked threads leave no room."""
         position = 0
         while position < len(directories):
-            batch = _Batch(directories[position:] if position else directories, read)
+            batch = _Batch(
+                directories[position:] if position else directories, read, is_search=True
+            )
             count = self._run(batch)
             yield from batch.outcomes[:count]
             position += count
@@ -130,7 +150,7 @@ class BlockableReads:
 
     def one(self, directory: str, read: Callable[[str], T]) -> T:
         """Return what `read` returns for the directory. Raises what it raises, and Unanswered."""
-        batch = _Batch((directory,), read)
+        batch = _Batch((directory,), read, is_search=False)
         outcome: T | Exception = batch.outcomes.pop() if self._run(batch) else Unanswered()
         try:
             if isinstance(outcome, Exception):
@@ -152,7 +172,7 @@ class BlockableReads:
             except RuntimeError:  # The system allows no more threads.
                 if not self.may_block_caller:
                     return 0
-                batch.outcomes += [self._outcome(each, batch.read) for each in batch.directories]
+                batch.outcomes += [self._outcome(each, batch) for each in batch.directories]
                 return len(batch.outcomes)
         return self._wait(reader, batch)
 
@@ -180,6 +200,8 @@ class BlockableReads:
         self._blocked[directory] = self._blocked.get(directory, 0) + 1
         batch.uid = _uid(directory)
         self._shares.take(batch.uid)
+        if batch.is_search:
+            self._of_searches.take(batch.uid)
         self._short_until = time.monotonic() + SHORT_FOR_S
         return count
 
@@ -193,11 +215,11 @@ class BlockableReads:
                 with self._lock:
                     if batch.blocked_on is not None:
                         break
-                batch.outcomes.append(self._outcome(directory, batch.read))
+                batch.outcomes.append(self._outcome(directory, batch))
             with self._lock:
                 batch.finished = True
                 if batch.blocked_on is not None:
-                    self._note_end(batch.blocked_on, batch.uid)
+                    self._note_end(batch, batch.blocked_on)
                 reader.batch = None
                 lasts = len(self._idle) < MAX_IDLE
                 if lasts:
@@ -206,27 +228,30 @@ class BlockableReads:
             if not lasts:
                 return
 
-    def _note_end(self, directory: str, uid: int) -> None:
-        """Note that a blocked read has ended."""
-        self._shares.give_back(uid)
+    def _note_end(self, batch: _Batch, directory: str) -> None:
+        """Note that the blocked read of a batch has ended."""
+        self._shares.give_back(batch.uid)
+        if batch.is_search:
+            self._of_searches.give_back(batch.uid)
         self._blocked[directory] -= 1
         if not self._blocked[directory]:
             del self._blocked[directory]
 
-    def _outcome(self, directory: str, read: Callable[[str], T]) -> T | Exception:
-        if self._blocked and not self._may_read(directory):
+    def _outcome(self, directory: str, batch: _Batch) -> Any:
+        """Return what `batch.read` returns or, if it raises that, an exception."""
+        if self._blocked and not self._may_read(directory, batch.is_search):
             return Unanswered()
         try:
-            return read(directory)
+            return batch.read(directory)
         except Exception as error:
             return error
 
-    def _may_read(self, directory: str) -> bool:
+    def _may_read(self, directory: str, is_search: bool) -> bool:
         if directory in self._blocked:
             return False
         uid = _uid(directory)
         with self._lock:
-            return self._shares.has_room(uid)
+            return self._shares.has_room(uid) and (not is_search or self._of_searches.has_room(uid))
 
 
 def _uid(directory: str) -> int:

@@ -3,13 +3,18 @@ see stop.main."""
 
 from __future__ import annotations
 
+FIRST_SUBORDINATE = 65536
+"""Uids from here on may be subordinate uids (subuid(5)), of which one user may have more than there
+are places. Uids of directory services are often in this range, too."""
+
 
 class FairShares:
     """Places taken by users. It has no lock of its own.
 
     Root may take all `places`, and keeps `of_root` of these free from the others. A part of the
     rest, `shared`, is divided equally among the users who have places. Further places are only for
-    users who have none, so that they get one, whatever the others have taken.
+    users who have none, so that they get one, whatever the others have taken. Half of these are
+    kept free from uids that may be subordinate.
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:
@@ -28,6 +33,10 @@ class FairShares:
         if uid == 0 or taken >= self._places:
             return taken < self._places
         by_users = taken - self._taken.get(0, 0)
+        if uid >= FIRST_SUBORDINATE:
+            subordinate = sum(n for user, n in self._taken.items() if user >= FIRST_SUBORDINATE)
+            if subordinate >= (self._of_users + self._shared) // 2:
+                return False
         if not own:
             return by_users < self._of_users
         users = sum(other != 0 for other in self._taken)

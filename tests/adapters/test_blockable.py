@@ -229,6 +229,29 @@ def test_a_user_with_many_of_them_leaves_room(
     assert reads.one(f"/proc/{own.pid}", executable)
 
 
+def test_searches_leave_room_for_reads_of_one_process(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any search meets the stuck processes of all users; a job reads its process again."""
+    monkeypatch.setattr(blockable, "MAX_THREADS", 5)
+    monkeypatch.setattr(blockable, "MAX_OF_ROOT", 1)
+    monkeypatch.setattr(blockable, "MAX_SHARED", 2)
+    monkeypatch.setattr(blockable, "MAX_OF_SEARCHES", 3)
+    monkeypatch.setattr(blockable, "MAX_SHARED_OF_SEARCHES", 1)
+    reads = BlockableReads()
+    guests = [stuck.make_stuck(OTHER_UID - n) for n in range(4)]
+    web = fake_qemu(uid=OTHER_UID - 4)
+    directories = [f"/proc/{guest.pid}" for guest in guests]
+    assert all(isinstance(each, Unanswered) for each in reads.each(directories, executable))
+    assert reads.blocked == 2
+    (outcome,) = reads.each([f"/proc/{web.pid}"], executable)
+    assert isinstance(outcome, Unanswered)
+    assert reads.one(f"/proc/{web.pid}", executable) == executable(f"/proc/{web.pid}")
+    stuck.free()
+    until(lambda: reads.blocked, lambda blocked: not blocked)
+    assert list(reads.each([f"/proc/{web.pid}"], executable)) == [executable(f"/proc/{web.pid}")]
+
+
 def test_a_busy_interpreter_is_not_a_blocked_process() -> None:
     """A read that has not had its turn is waited for."""
 

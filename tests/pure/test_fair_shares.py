@@ -54,6 +54,23 @@ def test_root_does_not_count_as_a_user(shares: FairShares) -> None:
     assert fill(shares, 1000) == 5
 
 
+def test_subordinate_uids_leave_room_for_others(shares: FairShares) -> None:
+    """One user may have 65,536 of them."""
+    assert [fill(shares, uid) for uid in range(100_000, 100_004)] == [5, 1, 1, 0]
+    assert not shares.has_room(65_536) and shares.has_room(65_535)
+    assert [fill(shares, uid) for uid in range(1000, 1004)] == [1, 1, 1, 0]
+    shares.give_back(100_001)
+    assert shares.has_room(100_001) and shares.has_room(65_536)
+
+
+def test_many_subordinate_uids_of_one_user_leave_room_for_others(shares: FairShares) -> None:
+    for uid in range(100_000, 100_100):
+        if shares.has_room(uid):
+            shares.take(uid)
+    assert shares.taken == 7
+    assert [fill(shares, uid) for uid in range(1000, 1004)] == [1, 1, 1, 0]
+
+
 def test_a_place_may_be_taken_without_room(shares: FairShares) -> None:
     for _ in range(20):
         shares.take(1000)
