@@ -147,9 +147,14 @@ class Connection:
             if not self._blocked:
                 self._write()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether at most MAX_UNSENT bytes wait to be sent, or the connection is lost."""
+        return not self.connected or len(self._unsent) <= MAX_UNSENT
+
     async def wait_for_room(self) -> None:
-        """Return when at most MAX_UNSENT bytes wait to be sent, or the connection is lost."""
-        while self.connected and len(self._unsent) > MAX_UNSENT:
+        """Return once there is room."""
+        while not self.has_room:
             self._has_room.clear()
             await self._has_room.wait()
 

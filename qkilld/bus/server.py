@@ -513,13 +513,15 @@ class Server:
     async def _reply_listing(
         self, call: IncomingMessage, uid: int, signature: str, listing: Listing
     ) -> None:
-        if not call.wants_reply:
-            return
-        async with self._turns.long_replies.turn(uid) as pace:
-            # Replies of many megabytes must not pile up.
+        while call.wants_reply:
+            # Replies of many megabytes must not pile up. Do not wait for room during the turn,
+            # because a bus that does not read would keep others waiting, also on Varlink.
             await self._connection.wait_for_room()
-            body = await self._listings.encode(signature, listing, pace)
-            self._connection.reply_encoded(call, signature, body)
+            async with self._turns.long_replies.turn(uid) as pace:
+                if self._connection.has_room:
+                    body = await self._listings.encode(signature, listing, pace)
+                    self._connection.reply_encoded(call, signature, body)
+                    return
 
     def refuse(self, call: IncomingMessage, error: QkilldError, *, later: bool = False) -> None:
         refuse = self._connection.refuse_later if later else self._connection.refuse

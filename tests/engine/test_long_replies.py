@@ -98,6 +98,8 @@ class FakeBus:
         self.replies: list[tuple[int, str, bytes]] = []
         self.changed: list[str] = []
         """The path of each signal."""
+        self.room = asyncio.Event()
+        self.room.set()
 
     def watch_names(self, handler: object) -> None: ...
 
@@ -110,7 +112,12 @@ class FakeBus:
     async def uid_of(self, name: str) -> int:
         return UID
 
-    async def wait_for_room(self) -> None: ...
+    @property
+    def has_room(self) -> bool:
+        return self.room.is_set()
+
+    async def wait_for_room(self) -> None:
+        await self.room.wait()
 
     def reply_encoded(self, call: IncomingMessage, signature: str, body: bytearray) -> None:
         self.replies.append((call.serial, signature, bytes(body)))
@@ -159,6 +166,54 @@ def test_calls_on_the_bus(world: World, interface: str, member: str, gives: str,
         assert signature == gives
         (listed,) = parse(gives, body)
         assert len(listed) == jobs
+
+
+def test_a_bus_that_does_not_read_delays_nobody_on_varlink(world: World) -> None:
+    bus, service = FakeBus(), service_with(world, 10)
+
+    async def work() -> None:
+        turns = Turns(frozenset({0}))
+        server = Server(
+            cast(Connection, bus), ManagerTree(ManagerObject(service), service), fault, turns
+        )
+
+        def call(serial: int) -> None:
+            bus.on_call(
+                IncomingMessage(
+                    MessageKind.CALL,
+                    0,
+                    serial,
+                    "<",
+                    path=MANAGER_PATH,
+                    interface="org.qkilld1.Manager",
+                    member="ListJobs",
+                    sender=":1.1",
+                )
+            )
+
+        async def varlink_turn(uid: int) -> None:
+            async with asyncio.timeout(5), turns.long_replies.turn(uid):
+                pass
+
+        bus.room.clear()
+        call(1)
+        await asyncio.sleep(0.01)
+        await varlink_turn(UID)
+        # The room is gone again before the turn comes.
+        async with turns.long_replies.turn(UID + 1):
+            bus.room.set()
+            await asyncio.sleep(0.01)
+            bus.room.clear()
+        await asyncio.sleep(0.01)
+        await varlink_turn(UID)
+        assert not bus.replies
+        bus.room.set()
+        async with asyncio.timeout(5):
+            while server.busy:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert [serial for serial, *_ in bus.replies] == [1]
+
+    asyncio.run(work())
 
 
 def test_calls_on_varlink(world: World) -> None:
