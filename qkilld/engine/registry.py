@@ -202,7 +202,7 @@ class Registry:
             self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
         job.check_process()
         samples = job.phase is Phase.TERMINATE and job.by_evidence and not job.processors_stopped
-        if among_many and job.running and samples:
+        if among_many and job.running and samples and not past.forced:
             self._resumed.add(job)
         else:
             job.follow()

@@ -132,6 +132,7 @@ class SignalPhase:
         """Continue the ladder of an earlier daemon: signals that it sent are not sent again."""
         self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
         self._continued_at = past.sent_at(SIGCONT)
+        self._forced = past.forced
         self._yank.resume(past)
 
     def advance(self) -> None:
@@ -177,7 +178,9 @@ class SignalPhase:
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot including a SIGKILL that is about to be sent."""
+        """Return the snapshot including a SIGKILL that is forced or about to be sent."""
+        if self._forced:
+            snapshot = replace(snapshot, forced=True)
         if self._intent is _Intent.NONE or snapshot.result is not None:
             return snapshot
         rung = Rung(Phase.KILL, SIGKILL.name, self._clock.now())

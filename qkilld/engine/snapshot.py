@@ -24,7 +24,7 @@ VERSION: Final = 7
 """Earlier versions can be read, too. Version 1 lacks control. Version 2 lacks error_name,
 Identity.exiting and risks, and its assessment has a different format. Version 3 lacks the state of
 asking a guest. Version 4 lacks the results of flushing. Version 5 may lack Label.remote. Versions 5
-and 6 may lack some fields of samples."""
+and 6 may lack some fields of samples. Any version may lack forced."""
 YANK: Final = "yank"
 """The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1
@@ -76,6 +76,8 @@ class Snapshot:
     """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
     started: int
     ended: int | None
+    forced: bool = False
+    """Whether a caller was promised SIGKILL, whatever the ladder says."""
 
     @classmethod
     def of_signals(
@@ -158,7 +160,8 @@ class Snapshot:
         return self.phase is Phase.KILL
 
     def without_kill(self) -> Snapshot:
-        """Return the snapshot for the case that the SIGKILL was not sent."""
+        """Return the snapshot for the case that the SIGKILL was not sent. A forced one
+        stays forced."""
         risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 
@@ -222,6 +225,7 @@ def decode(document: object) -> Snapshot:
     if version < 5:
         fields.setdefault("flush", to_json(FlushReport()))
         fields.setdefault("processors_stopped", False)
+    fields.setdefault("forced", False)
     try:
         snapshot: Snapshot = from_json(Snapshot, fields, "the job", strict=version == VERSION)
     except (ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ from qkilld.model.job import Request
 
 from .conftest import FakeProcess, S, World, make_guest
 from .test_kill_written_down import SlowStore, after_crash
-from .test_snapshot import crash
+from .test_snapshot import crash, passed_on
 
 FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
 
@@ -225,25 +225,43 @@ def test_a_restart_before_sigterm_loses_no_job(world: World, flags: Flag) -> Non
     assert resumed.rungs[-1].at - term_at >= 10 * S or not flags
 
 
-def test_a_sigkill_that_was_not_sent_before_sigterm_loses_no_job(world: World) -> None:
-    """Two restarts: the first daemon has only saved that it sends SIGKILL."""
+@pytest.mark.parametrize(
+    "act", [lambda job: job.force(ROOT), lambda job: job.join(Request(FORCE | NOWAIT))]
+)
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize("among_many", [False, True])
+def test_restarts_do_not_undo_force(
+    world: World, act: Callable[[Job], None], tried: bool, among_many: bool
+) -> None:
+    """The first daemon has saved that it sends SIGKILL, and may have tried. The second cannot send
+    it either."""
     store = SlowStore()
     world.registry.saver = JobSaver(store, world.clock)
     guest = make_guest()
     process = FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
     job = world.stop(process)
     assert job.phase is Phase.QUIT
-    job.force(ROOT)
+    act(job)
+    becomes(process, executable="")
+    if tried:
+        store.write()
+        world.clock.advance(3)
     store.newest = store._saved
     process._callback = None
-    becomes(process, executable="")
     after = after_crash(world, store, process)
     (resumed,) = after.registry
-    assert (resumed.phase, resumed.rungs, process.sent) == (Phase.TERMINATE, (), [])
-    last, again = crash(after, resumed, process, down=1)
+    assert (resumed.running, resumed.rungs, process.sent) == (True, (), [])
+    with pytest.raises(Failed, match="as soon as it can"):
+        resumed.hold(ROOT)
+    last = World()
+    last.clock.advance((after.clock.now() - last.clock.now()) / S + 1)
+    process._callback = None
     becomes(process, executable=guest.identity.executable)
-    last.clock.advance(1)
-    assert (again.running, process.sent) == (True, [SIGTERM])
+    saved = passed_on(resumed.snapshot())
+    again = last.registry.resume(process, saved, among_many=among_many)
+    assert process.sent == [SIGKILL]
+    process.wake()
+    assert (again.result, [rung.action for rung in again.rungs]) == (Result.KILLED, ["SIGKILL"])
 
 
 @pytest.mark.parametrize("by", [ROOT, Steerer(1000, Rank.OWNER)])

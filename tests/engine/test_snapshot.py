@@ -398,6 +398,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         changed("policy/more", "1s"),
         changed("control", None),
         changed("control/held", 1),
+        changed("forced", 1),
         changed("control/not_before", -1),
         changed("phase", "done"),
         changed("result", "exited"),
@@ -422,6 +423,9 @@ def test_a_good_one_is_not_refused() -> None:
 
 
 def test_those_of_the_versions_before_are_not_refused() -> None:
+    document = changed("version", 7)
+    del document["forced"]
+    assert decode(document).forced is False
     document = changed("version", 6)
     del document["assessment"]["last"]["missed"]
     assert decode(document).assessment is not None
