@@ -15,19 +15,26 @@ from weakref import WeakValueDictionary
 
 STEP_S: Final = 0.002
 """After this time, the loop serves its timers and pidfds."""
+MAX_STEP_S: Final = 0.016
+"""The longest step of work that has to keep up with changes."""
 
 
 class Pace:
-    """Divides long work into steps."""
+    """Divides long work into steps of STEP_S."""
 
     def __init__(self) -> None:
+        self._step_s = STEP_S
         self._end = time.monotonic() + STEP_S
 
+    def lengthen(self) -> None:
+        """Double the length of the next steps, up to MAX_STEP_S."""
+        self._step_s = min(2 * self._step_s, MAX_STEP_S)
+
     async def rest(self) -> None:
-        """Let the loop do everything else that is due, if this step has taken STEP_S."""
+        """Let the loop do everything else that is due, if this step has taken its time."""
         if time.monotonic() >= self._end:
             await asyncio.sleep(0)
-            self._end = time.monotonic() + STEP_S
+            self._end = time.monotonic() + self._step_s
 
 
 class LongReplies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from qkilld.bus.framing import IncomingMessage, MessageKind, reply_header
 from qkilld.bus.interfaces import OBJECT_MANAGER_GIVES
 from qkilld.bus.library import Message, MessageFlag, MessageType, Variant, encode
-from qkilld.bus.listing import Listing, Listings
+from qkilld.bus.listing import LAST, Listing, Listings
 from qkilld.bus.values import parse
+from qkilld.engine import long_replies
 from qkilld.engine.long_replies import LongReplies, Pace
 from qkilld.model.errors import Busy, NoSuchJob
 
@@ -124,7 +126,8 @@ def test_objects_that_change_too_fast_are_not_listed_for_ever() -> None:
             for step in range(10_000):
                 if answer.done():
                     break
-                objects.set(f"/job/{step % 100}", "new")
+                for number in (step, step + 50):
+                    objects.set(f"/job/{number % 100}", "new")
                 await asyncio.sleep(0)
             answer.result()
         assert not objects.listings._unfinished
@@ -132,6 +135,40 @@ def test_objects_that_change_too_fast_are_not_listed_for_ever() -> None:
         assert await objects.encode() == objects.texts
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("changes", [1, 25, 40])
+def test_many_objects_are_listed_while_they_change(
+    monkeypatch: pytest.MonkeyPatch, changes: int
+) -> None:
+    """`changes`: in each turn of the loop. At first, 20 elements are encoded in one."""
+    count, element_s = 1000, 0.0001
+    now = longest = 0.0
+    monkeypatch.setattr(long_replies, "time", SimpleNamespace(monotonic=lambda: now))
+    objects = Objects(count)
+
+    def element(path: str) -> list[Any]:
+        nonlocal now
+        now += element_s
+        return rows_of({path: objects.texts[path]})
+
+    async def run() -> None:
+        nonlocal longest
+        listing = Listing(lambda: list(objects.texts), element)
+        answer = asyncio.create_task(objects.listings.encode(ROWS, listing, Pace()))
+        number, before = 0, now
+        while not answer.done():
+            for _ in range(changes):
+                objects.set(f"/job/{number % count}", str(number))
+                number += 1
+            expected = dict(objects.texts)
+            await asyncio.sleep(0)
+            longest, before = max(longest, now - before), now
+        (rows,) = parse(ROWS, bytes(answer.result()))
+        assert {path: text for _, path, text, _ in rows} == expected
+
+    asyncio.run(run())
+    assert longest < long_replies.MAX_STEP_S + (LAST + 2) * element_s
 
 
 def test_one_reply_at_a_time_and_users_take_turns() -> None:
