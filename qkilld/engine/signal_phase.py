@@ -148,6 +148,9 @@ class SignalPhase:
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
+            # A sample may also be taken for a signal that is due and is being tried again.
+            if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
+                self._unidentified_since = None
             match action:
                 case Action.WAIT:
                     job.wait_until(decision.deadline, decision.wake)

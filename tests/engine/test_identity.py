@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from signal import SIGKILL, SIGTERM
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import pytest
@@ -171,6 +171,29 @@ def test_a_moment_in_which_the_process_is_unknown_ends_no_job_after_maxsec(world
     becomes(process, executable=make_guest().identity.executable)
     world.clock.advance(2)
     assert process.sent == [SIGTERM, SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("flags", "signal"), [(FORCE, SIGTERM), (FORCE, SIGKILL), (FORCE | FIXED, SIGKILL)]
+)
+def test_a_hold_is_no_time_in_which_a_signal_was_tried(
+    world: World, flags: Flag, signal: Signals
+) -> None:
+    if signal is SIGTERM:
+        job, process = before_sigterm(world, flags, spans={"max": 60 * S})
+    else:
+        process = FakeProcess()
+        job = world.stop(process, flags, spans={"max": 60 * S})
+        becomes(process, executable="")
+        world.clock.advance(12)
+    sent = list(process.sent)
+    job.hold(ROOT)
+    world.clock.advance(3600)
+    job.release(ROOT)
+    world.clock.advance(3)
+    assert (job.running, process.sent) == (True, sent)
+    world.clock.advance(4)
+    assert (job.result, process.sent) == (Result.SURVIVED, sent)
 
 
 def test_an_extension_counts_for_a_process_that_stays_unknown(world: World) -> None:
