@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from qkilld.adapters import procfs
+from qkilld.adapters import blockable, procfs
 from qkilld.debug_log import ignore, note
 from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, UnknownIdentity
@@ -158,6 +158,17 @@ class ProcessFinder:
             " show its executable at the moment. Try again later"
         )
 
+    def read_unidentified_again(self, globs: Iterable[str]) -> None:
+        """Remove from `unidentified` the processes that are gone by now, or are known not to be
+        QEMU. Waits only briefly for a process that blocks this."""
+        # Without a thread, a blocked read would keep systemd waiting although the guests are gone.
+        blockable.shared.may_block_caller = False
+        self.unidentified = [
+            pid
+            for pid, executable in procfs.read_executables(self.unidentified)
+            if _may_be_qemu(pid, executable, globs)
+        ]
+
     def _qemus(
         self, globs: Iterable[str], concerns: Callable[[Unit | None], bool]
     ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
@@ -223,6 +234,24 @@ def _qemu(
         raise
     process.close()
     return None
+
+
+def _may_be_qemu(pid: int, executable: tuple[str, bool] | Exception, globs: Iterable[str]) -> bool:
+    """Return whether a process is there and may be QEMU, perhaps one that is exiting."""
+    if not isinstance(executable, Exception) and executable[0]:
+        return is_qemu(executable[0], globs)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    except OSError as error:
+        note(f"opening process {pid}", error)
+        return True
+    process = ProcessHandle(pid, pidfd, None)
+    try:
+        return not process.exited()
+    finally:
+        process.close()
 
 
 def _of_pidfile(path: str) -> ProcessHandle:

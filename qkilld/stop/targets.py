@@ -126,7 +126,13 @@ class Targets:
         return [process for process in processes if process.pid not in excluded_pids]
 
     def report_unidentified(self) -> bool:
-        """Print which processes might be guests to stop, too; return whether there are any."""
+        """Print which processes might be guests to stop, too; return whether there are any.
+
+        They are read once more, because the search was at the start, and may have met processes of
+        other users that have nothing to do with guests.
+        """
+        if self.finder.unidentified:
+            self.finder.read_unidentified_again(self._executables)
         if self.finder.unidentified:
             say(str(self.finder.unknown_identity()))
         return bool(self.finder.unidentified)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,12 @@ from qkilld.adapters.host import LocalHost
 from qkilld.adapters.process import adopt_process, open_process
 from qkilld.model.errors import UnknownIdentity
 from qkilld.model.guest import Unit
+from qkilld.model.policy import Config
 from qkilld.stop import process as stop_process
 from qkilld.stop.finder import ProcessFinder
 from qkilld.stop.options import Options
+from qkilld.stop.process import ProcessHandle
+from qkilld.stop.targets import Targets
 from tests.evidence.until import until
 from tests.lab.guest import Guest, own_qemus
 from tests.lab.process import OTHER_UID
@@ -181,6 +185,37 @@ def test_a_stuck_process_of_the_unit_is_not_taken_for_none(
         process.close()
     assert {process.pid for process in processes} == {guest.pid, *there}
     assert not finder.unidentified
+
+
+def test_a_process_that_was_stuck_at_the_start_does_not_count_at_the_end(
+    stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a shell of another user, or gone."""
+    guest, web = stuck.make_stuck(OTHER_UID), fake_qemu()
+    targets = Targets(Options(all_guests=True))
+    monkeypatch.setattr(targets, "_config", Config(executables=(own_qemus(),)))
+    with subprocess.Popen(["/bin/sleep", "600"]) as other:
+        gone = subprocess.Popen(["/bin/true"])
+        until(lambda: _exited(gone.pid), bool)  # A zombie.
+        try:
+            targets.finder.unidentified = [gone.pid, other.pid, guest.pid, web.pid]
+            assert targets.report_unidentified()
+            assert targets.finder.unidentified == [guest.pid, web.pid]
+            targets.finder.unidentified = [gone.pid, other.pid]
+            assert not targets.report_unidentified()
+        finally:
+            other.kill()
+        assert gone.wait() == 0
+    targets.finder.unidentified = [gone.pid, other.pid]
+    assert not targets.report_unidentified()
+
+
+def _exited(pid: int) -> bool:
+    process = ProcessHandle(pid, os.pidfd_open(pid), None)
+    try:
+        return process.exited()
+    finally:
+        process.close()
 
 
 def test_a_program_that_may_block_reads_without_threads(

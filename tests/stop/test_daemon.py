@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from qkilld.adapters import procfs
+from qkilld.adapters import blockable, procfs
 from qkilld.model.errors import InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.model.guest import Unit
 from qkilld.model.unit import UnitFacts
@@ -187,9 +187,13 @@ def test_a_process_that_cannot_be_identified_is_a_failure(
     process = FakeHandle()
     run._stops.append(stop_of(process))
     run._stops[0].code = 0
-    run.targets.finder.unidentified = [4, 5]
+    monkeypatch.setattr(
+        procfs, "read_executables", lambda pids: [(pid, blockable.Unanswered()) for pid in pids]
+    )
+    pids = [os.getpid(), os.getppid()]
+    run.targets.finder.unidentified = pids
     assert run.code == 1
-    assert "whether process 4 5 is a guest to stop" in capsys.readouterr().err
+    assert "whether process {} {} is a guest to stop".format(*pids) in capsys.readouterr().err
     run.targets.finder.unidentified = []
     assert run.code == 0
     process.close()
