@@ -108,7 +108,9 @@ class PowerdownPhase:
             self._asker.start()
         else:
             may_continue = GuestOrder.RESUME in job.request.help
-            self._standstill.begin(self._checked, may_continue=may_continue)
+            self._standstill.begin(
+                self._checked, may_continue=may_continue, ask_until=self._ask_until
+            )
 
     def _checked(self, obstacle: str, continued: bool) -> None:
         """Ask the guest, unless its process cannot run."""

@@ -17,7 +17,7 @@ from qkilld.decision.verdict import can_be_continued
 from qkilld.engine import events
 from qkilld.engine.checks import check_process
 from qkilld.engine.collaborators import Collaborators
-from qkilld.engine.sampling import JobSampler
+from qkilld.engine.sampling import TIMEOUT, JobSampler
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.errors import ProcessChanged, UnknownIdentity
 from qkilld.model.sample import Sample
@@ -44,13 +44,14 @@ class StandstillCheck:
         self._sampler = JobSampler(process, parts.sampler, parts.clock)
         self._timer: Timer | None = None
 
-    def begin(self, callback: Callback, *, may_continue: bool) -> None:
+    def begin(self, callback: Callback, *, may_continue: bool, ask_until: int) -> None:
         """Take a sample, and call back. With `may_continue`, send SIGCONT first if only a SIGSTOP
         stops the process. If the job is held, this waits until it is released. If no sample comes
-        in time, even after MAX_SAMPLES, the guest may be asked. No callback follows the exit of the
-        process, or `close`."""
+        in time, even after MAX_SAMPLES or a third of the time until `ask_until`, the guest may be
+        asked. No callback follows the exit of the process, or `close`."""
         self._timer = None
-        taken = 0
+        taken, now = 0, self._parts.clock.now()
+        latest = now + (ask_until - now) // 3 - TIMEOUT
 
         def take_sample() -> None:
             nonlocal taken
@@ -59,7 +60,8 @@ class StandstillCheck:
 
         def sampled(sample: Sample) -> None:
             reason = obstacle_to_asking(sample)
-            if sample.state == "?" and not reason and taken < MAX_SAMPLES:
+            may_take_more = taken < MAX_SAMPLES and self._parts.clock.now() <= latest
+            if sample.state == "?" and not reason and may_take_more:
                 take_sample()
                 return
             self._sampler.close()
@@ -67,7 +69,9 @@ class StandstillCheck:
                 callback(reason, False)
             elif self._job.control.held:
                 at = self._parts.clock.now() + HELD_INTERVAL
-                again = lambda: self.begin(callback, may_continue=may_continue)  # noqa: E731
+                again = lambda: self.begin(  # noqa: E731
+                    callback, may_continue=may_continue, ask_until=ask_until
+                )
                 self._timer = self._parts.clock.call_at(at, again)
             else:
                 self._continue(reason, callback)
