@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Final
 
+from qkilld.adapters import procfs
 from qkilld.bus.systemd import Systemd
 from qkilld.debug_log import ignore
 from qkilld.model.constants import ExitCode
-from qkilld.model.errors import NoSuchUnit, QkilldError
+from qkilld.model.errors import QkilldError
 from qkilld.model.text import printable
-from qkilld.unitcheck.command import runs_helper
 
 TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.1
@@ -39,9 +40,21 @@ async def wait_for_stops(systemd: Systemd, advice: str) -> None:
 async def stopping_units(systemd: Systemd) -> list[str]:
     """List the units in which qkilld-stop runs. Other commands of a stop, such as a copy of the
     image, may take longer than the stop of the guest, and do not count."""
-    units = []
-    for name in await systemd.list_units("*.service", states=["deactivating"]):
-        with ignore(f"asking systemd for the processes of {name}", NoSuchUnit):
-            if any(runs_helper(each.command) for each in await systemd.processes(name)):
-                units.append(name)
+    units = await systemd.list_units("*.service", states=["deactivating"])
+    return sorted(set(units) & _units_of_helpers()) if units else []
+
+
+def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
+    """Return the units of the processes that are called qkilld-stop.
+
+    systemd could list the processes of a unit, but it reads their command lines for that, and a
+    guest that is stuck can block that, and so process 1. comm and cgroup do not block.
+    """
+    units = set()
+    for pid in procfs.pids(proc):
+        with ignore(f"looking at process {pid}", OSError):
+            if (proc / str(pid) / "comm").read_bytes() == b"qkilld-stop\n":
+                unit = procfs.read_unit(pid, proc)
+                # In a user's manager, only the unit of that manager stops.
+                units.add((unit.user or unit.system) if unit is not None else "")
     return units

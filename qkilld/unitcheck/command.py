@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -20,17 +19,6 @@ def is_helper(command: Command) -> bool:
     return PurePosixPath(command.path).name == HELPER or any(
         pair == ("-m", "qkilld.stop") for pair in pairwise(words)
     )
-
-
-def runs_helper(command_line: str) -> bool:
-    """Return whether a process runs qkilld-stop as its program or script, by its command line as
-    systemd shows it. A shell that has started qkilld-stop does not count."""
-    try:
-        words = shlex.split(command_line)
-    except ValueError:  # systemd also quotes like $'it\'s', but neither programs nor scripts.
-        words = command_line.split()
-    names = programs_of(Command(words[0], tuple(words))) if words else ()
-    return not {HELPER, "qkilld.stop"}.isdisjoint(names)
 
 
 def helper_options(command: Command) -> dict[str, str]:

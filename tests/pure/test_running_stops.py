@@ -1,27 +1,24 @@
-"""In which units qkilld-stop runs, by the command lines of their processes."""
+"""In which units qkilld-stop runs, by the names of processes."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from qkilld.unitcheck.command import runs_helper
+from qkilld.ctl.running_stops import _units_of_helpers
+
+MANAGER = "/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service"
 
 
-@pytest.mark.parametrize(
-    ("command_line", "runs"),
-    [
-        ("/usr/bin/python3 -I /usr/bin/qkilld-stop --force", True),
-        ("python3.13 -IB /usr/bin/qkilld-stop", True),
-        ("/usr/bin/python3 -m qkilld.stop", True),
-        ("/usr/bin/python3 /usr/bin/qkilld-stop --reason $'it\\'s late'", True),
-        ("qkilld-stop", True),
-        ('sh -c "qkilld-stop; cp /srv/a /srv/b"', False),
-        ('sh -c "python3 -m qkilld.stop && cp /srv/a /srv/b"', False),
-        ("cp /srv/qkilld-stop /srv/b", False),
-        ("/usr/bin/qemu-system-x86_64 -name qkilld-stop", False),
-        ("[qkilld-stop]", False),
-        ("", False),
-    ],
-)
-def test_what_runs_qkilld_stop(command_line: str, runs: bool) -> None:
-    assert runs_helper(command_line) is runs
+def test_the_units_of_qkilld_stop(tmp_path: Path) -> None:
+    for pid, comm, group in (
+        (1, "systemd", "/init.scope"),
+        (20, "qkilld-stop", "/system.slice/web.service"),
+        (21, "qkilld-stopper", "/system.slice/db.service"),
+        (22, "qkilld-stop", MANAGER),
+        (23, "cp", "/system.slice/copy.service"),
+    ):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "comm").write_text(f"{comm}\n")
+        (tmp_path / str(pid) / "cgroup").write_text(f"0::{group}\n")
+    (tmp_path / "24").mkdir()  # It has exited.
+    assert _units_of_helpers(tmp_path) == {"web.service", "vm.service"}
