@@ -43,8 +43,7 @@ def services_that_run(programs: Collection[str]) -> dict[str, str]:
 
 
 def service_of(pid: int) -> str:
-    """Return the system service in which a process runs; "" if there is none, or if it is
-    unknown."""
+    """Return the system service in which a process runs; "" for no service or an unknown one."""
     unit = procfs.read_unit(pid)
     if unit is None or unit.user or not unit.system.endswith(".service"):
         return ""

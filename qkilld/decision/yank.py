@@ -4,7 +4,8 @@
 connection loses the data that QEMU still holds for it, and a healthy NBD server that owes QEMU no
 reply looks like a dead one. So connections on which a reply is certainly missing are cut off first:
 those with unacknowledged bytes, without a server, or with a request that had no reply before
-SIGTERM. If there are none, and QEMU waits only for connections, those that do not move are cut off.
+SIGTERM. Without such a connection, and if QEMU waits only for connections, those that do not move
+are cut off.
 The next rung, SIGKILL, would lose more.
 """
 

@@ -169,8 +169,8 @@ class FuseFinder:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes that may serve any connection. There are none if the kernel names
-        connections: then a descriptor without a named connection has no mount."""
+        """Return the processes that may serve any connection. If the kernel names connections, no
+        process may: then a descriptor without a named connection has no mount."""
         return () if self._is_named else self._living(_UNNAMED)
 
     def _living(self, connection: int | None) -> tuple[int, ...]:

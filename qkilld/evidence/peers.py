@@ -309,7 +309,7 @@ class ServerReader:
         self, mounts: Iterable[Mount], names: Mapping[str, frozenset[str]], downstream: set[int]
     ) -> dict[str, FuseServers]:
         """Find the servers of FUSE mounts, by the MAJOR:MINOR of the mount. `downstream`: processes
-        that are none of them."""
+        that cannot be servers."""
         numbers = _connections_of(mounts)
         if not numbers:
             return {}

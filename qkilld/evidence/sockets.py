@@ -582,7 +582,7 @@ def _ends_of(graph: BlockGraph) -> _Ends:
 
 
 def _any(answers: Set[bool | None] | None) -> bool | None:
-    """Return whether one of these is True; None if that is unknown, or there are none."""
+    """Return whether one of these is True; None if that is unknown, or if there is no answer."""
     if not answers or (None in answers and True not in answers):
         return None
     return True in answers

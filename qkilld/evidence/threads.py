@@ -93,7 +93,7 @@ class ThreadReader:
 
         `count`: the number of threads in /proc/PID/stat. A result is None if it is incomplete, for
         example with more than MAX_THREADS threads or without a free descriptor. Without the ptrace
-        right, only threads in state D are known, so the second result is None if there are none.
+        right, only threads in state D are known; without such a thread, the second result is None.
         The freezer of cgroup v1 may also put threads into state D.
         """
         if count > MAX_THREADS:

@@ -81,7 +81,7 @@ class Result(StrEnum):
     SURVIVED = "survived"
     """The process still ran when the job gave up. qkilld logs the exit when it comes."""
     SIGNALLED = "signalled"
-    """With NOWAIT: one signal was sent, or the guest was asked. What happened then is not known."""
+    """With NOWAIT: one signal was sent, or the guest was asked. Its effect is unknown."""
     CANCELLED = "cancelled"
     FAILED = "failed"
 

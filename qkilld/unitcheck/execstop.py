@@ -377,8 +377,8 @@ def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine
 
 
 def _first_skipped(facts: UnitFacts, surroundings: Surroundings, place: int) -> int:
-    """Return the number of the first line before `place` that now needs the success of an earlier
-    one, and that may need the guest to be gone; `place` if there is none."""
+    """Return the number of the first line before `place` that systemd now skips if an earlier line
+    fails, and that may have to run after the guest's exit; `place` if there is no such line."""
     can_fail = False
     for number, line in enumerate(stop_lines(facts, surroundings)[:place]):
         if can_fail and (line.changes or not line.is_understood):

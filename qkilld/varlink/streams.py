@@ -93,7 +93,7 @@ class JobStream:
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._postponed: set[Callable[[], None]] = set()
-        """What runs once the socket has taken all messages."""
+        """The calls to make once the socket has taken all messages."""
         self._changes = changes
         self._first_reply = first
         for job in jobs:

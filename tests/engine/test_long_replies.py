@@ -66,6 +66,20 @@ def service_with(world: World, jobs: int) -> Service:
     return cast(Service, SimpleNamespace(registry=world.registry, **steering))
 
 
+def call_of(serial: int, interface: str, member: str, *, sender: str) -> IncomingMessage:
+    """Return a call of the manager without arguments."""
+    return IncomingMessage(
+        MessageKind.CALL,
+        0,
+        serial,
+        "<",
+        path=MANAGER_PATH,
+        interface=interface,
+        member=member,
+        sender=sender,
+    )
+
+
 async def longest_share(work: Awaitable[None]) -> float:
     """Return the longest processor time between two turns of the loop during the work, as a share
     of all of it."""
@@ -143,18 +157,7 @@ def test_calls_on_the_bus(world: World, interface: str, member: str, gives: str,
 
         async def call_all() -> None:
             for serial in range(1, MAX_READS + 1):
-                bus.on_call(
-                    IncomingMessage(
-                        MessageKind.CALL,
-                        0,
-                        serial,
-                        "<",
-                        path=MANAGER_PATH,
-                        interface=interface,
-                        member=member,
-                        sender=f":1.{serial % 2}",
-                    )
-                )
+                bus.on_call(call_of(serial, interface, member, sender=f":1.{serial % 2}"))
             while server.busy:  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -178,18 +181,7 @@ def test_a_bus_that_does_not_read_delays_nobody_on_varlink(world: World) -> None
         )
 
         def call(serial: int) -> None:
-            bus.on_call(
-                IncomingMessage(
-                    MessageKind.CALL,
-                    0,
-                    serial,
-                    "<",
-                    path=MANAGER_PATH,
-                    interface="org.qkilld1.Manager",
-                    member="ListJobs",
-                    sender=":1.1",
-                )
-            )
+            bus.on_call(call_of(serial, "org.qkilld1.Manager", "ListJobs", sender=":1.1"))
 
         async def varlink_turn(uid: int) -> None:
             async with asyncio.timeout(5), turns.long_replies.turn(uid):

@@ -309,6 +309,12 @@ def test_an_urgent_call_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
     workers.close()
 
 
+def is_served(reader: Reader) -> bool | None:
+    """Return Node.served of the only node."""
+    (found,) = reader.read(detail=True).nodes or ()
+    return found.served
+
+
 def test_a_server_in_another_network_namespace(
     lab_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,11 +331,7 @@ def test_a_server_in_another_network_namespace(
             bare_guest(lab_dir, ["-blockdev", json.dumps(node)]) as guest,
             contextlib.closing(Reader(guest.pid, HostTables())) as reader,
         ):
-
-            def served() -> bool | None:
-                (found,) = reader.read(detail=True).nodes or ()
-                return found.served
-
+            served = partial(is_served, reader)
             store.leave()
             until(served, lambda found: found is False)
             with listening_elsewhere(path):
@@ -409,11 +411,7 @@ def test_a_server_that_a_chroot_hides(lab_dir: Path) -> None:
             bare_guest(lab_dir, arguments) as guest,
             contextlib.closing(Reader(guest.pid, HostTables())) as reader,
         ):
-
-            def served() -> bool | None:
-                (found,) = reader.read(detail=True).nodes or ()
-                return found.served
-
+            served = partial(is_served, reader)
             store.leave()
             until(served, lambda found: found is False)
             store.start()
