@@ -55,8 +55,8 @@ def _refuse_on_varlink(listener: socket.socket, text: str) -> None:
         with ignore("refusing a call on Varlink", OSError):
             client.send(reply)
             client.shutdown(socket.SHUT_WR)
-        # Neither read nor close it, because both may block on a descriptor that the client has sent
-        # (foreign_descriptors). The end of this process closes it without that.
+        # Neither read nor close the socket, because both may block on a descriptor that the client
+        # has sent (foreign_descriptors). The end of this process closes it.
         client.detach()
 
 
@@ -69,5 +69,6 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
         # The bus sends the calls that wait for our name before it replies.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Do not close the connection: the end of this process does. A call between the two would
-        # wait in the bus, because systemd would see no need to start what is still starting.
+        # Do not close the connection before this process ends. In between, systemd would ignore a
+        # call's request to start qkilld, which is still starting, and the call would wait in the
+        # bus.

@@ -45,8 +45,8 @@ def run(options: DaemonOptions) -> int:
     journal = open_journal()
     try:
         with _traces(options.trace_dir, journal) as traces:
-            # Collect the classes that model.dataclass has replaced, so that later modules use their
-            # memory. favour_the_loop does it again, but skips everything that is frozen.
+            # Free the classes that model.dataclass has replaced, so that later imports can use
+            # their memory. gc.freeze() below would keep them.
             gc.collect()
             # Imported late, so that errors in the configuration are reported sooner.
             import asyncio

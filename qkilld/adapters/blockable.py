@@ -97,8 +97,8 @@ class _ReadingThread:
         self.wake.acquire()
 
     def is_blocked(self) -> bool:
-        """Return whether the kernel lets the thread wait for a lock. If not, it has only not had
-        its turn on a busy machine."""
+        """Return whether the kernel lets the thread wait for a lock. If not, it may only wait for a
+        processor on a busy machine."""
         if not self.thread_id:
             return False
         try:
@@ -194,7 +194,7 @@ class BlockableReads:
         return SHORT_PATIENCE_S if now < self._short_until else PATIENCE_S
 
     def _give_up(self, batch: _Batch) -> int:
-        """Leave the thread to its fate; return the number of outcomes. Call it with the lock."""
+        """Abandon the thread; return the number of outcomes. Call it with the lock."""
         count = len(batch.outcomes)
         batch.blocked_on = directory = batch.directories[count]
         self._blocked[directory] = self._blocked.get(directory, 0) + 1

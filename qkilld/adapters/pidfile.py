@@ -185,7 +185,7 @@ def parse_pid(data: bytes, shown: str) -> int:
 
 def check_writers(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
     """Raise AccessDenied if anyone but root, the caller and the process's user could have written
-    or replaced the file. Whoever did so has chosen the process that the caller stops."""
+    or replaced the file. Such a user could choose which process the caller stops."""
     trusted = {0, caller_uid, process_uid}
     for step in content.steps:
         subject = f"Pidfile {shown}"

@@ -135,8 +135,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 
 
 def open_unidentified(guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Open the process with a guest's id, which may be another one by now: that shows before it
-    gets a signal. Raises NoSuchProcess, Failed."""
+    """Open the process that has the guest's id now. Whether it is still the guest's process is
+    checked before a signal. Raises NoSuchProcess, Failed."""
     return PidfdProcess(_open_pidfd(guest.identity.pid), guest, proc)
 
 
@@ -158,8 +158,8 @@ def _open_pidfd(pid: int) -> int:
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Use a pidfd that was stored for a guest's process, which may have exited since then. If
-    the process blocks the reading of its start time, that is checked before it gets a signal.
+    """Use a pidfd that was stored for a guest's process, which may have exited since then. If the
+    process blocks the reading of its start time, the start time is checked before a signal.
 
     Raises ProcessChanged if it is no pidfd, or is that of another process, or if the process cannot
     be identified. The caller then still owns the descriptor.

@@ -96,8 +96,8 @@ class QemuOption:
         """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
 
         Booleans become "on" and "off"; the key of a list's element is its index. Keys longer than
-        MAX_KEY or deeper than MAX_DEPTH are left out, and so is the rest if all keys together are
-        much longer than the text, which repeats no key for the elements below it.
+        MAX_KEY or deeper than MAX_DEPTH are left out. Each element repeats the keys above it, so
+        keys can be much longer in all than the text; above that limit, the rest is left out.
         """
         values: dict[str, str] = {}
         room = MAX_KEYS + 4 * len(self.text)

@@ -167,8 +167,9 @@ class StateDirectory:
             self._writer.put(number)
 
     def _write_item(self, item: int | Callable[[], None]) -> None:
-        """Write the newest state of a job, or for 0 the numbers; or call a callback. Write the
-        states of `write_first` before."""
+        """First write the states of `write_first`. Then, if `item` is a job's number, write the
+        newest state of the job; if it is 0, write the reserved numbers; if it is a callback, call
+        it."""
         while self._first:
             number, callback = self._first.popleft()
             self._try_to_write(number)

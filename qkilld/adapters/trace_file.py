@@ -23,8 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""There are fewer traces than this with the same job number, process id and start time. There may
-be several, because a process may outlive a daemon, and the next one may count from 1 again."""
+"""The number of file names to try for a job. Another trace may have the same job number, process id
+and start time, because a daemon that has lost its state counts jobs from 1 again."""
 
 
 class TraceDirectory:

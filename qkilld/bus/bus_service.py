@@ -29,7 +29,7 @@ ASK_TIMEOUT_S: Final = 1.0
 
 
 class BusService:
-    """Make one with `serve`; the caller closes it."""
+    """Created by `serve`, closed by the caller."""
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ _Subscription = tuple[str, str, str, str]
 
 
 class Connection:
-    """Make one with `connect()`, inside a running loop."""
+    """Created by `connect()` in a running loop."""
 
     def __init__(self, sock: socket.socket) -> None:
         """Take over `sock`, which is connected and authenticated."""

@@ -51,8 +51,8 @@ def guest_properties(watched: WatchedGuest) -> dict[str, Any]:
 class Watchers:
     """The connections that called GetManagedObjects and were on the bus when last checked.
 
-    A match rule for each would report when it leaves, but rules are scarce. Instead, before each
-    scan for guests, the bus is asked until one of them is found that is still there.
+    The bus limits our match rules, so there is no rule that reports when a connection leaves.
+    Instead, `has_any` asks the bus before each scan for guests.
     """
 
     def __init__(self, connection: Connection) -> None:

@@ -1,7 +1,7 @@
 """Encode replies that list any number of objects, in steps between which the loop goes on.
 
-Signals are sent between these steps. A client applies them when they arrive, which is before the
-reply, so the reply must not be older: an object that is announced meanwhile is encoded again.
+Signals are sent between these steps, and a client gets them before the reply. So the reply must be
+as new as these signals: if a signal announces an object, the object is encoded again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Busy, NoSuchJob
 
 MAX_REPETITIONS: Final = 4
-"""How many times as many elements as there are may be encoded. More are needed only if objects
-change faster than they can be listed."""
+"""At most this many times the number of elements are encoded. If that is not enough, objects change
+faster than they can be listed."""
 SPARE: Final = 64
-"""Further elements that may be encoded, such as those of new objects."""
+"""This many more elements may be encoded, for new objects."""
 LAST: Final = 32
-"""So many remaining elements are encoded in one step, before any of them can change again. With all
-properties of a job, they take about 3 ms."""
+"""The last elements, this many, are encoded in one step, so that none of them can change meanwhile.
+With all properties of a job, this takes about 3 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Listings:
         """For each listing: the keys of the elements to encode, the next one first."""
 
     def announced(self, path: str) -> None:
-        """Note that a signal about an object is sent: that it is new, gone, or has changed."""
+        """Call this when a signal announces that an object is new, gone, or has changed."""
         for keys in self._unfinished:
             keys[path] = None
 

@@ -312,8 +312,8 @@ class Server:
         self._turns.introduce(sender, uid)
 
     def _remember(self, sender: str, uid: int) -> None:
-        """Cache a uid. If the cache is full, drop the least recently used name, if possible one
-        without waiting calls, because the next call of any other would overtake those."""
+        """Cache a uid. If the cache is full, drop the least recently used name. Prefer a name
+        without waiting calls: if a name is dropped, its next call overtakes its waiting calls."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]
