@@ -66,10 +66,10 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 
 
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
-    """Convert the storage of an instance to that of its template: replace the instance name by
-    %i. If the name is only a part of a word, as in nbd-web.service, a server may be that of this
-    instance alone, and those of the others are not known. File systems at other places are ordered
-    by remote-fs.target."""
+    """Convert the storage of an instance to that of its template: replace the instance name by %i.
+    If the instance name is only a part of a word, as in nbd-web.service, it is not replaced: the
+    server may belong to this instance alone, and the servers of other instances are unknown.
+    remote-fs.target orders the file systems of other instances."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point

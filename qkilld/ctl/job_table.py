@@ -47,7 +47,7 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE, and its next step is due, or only progress would delay it."""
+    """Whether the job has FORCE, and its next step is due or comes unless there is progress."""
 
 
 class Shape(NamedTuple):

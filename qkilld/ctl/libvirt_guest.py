@@ -36,8 +36,8 @@ async def shut_down_by_libvirt(
     """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
 
     libvirt holds the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
-    `span` (µs), or the guest's PowerdownSec= if `span` is None. If libvirt has asked the guest, no
-    job follows with `only`, nor without `wait`, because this program then exits at once.
+    `span` (µs), or the guest's PowerdownSec= if `span` is None. If libvirt has asked the guest, a
+    job follows only with `wait` and without `only`: without `wait`, this program exits at once.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN

@@ -102,8 +102,8 @@ def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
 
 
 def _may_listen_elsewhere(name: str) -> bool:
-    """Return whether a socket of another network namespace may have a file of this name. Without
-    one, nobody listens, or only a process outside of this container."""
+    """Return whether a process in another network namespace may listen on a socket with this file
+    name. If not, nobody listens, or only a process outside of this container."""
 
     def matches(path: bytes) -> bool:
         return os.path.basename(os.fsdecode(path)) == name  # noqa: PTH119

@@ -47,8 +47,8 @@ async def stopping_units(systemd: Systemd) -> list[str]:
 def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
     """Return the units of the processes that are called qkilld-stop.
 
-    systemd could list the processes of a unit, but it reads their command lines for that, and a
-    guest that is stuck can block that, and so process 1. comm and cgroup do not block.
+    Do not ask systemd for the processes of a unit: it would read their command lines, and a stuck
+    guest can block that read, and so process 1. Reading comm and cgroup does not block.
     """
     units = set()
     for pid in procfs.pids(proc):

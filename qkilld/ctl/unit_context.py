@@ -200,8 +200,9 @@ def _main_traps(facts: UnitFacts) -> bool | None:
 def _can_ask(
     facts: UnitFacts, guests: Sequence[int], config: Config, *, is_template: bool
 ) -> bool | None:
-    """Return whether qkilld-stop can ask every guest of the unit to shut down; None if unknown, as
-    for guests of libvirt, and for a template whose instances may have other options."""
+    """Return whether qkilld-stop can ask every guest of the unit to shut down; None if unknown. It
+    is unknown for guests of libvirt, and for a template whose instances may have different
+    options."""
     if not config.switches.powerdown:
         return False
     if guests:
@@ -264,8 +265,8 @@ def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterato
 
 
 def has_own_settings(facts: UnitFacts) -> bool:
-    """Return whether an instance has files of its own with settings by which it is judged, so that
-    it cannot represent its template. True if such a file cannot be read."""
+    """Return whether an instance has files of its own with settings that matter for the verdict.
+    Such an instance cannot represent its template. True if such a file cannot be read."""
     for path in own_files(facts):
         try:
             with Path(path).open("rb") as file:

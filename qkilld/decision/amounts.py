@@ -2,8 +2,8 @@
 
 The process's own counters cover its disks and, over TCP, the bytes that servers have acknowledged.
 A unix socket has no counter. If its server has no other client, what the server writes counts
-instead. Not every sample reads the servers, so their writes are added up from one reading to the
-next.
+instead. Only some samples read the servers. So each reading of a server adds what the server has
+written since its previous reading.
 """
 
 from __future__ import annotations

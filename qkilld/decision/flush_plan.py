@@ -52,8 +52,8 @@ class FlushPlan:
 
 
 def wants_evidence(state: BlockState) -> bool:
-    """Return True if the guest runs and only evidence from outside can show the requests of one of
-    its local disks."""
+    """Return True if the guest runs and QEMU does not report the requests of one of its local
+    disks. Then only evidence from outside can show them."""
     known = _queue_devices(state)
     unseen = any(not disk.network and not _device_of(disk, known) for disk in state.disks)
     return unseen and state.runstate == RUNNING

@@ -26,7 +26,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
         before = unsampled_assessment(began, Verdict.UNKNOWN, now)
     return replace(
         before,
-        # `unsampled_assessment` does not set `sampled_at`. The time without samples begins now.
+        # Without a usable sample, time without samples counts from now.
         sampled_at=now if tells_nothing(before.seen) else before.sampled_at,
         progress_at=now if before.verdict is Verdict.FLUSHING else before.progress_at,
         outstanding_at=now if before.may_be_outstanding else before.outstanding_at,
@@ -35,7 +35,7 @@ def after_gap(before: Assessment | None, began: int, now: int) -> Assessment:
 
 def unsampled_assessment(began: int, verdict: Verdict, progress_at: int) -> Assessment:
     """Make an assessment when only a verdict and a time of progress are known."""
-    # This sample is as old as the job, which is too old for SIGKILL.
+    # The sample has the time of the job's start, so it is too old to allow SIGKILL.
     empty_sample = Sample(began, "?")
     return Assessment(
         first=empty_sample,

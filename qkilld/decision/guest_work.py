@@ -106,8 +106,7 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
     if now.requests is not None and baseline.requests is not None:
         requests = baseline.requests
         if baseline.demand >= HALF_BUSY:
-            # Add LEAST_REQUESTS: a slow load may by chance have made one request less in the
-            # baseline.
+            # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.
             requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
         duration = (after.at - before.at) / USEC_PER_SEC
         limit = GROWTH * requests + LEAST_REQUESTS

@@ -46,8 +46,8 @@ GRID: Final = 100_000
 """Regular samples are taken at multiples of this (µs). So jobs are sampled at the same time, and
 share readings of the host."""
 PER_JOB: Final = 2_000
-"""With N jobs, two regular samples of one process are at least N times this (µs) apart. This bounds
-the cost of all samples together."""
+"""With N jobs, each process is sampled at most once in N times this span (µs). This bounds the cost
+of all samples together."""
 DOUBT: Final = 5
 """Movement that others may have caused delays SIGKILL, but at most until this many times
 `storage_stall` after the last progress. The limit is needed because a server that works for others

@@ -163,8 +163,8 @@ def disk_signs(devices: Iterable[Device], *, writing: bool = False) -> list[Sign
 def _counts(device: Device, devices: Iterable[Device]) -> bool:
     """Return whether completed requests of the device count as the guest's.
 
-    Requests of a lower layer count only if a device with depth 0 above it may work; otherwise they
-    may be for other users of that layer.
+    Requests of a lower layer count only if the guest's own device above it (depth 0) may have
+    requests in flight. Otherwise other users of the lower layer may have made the requests.
     """
     return device.depth == 0 or any(
         top.depth == 0 and _may_work(top) and (not device.above or top.number in device.above)
@@ -173,9 +173,9 @@ def _counts(device: Device, devices: Iterable[Device]) -> bool:
 
 
 def _is_passed_on(device: Device, devices: Sequence[Device], writing: bool) -> bool:
-    """Return whether each layer above the device may be at work. If one stands still, the device
-    may be busy for others. With `writing`, an upper device that has only reads in flight counts as
-    standing still."""
+    """Return whether each layer above the device may have requests in flight. If one has none, the
+    device may be busy for others. With `writing`, a device with only reads in flight counts as one
+    without requests."""
     tops = set(device.above)
     working = {
         upper.depth

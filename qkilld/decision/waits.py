@@ -204,8 +204,8 @@ def _call_signs(
 
 
 def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
-    """Return the devices, with only_reads set if it was set in this sample or the previous one: a
-    read that waits for its dispatch looks like a flush, but seldom in two samples."""
+    """Return the devices, with only_reads set if it was set in this sample or the previous one. A
+    read that waits for its dispatch looks like a flush, but seldom in two samples in a row."""
     earlier = {device.number: device for device in (previous and previous.devices) or ()}
     return [
         replace(device, only_reads=True)
@@ -225,10 +225,10 @@ def _woken(threads: Sequence[Thread]) -> Sign:
 def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
     """Return signs for what the process writes and reads while calls wait for these devices.
 
-    If one of the devices has a request in flight, there are no such signs: the calls wait for this
-    request, and other threads may write to other disks as long as the guest runs. If the devices
-    count requests and have none in flight, a request may be held back above them, so the signs are
-    doubtful.
+    If one of the devices has a request in flight, return no signs: the calls wait for this request,
+    and what the process writes may go to other disks, as long as the guest runs. If the devices
+    count requests and have none in flight, the signs are doubtful, because a layer above the
+    devices may hold a request back.
     """
     tops = [device for device in devices if device.depth == 0]
     if any(device.in_flight for device in tops):
@@ -321,8 +321,8 @@ def _request_signs(sample: Sample, previous: Sample | None, *, sure: bool = True
     """Return signs for requests on its io_urings. They may be for any writable disk that is not in
     `ringless`.
 
-    If one of these disks is stuck, assume that the process waits for it. Then completions of other
-    disks do not count, unless they lie below it, and the process's I/O is no sure sign.
+    If one of these disks is stuck, assume that the process waits for this disk. Then only
+    completions of this disk and of disks below it count, and the process's I/O is no sure sign.
 
     `sure`: False if there may be timers instead of requests, and only others use the disks.
     """
@@ -362,8 +362,8 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """Return a wait for storage that may have been added through a monitor. Such storage leaves no
-    trace after it has lost its server, so it may be waited for at any time."""
+    """Return a wait for storage that may have been added through a monitor. If such storage has
+    lost its server, nothing shows it, so the process may wait for it at any time."""
     if not sample.pluggable or is_held_still(sample):
         return []
     return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]

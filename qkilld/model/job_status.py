@@ -95,7 +95,8 @@ class JobStatus:
     not_before: int = 0
     """No SIGKILL before this time, set by Extend; 0 if it was never extended."""
     guest_asked: str = GuestAsked.NOT_ASKED
-    """The receipt's `guest-asked`; `asked` while the outcome is open. Printable."""
+    """The result of asking the guest, as in the receipt's `guest-asked`; `asked` until it is known.
+    Printable."""
     powerdown_only: bool = False
     """No signal follows if the guest does not shut down."""
     next_rung: str = ""

@@ -51,7 +51,7 @@ class Policy:
 
 
 class Span(NamedTuple):
-    """A field of Policy: its names on the bus, in files and on command lines."""
+    """A time span of Policy: its names on the bus, in files and on command lines."""
 
     field: str
     help: str
