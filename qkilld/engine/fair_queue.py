@@ -23,8 +23,8 @@ waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""Enough for one call of the greatest length. All 2,048 connections of a bus together can take 32
-MiB."""
+"""The length of the longest call. A bus allows 2,048 connections, so SPARE_BYTES of all of them are
+32 MiB."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""

@@ -11,10 +11,10 @@ are places. Uids of directory services are often in this range, too."""
 class FairShares:
     """Places taken by users. It has no lock of its own.
 
-    Root may take all `places`, and keeps `of_root` of these free from the others. A part of the
-    rest, `shared`, is divided equally among the users who have places. Further places are only for
-    users who have none, so that they get one, whatever the others have taken. Half of these are
-    kept free from uids that may be subordinate.
+    Root may take all `places`; `of_root` of these are for root only. Each other user gets a first
+    place as long as there is one. A user's second and further places count against `shared`, which
+    is divided equally among the users who have places. So the remaining places stay free for users
+    who have none. Uids that may be subordinate can take only half of these.
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

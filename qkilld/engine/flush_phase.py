@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
 decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. A flush
-proves more while the guest's processors are stopped. That they are about to be stopped is saved
-first, so that they are started again if the job ends before a signal, or the daemon crashes. If the
-guest has powered off, QEMU is told to quit; hence the name of this phase in the API. The monitor
-stays open until the job ends, because QEMU does not reply on a connection made after SIGTERM.
+proves more while the guest's processors are stopped. Before they are stopped, this intention is
+saved: if the job ends before a signal, or the daemon crashes, they are started again. The API calls
+this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor stays open
+until the job ends, because QEMU does not reply on a connection made after SIGTERM.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ MAX_HISTORY: Final = 100
 class Job:
     """The ladder of one process.
 
-    `phase` goes from powerdown to quit, terminate, kill, reap and done. Phases that are not needed
-    are left out. It returns from kill to terminate if SIGKILL turns out not to be due. `result` is
+    `phase` goes from powerdown to quit, terminate, kill, reap and done, without phases that are not
+    needed. If SIGKILL turns out not to be due, `phase` returns from kill to terminate. `result` is
     None while the job runs. After the end, only `processors_stopped` may change.
     """
 
@@ -315,14 +315,14 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Add a request. It can add FORCE, lengthen spans, end asking the guest earlier, and allow
-        signals in a job that would only ask. It can take back none of these. If the job has a
-        higher rank, the owner's request can only add FORCE.
+        """Add a request. The request can add FORCE, lengthen spans, end asking the guest earlier,
+        and allow signals in a job that would only ask. It cannot do the opposite of any of these.
+        If the job has a higher rank, the owner's request can only add FORCE.
 
-        A request of higher rank takes the job over. It replaces the former request, but not its
-        flags and spans. The guest gets all the help that either of them allows. If the job was the
-        owner's, the owner's spans, FIXED and hold end, and the owner's extensions are cut to
-        `owner_limit`.
+        A request of higher rank takes the job over. It replaces the former request, but not the
+        flags and spans. The guest gets all the help (Request.help) that either request allows. If
+        the job was the owner's, the owner's spans, FIXED and hold end, and the owner's extensions
+        are cut to `owner_limit`.
 
         If both the job and the request only ask the guest, no signal follows. Such a job ends right
         after asking only if both have NOWAIT.

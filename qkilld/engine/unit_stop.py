@@ -62,8 +62,8 @@ class UnitStops:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner. Return the limits that hold for all jobs; their `force` says
-        only what systemd would do.
+        caller is root or the owner. Return the limits that hold for all jobs. `force` in these
+        limits says what systemd would do, not whether the jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -98,7 +98,7 @@ class UnitStops:
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
         if Flag.NOWAIT in job.flags:
-            return  # It ends after its one order, so limits do not matter.
+            return  # The job ends after one signal or request, so limits do not matter.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:

@@ -143,15 +143,15 @@ class DescriptorSearch:
         start, self._seconds = time.thread_time(), 0.0
         while self._wanted and time.monotonic() < end:
             if self._rest is None or self._wanted <= self._latecomers:
-                # Begin again, because the remaining processes would have to be searched again for
-                # the latecomers.
+                # Begin again: only latecomers are wanted, and they must be searched for in all
+                # processes.
                 self._rest = self._search_all()
             try:
                 link = next(self._rest)
             except StopIteration:
                 self._finish()
             except Exception:
-                self._rest = None  # Otherwise the rest would seem to have been searched.
+                self._rest = None  # Otherwise the next call would take the search for complete.
                 raise
             else:
                 if link is not None:

@@ -180,8 +180,8 @@ def _read_stats(stats: tuple[str, ...]) -> Counters:
 
 
 def of_btrfs(source: bytes, sys: Path = SYS) -> tuple[str, ...] | None:
-    """Return all devices (MAJOR:MINOR) of one btrfs: the one with the device `source`, a path in
-    mountinfo, or else the host's only btrfs. None if not found.
+    """Return all devices (MAJOR:MINOR) of the btrfs that contains the device `source`, a path from
+    mountinfo. If the host has only one btrfs, it is that one. None if not found.
 
     sysfs has to be asked, because st_dev of files on btrfs is not the number of a device (kernel
     Documentation/ABI/testing/sysfs-fs-btrfs).

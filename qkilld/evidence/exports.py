@@ -40,7 +40,7 @@ class WaitBudget:
         self._left_s = TIMEOUT_S
 
     def renew(self) -> None:
-        """Begin the next sample."""
+        """Allow TIMEOUT_S again, for the next sample."""
         self._left_s = TIMEOUT_S
 
     def join(self, thread: threading.Thread) -> None:

@@ -21,8 +21,8 @@ from qkilld.evidence.server_exits import GuestServerExits
 PER_JOB: Final = 4
 """Descriptors of a job: a pidfd, /proc/PID, the monitor, and an agent or a server."""
 SPARE: Final = 64
-"""A guest, which has about ten files, may begin to keep them open only if there is room for this
-many. So they rarely displace the files of other guests."""
+"""A guest may begin to keep its files open only if there is room for this many. A guest has about
+ten, so its files rarely displace those of other guests."""
 
 
 class Keeper(Protocol):

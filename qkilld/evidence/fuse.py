@@ -169,8 +169,9 @@ class FuseFinder:
                 search.forget(str(connection))
 
     def _candidates(self) -> tuple[int, ...]:
-        """Return the processes that may serve any connection. If the kernel names connections, no
-        process may: then a descriptor without a named connection has no mount."""
+        """Return the processes whose connection the kernel does not name: each may serve any
+        connection. If the kernel names connections, return none, because a descriptor without a
+        named connection then has no mount."""
         return () if self._is_named else self._living(_UNNAMED)
 
     def _living(self, connection: int | None) -> tuple[int, ...]:

@@ -171,7 +171,7 @@ class ServerReader:
         served = self._read_fuse(mounts, names, tables)
         self._missing_ends = self._new_missing_ends
         self._connections = self._new_connections
-        # Close unused readers. They would pile up, because a server that forks for each connection
+        # Close unused readers, so that they do not pile up: a server that forks for each connection
         # has a new process after each reconnect.
         for pid in self._readers.keys() - set(self._used_pids):
             self._readers.pop(pid).close()
@@ -243,7 +243,8 @@ class ServerReader:
             others = []
             for pid in behind.get(peer.pid, ()):
                 other, links = build(self._sampled[pid]), self._links[peer.pid]
-                # It has only one place, but may work for several of these processes.
+                # A server that several of these processes use is listed only once, so it serves
+                # none of them alone.
                 serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
                 others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)

@@ -309,8 +309,8 @@ class TargetWatch:
             self._busy, self._begun = True, False
             self._keeps = self._budget.admit(self)
             self._workers.submit(self._work, uid=self._uid, instead=self._give_up, urgent=urgent)
-        # Even if it is busy: its sample may have been put without a wake-up, because another one
-        # was to follow, which then blocked.
+        # Do this even if a sample is in progress. It may be complete and wait to be handed over
+        # with the next sample, which then blocked.
         self._handover.expect()
 
     @property
