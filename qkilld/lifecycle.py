@@ -96,8 +96,9 @@ async def live(
 ) -> int:
     """Serve `bus` and Varlink until stopped, or idle for `exit_idle_s`; return the exit code.
 
-    `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as Life.run
-    does; ConfigError if creating the socket or reading an interface's description fails.
+    `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as
+    RunningDaemon.run does; ConfigError if creating the socket or reading an interface's description
+    fails.
     """
     favour_the_loop()
     with contextlib.ExitStack() as stack:
@@ -116,7 +117,7 @@ async def live(
 
         FaultGuard(report).watch_callbacks(asyncio.get_running_loop())
         sampler = stack.enter_context(contextlib.closing(EvidenceSampler(report)))
-        life = Life(
+        daemon = RunningDaemon(
             config=config,
             bus=bus,
             journal=journal,
@@ -126,8 +127,8 @@ async def live(
             store=store,
             exit_idle_s=exit_idle_s,
         )
-        stack.enter_context(call_at((signal.SIGTERM, signal.SIGINT), life.stop))
-        return await life.run(listeners)
+        stack.enter_context(call_at((signal.SIGTERM, signal.SIGINT), daemon.stop))
+        return await daemon.run(listeners)
 
 
 def _listeners(stored: dict[str, int], journal: Journal) -> list[socket.socket]:
@@ -198,8 +199,8 @@ def control_process(pid: int) -> ControlProcess | None:
     return ControlProcess(unit, max(0, int(ran_s * 1e6)))
 
 
-class Life:
-    """Make one in a running loop, and run it once."""
+class RunningDaemon:
+    """The daemon. Create it in a running loop, and call `run` once."""
 
     def __init__(
         self,

@@ -143,7 +143,7 @@ async def _read_queues(
 async def stop_processors(qmp: QmpClient, *, timeout_s: float) -> None:
     """Stop the processors. QEMU drains and flushes every disk, which blocks the monitor.
 
-    Raises MonitorError. After a MonitorTimeout, the processors may still stop.
+    Raises MonitorError. After a MonitorTimeout, QEMU may still stop the processors later.
     """
     await qmp.execute("stop", timeout_s=timeout_s)
 

@@ -83,7 +83,7 @@ class GuestControl:
         table: ListenerTable,
         proc: Path = procfs.PROC,
     ) -> None:
-        """Do not call this directly, but `open`, `take` or `adopt`, which also connect."""
+        """Do not call this, but `open`, `take` or `adopt`, which also connect."""
         self.guest_endpoints = guest_endpoints
         self.endpoint = endpoint
         self.adopted = False
@@ -117,14 +117,14 @@ class GuestControl:
         *,
         on_event: Callable[[GuestEvent], None] | None = None,
         qmp_socket: str = "",
-        directly: bool = False,
+        enter_netns: bool = False,
         was_asked: bool = False,
         agent_was_open: bool | None = None,
         proc: Path = procfs.PROC,
     ) -> GuestControl:
         """Find the guest's monitor, prove that it is the guest's, and open it.
 
-        `directly`: include monitors on TCP and abstract sockets; a thread enters the guest's
+        `enter_netns`: include monitors on TCP and abstract sockets; a thread enters the guest's
         network namespace to connect to them.
 
         Waits for BUSY_S if the monitor is in use, and for START_WAIT_S if QEMU has just started.
@@ -138,12 +138,12 @@ class GuestControl:
             facts = await read_process(process.guest.identity, proc)
             guest_endpoints = find_endpoints(*facts)
             endpoints = [*guest_endpoints.with_role(Role.QMP), *guest_endpoints.with_role(Role.HMP)]
-            if directly:
+            if enter_netns:
                 endpoints += guest_endpoints.passable
             if qmp_socket:
                 endpoints = [endpoint_at(qmp_socket, facts[1])]
             obstacles = list(guest_endpoints.obstacles)
-            if not directly:
+            if not enter_netns:
                 obstacles += [f"{each.title} {NOT_PASSED}" for each in guest_endpoints.passable]
             for endpoint in endpoints:
                 if time.monotonic() >= began + TRY_S:

@@ -52,10 +52,10 @@ READ_S: Final = 1.0
 class JobMonitors:
     """Implements engine.ports.Monitors. Needs a running loop."""
 
-    def __init__(self, table: ListenerTable, *, directly: bool = False) -> None:
-        """`directly`: this program may enter the network namespaces of its guests."""
+    def __init__(self, table: ListenerTable, *, enter_netns: bool = False) -> None:
+        """`enter_netns`: this program may enter the network namespaces of its guests."""
         self._table = table
-        self._directly = directly
+        self._enters_netns = enter_netns
 
     def open(
         self,
@@ -85,7 +85,7 @@ class JobMonitors:
                     process,
                     self._table,
                     qmp_socket=qmp_socket,
-                    directly=self._directly,
+                    enter_netns=self._enters_netns,
                     was_asked=was_asked,
                     agent_was_open=agent_was_open,
                 )
@@ -177,7 +177,7 @@ class JobMonitors:
         try:
             async with asyncio.timeout(READ_S):
                 control = await GuestControl.open(
-                    process, self._table, qmp_socket=qmp_socket, directly=self._directly
+                    process, self._table, qmp_socket=qmp_socket, enter_netns=self._enters_netns
                 )
                 try:
                     qmp = control.qmp
@@ -195,7 +195,7 @@ class JobMonitors:
         except MonitorError as error:
             return AskingWays((printable(str(error)),))
         ways = [endpoint.title for endpoint in guest_endpoints.endpoints]
-        how = "" if self._directly else f" {NOT_PASSED}"
+        how = "" if self._enters_netns else f" {NOT_PASSED}"
         ways += [f"{endpoint.title}{how}" for endpoint in guest_endpoints.passable]
         may_work = guest_endpoints.libvirt or guest_endpoints.expected or bool(ways)
         return AskingWays((*ways, *guest_endpoints.obstacles), may_work)

@@ -42,9 +42,9 @@ from qkilld.monitor.endpoints import (
 from qkilld.monitor.tcp import (
     ACCEPT_S,
     CONNECT_S,
-    connect_directly,
+    connect_in_netns,
     ends_in,
-    is_direct,
+    needs_netns,
     peer_address,
     peer_of,
     read_tcp_listeners,
@@ -114,7 +114,7 @@ def connect_passable(identity: Identity, proc: Path = procfs.PROC) -> socket.soc
     reachable = (*guest_endpoints.with_role(Role.QMP), *guest_endpoints.with_role(Role.HMP))
     for endpoint in () if reachable else guest_endpoints.passable:
         with ignore(f"connecting to {endpoint.title}", MonitorError):
-            return connect_directly(identity.pid, endpoint, proc)
+            return connect_in_netns(identity.pid, endpoint, proc)
     return None
 
 
@@ -171,9 +171,9 @@ async def connect(
         raise MonitorBusy(f"Another program uses {endpoint.title}")
     identity = process.guest.identity
     timeout_s = REACH_TIMEOUT_S
-    if is_direct(endpoint):
+    if needs_netns(endpoint):
         timeout_s += CONNECT_S + ACCEPT_S
-        work = _run(identity, lambda: connect_directly(identity.pid, endpoint, proc))
+        work = _run(identity, lambda: connect_in_netns(identity.pid, endpoint, proc))
     else:
         work = _run(identity, lambda: connect_blocking(identity, endpoint, table, proc))
     try:

@@ -10,7 +10,7 @@ socket, and the process must have a descriptor with that inode. The same table m
 own socket. Its inode is unique on the host, so this rules out a connection in another namespace
 that has the same addresses.
 
-All functions may block. `connect_directly` also changes the network namespace of its thread: run it
+All functions may block. `connect_in_netns` also changes the network namespace of its thread: run it
 in a thread of its own. Sources: proc_pid_net(5), unix(7), setns(2).
 """
 
@@ -153,13 +153,13 @@ def peer_address(connection: socket.socket) -> object:
     return address if connection.family == socket.AF_UNIX else _address(address)
 
 
-def is_direct(endpoint: Endpoint) -> bool:
-    """Return whether the socket has no path, so that only `connect_directly` reaches it."""
+def needs_netns(endpoint: Endpoint) -> bool:
+    """Return whether the socket has no path, so that only `connect_in_netns` reaches it."""
     listener = endpoint.listener
     return isinstance(listener, TcpListener) or all(path.startswith("@") for path in listener.paths)
 
 
-def connect_directly(pid: int, endpoint: Endpoint, proc: Path = procfs.PROC) -> socket.socket:
+def connect_in_netns(pid: int, endpoint: Endpoint, proc: Path = procfs.PROC) -> socket.socket:
     """Connect to a monitor on TCP or an abstract socket, from the process's network namespace, and
     prove that the process has the other end. Send nothing.
 

@@ -112,7 +112,7 @@ class Fallback:
         self._sampler = EvidenceSampler(
             lambda doing, error: log.write(internal_error(doing, error))
         )
-        self._monitors = JobMonitors(listening_unix, directly=True)
+        self._monitors = JobMonitors(listening_unix, enter_netns=True)
         self._registry = Registry(
             self.config,
             self._clock,

@@ -37,7 +37,7 @@ from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
 from qkilld.monitor.reach import connect_blocking
-from qkilld.monitor.tcp import connect_directly
+from qkilld.monitor.tcp import connect_in_netns
 from tests.lab.lingering import lingering_sockets
 from tests.monitor.connecting import run, run_for
 
@@ -422,7 +422,7 @@ def test_a_descriptor_that_lingers_in_a_connection(lab_dir: Path, way: str) -> N
             identity = procfs.read_identity(os.getpid())
             connection = connect_blocking(identity, endpoint, lambda: None)
         else:
-            connection = connect_directly(os.getpid(), endpoint)
+            connection = connect_in_netns(os.getpid(), endpoint)
         peer = stack.enter_context(listener.accept()[0])
         make = stack.enter_context(lingering_sockets(5))
         with make() as passed:

@@ -19,7 +19,7 @@ from qkilld.monitor.endpoints import AGENT_PORT, Endpoint, GuestEndpoints, Role,
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.job_monitor import JobMonitors
 from qkilld.monitor.reach import connect_passable, prove, read_process_blocking
-from qkilld.monitor.tcp import connect_directly, ends_in, read_tcp
+from qkilld.monitor.tcp import connect_in_netns, ends_in, read_tcp
 from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.guest import QEMU, Guest
@@ -49,7 +49,7 @@ def monitor_of(guest: Guest) -> Endpoint:
 
 
 def connected(guest: Guest) -> socket.socket:
-    return connect_directly(guest.pid, monitor_of(guest))
+    return connect_in_netns(guest.pid, monitor_of(guest))
 
 
 @contextlib.contextmanager
@@ -245,7 +245,7 @@ def test_a_monitor_that_somebody_uses(qemu: Start) -> None:
         with pytest.raises(MonitorBusy, match="Another program"):
             connected(guest)
         with pytest.raises(MonitorBusy, match="does not accept"):
-            connect_directly(guest.pid, free)
+            connect_in_netns(guest.pid, free)
 
 
 def test_it_does_not_listen_any_more(qemu: Start) -> None:
@@ -253,16 +253,16 @@ def test_it_does_not_listen_any_more(qemu: Start) -> None:
     endpoint = monitor_of(guest)
     guest.close()
     with pytest.raises(MonitorError):
-        connect_directly(guest.pid, endpoint)
+        connect_in_netns(guest.pid, endpoint)
 
 
 def test_the_process_of_the_helper_connects_by_itself(qemu: Start) -> None:
     guest = qemu(qmp=False, arguments=("-qmp", PLACES[0][1].format(port=free_port())))
     monitor_of(guest)
 
-    async def status(directly: bool) -> str:
+    async def status(enter_netns: bool) -> str:
         with opened(guest) as process:
-            control = await GuestControl.open(process, listening_unix, directly=directly)
+            control = await GuestControl.open(process, listening_unix, enter_netns=enter_netns)
             try:
                 return await control.runstate()
             finally:
