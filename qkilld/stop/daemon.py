@@ -57,7 +57,7 @@ _SPANS = {
     "max": "maxUSec",
     "powerdown": "powerdownUSec",
 }
-"""The names of Options by field of Policy."""
+"""The field in Options (org.qkilld1.varlink) for each field of Policy."""
 _NEVER_USEC = 2**62
 """The value for an infinite time span in a call."""
 

@@ -165,8 +165,8 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release at once all processes without a keeper at work, and each other process when
-    `KeeperWatch.leave` returns.
+    """Release the processes without a keeper at work at once. Release each other process when
+    `KeeperWatch.leave` returns for it.
 
     `on_keeper` is called with each process that has a keeper at work, and the keeper's name.
     """

@@ -117,7 +117,8 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """Start to stop guests that a shell has started meanwhile. Return True if there are any."""
+        """If a shell in the unit has started other guests meanwhile, begin to stop them and return
+        True."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -511,14 +512,15 @@ class StopRun:
             if before != (stop.forced, stop.ask_at_most) and stopper is not None:
                 stopper.amend(stop)
         if running:
-            # Leave FORCE as it was set above, for each stop; the other limits are the same for all.
+            # FORCE was decided above, separately for each stop, so leave it out here. The other
+            # limits are the same for all stops.
             self.unit_known(unit | {"force": False}, running)
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
         if unit["force"] and self._options.force is None:
             stop.force_if_allowed()
         if (ask := unit["askUSec"]) is not None:
-            # askUSec counts from the start of this program, and ask_at_most from about `_began`.
+            # askUSec counts from the start of this program, ask_at_most from `_began`.
             before = ran_for_s() - (self._clock() - self._began)
             ask = max(0, int(ask - max(0.0, before) * 1e6))
             stop.ask_at_most = ask if stop.ask_at_most is None else min(ask, stop.ask_at_most)

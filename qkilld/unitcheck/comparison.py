@@ -110,7 +110,8 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    # A drop-in that replaces the lines of adopt also decides what those that add lines add to.
+    # If one drop-in replaces the lines of adopt, other drop-ins add to its lines, not to those of
+    # adopt.
     replaces = any("ExecStop=" in each.keys and not each.adds_stop for each in overrides)
     adding = next((each for each in overrides if each.adds_stop and not replaces), None)
     if adding is not None:

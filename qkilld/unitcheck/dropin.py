@@ -56,7 +56,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
 
 
 def missing_changes(wanted: Iterable[Change], old: str) -> list[Change]:
-    """Return the changes of which our earlier drop-in lacks at least one line."""
+    """Return the changes that our earlier drop-in lacks, or of which it lacks a line."""
     old_lines = set(_lines(old))
     return [change for change in wanted if not old_lines.issuperset(change.lines)]
 
@@ -86,8 +86,8 @@ def read_later(drop_ins: Iterable[str]) -> list[str]:
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
     """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # In other lists than ExecStop=, only an empty assignment overrides our lines. Any other
-    # assignment appends. To ExecStop=, it appends lines that ours repeat, or that run after ours.
+    # In other lists than ExecStop=, only an empty assignment overrides our lines. Any assignment to
+    # ExecStop= counts: a line that it appends is one that ours repeat, or runs after ours.
     ends = {"After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="
@@ -99,8 +99,8 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def _adds_stop(text: str) -> bool:
-    """Return whether a drop-in adds lines to ExecStop=. Those after an empty assignment replace the
-    earlier ones instead."""
+    """Return whether a drop-in only adds lines to ExecStop=. With an empty assignment, it replaces
+    the earlier lines."""
     values = list(entries(text, "Service", "ExecStop"))
     return bool(values) and "" not in values
 
@@ -115,16 +115,16 @@ def own_files(facts: UnitFacts) -> list[str]:
 
 
 def sets_facts(text: str) -> bool:
-    """Return whether a file sets something by which units are judged. A limit of memory, for
-    example, is nothing of this kind."""
+    """Return whether a file sets something by which units are judged. A memory limit, for example,
+    does not count."""
     judged = {key for settings in SETTINGS.values() for key in settings}
     return not judged.isdisjoint(keys(text))
 
 
 def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:
-    """Return whether our drop-in for a template would override settings in a file of an instance:
-    its own unit file, or a drop-in that systemd reads before ours. Or a later drop-in adds lines to
-    ExecStop=, which systemd would run after ours."""
+    """Return whether our drop-in for a template conflicts with this file of an instance. It
+    overrides settings in the instance's unit file, and in drop-ins that systemd reads earlier. If a
+    later drop-in adds lines to ExecStop=, systemd would run them after ours."""
     name = PurePosixPath(path).name
     keys = {line.text.partition("=")[0] for change in wanted for line in change.lines}
     if name.endswith(".conf") and name >= FILE_NAME:

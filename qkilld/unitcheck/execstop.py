@@ -264,8 +264,9 @@ def _returns_early_finding(
 
 
 def waits_for_guest(facts: UnitFacts, lines: Sequence[StopLine]) -> bool:
-    """Return whether a line asks the guest to shut down, and a line waits or sleeps, or systemd
-    waits after a KillSignal= that QEMU ignores. The order of the lines does not matter."""
+    """Return whether the guest is asked to shut down and gets time for it: a line asks it, and
+    either a line waits or sleeps, or QEMU ignores KillSignal=, so that systemd waits. The order of
+    the lines does not matter."""
     asks = any(line.is_understood and line.has(ActKind.ASKS) for line in lines)
     waits = facts.kill_signal in IGNORED or any(
         line.is_understood and line.has(ActKind.WAITS, ActKind.SLEEPS) for line in lines
@@ -291,9 +292,10 @@ def helper_line(
     """Return the ExecStop= line of a service for qkilld-stop, the helper. `number`: that of the
     existing line that it replaces.
 
-    With `-`, a missing helper is no failure: systemd then stops the unit with SIGTERM. As `-` hides
-    the helper's exit status too, the helper reports failures in the journal. If other lines follow,
-    there is no `-`, because they must not run after a failure. The helper's arguments are kept.
+    The line gets `-`, so that systemd stops the unit with SIGTERM if the helper is missing. `-`
+    also hides the helper's exit status, so the helper reports failures in the journal. If other
+    lines follow, there is no `-`, because they must not run after a failure. The helper's arguments
+    are kept.
 
     A unit with a user, a root directory or a sandbox that hides the guest or the bus gets `+`,
     which runs the helper without these. If the unit has a user and an environment file, there is no
@@ -351,10 +353,11 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
     """Return the number of the line before which the helper belongs.
 
-    It is the place of the first line that is left out, or that after the last line that stops the
-    guest, waits or sleeps. Later lines may need the guest to be gone, for example to copy its
-    image. So may earlier ones: they are repeated with the prefix `-`, so one that systemd now skips
-    after a failure would run. If there is one, the helper goes before it if possible.
+    It goes to the place of the first line that is left out or, if none is, after the last line that
+    stops the guest, waits or sleeps. Later lines may need the guest to be gone, for example to copy
+    its image. Earlier lines are repeated with the prefix `-`, so a line that systemd now skips
+    after a failure would run. If such a line may need the guest to be gone, the helper goes before
+    it if possible.
     """
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):
@@ -368,9 +371,9 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
-    """Return the first line that would run before the helper although an earlier one has failed,
-    while systemd skips it now, so that it would find the guest still running. Lines that only ask
-    the guest or wait are no such lines."""
+    """Return the first line that systemd now skips after a failure, but that would run before the
+    helper after adoption, while the guest still runs. Lines that only ask the guest or wait do not
+    count."""
     place = _helper_place(facts, surroundings)
     first = _first_skipped(facts, surroundings, place)
     return stop_lines(facts, surroundings)[first] if first < place else None
@@ -378,7 +381,7 @@ def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine
 
 def _first_skipped(facts: UnitFacts, surroundings: Surroundings, place: int) -> int:
     """Return the number of the first line before `place` that systemd now skips if an earlier line
-    fails, and that may have to run after the guest's exit; `place` if there is no such line."""
+    fails, and that may need the guest to be gone; `place` if there is none."""
     can_fail = False
     for number, line in enumerate(stop_lines(facts, surroundings)[:place]):
         if can_fail and (line.changes or not line.is_understood):
@@ -405,8 +408,9 @@ def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], *, helper_asks: bool) -> bool:
-    """Return whether the line only asks QEMU to exit (the helper asks the guest first), but not by
-    its name, or waits for the guest (the helper waits without a fixed timeout).
+    """Return whether the helper replaces the line. It replaces a line that only asks QEMU to exit,
+    unless that signals processes by name, because the helper asks the guest first. It replaces a
+    line that waits for the guest, because the helper waits without a fixed timeout.
 
     A line that waits is kept if lines ask the guest and the helper may be unable to ask it.
     """

@@ -258,8 +258,8 @@ def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
 
 
 def _is_negated(node: Node) -> bool:
-    """Return whether a command fails if all is well: it is preceded by `!`, or tests that something
-    (the guest, usually) does not exist."""
+    """Return whether a command normally fails: it has a `!` before it, or tests that something,
+    usually the guest, does not exist."""
     negated = isinstance(node, Pipeline) and node.negated
     return negated != bool(_TESTS_ABSENCE.search(_text_of(node)))
 

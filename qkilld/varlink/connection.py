@@ -31,8 +31,8 @@ MAX_UNREAD: Final = 1 << 20
 MAX_TOTAL: Final = 16 << 20
 """Bytes of input not handled yet, for all users except root together."""
 MAX_FIRST: Final = 32 << 10
-"""Of each user's bytes, so many come from a half of MAX_TOTAL that is only for them, so that users
-with much input leave room for the calls of others."""
+"""What users have beyond this many bytes each may take only half of MAX_TOTAL. So users with much
+input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
@@ -137,7 +137,7 @@ class VarlinkConnection:
         return bool(self._outgoing)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message. What does not fit into the socket now is sent later."""
+        """Send a message. If the socket is full, the rest is sent later."""
         if not self.closed:
             self.send_encoded(encode(message))
 

@@ -22,9 +22,9 @@ UNIT_AFTER_S: Final = 0.3
 """Delay before the unit's settings are read. Most idle guests have exited by then, even if many are
 stopped, and a unit with TimeoutStopSec=1 is still handled in time."""
 OPEN_AFTER_S: Final = 0.1
-"""With `byUnit`, the first of several replies waits at most this long for the end of the jobs, but
-not for the unit's settings: if the daemon crashed before that reply, the caller would not know of
-the job, and would send SIGTERM a second time."""
+"""With `byUnit`, the first of several replies waits at most this long for the end of the jobs. It
+does not wait for the unit's settings: if the daemon crashed before this reply, the caller would not
+know of the job, and would send SIGTERM again."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 

@@ -278,7 +278,7 @@ class VarlinkCall:
 
 
 class VarlinkServer:
-    """Answers calls received over listening sockets. Make one in a running loop."""
+    """Answers calls received over listening sockets. Create it in a running loop."""
 
     def __init__(
         self,

@@ -80,8 +80,8 @@ class JobStream:
         first: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         """`changes`: send changes too, not only the end. `first`: returns the parameters of a first
-        reply. This reply waits for `open` or the end of a job, and is left out if all jobs have
-        ended by then."""
+        reply, which is sent at `open` or at the end of a job. If all jobs have ended by then, it is
+        left out."""
         self._streams = streams
         self._call = call
         self._loop = asyncio.get_running_loop()

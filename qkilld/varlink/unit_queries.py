@@ -78,8 +78,8 @@ class UnitQueries:
 
     def _hand_out(self) -> None:
         """Give free places to those who wait for one."""
-        # Of more users than there are places, one has none. If even that one gets none, no other
-        # user does, but root may.
+        # Among MAX_AT_ONCE + 1 users, at least one has no place yet. If even that one gets none, no
+        # other user would, except root.
         uids = dict.fromkeys((0, *itertools.islice(self._waiting, MAX_AT_ONCE + 1)))
         for uid in uids:
             turns = self._waiting.pop(uid, None)
