@@ -243,8 +243,7 @@ class ServerReader:
             others = []
             for pid in behind.get(peer.pid, ()):
                 other, links = build(self._sampled[pid]), self._links[peer.pid]
-                # A server that several of these processes use is listed only once, so it serves
-                # none of them alone.
+                # A server that several of these processes use serves none of them alone.
                 serves = links.mounts.get(pid, ()) if served[pid] == 1 else ()
                 others.append(replace(other, serves=serves, certain=pid not in links.uncertain))
             return replace(peer, behind=tuple(others), behind_unknown=peer.pid in unknown)

@@ -117,8 +117,7 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """If a shell in the unit has started other guests meanwhile, begin to stop them and return
-        True."""
+        """Stop guests that a shell has started meanwhile; return False if there are none."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -512,8 +511,7 @@ class StopRun:
             if before != (stop.forced, stop.ask_at_most) and stopper is not None:
                 stopper.amend(stop)
         if running:
-            # FORCE was decided above, separately for each stop, so leave it out here. The other
-            # limits are the same for all stops.
+            # FORCE was decided above for each stop. The other limits are the same for all.
             self.unit_known(unit | {"force": False}, running)
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
