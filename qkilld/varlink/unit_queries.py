@@ -15,7 +15,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from qkilld.engine.call_limits import CallLimits, Cost
-from qkilld.engine.fair_shares import FairShares
+from qkilld.engine.fair_shares import FIRST_SUBORDINATE, FairShares
 from qkilld.engine.job import Job
 from qkilld.engine.unit_stop import UnitLimits, UnitStops
 from qkilld.model.errors import Busy
@@ -36,10 +36,11 @@ class UnitQueries:
         self._places = FairShares(MAX_AT_ONCE, of_root=OF_ROOT, shared=MAX_SHARED)
         self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
         """The queries that wait for a place, by uid. The first uid is next."""
-        self._locks: WeakValueDictionary[tuple[str, tuple[int, ...]], asyncio.Lock] = (
+        self._locks: WeakValueDictionary[tuple[int, str, tuple[int, ...]], asyncio.Lock] = (
             WeakValueDictionary()
         )
-        """One for each unit and jobs that are asked about."""
+        """One for each user, unit and jobs that are asked about. A guest's owner may ask a thousand
+        times about the unit that root stops, so users do not wait for each other here."""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         """Do what UnitStops.limit does, once it is this query's turn. A user who has too many
@@ -50,7 +51,7 @@ class UnitQueries:
         except Busy as error:
             return UnitLimits("", None, str(error))
         try:
-            key = self._units.reason(pid), tuple(job.number for job in jobs)
+            key = uid, self._units.reason(pid), tuple(job.number for job in jobs)
             lock = self._locks.get(key)
             if lock is None:
                 lock = self._locks[key] = asyncio.Lock()
@@ -79,8 +80,15 @@ class UnitQueries:
     def _hand_out(self) -> None:
         """Give free places to those who wait for one."""
         # Among MAX_AT_ONCE + 1 users, at least one has no place yet. If even that one gets none, no
-        # other user would, except root.
-        uids = dict.fromkeys((0, *itertools.islice(self._waiting, MAX_AT_ONCE + 1)))
+        # other user of its kind (FairShares) would, except root.
+        uids = [0]
+        for is_subordinate in (False, True):
+            kind = (
+                uid
+                for uid in self._waiting
+                if uid != 0 and (uid >= FIRST_SUBORDINATE) is is_subordinate
+            )
+            uids += itertools.islice(kind, MAX_AT_ONCE + 1)
         for uid in uids:
             turns = self._waiting.pop(uid, None)
             while turns and self._places.has_room(uid):

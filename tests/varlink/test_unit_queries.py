@@ -17,11 +17,14 @@ from tests.engine.test_service import FakeHost
 
 
 class SlowUnits(UnitStops):
-    """Queries take until `goes_on` is set. The caller with the process id N stops N.service."""
+    """Queries take until `goes_on` is set, or the event for their caller in `ends`. The caller with
+    the process id N stops N.service."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service, lambda pid: None, user=False)
         self.goes_on = asyncio.Event()
+        self.ends: dict[int, asyncio.Event] = {}
+        """By process id."""
         self.running: Counter[int] = Counter()
         """The queries that run now, by uid."""
         self.count = 0
@@ -32,7 +35,7 @@ class SlowUnits(UnitStops):
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
         self.running[uid] += 1
         self.count += 1
-        await self.goes_on.wait()
+        await self.ends.get(pid, self.goes_on).wait()
         self.running[uid] -= 1
         return UnitLimits(f"{pid}.service", None)
 
@@ -97,6 +100,38 @@ def test_every_user_gets_a_place_and_root_keeps_some() -> None:
         outcomes = await queries.end()
         assert {outcome.name for outcome in outcomes} >= {"99.service", "1100.service"}
         assert queries.units.count == 300
+
+    asyncio.run(ask())
+
+
+def test_a_place_goes_to_a_user_behind_many_subordinate_uids() -> None:
+    async def ask() -> None:
+        queries = Queries()
+        queries.units.ends[1] = asyncio.Event()
+        job = queries.job()
+        for uid in range(100_000, 100_100):
+            await queries.ask(job, uid, uid)
+        for pid in (1, 2, 3):
+            await queries.ask(job, pid, 1000 + pid)
+        assert queries.units.running[1002] and not queries.units.running[1003]
+        queries.units.ends[1].set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not queries.units.running[1001] and queries.units.running[1003]
+        await queries.end()
+
+    asyncio.run(ask())
+
+
+def test_root_does_not_wait_for_queries_of_the_owner() -> None:
+    async def ask() -> None:
+        queries = Queries()
+        job = queries.job()
+        for _ in range(100):
+            await queries.ask(job, 1, 1000)
+        await queries.ask(job, 1, 0)
+        assert queries.units.running == {1000: 1, 0: 1}
+        await queries.end()
 
     asyncio.run(ask())
 
