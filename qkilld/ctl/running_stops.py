@@ -45,7 +45,7 @@ async def stopping_units(systemd: Systemd) -> list[str]:
 
 
 def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
-    """Return the units of the processes that are called qkilld-stop.
+    """Return the units of the processes that are called qkilld-stop, as qkilld-stop calls itself.
 
     Do not ask systemd for the processes of a unit: it would read their command lines, and a stuck
     guest can block that read, and so process 1. Reading comm and cgroup does not block.
