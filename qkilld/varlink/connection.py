@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from qkilld.debug_log import note_once
@@ -39,8 +39,18 @@ _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("3i")
 
 
-def encode(value: dict[str, Any]) -> bytes:
+def encode(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def encode_list(name: str, elements: Iterable[bytes], more: Mapping[str, Any]) -> bytes:
+    """Encode an object with a list of encoded elements, and `more`."""
+    return join_encoded(b'"%b":[%b]' % (name.encode(), b",".join(elements)), more)
+
+
+def join_encoded(member: bytes, more: Mapping[str, Any]) -> bytes:
+    """Encode an object with an encoded member, and `more`."""
+    return b"{%b,%b" % (member, encode(more)[1:]) if more else b"{%b}" % member
 
 
 class InputBudget:

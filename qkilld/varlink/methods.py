@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from qkilld.model.errors import QkilldError
 from qkilld.model.policy import SPANS
 from qkilld.varlink import values
 from qkilld.varlink.server import Method, VarlinkCall, VarlinkCaller
-from qkilld.varlink.streams import JobStream, Streams
+from qkilld.varlink.streams import FirstReply, JobStream, Streams
 from qkilld.varlink.unit_queries import UnitQueries
 
 UNIT_AFTER_S: Final = 0.3
@@ -25,6 +26,9 @@ OPEN_AFTER_S: Final = 0.1
 """With `byUnit`, the first of several replies waits at most this long for the end of the jobs. It
 does not wait for the unit's settings: if the daemon crashed before this reply, the caller would not
 know of the job, and would send SIGTERM again."""
+JOBS_OF_WAIT: Final = 4
+"""The number of jobs of one call that count as one Wait. The end of each job takes 1.5 kB while the
+client does not read it."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
@@ -108,35 +112,34 @@ class VarlinkMethods:
                 if isinstance(error, QkilldError)
             ]
 
-        def first() -> dict[str, Any]:
-            return {"states": [values.state(job, call.uid) for job in jobs], "refused": refused}
-
-        self._begun(call, parameters, jobs, first)
+        if call.more and jobs:
+            for _ in range(1, math.ceil(len(jobs) / JOBS_OF_WAIT)):
+                call.charge(Cost.WAIT)
+            self._stream(call, parameters, FirstReply(jobs, {"refused": refused}))
+            return
+        states = (values.state(job, call.uid) for job in jobs)
+        await call.finish_list("states", states, refused=refused)
+        if parameters.get("byUnit"):
+            self._obey_unit(call, parameters, jobs, None)
 
     def _started(self, call: VarlinkCall, parameters: dict[str, Any], job: Job) -> None:
         """Reply with the state of a job that has begun, then, if requested, its progress and
         result."""
-        self._begun(call, parameters, [job], lambda: {"state": values.state(job, call.uid)})
-
-    def _begun(
-        self,
-        call: VarlinkCall,
-        parameters: dict[str, Any],
-        jobs: Sequence[Job],
-        first: Callable[[], dict[str, Any]],
-    ) -> None:
-        """Reply with `first` when jobs have begun. With `byUnit`, wait OPEN_AFTER_S before that,
-        because most guests have exited by then and need one reply only."""
-        by_unit = bool(parameters.get("byUnit"))
-        if not call.more or not jobs:
-            call.finish(first())
-            if by_unit:
-                self._obey_unit(call, parameters, jobs, None)
+        if call.more:
+            call.now_waits()
+            self._stream(call, parameters, FirstReply([job]))
             return
-        if len(jobs) > 1 and not any(job.running for job in jobs):
-            call.progress(first())
+        call.finish({"state": values.state(job, call.uid)})
+        if parameters.get("byUnit"):
+            self._obey_unit(call, parameters, [job], None)
+
+    def _stream(self, call: VarlinkCall, parameters: dict[str, Any], first: FirstReply) -> None:
+        """Reply with `first`, then the progress and results of its jobs. With `byUnit`, wait
+        OPEN_AFTER_S before that, because most guests have exited by then and need one reply
+        only."""
+        jobs = first.jobs
         stream = self._follow(call, jobs, first)
-        if by_unit:
+        if parameters.get("byUnit"):
             asyncio.get_running_loop().call_later(OPEN_AFTER_S, stream.open)
             self._obey_unit(call, parameters, jobs, stream)
         else:
@@ -146,9 +149,8 @@ class VarlinkMethods:
         self,
         call: VarlinkCall,
         jobs: Sequence[Job],
-        first: Callable[[], dict[str, Any]] | None = None,
+        first: FirstReply | None = None,
     ) -> JobStream:
-        call.now_waits()
         stream = JobStream(self._streams, call, jobs, changes=call.more, first=first)
 
         def disconnect() -> None:
@@ -242,6 +244,7 @@ class VarlinkMethods:
         job = self._service.registry.get(parameters["job"])
         if job.running:
             call.progress({"state": values.state(job, call.uid)})
+        call.now_waits()
         self._follow(call, [job])
 
     async def _extend(self, call: VarlinkCall, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from qkilld.model.errors import (
 from qkilld.model.json_text import decode_json
 from qkilld.model.text import printable
 from qkilld.varlink import idl
-from qkilld.varlink.connection import InputBudget, VarlinkConnection, encode
+from qkilld.varlink.connection import InputBudget, VarlinkConnection, encode, encode_list
 from qkilld.varlink.values import type_name
 
 INTERFACE: Final = "org.qkilld1"
@@ -214,22 +214,27 @@ class VarlinkCall:
         if self.more:
             self._reply({"parameters": parameters, "continues": True})
 
+    def progress_encoded(self, parameters: bytes) -> None:
+        if self.more:
+            self._reply_encoded(b'{"parameters":%b,"continues":true}' % parameters)
+
     def finish(self, parameters: dict[str, Any]) -> None:
-        self._reply({"parameters": parameters})
+        self.finish_encoded(encode(parameters))
+
+    def finish_encoded(self, parameters: bytes) -> None:
+        self._reply_encoded(b'{"parameters":%b}' % parameters)
         self.end()
 
-    async def finish_list(self, name: str, elements: Iterable[dict[str, Any]]) -> None:
-        """Finish with a list of any length as the only parameter."""
+    async def finish_list(
+        self, name: str, elements: Iterable[Mapping[str, Any]], **more: object
+    ) -> None:
+        """Finish with a list of any length, and `more`."""
         encoded = []
         async with self._server.turns.long_replies.turn(self.uid) as pace:
             for element in elements:
                 encoded.append(encode(element))
                 await pace.rest()
-            if not self.oneway and not self._has_ended:
-                self.connection.send_encoded(
-                    b'{"parameters":{"%b":[%b]}}' % (name.encode(), b",".join(encoded))
-                )
-        self.end()
+            self.finish_encoded(encode_list(name, encoded, more))
 
     def abandon(self) -> None:
         self.connection.close()
@@ -272,9 +277,17 @@ class VarlinkCall:
         self._server.ended(self)
         self.connection.next_call()
 
+    def charge(self, cost: Cost) -> None:
+        """Count a further cost of this call. Raises Busy."""
+        self._server.turns.limits.begin(self.uid, cost)
+        self.costs.append(cost)
+
     def _reply(self, message: dict[str, Any]) -> None:
+        self._reply_encoded(encode(message))
+
+    def _reply_encoded(self, message: bytes) -> None:
         if not self.oneway and not self._has_ended:
-            self.connection.send(message)
+            self.connection.send_encoded(message)
 
 
 class VarlinkServer:
@@ -493,8 +506,7 @@ class VarlinkServer:
         if Cost.READ in costs or name.startswith("Terminate"):
             limits.check_descriptors(call.uid)
         for cost in costs:
-            limits.begin(call.uid, cost)
-            call.costs.append(cost)
+            call.charge(cost)
         answer = self._methods.find(name)(call, parameters)
         call.task = self._loop.create_task(self._answer(call, name, answer))
         # Close the coroutine in case the task is cancelled before it begins.

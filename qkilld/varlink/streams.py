@@ -1,13 +1,20 @@
-"""Stream the progress of jobs to calls with `more`. `Streams` implements engine.ports.Observer."""
+"""Stream the progress of jobs to calls with `more`. `Streams` implements engine.ports.Observer.
+
+Replies are prepared and sent in steps (engine.steps), because thousands of jobs may change or end
+at a time, and a user may have hundreds of streams.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from qkilld.engine.job import Job
+from qkilld.engine.steps import Steps
+from qkilld.varlink.connection import encode, encode_list, join_encoded
 from qkilld.varlink.values import receipt, state
 
 if TYPE_CHECKING:
@@ -20,6 +27,8 @@ MIN_INTERVAL_S: Final = 0.2
 class Streams:
     def __init__(self) -> None:
         self._by_job: dict[int, list[JobStream]] = {}
+        self.steps: Final = Steps()
+        """Sends the replies of all streams."""
 
     def add(self, number: int, stream: JobStream) -> None:
         self._by_job.setdefault(number, []).append(stream)
@@ -54,14 +63,51 @@ class StreamingCall(Protocol):
 
     def when_sent(self, callback: Callable[[], None]) -> None: ...
 
-    def progress(self, parameters: dict[str, Any]) -> None:
+    def progress_encoded(self, parameters: bytes) -> None:
         """Send a reply with more to come."""
 
-    def finish(self, parameters: dict[str, Any]) -> None:
+    def finish_encoded(self, parameters: bytes) -> None:
         """Send the last reply."""
 
     def abandon(self) -> None:
         """Close the connection without a reply, as a crash would."""
+
+    def now_waits(self) -> None:
+        """Note that the work of the call is done, and that it only waits for its jobs."""
+
+
+class FirstReply:
+    """The first reply of a call: the states of its jobs, encoded one by one."""
+
+    def __init__(self, jobs: Sequence[Job], parameters: Mapping[str, Any] | None = None) -> None:
+        """`parameters`: further ones of a reply about any number of jobs, which has `states`. None:
+        a reply about a single job, which has `state`."""
+        self.jobs = jobs
+        self._parameters = parameters
+        self._states: list[bytes] = []
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether it is left out if all jobs have ended: then the reply about the end suffices."""
+        return self._parameters is None and not self._states
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._states)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._states) == len(self.jobs)
+
+    def encode_next(self, uid: int) -> None:
+        """Encode the state of another job for this user."""
+        self._states.append(encode(state(self.jobs[len(self._states)], uid)))
+
+    def encoded(self, more: Mapping[str, Any]) -> bytes:
+        """Return the parameters, with `more`."""
+        if self._parameters is None:
+            return join_encoded(b'"state":%b' % self._states[0], more)
+        return encode_list("states", self._states, {**self._parameters, **more})
 
 
 class JobStream:
@@ -77,25 +123,36 @@ class JobStream:
         jobs: Sequence[Job],
         *,
         changes: bool,
-        first: Callable[[], dict[str, Any]] | None = None,
+        first: FirstReply | None = None,
     ) -> None:
-        """`changes`: send changes too, not only the end. `first`: returns the parameters of a first
-        reply, which is sent at `open` or at the end of a job. If all jobs have ended by then, it is
-        left out."""
+        """`changes`: send changes too, not only the end. `first`: a first reply, which waits for
+        `open` or the end of a job."""
         self._streams = streams
         self._call = call
+        self._changes = changes
         self._loop = asyncio.get_running_loop()
+        self._first = first
+        self._is_opening = False
+        """Whether the first reply is to be sent now."""
+        self._more: dict[str, Any] = {}
+        """Parameters to send with the first reply or, if that was sent, alone."""
         self._changed_jobs: dict[int, ObservedJob] = {}
+        self._due_changes: dict[int, ObservedJob] = {}
+        """The changed jobs to report now."""
         self._callbacks: dict[Job, Callable[[], None]] = {}
         """The end callback of each running job."""
-        self._ended_jobs: list[Job] = []
-        """Ended jobs that are not reported yet."""
+        self._ended_jobs: deque[Job] = deque()
+        """Jobs whose end is to be encoded."""
+        self._ends: deque[bytes] = deque()
+        """Ends to report. They are encoded, because the client may never read, and a job takes much
+        more memory than its end."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
-        self._postponed: set[Callable[[], None]] = set()
-        """The calls to make once the socket has taken all messages."""
-        self._changes = changes
-        self._first_reply = first
+        self._is_scheduled = False
+        """Whether `_step` will be called."""
+        self._is_waiting = False
+        """Whether `_schedule` will be called once the socket has taken all messages."""
+        self._is_closed = False
         for job in jobs:
             if job.running:
                 callback = self._callbacks[job] = functools.partial(self._end, job)
@@ -104,37 +161,33 @@ class JobStream:
                     streams.add(job.number, self)
             else:
                 self._ended_jobs.append(job)
-        self._report_ends()
+        if self._ended_jobs:
+            self._schedule()
 
     def open(self, **more: object) -> None:
         """Send the first reply with `more` in it. If the first reply was already sent, send `more`
         alone."""
-        first, self._first_reply = self._first_reply, None
-        if first is not None:
-            more = first() | more
-            self._last_report = self._loop.time()
-        if more:
-            self._call.progress(more)
+        self._is_opening = True
+        self._more |= more
+        self._schedule()
 
     def changed(self, job: ObservedJob) -> None:
-        if self._first_reply is not None:
+        if self._first is not None and not self._first.has_begun:
             return  # The first reply will have the newest state.
         self._changed_jobs[job.number] = job
-        if self._timer is None:
-            wait = max(0.0, self._last_report + MIN_INTERVAL_S - self._loop.time())
-            if wait > 0:
-                self._timer = self._loop.call_later(wait, self._report)
-            else:
-                self._report()
+        if self._timer is None and not self._due_changes:
+            self._report_later()
 
     def close(self, *, disconnected: bool) -> None:
         """Stop reporting. `disconnected`: whether the reason is that the caller disconnected."""
+        self._is_closed = True
         for job, callback in self._callbacks.items():
             job.forget_waiter(callback, disconnected=disconnected)
             self._forget(job)
         self._callbacks.clear()
         self._ended_jobs.clear()
-        self._first_reply = None
+        self._ends.clear()
+        self._first = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -143,29 +196,21 @@ class JobStream:
         if self._changes:
             self._streams.remove(job.number, self)
         self._changed_jobs.pop(job.number, None)
+        self._due_changes.pop(job.number, None)
+
+    def _report_later(self) -> None:
+        """Report the changes when MIN_INTERVAL_S has passed since the last report."""
+        wait = max(0.0, self._last_report + MIN_INTERVAL_S - self._loop.time())
+        if wait > 0:
+            self._timer = self._loop.call_later(wait, self._report)
+        else:
+            self._report()
 
     def _report(self) -> None:
         self._timer = None
-        if self._call.blocked:
-            self._postpone(self._report)
-            return
         self._last_report = self._loop.time()
-        changed, self._changed_jobs = self._changed_jobs, {}
-        for job in changed.values():
-            self._call.progress({"state": state(job, self._call.uid)})
-
-    def _postpone(self, report: Callable[[], None]) -> None:
-        """Call `report` once when the socket has taken all messages, however often this is
-        requested before: a client may never read."""
-        if report in self._postponed:
-            return
-        self._postponed.add(report)
-
-        def resume() -> None:
-            self._postponed.remove(report)
-            report()
-
-        self._call.when_sent(resume)
+        self._due_changes, self._changed_jobs = self._changed_jobs, {}
+        self._schedule()
 
     def _end(self, job: Job) -> None:
         del self._callbacks[job]
@@ -176,20 +221,72 @@ class JobStream:
             self._call.abandon()
             return
         self._ended_jobs.append(job)
-        self._report_ends()
+        self._schedule()
 
-    def _report_ends(self) -> None:
-        if self._call.blocked and self._callbacks:
-            self._postpone(self._report_ends)
-            return
-        if self._callbacks and self._ended_jobs:
-            self.open()
-        uid = self._call.uid
-        while self._ended_jobs:
-            job = self._ended_jobs.pop(0)
-            end = {"state": state(job, uid), "receipt": receipt(job, uid)}
-            if self._ended_jobs or self._callbacks:
-                self._call.progress(end)
-            else:
-                self._call.finish(end)
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._streams.steps.put(self._call.uid, self._step)
+
+    def _step(self) -> bool:
+        """Encode or send a little; return whether more is due."""
+        self._is_scheduled = False
+        if not self._is_closed:
+            self._is_scheduled = self._encode_end() or self._send()
+        return self._is_scheduled
+
+    def _encode_end(self) -> bool:
+        if not self._ended_jobs:
+            return False
+        job, uid = self._ended_jobs.popleft(), self._call.uid
+        self._ends.append(encode({"state": state(job, uid), "receipt": receipt(job, uid)}))
+        return True
+
+    def _send(self) -> bool:
+        """Send something if the socket has room; return whether more is due."""
+        if self._call.blocked:
+            if not self._is_waiting:
+                self._is_waiting = True
+                self._call.when_sent(self._has_room)
+            return False
+        if self._first is not None:
+            return self._prepare(self._first)
+        if self._more:
+            self._call.progress_encoded(encode(self._more))
+            self._more.clear()
+        elif self._ends:
+            end = self._ends.popleft()
+            if not self._ends and not self._callbacks:
                 self.close(disconnected=False)
+                self._call.finish_encoded(end)
+                return False
+            self._call.progress_encoded(end)
+        elif self._due_changes:
+            job = self._due_changes.pop(next(iter(self._due_changes)))
+            self._call.progress_encoded(encode({"state": state(job, self._call.uid)}))
+            if not self._due_changes and self._changed_jobs:
+                self._report_later()
+        else:
+            return False
+        return True
+
+    def _has_room(self) -> None:
+        self._is_waiting = False
+        self._schedule()
+
+    def _prepare(self, first: FirstReply) -> bool:
+        """Prepare a little of the first reply, and send it if it is complete. Return whether more
+        is due."""
+        if first.is_optional and not self._callbacks:
+            self._first = None
+        elif not self._is_opening and not self._ends:
+            return False
+        elif not first.is_complete:
+            first.encode_next(self._call.uid)
+        else:
+            self._first = None
+            self._last_report = self._loop.time()
+            self._call.progress_encoded(first.encoded(self._more))
+            self._more.clear()
+            self._call.when_sent(self._call.now_waits)
+        return True

@@ -27,6 +27,7 @@ from qkilld.bus.server import Server
 from qkilld.bus.values import parse
 from qkilld.engine import guest_watch
 from qkilld.engine.call_limits import MAX_READS
+from qkilld.engine.job import Job
 from qkilld.engine.long_replies import LongReplies
 from qkilld.engine.service import Service
 from qkilld.engine.snapshot import Snapshot
@@ -39,6 +40,7 @@ from qkilld.model.policy import Policy
 from qkilld.varlink.connection import VarlinkConnection
 from qkilld.varlink.methods import VarlinkMethods
 from qkilld.varlink.server import VarlinkCall, VarlinkServer
+from qkilld.varlink.streams import Streams
 
 from .conftest import FakeProcess, S, World, make_guest
 
@@ -238,6 +240,62 @@ def test_calls_on_varlink(world: World) -> None:
     assert len(sent) == MAX_READS
     for message in sent:
         assert len(json.loads(message)["parameters"]["jobs"]) == 6000
+
+
+def test_streams_of_many_jobs(world: World) -> None:
+    """Of one call that stops them, from its first reply to their ends."""
+    count, sent = 3000, list[bytes]()
+
+    class FakeConnection:
+        uid, pid, blocked, closed = UID, 1, False, False
+
+        def send_encoded(self, message: bytes) -> None:
+            sent.append(message)
+
+        def when_sent(self, callback: Callable[[], None]) -> None:
+            callback()
+
+        def next_call(self) -> None: ...
+
+    async def work() -> None:
+        processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in range(1, count + 1)]
+        jobs = [world.stop(process) for process in processes]
+
+        async def terminate_all(*_: object) -> list[Job]:
+            return jobs
+
+        service = service_with(world, 0)
+        service.terminate_all = terminate_all  # type: ignore[method-assign]
+        streams, turns = Streams(), Turns(frozenset({0}))
+        methods = VarlinkMethods(service, streams, cast(Any, None), turns.limits)
+        server = SimpleNamespace(turns=turns, ended=lambda call: None)
+        connection = cast(VarlinkConnection, FakeConnection())
+        call = VarlinkCall(cast(VarlinkServer, server), connection, b"", [])
+        call.more = True
+
+        async def until_sent(messages: int) -> None:
+            while len(sent) < messages:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        async def begin() -> None:
+            await methods.find("TerminateAll")(call, {})
+            await until_sent(1)
+
+        # One step notes that the call waits for each job, which takes 1 µs each.
+        assert await longest_share(begin()) < 1 / 4
+        assert len(json.loads(sent[0])["parameters"]["states"]) == count
+        for job in jobs:
+            streams.job_changed(job)
+        assert await longest_share(until_sent(1 + count)) < MAX_SHARE
+        for process in processes:
+            process.die()
+        assert await longest_share(until_sent(1 + 2 * count)) < MAX_SHARE
+        ends = [json.loads(message) for message in sent[1 + count :]]
+        assert [end["parameters"]["state"]["job"] for end in ends] == [job.number for job in jobs]
+        assert [end.get("continues", False) for end in ends] == [True] * (count - 1) + [False]
+        assert not turns.limits._running
+
+    asyncio.run(work())
 
 
 def test_changes_of_many_jobs(world: World) -> None:

@@ -95,8 +95,10 @@ def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPa
             (connection,) = daemon.server._connections
             while not connection.blocked:
                 daemon.streams.job_changed(job)
+                await asyncio.sleep(0)
             for _ in range(1000):
                 daemon.streams.job_changed(job)
+                await asyncio.sleep(0)
             assert len(connection._when_sent) == 1
             daemon.process.die()
             assert not job.running

@@ -1,0 +1,53 @@
+"""Do work that grows with the number of jobs in steps, between which the loop goes on.
+
+A user can make thousands of jobs end or change at a time. Meanwhile, the signals of other jobs must
+be on time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from qkilld.engine.long_replies import STEP_S
+
+
+class Steps:
+    """Work of several users. They take turns, root always first. Use it in a running loop."""
+
+    def __init__(self) -> None:
+        self._due: OrderedDict[int, deque[Callable[[], bool]]] = OrderedDict()
+        """The work for each uid. The first uid is next, except that root's work comes first."""
+        self._step: asyncio.Handle | None = None
+
+    def put(self, uid: int, work: Callable[[], bool]) -> None:
+        """Call `work` soon, and again before the user's other work while it returns True."""
+        self._due.setdefault(uid, deque()).append(work)
+        self._continue()
+
+    def _continue(self) -> None:
+        if self._due and self._step is None:
+            self._step = asyncio.get_running_loop().call_soon(self._take_step)
+
+    def _take_step(self) -> None:
+        self._step = None
+        end = time.monotonic() + STEP_S
+        try:
+            while self._due and time.monotonic() < end:
+                self._work(0 if 0 in self._due else next(iter(self._due)))
+        finally:
+            self._continue()
+
+    def _work(self, uid: int) -> None:
+        waiting = self._due[uid]
+        work = waiting.popleft()  # If it raises an exception, it is not called again.
+        try:
+            if work():
+                waiting.appendleft(work)
+        finally:
+            if waiting:
+                self._due.move_to_end(uid)
+            else:
+                del self._due[uid]
