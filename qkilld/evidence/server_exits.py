@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import select
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -29,16 +30,25 @@ _SLACK: Final = 20_000
 """The tolerance (µs) in comparing start times, which are known to 10 ms."""
 
 
+_SHARE: Final = 4
+"""The part of the descriptors of this program that can be pidfds of servers. If all of these are
+in use, a user whose guests have fewer than those of another user gets one of theirs."""
+
+
 class GuestServerExits:
     descriptors: ClassVar = 0
-    """The number of descriptors that all objects of this class have open. If it reaches a quarter
-    of those that this program may have, no more servers are watched."""
+    """The number of descriptors that all objects of this class have open."""
+    _servers: ClassVar[Counter[int]] = Counter()
+    """The number of watched servers of each user's guests."""
+    _of_user: ClassVar[dict[int, dict[GuestServerExits, None]]] = {}
+    """The objects with watched servers, by the user of the guest."""
 
     def __init__(
         self, process: Process, started_at: Callable[[int], int], proc: Path = procfs.PROC
     ) -> None:
         """`process`: the guest. `started_at`: as in engine.ports.Clock. Raises OSError."""
         self._started_at, self._proc = started_at, proc
+        self._uid = process.guest.identity.uid
         self._pidfds: dict[int, int] = {}
         """By process id."""
         self._gone: set[int] = set()
@@ -66,15 +76,13 @@ class GuestServerExits:
         if pidfd is not None and not _is_ready(pidfd):
             return
         self.remove(pid)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-        if len(self._pidfds) >= MAX_SERVERS or GuestServerExits.descriptors >= limit:
+        if len(self._pidfds) >= MAX_SERVERS or not self._make_room():
             note_once("watching a server", "there are too many")
             self._unwatched.add(pid)
             return
         try:
             pidfd = os.pidfd_open(pid)
-            self._pidfds[pid] = pidfd
-            GuestServerExits.descriptors += 1
+            self._keep(pid, pidfd)
             self._epoll.register(pidfd, select.EPOLLIN)
             start_time = procfs.read_stat(pid, self._proc).start_time
         except OSError as error:
@@ -94,6 +102,11 @@ class GuestServerExits:
             with ignore("no longer watching a server", OSError):
                 self._epoll.unregister(pidfd)
             _close(pidfd)
+            self._servers[self._uid] -= 1
+            if not self._pidfds:
+                del self._of_user[self._uid][self]
+            if not self._servers[self._uid]:
+                del self._servers[self._uid], self._of_user[self._uid]
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         pids = {pidfd: pid for pid, pidfd in self._pidfds.items()}
@@ -117,6 +130,29 @@ class GuestServerExits:
         if not self._epoll.closed:
             self._epoll.close()
             GuestServerExits.descriptors -= 1
+
+    def _keep(self, pid: int, pidfd: int) -> None:
+        self._pidfds[pid] = pidfd
+        GuestServerExits.descriptors += 1
+        self._servers[self._uid] += 1
+        self._of_user.setdefault(self._uid, {})[self] = None
+
+    def _make_room(self) -> bool:
+        """Return whether another server may be watched. If necessary, give up one of a user who has
+        more. Root's are never given up."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE
+        if self._servers.total() < limit:
+            return True
+        users = (uid for uid in self._servers if uid != 0)
+        most = max(users, key=self._servers.__getitem__, default=self._uid)
+        own = 0 if self._uid == 0 else self._servers[self._uid] + 1
+        if self._servers[most] <= own:
+            return False
+        other = next(reversed(self._of_user[most]))
+        pid = next(reversed(other._pidfds))
+        other.remove(pid)
+        other._unwatched.add(pid)
+        return True
 
     def _is_ending(self, pid: int) -> bool:
         try:

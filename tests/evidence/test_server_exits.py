@@ -9,17 +9,22 @@ import resource
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from qkilld.adapters.clock import LoopClock
 from qkilld.adapters.process import PidfdProcess, open_process
+from qkilld.engine.ports import Process
 from qkilld.evidence import server_exits
 from qkilld.evidence.file_budget import SPARE, FileBudget
 from qkilld.evidence.kept_file import kept_files
 from qkilld.evidence.server_exits import GuestServerExits
 from qkilld.evidence.sockdiag import SocketTable
+from qkilld.model.guest import Guest, Label
 from tests.evidence.until import until
 from tests.lab.process import end, spawn
 from tests.monitor.connecting import run
@@ -134,11 +139,38 @@ def test_the_number_of_servers_is_limited(
         assert watched.ended() == (frozenset(), frozenset())
 
 
-def test_all_guests_together_are_limited(guest: subprocess.Popen[bytes]) -> None:
-    with sleeper() as server, exits(guest.pid) as watched:
-        with descriptor_limit(4 * GuestServerExits.descriptors):
-            watched.add(server.pid, NOW)
-        assert watched.unwatched == {server.pid}
+def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One user with many guests leaves some to other users, and root takes what it needs."""
+    monkeypatch.setattr(server_exits, "_SHARE", resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(sleeper()).pid for _ in range(4)]
+
+        def watch(uid: int, count: int) -> GuestServerExits:
+            process = open_process(stack.enter_context(sleeper()).pid)
+            stack.callback(process.close)
+            identity = replace(process.identity, uid=uid)
+            guest = SimpleNamespace(guest=Guest(identity, Label()), fileno=process.fileno)
+            watched = GuestServerExits(cast(Process, guest), started_at)
+            stack.callback(watched.close)
+            for pid in servers[:count]:
+                watched.add(pid, NOW)
+            return watched
+
+        first, second = watch(1000, 3), watch(1000, 4)
+        assert (first.unwatched, second.unwatched) == (frozenset(), frozenset(servers[1:]))
+        other = watch(1001, 3)
+        # Both users have two now: the newest of the first user were given up.
+        assert (first.unwatched, second.unwatched) == ({servers[2]}, set(servers))
+        assert other.unwatched == {servers[2]}
+        root = watch(0, 4)
+        assert root.unwatched == frozenset()
+        assert (first.unwatched, other.unwatched) == (set(servers[:3]), set(servers[:3]))
+        more = watch(1002, 1)
+        assert (more.unwatched, root.unwatched) == ({servers[0]}, frozenset())
+        root.close()
+        more.add(servers[0], NOW)
+        assert more.unwatched == frozenset()
+    assert not GuestServerExits._servers and not GuestServerExits._of_user
 
 
 @pytest.mark.parametrize("left", [0, 1])
