@@ -14,9 +14,11 @@ from qkilld import foreign_descriptors, log_setup
 from qkilld.adapters import config, system_files
 from qkilld.adapters.journal import QueuedJournal, open_journal
 from qkilld.adapters.memlock import STACK_BYTES, share_heap
+from qkilld.adapters.subordinate_uids import read_subordinate_uids
 from qkilld.adapters.trace_file import TraceDirectory
 from qkilld.daemon_options import DaemonOptions
 from qkilld.engine import events
+from qkilld.engine.fair_shares import set_subordinate_uids
 from qkilld.model.bus_address import BusAddress
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import BusError, ConfigError
@@ -41,6 +43,7 @@ def run(options: DaemonOptions) -> int:
     threading.stack_size(STACK_BYTES)
     share_heap()
     foreign_descriptors.set_up()
+    set_subordinate_uids(read_subordinate_uids())
     log_setup.set_up("qkilld", debug=options.debug)
     journal = open_journal()
     try:

@@ -17,7 +17,7 @@ from dataclasses import field
 from typing import Final
 
 from qkilld.debug_log import note_once
-from qkilld.engine.fair_shares import FairShares
+from qkilld.engine.fair_shares import FairShares, user_of
 from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
@@ -78,11 +78,13 @@ class NameReader:
         """Return names in the order of `identities`; UNKNOWN for those not read in time."""
         self._collect()
         loop = asyncio.get_running_loop()
-        for uid in {identity.uid for identity in identities if _key(identity) in self._late_keys}:
+        for uid in {
+            user_of(identity.uid) for identity in identities if _key(identity) in self._late_keys
+        }:
             # They still wait for a thread if there was no room for one, or it did not start.
             self._start_thread(uid, loop)
         wanted = {
-            key: identity.uid
+            key: user_of(identity.uid)
             for identity in identities
             if (key := _key(identity)) not in self._names and key not in self._late_keys
         }

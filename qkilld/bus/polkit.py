@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from qkilld.bus.connection import Connection
 from qkilld.bus.library import Variant
+from qkilld.engine.fair_shares import user_of
 from qkilld.model.access import Answer, PolkitAction
 from qkilld.model.errors import BusError, Busy, QkilldError
 
@@ -92,6 +93,7 @@ class Polkit:
     @contextlib.contextmanager
     def _place(self, uid: int) -> Iterator[None]:
         """Count a request to polkit while it is open. Raises Busy."""
+        uid = user_of(uid)
         if self._open[uid] >= MAX_PER_UID or self._open.total() >= MAX_IN_ALL:
             raise Busy("Too many requests wait for an authorization here: answer those first")
         self._open[uid] += 1

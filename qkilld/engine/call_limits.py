@@ -9,6 +9,7 @@ from collections import Counter
 from enum import Enum
 from typing import Final
 
+from qkilld.engine.fair_shares import user_of
 from qkilld.model.errors import Busy
 
 
@@ -28,8 +29,8 @@ MAX_REQUESTS: Final = 64
 """The maximum number of calls other than Wait. At most MAX_READS of them may be READ."""
 TOGETHER: Final = 32
 """All users except root together may have this many times what one user may. This limit is needed
-because somebody with subordinate uids (subuid(5)) counts as thousands of users. A Wait takes 3 kB
-(measured), so all of them take 100 MB."""
+because somebody with subordinate uids that /etc/subuid does not list counts as thousands of users.
+A Wait takes 3 kB (measured), so all of them take 100 MB."""
 RESERVE: Final = 4
 """One in this many descriptors is reserved for root's calls and running jobs."""
 
@@ -44,17 +45,19 @@ class CallLimits:
 
     def begin(self, uid: int, cost: Cost) -> None:
         """Count a call; `end` must follow. Raises Busy."""
+        user = user_of(uid)
         if uid not in self._unlimited:
-            self._check(uid, cost)
+            self._check(user, cost)
             self._total[cost] += 1
-        self._running[uid, cost] += 1
+        self._running[user, cost] += 1
 
     def end(self, uid: int, cost: Cost) -> None:
         if uid not in self._unlimited:
             self._total[cost] -= 1
-        self._running[uid, cost] -= 1
-        if not self._running[uid, cost]:
-            del self._running[uid, cost]
+        user = user_of(uid)
+        self._running[user, cost] -= 1
+        if not self._running[user, cost]:
+            del self._running[user, cost]
 
     def check_descriptors(self, uid: int) -> None:
         """Check before a call that opens descriptors. Raises Busy."""

@@ -1,7 +1,7 @@
 """Choose whose call is next: every user gets a turn, however many calls and connections others
 have.
 
-A pure data structure. All connections of a uid share its turn. Until the uid of a connection is
+A pure data structure. All connections of a user share a turn. Until the uid of a connection is
 known, its calls are queued but get no turn. The calls of each connection keep their order.
 """
 
@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import field
 from typing import Final, Generic, TypeVar
 
+from qkilld.engine.fair_shares import user_of
 from qkilld.model.dataclass import dataclass
 
 MAX_CALLS: Final = 1024
@@ -49,7 +50,9 @@ class FairQueue(Generic[Item]):
         """`unlimited`: uids without a limit of waiting calls."""
         self._unlimited = unlimited
         self._groups: OrderedDict[int, _ConnectionQueues[Item]] = OrderedDict()
-        """The queues of uids with waiting calls. The first uid is next."""
+        """The queues of users with waiting calls. The first user is next."""
+        self._uids: dict[str, int] = {}
+        """The uid of each connection with waiting calls in `_groups`."""
         self._strangers: dict[str, _ConnectionQueues[Item]] = {}
         """The queues of connections of unknown uid."""
         self._count = 0
@@ -74,7 +77,7 @@ class FairQueue(Generic[Item]):
 
     def put(self, name: str, uid: int | None, item: Item, size: int) -> bool:
         """Add a call of the connection `name`; return False if too many calls or bytes wait."""
-        group = self._strangers.get(name) if uid is None else self._groups.get(uid)
+        group = self._strangers.get(name) if uid is None else self._groups.get(user_of(uid))
         if group is None:
             group = _ConnectionQueues()
         unlimited = uid in self._unlimited
@@ -85,7 +88,8 @@ class FairQueue(Generic[Item]):
         if uid is None:
             self._strangers[name] = group
         else:
-            self._groups[uid] = group
+            self._groups[user_of(uid)] = group
+            self._uids[name] = uid
         group.waiting.setdefault(name, deque()).append((item, size))
         group.count += 1
         group.size += size
@@ -102,49 +106,52 @@ class FairQueue(Generic[Item]):
         if uid in self._unlimited:
             self._count -= stranger.count
             self._size -= stranger.size
-        group = self._groups.setdefault(uid, _ConnectionQueues())
+        group = self._groups.setdefault(user_of(uid), _ConnectionQueues())
+        self._uids[name] = uid
         group.waiting.setdefault(name, deque()).extendleft(reversed(stranger.waiting[name]))
         group.count += stranger.count
         group.size += stranger.size
 
     def forget(self, name: str, uid: int | None) -> list[Item]:
         """Remove a closed connection; return its waiting calls, which nobody will answer."""
-        group = self._strangers.pop(name, None) if uid is None else self._groups.get(uid)
+        user = None if uid is None else user_of(uid)
+        group = self._strangers.pop(name, None) if user is None else self._groups.get(user)
         waiting = None if group is None else group.waiting.pop(name, None)
         if group is None or waiting is None:
             return []
+        self._uids.pop(name, None)
         for _, size in waiting:
-            self._count_down(uid, group, size)
+            self._count_down(user, group, size)
         return [item for item, _ in waiting]
 
-    def turn(self) -> tuple[int, list[Item]]:
-        """Give the next uid its turn: return the uid and its next calls. At least one call must be
-        waiting."""
-        uid, group = next(iter(self._groups.items()))
-        most = 1 if group.count > CROWD and uid not in self._unlimited else CALLS_PER_TURN
-        self._groups.move_to_end(uid)
-        items: list[Item] = []
+    def turn(self) -> list[tuple[int, Item]]:
+        """Give the next user a turn: return their next calls, each with the uid of its caller. At
+        least one call must be waiting."""
+        user, group = next(iter(self._groups.items()))
+        most = 1 if group.count > CROWD and user not in self._unlimited else CALLS_PER_TURN
+        self._groups.move_to_end(user)
+        items: list[tuple[int, Item]] = []
         total_size = 0
         while group.count and len(items) < most and total_size < BYTES_PER_TURN:
             name, queue = next(iter(group.waiting.items()))
             item, size = queue.popleft()
-            items.append(item)
+            items.append((self._uids[name], item))
             total_size += size
             if queue:
                 group.waiting.move_to_end(name)
             else:
-                del group.waiting[name]
-            self._count_down(uid, group, size)
-        return uid, items
+                del group.waiting[name], self._uids[name]
+            self._count_down(user, group, size)
+        return items
 
-    def _count_down(self, uid: int | None, group: _ConnectionQueues[Item], size: int) -> None:
+    def _count_down(self, user: int | None, group: _ConnectionQueues[Item], size: int) -> None:
         group.count -= 1
         group.size -= size
-        if uid not in self._unlimited:
+        if user not in self._unlimited:
             self._count -= 1
             self._size -= size
-        if uid is not None and not group.count:
-            del self._groups[uid]
+        if user is not None and not group.count:
+            del self._groups[user]
 
 
 def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:

@@ -3,9 +3,31 @@ see stop.main."""
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 FIRST_SUBORDINATE = 65536
 """Uids from here on may be subordinate uids (subuid(5)), of which one user may have more than there
 are places. Uids of directory services are often in this range, too."""
+
+_ranges: list[tuple[int, int, int]] = []
+
+
+def set_subordinate_uids(ranges: Sequence[tuple[int, int, int]]) -> None:
+    """Set the ranges of subordinate uids: the first uid, the last one, and their user. Set them
+    before anything is counted."""
+    _ranges[:] = ranges
+
+
+def user_of(uid: int) -> int:
+    """Return the user for whom a uid counts: of a known subordinate uid, the user who has it. Only
+    limits use this; it gives no rights."""
+    if uid >= FIRST_SUBORDINATE:
+        for first, last, user in _ranges:
+            if first <= uid <= last:
+                return user
+    return uid
 
 
 class FairShares:
@@ -29,6 +51,7 @@ class FairShares:
 
     def has_room(self, uid: int) -> bool:
         """Return whether the user may take another place."""
+        uid = user_of(uid)
         taken, own = self.taken, self._taken.get(uid, 0)
         if uid == 0 or taken >= self._places:
             return taken < self._places
@@ -45,9 +68,11 @@ class FairShares:
 
     def take(self, uid: int) -> None:
         """Take a place, even if there is no room."""
+        uid = user_of(uid)
         self._taken[uid] = self._taken.get(uid, 0) + 1
 
     def give_back(self, uid: int) -> None:
+        uid = user_of(uid)
         self._taken[uid] -= 1
         if not self._taken[uid]:
             del self._taken[uid]

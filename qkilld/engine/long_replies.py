@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from typing import Final
 from weakref import WeakValueDictionary
 
+from qkilld.engine.fair_shares import user_of
+
 STEP_S: Final = 0.002
 """After this time, the loop serves its timers and pidfds."""
 MAX_STEP_S: Final = 0.016
@@ -50,7 +52,7 @@ class LongReplies:
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[Pace]:
         """Wait until a reply to this user may be prepared."""
-        own = self._of_user.setdefault(uid, asyncio.Lock())
+        own = self._of_user.setdefault(user_of(uid), asyncio.Lock())
         async with own:
             if uid in self._unlimited:
                 yield Pace()

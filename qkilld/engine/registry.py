@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from qkilld.engine import events
 from qkilld.engine.collaborators import Collaborators
+from qkilld.engine.fair_shares import user_of
 from qkilld.engine.job import Job
 from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.resumed_jobs import ResumedJobs
@@ -96,7 +97,7 @@ class Registry:
         self._survivors: dict[tuple[int, int], Job] = {}
         self._ended_jobs: dict[tuple[int, int], Job] = {}
         """The last ended job of each process."""
-        self._per_uid: Counter[int] = Counter()
+        self._per_user: Counter[int] = Counter()
         self._last = 0
         self._summary = StopSummary()
         self._resumed = ResumedJobs(clock)
@@ -121,23 +122,24 @@ class Registry:
         key = process.guest.identity.key
         if job := self._running.get(key):
             process.close()
-            before = job.request.uid
+            before = user_of(job.request.uid)
             job.join(request)
             if passed is not None:
                 close_later(passed)
             # A job that is taken over counts for its new requester.
-            self._per_uid -= Counter((before,))
-            self._per_uid[job.request.uid] += 1
+            self._per_user -= Counter((before,))
+            self._per_user[user_of(job.request.uid)] += 1
             return job
         freed = self._freed_by_job_for(key)
-        own = self._per_uid[request.uid] - freed[request.uid]
+        user = user_of(request.uid)
+        own = self._per_user[user] - freed[user]
         if request.uid != 0 and own >= MAX_JOBS_PER_UID:
             process.close()
             raise Busy(
                 f"You have {MAX_JOBS_PER_UID} jobs here that run, have just finished, or whose "
                 "guest has survived; try again in a minute"
             )
-        every = self._per_uid - freed
+        every = self._per_user - freed
         if request.uid != 0 and every.total() - every[0] >= MAX_JOBS_OF_USERS:
             process.close()
             raise Busy(
@@ -267,11 +269,11 @@ class Registry:
             job.interrupt_waits()
 
     def _freed_by_job_for(self, key: tuple[int, int]) -> Counter[int]:
-        """Return, by uid, what a new job for this process frees: the survivor that it replaces."""
+        """Return, by user, what a new job for this process frees: the survivor that it replaces."""
         survivor = self._survivors.get(key)
         if survivor is None or survivor.number in self._jobs:
             return Counter()
-        return Counter((survivor.request.uid,))
+        return Counter((user_of(survivor.request.uid),))
 
     def _stopping(self, pids: frozenset[int]) -> frozenset[int]:
         jobs = [job for job in self._jobs.values() if job.guest.identity.pid in pids]
@@ -291,7 +293,7 @@ class Registry:
             (self._running if job.running else self._survivors)[key] = job
             if job.running and len(self._running) == 1:
                 self.on_busy(True)
-        self._per_uid[job.request.uid] += 1
+        self._per_user[user_of(job.request.uid)] += 1
 
     def _changed(self, job: Job) -> None:
         if self.saver is not None:
@@ -366,7 +368,7 @@ class Registry:
         counts for its user until then."""
         if self.saver is not None:
             self.saver.forget(job)
-        self._per_uid -= Counter((job.request.uid,))
+        self._per_user -= Counter((user_of(job.request.uid),))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         """Call the observer; its exceptions must not affect a job."""

@@ -26,6 +26,7 @@ from qkilld.engine.checks import (
     is_free,
 )
 from qkilld.engine.coalesce import SharedRun
+from qkilld.engine.fair_shares import user_of
 from qkilld.engine.job import Job
 from qkilld.engine.registry import Registry
 from qkilld.engine.unit_guest import check_unit_name, choose_guest
@@ -105,7 +106,7 @@ class Service:
         self._monitors = monitors
         self._guests = SharedRun(self._find_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-        """The slots of each calling uid (MAX_AT_ONCE), kept while calls use them."""
+        """The slots of each calling user (MAX_AT_ONCE), kept while calls use them."""
 
     @property
     def monitors(self) -> Monitors | None:
@@ -136,7 +137,7 @@ class Service:
             if passed is not None:
                 close_later(passed)
             raise
-        await self._keep(job)
+        await self.keep(job)
         return job
 
     async def terminate_unit(self, name: str, flags: int, caller: Caller) -> Job:
@@ -165,7 +166,7 @@ class Service:
             unit=guest.label.unit,
         )
         job = self._start(checked, flag_set, {})
-        await self._keep(job)
+        await self.keep(job)
         return job
 
     async def terminate_all(
@@ -208,7 +209,7 @@ class Service:
 
         results = await asyncio.gather(*(one(guest) for guest in wanted))
         jobs = [job for job in results if job is not None]
-        await self._keep(*jobs)
+        await self.keep(*jobs)
         return jobs
 
     async def terminate_each(
@@ -236,21 +237,22 @@ class Service:
                 return error
 
         results = await asyncio.gather(*(one(*process) for process in processes))
-        await self._keep(*(job for job in results if isinstance(job, Job)))
+        await self.keep(*(job for job in results if isinstance(job, Job)))
         return results
 
     def _slots_of(self, uid: int) -> asyncio.Semaphore:
         """Return the slots that all calls of a user share."""
-        slots = self._slots.get(uid)
+        user = user_of(uid)
+        slots = self._slots.get(user)
         if slots is None:
-            slots = self._slots[uid] = asyncio.Semaphore(MAX_AT_ONCE)
+            slots = self._slots[user] = asyncio.Semaphore(MAX_AT_ONCE)
         return slots
 
     async def cancel(self, job: Job, caller: Caller) -> None:
         """Cancel a job; do nothing if it has ended. Raises AccessDenied, Busy."""
         await self._access.permit(caller, job, PolkitAction.TERMINATE)
         job.cancel()
-        await self._keep(job)
+        await self.keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
         """Extend a job, see Job.extend. This, `hold`, `release` and `force` also raise AccessDenied
@@ -259,19 +261,19 @@ class Service:
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
         job.extend(usec, by)
-        await self._keep(job)
+        await self.keep(job)
 
     async def hold(self, job: Job, caller: Caller) -> None:
         job.hold(await self._access.permit(caller, job, PolkitAction.TERMINATE))
-        await self._keep(job)
+        await self.keep(job)
 
     async def release(self, job: Job, caller: Caller) -> None:
         job.release(await self._access.permit(caller, job, PolkitAction.TERMINATE))
-        await self._keep(job)
+        await self.keep(job)
 
     async def force(self, job: Job, caller: Caller) -> None:
         job.force(await self._access.permit(caller, job, PolkitAction.FORCE))
-        await self._keep(job)
+        await self.keep(job)
 
     async def inspect(self, pid: int, caller: Caller) -> Inspection:
         """Return the identity and the evidence of a process. Sends nothing.
@@ -419,7 +421,7 @@ class Service:
             return flags & ~Flag.POWERDOWN
         return flags
 
-    async def _keep(self, *jobs: Job) -> None:
+    async def keep(self, *jobs: Job) -> None:
         """Return when these jobs are saved, so that they survive a crash. If saving takes too long,
         log that and return."""
         if self.registry.saver is not None and not await self.registry.saver.wait_saved():

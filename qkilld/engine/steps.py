@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+from qkilld.engine.fair_shares import user_of
 from qkilld.engine.long_replies import STEP_S
 
 
@@ -19,12 +20,12 @@ class Steps:
 
     def __init__(self) -> None:
         self._due: OrderedDict[int, deque[Callable[[], bool]]] = OrderedDict()
-        """The work for each uid. The first uid is next, except that root's work comes first."""
+        """The work for each user. The first user is next, except that root's work comes first."""
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
         """Call `work` soon, and again before the user's other work while it returns True."""
-        self._due.setdefault(uid, deque()).append(work)
+        self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
 
     def _continue(self) -> None:
@@ -40,14 +41,14 @@ class Steps:
         finally:
             self._continue()
 
-    def _work(self, uid: int) -> None:
-        waiting = self._due[uid]
+    def _work(self, user: int) -> None:
+        waiting = self._due[user]
         work = waiting.popleft()  # If it raises an exception, it is not called again.
         try:
             if work():
                 waiting.appendleft(work)
         finally:
             if waiting:
-                self._due.move_to_end(uid)
+                self._due.move_to_end(user)
             else:
-                del self._due[uid]
+                del self._due[user]

@@ -87,8 +87,7 @@ class Turns:
         called, self._has_new_calls = self._has_new_calls, False
         end = time.monotonic() + ROUND_S
         for _ in range(self._queue.users):
-            uid, calls = self._queue.turn()
-            for call in calls:
+            for uid, call in self._queue.turn():
                 call.start(uid)
             if time.monotonic() > end:
                 break

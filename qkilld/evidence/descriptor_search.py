@@ -22,6 +22,7 @@ from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_uid
 from qkilld.debug_log import note_once
+from qkilld.engine.fair_shares import user_of
 from qkilld.evidence.files import MAX_DESCRIPTORS
 from qkilld.model.named_tuple import NamedTuple
 
@@ -281,11 +282,11 @@ def search_pair(
 def by_turns(processes: Iterable[Candidate]) -> list[Candidate]:
     """Order processes so that the search looks at equally many descriptors of each user. A user's
     processes with few descriptors come first."""
-    searched_per_uid: Counter[int] = Counter()
+    searched_per_user: Counter[int] = Counter()
     order = []
     for process in sorted(
         processes, key=lambda process: (process.descriptor_count // FEW, process.pid)
     ):
-        order.append((searched_per_uid[process.uid], process))
-        searched_per_uid[process.uid] += process.descriptor_count + 1
+        order.append((searched_per_user[user_of(process.uid)], process))
+        searched_per_user[user_of(process.uid)] += process.descriptor_count + 1
     return [process for _, process in sorted(order)]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from qkilld.adapters import procfs
 from qkilld.debug_log import ignore, note_once
+from qkilld.engine.fair_shares import user_of
 from qkilld.evidence.kept_file import EXITED
 from qkilld.evidence.sockdiag import closed_first
 
@@ -48,7 +49,7 @@ class GuestServerExits:
     ) -> None:
         """`process`: the guest. `started_at`: as in engine.ports.Clock. Raises OSError."""
         self._started_at, self._proc = started_at, proc
-        self._uid = process.guest.identity.uid
+        self._user = user_of(process.guest.identity.uid)
         self._pidfds: dict[int, int] = {}
         """By process id."""
         self._gone: set[int] = set()
@@ -102,11 +103,11 @@ class GuestServerExits:
             with ignore("no longer watching a server", OSError):
                 self._epoll.unregister(pidfd)
             _close(pidfd)
-            self._servers[self._uid] -= 1
+            self._servers[self._user] -= 1
             if not self._pidfds:
-                del self._of_user[self._uid][self]
-            if not self._servers[self._uid]:
-                del self._servers[self._uid], self._of_user[self._uid]
+                del self._of_user[self._user][self]
+            if not self._servers[self._user]:
+                del self._servers[self._user], self._of_user[self._user]
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
         pids = {pidfd: pid for pid, pidfd in self._pidfds.items()}
@@ -134,8 +135,8 @@ class GuestServerExits:
     def _keep(self, pid: int, pidfd: int) -> None:
         self._pidfds[pid] = pidfd
         GuestServerExits.descriptors += 1
-        self._servers[self._uid] += 1
-        self._of_user.setdefault(self._uid, {})[self] = None
+        self._servers[self._user] += 1
+        self._of_user.setdefault(self._user, {})[self] = None
 
     def _make_room(self) -> bool:
         """Return whether another server may be watched. If necessary, give up one of a user who has
@@ -144,8 +145,8 @@ class GuestServerExits:
         if self._servers.total() < limit:
             return True
         users = (uid for uid in self._servers if uid != 0)
-        most = max(users, key=self._servers.__getitem__, default=self._uid)
-        own = 0 if self._uid == 0 else self._servers[self._uid] + 1
+        most = max(users, key=self._servers.__getitem__, default=self._user)
+        own = 0 if self._user == 0 else self._servers[self._user] + 1
         if self._servers[most] <= own:
             return False
         other = next(reversed(self._of_user[most]))

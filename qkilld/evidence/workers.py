@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from qkilld.debug_log import note_once
-from qkilld.engine.fair_shares import FairShares
+from qkilld.engine.fair_shares import FairShares, user_of
 from qkilld.evidence.faults import FaultGuard
 
 STUCK_S: Final = 0.1
@@ -75,7 +75,7 @@ class Workers:
     def blocked_by(self, uid: int) -> bool:
         """Return whether a process of this user blocks a worker."""
         with self._lock:
-            return uid in self._blocking()
+            return user_of(uid) in self._blocking()
 
     def close(self) -> None:
         """Let workers end when they are idle; blocked ones are abandoned."""
@@ -106,8 +106,10 @@ class Workers:
         return shares.has_room(uid)
 
     def _blocking(self) -> list[int]:
-        """Return the uid of each process that blocks a worker."""
+        """Return the user of each process that blocks a worker."""
         now = time.monotonic()
         return [
-            uid for since, uid in self._busy.values() if uid is not None and now - since > STUCK_S
+            user_of(uid)
+            for since, uid in self._busy.values()
+            if uid is not None and now - since > STUCK_S
         ]

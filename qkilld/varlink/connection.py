@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from qkilld.debug_log import note_once
+from qkilld.engine.fair_shares import user_of
 from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 
 MAX_CALL: Final = 64 << 10
@@ -59,7 +60,7 @@ class InputBudget:
     def __init__(self, unlimited: frozenset[int]) -> None:
         """`unlimited`: uids without a limit."""
         self._unlimited = unlimited
-        self._per_uid: Counter[int] = Counter()
+        self._per_user: Counter[int] = Counter()
         self._further = 0
         """The bytes of all users beyond MAX_FIRST for each."""
 
@@ -71,8 +72,9 @@ class InputBudget:
         uid or of all users."""
         if uid in self._unlimited:
             return True
-        after = self._per_uid.get(uid, 0) + count
-        if after > MAX_UNREAD or self._per_uid.total() + count > MAX_TOTAL:
+        uid = user_of(uid)
+        after = self._per_user.get(uid, 0) + count
+        if after > MAX_UNREAD or self._per_user.total() + count > MAX_TOTAL:
             return False
         if after > MAX_FIRST and self._further + count > MAX_TOTAL // 2:
             return False
@@ -81,13 +83,14 @@ class InputBudget:
 
     def give(self, uid: int, count: int) -> None:
         if uid not in self._unlimited:
-            self._set(uid, self._per_uid[uid] - count)
+            uid = user_of(uid)
+            self._set(uid, self._per_user[uid] - count)
 
     def _set(self, uid: int, count: int) -> None:
-        before = self._per_uid.pop(uid, 0)
+        before = self._per_user.pop(uid, 0)
         self._further += max(0, count - MAX_FIRST) - max(0, before - MAX_FIRST)
         if count:
-            self._per_uid[uid] = count
+            self._per_user[uid] = count
 
 
 class VarlinkConnection:

@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 from qkilld import __version__
 from qkilld.debug_log import note_once
 from qkilld.engine.call_limits import Cost
+from qkilld.engine.fair_shares import user_of
 from qkilld.engine.turns import Turns
 from qkilld.foreign_descriptors import close_later
 from qkilld.model.access import Answer, PolkitAction
@@ -318,8 +319,8 @@ class VarlinkServer:
         self._quiet.set()
         self._has_answered = asyncio.Event()
         """Set once a call has been answered."""
-        self._per_uid: Counter[int] = Counter()
-        """The number of connections of each uid."""
+        self._per_user: Counter[int] = Counter()
+        """The number of connections of each user."""
         self._budget = InputBudget(turns.unlimited)
 
     def listen(self, listener: socket.socket) -> None:
@@ -397,12 +398,12 @@ class VarlinkServer:
             return
         uid = connection.uid
         self._connections[connection] = None
-        self._per_uid[uid] += 1
+        self._per_user[user_of(uid)] += 1
         # Check the limits as for a call that opens descriptors, because a connection needs one.
         if uid not in self.turns.unlimited:
             with contextlib.suppress(Busy):
                 self.turns.limits.check_descriptors(uid)
-                if self._per_uid[uid] <= MAX_CONNECTIONS:
+                if self._per_user[user_of(uid)] <= MAX_CONNECTIONS:
                     return
             connection.close()
 
@@ -417,9 +418,10 @@ class VarlinkServer:
 
     def _on_close(self, connection: VarlinkConnection) -> None:
         call = self._connections.pop(connection)
-        self._per_uid[connection.uid] -= 1
-        if not self._per_uid[connection.uid]:
-            del self._per_uid[connection.uid]
+        user = user_of(connection.uid)
+        self._per_user[user] -= 1
+        if not self._per_user[user]:
+            del self._per_user[user]
         # The call continues, but its client does not wait for the reply any more.
         if call is not None:
             call.on_disconnect()

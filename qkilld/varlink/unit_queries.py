@@ -15,7 +15,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from qkilld.engine.call_limits import CallLimits, Cost
-from qkilld.engine.fair_shares import FIRST_SUBORDINATE, FairShares
+from qkilld.engine.fair_shares import FIRST_SUBORDINATE, FairShares, user_of
 from qkilld.engine.job import Job
 from qkilld.engine.unit_stop import UnitLimits, UnitStops
 from qkilld.model.errors import Busy
@@ -65,6 +65,7 @@ class UnitQueries:
     @contextlib.asynccontextmanager
     async def _place(self, uid: int) -> AsyncIterator[None]:
         """Wait for one of the MAX_AT_ONCE places."""
+        uid = user_of(uid)
         if uid in self._waiting or not self._places.has_room(uid):
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.setdefault(uid, deque()).append(turn)

@@ -265,7 +265,7 @@ def test_streams_of_many_jobs(world: World) -> None:
             return jobs
 
         service = service_with(world, 0)
-        service.terminate_all = terminate_all  # type: ignore[method-assign]
+        cast(Any, service).terminate_all = terminate_all
         streams, turns = Streams(), Turns(frozenset({0}))
         methods = VarlinkMethods(service, streams, cast(Any, None), turns.limits)
         server = SimpleNamespace(turns=turns, ended=lambda call: None)

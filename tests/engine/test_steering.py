@@ -170,7 +170,7 @@ def test_a_request_that_fails_takes_nothing_over(world: World) -> None:
     with pytest.raises(Failed, match="held or extended"):
         world.stop(FakeProcess(), FORCE | NOWAIT, uid=0)
     assert (job.request.uid, job.flags, process.sent) == (OWNER, Flag(0), [SIGTERM])
-    assert world.registry._per_uid == {OWNER: 1}
+    assert world.registry._per_user == {OWNER: 1}
 
 
 def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
@@ -186,9 +186,9 @@ def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
 def test_a_job_taken_over_counts_for_its_new_requester(world: World) -> None:
     process = FakeProcess()
     world.stop(process, uid=OWNER)
-    assert world.registry._per_uid == {OWNER: 1}
+    assert world.registry._per_user == {OWNER: 1}
     world.stop(FakeProcess(), uid=0)
-    assert world.registry._per_uid == {0: 1}
+    assert world.registry._per_user == {0: 1}
     process.die()
     world.clock.advance(600)
-    assert not world.registry._per_uid
+    assert not world.registry._per_user

@@ -160,13 +160,13 @@ def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (first.unwatched, second.unwatched) == (frozenset(), frozenset(servers[1:]))
         other = watch(1001, 3)
         # Both users have two now: the newest of the first user were given up.
-        assert (first.unwatched, second.unwatched) == ({servers[2]}, set(servers))
+        assert first.unwatched == {servers[2]} and second.unwatched == set(servers)
         assert other.unwatched == {servers[2]}
         root = watch(0, 4)
         assert root.unwatched == frozenset()
-        assert (first.unwatched, other.unwatched) == (set(servers[:3]), set(servers[:3]))
+        assert first.unwatched == other.unwatched == set(servers[:3])
         more = watch(1002, 1)
-        assert (more.unwatched, root.unwatched) == ({servers[0]}, frozenset())
+        assert more.unwatched == {servers[0]} and root.unwatched == frozenset()
         root.close()
         more.add(servers[0], NOW)
         assert more.unwatched == frozenset()

@@ -86,3 +86,15 @@ def test_a_reserve_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Busy, match="file descriptors"):
         limits.check_descriptors(ALICE)
     limits.check_descriptors(ROOT)
+
+
+def test_subordinate_uids_count_for_their_user(subordinate_uids: None) -> None:
+    limits = CallLimits(frozenset({ROOT}))
+    for number in range(64):
+        limits.begin(100_000 + number, Cost.OTHER)
+    for uid in (1000, 100_000):
+        with pytest.raises(Busy, match="Uid 1000 has 64 calls"):
+            limits.begin(uid, Cost.OTHER)
+    limits.begin(200_000, Cost.OTHER)
+    limits.end(100_000, Cost.OTHER)
+    limits.begin(1000, Cost.OTHER)

@@ -29,8 +29,8 @@ def put(queue: FairQueue[str], calls: str, uid: int | None) -> list[bool]:
 def turns(queue: FairQueue[str]) -> list[str]:
     found = []
     while queue:
-        uid, calls = queue.turn()
-        found.append(f"{uid}: {' '.join(calls)}")
+        calls = queue.turn()
+        found.append(f"{calls[0][0]}: {' '.join(call for _, call in calls)}")
     return found
 
 
@@ -133,9 +133,9 @@ def test_a_connection_with_many_calls_gets_one_at_a_time() -> None:
     assert queue.crowded
     queue.put("b", BOB, "y", 0)
     assert not queue.crowded
-    assert queue.turn() == (ALICE, ["x"])
-    assert queue.turn() == (BOB, ["y"])
-    assert queue.turn() == (ALICE, ["x"] * CALLS_PER_TURN)
+    assert queue.turn() == [(ALICE, "x")]
+    assert queue.turn() == [(BOB, "y")]
+    assert queue.turn() == [(ALICE, "x")] * CALLS_PER_TURN
 
 
 def test_nothing_is_lost_or_doubled_or_kept() -> None:
@@ -154,8 +154,7 @@ def test_nothing_is_lost_or_doubled_or_kept() -> None:
                 uids[name] = source.randrange(4)
                 queue.introduce(name, uids[name] or 0)
             case 2 | 3 if queue:
-                uid, items = queue.turn()
-                for item in items:
+                for uid, item in queue.turn():
                     (owner,) = [one for one, items in waiting.items() if item in items]
                     assert uids[owner] == uid
                     assert waiting[owner].pop(0) == item
@@ -169,10 +168,26 @@ def test_nothing_is_lost_or_doubled_or_kept() -> None:
     for name, items in waiting.items():
         assert queue.forget(name, None) == items
     assert (queue._count, queue._size, bool(queue._strangers), bool(queue)) == (0, 0, False, False)
+    assert not queue._uids
+
+
+def test_subordinate_uids_share_the_turn_of_their_user(subordinate_uids: None) -> None:
+    """But they call by their own right."""
+    queue: FairQueue[str] = FairQueue()
+    for number in range(6):
+        queue.put(f"n{number}", 100_000 + number, f"s{number}", 10)
+    queue.put("stranger", None, "s6", 10)
+    queue.introduce("stranger", 100_006)
+    put(queue, "a1", ALICE)
+    put(queue, "b1", BOB)
+    assert queue.turn() == [(100_000 + number, f"s{number}") for number in range(4)]
+    assert queue.turn() == [(BOB, "b1")]
+    assert queue.turn() == [(100_004, "s4"), (100_005, "s5"), (100_006, "s6"), (ALICE, "a1")]
+    assert not queue and not queue._uids
 
 
 def test_long_calls_are_one_a_turn() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(4):
         assert queue.put(":1.1", 1000, number, 16 << 10)
-    assert [queue.turn()[1] for _ in range(4)] == [[0], [1], [2], [3]]
+    assert [queue.turn() for _ in range(4)] == [[(1000, number)] for number in range(4)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qkilld.engine.fair_shares import FairShares
+from qkilld.engine.fair_shares import FairShares, user_of
 
 
 @pytest.fixture
@@ -69,6 +69,18 @@ def test_many_subordinate_uids_of_one_user_leave_room_for_others(shares: FairSha
             shares.take(uid)
     assert shares.taken == 7
     assert [fill(shares, uid) for uid in range(1000, 1004)] == [1, 1, 1, 0]
+
+
+def test_known_subordinate_uids_count_for_their_user(
+    shares: FairShares, subordinate_uids: None
+) -> None:
+    """So they leave room for users whose own uids are in that range."""
+    assert [fill(shares, uid) for uid in (100_000, 100_001, 1000)] == [5, 0, 0]
+    assert [fill(shares, uid) for uid in (200_000, 200_001, 1001, 1002)] == [1, 1, 1, 1]
+    assert user_of(0) == 0 and user_of(99_999) == 99_999 and user_of(165_536) == 165_536
+    for _ in range(5):
+        shares.give_back(165_535)
+    assert shares.has_room(1000)
 
 
 def test_a_place_may_be_taken_without_room(shares: FairShares) -> None:

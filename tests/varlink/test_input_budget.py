@@ -22,7 +22,7 @@ def test_users_with_much_input_leave_room_for_others() -> None:
     assert budget.take(0, 2 * MAX_TOTAL)
     for uid in range(2001, 9000):
         budget.take(uid, MAX_FIRST)
-    assert sum(budget._per_uid.values()) == MAX_TOTAL
+    assert sum(budget._per_user.values()) == MAX_TOTAL
 
 
 def test_what_is_handled_can_be_taken_again() -> None:
@@ -31,4 +31,4 @@ def test_what_is_handled_can_be_taken_again() -> None:
         taken = {uid: fill(budget, uid, 10_000) for uid in range(1000, 1100)}
         for uid, count in taken.items():
             budget.give(uid, count)
-        assert not budget._per_uid and not budget._further
+        assert not budget._per_user and not budget._further
