@@ -62,8 +62,8 @@ class UnitStops:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner. Return the limits that hold for all jobs. `force` in these
-        limits says what systemd would do, not whether the jobs have FORCE.
+        caller is root or the owner. Return the limits that hold for all jobs, once the jobs are
+        saved. `force` in these limits says what systemd would do, not whether the jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -79,6 +79,7 @@ class UnitStops:
             may_force = uid in (0, job.guest.identity.uid)
             if job.running:
                 self._join(job, limits, process, uid, force and may_force)
+        await self._service.keep(*jobs)
         forced = all(limits.force for limits in every)
         return UnitLimits(facts.id, replace(every[0], force=forced))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qkilld.decision.unit_limits import Limits
+from qkilld.engine.job_saver import JobSaver
 from qkilld.engine.snapshot import decode
 from qkilld.engine.unit_stop import ControlProcess, UnitStops
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, Result
@@ -18,6 +19,7 @@ from qkilld.model.guest import Unit
 from qkilld.model.guest_state import Button, GuestObservation, GuestOrder
 from qkilld.model.unit import UnitFacts
 from tests.engine.conftest import FakeProcess, S, World
+from tests.engine.test_kill_written_down import SlowStore
 from tests.engine.test_powerdown import UP
 from tests.engine.test_service import make_service
 
@@ -186,3 +188,28 @@ def test_the_main_process_is_forced_in_whatever_scope_unless_the_caller_says_no(
     assert found.limits is not None and found.limits.force
     world.clock.advance(200)
     assert process.sent == ([SIGTERM, SIGKILL] if force else [SIGTERM])
+
+
+def test_the_limits_are_reported_once_force_is_saved(world: World) -> None:
+    """Otherwise a crash after the reply would lose FORCE."""
+    store = SlowStore()
+    world.registry.saver = JobSaver(store, world.clock)
+    service, _ = make_service(world)
+    service.units = OneScope(SCOPE)
+    job = world.stop(FakeProcess(), uid=0)
+    store.write()
+    described = {7: Unit(GUARD), job.guest.identity.pid: Unit("web.scope")}
+    units = UnitStops(service, lambda pid: ControlProcess(described[pid], S), user=False)
+
+    async def ask() -> None:
+        asking = asyncio.create_task(units.limit([job], 7, 0, force=True))
+        while FORCE not in job.flags:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not asking.done()
+        store.write()
+        assert (await asking).limits is not None
+
+    asyncio.run(ask())
+    assert store.newest is not None and FORCE in store.newest.flags
