@@ -340,6 +340,7 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         lines=stop_lines(facts, surroundings),
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
+        restart_kill_signal=facts.restart_kill_signal,
         # FinalKillSignal= is taken as SIGKILL, the worst case. adopt does not change it.
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,

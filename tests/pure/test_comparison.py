@@ -58,6 +58,17 @@ def test_an_adopted_unit_is_safe_and_nothing_is_to_be_written() -> None:
     assert found.now == found.adopted
 
 
+def test_the_signal_of_a_restart_counts() -> None:
+    killed = replace(BARE, restart_kill_signal=signal.SIGKILL)
+    assert judge(killed).now[Occasion.RESTART].disks is Patience.NONE
+    assert judge(killed).now[Occasion.STOP].disks is Patience.TIMED
+    # An asked guest has the time until SIGKILL, because QEMU ignores the signal.
+    asked = replace(BARE, exec_stop=(POWERDOWN,), restart_kill_signal=signal.SIGWINCH)
+    found = judge(asked)
+    assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
+    assert "systemctl restart could lose" in found.reason
+
+
 def test_without_a_guest_nothing_is_safe() -> None:
     nobody = replace(MUTE, guests=0)
     assert judge(BARE, nobody).word is UnitVerdict.UNKNOWN
