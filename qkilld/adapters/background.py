@@ -29,12 +29,14 @@ class BackgroundWriter(Generic[T]):
 
         `limit` is the number of items that may wait; None if the caller limits them.
         """
+        self._name = name
         self._write = write
         self._limit = limit
         self._closed = False
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        """None if the system allows no more threads; each call tries again."""
+        self._start()
 
     def put(self, item: T, *, always: bool = False) -> bool:
         """Queue an item. Return False if it is dropped because too many wait; `always` queues it
@@ -42,18 +44,33 @@ class BackgroundWriter(Generic[T]):
         if not always and self._limit is not None and self._queue.qsize() >= self._limit:
             return False
         self._queue.put(item)
+        self._start()
         return True
 
     def close(self) -> bool:
-        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if the thread has not
-        ended by then.
+        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if some have not been
+        written by then.
 
         May be called again.
         """
+        self._start()
         self._closed = True
+        if self._thread is None:
+            return self._queue.empty()
         self._queue.put(None)  # Wakes the thread.
         self._thread.join(FLUSH_TIMEOUT_S)
         return not self._thread.is_alive()
+
+    def _start(self) -> None:
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            note_once(f"starting a thread to write to {self._name}", error)
+        else:
+            self._thread = thread
 
     def _work(self) -> None:
         while not (self._closed and self._queue.empty()):
@@ -63,4 +80,4 @@ class BackgroundWriter(Generic[T]):
                     self._write(item)
                 except Exception as error:
                     # Log this only once, because the debug log itself is written by such a thread.
-                    note_once(f"writing to {self._thread.name}", error)
+                    note_once(f"writing to {self._name}", error)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from qkilld.adapters import config
+from qkilld.debug_log import note
 from qkilld.model.errors import ConfigError
 from qkilld.model.guest import Guest
 from qkilld.model.policy import Config
@@ -61,9 +62,16 @@ def shut_down_by_libvirt(
                 log.write(asked_by_libvirt(guest, domain.name))
                 _wait(stop, began, timeout)
         finally:
-            mailbox.put(lambda: go_on(stop) if stop.running else None)
+            proceed()
 
-    threading.Thread(target=work, name="libvirt", daemon=True).start()
+    def proceed() -> None:
+        mailbox.put(lambda: go_on(stop) if stop.running else None)
+
+    try:
+        threading.Thread(target=work, name="libvirt", daemon=True).start()
+    except RuntimeError as error:  # The system allows no more threads.
+        note("starting a thread to ask libvirt", error)
+        proceed()
 
 
 def _wait(stop: GuestStop, began: float, timeout: int) -> None:

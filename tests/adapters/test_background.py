@@ -57,3 +57,19 @@ def test_the_end_does_not_wait_for_a_write_that_blocks(monkeypatch: pytest.Monke
     resume.set()
     monkeypatch.undo()
     assert writer.close()
+
+
+def test_items_wait_until_the_system_allows_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    written: list[int] = []
+    monkeypatch.setattr(threading.Thread, "start", start)
+    writer = BackgroundWriter("test", written.append, limit=None)
+    assert writer.close()
+    assert writer.put(0)
+    assert not writer.close()
+    monkeypatch.undo()
+    writer.put(1)
+    assert writer.close()
+    assert written == [0, 1]
