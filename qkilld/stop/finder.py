@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from qkilld.adapters import blockable, procfs
 from qkilld.debug_log import ignore, note
@@ -49,6 +49,8 @@ class ProcessFinder:
         self.by_systemd = by_systemd(environment)
         self.unidentified: list[int] = []
         """The processes of which the last search does not know whether they are guests to stop."""
+        self.denied: list[int] = []
+        """The processes of the unit whose executable the last search was not permitted to read."""
 
     @property
     def in_own_unit(self) -> bool:
@@ -82,8 +84,9 @@ class ProcessFinder:
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
         """Return every visible QEMU in the named unit, or in our own.
 
-        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable;
-        UnknownIdentity if a process of the unit, or of an unknown unit, cannot be identified.
+        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable, or the
+        executable of a process of the unit; UnknownIdentity if a process of the unit, or of an
+        unknown unit, cannot be identified.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -103,11 +106,18 @@ class ProcessFinder:
             if is_unknown(unit):
                 hidden.append(process.pid)
             process.close()
+        self.denied = [pid for pid in self.denied if procfs.read_unit(pid) in units]
         if self.unidentified and not inside:
             raise self.unknown_identity()
+        if self.denied and not inside:
+            raise Failed(
+                f"cannot tell whether process {_shown(self.denied)} in {name or 'the unit'} is a"
+                " QEMU: qkilld-stop is not permitted to see its executable (User=, PrivateUsers=)."
+                " Write + before the path in ExecStop=, or run qkilld-stop as root"
+            )
         if hidden and not inside:
             raise Failed(
-                f"cannot tell whether process {' '.join(map(str, hidden))} runs in "
+                f"cannot tell whether process {_shown(hidden)} runs in "
                 f"{name or 'the unit of qkilld-stop'}: process 1 or that process is hidden "
                 "(ProtectProc=, hidepid=). Name the process to stop with --pid or --pidfile"
             )
@@ -116,7 +126,7 @@ class ProcessFinder:
     def outside(self, globs: Iterable[str]) -> Iterator[OutsideGuest]:
         """Yield each visible QEMU outside of our own unit, if its unit is known. Reads command
         lines, so it may block forever."""
-        for process, unit in _qemus(globs, lambda unit: False, []):
+        for process, unit in _qemus(globs, lambda unit: False, [], []):
             if unit is not None and unit != self.unit:
                 with ignore(f"reading the command line of process {process.pid}", OSError):
                     words = tuple(procfs.read_command_line(process.pid))
@@ -151,11 +161,9 @@ class ProcessFinder:
 
     def unknown_identity(self) -> UnknownIdentity:
         """Make the error for the processes in `unidentified`."""
-        pids = " ".join(map(str, self.unidentified[:MAX_PIDS]))
-        more = " and others" if len(self.unidentified) > MAX_PIDS else ""
         return UnknownIdentity(
-            f"cannot tell whether process {pids}{more} is a guest to stop: the kernel does not"
-            " show its executable at the moment. Try again later"
+            f"cannot tell whether process {_shown(self.unidentified)} is a guest to stop: the"
+            " kernel does not show its executable at the moment. Try again later"
         )
 
     def read_unidentified_again(self, globs: Iterable[str]) -> None:
@@ -172,19 +180,27 @@ class ProcessFinder:
     def _qemus(
         self, globs: Iterable[str], concerns: Callable[[Unit | None], bool]
     ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
-        """Yield what the function `_qemus` yields, and set `unidentified`."""
-        self.unidentified = []
-        yield from _qemus(globs, concerns, self.unidentified)
+        """Yield what the function `_qemus` yields, and set `unidentified` and `denied`."""
+        self.unidentified, self.denied = [], []
+        yield from _qemus(globs, concerns, self.unidentified, self.denied)
+
+
+def _shown(pids: Sequence[int]) -> str:
+    more = " and others" if len(pids) > MAX_PIDS else ""
+    return " ".join(map(str, pids[:MAX_PIDS])) + more
 
 
 def _qemus(
-    globs: Iterable[str], concerns: Callable[[Unit | None], bool], unidentified: list[int]
+    globs: Iterable[str],
+    concerns: Callable[[Unit | None], bool],
+    unidentified: list[int],
+    denied: list[int],
 ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
     """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles.
 
-    Skips processes whose executable is hidden. If it cannot be read for another reason, and the
-    process is in a unit that `concerns` the caller, try again for IDENTITY_TIMEOUT_S; then append
-    the process to `unidentified`.
+    Appends processes whose executable may not be read to `denied`. If it cannot be read for another
+    reason, and the process is in a unit that `concerns` the caller, try again for
+    IDENTITY_TIMEOUT_S; then append the process to `unidentified`.
     """
     pids, until = procfs.pids(), time.monotonic() + stop_process.IDENTITY_TIMEOUT_S
     while pids:
@@ -192,8 +208,12 @@ def _qemus(
         for pid, executable in procfs.read_executables(pids):
             try:
                 process = _qemu(pid, executable, globs)
-            except (NoSuchProcess, PermissionError, FileNotFoundError, ProcessLookupError) as error:
+            except (NoSuchProcess, FileNotFoundError, ProcessLookupError) as error:
                 note(f"identifying process {pid}", error)
+                continue
+            except PermissionError as error:
+                note(f"identifying process {pid}", error)
+                denied.append(pid)
                 continue
             except Exception as error:
                 note(f"identifying process {pid}", error)

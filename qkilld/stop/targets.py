@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 
 from qkilld.adapters import procfs
+from qkilld.debug_log import note
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
 from qkilld.model.policy import Config
@@ -38,6 +39,8 @@ class Targets:
         self.finder = ProcessFinder(options, os.environ)
         self._options = options
         self._config: Config | None = None
+        self._said = ""
+        """Why the last search for substitutes failed, which is printed once."""
 
     @property
     def user(self) -> bool:
@@ -109,16 +112,18 @@ class Targets:
         """Return the QEMU processes of our own unit, except those in `excluded_pids`. For a unit
         whose main process is gone or not a QEMU (for example, a shell).
 
-        Raises UnknownIdentity if none is excluded or found, but one cannot be identified.
+        Raises Failed if none is excluded or found, but one cannot be identified.
         """
         if not self.finder.in_own_unit:
             return []
         try:
             processes = self.finder.in_unit(self._executables)
         except Failed as error:
-            if self.finder.unidentified and not excluded_pids:
+            if (self.finder.unidentified or self.finder.denied) and not excluded_pids:
                 raise
-            say(str(error))
+            if (text := str(error)) != self._said:
+                self._said = text
+                say(text)
             return []
         for process in processes:
             if process.pid in excluded_pids:
@@ -154,13 +159,19 @@ class Targets:
                 guests.append(guest)
 
         reader = threading.Thread(target=read, name="guests", daemon=True)
-        reader.start()
-        reader.join(OUTSIDE_TIMEOUT_S)
+        try:
+            reader.start()
+        except RuntimeError as error:  # The system allows no more threads.
+            note("starting a thread to look for guests", error)
+            read()  # A read that blocks harms only this program.
+        else:
+            reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)
 
     def report_not_qemu(self, message: str) -> None:
         """Print that the named process is not a QEMU, and where the guest of the unit runs."""
-        own = self.finder.in_own_unit
+        unknown = self.finder.unidentified or self.finder.denied
+        own = self.finder.in_own_unit and not unknown
         say(f"{message}{', and its unit has no other QEMU' if own else ''}")
         try:
             self.check_elsewhere()

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from qkilld.adapters import blockable, procfs
-from qkilld.model.errors import InvalidArgs, NoSuchProcess, UnknownIdentity
+from qkilld.model.errors import Failed, InvalidArgs, NoSuchProcess, UnknownIdentity
 from qkilld.model.guest import Unit
 from qkilld.model.unit import UnitFacts
 from qkilld.stop import daemon as stop_daemon
@@ -216,6 +216,29 @@ def test_a_substitute_that_cannot_be_identified_is_not_missing(
     with pytest.raises(UnknownIdentity, match="process 5 is"):
         targets.choose()
     assert targets.substitutes([4]) == []
+
+
+@pytest.mark.parametrize("there", [Unit("web.service"), Unit("db.service"), None])
+def test_a_process_of_the_unit_that_may_not_be_seen_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: Unit | None
+) -> None:
+    own = Unit("web.service")
+    targets = Targets(Options())
+    targets.finder.unit = own
+    monkeypatch.setattr(finder.ProcessFinder, "in_own_unit", True)
+    monkeypatch.setattr(procfs, "pids", lambda: [5])
+    monkeypatch.setattr(procfs, "read_executables", lambda pids: [(5, PermissionError())])
+    monkeypatch.setattr(procfs, "read_unit", lambda pid: there)
+    if there != own:
+        assert targets.finder.in_unit([]) == []
+        return
+    with pytest.raises(Failed, match=r"process 5 in the unit is a QEMU: .* not permitted"):
+        targets.substitutes([])
+    assert targets.substitutes([4]) == []
+    assert targets.substitutes([4]) == []
+    targets.report_not_qemu("Process 4 (sh) is not a QEMU")
+    said = capsys.readouterr().err
+    assert said.count("not permitted") == 1 and "has no other" not in said
 
 
 @pytest.mark.parametrize(("inside", "forced"), [(True, True), (False, False)])
