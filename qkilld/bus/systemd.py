@@ -12,7 +12,7 @@ from qkilld.bus.connection import CallFailed, Connection
 from qkilld.model.constants import INFINITY
 from qkilld.model.errors import InvalidArgs, NoSuchUnit
 from qkilld.model.text import printable
-from qkilld.model.unit import Command, UnitFacts, UnitProcess
+from qkilld.model.unit import HELPER_CALLS, Command, UnitFacts, UnitProcess
 
 NAME: Final = "org.freedesktop.systemd1"
 TIMEOUT_S: Final = 5.0
@@ -227,6 +227,9 @@ def _facts(unit: dict[str, Any], own: dict[str, Any]) -> UnitFacts:
         noexec_paths=tuple(path.lstrip("-+") for path in own.get("NoExecPaths", ())),
         exec_paths=tuple(path.lstrip("-+") for path in own.get("ExecPaths", ())),
         private_pids=own.get("PrivatePIDs", "no") not in ("no", False),
+        private_users=own.get("PrivateUsersEx", own.get("PrivateUsers", False))
+        not in ("no", False),
+        denied_calls=_denied_calls(*own.get("SystemCallFilter", (False, []))),
         exec_start=_commands(own.get("ExecStartEx", ())),
         exec_stop=_commands(own.get("ExecStopEx", ())),
         other_commands=tuple(
@@ -251,6 +254,13 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
     # Callers only look for AF_UNIX in the result. So if AF_UNIX is denied, return some list of
     # allowed families without it.
     return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
+
+
+def _denied_calls(allowed: bool, names: list[str]) -> tuple[str, ...]:
+    """Parse SystemCallFilter, which lists either the allowed calls or the denied ones. A call with
+    an errno, such as pidfd_open:EPERM, is denied in both lists."""
+    denied = {name.partition(":")[0] for name in names if not allowed or ":" in name}
+    return tuple(call for call in HELPER_CALLS if call in denied or (allowed and call not in names))
 
 
 def _commands(lines: Any) -> tuple[Command, ...]:

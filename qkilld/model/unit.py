@@ -8,6 +8,9 @@ from typing import Final
 from qkilld.model.constants import INFINITY
 from qkilld.model.dataclass import dataclass
 
+HELPER_CALLS: Final = ("pidfd_open", "pidfd_send_signal")
+"""The system calls that qkilld-stop needs, and other programs of a unit do not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -94,6 +97,10 @@ class UnitFacts:
     exec_paths: tuple[str, ...] = ()
     private_pids: bool = False
     """PrivatePIDs=: each command runs in a PID namespace of its own (systemd 257)."""
+    private_users: bool = False
+    """PrivateUsers=: each command runs in a user namespace of its own."""
+    denied_calls: tuple[str, ...] = ()
+    """Those of HELPER_CALLS that SystemCallFilter= denies."""
     exec_start: tuple[Command, ...] = ()
     exec_stop: tuple[Command, ...] = ()
     other_commands: tuple[tuple[str, Command], ...] = ()
@@ -152,6 +159,8 @@ SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "noexec_paths": ("NoExecPaths",),
     "exec_paths": ("ExecPaths",),
     "private_pids": ("PrivatePIDs",),
+    "private_users": ("PrivateUsers",),
+    "denied_calls": ("SystemCallFilter",),
     "exec_start": ("ExecStart", "ExecSearchPath"),
     "exec_stop": ("ExecStop", "ExecSearchPath"),
     "other_commands": ("ExecStartPre", "ExecStartPost", "ExecStopPost", "ExecSearchPath"),

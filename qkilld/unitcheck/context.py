@@ -217,6 +217,10 @@ def hides_helper(facts: UnitFacts) -> str:
         return "RootDirectory= or RootImage="
     if facts.private_pids:
         return "PrivatePIDs="
+    if facts.private_users:
+        return "PrivateUsers="
+    if facts.denied_calls:
+        return "SystemCallFilter="
     if any(_covers(path, place) for path in facts.hidden_paths for place in _NEEDED):
         return "InaccessiblePaths= or TemporaryFileSystem="
     if any(not _may_run(facts, place) for place in _EXECUTED):

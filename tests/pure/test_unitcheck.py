@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qkilld.bus.systemd import _denied_calls
 from qkilld.model.constants import INFINITY
 from qkilld.model.policy import Policy
 from qkilld.model.unit import Command, UnitFacts
@@ -460,6 +461,27 @@ def test_paths_at_which_nothing_can_be_executed(
     facts = replace(SAFE, noexec_paths=denied, exec_paths=allowed)
     assert bool(hides_helper(facts)) is hides
     assert hides_helper(replace(SAFE, private_pids=True)) == "PrivatePIDs="
+    assert hides_helper(replace(SAFE, private_users=True)) == "PrivateUsers="
+
+
+@pytest.mark.parametrize(
+    ("allowed", "names", "denied"),
+    [
+        (False, [], ()),
+        (False, ["mount", "pidfd_getfd"], ()),
+        (False, ["pidfd_send_signal"], ("pidfd_send_signal",)),
+        (False, ["pidfd_open:EACCES"], ("pidfd_open",)),
+        (True, ["pidfd_open", "pidfd_send_signal", "read"], ()),
+        (True, ["pidfd_open:EPERM", "pidfd_send_signal"], ("pidfd_open",)),
+        (True, ["read"], ("pidfd_open", "pidfd_send_signal")),
+    ],
+)
+def test_system_calls_without_which_qkilld_stop_cannot_work(
+    allowed: bool, names: list[str], denied: tuple[str, ...]
+) -> None:
+    assert _denied_calls(allowed, names) == denied
+    hidden = hides_helper(replace(SAFE, denied_calls=denied))
+    assert hidden == ("SystemCallFilter=" if denied else "")
 
 
 def test_signals_by_name_outside_of_exec_stop() -> None:

@@ -386,6 +386,38 @@ def test_a_user_of_its_own_in_a_sandbox(manager: Manager) -> None:
         assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "sandbox"),
+    [
+        (f"/bin/sh -c '{IDLE}; true'", "PrivateUsers=yes"),
+        (IDLE, "PrivateUsers=yes"),
+        (IDLE, "SystemCallFilter=~pidfd_open"),
+    ],
+)
+def test_a_sandbox_that_hides_the_guest(manager: Manager, command: str, sandbox: str) -> None:
+    """With PrivateUsers=, the daemon alone would see a guest that is the main process."""
+    lines = ("ExecStop=-/usr/bin/qkilld-stop", "NotifyAccess=exec", "TimeoutStopSec=90s")
+    with idle(manager, f"ExecStart={command}", sandbox, *lines) as unit:
+        assert manager.check(unit)["helper-sandbox"] == "loses"
+        assert "+ ExecStop=-+/usr/bin/qkilld-stop" in manager.ctl("adopt", unit)
+        assert manager.check(unit) == {}
+        manager.systemctl("stop", unit)
+        assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
+
+
+def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) -> None:
+    """systemd would run the next line while the guest runs."""
+    command = f"/bin/sh -c '{IDLE} & exec sleep 0.3'"
+    lines = ("Type=forking", "GuessMainPID=no", "PrivateUsers=yes", "ExecStop=/bin/touch /run/next")
+    stop = f"ExecStop={CHECKOUT}/.venv/bin/python -m qkilld.stop"
+    sandbox = (f"Environment=PYTHONPATH={CHECKOUT}", "NotifyAccess=exec")
+    with idle(manager, f"ExecStart={command}", *sandbox, stop, *lines) as unit:
+        manager.systemctl("stop", unit)
+        manager.run("test", "!", "-e", "/run/next")
+        said = " ".join(str(entry["MESSAGE"]) for entry in manager.system.journal("-u", unit))
+        assert "not permitted to see its executable" in said and "Write + before" in said
+
+
 def test_disks_on_the_network(manager: Manager) -> None:
     disk = "-drive file=nbd://storage.example/disk"
     with idle(manager, f"ExecStart=-{IDLE} {disk}") as unit:
