@@ -71,6 +71,9 @@ class Announcer:
 
     def close(self) -> None:
         self._due.clear()
+        if self._round is not None:
+            self._round.cancel()
+            self._round = None
         for timer in self._pauses.values():
             timer.cancel()
         self._pauses.clear()
@@ -103,6 +106,10 @@ class Announcer:
         round follows when the loop has handled other events."""
         self._round = None
         loop = asyncio.get_running_loop()
+        if not self._server.has_room:
+            # The bus does not read. Later, clients get only the newest values.
+            self._round = loop.call_later(MIN_INTERVAL_S, self._announce_due)
+            return
         end = time.monotonic() + STEP_S
         try:
             while self._due:

@@ -246,6 +246,12 @@ class Server:
         """Whether calls are open."""
         return bool(self._tasks or self._waiting or self._asking)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether signals can be sent without filling the memory. True if the connection is
+        lost."""
+        return self._connection.has_room
+
     async def drain(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for open calls to be answered, then cancel the rest."""
         self.draining = True

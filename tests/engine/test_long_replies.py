@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 
+from qkilld.bus import job_signals
 from qkilld.bus.connection import Connection
 from qkilld.bus.framing import IncomingMessage, MessageKind
 from qkilld.bus.guest_objects import GuestSignals
@@ -322,6 +323,36 @@ def test_changes_of_many_jobs(world: World) -> None:
 
     asyncio.run(work())
     assert bus.changed == [f"/org/qkilld1/job/{number}" for number in range(1, 3001)]
+
+
+def test_a_bus_that_does_not_read_gets_only_the_newest_changes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise unsent signals would fill the memory, as long as the job changes."""
+    monkeypatch.setattr(job_signals, "MIN_INTERVAL_S", 0.0)
+    bus = FakeBus()
+
+    async def work() -> None:
+        server = Server(cast(Connection, bus), cast(Any, None), fault, Turns(frozenset({0})))
+        announcer = Announcer(server)
+        job = world.stop(FakeProcess())
+        announcer.adopt(job)
+        bus.room.clear()
+        for _ in range(100):
+            for change in (job.hold, job.release, job.hold):
+                change(Steerer(0, Rank.ROOT))
+                announcer.job_changed(job)
+                await asyncio.sleep(0)
+        assert not bus.changed
+        bus.room.set()
+        async with asyncio.timeout(5):
+            while not bus.changed:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert len(bus.changed) == 1
+        announcer.close()
+
+    asyncio.run(work())
 
 
 def test_many_guests_that_come_and_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
