@@ -17,10 +17,10 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.errors import Busy, NoSuchJob
 
 MAX_REPETITIONS: Final = 4
-"""At most this many times the number of elements are encoded. If that is not enough, objects change
+"""Each element is encoded at most this many times on average. If that is not enough, objects change
 faster than they can be listed."""
 SPARE: Final = 64
-"""This many more elements may be encoded, for new objects."""
+"""This many more elements may be encoded, because a few objects may change often."""
 LAST: Final = 32
 """The last elements, this many, are encoded in one step, so that none of them can change meanwhile.
 With all properties of a job, this takes about 3 ms."""
@@ -57,10 +57,8 @@ class Listings:
         self._unfinished.append(keys)
         try:
             keys.update(dict.fromkeys(listing.keys()))
-            left_in_pass = len(keys)
-            for _ in range(MAX_REPETITIONS * len(keys) + SPARE):
-                if not keys:
-                    return _array(encoded.values())
+            left_in_pass, left = len(keys), SPARE
+            while keys:
                 if not left_in_pass:
                     # In each turn of the loop, encode more objects than change.
                     pace.lengthen()
@@ -72,14 +70,18 @@ class Listings:
                 except NoSuchJob:
                     array = None
                 if array is None:
+                    # Or it is none of these objects: any number of others may be announced.
                     encoded.pop(key, None)
                 else:
+                    left += MAX_REPETITIONS * (key not in encoded) - 1
+                    if left < 0:
+                        raise Busy("The jobs change faster than they can be listed; try again")
                     encoded[key] = bytes(encode_body(signature, [array])[_START:])
                 if len(keys) > LAST:
                     await pace.rest()
+            return _array(encoded.values())
         finally:
             self._unfinished = [each for each in self._unfinished if each is not keys]
-        raise Busy("The jobs change faster than they can be listed; try again")
 
 
 _START: Final = 8

@@ -137,6 +137,27 @@ def test_objects_that_change_too_fast_are_not_listed_for_ever() -> None:
     asyncio.run(run())
 
 
+def test_many_objects_that_come_or_go_at_once_do_not_end_a_listing() -> None:
+    """For instance, a thousand ended jobs are forgotten at a time, or a thousand guests start."""
+
+    async def run() -> None:
+        objects = Objects(100)
+        answer = asyncio.create_task(objects.encode())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for number in range(1000):
+            objects.listings.announced(f"/guest/{number}")  # None of the objects that are listed.
+            objects.set(f"/job/{100 + number}", "added")
+        for _ in range(500):
+            await asyncio.sleep(0)
+        for number in range(1000):
+            objects.remove(f"/job/{number}")
+        assert await answer == objects.texts
+        assert len(objects.texts) == 100
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("changes", [1, 25, 40])
 def test_many_objects_are_listed_while_they_change(
     monkeypatch: pytest.MonkeyPatch, changes: int
