@@ -84,7 +84,7 @@ class FakeProcess:
     refuses: tuple[Signals, ...] = ()
     zombie: bool = False
     killer: int = 0
-    """The signal that ended it, unless it exited by itself."""
+    """The signal that ended the process; 0 if it exited by itself."""
     dead: bool = False
     closed: bool = False
     sent: list[Signals] = field(default_factory=list)
@@ -201,7 +201,7 @@ IDLE = Sample(
 
 
 class FakeSampler:
-    """Samples are what `shows` returns for that time; None is a sample that never arrives."""
+    """A sample is what `shows` returns for its time. If this is None, the sample never arrives."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -231,8 +231,8 @@ class FakeSampler:
 
 
 class FakeMonitors:
-    """The monitor of a guest, with the observation that `shows` returns for that time; None for no
-    monitor."""
+    """The monitor of a guest. An observation is what `shows` returns for its time. If `shows` is
+    None, the guest has no monitor."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -257,9 +257,10 @@ class FakeMonitors:
         self.answers_flush = True
         """Whether a flush while the processors run is answered."""
         self.files_answer = True
-        """Whether a look at the disks that asks the file systems is answered."""
+        """Whether QEMU answers a reading of the disks that asks the file systems."""
         self.done: list[str] = []
-        """Operations on the disks; looks at them from the first one on that asks no file system."""
+        """Operations on the disks, and readings of them, from the first reading that asks no file
+        system."""
         self.instances: tuple[YankInstance, ...] | str = "no out-of-band commands"
         self.answers = True
         """Whether out-of-band commands are answered."""

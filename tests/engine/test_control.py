@@ -32,7 +32,7 @@ def test_a_held_job_sends_nothing_until_it_is_released(world: World, flags: Flag
     assert process.sent == [SIGTERM]
     assert job.running
     job.release(ADMIN)
-    # Its time was over long ago, and it was sampled all the while.
+    # SIGKILL is due at once: the grace has passed, and samples were taken during the hold.
     assert process.sent == [SIGTERM, SIGKILL]
     process.wake()
     assert job.result is Result.KILLED
@@ -96,7 +96,7 @@ def test_a_stopped_guest_is_not_continued_while_held(world: World) -> None:
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
 def test_an_extended_job_sends_no_sigkill_before(world: World, flags: Flag) -> None:
-    """Not even at the end of MaxSec=."""
+    """An extension beyond MaxSec= overrides MaxSec=."""
     world = World(Config(Policy(max=12 * S)))
     process = FakeProcess()
     job = world.stop(process, flags)
@@ -157,7 +157,7 @@ def test_force_kills_now(world: World, flags: Flag, held: bool) -> None:
 
 
 def test_force_of_a_guest_that_has_just_gone(world: World) -> None:
-    """Its pidfd reports the exit before the loop does."""
+    """The pidfd shows the exit before the loop has noticed it."""
     process = FakeProcess(dead=False)
     job = world.stop(process, Flag(0))
     process.dead = True

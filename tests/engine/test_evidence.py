@@ -266,7 +266,7 @@ def test_many_jobs_are_looked_at_more_rarely(world: World) -> None:
 
 
 def test_the_sample_that_sigkill_waits_for_is_urgent(world: World) -> None:
-    """Thousands of other samples may wait to be taken."""
+    """Otherwise it could wait behind thousands of other samples."""
     requests: list[tuple[float, bool]] = []
     take = world.sampler.take_sample
 
@@ -288,7 +288,7 @@ def test_the_sample_that_sigkill_waits_for_is_urgent(world: World) -> None:
 
 @pytest.mark.parametrize("lag", [0.05, 0.21, 0.5, 0.99, 1.1])
 def test_samples_that_come_late_hang_no_job(world: World, lag: float) -> None:
-    """The processor is busy, or reading the control group is slow."""
+    """Samples come late if the processors are busy, or if reading a control group is slow."""
 
     def look(
         callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False

@@ -175,14 +175,15 @@ def test_a_request_that_is_answered_soon_delays_sigterm_by_no_second() -> None:
 
 
 def writing(bytes: int) -> dict[str, Any]:
-    """A thread is in fdatasync, and so much was written so far."""
+    """Return fields of a sample: a thread is in fdatasync, and the disk has written `bytes` so
+    far."""
     thread = Thread(8, "worker", "D", 75, True, "folio_wait_bit", "fdatasync", 3, "disk", ("8:0",))
     disk = Device("8:0", "sda", bytes, bytes // 512, 0, 1)
     return {"threads": (thread,), "devices": (disk,)}
 
 
 def slow_world() -> World:
-    """The first flush has no answer."""
+    """A world whose first flush, while the processors run, is never answered."""
     world = flushing_world()
     world.monitors.answers_flush = False
     return world
@@ -191,7 +192,7 @@ def slow_world() -> World:
 def test_a_flush_before_the_stop_gets_time_as_long_as_something_moves() -> None:
     world, process = slow_world(), with_monitor()
     end = world.clock.now() + 30 * S
-    # Something is written for 30 s.
+    # The disk writes for 30 s.
     world.sampler.shows = lambda now: replace(IDLE, **writing(min(now, end)))
     job = world.stop(process, FORCE)
     world.clock.advance(30)
@@ -238,7 +239,7 @@ NVME = replace(LOCAL, device="/m/nvme")
     ("moves", "plan"), [(True, ["flush local", "stop", "flush"]), (False, ["flush local"])]
 )
 def test_requests_of_other_disks_are_seen_from_outside(moves: bool, plan: list[str]) -> None:
-    """QEMU does not tell what an NVMe disk has in flight; a thread in fdatasync is seen."""
+    """QEMU does not report the requests of an NVMe disk, but a thread in fdatasync shows them."""
     world, process = flushing_world(replace(QUIET, disks=(NVME,))), with_monitor()
     world.sampler.shows = lambda now: replace(IDLE, **writing(now if moves else 0))
     job = world.stop(process, FORCE)
@@ -356,7 +357,7 @@ def test_a_hold_before_the_stop_keeps_it_back() -> None:
 
 
 def saved_when_stopped(change: Callable[[World, Job], None] = lambda world, job: None) -> object:
-    """The job's state in a file at the moment that the processors are stopped."""
+    """Return the saved state of the job at the moment when the processors are stopped."""
     world, process = flushing_world(), with_monitor()
     world.monitors.flushes = lambda: None
     job = world.stop(process, FORCE)

@@ -98,7 +98,7 @@ def test_a_qemu_that_executes_another_qemu_stays_a_target(world: World) -> None:
 
 
 def test_unknown_is_not_another_one(world: World) -> None:
-    """It looks again until it can tell, and then it goes on."""
+    """The job reads the identity again until it is readable, and then continues."""
     process = FakeProcess()
     job = world.stop(process, FORCE)
     known = process.guest.identity.executable
@@ -118,7 +118,7 @@ def test_unknown_is_not_another_one(world: World) -> None:
 
 
 def test_an_unreadable_identity_is_unknown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of descriptors, say."""
+    """For example because there are no free descriptors."""
     process = FakeProcess()
     job = world.stop(process, FORCE | FIXED)
 
@@ -138,7 +138,7 @@ def test_an_unreadable_identity_is_unknown(world: World, monkeypatch: pytest.Mon
 def test_maxsec_ends_a_job_whose_process_stays_unknown(
     world: World, flags: Flag, restart: bool
 ) -> None:
-    """If SIGTERM was sent, a job without FORCE ends as usual."""
+    """FIXED without FORCE is left out: such a job has already sent SIGTERM, and ends as usual."""
     by_evidence = FIXED not in flags
     if by_evidence:
         job, process = before_sigterm(world, flags, spans={"max": 60 * S})
@@ -222,7 +222,7 @@ def test_a_process_that_is_exiting_is_given_up_as_after_a_sigkill(
 
 
 def before_sigterm(world: World, flags: Flag, **request: Any) -> tuple[Job, FakeProcess]:
-    """A job that has ended the flush, and waits with SIGTERM for a readable identity."""
+    """Return a job after its flush, which cannot send SIGTERM before the identity is readable."""
     guest = make_guest()
     process = FakeProcess(replace(guest, label=replace(guest.label, qmp=True)))
     job = world.stop(process, flags, **request)
@@ -256,8 +256,8 @@ def test_a_restart_before_sigterm_loses_no_job(world: World, flags: Flag) -> Non
 def test_restarts_do_not_undo_force(
     world: World, act: Callable[[Job], None], tried: bool, among_many: bool
 ) -> None:
-    """The first daemon has saved that it sends SIGKILL, and may have tried. The second cannot send
-    it either."""
+    """The first daemon has saved its intention to send SIGKILL, and has perhaps tried. The second
+    daemon cannot send SIGKILL either, until the identity is readable."""
     store = SlowStore()
     world.registry.saver = JobSaver(store, world.clock)
     guest = make_guest()

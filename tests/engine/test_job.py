@@ -104,7 +104,7 @@ def test_nowait_with_force_is_one_sigkill_even_if_that_ends_it_at_once(world: Wo
 
 
 def test_no_sigkill_for_a_process_that_exited_with_the_deadline(world: World) -> None:
-    """The timer comes first in the loop, the pidfd says otherwise."""
+    """The loop runs the timer first, but the pidfd already shows the exit."""
     process = FakeProcess()
     job = world.stop(process, FORCE)
     process.dead = True
@@ -234,7 +234,7 @@ def test_only_the_requester_is_missed(world: World) -> None:
     job.forget_waiter(waits[0], disconnected=True)
     assert MessageId.WAITER_GONE not in world.journal.ids
     job.forget_waiter(waits[1], disconnected=True)
-    # Whether others wait changes nothing of it.
+    # The requester no longer waits. That somebody else does makes no difference.
     assert world.journal.ids.count(MessageId.WAITER_GONE) == 1
     job.forget_waiter(waits[2], disconnected=True)
     job.forget_waiter(waits[1], disconnected=True)
@@ -242,7 +242,7 @@ def test_only_the_requester_is_missed(world: World) -> None:
 
 
 def test_many_waiters_leave_in_no_time(world: World) -> None:
-    """As on a disconnect. With a list this took 12 s for 30,000."""
+    """A client that disconnects removes all its waits. With a list, 30,000 of them took 12 s."""
     job = world.stop(FakeProcess())
     waits = [functools.partial(print) for _ in range(100_000)]
     began = time.process_time()

@@ -20,7 +20,7 @@ from .conftest import IDLE, FakeProcess, S, World
 
 
 def job_status(job: Job) -> JobStatus:
-    """As qkilld-stop has it, over Varlink."""
+    """Return the status as qkilld-stop gets it over Varlink."""
     return status_of(json.loads(json.dumps(state(job, 0))))
 
 
@@ -79,7 +79,7 @@ def test_without_a_next_rung_there_is_no_standstill(world: World) -> None:
     world.clock.advance(5)
     status = job_status(job)
     assert (status.deadline, status.standstill) == (INFINITY, 0)
-    # JSON elsewhere has 64 bits with a sign.
+    # Other implementations of JSON may have only signed 64-bit numbers.
     assert str(INFINITY) not in json.dumps(state(job, 0))
     assert replace(status, path="p") == client.job_status("p", properties(job, private=True))
 

@@ -26,7 +26,7 @@ from tests.engine.test_service import make_service
 POWERDOWN, FORCE, NOWAIT = Flag.POWERDOWN, Flag.FORCE, Flag.NOWAIT
 OWNER, ROOT, STRANGER = 1000, 0, 1001
 IN_DOUBT = replace(UP, button=Button.NOT_LISTENED, requests=None)
-"""The guest is watched for a while before it is asked."""
+"""A guest that is observed for a while before it is asked."""
 SIGNALS: dict[str, Any] = {"flags": POWERDOWN}
 FORCED: dict[str, Any] = {"flags": POWERDOWN | FORCE}
 ONLY: dict[str, Any] = {"flags": POWERDOWN, "powerdown_only": True}
@@ -152,8 +152,8 @@ SCOPE = UnitFacts("web.scope", active_state="active", job=9, timeout_stop=90 * S
 def test_a_guard_forces_only_if_its_scope_would_kill(
     scope: UnitFacts | None, uid: int, force: bool, kills: bool, sent: list[int]
 ) -> None:
-    """And only for a caller who asks for it and may force; a stranger was allowed SIGTERM by
-    polkit. What systemd would do is reported to all."""
+    """It gets FORCE only if the caller asks for that and is root or the owner, because polkit has
+    allowed others only SIGTERM. All callers learn what systemd would do."""
     world, process = world_of(UP), FakeProcess()
     service, _ = make_service(world)
     service.units = OneScope(scope)

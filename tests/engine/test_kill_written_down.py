@@ -26,7 +26,7 @@ ROOT = Steerer(0, Rank.AUTHORIZED)
 
 
 class SlowStore:
-    """Writes when it is told to."""
+    """A store that writes only when `write` is called."""
 
     def __init__(self) -> None:
         self.newest: Snapshot | None = None
@@ -68,7 +68,7 @@ def store(world: World) -> SlowStore:
 
 
 def after_crash(world: World, store: SlowStore, process: FakeProcess | None) -> World:
-    """The next daemon, which has what was written last."""
+    """Return the world of the next daemon, which continues from the last state that was written."""
     assert store.newest is not None
     after = World()
     after.clock.advance((world.clock.now() - after.clock.now()) / S + 0.1)

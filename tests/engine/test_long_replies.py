@@ -1,6 +1,6 @@
 """Replies about thousands of jobs do not block the loop.
 
-Processor time is measured, because a busy machine takes the processor away at any time.
+The tests measure processor time, which does not depend on other load of the machine.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from .conftest import FakeProcess, S, World, make_guest
 
 UID = 1000
 MAX_SHARE = 1 / 12
-"""The longest step, as a share of the processor time of MAX_READS calls. It is 1 / MAX_READS if the
-calls are only answered one by one, each in one step."""
+"""The limit for the longest step, as a share of the processor time of MAX_READS calls. If each call
+were answered in a single step, its share would be 1 / MAX_READS."""
 
 
 def service_with(world: World, jobs: int) -> Service:
@@ -64,7 +64,7 @@ def service_with(world: World, jobs: int) -> Service:
             snapshot, result=Result.SIGNALLED, phase=Phase.DONE, ended=world.clock.now() - S
         )
         world.registry.resume(None, ended)
-    # The methods that VarlinkMethods looks up, though nobody calls them here.
+    # VarlinkMethods needs these methods, but no test calls them.
     steering = dict.fromkeys(("cancel", "hold", "release", "force"))
     return cast(Service, SimpleNamespace(registry=world.registry, **steering))
 
@@ -84,8 +84,8 @@ def call_of(serial: int, interface: str, member: str, *, sender: str) -> Incomin
 
 
 async def longest_share(work: Awaitable[None]) -> float:
-    """Return the longest processor time between two turns of the loop during the work, as a share
-    of all of it."""
+    """Return the longest processor time between two turns of the loop, as a share of the processor
+    time of the whole work."""
     longest = 0.0
 
     async def tick() -> None:
@@ -194,7 +194,7 @@ def test_a_bus_that_does_not_read_delays_nobody_on_varlink(world: World) -> None
         call(1)
         await asyncio.sleep(0.01)
         await varlink_turn(UID)
-        # The room is gone again before the turn comes.
+        # Before this call gets its turn, the socket is full again.
         async with turns.long_replies.turn(UID + 1):
             bus.room.set()
             await asyncio.sleep(0.01)
@@ -300,7 +300,7 @@ def test_streams_of_many_jobs(world: World) -> None:
 
 
 def test_changes_of_many_jobs(world: World) -> None:
-    """Such as those of a host that shuts down."""
+    """For example while a host shuts down."""
     bus = FakeBus()
 
     async def work() -> None:

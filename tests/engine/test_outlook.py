@@ -1,4 +1,4 @@
-"""What a job says of its next rung, and of what that waits for."""
+"""The next rung of a job, and what it waits for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIDS = itertools.count(4711)
 
 
 def another(**options: Any) -> FakeProcess:
-    """A process of its own."""
+    """Return a process with a new id."""
     return FakeProcess(make_guest(next(PIDS)), **options)
 
 
@@ -45,7 +45,7 @@ def test_as_long_as_it_moves_sigkill_waits_for_a_standstill(world: World) -> Non
         assert outlook(job).rung is NextRung.KILL
     policy = job.policy
     assert outlook(job) == Outlook(NextRung.KILL, policy.stall)
-    # Without FORCE it gives up instead, later by the time that SIGKILL would have had.
+    # Without FORCE, the job gives up instead, and ReapSec= later.
     lax = world.stop(another(), NO_FLAGS)
     world.clock.advance(30)
     assert outlook(lax) == Outlook(NextRung.GIVE_UP, policy.stall + policy.reap)
@@ -72,7 +72,8 @@ def test_of_storage_it_is_the_longer_span(world: World) -> None:
 
 
 def test_a_clock_that_runs_is_told_as_one(world: World) -> None:
-    """FIXED, MaxSec, an extension and the time after SIGKILL: no progress puts these off."""
+    """Progress does not delay the deadlines of FIXED, MaxSec= and an extension, nor the one after
+    SIGKILL."""
     world.sampler.shows = writes
     fixed = world.stop(another(), Flag.FORCE | Flag.FIXED)
     assert outlook(fixed) == Outlook(NextRung.KILL)
@@ -109,7 +110,8 @@ def test_while_the_guest_is_asked(world: World) -> None:
 def test_a_client_sees_the_deadline_from_sigterm_on(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy host, `follow` comes late, and qkillctl showed "waits without limit" until then."""
+    """On a busy host, `follow` is called late. Until then, qkillctl showed "waits without
+    limit"."""
     monkeypatch.setattr(Job, "follow", lambda job: None)
     job = world.stop(another(), Flag.FORCE)
     assert [rung.action for rung in job.rungs] == ["SIGTERM"]

@@ -1,4 +1,4 @@
-"""A job that asks the guest first: what is asked, when SIGTERM follows, what the receipt says."""
+"""A job that asks the guest first: the orders, the time of SIGTERM, and the receipt."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_guest_that_ignores_the_button_gets_sigterm_after_powerdown_sec() -> N
     world.clock.advance(3)
     assert (process.sent, job.phase) == ([SIGTERM], Phase.TERMINATE)
     assert job.guest_asked is GuestAsked.IGNORED
-    # A connection that is made after SIGTERM would not be answered any more.
+    # The monitor stays open, because QEMU does not answer a connection made after SIGTERM.
     assert world.monitors.open_monitors == 1
     world.clock.advance(60)
     assert process.sent == [SIGTERM, SIGKILL]
@@ -284,7 +284,8 @@ def test_with_resume_a_stopped_process_is_continued_and_then_asked() -> None:
     job = world.stop(process, POWERDOWN | FORCE, help=(GuestOrder.RESUME,))
     assert process.sent == [SIGCONT]
     world.clock.advance(0.9)
-    assert world.monitors.orders == []  # What was due is not its usual work.
+    # Work right after SIGCONT is not the guest's usual work, so it is observed for 1 s first.
+    assert world.monitors.orders == []
     world.clock.advance(0.3)
     assert world.monitors.orders == [GuestOrder.BUTTON]
     assert [(rung.phase, rung.action) for rung in job.rungs] == [
@@ -332,7 +333,7 @@ def test_a_process_that_is_not_qemu_any_more_is_not_continued() -> None:
 
 
 def test_a_late_sample_does_not_show_that_the_process_can_run() -> None:
-    """As on a host that has much to do: the third sample comes in time."""
+    """On a busy host, two samples may come late. Here the third comes in time."""
     world, process = continued_world()
     shows, began = world.sampler.shows, world.clock.now()
     world.sampler.shows = lambda now: None if now < began + 2 * S else shows(now)
@@ -391,7 +392,7 @@ def test_with_nowait_it_is_asked_once_and_no_signal_sent() -> None:
     world.clock.advance(1)
     assert (job.result, process.sent) == (Result.SIGNALLED, [])
     assert world.monitors.orders == [GuestOrder.BUTTON]
-    # Nobody looks what comes of it.
+    # The job does not watch whether the guest shuts down.
     assert job.guest_asked is GuestAsked.ASKED
     world, process = World(), FakeProcess()
     job = world.stop(process, POWERDOWN | NOWAIT)
@@ -421,7 +422,7 @@ def test_max_counts_from_the_start_of_the_job_and_leaves_sigterm_its_grace(
 
 
 def test_a_sigterm_that_comes_after_max_has_its_grace() -> None:
-    """The hold of root lasted longer."""
+    """Root holds the job for longer than MaxSec=."""
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN | FORCE, spans={"max": 30 * S})
     job.hold(ROOT)
@@ -576,7 +577,7 @@ def test_a_qemu_that_crashes_has_not_shut_down() -> None:
 
 
 def test_a_shutdown_is_read_of_a_monitor_whose_qemu_has_exited() -> None:
-    """Its last event and its exit come together."""
+    """QEMU sends its last event and exits before the job has read the event."""
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN)
     world.clock.advance(3)
@@ -586,7 +587,8 @@ def test_a_shutdown_is_read_of_a_monitor_whose_qemu_has_exited() -> None:
 
 
 def test_the_baseline_goes_on_in_the_next_daemon() -> None:
-    """A shutdown without agent takes longer than PowerdownSec, and the daemon restarts in it."""
+    """The daemon restarts during a shutdown that takes longer than PowerdownSec=. The guest has no
+    agent, so only its work, compared with the baseline, shows that it is shutting down."""
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN)
     world.clock.advance(2)
@@ -633,7 +635,7 @@ def test_a_connection_that_was_kept_is_gone_on_with() -> None:
 def test_a_guest_that_ends_while_no_daemon_runs(
     signs: frozenset[ShutdownSign], outcome: GuestAsked
 ) -> None:
-    """The connection that systemd kept tells how."""
+    """The connection that systemd kept contains QEMU's last events."""
     world, process = asked_world(UP), FakeProcess()
     job = world.stop(process, POWERDOWN | FORCE)
     world.clock.advance(2)
@@ -667,7 +669,7 @@ def test_a_fault_in_qkilld_ends_asking_though_no_span_does(asked: bool) -> None:
     world.clock.advance(2)
     assert MessageId.INTERNAL_ERROR in world.journal.ids
     if asked:
-        # It may be shutting down.
+        # The guest may be shutting down, so it gets PowerdownSec=.
         assert process.sent == []
         world.clock.advance(60)
     assert process.sent == [SIGTERM]
@@ -677,7 +679,7 @@ def test_a_fault_in_qkilld_ends_asking_though_no_span_does(asked: bool) -> None:
 
 @pytest.mark.parametrize("flags", [POWERDOWN, POWERDOWN | NOWAIT])
 def test_a_press_of_somebody_else_is_watched(flags: Flag) -> None:
-    """An earlier ExecStop= line has asked the guest."""
+    """For example by an earlier ExecStop= line."""
     world, process = asked_world(replace(UP, press_pending=True)), FakeProcess()
     job = world.stop(process, flags)
     world.clock.advance(1)
@@ -700,7 +702,7 @@ def test_a_press_of_somebody_else_is_watched(flags: Flag) -> None:
 def test_a_press_of_an_earlier_job_is_not_repeated_at_once(
     later_s: float, orders: list[GuestOrder]
 ) -> None:
-    """The guest has taken the press, so its register shows nothing any more."""
+    """The guest has handled the press, so its register no longer shows it."""
     world, process = asked_world(UP), FakeProcess()
     world.stop(process, POWERDOWN | NOWAIT)
     world.clock.advance(0.1)
@@ -796,7 +798,7 @@ def copying(done: int) -> BlockState:
 
 
 def test_a_backup_is_waited_for_before_the_guest_is_asked() -> None:
-    """The end of QEMU, which follows the guest's power-off, would cancel it."""
+    """When the guest powers off, QEMU exits, which would cancel the backup."""
     world, process = asked_world(UP), FakeProcess()
     end = world.clock.now() + 100 * S
     quiet = BlockState(at=0, runstate="running", disks=())

@@ -1,4 +1,4 @@
-"""What callers can have written to the journal is bounded, and what matters is never held back."""
+"""Callers cannot flood the journal, and important entries are never held back."""
 
 from __future__ import annotations
 

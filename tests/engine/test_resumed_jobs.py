@@ -28,7 +28,7 @@ MANY = 3 * AT_ONCE
 
 
 class SlowSampler(FakeSampler):
-    """Takes one sample after the other, each for `span` seconds of the fake clock."""
+    """Takes samples one by one. Each takes `span` seconds of the fake clock."""
 
     span = 0.025
 
@@ -103,7 +103,7 @@ def test_a_few_at_a_time_and_none_counts_as_blocked() -> None:
     assert len(sampler.order) == AT_ONCE
     after.clock.advance(MANY * sampler.span + 2 * PAUSE / S)
     assert {*sampler.order} == {process.guest.identity.pid for process in processes}
-    # Together they take more than the second after which a sample counts as blocked.
+    # A few samples fit into the second after which a sample counts as blocked; all of them do not.
     assert sampler.most * sampler.span < 1 < MANY * sampler.span
     assert {job.verdict for job in resumed} == {Verdict.IDLE}
     assert all(turn.verdict is not Verdict.UNKNOWN for job in resumed for turn in job.history)
@@ -198,7 +198,7 @@ class ListedStore(SlowStore):
 
 
 def with_store(world: World, down: float = 1) -> tuple[World, ListedStore]:
-    """The world after a crash of the daemon and so many seconds, with a store."""
+    """Return the world of the next daemon, `down` seconds after a crash, and its store."""
     after, store = World(), ListedStore()
     after.clock.advance((world.clock.now() - START) / S + down)
     after.sampler.shows = world.sampler.shows
@@ -220,7 +220,8 @@ def test_a_state_is_saved_again_only_when_it_changes() -> None:
     resumed.release(Steerer(0, Rank.ROOT))
     before = len(store.saved)
     after.clock.advance(2 * PROGRESS_INTERVAL / S)
-    # The time of the latest sample, without which the next daemon would take it for unobserved.
+    # The time of the latest sample is saved. Otherwise the next daemon would count the time since
+    # the last save as time without samples.
     assert len(store.saved) > before
 
 

@@ -1,4 +1,5 @@
-"""Servers of network disks: SIGTERM waits until they are known, and the job's end for theirs."""
+"""Servers of network disks: SIGTERM waits until they are found, and the end of the job until it is
+known whether they were stopped, too."""
 
 from __future__ import annotations
 
@@ -119,7 +120,7 @@ def test_sigterm_follows_the_first_sample() -> None:
 
 
 def test_the_files_of_the_servers_are_closed_when_they_are_found() -> None:
-    """The job's own samples have the same files open."""
+    """The job's own samples keep the same files open, so they need not be open twice."""
     world, process = ServedWorld(), client()
     world.stop(process)
     assert world.sampler.closed == 1
@@ -160,7 +161,7 @@ def test_a_server_that_is_not_found_is_looked_for_again() -> None:
     world.clock.advance(1)
     assert process.sent == [SIGTERM]
     assert world.sampler.looks >= MAX_SAMPLES
-    # Samples of the following phase may find it, too.
+    # A sample of the next phase may still find the server.
     world.sampler.shows = lambda now: CONNECTED
     world.clock.advance(1)
     assert world.exits.watched == {SERVER}
@@ -277,7 +278,7 @@ def test_a_server_whose_job_has_ended_with_it_is_no_longer_being_stopped() -> No
     ended = world.stop(old, FORCE)
     old.wake()
     assert ended.result is Result.EXITED
-    # The process id was reused.
+    # The guest's process id has been reused.
     job = world.stop(process, FORCE)
     world.clock.advance(0)
     assert end(world, process, job) == ()
@@ -341,7 +342,8 @@ def test_a_proof_makes_the_watch_unnecessary() -> None:
 
 
 def test_an_exit_before_the_watch_began_is_a_risk() -> None:
-    """A job that an earlier daemon has begun waits for others before its first sample."""
+    """A resumed job waits for its turn before its first sample. Here the guest exits before
+    that."""
     world, process = ServedWorld(), client()
     past = world.stop(process, FORCE).snapshot()
     after = ServedWorld()
@@ -397,7 +399,7 @@ def resumed(world: ServedWorld, process: FakeProcess) -> tuple[ServedWorld, Fake
 
 @pytest.mark.parametrize("pluggable", [False, True])
 def test_a_job_of_an_earlier_daemon_whose_node_is_not_connected(pluggable: bool) -> None:
-    """QEMU may have closed it normally, or may have lost its server before."""
+    """Before SIGTERM, QEMU may have closed the node, or the node may have lost its server."""
     world, process = ServedWorld(), client()
     world.stop(process, FORCE)
     world.clock.advance(0)
@@ -441,7 +443,8 @@ def test_a_job_of_an_earlier_daemon_that_has_sent_no_sigterm() -> None:
 
 @pytest.mark.parametrize("pluggable", [False, True])
 def test_the_first_sample_comes_after_sigterm(pluggable: bool) -> None:
-    """On a busy host. QEMU may have closed a node normally, or may have lost its server before."""
+    """This happens on a busy host. QEMU may have closed the node, or the node may have lost its
+    server before."""
     world, process = ServedWorld(lambda now: None), client()
     job = world.stop(process, FORCE)
     world.clock.advance(TIMEOUT / S)

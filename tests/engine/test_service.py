@@ -1,4 +1,4 @@
-"""The service: what is checked, in which order, before anything is sent."""
+"""The service: the checks before a signal, and their order."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @dataclass
 class FakeCaller:
-    """`answer` is what polkit says of them; `meanwhile` happens while it is asked."""
+    """A caller. polkit gives `answer` about them, and calls `meanwhile` before."""
 
     number: int
     answer: Answer = Answer.DENIED
@@ -127,7 +127,7 @@ def test_a_stranger_is_denied_and_learns_nothing(world: World) -> None:
                 said.add((type(caught.value), str(caught.value)))
             assert process.closed
             assert process.sent == []
-            # Nobody types a password for what is no QEMU, or another one than was meant.
+            # polkit shows no dialog for a process that is not a QEMU, or not the requested one.
             is_qemu = process.guest.identity.executable != "/bin/sh"
             assert caller.asked == [
                 (PolkitAction.TERMINATE, is_qemu),
@@ -175,12 +175,13 @@ def test_joining_with_force_is_denied(world: World) -> None:
 
 
 def test_a_process_that_is_exiting(world: World) -> None:
-    """What it was cannot be seen any more: only a job that has seen it can be joined."""
+    """The kernel no longer shows its executable, so only the existing job of the process can be
+    joined."""
     service, host = make_service(world, FakeProcess())
     host.exiting = True
     with pytest.raises(NoSuchProcess, match="4711 is exiting"):
         run(service.terminate(4711, 0, {}, ROOT))
-    with pytest.raises(AccessDenied):  # and who may not stop it does not learn even that
+    with pytest.raises(AccessDenied):  # others do not learn that it exits
         run(service.terminate(4711, 0, {}, FakeCaller(STRANGER)))
     host.exiting = False
     job = run(service.terminate(4711, 0, {}, ROOT))
@@ -291,7 +292,7 @@ class FakeUnits:
 def test_a_unit_that_its_process_leaves(
     world: World, afterwards: Unit | None, error: type[QkilldError]
 ) -> None:
-    """It was moved to another unit while polkit was asked, or its unit cannot be read now."""
+    """The process moves to another unit during the checks, or its unit becomes unreadable."""
     process = FakeProcess()
     service, host = make_service(world, process)
     host.unit = Unit("web.service")
@@ -326,7 +327,8 @@ def test_a_unit_where_systemd_does_not_answer(world: World, error: QkilldError) 
 
 @pytest.mark.parametrize("change", [{"executable": "/bin/sh"}, {"uid": 0}])
 def test_a_process_that_changes_while_it_is_looked_at(world: World, change: dict[str, Any]) -> None:
-    """Between the first look and the signal it executes another program, or gains rights."""
+    """Between the first check and the signal, the process executes another program or changes its
+    user."""
 
     class ChangingProcess(FakeProcess):
         def identify(self) -> Identity:
@@ -437,7 +439,7 @@ def test_inspect_lets_go_of_the_process(world: World) -> None:
 
 
 class FakeStore:
-    """Writes when it is told to."""
+    """A store that writes only when the test says so."""
 
     def __init__(self) -> None:
         self.saved: list[Phase] = []

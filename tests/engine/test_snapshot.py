@@ -1,4 +1,4 @@
-"""A job that is taken up by another registry: the same decisions, and nothing against the data."""
+"""A job that another registry resumes makes the same decisions, or safer ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ BLIND: Shows = lambda now: Sample(now, "S")  # noqa: E731
 
 
 def flushes_for(seconds: float) -> Shows:
-    """It waits for storage, and writes until so long after its start."""
+    """Return samples of a process that waits for storage, and writes for this long after the
+    start."""
     end = START + int(seconds * S)
     return lambda now: replace(WAITING, io=Io(0, 0, 0, 0, 0, min(now, end), 0))
 
@@ -43,7 +44,7 @@ def passed_on(past: Snapshot) -> Snapshot:
 
 
 def crash(world: World, job: Job, process: FakeProcess, down: float = 0) -> tuple[World, Job]:
-    """The world after a crash of the daemon and so many seconds, and the job in it."""
+    """Return the world of the next daemon, `down` seconds after a crash, and the resumed job."""
     after = World()
     after.clock.advance((world.clock.now() - START) / S + down)
     after.sampler.shows = world.sampler.shows
@@ -52,7 +53,7 @@ def crash(world: World, job: Job, process: FakeProcess, down: float = 0) -> tupl
 
 
 def ends(world: World, process: FakeProcess) -> tuple[int | None, int]:
-    """When SIGKILL comes, and when the job ends, in µs since the start."""
+    """Return the times of SIGKILL and of the job's end, in µs since the start."""
     (job,) = world.registry
     while job.running and world.clock.now() < START + 400 * S:
         world.clock.advance(0.05)
@@ -65,8 +66,8 @@ def ends(world: World, process: FakeProcess) -> tuple[int | None, int]:
 @pytest.mark.parametrize("cut", [0.02, 0.3, 4.7, 9.99, 10.01, 12, 14.99, 40, 64.9])
 @pytest.mark.parametrize("shows", [IDLES, WAITS, BLIND, flushes_for(7), flushes_for(35)])
 def test_a_crash_at_any_time_ends_as_none_at_all(flags: Flag, cut: float, shows: Shows) -> None:
-    """With the daemon back at once: the same rungs. Later ones only where it was making progress,
-    or nobody had looked yet."""
+    """The next daemon starts at once. The rungs come at the same times, or later if the process was
+    making progress or no sample had been taken."""
     world, process = World(), FakeProcess(dies_of=())
     world.sampler.shows = shows
     job = world.stop(process, flags, spans={"stall": 8 * S})
@@ -89,8 +90,8 @@ def test_a_crash_at_any_time_ends_as_none_at_all(flags: Flag, cut: float, shows:
     assert process.sent.count(SIGKILL) == (kill is not None)
     assert (kill_after is None) == (kill is None)
     if unsure:
-        # Never sooner, but that its looks may come to lie otherwise; and later by no more than the
-        # span of what may have happened unseen.
+        # SIGKILL never comes earlier, apart from a shift of the sample times by up to 1 s. It comes
+        # later by at most `cut` and StorageStallSec=, because progress may have gone unseen.
         assert (kill or 0) - S < (kill_after or 0)
         assert end - S < end_after <= end + int(cut * S) + 60 * S
     else:
@@ -113,7 +114,7 @@ def test_movement_between_two_daemons_is_progress() -> None:
 
 
 def test_no_sigkill_on_one_look_after_a_long_absence() -> None:
-    """Nobody had looked before the crash: what was not seen may have been progress."""
+    """No sample was taken before the crash, so the process may have made progress until then."""
     world, process = World(), FakeProcess()
     job = world.stop(process, FORCE)
     after, _ = crash(world, job, process, down=120)
@@ -137,7 +138,7 @@ def test_right_before_sigkill_it_looks_once_more() -> None:
 
 @pytest.mark.parametrize(("shows", "expected"), [(IDLES, 68), (lambda now: None, 118)])
 def test_a_longer_time_without_looks_does_not_count(shows: Shows, expected: int) -> None:
-    """Of 60 s in between all but the usual distance of looks is taken off."""
+    """Of the 60 s without a daemon, only the usual interval between two samples counts."""
     world, process = World(), FakeProcess()
     job = world.stop(process, FORCE)
     world.clock.advance(5)
@@ -260,7 +261,7 @@ def test_a_newer_job_has_a_survivor_taken_over() -> None:
 
 
 def test_a_running_and_a_survived_job_of_one_process() -> None:
-    """As two daemons may have left them: each lets go of its own only."""
+    """Two daemons may have left these jobs. Each job closes only its own process."""
     world = World()
     job = world.stop(FakeProcess())
     running = job.snapshot()
@@ -319,7 +320,8 @@ def test_numbers_and_processes_are_not_taken_twice(world: World) -> None:
 
 @pytest.mark.parametrize("progress", [None, 65])
 def test_a_job_of_which_only_its_signals_are_known(progress: int | None) -> None:
-    """As a client that the daemon has left alone knows it: no SIGTERM again, and patience."""
+    """A client knows only this much when the daemon exits. The job sends no second SIGTERM, and
+    assumes that the process may have made progress until now."""
     after, process = World(), FakeProcess()
     after.clock.advance(70)
     after.sampler.shows = WAITS
@@ -464,7 +466,7 @@ def test_holds_and_extensions_survive_a_crash(world: World) -> None:
 
 
 def test_servers_are_not_saved() -> None:
-    """There may be hundreds for each sample."""
+    """A sample may have hundreds of servers."""
     peer = Peer(90, "nbdkit", (), 0, None, ())
     socket = Socket(7, "unix", True, 0, 0, peer=replace(peer, behind=(peer,)))
     mount = Mount("fuse.sshfs", None, None, servers=(peer,))

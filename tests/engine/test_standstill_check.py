@@ -1,4 +1,4 @@
-"""Whether QEMU can run is checked before its guest is asked, in a part of the time for asking."""
+"""The check whether QEMU can run takes only a part of the time for asking the guest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .test_powerdown import UP, asked_world
 def test_waiting_for_a_sample_takes_a_third_of_the_time_for_asking(
     ask_s: int, asked_s: int
 ) -> None:
-    """One sample is always awaited until its timeout."""
+    """Even with little time, the check waits for one sample until its timeout."""
     world, process = asked_world(UP), FakeProcess()
     world.sampler.shows = lambda now: None
     world.stop(process, Flag.POWERDOWN, ask_at_most=ask_s * S)

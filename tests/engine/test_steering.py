@@ -1,4 +1,4 @@
-"""Who may steer a job: whoever has at least the right that it runs by."""
+"""Who may steer a job: callers of the same rank as its requester, or a higher one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_owner_cannot_steer_a_job_of_root(world: World, act: str, uid: int) 
     with pytest.raises(AccessDenied, match="The stop of process 4711 is not yours"):
         asyncio.run(STEER[act](service, job, owner))
     wanted = PolkitAction.FORCE if act == "force" else PolkitAction.TERMINATE
-    assert owner.asked == [(wanted, True)]  # who may be an administrator as well
+    assert owner.asked == [(wanted, True)]  # the owner may also be an administrator
     world.clock.advance(10)
     assert process.sent == [SIGTERM, SIGKILL]
 
@@ -125,7 +125,8 @@ def test_a_hold_of_roots_does_not(world: World) -> None:
 
 @pytest.mark.parametrize("flags", [FORCE, FORCE | FIXED])
 def test_root_takes_a_job_over(world: World, flags: Flag) -> None:
-    """As with `qkilld-stop --force --max 5s` for a guest whose owner has made it last for ever."""
+    """For example with `qkilld-stop --force --max 5s`, although the owner has made the stop
+    endless."""
     process = FakeProcess()
     spans = {"grace": INFINITY, "max": INFINITY}
     job = world.stop(process, flags, uid=OWNER, spans=spans)
@@ -178,7 +179,7 @@ def test_the_owner_cannot_lengthen_a_job_of_root(world: World) -> None:
     job = world.stop(process, uid=0)
     world.stop(FakeProcess(), FORCE, uid=OWNER, spans={"grace": INFINITY})
     assert (job.policy.grace, job.flags, job.request.uid) == (10 * S, FORCE, 0)
-    # Whoever polkit authorized does.
+    # A user whom polkit authorized can.
     world.stop(FakeProcess(), uid=STRANGER, spans={"grace": 20 * S})
     assert (job.policy.grace, job.request.uid) == (20 * S, 0)
 

@@ -1,4 +1,4 @@
-"""One entry for all stops that ran at the same time."""
+"""One journal entry for all concurrent stops."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_one_stop_has_its_receipt_alone(world: World) -> None:
         world.stop(process)
         process.die()
     assert summaries(world) == []
-    # A later round does not count those.
+    # The summary of later stops does not count these.
     pair = processes(2)
     for process in pair:
         world.stop(process)

@@ -1,4 +1,4 @@
-"""What a job records, and that a replay of it comes to what the job came to."""
+"""The records of a job, and that a replay of them has the same result."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_replay_comes_to_the_same(
     rungs = [rung.at for rung in job.rungs if rung.phase is Phase.KILL]
     expected = rungs[0] if rungs else job.ended
     assert expected is not None
-    # A look that never came back took its second.
+    # The job waits up to 1 s for a sample that never arrives; the replay does not.
     assert expected - S <= replayed.at <= expected
     if shows(0) is not None:
         assert replayed.at == expected

@@ -1,4 +1,4 @@
-"""Yanking dead storage before SIGKILL: a rung of its own, only when it is certain."""
+"""The rung that yanks dead storage before SIGKILL."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_windows_start_again_and_sigkill_comes_when_nothing_is_left_to_cut_off()
 
 
 def test_a_healthy_disk_has_its_time_after_it() -> None:
-    """It needs 200 s, and writes all the time."""
+    """After the yank, the healthy disk writes for 200 s."""
     world, process = stuck_world()
     begun(world, process)
     world.clock.advance(62)
