@@ -31,7 +31,8 @@ from tests.safety.cell import Cell, wrong
 from tests.safety.policies import COLUMNS, OURS, Column
 
 AT_ONCE: Final = 2
-"""The cells mostly wait; they need a processor only to boot a guest and to count."""
+"""The number of cells that run at a time. A cell mostly waits, and needs a processor only to boot
+its guest and to count records."""
 _KEPT: Final = CACHE / "safety"
 
 EPILOG: Final = """\
@@ -92,7 +93,7 @@ class _CellProcess:
 
     @classmethod
     def start(cls, row: Case, column: Column, traces: Path | None) -> _CellProcess:
-        """Starts the cell in a process of its own, so that its failure is its own."""
+        """Measure the cell in its own process, so that a failure does not affect other cells."""
         more = [str(traces)] if traces else []
         said, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         process = spawn(
@@ -104,7 +105,7 @@ class _CellProcess:
         return cls(row, column, process, os.pidfd_open(process.pid), said, errors)
 
     def close(self) -> None:
-        """At SIGTERM it takes down its guest and its disks."""
+        """At SIGTERM, the process of the cell ends its guest and its disks."""
         self.process.terminate()
         self.process.wait()
         os.close(self.pidfd)
@@ -126,8 +127,8 @@ class _CellProcess:
 def _measure(
     rows: Sequence[Case], columns: Sequence[Column], at_once: int, fresh: bool, traces: Path | None
 ) -> dict[Key, CellResult]:
-    """Measures the cells that are not kept, the long ones first."""
-    # In the order of the table, whatever finishes first.
+    """Measure the cells that are not kept from an earlier run, the long ones first."""
+    # The keys are in the order of the table.
     found = {(row.name, column.name): CellResult() for row in rows for column in columns}
     todo: list[tuple[Case, Column]] = []
     for row in rows:
@@ -177,14 +178,15 @@ def _keep(row: Case, column: Column, cell: Cell) -> None:
 
 
 def _path(row: Case, column: Column) -> Path:
-    """Named after everything that the cell depends on and that may change between runs."""
+    """Return the path for a cell. Its name contains everything that the cell depends on and that
+    may change between runs."""
     of = _qkilld() if column.of_qkilld else "peer"
     return _KEPT / f"{row.name}.{column.name}.{REVISION}.{of}.json"
 
 
 @functools.cache
 def _qkilld() -> str:
-    """A hash over qkilld's source, committed or not."""
+    """Return a hash of qkilld's source as it is in the checkout."""
     digest = hashlib.sha256()
     for path in sorted((TOP / "qkilld").rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())

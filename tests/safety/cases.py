@@ -1,9 +1,9 @@
-"""The rows: storage and states in which a guest is stopped, what is right there, and why.
+"""The rows: the storage and the state of a guest that is stopped, and the right results.
 
-Each case is a context manager that makes the storage and yields a Scene. The order in a cell: the
-scene's machine is started and has said that it is done, `started` is called, then `strike`; at once
-the guest is stopped; each of `later` happens so many seconds after that. When the policy has given
-its answer, `recover` brings storage and process back, so that what is on the disks can be read.
+Each case is a context manager that makes the storage and yields a Scene. In a cell, the scene's
+machine starts and reports that its records are written. Then `started` and `strike` are called, and
+the guest is stopped at once. Each of `later` is called at its time after the request to stop. After
+the result, `recover` makes storage and process work again, so that the disks can be read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.lab.storage import NbdServer, SlowDisk, nbd_server, slow_disk
 from tests.safety.machine import Machine, Target
 
 REVISION: Final = 2
-"""To be raised when a change makes earlier measurements worthless."""
+"""Increase this if a change makes earlier measurements invalid."""
 
 MIB: Final = 1 << 20
 GRACE_S: Final = 10
@@ -36,10 +36,11 @@ STORAGE_STALL_S: Final = 60
 REAP_S: Final = 5
 """The defaults of qkilld.conf."""
 _SETTLED_S: Final = 8
-"""For so long after a change of the storage, the earlier verdict is right as well."""
+"""For this long (s) after a change of the storage, the earlier verdict is right, too."""
 
 _DETAIL_S: Final = 5
-"""By then servers have been found and rings read: that begins once a wait is 2 s old."""
+"""After this time (s), a sample with detail has found servers and read rings. Samples have detail
+once a wait is 2 s old."""
 _MOVES: Final = frozenset({Verdict.FLUSHING})
 _WAITS: Final = frozenset({Verdict.STORAGE_WAIT})
 _EITHER: Final = _MOVES | _WAITS
@@ -63,7 +64,7 @@ class Scene:
 
 
 class StorageMismatch(Exception):
-    """The storage was not as its row says, so nothing was measured."""
+    """The storage did not behave as its row says, so the cell has no result."""
 
 
 Network = Callable[[], contextlib.AbstractContextManager[None]]
@@ -73,8 +74,7 @@ Make = Callable[[Network], contextlib.AbstractContextManager[Scene]]
 
 @dataclass(frozen=True)
 class RightVerdicts:
-    """Which verdicts are right from `since` seconds after the request on, until the next entry
-    begins."""
+    """The verdicts that are right from `since` (s after the request) until the next entry."""
 
     since: float
     verdicts: frozenset[Verdict]
@@ -82,11 +82,11 @@ class RightVerdicts:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What qkilld does with FORCE and its default settings."""
+    """The expected result of qkilld with FORCE and default settings."""
 
     result: frozenset[str]
     within: float
-    """Seconds from the request to the result."""
+    """The longest time from the request to the result, s."""
     not_before: float = 0
     nothing_lost: bool = True
 
@@ -99,12 +99,12 @@ class Case:
     right: Sequence[RightVerdicts]
     expected: Expectation
     note: str = ""
-    """Why a row lacks what the others have."""
+    """A remark for the table."""
     busy: float = 0
-    """For how many seconds at least the storage needs to finish the guest's writes. An earlier end
-    without SIGKILL means that the storage was not slow."""
+    """The shortest time (s) that the storage needs to finish the guest's writes. If the guest exits
+    earlier without SIGKILL, the storage was not slow."""
     weight: float = 60
-    """Longest duration of a cell, about, s: the long ones are started first."""
+    """The approximate duration of the longest cell, s. Rows with long cells start first."""
 
 
 _EXITED: Final = frozenset({"exited"})
@@ -123,18 +123,19 @@ def _records(count: int, passes: int, stride: int = 32 * MIB) -> str:
 
 
 MANY: Final = _records(900, 3)
-"""The later passes leave 300 L2 tables of 4 KiB for a clean exit to write: 24 s at 400 kbit/s."""
+"""The later passes leave 300 L2 tables of 4 KiB in memory. A clean exit writes them, in 24 s at 400
+kbit/s."""
 FEW: Final = _records(90, 3)
 ONE_TABLE: Final = f"{_records(90, 3, 2 * MIB)} lab.at={256 * MIB}"
-"""With clusters of 64 KiB one L2 table covers everything. It is made with the first record, and no
-later write of the guest makes QEMU flush."""
+"""With clusters of 64 KiB, a single L2 table covers all records. QEMU makes it for the first
+record, so later writes cause no flush."""
 GAPS: Final = "3600"
-"""At that rate nbdkit lets 4 KiB pass after 25 s: its bucket holds the amount of 2 s, and it waits
-ever shorter for the rest."""
+"""At this rate (bits per second), nbdkit lets 4 KiB pass after 25 s: its bucket holds the amount of
+2 s, and it waits for shorter and shorter times for the rest."""
 _RATE: Final = 2_000_000
 """Speed of a slow disk, bytes per second."""
 TWO_TABLES: Final = _records(80, 40)
-"""Two L2 tables and a refcount block, a request of 4 KiB each."""
+"""These leave two L2 tables and a refcount block to write, each with a request of 4 KiB."""
 
 
 def _file(where: Path | str, options: str = "cache=writeback") -> str:
@@ -142,7 +143,8 @@ def _file(where: Path | str, options: str = "cache=writeback") -> str:
 
 
 def _qcow2(path: Path, cluster: str = "4K") -> Path:
-    """With clusters of one record. Each later pass needs new ones, in L2 tables that exist."""
+    """Make an image whose clusters hold one record each. Each later pass needs new clusters, which
+    QEMU enters into existing L2 tables."""
     qemu_img = str(needs.program("qemu-img", "qemu-utils"))
     options = f"cluster_size={cluster}"
     run([qemu_img, "create", "-q", "-f", "qcow2", "-o", options, path, "10G"], check=True)
@@ -160,13 +162,13 @@ def _fast(
 
 @contextlib.contextmanager
 def _idle(network: Network) -> Iterator[Scene]:
-    """Nothing is outstanding: there is no disk at all."""
+    """A guest without a disk, so nothing is outstanding."""
     with scratch("m") as directory:
         yield Scene(Machine(directory, [], "lab.job=disks"), [])
 
 
 def _page_cache(mebibytes: int) -> Make:
-    """The slow disk gets the image's pages when the last flush asks for them."""
+    """The image's pages are in the page cache. The last flush writes them to the slow disk."""
 
     @contextlib.contextmanager
     def make(network: Network) -> Iterator[Scene]:
@@ -181,7 +183,7 @@ def _page_cache(mebibytes: int) -> Make:
 
 
 def _queue(aio: str) -> Make:
-    """The guest's own writes wait in a long queue, past the page cache."""
+    """The guest's own writes wait in a long queue of the disk, not in the page cache."""
     job = f"{ONE_TABLE} lab.load=write lab.bytes={MIB} lab.depth=40"
 
     @contextlib.contextmanager
@@ -189,11 +191,10 @@ def _queue(aio: str) -> Make:
         with _slow_image(f"cache=none,aio={aio}", job) as (disk, scene):
 
             def strike(target: Target) -> None:
-                # First each of them gets something to write; from then on no thread of QEMU's waits
-                # for Linux AIO.
+                # Let the guest fill its queue. With Linux AIO, no thread of QEMU waits after that.
                 time.sleep(3)
                 disk.slow(_RATE)
-                time.sleep(1)  # by now all of them are in the queue
+                time.sleep(1)  # all writes are in the queue now
                 before = disk.written()
                 time.sleep(2)
                 took = disk.written() - before
@@ -208,7 +209,7 @@ def _queue(aio: str) -> Make:
 
 @contextlib.contextmanager
 def _slow_image(options: str, job: str, memory: int = 256) -> Iterator[tuple[SlowDisk, Scene]]:
-    """A guest whose image is on a disk that is not slow yet."""
+    """A guest whose image is on a disk that can become slow."""
     with scratch("m") as directory, slow_disk(mebibytes=1024) as disk:
         assert disk.directory is not None
         image = _qcow2(disk.directory / "disk.qcow2", cluster="64K")
@@ -302,7 +303,7 @@ def _debugger(network: Network) -> Iterator[Scene]:
             debuggers.append(debugger)
             stack.callback(end, debugger)
             assert debugger.stdin is not None and debugger.stdout is not None
-            # When it says so, gdb is at its prompt and holds every thread.
+            # When gdb prints this, it holds every thread.
             debugger.stdin.write(b"echo attached\\n\n")
             debugger.stdin.flush()
             while b"attached" not in (line := debugger.stdout.readline()):
@@ -353,7 +354,7 @@ def _frozen_cgroup(version: int) -> Make:
 
 
 def _own_group(pid: int, hierarchy: Path) -> Path:
-    """The process's cgroup in the hierarchy mounted there."""
+    """Return the process's control group in the hierarchy mounted at this path."""
     controller = "" if (hierarchy / "cgroup.controllers").exists() else "freezer"
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -374,7 +375,7 @@ def _is_frozen(group: Path) -> bool:
 
 
 def _hierarchy(version: int, controller: str) -> Path:
-    """Where v1's hierarchy of that controller, or the hierarchy of v2, is mounted. Raises
+    """Return the mount point of v1's hierarchy of this controller, or of v2's hierarchy. Raises
     needs.Missing."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, after = (part.split() for part in line.split(" - ", 1))
@@ -389,9 +390,9 @@ def _hierarchy(version: int, controller: str) -> Path:
 
 @contextlib.contextmanager
 def _neighbour(network: Network) -> Iterator[Scene]:
-    """The image's own file system stands still; the disk below it is busy for somebody else.
+    """The image's file system is stuck, and the disk below it is busy for somebody else.
 
-    The guest is in cgroups of its own, as under libvirt and systemd.
+    The guest has its own control groups, as under libvirt and systemd.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("m"))
@@ -425,7 +426,7 @@ def _neighbour(network: Network) -> Iterator[Scene]:
 
 
 def _own_group_parents() -> list[Path]:
-    """The hierarchies that account for writing."""
+    """Return the parents for the guest's own groups, in the hierarchies that count writes."""
     parents = []
     for controller in ("memory", "blkio"):
         with contextlib.suppress(needs.Missing):
@@ -435,7 +436,7 @@ def _own_group_parents() -> list[Path]:
 
 @contextlib.contextmanager
 def _file_system(image: Path, mebibytes: int) -> Iterator[Path]:
-    """An ext4 on a loop device, on a file of another file system."""
+    """An ext4 on a loop device, whose file is on another file system."""
     with contextlib.ExitStack() as stack:
         image.touch()
         os.truncate(image, mebibytes * MIB)
@@ -469,7 +470,7 @@ def _failing(network: Network) -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def _sixteen(network: Network) -> Iterator[Scene]:
-    """They are flushed one after the other, each by a server of its own."""
+    """Sixteen disks, each on its own server. QEMU flushes them one by one."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("m"))
         images = [_qcow2(directory / f"disk{n}.qcow2") for n in range(16)]

@@ -1,7 +1,7 @@
 """A program, run as `python -m tests.safety.cell ROW COLUMN [TRACES]`: one cell of the matrix.
 
-Prints one line of JSON: {"cell": ...}, {"missing": TEXT} or {"failed": TEXT}. Traces of qkilld's
-go to TRACES/ROW.
+Prints one line of JSON: {"cell": ...}, {"missing": TEXT} or {"failed": TEXT}. qkilld's traces go to
+TRACES/ROW.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cell:
     """Errors that `qemu-img check` finds, without leaked clusters."""
     outcome: Outcome
     wrong: list[str]
-    """How the cell differs from what is expected; qkilld only."""
+    """The differences from the expected result; only for qkilld."""
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Cell:
@@ -52,7 +52,7 @@ class Cell:
 def measure(case: Case, column: Column, traces: Path | None) -> Cell:
     """Stop a guest; repeat with another guest if the storage did not behave as the row says.
 
-    Raises needs.Missing, AssertionError if the guest does not come up, and StorageMismatch if the
+    Raises needs.Missing, AssertionError if the guest does not start, and StorageMismatch if the
     storage never behaves as the row says.
     """
     for _ in range(ATTEMPTS - 1):
@@ -101,13 +101,13 @@ def _stop(scene: Scene, stopper: Stopper, target: Target) -> tuple[int, Outcome]
             timer.cancel()
             timer.join()
         scene.recover()
-    # The guest was given up or waits in the kernel: only what it has written without help counts.
+    # A guest that was given up, or that waits in the kernel, can exit now.
     wait_gone(target.pidfd, RECOVERY_S)
     return acknowledged, outcome
 
 
 def _check(image: Path) -> int:
-    """The number of errors in the image, once nobody has it open.
+    """Return the number of errors in the image, once nobody has it open.
 
     The kernel keeps the files of an io_uring open until its last request is done, long after the
     process has gone.
@@ -123,7 +123,7 @@ def _check(image: Path) -> int:
 
 
 def wrong(case: Case, cell: Cell) -> list[str]:
-    """How qkilld's cell differs from what the case expects, in words."""
+    """Describe how qkilld's cell differs from what the case expects."""
     outcome, expected = cell.outcome, case.expected
     found = []
     if outcome.result not in expected.result:
@@ -141,7 +141,7 @@ def wrong(case: Case, cell: Cell) -> list[str]:
 
 
 def _wrong_ticks(case: Case, outcome: Outcome) -> list[str]:
-    """Runs of ticks with a wrong verdict, from the first `since` on."""
+    """Describe the spans with a wrong verdict, from the first `since` on."""
     runs: list[tuple[str, float, float, str]] = []
     killed = _killed_at(outcome)
     for at, verdict in outcome.ticks:
@@ -157,7 +157,7 @@ def _wrong_ticks(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _killed_at(outcome: Outcome) -> float:
-    """When SIGKILL was sent: what comes after is judged differently."""
+    """Return the time of SIGKILL. Later verdicts are not judged by `right`."""
     rungs = outcome.details.get("receipt", {}).get("rungs", [])
     return min((at / 1e6 for _, name, at in rungs if "KILL" in str(name)), default=float("inf"))
 

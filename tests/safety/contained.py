@@ -1,7 +1,7 @@
-"""Columns whose guests live in a throwaway system: plain systemd, and libvirt.
+"""Columns whose guests run in a throwaway system: plain systemd, and libvirt.
 
-The storage is made outside, in this process's scratch directory, which is visible inside under the
-same path; TCP servers are started in the system's network.
+The storage is in this process's scratch directory outside, which is visible inside under the same
+path. TCP servers start in the system's network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if libc.syscall({_SYS_MOVE_MOUNT}, int(sys.argv[1]), b"", {_AT_FDCWD}, os.fsenco
 
 
 class Contained:
-    """What both have in common."""
+    """The common part of both columns."""
 
     def __init__(self, system: container.Container) -> None:
         self._system = system
@@ -60,7 +60,7 @@ class Contained:
         return self._system.network()
 
     def show_storage(self) -> None:
-        """Makes the scratch directory and the mounts below it visible inside."""
+        """Make the scratch directory and the mounts below it visible inside."""
         path = os.fsencode(run_directory())
         tree = _libc.syscall(
             _SYS_OPEN_TREE,
@@ -86,7 +86,7 @@ class Contained:
 
 
 class Systemd(Contained):
-    """A service with no setting but TimeoutStopSec=."""
+    """The guest runs in a service that only sets TimeoutStopSec=."""
 
     @contextlib.contextmanager
     def launch(self, machine: Machine) -> Iterator[Target]:
@@ -115,7 +115,7 @@ class Systemd(Contained):
 
 
 class Libvirt(Contained):
-    """virsh destroy, by the libvirtd that started the guest."""
+    """virsh destroy stops the guest, which libvirtd has started."""
 
     def __init__(self, system: container.Container, options: tuple[str, ...]) -> None:
         super().__init__(system)
@@ -156,7 +156,7 @@ class Libvirt(Contained):
 
 
 def _inside(text: str) -> str:
-    """Replaces paths of the checkout by those in the system."""
+    """Replace paths of the checkout by those in the system."""
     return text.replace(str(TOP), container.CHECKOUT)
 
 
@@ -174,13 +174,13 @@ def _held(target: Target) -> Iterator[Target]:
 @contextlib.contextmanager
 def systemd(traces: Path | None) -> Iterator[Stopper]:
     """Raises needs.Missing, as boot() does."""
-    guest_image()  # built here: inside, the checkout is read-only
+    guest_image()  # build it here, because inside, the checkout is read-only
     with container.boot() as system:
         yield Systemd(system)
 
 
 def libvirt(*options: str) -> Policy:
-    """With these options of virsh destroy."""
+    """Return the policy that stops guests with `virsh destroy` and these options."""
 
     @contextlib.contextmanager
     def begin(traces: Path | None) -> Iterator[Stopper]:

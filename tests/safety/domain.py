@@ -1,9 +1,10 @@
-"""A program, run as `python -m tests.safety.domain XML NAME`: a guest of libvirt's, and its end.
+"""A program, run as `python -m tests.safety.domain XML NAME`: start a guest of libvirt, and stop
+it.
 
-It is for a throwaway system (tests.lab.container). It starts libvirtd and the guest and says so by
-a line, takes the options of `virsh destroy` as a line of JSON, stops the guest and says how that
-went: {"seconds", "said", "status"}, the last the guest's exit code (-N: by signal N; null where it
-is still there). At the end of its input it ends.
+Run it only in a throwaway system (tests.lab.container). It starts libvirtd and the guest, and
+prints a line of JSON. Then it reads the options of `virsh destroy` as a line of JSON, stops the
+guest, and prints {"seconds", "said", "status"}. "status" is the guest's exit code: -N for signal N,
+null if the guest is still there. The program exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _ARGUMENTS: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 
 
 def description(machine: Machine) -> str:
-    """libvirt's XML of the machine. QEMU gets its disks as they are."""
+    """Return libvirt's XML of the machine. It passes the arguments for the disks to QEMU
+    unchanged."""
     ET.register_namespace("qemu", _ARGUMENTS)
     image = guest_image()
     top = ET.Element("domain", type="qemu")
@@ -57,7 +59,7 @@ def description(machine: Machine) -> str:
 
 def main() -> int:
     xml, name = sys.argv[1:]
-    # libvirt counts a zombie as a living process, so this reaps the guest at once.
+    # Become the guest's parent, to reap it at once: libvirt takes a zombie for a living process.
     become_subreaper()
     try:
         with peer.libvirtd():

@@ -1,4 +1,4 @@
-"""A cell's QEMU: its command line, and the process, whoever has started it."""
+"""A cell's QEMU: its command line, and its process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Machine:
     """A Linux guest with these disks, which it sees as NVMe."""
 
     directory: Path
-    """Its own directory, for the log of the serial line."""
+    """The directory of the machine, with the log of its serial line."""
     drives: Sequence[str]
-    """Each as -drive takes it, without if= and id=."""
+    """The arguments of -drive, without if= and id=."""
     job: str
     """`lab.KEY=VALUE` words for the kernel command line."""
     memory: int = 128
@@ -45,12 +45,12 @@ class Machine:
         return f"console=ttyS0 quiet panic=-1 nokaslr no_timer_check {self.job}"
 
     def said(self) -> str:
-        """QEMU's own messages, if its starter keeps them in the directory."""
+        """Return QEMU's messages, if whoever started it keeps them in the directory."""
         path = self.directory / "stderr"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def disks(self) -> list[str]:
-        """QEMU's arguments for the disks alone."""
+        """Return QEMU's arguments for the disks."""
         arguments = []
         for number, drive in enumerate(self.drives):
             arguments += ["-drive", f"{drive},if=none,id=d{number}"]
@@ -58,7 +58,7 @@ class Machine:
         return arguments
 
     def argv(self) -> list[str]:
-        """The whole command. Raises needs.Missing."""
+        """Return the whole command line. Raises needs.Missing."""
         image = guest_image()
         return [
             *(str(needs.program(QEMU, "qemu-system-x86").resolve()), "-name", f"guest={self.name}"),
@@ -72,16 +72,16 @@ class Machine:
 
 @dataclass
 class Target:
-    """A running QEMU, whoever is its parent."""
+    """A running QEMU, which may be the child of another process."""
 
     machine: Machine
     pid: int
-    """In this process's pid namespace, whichever the guest has."""
+    """Its id in this process's PID namespace."""
     pidfd: int
 
     @classmethod
     def find(cls, machine: Machine, timeout: float = 30) -> Target:
-        """Waits for a process with the machine's UUID among its arguments."""
+        """Wait for a process with the machine's UUID among its arguments."""
         deadline = time.monotonic() + timeout
         wanted = f"\0{machine.uuid}\0".encode()
         while True:
@@ -99,8 +99,8 @@ class Target:
             time.sleep(0.05)
 
     def wait_for(self, pattern: str) -> None:
-        """Waits for a line of the serial line. AssertionError at the timeout, or if an error is
-        printed."""
+        """Wait for a match on the serial line. Raises AssertionError at the timeout, or if the
+        guest prints an error."""
         try:
             found = Log(self.machine.serial).wait_for(
                 f"{pattern}|^GUEST ERROR.*$", BOOT_TIMEOUT_S, pidfd=self.pidfd
@@ -110,7 +110,7 @@ class Target:
         assert not found.startswith("GUEST ERROR"), found
 
     def acknowledged(self) -> int:
-        """How many records its disks have acknowledged."""
+        """Return the number of records that its disks have acknowledged."""
         return Log(self.machine.serial).text().count("ACK ")
 
     @property
@@ -118,10 +118,10 @@ class Target:
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Raises ProcessLookupError where it is gone."""
+        """Raises ProcessLookupError if it is gone."""
         signal.pidfd_send_signal(self.pidfd, number)
 
     def state(self) -> str:
-        """The state of the main thread, proc(5)."""
+        """Return the state of the main thread, proc(5)."""
         stat = Path(f"/proc/{self.pid}/stat").read_text()
         return stat[stat.rindex(")") + 2]

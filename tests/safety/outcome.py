@@ -1,4 +1,4 @@
-"""What a policy has to offer, and what comes of it."""
+"""The interface of a policy, and the outcome of a stop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.safety.machine import Machine, Target
 @dataclass
 class Outcome:
     result: str
-    """exited (before any SIGKILL), killed, or survived: it was given up and is still there."""
+    """exited (before any SIGKILL), killed, or survived (it was given up and is still there)."""
     seconds: float
-    """From the request to the answer."""
+    """Seconds from the request to the result."""
     said: str = ""
-    """What the policy told its caller, unless it succeeded."""
+    """The policy's message to its caller; "" if it succeeded."""
     ticks: list[tuple[float, str]] = field(default_factory=list)
-    """(seconds, verdict) twice a second; qkilld only."""
+    """(seconds, verdict), twice a second; only for qkilld."""
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -28,14 +28,15 @@ class Stopper(Protocol):
     """A policy that is ready to run."""
 
     def network(self) -> contextlib.AbstractContextManager[None]:
-        """In it, the servers that the guest connects to over TCP are started."""
+        """Return a context in which to start the servers that the guest connects to over TCP."""
 
     def launch(self, machine: Machine) -> contextlib.AbstractContextManager[Target]:
-        """A running guest. On exit it is gone, by SIGKILL if need be."""
+        """Return a context with a running guest. At its end, the guest is killed if it is still
+        there."""
 
     def stop(self, target: Target) -> Outcome:
-        """Stops it and returns when the policy says so."""
+        """Stop the guest. Return when the policy reports the result."""
 
 
 Policy = Callable[[Path | None], contextlib.AbstractContextManager[Stopper]]
-"""Gets a directory for traces, or None for no traces."""
+"""A function that takes a directory for traces, or None for no traces."""

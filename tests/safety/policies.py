@@ -1,6 +1,6 @@
-"""The columns: who stops the guest. Each starts guests as it usually does, and stops them.
+"""The columns: the ways to stop a guest. Each also starts its guests in its usual way.
 
-Each is the real thing except `wchar`, which is written here because nobody has it.
+All are real programs except `wchar`, which no program implements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONFIG: Final = "[Target]\nExecutables=/usr/bin/qemu-system-* /usr/local/bin/qe
 
 
 class Direct:
-    """Its guests are children of this process."""
+    """A policy whose guests are children of this process."""
 
     def network(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -46,7 +46,7 @@ class Direct:
 
 
 class Qkilld(Direct):
-    """Over D-Bus, with these flags and the default settings."""
+    """qkilld over D-Bus, with these flags and default settings."""
 
     def __init__(self, client: Client, flags: Flag, log: Callable[[], str]) -> None:
         self._client, self._flags, self._log = client, flags, log
@@ -65,7 +65,7 @@ class Qkilld(Direct):
             except TimeoutError:
                 assert time.monotonic() < start + PATIENCE_S, f"the job goes on: {self._log()}"
             verdict = client.properties(job, JOB_INTERFACE)["Verdict"]
-            # The guest may go between the tick and the call; that gives no verdict on a guest.
+            # Skip the verdict of a guest that has exited before the call.
             if verdict not in (Verdict.GONE, Verdict.ZOMBIE):
                 ticks.append((round(time.monotonic() - start, 1), str(verdict)))
         seconds = time.monotonic() - start
@@ -88,7 +88,8 @@ def _qkilld(flags: Flag, *, traced: bool) -> Policy:
 
 
 class OneCounter(Direct):
-    """SIGTERM; SIGKILL when wchar of /proc/PID/io has not changed for 10 s; then 5 s more."""
+    """Send SIGTERM; send SIGKILL when wchar of /proc/PID/io has not changed for 10 s; wait another
+    5 s."""
 
     STALL_S: Final = 10
     REAP_S: Final = 5
@@ -114,7 +115,7 @@ class OneCounter(Direct):
         try:
             text = Path(f"/proc/{target.pid}/io").read_text()
         except (ProcessLookupError, FileNotFoundError, PermissionError):
-            return -1  # it is about to go
+            return -1  # the process is exiting
         return int(text.split("wchar: ")[1].split()[0])
 
 
@@ -129,7 +130,7 @@ class Column:
     title: str
     policy: Policy
     of_qkilld: bool = False
-    """Whether its outcome depends on qkilld's code."""
+    """Whether the outcome depends on qkilld's code."""
 
 
 OURS: Final = "qkilld"

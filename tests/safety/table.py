@@ -1,4 +1,4 @@
-"""The matrix as a table in Markdown, and what is wrong in it."""
+"""Print the matrix as a table in Markdown, and the wrong cells."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def table(
 
 
 def _shown(cell: Cell) -> str:
-    """Such as "352 of 900 lost, 11.4 s, killed"."""
+    """Format a cell, for example "352 of 900 lost, 11.4 s, killed"."""
     lost = f"{cell.lost} of {cell.acknowledged} lost, " if cell.acknowledged else ""
     corrupt = f"{cell.corrupt} errors, " if cell.corrupt else ""
     verdicts = list(dict.fromkeys(verdict for at, verdict in cell.outcome.ticks if at >= 2))
