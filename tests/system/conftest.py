@@ -12,8 +12,9 @@ import pytest
 from tests.lab import container as lab_container
 
 AT_ONE_GO: Final = 5
-"""How many neighbours of a file one worker of pytest-xdist runs in a row: they share their module's
-set-up. Fewer would repeat it more often; more would leave the longest file to one worker."""
+"""How many successive tests of a file one worker of pytest-xdist runs, because they share the
+set-up of their module. With fewer, the set-up would be repeated more often; with more, one worker
+would run the whole longest file."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,6 +37,6 @@ def container() -> Iterator[lab_container.Container]:
 
 @pytest.fixture(scope="session")
 def installed(container: lab_container.Container) -> lab_container.Container:
-    """The same after `make install`: /usr/bin/qkilld and the rest, with nothing started."""
+    """The throwaway system after `make install`, with nothing started."""
     lab_container.install(container)
     return container

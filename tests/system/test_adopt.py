@@ -31,13 +31,13 @@ IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
 TIMEOUT_S = 4
 """TimeoutStopSec= of every unit here, before and after it is adopted."""
 RATE = "800K"
-"""Speed of the storage during the stop, bits per second: what is left to write takes some 10 s."""
+"""Speed of the storage during the stop, bits per second. QEMU's last writes take about 10 s."""
 JOB = f"lab.job=disks lab.records=900 lab.passes=3 lab.stride={32 << 20}"
 MANAGERS_OWN = {"manager-timeout": "advice"}
 """The finding that every unit of a user has: only the system can change the limit of the user's
 manager."""
 OVERRIDE = f"[Service]\nTimeoutStopSec={TIMEOUT_S}\n"
-"""With it, nothing but an extension of the timeout can keep the guest."""
+"""With this timeout, the guest keeps its data only if the timeout is extended."""
 
 _numbers = itertools.count(1)
 
@@ -65,8 +65,8 @@ class Manager:
         return done.stdout + done.stderr
 
     def check(self, unit: str, verdicts: Sequence[str] = ("safe", "manual")) -> dict[str, str]:
-        """Key → severity of each finding, without the one for the missing monitor, which most
-        guests here have."""
+        """Return the severity of each finding by its key. Leave out the finding about a missing
+        monitor, which most guests here have."""
         where = ["--user"] if self.user else []
         done = self.run("qkillctl", *where, "--json", "check-unit", unit, check=False)
         (document,) = json.loads(done.stdout)
@@ -90,7 +90,7 @@ class Manager:
         self.systemctl("daemon-reload")
 
     def tree(self) -> str:
-        """Everything that adopt may write to."""
+        """List everything below the directories to which adopt may write."""
         places = [self.directory, "/run/systemd/system", f"/run/user/{UID}/systemd/user"]
         return self.system.run(
             *("find", *places, "-printf", "%p %M %u %s %l\\n"), check=False
@@ -113,7 +113,7 @@ def users(manager: Manager) -> Iterator[Manager]:
 
 @dataclass
 class FlushingGuest:
-    """A guest whose last writes go to an NBD server that will be slow."""
+    """A guest whose last writes go to an NBD server, which is slow during the stop."""
 
     machine: Machine
     image: Path
@@ -126,12 +126,12 @@ class FlushingGuest:
         return " ".join(quoted(word.replace(str(TOP), CHECKOUT)) for word in words)
 
     def wait(self) -> None:
-        """Waits until the disk has acknowledged everything."""
+        """Wait until the disk has acknowledged all records."""
         self.target = Target.find(self.machine)
         self.target.wait_for("^GUEST DONE")
 
     def lost(self) -> int:
-        """How many acknowledged records are missing, after the guest has gone."""
+        """Return how many acknowledged records are missing. Call it after the guest's exit."""
         assert self.target is not None
         self.server.rate(None)
         assert wait_gone(self.target.pidfd, 60)
@@ -161,7 +161,7 @@ def flushing(manager: Manager) -> Iterator[list[FlushingGuest]]:
                 check=True,
             )
             server = stack.enter_context(nbd_server(image, room=64 << 20))
-            # For the guest that belongs to a user.
+            # One of the guests runs as a user.
             Path(server.uri.partition("socket=")[2]).chmod(0o777)
             directory.chmod(0o777)
             drive = f"file={server.uri},format=qcow2,cache=writeback"
@@ -200,7 +200,7 @@ def test_a_slow_flush_is_lost_before_and_not_after(
         users.systemctl("start", "wild-user.service")
         for guest in flushing:
             guest.wait()
-        # What is wrong with them.
+        # Check the units before they are adopted.
         assert manager.check("wild-plain.service") == {"no-exec-stop": "loses"}
         assert manager.check("wild-forking.service") == {
             "no-exec-stop": "loses",
@@ -368,7 +368,7 @@ def test_drop_ins_that_override_ours_are_named(manager: Manager) -> None:
         manager.run("rm", path)
         manager.systemctl("daemon-reload")
         assert manager.check(unit) == {}
-        # A drop-in that was written but not loaded is loaded.
+        # adopt makes systemd load a drop-in that was written but not loaded.
         text = manager.run("cat", f"{manager.directory}/{unit}.d/50-qkilld.conf").stdout
         manager.ctl("adopt", "--undo", unit)
         manager.system.write(f"{manager.directory}/{unit}.d/50-qkilld.conf", text)
@@ -443,7 +443,7 @@ def test_a_transient_service(manager: Manager) -> None:
     assert manager.check(unit) == {}
     manager.systemctl("stop", unit)
     assert len(manager.system.journal("-u", unit, "QKILLD_RESULT=exited")) == 1
-    # The unit has gone with its guest.
+    # The unit has disappeared with its guest.
     manager.ctl("adopt", "--undo", unit)
     assert manager.tree() == before
 
@@ -522,7 +522,7 @@ def test_dry_run_templates_instances_and_aliases(manager: Manager) -> None:
         manager.ctl("adopt", "wild-t@.service")
         assert manager.check("wild-t@2.service") == {}
         assert manager.check("wild-t@.service") == {}
-        # The second time there is nothing to do, and nothing is done.
+        # The second time, adopt has nothing to do.
         adopted = manager.tree()
         assert "adopt --undo wild-t@.service`" in manager.ctl("adopt", "--undo", "wild-t@a", code=1)
         assert "is safe" in manager.ctl("adopt", "wild-t@.service")

@@ -1,5 +1,5 @@
-"""What adopt reverts: a result other than the predicted one, or everything at once. Also, it takes
-no time from running stops."""
+"""adopt reverts a result that differs from the predicted one, can revert everything at once, and
+takes no time from running stops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def files(system: Container) -> str:
 
 @contextlib.contextmanager
 def unit(system: Container, *lines: str, name: str = "") -> Iterator[str]:
-    """A running unit. Without lines of its own it has a QEMU that does nothing."""
+    """A running unit with these lines, by default with an idle QEMU."""
     name = name or f"safety{next(_numbers)}.service"
     text = "[Service]\n" + "\n".join(lines or (f"ExecStart={IDLE}",)) + "\n"
     system.write(f"{DIRECTORY}/{name.partition('@')[0]}{'@.service' if '@' in name else ''}", text)
@@ -63,7 +63,8 @@ def test_a_result_that_is_not_what_was_predicted_is_taken_back(installed: Contai
     wanted = ("ExecStop", "KillSignal", "NotifyAccess", "TimeoutStopUSec")
     with unit(installed) as name:
         settings = shown(installed, name, *wanted)
-        # systemd has not loaded it, so nobody knows of it: daemon-reload makes it count.
+        # systemd has not loaded this drop-in, so the prediction does not include it. The
+        # daemon-reload of adopt loads it.
         later = f"{DIRECTORY}/{name}.d/90-site.conf"
         installed.write(later, "[Service]\nExecStop=\nExecStop=/bin/kill -9 $MAINPID\n")
         before = files(installed)
@@ -82,7 +83,7 @@ def test_an_earlier_drop_in_of_ours_comes_back_as_it_was(installed: Container) -
     with unit(installed) as name:
         ctl(installed, "adopt", name)
         path = f"{DIRECTORY}/{name}.d/{OURS}"
-        # adopt would now write more than there is; another drop-in makes the unit worse.
+        # adopt would add lines to its earlier drop-in, but another drop-in makes the unit worse.
         installed.write(f"{DIRECTORY}/{name}.d/10-site.conf", "[Service]\nKillMode=none\n")
         installed.run("systemctl", "daemon-reload")
         later = f"{DIRECTORY}/{name}.d/90-site.conf"
@@ -122,7 +123,7 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
                 stack.enter_context(installed.spawn("qkillctl", *words))
                 for words in (("adopt", name), ("adopt", "--undo", other))
             ]
-            # What the removal of a package runs.
+            # This is the command that the removal of a package runs.
             removal = stack.enter_context(installed.spawn("/usr/lib/qkilld/undo-adopt"))
             assert removal.wait(90) == 4
             assert removal.stdout is not None
@@ -139,7 +140,7 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
         assert installed.property(slow, "ActiveState") == "deactivating"
         assert "is safe" in ctl(installed, "adopt", "--now", name)
         ctl(installed, "adopt", "--undo", "--now", name)
-        # adopt waits for that stop and then goes on.
+        # adopt waits for the stop, and then continues.
         with installed.spawn("qkillctl", "adopt", name) as adopting:
             with pytest.raises(subprocess.TimeoutExpired):
                 adopting.wait(3)
@@ -178,7 +179,7 @@ def test_everything_that_was_ever_written_is_taken_back(installed: Container) ->
         until(lambda: installed.property(scope, "ActiveState"), lambda state: state == "active")
         units = (plain, gone, edited, "safety-t@.service", transient, scope)
         ctl(installed, "adopt", *units)
-        # A unit that has gone since, one whose drop-in was edited, and a file that is not ours.
+        # One unit has disappeared, the drop-in of another was edited, and a third file is not ours.
         installed.run("systemctl", "stop", gone)
         installed.run("rm", f"{DIRECTORY}/{gone}")
         path = f"{DIRECTORY}/{edited}.d/{OURS}"
@@ -288,10 +289,12 @@ def test_a_sandbox_in_which_the_helper_cannot_be_executed(installed: Container) 
 def test_the_helper_in_a_pid_namespace_of_its_own_says_so(
     installed: Container, command: str
 ) -> None:
-    """$MAINPID is another process there, or none, and no guest is visible: not "gone"."""
+    """In the namespace, $MAINPID is another process or none, and no guest is visible. The helper
+    must not conclude that the guest is gone."""
     version = int(installed.run("systemctl", "--version").stdout.split()[1])
     lines = ["PrivatePIDs=yes", f"ExecStart={IDLE}", f"ExecStop={command}"]
-    if version != 257:  # Older ones have no PrivatePIDs=, and 262 does not use it for ExecStop=.
+    # Versions before 257 have no PrivatePIDs=, and 262 does not apply it to ExecStop=.
+    if version != 257:
         lines = [f"ExecStart={IDLE}"]
         lines += [f"ExecStop=/usr/bin/unshare --pid --fork --mount-proc {command}"]
     with unit(installed, *lines) as name:
@@ -302,7 +305,8 @@ def test_the_helper_in_a_pid_namespace_of_its_own_says_so(
 
 
 def test_a_guest_in_a_pid_namespace_of_its_own(installed: Container) -> None:
-    """The helper that adopt writes is not in such a namespace, and stops it as any other.
+    """The helper in the line of adopt runs outside of the namespace, so it stops the guest
+    normally.
 
     systemd before 257 ignores the setting."""
     with unit(installed, "Type=exec", "PrivatePIDs=yes", f"ExecStart={IDLE}") as name:
@@ -334,7 +338,7 @@ def test_a_template_gets_the_lines_as_written(installed: Container) -> None:
         assert "/run/a" not in other
         ctl(installed, "adopt", "--undo", template)
 
-    # systemd ignores the last line, so it has not the lines of the file.
+    # systemd ignores the last line, so its commands are not those of the files.
     with unit(installed, *lines, "ExecStop=-nonsense/", name="safety-lines@a.service"):
         before = files(installed)
         assert "daemon-reload" in ctl(installed, "adopt", template, code=8)
@@ -386,7 +390,8 @@ def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> Non
 
 
 def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container) -> None:
-    """The instance is safe by its own drop-in, and its environment says what its stop line does."""
+    """Only the instance's own drop-in makes it safe, and only its environment shows what its stop
+    line does."""
     lines = (
         f"ExecStart={IDLE} -name %i",
         "EnvironmentFile=-/run/%i.env",
@@ -411,7 +416,7 @@ def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container)
 
 
 def test_a_limit_of_memory_does_not_make_an_instance_special(installed: Container) -> None:
-    """Nothing but a running instance shows what its script runs."""
+    """Only a running instance shows what the script starts."""
     script, template = "/usr/local/bin/safety-run", "safety-limit@.service"
     installed.write(script, f"#!/bin/sh\nexec {IDLE} -name $1\n")
     installed.run("chmod", "755", script)

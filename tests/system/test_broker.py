@@ -23,7 +23,7 @@ def system() -> Iterator[Container]:
 
 
 def start(system: Container, name: str, *options: str) -> int:
-    """A QEMU in a unit of that name; its process id."""
+    """Start a QEMU in a unit of this name; return its process id."""
     system.run("systemd-run", f"--unit={name}", "-p", "Type=exec", *options, *QEMU.split(), name)
     return int(system.property(f"{name}.service", "MainPID"))
 
@@ -48,7 +48,7 @@ def test_guests_are_told_of_and_followed(system: Container) -> None:
     start(system, "followed")
     listed = system.run("qkillctl", "list").stdout
     assert "followed.service" in listed
-    # Signals and matches: it waits for the changes of its job.
+    # qkillctl waits for signals about its job, for which it adds match rules.
     done = system.run("qkillctl", "terminate", "--wait", "followed.service")
     assert "without SIGKILL" in done.stdout
 

@@ -13,7 +13,7 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 
 
 def test_only_root_is_told_that_a_host_is_safe(installed: Container) -> None:
-    """Others may not see the executables of other users' processes."""
+    """Other users cannot see the executables of all processes."""
 
     def check(uid: int | None) -> tuple[dict[str, Any], list[str], str]:
         done = installed.run("qkillctl", "--json", "check-host", uid=uid, check=False)
@@ -30,7 +30,7 @@ def test_only_root_is_told_that_a_host_is_safe(installed: Container) -> None:
     assert "run this as root" in said
     assert "No QEMU runs on this host" not in lines(OTHER_UID)
 
-    # This guest tells everyone which program it is, by its command line.
+    # Everyone can see that this guest is a QEMU, by its command line.
     guest = (QEMU, "-name", "checked", "-M", "none", "-display", "none")
     installed.run("systemd-run", f"--unit={UNIT}", "--service-type=exec", *guest)
     try:

@@ -28,7 +28,8 @@ TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 POWERDOWN = 4
 QEMU = "/usr/bin/qemu-system-x86_64 -nodefaults -no-user-config -display none"
 FIRMWARE = f"{QEMU} -M pc -accel tcg -m 32"
-"""Nothing in it listens to the power button, and it is idle within a second."""
+"""A guest without an operating system: nothing listens to the power button, and it is idle after a
+second."""
 KILLS = int(os.environ.get("LAB_KILLS", "8"))
 """How often the daemon is killed while QEMU hangs in its exit. 200 take some minutes."""
 DROP_IN = "/run/systemd/system/qkilld.service.d/guest-first.conf"
@@ -96,7 +97,7 @@ def kill_daemon(system: Container) -> None:
 def test_the_monitor_of_another_user_is_reached(
     system: Container, place: str, lines: tuple[str, ...], monitor: str
 ) -> None:
-    """By the daemon, in spite of its sandbox."""
+    """The daemon asks the guest, despite the daemon's sandbox."""
     command = f"{FIRMWARE} {monitor} unix:{place},server=on,wait=off"
     with unit(system, "reached", command, f"User={OTHER_UID}", *lines) as name:
         until(lambda: call(system, "ListGuests")[0], bool)
@@ -119,11 +120,11 @@ def test_systemctl_stop_loses_nothing_that_the_guest_had_written(system: Contain
             shell = Shell(directory / "shell")
             shell.wait_until_there()
             system.run("qkillctl", "adopt", name)
-            # Nothing but an extension of the timeout can keep the guest.
+            # The guest keeps its data only if this timeout is extended.
             system.write(f"/run/systemd/system/{name}.d/99.conf", "[Service]\nTimeoutStopSec=3\n")
             system.run("systemctl", "daemon-reload")
             try:
-                # What stops last, takes long.
+                # Make the end of the guest's shutdown slow.
                 slow = "--property=RemainAfterExit=yes --property=ExecStop='/bin/sleep 4'"
                 shell.run(f"systemd-run {slow} /bin/true")
                 write_files(shell)
@@ -155,8 +156,8 @@ def stop_and_follow(system: Container, name: str) -> None:
 
 
 def test_out_of_band_outlives_the_daemon(system: Container) -> None:
-    """After SIGTERM, QEMU answers no new connection: the daemon goes on with the one that systemd
-    keeps."""
+    """After SIGTERM, QEMU answers no new connection, so the next daemon uses the connection that
+    systemd keeps."""
     lines = "StartLimitIntervalSec=0\n[Service]\nEnvironment=SYSTEMD_LOG_LEVEL=debug"
     system.write(DROP_IN, f"[Unit]\n{lines}\n")
     system.run("systemctl", "daemon-reload")
@@ -180,7 +181,7 @@ def hang_and_kill(system: Container, uri: str, directory: Path, freeze: Any) -> 
     with unit(system, "hangs", command) as name:
         until((directory / "hmp").exists, bool)
         tell = ("python3", "-c", TELL, f"{directory}/hmp")
-        system.run(*tell, "info status")  # an answer means that its disk is open
+        system.run(*tell, "info status")  # QEMU has opened its disk when it answers
         freeze()
         system.run(*tell, 'qemu-io dead "aio_write 0 64k"')
         job = terminate(system, name, POWERDOWN, storage_stall=3600)
@@ -191,7 +192,7 @@ def hang_and_kill(system: Container, uri: str, directory: Path, freeze: Any) -> 
             kill_daemon(system)
             until(lambda: adopted(system), (number + 1).__eq__)
         assert phase(system, job) == "terminate"
-        # The pidfd and the connection.
+        # systemd keeps the pidfd and the connection.
         assert system.property("qkilld.service", "NFileDescriptorStore") == "2"
         system.run("systemctl", "kill", "--signal=KILL", name)
         assert wait(system, job)[0] == "exited"
@@ -206,7 +207,7 @@ def phase(system: Container, job: str) -> str:
 
 
 def adopted(system: Container) -> int:
-    """How many daemons have had an answer on the saved connection."""
+    """Return how many daemons got an answer on the saved connection."""
     lines = system.run("journalctl", "-u", "qkilld.service", "-o", "cat", "--no-pager").stdout
     return lines.count("adopting a stored monitor connection: it answers")
 

@@ -30,7 +30,7 @@ sender.sendto(text.encode(), "/run/systemd/journal/socket")
 
 @pytest.fixture(scope="module")
 def system(installed: Container) -> Iterator[Container]:
-    """A system after two stops: one by the daemon, one by a unit's own user without it."""
+    """A system after two stops: one by the daemon, and one without it, in a unit with a user."""
     installed.write("/etc/qkilld/qkilld.conf", "")
     installed.run("systemctl", "restart", "qkilld.service")
     stop(installed, "past1.service")
@@ -59,11 +59,12 @@ def stop(system: Container, unit: str, *lines: str, journald_lags: bool = False)
 
 
 def stop_while_journald_lags(system: Container, unit: str) -> None:
-    """journald reads nothing from before the stop until a moment after the guest's exit."""
+    """Stop the guest while journald does not read. It reads again shortly after the guest's
+    exit."""
     show = ("systemctl", "show", "--value", "--property=MainPID")
     qemu = system.run(*show, unit).stdout.strip()
     journald = system.run(*show, "systemd-journald.service").stdout.strip()
-    # One process does all of it, because on a busy host starting another takes too long.
+    # A single process does all this, because on a busy host, starting another one takes too long.
     script = f"""
         kill -STOP {journald}
         systemctl stop --no-block {unit}
@@ -116,7 +117,8 @@ def test_a_stop_is_drawn_from_the_journal(system: Container) -> None:
     drawn = system.run("qkillctl", "timeline", f"job:{number}").stdout
     words = [element.text or "" for element in ElementTree.fromstring(drawn).iter()]
     assert any(word.startswith("SIGTERM ") for word in words)
-    # Daemons and helpers all count from 1: a number means the newest job that has it.
+    # Each daemon and each helper counts jobs from 1, so a number means the newest job with this
+    # number.
     assert any(f"job {number}: exited" in word for word in words)
     missing = system.run("qkillctl", "timeline", "job:999999", check=False)
     assert missing.returncode == 7 and "has no job 999999" in missing.stderr

@@ -31,7 +31,7 @@ def make(action: str, *variables: str, check: bool = True) -> str:
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Everything below: the type and the content of each file."""
+    """Return the type and the content of each file below `root`."""
     return {
         str(path.relative_to(root)): (
             f"-> {path.readlink()}"
@@ -78,15 +78,14 @@ def test_uninstall_removes_only_installed_files(lab_dir: Path) -> None:
         "usr/lib/qkilld/complete",
     ):
         assert path in installed, path
-    # A second installation, as an upgrade would do it, with a module that is gone: the same to the
-    # byte.
+    # Install again, as for an upgrade that removes a module. The result is identical.
     manifest = lab_dir / "usr/lib/qkilld/installed-files"
     gone = "usr/lib/qkilld/python/qkilld/of_an_older_version.py"
     (lab_dir / gone).touch()
     manifest.write_text(manifest.read_text() + f"/{gone}\n")
     make("install", destination)
     assert tree(lab_dir) == installed
-    # The files made by systemctl enable and by another interpreter go too.
+    # Uninstalling also removes what systemctl enable and another interpreter have made.
     (wants / "qkilld.service").symlink_to("/usr/lib/systemd/system/qkilld.service")
     (lab_dir / "usr/lib/qkilld/python/qkilld/__pycache__/x.cpython-399.pyc").touch()
     make("uninstall", destination)
@@ -119,14 +118,14 @@ def test_other_places(lab_dir: Path) -> None:
         assert not re.search(r"/usr/(bin/qk|share/doc)", page.read_text()), page.name
     completion = lab_dir / "opt/q/share/zsh/site-functions/_qkillctl"
     assert "$(/opt/q/lib/qkilld/complete $kind" in completion.read_text()
-    # The bus reads its policy from there alone.
+    # The bus reads policies only from this directory.
     assert (lab_dir / "usr/share/dbus-1/system.d/org.qkilld1.conf").exists()
     make("uninstall", *variables)
     assert tree(lab_dir) == {}
 
 
 def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
-    """Byte code, the list of installed files, and the licence."""
+    """The package's system handles byte code, the list of installed files, and the licence."""
     make("install", f"DESTDIR={lab_dir}", "PACKAGE=yes")
     names = [path.name for path in lab_dir.rglob("*")]
     assert "qkillctl" in names and "qkilld.conf.5" in names
@@ -134,7 +133,7 @@ def test_a_package_leaves_to_its_system_what_is_its_own(lab_dir: Path) -> None:
 
 
 def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
-    """But nothing that somebody else has written, or edited."""
+    """It keeps files that somebody else has written or edited."""
     change = Change("it is cut off", (Line("Service", "ExecStop=/usr/bin/qkilld-stop"),))
     text = text_of("x.service", "qkillctl adopt --undo x", "1.0.0", [change])
     files = {

@@ -1,7 +1,7 @@
 """A host shuts down with guests that keepers shut down: qkilld-guests.service waits for them.
 
-The keepers are stand-ins for pve-guests.service, docker, libvirt-guests and a site's own, with
-their unit properties.
+The keepers are stand-ins for pve-guests.service, docker, libvirt-guests and a keeper of the site,
+with their unit properties.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from tests.lab.scratch import scratch
 from tests.safety.contained import Contained
 
 BUSY_S, HUNG_S = 3, 5
-"""How long pve-guests is busy before it asks, and the timeout of the keeper that hangs."""
+"""The time before pve-guests asks its guest, and the timeout of the keeper that hangs."""
 
-# Is busy for that long, or until the guest of that socket is gone (a minute at most). Then it asks
-# the guest of the next socket, and returns when that one is gone.
+# keep SECONDS|SOCKET SOCKET: wait for SECONDS, or up to a minute for the exit of the guest with the
+# first SOCKET. Then ask the guest with the second SOCKET, and return when this guest is gone.
 KEEP = """\
 #!/bin/sh
 runs() { socat -u OPEN:/dev/null "UNIX-CONNECT:$1" 2>/dev/null; }
@@ -59,7 +59,7 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""Stopped after them: a follower of the journal gets an entry only 250 ms later."""
+"""This unit is stopped after the guests, because journalctl --follow gets an entry 250 ms late."""
 SCOPES = {
     # Scopes as Proxmox VE's qemu-server makes them.
     "100": ("Before=pve-guests.service", "KillMode=process", "SendSIGKILL=no",
@@ -70,7 +70,7 @@ SCOPES = {
     "hung": ("Before=hung-keeper.service", "TimeoutStopSec=10"),
     # libvirt's scope, whose keeper is behind this target.
     "virt": ("Before=virt-guest-shutdown.target", "TimeoutStopSec=10"),
-    # A container of docker: no order leads to its keeper.
+    # A container of docker, which is not ordered before its keeper.
     "box": ("TimeoutStopSec=10",),
     "free": ("TimeoutStopSec=10",),
 }  # fmt: skip
@@ -85,7 +85,7 @@ exec /usr/local/sbin/dockerd infinity
 
 @pytest.fixture
 def host() -> Iterator[Container]:
-    """A host for this test alone."""
+    """A host for one test only."""
     with lab_container.boot() as booted:
         lab_container.install(booted)
         Contained(booted).show_storage()
@@ -129,7 +129,7 @@ def start(host: Container, guest: CorpusGuest, state: Path) -> None:
         host.run("systemd-run", *unit, "/usr/local/bin/engine", *scope, *words)
         wait_for(lambda: host.property("box.scope", "ActiveState") == "active")
         return
-    # A child of the host's first process, which reaps it.
+    # Make it a child of the host's first process, which reaps it.
     script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
     host.run("sh", "-c", script, "sh", *scope, *words)
     wait_for(lambda: host.property(f"{guest.name}.scope", "ActiveState") == "active")
@@ -142,7 +142,7 @@ class Story:
     entries: list[dict[str, Any]]
 
     def at(self, text: str, unit: str = "") -> list[int]:
-        """When that text was logged, µs."""
+        """Return the times (µs) at which this text was logged."""
         return [
             int(entry["__MONOTONIC_TIMESTAMP"])
             for entry in self.entries
@@ -156,7 +156,7 @@ class Story:
 @contextlib.contextmanager
 def recorded(host: Container, log: Log) -> Iterator[None]:
     with log.path.open("wb") as file:
-        # No child of nsenter's: see test_shutdown.
+        # Not a child of nsenter: see test_shutdown.
         follow = ("setsid", "--fork", "journalctl", "--follow", "--lines=all", "--output=json")
         with host.spawn(*follow, stdout=file) as started:
             started.wait(30)
@@ -208,31 +208,32 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
     assert projects["our-guests.service"] == "libvirt" and projects["engine.service"] == "docker"
 
     def stopped(name: str) -> list[int]:
-        """When qkilld started the job, before it asked the guest or sent a signal."""
+        """Return when qkilld started its job for the guest."""
         return story.at(f'Stopping guest "{name}" ')
 
     (pve_ends,) = story.at("keeper ends", "pve-guests.service")
     (site_ends,) = story.at("keeper ends", "site-keeper.service")
     (hung_begins,) = story.at("Stopping hung-keeper.service")
-    # Keepers shut two of them down, and qkilld never touched those.
+    # Keepers shut down two guests, which qkilld leaves alone.
     assert not stopped("100") and not stopped("site"), story
     assert not stopped("virt") and not stopped("box"), story
     for keeper in ("site-keeper", "our-guests", "engine"):
         assert story.at(f"is left to {keeper}.service"), story
-    # The keeper does not know this one; qkilld asks it when the keeper has finished.
+    # The keeper does not know guest 101. qkilld stops it when the keeper has finished.
     (left,) = stopped("101")
     assert left >= pve_ends, story
-    # Its keeper hangs: it waits until its own timeout, no longer.
+    # The keeper of this guest hangs. qkilld waits until the keeper's timeout, but no longer.
     (stuck,) = stopped("hung")
     assert stuck - hung_begins >= HUNG_S * 1_000_000, story
-    # A guest waits for its own keeper only: this keeper waits for the guest.
+    # qkilld does not wait for the keepers of other guests: one of these keepers waits for this
+    # guest.
     (free,) = stopped("free")
     assert free < site_ends, story
     assert not story.at("Sent SIG"), story
 
 
 def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
-    """systemd does so by itself, and a guard or qkilld-guests.service must not change that."""
+    """systemd leaves them running, and a guard or qkilld-guests.service must not change that."""
     with lab_container.boot() as host:
         lab_container.install(host)
         host.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep 1000\n")
@@ -250,6 +251,6 @@ def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
         wait_for(lambda: host.property("other.service", "ActiveState") == "inactive")
         guard = "qkilld-scope@guarded.scope.service"
         for name in ("guarded.scope", "plain.scope", guard, "qkilld-guests.service"):
-            # systemd has queued every stop before it returns.
+            # When isolate returns, systemd has queued every stop.
             assert host.property(name, "ActiveState") == "active", name
             assert host.property(name, "Job") in ("", "0"), name

@@ -24,7 +24,7 @@ with peer.libvirtd():
         peer.virsh("create", xml.strip())
         print("created", flush=True)
 """
-"""Runs libvirtd, and starts a domain for each description it gets."""
+"""A program that runs libvirtd, and starts a domain for each description on its input."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def libvirt(installed: Container) -> Iterator[subprocess.Popen[bytes]]:
 def domain(
     system: Container, libvirt: subprocess.Popen[bytes], name: str, power: str
 ) -> Iterator[str]:
-    """A running domain whose power button does what `power` says. Gives its pid in the
+    """Run a domain that reacts to its power button as `power` says. Yield its pid in the
     container."""
     with scratch("v") as directory:
         serial = Log(directory / "serial")
@@ -68,7 +68,7 @@ def test_the_helper_has_libvirt_ask_its_guest(
     with domain(installed, libvirt, "web", "off") as pid:
         done = installed.run("qkilld-stop", f"--pid={pid}", check=False)
         assert (done.returncode, "is gone" in done.stdout + done.stderr) == (0, True)
-        # It got no signal: the daemon had no job.
+        # The guest got no signal, because the daemon had no job.
         jobs = json.loads(installed.run("qkillctl", "--json", "jobs").stdout)
         assert int(pid) not in [job["pid"] for job in jobs]
 

@@ -1,4 +1,4 @@
-"""How long the service lives: nothing that a shutdown stops early may stop it, too."""
+"""How long the service runs: what a shutdown stops early must not stop the service, too."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_nothing_that_it_requires_is_stopped_by_a_shutdown(installed: Container,
 
 
 def test_an_indirect_default_dependency_is_found(installed: Container) -> None:
-    """A unit with default dependencies that one of them requires, even indirectly."""
+    """The listing finds a unit with default dependencies that qkilld.service requires
+    indirectly."""
     drop_in = "/run/systemd/system/qkilld.service.d/needs.conf"
     installed.write("/run/systemd/system/far.service", "[Service]\nExecStart=/bin/true\n")
     near = "[Unit]\nDefaultDependencies=no\nRequires=far.service\n[Service]\nExecStart=/bin/true\n"
@@ -66,7 +67,7 @@ def test_the_socket_is_there_without_being_enabled(installed: Container) -> None
         "s.sendall(json.dumps({'method': 'org.qkilld1.GetStatus'}).encode() + b'\\0')\n"
         "print(s.recv(65536).rstrip(b'\\0').decode())\n"
     )
-    # Anybody may connect, and that starts the service.
+    # Any user may connect, which starts the service.
     replied = json.loads(installed.run("python3", "-c", script, uid=65534).stdout)
     assert replied["parameters"]["jobs"] == 0
     assert installed.property("qkilld.service", "ActiveState") == "active"
@@ -98,7 +99,7 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""Stopped after the guest: a follower of the journal gets an entry only 250 ms later."""
+"""This unit is stopped after the guest, because journalctl --follow gets an entry 250 ms late."""
 KILLER = """\
 [Unit]
 DefaultDependencies=no
@@ -111,16 +112,17 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/usr/bin/systemctl kill --signal=KILL qkilld.service
 """
-"""Stopped before the guest."""
+"""This unit is stopped before the guest."""
 MOUNT = "[Mount]\nWhat=tmpfs\nWhere=/var\nType=tmpfs\n"
 
 
 @pytest.mark.parametrize("case", ["not running", "killed"])
 def test_a_guest_that_is_stopped_when_the_bus_has_gone(lab_dir: Path, case: str) -> None:
-    """During a poweroff, the helper's call starts the daemon, the first time or again."""
+    """During a poweroff, the helper's call starts the daemon, which has not run before or has been
+    killed."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(lab_container.boot())
-        # The checkout is a mount, which is unmounted early.
+        # Do not run from the checkout, because it is a mount, which is unmounted early.
         lab_container.install(host, "PYTHON=/usr/bin/python3")
         units = {"late.service": LATE, "linger.service": LINGER, "var.mount": MOUNT}
         if case == "killed":

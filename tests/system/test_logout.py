@@ -25,7 +25,7 @@ def system(installed: Container) -> Iterator[Container]:
         run(installed, "systemctl", "--user", "daemon-reload")
         run(installed, "systemctl", "--user", "start", GUESTS)
         scope = ("systemd-run", "--user", "--scope", f"--unit={SCOPE}", *IDLE)
-        # A child of the manager's, which reaps it.
+        # Make it a child of the manager, which reaps it.
         script = 'exec setsid --fork "$@" </dev/null >/dev/null 2>&1'
         run(installed, "sh", "-c", script, "sh", *scope)
         wait_for(lambda: "qemu-system" in run(installed, "ps", "-u", str(UID), "-o", "comm"))
@@ -44,7 +44,7 @@ def property(system: Container, unit: str, name: str) -> str:
 
 def test_isolate_leaves_the_guests_in_a_users_scopes_running(system: Container) -> None:
     run(system, "systemctl", "--user", "isolate", OTHER)
-    # systemd has queued every stop before it returns.
+    # When isolate returns, systemd has queued every stop.
     for unit in (SCOPE, GUESTS):
         assert property(system, unit, "ActiveState") == "active", unit
         assert property(system, unit, "Job") in ("", "0"), unit
@@ -52,8 +52,8 @@ def test_isolate_leaves_the_guests_in_a_users_scopes_running(system: Container) 
 
 
 def test_a_logout_stops_them_through_the_daemon(system: Container) -> None:
-    """The last test of this user. The manager must neither stop the daemon before the guests have
-    been stopped, nor refuse to start it."""
+    """The manager must neither stop the daemon before the guests have been stopped, nor refuse to
+    start it. This must be the last test of this user."""
     run(system, "systemctl", "--user", "stop", "qkilld.service")
     since = system.run("date", "+@%s.%N").stdout.strip()
     run(system, "systemctl", "--user", "exit")

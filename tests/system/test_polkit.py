@@ -21,7 +21,7 @@ from tests.lab.process import OTHER_UID, TOP
 
 MANAGER = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 FRIEND_UID = 1
-"""A rule lets this user stop everything: `daemon`, which every Debian has."""
+"""The user `daemon` of every Debian. A rule of polkit lets this user stop all guests."""
 PASSWORD = "correct horse"
 DENIED = "Call failed: Access denied"
 """How busctl reports AccessDenied."""
@@ -66,8 +66,8 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start(system: Container) -> Iterator[Start]:
-    """A function: starts a guest of root's as a unit. Its name begins with `kind`. Gives the unit
-    and the main pid."""
+    """A function that starts a guest of root in a unit whose name begins with `kind`. Returns the
+    unit and the main pid."""
     started = []
 
     def run(kind: str = "any-", command: str = QEMU, *properties: str) -> tuple[str, int]:
@@ -102,13 +102,13 @@ def command(member: str, *arguments: str, ask: bool = False) -> tuple[str, ...]:
 def call(
     system: Container, member: str, *arguments: str, uid: int | None = None, ask: bool = False
 ) -> str:
-    """The answer, or the text on standard error."""
+    """Return the reply, or the text on standard error."""
     done = system.run(*command(member, *arguments, ask=ask), uid=uid, check=False)
     return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
 
 
 def terminate(system: Container, pid: int, flags: int = 0, **how: bool) -> str:
-    """Terminate, called by OTHER_UID."""
+    """Call Terminate as OTHER_UID."""
     return call(system, "Terminate", "ut", str(pid), str(flags), uid=OTHER_UID, **how)
 
 
@@ -137,7 +137,8 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 def test_callers_on_varlink_are_authorized_by_their_pidfd(system: Container, start: Start) -> None:
-    """A polkit before 124 does not know it, and then nobody is let in whom D-Bus would let in."""
+    """polkit before 124 does not know pidfds. Then it denies callers whom it would allow on
+    D-Bus."""
     _, pid = start("any-")
     (version,) = re.findall(r"[0-9.]+", system.run("pkaction", "--version").stdout)
     said = system.run("/usr/bin/python3", "-c", ON_VARLINK, str(pid), uid=FRIEND_UID).stdout
@@ -153,7 +154,7 @@ def test_callers_on_varlink_are_authorized_by_their_pidfd(system: Container, sta
 
 def test_another_users_guest(system: Container, start: Start) -> None:
     _, pid = start("any-")
-    # A password would help; with nobody to ask, the call is denied.
+    # A password would help, but nobody can be asked, so the call is denied.
     assert "needs authorization" in terminate(system, pid)
     for kind, sleeper in (("any-", False), ("no-", False), ("", True)):
         target = start(kind)[1] if not sleeper else _sleeper(system)
@@ -172,7 +173,7 @@ def test_another_users_guest(system: Container, start: Start) -> None:
 
 
 def _sleeper(system: Container) -> int:
-    """A process of root's that is no QEMU."""
+    """Start a process of root that is not a QEMU."""
     unit = f"sleeper{next(_numbers)}.service"
     system.run("systemd-run", f"--unit={unit}", "sleep", "300")
     return int(system.property(unit, "MainPID"))
@@ -198,7 +199,7 @@ def test_inspecting_and_cancelling(system: Container, start: Start) -> None:
     for kind, allowed in (("let-", True), ("no-", False)):
         unit, pid = start(kind)
         system.run("systemctl", "kill", "--signal=STOP", unit)
-        # By the clock alone, so that it runs until it is cancelled.
+        # With FIXED, evidence does not matter, so the job still runs when it is cancelled.
         job = call(system, "TerminateWithOptions", "uta{sv}", str(pid), "8", "0").split('"')[1]
         where = ("org.qkilld1", job, "org.qkilld1.Job", "Cancel")
         done = system.run("busctl", "call", *where, uid=OTHER_UID, check=False)
@@ -207,7 +208,7 @@ def test_inspecting_and_cancelling(system: Container, start: Start) -> None:
 
 @contextlib.contextmanager
 def stopped_polkit(system: Container) -> Iterator[None]:
-    # It may have exited since the last test; the bus starts it only when it is asked.
+    # polkit may have exited since the last test.
     system.run("systemctl", "start", "polkit.service")
     system.run("systemctl", "kill", "--signal=STOP", "polkit.service")
     try:
@@ -227,7 +228,7 @@ def test_a_polkit_that_hangs_holds_up_nobody(system: Container, start: Start) ->
             assert waiting.stdout is not None
             assert DENIED.encode() in waiting.stdout.read()
         assert 4 < time.monotonic() - began < 60
-        # Only a few at once for one user.
+        # One user may have only a few requests to polkit open.
         with contextlib.ExitStack() as stack:
             many = [
                 stack.enter_context(
@@ -266,7 +267,7 @@ def test_a_process_that_changes_while_polkit_is_asked(
     if changes_user:
         as_friend = f"/usr/bin/setpriv --reuid={FRIEND_UID}"
         then = f'exec {as_friend} /bin/bash -c "exec -a sleep {FAKE} 300"'
-    # A stand-in for QEMU: busybox goes by its first argument.
+    # A stand-in for QEMU: busybox chooses its applet by argv[0].
     script = f"exec -a sh {FAKE} -c 'read x <{fifo}; {then}' sh -name {{name}}"
     _, pid = start("force-", script)
     daemon = system.property("qkilld.service", "MainPID")
@@ -276,7 +277,7 @@ def test_a_process_that_changes_while_polkit_is_asked(
         with process as waiting:
             held = f"grep -qE '^Pid:\\s+{pid}$' /proc/{daemon}/fdinfo/*"
             _until(lambda: system.run("sh", "-c", held, check=False).returncode == 0)
-            time.sleep(0.3)  # nothing shows from outside that polkit has been asked
+            time.sleep(0.3)  # wait until polkit has been asked, which cannot be observed
             system.run("sh", "-c", f"echo >{fifo}")
             if changes_user:
                 _until(lambda: f"Uid:\t{FRIEND_UID}\t" in _status(system, pid))
@@ -296,9 +297,9 @@ def _status(system: Container, pid: int) -> str:
 
 
 def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
-    """With a real agent: the one that qkillctl starts."""
+    """The agent is the real one, which qkillctl starts."""
     needs.program("pkttyagent", "polkitd")
-    # The agents of newer releases of polkit need it; the container hides that it is enabled.
+    # Agents of newer releases of polkit need this socket, which is not enabled in the container.
     system.run("systemctl", "start", "polkit-agent-helper.socket", check=False)
     system.run("chpasswd", input=f"root:{PASSWORD}\n")
     for password, code in (("wrong", 6), (PASSWORD, 0)):
@@ -311,7 +312,8 @@ def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
             said = _read_until(terminal, b"Password: ")
             assert unit.removesuffix(".service") in said
             assert "which is not yours" in said
-            # The agent discards what is typed between its prompt and its turning off the echo.
+            # The agent discards input that arrives after its prompt but before it has turned off
+            # the echo.
             for _ in range(10):
                 terminal.stdin.write(f"{password}\n".encode())
                 terminal.stdin.flush()
@@ -331,7 +333,8 @@ def test_a_password_on_the_terminal(system: Container, start: Start) -> None:
 def _read_until(
     process: subprocess.Popen[bytes], mark: bytes, more: int = 0, timeout: float = 60
 ) -> str:
-    """Its output up to that mark, or until there has been none for that long (s)."""
+    """Return the output up to `mark`, or until the process has printed nothing for this long
+    (s)."""
     assert process.stdout is not None
     text = b""
     while mark not in text or len(text) < text.index(mark) + len(mark) + more:
@@ -408,7 +411,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     guests = _listed(system)
     planned = system.run("qkillctl", "--json", "terminate", "--all", "--dry-run", uid=OTHER_UID)
     assert [plan["pid"] for plan in json.loads(planned.stdout)] == [own]
-    # Without further rights: the caller's own guests.
+    # Without an authorization, qkillctl stops only the caller's own guests.
     done = system.run("qkillctl", "terminate", "--all", "--wait", uid=OTHER_UID)
     assert done.stdout.count("gone after") == 1
     assert "left alone, as they are not yours" in done.stderr
@@ -416,7 +419,7 @@ def test_all_guests(system: Container, start: Start) -> None:
     answer = call(system, "TerminateAll", "ta{sv}", "0", "0", uid=OTHER_UID)
     assert "needs authorization" in answer
     assert len(_listed(system)) == len(guests) - 1
-    # With them: all guests, after one question.
+    # With an authorization, it stops all guests, after one question.
     began = time.monotonic()
     done = system.run("qkillctl", "--json", "terminate", "--all", "--wait", uid=FRIEND_UID)
     print(f"100 guests by TerminateAll: {time.monotonic() - began:.2f} s")

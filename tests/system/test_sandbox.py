@@ -25,7 +25,7 @@ EXPOSED: Final = {
     "PrivateTmp": "it requires tmp.mount, which a shutdown stops",
     "RootDirectoryOrRootImage": "qkilld runs the programs of the host",
 }
-"""What systemd-analyze counts against the service, and why it stays."""
+"""The settings that systemd-analyze counts against the service, and why they remain."""
 
 
 _PROBE = """
@@ -136,13 +136,14 @@ def test_it_is_hardened(installed: Container) -> None:
     found = re.search(r"Overall exposure level for qkilld.service: ([0-9.]+)", text)
     assert found is not None
     print(f"exposure {found[1]}")
-    # 1.2 with default dependencies. Without them, systemd 252 leaves PrivateTmp=, ProtectHome=,
-    # ProtectSystem= and RootDirectory= out of the mean, so that the rest weighs more.
+    # With default dependencies it would be 1.2. Without them, systemd 252 leaves PrivateTmp=,
+    # ProtectHome=, ProtectSystem= and RootDirectory= out of the mean, so the other settings have
+    # more weight.
     assert float(found[1]) <= 1.3
 
 
 def test_nothing_else_is_left_to_harden(installed: Container) -> None:
-    """The mean alone would not show a setting that is lost while another one is gained."""
+    """The mean would not show that one setting was lost and another one added."""
     options = ("--no-pager", "--json=short", "qkilld.service")
     rows = json.loads(installed.run("systemd-analyze", "security", *options).stdout)
     exposed = {row["json_field"] for row in rows if float(row["exposure"] or 0) > 0}

@@ -38,7 +38,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 
 def run(system: Container, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs a command as that user."""
+    """Run a command as the user."""
     done = system.run(*command, check=False, uid=UID, env=ENVIRONMENT)
     assert done.returncode == code, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done

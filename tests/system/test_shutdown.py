@@ -26,7 +26,7 @@ from tests.lab.storage import NbdServer, nbd_server
 
 RECORDS, PASSES = 240, 3
 SLOW = "100K"
-"""Bits per second: what such a writer leaves to write, 5 L2 tables, takes about 15 s."""
+"""Bits per second. A writer's last writes, 5 L2 tables, take about 15 s."""
 
 LINGER = """\
 [Unit]
@@ -37,12 +37,12 @@ RemainAfterExit=yes
 ExecStart=/bin/true
 ExecStop=/bin/sleep 2
 """
-"""Stopped after the guests: a follower of the journal gets an entry only 250 ms later."""
+"""This unit is stopped after the guests, because journalctl --follow gets an entry 250 ms late."""
 
 
 @dataclass
 class Writer:
-    """A guest whose disk has acknowledged more than its QEMU has written."""
+    """A guest whose disk has acknowledged records that QEMU has not written to the storage yet."""
 
     name: str
     image: Path
@@ -76,7 +76,7 @@ class Writer:
 
 @pytest.fixture
 def host() -> Iterator[Container]:
-    """A host for this test alone."""
+    """A host for one test only."""
     with lab_container.boot() as booted:
         lab_container.install(booted)
         booted.run("groupadd", "--system", "--force", "kvm")
@@ -89,7 +89,7 @@ def host() -> Iterator[Container]:
 
 @contextlib.contextmanager
 def writer(host: Container, directory: Path, name: str) -> Iterator[Writer]:
-    """A writer whose storage is outside of the host."""
+    """Run a writer whose storage is outside of the host."""
     image = make_disk(directory / name, size="4G")
     with contextlib.ExitStack() as stack:
         with host.network():
@@ -99,11 +99,11 @@ def writer(host: Container, directory: Path, name: str) -> Iterator[Writer]:
 
 @contextlib.contextmanager
 def held_by_a_debugger(host: Container, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A QEMU outside of any unit to which no signal but SIGKILL gets through. Gives the debugger,
-    which has to exit before the killed QEMU can go. `name`: no other guest of this machine may have
-    it."""
+    """Run a QEMU outside of any unit, which a debugger holds, so that only SIGKILL takes effect.
+    Yield the debugger, which must exit before the killed QEMU can exit. `name` must be unique on
+    this machine."""
     gdb = str(needs.program("gdb", "gdb"))
-    # A child of the host's first process, which reaps it.
+    # Make it a child of the host's first process, which reaps it.
     qemu = "setsid --fork qemu-system-x86_64 -M none -nodefaults -display none -name"
     host.run("sh", "-c", f'{qemu} "$1" >/dev/null 2>&1', "sh", name)
     with contextlib.ExitStack() as stack:
@@ -121,7 +121,7 @@ def held_by_a_debugger(host: Container, name: str) -> Iterator[subprocess.Popen[
 
 
 def wait_for_process(words: bytes) -> int:
-    """Waits for a QEMU whose command line ends like that. Gives its pid on this machine."""
+    """Wait for a QEMU whose command line ends in `words`; return its pid on this machine."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for command_line in Path("/proc").glob("[0-9]*/cmdline"):
@@ -165,8 +165,8 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(
             one.server.rate(SLOW)
         journal = Log(lab_dir / "journal")
         with journal.path.open("wb") as file:
-            # No child of nsenter's: systemd-shutdown stops all processes, nsenter stops itself when
-            # its child does, and then it never reaps the child.
+            # Not a child of nsenter: systemd-shutdown sends SIGSTOP to all processes. nsenter would
+            # stop itself because its child has stopped, and would never reap the child.
             follow = ("setsid", "--fork", "journalctl", "--follow", "--lines=all")
             with host.spawn(*follow, stdout=file) as started:
                 started.wait(30)
@@ -181,7 +181,7 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(
         assert records(one.image) == set(range(RECORDS)), f"{one.name}\n{said}"
         took = re.search(rf'Guest "{one.name}" \(process \d+\) exited after ([\d.]+) s', said)
         assert took and float(took[1]) > 5, said
-    # Each by its own unit, if that has an ExecStop=.
+    # A guest is stopped by its own unit, if that has an ExecStop=.
     for name, unit in (
         ("templated", "qemu-guest@templated.service"),
         ("adopted", "adopted.service"),
@@ -192,5 +192,5 @@ def test_nothing_is_lost_and_the_stuck_one_is_named(
         assert len(re.findall(told, said)) == 1, said
     assert said.count("Sent SIGKILL to") == 1
     assert re.search(rf'Guest "{stuck}" \(process \d+\) was killed after', said)
-    # One line for all of them.
+    # One entry sums up all stops.
     assert re.search(r"Stopped \d guests in [\d.]+ s: \d exited", said), said

@@ -47,7 +47,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start_unit(system: Container) -> Iterator[StartUnit]:
-    """A function: starts a guest as a unit with the helper and with these lines added to
+    """A function that starts a guest in a unit with the helper, and with these lines in
     [Service]."""
     started = []
 
@@ -71,7 +71,7 @@ def start_unit(system: Container) -> Iterator[StartUnit]:
 
 @dataclass
 class SlowGuest:
-    """A guest with records that its disk has acknowledged, and whose storage is slow by now."""
+    """A guest whose disk has acknowledged records, and whose storage is slow now."""
 
     unit: str
     target: Target
@@ -79,7 +79,7 @@ class SlowGuest:
     server: NbdServer
 
     def lost(self) -> int:
-        """How many records are missing, after the guest has gone."""
+        """Return how many records are missing. Call it after the guest's exit."""
         acknowledged = self.target.acknowledged()
         assert acknowledged > 0
         return acknowledged - len(records(self.image))
@@ -87,7 +87,8 @@ class SlowGuest:
 
 @pytest.fixture
 def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..., SlowGuest]]:
-    """A function: a guest that takes `seconds` to flush, in a unit with these lines."""
+    """A function that starts a guest in a unit with these lines. The guest's flush takes
+    `seconds`."""
     with contextlib.ExitStack() as stack:
 
         def start(*lines: str, seconds: int, uid: int = 0, **options: Any) -> SlowGuest:
@@ -124,7 +125,7 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
 
 
 def story(system: Container, unit: str) -> list[str]:
-    """The names of the unit's events in the journal, without verdict changes and without the reason
+    """Return the names of the unit's events in the journal. Leave out changes of the verdict, and
     why the guest could not be asked."""
     names = {message.value: message.name for message in MessageId}
     entries = system.journal("-u", unit)
@@ -133,7 +134,8 @@ def story(system: Container, unit: str) -> list[str]:
 
 
 def story_of_an_idle_one(system: Container, unit: str) -> list[str]:
-    """On a busy machine the guest may live long enough for its unit's settings to be read."""
+    """Leave out JOB_JOINED: on a busy machine, the guest may run until its unit's settings are
+    read."""
     return [name for name in story(system, unit) if name != "JOB_JOINED"]
 
 
@@ -142,7 +144,7 @@ def said(system: Container, unit: str) -> str:
 
 
 def stop(system: Container, unit: str) -> None:
-    """Stops it and asserts success."""
+    """Stop the unit, and assert success."""
     system.run("systemctl", "stop", unit, timeout=120)
     assert system.property(unit, "Result") == "success", said(system, unit)
     assert system.property(unit, "ActiveState") == "inactive"
@@ -151,7 +153,7 @@ def stop(system: Container, unit: str) -> None:
 
 @contextlib.contextmanager
 def stopping(system: Container, unit: str) -> Iterator[None]:
-    """Stops it while the body runs, which begins at the first signal."""
+    """Stop the unit while the body of the context runs. The body begins at the first signal."""
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -173,7 +175,7 @@ def stopping(system: Container, unit: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_daemon(system: Container) -> Iterator[None]:
-    # The socket or the bus would start it again.
+    # Mask the units, because the socket or the bus would start the daemon again.
     units = ("qkilld.socket", "qkilld.service")
     system.run("systemctl", "mask", "--now", "--runtime", *units)
     try:
@@ -191,8 +193,8 @@ def test_an_idle_guest_by_the_daemon(system: Container, start_unit: StartUnit) -
 
 
 def test_a_daemon_that_has_yet_to_start(system: Container, start_unit: StartUnit) -> None:
-    """The helper's first call starts it, and waits in the socket until it is up. On a busy machine
-    that can take longer than the helper waits, so it is tried three times."""
+    """The helper's first call starts the daemon, and waits in the socket. On a busy machine, the
+    start can take longer than the helper waits, so there are three attempts."""
     late = "/run/systemd/system/qkilld.service.d/late.conf"
     system.write(late, "[Service]\nExecStartPre=/bin/sleep 0.5\n")
     system.run("systemctl", "daemon-reload")
@@ -232,9 +234,9 @@ def test_a_flush_of_half_a_minute_in_a_unit_that_gives_five_seconds(
         name = guest.target.machine.name
         until(lambda: system.property(guest.unit, "StatusText"), lambda status: name in status)
     assert guest.lost() == 0
-    # FORCE is granted because systemd would have killed the guest, and was not needed. On a busy
-    # machine the helper may ask for it twice before the first answer, and before SIGTERM, which
-    # waits until the server of the guest's disk has been looked for.
+    # The job gets FORCE, because systemd would send SIGKILL, but does not need it. On a busy
+    # machine, the helper may request FORCE twice, and before SIGTERM, which waits until the server
+    # of the guest's disk is found.
     first, *others, last = dict.fromkeys(story(system, guest.unit))
     assert (first, sorted(others), last) == (
         "JOB_STARTED",
@@ -248,7 +250,7 @@ def test_the_daemon_is_killed_while_the_guest_flushes(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
     guest = slow_guest("TimeoutStopSec=3", seconds=12)
-    # Nothing starts it again: the helper is alone from then on.
+    # The daemon is not started again, so the helper continues without it.
     system.write("/run/systemd/system/qkilld.service.d/once.conf", "[Service]\nRestart=no\n")
     system.run("systemctl", "daemon-reload")
     try:
@@ -262,9 +264,9 @@ def test_the_daemon_is_killed_while_the_guest_flushes(
         system.run("systemctl", "restart", "qkilld.service")
     assert guest.lost() == 0
     events = story(system, guest.unit)
-    # A signal that the daemon had sent is not sent again.
+    # The helper does not repeat the signal that the daemon has sent.
     assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
-    # The daemon that comes back last finds the guest gone.
+    # When the daemon starts again, the guest is gone.
     position = events.index("STOP_ALONE")
     rest = [name for name in events[position:] if name != "JOB_JOINED"]
     assert rest[:3] == ["STOP_ALONE", "JOB_RESUMED", "JOB_ENDED"], said(system, guest.unit)
@@ -284,15 +286,15 @@ def test_the_daemon_goes_away(
     assert guest.lost() == 0
     events = story(system, guest.unit)
     assert events.count("SIGNAL_SENT") == 1, said(system, guest.unit)
-    # The next daemon goes on with the job, or the helper does.
+    # The next daemon or the helper continues the job.
     assert "JOB_RESUMED" in events
 
 
 def test_the_daemon_is_stopped_without_a_bus(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
-    """It cannot ask whether it is stopped or restarted, so it keeps its jobs, and the helper starts
-    the next daemon."""
+    """The daemon cannot find out whether systemd stops or restarts it, so it leaves its jobs to the
+    next daemon, which the helper's call starts."""
     guest = slow_guest("TimeoutStopSec=3", seconds=12)
     with stopping(system, guest.unit):
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
@@ -324,7 +326,7 @@ def test_a_daemon_that_does_not_answer(
 
 
 def test_without_a_bus(system: Container, slow_guest: Callable[..., SlowGuest]) -> None:
-    """The daemon stops the guest all the same, and loses nothing."""
+    """The daemon still stops the guest, and no record is lost."""
     guest = slow_guest("TimeoutStopSec=3", seconds=8)
     units = ("dbus.socket", "dbus.service")
     system.run("systemctl", "stop", *units)
@@ -336,7 +338,7 @@ def test_without_a_bus(system: Container, slow_guest: Callable[..., SlowGuest]) 
     assert guest.lost() == 0
     events = story(system, guest.unit)
     assert events == ["JOB_STARTED", "SIGNAL_SENT", "JOB_ENDED"]
-    # It takes its bus name again.
+    # The daemon owns its bus name again.
     system.run("busctl", "call", "org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager", "ListJobs")
 
 
@@ -344,7 +346,7 @@ def test_without_a_bus(system: Container, slow_guest: Callable[..., SlowGuest]) 
 def test_without_a_library_for_the_bus(
     system: Container, start_unit: StartUnit, error: str
 ) -> None:
-    """The library is missing, or does not work with a newer Python."""
+    """The D-Bus library is missing, or does not work with a newer Python."""
     shadow = f"/run/shadow-{error}"
     for library in ("dbus_next", "dbus_fast"):
         system.write(f"{shadow}/{library}/__init__.py", f"raise {error}('not with this Python')\n")
@@ -406,7 +408,8 @@ def test_the_helper_is_killed(system: Container, slow_guest: Callable[..., SlowG
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.VERDICT_TURNED.value}")
         helper = system.property(guest.unit, "ControlPID")
         system.run("kill", "-KILL", helper)
-        # Said at once, while systemd's own clock runs and the daemon goes on.
+        # The daemon reports this at once. Its job continues, but systemd's timeout is no longer
+        # extended.
         gone = system.wait_journal(
             f"OBJECT_SYSTEMD_UNIT={guest.unit}", f"MESSAGE_ID={MessageId.WAITER_GONE.value}"
         )
@@ -425,8 +428,8 @@ def test_a_unit_that_does_not_listen(
     warning = system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.STOP_LIMITED.value}")
     assert "Add NotifyAccess=exec to [Service]" in warning["MESSAGE"]
     assert warning["PRIORITY"] == "4"
-    # The helper exits before systemd's limit and kills nothing, so the guest has that time once
-    # more.
+    # The helper exits before the timeout and sends no SIGKILL, so systemd gives the guest another
+    # TimeoutStopSec=.
     assert "STOP_GIVEN_UP" in story(system, guest.unit)
     assert "Stopping timed out" not in said(system, guest.unit)
     assert system.property(guest.unit, "ExecMainStatus") == "0"
@@ -434,11 +437,12 @@ def test_a_unit_that_does_not_listen(
 
 
 IGNORES = "-M microvm -nodefaults -display none -m 32 -qmp unix:%t/%N/qmp,server=on,wait=off"
-"""A machine that does not report whether anything listens to its power button; nothing does."""
+"""A machine that does not show whether an operating system listens to its power button. None
+does."""
 
 
 def start_deaf(system: Container, start_unit: StartUnit, *lines: str, **options: Any) -> str:
-    """Starts such a guest and waits for its monitor. Gives the unit."""
+    """Start such a guest, and wait for its monitor; return the unit."""
     command = f"/usr/bin/qemu-system-x86_64 {IGNORES}"
     unit = start_unit("RuntimeDirectory=%N", *lines, command=command, **options)
     path = f"/run/{unit.removesuffix('.service')}/qmp"
@@ -503,7 +507,8 @@ def test_a_shell_that_starts_the_guest_again(system: Container, start_unit: Star
 
 
 def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: StartUnit) -> None:
-    """The helper cannot tell the unit of the QEMU behind its shell, so it touches none."""
+    """The main process is a shell, and the helper cannot read in which unit a QEMU runs, so it
+    stops none."""
     sandbox = (
         *("ProtectProc=invisible", f"User={OTHER_UID}", "TimeoutStopSec=3"),
         "ExecStartPost=/bin/sh -c 'until pgrep -P $MAINPID; do sleep 0.05; done'",
@@ -513,7 +518,7 @@ def test_a_sandbox_in_which_no_unit_can_be_read(system: Container, start_unit: S
     system.run("systemctl", "stop", units[0], timeout=120)
     assert "cannot tell whether" in said(system, units[0])
     assert [story(system, unit) for unit in units[1:]] == [[], []]
-    # Each shell lives as long as its guest.
+    # Each shell runs as long as its guest.
     state = system.run("systemctl", "is-active", *units[1:]).stdout.split()
     assert state == ["active", "active"]
 
@@ -537,12 +542,14 @@ def test_a_pidfile_that_is_not_there(system: Container, start_unit: StartUnit) -
 def test_systemd_is_reloaded_when_the_stop_has_outlived_its_timeout(
     system: Container, slow_guest: Callable[..., SlowGuest]
 ) -> None:
-    """A reload makes systemd forget the extensions, and its own ladder begins."""
+    """A reload makes systemd forget the extensions, so the timeout expires and systemd sends its
+    own signals."""
     guest = slow_guest("TimeoutStopSec=4", seconds=60)
     with system.spawn("systemctl", "stop", guest.unit) as stopping:
         system.wait_journal("-u", guest.unit, f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
         time.sleep(6)
-        # An extension that is sent while systemd reloads would count for the time after.
+        # Stop the helper, because systemd would still handle an extension that it sends during the
+        # reload.
         helper = system.property(guest.unit, "ControlPID")
         system.run("kill", "-STOP", helper)
         system.run("systemctl", "daemon-reload")
@@ -597,12 +604,12 @@ def test_a_hundred_idle_guests_at_once(system: Container) -> None:
 def test_the_guest_of_a_unit_that_runs_elsewhere_is_named(
     system: Container, start_unit: StartUnit
 ) -> None:
-    """A guest that somebody else starts for the unit, as `virsh start` and `su -` do."""
+    """Another process starts the unit's guest in another unit, as with `virsh start` and `su -`."""
     words = f"{QEMU} -name elsewhere1"
     start = f"/usr/bin/systemd-run --collect --unit=other-place {words}"
     unit = start_unit("Type=oneshot", "RemainAfterExit=yes", command=start)
     guest = int(system.property("other-place.service", "MainPID"))
-    # It is not the guest of this unit, whose own QEMU has gone by itself.
+    # It is not the guest of this unit, whose own QEMU has exited by itself.
     own = start_unit()
     system.run("systemctl", "kill", "--signal=TERM", own)
     until(lambda: system.property(own, "ActiveState"), lambda state: state == "inactive")
@@ -617,10 +624,10 @@ def test_the_guest_of_a_unit_that_runs_elsewhere_is_named(
     assert line in said(system, unit)
     assert system.property("other-place.service", "ActiveState") == "active"
     system.run("systemctl", "stop", "other-place.service")
-    # Now that one has gone, too.
+    # Now the guest in the other unit is gone, too.
     system.run("systemctl", "reset-failed", unit)
     system.run("systemctl", "stop", unit)
-    # A main process beside it that is no QEMU.
+    # The unit has another main process, which is not a QEMU.
     main = start_unit(command=f"/bin/sh -c '{start}; exec sleep 1000'")
     until(lambda: system.property("other-place.service", "MainPID"), lambda pid: int(pid or 0))
     system.run("systemctl", "stop", main, check=False)

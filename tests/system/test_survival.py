@@ -31,7 +31,7 @@ STUBBORN = "trap '' TERM; while :; do sleep 1000; done"
 WRITING = (
     "trap '' TERM; x=$$(printf %%01000d 7); while :; do echo $$x$$x >/run/written; sleep 0.1; done"
 )
-"""Passes 2 kB to write(2) every 100 ms, for ever."""
+"""A script that writes 2 kB every 100 ms, forever."""
 
 _numbers = itertools.count(1)
 StartGuest = Callable[..., tuple[str, int]]
@@ -44,7 +44,7 @@ def system(installed: Container) -> Iterator[Container]:
     installed.run("systemctl", "restart", "qkilld.service")
     Contained(installed).show_storage()
     with scratch("w") as directory:
-        # On a disk: writes to a file in memory are no progress.
+        # The file is on a disk, because writes to a file in memory do not count as progress.
         installed.run("ln", "-s", f"{directory}/written", "/run/written")
         yield installed
     installed.run("systemctl", "stop", "qkilld.service")
@@ -53,7 +53,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start_guest(system: Container) -> Iterator[StartGuest]:
-    """A function: starts a stand-in for QEMU as a unit, whose script ignores SIGTERM. Gives the
+    """A function that starts a stand-in for QEMU in a unit. Its script ignores SIGTERM. Returns the
     unit's name and the pid."""
     started = []
 
@@ -72,7 +72,7 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
 
 @pytest.fixture
 def drop_in(system: Container) -> Iterator[Callable[[str], None]]:
-    """A function: adds these lines to the daemon's [Service]."""
+    """A function that adds these lines to the daemon's [Service]."""
     path = "/run/systemd/system/qkilld.service.d/survival.conf"
 
     def apply(lines: str) -> None:
@@ -104,7 +104,8 @@ def terminate(system: Container, pid: int, flags: int, **spans_s: float) -> str:
 
 
 def steer(system: Container, pid: int, member: str, *arguments: str) -> None:
-    """Calls a method of this process's job, before its SIGKILL is due even on a busy host."""
+    """Call a method of the process's job. Even on a busy host, this must be before its SIGKILL is
+    due."""
     (path,) = call(system, "GetJobByPID", "u", str(pid))
     system.run("busctl", "call", "org.qkilld1", path, JOB, member, *arguments)
 
@@ -138,7 +139,7 @@ def main_pid(system: Container) -> int:
 
 
 def memory_kb(system: Container, name: str) -> int:
-    """A line of the daemon's /proc/PID/status, proc(5)."""
+    """Return a value (kB) in the daemon's /proc/PID/status, proc(5)."""
     status = system.run("cat", f"/proc/{main_pid(system)}/status").stdout
     return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0])
 
@@ -146,10 +147,11 @@ def memory_kb(system: Container, name: str) -> int:
 def test_memory_is_locked_while_jobs_run(
     system: Container, start_guest: StartGuest, drop_in: Callable[[str], None]
 ) -> None:
-    """In the sandbox of the shipped unit."""
+    """The daemon runs in the sandbox of the installed unit."""
     limits = system.run("cat", f"/proc/{main_pid(system)}/limits").stdout
     if not re.search(r"^Max locked memory +unlimited", limits, re.MULTILINE):
-        # This machine lets nobody raise the limit as LimitMEMLOCK= wants. Root does without it.
+        # This machine does not allow what LimitMEMLOCK= sets, but CAP_IPC_LOCK makes the limit
+        # irrelevant.
         drop_in("CapabilityBoundingSet=CAP_IPC_LOCK")
     assert memory_kb(system, "VmLck") == 0
     _, pid = start_guest()
@@ -157,7 +159,7 @@ def test_memory_is_locked_while_jobs_run(
     deadline = time.monotonic() + 10
     while not memory_kb(system, "VmLck") and time.monotonic() < deadline:
         time.sleep(0.05)
-    # All of it, including reserved but unused memory, which takes no room.
+    # All memory is locked, including reserved but unused memory, which is not resident.
     resident = memory_kb(system, "VmRSS")
     assert memory_kb(system, "VmLck") >= resident
     assert resident < 64_000
@@ -165,13 +167,14 @@ def test_memory_is_locked_while_jobs_run(
 
 
 def kill(system: Container, pid: int) -> None:
-    """Kill a daemon and wait until it is gone. The bus fails a call that comes before."""
+    """Kill a daemon and wait until it is gone, because the bus answers earlier calls with an
+    error."""
     script = 'kill -KILL "$1" && while kill -0 "$1" 2>/dev/null; do sleep 0.01; done'
     system.run("sh", "-c", script, "sh", str(pid))
 
 
 def kill_daemon(system: Container) -> int:
-    """Kills it. Gives the time in µs of CLOCK_MONOTONIC."""
+    """Kill the daemon; return the time (CLOCK_MONOTONIC, µs)."""
     pid = main_pid(system)
     now = time.monotonic_ns() // 1000
     kill(system, pid)
@@ -179,7 +182,7 @@ def kill_daemon(system: Container) -> int:
 
 
 def resumed(system: Container, unit: str, since: int) -> float:
-    """Seconds from then until the job of that unit's guest was resumed."""
+    """Return the seconds from `since` until the job of the unit's guest was resumed."""
     entry = system.wait_journal(
         f"OBJECT_SYSTEMD_UNIT={unit}", f"MESSAGE_ID={MessageId.JOB_RESUMED.value}"
     )
@@ -187,7 +190,7 @@ def resumed(system: Container, unit: str, since: int) -> float:
 
 
 def signals(system: Container, unit: str) -> list[str]:
-    """The signals sent to that unit's guest, once its job has ended."""
+    """Wait for the end of the job of the unit's guest; return the signals that were sent."""
     matches = (f"OBJECT_SYSTEMD_UNIT={unit}", "SYSLOG_IDENTIFIER=qkilld")
     system.wait_journal(*matches, f"MESSAGE_ID={MessageId.JOB_ENDED.value}")
     entries = system.journal(*matches, f"MESSAGE_ID={MessageId.SIGNAL_SENT.value}")
@@ -197,7 +200,8 @@ def signals(system: Container, unit: str) -> list[str]:
 def test_hardened_it_sees_as_much_as_without(
     system: Container, drop_in: Callable[[str], None]
 ) -> None:
-    """Another user's real QEMU with mounts of its own: the sandbox hides nothing that is read."""
+    """A real QEMU of another user with its own mounts: the sandbox hides nothing that the daemon
+    must read."""
     system.run(
         *("systemd-run", "--unit=seen", "--property=PrivateTmp=yes", "--uid=65534"),
         *(
@@ -254,7 +258,7 @@ def test_the_daemon_is_killed(
     for name in ("PID", "StartTime", "StartedUSec", "Flags", "Phase", "Name", "Unit", "UID"):
         assert after[name] == before[name], name
     assert after["DeadlineUSec"] >= before["DeadlineUSec"]
-    # The kernel starts the new daemon and Python loads, on a machine that may be busy.
+    # The start of the daemon may take some seconds on a busy machine.
     assert gap < 10
     result, receipt = wait(system, job)
     assert result == "killed"
@@ -272,7 +276,7 @@ def test_killed_again_and_again_until_right_before_the_deadline(
     while time.monotonic_ns() // 1000 < deadline - 500_000:
         kill_daemon(system)
         after = properties(system, job)
-        if after["Phase"] != "terminate":  # this machine is busy, and the phase is over
+        if after["Phase"] != "terminate":  # the machine is busy, and the phase has ended
             break
         assert after["DeadlineUSec"] == deadline
         times += 1
@@ -291,7 +295,7 @@ def test_a_guest_that_goes_while_nobody_looks(system: Container, start_guest: St
     system.run("kill", "-KILL", str(pid))
     kill(system, daemon)
     assert wait(system, job)[0] == "exited"
-    # And a late caller gets the answer, from yet another daemon.
+    # Even a late caller gets the result, here from a third daemon.
     kill_daemon(system)
     assert wait(system, job)[0] == "exited"
     assert properties(system, job)["Result"] == "exited"
@@ -351,7 +355,8 @@ def test_a_stopped_daemon_cancels_its_jobs(system: Container, start_guest: Start
     job = terminate(system, pid, FORCE | FIXED, grace=2)
     system.run("systemctl", "stop", "qkilld.service")
     time.sleep(2.5)
-    # This call starts the next daemon, which knows of the cancelled job and leaves the guest alone.
+    # This call starts the next daemon, which knows that the job was cancelled and leaves the guest
+    # alone.
     result, receipt = wait(system, job)
     assert (result, receipt["error"]) == ("cancelled", "qkilld was stopped")
     assert system.run("kill", "-0", str(pid)).returncode == 0
@@ -393,11 +398,11 @@ def test_state_that_is_torn_or_not_its_own(system: Container, start_guest: Start
     said = "\n".join(entry["MESSAGE"] for entry in entries)
     assert f"Cannot use the saved job state job-{bad}.json: it is incomplete" in said
     assert "Cannot use the saved job state job-99999.json: other users own it" in said
-    # Nobody knows any more what was to become of that guest: it is left alone.
+    # Without the state, the job's flags are unknown, so the guest is left alone.
     assert f'Closed the descriptor "job-{bad}"' in said
     assert wait(system, job)[0] == "killed"
     assert system.run("kill", "-0", str(pid)).returncode == 0
-    # Its number is not given again.
+    # The job's number is not used again.
     assert int(terminate(system, pid, 2).rsplit("/", 1)[1]) > int(bad)
     system.run("sh", "-c", "rm /run/qkilld/jobs/*.bad")
 
@@ -501,7 +506,7 @@ def test_it_ends_for_lack_of_work_and_is_started_by_a_call(
     while system.property("qkilld.service", "ActiveState") != "inactive":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    # A job keeps it running, and so does one that has just ended.
+    # Neither a running job nor one that has just ended lets the daemon exit.
     _, pid = start_guest()
     job = terminate(system, pid, FORCE | FIXED, grace=1)
     daemon = main_pid(system)
@@ -543,8 +548,8 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.JOB_JOINED.value}")
         steer(system, pid, *how)
         time.sleep(0.5)  # changes are announced five times a second
-        # The helper asks again, which would start the daemon; the restart after this test brings
-        # the socket back.
+        # Stop the socket, through which the helper's next call would start the daemon. The restart
+        # after this test starts the socket again.
         system.run("systemctl", "stop", "qkilld.socket")
         system.run("systemctl", "kill", "--signal=KILL", "qkilld.service")
         entry = system.wait_journal(f"OBJECT_PID={pid}", f"MESSAGE_ID={MessageId.STOP_ALONE.value}")
@@ -553,7 +558,7 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
         assert system.property(unit, "ActiveState") == "deactivating"
         assert system.journal(f"OBJECT_PID={pid}", "QKILLD_SIGNAL=SIGKILL") == []
         if how == ("Hold",):
-            # No qkilld is left that could release it.
+            # Without a daemon, nobody can release the job.
             assert "only a SIGTERM to qkilld-stop ends" in entry["MESSAGE"]
             system.run("systemctl", "kill", "--kill-whom=control", "--signal=TERM", unit)
             system.wait_journal(f"OBJECT_PID={pid}", "QKILLD_RESULT=killed")
@@ -564,7 +569,8 @@ def test_the_helper_keeps_holds_and_extensions_without_a_daemon(
 
 @pytest.fixture
 def stopped_journald(system: Container) -> Iterator[Callable[[], None]]:
-    """journald that does not read, with a full socket. The function makes it read again."""
+    """A journald that does not read, with a full socket. Yields a function that makes it read
+    again."""
     journald = system.property("systemd-journald.service", "MainPID")
     system.run("kill", "-STOP", journald)
     try:
@@ -602,7 +608,7 @@ def test_a_journald_that_does_not_read(
 def test_the_helper_and_a_journald_that_does_not_read(
     system: Container, start_guest: StartGuest, stopped_journald: Callable[[], None]
 ) -> None:
-    """It goes on extending the time of a stop that is held."""
+    """The helper continues to extend the timeout of a stop that is held."""
     unit, pid = start_guest(
         lines="ExecStop=/usr/bin/qkilld-stop\nNotifyAccess=exec\nTimeoutStopSec=4"
     )
@@ -623,7 +629,7 @@ def test_the_helper_and_a_journald_that_does_not_read(
 
 
 def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGuest) -> None:
-    """The kernel kills it, not the guest; the job goes on."""
+    """The kernel kills the daemon, not the guest, and the next daemon continues the job."""
     unit, pid = start_guest()
     job = terminate(system, pid, FORCE, grace=20)
     before = wait_verdict(system, job, "idle")
@@ -643,15 +649,15 @@ def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGues
 
 @contextlib.contextmanager
 def no_memory(system: Container, pid: int) -> Iterator[Callable[[], bool]]:
-    """Limit that process of the container to the memory it has. Gives a function: whether the
-    kernel has killed something for that."""
+    """Limit a process of the container to the memory that it uses now. Yield a function that
+    returns whether the kernel has killed a process because of this."""
     if system.property("qkilld.service", "MemoryCurrent").isdecimal():
         limit = ("systemctl", "set-property", "--runtime", "qkilld.service")
         system.run(*limit, "MemoryMax=4K")
         yield lambda: "oom-kill" in system.run("journalctl", "--unit=qkilld.service").stdout
         system.run(*limit, "MemoryMax=infinity")
         return
-    # The container has no memory controller: this machine's is on v1.
+    # The container has no memory controller, because this machine has it in v1.
     parent = Path("/sys/fs/cgroup/memory")
     if not (parent / "memory.limit_in_bytes").exists():
         pytest.skip("no memory controller for the container")

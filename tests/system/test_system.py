@@ -29,7 +29,7 @@ def system(installed: Container) -> Iterator[Container]:
     installed.write(
         "/etc/qkilld/qkilld.conf.d/50-lab.conf", "[Policy]\nGraceSec=700ms\nStallSec=0\n"
     )
-    # Another module may have left it running with another configuration.
+    # The daemon may still run with the configuration of another test file.
     installed.run("systemctl", "restart", "qkilld.service")
     yield installed
     installed.run("systemctl", "stop", "qkilld.service")
@@ -37,7 +37,7 @@ def system(installed: Container) -> Iterator[Container]:
 
 @pytest.fixture
 def start_guest(system: Container) -> Iterator[StartGuest]:
-    """A function: starts a QEMU as a unit. Gives the unit's name and the pid."""
+    """A function that starts a QEMU in a unit. Returns the unit's name and the pid."""
     started = []
 
     def start(*properties: str, uid: int | None = None) -> tuple[str, int]:
@@ -50,7 +50,7 @@ def start_guest(system: Container) -> Iterator[StartGuest]:
             *("-name", unit.removesuffix(".service")),
         )
         started.append(unit)
-        # Before QEMU's main loop runs, SIGTERM has the kernel's default effect: no matter here.
+        # QEMU may not handle SIGTERM yet. Then SIGTERM kills it, which does not matter here.
         return unit, int(system.property(unit, "MainPID"))
 
     yield start
@@ -64,7 +64,8 @@ def call(system: Container, member: str, *arguments: str, uid: int | None = None
 
 
 def wait(system: Container, answer: str) -> str:
-    """The result of the job in `o "/org/qkilld1/job/1"`."""
+    """Wait for the job in busctl's `answer`, such as `o "/org/qkilld1/job/1"`; return its
+    result."""
     job = answer.split('"')[1]
     done = system.run(
         *("busctl", "--json=short", "--timeout=60"),
@@ -78,7 +79,7 @@ def test_systemd_has_it_ready(system: Container) -> None:
     names = system.run("busctl", "list", "--acquired", "--no-legend").stdout
     (line,) = [line for line in names.splitlines() if line.startswith("org.qkilld1 ")]
     assert "qkilld.service" in line.split()
-    # Drop-ins override the main file, in the real directories.
+    # A drop-in overrides the main file. Both are in the real directories.
     grace = system.run("busctl", "get-property", *TARGET, "GraceUSec").stdout
     assert grace == "t 700000\n"
 
@@ -100,7 +101,7 @@ def test_a_guest_that_is_a_unit_and_its_story_in_the_journal(
     assert receipt["OBJECT_PID"] == str(pid)
     assert receipt["PRIORITY"] == "6"
     assert receipt["_SYSTEMD_UNIT"] == "qkilld.service"
-    # `journalctl -u` of the guest's unit shows the whole story, though the process is gone.
+    # `journalctl -u` of the guest's unit shows all entries, although the process is gone.
     entries = [e for e in system.journal("-u", unit) if e.get("SYSLOG_IDENTIFIER") == "qkilld"]
     assert {str(entry["OBJECT_SYSTEMD_UNIT"]) for entry in entries} == {unit}
     assert [entry["MESSAGE_ID"] for entry in entries] == [
@@ -167,7 +168,7 @@ def test_the_bus_policy_denies_what_is_not_ours(system: Container) -> None:
     done = system.run(
         *("busctl", "set-property", *TARGET, "NJobs", "u", "1"), check=False, uid=OTHER_UID
     )
-    # The bus lets every call through, and the daemon answers with the standard error.
+    # The bus forwards the call, and the daemon answers with the standard error.
     assert done.returncode != 0 and "NJobs cannot be set" in done.stderr
 
 
@@ -192,8 +193,8 @@ def test_it_is_stopped_for_good_and_starts_again(
     receipt = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_RESULT=cancelled")
     assert receipt["QKILLD_GUEST"] == unit.removesuffix(".service")
     assert system.property(unit, "MainPID") == str(pid)
-    # The bus starts it again. By evidence the guest is only continued, and gets the SIGTERM that
-    # was pending.
+    # The bus starts the daemon again. The guest is only stopped, so it gets SIGCONT, and then
+    # handles the pending SIGTERM.
     assert wait(system, call(system, "Terminate", "ut", str(pid), "1")) == "exited"
     turn = system.wait_journal(f"OBJECT_SYSTEMD_UNIT={unit}", "QKILLD_SIGNAL=SIGCONT")
     assert turn["QKILLD_VERDICT"] == "stopped"
@@ -202,12 +203,12 @@ def test_it_is_stopped_for_good_and_starts_again(
 def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     system: Container, start_guest: StartGuest
 ) -> None:
-    """With PartOf= or StopPropagatedFrom= in the socket, systemctl would warn less often, but the
-    guest below would be stopped by the helper alone, with the evidence that its user can read, and
-    the next test would fail. During a shutdown the helper could not start the daemon
+    """The socket has neither PartOf= nor StopPropagatedFrom=. With one of them, systemctl would warn
+    less often, but the helper would stop the guest without the daemon, with less evidence, and the
+    next test would fail. During a shutdown, the helper could not start the daemon
     (test_a_guest_that_is_stopped_when_the_bus_has_gone).
 
-    The socket of sock_diag(7) is stopped with the service: nobody can connect to it.
+    The socket unit for sock_diag(7) is stopped with the service, because nobody can connect to it.
     """
     unit, _ = start_guest("ExecStop=/usr/bin/qkilld-stop", "NotifyAccess=exec", uid=OTHER_UID)
     done = system.run("systemctl", "stop", "qkilld.service")
@@ -232,8 +233,8 @@ def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
 
 
 def test_after_a_crash_the_next_daemon_answers_a_call_from_before(system: Container) -> None:
-    """A socket that is stopped with the service (PartOf=, StopPropagatedFrom=) is also closed by a
-    crash, and a call that waits in its queue is lost."""
+    """The socket must not be stopped with the service (PartOf=, StopPropagatedFrom=). Otherwise a
+    crash would also close the socket, and lose the calls in its queue."""
     system.run("systemctl", "start", "qkilld.service")
     pid = system.property("qkilld.service", "MainPID")
     system.run("kill", "-STOP", pid)

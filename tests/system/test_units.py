@@ -11,7 +11,8 @@ from tests.lab.container import Container
 from tests.lab.process import OTHER_UID
 
 INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
-"""Instances of the templates. `verify` knows no scope, and does not care what is guarded."""
+"""An instance of each template. `verify` cannot load a scope, and any unit will do as the guarded
+one."""
 QEMU = "-machine none\n-nodefaults\n"
 QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "none")
 
@@ -19,11 +20,11 @@ QEMU_COMMAND = ("qemu-system-x86_64", "-M", "none", "-nodefaults", "-display", "
 @pytest.fixture
 def system(installed: Container) -> Iterator[Container]:
     """A system that runs the daemon and has a guest file `web`."""
-    # The guest is asked first, though no machine in it could hear that.
+    # Let the guest be asked first, although it has no machine that could react.
     drop_in = "/etc/qkilld/qkilld.conf.d/units.conf"
     installed.write(drop_in, "[Policy]\nPowerdownSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")
-    # Only udev makes the group.
+    # Only udev's package creates the group.
     installed.run("groupadd", "--system", "--force", "kvm")
     text = f"# A guest.\n{QEMU}-name web one,debug-threads=on\n"
     installed.write("/etc/qkilld/guests/web.conf", text)
@@ -55,7 +56,7 @@ def test_a_guest_runs_from_its_file(system: Container) -> None:
     unit = "qemu-guest@web.service"
     system.run("systemctl", "start", unit)
     pid = system.property(unit, "MainPID")
-    # Its QMP socket is where the manual page says, and QEMU answers.
+    # The QMP socket has the path in the manual page, and QEMU answers.
     script = (
         "import json, socket, time\n"
         "end = time.monotonic() + 30\n"
@@ -106,7 +107,7 @@ def test_nobody_stops_all_guests_by_mistake(installed: Container) -> None:
 
 
 def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
-    # It has what needs an escape in the name of a unit.
+    # The name contains a character that needs an escape in unit names.
     scope = r"lab-guarded\x2done.scope"
     guard = f"qkilld-scope@{scope}.service"
     run = ("systemd-run", "--scope", f"--unit={scope}")
@@ -120,7 +121,7 @@ def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
     system.run("systemctl", "stop", guard)  # returns when it has been stopped
     receipt = system.wait_journal("QKILLD_GUEST=guarded", "QKILLD_RESULT=exited")
     assert receipt["OBJECT_SYSTEMD_UNIT"] == scope
-    # The guard is gone with it, and has not failed.
+    # The guard has stopped with the scope, and has not failed.
     assert system.property(guard, "ActiveState") == "inactive"
 
 

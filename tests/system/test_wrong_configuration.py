@@ -1,5 +1,5 @@
-"""A wrong configuration is the answer to every call, and none of them makes systemd start qkilld
-again and again."""
+"""With a wrong configuration, every call gets an error that says so, and no call makes systemd
+start qkilld again and again."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def test_callers_on_the_bus(system: Container) -> None:
         assert ANSWER in done.stderr
         # Without an answer, dbus-daemon would give up after 25 s.
         assert time.monotonic() - began < 15
-    # The next call starts it.
+    # The next call starts the daemon.
     system.run("rm", WRONG)
     system.run(*CALL)
 
 
 def test_callers_on_varlink(system: Container) -> None:
-    """The first of two clients goes at once. No more than two starts answer both."""
+    """There are two clients, of which the first disconnects at once. At most two starts answer
+    both."""
     since = system.run("date", "+%s.%N").stdout.strip()
     said = system.python("-c", _CALL).stdout
     assert '"error": "org.qkilld1.Failed"' in said and ANSWER in said
