@@ -1,4 +1,4 @@
-"""Who may stop what on a bus other than the system bus, on which polkit is not asked."""
+"""Who may stop what on a bus other than the system bus. There, polkit is not asked."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ DBUS: Any = {
 JOB = "org.qkilld1.Job"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 STRANGER = 1
-"""A third user that every /etc/passwd has."""
+"""A third user, which exists in every /etc/passwd."""
 Make = Callable[..., Guest]
 StartDaemon = Callable[..., Daemon]
 
 
 @pytest.fixture
 def own_daemon(start_daemon: StartDaemon) -> Daemon:
-    """A daemon that takes only this run's stand-ins for QEMUs: its tests stop all guests."""
+    """A daemon that covers only the stand-ins of this test run, because its tests stop all
+    guests."""
     return start_daemon(config=f"[Target]\nExecutables={own_qemus()}\n[Policy]\nStallSec=0\n")
 
 
@@ -45,7 +46,7 @@ def refusal(client: Client, member: str, signature: str, *body: Any) -> tuple[st
 
 
 def test_an_impostor_is_not_asked(own_daemon: Daemon, fake_qemu: Make) -> None:
-    """On a private bus anyone can take polkit's name."""
+    """On a private bus, anyone can own polkit's name."""
     guest = fake_qemu()
     with own_daemon.bus.client() as impostor, own_daemon.bus.client(OTHER_UID) as stranger:
         impostor.call("RequestName", "su", "org.freedesktop.PolicyKit1", 4, **DBUS)

@@ -1,6 +1,7 @@
-"""Guests that are asked to shut down: what they do, and what the receipt says.
+"""Guests that are asked to shut down: their reaction, and the receipt.
 
-Real guests, whose Linux is up in two seconds. They listen to their power button and have no agent.
+The guests are real and boot Linux in two seconds. They listen to the power button and have no
+agent.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Boot = Callable[..., Guest]
 
 @pytest.fixture
 def boot() -> Iterator[Boot]:
-    """boot_guest with a monitor, for a guest whose power button does what `power` says."""
+    """A function like boot_guest, for a guest with a monitor that reacts to its power button as
+    `power` says."""
     with ExitStack() as stack:
 
         def boot(power: str, *arguments: str, append: str = "", **options: Any) -> Guest:
@@ -42,7 +44,7 @@ def boot() -> Iterator[Boot]:
 
 @pytest.fixture
 def start(start_daemon: Start, lab_dir: Path) -> Iterator[Start]:
-    """start_daemon, with one runtime directory for all the daemons of a test."""
+    """A function like start_daemon, with one runtime directory for all daemons of a test."""
     lab_dir.chmod(0o700)
 
     def start() -> Daemon:
@@ -56,7 +58,7 @@ def actions(receipt: dict[str, Any]) -> list[str]:
 
 
 def at(receipt: dict[str, Any], action: str) -> float:
-    """When that action was taken last, in seconds after the start."""
+    """Return when this action was last taken, in seconds after the start."""
     return float(max(usec for _, what, usec in receipt["rungs"] if what == action) / S)
 
 
@@ -69,7 +71,7 @@ def test_a_guest_that_shuts_down(client: Client, boot: Boot) -> None:
 
 @pytest.mark.parametrize("busy", ["", "lab.busy=1"], ids=["idle", "busy"])
 def test_a_guest_that_ignores_it(client: Client, boot: Boot, busy: str) -> None:
-    """The guest gets SIGTERM PowerdownSec after it was asked, however busy it is."""
+    """The guest gets SIGTERM after PowerdownSec=, even if it is busy."""
     guest = boot("nothing", append=busy)
     job = client.terminate(guest.pid, POWERDOWN | FORCE, powerdown_usec=("t", 3 * S))
     result, receipt = client.wait(job)
@@ -98,7 +100,7 @@ def test_a_guest_that_boots_is_waited_for(client: Client, boot: Boot, seconds: i
 
 
 def test_a_guest_that_restarts_instead(daemon: Daemon, client: Client, boot: Boot) -> None:
-    """It is asked once more when it is up again, and ended when it restarts again."""
+    """The guest is asked again after its restart. After the second restart, it gets SIGTERM."""
     guest = boot("reboot", "-action", "reboot=reset")
     result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN), timeout=150)
     assert (result, receipt["guest-asked"]) == ("exited", "ignored")
@@ -116,7 +118,7 @@ def test_a_guest_that_has_powered_off_has_its_qemu_told_to_quit(client: Client, 
 
 
 def test_a_guest_whose_monitor_another_program_uses(client: Client, boot: Boot) -> None:
-    """The monitor is left alone, and the stop goes on without it."""
+    """qkilld does not use the monitor, and the stop continues without it."""
     guest = boot("off")
     with Qmp(guest):
         result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
@@ -147,16 +149,16 @@ def test_a_qemu_that_crashes_is_no_guest_that_shut_down(client: Client, boot: Bo
 def test_a_long_shutdown_outlives_the_daemon_again_and_again(
     private_bus: Bus, start: Start, boot: Boot, lab_dir: Path
 ) -> None:
-    """Killed before the guest is asked, right after, and while it shuts down for longer than
-    PowerdownSec.
+    """The daemon is killed before the guest is asked, right after that, and during a shutdown that
+    takes longer than PowerdownSec=.
 
-    A guest without an agent shows nothing that only a shutdown causes, so the daemon has to
-    remember that its work began after the press.
+    A guest without an agent gives no sign that only a shutdown gives. So the next daemon must know
+    that the guest's work began after the press.
     """
     daemon = start()
     with private_bus.client() as client:
-        # A QEMU 7.2 was seen to keep a connection that ended while it was negotiated, for 30 s and
-        # more. Nobody can ask such a guest, so another one is taken.
+        # If a connection ends during its negotiation, QEMU 7.2 sometimes keeps it for 30 s and
+        # more. Nobody can ask such a guest, so try another one.
         for number in range(4):
             disk = make_disk(lab_dir / f"disk{number}.qcow2")
             guest = boot("work", append="lab.seconds=25", disk=disk)
@@ -178,10 +180,10 @@ def test_a_long_shutdown_outlives_the_daemon_again_and_again(
 
 
 def killed(daemon: Daemon, start: Start, guest: Guest) -> Daemon:
-    """The daemon that follows that one, which is killed.
+    """Kill the daemon; return the next one.
 
-    No systemd keeps the monitor's connection here, and a QEMU that gets no processor may not know
-    yet that it has ended: its monitor serves one client.
+    Here no systemd keeps the connection to the monitor. Wait until QEMU has noticed that the
+    connection has ended, because its monitor serves only one client.
     """
     daemon.process.kill()
     daemon.wait_gone()

@@ -1,4 +1,4 @@
-"""What callers should not send, and what they get for it."""
+"""Invalid calls and floods, and the answers to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INSIDE = re.compile(r"Traceback|File \"|\.py|/usr/|/proc|/home|qkilld\.(?!conf)|
 
 
 def refused(client: Client, member: str, signature: str, *body: Any, **where: Any) -> CallError:
-    """The error that a call gets. It shows nothing of the program's internals."""
+    """Return the error reply to a call. Its text must not show internals of the program."""
     with pytest.raises(CallError) as caught:
         client.call(member, signature, *body, **where)
     text = caught.value.text
@@ -72,8 +72,8 @@ def test_pids_that_are_no_guest(
 
 
 def test_kernel_threads(client: Client) -> None:
-    """A pid namespace has no kernel threads, so none can be named."""
-    # With the name of the attribute, process_iter() skips processes that have ended meanwhile.
+    """Kernel threads are not QEMU. In a PID namespace there are none."""
+    # process_iter() with an attribute skips processes that have ended meanwhile.
     for process in psutil.process_iter(["ppid"]):
         if process.info["ppid"] == 2:
             assert refused(client, "Terminate", "ut", process.pid, 1).name == OURS + "NotQemu"
@@ -86,7 +86,8 @@ def test_a_process_of_another_user(daemon: Daemon, fake_qemu: Make) -> None:
         denied = DBUS + "AccessDenied"
         assert refused(client, "Terminate", "ut", roots.pid, 1).name == denied
         assert refused(client, "Inspect", "u", roots.pid).name == denied
-        # A process that is no QEMU is denied alike: the answer does not tell the two apart.
+        # The denial for a process that is not QEMU is the same, so it does not show which processes
+        # are QEMU.
         assert refused(client, "Terminate", "ut", os.getpid(), 1).name == denied
         job = root.terminate(roots.pid, 0)
         job2 = root.terminate(own.pid, 0)
@@ -191,21 +192,22 @@ def test_a_name_that_is_no_utf8(client: Client, fake_qemu: Make) -> None:
 
 @pytest.fixture
 def roomy_daemon() -> Iterator[Daemon]:
-    """On a bus with the limits of a session bus: a system bus stops a client at 128 calls by
-    itself."""
+    """A daemon on a bus with the limits of a session bus, because a system bus allows only 128 open
+    calls."""
     with private_bus(limits={"max_replies_per_connection": 50_000}) as bus, daemon_on(bus) as up:
         yield up
 
 
 def test_a_hundred_thousand_calls_in_a_row(roomy_daemon: Daemon, fake_qemu: Make) -> None:
-    """One client floods; another is served all the while, and no memory stays in use."""
+    """One client floods the daemon. Another one is still served, and the memory is freed
+    afterwards."""
     daemon = roomy_daemon
     guest = fake_qemu(stubborn=True)
     with daemon.bus.client() as client, daemon.bus.client() as flood:
         job = client.terminate(guest.pid, grace_usec=("t", 600_000_000))
         rest, rss = 100_000, 0
         while rest:
-            if rest == 80_000:  # by now a burst is allowed again
+            if rest == 80_000:  # a burst is allowed again by now
                 rss = psutil.Process(daemon.pid).memory_info().rss
             batch = [flood.send("Terminate", "ut", 2**31 - 1 - i % 7, 1) for i in range(1_000)]
             assert client.call("GetJobByPID", "u", guest.pid, timeout=5) == (job,)
@@ -229,7 +231,7 @@ def test_a_client_that_disconnects_during_wait(
     for _ in range(20):
         with daemon.bus.client() as other:
             serial = other.send("Wait", path=job, interface=JOB)
-            assert other.call("ListJobs")  # so Wait has arrived before the connection is closed
+            assert other.call("ListJobs")  # its reply shows that Wait has arrived
             assert serial
     assert client.properties()["NJobs"] == 1
     guest.signal(signal.SIGKILL)
@@ -239,8 +241,8 @@ def test_a_client_that_disconnects_during_wait(
 
 
 def test_too_many_waits_of_one_user(roomy_daemon: Daemon, fake_qemu: Make) -> None:
-    """A user's connections count together; other users have no less for it, and root has no
-    limit."""
+    """The limit is for all connections of a user together. It does not affect other users, and root
+    has none."""
     guest = fake_qemu(stubborn=True)
     bus = roomy_daemon.bus
     with (
@@ -253,7 +255,7 @@ def test_too_many_waits_of_one_user(roomy_daemon: Daemon, fake_qemu: Make) -> No
 
         def wait(client: Client, times: int) -> list[int]:
             serials = [client.send("Wait", path=job, interface=JOB) for _ in range(times)]
-            assert client.call("ListJobs")  # so these have arrived
+            assert client.call("ListJobs")  # the calls have arrived
             return serials
 
         waits = wait(first, 512) + wait(second, 512)
@@ -263,7 +265,7 @@ def test_too_many_waits_of_one_user(roomy_daemon: Daemon, fake_qemu: Make) -> No
         assert caught.value.name == OURS + "Busy"
         others = wait(other, 100)
         roots = [serial for _ in range(5) for serial in wait(root, 300)]
-        # A connection that is closed makes room.
+        # Closing a connection ends its calls.
         first.close()
         assert other.call("ListJobs")
         (more,) = wait(second, 1)
@@ -282,11 +284,11 @@ def test_more_waiting_callers_than_match_rules(fake_qemu: Make) -> None:
         clients = [stack.enter_context(bus.client()) for _ in range(4)]
         job = clients[0].terminate(guest.pid)
         serials = [one.send("Wait", path=job, interface=JOB) for one in clients]
-        assert [one.properties()["NJobs"] for one in clients] == [1] * 4  # so these have arrived
+        assert [one.properties()["NJobs"] for one in clients] == [1] * 4  # the calls have arrived
         guest.signal(signal.SIGKILL)
         results = [one.reply(serial)[0] for one, serial in zip(clients, serials, strict=True)]
         assert results == ["exited"] * 4
-        # The match rules are free again: the daemon notices that a later caller leaves.
+        # The daemon has removed its match rules, so it can notice that a later caller leaves.
         other = stack.enter_context(bus.client())
         second = fake_qemu(stubborn=True)
         job = other.terminate(second.pid)
@@ -302,7 +304,7 @@ def test_a_wait_that_wants_no_answer_is_none(
     guest = fake_qemu(stubborn=True)
     job = client.terminate(guest.pid)
     with daemon.bus.client() as other:
-        for _ in range(5000):  # more than may wait
+        for _ in range(5000):  # more than the limit
             other.send("Wait", path=job, interface=JOB, no_reply=True)
         serial = other.send("Wait", path=job, interface=JOB)
         assert other.call("ListJobs")
@@ -322,14 +324,14 @@ def test_a_message_that_is_too_long(client: Client, fake_qemu: Make, length: int
 
 
 def test_a_header_that_is_too_long(client: Client) -> None:
-    """The message is skipped; what comes after it is answered."""
+    """The message is skipped, and later ones are answered."""
     client.send("Terminate", path="/x" * 10_000)
     assert client.properties()["NJobs"] == 0
 
 
 @pytest.mark.each_library
 def test_signatures_without_end(daemon: Daemon) -> None:
-    """The signatures of one message of 1 MiB once took 183 MB for good."""
+    """dbus-next kept the signatures of a message of 1 MiB, 183 MB, for ever."""
     source = random.Random(1)
     with daemon.bus.client(uid=OTHER_UID) as client:
 
@@ -342,18 +344,19 @@ def test_signatures_without_end(daemon: Daemon) -> None:
             error = refused(client, "TerminateWithOptions", "uta{sv}", 1, 1, options)
             assert error.name == OURS + "InvalidArgs"
 
-        for _ in range(20):  # by now a burst is allowed again
+        for _ in range(20):  # a burst is allowed again by now
             attack()
         before = psutil.Process(daemon.pid).memory_info().rss
         for _ in range(200):
             attack()
-        # With dbus_next, 24,000 signatures of 200 types each took 300 MB.
+        # dbus-next kept 300 MB for 24,000 signatures of 200 types each.
         assert psutil.Process(daemon.pid).memory_info().rss - before < 5 << 20
 
 
 @pytest.mark.each_library
 def test_signals_and_replies_of_strangers(daemon: Daemon, fake_qemu: Make) -> None:
-    """A forged signal says, in the bus's name, that another client has left: its Wait goes on."""
+    """A forged signal, as if from the bus, says that another client has left. The Wait of that
+    client must continue."""
     guest = fake_qemu(stubborn=True)
     with daemon.bus.client() as waiting, daemon.bus.client(uid=OTHER_UID) as liar:
         job = waiting.terminate(guest.pid)

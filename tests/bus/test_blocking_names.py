@@ -25,10 +25,11 @@ Start = Callable[..., Daemon]
 COUNT = 60
 LIMIT_S = 1.0
 ATTEMPTS = 8
-"""On a busy machine, the client, the bus and the threads of the daemon wait for a processor too."""
+"""More than one, because on a busy machine the client, the bus and the daemon's threads also wait
+for a processor."""
 
-# In each, one thread reads a page of the file through /proc/self/mem, which keeps the lock of its
-# memory, and the other one waits to change the memory. Every later reader queues behind that.
+# Each process has two threads. One reads a page of a file through /proc/self/mem, and so holds the
+# memory lock. The other waits to change the memory, and blocks every later reader.
 _BLOCKING: Final = """
 import mmap, os, signal, sys, threading, time
 uid, paths = int(sys.argv[1]), sys.argv[2:]
@@ -65,8 +66,8 @@ while True:
 
 @pytest.fixture
 def blocking() -> Iterator[int]:
-    """COUNT processes of another user that pass for QEMUs. Yields the pid of a process of ours that
-    passes for one too, with a readable command line."""
+    """Run COUNT processes of another user that look like QEMUs. Yield the pid of one of our own,
+    whose command line is readable."""
     needs.root("to become another user")
     with contextlib.ExitStack() as stack:
         files, directory = (stack.enter_context(scratch("f")) for _ in range(2))
@@ -94,12 +95,13 @@ def blocking() -> Iterator[int]:
 
 
 def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_qemu: Make) -> None:
-    """0.6 s on a quiet machine; half a second for each process in turn would be 30 s."""
+    """It takes 0.6 s on an idle machine. With half a second for each process, it would take 30
+    s."""
     guest = fake_qemu(name="web")
 
     def list_guests(daemon: Daemon, client: Client) -> float:
-        """Return the time that the call took, in seconds, without that in which another program had
-        the processor."""
+        """Return how many seconds the call took, without the time in which the daemon waited for a
+        processor."""
         began, waited = time.monotonic(), _waited_s(daemon.pid)
         rows = client.call("ListGuests")[0]
         took = time.monotonic() - began - (_waited_s(daemon.pid) - waited)
@@ -113,7 +115,7 @@ def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_q
 
     measured = []
     for _ in range(ATTEMPTS):
-        # Each daemon sees them for the first time, and then again.
+        # Each daemon reads the processes for the first time, and then a second time.
         daemon = start_daemon()
         with daemon.bus.client() as client:
             measured.append([list_guests(daemon, client) for _ in range(2)])
@@ -125,5 +127,5 @@ def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_q
 
 
 def _waited_s(pid: int) -> float:
-    """Return how long the main thread of a process was ready to run and did not (schedstat)."""
+    """Return how long (s) the main thread of a process has waited for a processor (schedstat)."""
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[1]) / 1e9

@@ -20,7 +20,7 @@ MAY_READ = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search", "-
 def program(
     bus: lab_bus.Bus, module: str, *arguments: str, uid: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a module with that bus as the system bus."""
+    """Run a module with this bus as the system bus."""
     prefix = []
     if uid is not None:
         needs.root("to be another user")
@@ -37,7 +37,7 @@ def test_a_daemon_that_may_not_own_its_name(uid: int | None) -> None:
     assert done.returncode == private.returncode == 1
     lines = [line for line in done.stderr.splitlines() if "error: " not in line]
     line, *others = lines
-    # A checkout has no system files either.
+    # A checkout has no system files, which is reported, too.
     missing = "qkilld: These system files are missing: the policy of the bus"
     assert [one.partition(" (")[0] for one in others] in ([], [missing]), done.stderr
     own_uid = os.getuid() if uid is None else uid

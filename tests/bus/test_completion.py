@@ -48,8 +48,8 @@ Complete = Callable[[str], list[str]]
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def complete(request: pytest.FixtureRequest, lab_dir: Path) -> Complete:
-    """A function: what that shell offers at the end of a line. Its script asks a program that
-    offers every word."""
+    """A function that returns what the shell offers at the end of a line. The completion script
+    runs a program that offers every word."""
     shell: str = request.param
     needs.program(shell, shell)
     mark = lab_dir / "touched"

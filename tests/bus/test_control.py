@@ -36,8 +36,8 @@ def test_held_and_released(daemon: Daemon, client: Client, fake_qemu: Make) -> N
     call(client, job, "Hold")
     values = client.properties(job, JOB)
     assert (values["Held"], values["DeadlineUSec"]) == (True, NEVER)
-    # A second job with the same grace, started later, has sent its SIGKILL: the first would have,
-    # too.
+    # Wait for the SIGKILL of a later job with the same grace. Without the hold, the first job would
+    # have sent its own by then.
     other = fake_qemu(stubborn=True)
     assert client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3 * S)))[0] == "killed"
     assert guest.alive
@@ -59,7 +59,7 @@ def test_extended(client: Client, fake_qemu: Make) -> None:
 
 def test_forced(client: Client, fake_qemu: Make) -> None:
     guest = fake_qemu(stubborn=True)
-    job = client.terminate(guest.pid, FIXED)  # so that nobody looks at what the guest does
+    job = client.terminate(guest.pid, FIXED)  # FIXED takes no samples
     call(client, job, "Force")
     # Without FORCE, nothing else would kill the guest.
     result, receipt = client.wait(job)
@@ -100,7 +100,7 @@ def test_the_owner_does_not_overrule_root(daemon: Daemon, client: Client, fake_q
                 call(owner, job, member, *arguments)
             assert caught.value.name == "org.freedesktop.DBus.Error.AccessDenied"
         call(owner, job, "Extend", "t", 10_000)
-        # Nor by a request of their own, which joins the job.
+        # A request of the owner that joins the job cannot do so either.
         never = ("t", NEVER)
         assert owner.terminate(guest.pid, FORCE, grace_usec=never, max_usec=never) == job
     assert client.wait(job)[0] == "killed"
@@ -143,10 +143,10 @@ def test_a_stranger_who_waits_is_not_missed(
     with daemon.bus.client(uid=OTHER_UID) as stranger:
         for _ in range(100):
             stranger.send("Wait", path=job, interface=JOB)
-        stranger.properties(job, JOB)  # these calls are being handled
+        stranger.properties(job, JOB)  # its reply shows that the calls have arrived
         name = stranger.unique_name
     until(lambda: client.call("NameHasOwner", "s", name, **BUS), lambda owned: owned == (False,))
-    assert client.properties(job, JOB)["Result"] == ""  # so the daemon has heard that they are gone
+    assert client.properties(job, JOB)["Result"] == ""  # the daemon has noticed that they are gone
     assert "no longer waits" not in daemon.stderr.text()
     with daemon.bus.client() as requester:
         requester.send("Wait", path=job, interface=JOB)

@@ -1,4 +1,4 @@
-"""How many descriptors are left for others when one user has taken as many as a user may."""
+"""Descriptors are left for others when one user has taken as many as possible."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kill(client: Client, job: str) -> str:
 
 
 def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Make) -> None:
-    """And no living guest is reported as gone."""
+    """No living guest is reported as gone."""
     daemon = start_daemon(before=few_descriptors)
     guests = [fake_qemu(uid=OTHER_UID, stubborn=True) for _ in range(40)]
     roots = fake_qemu(stubborn=True)
@@ -47,13 +47,14 @@ def test_root_and_running_jobs_have_a_reserve(start_daemon: Start, fake_qemu: Ma
                 if len(jobs) % 4 == 0:
                     wait_sample(user, jobs[-1])
         assert caught.value.name == "org.qkilld1.Error.Busy"
-        # Files that only save time are not kept for so many: each has two descriptors.
+        # With so many jobs, no files stay open between samples, so each job has only two
+        # descriptors.
         assert len(jobs) > LIMIT // 4
         with pytest.raises(CallError, match="short of file descriptors"):
             user.call("Inspect", "u", guests[-1].pid)
         assert root.call("Inspect", "u", guests[-1].pid)[0]["verdict"][1] != "gone"
         assert kill(root, root.terminate(roots.pid, grace_usec=LONG)) == "killed"
         assert [kill(user, job) for job in jobs] == ["killed"] * len(jobs)
-        # Now there is room again.
+        # Now there are free descriptors again.
         assert kill(user, user.terminate(guests[-1].pid)) == "killed"
     assert "Internal error" not in daemon.stderr.text()

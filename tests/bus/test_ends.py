@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def without_cap_kill() -> None:
-    """Called before exec: root whom the kernel does not let signal other users' processes."""
+    """Call this before exec. The kernel then does not let root signal other users' processes."""
     _libc.prctl(24, 5, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_KILL
 
 
@@ -43,7 +43,7 @@ def test_eperm_at_the_first_signal(start_daemon: Start, fake_qemu: Make) -> None
 
 
 def test_eperm_at_sigkill(start_daemon: Start, lab_dir: Path) -> None:
-    """A target that changes its user between the rungs."""
+    """The process changes its user between the rungs."""
     needs.root("to change the user")
     executable = lab_dir / QEMU
     shutil.copy("/usr/bin/python3", executable)
@@ -65,7 +65,7 @@ def test_eperm_at_sigkill(start_daemon: Start, lab_dir: Path) -> None:
                 assert output.readline() == "changed\n"
                 result, receipt = client.wait(job)
             assert result == "failed"
-            # The daemon checks before it sends, so the kernel need not refuse.
+            # The daemon checks the user before it sends, so the kernel does not have to refuse.
             assert receipt["error"] == (
                 f"Process {process.pid} belongs to uid {OTHER_UID} by now, not 0: it gets no signal"
             )
@@ -86,7 +86,7 @@ def test_no_such_process(client: Client, fake_qemu: Make) -> None:
 def test_a_zombie_is_no_process_any_more(client: Client, fake_qemu: Make) -> None:
     guest = fake_qemu()
     guest.signal(signal.SIGKILL)
-    assert wait_gone(guest.pidfd, 30)  # exited, and not reaped: this process is its parent
+    assert wait_gone(guest.pidfd, 30)  # a zombie: this process has not reaped it
     for call in ("Terminate", "Inspect"):
         with pytest.raises(CallError, match=f"Process {guest.pid} has exited already") as caught:
             client.call(call, *(("ut", guest.pid, 0) if call == "Terminate" else ("u", guest.pid)))
@@ -98,7 +98,7 @@ def test_a_parent_that_does_not_reap_does_not_hold_the_job(client: Client, qemu:
     guest = qemu()
     result, receipt = client.wait(client.terminate(guest.pid))
     assert (result, receipt["verdict"]) == ("exited", "zombie")
-    # Only now does its parent, this process, reap it.
+    # Its parent, this process, reaps it only now.
     assert guest.wait_gone() == 0
 
 
@@ -123,19 +123,19 @@ def test_a_stale_start_time(client: Client, fake_qemu: Make) -> None:
 
 
 ONE_AT_A_TIME = pytest.mark.xdist_group("ids")
-"""The kernel has one last id for all tests."""
+"""Tests that set the kernel's last process id must not run at the same time."""
 
 
 def recycled(first: Guest, make: Callable[[], Guest]) -> Guest:
-    """Ends the guest and makes the kernel give its pid to a new process."""
+    """End the guest, and make the kernel give its pid to a new process."""
     last = Path("/proc/sys/kernel/ns_last_pid")
     pid, started = first.pid, first.start_time
     first.close()
-    # Within one clock tick, nobody could tell the two apart by their start times.
+    # Wait a clock tick, so that the start times differ.
     tick = os.sysconf("SC_CLK_TCK")
     while int(time.clock_gettime(time.CLOCK_BOOTTIME) * tick) <= started:
         time.sleep(1 / tick)
-    # Another program may start a process first.
+    # Repeat this, because another program may start a process in between.
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         last.write_text(str(pid - 1))
@@ -162,8 +162,8 @@ def test_a_recycled_id_is_not_the_process_that_was_meant(
 
 @ONE_AT_A_TIME
 def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
-    """While the daemon sleeps past its deadline, the process exits and its pid is given out
-    again."""
+    """The daemon is stopped until after its deadline. Meanwhile the process exits and its pid is
+    reused."""
     needs.root("to have the kernel give out a certain process id")
     first = fake_qemu(stubborn=True)
     job = client.terminate(first.pid, FORCE, grace_usec=("t", 200_000))
@@ -177,5 +177,5 @@ def test_no_signal_reaches_a_recycled_id(daemon: Daemon, client: Client, fake_qe
     result, receipt = client.wait(job)
     assert (result, len(receipt["rungs"])) == ("exited", 1)
     assert second.alive
-    # And the new process is a target in its own right.
+    # The new process can be stopped, too, by its own job.
     assert client.terminate(pid) != job

@@ -23,7 +23,7 @@ GI = "python3-gi"
 
 
 def environment(daemon: Daemon) -> dict[str, str]:
-    """Without the project's modules: an example needs nothing of them."""
+    """The environment of an example, without the project's modules, which it must not need."""
     return {
         name: value
         for name, value in lab_bus.environment(daemon.bus.address).items()
@@ -77,7 +77,7 @@ def test_c_with_sd_bus(daemon: Daemon, fake_qemu: Make, lab_dir: Path) -> None:
 
 @contextlib.contextmanager
 def display(directory: Path) -> Iterator[str]:
-    """An X display that no screen shows."""
+    """A virtual X display."""
     server = needs.program("Xvfb", "xvfb")
     said = directory / "display"
     with said.open("wb") as out:
@@ -93,7 +93,7 @@ def display(directory: Path) -> Iterator[str]:
 
 
 def test_the_window(daemon: Daemon, fake_qemu: Make, lab_dir: Path) -> None:
-    """It lists guests, stops the one it is told to, and shows that it has gone."""
+    """The window lists guests, stops the selected one, and shows its exit."""
     fake_qemu(name="other")
     guest = fake_qemu(name="web")
     python = system_python(daemon)

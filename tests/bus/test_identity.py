@@ -1,4 +1,4 @@
-"""Who gets a signal: the process that was checked, and only as long as it is that one."""
+"""Only the process that was checked gets a signal, as long as it is the same process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ Make = Callable[..., Guest]
 def test_a_guest_whose_first_thread_has_exited(
     client: Client, scripted_qemu: Make, flags: int
 ) -> None:
-    """Python handles no signal then: its first thread would have to."""
+    """Python does not handle SIGTERM here, because its first thread, which handles signals, has
+    exited."""
     guest = scripted_qemu(FIRST_THREAD_EXITS)
     until(lambda: read_stat(guest.pid), lambda stat: stat.state == "Z")
     job = client.terminate(guest.pid, flags, grace_usec=("t", 300_000))

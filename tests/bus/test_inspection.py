@@ -41,7 +41,7 @@ def test_a_guest_that_was_merely_stopped_is_continued(client: Client, qemu: Make
 
 
 def test_a_large_guest_that_exits_is_not_killed(client: Client, qemu: Make) -> None:
-    """It wrote everything: after a SIGKILL the job would only have said that data may be lost."""
+    """QEMU has written everything. After SIGKILL, the receipt would say that data may be lost."""
     guest = qemu(arguments=LARGE)
     spans = {"grace_usec": ("t", S // 10), "stall_usec": ("t", S // 10)}
     result, receipt = client.wait(client.terminate(guest.pid, FORCE, **spans))
@@ -72,7 +72,7 @@ def test_a_guest_that_a_debugger_holds_is_named_and_killed(client: Client, qemu:
     assert (result, signals(receipt)) == ("killed", ["SIGTERM", "SIGKILL"])
     assert verdicts(receipt)[0] == "stopped"
     assert f"process {debugger.pid}" in receipt["verdicts"][0][2][0]
-    # It has not even handled SIGTERM.
+    # The guest has not handled SIGTERM, so its data is at risk.
     assert receipt["data-at-risk"] is True
     assert "it had not taken SIGTERM" in str(receipt["at-risk"])
 
@@ -81,7 +81,7 @@ def test_a_guest_that_a_debugger_holds_is_named_and_killed(client: Client, qemu:
 def test_storage_that_stands_still_and_then_is_given_up(
     client: Client, linux_guest: Make, lab_dir: Path, tcp: bool
 ) -> None:
-    """An NBD server that stops answering: nothing moves at all, and yet the process is not idle."""
+    """An NBD server stops answering. Nothing moves, but the process is not idle."""
     image = make_disk(lab_dir / "disk")
     with nbd_server(image, tcp=tcp, room=1 << 30) as server:
         guest = linux_guest(job="writer", disk=server.uri, records=100_000, stride=4096)
@@ -108,7 +108,7 @@ def test_storage_that_comes_back_in_time_loses_nothing(
         guest.wait_for(r"\b20\b", 60)
         server.freeze()
         job = client.terminate(guest.pid, FORCE, grace_usec=("t", 0), stall_usec=("t", 1 * S))
-        # By the clock alone, the guest would be dead before this is reported.
+        # With a fixed timeout, the guest would be killed before this is reported.
         while True:
             _, (_, changed, _) = client.signal("PropertiesChanged", path=job)
             if changed.get("Verdict") == ("s", "storage-wait"):
@@ -121,7 +121,8 @@ def test_storage_that_comes_back_in_time_loses_nothing(
 
 @pytest.fixture
 def disk_dir() -> Iterator[Path]:
-    """A directory on a disk: /tmp may be a tmpfs, for which nothing counts what a server writes."""
+    """A directory on a disk. /tmp may be a tmpfs, for which no counter shows what a server
+    writes."""
     with tempfile.TemporaryDirectory(prefix="qkl-", dir="/var/tmp") as directory:
         yield Path(directory)
 
@@ -130,8 +131,8 @@ def disk_dir() -> Iterator[Path]:
 def test_progress_over_nbd_is_told_in_bytes(
     client: Client, linux_guest: Make, disk_dir: Path, tcp: bool
 ) -> None:
-    """On a unix socket, no counter of QEMU's moves, and the server's writes count as the guest's.
-    On TCP, the bytes that the server has acknowledged count."""
+    """On a unix socket, no counter of QEMU moves, so the server's writes count as the guest's. On
+    TCP, the bytes that the server has acknowledged count."""
     image = disk_dir / "disk"
     create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", str(image), "11G")
     run([needs.program("qemu-img", "qemu-utils"), *create], check=True)
@@ -176,7 +177,8 @@ def test_plan_says_what_would_be_done_and_does_nothing(client: Client, qemu: Mak
         (found,) = client.call("Plan", "uta{sv}", guest.pid, flags, options)
         return dict(plain(found))
 
-    # It has a monitor, by which storage may have been added that shows nowhere: unknown, not idle.
+    # Storage may have been added through the guest's monitor, which nothing shows. So the verdict
+    # is unknown, not idle.
     spans = {"storage-stall-usec": ("t", 3 * S), "stall-usec": ("t", 2 * S)}
     found = plan(FORCE, **spans, **{"grace-usec": ("t", 2 * S)})
     assert found["pid"] == guest.pid

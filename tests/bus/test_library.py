@@ -1,4 +1,4 @@
-"""Which D-Bus library qkilld takes, and that it behaves the same with each."""
+"""The choice of the D-Bus library, and that qkilld behaves the same with each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FIRST = "dbus_next" if sys.version_info < (3, 15) else "dbus_fast"
 
 
 def run_with(*hidden: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Runs MESSAGES in a Python that cannot import these modules."""
+    """Run MESSAGES in a Python that cannot import these modules."""
     for name in hidden:
         for package in (directory / name, directory / name / "_private"):
             package.mkdir()
@@ -58,7 +58,7 @@ def test_both_send_the_same_bytes(lab_dir: Path) -> None:
 
 
 def test_glib_is_not_imported(lab_dir: Path) -> None:
-    """Both would import it, though it is not needed."""
+    """Both libraries would import GLib, which qkilld does not need."""
     for hidden, taken in (([], FIRST), (["dbus_next"], "dbus_fast")):
         directory = lab_dir / f"{taken}{len(hidden)}"
         directory.mkdir()
@@ -75,7 +75,7 @@ def test_neither_is_there(lab_dir: Path) -> None:
 
 
 def test_the_daemon_with_dbus_fast(request: pytest.FixtureRequest) -> None:
-    """Part of the suite; `make test-dbus-fast` runs every test that concerns the bus."""
+    """This runs a part of the tests; `make test-dbus-fast` runs all tests of the bus."""
     if request.config.getoption("--dbus-library") != library.NAMES[0]:
         pytest.skip("it is what runs")
     done = subprocess.run(

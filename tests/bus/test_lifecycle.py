@@ -1,4 +1,4 @@
-"""The daemon's own life: its bus name, its bus, its configuration and its end."""
+"""The life of the daemon: its bus name, its bus, its configuration and its exit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_introspection_is_the_xml(client: Client, fake_qemu: Make) -> None:
 
 
 def interface_of(node: ET.Element, name: str) -> list[tuple[str, ...]]:
-    """Every element of an interface with its attributes, sorted, comments left out."""
+    """Return all elements of an interface with their attributes, sorted, without comments."""
     interface = node.find(f"interface[@name='{name}']")
     assert interface is not None
     return sorted(
@@ -52,7 +52,7 @@ def interface_of(node: ET.Element, name: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.each_library
 def test_every_member_answers(client: Client, fake_qemu: Make) -> None:
-    """Every method and property of the XML answers, with the types it says."""
+    """Every method and property in the XML works, and has the types in the XML."""
     guest = fake_qemu(stubborn=True)
     job = client.terminate(guest.pid)
     bodies: dict[str, list[Any]] = {
@@ -61,7 +61,7 @@ def test_every_member_answers(client: Client, fake_qemu: Make) -> None:
         "ut": [1, 0],
         "uta{sv}": [1, 0, {}],
         "": [],
-        # No such unit, and an option that is refused: these calls stop nothing.
+        # These calls stop nothing: the unit does not exist, and the option is refused.
         "st": ["nosuch.service", 0],
         "ta{sv}": [0, {"start-time": ("t", 1)}],
     }
@@ -121,7 +121,7 @@ def test_the_bus_goes_away_during_a_job(
     with private_bus.client() as client:
         client.terminate(guest.pid, 1, grace_usec=("t", 1_000_000))
         private_bus.stop()
-    # The job goes on to its end, and only then does the daemon exit.
+    # The daemon exits only after the end of the job.
     assert guest.wait_gone() == -9
     assert daemon.wait_gone() == 1
     daemon.wait_for(r"^error: qkilld has lost the bus .*: 1 jobs continue, after which it exits")
@@ -257,7 +257,7 @@ def test_help_teaches() -> None:
 
 
 def test_user_is_the_session_bus(private_bus: Bus, lab_dir: Path) -> None:
-    """--user uses DBUS_SESSION_BUS_ADDRESS and nothing else of this machine."""
+    """--user uses only the bus in DBUS_SESSION_BUS_ADDRESS."""
     address = f"unix:path={lab_dir}/session"
     env = environment("unix:path=/nonexistent/system") | {"DBUS_SESSION_BUS_ADDRESS": address}
     done = run([*PYTHON, "-m", "qkilld", "--user"], env=env)
@@ -269,7 +269,8 @@ def test_user_is_the_session_bus(private_bus: Bus, lab_dir: Path) -> None:
 
 
 def test_without_the_files_of_the_system(lab_dir: Path) -> None:
-    """As installed by pip or pipx: it says what is missing, and where the documentation is."""
+    """The daemon as installed by pip or pipx reports which files are missing, and where the
+    documentation is."""
     needed = {
         "usr/share/dbus-1/system.d/org.qkilld1.conf": False,
         "etc/systemd/system/qkilld.service": True,
@@ -292,14 +293,16 @@ def test_without_the_files_of_the_system(lab_dir: Path) -> None:
 
 
 def test_no_tls_is_loaded(daemon: Daemon) -> None:
-    """asyncio imports ssl if it can: 18 ms at every start, and 4 MB that are locked during jobs."""
+    """asyncio imports ssl if possible. That would take 18 ms at every start, and 4 MB, which are
+    locked during jobs."""
     assert not re.search(r"/libssl\b", Path(f"/proc/{daemon.pid}/maps").read_text())
 
 
 def test_all_threads_allocate_from_one_heap(
     daemon: Daemon, client: Client, fake_qemu: Make
 ) -> None:
-    """With a heap for each thread, a million hostile messages took 6 MB more."""
+    """All threads share one heap. With one for each thread, a million hostile messages took 6 MB
+    more."""
     client.terminate(fake_qemu(stubborn=True).pid)
     client.call("ListGuests")
     assert len(psutil.Process(daemon.pid).threads()) > 1

@@ -1,4 +1,5 @@
-"""What desktop tools build on: all objects in one call, signals about them, standard errors."""
+"""The features that desktop tools use: all objects in one call, signals about them, and standard
+errors."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def managed(client: Client) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def guests_in(objects: dict[str, dict[str, dict[str, Any]]]) -> dict[int, tuple[str, Any]]:
-    """By pid: the object path and the properties."""
+    """Return the object path and the properties of each guest, by pid."""
     found = {path: one[GUEST_INTERFACE] for path, one in objects.items() if GUEST_INTERFACE in one}
     return {values["PID"]: (path, values) for path, values in found.items()}
 
@@ -64,9 +65,9 @@ def test_all_objects_in_one_call(client: Client, fake_qemu: Make, qemu: Make) ->
         lambda: (managed(client)[job][JOB_INTERFACE], client.properties(job, JOB_INTERFACE)),
         lambda both: both[0] == both[1],
     )
-    # No values hold a path of the guest's files.
+    # No value contains a path of the guest's files.
     assert not [text for text in values.values() if isinstance(text, str) and "/" in text]
-    # And each object answers for itself.
+    # The object itself returns the same properties.
     assert client.properties(path, GUEST_INTERFACE) == values
     assert guests_in(managed(client))[web.pid] == (path, values)
 
@@ -118,14 +119,14 @@ def test_nobody_looks_for_guests_once_all_who_asked_have_left(
     client.subscribe()
     with daemon.bus.client() as other:
         path = guests_in(managed(other))[guest.pid][0]
-        # A client that never asked gets the signal too, as long as another one wants them.
+        # The objects exist for all clients, as long as one client watches guests.
         assert client.properties(path, GUEST_INTERFACE)["PID"] == guest.pid
     deadline = time.monotonic() + 15 * SCAN_INTERVAL_S
     with pytest.raises(CallError, match="UnknownObject"):
         while time.monotonic() < deadline:
             client.properties(path, GUEST_INTERFACE)
             time.sleep(0.2)
-    # A number is never given again.
+    # A number is never reused.
     assert guests_in(managed(client))[guest.pid][0] != path
 
 
@@ -169,7 +170,7 @@ def test_other_users_see_no_private_properties(
 
 
 def test_more_watchers_than_are_remembered(daemon: Daemon, fake_qemu: Make) -> None:
-    """One user has more connections than are remembered: the newest ones count."""
+    """One user has more connections than the daemon remembers. It remembers the newest ones."""
     guest = fake_qemu()
     clients = [daemon.bus.client() for _ in range(3 * MAX_WATCHERS_PER_UID)]
     try:

@@ -22,7 +22,7 @@ FORCE, NOWAIT, POWERDOWN = 1, 2, 4
 def test_a_guest_without_an_operating_system_is_deaf_and_gets_sigterm(
     client: Client, qemu: Make
 ) -> None:
-    """Its virtual processors are idle, and nothing listens to the button."""
+    """The guest has idle processors, and nothing in it listens to the button."""
     guest = qemu(arguments=["-M", "q35", "-m", "32"])
     result, receipt = client.wait(client.terminate(guest.pid, POWERDOWN))
     assert (result, guest.wait_gone()) == ("exited", 0)
@@ -126,7 +126,7 @@ def test_an_agent_that_does_nothing_is_followed_by_the_button(
 
 @pytest.mark.timeout(900)
 def test_sigterm_alone_pulls_the_plug(client: Client) -> None:
-    """Why a guest is asked at all."""
+    """This shows why a guest should be asked first."""
     with boot_debian() as debian:
         debian.write_files()
         result, receipt = client.wait(client.terminate(debian.guest.pid, FORCE))

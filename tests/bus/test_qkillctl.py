@@ -36,7 +36,7 @@ def argv(bus: Bus, *arguments: str) -> list[str]:
 
 
 def as_user(uid: int | None) -> list[str]:
-    """A prefix that runs a command as that user, who may read a checkout of root's."""
+    """Return a prefix that runs a command as a user who may read root's checkout."""
     if uid is None:
         return []
     needs.root("to be another user")
@@ -48,7 +48,7 @@ def as_user(uid: int | None) -> list[str]:
 def ctl(
     bus: Bus, *arguments: str, code: int = 0, uid: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs qkillctl to its end and asserts its exit code."""
+    """Run qkillctl to its end, and assert its exit code."""
     command = as_user(uid) + argv(bus, *arguments)
     done = run(command, env=lab_bus.environment(bus.address))
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
@@ -57,13 +57,13 @@ def ctl(
 
 
 def ctl_json(bus: Bus, *arguments: str, code: int = 0, uid: int | None = None) -> Any:
-    """The same with --json: the document that it prints."""
+    """Run qkillctl with --json; return the document that it prints."""
     return json.loads(ctl(bus, "--json", *arguments, code=code, uid=uid).stdout)
 
 
 @dataclass
 class CtlProcess:
-    """A qkillctl that has not ended yet."""
+    """A running qkillctl."""
 
     process: subprocess.Popen[bytes]
     pidfd: int
@@ -71,7 +71,7 @@ class CtlProcess:
     err: Log
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Waits for a match in its standard output."""
+        """Wait for a match in its standard output."""
         return self.out.wait_for(pattern, 30, pidfd=self.pidfd)
 
     def wait(self) -> int:
@@ -80,7 +80,7 @@ class CtlProcess:
 
 @pytest.fixture
 def start_ctl(private_bus: Bus, lab_dir: Path) -> Iterator[Callable[..., CtlProcess]]:
-    """A function: starts qkillctl with these arguments and its output in a file."""
+    """A function that starts qkillctl with these arguments, and its output in a file."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments: str) -> CtlProcess:
@@ -135,7 +135,7 @@ def test_list(daemon: Daemon, fake_qemu: Make) -> None:
     stats = {"cpu_usec", "memory_bytes", "uptime_usec"}
     assert rows[web.pid].keys() == {"pid", "name", "uuid", "uid", "user", "unit", "covered"} | stats
     assert rows[web.pid]["memory_bytes"] > 0
-    # btime, on which it is based, is precise to a second only.
+    # It is computed from btime, which is known to 1 s.
     assert 0 <= rows[web.pid]["uptime_usec"] < 600_000_000
     assert (rows[web.pid]["name"], rows[web.pid]["uid"]) == ("web", os.getuid())
     assert hostile.pid in rows
@@ -212,7 +212,7 @@ def test_the_result_of_a_job_that_has_ended(daemon: Daemon, fake_qemu: Make) -> 
     text = ctl(daemon.bus, "status", "job:1").stdout
     assert re.search(r"^  end: +gone after \S+, without SIGKILL", text, re.MULTILINE)
     assert re.search(r"^  rungs: +SIGTERM after \S+$", text, re.MULTILINE)
-    # Its pid may belong to another process by now.
+    # No statistics are read, because another process may have the pid by now.
     assert document["guest"]["memory_bytes"] is None
 
 
@@ -231,7 +231,7 @@ def test_look_at_another_users_guest(daemon: Daemon, fake_qemu: Make) -> None:
     needs.root("to be another user")
     guest = fake_qemu(name="web", uuid="5f0c3c1e-6a0e-4a53-9f1a-0d6a4be4b6c5")
     ctl(daemon.bus, "inspect", "web", code=6, uid=OTHER_UID)
-    # What the list shows to everyone, status shows too.
+    # `status` shows to everyone what `list` shows.
     document = ctl_json(daemon.bus, "status", str(guest.pid), uid=OTHER_UID)
     assert (document["guest"]["name"], document["guest"]["user"]) == ("web", "root")
 
@@ -290,7 +290,7 @@ def test_killed(start_daemon: Start, fake_qemu: Make) -> None:
     assert guest.wait_gone() == -signal.SIGKILL
     first, *_, last = done.stdout.splitlines()
     assert re.fullmatch(rf"web \(pid {guest.pid}\): SIGTERM sent; SIGKILL (in [1-3]s|now)", first)
-    # It has no disks.
+    # Nothing is lost, because the guest has no disks.
     assert re.fullmatch(r".*: gone after \S+ by SIGKILL, with nothing left to write", last)
 
 
@@ -330,7 +330,7 @@ def test_held_extended_and_forced(daemon: Daemon, fake_qemu: Make, start_ctl: St
     assert "job 1 extended: no SIGKILL for 1h from now on" in done.stdout
     assert "next: held" in done.stdout
     assert "job 1 released: the stop continues" in ctl(daemon.bus, "release", "web").stdout
-    # On one line, unless the next step was not known at once.
+    # This is one line, or two if the next step was not known at once.
     running.wait_for(r"released(;|\n).*no SIGKILL for (1h|59min)")
     assert "job 1 was not held" in ctl(daemon.bus, "release", "web").stdout
     done = ctl(daemon.bus, "extend", "1s", "web")
@@ -449,7 +449,7 @@ def test_malformed_target_among_good_ones(daemon: Daemon, qemu: Make) -> None:
 
 
 def test_several_end_as_the_worst_of_them(daemon: Daemon, qemu: Make, fake_qemu: Make) -> None:
-    """All jobs run at the same time: together they take no longer than the slowest."""
+    """All jobs run at the same time, so together they take as long as the slowest."""
     stubborn = [fake_qemu(name=f"stubborn{i}", stubborn=True) for i in range(3)]
     polite = qemu(name="polite")
     names = [guest.name for guest in (*stubborn, polite)]
@@ -543,7 +543,7 @@ def test_plain_lines_are_one_for_each_change(
     running.wait_for("SIGTERM sent")
     (waiting,) = (name for name in _names(client) if name[0] == ":" and name not in others)
     _send_forged_change(daemon.bus, waiting, "/org/qkilld1/job/1")
-    ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # joins, and kills it at once
+    ctl(daemon.bus, "terminate", "--force", "--no-wait", "web")  # joins and kills at once
     assert running.wait() == 3
     lines = running.out.lines()
     assert not any("forged" in line for line in lines)
@@ -576,7 +576,7 @@ def _send_forged_change(bus: Bus, to: str, path: str) -> None:
 def on_terminal(
     bus: Bus, *arguments: str, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
-    """qkillctl with a terminal of 100 by 24 for its output."""
+    """Run qkillctl with its output on a terminal of 100 by 24."""
     around = lab_bus.environment(bus.address) | {"NO_COLOR": "", "COLUMNS": "100"} | env
     with terminal.on_terminal(argv(bus, *arguments), around) as running:
         yield running.process, running.screen
@@ -587,7 +587,7 @@ def test_the_live_line(daemon: Daemon, fake_qemu: Make) -> None:
     command = ("terminate", "--wait", "--force", "--grace", "30s", str(guest.pid))
     with on_terminal(daemon.bus, *command, env={"TERM": "xterm-256color"}) as (process, screen):
         screen.wait_for(rf"\(pid {guest.pid}\).*(SIGTERM sent|idle).*\d:\d\d.*SIGKILL in \d\ds")
-        # Its clock goes on between the daemon's signals.
+        # The live line counts down between the daemon's signals.
         screen.wait_for(r"SIGKILL in (\d+)s(?s:.*)SIGKILL in (?!\1)\d+s")
         ctl(daemon.bus, "cancel", str(guest.pid))
         screen.read_to_end()
@@ -638,7 +638,7 @@ def test_terminals(
 
 
 def test_asking_first(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> None:
-    """A guest without a monitor, which the receipt says."""
+    """The guest has no monitor, and the receipt says so."""
     guest = fake_qemu(name="web")
     planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
     assert planned.splitlines()[1] == "  SIGTERM at once (terminate)"
@@ -659,7 +659,7 @@ def test_asking_first(daemon: Daemon, fake_qemu: Make, start_ctl: StartCtl) -> N
 
 
 def test_a_guest_that_does_not_shut_down(daemon: Daemon, qemu: Make, start_ctl: StartCtl) -> None:
-    """A real QEMU in which nothing would react."""
+    """A real QEMU without an operating system."""
     guest = qemu(name="web", arguments=["-M", "q35", "-m", "32"])
     planned = ctl(daemon.bus, "terminate", "--powerdown", "--dry-run", "web").stdout
     assert "  ask at once (powerdown)\n  SIGTERM after 1min (terminate)\n" in planned

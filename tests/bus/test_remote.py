@@ -32,7 +32,7 @@ exec {bridge} --bus-path={address} "$@"
 
 @pytest.fixture
 def ctl(daemon: Daemon, lab_dir: Path) -> Ctl:
-    """A function: runs qkillctl against that daemon as one of root@far:2222."""
+    """A function that runs qkillctl for this daemon, as if it were on root@far:2222."""
     bridge = needs.program("systemd-stdio-bridge", "systemd")
     ssh = lab_dir / "ssh"
     address = shlex.quote(daemon.bus.address)
@@ -58,7 +58,7 @@ def test_a_guest_of_another_host_is_listed_and_stopped(
 ) -> None:
     guest = qemu(name="far-guest")
     (row,) = (each for each in json.loads(ctl("--json", "list").stdout) if each["pid"] == guest.pid)
-    # Nothing of this machine is said about a process of the other one.
+    # qkillctl shows nothing from this machine about a process of the other host.
     assert row["memory_bytes"] is None and row["user"] == str(os.geteuid())
     assert "system bus of root@far:2222" in ctl("status").stdout
     done = ctl("terminate", "--wait", "far-guest")
@@ -74,7 +74,7 @@ def test_all_guests_are_those_of_the_user_there(ctl: Ctl, qemu: Callable[..., Gu
 
 
 def test_a_container_of_another_host(ctl: Ctl, lab_dir: Path) -> None:
-    # The bridge finds no such container: all that counts is that it was asked for.
+    # The bridge finds no such container. The error shows that qkillctl requested it.
     failed = ctl("list", host="far/box", code=1)
     assert "system bus of container box on far: `ssh` ended with status" in failed.stderr
     call = (lab_dir / "calls").read_text()

@@ -1,4 +1,4 @@
-"""--user: which bus it means."""
+"""The bus that --user selects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.lab.process import run
 
 
 def without_a_session(bus: Bus, runtime: str | None) -> dict[str, str]:
-    """The environment of a user's program outside any session, as cron and `su` give it."""
+    """Return the environment of a user's program outside any session, as with cron and `su`."""
     result = environment(bus.address)
     for name in ("DBUS_SESSION_BUS_ADDRESS", "DBUS_STARTER_ADDRESS", "XDG_RUNTIME_DIR", "DISPLAY"):
         result.pop(name, None)

@@ -21,7 +21,7 @@ from tests.lab.process import TOP, end, spawn
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 NOBODY_THERE = ["-M", "q35", "-m", "32"]
-"""A QEMU with nothing but its firmware, which listens to no button."""
+"""Arguments of a QEMU with only its firmware, which does not listen to the power button."""
 
 _WITH_ROOT = """
 import sys
@@ -32,14 +32,16 @@ root, load = Path(sys.argv.pop(1)), config.load
 config.load = lambda: load(root)
 main()
 """
-"""qkilld-stop with the configuration file of the daemon under test: it has no option for one."""
+"""A program that runs qkilld-stop with the configuration of the daemon under test, for which
+qkilld-stop has no option."""
 
 
 @contextlib.contextmanager
 def helper(
     root: Path, directory: Path, *arguments: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Log]]:
-    """qkilld-stop with these arguments, and its output. It calls the daemon made by `started`."""
+    """Run qkilld-stop with these arguments; yield the process and its output. It calls the daemon
+    that `started` has started."""
     said = Log(directory / "said")
     arguments = (f"--socket={directory}/socket", *arguments)
     no_bus = {"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus"}
@@ -58,7 +60,7 @@ def helper(
 
 
 def started(start: Start, directory: Path, **options: Any) -> Daemon:
-    """A daemon that qkilld-stop can call."""
+    """Start a daemon that qkilld-stop can call."""
     daemon = start("--varlink", f"{directory}/socket", **options)
     daemon.wait_for("serves the bus at")
     return daemon
@@ -70,7 +72,7 @@ def stop(root: Path, directory: Path, *arguments: str) -> int:
 
 
 def asked(client: Client, number: int) -> str:
-    """The outcome of asking, according to that job, which has ended."""
+    """Return the outcome of asking, from the receipt of a job that has ended."""
     _, receipt = client.wait(f"/org/qkilld1/job/{number}")
     return str(receipt["guest-asked"])
 
@@ -127,7 +129,7 @@ def test_data_written_by_the_guest_is_kept(
 def test_the_daemon_is_killed_while_the_guest_shuts_down(
     start_daemon: Start, lab_dir: Path
 ) -> None:
-    """The helper waits on, and sends nothing before the guest has gone by itself."""
+    """The helper keeps waiting, and sends nothing until the guest has exited by itself."""
     daemon = started(start_daemon, lab_dir)
     with boot_debian() as debian:
         debian.write_files()

@@ -23,7 +23,8 @@ FORCE, FIXED = 1, 8
 JOB = "org.qkilld1.Job"
 ANSWER_S = 1.0
 LIST_S = ANSWER_S + 2
-"""The first search for guests waits for stuck processes, and so for those of other tests."""
+"""The limit for a list. The first search for guests also waits for the stuck processes of other
+tests."""
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 
@@ -35,7 +36,7 @@ def stuck() -> Iterator[StuckGuests]:
 
 
 class Timed:
-    """Calls methods of the manager, and notes the longest time that one took."""
+    """Calls methods of the manager, and records the longest time of a call."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -84,7 +85,7 @@ def test_a_job_sends_no_signal_while_its_process_is_stuck(
         job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 1_000_000))
         daemon.wait_for("Sent SIGTERM")
         stuck.stick(guest)
-        # The grace period ends, and the daemon looks again each second.
+        # The grace has passed, and the daemon tries to read the identity once a second.
         time.sleep(3.5)
         assert client.properties(job, JOB)["Result"] == ""
         assert "SIGKILL" not in _pending_signals(guest.pid)
@@ -128,7 +129,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_ready(
 
 
 def _pending_signals(pid: int) -> str:
-    """Return "SIGKILL" if it is pending."""
+    """Return "SIGKILL" if it is pending, else ""."""
     lines = until(Path(f"/proc/{pid}/status").read_text, lambda text: "ShdPnd" in text).split("\n")
     masks = [int(line.split()[1], 16) for line in lines if line[3:5] == "Pn"]
     return "SIGKILL" if any(mask & 1 << SIGKILL - 1 for mask in masks) else ""
@@ -147,7 +148,7 @@ main()
 def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
     start_daemon: Start, fake_qemu: Make, lab_dir: Path
 ) -> None:
-    """TasksMax= of its unit may allow no more."""
+    """TasksMax= of its unit may allow no more threads."""
     daemon = start_daemon("--varlink", f"{lab_dir}/socket")
     daemon.wait_for("serves the bus at")
     guest = fake_qemu()

@@ -30,7 +30,7 @@ Start = Callable[..., Daemon]
 
 @pytest.fixture
 def start(start_daemon: Start, lab_dir: Path) -> Iterator[Start]:
-    """start_daemon with a runtime directory for all the daemons of a test."""
+    """A function like start_daemon, with one runtime directory for all daemons of a test."""
     lab_dir.chmod(0o700)
 
     def start(**options: str) -> Daemon:
@@ -72,7 +72,8 @@ def test_a_job_goes_on_with_no_descriptor_kept(
 def test_a_job_goes_on_that_had_not_sent_sigterm(
     private_bus: Bus, start: Start, fake_qemu: Make, lab_dir: Path
 ) -> None:
-    """Its phase is saved before SIGTERM is sent."""
+    """The phase `terminate` is saved before SIGTERM is sent. A crash in between leaves this
+    state."""
     first, guest, saved = start(), fake_qemu(stubborn=True), lab_dir / "job-1.json"
     with private_bus.client() as client:
         job = client.terminate(guest.pid, FORCE | FIXED, grace_usec=("t", 1_000_000))
@@ -90,7 +91,7 @@ def test_a_job_goes_on_that_had_not_sent_sigterm(
 def test_a_job_outlives_a_crash_right_after_its_reply(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """Before answers waited for the file, every third job was lost."""
+    """The reply waits until the job is saved. Before that, every third job was lost."""
     daemon = start()
     with private_bus.client() as client:
         for _ in range(12):
@@ -192,8 +193,8 @@ def test_killed_after_its_sigkill_and_before_the_process_went(
 def test_no_guest_that_was_killed_is_said_to_have_exited(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """The daemon is killed in the very moment it kills the guest, before it has saved that. It has
-    saved its intention, unless that took over 50 ms on a busy machine."""
+    """The daemon is killed right after it has sent SIGKILL, before it has saved this. It has saved
+    its intention, unless that took more than 50 ms on a busy machine."""
     daemon = start()
     rounds: list[set[str]] = []
     with private_bus.client() as client:
@@ -249,7 +250,7 @@ def test_no_signal_reaches_another_process_after_a_crash(
 def test_nothing_is_imported_and_no_page_may_go_while_a_job_runs(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """A stalled disk cannot stall what need not be read from it."""
+    """Locked memory is not read from a disk, so a stalled disk cannot stop the daemon."""
     needs.root("to lock memory without a limit")
     daemon = start(PYTHONPROFILEIMPORTTIME="1")
     idle, stubborn = fake_qemu(), fake_qemu(stubborn=True)
@@ -261,7 +262,7 @@ def test_nothing_is_imported_and_no_page_may_go_while_a_job_runs(
 
     before = daemon.stderr.text()
     unused = "_ssl|inspect|locale|ipaddress"
-    if sys.version_info < (3, 14):  # whose dataclasses and traceback need these two
+    if sys.version_info < (3, 14):  # since 3.14, dataclasses and traceback need these two
         unused += "|ast|dis"
     assert not re.search(rf"\| +({unused})$", before, re.MULTILINE)
     with private_bus.client() as client:
@@ -274,7 +275,7 @@ def test_nothing_is_imported_and_no_page_may_go_while_a_job_runs(
         assert memory("VmLck:")
         print(f"resident, locked: {memory('VmRSS:')} kB")
         assert client.wait(job)[0] == "killed"
-    # The answer does not wait for the log.
+    # The reply may come before the log entry.
     daemon.wait_for("was killed")
     said = daemon.stderr.text()[len(before) :]
     assert [line for line in said.splitlines() if line.startswith("import time:")] == []

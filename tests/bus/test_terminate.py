@@ -1,4 +1,4 @@
-"""Stopping real guests over a real bus: how a stop can go."""
+"""Stops of real guests over a real bus."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_real_guest_that_runs_linux(client: Client, linux_guest: Make) -> None
     job = client.terminate(guest.pid)
     result, receipt = client.wait(job)
     assert (result, signals(receipt)) == ("exited", ["SIGTERM"])
-    assert receipt["verdict"] == "zombie"  # this process is its parent and has not reaped it yet
+    assert receipt["verdict"] == "zombie"  # its parent, this process, has not reaped it yet
     assert not guest.alive
     assert guest.wait_gone() == 0
     assert client.signal("JobNew")[1] == (1, job, guest.pid)
@@ -55,7 +55,7 @@ def test_an_idle_qemu_goes_by_sigterm(client: Client, qemu: Make, flags: int) ->
 
 
 def test_a_stopped_qemu_is_killed_at_ten_seconds(client: Client, qemu: Make) -> None:
-    """The seed algorithm in real time, on a real QEMU that cannot handle its SIGTERM."""
+    """libvirt's fixed timeouts in real time, with a real QEMU that cannot handle SIGTERM."""
     guest = qemu()
     guest.signal(signal.SIGSTOP)
     result, receipt = client.wait(client.terminate(guest.pid, FORCE | FIXED))
@@ -73,7 +73,7 @@ def test_without_force_it_survives_fifteen_seconds(
     assert (result, signals(receipt)) == ("survived", ["SIGTERM"])
     assert 15 <= seconds(receipt) < 30
     assert guest.alive
-    # It stays watched, and its real end is logged.
+    # The survivor is still watched, and its exit is logged.
     guest.signal(signal.SIGCONT)
     assert guest.wait_gone() == 0
     daemon.wait_for(
@@ -126,8 +126,8 @@ def test_cancel(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
     client.cancel(job)
     result, receipt = client.wait(job)
     assert (result, signals(receipt)) == ("cancelled", ["SIGTERM"])
-    # A second job with the same grace, started later, has sent its SIGKILL: the first would have,
-    # too.
+    # Wait for the SIGKILL of a later job with the same grace. If it were not cancelled, the first
+    # job would have sent its own by then.
     other = fake_qemu(stubborn=True)
     result, _ = client.wait(client.terminate(other.pid, FORCE, grace_usec=("t", 3_000_000)))
     assert result == "killed"
@@ -162,14 +162,14 @@ def test_progress_is_announced(client: Client, fake_qemu: Make) -> None:
     while not phases or phases[-1] != "done":
         _, (interface, changed, invalidated) = client.signal("PropertiesChanged", path=job)
         assert interface == "org.qkilld1.Job"
-        # Not everyone may see how much a guest writes.
+        # Signals go to everyone, and not everyone may see how much a guest writes.
         assert set(invalidated) <= PRIVATE
         assert not PRIVATE & changed.keys()
-        # One signal for all changes of one moment.
+        # Changes at the same time come in one signal.
         if "LastProgressUSec" in changed and "Phase" not in changed:
             assert "DeadlineUSec" in changed
         phases += [changed["Phase"][1]] if "Phase" in changed else []
-    # A change within 200 ms of the last signal is announced at once as well.
+    # The last change is announced at once, even within 200 ms of another signal.
     assert phases in (["done"], ["kill", "done"], ["reap", "done"])
     assert changed["Result"] == ("s", result)
 

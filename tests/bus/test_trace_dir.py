@@ -20,7 +20,7 @@ Make = Callable[..., Guest]
 
 
 def stop(daemon: Daemon, guest: Guest) -> str:
-    """Stops the guest with FORCE. Gives the result."""
+    """Stop the guest with FORCE; return the result."""
     with daemon.bus.client() as client:
         job = client.terminate(guest.pid, Flag.FORCE)
         result, _ = client.wait(job)

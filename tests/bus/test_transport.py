@@ -1,4 +1,4 @@
-"""Buses that cannot be reached, and buses that take a while."""
+"""Buses that cannot be reached, and buses that are slow."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_bus_that_does_not_answer(listening: tuple[socket.socket, str]) -> Non
 
 
 def test_a_bus_with_a_full_backlog(listening: tuple[socket.socket, str]) -> None:
-    """connect(2) would block; the event loop goes on until the timeout."""
+    """connect(2) would block, but the event loop continues until the timeout."""
     with socket.socket(socket.AF_UNIX) as first:
         first.connect(listening[0].getsockname())
 
@@ -117,8 +117,8 @@ def test_a_bus_that_is_full() -> None:
 
 @pytest.mark.parametrize("read", [True, False])
 def test_a_descriptor_that_lingers(private_bus: Bus, read: bool) -> None:
-    """Any user of the bus may send one to a connection that takes descriptors. Neither dropping it
-    nor closing the connection with it unread blocks."""
+    """Any user of the bus may send such a descriptor to a connection that accepts descriptors.
+    Neither dropping the descriptor nor closing the connection before it is read blocks."""
     driver = DBusAddress("/org/freedesktop/DBus", DBUS, DBUS)
 
     def send(name: str) -> None:
@@ -130,7 +130,7 @@ def test_a_descriptor_that_lingers(private_bus: Bus, read: bool) -> None:
 
     def wait_received(sock: socket.socket) -> None:
         assert select.select([sock], [], [], 30)[0]
-        time.sleep(0.2)  # Until the bus has closed its copy.
+        time.sleep(0.2)  # until the bus has closed its copy
 
     async def receive() -> float:
         connection = await connect(BusAddress(address=private_bus.address), descriptors=True)

@@ -21,7 +21,7 @@ from tests.lab.terminal import OnTerminal, on_terminal
 Make = Callable[..., Guest]
 Start = Callable[..., Daemon]
 FORCE = 1
-__all__ = ["start_ctl"]  # a fixture of another file
+__all__ = ["start_ctl"]  # the fixture is in another file
 
 
 @contextlib.contextmanager
@@ -96,7 +96,7 @@ def test_the_terminal_is_given_back(
             running.process.send_signal(how)
         assert running.process.wait(30) == code
         assert running.settings() == before
-        # The cursor is visible again, and so is what the full screen had covered.
+        # The cursor and the earlier content of the terminal are visible again.
         running.screen.wait_for(r"\x1b\[\?1049h(?s:.*)\x1b\[\?1049l")
         running.screen.wait_for(r"\x1b\[\?25l(?s:.*)\x1b\[\?25h")
     assert "Traceback" not in running.screen.text
@@ -186,7 +186,8 @@ def test_without_a_bus_it_says_so(private_bus: Bus, start_ctl: StartCtl) -> None
 
 
 def test_a_hundred_jobs(daemon: Daemon, client: Client, fake_qemu: Make) -> None:
-    """More than a screen has rows, and than one connection may ask about at a time."""
+    """There are more jobs than rows on the screen, and more than calls that one connection may have
+    open."""
     for number in range(100):
         start(client, fake_qemu, f"guest{number}")
     with watching(daemon.bus) as running:
