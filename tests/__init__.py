@@ -1,1 +1,2 @@
-"""The tests, in layers: pure, engine, bus, system. `tests.lab` holds what they stand on."""
+"""The tests, in layers: pure, engine, bus, system. `tests.lab` has the guests, buses and storage
+for them."""

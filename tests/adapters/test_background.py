@@ -1,4 +1,4 @@
-"""Background writes delay nobody."""
+"""A write in the background never delays the caller."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_only_the_first_reader_waits(stuck: StuckGuests) -> None:
 
 
 def test_a_stored_pidfd_is_used_although_its_process_is_stuck(stuck: StuckGuests) -> None:
-    """The job looks again before it sends a signal."""
+    """The job checks the identity before it sends a signal."""
     guest = stuck.make(OTHER_UID)
     before = open_process(guest.pid)
     before.close()
@@ -116,11 +116,11 @@ def test_a_scan_skips_them(
             assert all(each.uid == OTHER_UID for each in unidentified if each.pid in theirs)
 
     asyncio.run(scan())
-    assert blockable.shared.blocked >= len(guests)  # Other tests may have some.
+    assert blockable.shared.blocked >= len(guests)  # Other tests may also have stuck guests.
 
 
 def test_a_search_waits_for_a_process_that_is_stuck_for_a_moment(stuck: StuckGuests) -> None:
-    """The host may thrash."""
+    """This may happen on a host that thrashes."""
     import asyncio
 
     guest = stuck.make_stuck(OTHER_UID)
@@ -190,7 +190,7 @@ def test_a_stuck_process_of_the_unit_is_not_taken_for_none(
 def test_a_process_that_was_stuck_at_the_start_does_not_count_at_the_end(
     stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be a shell of another user, or gone."""
+    """The process may be a shell of another user, or gone."""
     guest, web = stuck.make_stuck(OTHER_UID), fake_qemu()
     targets = Targets(Options(all_guests=True))
     monkeypatch.setattr(targets, "_config", Config(executables=(own_qemus(),)))
@@ -249,7 +249,8 @@ def test_a_user_with_many_of_them_leaves_room(
         return reads.blocked > before
 
     assert [blocks(stuck.make_stuck(OTHER_UID)) for _ in range(4)] == [True, True, True, False]
-    # Not even a process that would not block is read for this user; another user's is.
+    # No more processes of this user are read, not even one that would not block. Those of other
+    # users are.
     own = fake_qemu(uid=OTHER_UID)
     with pytest.raises(Unanswered):
         reads.one(f"/proc/{own.pid}", executable)
@@ -267,7 +268,8 @@ def test_a_user_with_many_of_them_leaves_room(
 def test_searches_leave_room_for_reads_of_one_process(
     stuck: StuckGuests, fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any search meets the stuck processes of all users; a job reads its process again."""
+    """Searches meet the stuck processes of all users, but a job must be able to read its own
+    process."""
     monkeypatch.setattr(blockable, "MAX_THREADS", 5)
     monkeypatch.setattr(blockable, "MAX_OF_ROOT", 1)
     monkeypatch.setattr(blockable, "MAX_SHARED", 2)
@@ -288,7 +290,7 @@ def test_searches_leave_room_for_reads_of_one_process(
 
 
 def test_a_busy_interpreter_is_not_a_blocked_process() -> None:
-    """A read that has not had its turn is waited for."""
+    """A read that only waits for the interpreter is not given up."""
 
     def slow(directory: str) -> str:
         time.sleep(5 * blockable.PATIENCE_S)
@@ -328,7 +330,7 @@ class _MainThreadFirst:
 
 
 def test_a_read_that_ends_while_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends after it has been found to be blocked, and before that is noted."""
+    """The read ends after it was found to be blocked, but before it is counted as blocked."""
     reads, lock = BlockableReads(), _MainThreadFirst()
     monkeypatch.setattr(reads, "_lock", lock)
 

@@ -33,9 +33,11 @@ V1, V2 = "v1", "v2"
 
 @pytest.fixture
 def process() -> Iterator[tuple[int, dict[str, str]]]:
-    """A process in another group of each hierarchy. Yields its pid and the names of its units.
+    """A process that is in a different group in each hierarchy. Yields its pid and the names of its
+    units.
 
-    The name is "none" in a hierarchy that this host has not mounted: it is in the root there.
+    If this host has not mounted a hierarchy, the process is in its root group, and the name is
+    "none".
     """
     needs.root("to make control groups and mounts")
     mark = secrets.token_hex(4)
@@ -96,7 +98,7 @@ def test_without_any_hierarchy_the_unit_is_unknown(process: tuple[int, dict[str,
 
 
 def test_this_host(process: tuple[int, dict[str, str]]) -> None:
-    """By statfs(2), as systemd does it (cg_unified_cached)."""
+    """Find the hierarchy of this host by statfs(2), as systemd does (cg_unified_cached)."""
     pid, names = process
     places = ("", "/unified", "/systemd")
     kinds = [_statfs(Path(f"/sys/fs/cgroup{place}")) for place in places]

@@ -1,4 +1,4 @@
-"""Where events go, and that they never delay anything."""
+"""The places to which events are written, without ever delaying the caller."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_journal_that_blocks_holds_nothing_up(monkeypatch: pytest.MonkeyPatch)
         queued.write(event(str(number)))  # returns at once, or this test never ends
     release.set()
     queued.close()
-    # One was being written, three waited, the rest was dropped and counted.
+    # One event was being written and three waited. The others were dropped and counted.
     *kept, count = written
     assert [what.message for what in kept] == ["0", "1", "2", "3"]
     assert (count.id, count.fields) == (MessageId.ENTRIES_DROPPED, {"QKILLD_DROPPED": "6"})
@@ -154,7 +154,8 @@ def test_another_journald_in_the_place_of_one(tmp_path: Path) -> None:
 
 
 def test_a_journald_that_does_not_read_holds_nothing_up(journald: JournaldStandIn) -> None:
-    """Neither the loop nor another thread; afterwards each entry is there, or counted."""
+    """It delays neither the loop nor another thread. Afterwards, each entry is written or
+    counted."""
     asyncio.run(_write_unread(journald))
 
 
@@ -208,7 +209,7 @@ def test_the_end_waits_until_entries_are_processed(
     thread.start()
     if reads:
         assert journald.read()["MESSAGE"] == "Something happened."
-        # The entry has left the socket, but may not be processed yet.
+        # journald has received the entry, but perhaps not processed it yet.
         assert not ended.wait(0.1)
         assert journald.read() == {}
     assert ended.wait(30)

@@ -70,7 +70,7 @@ def test_blocking_names_are_waited_for_once_and_take_few_threads(lines: CommandL
             (f"guest{pid}", "", False, False) for pid in range(1000, 1100)
         ]
         assert threads() <= MAX_SHARED + 1
-        # They are not waited for again, and new names of other users are read as usual.
+        # Later calls do not wait for these names, and read new names of other users as usual.
         for pid in range(1100, 1105):
             began = time.monotonic()
             names = await reader.names([*hostile, identity(pid, uid=2000)])
@@ -114,7 +114,7 @@ def test_time_in_which_nobody_ran_does_not_count(lines: CommandLines) -> None:
     async def ask() -> None:
         names = asyncio.create_task(NameReader(lines).names([identity(1)]))
         await asyncio.sleep(0.1)
-        # The whole process is paused, and then the command line becomes readable.
+        # Pause the whole process for the timeout. Then the command line becomes readable.
         time.sleep(names_module.TIMEOUT_S)  # noqa: ASYNC251
         lines.release.set()
         assert await names == [("guest1", "", False, False)]
@@ -151,7 +151,7 @@ def test_processes_that_are_gone_are_forgotten(
             new = [identity(pid, start_time=start_time) for pid in range(1, 61)]
             reader.keep(new)
             await reader.names(new[:1])
-        # Those being read, and the last ones requested.
+        # Only names that are being read, and those requested last, are kept.
         kept = (reader._names, reader._pending, reader._late_keys)
         assert all(len(each) <= MAX_SHARED + 1 + 1 for each in kept)
 
@@ -171,7 +171,7 @@ def test_a_thread_that_cannot_be_started_takes_no_place(
         starts(thread)
 
     async def ask() -> None:
-        # With a place for each failure, no thread would ever be started again.
+        # If each failure took a place, no thread could be started any more.
         reader = NameReader(lines)
         assert await reader.names([identity(1000)]) == [("guest1000", "", False, False)]
         assert not failures

@@ -161,7 +161,7 @@ def open_directory() -> Iterator[Path]:
 def test_a_way_that_another_user_chose(
     open_directory: Path, child: subprocess.Popen[bytes], through: str, relative: bool
 ) -> None:
-    """Its owner could make the caller stop another user's process."""
+    """The owner of the directory or link could make the caller stop another user's process."""
     needs.root("to give files away")
     theirs, ours = open_directory / "theirs", open_directory / "ours"
     ours.mkdir()
@@ -256,7 +256,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
 
 
 def test_name_with_parentheses_and_blanks_in_stat(tmp_path: Path) -> None:
-    """Field 2 of /proc/PID/stat is a name that its owner chooses."""
+    """Field 2 of /proc/PID/stat is a name that the owner of the process chooses."""
     program = "import ctypes; ctypes.CDLL(None).prctl(15, b') R 1 (', 0, 0, 0); print(); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -272,7 +272,8 @@ def test_name_with_parentheses_and_blanks_in_stat(tmp_path: Path) -> None:
 
 
 def end_namespace(unshare: subprocess.Popen[bytes]) -> None:
-    """Kill its first process, for which unshare waits, and so all others in it."""
+    """Kill the first process of the namespace, for which unshare waits. This ends all others in
+    it."""
     for pid in children(unshare.pid):
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -281,7 +282,8 @@ def end_namespace(unshare: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_qemu_in_another_pid_namespace(tmp_path: Path) -> None:
-    """Its pidfile has its id in that namespace; its lock shows which process it is."""
+    """The pidfile has the process's id in its namespace. The lock on the pidfile shows which
+    process it is."""
     needs.root("a PID namespace")
     qemu = needs.program("qemu-system-x86_64", "qemu-system-x86")
     path = tmp_path / "pid"
@@ -304,7 +306,7 @@ def test_a_qemu_in_another_pid_namespace(tmp_path: Path) -> None:
 def test_process_ids_of_another_namespace_are_not_confused(tmp_path: Path) -> None:
     needs.root("a PID namespace")
     unshare = [str(needs.program("unshare", "util-linux")), "--fork", "--pid", "--kill-child"]
-    # The last of its ids does not exist in our namespace.
+    # Choose an id in the namespace that does not exist in ours.
     far = Path("/proc/sys/kernel/pid_max").read_text().strip()
     last = int(far) - 2
     script = f"echo {last - 1} >/proc/sys/kernel/ns_last_pid; sleep 60 & wait"

@@ -20,7 +20,7 @@ from tests.lab.process import OTHER_UID, wait_gone
 
 Make = Callable[..., Guest]
 _TELLS_ENDS = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) >= (6, 15)
-"""Whether a pidfd tells the status of a process that its parent has reaped."""
+"""Whether a pidfd shows the exit status of a process that its parent has reaped."""
 
 
 def test_identity_of_a_real_qemu(qemu: Make) -> None:
@@ -66,7 +66,7 @@ def test_an_exit_is_no_death_by_a_signal(qemu: Make) -> None:
 
 
 def test_a_qemu_that_exits_is_never_taken_for_something_else(qemu: Make) -> None:
-    """The kernel frees its memory, and what identifies it as QEMU, before it has exited."""
+    """Before QEMU has exited, the kernel frees its memory, and with that its executable."""
     exiting = False
     for _ in range(20):
         guest = qemu(arguments=LARGE)
@@ -108,7 +108,7 @@ def test_out_of_descriptors(fake_qemu: Make) -> None:
     lowest = os.dup(0)
     os.close(lowest)
     try:
-        # First for the pidfd, then for reading /proc.
+        # The first limit leaves no descriptor for the pidfd, the second none for reading /proc.
         for most in (lowest, lowest + 1):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
             with pytest.raises(Failed, match="Too many open files"):
@@ -123,7 +123,7 @@ def test_out_of_descriptors(fake_qemu: Make) -> None:
 
 
 def test_a_process_with_an_unreadable_executable_is_not_qemu(fake_qemu: Make) -> None:
-    """As another user, because exe of a root process is unreadable."""
+    """Another user cannot read exe of a root process."""
     needs.root("to be another user")
     guest = fake_qemu()
     os.seteuid(OTHER_UID)

@@ -99,7 +99,7 @@ def test_what_sigkill_waits_for_is_written_before_other_jobs(lab_dir: Path, open
     directory.save(snapshot(49, term_at=6))
     directory.write_first(49, lambda: written.append(files(lab_dir)))
     directory.write_first(48, lambda: written.append(files(lab_dir)))
-    # Nothing to write: this job is not saved.
+    # This job is not saved, so there is nothing to write.
     directory.write_first(99, lambda: written.append(files(lab_dir)))
     goes_on.set()
     directory.save(snapshot(48, term_at=7))
@@ -133,7 +133,7 @@ def test_it_is_told_when_that_cannot_be_written(
 def test_no_number_is_given_twice_even_after_a_crash(lab_dir: Path, opened: Open) -> None:
     first = opened()
     first.load()
-    # As after a crash: job 3 has a number, but no file yet.
+    # If the daemon crashes now, job 3 has a number, but no file.
     assert json.loads((lab_dir / "numbers.json").read_text())["last"] == RESERVE
     _, last, _ = opened().load()
     assert last >= 3
@@ -154,7 +154,8 @@ def test_jobs_of_another_boot_are_gone(lab_dir: Path, opened: Open) -> None:
 def test_a_job_with_too_much_evidence_is_saved_without_it(
     lab_dir: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hostile guest may have thousands of connections. A longer file would not be loaded."""
+    """A hostile guest may have thousands of connections. The next daemon would not load a longer
+    file."""
     first = opened()
     first.load()
     sockets = tuple(Socket(inode, "unix", True, 0, 0) for inode in range(4096))
@@ -231,7 +232,7 @@ def test_damaged_files_are_set_aside(
     assert why
     assert f"{name}.bad" in files(lab_dir)
     assert name not in files(lab_dir)
-    # The next daemon does not find it any more.
+    # The next daemon does not report the file again.
     assert opened().load()[2] == []
 
 

@@ -63,7 +63,7 @@ def pids_of(finder: ProcessFinder, globs: list[str]) -> list[int]:
         (WEB, None, (WEB, Unit("db.service"), None), [0]),
         (WEB, None, (Unit("db.service"), Unit()), []),
         (WEB, None, (None, Unit("db.service")), Failed),
-        # Two unknown units are not the same, nor are two processes without a unit in the same unit.
+        # Two unknown units do not count as the same unit, and neither do two missing units.
         (None, None, (None, None, None), Failed),
         (None, None, (WEB,), Failed),
         (None, None, (), []),

@@ -120,7 +120,7 @@ def test_no_link_of_procfs_is_gone_through(tmp_path: Path) -> None:
 
 
 def test_renaming_directories_meanwhile_does_not_escape_the_root(tmp_path: Path) -> None:
-    """Whatever is renamed meanwhile, the path ends below the root or fails."""
+    """Even if directories are renamed meanwhile, the path ends below the root or fails."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     (root / "a/b").mkdir(parents=True)
     (root / "a/b/f").write_text("inside")
@@ -155,7 +155,7 @@ def test_renaming_directories_meanwhile_does_not_escape_the_root(tmp_path: Path)
 
 @contextmanager
 def process_in(directory: Path) -> Iterator[int]:
-    """A process of another user with that working directory."""
+    """Run a process of another user in this working directory."""
     with spawn(["sleep", "1000"], cwd=directory, uid=OTHER_UID) as process:
         yield process.pid
         process.kill()

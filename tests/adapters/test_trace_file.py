@@ -93,7 +93,7 @@ def test_existing_files_are_not_overwritten(open_traces: Open, tmp_path: Path) -
 
 
 def test_the_directory_is_held(open_traces: Open, tmp_path: Path) -> None:
-    """A directory that later takes its name is not written to."""
+    """Traces are not written to another directory that later gets the same name."""
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     traces = open_traces()
     tmp_path.rename(moved)
@@ -141,7 +141,7 @@ def test_a_disk_that_stands_still_holds_nothing_up(
     recorder.close()
     release.set()
     traces.close()
-    # One was being written, three waited; the rest is reported as missing.
+    # One record was being written and three waited. A note reports that the others are missing.
     records = read(tmp_path / NAME).records
     assert records[:-1] == tuple(sample(number) for number in range(4))
     assert isinstance(records[-1], CutRecord)
