@@ -21,7 +21,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def run_for(seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    """The same, with a timeout."""
+    """Run in a new loop, with a timeout."""
     return asyncio.run(asyncio.wait_for(work, seconds))
 
 

@@ -118,7 +118,8 @@ def test_the_pretty_form(qemu: Start, lab_dir: Path) -> None:
 
 
 def test_a_qemu_that_does_not_answer(qemu: Start) -> None:
-    """One in-band command at a time, whatever its timeout; its late reply unblocks the next."""
+    """Even after a timeout, the next in-band command waits for the late reply to the previous
+    one."""
     guest = qemu()
 
     async def talk() -> None:

@@ -78,7 +78,7 @@ async def ask(
     powerdown_s: float = 120,
     agent: bool = False,
 ) -> list[Conclusion]:
-    """Ask it as the ladder does; return the conclusions, without repetitions, until QEMU exits."""
+    """Ask the guest as a job does, until QEMU exits; return the conclusions without repetitions."""
     attempt = powerdown.start(time.monotonic_ns() // 1000)
     conclusions: list[Conclusion] = []
     while not process.exited():
@@ -102,8 +102,8 @@ async def ask(
 
 
 async def load_becomes(control: GuestControl, is_reached: Callable[[float], bool]) -> bool:
-    """Return whether the kernel's average of the virtual processors becomes such, within a
-    minute."""
+    """Return whether the kernel's average for the virtual processors satisfies `is_reached` within
+    a minute."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         load = (await control.observe()).vcpu_load
@@ -170,7 +170,7 @@ def test_nothing_is_lost_by_asking(agent: bool) -> None:
         conclusions, events = run_for(600, ask_guest(debian.guest, agent=agent))
         debian.guest.wait_gone(60)
         assert debian.kept() == (FILES, True)
-    # If a disk was busy just before, that is measured first.
+    # If a disk was busy just before, the guest is measured first.
     begun = [one for one in conclusions if one is not Conclusion.MEASURE]
     assert begun[0] is Conclusion.ASK
     # On a busy host the agent's order may show no effect in time; then the button is pressed too.
@@ -300,7 +300,7 @@ def test_an_agent_that_is_restarted_is_no_sign_any_more() -> None:
 
 
 def test_a_boot_is_waited_for() -> None:
-    """It is asked before it listens, and pressed once it does."""
+    """qkilld waits until the booting guest listens, and then presses the button."""
     with boot_debian(state=False, wait=False) as debian:
         conclusions, _ = run_for(600, ask_guest(debian.guest))
         debian.guest.wait_gone(60)
@@ -316,7 +316,7 @@ def test_firmware_alone_is_deaf(qemu: Start, machine: str) -> None:
 
 
 def test_a_guest_that_reports_its_shutdown(qemu: Start) -> None:
-    """On its pvpanic device, since QEMU 9.1."""
+    """The guest reports it through its pvpanic device, since QEMU 9.1."""
     guest = qemu(arguments=["-M", "pc", "-accel", "tcg", "-device", "pvpanic"])
 
     async def look() -> None:
@@ -432,7 +432,7 @@ def test_a_program_that_uses_the_monitor_for_a_moment(qemu: Start) -> None:
 
 
 def test_a_qemu_in_its_first_milliseconds(qemu: Start, lab_dir: object) -> None:
-    """It does not listen yet, but its command line shows that it will."""
+    """QEMU does not listen yet, but its command line shows that it will."""
     guest = qemu(qmp=False, arguments=["-qmp", f"unix:{lab_dir}/qmp,server=on,wait=off"])
 
     async def look() -> None:
@@ -458,7 +458,8 @@ def test_a_qemu_in_its_first_milliseconds(qemu: Start, lab_dir: object) -> None:
     ],
 )
 def test_the_last_words_in_a_kept_connection(data: str, powered_off: bool) -> None:
-    """The previous daemon had read half a message."""
+    """The data begins in the middle of a message, because the previous daemon has read its
+    beginning."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:

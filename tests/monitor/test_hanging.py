@@ -1,4 +1,4 @@
-"""A QEMU that hangs while it exits, and what an earlier connection can still do."""
+"""A QEMU that hangs during its exit, and the commands that still work on an earlier connection."""
 
 from __future__ import annotations
 

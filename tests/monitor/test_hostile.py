@@ -51,7 +51,7 @@ Opened = QmpClient | HmpClient | AgentClient
 async def peer(
     script: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[socket.socket]:
-    """A socket whose other end follows a script, and is silent after it."""
+    """Yield a socket whose other end runs a script, and then stays silent."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=theirs)
 
@@ -298,7 +298,7 @@ def test_an_event_and_an_error_with_hostile_names() -> None:
 
 
 async def fake_agent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Like the real one: half a command from before is discarded at the marker."""
+    """Like a real agent, discard input before the marker, which may be half a command."""
     request = (await reader.readline()).rpartition(b"\xff")[2]
     number = json.loads(request)["arguments"]["id"]
     stale = b'{"return": 5}\n\xff{"return": 17}\n\xff\xff{bad\n'
@@ -377,7 +377,7 @@ def test_a_silent_human_monitor() -> None:
 
 
 def test_very_many_silent_monitors(lab_dir: Path) -> None:
-    """Each takes a second to be recognised as silent."""
+    """To recognise one as silent takes a second."""
     listen = (
         "import socket, sys, time; kept = []\n"
         "for n in range(50):\n"
@@ -408,8 +408,8 @@ def test_very_many_silent_monitors(lab_dir: Path) -> None:
 
 @pytest.mark.parametrize("way", ["path", "abstract"])
 def test_a_descriptor_that_lingers_in_a_connection(lab_dir: Path, way: str) -> None:
-    """A process can send one, and exit before it is known whose the connection is. Closing the
-    connection does not block."""
+    """A process can send a descriptor, and exit before it is known to which process the connection
+    leads. Closing the connection does not block."""
     path = str(lab_dir / "s")
     name = path if way == "path" else f"@{path}"
     with contextlib.ExitStack() as stack:

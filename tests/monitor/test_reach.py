@@ -87,8 +87,9 @@ def test_a_descriptor_whose_parent_had_listened(
             pass_fds=(server.fileno(),),
         )
     try:
-        # QEMU listens again once it runs; before that the peer is the first listener, and each
-        # attempt waits to be accepted. QEMU may not answer one that follows such attempts.
+        # Until QEMU itself calls listen(2), SO_PEERCRED shows the process that listened first, and
+        # the attempt's connection waits to be accepted. After such attempts, QEMU may not answer
+        # the next one.
         until = time.monotonic() + 120
         while True:
             try:
@@ -153,7 +154,8 @@ def test_a_link_to_another_guests_monitor(qemu: Start) -> None:
     guest.qmp.symlink_to(other.qmp)
     with pytest.raises(MonitorUnreachable, match="Another file"):
         run(connected(guest.pid))
-    # Without the kernel's table, the file's owner is right and the peer is not.
+    # Without the kernel's table, the owner of the file is the right user, but the peer is another
+    # process.
     with pytest.raises(MonitorUnreachable, match="Another process"):
         run(connected(guest.pid, table=lambda: None))
 
@@ -187,7 +189,7 @@ def test_a_service_that_the_command_line_names(qemu: Start, lab_dir: Path) -> No
 
 
 def test_another_users_guest_does_not_get_us_to_roots_sockets(qemu: Start, lab_dir: Path) -> None:
-    """The kernel shows us nothing about sockets in its network namespace."""
+    """The kernel does not show the sockets in the guest's network namespace."""
     guest = qemu(uid=OTHER_UID)
     assert guest.qmp is not None
     with listener(lab_dir / "service") as server:
@@ -266,7 +268,7 @@ def test_a_silent_monitor_is_known_in_a_second() -> None:
 
 @pytest.mark.parametrize("file_system", ["tmpfs", "overlay"])
 def test_a_mount_namespace_of_its_own(lab_dir: Path, file_system: str) -> None:
-    """Like PrivateTmp=: for this process, the path is another socket."""
+    """As with PrivateTmp=, the path leads to another socket for this process."""
     needs.root("to mount")
     place = lab_dir / "place"
     place.mkdir()
@@ -317,7 +319,7 @@ print(asyncio.run(status_of(int(sys.argv[1]))))
     ],
 )
 def test_the_rights_that_the_daemon_has(qemu: Start, capabilities: str, expected: str) -> None:
-    """Another user's guest, in a directory that only that user may enter."""
+    """The guest's socket is in a directory that only its user may enter."""
     guest = qemu(uid=OTHER_UID)
     guest.directory.chmod(0o700)
     setpriv = needs.program("setpriv", "util-linux")

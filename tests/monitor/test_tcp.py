@@ -43,7 +43,7 @@ def guest_endpoints_of(pid: int) -> GuestEndpoints:
 
 
 def monitor_of(guest: Guest) -> Endpoint:
-    """The one that can be passed, once QEMU listens there."""
+    """Wait until QEMU listens; return the monitor whose connection can be passed."""
     until(lambda: guest_endpoints_of(guest.pid).passable, bool)
     return guest_endpoints_of(guest.pid).passable[0]
 
@@ -62,7 +62,7 @@ def opened(guest: Guest) -> Iterator[PidfdProcess]:
 
 
 async def taken(guest: Guest, ask: Callable[[GuestControl], Awaitable[T]]) -> T:
-    """What is asked over a connection that is passed."""
+    """Return the result of `ask` over a passed connection."""
     with opened(guest) as process:
         control = await GuestControl.take(process, connected(guest), listening_unix)
         try:
@@ -103,7 +103,7 @@ def test_a_monitor_answers_over_a_connection_that_is_passed(
 def test_a_monitor_is_passed_if_qkilld_reaches_no_other(
     qemu: Start, lab_dir: Path, more: tuple[str, ...], is_passed: bool
 ) -> None:
-    """An agent that qkilld reaches is no monitor."""
+    """That qkilld reaches the agent makes no difference, because an agent is not a monitor."""
     sockets = {each: f"unix:{lab_dir / each},server=on,wait=off" for each in ("qmp", "hmp")}
     arguments = {
         "qmp": ("-qmp", sockets["qmp"]),
@@ -165,14 +165,14 @@ def test_its_own_connection_is_never_cut_off(qemu: Start, place: str) -> None:
 
 
 def test_in_the_guests_own_network_namespace(qemu: Start) -> None:
-    """With the same port in ours, where somebody else listens."""
+    """In our own namespace, another program listens on the same port."""
     with NetworkNamespace() as network, socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         guest = network.run(
             lambda: qemu(qmp=False, arguments=("-qmp", PLACES[0][1].format(port=port)))
         )
         before = Path("/proc/thread-self/ns/net").stat()
-        # The thread that connects enters it, so it must not be this one.
+        # Connect in another thread, because the thread enters the namespace.
         with NetworkNamespace() as thread, opened(guest) as process:
             connection = thread.run(lambda: connected(guest))
             assert run(prove(process, connection)).role is Role.QMP
@@ -184,7 +184,8 @@ def test_in_the_guests_own_network_namespace(qemu: Start) -> None:
 
 
 def test_a_connection_of_the_same_addresses_in_another_namespace(qemu: Start) -> None:
-    """What is passed has to be in the guest's network namespace itself, not look like it."""
+    """A passed connection must be in the guest's network namespace. The same addresses are not
+    enough."""
     guest = qemu(qmp=False, arguments=("-qmp", PLACES[0][1].format(port=free_port())))
     with connected(guest) as real, NetworkNamespace() as network:
 

@@ -102,8 +102,8 @@ async def flush_by_name(qmp, disk, *, timeout_s):
 
 disks.flush_by_name = flush_by_name
 """
-"""Nothing comes of the flush before the processors are stopped, as if the storage had died right
-after it: with a storage that is dead already they are not stopped at all."""
+"""Replaces the flush before the processors are stopped by nothing, as if the storage had died right
+after it. If the storage were dead before, the processors would not be stopped."""
 
 
 @pytest.fixture
@@ -150,7 +150,8 @@ def test_a_flush_that_fails_is_told(qemu: Start, lab_dir: Path) -> None:
 def test_a_disk_that_does_not_answer_keeps_nobody_from_flushing_the_others(
     qemu: Start, lab_dir: Path, store: NbdStore
 ) -> None:
-    """Nothing is in flight, so `stop` is sent; after SIGKILL, the local disk is complete."""
+    """No request is in flight, so `stop` is sent. After SIGKILL, the local disk is still
+    complete."""
     guest = qemu(arguments=machine([*local_disk(lab_dir), *nbd_disk(store.server())]))
     write(guest, "local", "remote")
     store.freeze()
@@ -265,7 +266,7 @@ def test_the_plan_names_what_is_never_flushed_and_what_would_be_cancelled(
 
 
 def server_of(guest: Guest) -> str:
-    """Return what QEMU says to another NBD server: "" if it has none."""
+    """Start another NBD server in QEMU; return the error, or "" if QEMU had none."""
     with Qmp(guest) as qmp:
         assert qmp.call("query-status")["status"] == "running"
         assert qmp.call("query-block-exports") == []
@@ -329,8 +330,8 @@ NODE = GuestDisk("local", "local", network=False)
 def test_an_interrupted_flush_leaves_no_server(
     qemu: Start, lab_dir: Path, monkeypatch: pytest.MonkeyPatch, moment: str, dies: bool
 ) -> None:
-    """It is interrupted when the server runs, before and after its first export; `dies`: the
-    daemon does, and its next one starts the processors again."""
+    """The flush is interrupted while the NBD server runs, before or after its first export. With
+    `dies`, the daemon ends, too, and the next one starts the processors again."""
     reached = asyncio.Event()
 
     async def stay(*arguments: object) -> None:
@@ -414,7 +415,7 @@ def test_a_server_without_exports_of_somebody_elses_survives_a_cancel(
 
 
 def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_dir: Path) -> None:
-    """Another program has used the server that an earlier daemon left."""
+    """Another program uses the NBD server that an earlier daemon has left."""
     node = f"driver=qcow2,node-name=local,file.driver=file,file.filename={make_disk(lab_dir / 'd')}"
     guest = qemu(arguments=machine(["-blockdev", node]))
     with Qmp(guest) as qmp:
@@ -434,7 +435,7 @@ def test_our_export_on_somebody_elses_server_is_removed_alone(qemu: Start, lab_d
 
 
 def test_all_queues_are_seen(qemu: Start, lab_dir: Path) -> None:
-    """No driver runs: QEMU 11.1 aborts if it is asked for the status of such a device."""
+    """The guest has no driver. QEMU 11.1 aborts at a query for the status of such a device."""
     drive = f"file={make_disk(lab_dir / 'd')},if=none,id=local,format=qcow2"
     devices = ["-device", "virtio-blk-pci,drive=local,num-queues=3", "-device", "virtio-scsi-pci"]
     guest = qemu(arguments=machine(["-drive", drive, *devices]))

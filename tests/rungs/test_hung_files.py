@@ -1,5 +1,5 @@
-"""A local disk beside an image on a file system that does not answer: it is flushed before QEMU
-asks that file system, because its main thread hangs then (7.2 to 11.1)."""
+"""A guest with a local disk, and an image on a file system that does not answer. The local disk is
+flushed first: when QEMU (7.2 to 11.1) asks the file system, its main thread hangs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def two_disks(directory: Path, local: Path, store: FuseStore) -> Iterator[BareGu
     with bare_guest(directory, arguments) as guest:
         assert guest.write("local", RECORDS) == 300
         yield guest
-        store.fast()  # SIGKILL waits for its answers.
+        store.fast()  # the process exits only when FUSE answers
 
 
 @pytest.mark.timeout(300)

@@ -37,7 +37,7 @@ from tests.rungs.stopping import Stopper, actions, codes, stopper, until
 RECORDS = Layout(40, passes=3)
 WRITTEN = 120
 ROUNDS = 20
-"""So many stops without any loss have not been seen; most lose records in the first."""
+"""Most rows lose records in the first stop, and all in fewer stops than this."""
 
 
 @dataclass
@@ -100,7 +100,8 @@ def serve(qmp: Path | None, place: Path | int) -> None:
 
 
 def wait_for_listener(place: Path | int) -> None:
-    """Wait without a connection, after which a leaving server would exit."""
+    """Wait until the server listens. Do not connect, because a server that exits with its client
+    would exit after that."""
     if isinstance(place, Path):
         wait_until(lambda: SocketTable().listens(lambda name: name == bytes(place)), bool)
     else:
@@ -129,8 +130,8 @@ def client(directory: Path, store: Server, more: str = "") -> Iterator[BareGuest
 def stop(
     guest: BareGuest | int, around: Callable[[Stopper, Job], Awaitable[None]] | None = None
 ) -> Job:
-    """Stop the guest, or that with this process id; return the job after its end. `around` is
-    called after the job has begun."""
+    """Stop a guest, given itself or its process id; return the job after its end. `around` is
+    called when the job has begun."""
     pid = guest if isinstance(guest, int) else guest.pid
     # A server that is a guest is a copy of QEMU under another path.
     config = Config(executables=(f"*/{QEMU}",))
@@ -219,7 +220,7 @@ def test_a_server_that_was_stopped_before_the_guest(lab_dir: Path, transport: st
 def test_a_healthy_server_is_no_risk(lab_dir: Path, kind: str, transport: str) -> None:
     with server(kind, transport) as store, client(lab_dir, store) as guest:
         job = stop(guest)
-        # It is stopped as soon as the job has ended.
+        # This ends the server right after the end of the job.
         assert lost(store, guest) == 0
     assert (job.result, job.risks, job.data_at_risk) == (Result.EXITED, (), False)
 

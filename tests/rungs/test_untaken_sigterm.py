@@ -1,4 +1,5 @@
-"""The main loop hangs in one call, so QEMU does not take SIGTERM, and other disks go on."""
+"""QEMU's main loop hangs in a call, so QEMU does not handle SIGTERM, and the guest continues to
+write to other disks."""
 
 from __future__ import annotations
 

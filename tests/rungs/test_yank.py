@@ -151,7 +151,8 @@ def devices(names: Sequence[str]) -> list[str]:
 def test_a_healthy_server_is_left_alone_and_has_all_its_time_afterwards(
     lab_dir: Path, remote: NbdStore
 ) -> None:
-    """The disk with the records is on NBD too, and needs longer than StorageStallSec."""
+    """The disk with the records is on NBD, too. QEMU's last writes to it take longer than
+    StorageStallSec=."""
     local = qcow2(lab_dir / "local.qcow2")
     with local.open("r+b") as image:
         image.truncate(local.stat().st_size + (64 << 20))
