@@ -59,7 +59,8 @@ def test_a_text_that_systemd_has_parsed(values: list[str], commands: list[Comman
 @pytest.mark.parametrize(
     ("values", "commands"),
     [
-        # A second command or an ignored line: with the count alone, the first of these is right.
+        # Either a line has two commands, or systemd ignores a line. The number of commands does not
+        # show which, so their texts are compared.
         (["/bin/a ; /bin/b", "-nonsense/"], [command("/bin/a"), command("/bin/b")]),
         (["-nonsense/", "/bin/b"], [command("/bin/b"), command("/bin/c")]),
         (["/bin/a %i"], [command("/bin/a", "web"), command("/bin/b")]),

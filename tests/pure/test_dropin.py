@@ -120,7 +120,7 @@ def test_a_later_drop_in_that_adds_a_line_to_the_stop(text: str, adds: bool) -> 
     wanted = [Change("a reason", (Line("Service", "KillSignal=SIGTERM"),)), *CHANGES]
     found = override("/etc/systemd/system/w.service.d/60-local.conf", text, wanted)
     assert found is not None and found.adds_stop is adds
-    # One of an instance, while ours is for the template.
+    # Here the drop-in belongs to an instance, and ours to the template.
     path = "/etc/systemd/system/w@a.service.d/60-local.conf"
     assert overridden_by_template(path, text, wanted) is adds
     if adds:
@@ -163,7 +163,7 @@ def test_which_settings_of_an_instance_count(text: str, counts: bool, tmp_path: 
     path.write_text(text)
     facts = replace(SAFE, id="w@a.service", fragment="/etc/systemd/system/w@.service")
     assert has_own_settings(replace(facts, drop_ins=(str(path),))) is counts
-    path.unlink()  # What cannot be read may be anything.
+    path.unlink()  # An unreadable file may have any setting.
     assert has_own_settings(replace(facts, drop_ins=(str(path),)))
     assert has_own_settings(replace(facts, fragment=str(path.with_name("w@a.service"))))
 

@@ -1,4 +1,4 @@
-"""Which of a QEMU's sockets is what, by its command line."""
+"""The roles of a QEMU's sockets, by its command line."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ PADDED = UnixListener(6, ("@y".ljust(108, "@"),))
         ("-chardev socket,id=m,fd=13,server=on -mon m,mode=control", [("qmp", 5)]),
         ("-qmp unix:y,abstract=on,tight=off,server", [("qmp", 6)]),
         ("-monitor unix:x,abstract=on,server -qmp tcp::4444,server", [("qmp", 3), ("hmp", 5)]),
-        # It connects itself, encrypts, listens elsewhere, or is told to be something else, too.
+        # QEMU connects instead of listening, encrypts, listens elsewhere, or uses the socket also
+        # for something else.
         ("-qmp tcp:127.0.0.1:4444", []),
         ("-chardev socket,id=m,port=4444,host=h,server=on,tls-creds=t -mon m", []),
         ("-chardev socket,id=m,port=4444,host=h,server=on,websocket=on -mon m", []),
@@ -182,7 +183,7 @@ def test_listeners_that_a_caller_may_connect_to(
     [
         ("-chardev socket,id=m,fd=12,server=on -mon m,mode=control", True),
         ("-chardev socket,id=m,fd=12 -mon m", False),
-        # The descriptor of a unix socket, or of none.
+        # The descriptor is not that of a TCP socket.
         ("-chardev socket,id=m,fd=13,server=on -mon m,mode=control", False),
         ("-chardev socket,id=m,fd=name,server=on -mon m", False),
         (f"-chardev socket,id=m,fd={'9' * 5000},server=on -mon m", False),

@@ -86,7 +86,7 @@ class Objects:
         body = await self.listings.encode(
             ROWS, Listing(lambda: list(self.texts), self._element), EagerPace()
         )
-        # What a client gets that has seen every signal before the reply.
+        # The reply is as new as all signals before it.
         assert not self.listings._unfinished
         (rows,) = parse(ROWS, bytes(body))
         return {path: text for _, path, text, _ in rows}
@@ -98,14 +98,14 @@ def test_a_reply_is_as_new_as_the_signals_before_it() -> None:
         answer = asyncio.create_task(objects.encode())
         for _ in range(50):
             await asyncio.sleep(0)
-        objects.set("/job/1", "new")  # It has been encoded.
-        objects.set("/job/99", "new")  # Not yet.
+        objects.set("/job/1", "new")  # Already encoded.
+        objects.set("/job/99", "new")  # Not encoded yet.
         objects.set("/job/100", "added")
         objects.remove("/job/2")
         objects.remove("/job/98")
         objects.set("/job/101", "added")
         objects.remove("/job/101")
-        objects.listings.announced("/org/qkilld1")  # None of the objects that are listed.
+        objects.listings.announced("/org/qkilld1")  # Not a listed object.
         expected = dict(objects.texts)
         assert await answer == expected
         assert (expected["/job/1"], expected["/job/100"]) == ("new", "added")
@@ -162,7 +162,8 @@ def test_many_objects_that_come_or_go_at_once_do_not_end_a_listing() -> None:
 def test_many_objects_are_listed_while_they_change(
     monkeypatch: pytest.MonkeyPatch, changes: int
 ) -> None:
-    """`changes`: in each turn of the loop. At first, 20 elements are encoded in one."""
+    """`changes`: the number of objects that change in each turn of the loop. At first, 20 elements
+    are encoded in one turn."""
     count, element_s = 1000, 0.0001
     now = longest = 0.0
     monkeypatch.setattr(long_replies, "time", SimpleNamespace(monotonic=lambda: now))

@@ -166,7 +166,8 @@ SECOND_OF_A = replace(UNIX, node="a", inode=8)
 
 
 def test_two_nodes_with_one_server() -> None:
-    """Both connections bear the name of one of them."""
+    """The command line cannot tell the nodes apart, so both connections have the name of one
+    node."""
     both = replace(SHOWN, nodes=(A, B), sockets=(FIRST_OF_A, SECOND_OF_A))
     servers = follow_servers(None, both)
     assert servers is not None
@@ -202,7 +203,7 @@ def test_one_connection_for_two_nodes(
 
 
 def test_the_connection_of_any_node_of_a_group_counts() -> None:
-    """That named after the node that is only read may be that of the other."""
+    """The connection with the name of the read-only node may belong to the other node."""
     nodes = (replace(A, read_only=True), B)
     shown = replace(SHOWN, nodes=nodes, sockets=(FIRST_OF_A, SECOND_OF_A))
     assert risk(shown) == ""

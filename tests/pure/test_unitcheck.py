@@ -402,7 +402,7 @@ def test_arguments_of_the_helper(words: str, key: str) -> None:
     facts = replace(SAFE, exec_start=(Command(start[0], start),), exec_stop=(command,))
     keys = [finding.key for finding in check(facts, AROUND) if finding.is_unsafe]
     assert keys == ([key] if key else [])
-    # What adopt corrects keeps its arguments.
+    # If adopt corrects the line, it keeps the arguments.
     sandboxed = replace(facts, address_families=("AF_INET",))
     lines = [
         line.text
@@ -417,7 +417,7 @@ def test_arguments_of_the_helper(words: str, key: str) -> None:
     ("words", "timeout", "key"),
     [
         ("--max 3s", INFINITY, ""),
-        # It kills the guest although systemd would not.
+        # qkilld-stop would send SIGKILL, although systemd would not.
         ("--force --max 3s", INFINITY, "helper-max"),
         ("--force --stall 1s", INFINITY, "helper-max"),
         ("--force", INFINITY, ""),
@@ -430,7 +430,7 @@ def test_a_helper_that_is_in_a_hurry(words: str, timeout: int, key: str) -> None
     command = Command("/usr/bin/qkilld-stop", ("/usr/bin/qkilld-stop", *words.split()))
     facts = replace(SAFE, exec_stop=(command,), timeout_stop=timeout)
     assert list(found(facts)) == ([key] if key else [])
-    # The configuration of this host may be in more of a hurry.
+    # If the configuration has shorter spans than the options, the options are no problem.
     quick = Policy(grace=S, stall=S, storage_stall=S, max=2 * S, powerdown=S)
     assert found(facts, replace(AROUND, policy=quick)) == (
         found(facts) if words == "--no-powerdown" else {}

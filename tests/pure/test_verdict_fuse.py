@@ -48,13 +48,13 @@ def served(*servers: Peer, certain: bool = True, waiting: int | None = None) -> 
             served(replace(SERVER, threads=(replace(SYNCING, switches=6),))),
             Verdict.FLUSHING,
         ),
-        # Its disk is used by others while none of its calls waits there.
+        # Others use the server's disk, and none of the server's calls waits for it.
         (
             served(replace(SERVER, threads=())),
             served(replace(SERVER, threads=(), devices=(WROTE,))),
             Verdict.STORAGE_WAIT,
         ),
-        # It may be another server, or its work may be for others.
+        # The process may not be the server, or may work for others.
         (
             served(SERVER, certain=False),
             served(replace(SERVER, devices=(WROTE,)), certain=False),
@@ -66,7 +66,7 @@ def served(*servers: Peer, certain: bool = True, waiting: int | None = None) -> 
             Verdict.UNKNOWN,
         ),
         (served(REMOTE), served(replace(REMOTE, io=COPIED)), Verdict.UNKNOWN),
-        # Its requests, or those of others, are answered.
+        # The server answers requests, perhaps of others.
         (served(waiting=3), served(waiting=2), Verdict.UNKNOWN),
         (served(waiting=3), served(waiting=3), Verdict.STORAGE_WAIT),
         (served(waiting=3), served(waiting=4), Verdict.STORAGE_WAIT),
@@ -125,11 +125,11 @@ def behind(front: Peer, server: Peer, *, certain: bool = True) -> dict[str, Any]
         # The kernel writes back what was written earlier.
         (FRONT, True, Verdict.STORAGE_WAIT),
         (replace(FRONT, threads=(replace(ON_MOUNT, mount="0:8"),)), True, Verdict.STORAGE_WAIT),
-        # It may have requests without a call.
+        # The server may have requests for which no thread waits in a call.
         (replace(FRONT, unseen_requests=True), True, Verdict.FLUSHING),
         (replace(FRONT, unseen_requests=None), True, Verdict.FLUSHING),
         (replace(FRONT, threads=None), True, Verdict.FLUSHING),
-        # Its call may be for any file.
+        # The server's call may be for any of its files.
         (replace(FRONT, threads=(SUBMIT,)), True, Verdict.FLUSHING),
     ],
 )

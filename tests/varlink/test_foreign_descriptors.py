@@ -30,7 +30,7 @@ from tests.varlink.test_passing import descriptors_of, on_tcp
 Start = Callable[..., Guest]
 CALL = b'{"method":"org.qkilld1.GetStatus","parameters":{}}\0'
 PATIENCE_S = 40.0
-"""Less than the daemon would be made to wait."""
+"""Shorter than the time for which a descriptor would make the daemon wait."""
 
 
 def uid() -> int | None:
@@ -72,7 +72,7 @@ def test_a_socket_that_lingers(
             case "urgent":
                 socket.send_fds(client.socket, [b" "], numbers, socket.MSG_OOB)
                 client.send_raw(CALL)
-            case "no end":  # It is more than a call may have, and never read to its end.
+            case "no end":  # This is longer than a call may be, and is never read to its end.
                 client.socket.setblocking(False)
                 with contextlib.suppress(OSError):
                     while True:
@@ -113,8 +113,8 @@ input()
 
 @contextlib.contextmanager
 def passed_files(service: VarlinkService, directory: Path, count: int) -> Iterator[None]:
-    """Another user has passed a file so often. close(2) of it ends with this context, not even by
-    SIGKILL before."""
+    """Another user has passed a file `count` times. Its close(2) returns only at the end of this
+    context; not even SIGKILL interrupts it."""
     needs.root("to mount a file system in user space")
     (directory / "file").write_bytes(b"x")
     with contextlib.ExitStack() as stack:
@@ -202,15 +202,15 @@ def test_the_daemon_does_not_exit_idle_while_such_a_file_is_open(
 
 
 def test_a_monitor_that_is_made_to_block(service: VarlinkService, qemu: Start) -> None:
-    """Whoever passed the connection still has it, and its flags are shared."""
+    """The client that passed the connection still has it, and can change its flags."""
     guest = qemu(qmp=False, arguments=on_tcp())
     with connected(guest) as connection, service.client() as client:
-        assert select.select([connection], [], [], 30)[0]  # The greeting, which is left there.
+        assert select.select([connection], [], [], 30)[0]  # the greeting, which stays unread
         guest.signal(signal.SIGSTOP)
         stop = threading.Event()
 
         def block() -> None:
-            """Keep its buffer full, and its calls blocking."""
+            """Keep the buffer of the connection full, and its O_NONBLOCK cleared."""
             while not stop.wait(0.001):
                 connection.setblocking(True)
                 with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def test_a_monitor_that_is_made_to_block(service: VarlinkService, qemu: Start) -
         thread = threading.Thread(target=block)
         thread.start()
         try:
-            # The kernel may enlarge buffers for a while.
+            # Repeat this, because the kernel may enlarge the buffer while it fills.
             until(lambda: select.select([], [connection], [], 1)[1], lambda room: not room)
             client.send(
                 "Terminate",

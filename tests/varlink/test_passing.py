@@ -1,4 +1,5 @@
-"""A monitor that only its guest's network namespace reaches, passed to the daemon with a call."""
+"""A connection to a monitor that can be reached only from its guest's network namespace, passed to
+the daemon with a call."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def on_tcp() -> tuple[str, str]:
 
 
 def terminate(client: VarlinkClient, guest: Guest, passed: int, **given: Any) -> dict[str, Any]:
-    """The last reply to a Terminate to which that descriptor belongs."""
+    """Call Terminate with this descriptor; return the last reply."""
     client.send(
         "Terminate", more=True, descriptors=[passed], pid=guest.pid, monitorIndex=0, **given
     )
@@ -119,7 +120,7 @@ def test_a_job_that_runs_goes_on_without_it(service: VarlinkService, qemu: Start
 def test_the_connection_outlives_the_daemon_s_call(
     service: VarlinkService, linux_guest: Start
 ) -> None:
-    """Whoever passed it has gone, and the guest is watched all the same."""
+    """The client that passed the connection has left, and the daemon still observes the guest."""
     guest = linux_guest(job="power", append="lab.power=work lab.seconds=2", arguments=on_tcp())
     with service.client() as client, connected(guest) as connection:
         client.send(
@@ -136,7 +137,7 @@ def test_the_connection_outlives_the_daemon_s_call(
 
 
 def outcome(service: VarlinkService) -> str:
-    """What became of asking, in the first job, which has ended."""
+    """Return the outcome of asking in job 1, which has ended."""
     with service.client() as client:
         return str(client.call("Wait", job=1)["receipt"]["guestAsked"])
 
@@ -167,7 +168,8 @@ PLACES = {
 def test_qkilld_stop_passes_a_connection(
     service: VarlinkService, linux_guest: Start, place: str, own: bool
 ) -> None:
-    """From the host's network namespace and, as root, for one of the guest's own."""
+    """qkilld-stop runs in the host's network namespace. As root, it can also enter a namespace of
+    the guest."""
     option, text = PLACES[place]
     arguments = (option, text.format(port=free_port()))
 
@@ -180,12 +182,12 @@ def test_qkilld_stop_passes_a_connection(
         done = helper(service, guest)
         assert done.returncode == 0, done.stderr
         assert guest.wait_gone() == 0
-    # A human monitor tells of no power-off.
+    # A human monitor does not report that the guest has powered off.
     assert outcome(service) == ("asked" if place == "telnet" else "shut-down")
 
 
 def ctl(service: VarlinkService, *arguments: str) -> Any:
-    """What qkillctl prints with --json."""
+    """Return what qkillctl prints with --json."""
     bus = service.daemon.bus.address
     words = ["-m", "qkilld.ctl", "--bus", bus, "--json", *arguments, f"--socket={service.path}"]
     done = run([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(TOP)})
@@ -194,7 +196,7 @@ def ctl(service: VarlinkService, *arguments: str) -> Any:
 
 
 def test_qkillctl_passes_a_connection(service: VarlinkService, linux_guest: Start) -> None:
-    """As root, for a guest in a network namespace of its own."""
+    """As root, qkillctl can enter the guest's own network namespace."""
     with NetworkNamespace() as network:
         guest = network.run(
             lambda: linux_guest(job="power", append="lab.power=off", arguments=on_tcp())
@@ -205,7 +207,7 @@ def test_qkillctl_passes_a_connection(service: VarlinkService, linux_guest: Star
 
 
 def test_qkillctl_stops_all_with_one_call(service: VarlinkService, fake_qemu: Start) -> None:
-    """Root's is followed on Varlink, and tells the same as over D-Bus."""
+    """Root follows the job on Varlink, with the same output as over D-Bus."""
     guests = [fake_qemu(name=f"g{number}") for number in range(3)]
     stubborn = fake_qemu(name="stubborn", stubborn=True)
     documents = ctl(service, "terminate", "--all", "--force", "--wait", "--grace=1s", "--stall=1s")

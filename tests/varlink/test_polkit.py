@@ -34,7 +34,8 @@ POLKIT = "org.freedesktop.PolicyKit1"
 
 
 class Authority:
-    """Owns polkit's name, and answers each question with `answer`; None for an error."""
+    """A stand-in for polkit that answers each question with `answer`, or with an error if that is
+    None."""
 
     def __init__(self, bus: Bus, *, descriptors: bool) -> None:
         self.answer: tuple[bool, bool] | None = (True, False)
@@ -141,7 +142,7 @@ def test_one_that_takes_no_descriptors_is_no(
 def test_nobody_is_asked_on_another_bus(
     private_bus: Bus, service: VarlinkService, fake_qemu: Make
 ) -> None:
-    """Where anyone can take polkit's name."""
+    """On other buses, anyone can own polkit's name."""
     guest = fake_qemu()
     with authority(private_bus) as polkit:
         assert "D-Bus" in refused(service, guest)

@@ -1,4 +1,4 @@
-"""The Varlink service: it does what its description says, and for whom it may."""
+"""The Varlink service: it works as described, and checks the permissions of its callers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_never_and_unknown_are_null(varlink: VarlinkClient, fake_qemu: Make) -> 
 def test_no_number_is_greater_than_an_int_of_varlink(
     service: VarlinkService, fake_qemu: Make, usec: int
 ) -> None:
-    """Whatever a caller on the bus has asked for."""
+    """Times that a caller on the bus has requested may be greater."""
     guest = fake_qemu(stubborn=True)
     with service.daemon.bus.client() as on_bus, service.client() as client:
         path = on_bus.terminate(guest.pid, 1, grace_usec=("t", usec), max_usec=("t", usec))
@@ -215,7 +215,7 @@ def test_root_and_the_owner_and_nobody_else(service: VarlinkService, fake_qemu: 
             assert name == "org.varlink.service.PermissionDenied"
             assert "D-Bus" in parameters["message"]
         assert stranger.call("GetStatus")["jobs"] == 0
-        # About a process that is not QEMU, nothing else is told.
+        # The error for a process that is not QEMU is the same.
         name, _ = refused(stranger, "Terminate", pid=os.getpid())
         assert name == "org.varlink.service.PermissionDenied"
         with service.client() as root:
@@ -331,7 +331,7 @@ def test_calls_sent_ahead_are_answered_in_order(
         varlink.send(name)
     keys = [min(varlink.reply()[0]) for _ in names]
     assert keys == ["jobs", "graceUSec", "guests", "interfaces", "jobs"]
-    # Nothing is lost either if a client sends, closes its sending side and then reads.
+    # A client may close its sending side before it reads the reply.
     with service.client() as other:
         for name in names:
             other.send(name)
@@ -345,7 +345,7 @@ def test_oneway_is_done_without_a_word(service: VarlinkService, fake_qemu: Make)
     guest = fake_qemu()
     with service.client() as client:
         client.send("Terminate", oneway=True, pid=guest.pid)
-        # Even if the caller has left by then.
+        # The caller may have left by then.
     guest.wait_gone()
 
 
@@ -431,7 +431,7 @@ def test_the_daemon_ends_and_waiters_see_it_go(
 def test_without_a_bus_it_starts_serves_and_ends(
     private_bus: Any, start_daemon: Callable[..., Daemon], socket_path: Any, fake_qemu: Make
 ) -> None:
-    """It takes its name once the bus is there."""
+    """The daemon requests its name when the bus has started."""
     private_bus.stop()
     daemon = start_daemon("--varlink", str(socket_path))
     guest = fake_qemu()
@@ -443,8 +443,9 @@ def test_without_a_bus_it_starts_serves_and_ends(
 
 
 def test_losing_the_bus_ends_its_waits(socket_path: Path, fake_qemu: Make) -> None:
-    """They would count against the limits of their user until the end of the job. That the client
-    no longer waits is not reported, because it may wait again on Varlink."""
+    """Otherwise the waits would count against the limits of their user until the end of the job.
+    The daemon does not report that the client no longer waits, because it may wait again on
+    Varlink."""
     guest = fake_qemu(stubborn=True, uid=OTHER_UID)
     limits = {"max_replies_per_connection": 2 * MAX_WAITS}
     with private_bus(limits) as bus, daemon(bus, "--varlink", str(socket_path)) as running:
@@ -526,7 +527,7 @@ def test_a_signal_does_not_disturb(service: VarlinkService, varlink: VarlinkClie
 def test_a_guest_that_is_gone_at_once_takes_one_reply(
     service: VarlinkService, fake_qemu: Make
 ) -> None:
-    """By its unit, whose settings need not be known then."""
+    """With `byUnit`, the settings of the unit are not needed if the guest exits before."""
     guest = fake_qemu()
     with service.client() as client:
         (reply,) = client.stream("Terminate", pid=guest.pid, byUnit=True)
@@ -536,8 +537,8 @@ def test_a_guest_that_is_gone_at_once_takes_one_reply(
 def test_the_first_reply_does_not_wait_for_the_unit(
     varlink: VarlinkClient, fake_qemu: Make
 ) -> None:
-    """Whoever follows a job must know of it before the daemon can crash. The settings come later,
-    here that they are unknown: no systemd is on this bus."""
+    """The caller must know of the job in case the daemon crashes. The unit's limits come in a later
+    reply. Here they are unknown, because this bus has no systemd."""
     guest = fake_qemu(stubborn=True)
     options = {"graceUSec": 1_500_000}
     first, *rest = varlink.stream(

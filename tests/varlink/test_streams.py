@@ -1,4 +1,4 @@
-"""What a call leaves in the daemon whose client does not read, or does not stay."""
+"""Clients that do not read their replies, or that disconnect, leave nothing in the daemon."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.varlink.test_unit_queries import SlowUnits
 
 
 class SlowHost(FakeHost):
-    """Naming a guest takes until `goes_on` is set."""
+    """Reading the name of a guest blocks until `goes_on` is set."""
 
     def __init__(self, *processes: FakeProcess) -> None:
         super().__init__(*processes)
@@ -36,7 +36,7 @@ class SlowHost(FakeHost):
 
     def open(self, pid: int) -> Process:
         super().open(pid)
-        return FakeProcess(self.processes[pid].guest)  # Each call closes its own.
+        return FakeProcess(self.processes[pid].guest)  # Each call closes its own descriptor.
 
     async def label(self, identity: Identity) -> Label:
         label = await super().label(identity)
@@ -45,7 +45,7 @@ class SlowHost(FakeHost):
 
 
 class Daemon:
-    """The Varlink server for one guest, without a bus. Make one in a running loop."""
+    """The Varlink server for one guest, without a bus. Create it in a running loop."""
 
     def __init__(self, directory: Path) -> None:
         self.world = World()
@@ -83,7 +83,7 @@ def send(sock: socket.socket, method: str, *, more: bool = True, **parameters: A
 
 
 def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It costs the same memory, however often its job changes, and gets the end."""
+    """Such a client takes the same memory, even if its job changes often, and gets the result."""
     monkeypatch.setattr(streams, "MIN_INTERVAL_S", 0.0)
 
     async def follow() -> None:
@@ -113,7 +113,7 @@ def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_client_that_leaves_before_its_job_begins(lab_dir: Path) -> None:
-    """Nothing is left of its call while the job runs."""
+    """The daemon forgets the call at once, although the job still runs."""
 
     async def leave() -> None:
         daemon = Daemon(lab_dir)

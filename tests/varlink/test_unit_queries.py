@@ -1,4 +1,4 @@
-"""How many queries of units each user may have open."""
+"""The number of queries of units that each user may have open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.test_service import FakeHost
 
 
 class SlowUnits(UnitStops):
-    """Queries take until `goes_on` is set, or the event for their caller in `ends`. The caller with
+    """Queries block until `goes_on` is set, or the event for their caller in `ends`. The caller with
     the process id N stops N.service."""
 
     def __init__(self, service: Service) -> None:
@@ -41,7 +41,7 @@ class SlowUnits(UnitStops):
 
 
 class Queries:
-    """Make one in a running loop."""
+    """Create it in a running loop."""
 
     def __init__(self) -> None:
         self.world = World()
