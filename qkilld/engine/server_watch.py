@@ -52,7 +52,7 @@ takes 20 µs, but up to 20 ms while other threads ask the kernel. If the time is
 the other connections is unknown."""
 
 _UNWATCHED: Final = Risk(
-    "unknown", "it could not be watched whether all servers of its disks outlived the guest"
+    "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"
 )
 _UNSETTLED: Final = Risk(
     "unknown",

@@ -88,7 +88,7 @@ def choose_guest(
         raise NoSuchUnit(f'systemd knows no unit "{name}", and no QEMU runs in one of that name')
     if facts is None:
         raise NoSuchUnit(
-            f'No QEMU runs in a unit "{name}", and systemd does not say whether there is one'
+            f'No QEMU runs in a unit "{name}", and systemd does not say whether the unit exists'
         )
     if not facts.control_group:
         raise NoSuchProcess(f"{primary} is not running")

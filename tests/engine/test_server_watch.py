@@ -329,7 +329,7 @@ def test_a_server_whose_end_would_not_be_noticed_is_a_risk() -> None:
     world.clock.advance(0)
     world.exits.unwatched = frozenset({SERVER})
     (text,) = end(world, process, job)
-    assert "could not be watched" in text
+    assert "could not watch" in text
 
 
 def test_a_proof_makes_the_watch_unnecessary() -> None:
