@@ -69,6 +69,5 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
         # The bus sends the calls that wait for our name before it replies.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Do not close the connection before this process ends. In between, systemd would ignore a
-        # call's request to start qkilld, which is still starting, and the call would wait in the
-        # bus.
+        # Let the end of this process close the connection. If it were closed earlier, a call could
+        # wait in the bus: as long as this process runs, systemd does not start another one.

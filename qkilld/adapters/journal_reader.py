@@ -146,9 +146,9 @@ def _job_entry(message: MessageId, entry: Mapping[str, Any]) -> JobEntry:
 def _is_credible(entry: Mapping[str, Any]) -> bool:
     """Return whether a trustworthy sender wrote the entry.
 
-    Anyone may write to the journal, but only journald sets fields that begin with an underscore. By
-    these, an entry counts if it was written by root, by the user who reads it, or by a process of
-    the unit that it is about, such as qkilld-stop in a unit with User=.
+    Anyone may write to the journal, but only journald sets fields that begin with an underscore.
+    These fields show the writer. It must be root, the user who reads the entry, or a process of the
+    unit in the entry, such as qkilld-stop in a unit with User=.
     """
     unit = _unit(entry)
     writer = _number(entry, "_UID")

@@ -429,8 +429,8 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
         # Here the process is most likely a server itself, of a backup for example. Of the programs
         # that connect to it, only a vhost-user backend is storage, and that needs a unix socket.
         # The backend's data passes through the guest's memory, so only the signs of the backend
-        # itself count, not those of the connection. Nor do those of servers behind it, which may
-        # belong to another guest that the same client backs up.
+        # itself count, not those of the connection. Signs of servers behind the backend do not
+        # count, because the same client may back up another guest.
         certain = False
         may_be_backend = socket.family == "unix" and sample.shared_memory is not False
         # Count at most the backend itself as a server. A server that a client begins to use later
@@ -508,8 +508,8 @@ def _is_served(sockets: Sequence[Socket]) -> bool:
 
 
 def _unread(sockets: Sequence[Socket]) -> int:
-    """Return the most bytes that a server of this host has not read, perhaps because it is
-    stopped."""
+    """Return how many bytes a server of this host has not read yet, perhaps because it is stopped;
+    the largest number if there are several servers."""
     return max((s.peer.unread or 0 for s in sockets if s.peer is not None), default=0)
 
 

@@ -188,7 +188,7 @@ class StopRun:
             self._leave_to_keepers(stops)
 
     def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
-        """Start to stop each guest once no keeper (unit that shuts it down) is waited for."""
+        """Wait for the keepers of each guest (units that shut it down), then stop it."""
         from qkilld.stop.keepers import leave_all
         from qkilld.stop.systemd_units import on_bus
 
