@@ -419,7 +419,7 @@ def test_writes_of_a_process_in_its_own_groups(read_group: ReadGroup) -> None:
                 dirty = read_group(process.pid)
                 assert dirty.dirty is not None and dirty.dirty >= 4 << 20
                 tell(b"flush\n")
-                # First in writeback, then done.
+                # The bytes are first in writeback, and then written.
                 until(lambda: read_group(process.pid).writeback, bool)
                 until(
                     lambda: read_group(process.pid),

@@ -57,7 +57,7 @@ class _Order(ctypes.Structure):
 
 @contextlib.contextmanager
 def partition(device: Path) -> Iterator[None]:
-    """Partition 1 of the device. Not by addpart(8), which Debian 13 has no more."""
+    """Add partition 1 to the device. Debian 13 has no addpart(8)."""
     part = _Partition(1 << 20, 4 << 20, 1, b"")
 
     def order(kind: int) -> None:

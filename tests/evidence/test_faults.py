@@ -164,7 +164,7 @@ def test_a_malformed_table_of_unix_sockets_is_unknown(
     attribute: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It does not show that nothing listens there."""
+    """An unreadable answer does not show that nothing listens."""
     state = sockdiag._LISTEN if ask in ASK[1:3] else sockdiag._ESTABLISHED
     message = sockdiag._UNIX_MESSAGE.pack(socket.AF_UNIX, sockdiag._SOCK_STREAM, state, 7)
     message += attribute

@@ -166,7 +166,7 @@ def test_not_to_be_read() -> None:
 
 
 def test_a_file_of_a_dead_server_is_not_asked(lab_dir: Path) -> None:
-    """A FUSE file system that answers until the file is open, and never again."""
+    """A FUSE file system answers until the file is open, and never afterwards."""
     needs.root("to mount")
     with dead_file(lab_dir) as pid:
         found = images(pid)

@@ -107,7 +107,7 @@ def test_servers_that_cannot_be_told_apart(lab_dir: Path, named: bool) -> None:
 
 @pytest.mark.parametrize("named", [False], indirect=True)
 def test_a_server_that_encrypts_names(lab_dir: Path, named: bool) -> None:
-    """A process that has /dev/fuse and a file with the name of the image open may be anybody's."""
+    """Any user can run a process that has /dev/fuse and a file with the name of the image open."""
     with (
         mounted(lab_dir, IMAGE) as store,
         mounted(lab_dir / f"files of {IMAGE}", IMAGE) as other,
@@ -123,7 +123,7 @@ def test_a_server_that_encrypts_names(lab_dir: Path, named: bool) -> None:
 
 @pytest.mark.parametrize("named", [False], indirect=True)
 def test_one_of_many_servers(lab_dir: Path, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a host with more servers than are sampled."""
+    """The host has more servers than a sample reads."""
     monkeypatch.setattr(peers, "MAX_SERVERS", 2)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(mounted(lab_dir, IMAGE))
@@ -139,7 +139,7 @@ def test_one_of_many_servers(lab_dir: Path, named: bool, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each search goes through all processes at once, however busy this host is."""
+    """Make each search go through all processes at once, even on a busy host."""
     monkeypatch.setattr(fuse, "SEARCH_S", 60.0)
     monkeypatch.setattr(fuse, "PAUSE_FACTOR", 0)
 
@@ -161,8 +161,8 @@ def add_holder(proc: Path, pid: int, descriptor: str = "3") -> None:
 
 
 class SlowFiles:
-    """Replaces read_descriptors(): every process has the image open, and looking at three takes
-    longer than SEARCH_S."""
+    """Replaces read_descriptors(). Every process has the image open, and reading three processes
+    takes longer than SEARCH_S."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.read: list[int] = []
@@ -179,7 +179,8 @@ class SlowFiles:
 def test_a_search_for_the_image_among_many_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any user can have many, so each sample looks at a few, and at each process once."""
+    """Any user can have many processes, so each sample reads a few of them, and each process is
+    read once."""
     pids = list(range(7, 7 + fuse.MAX_SERVERS))
     holders = [*pids, 50]
     finder = FuseFinder(tmp_path)
@@ -203,7 +204,7 @@ def test_a_search_for_the_image_among_many_processes(
 
 @pytest.mark.usefixtures("patient")
 def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many file systems a guest uses."""
+    """This is true even if a guest uses many file systems."""
     finder = finder_in(tmp_path, 7, 8)
     links = []
     readlink = os.readlink
@@ -228,7 +229,8 @@ def test_the_device_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_only_process_with_the_device_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is certainly the server while a search through all processes is recent."""
+    """The process is certainly the server as long as the last search through all processes is
+    recent."""
     finder = finder_in(tmp_path, 7)
     now = time.monotonic()
     assert finder.find({39: now}) == {39: FuseServers((7,), True)}
@@ -245,8 +247,8 @@ def test_the_only_process_with_the_device_open(
 def test_a_mount_that_is_newer_than_the_search(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server is not the process that was the only one before. The kernel may give it the number
-    of an earlier mount."""
+    """The server of the new mount need not be the process that was the only one before. The kernel
+    may reuse the number of an earlier mount."""
     finder = finder_in(tmp_path, 7)
     assert finder.find({39: time.monotonic()}) == {39: FuseServers((7,), True)}
     add_holder(tmp_path, 8)
@@ -260,7 +262,7 @@ def test_a_mount_that_is_newer_than_the_search(
 
 @pytest.mark.usefixtures("patient")
 def test_the_servers_of_two_guests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that has ended does not delay that for a later mount."""
+    """A completed search does not delay the search for a later mount."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "7/fdinfo/3").write_text("pos:\t0\nfuse_connection:\t39\n")
     add_holder(tmp_path, 9)
@@ -276,7 +278,7 @@ def test_the_servers_of_two_guests(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("patient")
 def test_a_process_that_opens_the_device_later(tmp_path: Path) -> None:
-    """That it was seen without proves nothing."""
+    """An earlier search found no such descriptor in this process, which proves nothing."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
     (tmp_path / "8/fd/1").symlink_to("/dev/null")
@@ -336,7 +338,7 @@ def test_a_search_ends_when_the_kernel_has_named_the_server(
 
 
 def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
-    """An NBD server that has its file on FUSE."""
+    """The file of an NBD server is on FUSE."""
     with (
         mounted(lab_dir, IMAGE) as store,
         nbd_store(store.directory / IMAGE) as nbd,
@@ -358,7 +360,7 @@ def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
 def test_the_server_of_a_server_that_is_not_found(
     lab_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is unknown, not absent."""
+    """The server is unknown, not absent."""
     with (
         mounted(lab_dir, IMAGE) as store,
         nbd_store(store.directory / IMAGE) as nbd,
@@ -421,8 +423,8 @@ def test_the_only_process_that_can_be_read(
     certain: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The server may be a process that could not be read: that of another user, or any if there are
-    no descriptors for reading it. One that has exited is none."""
+    """The server may be a process that could not be read, because it belongs to another user or
+    there are no free descriptors. A process that has exited cannot be the server."""
     finder = finder_in(tmp_path, 7)
     (tmp_path / "8/fd").mkdir(parents=True)
     function = getattr(os, where)
@@ -467,7 +469,8 @@ def test_the_only_process_that_is_seen(
 def test_a_server_whose_number_of_descriptors_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has many when those with few are searched, and few when those with many are."""
+    """The process has many descriptors while processes with few are searched, and few while those
+    with many are searched."""
     finder = finder_in(tmp_path, 7, 8)
     stat, counts = os.stat, iter((descriptor_search.FEW, 1))
 

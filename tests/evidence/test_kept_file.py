@@ -70,7 +70,7 @@ class FakeWatch:
 
 
 class Crowd:
-    """Watches that share a budget for so many jobs."""
+    """Watches that share a budget, one for each job."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self._path = path
@@ -83,7 +83,7 @@ class Crowd:
         self.watches[-1].look()
 
     def in_use(self) -> int:
-        """The descriptors that are in use if each job needs PER_JOB."""
+        """Return how many descriptors are in use if each job needs PER_JOB."""
         return PER_JOB * len(self.watches) + kept_files()
 
 
@@ -143,7 +143,7 @@ def test_files_are_closed_at_once_for_more_jobs(crowd: Callable[[int], Crowd]) -
     while PER_JOB * len(many.watches) < limit:
         many.add()
         most = max(most, many.in_use())
-        # Not only when the earlier ones take their next sample.
+        # This is true at once, before the earlier guests are sampled again.
         assert many.in_use() <= max(limit * 2 // 3, PER_JOB * len(many.watches) + EACH)
     assert most > limit * 2 // 3 - SPARE - EACH
     assert kept_files() == 0

@@ -411,7 +411,7 @@ def test_command_lines_that_block_take_few_threads_and_little_time(blocked: Path
     assert time.monotonic() - start < 4 * TIMEOUT_S
     assert (len(threads_of(7)), len(threads_of(8))) == (MAX_OF_TARGET, 1)
     write_command_line(blocked, 7)
-    # Without a new thread, and for those that had none, with one.
+    # Readers with a thread need no new one. Those without get one.
     assert any(reader.leaves() for reader in readers[:MAX_OF_TARGET])
     (blocked / "7/cmdline").unlink()
     (blocked / "7/cmdline").write_bytes(b"nbdkit\0")
@@ -477,7 +477,8 @@ def test_a_server_here_of_a_process_in_another_network_namespace(lab_dir: Path) 
                 assert (found.family, found.client) == ("unix", True)
                 inode = os.fstat(accepted.fileno()).st_ino
                 assert reader.peers((found,), SocketTable()) == {found.inode: inode}
-                # The server's own sockets do not show whose this is, or whether there are others.
+                # The server's own sockets do not show to whom this connection leads, or whether
+                # there are others.
                 server = SocketReader(os.getpid())
                 server.refresh()
                 server.read(SocketTable())

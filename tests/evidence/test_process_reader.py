@@ -355,7 +355,7 @@ def test_an_idle_qemu(qemu: Make, reader_of: ReaderOf) -> None:
             for path in Path(f"/proc/{guest.pid}/task").glob("*/status")
         )
 
-    # Stopped, so that a value that is not read again stays wrong.
+    # Stop the guest: a wrong value then stays wrong unless it is read again.
     guest.signal(signal.SIGSTOP)
     until(counted, lambda counts: counts[0] == counts[1])
 
@@ -496,7 +496,7 @@ def test_switches_count_wake_ups_of_threads_that_come_and_go(reader_of: ReaderOf
         tell(b"\n")
         reader = reader_of(process.pid)
         before = read(reader)["switches"]
-        # It slept, was woken by this, and sleeps again.
+        # This wakes the thread, which then sleeps again.
         tell(b"\n")
         more = until(lambda: read(reader)["switches"], lambda switches: switches > before)
         assert tasks() == 2

@@ -165,7 +165,7 @@ def test_many_users_leave_threads_for_root(monkeypatch: pytest.MonkeyPatch) -> N
 def test_who_pays_for_a_sample_without_a_thread(
     fake_qemu: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user who blocks the threads, and nobody else."""
+    """Only the user who blocks the threads is affected."""
     monkeypatch.setattr(workers_module, "STUCK_S", 0.01)
     monkeypatch.setattr(workers_module, "MAX_BLOCKED", 1)
     monkeypatch.setattr(workers_module, "MAX_WORKERS", 2)
@@ -225,7 +225,8 @@ def test_a_call_that_waits_behind_a_blocked_one_gets_a_thread(
 
 
 def test_a_sample_arrives_although_the_next_one_blocks() -> None:
-    """It was put without a wake-up, because another was to follow, and after the loop's timer."""
+    """The sample was put without a wake-up of the loop, because another was expected, and after the
+    loop's timer."""
 
     class BusyWorkers(Workers):
         waiting = True

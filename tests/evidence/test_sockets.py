@@ -336,7 +336,8 @@ def look_among_many() -> None:
 
 
 def test_many_sockets_of_another_user_hide_nothing() -> None:
-    """In a network namespace of its own, because they would crowd the tables of other tests."""
+    """This runs in its own network namespace, because so many sockets would crowd the tables of
+    other tests."""
     script = "from tests.evidence.test_sockets import look_among_many; look_among_many()"
     with NetworkNamespace() as network:
         child = network.run(

@@ -340,8 +340,8 @@ def test_an_overlay_on_its_own_upper_directory_is_unknown(tmp_path: Path) -> Non
 
 
 def test_an_image_on_an_overlay_counts_like_one_on_the_disk(lab_dir: Path) -> None:
-    """The disk of the upper directory has depth 0: a deeper one would count only while a device
-    above it has requests in flight, and there is none."""
+    """The disk of the upper directory has depth 0. With another depth, it would count only while a
+    device above it has requests in flight, and there is no such device."""
     needs.root("an overlay and a loop device")
     with slow_disk(mebibytes=16) as disk:
         assert disk.directory is not None
@@ -374,7 +374,8 @@ def test_a_disk_stays_until_it_is_unplugged(tmp_path: Path) -> None:
     mountinfo = "1 0 8:0 / / rw - ext4 /dev/sda rw\n2 1 8:16 / /b rw - ext4 /dev/sdb rw\n"
     reader = reader_of(tmp_path, {3: ("/a", RW, 1), 4: ("/b/b", RW, 2)}, mountinfo, SYS)
     proc, sys = tmp_path / "proc", tmp_path / "sys"
-    # QEMU reopens for reading at its end, and closes before its last flush has finished.
+    # An exiting QEMU reopens its images for reading, and closes them before its last flush has
+    # finished.
     (proc / "7/fdinfo/3").write_text("flags:\t00\nmnt_id:\t1\n")
     (proc / "7/fd/4").unlink()
     reader.refresh()
@@ -412,7 +413,8 @@ def test_a_table_is_read_once(tmp_path: Path) -> None:
 
 
 def test_the_disks_below_a_descriptor(tmp_path: Path) -> None:
-    """All layers of its own image and none of the others', even after it is closed."""
+    """The storage of a descriptor has all layers of its image and none of other images, even after
+    it is closed."""
     host = "1 0 253:0 / / rw - ext4 /dev/dm-0 rw\n2 1 8:16 / /far rw - ext4 /dev/sdb rw\n"
     reader = reader_of(
         tmp_path,

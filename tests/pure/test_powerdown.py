@@ -100,7 +100,7 @@ class Course:
 
     @property
     def ignored_at(self) -> float:
-        """When a guest that was asked once is left if it does not react (seconds)."""
+        """When asking ends if the guest was asked once and does not react (seconds)."""
         return min(self.asked[0][0] + 60, 60.7)
 
     @property

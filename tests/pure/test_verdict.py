@@ -167,7 +167,7 @@ MORE = {
         # A line of 104 bytes in QEMU's log, about a connection that it gave up
         ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=1_104)}, Verdict.IDLE),
         ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=5_096)}, Verdict.FLUSHING),
-        # but a write through an io_uring, which does not count there
+        # wchar does not count a write through an io_uring
         ({}, {"io": replace(NO_IO, write_bytes=5_004_096, wchar=1_016)}, Verdict.FLUSHING),
         ({}, MORE["read"], Verdict.FLUSHING),
         ({}, MORE["write(2)"], Verdict.FLUSHING),
@@ -191,9 +191,9 @@ MORE = {
             {"mounts": (FUSE, replace(NFS, number="0:8", operations=11))},
             Verdict.STORAGE_WAIT,
         ),
-        # FUSE has no counters: its thread is woken only by replies
+        # FUSE has no counters, but only a reply wakes the thread
         ({"threads": (ON_MOUNT,), "mounts": (FUSE,)}, {}, Verdict.STORAGE_WAIT),
-        # whatever the guest writes to another disk
+        # The guest's writes to another disk do not matter
         ({"threads": (ON_MOUNT,), "mounts": (FUSE,)}, MORE["wrote"], Verdict.STORAGE_WAIT),
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
@@ -212,7 +212,7 @@ MORE = {
             {"threads": (replace(SUBMIT, switches=6),)},
             Verdict.FLUSHING,
         ),
-        # A disk holds its request, whatever the guest writes to another disk meanwhile; but the
+        # A disk has a request in flight, so writes to another disk do not matter. Without one, a
         # request may be held back above the disk, or the disk may count nothing
         ({"threads": (ON_HUNG,), "devices": (HUNG,)}, MORE["wrote"], Verdict.STORAGE_WAIT),
         (
@@ -226,7 +226,7 @@ MORE = {
             MORE["wrote"],
             Verdict.UNKNOWN,
         ),
-        # or the thread waits until the page cache has room, perhaps on all disks
+        # The thread waits until the page cache has room, perhaps on all disks
         (
             {"threads": (replace(ON_HUNG, wchan="balance_dirty_pages"),), "devices": (HUNG,)},
             MORE["wrote"],
@@ -280,7 +280,7 @@ MORE = {
             {"cgroup": replace(OWN, own=False, written=9_000)},
             Verdict.IDLE,
         ),
-        # A page of a log, and a thread of its pool, are no progress of a disk that stands still
+        # A disk is stuck. A page of QEMU's log and the end of a thread of its pool are no progress
         (
             {"threads": (FDATASYNC,), "cgroup": replace(OWN, written=None)},
             {"cgroup": replace(OWN, written=None, dirty=OWN_DIRTY - 4096), "switches": 101},
@@ -290,7 +290,7 @@ MORE = {
         ({"nodes": (NBD,), "sockets": (UNIX,)}, {}, Verdict.STORAGE_WAIT),
         ({"nodes": (NBD,)}, {}, Verdict.STORAGE_WAIT),
         ({"nodes": (NBD,), "sockets": None}, {}, Verdict.STORAGE_WAIT),
-        # and other wake-ups and transfers are no replies
+        # Other wake-ups and transfers are not replies
         ({"nodes": (NBD,), "sockets": (UNIX,)}, {"switches": 900}, Verdict.STORAGE_WAIT),
         (
             {"nodes": (NBD,), "sockets": (UNIX, STREAM)},
@@ -362,7 +362,7 @@ MORE = {
             served(replace(SERVER, io=replace(NO_IO, write_bytes=5_004_096))),
             Verdict.STORAGE_WAIT,
         ),
-        # but writes of a shared server may be for us
+        # Writes of a shared server may be for this guest
         (served(SHARED), served(replace(SHARED, switches=9_000)), Verdict.STORAGE_WAIT),
         (served(SHARED), served(replace(SHARED, io=WROTE)), Verdict.UNKNOWN),
         (
@@ -370,27 +370,27 @@ MORE = {
             served(replace(SHARED, threads=(WRITING,), devices=SERVED_DISK)),
             Verdict.UNKNOWN,
         ),
-        # unless our image's storage is known, and a call on it stands still
+        # They are not if the storage of the image is known, and a call on it is stuck
         (served(HOLDS), served(replace(HOLDS, io=WROTE)), Verdict.STORAGE_WAIT),
         (
             served(replace(HOLDS, place=("0:8",))),
             served(replace(HOLDS, place=("0:8",), io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # One of two such calls returns: that may be another client's
+        # One of two such calls returns, which may be for another client
         (
             served(replace(HOLDS, threads=(ON_MOUNT, ALSO_ON_MOUNT))),
             served(replace(HOLDS, threads=(ON_MOUNT,))),
             Verdict.UNKNOWN,
         ),
         (served(HOLDS), served(replace(HOLDS, threads=(ALSO_ON_MOUNT,))), Verdict.FLUSHING),
-        # Nor does it excuse a request in flight elsewhere
+        # Such a call does not excuse a request in flight elsewhere
         (
             {**served(SHARED), "threads": (ON_MOUNT,), "mounts": (FUSE,)},
             served(replace(SHARED, io=WROTE)),
             Verdict.STORAGE_WAIT,
         ),
-        # A disk below the one that its call is on, which has passed nothing down
+        # The upper disk, which the server's call waits for, has passed no request to this one
         (
             served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER))),
             served(replace(SERVER, threads=(ON_LAYERS,), devices=(UPPER, LOWER_WROTE))),
@@ -413,13 +413,13 @@ MORE = {
             Verdict.UNKNOWN,
         ),
         ({**served(SHARED), "rings": 1}, served(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
-        # but a timer does not keep QEMU from exiting
+        # A timer does not keep QEMU from exiting
         (
             {**served(SHARED), "rings": 1, "timers": 1},
             served(replace(SHARED, io=WROTE)),
             Verdict.UNKNOWN,
         ),
-        # Nor does it excuse another server that does not read its request
+        # A server's progress does not excuse another server that does not read its request
         (
             two_nodes(SHARED, unread=28),
             two_nodes(replace(SHARED, io=WROTE), unread=28),
@@ -430,15 +430,15 @@ MORE = {
             two_nodes(replace(SHARED, io=WROTE), unread=0),
             Verdict.UNKNOWN,
         ),
-        # or a pipe that nobody reads
+        # It does not excuse a pipe that nobody reads
         (
             {**served(SHARED), "threads": (FULL_PIPE,)},
             served(replace(SHARED, io=WROTE)),
             Verdict.STORAGE_WAIT,
         ),
-        # or a server of ours alone whose call does not return
+        # It does not excuse an unshared server whose call does not return
         (beside(SHARED), beside(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
-        # A server only for us, whose file system has no counters
+        # An unshared server, whose file system has no counters
         (
             served(replace(SERVER, threads=(ON_MOUNT,))),
             served(replace(SERVER, threads=(replace(ON_MOUNT, switches=6),))),
@@ -503,7 +503,7 @@ MORE = {
         ({"rings": 3}, {"rings": 4}, Verdict.STORAGE_WAIT),
         ({"rings": 3}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         ({"rings": 3, "timers": 1}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
-        # or timers, which the completions of a disk do not concern
+        # They may be timers, for which completions of a disk show nothing
         ({"rings": 1, "timers": 1}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {"io": WROTE}, Verdict.FLUSHING),
@@ -520,7 +520,7 @@ MORE = {
             {"devices": (replace(HUNG, writes=11), replace(BESIDE, in_flight=0))},
             Verdict.FLUSHING,
         ),
-        # or of a disk whose images do not use io_uring
+        # The same is true of completions of a disk whose images do not use io_uring
         (
             {"rings": 1, "devices": (BESIDE,), "ringless": (BESIDE.number,)},
             {"devices": (replace(BESIDE, writes=900),)},
@@ -531,7 +531,7 @@ MORE = {
             {"devices": (HUNG, replace(BESIDE, writes=900))},
             Verdict.FLUSHING,
         ),
-        # or of a disk below another image; but not of one below the disk that has it
+        # It is true of a disk below another image, but not of one below the disk with the request
         (
             {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
             {"devices": (HUNG, TOP, replace(UNDER_TOP, writes=900))},
@@ -549,7 +549,7 @@ MORE = {
         ),
         # Unreadable rings are no standstill if something moves
         ({"rings": None, "nodes": (NBD,)}, MORE["wrote"], Verdict.FLUSHING),
-        # for AIO, only the tail of the ring and the mere possibility are visible
+        # For AIO, only the tail of the ring is visible, and whether requests are possible
         ({"direct": True}, {}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"switches": 101}, Verdict.STORAGE_WAIT),
         ({"direct": True}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
@@ -563,9 +563,9 @@ MORE = {
         # Dead, and not reaped because of a debugger
         ({"state": "Z"}, {}, Verdict.ZOMBIE),
         ({"state": "Z", "threads": (FDATASYNC,)}, {}, Verdict.STORAGE_WAIT),
-        # Exiting, which takes long with much memory, and which no signal shortens
+        # The process exits, which takes long with much memory. No signal makes it faster
         ({}, {"exiting": True}, Verdict.FLUSHING),
-        # unless a thread of it waits for storage, as after SIGKILL
+        # Here one of its threads waits for storage, as after SIGKILL
         (
             {"threads": (ON_MOUNT,), "mounts": (FUSE,)},
             {"state": "Z", "exiting": True, "threads": (KILLED,)},
@@ -727,7 +727,7 @@ def follow(samples: list[Sample]) -> Assessment:
 
 
 def test_keepalives_never_add_up_to_progress() -> None:
-    """iSCSI sends 48 bytes each way every 5 s, for ever."""
+    """iSCSI sends keepalives of 48 bytes each way every 5 s, forever."""
     now = follow(
         [
             replace(
@@ -1030,7 +1030,7 @@ TALKER = replace(UNIX, node="", role="unknown", client=False, receive_queue=100)
         ({"threads": (OOM,)}, {"devices": BUSY_DISK}, Verdict.BLOCKED),
         ({"dumping": True}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"dumping": True}, {"io": WROTE}, Verdict.FLUSHING),
-        # On FUSE, beside a disk with a neighbour
+        # The request is on FUSE, and a neighbour uses the disk
         ({"rings": 1, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.STORAGE_WAIT),
         ({"rings": 2, "threads": (WORKER,)}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         (
