@@ -152,8 +152,8 @@ SCOPE = UnitFacts("web.scope", active_state="active", job=9, timeout_stop=90 * S
 def test_a_guard_forces_only_if_its_scope_would_kill(
     scope: UnitFacts | None, uid: int, force: bool, kills: bool, sent: list[int]
 ) -> None:
-    """It gets FORCE only if the caller asks for that and is root or the owner, because polkit has
-    allowed others only SIGTERM. All callers learn what systemd would do."""
+    """The job gets FORCE only if the caller requests it and is root or the owner, because polkit
+    has allowed others only SIGTERM. All callers learn what systemd would do."""
     world, process = world_of(UP), FakeProcess()
     service, _ = make_service(world)
     service.units = OneScope(scope)

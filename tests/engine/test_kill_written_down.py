@@ -188,7 +188,7 @@ def test_force_waits_until_sigkill_is_saved(world: World, store: SlowStore) -> N
 def test_a_reply_of_the_guest_does_not_undo_force(
     world: World, store: SlowStore, act: Callable[[Job], None], result: Result
 ) -> None:
-    """With NOWAIT, the job ends once the guest was asked."""
+    """The reply comes after Force. With NOWAIT, a job normally ends at this reply."""
     process = FakeProcess()
     world.monitors.shows = lambda now: UP
     world.monitors.on_order = lambda order: act(job)

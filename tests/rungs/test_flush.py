@@ -102,8 +102,8 @@ async def flush_by_name(qmp, disk, *, timeout_s):
 
 disks.flush_by_name = flush_by_name
 """
-"""Replaces the flush before the processors are stopped by nothing, as if the storage had died right
-after it. If the storage were dead before, the processors would not be stopped."""
+"""Makes the first flush, before the processors are stopped, do nothing, as if the storage had died
+right after this flush. If the storage were dead before, the processors would not be stopped."""
 
 
 @pytest.fixture

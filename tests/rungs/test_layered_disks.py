@@ -65,7 +65,8 @@ def guest_on_loop(directory: Path) -> Iterator[tuple[BareGuest, Path, Path, Slow
 
 @pytest.mark.timeout(300)
 def test_a_frozen_file_system_is_not_waited_for_without_end(lab_dir: Path) -> None:
-    """Others read from the device and write to the disk below, and neither excuses a write."""
+    """Others read from the device and write to the disk below it. The guest's write waits, and
+    neither counts as its progress."""
     fsfreeze = needs.program("fsfreeze", "util-linux")
     with contextlib.ExitStack() as stack:
         guest, point, device, disk = stack.enter_context(guest_on_loop(lab_dir))

@@ -118,7 +118,7 @@ def passed_files(service: VarlinkService, directory: Path, count: int) -> Iterat
     needs.root("to mount a file system in user space")
     (directory / "file").write_bytes(b"x")
     with contextlib.ExitStack() as stack:
-        # The store ends first, because nothing ends a process that has the file before that.
+        # Processes that have the file can end only after the store, so end the store first.
         ends = stack.enter_context(contextlib.ExitStack())
         store = stack.enter_context(fuse_store(directory))
         store.hang("flush")
