@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
     """The number of open descriptors; before Linux 6.2, the number at the last search, or 0."""
 
 
-class Searched(NamedTuple):
+class CompletedSearch(NamedTuple):
     """A search through all processes. Times are of time.monotonic()."""
 
     began: float
@@ -88,7 +88,7 @@ class DescriptorSearch:
         """The keys to search for."""
         self._latecomers: set[str] = set()
         """Keys that were added after some processes had been searched."""
-        self._searched: dict[str, Searched] = {}
+        self._searched: dict[str, CompletedSearch] = {}
         """The keys for which all processes were searched."""
         self._rest: Iterator[_Link | None] | None = None
         """The rest of a search through all processes; None between searches."""
@@ -97,7 +97,7 @@ class DescriptorSearch:
         self._without: set[Candidate] = set()
         """The processes that did not have `link` open when they were last searched."""
         self._is_complete = True
-        """See Searched.complete; of the present search."""
+        """See CompletedSearch.complete; of the present search."""
         self._is_blocked = False
         """Whether a process did not answer the present search. It may do so soon: processes are
         stuck for a moment while they execute a program."""
@@ -129,7 +129,7 @@ class DescriptorSearch:
         """Stop searching for a key, because it was found."""
         self._wanted.discard(key)
 
-    def searched(self, key: str) -> Searched | None:
+    def searched(self, key: str) -> CompletedSearch | None:
         """Return the last search for this key that went through all processes; None if there was
         none in the last `valid_s` seconds."""
         searched = self._searched.get(key)
@@ -195,7 +195,7 @@ class DescriptorSearch:
             if self._is_blocked and not self._link:
                 continue
             if key in self._searched or len(self._searched) < MAX_KEYS:
-                self._searched[key] = Searched(self._began, now, self._is_complete)
+                self._searched[key] = CompletedSearch(self._began, now, self._is_complete)
 
     def _processes(self) -> list[Candidate]:
         """List the processes. Costs 3 µs each."""

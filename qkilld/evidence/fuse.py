@@ -26,7 +26,7 @@ from qkilld.adapters import blockable
 from qkilld.adapters.blockable import Unanswered
 from qkilld.adapters.procfs import read_bounded
 from qkilld.debug_log import note_once
-from qkilld.evidence.descriptor_search import DescriptorHolder, Searched, search_pair
+from qkilld.evidence.descriptor_search import CompletedSearch, DescriptorHolder, search_pair
 from qkilld.evidence.files import PROC
 from qkilld.evidence.kept_file import read_once
 from qkilld.model.named_tuple import NamedTuple
@@ -224,7 +224,7 @@ def _sees_all_processes(proc: Path) -> bool:
         return False
 
 
-def _is_recent(searched: Searched | None, since: float, age: float) -> bool:
+def _is_recent(searched: CompletedSearch | None, since: float, age: float) -> bool:
     """Return whether a search began after `since`, and ended at most `age` seconds ago."""
     return (
         searched is not None

@@ -35,7 +35,7 @@ def stuck() -> Iterator[StuckGuests]:
         yield guests
 
 
-class Timed:
+class TimedManager:
     """Calls methods of the manager, and records the longest time of a call."""
 
     def __init__(self, client: Client) -> None:
@@ -54,7 +54,7 @@ def test_calls_are_answered(stuck: StuckGuests, start_daemon: Start, fake_qemu: 
     theirs = [stuck.make_stuck(OTHER_UID) for _ in range(3)]
     daemon, web = start_daemon(), fake_qemu(name="web")
     with daemon.bus.client() as client:
-        call = Timed(client)
+        call = TimedManager(client)
         for guest in theirs:
             for method, signature, more in (
                 ("Terminate", "ut", (0,)),
@@ -89,7 +89,7 @@ def test_a_job_sends_no_signal_while_its_process_is_stuck(
         time.sleep(3.5)
         assert client.properties(job, JOB)["Result"] == ""
         assert "SIGKILL" not in _pending_signals(guest.pid)
-        call = Timed(client)
+        call = TimedManager(client)
         call("ListGuests")
         other = fake_qemu()
         assert client.wait(client.terminate(other.pid))[0] == "exited"
@@ -117,7 +117,7 @@ def test_a_daemon_that_is_restarted_meanwhile_is_ready(
         began = time.monotonic()
         start_daemon(env=env).wait_for("Resuming the stop")
         print("ready after", time.monotonic() - began)
-        call = Timed(client)
+        call = TimedManager(client)
         call("ListGuests")
         assert call.longest_s < LIST_S
         time.sleep(max(0.0, began + 6 - time.monotonic()))

@@ -21,7 +21,7 @@ from tests.lab import needs
 from tests.lab.container import CHECKOUT, PYTHON, Container
 from tests.lab.journald import fill_journald
 from tests.lab.scratch import scratch
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 STAND_IN: Final = "/usr/local/bin/qemu-system-x86_64"
 HOME: Final = "/var/lib/chaos"
@@ -143,7 +143,7 @@ def _run(system: Container, plan: Plan, home: Path) -> Report:
 
 
 def _prepare(system: Container, plan: Plan) -> None:
-    Contained(system).show_storage()
+    ContainerPolicy(system).show_storage()
     system.run("mkdir", "-p", HOME)
     system.run("gcc", "-O2", "-Wall", "-o", STAND_IN, f"{CHECKOUT}/tests/chaos/stand_in.c")
     system.write("/etc/qkilld/qkilld.conf", CONFIG)

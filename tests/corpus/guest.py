@@ -40,13 +40,13 @@ _AT_ONCE: Final = {"max-bandwidth": 1 << 34, "downtime-limit": 60_000}
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The records that a guest has kept, of RECORDS each."""
+class KeptRecords:
+    """How many records a guest has kept after a stop, out of RECORDS of each kind."""
 
     disks: int
-    """Records that the first disk had acknowledged."""
+    """Of the records that the first disk had acknowledged."""
     guest: int
-    """Records that the guest held in its memory."""
+    """Of the records that the guest held in its memory."""
 
     def __str__(self) -> str:
         return f"{self.disks:>3} {self.guest:>3}"
@@ -79,10 +79,10 @@ class CorpusGuest:
         said = self.serial.wait_for("^GUEST (DONE|ERROR.*)", timeout).group(1)
         assert said == "DONE", f"{self.name}: {said}"
 
-    def kept(self) -> Kept:
+    def kept(self) -> KeptRecords:
         """Count the records on the disks, which nobody may have open."""
         disks, guest = (len(records(disk)) for disk in self.disks)
-        return Kept(disks, guest)
+        return KeptRecords(disks, guest)
 
     @property
     def disks(self) -> tuple[Path, Path]:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.corpus import units
-from tests.corpus.guest import MACHINE, CorpusGuest, Kept, machine_for_newer, saved_state
+from tests.corpus.guest import MACHINE, CorpusGuest, KeptRecords, machine_for_newer, saved_state
 from tests.corpus.structures import Structure
 from tests.distros.trees import DIRECTORY, RELEASES, tree
 from tests.lab import container as lab_container
 from tests.lab.container import Container
 from tests.lab.process import wait_gone
 from tests.lab.scratch import scratch
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 STOP_S: Final = 200
 _ROOM: Final = 64 << 20
@@ -57,7 +57,7 @@ class Row:
     """The verdict of check-unit after adopting."""
     is_written: bool = False
     """Whether adopt has written a drop-in or started a guard."""
-    kept: dict[tuple[str, bool], Kept] = field(default_factory=dict)
+    kept: dict[tuple[str, bool], KeptRecords] = field(default_factory=dict)
     """The records kept, by occasion and whether the unit was adopted."""
 
     def is_measured(self, occasion: str) -> bool:
@@ -94,7 +94,7 @@ def _host(
         else:
             system = stack.enter_context(lab_container.boot(newer, unified=True))
             lab_container.install(system, "PYTHON=/usr/bin/python3")
-        Contained(system).show_storage()
+        ContainerPolicy(system).show_storage()
         units.prepare(system)
         host = Host(system, {}, machine_for_newer() if newer else MACHINE)
         for structure in structures:
@@ -184,7 +184,7 @@ def _stop_all(
     occasion: str,
     rows: Mapping[Structure, Row] | None,
     newer: Path | None,
-) -> Iterator[tuple[Structure, Kept]]:
+) -> Iterator[tuple[Structure, KeptRecords]]:
     """Start the guests of these structures on a new host and stop them. With `rows`, adopt the
     units, and note the results there."""
     with scratch("u") as directory:

@@ -50,7 +50,7 @@ if libc.syscall({_SYS_MOVE_MOUNT}, int(sys.argv[1]), b"", {_AT_FDCWD}, os.fsenco
 """
 
 
-class Contained:
+class ContainerPolicy:
     """The common part of both columns."""
 
     def __init__(self, system: container.Container) -> None:
@@ -85,7 +85,7 @@ class Contained:
             os.close(tree)
 
 
-class Systemd(Contained):
+class Systemd(ContainerPolicy):
     """The guest runs in a service that only sets TimeoutStopSec=."""
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ class Systemd(Contained):
         return self._system.property(_UNIT, name)
 
 
-class Libvirt(Contained):
+class Libvirt(ContainerPolicy):
     """virsh destroy stops the guest, which libvirtd has started."""
 
     def __init__(self, system: container.Container, options: tuple[str, ...]) -> None:

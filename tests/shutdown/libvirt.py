@@ -20,7 +20,7 @@ from tests.bench import peer
 from tests.lab import container
 from tests.lab.bare import BareGuest, halting_firmware
 from tests.lab.process import Orphan
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 from tests.shutdown.scene import GuestHandle
 
 NAME: Final = "lab"
@@ -99,7 +99,7 @@ class Libvirt:
     def _started(
         self, directory: Path, words: Sequence[str], *, memory: int
     ) -> Iterator[tuple[GuestHandle, Orphan]]:
-        Contained(self._system).show_storage()
+        ContainerPolicy(self._system).show_storage()
         description = directory / "domain.xml"
         description.write_text(_description(words, memory))
         keep = (container.PYTHON, "-c", _KEEP)

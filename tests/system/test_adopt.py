@@ -24,7 +24,7 @@ from tests.lab.records import records
 from tests.lab.scratch import scratch
 from tests.lab.session import ENVIRONMENT, HOME, UID, UNITS, session
 from tests.lab.storage import NbdServer, nbd_server
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 from tests.safety.machine import Machine, Target
 
 IDLE = "/usr/bin/qemu-system-x86_64 -M none -nodefaults -display none"
@@ -168,7 +168,7 @@ def flushing(manager: Manager) -> Iterator[list[FlushingGuest]]:
             machine = Machine(directory, [drive], JOB, 96, f"wild{number}")
             guests.append(FlushingGuest(machine, image, server))
             stack.callback(guests[-1].close)
-        Contained(manager.system).show_storage()
+        ContainerPolicy(manager.system).show_storage()
         yield guests
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.corpus import units
-from tests.corpus.guest import RECORDS, Kept
+from tests.corpus.guest import RECORDS, KeptRecords
 from tests.corpus.measure import measure
 from tests.corpus.structures import STRUCTURES
 from tests.lab.container import Container
@@ -72,7 +72,7 @@ def test_a_host_with_six_of_them_powers_off() -> None:
         assert row.is_measured("poweroff"), said
         assert not row.is_worse("poweroff"), row
         guest = 0 if row.structure.unit == "on-nbd.service" else RECORDS
-        assert row.kept["poweroff", True] == Kept(RECORDS, guest), row
+        assert row.kept["poweroff", True] == KeptRecords(RECORDS, guest), row
     before = {row.structure.unit: row.kept["poweroff", False] for row in rows}
     assert before["sigkill.service"].disks < RECORDS, "nothing could have been lost"
-    assert before["100.scope"] == Kept(RECORDS, RECORDS), "its keeper shuts it down"
+    assert before["100.scope"] == KeptRecords(RECORDS, RECORDS), "its keeper shuts it down"

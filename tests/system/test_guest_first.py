@@ -22,7 +22,7 @@ from tests.lab.debian import FILES, Shell, continued, kept_files, write_files
 from tests.lab.process import OTHER_UID
 from tests.lab.scratch import scratch
 from tests.lab.storage import nbd_server
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 POWERDOWN = 4
@@ -39,7 +39,7 @@ DROP_IN = "/run/systemd/system/qkilld.service.d/guest-first.conf"
 def system(installed: Container) -> Iterator[Container]:
     installed.write("/etc/qkilld/qkilld.conf", "")
     installed.run("systemctl", "restart", "qkilld.service")
-    Contained(installed).show_storage()
+    ContainerPolicy(installed).show_storage()
     yield installed
     installed.run("systemctl", "stop", "qkilld.service")
 

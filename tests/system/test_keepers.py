@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.corpus.guest import RECORDS, CorpusGuest, Kept, saved_state
+from tests.corpus.guest import RECORDS, CorpusGuest, KeptRecords, saved_state
 from tests.corpus.units import wait_for
 from tests.lab import container as lab_container
 from tests.lab.container import Container
 from tests.lab.log import Log
 from tests.lab.process import wait_gone
 from tests.lab.scratch import scratch
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 BUSY_S, HUNG_S = 3, 5
 """The time before pve-guests asks its guest, and the timeout of the keeper that hangs."""
@@ -88,7 +88,7 @@ def host() -> Iterator[Container]:
     """A host for one test only."""
     with lab_container.boot() as booted:
         lab_container.install(booted)
-        Contained(booted).show_storage()
+        ContainerPolicy(booted).show_storage()
         booted.write("/usr/local/bin/keep", KEEP, 0o755)
         stops = {
             # pve-guests does not know 101.
@@ -192,7 +192,7 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
             os.close(leader)
         story = story_of(journal)
         kept = {name: guest.kept() for name, guest in guests.items()}
-    assert kept == dict.fromkeys(SCOPES, Kept(RECORDS, RECORDS)), story
+    assert kept == dict.fromkeys(SCOPES, KeptRecords(RECORDS, RECORDS)), story
 
     keepers = {guest["unit"]: guest["keepers"] for guest in report["guests"]}
     assert keepers == {

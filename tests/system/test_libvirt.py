@@ -13,7 +13,7 @@ from tests.bench import peer
 from tests.lab.container import PYTHON, Container
 from tests.lab.log import Log
 from tests.lab.scratch import scratch
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 KEEP = """
 import sys
@@ -32,7 +32,7 @@ def libvirt(installed: Container) -> Iterator[subprocess.Popen[bytes]]:
     peer.programs()
     installed.write("/etc/qkilld/qkilld.conf", "")
     installed.run("systemctl", "restart", "qkilld.service")
-    Contained(installed).show_storage()
+    ContainerPolicy(installed).show_storage()
     with installed.spawn(PYTHON, "-c", KEEP, stdin=subprocess.PIPE, stderr=None) as keeper:
         assert keeper.stdout is not None and keeper.stdout.readline() == b"up\n"
         yield keeper

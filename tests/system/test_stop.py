@@ -24,7 +24,7 @@ from tests.lab.process import OTHER_UID, TOP, run
 from tests.lab.records import records
 from tests.lab.scratch import run_directory, scratch
 from tests.lab.storage import NbdServer, nbd_server
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 from tests.safety.machine import Machine, Target
 
 HELPER = f"{PYTHON} -m qkilld.stop"
@@ -106,7 +106,7 @@ def slow_guest(system: Container, start_unit: StartUnit) -> Iterator[Callable[..
                 [f"file={server.uri},format=qcow2,cache=writeback"],
                 f"lab.job=disks lab.records={count} lab.passes=3 lab.stride={32 * MIB}",
             )
-            Contained(system).show_storage()
+            ContainerPolicy(system).show_storage()
             script = shlex.join(machine.argv()).replace(str(TOP), CHECKOUT)
             (directory / "run").write_text(f"exec {script}\n")
             socket = Path(server.uri.partition("socket=")[2])

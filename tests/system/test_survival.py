@@ -21,7 +21,7 @@ from tests.lab.image import busybox
 from tests.lab.journald import fill_journald
 from tests.lab.process import TOP
 from tests.lab.scratch import scratch
-from tests.safety.contained import Contained
+from tests.safety.contained import ContainerPolicy
 
 TARGET = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 JOB = "org.qkilld1.Job"
@@ -42,7 +42,7 @@ def system(installed: Container) -> Iterator[Container]:
     installed.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", STAND_IN)
     installed.write("/etc/qkilld/qkilld.conf", "[Policy]\nGraceSec=2s\nStallSec=2s\n")
     installed.run("systemctl", "restart", "qkilld.service")
-    Contained(installed).show_storage()
+    ContainerPolicy(installed).show_storage()
     with scratch("w") as directory:
         # The file is on a disk, because writes to a file in memory do not count as progress.
         installed.run("ln", "-s", f"{directory}/written", "/run/written")
