@@ -21,7 +21,7 @@ NEEDED: Final = (
     *("python3-psutil", "python3-rich", "python3-systemd", "polkitd"),
     *("qemu-system-x86", "qemu-utils", "dbus-broker", "autopkgtest", "dpkg-dev"),
 )
-"""The packages that apt has to find without a network."""
+"""The packages that must be available to apt without a network."""
 
 MANAGER: Final = ("org.qkilld1", "/org/qkilld1", "org.qkilld1.Manager")
 JOB: Final = "org.qkilld1.Job"
@@ -40,7 +40,7 @@ ExecStopPost=/bin/sh -c 'echo $EXIT_CODE $EXIT_STATUS >/run/%p.end'
 
 
 def run(release: Release, deb: Path) -> Iterator[str]:
-    """Does all of it in a container. Yields the output of each step. Raises AssertionError."""
+    """Run all steps in a container; yield the output of each. Raises AssertionError."""
     root = tree(release, NEEDED, install=False)
     newer = _newer(deb)
     with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def run(release: Release, deb: Path) -> Iterator[str]:
 
 
 def _autopkgtest(system: Container) -> None:
-    """The package's own tests. This is the machine of its own that one of them wants."""
+    """Run the package's own tests. One needs its own machine, which this container is."""
     system.run("mkdir", "-p", "/srv/source")
     system.run("cp", "-R", f"{CHECKOUT}/packaging/debian", "/srv/source/debian")
     options = ("--no-built-binaries", "--ignore-restrictions=isolation-machine")
@@ -88,10 +88,10 @@ def _autopkgtest(system: Container) -> None:
 
 
 def _varlinkctl(system: Container) -> None:
-    """systemd's own client, which systemd has from version 255."""
+    """Call qkilld with systemd's own Varlink client, which exists since version 255."""
     address = "/run/qkilld/org.qkilld1"
     assert "Interfaces: org.qkilld1" in system.run("varlinkctl", "info", address).stdout
-    # It parses the description, and prints it in its own layout.
+    # varlinkctl parses the description, and prints it in its own layout.
     described = system.run("varlinkctl", "introspect", address, "org.qkilld1").stdout
     for member in ("method Terminate(", "type Receipt(", "error NoSuchProcess"):
         assert member in described, described
@@ -174,12 +174,12 @@ def _upgrade(system: Container, newer: Path) -> None:
     _unit(system, "stubborn.service", STUBBORN)
     system.run("systemctl", "start", "stubborn.service")
     pid = system.property("stubborn.service", "MainPID")
-    # Before it ignores SIGTERM, it would exit.
+    # Wait until the script ignores SIGTERM.
     deadline = time.monotonic() + 30
     while system.run("test", "-e", "/run/stubborn", check=False).returncode:
         assert time.monotonic() < deadline, "stubborn.service does not start"
         time.sleep(0.1)
-    # With FORCE, and no SIGKILL during the upgrade.
+    # The job has FORCE, and its grace is too long for a SIGKILL during the upgrade.
     options = ("TerminateWithOptions", "uta{sv}", pid, "1", "1", "grace-usec", "t", "600000000")
     job = _call(system, *MANAGER, *options).split('"')[1]
     before = system.property("qkilld.service", "MainPID")
@@ -211,7 +211,7 @@ def _remove(system: Container) -> None:
         pid = system.property(unit, "MainPID")
         system.run("systemctl", "stop", unit)
         assert not system.run("ps", "-p", pid, "-o", "pid=", check=False).stdout.strip()
-        # By SIGTERM, at which QEMU exits in good order.
+        # SIGTERM has ended QEMU, which exits with 0.
         end = system.run("cat", f"/run/{name}.end").stdout
         assert end == "exited 0\n", f"{unit} ended as {end}"
         assert system.property(unit, "Result") == "success", f"the stop of {unit} failed"
@@ -227,7 +227,7 @@ def _wait_for_qemu(system: Container, unit: str) -> None:
 
 
 def _left(system: Container) -> list[str]:
-    """Files with our name in theirs, without the notes of apt and dpkg and the files of a test."""
+    """List files with qkill in their name, except those of apt, dpkg and the tests."""
     found = system.run("find", "/etc", "/usr", "/var", "/run", "-xdev", "-name", "*qkill*")
     apart = ("/var/lib/dpkg/", "/var/cache/apt/", "/var/log/", "/run/systemd/")
     return [path for path in found.stdout.splitlines() if not path.startswith(apart)]

@@ -23,30 +23,30 @@ PARTS: Final = (
     ("tests/system/test_system.py", "tests/system/test_polkit.py", "--message-bus=dbus-broker"),
     ("tests/fuzz", "tests/chaos", "tests/campaign"),
 )
-"""One run of pytest each."""
+"""The arguments of each run of pytest."""
 _WORKERS: Final = "4"
 _TIMEOUT_S: Final = 3600
 _RUN: Final = (
     "packaging/setup build venv && .venv/bin/python -m compileall -q qkilld tests"
     ' && exec .venv/bin/python -m pytest "$@"'
 )
-"""With byte code, because tests start the daemon with a time limit and it writes none."""
+"""Compile byte code first: the daemon writes none, and tests limit the time of its start."""
 
 
 def _packages() -> list[str]:
-    """The packages that packaging/setup installs here, under the names of that release."""
+    """List the packages that packaging/setup installs."""
     setup: list[str | Path] = [TOP / "packaging/setup", "--list", "build", "lab", "campaign"]
     lists = subprocess.run(setup, check=True, capture_output=True, text=True).stdout.split()
     return [*lists, "python3-dbus-fast", "dbus-broker", "git", "kmod", "util-linux-extra"]
 
 
 def run(release: Release, *arguments: str) -> bool:
-    """Runs pytest there with these arguments and prints one line, or the failures. False if a test
-    failed."""
+    """Run pytest in the release with these arguments; print one line, or the failures. Return False
+    if a test failed."""
     root = tree(release, _packages(), variant="-suite")
     mountpoint = DIRECTORY / "mnt"
     mountpoint.mkdir(exist_ok=True)
-    # Kept, because making it takes minutes.
+    # Keep the virtual environment, because making it takes minutes.
     venv = DIRECTORY / f"{release.name}-venv"
     venv.mkdir(exist_ok=True)
     # Named by the release, because the suite may run on several releases at once.
@@ -55,7 +55,7 @@ def run(release: Release, *arguments: str) -> bool:
     disk.mkdir()
     log = DIRECTORY / f"{release.name}-tests.log"
     command: list[str | Path] = [
-        # It ends the whole process group, and so takes the tests down in order.
+        # timeout(1) sends SIGTERM to the whole process group, so the tests clean up.
         *(needs.program("timeout", "coreutils"), "--kill-after=60", str(_TIMEOUT_S)),
         *(needs.program("unshare", "util-linux"), "--mount", "--propagation", "private"),
         *(Path(__file__).with_name("chroot"), mountpoint, root, TOP, CACHE, venv, disk),
@@ -63,7 +63,7 @@ def run(release: Release, *arguments: str) -> bool:
         *("-q", f"--numprocesses={_WORKERS}", "--dist=loadgroup", "-p", "no:cacheprovider"),
         *arguments,
     ]
-    # What pip was told about this machine does not hold in there.
+    # Do not pass on where pip finds packages on this machine.
     environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
     with log.open("wb") as written:
         code = subprocess.run(

@@ -21,15 +21,15 @@ DIRECTORY: Final = CACHE / "distros"
 _BASE: Final = "systemd-sysv,dbus,udev,procps,iproute2,ca-certificates"
 _NO_SERVICES: Final = "usr/sbin/policy-rc.d"
 _FAST_UNPACKING: Final = "etc/dpkg/dpkg.cfg.d/unsafe-io"
-"""Without it, dpkg waits until each file is on the disk, which takes most of the time on a busy
-machine. An interrupted tree is made again."""
+"""This file keeps dpkg from waiting until each file is on the disk, which would take most of the
+time on a busy machine. It is safe, because an interrupted tree is made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
     name: str
     unified: bool
-    """Its systemd needs cgroup v2."""
+    """Whether the release's systemd needs cgroup v2."""
 
 
 RELEASES: Final = (Release("bookworm", False), Release("trixie", True), Release("sid", True))
@@ -38,11 +38,11 @@ RELEASES: Final = (Release("bookworm", False), Release("trixie", True), Release(
 def tree(
     release: Release, packages: Sequence[str], *, variant: str = "", install: bool = True
 ) -> Path:
-    """Its root file system with these packages installed, or, unless `install`, available to apt
-    without a network. Takes minutes the first time. Raises needs.Missing."""
+    """Return the root file system of a release with these packages: installed, or with `install`
+    False available to apt without a network. Takes minutes the first time. Raises needs.Missing."""
     needs.root("debootstrap")
     finished = DIRECTORY / f"{release.name}{variant}"
-    # Of an older list of packages, it gets those that are new.
+    # If the list of packages has changed, add the new ones.
     listed = finished.with_name(f"{finished.name}.packages")
     wanted = " ".join(packages)
     if finished.is_dir():
@@ -75,7 +75,7 @@ def _get(root: Path, packages: Sequence[str], *, install: bool) -> None:
 
 
 def _mirror() -> list[str]:
-    """This machine's mirror; [] for debootstrap's own."""
+    """Return this machine's mirror; [] for debootstrap's default."""
     wanted = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted],

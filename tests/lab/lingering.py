@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def lingering_sockets(seconds: int) -> Iterator[Callable[[], socket.socket]]:
-    """A function: makes a TCP socket whose last close(2) takes so long."""
+    """Yield a function that makes a TCP socket whose last close(2) takes this many seconds."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 

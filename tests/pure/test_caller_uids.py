@@ -91,13 +91,14 @@ def test_the_most_recent_4096_names_are_remembered() -> None:
         for number in range(4096):
             await call(number)
         assert len(bus.answered) == 4096
-        # Within the limit, nobody is asked for twice; this makes the first one the most recent.
+        # Within the limit, no uid is requested twice. This call makes the first name the most
+        # recent.
         await call(0)
         assert set(bus.asked.values()) == {1}
         await call(4096)
         assert bus.asked[name(4096)] == 1
         assert len(server._uids) == 4096 == MAX_NAMES
-        # The first one is still known. The second one has made room, and is asked for again.
+        # The first name is still known. The second one was dropped, so its uid is requested again.
         await call(0)
         assert bus.asked[name(0)] == 1
         await call(1)
@@ -120,7 +121,7 @@ def test_a_name_that_is_gone_is_forgotten() -> None:
 
 
 def test_a_name_whose_calls_wait_is_not_forgotten() -> None:
-    """Otherwise its next call would overtake them."""
+    """Otherwise the next call of this name would overtake its waiting calls."""
 
     async def run() -> None:
         bus, server = serve()

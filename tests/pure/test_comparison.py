@@ -144,7 +144,7 @@ def test_a_wait_by_sigcont_is_not_made_a_power_cut() -> None:
     assert found.adopted[Occasion.STOP].guest is Patience.PATIENT
     refused = judge(facts, MUTE)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)
-    # Without a timeout it cannot get better, so nothing is written.
+    # Without a timeout, the unit cannot become better, so nothing is written.
     endless = judge(replace(facts, timeout_stop=INFINITY), MUTE)
     assert not endless.writes and endless.keeps_data
 
@@ -176,7 +176,7 @@ def test_an_unknown_line_stays_and_stays_unknown() -> None:
             "ExecStop=-/opt/vm-stop web",
             "ExecStop=-/usr/bin/qkilld-stop",
         ]
-    # The line may ask the guest, and then systemd waits.
+    # The line may ask the guest, and systemd then waits because of SIGCONT.
     waits = judge(replace(facts, kill_signal=signal.SIGCONT), MUTE)
     assert (waits.word, waits.writes) == (UnitVerdict.UNKNOWN, False)
 
@@ -196,7 +196,8 @@ def test_order_and_specifiers_of_lines_are_kept() -> None:
     assert [text for text in written(facts, surroundings) if text.startswith("ExecStop")] == [
         "ExecStop=",
         "ExecStop=-/opt/vm-stop %i",
-        # It takes the place of the line that kills, because the next one may need the guest gone.
+        # The helper takes the place of the line that kills, because the next line may need the
+        # guest to be gone.
         "ExecStop=/usr/bin/qkilld-stop",
         "ExecStop=-/opt/after %n",
     ]
@@ -209,7 +210,7 @@ def test_a_template_gets_no_line_of_one_instance() -> None:
     assert "daemon-reload" in found.advice
     for surroundings in (ASKABLE, replace(ASKABLE, is_template=True, stop_texts=("a %i", "b %i"))):
         assert judge(facts, surroundings).writes
-    # Nothing of the instance would be written.
+    # None of the lines is from the instance.
     assert judge(BARE, replace(ASKABLE, is_template=True)).writes
 
 
@@ -233,7 +234,7 @@ def test_the_helper_of_a_template_keeps_its_specifiers(text: str, options: str) 
         f"ExecStop=-+/usr/bin/qkilld-stop{options}",
     ]
     assert judge(facts, known).writes
-    # Without the text, only a helper without arguments is right for every instance.
+    # If the text is unknown, only a line without arguments is right for every instance.
     assert judge(facts, template).writes is (len(words) == 1)
 
 
@@ -263,7 +264,7 @@ COPY = Command("/bin/cp", ("/bin/cp", "/run/web.img", "/srv/web.img"))
         (["kill -9 $MAINPID"], True, []),
         (["echo system_powerdown | socat - UNIX:/m; while kill -0 1; do sleep 1; done"], True, []),
         (["echo system_powerdown | socat - UNIX:/m", "tail --pid=1 -f /dev/null"], True, [0]),
-        # The helper cannot ask the guest, so the existing line does.
+        # The helper cannot ask the guest, so the line that asks is kept.
         (["echo system_powerdown | socat - UNIX:/m; sleep 30"], False, [0]),
     ],
 )
@@ -291,7 +292,7 @@ def test_what_follows_a_helper_that_may_fail_may_find_the_guest_running(later: s
     assert steps[:2] == ["fails", "kills" if kills else "nothing"]
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert {each.disks for each in found.adopted.values()} == {Patience.PATIENT}
-    # Without the prefix, systemd skips the line.
+    # Without the prefix `-`, systemd skips the line after a failure.
     assert judge(replace(SAFE, exec_stop=(STOP, line(later))), ASKABLE).keeps_data
 
 
@@ -334,23 +335,23 @@ IGNORED_UNKNOWN = replace(UNKNOWN, ignores_failure=True)
 @pytest.mark.parametrize(
     ("stops", "lines"),
     [
-        # Now systemd does not copy if the line before has failed, and the guest still runs.
+        # Now systemd skips the copy if the line before has failed and the guest still runs.
         ((UNKNOWN, COPY), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
         ((POWERDOWN, COPY, line("logger x")), ["-POWERDOWN", "/usr/bin/qkilld-stop", "COPY",
                                                '/bin/sh -c "logger x"']),
         ((line("logger x"), UNKNOWN), None),
         ((UNKNOWN, COPY, STOP), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
         ((UNKNOWN, COPY, line("kill -9 1")), ["-/opt/vm-stop web", "/usr/bin/qkilld-stop", "COPY"]),
-        # It waited for a guest that was killed, or until it had exited.
+        # The copy already followed a line that ends the guest.
         ((line("kill -9 1"), COPY, STOP), ["/usr/bin/qkilld-stop", "COPY"]),
         ((line("kill 1"), line("while kill -0 1; do sleep 1; done"), COPY, STOP),
          ["/usr/bin/qkilld-stop", "COPY"]),
-        # The line that copies is followed by one that the guest needs.
+        # The line after the copy must come before the helper.
         ((UNKNOWN, COPY, line("sleep 9")), None),
         ((POWERDOWN, COPY, line("sleep 9")), None),
         ((POWERDOWN, line("echo > /run/x; sleep 9")), None),
         ((UNKNOWN, UNKNOWN), None),
-        # These run in any case now.
+        # systemd already runs these lines after a failure.
         ((IGNORED_UNKNOWN, IGNORED_UNKNOWN),
          ["-/opt/vm-stop web", "-/opt/vm-stop web", "-/usr/bin/qkilld-stop"]),
         ((POWERDOWN, line("sleep 9"), line("kill -0 1")),
@@ -402,7 +403,7 @@ def test_lines_that_kill_are_replaced(killing: str) -> None:
         ("test ! -d /proc/$MAINPID ||", True),
         ("[ ! -d /proc/$MAINPID ] ||", True),
         ("! kill -0 $MAINPID ||", True),
-        # These kill only if the guest has gone.
+        # These kill only if the guest is gone.
         ("kill -0 $MAINPID ||", False),
         ("! test ! -d /proc/$MAINPID ||", False),
     ],
@@ -419,7 +420,7 @@ def test_a_server_of_this_host_needs_the_order() -> None:
     found = judge(BARE, surroundings)
     assert (found.word, found.writes) == (UnitVerdict.SAFE, True)
     assert "After=lval.service" in written(BARE, surroundings)
-    # Units of this kind cannot be ordered, so with the helper the server would be gone first.
+    # A unit cannot be ordered after such a scope, so with the helper the server would exit first.
     session = replace(surroundings, storage=(replace(NBD, server="session-3.scope"),))
     refused = judge(BARE, session)
     assert (refused.word, refused.writes) == (UnitVerdict.WORSE, False)

@@ -88,7 +88,7 @@ def test_a_limit_for_a_user_and_for_a_stranger(uid: int | None) -> None:
     queue: FairQueue[str] = FairQueue()
     assert all(queue.put("a", uid, "x", 0) for _ in range(MAX_CALLS))
     assert not queue.put("a", uid, "x", 0)
-    # The limit is the user's, not the connection's, and does not reduce that of others.
+    # The limit is for all connections of a user, and does not affect other users.
     assert queue.put("b", uid, "x", 0) is (uid is None)
     assert queue.put("c", BOB, "x", 0)
     queue.forget("a", uid)
@@ -99,7 +99,7 @@ def test_a_limit_for_a_user_and_for_a_stranger(uid: int | None) -> None:
 def test_root_has_no_limit() -> None:
     queue: FairQueue[str] = FairQueue(frozenset({ROOT}))
     assert all(queue.put("r", ROOT, "x", MAX_BYTES) for _ in range(2 * fair_queue.MAX_TOTAL))
-    # It takes no room from others either.
+    # Root's calls leave room for others.
     assert all(queue.put("a", ALICE, "x", 0) for _ in range(MAX_CALLS))
 
 
@@ -115,13 +115,13 @@ def test_a_limit_for_all_together_leaves_everybody_a_few() -> None:
 
 @pytest.mark.parametrize("size", [100, SPARE_BYTES // 2, SPARE_BYTES])
 def test_calls_of_many_users_and_strangers_have_a_limit_in_bytes(size: int) -> None:
-    """Even if each connection is another user's."""
+    """The limit holds even if each connection belongs to another user."""
     queue: FairQueue[str] = FairQueue(frozenset({ROOT}))
     count = 2048
     for number in range(count):
         name, uid = f"n{number}", None if number % 2 else number + 1
         accepted = [queue.put(name, uid, "x", size) for _ in range(SPARE)]
-        # Everybody gets at least one, and in it the longest call that there is.
+        # Each connection may have at least one waiting call, even of the greatest length.
         assert accepted[0]
     assert queue._size <= fair_queue.MAX_TOTAL_BYTES + count * SPARE_BYTES
 

@@ -226,7 +226,7 @@ def test_a_due_time_once_told_does_not_become_earlier() -> None:
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
-    """The host was paused, or the daemon was starved."""
+    """No samples were taken, because the host was paused or the daemon got no processor."""
     late = replace(seen(40), unsampled=30 * S)
     assert (
         kill_due(JobFacts(flags=FORCE, policy=Policy(), term_at=T0, assessment=late)) == T0 + 40 * S
@@ -287,7 +287,7 @@ def test_a_stopped_process_is_continued_and_its_stall_restarts() -> None:
     assert decide(stopped, T0 + 3 * S).action is Action.CONTINUE
     again = replace(stopped, continued_at=T0 + 3 * S, continues=1)
     assert kill_due(replace(again, assessment=seen(4))) == T0 + 13 * S
-    # It is stopped once more; but not for ever.
+    # The process is stopped again. After MAX_CONTINUES, no SIGCONT follows.
     assert (
         decide(replace(again, assessment=seen(4, state="T")), T0 + 4 * S).action is Action.CONTINUE
     )
@@ -323,7 +323,8 @@ def test_after_sigkill_it_looks_at_what_holds_the_process() -> None:
 def test_samples_without_a_thread_bring_sigkill_no_nearer(
     missed: bool, max_s: int, expected: int | None
 ) -> None:
-    """Not knowing because other users block the threads is no evidence, but MaxSec is a limit."""
+    """If other users block all threads, missing samples prove nothing, but MaxSec= still limits the
+    job."""
     evidence, promised = None, 0
     policy = replace(Policy(), max=max_s * S)
     for second in range(1, 600):

@@ -126,7 +126,7 @@ def test_modules_stay_small(path: Path) -> None:
 
 
 def test_every_dependency_is_used() -> None:
-    """By the product, not only by tests."""
+    """The programs must use it, not only the tests."""
     modules = {"systemd-python": "systemd"}
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[^\w.-]", each)[0] for each in project["dependencies"]]
@@ -135,7 +135,8 @@ def test_every_dependency_is_used() -> None:
 
 
 def test_no_two_classes_share_a_name() -> None:
-    """Not even apart from an underscore, so that a name in a message or a review is unambiguous."""
+    """An underscore does not count as a difference, so that a name in a message or a review is
+    unambiguous."""
     places: dict[str, list[str]] = {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -22,7 +22,7 @@ IDLE = 0.02
 
 @dataclass
 class Moment:
-    """The state of a guest at one second; the attempt asks as the ladder would."""
+    """The state of a guest in one second."""
 
     runstate: str | None = "running"
     button: Button = Button.LISTENED
@@ -31,7 +31,7 @@ class Moment:
     """Per second."""
     vcpus: float | None = IDLE
     waiting: float = 0.0
-    """Of a processor: what it would have used, and the host did not give it."""
+    """The share of a processor that the guest wanted and the host did not provide."""
     in_flight: float = 0.0
     """Requests to its disks."""
     signs: frozenset[ShutdownSign] = frozenset()
@@ -172,7 +172,7 @@ def test_a_deaf_guest_that_writes_its_journals_is_known_in_under_five_seconds(
 
 @pytest.mark.parametrize("every", [0.75, 1.0, 1.75])
 def test_a_guest_that_boots_from_a_slow_disk_is_not_deaf(every: float) -> None:
-    """Between its requests, its processors wait."""
+    """Between its requests, the guest's processors wait for the disk."""
 
     def boots(now: float, since: float | None) -> Moment:
         if now >= 30:
@@ -293,7 +293,8 @@ def test_an_ignoring_guest_that_writes_its_log() -> None:
 
 
 def test_a_shutdown_without_an_agent() -> None:
-    """As measured: bursts with seconds of silence in between, then it is off."""
+    """As in a measurement, there are bursts with seconds of silence in between, and then the guest
+    is off."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 9:
@@ -326,7 +327,7 @@ def test_a_stop_job_that_computes_for_long() -> None:
 
 
 def test_work_that_begins_in_a_guest_that_was_asked_at_once() -> None:
-    """The kernel's average of its processors is the measure from before."""
+    """The baseline is the kernel's average for the virtual processors."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 150:
@@ -340,14 +341,16 @@ def test_work_that_begins_in_a_guest_that_was_asked_at_once() -> None:
 
 @pytest.mark.parametrize("vcpus", [0.1, 0.4])
 def test_an_ignoring_guest_that_was_asked_at_once(vcpus: float) -> None:
-    """The average is of a short time: a moment without work in it is no sign."""
+    """The average covers a short time, so a moment without work before the press must not make
+    later work a sign."""
     course = Course(constantly(Moment(vcpus=vcpus, load=0.01))).run(200)
     assert course.end == (60, Conclusion.IGNORED)
 
 
 @pytest.mark.parametrize("waiting", [0.9, 0.6])
 def test_a_busy_guest_that_ignores_it_on_a_host_that_becomes_less_busy(waiting: float) -> None:
-    """It makes more requests because it gets more of the host, not because it shuts down."""
+    """The guest makes more requests because the host provides more, not because the guest shuts
+    down."""
 
     def works(now: float, since: float | None) -> Moment:
         if since is None or since < 20:
@@ -374,8 +377,8 @@ SLOW: Sequence[Moment] = [
         (5.0, 0.039, 0.110, 1.320),
     )
 ]
-"""As measured second by second: a Debian guest that writes and syncs for ever, on a disk of the
-host that is fast or slow."""
+"""Measured values, one for each second: a Debian guest that writes and syncs forever, on a fast or
+slow disk of the host."""
 
 
 @pytest.mark.parametrize("start", range(len(SLOW)))
@@ -388,8 +391,8 @@ def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_slow(start: int) ->
 
 
 def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_fast() -> None:
-    """Of a slow disk, one second may show so little that later work seems new. Such a guest is
-    waited for too long."""
+    """On a slow disk, a second may show so little work that later work seems new. qkilld then waits
+    too long for such a guest."""
     seconds = []
     for start in range(len(SLOW)):
 
@@ -415,7 +418,7 @@ def test_a_guest_with_many_requests_in_flight_on_a_disk_that_becomes_fast() -> N
 
 
 def test_a_busy_guest_that_ignores_it_on_a_starved_host() -> None:
-    """It makes so few requests that the second before the press may have had one or none."""
+    """The guest makes so few requests that the second before the press may have had none."""
     requests = (0, 3.8, 1.6, 2.9, 7.7, 0, 2.6, 1.8, 4.4, 0.9, 3.6, 0, 1.9, 3.8, 3.7, 0.9, 3.5, 4.5)
 
     def works(now: float, since: float | None) -> Moment:
@@ -452,8 +455,8 @@ def test_a_busy_guest_whose_requests_grow_on_a_starved_host() -> None:
 
 
 def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
-    """Return an attempt with a guest that was resumed at START, was busy for so long, and was asked
-    when that was concluded."""
+    """Return an attempt for a guest that was resumed at START, was busy for `busy_s`, and was asked
+    when that was the conclusion."""
     attempt = powerdown.start(START - 9 * S)
     for second in range(-9, 1):
         seen = GuestObservation(
@@ -480,7 +483,7 @@ def resumed(busy_s: float, asked_at: list[float]) -> Attempt:
 
 @pytest.mark.parametrize(("busy_s", "asked"), [(0, 1.25), (4, 5.0), (100, 11.0)])
 def test_a_guest_that_was_resumed_is_measured_first(busy_s: float, asked: float) -> None:
-    """From when it has done what was due, but not for ever."""
+    """qkilld waits until the guest has caught up, but not forever, and then measures it."""
     asked_at: list[float] = []
     resumed(busy_s, asked_at)
     assert asked - 0.5 <= asked_at[0] <= asked + 0.5
@@ -488,7 +491,8 @@ def test_a_guest_that_was_resumed_is_measured_first(busy_s: float, asked: float)
 
 @pytest.mark.parametrize("busy_s", [0, 4])
 def test_the_shutdown_of_a_guest_that_was_resumed_shows(busy_s: float) -> None:
-    """On a host that gives it hardly any processor; its disks do nothing for long."""
+    """The host provides hardly any processor time, and the guest's disks do nothing for a long
+    time."""
     attempt = resumed(busy_s, [])
     last = attempt.last
     assert last is not None and last.vcpu_time is not None
@@ -540,7 +544,7 @@ def test_a_sign_and_then_nothing() -> None:
 
 
 def test_an_agent_that_is_only_restarted() -> None:
-    """The guest writes its log every few seconds, which is no shutdown."""
+    """The guest writes its log every few seconds, which is not a shutdown."""
 
     def restarts(now: float, since: float | None) -> Moment:
         closed = since is not None and 2 <= since < 5
@@ -559,7 +563,7 @@ def test_a_guest_that_restarts_is_asked_once_more() -> None:
         if now < 40:
             signs = {ShutdownSign.AGENT_CLOSED} | ({ShutdownSign.RESTARTED} if now == 10 else set())
             return Moment(button=Button.NOT_LISTENED, requests=50, vcpus=1, signs=frozenset(signs))
-        # Its agent is back; it writes its log, and ignores what it is asked.
+        # The agent is back, and the guest writes its log and ignores the request.
         return Moment(requests=1 if now % 20 == 0 else 0)
 
     course = Course(restarts).run(1000)
@@ -595,12 +599,12 @@ def test_a_guest_that_restarts_each_time_is_not_asked_a_third_time() -> None:
 
 @pytest.mark.parametrize("then", [Moment(runstate=None), Moment(button=Button.NOT_LISTENED)])
 def test_a_guest_that_restarted_was_reached(then: Moment) -> None:
-    """It was asked and did not shut down, whatever happens afterwards."""
+    """The guest was asked and did not shut down. Later events do not change this outcome."""
     assert Course(restarting_at(10, then=then)).run(200).end[1] is Conclusion.IGNORED
 
 
 def test_a_load_that_began_by_chance_is_no_shutdown_for_ever() -> None:
-    """It began after the press, and grows."""
+    """The load began after the press, and grows."""
 
     def builds(now: float, since: float | None) -> Moment:
         return Moment(vcpus=0.1 * now if since else IDLE, requests=now)
@@ -641,7 +645,7 @@ def test_the_end_of_a_guest_that_shut_down_unheard() -> None:
 
 
 def test_an_attempt_goes_on_in_the_next_daemon() -> None:
-    """The baseline is kept, and so is what the guest did in the gap."""
+    """The next daemon has the baseline, and sees what the guest did in the gap."""
 
     def goes_down(now: float, since: float | None) -> Moment:
         if since is not None and since >= 150:
@@ -663,7 +667,7 @@ def test_an_attempt_goes_on_in_the_next_daemon() -> None:
     after = powerdown.observe(after, seen)
     judgement = powerdown.judge(after, powerdown=POWERDOWN, agent=False)
     assert (judgement.conclusion, judgement.until) == (Conclusion.SHUTTING_DOWN, at + POWERDOWN)
-    # But not if it did nothing meanwhile.
+    # A guest that did nothing in the gap is not shutting down.
     idle = powerdown.observe(powerdown.go_on(kept, at), replace(last, at=at))
     assert powerdown.judge(idle, powerdown=POWERDOWN, agent=False).conclusion is Conclusion.IGNORED
 
@@ -702,7 +706,8 @@ def test_an_agent_that_works_is_not_followed_by_the_button() -> None:
     [(Button.LISTENED, 1), (Button.NO_REGISTER, 2), (Button.UNKNOWN, 1)],
 )
 def test_a_second_press(button: Button, presses: int) -> None:
-    """Only if the machine does not show whether the first press was noticed."""
+    """The button is pressed again only if the machine does not show whether the guest noticed the
+    first press."""
     assert len(Course(constantly(Moment(button=button))).run(200).asked) == presses
 
 
@@ -743,7 +748,7 @@ def test_whether_the_press_was_taken_is_said() -> None:
 
 
 def test_a_guest_that_the_host_starves_is_not_idle() -> None:
-    """It is ready to run, and gets no processor."""
+    """The guest is ready to run, and gets no processor."""
     attempt = powerdown.start(START)
     for second in range(10):
         seen = GuestObservation(

@@ -203,7 +203,7 @@ def test_sigcont_is_sent_three_times_at_most() -> None:
 def test_replay_shows_data_that_a_clock_would_have_lost() -> None:
     replayed = replay(FLUSHING, Overrides(add=FIXED))
     assert replayed.data_at_risk
-    assert replayed.written_later == 19 * S  # from 10 s to the last look at 29 s
+    assert replayed.written_later == 19 * S  # from 10 s to the last sample at 29 s
     assert replay(FLUSHING).written_later is None
     assert not replay(STUCK).data_at_risk
 

@@ -83,15 +83,15 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
 @pytest.mark.parametrize(
     ("peer", "pid", "is_risk"),
     [
-        # Its end is a consequence of the guest's disconnection.
+        # The server exits because the guest disconnects.
         (replace(PEER, leaves=True), 90, False),
-        # So is that of a process that was forked for the connection; but its parent remains.
+        # So does a process that was forked for the connection, but its parent should remain.
         (replace(PEER, parent=80), 90, False),
         (replace(PEER, parent=80), 80, True),
         # A proxy, and the server behind it.
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 90, False),
         (replace(PEER, leaves=True, behind=(replace(PEER, pid=95),)), 95, True),
-        # The server of the file system that has its files, and one that may be it.
+        # The server has its files on FUSE. The FUSE server is certain in the first case only.
         (replace(PEER, behind=(OF_FUSE,)), 95, True),
         (replace(PEER, behind=(replace(OF_FUSE, certain=False),)), 95, False),
     ],
@@ -99,7 +99,7 @@ def test_a_server_that_was_connected(shown: Sample, ends: dict[str, Any], text: 
 def test_whose_end_counts(peer: Peer, pid: int, is_risk: bool) -> None:
     shown = sample(replace(UNIX, peer=peer))
     assert bool(risk(shown, before=frozenset({pid}))) is is_risk
-    # Whatever it does at its end, it closes its connections if it is stopped.
+    # Even a server that exits with its client closes its connections early if it is stopped.
     assert risk(shown, stopping=frozenset({90}))
 
 
@@ -152,7 +152,7 @@ def test_connections_are_followed() -> None:
     found = follow_servers(late, sample(UNIX, at=11 * S))
     assert found is not None and not found.unfound and found.lasting == {90}
     assert found.connected["disk"].at == 10 * S
-    # An exiting QEMU has closed it, and a sample without detail shows no servers.
+    # An exiting QEMU has closed the connection, and a sample without detail shows no servers.
     assert follow_servers(found, sample()) == found
     assert follow_servers(found, sample(replace(UNIX, peer=None))) == found
     assert follow_servers(found, replace(SHOWN, sockets=None)) == found

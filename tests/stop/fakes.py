@@ -26,7 +26,8 @@ class Clock:
 
 
 class FakeDaemon:
-    """Its listening socket. A real daemon cannot be made to fall silent on command."""
+    """A listening socket in place of a daemon, because a real daemon cannot be made to stop
+    replying at a certain time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +58,7 @@ class FakeDaemon:
 
     @property
     def called(self) -> bool:
-        """Whether somebody has connected whose call was not taken."""
+        """Whether a connection has a call that was not taken yet. Takes the call."""
         assert self._listener is not None
         try:
             self.take()

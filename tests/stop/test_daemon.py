@@ -47,7 +47,7 @@ class Scene:
         self.daemon.take()
 
     def begun(self) -> None:
-        """It was started, and the daemon has reported so."""
+        """Start the stop, and let the daemon report that its job has begun."""
         self.start()
         self.daemon.say(state=state())
         assert self.work() == [("heard", "terminate")]
@@ -115,7 +115,7 @@ def test_options_of_the_command_line_are_sent(lab_dir: Path) -> None:
 def test_asking_every_guest_of_a_host_has_a_limit(
     monkeypatch: pytest.MonkeyPatch, all_guests: bool, seconds: int | None
 ) -> None:
-    """It leaves 5 of the 25 minutes of qkilld-guests.service for SIGTERM."""
+    """The limit leaves 5 of the 25 minutes of qkilld-guests.service for SIGTERM."""
     started: list[GuestStop] = []
     for name in ("_leave_to_keepers", "_start"):
         monkeypatch.setattr(StopRun, name, lambda self, stops: started.extend(stops))
@@ -133,7 +133,7 @@ def test_asking_every_guest_of_a_host_has_a_limit(
 def test_force_is_asked_for_only_by_who_may(
     monkeypatch: pytest.MonkeyPatch, uid: int, force: bool | None, forced: bool
 ) -> None:
-    """A daemon that is asked again would refuse the whole order otherwise."""
+    """Otherwise the daemon would refuse the whole next call."""
     monkeypatch.setattr("os.geteuid", lambda: uid)
     run, process = StopRun(Options(force=force), Notifier(""), Log()), FakeHandle()
     stop = stop_of(process)
@@ -182,7 +182,8 @@ def test_a_pidfile_that_cannot_be_looked_for_is_not_missing(tmp_path: Path) -> N
 def test_a_process_that_cannot_be_identified_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It may be a guest that still runs, so the next ExecStop= line must not follow."""
+    """The process may be a guest that still runs, so systemd must not run the next ExecStop=
+    line."""
     run = StopRun(Options(all_guests=True), Notifier(""), Log())
     process = FakeHandle()
     run._stops.append(stop_of(process))
@@ -245,7 +246,7 @@ def test_a_process_of_the_unit_that_may_not_be_seen_is_not_taken_for_none(
 def test_a_substitute_that_begins_after_the_units_were_read(
     monkeypatch: pytest.MonkeyPatch, inside: bool, forced: bool
 ) -> None:
-    """The main process was a shell; the unit of the QEMU behind it was not asked for."""
+    """The main process was a shell, so the settings for the QEMU that it ran have not been read."""
     run = StopRun(Options(), Notifier(""), Log())
     process = FakeHandle(4)
     monkeypatch.setattr(run, "_start", Mock())
@@ -334,7 +335,7 @@ def test_it_ends_again_and_again(scene: Scene) -> None:
         if scene.daemon.called:
             continue
     assert said == [("lost", "qkilld went away")]
-    # One attempt every 50 ms for 3 s.
+    # There is one attempt every 50 ms for 3 s.
     assert 10 < len(scene.daemon.calls) < 70
 
 
@@ -432,7 +433,7 @@ def test_a_false_report_of_an_exit_counts_as_a_lost_daemon(scene: Scene, result:
     assert scene.work() == []
     assert scene.work(0.9) == []
     assert scene.work(0.2) == [("lost", "qkilld reports the guest as exited, but it has not")]
-    # Nothing that it reported about the job is believed.
+    # Nothing that the daemon reported about the job is used.
     assert scene.stop.state is None
 
 
@@ -452,7 +453,7 @@ def test_somebody_cancels(scene: Scene) -> None:
 
 
 def test_the_daemon_is_stopped_and_cancels_its_jobs(scene: Scene) -> None:
-    """It cancels its jobs, although nobody asked for that."""
+    """A daemon that is stopped cancels its jobs, so the helper must continue."""
     scene.begun()
     scene.end("cancelled")
     assert scene.work() == []
@@ -500,7 +501,7 @@ def test_many_in_one_call(lab_dir: Path) -> None:
     stopping.work()
     assert notes.said == [("refused", "NotQemu"), ("heard", "terminate"), ("heard", "terminate")]
     notes.said.clear()
-    # It dies, and is asked about each remaining process.
+    # The daemon exits, and the helper asks the next one about each remaining process.
     processes[0].exit()
     server.say(state=state(101, result="exited"), receipt={})
     stopping.work()

@@ -45,7 +45,7 @@ class FakeSystemd:
         (True, None, False, keepers.LONGEST_S),
         # A guest that writes may be shutting down, but systemd forces a shutdown after 30 minutes.
         (True, 30, True, keepers.LONGEST_S),
-        # Nobody has asked the guest yet, whatever it writes.
+        # The keeper has not asked the guest yet, so the guest's writes do not matter.
         (False, 30, True, keepers.QUEUED_S),
     ],
     ids=["until its timeout", "no timeout", "the guest writes", "queued"],

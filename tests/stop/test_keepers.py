@@ -1,4 +1,4 @@
-"""Guests that are left to their keepers: none is forgotten, whatever becomes of the wait."""
+"""Guests that are left to their keepers: each is stopped in the end, even if the wait fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.stop.fakes import FakeHandle
 
 
 class FakeWatch:
-    """Process 1 has a keeper that is never done, process 2 has none."""
+    """Process 1 has a keeper that never finishes. Process 2 has no keeper."""
 
     def __init__(self, systemd: object) -> None: ...
 

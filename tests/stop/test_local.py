@@ -1,4 +1,4 @@
-"""Stopping without the daemon: what is asked for meanwhile reaches the engine's thread."""
+"""Stops without the daemon: later requests reach the engine's thread."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_process_that_is_stuck_for_a_moment_is_stopped(monkeypatch: pytest.Mon
 
 
 class RecordingStop(LocalStop):
-    """Records by which threads each attribute is set."""
+    """Records which threads set each attribute."""
 
     setters: ClassVar[defaultdict[str, list[str]]] = defaultdict(list)
 

@@ -17,8 +17,8 @@ from tests.engine.test_service import FakeHost
 
 
 class SlowUnits(UnitStops):
-    """Queries block until `goes_on` is set, or the event for their caller in `ends`. The caller with
-    the process id N stops N.service."""
+    """Queries block until `goes_on` is set, or the event for their caller in `ends`. The caller
+    with process id N stops N.service."""
 
     def __init__(self, service: Service) -> None:
         super().__init__(service, lambda pid: None, user=False)
