@@ -203,7 +203,7 @@ def test_it_is_stopped_for_good_and_starts_again(
 def test_a_stop_by_hand_names_the_socket_that_starts_it_again(
     system: Container, start_guest: StartGuest
 ) -> None:
-    """The socket has neither PartOf= nor StopPropagatedFrom=. With one of them, systemctl would warn
+    """The socket has neither PartOf= nor StopPropagatedFrom=. With either, systemctl would warn
     less often, but the helper would stop the guest without the daemon, with less evidence, and the
     next test would fail. During a shutdown, the helper could not start the daemon
     (test_a_guest_that_is_stopped_when_the_bus_has_gone).
