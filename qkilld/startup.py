@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import resource
 import signal
 import sys
 import threading
 from pathlib import Path
 
 from qkilld import foreign_descriptors, log_setup
-from qkilld.adapters import config, system_files
+from qkilld.adapters import config, open_files, system_files
 from qkilld.adapters.journal import QueuedJournal, open_journal
 from qkilld.adapters.memlock import STACK_BYTES, share_heap
 from qkilld.adapters.subordinate_uids import read_subordinate_uids
@@ -39,7 +38,7 @@ def run(options: DaemonOptions) -> int:
     if options.check_config:
         print("The configuration is good.")
         return ExitCode.OK
-    _take_descriptors()
+    open_files.raise_limit()  # Each sampled guest needs about a dozen.
     threading.stack_size(STACK_BYTES)
     share_heap()
     foreign_descriptors.set_up()
@@ -90,13 +89,6 @@ def _refuse_calls(why: str, options: DaemonOptions) -> None:
     from qkilld.failed_start import refuse_calls
 
     refuse_calls(why, BusAddress(user=options.user, address=options.bus))
-
-
-def _take_descriptors() -> None:
-    """Raise the limit of open files to the maximum: each sampled guest needs about a dozen."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if now != most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _traces(

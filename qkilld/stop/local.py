@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from qkilld.adapters import open_files
 from qkilld.debug_log import note
 from qkilld.engine.events import internal_error
 from qkilld.model.errors import QkilldError
@@ -53,6 +54,7 @@ class LocalStopper:
 
     def _start_engine(self) -> None:
         """Start the engine in its thread; without it, `_loop` stays None."""
+        open_files.raise_limit()  # Each sampled guest needs about a dozen.
         try:
             self._thread.start()
             self._ready.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from qkilld.adapters import procfs
+from qkilld.adapters import open_files, procfs
 from qkilld.debug_log import note
 from qkilld.model.constants import ExitCode
 from qkilld.model.errors import Failed, NoSuchProcess, QkilldError
@@ -63,6 +63,7 @@ class Targets:
         because guests are not visible in our PID namespace. May also raise GuestElsewhere,
         NoSuchUnit, InvalidArgs or Failed.
         """
+        open_files.raise_limit()  # Each process needs one.
         if os.getpid() == 1:
             check_pid_namespace()
         try:

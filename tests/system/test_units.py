@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.container import Container
-from tests.lab.process import OTHER_UID
+from tests.evidence.until import until
+from tests.lab.container import CHECKOUT, Container
+from tests.lab.image import busybox
+from tests.lab.process import OTHER_UID, TOP
 
 INSTANCES = {"qemu-guest@": "web", "qkilld-scope@": "dbus.service"}
 """An instance of each template. `verify` cannot load a scope, and any unit will do as the guarded
@@ -104,6 +106,31 @@ def test_nobody_stops_all_guests_by_mistake(installed: Container) -> None:
         done = installed.run("systemctl", verb, "qkilld-guests.service", check=False)
         assert "may be requested by dependency only" in done.stderr
     assert installed.property("qkilld-guests.service", "ActiveState") == "active"
+
+
+def test_a_host_with_more_guests_than_a_service_may_open_files(system: Container) -> None:
+    """By default, systemd sets the soft limit to 1,024."""
+    guest, guests = "/usr/local/bin/qemu-system-many", "lab-many.service"
+    system.run("cp", f"{CHECKOUT}/{busybox().relative_to(TOP)}", guest)
+    script = f"for n in $$(seq 80); do exec -a busybox {guest} sleep 600 & done; wait"
+    limit = "[Service]\nLimitNOFILE=64:4096\n"
+    text = system.run("cat", "/usr/lib/systemd/system/qkilld-guests.service").stdout
+    stopper = "lab-stopper.service"
+    system.write(f"/run/systemd/system/{stopper}", text.replace("RefuseManualStop=yes\n", ""))
+    system.write(f"/run/systemd/system/{stopper}.d/limit.conf", limit)
+    system.run("systemctl", "daemon-reload")
+    try:
+        system.run("systemctl", "start", stopper)
+        system.run("systemd-run", f"--unit={guests}", "bash", "-c", script)
+        count = ("sh", "-c", "pgrep -cx qemu-system-man || true")
+        until(lambda: int(system.run(*count).stdout), lambda number: number >= 80)
+        system.run("systemctl", "stop", stopper, timeout=120)
+        assert system.property(stopper, "Result") == "success"
+        assert int(system.run(*count).stdout) == 0
+    finally:
+        system.run("systemctl", "kill", "--signal=KILL", guests, check=False)
+        system.run("rm", "-r", f"/run/systemd/system/{stopper}", f"/run/systemd/system/{stopper}.d")
+        system.run("systemctl", "daemon-reload")
 
 
 def test_the_guard_of_a_scope_is_stopped_before_it(system: Container) -> None:
