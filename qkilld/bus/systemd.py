@@ -71,6 +71,12 @@ class Systemd:
         path = await self._manager("LoadUnit", "s", target)
         return (await self._facts(path)).before
 
+    async def is_before(self, name: str, other: str) -> bool | None:
+        """Return whether a unit of any kind is ordered before another one; None if systemd knows no
+        such unit."""
+        facts = await self._facts(await self._manager("LoadUnit", "s", name))
+        return other in facts.before if facts.exists else None
+
     async def unit_of(self, pid: int) -> UnitFacts:
         """Read the unit of a process, 0 for our own. Raises NoSuchUnit."""
         try:

@@ -77,9 +77,9 @@ def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]
         if instance and len(parts) > 1:
             place = replace(place, text="%i".join(part.replace("%", "%%") for part in parts))
         elif instance and re.search(rf"(?<![A-Za-z0-9]){re.escape(instance)}(?![A-Za-z0-9])", text):
-            if place.server:
+            if place.server or place.outside_target:
                 why = f"{printable(text)} may be that of the instance {printable(instance)} alone"
-                place = Storage(protocol=place.protocol, unseen=why)
+                place = Storage(protocol=place.protocol or "a mount", unseen=why)
             else:
                 place = replace(place, may_differ=True)
         generalized.append(place)

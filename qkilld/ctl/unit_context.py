@@ -57,6 +57,7 @@ from qkilld.unitcheck.keepers import (
     keeper_targets,
     runtime_keepers,
 )
+from qkilld.unitcheck.storage import Storage
 from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
@@ -102,7 +103,8 @@ async def gather(
     # A guard (qkilld-scope@SCOPE.service) is a system unit, so a scope of a user manager has none.
     guard = guard_of(facts.id) if facts.is_scope and not user else ""
     manager = f"user@{os.getuid()}.service" if user else ""
-    storage = [] if user else read_storage(facts, guests)
+    places = [] if user else read_storage(facts, guests)
+    storage = [await with_target(systemd, place) for place in places]
     if is_template:
         instance = facts.id.partition("@")[2].rpartition(".")[0]
         storage = for_all_instances(storage, instance)
@@ -131,6 +133,15 @@ async def gather(
         manager=manager,
         manager_timeout=await _manager_timeout(manager) if user else INFINITY,
     )
+
+
+async def with_target(systemd: Systemd, place: Storage) -> Storage:
+    """Set Storage.outside_target."""
+    if place.unit:
+        with ignore(f"asking systemd for {place.unit}", QkilldError):
+            is_before = await systemd.is_before(place.unit, "remote-fs.target")
+            return replace(place, outside_target=is_before is False)
+    return place
 
 
 async def find_keepers(

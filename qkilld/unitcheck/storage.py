@@ -65,6 +65,8 @@ class Storage:
     """Of a file system; "" for a server or a device."""
     unit: str = ""
     """The file system's .mount unit."""
+    outside_target: bool = False
+    """The mount is not ordered before remote-fs.target, as with the option nofail."""
     protocol: str = ""
     """For a server or device: nbd, iscsi, vhost-user, …"""
     server: str = ""
@@ -105,7 +107,7 @@ def is_ordered(facts: UnitFacts, place: Storage) -> bool:
         return bool(after & (_REMOTE | set(DEVICE_UNITS[place.protocol])))
     if place.protocol:
         return bool(after & _NETWORK)
-    return bool(after & {place.unit, "remote-fs.target"})
+    return place.unit in after or ("remote-fs.target" in after and not place.outside_target)
 
 
 def device_kind(path: str) -> str:

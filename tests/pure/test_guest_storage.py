@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -20,6 +22,8 @@ from qkilld.ctl.guest_storage import (
     qemu_command_lines,
     read_storage,
 )
+from qkilld.ctl.unit_context import with_target
+from qkilld.model.errors import BusError
 from qkilld.model.guest import Unit
 from qkilld.model.unit import Command
 from qkilld.monitor import tcp
@@ -279,6 +283,24 @@ def test_templates_do_not_get_the_server_of_one_instance() -> None:
     assert place.unseen.endswith("may be that of the instance web alone") and not place.server
     assert not is_ordered(replace(SAFE, after=(own.server, own.unit)), place)
     assert for_all_instances([own], "we") == [own]
+
+
+@pytest.mark.parametrize(
+    ("answer", "ordered"), [(True, True), (None, True), (False, False), (BusError(), True)]
+)
+def test_a_mount_that_its_target_does_not_order(
+    answer: bool | BusError | None, ordered: bool
+) -> None:
+    """As with the option nofail. At shutdown, it is unmounted while the guest still writes."""
+    systemd = Mock()
+    systemd.is_before = AsyncMock(side_effect=[answer])
+    place = asyncio.run(with_target(systemd, Storage(mount_point="/srv", unit="srv.mount")))
+    assert is_ordered(replace(SAFE, after=("remote-fs.target",)), place) is ordered
+    assert is_ordered(replace(SAFE, after=("srv.mount",)), place)
+    assert place.line == "RequiresMountsFor=/srv"
+    other = replace(place, mount_point="/srv/vm_web", unit="srv-vm_web.mount")
+    (of_template,) = for_all_instances([other], "web")
+    assert bool(of_template.unseen) is not ordered
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ async def main():
         answer = await asked(*map(json.loads, sys.argv[2:]))
         if dataclasses.is_dataclass(answer):
             answer = dataclasses.asdict(answer)
-        elif answer and dataclasses.is_dataclass(answer[0]):
+        elif isinstance(answer, list) and answer and dataclasses.is_dataclass(answer[0]):
             answer = [dataclasses.asdict(one) for one in answer]
         print(json.dumps(answer))
     except QkilldError as error:
@@ -125,3 +125,19 @@ def test_unknown_units_have_errors(container: Container) -> None:
         assert kind == "InvalidArgs", name
     assert ask(container, "processes", "nosuch.service")[0] == "NoSuchUnit"
     assert ask(container, "start", "nosuch.service")[0] == "NoSuchUnit"
+
+
+def test_which_mounts_a_target_orders(container: Container) -> None:
+    options = {"wanted": "_netdev", "nofail": "_netdev,nofail", "manual": "noauto"}
+    lines = [f"server:/x /srv/order/{name} nfs {text} 0 0\n" for name, text in options.items()]
+    container.write("/etc/fstab", "".join(lines))
+    try:
+        container.run("systemctl", "daemon-reload")
+        found = {
+            name: ask(container, "is_before", f"srv-order-{name}.mount", "remote-fs.target")
+            for name in (*options, "unknown")
+        }
+        assert found == {"wanted": True, "nofail": False, "manual": True, "unknown": None}
+    finally:
+        container.write("/etc/fstab", "")
+        container.run("systemctl", "daemon-reload")
