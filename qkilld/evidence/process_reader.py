@@ -28,7 +28,7 @@ from qkilld.debug_log import note_once
 from qkilld.evidence.faults import FaultGuard
 from qkilld.evidence.kept_file import KeptFile, number_after, open_directory
 from qkilld.evidence.rings import RingReader
-from qkilld.evidence.threads import MAX_KEPT, ThreadReader
+from qkilld.evidence.threads import MAX_KEPT, STOPPED, ThreadReader
 from qkilld.model.sample import Io
 
 _TERM: Final = 1 << (signal.SIGTERM - 1)
@@ -181,7 +181,10 @@ class ProcessReader:
         return _io(self._io.read_or_none())
 
     def _read_threads(self, into: dict[str, Any], threads: int, exiting: bool) -> None:
-        into["switches"], into["threads"] = self._threads.read(threads)
+        into["switches"], waiting = self._threads.read(threads)
+        if waiting and into.get("state") in STOPPED:
+            waiting = tuple(thread for thread in waiting if thread.state not in STOPPED)
+        into["threads"] = waiting
         into["running"] = self._threads.running
         into["exiting"] = exiting and self._threads.alive
         if exiting and (living := self._threads.living()) is not None:

@@ -34,6 +34,8 @@ MAX_THREADS: Final = 512
 """A process with more threads is not examined."""
 _IDLE_WORKERS: Final = ("io_wq_worker", "vhost_task_fn")
 """Functions in which idle kernel workers of the process sleep (io_uring, vhost)."""
+STOPPED: Final = ("T", "t")
+"""The states of a thread that is stopped, by SIGSTOP with all others, or alone by a debugger."""
 MAX_KEPT: Final = 128
 """The maximum number of threads whose schedstat stays open; that of other threads is opened for
 each read."""
@@ -86,7 +88,7 @@ class ThreadReader:
 
     def read(self, count: int) -> tuple[int | None, tuple[Thread, ...] | None]:
         """Return the sum of the voluntary context switches of all threads, and the threads that
-        wait in a call or in state D.
+        wait in a call or in state D, or are stopped.
 
         If a thread ended between two reads, the switches between them do not count. They may not be
         work: an idle thread of QEMU's pool ends after 10 s, and its end wakes another one.
@@ -227,6 +229,8 @@ class ThreadReader:
         entry.alive = state not in ("Z", "X")
         entry.state = state
         entry.wait_known, entry.thread = True, None
+        if state in STOPPED:
+            entry.thread = self._waiting(entry, status, state, None, None)
         if state not in ("S", "D"):
             return
         number, arguments = self._syscall(entry)

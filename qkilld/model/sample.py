@@ -27,7 +27,8 @@ class Io:
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """A thread that is in uninterruptible sleep, or waits in a call that is not for events."""
+    """A thread that is in uninterruptible sleep, waits in a call that is not for events, or is
+    stopped although the first thread is not."""
 
     tid: int
     name: str

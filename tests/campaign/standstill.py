@@ -1,8 +1,8 @@
 """Block QEMU itself, not its storage: by a signal, a freezer, a debugger or a full pipe.
 
-    python -m tests.campaign.standstill PID
+    python -m tests.campaign.standstill TID...
 
-stops the process like a debugger, prints "held", and releases the process at the end of its input.
+stops these threads like a debugger, prints "held", and releases them at the end of its input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -109,17 +109,24 @@ class Standstill:
         self._undo.append(lambda: control.write_text(thawed))
 
     def _trace(self) -> None:
-        argv = [sys.executable, "-m", "tests.campaign.standstill", str(self._guest.pid)]
-        tracer = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOP)
+        threads = (int(entry.name) for entry in Path(f"/proc/{self._guest.pid}/task").iterdir())
+        tracer = trace(threads)
         self._stack.callback(end, tracer)
-        assert tracer.stdout is not None
-        assert tracer.stdout.readline() == b"held\n", "QEMU cannot be traced"
         self._undo.append(lambda: end(tracer))
 
 
-def hold(pid: int) -> None:
-    """Trace and stop all threads of the process."""
-    for thread in (int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()):
+def trace(threads: Iterable[int]) -> subprocess.Popen[bytes]:
+    """Return a process that holds these threads as long as it runs."""
+    argv = [sys.executable, "-m", "tests.campaign.standstill", *map(str, threads)]
+    tracer = spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOP)
+    assert tracer.stdout is not None
+    assert tracer.stdout.readline() == b"held\n", "the threads cannot be traced"
+    return tracer
+
+
+def hold(threads: Iterable[int]) -> None:
+    """Trace and stop these threads."""
+    for thread in threads:
         if _libc.ptrace(_SEIZE, thread, 0, 0):
             raise OSError(ctypes.get_errno(), f"PTRACE_SEIZE of thread {thread}")
         _libc.ptrace(_INTERRUPT, thread, 0, 0)
@@ -127,7 +134,7 @@ def hold(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    hold(int(sys.argv[1]))
+    hold(map(int, sys.argv[1:]))
     print("held", flush=True)
     sys.stdin.read()
     # The end of a tracer releases its tracees.

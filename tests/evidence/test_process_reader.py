@@ -19,6 +19,7 @@ from qkilld.evidence import syscalls
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.threads import MAX_THREADS
 from qkilld.model.sample import Io
+from tests.campaign.standstill import trace
 from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.guest import FIRST_THREAD_EXITS, LARGE, Guest
@@ -503,6 +504,35 @@ def test_switches_count_wake_ups_of_threads_that_come_and_go(reader_of: ReaderOf
         tell(b"end\n")
         until(tasks, lambda count: count == 1)
         assert read(reader)["switches"] >= more
+    finally:
+        end(process)
+
+
+def test_a_thread_that_a_debugger_holds_alone(reader_of: ReaderOf) -> None:
+    process = spawn([sys.executable, "-c", CHATTY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    reader = reader_of(process.pid)
+
+    def held() -> list[int]:
+        return [thread.tid for thread in read(reader)["threads"] if thread.state == "t"]
+
+    try:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        tids = {int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir()}
+        (other,) = tids - {process.pid}
+        assert held() == []
+        tracer = trace([other])
+        assert until(held, bool) == [other]
+        process.send_signal(signal.SIGSTOP)
+        # Now all are stopped, which is the state of the process.
+        until(lambda: read(reader)["state"], lambda state: state == "T")
+        assert held() == []
+        process.send_signal(signal.SIGCONT)
+        assert until(held, bool) == [other]
+        end(tracer)
+        until(held, lambda tids: tids == [])
     finally:
         end(process)
 
