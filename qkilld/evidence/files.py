@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Container
 from pathlib import Path
 from typing import Final
 
@@ -97,10 +98,13 @@ def read_descriptors(pid: int, proc: Path = PROC) -> Descriptors | None:
     return Descriptors(len(links), files, sockets)
 
 
-def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[int, Image] | None:
+def read_images(
+    pid: int, descriptors: Descriptors, proc: Path = PROC, outputs: Container[int] = ()
+) -> dict[int, Image] | None:
     """Return the files that may be images, by descriptor. None if unreadable.
 
-    Costs 10 µs for each file, and reads mountinfo.
+    Files that the process can only write to are no images, and are left out unless `outputs` has
+    their descriptors. Costs 10 µs for each file, and reads mountinfo.
     """
     if not descriptors.files:
         return {}
@@ -113,7 +117,7 @@ def read_images(pid: int, descriptors: Descriptors, proc: Path = PROC) -> dict[i
     tables = _Tables(pid, proc)
     try:
         for number, path in descriptors.files:
-            image = _image(directory, number, path, tables)
+            image = _image(directory, number, path, tables, output=int(number) in outputs)
             if image is not None:
                 images[int(number)] = image
     except (OSError, ValueError) as error:
@@ -143,13 +147,17 @@ class _Tables:
         return None
 
 
-def _image(directory: int, number: str, path: str, tables: _Tables) -> Image | None:
+def _image(
+    directory: int, number: str, path: str, tables: _Tables, *, output: bool
+) -> Image | None:
     """Return the image; None if it is not one. Raises OSError, ValueError."""
     try:
         flags, mount = _flags_and_mount(directory, number)
     except FileNotFoundError:
         return None  # Closed meanwhile.
-    if flags & (os.O_PATH | os.O_DIRECTORY) or flags & os.O_ACCMODE == os.O_WRONLY:
+    if flags & (os.O_PATH | os.O_DIRECTORY):
+        return None
+    if flags & os.O_ACCMODE == os.O_WRONLY and not output:
         return None
     writable = flags & os.O_ACCMODE == os.O_RDWR
     filesystem = tables.filesystem(mount)

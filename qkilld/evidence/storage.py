@@ -100,8 +100,8 @@ class StorageReader:
     """
 
     __slots__ = (
-        "_disks", "_filesystems", "_finder", "_images", "_known", "_pid", "_places", "_proc",
-        "_sys",
+        "_disks", "_filesystems", "_finder", "_images", "_known", "_outputs", "_pid", "_places",
+        "_proc", "_sys",
     )  # fmt: skip
 
     def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
@@ -110,12 +110,18 @@ class StorageReader:
         self._filesystems: dict[Filesystem, None] = {}
         self._places: dict[int, FilePlace] = {}
         self._images: dict[int, files.Image] = {}
+        self._outputs: set[int] = set()
+        """The descriptors of files that are no images, but for which threads have waited, such as
+        that of a dump of the guest's memory."""
         self._known = False
         self._finder = BackingFinder(proc)
 
-    def refresh(self, descriptors: Descriptors | None = None) -> None:
+    def refresh(
+        self, descriptors: Descriptors | None = None, waited_for: int | None = None
+    ) -> None:
         """List the open files again. Never raises. May wait briefly (backing.TIMEOUT_S).
 
+        `waited_for`: the descriptor of a file for which a thread waits, even if it is no image.
         `descriptors`: from files.read_descriptors, if just read. Costs 0.2 ms for a small QEMU, 3
         ms for one with 100 descriptors and 16 block devices.
         """
@@ -126,7 +132,9 @@ class StorageReader:
         if descriptors.too_many:
             self._known = False
             return
-        images = files.read_images(self._pid, descriptors, self._proc)
+        if waited_for is not None and waited_for > _STANDARD_ERROR:
+            self._outputs.add(waited_for)
+        images = files.read_images(self._pid, descriptors, self._proc, self._outputs)
         if images is None:
             return
         stack = _Stack(self._pid, self._proc, self._sys, self._finder)

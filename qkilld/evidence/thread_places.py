@@ -36,7 +36,7 @@ def _place_thread(pid: int, thread: Thread, storage: StorageReader, proc: Path) 
     # A file that is being closed no longer has a link, but `storage` remembers its disks.
     place = storage.place_of(thread.descriptor)
     if place is None and kind == "file":
-        storage.refresh()
+        storage.refresh(waited_for=thread.descriptor)
         place = storage.place_of(thread.descriptor)
     if place is None or not (place.disks or place.mount):
         return dataclasses.replace(thread, target="other" if kind else "")

@@ -433,3 +433,21 @@ def test_the_disks_below_a_descriptor(tmp_path: Path) -> None:
     reader.refresh()
     assert reader.place_of(5) == FilePlace((), "0:60")
     assert sorted(reader.writable or ()) == ["/far/b", "/loop/a"]
+
+
+def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path: Path) -> None:
+    """Such as a dump of the guest's memory. It is no image, so nothing of the guest is lost."""
+    reader = reader_of(
+        tmp_path,
+        {2: ("/far/log", os.O_WRONLY, 8), 4: ("/far/dump", os.O_WRONLY, 8), 5: ("/fuse/c", RW, 7)},
+        "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n7 0 0:60 / /fuse rw - fuse me rw\n",
+        SYS,
+    )
+    assert (reader.place_of(4), seen(reader)) == (None, {})
+    for descriptor in (2, 4):
+        reader.refresh(waited_for=descriptor)
+    reader.refresh()
+    assert reader.place_of(4) == FilePlace(("8:16",), "")
+    assert reader.place_of(2) is None
+    assert not seen(reader)["8:16"].writable
+    assert reader.writable == ["/fuse/c"]
