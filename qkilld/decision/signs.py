@@ -59,6 +59,8 @@ _WRITES: Final = frozenset(
 """Calls that write, and seldom need to read from the storage."""
 _SERVER: Final = "peer:"
 """The prefix of the names of all signs of servers."""
+_RUNS: Final = "serves"
+"""The end of the name of the sign that a server runs."""
 _NO_DISK_WCHAN: Final = ("request_wait_answer", "fuse", "nfs", "rpc", "ceph", "cifs", "p9_")
 """Parts of names of kernel functions in which a thread waits for a file system without a block
 device."""
@@ -102,6 +104,10 @@ def sleeps_without_disk(thread: Thread) -> bool:
     channel."""
     wchan = thread.wchan or ""
     return any(part in wchan for part in _NO_DISK_WCHAN)
+
+
+def _is_on_unknown_mount(thread: Thread) -> bool:
+    return not thread.target and sleeps_without_disk(thread)
 
 
 def only_writes(thread: Thread) -> bool:
@@ -292,7 +298,7 @@ def socket_signs(socket: Socket, protocol: str, before: Peer | None) -> list[Sig
 
 def peer_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     """Return the signs of a server, and of the servers that it uses itself."""
-    signs = _own_server_signs(peer, protocol)
+    signs = _own_server_signs(peer, before, protocol)
     if peer.shared is not False:
         signs = _shared_server_signs(peer, before)
     earlier = {other.pid: other for other in (before and before.behind) or ()}
@@ -314,20 +320,29 @@ def _awaited_mounts(peer: Peer) -> set[str] | None:
     return None if any(not thread.target for thread in working) else {t.mount for t in working}
 
 
-def _own_server_signs(peer: Peer, protocol: str) -> list[Sign]:
+def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Sign]:
     """Return the signs of a server without other clients: what it reads and writes, movement of the
     disks that its calls wait for, and its calls on mounts. For NBD, there may also be a sign that
     it runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
-    signs = [*_served_signs(peer), *_server_disk_signs(peer, working)]
-    if answers := [thread for thread in working if thread.target == "mount"]:
+    # If one of its calls is stuck, it may read and write for itself, such as for a backup job.
+    sure = not _is_stuck(working, before)
+    signs = [replace(sign, sure=sure) for sign in _served_signs(peer)]
+    signs += _server_disk_signs(peer, working)
+    if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
     # NBD has no keepalives, so an NBD server that runs serves requests, even if it is never seen in
     # a call.
     if peer.threads == () and peer.switches is not None and protocol == "nbd":
         text = f"{_server_title(peer)} serves requests"
-        signs.append(Sign(f"{_of(peer)}serves", SignKind.TRAFFIC, peer.switches, text, SERVES))
+        name = f"{_of(peer)}{_RUNS}"
+        signs.append(Sign(name, SignKind.TRAFFIC, peer.switches, text, SERVES))
     return signs
+
+
+def only_runs(sign: Sign) -> bool:
+    """Return whether the sign shows only that a server runs, perhaps to repeat what fails."""
+    return sign.name.startswith(_SERVER) and sign.name.endswith(f":{_RUNS}")
 
 
 def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
@@ -339,13 +354,22 @@ def _shared_server_signs(peer: Peer, before: Peer | None) -> list[Sign]:
         signs = [*_served_signs(peer), _answers(peer, working), *_server_disk_signs(peer, working)]
         return [replace(sign, sure=False) for sign in (*signs, *_copied_signs(peer))]
     own_threads = [thread for thread in working if _place(thread) == peer.place]
-    earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
-    is_stuck = any((thread.tid, thread.switches) in earlier for thread in own_threads)
+    is_stuck = _is_stuck(own_threads, before)
     # If a call on that storage is stuck, assume that it is this guest's, and ignore other work.
     kind = SignKind.QUIET if is_stuck else SignKind.TRAFFIC
     served = [replace(sign, kind=kind, sure=False) for sign in _served_signs(peer)]
     answers = [replace(_answers(peer, own_threads), sure=not is_stuck)] if own_threads else []
-    return [*served, *answers, *_server_disk_signs(peer, own_threads)]
+    unplaced = _server_disk_signs(peer, [thread for thread in working if not thread.target])
+    known = _server_disk_signs(peer, own_threads)
+    names = {sign.name for sign in known}
+    others = [replace(sign, sure=False) for sign in unplaced if sign.name not in names]
+    return [*served, *answers, *known, *others]
+
+
+def _is_stuck(threads: Iterable[Thread], before: Peer | None) -> bool:
+    """Return whether one of a server's threads has not run since the sample `before`."""
+    earlier = {(thread.tid, thread.switches) for thread in (before and before.threads) or ()}
+    return any((thread.tid, thread.switches) in earlier for thread in threads)
 
 
 def _served_signs(peer: Peer) -> list[Sign]:
@@ -374,15 +398,23 @@ def _copied_signs(peer: Peer) -> list[Sign]:
 
 
 def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
+    """Return the signs of the disks for which these threads wait. A thread that is not known to
+    wait for a certain file, such as a worker of an io_uring, may wait for any of the server's
+    disks."""
     used: set[str] = set()
     counted: set[str] = set()
     sure: set[str] = set()
+    writable = [device for device in peer.devices or () if device.writable]
+    is_only = sum(device.depth == 0 for device in writable) == 1
     for thread in working:
         under = [device for device in peer.devices or () if device.number in thread.disks]
+        if is_anywhere := not thread.target and not sleeps_without_disk(thread):
+            under = writable
         writing = only_writes(thread)
         used |= {device.number for device in under}
         counted |= {device.number for device in under if _counts(device, under)}
-        sure |= {device.number for device in under if _is_passed_on(device, under, writing)}
+        if is_only or not is_anywhere:
+            sure |= {device.number for device in under if _is_passed_on(device, under, writing)}
     return [
         Sign(
             name=f"{_of(peer)}{device.number}",

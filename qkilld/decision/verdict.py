@@ -48,6 +48,9 @@ SLACK: Final = 1_500_000
 LOG_LINE: Final = 32
 """A line of a log adds at least this many bytes to wchar. Fewer are only from the event loop (8 to
 16 a second), so something else, such as an io_uring, has written the page."""
+STUCK: Final = 30 * USEC_PER_SEC
+"""A certain wait that has not moved for this time (µs) may never end. Single requests to slow
+servers take up to 25 s (measured)."""
 DETAIL_AFTER: Final = 250_000
 """Waits older than this (µs) are sampled in detail."""
 MAX_MARKS: Final = 256
@@ -349,11 +352,13 @@ def _follow(
         return tuple(waits), moves, []
     known = {wait.key: wait for wait in before.waits}
     waits, moves, doubts = [], [], []
-    is_certain = is_untaken = False
+    is_certain = is_untaken = is_stuck = False
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
         followed = _new_wait(wait, sample.at) if old is None else _update_wait(wait, old, sample.at)
         waits.append(followed)
+        moved_at = max(followed.since, followed.moved_at or 0)
+        is_stuck = is_stuck or (wait.certain and sample.at - moved_at >= STUCK)
         if followed.moved_at == sample.at:
             moves.append(followed.moved_by)
         elif followed.doubted_at == sample.at:
@@ -371,12 +376,18 @@ def _follow(
         # Do not count calls that are over, because the exit may have interrupted them before the
         # storage answered.
         moves.append("it has begun to exit")
-    if is_untaken:
-        # The guest runs until that wait ends, because SIGTERM is not taken before.
-        doubts, moves = [*doubts, *(f"{move}, perhaps for the guest" for move in moves)], []
+    if is_untaken or (is_stuck and _has_client(sample)):
+        # The guest runs until that wait ends, because SIGTERM is not taken before. So does the
+        # export of a disk, as for a backup, if QEMU's main loop waits.
+        doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), moves, doubts
+
+
+def _has_client(sample: Sample) -> bool:
+    """Return whether a client may use the process as a server, as for a backup."""
+    return any(one.accepted and one.role == "unknown" for one in sample.sockets or ())
 
 
 def _new_wait(wait: Wait, at: int) -> OpenWait:

@@ -23,6 +23,7 @@ from qkilld.decision.signs import (
     io_signs,
     is_of,
     mount_signs,
+    only_runs,
     only_writes,
     sleeps_without_disk,
     socket_signs,
@@ -146,7 +147,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             text=_shown(threads),
             signs=tuple(_call_signs(sample, previous, threads, kind)),
             watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
-            certain=kind is WaitKind.STORAGE or _blocks_exit(threads),
+            certain=kind is WaitKind.STORAGE or _writes_output(threads),
             holds_sigterm=bool(sample.term_pending) and any(thread.first for thread in threads),
         )
         for (kind, place), threads in groups.items()
@@ -167,10 +168,13 @@ def _watched_on_mounts(sample: Sample, threads: Sequence[Thread]) -> int:
     )
 
 
-def _blocks_exit(threads: Sequence[Thread]) -> bool:
-    """Return whether a thread writes to a pipe, such as standard error. QEMU cannot exit before
-    that call returns, whatever its storage does."""
-    return any(thread.target == "pipe" and thread.call == "write" for thread in threads)
+def _writes_output(threads: Sequence[Thread]) -> bool:
+    """Return whether a thread writes to a pipe or socket, such as standard error. QEMU cannot exit
+    before that call returns, whatever its storage does."""
+    return any(
+        thread.target in ("pipe", "socket") and thread.call in ("write", "writev")
+        for thread in threads
+    )
 
 
 def _call_signs(
@@ -179,7 +183,8 @@ def _call_signs(
     tids = hash(tuple(sorted(thread.tid for thread in threads)))
     signs = [Sign("threads", SignKind.CHANGE, tids, "one of its calls returned")]
     if kind is not WaitKind.STORAGE:
-        return signs
+        # Only the reader of a pipe or socket wakes a thread that writes to it.
+        return [*signs, _woken(threads, "its reader reads")] if _writes_output(threads) else signs
     located = [thread for thread in threads if thread.target in ("disk", "mount")]
     disk_numbers = {number for thread in located for number in thread.disks}
     mounts = {thread.mount for thread in located if thread.mount}
@@ -215,11 +220,11 @@ def _steady(sample: Sample, previous: Sample | None) -> list[Device]:
     ]
 
 
-def _woken(threads: Sequence[Thread]) -> Sign:
-    """Return the sign for storage without counters: how often the threads were woken. Only a reply
-    of the storage wakes a thread that waits for it."""
+def _woken(threads: Sequence[Thread], text: str = "the storage answered its thread") -> Sign:
+    """Return the sign for a wait without counters, such as for storage without any: how often the
+    threads were woken. Only a reply wakes a thread that waits for it."""
     woken = sum(thread.switches or 0 for thread in threads)
-    return Sign("woken", SignKind.CHANGE, woken, "the storage answered its thread")
+    return Sign("woken", SignKind.CHANGE, woken, text)
 
 
 def _own_work_signs(sample: Sample, devices: Sequence[Device]) -> list[Sign]:
@@ -362,11 +367,16 @@ def _stands(before: Device | None, now: Device) -> bool:
 
 
 def _added_storage(sample: Sample) -> list[Wait]:
-    """Return a wait for storage that may have been added through a monitor. If such storage has
-    lost its server, nothing shows it, so the process may wait for it at any time."""
-    if not sample.pluggable or is_held_still(sample):
+    """Return a wait for storage that the command line does not name: a monitor may have added it,
+    or it may be the backing file of an image. If such storage has lost its server, nothing shows
+    it, so the process may wait for it at any time."""
+    if is_held_still(sample):
         return []
-    return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
+    if sample.pluggable:
+        return [Wait("added", WaitKind.UNSEEN, "storage that a monitor may have added")]
+    if sample.formatted:
+        return [Wait("backing", WaitKind.UNSEEN, "storage below an image that is not raw")]
+    return []
 
 
 def is_held_still(sample: Sample) -> bool:
@@ -405,8 +415,10 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
     by_node: dict[str, list[Socket]] = {}
     for socket in sockets:
         by_node.setdefault(socket.node, []).append(socket)
+    ran = _may_have_run(sample, previous)
     waits = [
-        _node_wait(node, by_node.get(node.name, ()), sample, before) for node in sample.nodes or ()
+        _node_wait(node, by_node.get(node.name, ()), sample, before, ran=ran)
+        for node in sample.nodes or ()
     ]
     waits += [
         _unknown_wait(socket, sample, before.get(socket.inode))
@@ -414,6 +426,12 @@ def _connection_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
         if socket.role == "unknown" or (socket.role == "storage" and not socket.node)
     ]
     return waits
+
+
+def _may_have_run(sample: Sample, previous: Sample | None) -> bool:
+    """Return whether a thread of the process may have run since the last sample, as it does at each
+    reply."""
+    return previous is None or sample.switches is None or sample.switches != previous.switches
 
 
 def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
@@ -451,12 +469,13 @@ def _unknown_wait(socket: Socket, sample: Sample, before: Peer | None) -> Wait:
 
 
 def _node_wait(
-    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer]
+    node: Node, sockets: Sequence[Socket], sample: Sample, before: Mapping[int, Peer], *, ran: bool
 ) -> Wait:
     """Return the wait for a node's server. `before`: the servers in the last sample, by the inode
-    of the connection."""
+    of the connection. `ran`: whether the process may have run since then."""
     signs = [
-        sign
+        # Without a reply, the server may be busy for long, or try the same again and again.
+        replace(sign, sure=sign.sure and (ran or not only_runs(sign)))
         for socket in sockets
         for sign in socket_signs(socket, node.protocol, before.get(socket.inode))
     ]

@@ -383,9 +383,9 @@ class PeerReader:
         self._parent = _parent(pid, proc)
         self._refresh_time = -REFRESH_S
         self.upstream: list[int] = []
-        """The local servers that it uses itself: the inodes of their ends of the connections."""
+        """The inodes of the other ends of its connections and socket pairs to servers it uses."""
         self.upstream_unknown = True
-        """Whether there may be others, because its sockets or their other ends are unreadable."""
+        """Whether there may be others: its sockets or their other ends are unreadable."""
         self.mounts: tuple[Mount, ...] = ()
         """The file systems without a block device under its files."""
         self._sockets = SocketReader(pid, proc)
@@ -417,16 +417,16 @@ class PeerReader:
         devices, mounts = self._storage.read(table)
         self.mounts = mounts or ()
         connections = self._sockets.read(sockets)
-        shared = None
-        if connections is not None and ours is not None:
-            shared = self._is_shared(ours, sockets)
-        client_ends = [connection for connection in connections or () if connection.client]
+        known = ours if connections is not None else None
+        shared = None if known is None else self._is_shared(known, sockets)
+        clients = {*self._sockets.accepted, *(ours or ())}
+        made = tuple(one for one in connections or () if one.inode not in clients)
         if ours is None:
-            has_upstream = connections is None or bool(client_ends)
-            place = self._place_of_names(names, has_upstream=has_upstream)
+            connects = connections is None or any(one.client for one in made)
+            place = self._place_of_names(names, has_upstream=connects)
         else:
             place = self._place(set(ours.values())) if shared is not False else ()
-        self.upstream = list(self._sockets.peers(tuple(client_ends), sockets).values())
+        self.upstream = list(self._sockets.peers(made, sockets).values())
         self.upstream_unknown = connections is None or self._sockets.has_unknown_peers
         return Peer(
             pid=self.pid,

@@ -84,6 +84,7 @@ SUBMIT = replace(
     mount="",
     wchan="request_wait_answer",
 )
+ON_RING = replace(FDATASYNC, call="io_uring_enter", descriptor=None, target="", disks=())
 FULL_PIPE = replace(ON_MOUNT, call="write", io_call=False, descriptor=2, target="pipe", mount="")
 FUSE = Mount("fuse", None, None, "0:9")
 NFS = Mount("nfs4", 10, 0, "0:9")
@@ -117,6 +118,8 @@ SERVED_DISK = (Device("7:1", "loop1", 9, 0, 0, 1),)
 WROTE = replace(NO_IO, write_bytes=9_000_000)
 ALSO_ON_MOUNT = replace(ON_MOUNT, tid=92)
 HOLDS = replace(SHARED, threads=(ON_MOUNT,), place=("0:9",))
+TWO_DISKS = (*(SERVER.devices or ()), Device("7:2", "loop2", 5, 0, 0, 0))
+HELD = replace(FULL_PIPE, state="t", call="", descriptor=None, target="", wchan="ptrace_stop")
 BEHIND = replace(SERVER, pid=95, command="qemu-nbd")
 STUCK_SERVER = replace(SERVER, threads=(WRITING,))
 
@@ -349,7 +352,50 @@ MORE = {
             served(replace(STUCK_SERVER, devices=(Device("7:1", "loop1", 6, 0, 0, 0),))),
             Verdict.FLUSHING,
         ),
-        (served(SERVER), served(replace(SERVER, switches=1_009)), Verdict.FLUSHING),
+        (
+            {**served(SERVER), "switches": 100},
+            {**served(replace(SERVER, switches=1_009)), "switches": 101},
+            Verdict.FLUSHING,
+        ),
+        # A worker of an io_uring waits for a file that is not shown
+        (
+            served(replace(SERVER, threads=(ON_RING,))),
+            served(replace(SERVER, threads=(ON_RING,), devices=SERVED_DISK)),
+            Verdict.FLUSHING,
+        ),
+        (
+            served(replace(SERVER, threads=(ON_RING,))),
+            served(replace(SERVER, threads=(ON_RING,))),
+            Verdict.STORAGE_WAIT,
+        ),
+        (
+            served(replace(SERVER, threads=(ON_RING,), devices=(*TWO_DISKS,))),
+            served(replace(SERVER, threads=(ON_RING,), devices=(*SERVED_DISK, TWO_DISKS[1]))),
+            Verdict.UNKNOWN,
+        ),
+        (
+            served(replace(HOLDS, threads=(ON_RING,), place=("7:1",))),
+            served(replace(HOLDS, threads=(ON_RING,), place=("7:1",), devices=SERVED_DISK)),
+            Verdict.UNKNOWN,
+        ),
+        (
+            served(replace(SERVER, threads=(replace(ON_RING, wchan="request_wait_answer"),))),
+            served(
+                replace(
+                    SERVER,
+                    threads=(replace(ON_RING, wchan="request_wait_answer", switches=6),),
+                )
+            ),
+            Verdict.FLUSHING,
+        ),
+        # A call of the server hangs, and it writes for itself
+        (
+            served(replace(SERVER, threads=(ON_MOUNT,))),
+            served(replace(SERVER, threads=(ON_MOUNT,), io=WROTE)),
+            Verdict.UNKNOWN,
+        ),
+        # A server without a reply may only repeat what fails, such as nbdkit's filter retry
+        (served(SERVER), served(replace(SERVER, switches=1_009)), Verdict.UNKNOWN),
         (served(SERVER), served(replace(SERVER, switches=1_001)), Verdict.STORAGE_WAIT),
         (
             served(SERVER),
@@ -583,6 +629,21 @@ MORE = {
         # In a call that is not for storage
         ({"threads": (FULL_PIPE,)}, {}, Verdict.BLOCKED),
         ({"threads": (FULL_PIPE,)}, {"devices": BUSY_DISK, "switches": 200}, Verdict.BLOCKED),
+        # Only the reader of the pipe wakes the thread
+        (
+            {"threads": (FULL_PIPE,)},
+            {"threads": (replace(FULL_PIPE, switches=6),)},
+            Verdict.FLUSHING,
+        ),
+        # A debugger holds one thread
+        (
+            {"threads": (HELD,)},
+            {"threads": (replace(HELD, switches=6),), "devices": BUSY_DISK},
+            Verdict.BLOCKED,
+        ),
+        # Its qcow2 image may have a backing file on a server that was lost
+        ({"formatted": 1}, {}, Verdict.UNKNOWN),
+        ({"formatted": 1, "state": "T"}, {}, Verdict.STOPPED),
         ({"threads": (Thread(7, "qemu", "D", 1, False, "usb_kill_urb"),)}, {}, Verdict.BLOCKED),
         ({"term_pending": True}, {}, Verdict.BLOCKED),
         # It wants a processor
@@ -869,10 +930,8 @@ def test_servers_found_one_after_the_other_count_no_time_twice() -> None:
 
 
 def test_reasons_name_the_wait_and_who_moved_it_last() -> None:
-    busy = [
-        served(STUCK_SERVER),
-        served(replace(STUCK_SERVER, io=replace(NO_IO, read_bytes=90_000))),
-    ]
+    later = replace(STUCK_SERVER, threads=(replace(WRITING, switches=6),))
+    busy = [served(STUCK_SERVER), served(replace(later, io=replace(NO_IO, read_bytes=90_000)))]
     now = follow([replace(IDLE, at=s * 4 * S, **busy[min(s, 1)]) for s in range(5)])
     assert now.verdict is Verdict.STORAGE_WAIT
     (why,) = now.reasons
@@ -890,11 +949,11 @@ def test_reasons_name_the_wait_and_who_moved_it_last() -> None:
         ({"term_pending": True}, ["unknown", "killed-io"]),
         ({"term_pending": None}, ["unknown"]),
         ({"state": "T", "term_pending": True}, ["unknown"]),
-        ({"formatted": 2}, ["qcow2-open"]),
+        ({"formatted": 2}, ["unknown", "qcow2-open"]),
         ({"formatted": None}, ["unknown"]),
         ({"threads": (FDATASYNC,)}, ["killed-io"]),
         ({"threads": (FULL_PIPE,)}, ["killed-io"]),
-        ({"nodes": (NBD,), "formatted": 1}, ["killed-io", "qcow2-open"]),
+        ({"nodes": (NBD,), "formatted": 1}, ["killed-io", "unknown", "qcow2-open"]),
         ({"threads": None}, ["unknown"]),
         ({"io": None, "threads": None, "sockets": None}, ["unknown"]),
         ({"running": 1}, ["unknown"]),
@@ -967,14 +1026,14 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
     [
         (0, {"formatted": 1}, {}, []),
         (SIGKILL, {}, {}, []),
-        (SIGKILL, {"formatted": 1}, {}, ["unknown", "qcow2-open"]),
+        (SIGKILL, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
         (SIGABRT, {"threads": (FDATASYNC,)}, {}, ["unknown", "killed-io"]),
         (SIGKILL, {"formatted": 1}, {"flushed": True}, []),
         # Its guest may have written until then.
         (SIGKILL, {}, {"terminated": False}, ["unknown"]),
         # It had not begun to handle signals.
         (SIGTERM, {"formatted": 1}, {}, []),
-        (99, {"formatted": 1}, {}, ["unknown", "qcow2-open"]),
+        (99, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
     ],
 )
 def test_a_death_by_somebody_elses_signal_puts_at_risk_what_sigkill_would(
@@ -1104,3 +1163,29 @@ def test_while_it_is_held_still_nothing_that_others_do_is_progress() -> None:
     looks = [served(SERVER), served(replace(SERVER, switches=9_000))] * 10
     now = follow([replace(IDLE, at=s * S, state="T", **what) for s, what in enumerate(looks)])
     assert (now.verdict, now.progress_at) == (Verdict.STOPPED, None)
+
+
+CLIENT = replace(TCP, inode=16, client=False, role="unknown", accepted=True)
+
+
+@pytest.mark.parametrize(
+    ("sockets", "last"),
+    [((), Verdict.FLUSHING), ((CLIENT,), Verdict.UNKNOWN)],
+)
+def test_what_it_does_for_a_client_is_no_progress_of_a_stuck_wait(
+    sockets: tuple[Socket, ...], last: Verdict
+) -> None:
+    """While QEMU's main loop waits for a dead disk, an export continues to serve its client."""
+    dead = replace(UNIX, peer=replace(SERVER, unread=100))
+    samples = [
+        replace(
+            IDLE,
+            at=second * S,
+            nodes=(NBD,),
+            sockets=(dead, *sockets),
+            threads=(replace(FDATASYNC, tid=7 + second),),
+        )
+        for second in range(40)
+    ]
+    assert follow(samples[:20]).verdict is Verdict.FLUSHING
+    assert follow(samples).verdict is last
