@@ -231,9 +231,9 @@ class JobStream:
     def _step(self) -> bool:
         """Encode or send a little; return whether more is due."""
         self._is_scheduled = False
-        if not self._is_closed:
-            self._is_scheduled = self._encode_end() or self._send()
-        return self._is_scheduled
+        more = not self._is_closed and (self._encode_end() or self._send())
+        self._is_scheduled |= more  # `_send` may have scheduled a later call.
+        return more
 
     def _encode_end(self) -> bool:
         if not self._ended_jobs:
@@ -264,9 +264,10 @@ class JobStream:
         elif self._due_changes:
             job = self._due_changes.pop(next(iter(self._due_changes)))
             self._call.progress_encoded(encode({"state": state(job, self._call.uid)}))
-            if not self._due_changes and self._changed_jobs:
-                self._report_later()
         else:
+            # Changes wait for those that were due before, which were sent or whose jobs have ended.
+            if self._changed_jobs and self._timer is None:
+                self._report_later()
             return False
         return True
 

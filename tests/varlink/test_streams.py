@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import pytest
 from qkilld.engine.ports import Process
 from qkilld.engine.service import Service
 from qkilld.engine.turns import Turns
+from qkilld.model.access import Rank, Steerer
 from qkilld.model.event import MessageId
 from qkilld.model.guest import Identity, Label
 from qkilld.model.policy import Config
 from qkilld.varlink import streams
 from qkilld.varlink.methods import VarlinkMethods
 from qkilld.varlink.server import VarlinkServer
-from tests.engine.conftest import FakeProcess, World
+from tests.engine.conftest import FakeProcess, World, make_guest
 from tests.engine.test_service import FakeHost
 from tests.evidence.until import until
 from tests.varlink.test_unit_queries import SlowUnits
@@ -108,6 +109,67 @@ def test_a_client_that_does_not_read(lab_dir: Path, monkeypatch: pytest.MonkeyPa
                     received += await asyncio.get_running_loop().sock_recv(client, 1 << 20)
             assert "receipt" in json.loads(received.split(b"\0")[-2])["parameters"]
         daemon.server.close()
+
+    asyncio.run(follow())
+
+
+class SlowCall:
+    """A call whose client reads when it is told to. Implements StreamingCall."""
+
+    uid = 0
+
+    def __init__(self) -> None:
+        self.blocked = False
+        self.replies: list[dict[str, Any]] = []
+        self._waiting: list[Callable[[], None]] = []
+
+    def when_sent(self, callback: Callable[[], None]) -> None:
+        if self.blocked:
+            self._waiting.append(callback)
+        else:
+            callback()
+
+    def progress_encoded(self, parameters: bytes) -> None:
+        self.replies.append(json.loads(parameters))
+
+    def finish_encoded(self, parameters: bytes) -> None:
+        self.progress_encoded(parameters)
+
+    def abandon(self) -> None: ...
+
+    def now_waits(self) -> None: ...
+
+    def read(self) -> None:
+        self.blocked = False
+        waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            callback()
+
+
+def test_a_change_is_reported_although_the_job_that_changed_before_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "MIN_INTERVAL_S", 0.0)
+
+    async def follow() -> None:
+        world, every, call = World(), streams.Streams(), SlowCall()
+        world.registry.observer = every
+        processes = [FakeProcess(make_guest(pid)) for pid in (1, 2)]
+        first, second = (world.stop(process) for process in processes)
+        streams.JobStream(every, call, [first, second], changes=True)
+        await asyncio.sleep(0.01)
+        call.blocked = True
+        for job in (first, second):
+            job.hold(Steerer(0, Rank.ROOT))
+            await asyncio.sleep(0.01)
+        processes[0].die()
+        call.read()
+        async with asyncio.timeout(5):
+            while len(call.replies) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        end, change = call.replies
+        assert end["receipt"] and end["state"]["job"] == first.number
+        assert change["state"]["job"] == second.number and change["state"]["held"]
 
     asyncio.run(follow())
 
