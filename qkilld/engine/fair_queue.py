@@ -121,7 +121,7 @@ class FairQueue(Generic[Item]):
             return []
         self._uids.pop(name, None)
         for _, size in waiting:
-            self._count_down(user, group, size)
+            self._count_down(uid, group, size)
         return [item for item, _ in waiting]
 
     def turn(self) -> list[tuple[int, Item]]:
@@ -134,24 +134,24 @@ class FairQueue(Generic[Item]):
         total_size = 0
         while group.count and len(items) < most and total_size < BYTES_PER_TURN:
             name, queue = next(iter(group.waiting.items()))
-            item, size = queue.popleft()
-            items.append((self._uids[name], item))
+            uid, (item, size) = self._uids[name], queue.popleft()
+            items.append((uid, item))
             total_size += size
             if queue:
                 group.waiting.move_to_end(name)
             else:
                 del group.waiting[name], self._uids[name]
-            self._count_down(user, group, size)
+            self._count_down(uid, group, size)
         return items
 
-    def _count_down(self, user: int | None, group: _ConnectionQueues[Item], size: int) -> None:
+    def _count_down(self, uid: int | None, group: _ConnectionQueues[Item], size: int) -> None:
         group.count -= 1
         group.size -= size
-        if user not in self._unlimited:
+        if uid not in self._unlimited:
             self._count -= 1
             self._size -= size
-        if user is not None and not group.count:
-            del self._groups[user]
+        if uid is not None and not group.count:
+            del self._groups[user_of(uid)]
 
 
 def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:

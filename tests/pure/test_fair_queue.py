@@ -186,6 +186,21 @@ def test_subordinate_uids_share_the_turn_of_their_user(subordinate_uids: None) -
     assert not queue and not queue._uids
 
 
+def test_calls_of_subordinate_uids_of_a_user_without_limit_are_counted(
+    subordinate_uids: None,
+) -> None:
+    queue: FairQueue[str] = FairQueue(frozenset({ROOT, ALICE}))
+    for uid in (100_000, ALICE):
+        for number in range(6):
+            queue.put(f"n{uid}-{number}", uid, "call", 10)
+    assert (queue._count, queue._size) == (6, 60)
+    queue.forget("n100000-5", 100_000)
+    queue.forget(f"n{ALICE}-5", ALICE)
+    while queue:
+        queue.turn()
+    assert (queue._count, queue._size) == (0, 0)
+
+
 def test_long_calls_are_one_a_turn() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(4):
