@@ -41,11 +41,15 @@ if TYPE_CHECKING:
     from qkilld.engine.ladder_job import LadderJob
     from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 
-TIMEOUT: Final = USEC_PER_SEC * 3 // 2
+TIMEOUT: Final = USEC_PER_SEC * 3
 """The longest time (µs) that SIGTERM waits for the servers to be found. It usually takes 30 ms."""
 RETRY: Final = USEC_PER_SEC // 10
-"""After this time (µs), the next sample looks for servers that were not found."""
+"""After this time (µs), the second sample looks for servers that were not found."""
+MAX_RETRY: Final = USEC_PER_SEC * 4 // 10
+"""The time (µs) doubles with each sample, up to this."""
 MAX_SAMPLES: Final = 4
+"""After this many samples, SIGTERM waits only for a search that has yet to end, as on a busy host
+or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
 """The longest time (µs) for asking the kernel which end closed each connection first. A question
 takes 20 µs, but up to 20 ms while other threads ask the kernel. If the time is over, the answer for
@@ -74,7 +78,7 @@ def is_stopping(job: ObservedJob) -> bool:
 class ServerWatch:
     __slots__ = (
         "_clock", "_closed_first", "_exits", "_has_failed", "_is_late", "_job", "_late_nodes",
-        "_parts", "_process", "_sampler", "_samples", "_servers", "_stopping", "_timer",
+        "_parts", "_process", "_retry", "_sampler", "_samples", "_servers", "_stopping", "_timer",
         "until",
     )  # fmt: skip
 
@@ -86,7 +90,7 @@ class ServerWatch:
         self._servers: StorageServers | None = None
         self._closed_first: dict[str, bool] = {}
         self._stopping = _NONE
-        self._samples = 0
+        self._samples, self._retry = 0, RETRY
         self._timer: Timer | None = None
         self._has_failed = False
         self._is_late = False
@@ -218,12 +222,14 @@ class ServerWatch:
         if not self.until:
             return  # The sample is late.
         is_found = self._servers is not None and not self._servers.unfound
-        if is_found or self._has_failed or self._samples >= MAX_SAMPLES:
+        is_over = self._samples >= MAX_SAMPLES and not sample.searching
+        if is_found or is_over or self._has_failed:
             self._end_search()
             # The call is delayed because `begin` may be the caller.
             self._clock.call_at(self._clock.now(), self._job.advance)
         elif self._timer is None:
-            self._timer = self._clock.call_at(self._clock.now() + RETRY, self._take_sample)
+            self._timer = self._clock.call_at(self._clock.now() + self._retry, self._take_sample)
+            self._retry = min(2 * self._retry, MAX_RETRY)
 
     def _end_search(self) -> None:
         """The job's own samples show the connections from now on."""

@@ -58,6 +58,11 @@ class PeerFinder:
         about BACKGROUND_SEARCH_S."""
         self._search(inodes, BACKGROUND_SEARCH_S)
 
+    def searches(self, inodes: Iterable[int]) -> bool:
+        """Return whether a search for one of these sockets has yet to end."""
+        links = list(map(_link, inodes))
+        return any(search.searched(link) is None for link in links for search in self._searches)
+
     def _search(self, missing: Iterable[int], seconds: float, *, wait_s: float = 0.0) -> None:
         links = list(map(_link, missing))
         if not self._lock.acquire(timeout=wait_s):

@@ -101,7 +101,7 @@ class ServerReader:
         self._budget = WaitBudget()
         self._used_pids: list[int] = []
         """The processes that the last read() used."""
-        self._missing_ends: Set[int] = _NONE
+        self.missing_ends: Set[int] = _NONE
         """The sockets of servers that were not found yet, including servers behind other
         servers."""
         self._connections: Mapping[int, float] = {}
@@ -124,12 +124,12 @@ class ServerReader:
     def expect(self, ends: Iterable[int], mounts: Iterable[Mount] = ()) -> None:
         """Say which servers read() will need, so that search() can find them earlier. `ends`: the
         inodes of their sockets."""
-        self._missing_ends = frozenset(ends)
+        self.missing_ends = frozenset(ends)
         self._connections = self._since(_connections_of(mounts).values())
 
     def search(self) -> None:
         """Continue the search for servers that were not found yet. May run in any thread."""
-        if missing := self._missing_ends:
+        if missing := self.missing_ends:
             self._finder.go_on(missing)
         if connections := self._connections:
             self._fuse_finder.go_on(connections)
@@ -169,7 +169,7 @@ class ServerReader:
         chains = {pid: self._with_behind(self._sampled[pid], tables) for pid in owners.values()}
         values = {end: self._placed(chains[pid]) for end, pid in owners.items()}
         served = self._read_fuse(mounts, names, tables)
-        self._missing_ends = self._new_missing_ends
+        self.missing_ends = self._new_missing_ends
         self._connections = self._new_connections
         # Close unused readers, so that they do not pile up: a server that forks for each connection
         # has a new process after each reconnect.

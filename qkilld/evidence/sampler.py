@@ -145,6 +145,7 @@ class Reader:
             cgroup=call("reading control groups", self._cgroup.read),
             host=memory,
             nodes=nodes,
+            searching=detail and self._tables.peers.searches(self._servers.missing_ends),
             pluggable=None if graph is None else graph.pluggable,
             shared_memory=None if graph is None else graph.shared_memory,
             formatted=self._graph.formatted(self._storage.writable),

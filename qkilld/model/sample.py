@@ -310,6 +310,9 @@ class Sample:
     memory."""
     images: tuple[ImagePlace, ...] | None = None
     """() if `mounts` is empty."""
+    searching: bool = False
+    """Whether the search for the servers of connections goes on, so that a later sample may have
+    servers that this one lacks."""
     ringless: tuple[str, ...] = ()
     """MAJOR:MINOR of the devices on which no image has its requests on an io_uring, according to
     the command line. Also () if no ring has requests, or if that is unknown."""

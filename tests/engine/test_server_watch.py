@@ -168,6 +168,28 @@ def test_a_server_that_is_not_found_is_looked_for_again() -> None:
     assert end(world, process, job) == ()
 
 
+def test_a_search_that_takes_two_seconds() -> None:
+    unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
+    world, process = ServedWorld(lambda now: unfound), client()
+    job = world.stop(process, FORCE)
+    world.clock.advance(2)
+    assert process.sent == []
+    world.sampler.shows = lambda now: CONNECTED
+    world.clock.advance(TIMEOUT / S - 2)
+    assert process.sent == [SIGTERM]
+    assert end(world, process, job) == ()
+
+
+def test_a_search_that_does_not_end() -> None:
+    unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=True)
+    world, process = ServedWorld(lambda now: unfound), client()
+    world.stop(process, FORCE)
+    world.clock.advance(TIMEOUT / S - 0.01)
+    assert process.sent == []
+    world.clock.advance(0.02)
+    assert process.sent == [SIGTERM]
+
+
 def test_a_server_that_ended_before_the_guest() -> None:
     world, process = ServedWorld(), client()
     job = world.stop(process, FORCE)

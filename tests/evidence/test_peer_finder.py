@@ -108,7 +108,9 @@ def test_a_failed_search_is_not_repeated_at_once(
     for pid in range(1000):
         (tmp_path / f"{pid}/fd").mkdir(parents=True)
     finder = PeerFinder(tmp_path)
+    assert finder.searches([1])
     assert finder.find([1]) == {}
+    assert not finder.searches([1])
     before = time.process_time()
     for _ in range(100):
         finder.find([1])
