@@ -303,7 +303,7 @@ def test_a_boot_is_waited_for() -> None:
     """qkilld waits until the booting guest listens, and then presses the button."""
     with boot_debian(state=False, wait=False) as debian:
         conclusions, _ = run_for(600, ask_guest(debian.guest))
-        debian.guest.wait_gone(60)
+        debian.guest.wait_gone(200)
     assert Conclusion.WAIT_FOR_LISTENER in conclusions[:2]
     assert Conclusion.ASK in conclusions and Conclusion.DEAF not in conclusions
 

@@ -93,7 +93,7 @@ def test_a_socket_whose_name_breaks_the_table_of_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any user can bind one, and psutil raises RuntimeError for it. The server is found anyway."""
-    path = tmp_path / "server"
+    path = tmp_path / f"server-{os.getpid()}"
     monkeypatch.setattr(procfs, "read_unit", lambda pid: Unit(system=f"{pid}.service"))
     with socket.socket(socket.AF_UNIX) as hostile, socket.socket(socket.AF_UNIX) as server:
         hostile.bind(os.fsencode(tmp_path / "a\nb c"))
@@ -108,7 +108,7 @@ def test_a_socket_whose_name_breaks_the_table_of_sockets(
 def test_a_server_that_cannot_be_seen(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "server"
+    path = tmp_path / f"server-{os.getpid()}"
     with socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET) as server:
         server.bind(str(path) if family == "unix" else ("127.0.0.1", 0))
         server.listen()
@@ -147,7 +147,7 @@ def test_a_forged_row_makes_no_server() -> None:
 
 @pytest.mark.usefixtures("unit_is_process")
 def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
-    path = tmp_path / "server"
+    path = tmp_path / f"server-{os.getpid()}"
     code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()"
     run = f"{code}; print(flush=True); input()"
     with (
@@ -170,7 +170,7 @@ def test_only_the_socket_of_the_file_is_the_server(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
 def test_a_server_in_another_network_namespace_is_unknown(tmp_path: Path) -> None:
-    path = tmp_path / "server"
+    path = tmp_path / f"server-{os.getpid()}"
     code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()"
     run = ("unshare", "--net", sys.executable, "-c", f"{code}; print(flush=True); input()", path)
     with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
@@ -196,7 +196,7 @@ def test_a_port_of_another_address_is_not_the_server(host: str, is_found: bool) 
 def test_a_server_with_too_many_descriptors_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "server"
+    path = tmp_path / f"server-{os.getpid()}"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
         server.listen()
