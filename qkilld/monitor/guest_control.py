@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qkilld.adapters import procfs
+from qkilld.debug_log import ignore
 from qkilld.model.block_state import YankInstance
 from qkilld.model.errors import (
     MonitorBusy,
@@ -171,6 +172,12 @@ class GuestControl:
                 and _is_young(process)
             ):
                 await asyncio.sleep(START_WAIT_S / 50)
+            elif endpoints and _is_stopped(process, proc):
+                # The obstacles above may be wrong: a stopped QEMU seems to serve a program that has
+                # closed its connection.
+                raise MonitorUnreachable(
+                    f"{endpoints[0].title} does not answer, because the guest's process is stopped"
+                )
             else:
                 raise MonitorUnreachable("; ".join(obstacles) or NO_MONITOR)
 
@@ -566,6 +573,14 @@ class GuestControl:
 
     def _is_own(self, instance: YankInstance) -> bool:
         return instance.kind == "chardev" and instance.wire.get("id") in self.own_chardevs
+
+
+def _is_stopped(process: Process, proc: Path) -> bool:
+    """Return whether SIGSTOP or a debugger stops the process; False if unknown."""
+    pid = process.guest.identity.pid
+    with ignore(f"reading the state of process {pid}", OSError):
+        return procfs.read_stat(pid, proc).state in ("T", "t")
+    return False
 
 
 def _is_young(process: Process) -> bool:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 
 import pytest
@@ -38,6 +39,7 @@ from qkilld.model.guest_state import (
 from qkilld.monitor.guest_control import GuestControl
 from qkilld.monitor.job_monitor import JobMonitor, JobMonitors
 from qkilld.monitor.qmp import QmpEvent
+from qkilld.monitor.reach import read_listeners
 from tests.evidence.until import until
 from tests.lab.debian import FILES, boot_debian
 from tests.lab.guest import Guest
@@ -69,6 +71,12 @@ async def controlled(
             control.close()
     finally:
         process.close()
+
+
+def stop(guest: Guest) -> None:
+    """Send SIGSTOP, and wait until it has stopped the process."""
+    os.kill(guest.pid, SIGSTOP)
+    until(lambda: procfs.read_stat(guest.pid).state, "T".__eq__)
 
 
 async def ask(
@@ -431,6 +439,34 @@ def test_a_program_that_uses_the_monitor_for_a_moment(qemu: Start) -> None:
     run_for(100, look())
 
 
+@pytest.mark.parametrize("kind", ["qmp", "monitor"])
+@pytest.mark.parametrize("was_used", [False, True])
+def test_the_monitor_of_a_stopped_process(
+    qemu: Start, lab_dir: Path, kind: str, was_used: bool
+) -> None:
+    """It does not notice that an earlier client has left, so its monitor seems to be in use."""
+    place = f"unix:{lab_dir}/monitor,server=on,wait=off"
+    guest = qemu(qmp=False, arguments=[f"-{kind}", place])
+
+    async def look() -> None:
+        process = process_of(guest)
+        try:
+            if was_used:
+                async with controlled(guest):
+                    stop(guest)
+            else:
+                until(lambda: read_listeners(guest.pid), bool)
+                stop(guest)
+            with pytest.raises(MonitorUnreachable) as caught:
+                await GuestControl.open(process, listening_unix)
+            assert "does not answer, because the guest's process is stopped" in str(caught.value)
+            assert "nother program" not in str(caught.value)
+        finally:
+            process.close()
+
+    run_for(100, look())
+
+
 def test_a_qemu_in_its_first_milliseconds(qemu: Start, lab_dir: object) -> None:
     """QEMU does not listen yet, but its command line shows that it will."""
     guest = qemu(qmp=False, arguments=["-qmp", f"unix:{lab_dir}/qmp,server=on,wait=off"])
@@ -506,8 +542,7 @@ def test_a_yank_whose_reply_never_comes(qemu: Start) -> None:
         reply: asyncio.Future[str | Exception | None] = asyncio.get_running_loop().create_future()
         async with controlled(guest) as control:
             monitor = JobMonitor(control)
-            os.kill(guest.pid, SIGSTOP)
-            until(lambda: procfs.read_stat(guest.pid).state, "T".__eq__)
+            stop(guest)
             monitor.yank([], reply.set_result)
             await asyncio.sleep(0.1)
             assert not reply.done()
