@@ -4,7 +4,11 @@ The work that a load does varies with the share of processors and disks that the
 figures stay about the same. One is its demand: the processors that it uses or waits for, plus its
 requests in flight. When the host's disk became slow, the first fell from 0.7 to 0.15, and the
 second rose from 0.3 to 1.2, so their sum changed little (measured). The other figure is the number
-of requests per second of processor time.
+of requests per second of processor time. It changes if the host becomes more or less busy
+(share_growth).
+
+The demand of a light load is not constant: on a host that becomes busy, the same work wants the
+processors for longer. But it does not let them run for longer (MORE_TIME).
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ IDLE_SHARE: Final = 0.05
 """The virtual processors of an idle guest together use at most this share of one processor."""
 GROWTH: Final = 3
 """Work has begun if it is more than this many times the earlier amount."""
+MORE_TIME: Final = 1.5
+"""The work that has begun also lets the processors run more than this many times as long."""
 LEAST_REQUESTS: Final = 1
 """Fewer requests per second than this count as none."""
 HALF_BUSY: Final = 0.5
@@ -106,13 +112,15 @@ def works(before: GuestObservation, after: GuestObservation, baseline: Rates) ->
     if now.requests is not None and baseline.requests is not None:
         requests = baseline.requests
         if baseline.demand >= HALF_BUSY:
-            # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.
-            requests = (requests + LEAST_REQUESTS) * _relief(now, baseline)
+            requests = _requests_of_load(now, baseline)
         duration = (after.at - before.at) / USEC_PER_SEC
         limit = GROWTH * requests + LEAST_REQUESTS
         if now.requests * duration > limit * max(duration, 1.0):
             return True
     if now.vcpus is None or baseline.vcpus is None:
+        return False
+    # If the host gives less, the processors want more, because the same work takes more time.
+    if now.ran is not None and baseline.ran is not None and now.ran <= MORE_TIME * baseline.ran:
         return False
     return now.vcpus > GROWTH * baseline.demand + IDLE_SHARE
 
@@ -132,10 +140,28 @@ def wanted_time(earlier: GuestObservation, later: GuestObservation) -> int | Non
     return time + (difference(earlier.vcpu_wait, later.vcpu_wait) or 0)
 
 
-def _relief(now: Rates, baseline: Rates) -> float:
-    """Return how much more the processors run now than in the baseline, as a factor of at least
-    1."""
-    return max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
+def share_growth(now: Rates, baseline: Rates) -> float:
+    """Return how many times more the processors get of the time that they want; at least 1. If they
+    wanted little in the baseline, their share of it is too uncertain, and 1 is returned.
+
+    For each second that the processors run, a load may make as many times more requests, because
+    the threads of QEMU through which each request passes wait less, too. With 7 times the share, a
+    guest that wrote as fast as it could made 6 times as many (measured).
+    """
+    if not (now.ran and now.vcpus and baseline.ran and baseline.vcpus):
+        return 1.0
+    if baseline.vcpus < HALF_BUSY:
+        return 1.0
+    return max(now.ran / now.vcpus / (baseline.ran / baseline.vcpus), 1.0)
+
+
+def _requests_of_load(now: Rates, baseline: Rates) -> float:
+    """Return the requests per second that the load of the baseline may make with what the host
+    gives to the guest now."""
+    requests = (baseline.requests or 0.0) * share_growth(now, baseline)
+    more_time = max(now.ran / baseline.ran, 1.0) if now.ran and baseline.ran else 1.0
+    # Add LEAST_REQUESTS, because the baseline may have missed a request of a slow load.
+    return (requests + LEAST_REQUESTS) * more_time
 
 
 def difference(earlier: int | None, later: int | None) -> int | None:

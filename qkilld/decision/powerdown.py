@@ -48,6 +48,7 @@ from qkilld.decision.guest_work import (
     has_idle_disks,
     measure,
     rates_between,
+    share_growth,
     wanted_time,
     works,
     works_at_all,
@@ -510,7 +511,7 @@ def _load_ended(attempt: Attempt) -> bool:
             return False
         if last.at - earlier.at >= LASTING:
             now = rates_between(earlier, last)
-            before = baseline.requests or 0.0
+            before = (baseline.requests or 0.0) * share_growth(now, baseline)
             fewer = before < LEAST_REQUESTS or (now.requests or 0.0) * 2 < before
             return now.vcpus is not None and now.demand * 2 < baseline.demand and fewer
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -345,113 +345,6 @@ def test_an_ignoring_guest_that_was_asked_at_once(vcpus: float) -> None:
     later work a sign."""
     course = Course(constantly(Moment(vcpus=vcpus, load=0.01))).run(200)
     assert course.end == (60, Conclusion.IGNORED)
-
-
-@pytest.mark.parametrize("waiting", [0.9, 0.6])
-def test_a_busy_guest_that_ignores_it_on_a_host_that_becomes_less_busy(waiting: float) -> None:
-    """The guest makes more requests because the host provides more, not because the guest shuts
-    down."""
-
-    def works(now: float, since: float | None) -> Moment:
-        if since is None or since < 20:
-            return Moment(vcpus=1 - waiting, waiting=waiting, requests=100 * (1 - waiting))
-        return Moment(vcpus=1.0, requests=140)
-
-    course = Course(works, idle_disks=False).run(400)
-    assert course.end == (course.ignored_at, Conclusion.IGNORED)
-
-
-FAST: Moment = Moment(requests=18, vcpus=0.35, waiting=0.35, in_flight=0.3)
-SLOW: Sequence[Moment] = [
-    Moment(requests=requests, vcpus=vcpus, waiting=waiting, in_flight=in_flight)
-    for requests, vcpus, waiting, in_flight in (
-        (1, 0.005, 0.003, 0.383),
-        (0, 0.005, 0.004, 0),
-        (2.9, 0.049, 0.073, 2.498),
-        (0, 0.079, 0.131, 0),
-        (4.9, 0.100, 0.040, 1.149),
-        (5.0, 0.104, 0.185, 1.314),
-        (1.0, 0.005, 0.009, 1.086),
-        (4.0, 0.084, 0.045, 0.135),
-        (4.9, 0.099, 0.090, 1.275),
-        (5.0, 0.039, 0.110, 1.320),
-    )
-]
-"""Measured values, one for each second: a Debian guest that writes and syncs forever, on a fast or
-slow disk of the host."""
-
-
-@pytest.mark.parametrize("start", range(len(SLOW)))
-def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_slow(start: int) -> None:
-    def works(now: float, since: float | None) -> Moment:
-        return FAST if now < 20 else SLOW[(start + int(now)) % len(SLOW)]
-
-    course = Course(works, idle_disks=False).run(400)
-    assert course.end == (course.ignored_at, Conclusion.IGNORED)
-
-
-def test_a_busy_guest_that_ignores_it_on_a_disk_that_becomes_fast() -> None:
-    """On a slow disk, a second may show so little work that later work seems new. qkilld then waits
-    too long for such a guest."""
-    seconds = []
-    for start in range(len(SLOW)):
-
-        def works(now: float, since: float | None, start: int = start) -> Moment:
-            return SLOW[(start + int(now)) % len(SLOW)] if now < 20 else FAST
-
-        course = Course(works, idle_disks=False).run(400)
-        at, conclusion = course.end
-        assert conclusion is Conclusion.IGNORED
-        assert at <= course.asked[0][0] + 300
-        seconds.append(at - course.ignored_at)
-    assert seconds.count(0) >= 8
-
-
-def test_a_guest_with_many_requests_in_flight_on_a_disk_that_becomes_fast() -> None:
-    def works(now: float, since: float | None) -> Moment:
-        if now < 20:
-            return Moment(requests=50, vcpus=0.1, in_flight=8)
-        return Moment(requests=800, vcpus=0.9, in_flight=0.8)
-
-    course = Course(works, idle_disks=False).run(400)
-    assert course.end == (course.ignored_at, Conclusion.IGNORED)
-
-
-def test_a_busy_guest_that_ignores_it_on_a_starved_host() -> None:
-    """The guest makes so few requests that the second before the press may have had none."""
-    requests = (0, 3.8, 1.6, 2.9, 7.7, 0, 2.6, 1.8, 4.4, 0.9, 3.6, 0, 1.9, 3.8, 3.7, 0.9, 3.5, 4.5)
-
-    def works(now: float, since: float | None) -> Moment:
-        made = 0 if since is None else requests[int(now) % len(requests)]
-        return Moment(requests=made, vcpus=0.05, waiting=0.9)
-
-    course = Course(works, idle_disks=False).run(400)
-    assert course.end == (course.ignored_at, Conclusion.IGNORED)
-
-
-@pytest.mark.parametrize("work", [Moment(requests=5, vcpus=0.1), Moment(vcpus=0.9)])
-@pytest.mark.parametrize("load", [Moment(vcpus=1.0), FAST, Moment(vcpus=0.1, waiting=0.9)])
-def test_a_long_shutdown_at_full_load(load: Moment, work: Moment) -> None:
-    """The load ends at once, and a service needs 150 s to stop."""
-
-    def goes_down(now: float, since: float | None) -> Moment:
-        if since is None or since < 3:
-            return load
-        if since < 12:
-            return Moment()
-        return work if since < 150 else Moment(runstate="shutdown")
-
-    course = Course(goes_down, idle_disks=False).run(400)
-    assert course.end == (course.asked[0][0] + 150, Conclusion.SHUT_DOWN)
-
-
-def test_a_busy_guest_whose_requests_grow_on_a_starved_host() -> None:
-    def works(now: float, since: float | None) -> Moment:
-        requests = 5 if since is None else 40
-        return Moment(vcpus=0.2, waiting=0.8, requests=requests)
-
-    course = Course(works, idle_disks=False).run(120)
-    assert course.end[1] is Conclusion.SHUTTING_DOWN
 
 
 def resumed(busy_s: float, asked_at: list[float]) -> Attempt:

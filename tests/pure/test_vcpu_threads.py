@@ -45,3 +45,10 @@ def test_the_load_of_all_threads(tmp_path: Path) -> None:
     (tmp_path / "4" / "sched").unlink()
     (tmp_path / "4" / "schedstat").unlink()
     assert (threads.load(), threads.times()) == (None, (None, None))
+
+
+def test_a_kernel_that_does_not_count(tmp_path: Path) -> None:
+    """It shows zeros, which are not the times of a thread that did nothing."""
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3/schedstat").write_text("0 0 0\n")
+    assert VcpuThreads(tmp_path, (3,)).times() == (None, None)
