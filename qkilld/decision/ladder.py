@@ -96,8 +96,8 @@ class JobFacts:
     """The number of sampled jobs; if there are many, each is sampled more rarely."""
     control: Control = UNCONTROLLED
     promised: int = 0
-    """The latest time for which evidence has made SIGKILL due. SIGKILL never becomes due earlier
-    than this."""
+    """The time of SIGKILL according to the last decision. Later decisions never make SIGKILL due
+    earlier."""
 
     @property
     def by_evidence(self) -> bool:

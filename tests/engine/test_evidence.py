@@ -250,7 +250,7 @@ def test_the_watch_is_closed_with_the_job(world: World) -> None:
     world.clock.advance(1)
     process.die()
     assert world.sampler.closed == 1
-    assert world.clock.pending == 1  # to forget the job
+    assert world.clock.pending == 1  # the timer that forgets the job
     world.clock.advance(60)
     assert world.clock.pending == 0
 

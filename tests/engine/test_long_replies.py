@@ -244,7 +244,7 @@ def test_calls_on_varlink(world: World) -> None:
 
 
 def test_streams_of_many_jobs(world: World) -> None:
-    """Of one call that stops them, from its first reply to their ends."""
+    """One call stops many jobs. Its replies run from the first one to the results of all jobs."""
     count, sent = 3000, list[bytes]()
 
     class FakeConnection:

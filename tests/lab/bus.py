@@ -125,7 +125,7 @@ class Bus:
 def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> Iterator[Bus]:
     """Run a dbus-daemon that is ready when the context begins.
 
-    `policy`: rules for everybody, after those that allow everything. `limits` change dbus-daemon's
+    The bus allows everything, unless a rule in `policy` denies it. `limits` change dbus-daemon's
     defaults, which are those of a system bus.
     """
     program = needs.program("dbus-daemon", "dbus-daemon")

@@ -53,7 +53,7 @@ def test_the_same_bytes_on_each_connection(socket: type, gap: bool) -> None:
 
 
 def test_a_server_that_is_restarted_each_time() -> None:
-    """Its new process is not a new sign of progress."""
+    """The writes of each new process of the server do not count as progress."""
     sockets: list[Socket | None] = []
     for connection in range(30):
         for second in range(4):

@@ -28,7 +28,7 @@ from tests.monitor.connecting import run_for
 from tests.rungs.stopping import FORCE, S, actions, codes, stopper, until
 
 RECORDS = Layout(100, passes=3)
-"""300, of which SIGKILL loses about two thirds, because their L2 tables are dirty in QEMU's
+"""300 records. SIGKILL loses about two thirds of them, because their L2 tables are dirty in QEMU's
 memory."""
 STALL = {"storage_stall": 6 * S, "stall": 2 * S, "grace": S}
 
