@@ -8,7 +8,33 @@ import os
 import time
 from collections.abc import Callable
 
+from qkilld.engine.steps import job_steps
 from qkilld.model.constants import USEC_PER_SEC
+
+
+class UserTimer:
+    """A timer whose callback is called in a step (engine.steps). Implements engine.ports.Timer."""
+
+    __slots__ = ("_callback", "_user", "handle")
+
+    def __init__(self, user: int, callback: Callable[[], None]) -> None:
+        self._user = user
+        self._callback: Callable[[], None] | None = callback
+        self.handle: asyncio.TimerHandle | None = None
+
+    def cancel(self) -> None:
+        self._callback = None
+        if self.handle is not None:
+            self.handle.cancel()
+
+    def expire(self) -> None:
+        job_steps().put(self._user, self._call_back)
+
+    def _call_back(self) -> bool:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
+        return False
 
 
 class LoopClock:
@@ -30,7 +56,16 @@ class LoopClock:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / os.sysconf("SC_CLK_TCK")
         return self.now() - int(age * USEC_PER_SEC)
 
-    def call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: int, callback: Callable[[], None], user: int | None = None
+    ) -> asyncio.TimerHandle | UserTimer:
+        if user is not None:
+            timer = UserTimer(user, callback)
+            timer.handle = self._call_at(when, timer.expire)
+            return timer
+        return self._call_at(when, callback)
+
+    def _call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
         # Round up, because a timer that fires early would find its deadline still in the future.
         # Share one context, because asyncio would make one for each timer.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

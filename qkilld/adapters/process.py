@@ -16,10 +16,12 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary, ref
 
 from qkilld.adapters import procfs
 from qkilld.adapters.blockable import Unanswered
 from qkilld.debug_log import note_once
+from qkilld.engine.steps import job_steps
 from qkilld.model.errors import Failed, NoSuchProcess, NotQemu, ProcessChanged, UnknownIdentity
 from qkilld.model.guest import Guest, Identity, Label
 
@@ -30,18 +32,20 @@ _INFO: Final = struct.Struct("=Q52xi")
 _INFO_EXIT: Final = 1 << 3
 _SIGNAL: Final = 0x7F
 """The bits of a wait(2) status that contain the signal."""
+MAX_EXITS: Final = 64
+"""The maximum number of exits that are noted in one turn of the loop."""
 
 
 class PidfdProcess:
     """Implements engine.ports.Process. `open_process` leaves the label to `set_label`."""
 
-    __slots__ = ("_on_exit", "_pidfd", "_proc", "_watched_by", "guest")
+    __slots__ = ("_exits", "_on_exit", "_pidfd", "_proc", "guest")
 
     def __init__(self, pidfd: int, guest: Guest, proc: Path) -> None:
         self.guest = guest
         self._pidfd = pidfd
         self._proc = proc
-        self._watched_by: asyncio.AbstractEventLoop | None = None
+        self._exits: _Exits | None = None
         self._on_exit: Callable[[], None] | None = None
 
     @property
@@ -91,16 +95,19 @@ class PidfdProcess:
             return self.exited()
 
     def watch(self, callback: Callable[[], None]) -> None:
-        loop = asyncio.get_running_loop()
         self._unwatch()
-        loop.add_reader(self._pidfd, self._has_exited)
-        self._watched_by, self._on_exit = loop, callback
+        self._exits, self._on_exit = _exits(), callback
+        self._exits.add(self._pidfd, self._has_exited)
 
     def _has_exited(self) -> None:
-        callback = self._on_exit
-        self._unwatch()
+        self._exits = None
+        job_steps().put(self.identity.uid, self._call_back)
+
+    def _call_back(self) -> bool:
+        callback, self._on_exit = self._on_exit, None
         if callback is not None:
             callback()
+        return False
 
     def fileno(self) -> int:
         """Return the pidfd; -1 after `close`."""
@@ -113,9 +120,51 @@ class PidfdProcess:
             self._pidfd = -1
 
     def _unwatch(self) -> None:
-        if self._watched_by is not None:
-            self._watched_by.remove_reader(self._pidfd)
-            self._watched_by = self._on_exit = None
+        if self._exits is not None:
+            self._exits.remove(self._pidfd)
+        self._exits = self._on_exit = None
+
+
+class _Exits:
+    """Watches pidfds in one loop. A user may end thousands of processes at a time, so each turn of
+    the loop takes note of a few, and jobs act on them in steps (engine.steps)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        """What to call, by pidfd."""
+
+    def add(self, pidfd: int, callback: Callable[[], None]) -> None:
+        loop = self._loop()
+        if not self._watched and loop is not None:
+            loop.add_reader(self._epoll.fileno(), self._look)
+        self._epoll.register(pidfd, select.EPOLLIN)
+        self._watched[pidfd] = callback
+
+    def remove(self, pidfd: int) -> None:
+        del self._watched[pidfd]
+        self._epoll.unregister(pidfd)
+        loop = self._loop()
+        if not self._watched and loop is not None:
+            loop.remove_reader(self._epoll.fileno())
+
+    def _look(self) -> None:
+        for pidfd, _ in self._epoll.poll(0, MAX_EXITS):
+            callback = self._watched[pidfd]
+            self.remove(pidfd)
+            callback()
+
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, _Exits] = WeakKeyDictionary()
+
+
+def _exits() -> _Exits:
+    """Return the object for the running loop."""
+    loop = asyncio.get_running_loop()
+    if (exits := _of_loop.get(loop)) is None:
+        exits = _of_loop[loop] = _Exits(loop)
+    return exits
 
 
 def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:

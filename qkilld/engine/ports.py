@@ -312,7 +312,9 @@ class Clock(Protocol):
     def started_at(self, start_time: int) -> int:
         """Return the time at which a process started, by Identity.start_time."""
 
-    def call_at(self, when: int, callback: Callable[[], None]) -> Timer: ...
+    def call_at(self, when: int, callback: Callable[[], None], user: int | None = None) -> Timer:
+        """`user`: the uid whose work this is, if users can make any number of such calls due at a
+        time. Users take turns then (engine.steps)."""
 
 
 class Journal(Protocol):

@@ -201,7 +201,9 @@ class Registry:
         if self.saver is not None:
             self.saver.job_resumed(job, process, saved)
         if past.ended is not None:
-            self._clock.call_at(max(past.ended + KEEP_ENDED, now), lambda: self._forget(job))
+            self._clock.call_at(
+                max(past.ended + KEEP_ENDED, now), lambda: self._forget(job), job.guest.identity.uid
+            )
         job.check_process()
         samples = job.phase is Phase.TERMINATE and job.by_evidence and not job.processors_stopped
         if among_many and job.running and samples and not past.forced:
@@ -332,7 +334,9 @@ class Registry:
             self.saver.drop_monitor(job)
             if job.result is not Result.SURVIVED:
                 self.saver.drop_process(job)
-        self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
+        self._clock.call_at(
+            self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.guest.identity.uid
+        )
         if summary := self._summary.ended(job, is_last=not self._running):
             self._journal.write(summary)
         if not self._running:
@@ -354,7 +358,9 @@ class Registry:
 
     def _forget(self, job: Job) -> None:
         if job.processors_stopped:
-            self._clock.call_at(self._clock.now() + KEEP_ENDED, lambda: self._forget(job))
+            self._clock.call_at(
+                self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.guest.identity.uid
+            )
             return
         del self._jobs[job.number]
         if self._ended_jobs.get(job.guest.identity.key) is job:

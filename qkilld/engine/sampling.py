@@ -56,7 +56,9 @@ class JobSampler:
 
         if self._watch is None and self._sampler is not None:
             self._watch = self._sampler.watch(self._process)
-        self._timeout = self._clock.call_at(self._clock.now() + TIMEOUT, give_up)
+        self._timeout = self._clock.call_at(
+            self._clock.now() + TIMEOUT, give_up, self._process.guest.identity.uid
+        )
         if self._watch is not None:
             self._watch.take_sample(answer, detail=detail, urgent=urgent)
         else:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from qkilld.engine.fair_shares import user_of
 from qkilld.engine.long_replies import STEP_S
@@ -52,3 +53,16 @@ class Steps:
                 self._due.move_to_end(user)
             else:
                 del self._due[user]
+
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Steps] = WeakKeyDictionary()
+
+
+def job_steps() -> Steps:
+    """Return the steps of the running loop in which jobs act on the ends of processes and on
+    timers."""
+    loop = asyncio.get_running_loop()
+    steps = _of_loop.get(loop)
+    if steps is None:
+        steps = _of_loop[loop] = Steps()
+    return steps

@@ -52,7 +52,9 @@ class FakeClock:
     def started_at(self, start_time: int) -> int:
         return start_time * S // 100
 
-    def call_at(self, when: int, callback: Callable[[], None]) -> FakeTimer:
+    def call_at(
+        self, when: int, callback: Callable[[], None], user: int | None = None
+    ) -> FakeTimer:
         timer = FakeTimer()
         heapq.heappush(self._timers, (when, next(self._order), timer, callback))
         return timer

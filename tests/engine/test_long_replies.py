@@ -11,11 +11,14 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from qkilld.adapters.clock import LoopClock
+from qkilld.adapters.process import open_process
 from qkilld.bus import job_signals
 from qkilld.bus.connection import Connection
 from qkilld.bus.framing import IncomingMessage, MessageKind
@@ -42,6 +45,7 @@ from qkilld.varlink.connection import VarlinkConnection
 from qkilld.varlink.methods import VarlinkMethods
 from qkilld.varlink.server import VarlinkCall, VarlinkServer
 from qkilld.varlink.streams import Streams
+from tests.lab.process import spawn, wait_gone
 
 from .conftest import FakeProcess, S, World, make_guest
 
@@ -297,6 +301,70 @@ def test_streams_of_many_jobs(world: World) -> None:
         assert not turns.limits._running
 
     asyncio.run(work())
+
+
+def busy_for(calls: list[int], number: int) -> None:
+    """Take as much processor time as the end of a job."""
+    end = time.process_time() + 0.0003
+    while time.process_time() < end:
+        pass
+    calls.append(number)
+
+
+def test_many_processes_that_end_at_a_time() -> None:
+    """And users take turns."""
+    count, calls = 400, list[int]()
+
+    async def work(pid: int, end: Callable[[], None]) -> None:
+        processes = [open_process(pid) for _ in range(count)]
+        for number, process in enumerate(processes):
+            uid = UID + (number >= count - 20)
+            process.guest = Guest(replace(process.identity, uid=uid), process.guest.label)
+            process.watch(partial(busy_for, calls, number))
+        processes[0].watch(partial(busy_for, calls, count))
+        processes[1].close()
+        end()
+        assert wait_gone(processes[2].fileno(), 30)
+
+        async def until_called() -> None:
+            while len(calls) < count - 1:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        assert await longest_share(until_called()) < MAX_SHARE
+        for process in processes:
+            process.close()
+
+    with spawn(["sleep", "600"]) as sleeper:
+        asyncio.run(work(sleeper.pid, sleeper.kill))
+    assert sorted(calls) == [*range(2, count + 1)]
+    assert calls.index(count - 1) < count // 2
+
+
+def test_many_timers_at_a_time() -> None:
+    """A user can make thousands of jobs due at the same time, by max-usec."""
+    count, calls = 400, list[int]()
+
+    async def work() -> None:
+        clock = LoopClock()
+        due = clock.now() + S // 10
+        timers = [
+            clock.call_at(due, partial(busy_for, calls, number), UID + (number >= count - 20))
+            for number in range(count)
+        ]
+        timers[0].cancel()
+        timers[1].cancel()
+        clock.call_at(due - S // 100, timers[2].cancel)
+        time.sleep(0.2)  # So that all are due.  # noqa: ASYNC251
+
+        async def until_called() -> None:
+            while len(calls) < count - 3:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        assert await longest_share(until_called()) < MAX_SHARE
+
+    asyncio.run(work())
+    assert sorted(calls) == [*range(3, count)]
+    assert calls.index(count - 1) < count // 2
 
 
 def test_changes_of_many_jobs(world: World) -> None:
