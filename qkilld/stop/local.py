@@ -1,11 +1,12 @@
-"""Stop guests without the daemon, with the daemon's engine in a thread. Implements
-stopper.Stopper."""
+"""Stop guests without the daemon, with the daemon's engine in a thread or, if the system allows no
+more threads (TasksMax=), in the main thread. Implements stopper.Stopper."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 CLOSE_TIMEOUT_S: Final = 3.0
 STACK_BYTES: Final = 8 << 20
+TURN_S: Final = 0.05
+"""Without a thread of its own, the engine gets a turn after this time at the latest."""
 
 
 class LocalStopper:
@@ -40,6 +43,8 @@ class LocalStopper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._is_here = False
+        """Whether the engine runs in this thread, because the system allows no other."""
         self.why: dict[GuestStop, str] = {}
         """The reason why the daemon does not stop the guest."""
 
@@ -53,22 +58,26 @@ class LocalStopper:
             self._do(functools.partial(self._begin, stop, local))
 
     def _start_engine(self) -> None:
-        """Start the engine in its thread; without it, `_loop` stays None."""
+        """Start the engine in its thread, or in this one; if that fails, `_loop` stays None."""
         open_files.raise_limit()  # Each sampled guest needs about a dozen.
         try:
             self._thread.start()
-            self._ready.wait()
         except RuntimeError as error:  # The system allows no more threads.
-            self._ready.set()
-            self._log.write(internal_error("stopping guests", error))
+            note("starting a thread for the engine", error)
+            self._is_here = True
+            self._run()
+        self._ready.wait()
 
     def descriptors(self) -> Collection[int]:
         return (self._mailbox.fileno(),)
 
     def deadline(self) -> float:
-        return float("inf")
+        return time.monotonic() + TURN_S if self._is_here else float("inf")
 
     def work(self) -> None:
+        if self._is_here and self._loop is not None:
+            self._loop.call_soon(self._loop.stop)
+            self._loop.run_forever()
         self._mailbox.work()
 
     def note_exit(self, stop: GuestStop) -> None:
@@ -83,11 +92,13 @@ class LocalStopper:
         self._do(lambda fallback: fallback.release(local))
 
     def close(self) -> None:
-        if self._loop is not None and self._thread.is_alive():
+        if self._is_here and self._loop is not None and self._fallback is not None:
+            self._loop.run_until_complete(self._fallback.close())
+        elif self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(CLOSE_TIMEOUT_S)
 
-    # ---- in the thread ----
+    # ---- in the engine's thread ----
 
     def _run(self) -> None:
         try:
@@ -96,12 +107,13 @@ class LocalStopper:
             loop.run_until_complete(self._open())
             self._loop = loop
             self._ready.set()
-            loop.run_forever()
+            if not self._is_here:
+                loop.run_forever()
         except Exception as error:
             self._log.write(internal_error("stopping guests", error))
         finally:
             self._ready.set()
-            if self._fallback is not None:
+            if self._fallback is not None and not self._is_here:
                 loop.run_until_complete(self._fallback.close())
 
     async def _open(self) -> None:

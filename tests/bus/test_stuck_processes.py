@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from qkilld.ctl.process_stats import ProcessStats, executable, process_stats
 from tests.evidence.until import until
 from tests.lab.bus import Bus, CallError, Client, Daemon
-from tests.lab.guest import Guest
-from tests.lab.process import OTHER_UID, TOP, wait_gone
+from tests.lab.guest import Guest, own_qemus
+from tests.lab.process import OTHER_UID, TOP, communicate, end, spawn, wait_gone
 from tests.lab.stuck import StuckGuests, stuck_guests
 
 FORCE, FIXED = 1, 8
@@ -163,3 +166,56 @@ def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
     assert done.returncode == 0, done.stderr
     assert wait_gone(guest.pidfd, 10)
     daemon.wait_for("Sent SIGTERM")
+
+
+def test_qkillctl_shows_no_usage_of_a_stuck_process(stuck: StuckGuests) -> None:
+    """But does not wait for it."""
+    guest = stuck.make_stuck(OTHER_UID)
+    read: list[object] = []
+
+    def read_all() -> None:
+        read.extend((process_stats(guest.pid, OTHER_UID), executable(guest.pid)))
+
+    reader = threading.Thread(target=read_all, daemon=True)
+    reader.start()
+    reader.join(60)
+    assert read == [ProcessStats(), ""]
+
+
+_FOR_STAND_INS = """
+import sys
+from qkilld.model.policy import Config
+from qkilld.stop import fallback
+config = Config(executables=(sys.argv.pop(1),))
+fallback.configuration = lambda: config
+from qkilld.stop.main import main
+main()
+"""
+
+
+def _allow_no_threads() -> None:
+    """Call it as OTHER_UID."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+
+
+def test_qkilld_stop_needs_no_thread_without_the_daemon(fake_qemu: Make, lab_dir: Path) -> None:
+    guest = fake_qemu(uid=OTHER_UID)
+    helper = spawn(
+        [*(sys.executable, "-c", _FOR_STAND_INS, own_qemus()), f"--socket={lab_dir}/none"],
+        env=os.environ
+        | {
+            "MAINPID": str(guest.pid),
+            "PYTHONPATH": str(TOP),
+            "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus",
+        },
+        uid=OTHER_UID,
+        before=_allow_no_threads,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        done = communicate(helper, input=None, timeout=60, check=False)
+    finally:
+        end(helper)
+    assert done.returncode == 0, done.stderr
+    assert wait_gone(guest.pidfd, 10)
