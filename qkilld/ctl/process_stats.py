@@ -2,7 +2,9 @@
 
 No decision about signals uses psutil: it reports on any process that has the pid now, and trusts
 the command line if the executable is unreadable. Every call can raise: the process may have ended,
-be a zombie, or belong to another user. psutil is imported late, because that takes 40 ms.
+be a zombie, or belong to another user. A process can also block such calls, for example by a
+command line on a FUSE file, so threads make them (adapters.blockable). psutil is imported late,
+because that takes 40 ms.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from qkilld.adapters import blockable
 from qkilld.debug_log import note
 from qkilld.model.constants import USEC_PER_SEC
 from qkilld.model.dataclass import dataclass
@@ -47,10 +50,11 @@ class ProcessStats:
 
 
 def process_stats(pid: int, uid: int) -> ProcessStats:
-    """Read the statistics of a process; empty if it is a zombie or another user's."""
+    """Read the statistics of a process; empty if it is a zombie or another user's, or blocks
+    that."""
     import psutil
 
-    try:
+    def read(directory: str) -> ProcessStats:
         process = psutil.Process(pid)
         with process.oneshot():
             if process.uids().real != uid or process.status() == psutil.STATUS_ZOMBIE:
@@ -61,6 +65,9 @@ def process_stats(pid: int, uid: int) -> ProcessStats:
                 memory=process.memory_info().rss,
                 uptime=max(0, int((time.time() - process.create_time()) * USEC_PER_SEC)),
             )
+
+    try:
+        return blockable.shared.one(f"/proc/{pid}", read)
     except (psutil.Error, OSError) as error:
         note(f"reading what process {pid} uses", error)
         return ProcessStats()
@@ -80,7 +87,9 @@ def _attribute(pid: int, name: str) -> Any:
     import psutil
 
     try:
-        return psutil.Process(pid).as_dict([name])[name]
+        return blockable.shared.one(
+            f"/proc/{pid}", lambda _: psutil.Process(pid).as_dict([name])[name]
+        )
     except (psutil.Error, OSError) as error:
         note(f"reading {name} of process {pid}", error)
         return None

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Final
 
 import pytest
 
+from qkilld.ctl.process_stats import command_line, process_stats
 from tests.lab import needs
 from tests.lab.bus import Client, Daemon
 from tests.lab.fuse import fuse_store
 from tests.lab.guest import QEMU, Guest
-from tests.lab.process import OTHER_UID, end, spawn
+from tests.lab.process import OTHER_UID, children, end, spawn
 from tests.lab.scratch import scratch
 
 Make = Callable[..., Guest]
@@ -124,6 +126,16 @@ def test_a_list_of_guests_in_a_second(blocking: int, start_daemon: Start, fake_q
             break
     print("calls took, in s:", measured)
     assert max(measured[-1]) <= LIMIT_S, measured
+
+
+def test_qkillctl_does_not_wait_for_a_command_line(blocking: int) -> None:
+    (pid, *_) = children(blocking)
+    assert process_stats(pid, OTHER_UID).memory
+    read: list[object] = []
+    reader = threading.Thread(target=lambda: read.append(command_line(pid)), daemon=True)
+    reader.start()
+    reader.join(60)
+    assert read == [[]]
 
 
 def _waited_s(pid: int) -> float:
