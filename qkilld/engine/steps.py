@@ -22,6 +22,8 @@ class Steps:
     def __init__(self) -> None:
         self._due: OrderedDict[int, deque[Callable[[], bool]]] = OrderedDict()
         """The work for each user. The first user is next, except that root's work comes first."""
+        self._end = 0.0
+        """When the present step ends, time.monotonic()."""
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
@@ -29,15 +31,19 @@ class Steps:
         self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
 
+    def add_time(self, seconds: float) -> None:
+        """Note that the present work makes a task ready that will take this time."""
+        self._end -= seconds
+
     def _continue(self) -> None:
         if self._due and self._step is None:
             self._step = asyncio.get_running_loop().call_soon(self._take_step)
 
     def _take_step(self) -> None:
         self._step = None
-        end = time.monotonic() + STEP_S
+        self._end = time.monotonic() + STEP_S
         try:
-            while self._due and time.monotonic() < end:
+            while self._due and time.monotonic() < self._end:
                 self._work(0 if 0 in self._due else next(iter(self._due)))
         finally:
             self._continue()

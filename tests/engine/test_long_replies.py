@@ -124,6 +124,15 @@ class FakeBus:
 
     def watch_names(self, handler: object) -> None: ...
 
+    async def request_bus(self, *_: object) -> list[bool]:
+        return [True]
+
+    def tell_bus(self, *_: object) -> None: ...
+
+    def send_now(self, reply: Any) -> None:
+        reply.serial = 1
+        self.replies.append((reply.reply_serial, reply.signature, bytes(encode(reply))))
+
     def send(self, message: Any) -> None:
         """Send a signal."""
         message.serial = 1
@@ -301,6 +310,34 @@ def test_streams_of_many_jobs(world: World) -> None:
         assert not turns.limits._running
 
     asyncio.run(work())
+
+
+def test_calls_of_wait_for_one_job(world: World) -> None:
+    """A user may have a thousand."""
+    bus = FakeBus()
+
+    async def work() -> None:
+        process = FakeProcess(make_guest(1, uid=UID))
+        job = world.stop(process)
+        service = service_with(world, 0)
+        cast(Any, service).extend = None
+        tree = ManagerTree(ManagerObject(service), service)
+        server = Server(cast(Connection, bus), tree, fault, Turns(frozenset({0})))
+        for serial in range(1, 1001):
+            call = call_of(serial, "org.qkilld1.Job", "Wait", sender=":1.1")
+            bus.on_call(replace(call, path="/org/qkilld1/job/1"))
+        while len(job._waiters._waiting) < 1000:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+        async def until_answered() -> None:
+            process.die()
+            while server.busy:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        assert await longest_share(until_answered()) < MAX_SHARE
+
+    asyncio.run(work())
+    assert sorted(serial for serial, *_ in bus.replies) == list(range(1, 1001))
 
 
 def busy_for(calls: list[int], number: int) -> None:
