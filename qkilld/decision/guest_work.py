@@ -95,9 +95,13 @@ def rates_between(earlier: GuestObservation, later: GuestObservation) -> Rates:
     requests = difference(earlier.requests, later.requests)
     wanted = wanted_time(earlier, later)
     ran = difference(earlier.vcpu_time, later.vcpu_time)
+    vcpus = None if wanted is None else wanted / duration
+    if vcpus is not None and later.vcpus is not None:
+        # The kernel counts a wait when it ends. So a short time may contain the end of a long wait.
+        vcpus = min(vcpus, float(later.vcpus))
     return Rates(
         None if requests is None else requests * USEC_PER_SEC / duration,
-        None if wanted is None else wanted / duration,
+        vcpus,
         None if ran is None else ran / duration,
         max(difference(earlier.request_time, later.request_time) or 0, 0) / duration,
     )

@@ -113,6 +113,8 @@ class GuestObservation:
     """The total time that the virtual processors ran, µs."""
     vcpu_wait: int | None = None
     """The total time that the virtual processors waited for a processor of the host, µs."""
+    vcpus: int | None = None
+    """The number of virtual processors; None if unknown."""
     vcpu_load: float | None = None
     """The number of processors that the virtual processors wanted in the last tenth of a second.
     Read only before the guest is asked."""

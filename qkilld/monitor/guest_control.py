@@ -374,6 +374,7 @@ class GuestControl:
             disks_idle=None if totals is None else totals.idle,
             vcpu_time=ran,
             vcpu_wait=waited,
+            vcpus=None if vcpus is None else vcpus.count,
             vcpu_load=vcpus.load() if vcpus is not None and not self._expects_shutdown else None,
             agent_open=self.last_port.opened if self.last_port is not None else None,
             signs=signs,

@@ -22,6 +22,10 @@ class VcpuThreads:
         """`tasks` is /proc/PID/task."""
         self._tasks, self._threads = tasks, threads
 
+    @property
+    def count(self) -> int:
+        return len(self._threads)
+
     def times(self) -> tuple[int | None, int | None]:
         """Return (time run, time waited for a host processor) of all threads, in µs; both None if
         any is unreadable.

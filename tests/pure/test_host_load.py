@@ -159,6 +159,19 @@ def test_a_guest_that_computes_on_a_host_whose_load_changes(earlier: float, late
     assert course.end == (course.ignored_at, Conclusion.IGNORED)
 
 
+def test_a_wait_that_began_before_the_guest_was_measured() -> None:
+    """The kernel counts it when it ends, so the guest seems to want more than its one processor,
+    and to want less afterwards."""
+
+    def computes(now: float, since: float | None) -> Moment:
+        if since is None:
+            return Moment(vcpus=0.05, waiting=2.2, requests=4)
+        return Moment(vcpus=0.8, waiting=0.1, in_flight=0.1, requests=1)
+
+    course = Course(computes, idle_disks=False).run(400)
+    assert course.end == (course.ignored_at, Conclusion.IGNORED)
+
+
 def test_an_idle_guest_that_ignores_it_on_a_host_that_becomes_busy() -> None:
     """It does the same as before, but waits for the processors more."""
     idle = seconds((0, 0.003, 0.001, 0))

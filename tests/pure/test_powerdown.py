@@ -76,6 +76,7 @@ class Course:
                     disks_idle=9 * S if self.idle_disks and not self.asked else 0,
                     vcpu_time=None if moment.vcpus is None else int(vcpu_time),
                     vcpu_wait=int(vcpu_wait),
+                    vcpus=1,
                     vcpu_load=moment.load,
                     signs=moment.signs if self.asked else frozenset(),
                 ),
