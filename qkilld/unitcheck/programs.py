@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -178,7 +178,7 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """Classify docker, podman and nerdctl."""
+    """Classify docker and nerdctl, and podman as far as it is like these."""
     command = _verb(words, ("--context", "-H", "--host", "--namespace", "-n"))
     if command == "machine":
         subcommand = _verb(words[list(words).index("machine") + 1 :], ())
@@ -187,11 +187,22 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
         number = _signal_option(words, ("s",))
         has_signal = any(re.match(r"-s|--signal|-[A-Z0-9]+$", word) for word in words)
         return acts_of_signal(number if has_signal else signal.SIGKILL)
-    if command == "rm" and {"-f", "--force"} & set(words):
+    if command == "rm" and _has_flag(words, "f", "--force"):
         return _KILLS
     # A stop is unknown, because the container's entry point may do anything on SIGTERM; SIGKILL
     # follows 10 s later.
     return _UNKNOWN if command in ("stop", "restart", "compose", "") else _CHANGES
+
+
+def _podman(words: Sequence[str], text: str) -> tuple[Act, ...]:
+    # Unlike docker, podman stops the container before it removes it, as in units of Quadlet.
+    is_removal = _verb(words, ()) == "rm"
+    return _UNKNOWN if is_removal and _has_flag(words, "f", "--force") else _container(words, text)
+
+
+def _has_flag(words: Iterable[str], letter: str, name: str) -> bool:
+    """Return whether an option is given, perhaps with others in one word, such as -vf."""
+    return any(word == name or re.fullmatch(rf"-[a-z]*{letter}[a-z]*", word) for word in words)
 
 
 def _instances(words: Sequence[str], text: str) -> tuple[Act, ...]:
@@ -330,7 +341,7 @@ _READERS: Final[Mapping[str, Callable[[Sequence[str], str], tuple[Act, ...]]]] =
     "mawk": _awk,
     "virsh": _virsh,
     "docker": _container,
-    "podman": _container,
+    "podman": _podman,
     "nerdctl": _container,
     "incus": _instances,
     "lxc": _instances,
