@@ -250,7 +250,7 @@ _WITHOUT_GUEST: Final = {
     UnitVerdict.UNKNOWN: "has no known guest",
     UnitVerdict.MANUAL: "Executables= does not cover its guest",
     UnitVerdict.OTHER_UNIT: "its guest runs in another unit",
-    UnitVerdict.WORSE: "manages guests",
+    UnitVerdict.WORSE: "manages its guests",
 }
 
 

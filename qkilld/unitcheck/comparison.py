@@ -23,6 +23,7 @@ from qkilld.unitcheck.context import (
     main_is_qemu,
     may_trap,
     outlives,
+    runs_container,
     started_qemus,
     starts_elsewhere,
     stop_lines,
@@ -234,6 +235,14 @@ def _refused(
             reason="it manages guests that are meant to outlive it: with the drop-in, a restart or"
             " an upgrade would stop them all",
             advice="leave it as it is; qkilld-guests.service stops its guests at host shutdown",
+        )
+    if runs_container(facts, surroundings):
+        return replace(
+            comparison,
+            word=UnitVerdict.WORSE,
+            reason="it runs a container, which shuts down its own programs, and guests among them:"
+            " with the drop-in, systemd would signal each of them at once",
+            advice="leave it as it is; adopt the unit of the guest in the container",
         )
     if surroundings.guests:
         return None

@@ -25,6 +25,7 @@ OWN_STARTER: Final = "qemu-guest"
 _SHELLS: Final = frozenset(
     ["sh", "bash", "dash", "zsh", "ksh", "ash", "busybox", "env", "sudo", "setpriv", "nice"]
 )
+_CONTAINERS: Final = frozenset(["systemd-nspawn", "lxc-start"])
 _QEMU_NAME: Final = re.compile(
     r"\.?(?:qemu-system-[\w.-]+|qemu-kvm|kvm)(?:-wrapped|-real)?|kvm-spice", re.ASCII
 )
@@ -141,6 +142,14 @@ def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
         name in MANAGERS or (name == "podman" and "service" in start.arguments)
         for start in facts.exec_start
         for name in programs_of(start)
+    )
+
+
+def runs_container(facts: UnitFacts, around: Surroundings) -> bool:
+    """Return whether the main process shuts down a container, with the guests in it."""
+    running = PurePosixPath(around.main_executable.removesuffix(" (deleted)")).name
+    return not facts.is_scope and not _CONTAINERS.isdisjoint(
+        (running, *(name for start in facts.exec_start for name in programs_of(start)))
     )
 
 

@@ -118,6 +118,18 @@ def test_a_manager_is_left_alone(facts: UnitFacts, surroundings: Surroundings) -
     assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
 
 
+@pytest.mark.parametrize("program", ["systemd-nspawn", "lxc-start"])
+def test_a_container_is_left_alone(program: str) -> None:
+    """KillMode=control-group would end a database in it without its own shutdown."""
+    facts = replace(starting(f"/usr/bin/{program}", "-b"), kill_mode="mixed")
+    running = replace(ASKABLE, main_executable=f"/usr/bin/{program} (deleted)")
+    script = replace(facts, exec_start=(Command("/opt/run", ("/opt/run",)),))
+    for found in (judge(facts, ASKABLE), judge(script, running), judge(facts, Surroundings())):
+        assert (found.word, found.writes) == (UnitVerdict.WORSE, False)
+        assert "runs a container" in found.reason
+    assert judge(script, ASKABLE).word is UnitVerdict.SAFE
+
+
 @pytest.mark.parametrize(
     "facts",
     [
