@@ -8,6 +8,7 @@ users.
 While qkilld-stop stops a guest in a system unit, nothing is removed: the stop would lose its
 extended timeout, and the modules that it has yet to import. If this lasts longer than 30 s, the
 exit code is 4, and the package must not be removed. The units of user managers are not asked about.
+--now is for package managers that remove the package anyway: it does not wait.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ def main() -> int:
         prog="undo-adopt", description="Remove every drop-in of `qkillctl adopt`."
     )
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR")
-    root = parser.parse_args().root
+    parser.add_argument("--now", action="store_true", help="do not wait for running stops")
+    arguments = parser.parse_args()
+    root = arguments.root
     code = ExitCode.OK
-    if root == Path("/") and Path("/run/systemd/system").is_dir():
+    if not arguments.now and root == Path("/") and Path("/run/systemd/system").is_dir():
         try:
             asyncio.run(_wait_for_stops())
         except StopsRunning as error:

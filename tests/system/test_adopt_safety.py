@@ -140,6 +140,9 @@ def test_no_time_is_taken_from_a_stop_that_runs(installed: Container, stubborn: 
         assert installed.property(slow, "ActiveState") == "deactivating"
         assert "is safe" in ctl(installed, "adopt", "--now", name)
         ctl(installed, "adopt", "--undo", "--now", name)
+        assert OURS in files(installed)
+        installed.run("/usr/lib/qkilld/undo-adopt", "--now", timeout=60)
+        assert OURS not in files(installed)
         # adopt waits for the stop, and then continues.
         with installed.spawn("qkillctl", "adopt", name) as adopting:
             with pytest.raises(subprocess.TimeoutExpired):

@@ -159,6 +159,22 @@ def test_the_removal_takes_back_what_adopt_has_written(lab_dir: Path) -> None:
     assert not (lab_dir / "etc/systemd/system/a.service.d").exists()
 
 
+@pytest.mark.parametrize(("code", "calls"), [(0, [""]), (1, [""]), (4, ["", "--now"])])
+def test_pacman_removes_the_package_during_a_stop(
+    lab_dir: Path, code: int, calls: list[str]
+) -> None:
+    """It cannot refuse that, so no drop-in may remain."""
+    log = lab_dir / "calls"
+    undo = f'#!/bin/sh\necho "$*" >>{log}\n[ "$1" = --now ] || exit {code}\n'
+    for name, text in (("undo-adopt", undo), ("systemctl", "#!/bin/sh\n")):
+        (lab_dir / name).write_text(text)
+        (lab_dir / name).chmod(0o755)
+    script = (TOP / "packaging/arch/qkilld.install").read_text()
+    script = script.replace("/usr/lib/qkilld/", f"{lab_dir}/")
+    run(["sh", "-c", f"{script}\npre_remove"], env={"PATH": f"{lab_dir}:/usr/bin:/bin"})
+    assert log.read_text().split("\n")[:-1] == calls
+
+
 @pytest.mark.parametrize("variable", ["PREFIX=usr", "BINDIR=/usr/b in", "PYTHON=python3"])
 def test_a_wrong_place_is_refused(lab_dir: Path, variable: str) -> None:
     said = make("install", f"DESTDIR={lab_dir}", variable, check=False)
