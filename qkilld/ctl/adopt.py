@@ -106,19 +106,31 @@ class _Adopter:
             document = report.as_json() | {"path": str(drop_in.path), "text": text}
             return ExitCode.OK, document
         drop_in.write(text)
-        await self._reload(drop_in)
         try:
-            after = await self._check(name)
-            _compare_with_prediction(report, after)
-        except QkilldError:
-            # systemd rejects the drop-in, or parses it differently: restore the previous state.
-            if old:
-                drop_in.write(old)
-            else:
-                drop_in.remove()
-            await self._systemd.reload()
+            await self._reload(drop_in)
+            after = await self._check_adopted(drop_in, old, report)
+        except asyncio.CancelledError:  # Ctrl-C.
+            self._say("Interrupted: taking the drop-in back.")
+            await self._restore(drop_in, old)
             raise
         return self._report(after, drop_in, text)
+
+    async def _check_adopted(self, drop_in: DropIn, old: str, report: UnitReport) -> UnitReport:
+        try:
+            after = await self._check(report.name)
+            _compare_with_prediction(report, after)
+        except QkilldError:
+            # systemd rejects the drop-in, or parses it differently.
+            await self._restore(drop_in, old)
+            raise
+        return after
+
+    async def _restore(self, drop_in: DropIn, old: str) -> None:
+        if old:
+            drop_in.write(old)
+        else:
+            drop_in.remove()
+        await self._systemd.reload()
 
     def _report_unchanged(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         if not self._session.json:

@@ -93,6 +93,24 @@ def test_an_earlier_drop_in_of_ours_comes_back_as_it_was(installed: Container) -
         assert installed.run("cat", path).stdout == text
 
 
+def test_an_interrupted_adoption_is_taken_back(installed: Container) -> None:
+    slow = "/run/systemd/system-generators/slow"
+    with unit(installed) as name:
+        before = files(installed)
+        installed.write(slow, "#!/bin/sh\nsleep 3\n", 0o755)
+        try:
+            with installed.spawn("qkillctl", "adopt", name) as adopting:
+                until(lambda: files(installed), lambda found: OURS in found)
+                installed.run("pkill", "-INT", "-f", f"qkillctl adopt {name}")
+                assert adopting.wait(90) == 130
+                assert adopting.stdout is not None
+                assert "taking the drop-in back" in adopting.stdout.read().decode()
+        finally:
+            installed.run("rm", slow)
+        assert files(installed) == before
+        assert OURS not in installed.property(name, "DropInPaths")
+
+
 @pytest.fixture
 def stubborn(installed: Container) -> str:
     """A QEMU that ignores SIGTERM."""
