@@ -67,13 +67,13 @@ _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 
 async def config_of(session: Session) -> Config:
-    """Read the configuration files; if they are invalid, use the defaults. A running daemon's
-    policy takes precedence, because it may have read other files. The daemon is not started for
-    this."""
+    """Read the configuration files; if they are invalid, say so and use the defaults. A running
+    daemon's policy takes precedence, because it may have read other files. The daemon is not
+    started for this."""
     try:
         config = files.load()
     except ConfigError as error:
-        note("reading the configuration; its defaults are used instead", error)
+        session.output.error(f"the configuration is wrong, so this is for the defaults: {error}")
         config = Config()
     with ignore("asking qkilld for its policy", QkilldError):
         (running,) = await session.connection.request_bus("NameHasOwner", "s", BUS_NAME)

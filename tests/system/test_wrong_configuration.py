@@ -3,6 +3,7 @@ start qkilld again and again."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -62,6 +63,13 @@ def test_callers_on_varlink(system: Container) -> None:
     assert len(starts) in (1, 2)
     assert system.property("qkilld.service", "ActiveState") == "failed"
     assert system.property("qkilld.socket", "ActiveState") == "active"
+
+
+def test_a_unit_is_checked_with_the_defaults(system: Container) -> None:
+    done = system.run("qkillctl", "--json", "check-unit", "dbus.service", check=False)
+    assert f"wrong, so this is for the defaults: {WRONG}:2" in done.stderr
+    (document,) = json.loads(done.stdout)
+    assert document["verdict"] == "unknown"
 
 
 def test_a_wrong_option(system: Container) -> None:
