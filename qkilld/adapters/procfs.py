@@ -171,6 +171,18 @@ def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
         raise ProcessLookupError(f"no credentials of {pid}") from None
 
 
+def read_children(pid: int, proc: Path = PROC) -> list[int]:
+    """Return the children of a process, in the order in which each of its threads has started them;
+    [] if they are unreadable."""
+    try:
+        tasks = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208 - half the cost
+    except OSError as error:
+        note_once("listing children", error)
+        return []
+    texts = [read_bounded(f"{proc}/{pid}/task/{task}/children", 4096) for task in tasks]
+    return [int(word) for text in texts for word in (text or b"").split()]
+
+
 def is_dying(pid: int, proc: Path = PROC) -> bool:
     """Return whether SIGKILL is pending for the process, or it is exiting already. Raises
     OSError."""

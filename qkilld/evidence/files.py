@@ -166,6 +166,8 @@ def _image(
         # They are memory, not images.
         internal = path.endswith(" (deleted)") and path.rfind("/") == 0
         return None if internal else Image("", None, writable, path)
+    if filesystem.kind == "devpts":
+        return None  # A terminal.
     if filesystem.kind not in _IN_MEMORY:
         return Image("", filesystem, writable, path)
     try:

@@ -21,7 +21,8 @@ from qkilld.evidence.handover import Handover
 from qkilld.evidence.meminfo import read_memory
 from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.peer_finder import PeerFinder
-from qkilld.evidence.peers import ServerReader, names_by_mount
+from qkilld.evidence.peer_reader import names_by_mount
+from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.process_reader import ProcessReader
 from qkilld.evidence.sockdiag import CrowdedTables
 from qkilld.evidence.sockets import SocketReader, SocketTable

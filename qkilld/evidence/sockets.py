@@ -72,7 +72,8 @@ _MAX_SETTLED: Final = 16
 descriptor's link, so read() does not return an earlier result."""
 _NONE: Final = frozenset[int]()
 _STANDARD: Final = (0, 1, 2)
-"""Standard input, output and error are never storage, whatever they are connected to."""
+"""Standard input, output and error are storage only if the command line says so. A program that
+starts with closed ones may get these numbers for a disk."""
 
 
 class SocketReader:
@@ -394,10 +395,9 @@ class SocketReader:
 
     def _unix_use(self, inode: int, name: bytes, table: SocketTable) -> _Use:
         ends, number = self._ends, self._numbers.get(inode)
-        if number in _STANDARD:
-            return _OTHER
+        unnamed = _OTHER if number in _STANDARD else _UNKNOWN
         if ends is None:
-            return _OTHER if _SERVICES.match(name) else _UNKNOWN
+            return _OTHER if _SERVICES.match(name) else unnamed
         if number in ends.descriptors:
             return ends.descriptors[number]
         if name and ends.descriptors:
@@ -406,19 +406,19 @@ class SocketReader:
                 self._given_names = {table.listens_at(i): ends.descriptors[n] for i, n in given}
             if name in self._given_names:
                 return self._given_names[name]
-        return ends.at_path(os.fsdecode(name.removeprefix(b"\0")))
+        use = ends.at_path(os.fsdecode(name.removeprefix(b"\0")))
+        return unnamed if use is _UNKNOWN else use
 
     def _tcp_use(self, inode: int, port: int) -> _Use:
         """Return the purpose of a TCP connection. `port`: that of the listening end."""
         ends, number = self._ends, self._numbers.get(inode)
-        if number in _STANDARD:
-            return _OTHER
+        unnamed = _OTHER if number in _STANDARD else _UNKNOWN
         if ends is None:
-            return _UNKNOWN
+            return unnamed
         uses = [use for use in (ends.ports.get(port), ends.descriptors.get(number)) if use]
         # Prefer storage: the same port number may be storage on one host and something else on
         # another.
-        return max(uses, key=lambda use: use.role == "storage", default=_UNKNOWN)
+        return max(uses, key=lambda use: use.role == "storage", default=unnamed)
 
     def _read_foreign(
         self, protocols: Mapping[int, str], table: SocketTable

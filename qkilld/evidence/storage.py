@@ -34,7 +34,7 @@ MAX_DEVICES: Final = 256
 """Greatest number of devices under one process's images; with more the answer is unknown."""
 MAX_DEPTH: Final = 16
 _STANDARD_ERROR: Final = 2
-"""Files with descriptors up to this one are logs, not images."""
+"""Files with descriptors up to this one are logs if the process can only write to them."""
 
 # File systems without storage, or without storage that a guest waits for.
 # fmt: off
@@ -154,7 +154,7 @@ class StorageReader:
         """Return the paths of images open for writing; None before a successful refresh()."""
         if not self._known:
             return None
-        return [i.path for n, i in self._images.items() if i.writable and n > _STANDARD_ERROR]
+        return [image.path for image in self._images.values() if image.writable]
 
     @property
     def writable_mounts(self) -> dict[str, str] | None:
@@ -170,7 +170,7 @@ class StorageReader:
         return {
             image.path: self._places[number]
             for number, image in self._images.items()
-            if image.writable and number > _STANDARD_ERROR
+            if image.writable
         }
 
     def read(

@@ -143,7 +143,8 @@ class Peer:
     """MAJOR:MINOR of the storage under the image that the peer serves to this process: block
     devices, or a file system without one. () if unknown."""
     behind: tuple[Peer, ...] = ()
-    """Servers on this host that the peer uses itself."""
+    """Servers on this host that the peer uses itself, and processes that it has started and may
+    wait for."""
     unread: int | None = None
     """Bytes that the process has sent to the peer, and that the peer has not read."""
     parent: int = 0
@@ -159,7 +160,8 @@ class Peer:
     """MAJOR:MINOR of the FUSE file systems that the peer serves to the process before it, if it is
     part of `behind` and serves only that process; () if not."""
     certain: bool = True
-    """Whether it certainly serves them. Otherwise the kernel does not tell which process does."""
+    """Whether it certainly works for the process before it. Otherwise the kernel does not tell
+    which process serves the file system, or that process has started it."""
     unseen_requests: bool | None = None
     """Whether the peer may have requests to its files in flight without a thread that waits for
     them: on an io_uring, or asynchronous ones."""

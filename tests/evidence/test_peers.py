@@ -27,7 +27,8 @@ from qkilld.evidence.exports import (
 from qkilld.evidence.fuse import FuseFinder
 from qkilld.evidence.kept_file import kept_files
 from qkilld.evidence.peer_finder import PeerFinder
-from qkilld.evidence.peers import PeerReader, ServerReader
+from qkilld.evidence.peer_reader import PeerReader
+from qkilld.evidence.peers import ServerReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.evidence.storage import StorageTable
 from qkilld.model.sample import Peer

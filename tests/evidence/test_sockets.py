@@ -16,12 +16,15 @@ from pathlib import Path
 import pytest
 
 from qkilld.evidence import sockdiag, sockets
+from qkilld.evidence.command_line import GraphReader
 from qkilld.evidence.sockets import SocketReader, SocketTable
 from qkilld.model.sample import Socket
 from tests.evidence.trees import lay
 from tests.evidence.until import until
 from tests.lab import needs
+from tests.lab.bare import bare_guest
 from tests.lab.guest import Guest, start_qemu
+from tests.lab.nbd import nbd_store
 from tests.lab.netns import NetworkNamespace
 from tests.lab.process import OTHER_UID, TOP, end, spawn
 from tests.lab.storage import NbdServer, nbd_server
@@ -537,3 +540,26 @@ def test_the_rest_of_an_answer_does_not_wait_for_the_next_question(
         assert socket.AF_UNIX in crowd
         with pytest.raises(BlockingIOError):
             ours.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_a_disk_may_have_the_descriptor_of_standard_input(lab_dir: Path) -> None:
+    """If QEMU starts without standard streams, its connections get their numbers."""
+
+    def close_standard_streams() -> None:
+        for descriptor in (0, 1, 2):
+            os.close(descriptor)
+
+    image = lab_dir / "image.raw"
+    image.write_bytes(bytes(1 << 20))
+    with nbd_store(image) as store:
+        drive = f"driver=nbd,server.type=unix,server.path={store.server()['path']},if=none,id=n"
+        with bare_guest(lab_dir, ["-drive", drive], before=close_standard_streams) as guest:
+            reader = SocketReader(guest.pid)
+            reader.refresh(
+                graph=until(GraphReader(guest.pid).read, lambda known: known is not None)
+            )
+            found = reader.read(SocketTable()) or ()
+            (connection,) = [socket for socket in found if socket.role == "storage"]
+            links = [Path(f"/proc/{guest.pid}/fd/{number}").readlink() for number in (0, 1, 2)]
+            assert Path(f"socket:[{connection.inode}]") in links
+            assert connection.node == "n"

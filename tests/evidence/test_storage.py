@@ -451,3 +451,15 @@ def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path:
     assert reader.place_of(2) is None
     assert not seen(reader)["8:16"].writable
     assert reader.writable == ["/fuse/c"]
+
+
+def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> None:
+    """If QEMU starts without standard streams, its images get their numbers. A terminal is none."""
+    reader = reader_of(
+        tmp_path,
+        {0: ("/dev/pts/1", RW, 6), 1: ("/far/log", os.O_WRONLY, 8), 2: ("/far/a", RW, 8)},
+        "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n6 0 0:20 / /dev/pts rw - devpts none rw\n",
+        SYS,
+    )
+    assert reader.writable == ["/far/a"]
+    assert reader.writable_places == {"/far/a": FilePlace(("8:16",), "")}

@@ -62,10 +62,18 @@ def local_disk(directory: Path) -> list[str]:
     return ["-drive", f"file={path},if=none,id=local,format=qcow2"]
 
 
-@pytest.fixture(params=["io_uring", "socat"])
+@pytest.fixture(params=["io_uring", "socat", "script"])
 def server_on(request: pytest.FixtureRequest) -> Callable[[Path, Path], list[object]]:
     """Return a function that makes the command line of a server: one whose flush is in a kernel
-    thread, and one that a proxy reaches by a pair of sockets."""
+    thread, one that a proxy reaches by a pair of sockets, and one whose scripts write."""
+    if request.param == "script":
+        nbdkit = needs.program("nbdkit", "nbdkit")
+        return lambda image, path: [
+            *(nbdkit, "--foreground", "-U", path, "eval", "get_size=echo 32M"),
+            *("can_write=exit 0", "can_flush=exit 0", f"flush=sync -d {image}"),
+            f"pwrite=dd of={image} oflag=seek_bytes conv=notrunc seek=$4 status=none",
+            f"pread=dd if={image} iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
+        ]
     if request.param == "socat":
         socat, nbdkit = needs.program("socat", "socat"), needs.program("nbdkit", "nbdkit")
         return lambda image, path: [

@@ -1,0 +1,229 @@
+"""Sample one server: a process at the other end of a connection, or behind another server."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qkilld.adapters.procfs import read_stat
+from qkilld.debug_log import note_once
+from qkilld.evidence.exports import ExportReader, WaitBudget
+from qkilld.evidence.files import read_descriptors
+from qkilld.evidence.kept_file import count_kept, open_directory, read_once
+from qkilld.evidence.process_reader import ProcessReader
+from qkilld.evidence.sockdiag import Unreadable
+from qkilld.evidence.sockets import SocketReader, SocketTable
+from qkilld.evidence.storage import FilePlace, StorageReader, StorageTable
+from qkilld.evidence.thread_places import place_threads
+from qkilld.model.sample import Mount, Peer
+from qkilld.model.text import printable
+
+PROC: Final = Path("/proc")
+REFRESH_S: Final = 10.0
+"""How long a list of a server's open files is valid."""
+KEPT_THREADS: Final = 16
+"""Of this many threads of a server, a file may stay open."""
+_MAY_LEAVE: Final = ("qemu-nbd", "nbdkit", "socat")
+"""The programs for which leaves_with_client can tell whether they exit with their client."""
+
+
+class PeerReader:
+    """Samples one server. Not thread-safe."""
+
+    def __init__(self, pid: int, budget: WaitBudget, proc: Path = PROC) -> None:
+        self.pid = pid
+        self._proc = proc
+        self._process: ProcessReader | None = None
+        """None if its files are closed."""
+        self._start_time: int | None = None
+        """The start of the process, once read: its id may be reused while the files are closed."""
+        self._storage = StorageReader(pid, proc)
+        self._command = _command(pid, proc)
+        self._parent = _parent(pid, proc)
+        self._refresh_time = -REFRESH_S
+        self.upstream: list[int] = []
+        """The inodes of the other ends of its connections and socket pairs to servers it uses."""
+        self.upstream_unknown = True
+        """Whether there may be others: its sockets or their other ends are unreadable."""
+        self.mounts: tuple[Mount, ...] = ()
+        """The file systems without a block device under its files."""
+        self._sockets = SocketReader(pid, proc)
+        self._exports = ExportReader(pid, budget, proc)
+
+    def read(
+        self,
+        table: StorageTable,
+        sockets: SocketTable,
+        ours: Mapping[int, str | None] | None,
+        names: frozenset[str] = frozenset(),
+    ) -> Peer | None:
+        """Sample the server; None if it is gone.
+
+        `ours`: the export that the guest requested over each of its connections, by the inode of
+        the server's end. It is None for the server of a FUSE file system: nothing shows who else
+        uses that. `names`: the names of the guest's images in the file system.
+        """
+        values: dict[str, Any] = {"state": "?"}
+        self._read_process(values)
+        if values["state"] in ("?", "Z", "X"):
+            return None
+        now = time.monotonic()
+        if now - self._refresh_time >= REFRESH_S:
+            self._refresh_time = now
+            descriptors = read_descriptors(self.pid, self._proc)
+            self._storage.refresh(descriptors)
+            self._sockets.refresh(descriptors)
+        devices, mounts = self._storage.read(table)
+        self.mounts = mounts or ()
+        connections = self._sockets.read(sockets)
+        known = ours if connections is not None else None
+        shared = None if known is None else self._is_shared(known, sockets)
+        clients = {*self._sockets.accepted, *(ours or ())}
+        made = tuple(one for one in connections or () if one.inode not in clients)
+        if ours is None:
+            connects = connections is None or any(one.client for one in made)
+            place = self._place_of_names(names, has_upstream=connects)
+        else:
+            place = self._place(set(ours.values())) if shared is not False else ()
+        self.upstream = list(self._sockets.peers(made, sockets).values())
+        self.upstream_unknown = connections is None or self._sockets.has_unknown_peers
+        return Peer(
+            pid=self.pid,
+            command=self._command,
+            threads=place_threads(self.pid, values["threads"], self._storage, self._proc),
+            switches=values["switches"],
+            io=values["io"],
+            devices=devices,
+            shared=shared,
+            place=place,
+            unread=None
+            if connections is None or ours is None
+            else sum(c.receive_queue for c in connections if c.inode in ours),
+            parent=self._parent,
+            leaves=self._exports.leaves() if self._command in _MAY_LEAVE else False,
+            unseen_requests=_unseen_requests(values["rings"], values["direct"]),
+        )
+
+    def _read_process(self, values: dict[str, Any]) -> None:
+        if self._process is None:
+            self._process = ProcessReader(self.pid, self._proc, most_kept=KEPT_THREADS)
+            count_kept(self._process.directory >= 0)
+        self._process.read(values)
+        if self._start_time is None:
+            self._start_time = self._process.start_time
+        elif self._process.start_time != self._start_time:
+            values["state"] = "?"
+
+    def _is_shared(self, ours: Mapping[int, str | None], table: SocketTable) -> bool | None:
+        if not ours.keys() >= set(self._sockets.accepted):
+            return True
+        # A hidden socket may belong to another client, so the answer is unknown.
+        try:
+            return None if self._sockets.hidden(table) - ours.keys() else False
+        except Unreadable as error:
+            note_once("looking for other clients of a server", error)
+            return None
+
+    def _place(self, exports: set[str | None]) -> tuple[str, ...]:
+        """Return the storage of the guest's image; () unless the server has only one image, or its
+        command line shows which one it is."""
+        images = self._storage.writable_places
+        if len(set(images.values())) > 1:
+            known_exports = [export for export in exports if export is not None]
+            paths = {self._exports.path_of(export) for export in known_exports}
+            if len(known_exports) < len(exports):
+                return ()
+            images = {path: place for path, place in images.items() if path in paths}
+        return _only_place(images.values())
+
+    def _place_of_names(self, names: frozenset[str], *, has_upstream: bool) -> tuple[str, ...]:
+        """Return the storage of the server's files that are named like the guest's images. If it
+        has none, because it changes names, return the storage of its only files. But if it has
+        connections, return (): the images may be behind them, and the files may be its log or
+        cache."""
+        images = self._storage.writable_places
+        if named := {path: place for path, place in images.items() if file_name(path) in names}:
+            images = named
+        elif has_upstream:
+            return ()
+        return _only_place(images.values())
+
+    @property
+    def names(self) -> dict[str, frozenset[str]]:
+        """The names of the server's own images on each file system without a block device."""
+        return names_by_mount(self._storage.writable_places)
+
+    @property
+    def open_files(self) -> int:
+        """The number of descriptors that are open between reads."""
+        return 0 if self._process is None else self._process.open_files
+
+    def close_files(self) -> None:
+        """Close files, and the directory of the process; the next read opens them again."""
+        if self._process is not None:
+            count_kept(-(self._process.directory >= 0))
+            self._process.close()
+            self._process = None
+
+    def close(self) -> None:
+        self.close_files()
+        self._storage.close()
+        self._sockets.close()
+
+
+def _unseen_requests(rings: int | None, direct: bool | None) -> bool | None:
+    """Return Peer.unseen_requests. `rings`, `direct`: as in model.sample.Sample."""
+    if rings or direct:
+        return True
+    return None if rings is None or direct is None else False
+
+
+def names_by_mount(places: Mapping[str, FilePlace]) -> dict[str, frozenset[str]]:
+    """Return the names of the files on each file system without a block device, by its MAJOR:MINOR.
+    `places` has the storage of each file, by its path."""
+    names: dict[str, set[str]] = {}
+    for path, place in places.items():
+        if place.mount:
+            names.setdefault(place.mount, set()).add(file_name(path))
+    return {number: frozenset(files) for number, files in names.items()}
+
+
+def file_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _only_place(places: Iterable[FilePlace]) -> tuple[str, ...]:
+    """Return the storage that all files have; () if they have none, or not the same."""
+    distinct = set(places)
+    if len(distinct) != 1:
+        return ()
+    (place,) = distinct
+    return place.disks or ((place.mount,) if place.mount else ())
+
+
+def _parent(pid: int, proc: Path) -> int:
+    """Return Peer.parent."""
+    try:
+        stat = read_stat(pid, proc)
+        return stat.parent if read_stat(stat.parent, proc).comm == stat.comm else 0
+    except OSError as error:
+        note_once("looking for the parent of a server", error)
+        return 0
+
+
+def _command(pid: int, proc: Path) -> str:
+    try:
+        directory = open_directory(proc / str(pid))
+    except OSError as error:
+        note_once("looking at a server", error)
+        return ""
+    try:
+        return printable(os.fsdecode(read_once("comm", directory)).strip())
+    except OSError as error:
+        note_once("looking at a server", error)
+        return ""
+    finally:
+        os.close(directory)
