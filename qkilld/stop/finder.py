@@ -106,7 +106,11 @@ class ProcessFinder:
             if is_unknown(unit):
                 hidden.append(process.pid)
             process.close()
-        self.denied = [pid for pid in self.denied if procfs.read_unit(pid) in units]
+        self.denied = [
+            pid
+            for pid in self.denied
+            if procfs.read_unit(pid) in units and not _is_pam_session(pid)
+        ]
         if self.unidentified and not inside:
             raise self.unknown_identity()
         if self.denied and not inside:
@@ -183,6 +187,14 @@ class ProcessFinder:
         """Yield what the function `_qemus` yields, and set `unidentified` and `denied`."""
         self.unidentified, self.denied = [], []
         yield from _qemus(globs, concerns, self.unidentified, self.denied)
+
+
+def _is_pam_session(pid: int) -> bool:
+    """Return whether this is systemd's process for a session of PAM (PAMName=). Each command of the
+    unit has one, also qkilld-stop. The unit's user may not see its executable."""
+    with ignore(f"reading the name of process {pid}", OSError):
+        return procfs.read_stat(pid).comm == b"(sd-pam)"
+    return False
 
 
 def _shown(pids: Sequence[int]) -> str:

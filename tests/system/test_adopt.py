@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qkilld.unitcheck.command import quoted
+from tests.evidence.until import until
 from tests.lab import needs
 from tests.lab.container import CHECKOUT, Container
 from tests.lab.image import guest_image
@@ -416,6 +417,18 @@ def test_a_guest_that_may_not_be_seen_is_not_taken_for_none(manager: Manager) ->
         manager.run("test", "!", "-e", "/run/next")
         said = " ".join(str(entry["MESSAGE"]) for entry in manager.system.journal("-u", unit))
         assert "not permitted to see its executable" in said and "Write + before" in said
+
+
+def test_a_session_of_pam_is_not_taken_for_a_guest(manager: Manager) -> None:
+    """The unit's user may not see the executable of systemd's process (sd-pam), which each command
+    of the unit has."""
+    stop = f"ExecStop={CHECKOUT}/.venv/bin/python -m qkilld.stop"
+    sandbox = (f"Environment=PYTHONPATH={CHECKOUT}", "NotifyAccess=exec", "TimeoutStopSec=90s")
+    lines = ("ExecStart=/bin/sleep 0.3", f"User={OTHER_UID}", "PAMName=login")
+    with idle(manager, *lines, *sandbox, stop) as unit:
+        until(lambda: shown(manager, unit, "ActiveState"), {"inactive", "failed"}.__contains__)
+        said = [str(entry["MESSAGE"]) for entry in manager.system.journal("-u", unit)]
+        assert shown(manager, unit, "Result") == "success", said
 
 
 def test_disks_on_the_network(manager: Manager) -> None:
