@@ -223,7 +223,8 @@ class ServerWatch:
             return  # The sample is late.
         is_found = self._servers is not None and not self._servers.unfound
         is_over = self._samples >= MAX_SAMPLES and not sample.searching
-        if is_found or is_over or self._has_failed:
+        is_late = self._clock.now() >= self.until
+        if is_found or is_over or is_late or self._has_failed:
             self._end_search()
             # The call is delayed because `begin` may be the caller.
             self._clock.call_at(self._clock.now(), self._job.advance)

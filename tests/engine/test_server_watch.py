@@ -190,6 +190,19 @@ def test_a_search_that_does_not_end() -> None:
     assert process.sent == [SIGTERM]
 
 
+def test_a_search_that_does_not_end_takes_no_more_samples_after_sigterm() -> None:
+    def samples(*, searching: bool) -> int:
+        unfound = replace(CONNECTED, sockets=(replace(SOCKET, peer=None),), searching=searching)
+        world = ServedWorld(lambda now: unfound)
+        world.stop(client(), FORCE)
+        world.clock.advance(TIMEOUT / S + 15)
+        before = world.sampler.looks
+        world.clock.advance(20)
+        return world.sampler.looks - before
+
+    assert samples(searching=True) == samples(searching=False)
+
+
 def test_a_server_that_ended_before_the_guest() -> None:
     world, process = ServedWorld(), client()
     job = world.stop(process, FORCE)
