@@ -144,10 +144,10 @@ class GuestServerExits:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE
         if self._servers.total() < limit:
             return True
-        users = (uid for uid in self._servers if uid != 0)
-        most = max(users, key=self._servers.__getitem__, default=self._user)
+        users = [user for user in self._servers if user != 0]
         own = 0 if self._user == 0 else self._servers[self._user] + 1
-        if self._servers[most] <= own:
+        most = max(users, key=self._servers.__getitem__, default=0)
+        if most == 0 or self._servers[most] <= own:
             return False
         other = next(reversed(self._of_user[most]))
         pid = next(reversed(other._pidfds))

@@ -167,6 +167,8 @@ def test_users_share_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
         assert first.unwatched == other.unwatched == set(servers[:3])
         more = watch(1002, 1)
         assert more.unwatched == {servers[0]} and root.unwatched == frozenset()
+        # Nor do root's guests take them from each other.
+        assert watch(0, 1).unwatched == {servers[0]} and root.unwatched == frozenset()
         root.close()
         more.add(servers[0], NOW)
         assert more.unwatched == frozenset()
