@@ -12,22 +12,26 @@ FIRST_SUBORDINATE = 65536
 are places. Uids of directory services are often in this range, too."""
 
 _ranges: list[tuple[int, int, int]] = []
+"""In order."""
 
 
 def set_subordinate_uids(ranges: Sequence[tuple[int, int, int]]) -> None:
     """Set the ranges of subordinate uids: the first uid, the last one, and their user. Set them
-    before anything is counted."""
-    _ranges[:] = ranges
+    before anything is counted. A uid in two ranges is only in the one that begins later."""
+    _ranges[:] = sorted(ranges)
 
 
 def user_of(uid: int) -> int:
     """Return the user for whom a uid counts: of a known subordinate uid, the user who has it. Only
     limits use this; it gives no rights."""
-    if uid >= FIRST_SUBORDINATE:
-        for first, last, user in _ranges:
-            if first <= uid <= last:
-                return user
-    return uid
+    if uid < FIRST_SUBORDINATE or not _ranges:
+        return uid
+    # Imported only here, because programs without ranges do not need it.
+    from bisect import bisect_right
+
+    # There may be ranges of tens of thousands of users.
+    first, last, user = _ranges[bisect_right(_ranges, (uid + 1,)) - 1]
+    return user if first <= uid <= last else uid
 
 
 class FairShares:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from qkilld.engine.fair_shares import FairShares, user_of
+from qkilld.engine.fair_shares import FairShares, set_subordinate_uids, user_of
 
 
 @pytest.fixture
@@ -91,3 +93,20 @@ def test_a_place_may_be_taken_without_room(shares: FairShares) -> None:
         shares.give_back(1000)
     assert shares.taken == 0
     assert fill(shares, 1000) == 5
+
+
+def test_ranges_of_many_users() -> None:
+    """Each lookup must be quick, because a search of all processes needs thousands of them."""
+    ranges = [(100_000 + n * 65_536, 165_535 + n * 65_536, 1000 + n) for n in range(30_000)]
+    try:
+        set_subordinate_uids([*reversed(ranges), (100_100, 100_199, 7), (90_000, 89_999, 8)])
+        uids = [70_000, 99_999, 100_000, 100_099, 100_100, 100_199, 165_536, 89_999, 90_000]
+        assert [*map(user_of, uids)] == [70_000, 99_999, 1000, 1000, 7, 7, 1001, 89_999, 90_000]
+        assert user_of(100_200) == 100_200  # The range that begins later ends here.
+        assert user_of(ranges[-1][1]) == 30_999 and user_of(ranges[-1][1] + 1) == ranges[-1][1] + 1
+        began = time.process_time()
+        for _ in range(1000):
+            user_of(99_999)
+        assert time.process_time() - began < 0.5
+    finally:
+        set_subordinate_uids([])
