@@ -6,9 +6,9 @@ Methods that act on a process check it and the caller themselves; no argument is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from qkilld.decision.early_flush import CACHE_UNSAFE_UNKNOWN, may_hang
@@ -45,6 +45,9 @@ from qkilld.model.timespan import from_call
 
 if TYPE_CHECKING:
     from qkilld.engine.ports import Caller, Clock, Host, Monitors, Process, Sampler, Units, Watch
+
+Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,21 +196,19 @@ class Service:
         every = answer is Answer.GRANTED or uid == 0
         if unknown := [each for each in unidentified if every or each.uid == uid]:
             self.registry.note(events.not_identified(unknown, uid))
-        slots = self._slots_of(uid)
 
         async def one(guest: Guest) -> Job | None:
             pid, start_time = guest.identity.key
             try:
-                async with slots:
-                    checked = await self._access.open_checked(
-                        pid, caller, flag_set, start_time=start_time, answer=answer
-                    )
-                    return self._start(checked, flag_set, given)
+                checked = await self._access.open_checked(
+                    pid, caller, flag_set, start_time=start_time, answer=answer
+                )
+                return self._start(checked, flag_set, given)
             except QkilldError as error:
                 self.registry.note(events.not_stopped(guest, uid, error))
             return None
 
-        results = await asyncio.gather(*(one(guest) for guest in wanted))
+        results = await self._for_each(wanted, one, uid)
         jobs = [job for job in results if job is not None]
         await self.keep(*jobs)
         return jobs
@@ -224,21 +225,37 @@ class Service:
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
         _check_for_many(given)
-        slots = self._slots_of(await caller.uid())
 
-        async def one(pid: int, start_time: int | None) -> Job | QkilldError:
+        async def one(process: tuple[int, int | None]) -> Job | QkilldError:
+            pid, start_time = process
             try:
-                async with slots:
-                    checked = await self._access.open_checked(
-                        pid, caller, flag_set, start_time=start_time
-                    )
-                    return self._start(checked, flag_set, given)
+                checked = await self._access.open_checked(
+                    pid, caller, flag_set, start_time=start_time
+                )
+                return self._start(checked, flag_set, given)
             except QkilldError as error:
                 return error
 
-        results = await asyncio.gather(*(one(*process) for process in processes))
+        results = await self._for_each(processes, one, await caller.uid())
         await self.keep(*(job for job in results if isinstance(job, Job)))
         return results
+
+    async def _for_each(
+        self, items: Sequence[Item], act: Callable[[Item], Awaitable[T]], uid: int
+    ) -> list[T]:
+        """Return the results of `act`, called for at most MAX_AT_ONCE items at a time. There is no
+        task for each item, because a user can have tens of thousands of processes."""
+        slots, results = self._slots_of(uid), dict[int, T]()
+        waiting = iter(enumerate(items))
+
+        async def work() -> None:
+            for index, item in waiting:
+                async with slots:
+                    results[index] = await act(item)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(work() for _ in range(min(MAX_AT_ONCE, len(items)))))
+        return [results[index] for index in range(len(items))]
 
     def _slots_of(self, uid: int) -> asyncio.Semaphore:
         """Return the slots that all calls of a user share."""

@@ -33,6 +33,7 @@ from qkilld.engine import guest_watch
 from qkilld.engine.call_limits import MAX_READS
 from qkilld.engine.job import Job
 from qkilld.engine.long_replies import LongReplies
+from qkilld.engine.registry import MAX_JOBS_PER_UID
 from qkilld.engine.service import Service
 from qkilld.engine.snapshot import Snapshot
 from qkilld.engine.turns import Turns
@@ -45,6 +46,7 @@ from qkilld.varlink.connection import VarlinkConnection
 from qkilld.varlink.methods import VarlinkMethods
 from qkilld.varlink.server import VarlinkCall, VarlinkServer
 from qkilld.varlink.streams import Streams
+from tests.engine.test_service import FakeCaller, make_service
 from tests.lab.process import spawn, wait_gone
 
 from .conftest import FakeProcess, S, World, make_guest
@@ -308,6 +310,26 @@ def test_streams_of_many_jobs(world: World) -> None:
         assert [end["parameters"]["state"]["job"] for end in ends] == [job.number for job in jobs]
         assert [end.get("continues", False) for end in ends] == [True] * (count - 1) + [False]
         assert not turns.limits._running
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("uid", [0, UID])
+def test_stopping_many_guests(world: World, uid: int) -> None:
+    """And refusing to, because a user has no more than MAX_JOBS_PER_UID jobs."""
+    processes = [FakeProcess(make_guest(pid, uid=UID)) for pid in range(2, 3002)]
+    service, _ = make_service(world, *processes)
+
+    async def work() -> None:
+        await service.guests()
+        jobs = list[Job]()
+
+        async def stop_all() -> None:
+            jobs.extend(await service.terminate_all(Flag.NOWAIT, {}, FakeCaller(uid)))
+
+        assert await longest_share(stop_all()) < MAX_SHARE
+        assert len(jobs) == (len(processes) if uid == 0 else MAX_JOBS_PER_UID)
+        assert [job.guest.identity.pid for job in jobs] == list(range(2, len(jobs) + 2))
 
     asyncio.run(work())
 
