@@ -18,6 +18,7 @@ import itertools
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -269,9 +270,9 @@ def _identity(directory: str) -> Identity:
         pid=int(directory.rpartition("/")[2]),
         start_time=stat.start_time,
         uid=uid,
-        command=stat.command,
+        command=sys.intern(stat.command),  # Most guests share both texts.
         state=stat.state,
-        executable=executable,
+        executable=sys.intern(executable),
         executable_deleted=deleted,
         exiting=not executable and _stat(directory).exiting,
     )
@@ -457,10 +458,10 @@ def parse_mount(line: bytes, pid: str) -> Filesystem | None:
             pid=pid,
             id=int(fields[0]),
             parent=int(fields[1]),
-            number=fields[2].decode("ascii"),
+            number=sys.intern(fields[2].decode("ascii")),
             root=fields[3],
             point=fields[4],
-            kind=last[0].decode("utf-8", "replace"),
+            kind=sys.intern(last[0].decode("utf-8", "replace")),
             source=last[1],
             options=last[2],
         )

@@ -8,6 +8,7 @@ written since its previous reading.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from qkilld.decision.signs import waits_for_storage
@@ -74,6 +75,12 @@ def count_amounts(before: Amounts, first: Sample, sample: Sample) -> Amounts:
     if not points or sample.at - points[-1].at >= _STEP:
         points.append(Point(sample.at, total))
     return Amounts(served, servers, tuple(points), rate)
+
+
+def counts_of(first: Sample) -> Sample:
+    """Return the first sample without large fields. Only its time and its counts of written bytes
+    are used later."""
+    return replace(first, threads=None, devices=None, mounts=None, host=None, rings=None)
 
 
 def written_since(first: Sample, last: Sample, served: int) -> int | None:

@@ -122,6 +122,9 @@ class StorageServers:
         return _chain(one.peer for one in self.connected.values())
 
 
+_NO_SERVERS: Final = StorageServers()
+
+
 def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServers | None:
     """Return the servers after one more sample. None if no sample has shown any connections.
 
@@ -131,8 +134,8 @@ def follow_servers(before: StorageServers | None, sample: Sample) -> StorageServ
     if sample.nodes is None:
         return before
     groups = _groups_that_may_lose_data(sample.nodes)
-    if not groups and before is None:
-        return StorageServers()
+    if not groups and (before is None or before == _NO_SERVERS):
+        return _NO_SERVERS
     if sample.sockets is None:
         return before
     known = dict(before.connected) if before is not None else {}

@@ -28,6 +28,7 @@ from qkilld.decision.amounts import (
     NOTHING_COUNTED,
     Amounts,
     count_amounts,
+    counts_of,
     pending,
     written_since,
 )
@@ -214,7 +215,7 @@ def assess(
     verdict, reasons = _verdict(sample, waits, moves, doubts, progress_at)
     amounts = count_amounts(before.amounts, before.first, sample)
     return Assessment(
-        first=before.first,
+        first=counts_of(before.first) if before.first is before.seen else before.first,
         last=sample,
         seen=sample,
         waits=waits,

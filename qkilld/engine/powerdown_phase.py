@@ -36,8 +36,8 @@ BEFORE_SIGNALS: Final = (Phase.POWERDOWN, Phase.QUIT)
 
 class PowerdownPhase:
     __slots__ = (
-        "_asker", "_clock", "_end", "_job", "_journal", "_link", "_past_attempt", "_process",
-        "_standstill",
+        "_asker", "_clock", "_end", "_job", "_journal", "_link", "_parts", "_past_attempt",
+        "_process", "_standstill",
     )  # fmt: skip
 
     def __init__(
@@ -49,7 +49,8 @@ class PowerdownPhase:
     ) -> None:
         self._job, self._process, self._clock = job, process, parts.clock
         self._journal, self._link = parts.journal, link
-        self._standstill = StandstillCheck(job, process, parts)
+        self._parts = parts
+        self._standstill: StandstillCheck | None = None
         self._asker: GuestAsker | None = None
         self._past_attempt: Attempt | None = None
         self._end: AskOutcome | None = None
@@ -108,6 +109,7 @@ class PowerdownPhase:
             self._asker.start()
         else:
             may_continue = GuestOrder.RESUME in job.request.help
+            self._standstill = StandstillCheck(job, self._process, self._parts)
             self._standstill.begin(
                 self._checked, may_continue=may_continue, ask_until=self._ask_until
             )
@@ -169,7 +171,8 @@ class PowerdownPhase:
 
     def close(self) -> None:
         """Stop asking. May be called twice."""
-        self._standstill.close()
+        if self._standstill is not None:
+            self._standstill.close()
         if self._asker is not None:
             self._past_attempt = self._asker.attempt
             self._asker.close()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Final
 
+from qkilld.decision.amounts import counts_of
 from qkilld.decision.gap import after_gap, unsampled_assessment
 from qkilld.decision.powerdown import AskMethod, Attempt
 from qkilld.decision.risk import CODES_OF_KILL
@@ -185,15 +186,11 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Leave out large fields of the first sample, which would take a page of memory for each
-            # job. Only its time and its counts of written bytes are used. Servers may take
-            # megabytes, and are used only to compare the next sample with the last.
-            first = replace(
-                evidence.first, threads=None, devices=None, mounts=None, host=None, rings=None
-            )
+            # Servers may take megabytes, and are used only to compare the next sample with the
+            # last.
             evidence = replace(
                 evidence,
-                first=_without_servers(first),
+                first=_without_servers(counts_of(evidence.first)),
                 last=_without_servers(evidence.last),
                 seen=_without_servers(evidence.seen),
             )

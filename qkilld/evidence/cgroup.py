@@ -97,7 +97,8 @@ class CgroupReader:
             except OSError as error:
                 note_once("opening /proc/PID", error)
         self._membership = KeptFile("cgroup", self._directory)
-        self._text = b""
+        self._text: int | None = None
+        """The hash of the membership at the last read, as in ProcessReader."""
         self._refresh_at = 0.0
         self._memory: _MemoryStat | None = None
         self._io: _IoStat | None = None
@@ -114,7 +115,7 @@ class CgroupReader:
         """
         if self._directory < 0 or not (text := self._membership.read_or_none()):
             return None
-        if text != self._text:
+        if hash(text) != self._text:
             self._locate(text)
         if self._clock() >= self._refresh_at:
             self._refresh_at = self._clock() + REFRESH_S
@@ -157,7 +158,7 @@ class CgroupReader:
 
     def _locate(self, text: bytes) -> None:
         self._forget_groups()
-        self._text, self._refresh_at = text, 0.0
+        self._text, self._refresh_at = hash(text), 0.0
         groups = self._hierarchies.groups(text)
         unified = groups.get("")
         memory, io = groups.get("memory", unified), groups.get("blkio", unified)

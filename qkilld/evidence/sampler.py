@@ -74,9 +74,8 @@ class Reader:
     """Takes samples of one process. Not thread-safe."""
 
     __slots__ = (
-        "_cgroup", "_descriptors", "_expected", "_fd_directory", "_graph", "_guard",
-        "_known_graph", "_pid", "_process", "_refresh_time", "_servers", "_sockets", "_storage",
-        "_tables",
+        "_cgroup", "_descriptors", "_fd_directory", "_graph", "_guard", "_known_graph", "_pid",
+        "_process", "_refresh_time", "_servers", "_sockets", "_storage", "_tables",
     )  # fmt: skip
 
     def __init__(self, pid: int, tables: HostTables, guard: FaultGuard | None = None) -> None:
@@ -88,8 +87,9 @@ class Reader:
         self._storage = StorageReader(pid)
         self._sockets = SocketReader(pid)
         self._graph = GraphReader(pid)
-        self._servers = ServerReader(pid, tables.peers, tables.fuse)
-        self._expected = False
+        self._servers: ServerReader | None = None
+        """Made for the first connection or file system without a block device. Most guests have
+        neither."""
         self._tables = tables
         self._refresh_time = -REFRESH_S
         self._descriptors = -1
@@ -117,13 +117,14 @@ class Reader:
         devices, mounts = call("reading storage", self._storage.read, storage) or (None, None)
         connections = call("reading sockets", self._sockets.read, sockets, has_run)
         nodes = None if graph is None else tuple(graph.nodes)
-        if (connections or mounts) and not (detail or self._expected):
-            # Announce the servers now: the next sample needs them, and on a busy host the search
-            # takes long.
-            self._expected = True
-            known = connections or ()
-            ends = call("looking for servers", self._sockets.peers, known, sockets)
-            self._servers.expect((ends or {}).values(), mounts or ())
+        if (connections or mounts) and self._servers is None:
+            self._servers = ServerReader(self._pid, self._tables.peers, self._tables.fuse)
+            if not detail:
+                # Announce the servers now: the next sample needs them, and on a busy host the
+                # search takes long.
+                known = connections or ()
+                ends = call("looking for servers", self._sockets.peers, known, sockets)
+                self._servers.expect((ends or {}).values(), mounts or ())
         if detail and nodes:
             known = connections or ()
             elsewhere = self._tables.namespaces
@@ -146,7 +147,7 @@ class Reader:
             cgroup=call("reading control groups", self._cgroup.read),
             host=memory,
             nodes=nodes,
-            searching=detail and self._tables.peers.searches(self._servers.missing_ends),
+            searching=detail and self._searches(),
             pluggable=None if graph is None else graph.pluggable,
             shared_memory=None if graph is None else graph.shared_memory,
             formatted=self._graph.formatted(self._storage.writable),
@@ -162,20 +163,28 @@ class Reader:
 
     def search(self) -> None:
         """Search for servers that the last sample lacks. Blocks. May run in any thread."""
-        self._servers.search()
+        if self._servers is not None:
+            self._servers.search()
 
     def close_files(self) -> None:
         """Close the files that stay open between samples; the next sample opens them again."""
         self._process.close_files()
         self._cgroup.close_files()
-        self._servers.close_files()
+        if self._servers is not None:
+            self._servers.close_files()
 
     def close(self) -> None:
         self._cgroup.close()
         self._process.close()
         self._storage.close()
         self._sockets.close()
-        self._servers.close()
+        if self._servers is not None:
+            self._servers.close()
+
+    def _searches(self) -> bool:
+        """Return whether a search for a server of the process goes on."""
+        servers = self._servers
+        return servers is not None and self._tables.peers.searches(servers.missing_ends)
 
     def _refresh(self, graph: BlockGraph | None, has_run: bool) -> None:
         """List the open files and sockets again, if they may have changed."""
@@ -211,7 +220,7 @@ class Reader:
         storage: StorageTable,
     ) -> tuple[tuple[Socket, ...] | None, tuple[Mount, ...] | None]:
         """Add the servers of connections and of FUSE mounts."""
-        if not connections and not mounts:
+        if self._servers is None or not (connections or mounts):
             return connections, mounts
         exports = requested_exports(nodes or ())
         ends = self._sockets.peers(connections, sockets) if connections else {}

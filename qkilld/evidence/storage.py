@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+from collections.abc import Set
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,7 @@ SYS: Final = Path("/sys")
 MAX_DEVICES: Final = 256
 """Greatest number of devices under one process's images; with more the answer is unknown."""
 MAX_DEPTH: Final = 16
+_NONE: Final[Set[int]] = frozenset()
 _STANDARD_ERROR: Final = 2
 """Files with descriptors up to this one are logs if the process can only write to them."""
 
@@ -110,7 +112,7 @@ class StorageReader:
         self._filesystems: dict[Filesystem, None] = {}
         self._places: dict[int, FilePlace] = {}
         self._images: dict[int, files.Image] = {}
-        self._outputs: set[int] = set()
+        self._outputs: Set[int] = _NONE
         """The descriptors of files that are no images, but for which threads have waited, such as
         that of a dump of the guest's memory."""
         self._known = False
@@ -133,7 +135,7 @@ class StorageReader:
             self._known = False
             return
         if waited_for is not None and waited_for > _STANDARD_ERROR:
-            self._outputs.add(waited_for)
+            self._outputs |= {waited_for}
         images = files.read_images(self._pid, descriptors, self._proc, self._outputs)
         if images is None:
             return

@@ -326,3 +326,15 @@ def test_whether_a_server_listens_may_be_known_late(later: list[Sample], is_risk
         servers = follow_servers(servers, replace(shown, pluggable=True))
     assert servers is not None
     assert bool(risk(servers)) is is_risk
+
+
+def test_guests_without_network_disks_share_one_object() -> None:
+    no_disks = replace(SHOWN, nodes=(), sockets=())
+    servers = follow_servers(None, no_disks)
+    assert servers == StorageServers()
+    assert follow_servers(None, no_disks) is servers
+    assert follow_servers(servers, no_disks) is servers
+    later = follow_servers(servers, sample(UNIX))
+    assert later is not None
+    assert later.connected
+    assert follow_servers(None, no_disks) == StorageServers()

@@ -1189,3 +1189,17 @@ def test_what_it_does_for_a_client_is_no_progress_of_a_stuck_wait(
     ]
     assert follow(samples[:20]).verdict is Verdict.FLUSHING
     assert follow(samples).verdict is last
+
+
+def test_of_the_first_sample_only_its_counts_are_kept() -> None:
+    first = replace(IDLE, devices=BUSY_DISK, io=NO_IO, cgroup=None)
+    assessment = assess(None, first)
+    assert assessment.first is first
+    wrote = replace(NO_IO, write_bytes=NO_IO.write_bytes + 512)
+    for number in (1, 2):
+        assessment = assess(assessment, replace(first, at=number * S, io=wrote))
+        assert assessment.first == replace(
+            first, threads=None, devices=None, mounts=None, host=None, rings=None
+        )
+        assert assessment.written == 512
+        assert assessment.seen.devices == BUSY_DISK
