@@ -28,6 +28,7 @@ from qkilld.engine.checks import (
 from qkilld.engine.coalesce import SharedRun
 from qkilld.engine.fair_shares import user_of
 from qkilld.engine.job import Job
+from qkilld.engine.long_replies import Pace
 from qkilld.engine.registry import Registry
 from qkilld.engine.unit_guest import check_unit_name, choose_guest
 from qkilld.foreign_descriptors import close_later
@@ -392,13 +393,16 @@ class Service:
         # Concurrent callers share one run, because it reads all of /proc, in 0.1 ms for each
         # process.
         identities, unidentified = await self._host.identities()
-        qemus = [
-            identity
-            for identity in identities
-            if is_qemu(identity.executable, self.config.executables)
-        ]
+        qemus, guests = list[Identity](), list[Guest]()
+        pace = Pace()
+        for identity in identities:
+            if is_qemu(identity.executable, self.config.executables):
+                qemus.append(identity)
+            await pace.rest()
         labels = await self._host.labels(qemus)
-        guests = [Guest(identity, label) for identity, label in zip(qemus, labels, strict=True)]
+        for identity, label in zip(qemus, labels, strict=True):
+            guests.append(Guest(identity, label))
+            await pace.rest()
         return guests, unidentified
 
     async def _sample_twice(self, process: Process) -> Assessment | None:

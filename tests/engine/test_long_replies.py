@@ -314,6 +314,22 @@ def test_streams_of_many_jobs(world: World) -> None:
     asyncio.run(work())
 
 
+def test_a_search_among_many_programs(world: World) -> None:
+    """Any user can execute thousands of files with different names."""
+    others = [make_guest(pid, uid=UID) for pid in range(2, 6000)]
+    found = [
+        FakeProcess(Guest(replace(one.identity, executable=f"/home/u/{pid}"), one.label))
+        for pid, one in enumerate(others)
+    ]
+    service, _ = make_service(world, *found, FakeProcess(make_guest(7000)))
+
+    async def search() -> None:
+        (guest,) = await service.guests()
+        assert guest.identity.pid == 7000
+
+    assert asyncio.run(longest_share(search())) < MAX_SHARE
+
+
 @pytest.mark.parametrize("uid", [0, UID])
 def test_stopping_many_guests(world: World, uid: int) -> None:
     """And refusing to, because a user has no more than MAX_JOBS_PER_UID jobs."""
