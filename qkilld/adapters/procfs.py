@@ -172,13 +172,20 @@ def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
         raise ProcessLookupError(f"no credentials of {pid}") from None
 
 
+MAX_PARENTS: Final = 64
+"""The children of a process with more threads than this are not read."""
+
+
 def read_children(pid: int, proc: Path = PROC) -> list[int]:
     """Return the children of a process, in the order in which each of its threads has started them;
-    [] if they are unreadable."""
+    [] if they are unreadable, or if the process has more than MAX_PARENTS threads."""
     try:
         tasks = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208 - half the cost
     except OSError as error:
         note_once("listing children", error)
+        return []
+    if len(tasks) > MAX_PARENTS:
+        note_once("listing children", f"there are more than {MAX_PARENTS} threads")
         return []
     texts = [read_bounded(f"{proc}/{pid}/task/{task}/children", 4096) for task in tasks]
     return [int(word) for text in texts for word in (text or b"").split()]

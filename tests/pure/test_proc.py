@@ -287,3 +287,15 @@ def test_a_command_line_that_is_too_long_is_refused(tmp_path: Path, cmdline: byt
     with pytest.raises(OSError, match="too long"):
         procfs.read_command_line(PID, tmp_path)
     assert procfs.read_names(PID, tmp_path)[0] is None
+
+
+@pytest.mark.parametrize(("threads", "children"), [(2, [1, 2]), (procfs.MAX_PARENTS + 1, [])])
+def test_children_of_all_threads_but_not_of_thousands(
+    tmp_path: Path, threads: int, children: list[int]
+) -> None:
+    for tid in range(1, threads + 1):
+        task = tmp_path / str(PID) / "task" / str(tid)
+        task.mkdir(parents=True)
+        (task / "children").write_text(f"{tid} ")
+    assert sorted(procfs.read_children(PID, tmp_path)) == children
+    assert procfs.read_children(PID + 1, tmp_path) == []
