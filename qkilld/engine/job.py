@@ -27,13 +27,7 @@ from qkilld.engine.waiters import Waiters
 from qkilld.engine.yank_rung import YankRung
 from qkilld.model.access import Rank, Steerer, rank_of
 from qkilld.model.constants import INFINITY, Flag, GuestAsked, Phase, Result, Verdict
-from qkilld.model.errors import (
-    Busy,
-    Failed,
-    NoSuchProcess,
-    QkilldError,
-    UnknownIdentity,
-)
+from qkilld.model.errors import Busy, Failed, NoSuchProcess, QkilldError, UnknownIdentity
 from qkilld.model.guest_state import KeptMonitor
 from qkilld.model.job import NOT_FLUSHED, UNCONTROLLED, Request, Risk, Rung, VerdictChange
 from qkilld.model.policy import Policy
@@ -184,6 +178,11 @@ class Job:
     @property
     def by_evidence(self) -> bool:
         return self.facts.by_evidence
+
+    @property
+    def forced(self) -> bool:
+        """Whether a caller was promised SIGKILL, whatever the ladder says."""
+        return self._signals.forced
 
     @property
     def is_sampling(self) -> bool:

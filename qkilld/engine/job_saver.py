@@ -45,6 +45,7 @@ class _SavedValues(NamedTuple):
     rungs: int
     own_chardevs: tuple[str, ...]
     processors_stopped: bool
+    forced: bool
 
 
 class JobSaver:
@@ -149,4 +150,5 @@ def _values_of(job: Job | Snapshot) -> _SavedValues:
         rungs=len(job.rungs),
         own_chardevs=job.own_chardevs,
         processors_stopped=job.processors_stopped,
+        forced=job.forced,
     )

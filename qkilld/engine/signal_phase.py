@@ -95,6 +95,11 @@ class SignalPhase:
         return self._kill_at is not None
 
     @property
+    def forced(self) -> bool:
+        """Whether to send SIGKILL, whatever the ladder says."""
+        return self._forced
+
+    @property
     def must_kill(self) -> bool:
         """Whether SIGKILL was sent, or will be, whatever the ladder says."""
         return self.killed or self._forced

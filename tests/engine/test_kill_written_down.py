@@ -178,6 +178,17 @@ def test_force_waits_until_sigkill_is_saved(world: World, store: SlowStore) -> N
         job.hold(ROOT)
 
 
+def test_force_is_saved_although_sigkill_was_about_to_be_sent(
+    world: World, store: SlowStore
+) -> None:
+    """It may have to wait: the process's executable may become unreadable right now."""
+    job = world.stop(FakeProcess(), FORCE | FIXED)
+    world.clock.advance(10)
+    assert job.phase is Phase.KILL
+    job.force(ROOT)
+    assert store._saved is not None and store._saved.forced
+
+
 @pytest.mark.parametrize(
     ("act", "result"),
     [
