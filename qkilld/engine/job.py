@@ -541,7 +541,7 @@ class Job:
             self._timer.cancel()
             self._timer = None
         if wake != INFINITY:
-            self._timer = self._parts.clock.call_at(wake, self.advance, self.guest.identity.uid)
+            self._timer = self._parts.clock.call_at(wake, self.advance, self.request.uid)
         if deadline != self.deadline:
             self.deadline = deadline
             self._parts.on_change(self)

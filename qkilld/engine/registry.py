@@ -202,7 +202,7 @@ class Registry:
             self.saver.job_resumed(job, process, saved)
         if past.ended is not None:
             self._clock.call_at(
-                max(past.ended + KEEP_ENDED, now), lambda: self._forget(job), job.guest.identity.uid
+                max(past.ended + KEEP_ENDED, now), lambda: self._forget(job), job.request.uid
             )
         job.check_process()
         samples = job.phase is Phase.TERMINATE and job.by_evidence and not job.processors_stopped
@@ -335,7 +335,7 @@ class Registry:
             if job.result is not Result.SURVIVED:
                 self.saver.drop_process(job)
         self._clock.call_at(
-            self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.guest.identity.uid
+            self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.request.uid
         )
         if summary := self._summary.ended(job, is_last=not self._running):
             self._journal.write(summary)
@@ -359,7 +359,7 @@ class Registry:
     def _forget(self, job: Job) -> None:
         if job.processors_stopped:
             self._clock.call_at(
-                self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.guest.identity.uid
+                self._clock.now() + KEEP_ENDED, lambda: self._forget(job), job.request.uid
             )
             return
         del self._jobs[job.number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from signal import SIGKILL, SIGTERM
 
 import pytest
@@ -13,7 +14,7 @@ from qkilld.model.errors import Busy, NoSuchJob
 from qkilld.model.event import MessageId
 from qkilld.model.policy import Config, Policy
 
-from .conftest import FakeProcess, S, World, make_guest
+from .conftest import FakeProcess, FakeTimer, S, World, make_guest
 
 FORCE, NOWAIT, FIXED = Flag.FORCE, Flag.NOWAIT, Flag.FIXED
 
@@ -251,3 +252,22 @@ def test_cancel_all(world: World) -> None:
     world.registry.cancel_all("qkilld was stopped")
     assert [job.result for job in jobs] == [Result.CANCELLED] * 3
     assert {job.error for job in jobs} == {"qkilld was stopped"}
+
+
+def test_the_timers_of_a_job_are_its_requesters(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the stop of a guest by root does not wait behind thousands of jobs of its owner."""
+    users: list[int | None] = []
+    call_at = world.clock.call_at
+
+    def note(when: int, callback: Callable[[], None], user: int | None = None) -> FakeTimer:
+        users.append(user)
+        return call_at(when, callback, user)
+
+    monkeypatch.setattr(world.clock, "call_at", note)
+    job = world.stop(FakeProcess(make_guest(uid=1000)), Flag.FIXED, uid=0)
+    assert 0 in users
+    users.clear()
+    job.cancel()
+    assert users == [0]
