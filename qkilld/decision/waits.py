@@ -390,6 +390,9 @@ def _unseen_wait(what: str, sample: Sample, previous: Sample | None) -> Wait:
     signs = []
     if what == "io_urings":
         signs = _request_signs(sample, previous)
+    elif what == "threads":
+        # A thread may wait for any of its files. But others may use these disks, too.
+        signs = _doubtful(_unlocated_signs(sample, previous, dirties=False))
     elif what == "sockets":
         # A socket that cannot be read may be a storage connection. If it is one, QEMU's threads
         # write to each other at each reply. Timers and consoles also make them write a little.

@@ -652,6 +652,7 @@ MORE = {
         # Unreadable
         ({"io": None}, {}, Verdict.UNKNOWN),
         ({"threads": None}, {}, Verdict.UNKNOWN),
+        ({"threads": None}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"sockets": None}, {}, Verdict.UNKNOWN),
         ({"rings": None}, {}, Verdict.UNKNOWN),
         ({"nodes": None}, {}, Verdict.UNKNOWN),
@@ -1203,3 +1204,18 @@ def test_of_the_first_sample_only_its_counts_are_kept() -> None:
         )
         assert assessment.written == 512
         assert assessment.seen.devices == BUSY_DISK
+
+
+def test_a_disk_that_a_thread_may_wait_for_delays_sigkill_if_no_thread_can_be_read() -> None:
+    """A QEMU with more threads than are read, such as those of many iothreads."""
+    blind = replace(IDLE, threads=None, ringless=("8:0",))
+    still = follow([replace(blind, at=second * S) for second in range(9)])
+    (device,) = blind.devices or ()
+    moving = follow(
+        [
+            replace(blind, at=second * S, devices=(replace(device, writes=1_000 + second),))
+            for second in range(9)
+        ]
+    )
+    assert (still.doubt_at, still.progress_at) == (None, None)
+    assert (moving.doubt_at, moving.progress_at) == (8 * S, None)

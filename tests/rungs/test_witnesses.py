@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qkilld.engine.job import Job
+from qkilld.evidence.threads import MAX_THREADS
 from qkilld.model.constants import Result
 from tests.evidence.until import until
 from tests.lab import needs
@@ -101,6 +102,22 @@ def test_a_flush_of_a_server_is_waited_for(
                 disk.slow(_RATE)
                 job = stop(guest, STALL)
                 disk.fast()
+    assert (actions(job), job.result) == (["SIGTERM"], Result.EXITED)
+
+
+@pytest.mark.timeout(300)
+def test_a_flush_in_one_of_many_threads_is_waited_for(lab_dir: Path) -> None:
+    arguments = [w for n in range(MAX_THREADS) for w in ("-object", f"iothread,id=t{n}")]
+    with slow_disk() as disk:
+        assert disk.directory is not None
+        image = raw(disk.directory / "image.raw")
+        arguments += ["-drive", f"file={image},if=none,id=local,format=raw"]
+        with bare_guest(lab_dir, arguments) as guest:
+            disk.join(guest.pid)
+            assert not guest.hmp(f'qemu-io local "write -q 0 {12 * MIB}"')
+            disk.slow(_RATE)
+            job = stop(guest, STALL)
+            disk.fast()
     assert (actions(job), job.result) == (["SIGTERM"], Result.EXITED)
 
 
