@@ -127,18 +127,22 @@ class PidfdProcess:
 
 class _Exits:
     """Watches pidfds in one loop. A user may end thousands of processes at a time, so each turn of
-    the loop takes note of a few, and jobs act on them in steps (engine.steps)."""
+    the loop takes note of a few, and jobs act on them in steps (engine.steps). Has a descriptor
+    only while it watches any."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
         self._epoll = select.epoll()
+        self._epoll.close()
         self._watched: dict[int, Callable[[], None]] = {}
         """What to call, by pidfd."""
 
     def add(self, pidfd: int, callback: Callable[[], None]) -> None:
         loop = self._loop()
-        if not self._watched and loop is not None:
-            loop.add_reader(self._epoll.fileno(), self._look)
+        if not self._watched:
+            self._epoll = select.epoll()
+            if loop is not None:
+                loop.add_reader(self._epoll.fileno(), self._look)
         self._epoll.register(pidfd, select.EPOLLIN)
         self._watched[pidfd] = callback
 
@@ -146,8 +150,10 @@ class _Exits:
         del self._watched[pidfd]
         self._epoll.unregister(pidfd)
         loop = self._loop()
-        if not self._watched and loop is not None:
-            loop.remove_reader(self._epoll.fileno())
+        if not self._watched:
+            if loop is not None:
+                loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
 
     def _look(self) -> None:
         for pidfd, _ in self._epoll.poll(0, MAX_EXITS):
