@@ -55,7 +55,7 @@ class QueuedJournal:
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events that was not queued yet."""
+        """The number of dropped events. It starts again at 0 when it is queued to be logged."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )

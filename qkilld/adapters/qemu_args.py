@@ -97,7 +97,8 @@ class QemuOption:
 
         Booleans become "on" and "off"; the key of a list's element is its index. Keys longer than
         MAX_KEY or deeper than MAX_DEPTH are left out. Each element repeats the keys above it, so
-        keys can be much longer in all than the text; above that limit, the rest is left out.
+        all keys together can be much longer than the text. If they are longer than `room`, the rest
+        is left out.
         """
         values: dict[str, str] = {}
         room = MAX_KEYS + 4 * len(self.text)

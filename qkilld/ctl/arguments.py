@@ -179,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    # Its errors print the usage of this command.
+    # Errors of this parser print the usage of the command.
     command = parser.command_parser(arguments)
     _check(command, arguments)
     arguments.bus = _bus(command, arguments)

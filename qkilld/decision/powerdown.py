@@ -406,7 +406,8 @@ def _unanswered_until(attempt: Attempt, powerdown: int) -> int:
     """Return when to stop waiting for a guest that has not reacted.
 
     If it was asked soon after the start, SIGTERM follows at most PowerdownSec + BASELINE after the
-    start. So the time for measuring beyond BASELINE, and CLOSING, are taken from PowerdownSec.
+    start, even if measuring took longer than BASELINE. So the wait ends CLOSING before that time,
+    which may make it shorter than PowerdownSec, but by no more than CUT allows.
     """
     until = attempt.asked[-1].at + powerdown
     early = attempt.started + BASELINE + powerdown - CLOSING

@@ -223,7 +223,8 @@ async def flush_by_name(qmp: QmpClient, disk: GuestDisk, *, timeout_s: float) ->
         try:
             remaining_s = max(until - time.monotonic(), 0.0)
             await qmp.hmp(f"qemu-io {name} flush", timeout_s=remaining_s)
-        except CommandRefused as error:  # QEMU 4.0 and older know no -d.
+        except CommandRefused as error:
+            # QEMU 4.0 and older do not know the option -d, so try the node.
             why = printable(str(error))
         else:
             return FlushResult(disk.node, disk.title)

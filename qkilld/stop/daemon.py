@@ -181,8 +181,9 @@ class DaemonStopper:
         self._check_deadlines: dict[GuestStop, float] = {}
         """For stops whose process exited: the deadline for the daemon to report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
-        """For stops whose job was cancelled: the call, and a time. If the daemon still runs at this
-        time, a caller has cancelled the job."""
+        """For stops whose job was cancelled: the call, and a deadline. A daemon that is stopped
+        cancels its jobs, and closes the connection before the deadline. If the connection is still
+        open at the deadline, a caller has cancelled the job."""
         self._retry_times: dict[GuestStop, float] = {}
         """For stops whose daemon is gone: when to ask it again."""
         self._return_deadlines: dict[GuestStop, float] = {}

@@ -80,8 +80,9 @@ class UnitQueries:
 
     def _hand_out(self) -> None:
         """Give free places to those who wait for one."""
-        # Among MAX_AT_ONCE + 1 users, at least one has no place yet. If even that one gets none, no
-        # other user of its kind (FairShares) would, except root.
+        # Besides root, try MAX_AT_ONCE + 1 users of each kind (FairShares). This is enough: at most
+        # MAX_AT_ONCE users have a place, so at least one of these has none yet. If even that one
+        # gets none, no other user of its kind would.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (

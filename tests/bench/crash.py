@@ -24,7 +24,8 @@ _GRACE_S: Final = 30
 _IDLE_USEC: Final = 12_000_000
 """A little longer than StallSec=."""
 _DESCRIPTORS: Final = 4
-"""File descriptors for each job: two, and another one while systemd receives one of them."""
+"""File descriptors to allow for each job. A job has two, and a third one while systemd receives a
+copy."""
 
 
 def measure(wanted: int) -> Figure:

@@ -57,7 +57,8 @@ def measure_jobs(jobs: int) -> Figure:
 
 
 def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> Figure:
-    """Measure the processor time of the sampling thread, in a row and alone."""
+    """Measure the processor time of the sampling thread, for samples in a row and for samples after
+    a pause."""
     figure = Figure(f"One sample and its verdict, beside {COMMIT} (processor time)")
     with contextlib.ExitStack() as stack:
         guests = {
@@ -94,8 +95,8 @@ def _sample_cost(rounds: int, checkouts: dict[str, Path], notes: list[str]) -> F
                         at_most(f"{label}, {kind}, to {COMMIT}'s", ratio, limit, "times")
                     )
     figure.notes += [
-        "In a row: as with many jobs, which share a look at the host's sockets, disks and memory.",
-        "Alone, after a pause: with a look of its own, and what the processor forgot meanwhile.",
+        "In a row: as with many jobs. They share a reading of the host's sockets, disks, memory.",
+        "Alone: after a pause, with a reading of its own, and with cold processor caches.",
         "The first finds out which files, disks and sockets there are; so does one every 30 s.",
         *notes,
     ]

@@ -133,7 +133,8 @@ def _stops(bus: Bus, client: Client) -> list[Stop]:
     late."""
 
     def by_kill(guest: peer.Domain) -> Times:
-        # After the same pause as a Terminate: the best of several in a row takes a fourth.
+        # One ping after the same pause as before a Terminate. The fastest of several pings in a row
+        # would take only a fourth of this time.
         ping = _ping(client)
         start = time.monotonic()
         signal.pidfd_send_signal(guest.pidfd, signal.SIGTERM)

@@ -425,7 +425,7 @@ def test_not_found(daemon: Daemon, fake_qemu: Make) -> None:
     assert len(done.stderr.splitlines()) == 3
     assert all(line.isprintable() for line in done.stderr.split("\n"))
     assert 'qkillctl: No running guest has the name, UUID or unit "nobody"' in done.stderr
-    assert done.stderr.count("nobody") == 2  # nobody.service is the other one.
+    assert done.stderr.count("nobody") == 2  # The second one is nobody.service.
     assert "`qkillctl list`" in done.stderr
     guest = fake_qemu()
     guest.signal(signal.SIGKILL)

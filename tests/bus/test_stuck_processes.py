@@ -169,7 +169,7 @@ def test_qkilld_stop_needs_no_thread_to_reach_the_daemon(
 
 
 def test_qkillctl_shows_no_usage_of_a_stuck_process(stuck: StuckGuests) -> None:
-    """But does not wait for it."""
+    """And qkillctl does not wait for the process."""
     guest = stuck.make_stuck(OTHER_UID)
     read: list[object] = []
 

@@ -91,7 +91,7 @@ def test_a_job_goes_on_that_had_not_sent_sigterm(
 def test_a_job_outlives_a_crash_right_after_its_reply(
     private_bus: Bus, start: Start, fake_qemu: Make
 ) -> None:
-    """The reply waits until the job is saved. Before that, every third job was lost."""
+    """The reply waits until the job is saved. Without this, every third job was lost."""
     daemon = start()
     with private_bus.client() as client:
         for _ in range(12):

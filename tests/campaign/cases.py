@@ -1,7 +1,7 @@
 """Runs written by hand: each was once judged wrongly, or resembles a run that was.
 
-They have storage or processes that qkilld used to kill although they would have finished, or used
-to wait for although they hung for good. Since then, every wait has its own signs of progress.
+An earlier qkilld killed some of these processes although they would have finished, and waited
+without end for others that hung for good. Since then, every wait has its own signs of progress.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class RunDisk:
                 for call in _CALLS:
                     self.fuse.delay(call, change.value or float("inf"))
             case "dead":
-                # Only what is below the server hangs.
+                # Only the storage below the server hangs.
                 self._below_freeze()
             case "alive":
                 self._below_thaw()

@@ -1,8 +1,8 @@
 """Draw a random run from a seed: the same seed and number give the same run.
 
 Each schedule concerns one disk or the process itself. All other storage is fast, so that the time
-of QEMU's last progress is known. Standstills that end are at least _MARGIN_S shorter than the
-policy allows.
+of QEMU's last progress is known. A standstill that is not permanent is at least _MARGIN_S shorter
+than the policy allows.
 """
 
 from __future__ import annotations

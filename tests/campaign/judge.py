@@ -149,7 +149,8 @@ def _kill(found: Truth, outcome: Outcome, killed: float | None) -> Iterator[Find
 def _wait(
     found: Truth, outcome: Outcome, killed: float | None, end: float, trace: Trace | None
 ) -> Iterator[Finding]:
-    """Find false waits: after nothing moved for too long, or after nothing held QEMU any more."""
+    """Find false waits: the job waited for too long after the last movement, or after the time from
+    which nothing kept QEMU from its exit."""
     for span in found.spans:
         since, until = span.since, min(span.until, end)
         allowed = found.spec.longest_stall + DETECTION_S + LATE_S + _starved(found.spec)

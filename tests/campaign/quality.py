@@ -8,12 +8,12 @@ process; the suspicion is SIGKILL, which is final:
     mistake                    SIGKILL to a process that would have finished, or before the policy's
                                limit
     mistake recurrence time    observed time for each mistake
-    query accuracy             the share of its time in which a process that would finish was
-                               correctly trusted
+    query accuracy             the share of the time up to the failure, or up to the end of the
+                               process, in which SIGKILL was not sent yet
 
-The other detectors are not run: their SIGKILL is computed from qkilld's runs, for the fixed clock
-from its timeout, for the counter from the trace. After qkilld has killed a process, they are judged
-as far as the schedule tells.
+The other detectors are not run. Their SIGKILL is computed from qkilld's runs: for the fixed clock
+from its timeout, and for the counter from the trace. If qkilld has killed a process that would have
+finished, the end of the schedule counts as the time when it would have.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def run(
         guest.close()
         for disk in made:
             if disk.server is not None:
-                # The servers have written everything that they have answered.
+                # The servers have written the data of all requests that they have answered.
                 disk.server.leave()
         number = stop.job.rpartition("/")[2]
         traces = list(by.traces.glob(f"job{number}-pid{guest.pid}-*.jsonl"))

@@ -41,9 +41,9 @@ class Disk:
     shared: bool = False
     """For qemu-storage-daemon: the server has another, busy client."""
     syntax: str = "json"
-    """json (-drive file=json:…), blockdev, or options (-drive with keys). Disks that are added to
-    the running QEMU are missing on its command line: added, or mirror (the target of a copy of the
-    first disk, which is a blockdev, that begins with the stop)."""
+    """json (-drive file=json:…), blockdev, or options (-drive with keys). The others are added to
+    the running QEMU, so they are missing on its command line: added, or mirror (the target of a
+    copy of the first disk). The copy begins with the stop, and the first disk is a blockdev."""
     records: int = 60
     """The number of records in each of the two passes."""
     fill: int = 0
@@ -70,7 +70,8 @@ class Change:
     pipe, and go; kill (SIGKILL, as the kernel sends it if memory runs out). For the host: pause,
     go."""
     value: float = 0
-    """For slow: how slow, from 1 (a little) on; for hang: the seconds that such a call takes."""
+    """For slow: how slow, from 1 (a little) on. For hang: the seconds that each close and flush of
+    the file takes; 0 for ever."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ class Spec:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the guest may be waiting for a server that has other clients: the schedule
-        changes a disk of this server, or nothing shows that the guest waits for the changed disk,
-        because the disk has no connection or its server has read all requests."""
+        """Whether the guest may be waiting for a server that has other clients.
+
+        This is so if the schedule changes a disk of this server. It is also so if nothing shows
+        that the guest waits for the changed disk, because the disk has no connection, or because
+        its server has read all requests.
+        """
         changes = [
             (change.what, self.disks[change.of]) for change in self.changes if change.of >= 0
         ]

@@ -50,8 +50,8 @@ def _length(spec: Spec) -> float:
 def _all_right(specs: Sequence[Spec]) -> None:
     """Check each run, except those whose samples were late every time.
 
-    A run that is wrong is repeated once, beside fewer others: on a busy host the page cache is
-    written back late, and that movement of a healthy disk is in no schedule.
+    A wrong run is repeated once, with fewer other runs at the same time. On a busy host, the page
+    cache is written back late, and no schedule contains this movement of a healthy disk.
     """
     wrong = _wrong(specs)
     repeated = _wrong([one.spec for one in wrong])

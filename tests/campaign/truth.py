@@ -42,8 +42,8 @@ GIVES_UP_S: Final = 13.0
 """A silent iSCSI target loses its connection after this time (three NOPs, 5 s apart), and QEMU may
 write to its other disks before it waits for the next reply."""
 SETTLES_S: Final = 16.0
-"""QEMU has dropped the connection at most this much later; then this no longer counts as
-progress."""
+"""QEMU drops the connection within this time after GIVES_UP_S. Until then, it may write to another
+disk because of that."""
 BOUNDED: Final = frozenset({State.STOPPED, State.BLOCKED, State.STILL})
 """States without movement, in which it is wrong to wait forever."""
 

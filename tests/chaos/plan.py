@@ -49,7 +49,7 @@ KILL_RETRY_S: Final = 20.0
 READY_S: Final = 1.0
 LOOK_S: Final = 1.0
 MARGIN_S: Final = 3.0
-"""The shortest time between signals that are due and the end of the incident."""
+"""No signal is due within this time before or after the end of the incident."""
 COMPARED_S: Final = 18.0
 """How long to measure signals after the incident, for comparison."""
 
@@ -136,7 +136,7 @@ class Incident:
     retry_s: float = 0.0
     """How long to wait for a daemon to kill, if none runs."""
     ready_s: float | None = None
-    """Kill the daemon so long after it has become ready; None for at once, even while it starts."""
+    """Kill the daemon this long after it is ready; None for at once, even while it starts."""
     fills: bool = False
     """Whether to fill journald's socket, so that every service that logs has to wait."""
 
@@ -148,7 +148,7 @@ class Plan:
     seconds: float
     """When the last incident has ended."""
     patience_s: float = 150.0
-    """How long jobs are waited for after that."""
+    """How long to wait for jobs after that."""
     realtime: bool = False
     """Give the daemon a real-time priority, so that other load of the host does not count."""
 
@@ -177,7 +177,8 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = Fals
     at = JOIN_S
     incidents: list[Incident] = []
     for _ in range(count):
-        # If all of them came while it starts, which takes long on a busy machine, no job would end.
+        # If every SIGKILL came while the daemon starts, which takes long on a busy machine, no job
+        # would end.
         ready_s = rng.uniform(0.0, READY_S) if len(incidents) % 2 else None
         at += rng.uniform(*KILL_GAP_S)
         incidents.append(Incident(at, Fault.KILL, retry_s=KILL_RETRY_S, ready_s=ready_s))
@@ -190,7 +191,7 @@ def kills(seed: int, *, jobs: int, count: int, qemus: int, realtime: bool = Fals
     others = [_SHORT[i % len(_SHORT)] for i in range(jobs // 2)] + [Kind.QEMU] * qemus
     guests += [_guest(rng, jobs + i, kind, at) for i, kind in enumerate(others)]
     guests += [Guest(len(guests) + i, Kind.BYSTANDER, 0.0, 0, 0) for i in range(5)]
-    # On a busy machine, kills wait for the daemon.
+    # Be patient: on a busy machine, each SIGKILL waits until the daemon is ready.
     return Plan(tuple(guests), tuple(incidents), at, patience_s=150.0 + 2 * at, realtime=realtime)
 
 

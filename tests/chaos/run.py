@@ -149,7 +149,7 @@ def _prepare(system: Container, plan: Plan) -> None:
     system.write("/etc/qkilld/qkilld.conf", CONFIG)
     lines = ["[Service]"]
     if any(incident.fault is Fault.CLOCK for incident in plan.incidents):
-        # It makes the daemon slow, so it is not used without need.
+        # The library makes the daemon slow, so load it only for a plan that changes the clock.
         system.write(CLOCK, "+0\n")
         lines += [
             f"Environment=LD_PRELOAD={_faketime()} FAKETIME_TIMESTAMP_FILE={CLOCK}",
@@ -201,7 +201,8 @@ def _happen(system: Container, incidents: Sequence[Incident]) -> tuple[list[rule
                 happened = _begin(system, incidents[number])
                 kills += happened and incidents[number].fault is Fault.KILL
                 if incidents[number].retry_s:
-                    # Keep the distance to the next one: systemd counts starts.
+                    # If this SIGKILL was late, delay the later incidents, too: systemd allows only
+                    # so many starts of the daemon in a minute.
                     planned = incidents[number].at + (incidents[number].ready_s or 0.0)
                     began = max(began, time.monotonic() - planned)
                 ends.append((incidents[number].at + incidents[number].lasts, number))

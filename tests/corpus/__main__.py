@@ -24,7 +24,7 @@ _FEW: Final = (
     *("plain.service", "short.service", "sigkill.service", "sigcont.service", "helper.service"),
     *("on-failure.service", "on-nbd.service", "run-plain.scope", "100.scope"),
 )
-"""The units that are also stopped on the rare occasions."""
+"""The units that are also stopped on all other occasions than the chosen ones."""
 
 
 def main() -> int:

@@ -387,7 +387,7 @@ def busy_for(calls: list[int], number: int) -> None:
 
 
 def test_many_processes_that_end_at_a_time() -> None:
-    """And users take turns."""
+    """No step takes long, and users take turns."""
     count, calls = 400, list[int]()
 
     async def work(pid: int, end: Callable[[], None]) -> None:

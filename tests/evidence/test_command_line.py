@@ -18,7 +18,7 @@ Make = Callable[..., Guest]
 
 
 def test_a_real_qemu_with_a_config_file(qemu: Make, lab_dir: Path) -> None:
-    """Its images, and a remote node that only the file names."""
+    """The images are found, and a remote node that only the file names."""
     image = lab_dir / "a.raw"
     image.write_bytes(bytes(1 << 16))
     config = lab_dir / "more.cfg"

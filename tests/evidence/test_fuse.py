@@ -26,7 +26,7 @@ from tests.lab.fuse import FuseStore, fuse_store
 from tests.lab.nbd import nbd_store
 
 IMAGE = f"image-{os.getpid()}"
-"""Other tests on this host have servers, too."""
+"""A unique name, because other tests on this host have servers, too."""
 KERNELS = [True, False]
 """Whether the kernel names the connection of a server (since Linux 6.16)."""
 
@@ -35,7 +35,7 @@ KERNELS = [True, False]
 def named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if not request.param:
         monkeypatch.setattr(fuse, "_LABEL", b"\nno such line:\t")
-        # Then servers of other tests may be sampled, too.
+        # Servers of other tests may then be sampled, too, so allow more servers.
         monkeypatch.setattr(peers, "MAX_SERVERS", 32)
     return bool(request.param)
 
@@ -351,7 +351,7 @@ def test_the_server_of_a_server(lab_dir: Path, named: bool) -> None:
         )
         (server,) = (one for one in peer.behind if one.pid == store.process.pid)
         assert server.serves == (f"{os.major(number)}:{os.minor(number)}",)
-        # If the kernel does not name it, that depends on what else runs on this host.
+        # If the kernel does not name connections, certainty depends on what else runs on this host.
         assert server.certain or not named
         assert peer.unseen_requests is False
         assert not peer.behind_unknown
@@ -469,8 +469,8 @@ def test_the_only_process_that_is_seen(
 def test_a_server_whose_number_of_descriptors_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process has many descriptors while processes with few are searched, and few while those
-    with many are searched."""
+    """The process has many descriptors while the search is at processes with few, and few
+    descriptors while the search is at processes with many."""
     finder = finder_in(tmp_path, 7, 8)
     stat, counts = os.stat, iter((descriptor_search.FEW, 1))
 

@@ -57,14 +57,14 @@ def test_a_real_qemu_is_seen_whole(qemu: Make) -> None:
         before, after = (replace(sample, pluggable=False) for sample in samples)
         return assess(assess(None, before), after).verdict is Verdict.IDLE
 
-    # It may still run for a moment after its start.
+    # The guest may still run for a moment after its start.
     first, second = until(lambda: (reader.read(), reader.read()), is_seen_idle)
     reader.close()
     assert blind_to(first) == blind_to(second) == []
     assert first.state in "RS"
     assert (first.term_pending, first.tracer) == (False, 0)
     assert first.at < second.at
-    # Anything may have been added through its monitor.
+    # A disk may have been added through the guest's monitor.
     assert assess(assess(None, first), second).verdict is Verdict.UNKNOWN
     assert assess(None, replace(first, pluggable=False)).verdict is Verdict.UNKNOWN
 
@@ -381,7 +381,8 @@ def test_very_many_connections_of_very_many_uses(lab_dir: Path) -> None:
         reader = Reader(target.pid, HostTables())
         try:
             assert target.stdout is not None and target.stdout.readline()
-            # Reading its command line may take a while; then a later sample has the purposes.
+            # Reading the command line may take a while. A later sample then has the purposes of the
+            # sockets.
             until(reader.read, lambda sample: sample.nodes is not None)
             began = time.monotonic()
             sockets = reader.read().sockets

@@ -223,7 +223,7 @@ def test_the_connecting_side_on_tcp(family: socket.AddressFamily) -> None:
             found = {s.inode: s for s in reader.read(SocketTable()) or ()}
             assert found[inode(accepted)].receive_queue == 1000
             assert found[inode(accepted)].received == 1000
-            assert found[inode(client)].acked == 1001  # And the handshake.
+            assert found[inode(client)].acked == 1001  # The handshake counts as one byte.
             assert found == own()
             client.shutdown(socket.SHUT_WR)
             found = {s.inode: s for s in reader.read(SocketTable()) or ()}
@@ -480,7 +480,8 @@ def test_more_than_is_read_of_another_network_namespace(
 
 @pytest.mark.parametrize("forged", ["", "TCP", "UNIX"])
 def test_line_feeds_in_names_in_another_network_namespace(forged: str) -> None:
-    """Any name may have them. A row that names a unix socket of the process makes it unknown."""
+    """After a line feed, the rest of a name looks like another row of the kernel's table. If such a
+    row seems to be for a unix socket of the process, the process's connections are unknown."""
     script = "import socket\nown = socket.socket(socket.AF_UNIX)\nown.bind('')\nown.listen()\n"
     argv = [sys.executable, "-c", script + CONNECTED, "AF_INET"]
     with NetworkNamespace() as namespace, contextlib.ExitStack() as stack:

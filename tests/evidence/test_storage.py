@@ -436,7 +436,7 @@ def test_the_disks_below_a_descriptor(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path: Path) -> None:
-    """Such as a dump of the guest's memory. It is no image, so nothing of the guest is lost."""
+    """For example a dump of the guest's memory. It is no image, so nothing of the guest is lost."""
     reader = reader_of(
         tmp_path,
         {2: ("/far/log", os.O_WRONLY, 8), 4: ("/far/dump", os.O_WRONLY, 8), 5: ("/fuse/c", RW, 7)},

@@ -50,7 +50,7 @@ _CALLS: Final = {
     27: "opendir",
     29: "releasedir",
 }
-"""Calls by their number in the protocol. The kernel works without all others."""
+"""Calls by their number in the protocol. The kernel needs no others."""
 _UNANSWERED: Final = frozenset({2, 36, 42})
 """FORGET, INTERRUPT and BATCH_FORGET, which have no reply."""
 _IN: Final = struct.Struct("<IIQQIIII")

@@ -58,7 +58,8 @@ def _private_mounts(mountpoint: str) -> None:
     except OSError:  # / is not a mount point: this process is in a chroot.
         pass
     # Entering our own mount namespace again leads to its real root, where mounts can be made
-    # private. Then return to the chroot, and make a mount point the root, as nspawn requires.
+    # private. Then return to the chroot. nspawn requires that the root is a mount point, so mount
+    # the chroot elsewhere, and make that the root.
     inside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _check(_libc.setns(namespace, _CLONE_NEWNS), "the mount namespace")

@@ -175,7 +175,7 @@ class NbdServer:
     def freeze(self) -> None:
         """Stop nbdkit with SIGSTOP, and return when it has stopped; its connections stay open."""
         self.process.send_signal(signal.SIGSTOP)
-        # WSTOPPED waits for the stop only, because Popen waits for the exit.
+        # Wait for the stop, and leave the exit to Popen.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
@@ -196,7 +196,7 @@ def nbd_server(
     """Serve `file` on a unix socket or on TCP (loopback, a free port); ready when the context
     begins.
 
-    room: bytes to extend the file to before, because a qcow2 grows, but nbdkit does not grow files
+    room: make the file this large (bytes) first, because a qcow2 grows, but nbdkit grows no files
     filters: more nbdkit filters between the rate and the file ("error", "delay")
     parameters: for these ("error-pwrite=EIO", "wdelay=5")
 
@@ -268,8 +268,8 @@ def _unthrottle(device: Path) -> None:
 
 
 def _take_down(mounted: Path, device: str) -> None:
-    """Wait up to 30 s until nobody uses the disk. Afterwards, the kernel removes it at its last
-    close."""
+    """Remove the disk. Wait up to 30 s until nobody uses it; if somebody still does, the kernel
+    removes it at its last close."""
     deadline = time.monotonic() + 30
     while os.path.ismount(mounted):
         lazy = ["--lazy"] if time.monotonic() > deadline else []

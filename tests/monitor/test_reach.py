@@ -180,7 +180,7 @@ def test_a_service_that_the_command_line_names(qemu: Start, lab_dir: Path) -> No
     with listener(lab_dir / "service") as server:
         guest = qemu(arguments=("-qmp", f"unix:{lab_dir}/service"))
         server.setblocking(True)
-        own = server.accept()[0]  # QEMU's, as the client
+        own = server.accept()[0]  # QEMU's connection, as the client
         server.setblocking(False)
         guest_endpoints = run(guest_endpoints_of(guest.pid))
         assert [paths_of(one) for one in guest_endpoints.endpoints] == [(str(guest.qmp),)]
@@ -230,7 +230,7 @@ def test_rows_in_the_name_of_another_users_socket(qemu: Start, lab_dir: Path) ->
     guest = qemu()
 
     def unused() -> Endpoint:
-        # QEMU may not know yet that the lab, or a test of ours, has closed its connection.
+        # QEMU may not know yet that the lab has closed its connection.
         return until(
             lambda: run(guest_endpoints_of(guest.pid)).endpoints[0],
             lambda endpoint: not endpoint.listener.in_use,

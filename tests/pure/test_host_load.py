@@ -134,7 +134,7 @@ def changing(
 @pytest.mark.parametrize("start", range(len(STARVED_WRITER)))
 @pytest.mark.parametrize("at", [3, 20])
 def test_a_guest_that_writes_on_a_host_that_becomes_idle(start: int, at: float) -> None:
-    """It makes up to 80 times as many requests, with 6 times as much of the processors."""
+    """Then it makes up to 80 times as many requests, and gets 6 times as much processor time."""
     course = Course(changing(STARVED_WRITER, FREE_WRITER, start, at), idle_disks=False).run(400)
     assert course.end == (course.ignored_at, Conclusion.IGNORED)
 
@@ -149,7 +149,7 @@ def test_a_guest_that_writes_on_a_host_that_becomes_busy(start: int, at: float) 
 @pytest.mark.parametrize("later", [0.05, 0.5])
 @pytest.mark.parametrize("earlier", [0.05, 0.5, 1.0])
 def test_a_guest_that_computes_on_a_host_whose_load_changes(earlier: float, later: float) -> None:
-    """It wants the same, whatever it gets."""
+    """The guest always wants the same processor time, however much it gets."""
 
     def computes(now: float, since: float | None) -> Moment:
         share = earlier if now < 20 else later

@@ -416,7 +416,7 @@ MORE = {
             served(replace(SHARED, threads=(WRITING,), devices=SERVED_DISK)),
             Verdict.UNKNOWN,
         ),
-        # They are not if the storage of the image is known, and a call on it is stuck
+        # Not if the storage of the image is known, and a call on it is stuck
         (served(HOLDS), served(replace(HOLDS, io=WROTE)), Verdict.STORAGE_WAIT),
         (
             served(replace(HOLDS, place=("0:8",))),
@@ -476,13 +476,13 @@ MORE = {
             two_nodes(replace(SHARED, io=WROTE), unread=0),
             Verdict.UNKNOWN,
         ),
-        # It does not excuse a pipe that nobody reads
+        # A server's progress does not excuse a pipe that nobody reads
         (
             {**served(SHARED), "threads": (FULL_PIPE,)},
             served(replace(SHARED, io=WROTE)),
             Verdict.STORAGE_WAIT,
         ),
-        # It does not excuse an unshared server whose call does not return
+        # A server's progress does not excuse an unshared server whose call does not return
         (beside(SHARED), beside(replace(SHARED, io=WROTE)), Verdict.STORAGE_WAIT),
         # An unshared server, whose file system has no counters
         (
@@ -549,7 +549,7 @@ MORE = {
         ({"rings": 3}, {"rings": 4}, Verdict.STORAGE_WAIT),
         ({"rings": 3}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
         ({"rings": 3, "timers": 1}, {"devices": BUSY_DISK}, Verdict.FLUSHING),
-        # They may be timers, for which completions of a disk show nothing
+        # The requests may be timers, for which completions of a disk show nothing
         ({"rings": 1, "timers": 1}, {"devices": BUSY_DISK}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {}, Verdict.UNKNOWN),
         ({"rings": 1, "timers": 1}, {"io": WROTE}, Verdict.FLUSHING),
@@ -577,7 +577,7 @@ MORE = {
             {"devices": (HUNG, replace(BESIDE, writes=900))},
             Verdict.FLUSHING,
         ),
-        # It is true of a disk below another image, but not of one below the disk with the request
+        # The same for a disk below another image, but not for one below the disk with the request
         (
             {"rings": 1, "devices": (HUNG, TOP, UNDER_TOP)},
             {"devices": (HUNG, TOP, replace(UNDER_TOP, writes=900))},
@@ -641,12 +641,12 @@ MORE = {
             {"threads": (replace(HELD, switches=6),), "devices": BUSY_DISK},
             Verdict.BLOCKED,
         ),
-        # Its qcow2 image may have a backing file on a server that was lost
+        # The guest's qcow2 image may have a backing file on a server that was lost
         ({"formatted": 1}, {}, Verdict.UNKNOWN),
         ({"formatted": 1, "state": "T"}, {}, Verdict.STOPPED),
         ({"threads": (Thread(7, "qemu", "D", 1, False, "usb_kill_urb"),)}, {}, Verdict.BLOCKED),
         ({"term_pending": True}, {}, Verdict.BLOCKED),
-        # It wants a processor
+        # The process wants a processor
         ({"running": 1, "cpu": 100}, {"cpu": 200}, Verdict.UNKNOWN),
         ({"running": 1, "cpu": 100}, {}, Verdict.UNKNOWN),
         # Unreadable
@@ -899,7 +899,7 @@ def test_a_small_share_of_a_processor_may_be_spent_in_a_loop() -> None:
 
 @pytest.mark.parametrize("shared_memory", [False, True])
 def test_a_client_that_connects_to_others_hides_no_activity(shared_memory: bool) -> None:
-    """Such as a backup, to which QEMU exports a disk."""
+    """An example is a backup, to which QEMU exports a disk."""
     looks = [SERVER] * 4 + [replace(SERVER, behind=(BEHIND,))] * 4
     sockets = [(replace(BACKEND, peer=peer),) for peer in looks]
     samples = [
@@ -978,10 +978,10 @@ VHOST = {"nodes": (replace(NBD, protocol="vhost-user", served=False),), "sockets
         ([UNSERVED] * 6, []),
         # QEMU closes its connections before it exits.
         ([UNSERVED, UNSERVED, GONE], []),
-        # It gave up the server (reconnect-delay), and exits silently.
+        # QEMU gave up the server (reconnect-delay), and exits silently.
         ([UNSERVED, *[GONE] * 5], ["unknown"]),
         ([UNSERVED, *[GONE] * 5, UNSERVED], []),
-        # It closed this disk while another took long; or the server is remote
+        # QEMU closed this disk while another took long; or the server is remote
         ([UNSERVED, *[CLOSED] * 5], []),
         ([UNSERVED, *[FAR] * 5], []),
         ([VHOST] * 6, []),
@@ -1006,7 +1006,7 @@ HELD_BACK = {"nodes": (replace(NBD, served=False, reconnect=30),), "sockets": ()
         # Before the delay is over, counted from when it was certainly connected.
         ([UNSERVED, *[HELD_BACK] * 5], -1000, 29, []),
         ([UNSERVED, *[HELD_BACK] * 5], -1000, 31, ["unknown"]),
-        # It had lost its server before the first sample.
+        # QEMU had lost its server before the first sample.
         ([HELD_BACK] * 5, -1000, 6, ["unknown"]),
         ([HELD_BACK] * 5, -20, 6, []),
         ([HELD_BACK] * 5, -20, 11, ["unknown"]),
@@ -1030,9 +1030,9 @@ def test_an_exit_before_the_delay_of_a_server_is_over_lost_nothing(
         (SIGKILL, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
         (SIGABRT, {"threads": (FDATASYNC,)}, {}, ["unknown", "killed-io"]),
         (SIGKILL, {"formatted": 1}, {"flushed": True}, []),
-        # Its guest may have written until then.
+        # Without SIGTERM, the guest may have written until the end.
         (SIGKILL, {}, {"terminated": False}, ["unknown"]),
-        # It had not begun to handle signals.
+        # QEMU had not begun to handle signals.
         (SIGTERM, {"formatted": 1}, {}, []),
         (99, {"formatted": 1}, {}, ["unknown", "unknown", "qcow2-open"]),
     ],

@@ -25,8 +25,9 @@ SILENT = replace(UPPER, writes=0, reads=0, in_flight=0, accounting=False)
     [
         # A flush of the upper device
         ([WRITES], UPPER, Verdict.FLUSHING),
-        # Its file system is frozen, and somebody reads
+        # The upper device's file system is frozen, and another process reads from the device
         ([WRITES], READ_BY_OTHERS, Verdict.UNKNOWN),
+        # The process itself reads, too
         ([READS], READ_BY_OTHERS, Verdict.FLUSHING),
         ([WRITES, READS], READ_BY_OTHERS, Verdict.FLUSHING),
         # The kernel may hide a flush

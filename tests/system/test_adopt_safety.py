@@ -407,7 +407,7 @@ def test_a_line_of_a_later_drop_in_is_not_run_twice(installed: Container) -> Non
         installed.run("mv", later, f"{DIRECTORY}/{name}.d/40-local.conf")
         installed.run("systemctl", "daemon-reload")
         assert "is safe" in ctl(installed, "adopt", name)
-        assert installed.property(name, "ExecStop").count("/bin/cp") == 2  # Its path and argv[0].
+        assert installed.property(name, "ExecStop").count("/bin/cp") == 2  # Path and argv[0].
 
 
 def test_a_template_is_not_judged_by_what_one_instance_has(installed: Container) -> None:

@@ -52,7 +52,7 @@ def test_the_host_before_the_service_is_enabled(installed: Container) -> None:
     assert guests["100.scope"] == ("keeper", ["pve-guests.service"])
     assert guests["no-sigkill.service"] == ("systemd", [])
     assert done.returncode == document["exit_code"] == 8
-    # Its program tells what it is.
+    # The program of our-cluster.service shows the project.
     keepers = {each["unit"]: each["project"] for each in document["keepers"]}
     assert keepers["our-cluster.service"] == "pacemaker"
     assert keepers["pve-guests.service"] == "Proxmox VE"

@@ -233,7 +233,7 @@ def test_a_guest_is_left_to_its_keeper_and_what_that_leaves_is_not(host: Contain
 
 
 def test_isolate_leaves_the_guests_in_scopes_to_run() -> None:
-    """systemd leaves them running, and a guard or qkilld-guests.service must not change that."""
+    """systemd leaves scopes running, and a guard or qkilld-guests.service must not change that."""
     with lab_container.boot() as host:
         lab_container.install(host)
         host.write("/etc/systemd/system/other.service", "[Service]\nExecStart=/bin/sleep 1000\n")

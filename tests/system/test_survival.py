@@ -249,7 +249,7 @@ def test_the_daemon_is_killed(
     job = terminate(system, pid, flags, grace=10, stall=10, max=15)
     before = wait_verdict(system, job, verdict)
     gap = resumed(system, unit, kill_daemon(system))
-    # Until it has taken two samples, it allows for a guest that waits for its storage.
+    # Until the next daemon has taken two samples, it assumes that the guest may wait for storage.
     after = until(
         lambda: properties(system, job),
         lambda seen: verdict == "flushing" or seen["DeadlineUSec"] == before["DeadlineUSec"],
@@ -638,7 +638,7 @@ def test_the_daemon_runs_out_of_memory(system: Container, start_guest: StartGues
         until(lambda: main_pid(system), lambda now: now != daemon)
         assert until(killed, bool)
     assert resumed(system, unit, 0)
-    # Until it has taken two samples, it allows for a guest that waits for its storage.
+    # Until the next daemon has taken two samples, it assumes that the guest may wait for storage.
     until(
         lambda: properties(system, job)["DeadlineUSec"],
         lambda deadline: deadline == before["DeadlineUSec"],

@@ -253,7 +253,7 @@ def test_limits_are_shared_with_the_bus(service: VarlinkService, fake_qemu: Make
             on_bus = stack.enter_context(service.daemon.bus.client(OTHER_UID))
             for _ in range(100):
                 on_bus.send("Wait", path=f"/org/qkilld1/job/{job}", interface="org.qkilld1.Job")
-            on_bus.call("ListJobs")  # They are open now.
+            on_bus.call("ListJobs")  # The reply shows that the waits are open.
         clients = [service.client(OTHER_UID) for _ in range(25)]
         for each in clients:
             each.send("Wait", more=True, job=job)

@@ -197,7 +197,7 @@ def test_a_client_that_leaves_before_its_job_begins(lab_dir: Path) -> None:
 
 
 def test_a_client_that_calls_by_its_unit_all_the_time(lab_dir: Path) -> None:
-    """systemd is not asked once for each call at the same time."""
+    """systemd is asked about one call after the other, not about all calls at the same time."""
 
     async def call() -> None:
         daemon = Daemon(lab_dir)
