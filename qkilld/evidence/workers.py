@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from qkilld.adapters import blockable
 from qkilld.debug_log import note_once
 from qkilld.engine.fair_shares import FairShares, user_of
 from qkilld.evidence.faults import FaultGuard
@@ -50,7 +51,8 @@ class Workers:
         self.grow()
 
     def grow(self) -> None:
-        """Add a worker if calls wait and all workers are blocked."""
+        """Add a worker if calls wait and all workers are blocked. If there can be no worker, run
+        the calls in this thread, in a program that may block."""
         with self._lock:
             now = time.monotonic()
             stuck = all(now - since > STUCK_S for since, _ in self._busy.values())
@@ -63,9 +65,14 @@ class Workers:
                 ).start()
             except RuntimeError as error:  # The system allows no more threads.
                 note_once("starting a thread for samples", error)
-                return
-            self._count = number
-            self._busy[number] = (now, None)
+            else:
+                self._count = number
+                self._busy[number] = (now, None)
+            runs_here = not self._count and blockable.shared.may_block_caller
+        while runs_here and self.waiting:
+            self._wakeups.get()
+            call, _, _ = (self._urgent or self._others).popleft()
+            self._guard.call("working without a thread", call)
 
     @property
     def waiting(self) -> bool:

@@ -198,10 +198,16 @@ def _allow_no_threads() -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 
 
-def test_qkilld_stop_needs_no_thread_without_the_daemon(fake_qemu: Make, lab_dir: Path) -> None:
-    guest = fake_qemu(uid=OTHER_UID)
+@pytest.mark.parametrize(("stubborn", "code"), [(False, 0), (True, 3)])
+def test_qkilld_stop_needs_no_thread_without_the_daemon(
+    fake_qemu: Make, lab_dir: Path, stubborn: bool, code: int
+) -> None:
+    """Nor to sample the guest: without samples, a guest that hangs would never get SIGKILL."""
+    guest = fake_qemu(uid=OTHER_UID, stubborn=stubborn)
+    spans = ("--grace=1s", "--stall=1s", "--storage-stall=4s")
+    options = ("--force", *spans, f"--socket={lab_dir}/none")
     helper = spawn(
-        [*(sys.executable, "-c", _FOR_STAND_INS, own_qemus()), f"--socket={lab_dir}/none"],
+        [sys.executable, "-c", _FOR_STAND_INS, own_qemus(), *options],
         env=os.environ
         | {
             "MAINPID": str(guest.pid),
@@ -217,5 +223,5 @@ def test_qkilld_stop_needs_no_thread_without_the_daemon(fake_qemu: Make, lab_dir
         done = communicate(helper, input=None, timeout=60, check=False)
     finally:
         end(helper)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     assert wait_gone(guest.pidfd, 10)
