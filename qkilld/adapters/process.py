@@ -96,8 +96,9 @@ class PidfdProcess:
 
     def watch(self, callback: Callable[[], None]) -> None:
         self._unwatch()
-        self._exits, self._on_exit = _exits(), callback
-        self._exits.add(self._pidfd, self._has_exited)
+        exits = _exits()
+        exits.add(self._pidfd, self._has_exited)  # May raise OSError.
+        self._exits, self._on_exit = exits, callback
 
     def _has_exited(self) -> None:
         self._exits = None

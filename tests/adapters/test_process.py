@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP, SIGTERM
@@ -100,8 +102,6 @@ def test_a_process_whose_first_thread_has_exited(scripted_qemu: Make) -> None:
 
 
 def test_out_of_descriptors(fake_qemu: Make) -> None:
-    import resource
-
     guest = fake_qemu()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     process = open_process(guest.pid)
@@ -133,3 +133,23 @@ def test_a_process_with_an_unreadable_executable_is_not_qemu(fake_qemu: Make) ->
     finally:
         os.seteuid(0)
     assert Path(f"/proc/{guest.pid}").exists()
+
+
+def test_a_process_that_cannot_be_watched_is_closed(fake_qemu: Make) -> None:
+    """For lack of a descriptor, for instance."""
+    process = open_process(fake_qemu().pid)
+    pidfd, limits = process.fileno(), resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def watch() -> None:
+        process.watch(lambda: None)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (pidfd, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                process.watch(lambda: None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    asyncio.run(watch())
+    process.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(pidfd)
