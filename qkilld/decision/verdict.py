@@ -32,6 +32,7 @@ from qkilld.decision.amounts import (
     pending,
     written_since,
 )
+from qkilld.decision.clients import has_client, is_own
 from qkilld.decision.connections import Connections
 from qkilld.decision.signs import CACHE_NOISE, OWN_IO, WINDOW, Sign, SignKind
 from qkilld.decision.waits import Wait, WaitKind, is_held_still, open_waits, tells_nothing
@@ -352,7 +353,7 @@ def _follow(
         moves = _own_moves(before.seen, sample, without_log=False) if was_still else []
         return tuple(waits), moves, []
     known = {wait.key: wait for wait in before.waits}
-    waits, moves, doubts = [], [], []
+    waits, moves, doubts, moved = [], [], [], []
     is_certain = is_untaken = is_stuck = False
     for wait in open_waits(sample, before.seen):
         old = known.pop(wait.key, None)
@@ -362,6 +363,7 @@ def _follow(
         is_stuck = is_stuck or (wait.certain and sample.at - moved_at >= STUCK)
         if followed.moved_at == sample.at:
             moves.append(followed.moved_by)
+            moved.append(wait)
         elif followed.doubted_at == sample.at:
             doubts.append(f"{followed.doubted_by}, which may not be progress")
         else:
@@ -377,18 +379,14 @@ def _follow(
         # Do not count calls that are over, because the exit may have interrupted them before the
         # storage answered.
         moves.append("it has begun to exit")
-    if is_untaken or (is_stuck and _has_client(sample)):
+    serves = is_stuck and has_client(sample)
+    if is_untaken or (serves and not any(is_own(wait, sample, before.seen) for wait in moved)):
         # The guest runs until that wait ends, because SIGTERM is not taken before. So does the
         # export of a disk, as for a backup, if QEMU's main loop waits.
         doubts, moves = [*doubts, *(f"{move}, perhaps for others" for move in moves)], []
     if not any(wait.kind in _OUTSTANDING for wait in waits):
         moves += _own_moves(before.seen, sample, without_log=True)
     return tuple(waits), moves, doubts
-
-
-def _has_client(sample: Sample) -> bool:
-    """Return whether a client may use the process as a server, as for a backup."""
-    return any(one.accepted and one.role == "unknown" for one in sample.sockets or ())
 
 
 def _new_wait(wait: Wait, at: int) -> OpenWait:

@@ -75,6 +75,8 @@ class Wait:
     connections: frozenset[int] = _NONE
     """The inodes of the node's connections. They show whether a connection broke, and so whether
     the process may only repeat its requests (connections.py)."""
+    threads: tuple[Thread, ...] = ()
+    """The threads that are in this wait; () if it is no call."""
 
 
 def open_waits(sample: Sample, previous: Sample | None) -> tuple[Wait, ...]:
@@ -149,6 +151,7 @@ def _call_waits(sample: Sample, previous: Sample | None) -> list[Wait]:
             watched=_watched_on_mounts(sample, threads) if kind is WaitKind.STORAGE else 0,
             certain=kind is WaitKind.STORAGE or _writes_output(threads),
             holds_sigterm=bool(sample.term_pending) and any(thread.first for thread in threads),
+            threads=tuple(threads),
         )
         for (kind, place), threads in groups.items()
     ]

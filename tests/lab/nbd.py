@@ -191,7 +191,7 @@ def _states(pid: int) -> list[str]:
 
 
 class NbdClient:
-    """A client for writing to a fixed-newstyle server. Source: the NBD protocol's doc/proto.md."""
+    """A client of a fixed-newstyle server. Source: the NBD protocol's doc/proto.md."""
 
     def __init__(self, address: str | tuple[str, int], export: str) -> None:
         """`address`: the path of a unix socket, or a host and a port."""
@@ -213,6 +213,11 @@ class NbdClient:
         head = struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, offset, len(data))
         self.connection.sendall(head + data)
         self._read(16)
+
+    def read(self, offset: int, length: int) -> None:
+        """Read, and drop the data."""
+        self.connection.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, offset, length))
+        self._read(16 + length)
 
     def close(self) -> None:
         """Close the connection, from any thread. Pending calls raise ConnectionError."""

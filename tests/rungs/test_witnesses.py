@@ -247,12 +247,55 @@ def test_a_client_that_goes_on_writing_is_no_progress_of_a_dead_disk(lab_dir: Pa
     assert waited(job) < 120 * S
 
 
+@pytest.mark.timeout(300)
+def test_a_flush_beside_a_dead_disk_and_a_client_is_waited_for(lab_dir: Path) -> None:
+    """The client reads all the time, and the flush takes longer than any doubt lasts."""
+    size = 100 * MIB
+    with slow_disk() as disk, nbd_store(raw(lab_dir / "image.raw")) as store:
+        assert disk.directory is not None
+        local, port = raw(disk.directory / "local", size), free_port()
+        arguments = ["-object", "iothread,id=exports"]
+        arguments += ["-drive", f"file={local},if=none,id=local,format=raw"]
+        arguments += nbd_disk(Path(str(store.server()["path"])))
+        with bare_guest(lab_dir, arguments) as guest:
+            export(guest, raw(lab_dir / "copied"), port)
+            guest.add({"driver": "nbd", "node-name": "far", "server": store.server()})
+            show(guest, "far")
+            disk.join(guest.pid)
+            assert not guest.hmp(f'qemu-io local "write -q 0 {size}"')
+            disk.slow(_RATE)
+            clients = [NbdClient(("127.0.0.1", port), name) for name in ("far", "copied")]
+            work = (write_on, read_on)
+            threads = [
+                threading.Thread(target=run, args=(client,), daemon=True)
+                for run, client in zip(work, clients, strict=True)
+            ]
+            store.freeze()
+            for thread in threads:
+                thread.start()
+            guest.flush_later("local")
+            timers = [threading.Timer(80, recover) for recover in (disk.fast, store.thaw)]
+            for timer in timers:
+                timer.start()
+            job = stop(guest, STALL)
+            for timer in timers:
+                timer.join()
+            for client, thread in zip(clients, threads, strict=True):
+                client.close()
+                thread.join(30)
+    assert (actions(job), job.result) == (["SIGTERM"], Result.EXITED)
+
+
 def export(guest: BareGuest, copied: Path, port: int) -> None:
     node = {"driver": "file", "node-name": "copied", "filename": str(copied)}
     guest.add({**node, "cache": {"direct": True}})
     address = {"host": "127.0.0.1", "port": str(port)}
     guest.call("nbd-server-start", addr={"type": "inet", "data": address})
-    shown = {"type": "nbd", "id": "e", "node-name": "copied", "iothread": "exports"}
+    show(guest, "copied")
+
+
+def show(guest: BareGuest, node: str) -> None:
+    shown = {"type": "nbd", "id": f"export-{node}", "node-name": node, "iothread": "exports"}
     guest.call("block-export-add", **shown, writable=True, **{"fixed-iothread": True})
 
 
@@ -260,3 +303,9 @@ def write_on(client: NbdClient) -> None:
     with contextlib.suppress(OSError):
         while True:
             client.write(0, b"x" * (MIB // 4))
+
+
+def read_on(client: NbdClient) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            client.read(0, MIB // 4)

@@ -1,0 +1,129 @@
+"""Tell what QEMU does for itself from what it may do for a client, such as a backup. Pure.
+
+While QEMU's main loop waits for a dead disk, an export in an iothread continues to serve its
+client, perhaps forever. A client that only reads causes no writes. A client that writes may also
+cause flushes. But a flush of QEMU's own may take many minutes, so a flush that moves always counts
+as its own. If the cause of a movement is unknown, it is QEMU's own, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from qkilld.decision.signs import (
+    HANDSHAKE,
+    KEEPALIVE,
+    only_writes,
+    sleeps_without_disk,
+    waits_for_storage,
+)
+from qkilld.decision.waits import Wait, WaitKind
+from qkilld.model.sample import Device, Peer, Sample, Socket, Thread
+
+_SYNCS: Final = frozenset(("fsync", "fdatasync", "sync_file_range"))
+_READS_SHARE: Final = 16
+"""A client that only reads gets more than this many bytes for each byte that it sends: an NBD
+request has 28 bytes, its reply at least 528."""
+
+
+def has_client(sample: Sample) -> bool:
+    """Return whether a client may use the process as a server."""
+    return not sample.exiting and bool(_clients(sample))
+
+
+def is_own(wait: Wait, sample: Sample, previous: Sample) -> bool:
+    """Return whether the movement of a wait since the sample `previous` may be more than what a
+    client has requested."""
+    if wait.kind is WaitKind.CALL:
+        return True
+    devices, earlier = sample.devices or (), previous.devices or ()
+    # A client that may write causes all writes but those of a flush.
+    writes = any(map(_sends_data, _clients(sample)))
+    if wait.threads:
+        return _calls_write(wait.threads, devices, earlier, writes=writes)
+    keys = {f"node:{one.node}": one for one in sample.sockets or () if one.node}
+    keys |= {f"socket:{one.inode}": one for one in sample.sockets or ()}
+    if wait.key not in keys:
+        return not writes and _has_written(devices, earlier)
+    inodes = wait.connections or {keys[wait.key].inode}
+    before = {one.inode: one for one in previous.sockets or ()}
+    return any(
+        _has_stored(one, before[one.inode], writes=writes)
+        for one in sample.sockets or ()
+        if one.inode in inodes and one.inode in before
+    )
+
+
+def _clients(sample: Sample) -> list[Socket]:
+    return [one for one in sample.sockets or () if one.accepted and one.role == "unknown"]
+
+
+def _sends_data(client: Socket) -> bool:
+    """Return whether the client is known to have sent more than requests to read."""
+    received, sent = client.received or 0, client.acked or 0
+    return received > max(HANDSHAKE, sent // _READS_SHARE)
+
+
+def _calls_write(
+    threads: Iterable[Thread],
+    devices: Iterable[Device],
+    before: Iterable[Device],
+    *,
+    writes: bool,
+) -> bool:
+    """Return whether one of these calls may write, and the disks under it may have written.
+
+    `writes`: whether a client may write, so that only a flush counts.
+    """
+    calls = [
+        thread
+        for thread in threads
+        if thread.call in _SYNCS or (not writes and (only_writes(thread) or not thread.target))
+    ]
+    return any(
+        sleeps_without_disk(thread)
+        or thread.target == "mount"
+        or _has_written(
+            [one for one in devices if one.number in thread.disks or not thread.disks], before
+        )
+        for thread in calls
+    )
+
+
+def _has_written(devices: Iterable[Device], before: Iterable[Device]) -> bool:
+    """Return whether a device has completed writes meanwhile, or none of them counts its writes."""
+    earlier = {device.number: device.writes for device in before}
+    counting = [one for one in devices if one.writable and one.accounting is not False]
+    return not counting or any(one.writes > earlier.get(one.number, one.writes) for one in counting)
+
+
+def _has_stored(socket: Socket, before: Socket, *, writes: bool) -> bool:
+    """Return whether the server at the other end may have got data, or have written."""
+    if socket.peer is not None and before.peer is not None:
+        return _is_writing(socket.peer, before.peer, writes=writes)
+    if socket.acked is None or socket.received is None:
+        return True
+    return not writes and _surplus(socket) - _surplus(before) >= KEEPALIVE
+
+
+def _surplus(socket: Socket) -> int:
+    """Return how many more bytes were sent than received. Requests to read make it smaller."""
+    return (socket.acked or 0) - (socket.received or 0)
+
+
+def _is_writing(peer: Peer, before: Peer, *, writes: bool) -> bool:
+    """Return whether the server, or one behind it, has written."""
+    working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
+    if _calls_write(working, peer.devices or (), before.devices or (), writes=writes):
+        return True
+    if peer.io is None or before.io is None:
+        return True
+    if not writes and peer.io.write_bytes > before.io.write_bytes:
+        return True
+    earlier = {other.pid: other for other in before.behind}
+    return any(
+        _is_writing(other, earlier[other.pid], writes=writes)
+        for other in peer.behind
+        if other.pid in earlier
+    )
