@@ -479,12 +479,16 @@ def _node_wait(
 ) -> Wait:
     """Return the wait for a node's server. `before`: the servers in the last sample, by the inode
     of the connection. `ran`: whether the process may have run since then."""
-    signs = [
-        # Without a reply, the server may be busy for long, or try the same again and again.
-        replace(sign, sure=sign.sure and (ran or not only_runs(sign)))
-        for socket in sockets
-        for sign in socket_signs(socket, node.protocol, before.get(socket.inode))
-    ]
+    signs = []
+    for socket in sockets:
+        for sign in socket_signs(socket, node.protocol, before.get(socket.inode)):
+            if only_runs(sign):
+                # Without a reply, the server may be busy for long, or try the same again and again.
+                # The sure sign is left out until then, so that its mark stays.
+                kind, name = SignKind.QUIET if ran else sign.kind, f"{sign.name} alone"
+                signs.append(replace(sign, name=name, kind=kind, sure=False))
+            if ran or not only_runs(sign):
+                signs.append(sign)
     signs.append(Sign(CONNECTED, SignKind.QUIET, len(sockets), "it is connected"))
     if node.served is not None:
         # The return of a server counts, because QEMU reconnects up to 16 s later. It counts only

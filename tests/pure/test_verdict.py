@@ -705,6 +705,24 @@ def test_a_look_that_did_not_come_back_hides_no_progress() -> None:
         assert (now.verdict, now.progress_at) == (Verdict.FLUSHING, second * S)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_each_reply_proves_what_its_server_did_before(first: int) -> None:
+    """The server of an NBD disk wakes once a second, and answers every 3 s, which wakes QEMU."""
+    now = follow(
+        [
+            replace(
+                IDLE,
+                at=second * S,
+                switches=100 + (second + first) // 3,
+                **served(replace(SERVER, switches=1_000 + second)),
+            )
+            for second in range(60)
+        ]
+    )
+    assert now.progress_at is not None
+    assert now.last.at - now.progress_at < 7 * S
+
+
 def test_writes_of_a_server_on_a_unix_socket_are_progress() -> None:
     """The socket has no counter, and the server is sampled rarely."""
 
