@@ -326,9 +326,9 @@ def _own_server_signs(peer: Peer, before: Peer | None, protocol: str) -> list[Si
     it runs."""
     working = [thread for thread in peer.threads or () if waits_for_storage(thread)]
     # If one of its calls is stuck, it may read and write for itself, such as for a backup job.
-    sure = not _is_stuck(working, before)
-    signs = [replace(sign, sure=sure) for sign in _served_signs(peer)]
-    signs += _server_disk_signs(peer, working)
+    is_stuck = _is_stuck(working, before)
+    signs = [replace(sign, sure=not is_stuck) for sign in _served_signs(peer)]
+    signs += _server_disk_signs(peer, working, awake=not is_stuck)
     if answers := [t for t in working if t.target == "mount" or _is_on_unknown_mount(t)]:
         signs.append(_answers(peer, answers))
     # NBD has no keepalives, so an NBD server that runs serves requests, even if it is never seen in
@@ -397,10 +397,13 @@ def _copied_signs(peer: Peer) -> list[Sign]:
     return [Sign(f"{_of(peer)}copied", SignKind.TRAFFIC, copied, text, PEER_NOISE)]
 
 
-def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
+def _server_disk_signs(peer: Peer, working: Sequence[Thread], *, awake: bool = False) -> list[Sign]:
     """Return the signs of the disks for which these threads wait. A thread that is not known to
     wait for a certain file, such as a worker of an io_uring, may wait for any of the server's
-    disks."""
+    disks. Then only its own disk wakes it.
+
+    `awake`: whether all of these threads have run since the last sample.
+    """
     used: set[str] = set()
     counted: set[str] = set()
     sure: set[str] = set()
@@ -413,7 +416,7 @@ def _server_disk_signs(peer: Peer, working: Sequence[Thread]) -> list[Sign]:
         writing = only_writes(thread)
         used |= {device.number for device in under}
         counted |= {device.number for device in under if _counts(device, under)}
-        if is_only or not is_anywhere:
+        if is_only or awake or not is_anywhere:
             sure |= {device.number for device in under if _is_passed_on(device, under, writing)}
     return [
         Sign(

@@ -84,6 +84,21 @@ def flush_of_server(second: int) -> dict[str, Any]:
     return far(replace(BEHIND, peer=replace(SERVES, threads=(busy,), devices=(disk,))))
 
 
+def worker_of_server(second: int) -> dict[str, Any]:
+    """A thread of the kernel flushes one of the server's disks, perhaps."""
+    disks = (Device("7:1", "loop1", 40 * second, 0, 0, 1), Device("7:2", "loop2", 5, 0, 0, 0))
+    worker = replace(WORKER, tid=91, switches=second)
+    return far(replace(BEHIND, peer=replace(SERVES, threads=(worker,), devices=disks)))
+
+
+def stuck_worker(second: int) -> dict[str, Any]:
+    """The server writes to another disk than that for which the guest waits."""
+    moved = worker_of_server(second)
+    (socket,) = moved["sockets"]
+    stuck = replace(socket.peer, threads=(replace(WORKER, tid=91, switches=5),))
+    return far(replace(socket, peer=stuck))
+
+
 def flush_uncounted(second: int) -> dict[str, Any]:
     """The disk counts nothing, and only what the process writes shows the flush."""
     moved = calls(FDATASYNC, 0)
@@ -168,7 +183,7 @@ def test_a_flush_of_a_healthy_disk_is_waited_for(
 
 
 @pytest.mark.parametrize("client", [reader, unix])
-@pytest.mark.parametrize("work", [writes, ring_writes, worker_writes, far_writes])
+@pytest.mark.parametrize("work", [writes, ring_writes, worker_writes, far_writes, worker_of_server])
 def test_writes_are_waited_for_unless_the_client_writes(
     work: Callable[[int], dict[str, Any]], client: Callable[[int], Socket]
 ) -> None:
@@ -184,6 +199,12 @@ def test_what_a_client_reads_ends(
 ) -> None:
     killed = killed_at(samples(900, work, client))
     assert killed is not None and POLICY.storage_stall < killed <= LONGEST + 10 * S
+
+
+def test_a_stuck_request_of_a_server_ends() -> None:
+    listed = [replace(IDLE, at=second * S, **stuck_worker(second)) for second in range(900)]
+    killed = killed_at(listed)
+    assert killed is not None and killed <= LONGEST
 
 
 @pytest.mark.parametrize("work", [flush, reads])
