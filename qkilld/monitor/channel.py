@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 from qkilld.foreign_descriptors import take_over
@@ -25,6 +26,10 @@ MAX_FLOW: Final = 4 << 20
 """The maximum number of bytes accepted in FLOW_S. More, such as a flood of events, would keep the
 loop busy."""
 FLOW_S: Final = 10.0
+SHORT_S: Final = 2.0
+STARVED_S: Final = 9.0
+"""A wait of at most SHORT_S takes up to this much longer while the other end waits for the host's
+processors."""
 TOO_LONG: Final = f"The other end sent a message of more than {MAX_MESSAGE} bytes"
 
 
@@ -35,6 +40,8 @@ class Channel(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._error: MonitorError | None = None
+        self.is_starved: Callable[[], bool] = lambda: False
+        """Whether the other end has waited for the host's processors since the last call."""
         self._ended = False
         """The other end closed the connection, and everything sent before that was read."""
         self._waiting: set[asyncio.Future[Any]] = set()
@@ -156,12 +163,21 @@ class Channel(asyncio.Protocol):
         return future
 
     async def _wait(self, future: asyncio.Future[Any], until: float, what: str) -> Any:
-        """Await a future until the loop's clock is `until`. Raises MonitorError."""
+        """Await a future until the loop's clock is `until`, or longer (STARVED_S). Cancels the
+        future if it is not done then. Raises MonitorError."""
+        now = self._loop.time()
+        latest = until + STARVED_S if until - now <= SHORT_S else until
         try:
-            async with asyncio.timeout_at(until):
-                return await future
-        except TimeoutError:
-            raise MonitorTimeout(f"No answer in time: {what}") from None
+            while not future.done() and now < until:
+                await asyncio.wait([future], timeout=until - now)
+                now = self._loop.time()
+                if not future.done() and until <= now < latest and self.is_starved():
+                    until = min(now + SHORT_S / 2, latest)
+            if not future.done():
+                raise MonitorTimeout(f"No answer in time: {what}")
+            return future.result()
+        finally:
+            future.cancel()
 
     def _fail(self, error: MonitorError) -> None:
         if self._error is not None:

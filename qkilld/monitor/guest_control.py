@@ -29,6 +29,7 @@ from qkilld.model.guest_state import Button, EventKind, GuestEvent, GuestObserva
 from qkilld.monitor import answers
 from qkilld.monitor.agent import AgentClient
 from qkilld.monitor.answers import AgentPort
+from qkilld.monitor.channel import STARVED_S
 from qkilld.monitor.endpoints import (
     NO_MONITOR,
     NOT_PASSED,
@@ -42,6 +43,7 @@ from qkilld.monitor.endpoints import (
 from qkilld.monitor.hmp import HmpClient
 from qkilld.monitor.qmp import QmpClient, QmpEvent
 from qkilld.monitor.reach import ListenerTable, check_end, connect, prove, read_process
+from qkilld.monitor.starvation import Starvation
 from qkilld.monitor.vcpu_threads import VcpuThreads
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class GuestControl:
         self._process = process
         self._table = table
         self._proc = proc
+        self._tasks = proc / str(process.guest.identity.pid) / "task"
         self._on_event: Callable[[GuestEvent], None] | None = None
         self.own_chardevs: frozenset[str] = frozenset()
         """The labels of this monitor's character devices, which must not be cut off (yank). `adopt`
@@ -128,13 +131,15 @@ class GuestControl:
         `enter_netns`: include monitors on TCP and abstract sockets; a thread enters the guest's
         network namespace to connect to them.
 
-        Waits for BUSY_S if the monitor is in use, and for START_WAIT_S if QEMU has just started.
+        Waits for BUSY_S if the monitor is in use (STARVED_S if QEMU has no processor time), and for
+        START_WAIT_S if QEMU has just started.
         `qmp_socket`: the path of the QMP monitor according to the caller. `was_asked`: the guest
         was asked to shut down before. `agent_was_open`: whether its agent had the port open at that
         time. Raises InvalidArgs if the process does not listen at `qmp_socket`; MonitorUnreachable,
         with reasons, if no monitor can be used; MonitorTimeout if the process is not read in time.
         """
         began = time.monotonic()
+        starvation = Starvation(proc / str(process.guest.identity.pid) / "task")
         while True:
             facts = await read_process(process.guest.identity, proc)
             guest_endpoints = find_endpoints(*facts)
@@ -163,7 +168,9 @@ class GuestControl:
                     return control
             waited = time.monotonic() - began
             in_use = any(endpoint.listener.in_use for endpoint in endpoints)
-            if in_use and waited < BUSY_S:
+            # A QEMU without processor time has not noticed that its last client has left.
+            is_slow = in_use and waited < STARVED_S and starvation.is_starved()
+            if is_slow or (in_use and waited < BUSY_S):
                 await asyncio.sleep(BUSY_S / 5)
             elif (
                 not endpoints
@@ -459,13 +466,16 @@ class GuestControl:
         await self._open_client(connection)
 
     async def _open_client(self, connection: socket.socket) -> None:
+        starvation = Starvation(self._tasks)
         if self.endpoint.role is Role.QMP:
             places = answers.chardev_places(self.endpoint.listener, connection.getsockname())
-            self.qmp = await QmpClient.open(connection, self._take_event)
+            self.qmp = await QmpClient.open(
+                connection, self._take_event, is_starved=starvation.is_starved
+            )
             chardevs = await self._read_chardevs(self.qmp)
             self.own_chardevs = answers.read_chardevs_at(chardevs, places)
         else:
-            self._hmp = await HmpClient.open(connection)
+            self._hmp = await HmpClient.open(connection, is_starved=starvation.is_starved)
 
     async def _find_vcpus(self) -> VcpuThreads | None:
         """Find the threads of the virtual processors; None if unknown. Raises MonitorError."""
@@ -477,12 +487,11 @@ class GuestControl:
     def _own_threads(self, threads: tuple[int, ...]) -> VcpuThreads | None:
         """Return the threads; None if these are not ids of the process's threads here. A QEMU in
         another PID namespace reports the ids that its threads have there."""
-        tasks = self._proc / str(self._process.guest.identity.pid) / "task"
         try:
-            known = all((tasks / str(thread)).exists() for thread in threads)
+            known = all((self._tasks / str(thread)).exists() for thread in threads)
         except OSError:
             return None
-        return VcpuThreads(tasks, threads) if known else None
+        return VcpuThreads(self._tasks, threads) if known else None
 
     async def _order(self, command: str, timeout_s: float = ORDER_S) -> None:
         if self.qmp is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from collections.abc import Callable
 from typing import Final, Self
 
 from qkilld.model.errors import (
@@ -46,13 +47,20 @@ class HmpClient(Channel):
         self._answer: asyncio.Future[bytes] = self._future()
 
     @classmethod
-    async def open(cls, connection: socket.socket, *, timeout_s: float = OPEN_S) -> Self:
-        """Take over a connected socket, and wait for the prompt.
+    async def open(
+        cls,
+        connection: socket.socket,
+        *,
+        timeout_s: float = OPEN_S,
+        is_starved: Callable[[], bool] = lambda: False,
+    ) -> Self:
+        """Take over a connected socket, and wait for the prompt. `is_starved` as in Channel.
 
         If that fails, closes the socket and raises MonitorError: MonitorBusy if no prompt comes in
         time.
         """
         client = await cls._over(connection)
+        client.is_starved = is_starved
         try:
             until = client._loop.time() + timeout_s
             banner: bytes = await client._wait(client._answer, until, "the prompt")

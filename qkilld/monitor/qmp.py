@@ -69,13 +69,15 @@ class QmpClient(Channel):
         on_event: Callable[[QmpEvent], None] | None = None,
         *,
         timeout_s: float = OPEN_S,
+        is_starved: Callable[[], bool] = lambda: False,
     ) -> Self:
-        """Take over a connected socket, and negotiate.
+        """Take over a connected socket, and negotiate. `is_starved` as in Channel.
 
         If that fails, closes the socket and raises MonitorError: MonitorBusy if no greeting comes
         in time.
         """
         client = await cls._over(connection, on_event)
+        client.is_starved = is_starved
         try:
             await client._negotiate(timeout_s)
         except BaseException:
@@ -161,6 +163,7 @@ class QmpClient(Channel):
         number = self._in_band = self._last_id + 1
         self._idle.clear()
         arguments = {"enable": ["oob"]} if oob else None
+        until = max(until, self._loop.time() + timeout_s / 2)  # The greeting may have been late.
         await self._call("execute", "qmp_capabilities", arguments, number, until)
         self.oob = oob
 

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+from qkilld.monitor.starvation import times_of
+
 FULL_LOAD: Final = 1024
 """The kernel's load average for a thread that always wants a processor."""
 _FAIR: Final = frozenset({0, 3, 5})
@@ -27,23 +29,8 @@ class VcpuThreads:
         return len(self._threads)
 
     def times(self) -> tuple[int | None, int | None]:
-        """Return (time run, time waited for a host processor) of all threads, in µs; both None if
-        any is unreadable.
-
-        The second includes the time that CPUQuota= withheld (cpu.max; measured, Linux 6.18). Time
-        that a hypervisor withheld from the host is in neither, if it tells the host.
-        """
-        ran = waited = 0
-        for thread in self._threads:
-            try:
-                fields = (self._tasks / f"{thread}/schedstat").read_bytes().split()
-                own = int(fields[0]), int(fields[1])
-            except (OSError, ValueError, IndexError):
-                return None, None
-            if own == (0, 0):  # The kernel does not count (sched_info_on()).
-                return None, None
-            ran, waited = ran + own[0], waited + own[1]
-        return ran // 1000, waited // 1000
+        """times_of() of all threads; (None, None) if any is unreadable."""
+        return times_of(self._tasks, self._threads) or (None, None)
 
     def load(self) -> float | None:
         """Return how many processors of the host the threads have wanted lately.

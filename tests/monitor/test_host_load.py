@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +15,13 @@ import pytest
 
 from qkilld.adapters.process import open_process
 from qkilld.decision.powerdown import Conclusion
+from qkilld.evidence.sockdiag import listening_unix
+from qkilld.monitor.guest_control import GuestControl
+from qkilld.monitor.qmp import OPEN_S
 from tests.lab.debian import Debian, boot_debian
 from tests.lab.process import end, spawn
-from tests.monitor.connecting import run_for
-from tests.monitor.test_guest_control import ask, controlled
+from tests.monitor.connecting import connected, run, run_for
+from tests.monitor.test_guest_control import Start, ask, controlled
 
 RIVALS = 20
 CHANGE_S = 5
@@ -30,13 +35,13 @@ class Rivals:
     """Programs that keep one processor busy. Each has a session of its own, because the kernel
     shares out the processor among sessions."""
 
-    def __init__(self, processor: int) -> None:
-        self._pin = partial(os.sched_setaffinity, 0, {processor})
+    def __init__(self, processor: int, count: int = RIVALS) -> None:
+        self._pin, self._count = partial(os.sched_setaffinity, 0, {processor}), count
         self._running: list[subprocess.Popen[bytes]] = []
 
     def begin(self) -> None:
         command = ["/bin/sh", "-c", "while :; do :; done"]
-        self._running += [spawn(command, before=self._pin) for _ in range(RIVALS)]
+        self._running += [spawn(command, before=self._pin) for _ in range(self._count)]
 
     def end(self) -> None:
         while self._running:
@@ -89,3 +94,45 @@ def test_the_load_of_the_host(load: str, begins: bool) -> None:
     assert Conclusion.ASK in conclusions
     assert conclusions[-1] is Conclusion.IGNORED
     assert Conclusion.SHUTTING_DOWN not in conclusions
+
+
+def hold_back(pid: int) -> int:
+    """Let QEMU run only on one processor, and only if nobody else wants it. Return the
+    processor."""
+    processor = min(os.sched_getaffinity(0))
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {processor})
+        os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):  # Kernels without CONFIG_SCHED_AUTOGROUP.
+        Path(f"/proc/{pid}/autogroup").write_text("19")
+    return processor
+
+
+def test_a_monitor_is_opened_although_the_host_gives_the_guest_no_processor(qemu: Start) -> None:
+    """QEMU sends its greeting a few seconds late."""
+    guest = qemu()
+
+    async def open_once() -> float:
+        began = time.monotonic()
+        process = open_process(guest.pid)
+        try:
+            control = await GuestControl.open(process, listening_unix)
+            try:
+                assert await control.runstate() == "running"
+            finally:
+                control.close()
+        finally:
+            process.close()
+        return time.monotonic() - began
+
+    run(connected(guest.pid)).close()  # Waits until the monitor is free.
+    rivals = Rivals(hold_back(guest.pid), 30)
+    rivals.begin()
+    try:
+        for _ in range(8):
+            if run_for(120, open_once()) > 2 * OPEN_S:
+                break
+        else:
+            raise AssertionError("the greeting was never late")
+    finally:
+        rivals.end()
