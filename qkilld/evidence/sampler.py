@@ -198,6 +198,8 @@ class Reader:
         self._known_graph = graph
         call = self._guard.call
         descriptors = call("listing open files", read_descriptors, self._pid)
+        if graph is not None:
+            self._storage.names = {os.path.basename(path) for path in graph.images}  # noqa: PTH119
         call("finding the storage of open files", self._storage.refresh, descriptors)
         call("finding sockets", self._sockets.refresh, descriptors, graph)
 

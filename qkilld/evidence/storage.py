@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Set
+import os
+from collections.abc import Container, Set
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +37,7 @@ MAX_DEVICES: Final = 256
 MAX_DEPTH: Final = 16
 _NONE: Final[Set[int]] = frozenset()
 _STANDARD_ERROR: Final = 2
-"""Files with descriptors up to this one are logs if the process can only write to them."""
+"""Files with descriptors up to this one may be logs."""
 
 # File systems without storage, or without storage that a guest waits for.
 # fmt: off
@@ -103,7 +104,7 @@ class StorageReader:
 
     __slots__ = (
         "_disks", "_filesystems", "_finder", "_images", "_known", "_outputs", "_pid", "_places",
-        "_proc", "_sys",
+        "_proc", "_sys", "names",
     )  # fmt: skip
 
     def __init__(self, pid: int, proc: Path = PROC, sys: Path = SYS) -> None:
@@ -115,6 +116,8 @@ class StorageReader:
         self._outputs: Set[int] = _NONE
         """The descriptors of files that are no images, but for which threads have waited, such as
         that of a dump of the guest's memory."""
+        self.names: Container[str] | None = None
+        """The file names of the images, according to the command line; None if unknown."""
         self._known = False
         self._finder = BackingFinder(proc)
 
@@ -156,7 +159,7 @@ class StorageReader:
         """Return the paths of images open for writing; None before a successful refresh()."""
         if not self._known:
             return None
-        return [image.path for image in self._images.values() if image.writable]
+        return [image.path for number, image in self._images.items() if self._may_write(number)]
 
     @property
     def writable_mounts(self) -> dict[str, str] | None:
@@ -172,8 +175,17 @@ class StorageReader:
         return {
             image.path: self._places[number]
             for number, image in self._images.items()
-            if image.writable
+            if self._may_write(number)
         }
+
+    def _may_write(self, number: int) -> bool:
+        """Return whether the file is open for writing, and no log. A QEMU that was started without
+        standard streams has other files instead."""
+        image = self._images[number]
+        if number > _STANDARD_ERROR or self.names is None:
+            return image.writable
+        name = os.path.basename(image.path.removesuffix(" (deleted)"))  # noqa: PTH119
+        return image.writable and name in self.names
 
     def read(
         self, table: StorageTable | None = None

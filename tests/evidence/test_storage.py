@@ -463,3 +463,15 @@ def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> N
     )
     assert reader.writable == ["/far/a"]
     assert reader.writable_places == {"/far/a": FilePlace(("8:16",), "")}
+
+
+def test_the_log_of_a_program_that_opens_it_for_reading_and_writing(tmp_path: Path) -> None:
+    """As os.Create does in Go."""
+    mountinfo = "8 0 8:16 / /far rw - ext4 /dev/sdb rw\n"
+    reader = reader_of(
+        tmp_path, {1: ("/far/log", RW, 8), 2: ("/far/b (deleted)", RW, 8)}, mountinfo
+    )
+    assert sorted(reader.writable or ()) == ["/far/b (deleted)", "/far/log"]
+    reader.names = {"b"}
+    assert reader.writable == ["/far/b (deleted)"]
+    assert list(reader.writable_places) == ["/far/b (deleted)"]
