@@ -115,23 +115,13 @@ def test_force_that_comes_later(
     assert {each for names in RecordingStop.setters.values() for each in names[1:]} == {"engine"}
 
 
-@pytest.mark.parametrize("without", ["descriptors", "threads"])
-def test_an_engine_that_cannot_start_ends_the_stops(
-    monkeypatch: pytest.MonkeyPatch, without: str
-) -> None:
+def test_an_engine_that_cannot_start_ends_the_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the helper would wait for it, and extend the timeout, for ever."""
-    if without == "descriptors":
 
-        def no_loop() -> asyncio.AbstractEventLoop:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def no_loop() -> asyncio.AbstractEventLoop:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-        monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
-    else:
-
-        def no_thread(thread: threading.Thread) -> None:
-            raise RuntimeError("can't start new thread")
-
-        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    monkeypatch.setattr(asyncio, "new_event_loop", no_loop)
     notes = Notes()
     stop = stop_of(open_process(os.getpid()))
     stopper = LocalStopper(Options(), notes, SilentLog(), reason="a test")
