@@ -152,8 +152,15 @@ def _appearance(end: ConnectionEnd, relative: Collection[str]) -> str | int | No
     names of the relative paths, which are compared without a directory (sockets.py)."""
     if not end.path:
         return end.port
-    name = os.path.basename(end.path)  # noqa: PTH119
-    return name if name in relative else end.path
+    path = without_link(end.path)
+    name = os.path.basename(path)  # noqa: PTH119
+    return name if name in relative else path
+
+
+def without_link(path: str) -> str:
+    """Return the path without the symbolic link from /var/run to /run, so that paths can be
+    compared as text. The server of a socket and QEMU may have been given different ones."""
+    return path.removeprefix("/var") if path.startswith("/var/run/") else path
 
 
 def _merged(one: ImageUse, other: ImageUse) -> ImageUse:

@@ -22,7 +22,7 @@ from qkilld.adapters.procfs import read_bounded
 from qkilld.adapters.unix_table import UnixRow, parse_unix_row
 from qkilld.debug_log import note_once
 from qkilld.evidence import files, sockdiag
-from qkilld.evidence.block_graph import BlockGraph
+from qkilld.evidence.block_graph import BlockGraph, without_link
 from qkilld.evidence.files import Descriptors
 from qkilld.evidence.other_namespaces import OtherNamespaces
 from qkilld.evidence.sockdiag import SocketTable, Unreadable
@@ -557,16 +557,16 @@ class _Ends:
                 self.descriptors.setdefault(end.descriptor, use)
             if end.port is not None and self.ports.get(end.port, _OTHER).role != "storage":
                 self.ports[end.port] = use
-            if end.path:
-                base = os.path.basename(end.path)  # noqa: PTH119
-                self._paths.setdefault(end.path, use)
+            if path := without_link(end.path):
+                base = os.path.basename(path)  # noqa: PTH119
+                self._paths.setdefault(path, use)
                 self._names.setdefault(base, use)
-                if not end.path.startswith("/"):
+                if not path.startswith("/"):
                     self._relative.setdefault(base, use)
 
     def at_path(self, kernels: str) -> _Use:
-        """Return the use of the connection with this path, compared as by `_same_path`."""
-        if not kernels:
+        """Return the use of the connection with this path, compared as by `_listens_at`."""
+        if not (kernels := without_link(kernels)):
             return _UNKNOWN
         if kernels in self._paths:
             return self._paths[kernels]
@@ -589,12 +589,8 @@ def _any(answers: Set[bool | None] | None) -> bool | None:
 
 
 def _listens_at(given: str, kernels: bytes) -> bool:
-    return _same_path(os.fsdecode(kernels), given)
-
-
-def _same_path(kernels: str, given: str) -> bool:
-    """Compare two paths as text: one passed to bind(2) by a server, one from a command line."""
-    if kernels == given:
-        return True
-    relative = not (kernels.startswith("/") and given.startswith("/"))
-    return relative and os.path.basename(kernels) == os.path.basename(given)  # noqa: PTH119
+    """Compare two paths as text: one from a command line, one passed to bind(2) by a server."""
+    bound, given = without_link(os.fsdecode(kernels)), without_link(given)
+    if bound.startswith("/") and given.startswith("/"):
+        return bound == given
+    return os.path.basename(bound) == os.path.basename(given)  # noqa: PTH119

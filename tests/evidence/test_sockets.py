@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -564,3 +565,24 @@ def test_a_disk_may_have_the_descriptor_of_standard_input(lab_dir: Path) -> None
             links = [Path(f"/proc/{guest.pid}/fd/{number}").readlink() for number in (0, 1, 2)]
             assert Path(f"socket:[{connection.inode}]") in links
             assert connection.node == "n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can write to /run")
+def test_var_run_is_the_same_directory_as_run() -> None:
+    """Many command lines name /var/run, which is a symbolic link to /run."""
+    with contextlib.ExitStack() as stack:
+        name = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/run"))).name
+        nbdkit, path = needs.program("nbdkit", "nbdkit"), f"/run/{name}/nbd"
+        stack.callback(end, spawn([nbdkit, "-f", "-U", path, "memory", "1M"]))
+        until(lambda: SocketTable().listens(lambda bound: bound == path.encode()), bool)
+        drive = f"file=nbd:unix:/var/run/{name}/nbd,if=none,id=n,format=raw"
+        guest = stack.enter_context(start_qemu(arguments=["-drive", drive]))
+        graph = until(GraphReader(guest.pid).read, lambda known: known is not None)
+        reader = SocketReader(guest.pid)
+
+        def storage() -> list[Socket]:
+            reader.refresh(graph=graph)
+            found = reader.read(SocketTable()) or ()
+            return [socket for socket in found if socket.role == "storage" and socket.node]
+
+        assert len(until(storage, bool)) == 1
