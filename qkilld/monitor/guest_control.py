@@ -141,6 +141,7 @@ class GuestControl:
         began = time.monotonic()
         starvation = Starvation(proc / str(process.guest.identity.pid) / "task")
         while True:
+            latest = time.monotonic() + TRY_S
             facts = await read_process(process.guest.identity, proc)
             guest_endpoints = find_endpoints(*facts)
             endpoints = [*guest_endpoints.with_role(Role.QMP), *guest_endpoints.with_role(Role.HMP)]
@@ -152,7 +153,7 @@ class GuestControl:
             if not enter_netns:
                 obstacles += [f"{each.title} {NOT_PASSED}" for each in guest_endpoints.passable]
             for endpoint in endpoints:
-                if time.monotonic() >= began + TRY_S:
+                if time.monotonic() >= latest:
                     break
                 control = cls(process, guest_endpoints, endpoint, table, proc)
                 control._expects_shutdown, control._agent_was_open = was_asked, agent_was_open

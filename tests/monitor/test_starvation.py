@@ -1,0 +1,75 @@
+"""A guest that waits for the processors of a busy host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from qkilld.model.errors import MonitorBusy
+from qkilld.monitor.qmp import OPEN_S, QmpClient
+from qkilld.monitor.starvation import Starvation
+from tests.lab.process import end, spawn
+from tests.monitor.connecting import run
+
+BUSY = ["/bin/sh", "-c", "while :; do :; done"]
+
+
+def hold_back(pid: int) -> None:
+    """Let a process run only if nobody else wants its processor."""
+    os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):  # Kernels without CONFIG_SCHED_AUTOGROUP.
+        Path(f"/proc/{pid}/autogroup").write_text("19")
+
+
+def test_a_process_that_gets_no_processor_is_starved() -> None:
+    with contextlib.ExitStack() as stack:
+
+        def start(command: list[str]) -> int:
+            pin = partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})
+            process = spawn(command, stdin=subprocess.PIPE, before=pin)
+            stack.callback(end, process)
+            return process.pid
+
+        busy, idle = start(BUSY), start(["/bin/sh", "-c", "read nothing"])
+        hold_back(busy)
+        for _ in range(3):
+            start(BUSY)
+        observed = [Starvation(Path(f"/proc/{pid}/task")) for pid in (busy, idle)]
+        time.sleep(1)
+        assert [each.is_starved() for each in observed] == [True, False]
+        assert not Starvation(Path("/proc/0/task")).is_starved()
+
+
+@pytest.mark.parametrize("starved", [True, False])
+def test_a_late_greeting(starved: bool) -> None:
+    async def greet(ours: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(1.5 * OPEN_S)
+        await loop.sock_sendall(ours, b'{"QMP": {"version": {}, "capabilities": []}}\n')
+        command = json.loads(await loop.sock_recv(ours, 4096))
+        answer = json.dumps({"return": {}, "id": command["id"]})
+        await loop.sock_sendall(ours, answer.encode() + b"\n")
+
+    async def open_monitor() -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours:
+            greeter = asyncio.create_task(greet(ours))
+            try:
+                client = await QmpClient.open(theirs, is_starved=lambda: starved)
+                client.close()
+                await greeter
+            finally:
+                greeter.cancel()
+
+    with contextlib.nullcontext() if starved else pytest.raises(MonitorBusy):
+        run(open_monitor())
