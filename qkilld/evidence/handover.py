@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -31,14 +30,17 @@ class Handover:
         if self._timer is None:
             self._timer = self._loop.call_later(MAX_DELAY_S, self._deal)
 
-    def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> None:
+    def put(self, call: Callable[[], None], *, more: bool, urgent: bool = False) -> bool:
         """Make the loop run `call`. It runs at once if it is urgent or no more calls follow
-        (`more`). Otherwise it runs with a later call, or at the time that `expect` has set.
-        Thread-safe."""
+        (`more`). Otherwise it runs with a later call, or at the time that `expect` has set. Return
+        False if the loop is closed. Thread-safe."""
         (self._urgent if urgent else self._others).append(call)
         if urgent or not more:
-            with contextlib.suppress(RuntimeError):  # The loop is closed.
+            try:
                 self._loop.call_soon_threadsafe(self._deal)
+            except RuntimeError:
+                return False
+        return True
 
     def close(self) -> None:
         if self._timer is not None:

@@ -249,9 +249,11 @@ class EvidenceSampler:
     def __init__(self, on_fault: OnFault) -> None:
         """`on_fault` is called in the loop, once for each cause."""
         self._handover = Handover()
-        self._guard = FaultGuard(
-            lambda doing, error: self._handover.put(partial(on_fault, doing, error), more=False)
-        )
+
+        def report(doing: str, error: Exception) -> None:
+            self._handover.put(partial(on_fault, doing, error), more=False)
+
+        self._guard = FaultGuard(report)
         self._workers = Workers(self._guard)
         self._tables = HostTables()
         self._budget = FileBudget()
@@ -362,7 +364,9 @@ class TargetWatch:
 
     def _hand_over(self, sample: Sample) -> None:
         more = self._workers.waiting
-        self._handover.put(partial(self._deliver, sample), more=more, urgent=self._urgent)
+        call = partial(self._deliver, sample)
+        if not self._handover.put(call, more=more, urgent=self._urgent) and self._closed:
+            self._close_reader()
 
     def _read(self) -> Sample:
         if self._reader is None:
