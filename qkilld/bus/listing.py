@@ -70,7 +70,8 @@ class Listings:
                 except NoSuchJob:
                     array = None
                 if array is None:
-                    # Or it is none of these objects: any number of others may be announced.
+                    # The object has gone, or is not one that is listed. Any number of others may be
+                    # announced, so they do not count.
                     encoded.pop(key, None)
                 else:
                     left += MAX_REPETITIONS * (key not in encoded) - 1

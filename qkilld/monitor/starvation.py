@@ -55,7 +55,7 @@ class Starvation:
 
 def times_of(tasks: Path, threads: Iterable[int | str]) -> tuple[int, int] | None:
     """Return (time run, time waited for a host processor) of all these threads, in µs; None if any
-    is unreadable, or if there are none.
+    is unreadable, or if there is no thread.
 
     The second includes the time that CPUQuota= withheld (cpu.max; measured, Linux 6.18). Time that
     a hypervisor withheld from the host is in neither, if it tells the host.

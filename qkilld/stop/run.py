@@ -117,7 +117,7 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """Stop guests that a shell has started meanwhile; return False if there are none."""
+        """Stop guests that a shell has started meanwhile. Return whether it has started any."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:

@@ -381,7 +381,7 @@ def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine
 
 def _first_skipped(facts: UnitFacts, surroundings: Surroundings, place: int) -> int:
     """Return the number of the first line before `place` that systemd now skips if an earlier line
-    fails, and that may need the guest to be gone; `place` if there is none."""
+    fails, and that may need the guest to be gone. If no line does, return `place`."""
     can_fail = False
     for number, line in enumerate(stop_lines(facts, surroundings)[:place]):
         if can_fail and (line.changes or not line.is_understood):

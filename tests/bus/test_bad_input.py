@@ -72,7 +72,7 @@ def test_pids_that_are_no_guest(
 
 
 def test_kernel_threads(client: Client) -> None:
-    """Kernel threads are not QEMU. In a PID namespace there are none."""
+    """Kernel threads are not QEMU. A PID namespace has no kernel threads."""
     # process_iter() with an attribute skips processes that have ended meanwhile.
     for process in psutil.process_iter(["ppid"]):
         if process.info["ppid"] == 2:

@@ -454,7 +454,8 @@ def test_a_file_that_is_only_written_counts_once_a_thread_waits_for_it(tmp_path:
 
 
 def test_an_image_may_have_the_descriptor_of_standard_error(tmp_path: Path) -> None:
-    """If QEMU starts without standard streams, its images get their numbers. A terminal is none."""
+    """If QEMU starts without standard streams, its images get their numbers. A terminal is not an
+    image."""
     reader = reader_of(
         tmp_path,
         {0: ("/dev/pts/1", RW, 6), 1: ("/far/log", os.O_WRONLY, 8), 2: ("/far/a", RW, 8)},
