@@ -1,5 +1,5 @@
-"""Reach the bus of another host or of a container through systemd-stdio-bridge(1), like systemd's
-own tools: the bridge's standard input and output are the connection."""
+"""Connect to the bus of another host or of a container as systemd's own tools do: through the
+standard input and output of systemd-stdio-bridge(1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ END_TIMEOUT_S: Final = 2.0
 
 
 class BridgeSocket(socket.socket):
-    """Our end of a socket pair; closing it ends the process at the other end."""
+    """Our end of a socket pair. Closing it ends the process at the other end."""
 
     program: str
     process: subprocess.Popen[bytes]
@@ -31,8 +31,8 @@ class BridgeSocket(socket.socket):
             self.process.wait()
 
     def failure(self) -> str:
-        """Explain why the process has closed the connection; it prints its own reason on standard
-        error."""
+        """Explain why the process has closed the connection. (The process prints its own reason on
+        standard error.)"""
         try:
             status = self.process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -74,8 +74,8 @@ class BusService:
         await self._connection.wait_closed()
 
     async def own_job(self) -> str:
-        """Return the type of systemd's job for our unit: stop, restart, …; "" if there is none or
-        no answer."""
+        """Return the type of systemd's job for our unit: stop, restart, …; "" if there is none, or
+        if systemd does not answer."""
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 return await Systemd(self._connection).own_job()
@@ -83,7 +83,7 @@ class BusService:
             return ""
 
     async def leave(self) -> None:
-        """Release the name, and answer every call that was sent to the name."""
+        """Release the bus name, then answer every call that was sent to it."""
         with contextlib.suppress(QkilldError):
             await self._connection.disown(BUS_NAME)
         await self._server.drain(DRAIN_TIMEOUT_S)

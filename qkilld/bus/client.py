@@ -75,7 +75,7 @@ class ManagerProxy:
     async def plan(
         self, pid: int, flags: Flag, options: dict[str, int | str] | None = None
     ) -> dict[str, Any]:
-        """Return what `terminate` would do, as the interface's Plan describes it."""
+        """Return what `terminate` would do: the reply of the method Plan."""
         (plan,) = await self._call("Plan", "uta{sv}", pid, int(flags), _variants(options))
         return _plain(plan)
 
@@ -154,11 +154,11 @@ class ManagerProxy:
         job_removed: Callable[[str], None],
         owner_changed: Callable[[str], None],
     ) -> AsyncIterator[str]:
-        """Within the context, call back for jobs and for changes of the daemon. Yields the bus name
-        of the daemon, "" if none runs; starts no daemon.
+        """While the context is open, call back for new and ended jobs, and if the daemon ends or
+        another starts. Yield the daemon's bus name, "" if none runs. Starts no daemon.
 
-        `job_new` and `job_removed` get the job's path, `owner_changed` the new daemon's bus name,
-        "" for none. Within the context, JobProxy.watch can be called with `matched`.
+        `job_new` and `job_removed` get the job's path. `owner_changed` gets the new daemon's bus
+        name, "" for none. While the context is open, JobProxy.watch can be called with `matched`.
         """
         owner = ""
         unsubscribe: list[Callable[[], None]] = []
@@ -236,8 +236,8 @@ class JobProxy:
         return result, _plain(receipt)
 
     async def returns(self, timeout_s: float) -> bool:
-        """After the daemon disappeared, wait up to `timeout_s` for another that continues its jobs;
-        return whether one appeared. Starts no daemon."""
+        """After the daemon has disappeared, wait up to `timeout_s` for another daemon, which
+        continues its jobs. Return whether one has appeared. Starts no daemon."""
         return self._connection.connected and await ManagerProxy(self._connection).appears(
             timeout_s
         )
@@ -282,11 +282,11 @@ class JobProxy:
     async def watch(
         self, changed: Callable[[JobStatus], None], *, matched: bool = False
     ) -> AsyncIterator[None]:
-        """Within the context, call `changed` with the job's status: once at entry, then at each
-        change.
+        """While the context is open, call `changed` with the job's status: once at entry, then at
+        each change.
 
-        Only signals from the daemon count, because any peer can send one that looks the same. Pass
-        `matched` if the bus has a match rule for these signals already.
+        Signals of other senders are ignored, because any peer can send one that looks the same.
+        Pass `matched` if the bus already has a match rule for these signals.
         """
         (owner,) = await self._connection.request_bus("GetNameOwner", "s", BUS_NAME)
         rule = (
@@ -296,7 +296,7 @@ class JobProxy:
         complete = stale = False
         properties: dict[str, Any] = {}
         invalidated: set[str] = set()
-        """Properties whose new value was not in the signal, so that it must be read."""
+        """Properties whose new values must be read, because the signal did not contain them."""
         outdated = asyncio.Event()
 
         def on_change(body: list[Any]) -> None:
@@ -321,8 +321,8 @@ class JobProxy:
                 invalidated.clear()
                 with contextlib.suppress(QkilldError):
                     now = await self._properties()
-                    # Use only the invalidated properties: the other values may be older than those
-                    # of a signal received meanwhile.
+                    # Take only the invalidated properties from the reply. A signal received
+                    # meanwhile may have newer values of the others.
                     properties.update({name: now[name] for name in names})
                     changed(self._status(properties))
 

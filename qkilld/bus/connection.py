@@ -1,10 +1,10 @@
 """One connection to a message bus. A D-Bus library (bus.library) encodes messages; this package
 parses them.
 
-The libraries parse everything that a stranger sends, keep every signature that they have ever
-parsed, and accept unsolicited replies and signals. Here the header decides (bus.framing): a reply
-must answer an open call, a signal must have a subscriber. Bodies are parsed only after that
-(bus.values).
+The libraries would parse everything that a stranger sends, keep every signature that they have ever
+parsed, and accept unsolicited replies and signals. So this module checks the header first
+(bus.framing): a reply must answer an open call, and a signal must have a subscriber. Only then is
+the body parsed (bus.values).
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ CALL_TIMEOUT_S: Final = 25.0
 READ_BYTES: Final = 64 * 1024
 """The maximum number of bytes that one recv() reads."""
 READS: Final = 4
-"""How many recv() calls to make before the loop serves its timers and pidfds. Four read up to
+"""How many recv() calls to make before the loop serves its timers and pidfds. Four calls read up to
 2,000 small messages in 10 ms. One call would not be enough: the bus has a single queue for all
-senders, so a sender that fills it would block the others."""
+senders, so a sender that fills the queue would block the others."""
 HELD_BACK_S: Final = 0.25
-"""Delay before the refusals of a flood are sent together. Without it, each refusal would cost two
-context switches, and clients that wait for an answer before they send more would send faster."""
+"""Delay before the refusals of a flood are sent together. Without this delay, each refusal would
+cost two context switches, and a client that waits for each answer before its next call would send
+faster."""
 MAX_HELD_BACK: Final = 128 * 1024
 """Delayed refusals are sent at once when they have more bytes than this."""
 MAX_UNSENT: Final = 512 * 1024
@@ -266,8 +267,8 @@ class Connection:
             _log.debug("ignored a reply that answers no open call")
             return
         # Accept a reply only from the callee, or from the bus, which may answer any call with an
-        # error. The owner of a well-known name is not known here, but the bus lets nobody else
-        # answer (send_requested_reply in its policy).
+        # error. If a well-known name was called, its owner is not known here, but the bus lets only
+        # the owner reply (send_requested_reply in its policy).
         if message.sender != _DBUS and (
             destination == _DBUS or (destination.startswith(":") and message.sender != destination)
         ):
@@ -291,7 +292,7 @@ class Connection:
             self._schedule_write()
 
     def refuse_later(self, call: IncomingMessage, name: str, text: str) -> None:
-        """Answer with an error, up to HELD_BACK_S later, because the caller floods us."""
+        """Answer a caller that floods us with an error, up to HELD_BACK_S later."""
         if not call.wants_reply:
             return
         if not self._held_back:
@@ -315,8 +316,8 @@ class Connection:
         signature: str,
         handler: Callable[[list[Any]], None],
     ) -> Callable[[], None]:
-        """Call `handler` with the body of each signal that matches all other arguments; return the
-        function that ends this. The caller adds the match rule to the bus."""
+        """Call `handler` with the body of each signal that matches all other arguments. Return a
+        function that unsubscribes. The caller must add the match rule to the bus."""
         key = (sender, path, interface, member)
         entry = (signature, handler)
         self._handlers.setdefault(key, []).append(entry)
@@ -346,13 +347,14 @@ class Connection:
         gives: str | None = None,
         descriptor: int | None = None,
     ) -> list[Any]:
-        """Call a method and return the body of its reply, which must have the signature `gives` if
-        given. `descriptor` is sent with the call, as index 0; this needs a connection that was made
-        for descriptors.
+        """Call a method and return the body of its reply. `gives`: the signature that the reply
+        must have. `descriptor` is sent with the call, as index 0; this needs
+        `connect(descriptors=True)`.
 
         Raises the QkilldError that an error reply names; RefusedByBus if the policy of the bus
-        forbids the call; CallFailed for any other error reply. Raises BusError if the callee or
-        the connection is missing or lost, no reply comes within `timeout_s`, or it is unusable.
+        forbids the call; CallFailed for any other error reply. Raises BusError if the callee or the
+        connection is missing or lost, if no reply comes within `timeout_s`, or if the reply cannot
+        be parsed.
         """
         if not self.connected:
             raise BusError("the connection to the bus is lost")
@@ -453,7 +455,7 @@ class Connection:
         await self.request_bus("ReleaseName", "s", name)
 
     async def wait_closed(self) -> None:
-        """Return when the connection has ended, for whatever reason."""
+        """Wait for the end of the connection."""
         with contextlib.suppress(Exception):
             await asyncio.shield(self._end)
 
@@ -545,7 +547,7 @@ async def connect(
 
 
 def _reason(error: Exception) -> str:
-    """Describe why there is no connection, for people: without the number of an errno."""
+    """Describe for people why there is no connection, without the number of an errno."""
     cause = error.__cause__ or error
     if isinstance(error, TimeoutError):
         return "no answer"

@@ -15,11 +15,12 @@ from typing import Any, Final, Literal
 from qkilld.model.dataclass import dataclass
 
 MAX_CALL: Final = 16 << 10
-"""Bytes of a method call, header and body; a longer one loses its body and is refused."""
+"""The maximum size of a method call, in bytes. The body of a longer call is dropped, and the call
+is refused."""
 MAX_MESSAGE: Final = 1 << 20
-"""Bytes of any other message; longer ones lose their body."""
+"""The maximum size of any other message, in bytes. The body of a longer one is dropped."""
 MAX_FIELDS: Final = 8 << 10
-"""Bytes of header fields; a message with more is skipped."""
+"""The maximum size of the header fields, in bytes. A message with more is skipped."""
 
 _FIXED_HEADER: Final = 16
 _FIELDS: Final = {
@@ -33,7 +34,8 @@ _FIELDS: Final = {
 }
 """By field code: the index in the result of `_fields`, and the type."""
 _SHORT: Final = 512
-"""Header fields of up to this many bytes are cached, except replies': clients repeat them."""
+"""Parsed header fields are cached if they have at most this many bytes, because clients repeat
+them. Those of replies are not cached."""
 _STRINGS: Final = frozenset(b"so")
 _SIGNATURE: Final = ord("g")
 _NUMBER: Final = ord("u")
@@ -193,8 +195,8 @@ def error_reply(call: IncomingMessage, serial: int, name: str, text: str) -> byt
 
 
 def reply_header(call: IncomingMessage, serial: int, signature: str, length: int) -> bytes:
-    """Encode what precedes the body of a reply to `call`. `length`: that of the body, which is in
-    little-endian byte order."""
+    """Encode the header of a reply to `call`. `length`: the size of its body, which must be
+    little-endian."""
     fields = (
         struct.pack("<B3sI", 5, b"\1u\0", call.serial)
         + _string_field(6, b"s", call.sender)

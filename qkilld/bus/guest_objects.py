@@ -14,7 +14,7 @@ from qkilld.engine.service import Service
 from qkilld.model.constants import GUEST_PATH_PREFIX
 
 MAX_WATCHERS_PER_UID: Final = 16
-"""Connections remembered for each user; the oldest is dropped first."""
+"""Connections remembered for each user. The oldest is dropped first."""
 
 
 class GuestObject:
@@ -51,8 +51,8 @@ def guest_properties(watched: WatchedGuest) -> dict[str, Any]:
 class Watchers:
     """The connections that called GetManagedObjects and were on the bus when last checked.
 
-    The bus limits our match rules, so there is no rule that reports when a connection leaves.
-    Instead, `has_any` asks the bus before each scan for guests.
+    The bus limits the number of our match rules, so no rule is used to learn that a connection has
+    left. Instead, `has_any` asks the bus before each scan for guests.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -68,7 +68,7 @@ class Watchers:
         self._names[name] = uid
 
     async def has_any(self) -> bool:
-        """Return whether one of the names is still on the bus; drop those found missing. Raises
+        """Return whether one of the names is still on the bus; drop names that have left. Raises
         BusError."""
         while self._names:
             name = next(iter(self._names))

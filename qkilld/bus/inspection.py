@@ -1,4 +1,4 @@
-"""Evidence in the form that callers get: the keys of Inspect beyond the identity."""
+"""Convert evidence to the reply of Inspect: all keys except those that identify the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qkilld.model.constants import UNKNOWN
 
 
 def evidence_dict(evidence: Assessment) -> dict[str, Variant]:
-    """Return the keys that the XML describes, except unreadable ones."""
+    """Return the keys that the XML describes, without those whose values could not be read."""
     sample = evidence.last
     values: dict[str, tuple[str, Any]] = {
         "verdict": ("s", evidence.verdict.value),

@@ -1,6 +1,6 @@
 """The interfaces, parsed from the XML files under dbus/, which are the source of truth.
 
-Expat is enough for that. ElementTree would take half a megabyte of memory, which is locked while
+Expat parses them, because ElementTree would take half a megabyte of memory, which is locked while
 jobs run.
 """
 
@@ -55,7 +55,7 @@ _STANDARD: Final = """
 
 _COMMENT: Final = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _Arguments = list[dict[str, str]]
-"""The attributes of the arguments of one member."""
+"""The attributes of each argument of one member."""
 
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 OBJECT_MANAGER_GIVES: Final = "a{oa{sa{sv}}}"
@@ -90,7 +90,7 @@ class Signature:
 class Interface:
     name: str
     xml: str
-    """Its element, without comments."""
+    """The element of the interface, without comments."""
     methods: dict[str, Signature]
     signals: dict[str, str]
     """Name to type string."""
@@ -162,8 +162,8 @@ def _load(name: str) -> Interface:
 
 
 def _members_of(text: str) -> dict[tuple[str, str], _Arguments]:
-    """Return the attributes of each member's arguments, and for a property its own attributes, by
-    the member's name and kind."""
+    """Map the name and kind of each member to the attributes of its arguments; those of a property,
+    to the property's own attributes."""
     members: dict[tuple[str, str], _Arguments] = {}
     last: _Arguments = []
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob
 
 REPLY_S: Final = 0.00015
-"""How long it takes to prepare a reply to Wait (0.15 ms, measured)."""
+"""The time to prepare a reply to Wait (0.15 ms, measured)."""
 PRIVATE: Final = ("BytesWritten", "BytesPending", "Rate", "Reasons", "Receipt")
-"""Properties that only some callers may read; PropertiesChanged lists them as invalidated."""
+"""Properties that only some callers may read. PropertiesChanged lists them as invalidated."""
 _RECEIPT_TYPES: Final = {
     "elapsed-usec": "t",
     "rungs": "a(sst)",
@@ -45,7 +45,8 @@ _RECEIPT_TYPES: Final = {
 
 
 class JobObject:
-    """Implements bus.server.BusObject. Made for each call; the state is in the job."""
+    """Implements bus.server.BusObject. A new one is made for each call, because all state is in the
+    job."""
 
     def __init__(self, job: Job, service: Service) -> None:
         self.interface = interfaces.job()
@@ -166,7 +167,8 @@ def _number_or_unknown(number: int | None) -> int:
 
 
 def _settle_soon(future: asyncio.Future[None], uid: int) -> None:
-    """Settle it in a step, because each user may have a thousand calls of Wait for a job."""
+    """Settle the future in one of the steps of engine.steps, because each user may have a thousand
+    calls of Wait for one job."""
     steps = job_steps()
 
     def settle() -> bool:

@@ -37,7 +37,7 @@ class Announcer:
         last one."""
 
     def adopt(self, job: ObservedJob) -> None:
-        """Announce changes of a running job whose start was announced before this object
+        """Announce the changes of a running job. Its start was announced before this object
         existed."""
         self._announced_values[job.number] = tuple(changing(job, private=True).values())
         self._announced_count = len(self._announced_values)
@@ -45,7 +45,7 @@ class Announcer:
     def job_new(self, job: ObservedJob) -> None:
         self._announced_values[job.number] = tuple(changing(job, private=True).values())
         self._emit("JobNew", job)
-        # A broadcast, so without private values.
+        # This signal is a broadcast, so it has no private values.
         values = properties(job, private=False)
         self._server.emit_added(job_path(job), interfaces.job(), values)
         self._manager_changed()
@@ -102,12 +102,13 @@ class Announcer:
             self._round = asyncio.get_running_loop().call_soon(self._announce_due)
 
     def _announce_due(self) -> None:
-        """Announce changes for STEP_S, because thousands of jobs may change at a time. The next
-        round follows when the loop has handled other events."""
+        """Announce changes for at most STEP_S, because thousands of jobs may change at a time. The
+        next round follows when the loop has handled other events."""
         self._round = None
         loop = asyncio.get_running_loop()
         if not self._server.has_room:
-            # The bus does not read. Later, clients get only the newest values.
+            # The bus does not read at the moment. Try again later; clients then get only the newest
+            # values.
             self._round = loop.call_later(MIN_INTERVAL_S, self._announce_due)
             return
         end = time.monotonic() + STEP_S

@@ -1,9 +1,9 @@
 """The parts of a D-Bus library that qkilld uses: outgoing messages, their types, authentication.
 
-The library is dbus-next, or, if that is missing or broken (it does not import under Python 3.15),
-dbus-fast, its maintained successor with the same names. Connecting and parsing are done in
-bus.transport, bus.framing and bus.values, because both libraries keep every signature that they
-have ever parsed, and change how they connect from release to release.
+The library is dbus-next. If dbus-next is missing or broken (under Python 3.15, it cannot be
+imported), the library is dbus-fast, its maintained successor with the same names. Connecting and
+parsing are done in bus.transport, bus.framing and bus.values: both libraries keep every signature
+that they have ever parsed, and each release of them connects in a different way.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ sys.modules.setdefault("gi", None)  # type: ignore[arg-type]
 
 
 def _add_bare_package(name: str) -> None:
-    """Let parts of a package be imported without its __init__.py, which imports all parts: 0.7 MB
-    of memory and 5 ms."""
+    """Allow importing modules of a package without its __init__.py. That file imports all modules,
+    which takes 0.7 MB of memory and 5 ms."""
     spec = PathFinder.find_spec(name)
     if name not in sys.modules and spec is not None and spec.submodule_search_locations:
         package = ModuleType(name)
@@ -93,7 +93,7 @@ __all__ = [
 
 
 def encode(message: Message) -> bytes | bytearray:
-    """Encode a message for the bus; its serial must be set. Send its descriptors with it."""
+    """Encode a message, whose serial must be set. The caller sends its descriptors."""
     encoded: bytes | bytearray = message._marshall(bool(message.unix_fds))
     return encoded
 

@@ -1,7 +1,7 @@
-"""Encode replies that list any number of objects, in steps between which the loop goes on.
+"""Encode replies that list any number of objects, in steps. The event loop runs between the steps.
 
-Signals are sent between these steps, and a client gets them before the reply. So the reply must be
-as new as these signals: if a signal announces an object, the object is encoded again.
+A client gets the signals sent between the steps before it gets the reply. So the reply must be as
+new as these signals: if a signal announces an object, that object is encoded again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ MAX_REPETITIONS: Final = 4
 """Each element is encoded at most this many times on average. If that is not enough, objects change
 faster than they can be listed."""
 SPARE: Final = 64
-"""This many more elements may be encoded, because a few objects may change often."""
+"""In addition to MAX_REPETITIONS, this many elements may be encoded, because a few objects may
+change often."""
 LAST: Final = 32
-"""The last elements, this many, are encoded in one step, so that none of them can change meanwhile.
-With all properties of a job, this takes about 3 ms."""
+"""The number of elements at the end that are encoded in one step, so that none of them can change
+meanwhile. With all properties of a job, this takes about 3 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,11 @@ class Listing:
     """The value of a reply that is an array of structures or dictionary entries."""
 
     keys: Callable[[], Iterable[str]]
-    """Returns the keys of all elements. The key of one that describes an object is its path."""
+    """Returns the keys of all elements. If an element describes an object, its key is the object's
+    path."""
     element: Callable[[str], Any]
-    """Returns an array of only this element. Returns None or raises NoSuchJob if there is no such
-    element, or none any more."""
+    """Returns an array that contains only the element with this key. Returns None or raises
+    NoSuchJob if there is no such element (any more)."""
 
 
 class Listings:
@@ -45,13 +47,13 @@ class Listings:
         """For each listing: the keys of the elements to encode, the next one first."""
 
     def announced(self, path: str) -> None:
-        """Call this when a signal announces that an object is new, gone, or has changed."""
+        """Call this when a signal announces that an object has appeared, changed or disappeared."""
         for keys in self._unfinished:
             keys[path] = None
 
     async def encode(self, signature: str, listing: Listing, pace: Pace) -> bytearray:
-        """Return the body of the reply. It is as new as the last signal until the caller awaits
-        something. Raises Busy if the objects change too fast."""
+        """Return the body of the reply. Until the caller awaits something, the body is as new as
+        the last signal. Raises Busy if the objects change too fast."""
         keys: OrderedDict[str, None] = OrderedDict()
         encoded: dict[str, bytes] = {}
         self._unfinished.append(keys)
@@ -60,7 +62,8 @@ class Listings:
             left_in_pass, left = len(keys), SPARE
             while keys:
                 if not left_in_pass:
-                    # In each turn of the loop, encode more objects than change.
+                    # Make the steps longer, so that each encodes more objects than change before
+                    # the next.
                     pace.lengthen()
                     left_in_pass = len(keys)
                 left_in_pass -= 1
@@ -70,8 +73,8 @@ class Listings:
                 except NoSuchJob:
                     array = None
                 if array is None:
-                    # The object has gone, or is not one that is listed. Any number of others may be
-                    # announced, so they do not count.
+                    # The object has disappeared, or does not belong to this listing. Such keys do
+                    # not count towards the limit, because any number of them may be announced.
                     encoded.pop(key, None)
                 else:
                     left += MAX_REPETITIONS * (key not in encoded) - 1

@@ -135,7 +135,7 @@ class ManagerTree:
         self._manager = manager
         self._service = service
         self.guests: Guests | None = None
-        """None until the server exists that sends the signals of guests."""
+        """None until there is a server to send the signals about guests."""
 
     def find(self, path: str) -> BusObject | None:
         if path == MANAGER_PATH:
@@ -187,10 +187,11 @@ class ManagerTree:
 
 
 def _job_at(path: str, registry: Registry) -> Job | None:
-    """Return the job at that path; None if the path is not below that of jobs. Raises NoSuchJob."""
+    """Return the job at that path; None if the path does not begin with JOB_PATH_PREFIX. Raises
+    NoSuchJob."""
     if not path.startswith(JOB_PATH_PREFIX):
         return None
-    # Each job has exactly one path: 7, not 007.
+    # Each job has exactly one path, so reject 007 for job 7.
     if not _NUMBER.fullmatch(number := path.removeprefix(JOB_PATH_PREFIX)):
         raise NoSuchJob("A job's path ends in its number")
     return registry.get(int(number))

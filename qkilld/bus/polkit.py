@@ -1,7 +1,8 @@
 """Client of polkit: org.freedesktop.PolicyKit1.Authority on the system bus.
 
-Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". Any result but a clear
-yes in time denies the request. Nothing is cached here: polkit itself implements `auth_admin_keep`.
+Source: the polkit reference manual, "org.freedesktop.PolicyKit1.Authority". The request is denied
+unless a clear yes comes in time. Answers are not cached here, because polkit itself implements
+`auth_admin_keep`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _PATH: Final = "/org/freedesktop/PolicyKit1/Authority"
 _INTERFACE: Final = "org.freedesktop.PolicyKit1.Authority"
 _ALLOW_INTERACTION: Final = 1
 _MAX_UID: Final = 2**31 - 1
-"""polkit takes no higher uid in a subject with a pidfd."""
+"""polkit accepts no higher uid in a subject with a pidfd."""
 
 
 class Polkit:
@@ -68,15 +69,15 @@ class Polkit:
         *,
         interactive: bool,
     ) -> Answer:
-        """Ask polkit whether the owner of the bus name `sender` may do that. Raises Busy."""
+        """Ask polkit whether the owner of the bus name `sender` may do `action`. Raises Busy."""
         with self._place(uid):
             return await self._ask(sender, action, details, interactive)
 
     async def check_process(
         self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
     ) -> Answer:
-        """Ask whether a process that connected as `uid` may do that. Nobody is asked for a
-        password. polkit before 124 does not know pidfds, and denies the request. Raises Busy."""
+        """Ask polkit whether a process that connected as `uid` may do `action`. Nobody is asked for
+        a password. polkit before 124 does not know pidfds, and denies the request. Raises Busy."""
         if self._connect_again is None or uid > _MAX_UID:
             return Answer.DENIED
         subject = ["unix-process", {"pidfd": Variant("h", 0), "uid": Variant("i", uid)}]
@@ -142,8 +143,8 @@ class Polkit:
                 descriptor=descriptor,
             )
         except (QkilldError, ValueError, TypeError):
-            # No answer counts as a denial: polkit is missing, masked or too slow, or its reply has
-            # an unexpected type.
+            # Polkit is missing, masked or too slow, or its reply has an unexpected type. The
+            # request is denied.
             return None
         if authorized is True:
             return Answer.GRANTED

@@ -1,9 +1,9 @@
 """Serve objects on a bus.
 
-A call waits for its user's turn (engine.turns). Then path, interface, member, signature and length
-are checked against the interface's XML, and only then the body is parsed. Our own QkilldError goes
-to the caller under its D-Bus name. Of a failure of another service, or any other exception, the
-caller learns no details.
+A call waits until engine.turns lets its user's next call start. Then its path, interface, member,
+signature and length are checked against the interface's XML, and only then is its body parsed. The
+caller gets our own QkilldError under its D-Bus name, but no details of other exceptions or of
+failures of other services.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qkilld.model.errors import BusError, Busy, Failed, InvalidArgs, QkilldError
 from qkilld.model.text import printable
 
 MAX_NAMES: Final = 4096
-"""Connections whose uid is cached."""
+"""The number of connections whose uid is cached."""
 MAX_ASKING: Final = 32
 """Connections whose uid may be requested from the bus at a time."""
 MAX_DEPTH: Final = 3
@@ -55,7 +55,7 @@ class BusCaller:
 
     @property
     def disconnected(self) -> bool:
-        """For a call that was cancelled: whether the reason is that the caller left the bus."""
+        """Whether a cancelled call was cancelled because its caller left the bus."""
         return not self._server.draining
 
     async def uid(self) -> int:
@@ -94,11 +94,13 @@ class BusObject(Protocol):
     methods: Mapping[str, Method]
 
     def properties(self, uid: int) -> Mapping[str, Any]:
-        """Return every property in its D-Bus type, as far as that uid may see it."""
+        """Return every property in its D-Bus type. Values that this uid may not see are unknown or
+        empty."""
 
 
 class Authority(Protocol):
-    """Decides about callers who are neither root nor the owner. Implemented by polkit's client."""
+    """Decides whether callers may act who are neither root nor the owner of the process.
+    Implemented by polkit's client."""
 
     async def check(
         self,
@@ -140,7 +142,7 @@ class _NoSuch(Exception):
 
 
 class BusCall:
-    """A call that waits for its turn. Implements engine.turns.WaitingCall."""
+    """A call that has not started yet. Implements engine.turns.WaitingCall."""
 
     __slots__ = ("_call", "_server")
 
@@ -170,16 +172,18 @@ class Server:
         self._tree = tree
         self._on_fault = on_fault
         self.authority = authority
-        """None unless this is the system bus, because polkit cannot identify callers on others."""
+        """None unless this is the system bus, because polkit cannot identify callers on other
+        buses."""
         self._turns = turns
         self._listings = Listings()
         self._waiting: Counter[str] = Counter()
-        """Calls of each sender that wait for their turn."""
+        """The number of each sender's calls that have not started yet."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._waits: set[asyncio.Task[None]] = set()
-        """Those of these tasks that only wait for a job."""
+        """The members of _tasks that only wait for a job."""
         self._uids: OrderedDict[str, int] = OrderedDict()
-        """The uid of each unique name, least recently used first. Unique names are never reused."""
+        """The uid of each unique name, least recently used first. The bus never reuses unique
+        names."""
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._asking_slots = asyncio.Semaphore(MAX_ASKING)
         self._noticed: set[str] = set()
@@ -228,8 +232,8 @@ class Server:
     def emit_changed(
         self, path: str, interface: Interface, values: Mapping[str, Any], invalidated: Iterable[str]
     ) -> None:
-        """Broadcast PropertiesChanged: the values of `values`, and only the names of
-        `invalidated`."""
+        """Broadcast PropertiesChanged. `invalidated`: properties that are named without their
+        values."""
         self._listings.announced(path)
         self._send(
             Message.new_signal(
@@ -270,15 +274,16 @@ class Server:
         self.draining = False
 
     def close(self) -> None:
-        """Drop the calls that wait for a turn or for a job, because the connection is lost or is
-        closed next. Other calls continue, because a guest may have to be stopped."""
+        """Drop the calls that have not started and those that only wait for a job, because the
+        connection is lost or is closed next. Other calls continue, because they may have to stop a
+        guest."""
         self.draining = True
         for task in self._waits:
             task.cancel()
         self.forget_waiting(None)
 
     def forget_waiting(self, error: QkilldError | None) -> None:
-        """Drop the calls that wait for a turn. Each gets `error` as its reply; None sends
+        """Drop the calls that have not started. Each gets `error` as its reply; None sends
         nothing."""
         for sender in list(self._waiting):
             for call in self._forget_waiting(sender):
@@ -319,14 +324,15 @@ class Server:
 
     def _remember(self, sender: str, uid: int) -> None:
         """Cache a uid. If the cache is full, drop the least recently used name. Prefer a name
-        without waiting calls: if a name is dropped, its next call overtakes its waiting calls."""
+        without waiting calls, because the next call of a dropped name overtakes its waiting
+        calls."""
         if len(self._uids) >= MAX_NAMES:
             oldest = next(iter(self._uids))
             del self._uids[next((one for one in self._uids if one not in self._waiting), oldest)]
         self._uids[sender] = uid
 
     def start(self, call: IncomingMessage, uid: int) -> None:
-        """Answer a call whose turn has come, or start a task that does."""
+        """Answer a call at once, or start a task that answers it."""
         self._waiting[call.sender] -= 1
         if self._waiting[call.sender] <= 0:
             del self._waiting[call.sender]
@@ -402,7 +408,7 @@ class Server:
             self._waits.add(task)
 
         def finished(task: asyncio.Task[None]) -> None:
-            answer.close()  # Has an effect only if the task was cancelled before it began.
+            answer.close()  # Needed if the task was cancelled before it began.
             self._waits.discard(task)
             self._turns.limits.end(uid, cost)
             self._finished(sender, task)
@@ -434,8 +440,8 @@ class Server:
         elif isinstance(error, BusError):
             self.refuse(call, _service_failure())
         else:
-            # Details go only to the journal: messages of other services, or internal ones, are not
-            # for callers.
+            # Details go only to the journal, because callers must not see internal messages or
+            # those of other services.
             self._on_fault(f"answering {printable(call.member)}", error)
             is_remote = isinstance(error, CallFailed)
             self.refuse(call, _service_failure() if is_remote else _internal())
@@ -492,7 +498,7 @@ class Server:
             self._disconnected(name)
 
     def _disconnected(self, sender: str) -> None:
-        """Drop everything of a caller that has left the bus."""
+        """Drop the calls and the cached uid of a caller that has left the bus."""
         self._forget_waiting(sender)
         self._uids.pop(sender, None)
         for task in self._tasks.pop(sender, ()):
@@ -520,8 +526,9 @@ class Server:
         self, call: IncomingMessage, uid: int, signature: str, listing: Listing
     ) -> None:
         while call.wants_reply:
-            # Replies of many megabytes must not pile up. Do not wait for room during the turn,
-            # because a bus that does not read would keep others waiting, also on Varlink.
+            # Replies of many megabytes must not pile up, so wait for room. Do this before the turn:
+            # during the turn, a bus that does not read would block other callers, also those on
+            # Varlink.
             await self._connection.wait_for_room()
             async with self._turns.long_replies.turn(uid) as pace:
                 if self._connection.has_room:

@@ -1,4 +1,4 @@
-"""Client of systemd: org.freedesktop.systemd1(5).
+"""Client of systemd's bus interface: org.freedesktop.systemd1(5).
 
 The system manager answers on the system bus, a user manager on its session bus.
 """
@@ -78,7 +78,7 @@ class Systemd:
         return other in facts.before if facts.exists else None
 
     async def unit_of(self, pid: int) -> UnitFacts:
-        """Read the unit of a process, 0 for our own. Raises NoSuchUnit."""
+        """Read the unit of a process. Pid 0 means our own. Raises NoSuchUnit."""
         try:
             path = await self._manager("GetUnitByPID", "u", pid)
         except CallFailed as error:
@@ -131,8 +131,8 @@ class Systemd:
 
     async def reload(self) -> None:
         """Reload the unit files, as `systemctl daemon-reload` does."""
-        # Allow more time, because systemd replies after the reload, which takes long with many
-        # units.
+        # Allow more time: systemd replies after the reload, and with many units, the reload takes
+        # long.
         await self._connection.request(NAME, _PATH, _MANAGER, "Reload", timeout_s=90)
 
     async def search_path(self) -> list[str]:
@@ -257,7 +257,7 @@ def _families(allowed: bool, names: list[str]) -> tuple[str, ...] | None:
     """Parse RestrictAddressFamilies, which lists either the allowed families or the denied ones."""
     if allowed:
         return tuple(names)
-    # Callers only look for AF_UNIX in the result. So if AF_UNIX is denied, return some list of
+    # Callers look only for AF_UNIX in the result. So if AF_UNIX is denied, return any list of
     # allowed families without it.
     return ("AF_INET", "AF_INET6", "AF_NETLINK") if "AF_UNIX" in names else None
 

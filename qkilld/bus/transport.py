@@ -32,9 +32,9 @@ async def open_socket(bus: BusAddress, *, descriptors: bool = False) -> socket.s
     """Connect and authenticate; after an OSError, try the next address. Blocks only to end a bridge
     that failed.
 
-    `descriptors`: messages may carry them, in both directions. Any user of the bus may
-    then send some, so the socket is a ForeignSocket, whether or not the bus delivers them.
-    Raises OSError, EOFError, ValueError, AuthError or InvalidAddressError.
+    `descriptors`: messages may carry descriptors in both directions. Any user of the bus may then
+    send some, so the socket is always a ForeignSocket. Raises OSError, EOFError, ValueError,
+    AuthError or InvalidAddressError.
     """
     if bus.is_remote:
         return await _open_remote(bus)
@@ -104,8 +104,8 @@ async def _connect(sock: socket.socket, target: str | tuple[str, int]) -> None:
     if sock.family != socket.AF_UNIX:
         await loop.sock_connect(sock, target)
         return
-    # Call connect() directly, because sock_connect() takes EAGAIN, which means a full backlog, for
-    # a connection in progress.
+    # Call connect() directly: EAGAIN means that the backlog is full, but sock_connect() would take
+    # it for a connection in progress.
     while True:
         try:
             sock.connect(target)
@@ -127,8 +127,8 @@ async def _authenticate(sock: socket.socket, *, descriptors: bool = False) -> No
 
 
 async def _read_line(sock: socket.socket) -> str:
-    """Read up to CR LF. Raises EOFError if the line is too long or the connection ends, after which
-    dbus-next would wait for ever."""
+    """Read up to CR LF. Raises EOFError if the line is too long or the connection ends. (After such
+    an end, dbus-next would wait for ever.)"""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\r\n"):

@@ -1,8 +1,8 @@
 """Parse the values in the body of a message. Source: D-Bus specification, "Marshaling".
 
 D-Bus libraries keep every signature that they have ever parsed, so variants sent by a stranger
-would fill the memory (183 MB for one message of 1 MiB, measured with dbus-next). This parser keeps
-a bounded cache only.
+would fill the memory (183 MB for one message of 1 MiB, measured with dbus-next). The cache of this
+parser is bounded.
 """
 
 from __future__ import annotations
