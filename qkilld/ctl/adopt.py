@@ -41,7 +41,7 @@ async def adopt(
     all_units: bool = False,
     now: bool = False,
 ) -> int:
-    """Adopt each unit, or with `undo` revert that; return the worst exit code.
+    """Adopt each unit, or with `undo`, remove its drop-in. Return the worst exit code.
 
     `all_units`: with `undo`, select every adopted unit. `now`: do not wait for running stops before
     `daemon-reload`.
@@ -160,7 +160,7 @@ class _Adopter:
         try:
             _, primary = await load(self._systemd, name)
         except (NoSuchUnit, Failed):
-            primary = full_name(name)  # The unit is gone, but not its drop-in.
+            primary = full_name(name)  # The unit was removed, but its drop-in may exist.
         if primary.endswith(".scope"):
             return await self._unguard(primary)
         if not self._dry_run:
@@ -168,7 +168,7 @@ class _Adopter:
         if not self._dry_run:
             await self._wait_for_stops()
         paths = []
-        # Try both names, because the one under which the unit was adopted may be an alias now.
+        # Try both names: the unit may have been adopted under a name that is an alias now.
         bases = [await self._base(transient) for transient in (False, True)]
         for base, unit in product(bases, dict.fromkeys((primary, full_name(name)))):
             drop_in = DropIn(base, unit)
@@ -196,8 +196,8 @@ class _Adopter:
             )
         return Failed(f"{text}, so there is nothing to undo")
 
-    # Scopes have no ExecStop=, so another unit, their guard, is stopped earlier and waits for the
-    # guest.
+    # A scope has no ExecStop=. So another unit, the scope's guard, is stopped before the scope, and
+    # its ExecStop= stops the guest.
 
     async def _guard(self, report: UnitReport) -> tuple[int, dict[str, Any]]:
         guard = report.surroundings.guard
@@ -222,7 +222,7 @@ class _Adopter:
         return self._report(report, None, "")
 
     async def _unguard(self, scope: str) -> tuple[int, dict[str, Any]]:
-        """Stop the guard, without its ExecStop=, which would stop the guest."""
+        """Stop the guard without running its ExecStop=, which would stop the guest."""
         if self._session.bus.user:
             raise _no_users_guard(scope)
         guard = guard_of(scope)
@@ -264,7 +264,7 @@ class _Adopter:
         return await check_unit(self._session, self._systemd, name, self._config)
 
     async def _base(self, transient: bool) -> Path:
-        """Return the directory for drop-ins; for transient units, one that is cleared at reboot."""
+        """Return the directory for drop-ins. `transient`: return one that is cleared at reboot."""
         if self._session.bus.user:
             config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
             base = Path(os.environ.get("XDG_RUNTIME_DIR", "/run") if transient else config)

@@ -170,7 +170,7 @@ journal, which records no throughput and no deadlines.
 _LOCAL: Final = frozenset(
     ("adopt", "check-host", "check-unit", "history", "metrics", "replay", "timeline")
 )
-"""Commands that use files of this machine."""
+"""Commands that use files of this host."""
 _HOST: Final = re.compile(r"(?!-)[\w.@\[\]-]+(?::[0-9]{1,5})?", re.ASCII)
 _MACHINE: Final = re.compile(r"(?![-.])(?:[\w.-]+@)?[\w.-]{1,64}", re.ASCII)
 
@@ -179,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Raises SystemExit for usage errors and --help."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    # Errors of this parser print the usage of the command.
+    # Report errors by the parser of the command, which prints the usage of the command.
     command = parser.command_parser(arguments)
     _check(command, arguments)
     arguments.bus = _bus(command, arguments)
@@ -386,7 +386,7 @@ def _add_powerdown(command: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, *, top: bool) -> None:
     """Add the options that are allowed before and after the command."""
-    # Defaults after the command must not override options before it.
+    # The defaults of options after the command must not override options before the command.
     unset = None if top else argparse.SUPPRESS
     buses = parser.add_mutually_exclusive_group()
     for name, bus, text in (
@@ -461,7 +461,7 @@ def _machine(text: str) -> str:
 
 
 def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusAddress:
-    """Return the bus that the options select. Exits with 2 if they contradict each other."""
+    """Return the bus that the options select. Exits with 2 if the options contradict each other."""
     bus: BusAddress = arguments.bus or SYSTEM_BUS
     host, machine = arguments.host or ("", arguments.machine or "")
     if not host and not machine:
@@ -479,7 +479,7 @@ def _bus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> BusA
 
 
 def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Check what argparse cannot. Exits with 2 if something is wrong."""
+    """Check what argparse cannot check. Exits with 2 if something is wrong."""
     if arguments.command == "terminate" and arguments.all and arguments.targets:
         targets = " ".join(map(printable, arguments.targets))
         parser.error(f"--all selects every guest: leave out either --all or {targets}")

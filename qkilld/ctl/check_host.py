@@ -130,8 +130,8 @@ class _HostCheck:
 
 
 def _is_before(facts: UnitFacts) -> bool:
-    # Scopes and user managers get this order from drop-ins. Assume it, because systemd may not have
-    # read the drop-ins yet.
+    # Scopes and user managers get this order from drop-ins of ours. Assume the order even if the
+    # unit does not have it: systemd may not have read the drop-ins yet.
     return facts.is_scope or is_user_manager(facts.id) or GUESTS_SERVICE in facts.before
 
 

@@ -32,8 +32,8 @@ from qkilld.unitcheck.dropin import Override, changes
 from qkilld.unitcheck.finding import Finding, Severity
 
 _SAMPLE: Final = "qkilld"
-"""The instance that represents a template without a running instance, because systemd does not load
-templates."""
+"""The name of the instance that represents a template without running instances. (systemd does not
+load templates.)"""
 _OTHER_KINDS: Final = (
     *(".socket", ".target", ".device", ".mount", ".automount"),
     *(".swap", ".timer", ".path", ".slice"),
@@ -170,8 +170,8 @@ async def load(systemd: Systemd, name: str) -> tuple[UnitFacts, str]:
 
 
 async def _instance_of(systemd: Systemd, prefix: str, suffix: str) -> UnitFacts:
-    """Load an instance that represents its template: a running one without settings of its own, or
-    else one that does not exist. Raises NoSuchUnit."""
+    """Load an instance that represents its template: a running instance without settings of its
+    own, or else the instance _SAMPLE. Raises NoSuchUnit."""
     for name in await _running_instances(systemd, f"{prefix}@{suffix}"):
         with ignore(f"asking systemd for {name}", NoSuchUnit):
             facts = await systemd.unit(name)
@@ -270,8 +270,8 @@ def _sentence(text: str) -> str:
 
 
 async def _with_guests(systemd: Systemd, executables: Iterable[str]) -> list[str]:
-    """List the services and scopes that run a QEMU, covered by Executables= or not. Leave out
-    user@.service, whose processes belong to the units of a user manager."""
+    """List the services and scopes that run a QEMU, whether or not Executables= covers it. Leave
+    out user@.service, because its processes belong to units of a user manager."""
     units = []
     for unit in await systemd.list_units(*(f"*{suffix}" for suffix in KINDS)):
         if unit.startswith("user@"):

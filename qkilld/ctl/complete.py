@@ -1,8 +1,8 @@
 """Shell completion: print the words for a target, unit, job or container.
 
 Users choose the names of their guests, and shells interpret special characters, so only plain names
-are printed. A guest with any other name is offered by its process id. The daemon is not started for
-this. After an error, nothing is printed.
+are printed. A guest with any other name is offered by its process id. Completion does not start the
+daemon, and prints nothing after an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ JOBS_TIMEOUT_S: Final = 1.0
 _UNIT_DIRECTORIES: Final = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system")
 _MACHINES: Final = Path("run/systemd/machines")
 _NAME: Final = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
-"""A guest's name that is not a number, which would be a process id."""
+"""A guest's name. It must not be a number, because qkillctl takes numbers for process ids."""
 _UNIT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\.(?:service|scope)", re.ASCII)
 
 
@@ -82,7 +82,7 @@ def _targets() -> Iterator[str]:
 
 
 def _units(root: Path) -> Iterator[str]:
-    """Yield installed units, and units that run guests."""
+    """Yield the names of installed services, and of units that run guests."""
     names = {path.name for each in _UNIT_DIRECTORIES for path in (root / each).glob("*.service")}
     for pid in _guests():
         try:
@@ -95,7 +95,8 @@ def _units(root: Path) -> Iterator[str]:
 
 
 async def _jobs() -> list[str]:
-    """Return the object paths of a running daemon's jobs: bash would split `job:N` at the colon."""
+    """Return the jobs of a running daemon as object paths, because bash would split `job:N` at the
+    colon."""
     from qkilld.bus.client import ManagerProxy
     from qkilld.ctl.session import open_connection
     from qkilld.model.bus_address import SYSTEM_BUS

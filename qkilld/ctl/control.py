@@ -22,7 +22,8 @@ from qkilld.model.timespan import format_usec
 class JobCommand(NamedTuple):
     act: Callable[[JobProxy], Awaitable[None]]
     report: Callable[[JobStatus, JobStatus], str]
-    """Returns the message that follows `job 7 `, given the job's status before and after."""
+    """Returns the text that follows `job 7 ` in the message, from the job's status before and after
+    the command."""
 
 
 def _cancel_report(before: JobStatus, _: JobStatus) -> str:

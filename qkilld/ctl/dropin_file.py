@@ -1,7 +1,7 @@
 """Write and remove our drop-in files atomically, without touching any other file.
 
-The drop-in directory is opened once and then used through its descriptor. Only the path of the base
-directory may contain symbolic links, so no link can redirect a write.
+The drop-in directory is opened once and then used through its descriptor. No symbolic link below
+the base directory is followed, so no link can redirect a write.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class DropIn:
             if replaces:
                 os.rename(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             else:
-                # Link, because unlike a rename, that fails if somebody has created the file
-                # meanwhile.
+                # Use link() instead of rename(), because link() fails if somebody has created the
+                # file meanwhile.
                 os.link(temporary, FILE_NAME, src_dir_fd=directory, dst_dir_fd=directory)
             os.fsync(directory)
         finally:
@@ -170,7 +170,8 @@ def _text(path: Path) -> str:
 
 
 def is_writable_by_others(status: os.stat_result) -> bool:
-    """Return whether other users may write to a file. A user's private group does not count: on
-    many systems, all files of a user belong to this group and are group-writable."""
+    """Return whether other users may write to a file. Members of a user's own group do not count as
+    other users: on many systems, each user has a private group, and the user's files are
+    group-writable."""
     own_group = os.geteuid() != 0 and status.st_gid == os.getegid()
     return bool(status.st_mode & (0o002 if own_group else 0o022))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 TICK_S: Final = 0.5
-"""Live lines wait this long for a report, and are then redrawn, because they show times."""
+"""Live lines show times, so they are redrawn at this interval even without a report."""
 MIN_REDRAW_S: Final = 0.1
 """Live lines are redrawn at most this often, however many jobs report."""
 
@@ -33,7 +33,8 @@ AWAY: Final = f"qkilld went away; waiting up to {RETURN_TIMEOUT_S:g} s for it to
 
 
 class Outages:
-    """Recognizes repeated reports that the daemon went away: all jobs report that at once."""
+    """Recognizes repeated reports of one outage of the daemon, because each job reports the
+    outage."""
 
     def __init__(self) -> None:
         self._announced_at = -RETURN_TIMEOUT_S
@@ -51,7 +52,7 @@ class Display(Protocol):
 
     @property
     def watches(self) -> bool:
-        """Whether `show` has any effect."""
+        """Whether `show` prints anything."""
 
     def show(self, job: JobStatus) -> None:
         """Show a job when it is first seen and at each change."""
@@ -164,7 +165,8 @@ class LiveDisplay:
 
         now = monotonic_usec()
         rows = [cells_of(job, now) for job in self._jobs.values()]
-        # Leave the last column free, because some terminals wrap a line that reaches it.
+        # Leave the last column free, because some terminals wrap a line that reaches the last
+        # column.
         shape = shape_for(rows, self._live.console.width - 1)
         return Group(*(line_of(row, shape) for row in rows))
 
@@ -202,8 +204,8 @@ async def display_on(output: Output, *, quiet: bool) -> AsyncIterator[Display]:
 async def follow(job: JobProxy, display: Display) -> tuple[str, dict[str, Any]]:
     """Show a job until it has ended; return (result, receipt).
 
-    Waits for a daemon that restarts, because jobs continue. Raises what JobProxy.wait raises; a
-    failure to watch the job is ignored.
+    If the daemon restarts, wait for it, because the new one continues the jobs. Raises what
+    JobProxy.wait raises. A failure to watch the job's progress is ignored.
     """
     while True:
         try:

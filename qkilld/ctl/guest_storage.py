@@ -1,8 +1,8 @@
 """Find the storage of a guest's disks: file systems, local servers, block devices.
 
-For a running guest, /proc shows its open files and the peers of its connections. Otherwise only its
-command line is known, which is parsed as QEMU does. A guest's file systems are never accessed,
-because they may hang.
+For a running guest, /proc shows its open files and the peers of its connections. For other guests,
+only the command line is known; it is parsed as QEMU does. A guest's file systems are never
+accessed, because they may hang.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def read_storage(facts: UnitFacts, pids: Sequence[int]) -> list[Storage]:
 
 def for_all_instances(places: Iterable[Storage], instance: str) -> list[Storage]:
     """Convert the storage of an instance to that of its template: replace the instance name by %i.
-    If the instance name is only a part of a word, as in nbd-web.service, it is not replaced: the
-    server may belong to this instance alone, and the servers of other instances are unknown.
-    remote-fs.target orders the file systems of other instances."""
+    An instance name that is only a part of a word, as in nbd-web.service, is not replaced, because
+    other instances may use another server or none. The file systems of other instances are ordered
+    by remote-fs.target."""
     generalized = []
     for place in places:
         text = place.server or place.mount_point
@@ -168,8 +168,8 @@ def _of_options(options: Sequence[QemuOption]) -> Iterator[Storage]:
 
 
 def _tpm_sockets(options: Sequence[QemuOption]) -> Iterator[str]:
-    """Yield the sockets of TPM emulators, which write their state even after the guest has exited,
-    and so count as storage."""
+    """Yield the sockets of TPM emulators. An emulator counts as storage, because it writes its
+    state even after the guest has exited."""
     users = {o.flat.get("chardev") for o in options if o.name == "tpmdev"}
     for option in options:
         if option.name == "chardev" and option.flat.get("id") in users:
@@ -207,9 +207,8 @@ _SHARES: Final = ("virtfs", "fsdev")
 
 
 def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
-    """Yield the unit of each process that listens at this address of the host. A process that root
-    cannot see is in no unit of this system, but of the system around this container, or is the
-    kernel."""
+    """Yield the unit of each process that listens at this address of the host. If root cannot find
+    the process, there is no unit for it: it runs outside this container, or is the kernel."""
     place = printable(end.path) or f"port {end.port}"
     try:
         inodes = (
@@ -225,7 +224,8 @@ def _local_server(protocol: str, end: ConnectionEnd) -> Iterator[Storage]:
 
 
 def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iterator[Storage]:
-    """Yield the unit of each process that owns the server's socket, or why it is not known."""
+    """Yield the unit of each process that owns the server's socket, or the reason why the unit is
+    not known."""
     units: dict[str, None] = {}
     for pid in sorted(pids):
         if (unit := procfs.read_unit(pid)) is None:
@@ -234,7 +234,7 @@ def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iter
         elif unit.system:
             units[unit.system] = None
     if len(units) > 1:
-        units.pop(_MANAGER, None)  # It has passed the socket to its service.
+        units.pop(_MANAGER, None)  # systemd has passed the socket to its service.
     for name in units:
         yield Storage(protocol=protocol, server=name)
     if not pids and not owners.is_complete:
@@ -245,7 +245,7 @@ def _units_of(protocol: str, place: str, pids: Set[int], owners: Owners) -> Iter
 
 
 def _mounts_of(path: str) -> Iterator[Storage]:
-    """Yield the network file system that contains a path, judging by the path alone."""
+    """Yield the network file system that contains a path. The path itself is not accessed."""
     points = dict(_mounts("self").values())
     parents = [path, *map(str, PurePosixPath(path).parents)]
     point = next((parent for parent in parents if parent in points), "/")
@@ -336,7 +336,8 @@ def _transport(name: str) -> str:
 
 
 def _is_remote(kind: str) -> bool:
-    # FUSE counts as remote, because it disappears with its daemon and may depend on the network.
+    # A FUSE file system counts as remote, because it ends with its daemon, and the daemon may use
+    # the network.
     return kind in REMOTE_TYPES or kind.startswith("fuse")
 
 

@@ -44,8 +44,8 @@ def history(output: Output, target: Target | None, since: str | None, *, json: b
 
 
 def parse_time(text: str, now: datetime) -> int:
-    """Parse a date, a date and time, today, yesterday, or a span before `now`; return µs since the
-    epoch. Raises InvalidArgs."""
+    """Parse a date, a date and time, "today", "yesterday", or a time span before `now`. Return µs
+    since the epoch. Raises InvalidArgs."""
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
     days = {"today": midnight, "yesterday": midnight - timedelta(days=1)}
     try:

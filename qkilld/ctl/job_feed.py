@@ -20,10 +20,12 @@ MAX_READS: Final = 16
 
 class JobListener(Protocol):
     def show(self, job: JobStatus) -> None:
-        """Called when a job is first seen and when it changes. The last status has a result."""
+        """Called for each new job, and for each change of a job. The last status of a job has a
+        result."""
 
     def show_away(self, why: str) -> None:
-        """Called, perhaps repeatedly, with why the daemon is away, or "" if it is there."""
+        """Called, perhaps repeatedly, with the reason why the daemon cannot be reached; "" if it
+        can."""
 
 
 class JobFeed:

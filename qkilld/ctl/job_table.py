@@ -47,7 +47,8 @@ class JobCells(NamedTuple):
     style: str
     """The rich style of `doing`."""
     urgent: bool
-    """Whether the job has FORCE, and its next step is due or comes unless there is progress."""
+    """Whether the job has FORCE, and its next step is due, or comes at a known time unless there is
+    progress."""
 
 
 class Shape(NamedTuple):

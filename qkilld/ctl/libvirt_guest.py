@@ -33,11 +33,12 @@ NO_SHUTDOWN: Final = LibvirtShutdown(False)
 async def shut_down_by_libvirt(
     session: Session, pid: int, *, wait: bool, span: int | None, only: bool
 ) -> LibvirtShutdown:
-    """If the guest is libvirt's, ask it to shut down through libvirt, and wait.
+    """If libvirt manages the guest, ask the guest through libvirt to shut down, and wait for its
+    exit.
 
-    libvirt holds the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
+    libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
     `span` (µs), or the guest's PowerdownSec= if `span` is None. If libvirt has asked the guest, a
-    job follows only with `wait` and without `only`: without `wait`, this program exits at once.
+    job follows only with `wait` and without `only`. Without `wait`, this program exits at once.
     """
     if session.bus.is_remote or (domain := domain_of(pid)) is None:
         return NO_SHUTDOWN
@@ -49,7 +50,7 @@ async def shut_down_by_libvirt(
             return NO_SHUTDOWN
         stack.callback(os.close, pidfd)
         start = time.monotonic_ns() // 1000
-        # Read again: with the pidfd open, the pid cannot have been reused unnoticed.
+        # Read the domain again: now that the pidfd is open, a reuse of the pid would be noticed.
         why = "libvirt does not manage it any more"
         if domain_of(pid) == domain:
             why = await run_in_thread(lambda: shut_down(domain))

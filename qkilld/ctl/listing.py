@@ -26,7 +26,8 @@ _INSPECTED: Final = {
     "sockets": ("family", "connected", "send_queue_bytes", "unacknowledged"),
     "mounts": ("type", "answers"),
 }
-"""The keys of Inspect that are lists of structures, and the keys of their members in JSON."""
+"""The keys of Inspect whose values are lists of structures, and the JSON keys for the members of
+each structure."""
 MAX_CALLS: Final = 32
 """The maximum number of concurrent calls, well below the 128 that the system bus allows."""
 
@@ -35,7 +36,8 @@ async def list_guests(session: Session) -> int:
     guests = await guest_rows(session.manager)
     uncovered = None
     if session.bus.is_system_bus:
-        # Only for the system's daemon of this host: others may use other configuration files.
+        # Do this only for the system's daemon on this host, because other daemons may use other
+        # configuration files.
         from qkilld.ctl.uncovered import UncoveredGuests
         from qkilld.ctl.unit_context import config_of
 
@@ -146,7 +148,7 @@ async def inspect(session: Session, target: Target) -> int:
 
 
 def inspection_as_json(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return what Inspect replied for --json, with keys instead of structures."""
+    """Convert the reply of Inspect for --json: give the members of structures keys."""
     document = {key.replace("-", "_"): value for key, value in answer.items()}
     for key, columns in _INSPECTED.items():
         if key in document:
@@ -178,7 +180,7 @@ class _JobRow(NamedTuple):
     phase: str
     verdict: str
     status: JobStatus | None
-    """None if the job was forgotten after the list was read."""
+    """None if the daemon forgot the job after the list was read."""
 
     @property
     def name(self) -> str:
@@ -190,8 +192,8 @@ class _JobRow(NamedTuple):
         return self.status.result if self.status else ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the document of `status` for the job. If the job was forgotten, values that are
-        not in the list are null."""
+        """Return the same document as the command status. If the daemon has forgotten the job,
+        values that are not in the list are null."""
         if self.status is not None:
             return self.status.as_json()
         listed = JobStatus(

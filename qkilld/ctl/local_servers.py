@@ -1,8 +1,9 @@
-"""Find the processes of this host that listen at an address, as root where users may be hostile.
+"""Find the processes of this host that listen at an address. This runs as root, and other users may
+be hostile.
 
 The names of sockets prove nothing: a name may contain rows of /proc/net/unix, and a user may bind
 any name in a mount namespace of their own. So a unix socket is found by the file that it is bound
-to, which sock_diag(7) reports, and a process by its descriptor of the socket.
+to (sock_diag(7) reports the file), and a process by its descriptor of the socket.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class Owners(NamedTuple):
     """The processes that have descriptors of sockets."""
 
     pids: dict[int, set[int]]
-    """By the inode of the socket."""
+    """The process ids, by the inode of the socket."""
     is_complete: bool
     """Whether the descriptors of all processes were read."""
 
 
 def owners_of(inodes: Iterable[int]) -> Owners:
-    """Read all descriptors of the host, 4 µs each."""
+    """Read the descriptors of all processes, which takes 4 µs for each descriptor."""
     sought = frozenset(inodes)
     owners: dict[int, set[int]] = {}
     is_complete = os.geteuid() == 0  # /proc may hide other users' processes.
@@ -46,7 +47,7 @@ def owners_of(inodes: Iterable[int]) -> Owners:
         try:
             descriptors = socket_descriptors(pid)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # It has exited.
+            continue  # The process has exited.
         except OSError as error:
             note(f"listing the sockets of process {pid}", error)
             is_complete = False
@@ -69,10 +70,10 @@ def tcp_listeners(host: str, port: int | None) -> set[int]:
 
 def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
     """Return the inode of the socket that a connection to this path reaches; empty if nobody
-    listens. `may_hang`: whether a file system of this type is not to be accessed.
+    listens. `may_hang`: returns whether a file system of this type may hang and so is not accessed.
 
-    Raises OSError: the path or the sockets cannot be read, or the socket may be in another network
-    namespace.
+    Raises OSError if the path or the sockets cannot be read, or if the socket may be in another
+    network namespace.
     """
     if not path.startswith("/"):
         raise OSError(f"{printable(path)} is relative to a directory that is not known")
@@ -103,7 +104,7 @@ def unix_listeners(path: str, may_hang: Callable[[str], bool]) -> set[int]:
 
 def _may_listen_elsewhere(name: str) -> bool:
     """Return whether a process in another network namespace may listen on a socket with this file
-    name. If not, nobody listens, or only a process outside of this container."""
+    name. If the result is False, nobody in this container listens."""
 
     def matches(path: bytes) -> bool:
         return os.path.basename(os.fsdecode(path)) == name  # noqa: PTH119
@@ -112,8 +113,8 @@ def _may_listen_elsewhere(name: str) -> bool:
 
 
 def _device_of(file: int, mounts: procfs.Mounts) -> int:
-    """Return the device in mountinfo, because stat returns another one on btrfs and overlays.
-    Raises OSError."""
+    """Return the device number of an open file from mountinfo, because stat() returns another
+    number on btrfs and overlays. Raises OSError."""
     with open(f"/proc/self/fdinfo/{file}") as lines:  # noqa: PTH123
         mount = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), "-1")
     filesystem = mounts.get(int(mount))

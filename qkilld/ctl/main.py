@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bus: BusAddress = arguments.bus
     outcomes = [TargetOutcome(text) for text in getattr(arguments, "targets", [])]
     interactive = arguments.ask_password and may_ask() and not bus.is_remote
-    # An agent is useful only on the system bus, the only one that polkit serves.
+    # An agent is useful only on the system bus, because polkit serves no other bus.
     needs_agent = interactive and bus.is_system_bus and arguments.command in _MAY_NEED_A_PASSWORD
     try:
         with password_agent(needs_agent):
@@ -174,7 +174,7 @@ def _terminate_options(arguments: argparse.Namespace) -> TerminateOptions:
 
 
 def _overrides(arguments: argparse.Namespace) -> Overrides:
-    """Return the changes for replaying a trace. Without an option, the recorded value applies."""
+    """Return the values that a replay changes. Without an option, the recorded value applies."""
     from qkilld.decision.replay import Overrides
 
     add = remove = Flag(0)

@@ -1,8 +1,8 @@
 """The command metrics: running and finished stops as OpenMetrics text, for node_exporter's textfile
 collector. Source: the OpenMetrics specification, 1.0.
 
-Finished stops come from all receipts in the journal, so counters fall only if the journal drops
-receipts. Running stops come from the daemon, which is not started for this.
+Finished stops are read from all receipts in the journal, so a counter falls only if the journal
+drops receipts. Running stops are read from the daemon if it runs; this command does not start it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _labels(**labels: str) -> str:
 
 
 async def _running(bus: BusAddress) -> list[JobStatus] | None:
-    """Return the running jobs; None without a daemon or a bus. Never raises."""
+    """Return the running jobs; None if there is no daemon or no bus. Never raises."""
     try:
         async with open_connection(bus) as connection:
             manager = ManagerProxy(connection)

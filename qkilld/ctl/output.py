@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 MAX_MESSAGE: Final = 2000
 _LEAST_WIDTH: Final = 40
 MAX_PADDING: Final = 64
-"""A longer cell overflows instead of widening its column in every row."""
+"""A cell longer than this does not widen its column."""
 
 
 class Output:
     """Standard output and standard error of one run.
 
-    If the reader of standard output disappears (`| head`), only printing stops: qkillctl keeps
-    waiting, and the exit code stays the same. Any other write error is stored in `failure`.
+    If the reader of standard output disappears (`| head`), qkillctl stops printing, but still waits
+    for its jobs and returns the same exit code. Any other write error is stored in `failure`.
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        # A stream that was closed at startup is None.
+        # sys.stdout and sys.stderr are None if they were closed at startup.
         self._out = out or sys.stdout or _null()
         self._err = err or sys.stderr or _null()
         self.failure: OSError | None = None
@@ -97,11 +97,11 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        # The blanks between columns are part of their widths, because versions of rich differ in
+        # The widths below include the blanks between columns, because versions of rich differ in
         # whether a width includes the padding.
         table = Table(box=None, pad_edge=False, padding=0, header_style="bold")
-        # Only the last column wraps, between words. A terminal that is too narrow for that wraps
-        # whole lines, so that a UUID or the name of a unit can still be copied.
+        # Only the last column wraps, and only between words. If the terminal is too narrow, the
+        # terminal itself wraps the lines, so that a UUID or the name of a unit can still be copied.
         *least, last = _least_widths([columns, *cells])
         widths = [size + 2 for size in least]
         for column, size in zip(columns, [*widths, None], strict=True):
@@ -132,7 +132,8 @@ class Output:
 
 
 def _least_widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Return the widths of the columns at which no cell wraps; for the last one, no word."""
+    """Return the smallest widths at which no cell wraps. In the last column, cells may wrap between
+    words."""
     *fixed, last = zip(*rows, strict=True)
     words = [word for cell in last for word in cell.split()]
     return [min(max(map(width, cells), default=0), MAX_PADDING) for cells in (*fixed, words)]

@@ -19,13 +19,13 @@ _END_TIMEOUT_S: Final = 2.0
 
 
 def may_ask() -> bool:
-    """Return whether standard input is a terminal, so that a password can be asked for."""
+    """Return whether standard input is a terminal, on which a password can be typed."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 @contextlib.contextmanager
 def password_agent(wanted: bool) -> Iterator[None]:
-    """Let polkit ask on this terminal during the context, unless the session has its own agent.
+    """Within the context, let polkit ask on this terminal, unless the session has its own agent.
 
     Does nothing for root, who is never asked. If pkttyagent is missing or cannot register, polkit
     asks another agent or nobody. Blocks until pkttyagent has registered, at most READY_TIMEOUT_S.
@@ -35,8 +35,9 @@ def password_agent(wanted: bool) -> Iterator[None]:
         yield
         return
     ready, notify = os.pipe()
-    # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside one,
-    # register as a normal agent, because there is no other that should take precedence.
+    # polkit uses a fallback agent (--fallback) only for processes in a login session. Outside a
+    # session, register as a normal agent, because there is no other agent that should take
+    # precedence.
     fallback = ["--fallback"] if "XDG_SESSION_ID" in os.environ else []
     try:
         process = subprocess.Popen(
@@ -64,7 +65,7 @@ def password_agent(wanted: bool) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    # Wake it, because it is stopped if it read from the terminal in the background.
+    # Continue the agent: if it read from the terminal in the background, the kernel has stopped it.
     with ignore("waking pkttyagent", ProcessLookupError):
         process.send_signal(signal.SIGCONT)
     try:

@@ -1,10 +1,10 @@
 """A guest's resource usage, for display, from psutil.
 
-No decision about signals uses psutil: it reports on any process that has the pid now, and trusts
-the command line if the executable is unreadable. Every call can raise: the process may have ended,
-be a zombie, or belong to another user. A process can also block such calls, for example by a
-command line on a FUSE file, so threads make them (adapters.blockable). psutil is imported late,
-because that takes 40 ms.
+No decision about signals uses psutil, because psutil reports on any process that has the pid now,
+and trusts the command line if the executable is unreadable. Every call can raise: the process may
+have ended, be a zombie, or belong to another user. A process can also block such calls, for example
+by a command line on a FUSE file, so they are made in threads (adapters.blockable). psutil is
+imported late, because its import takes 40 ms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNITS = "KMGTPE"
 
 @dataclass(frozen=True, slots=True)
 class ProcessStats:
-    """Values are None if unreadable."""
+    """A value is None if it could not be read."""
 
     cpu: int | None = None
     """Processor time of all threads since the start, µs."""
@@ -50,8 +50,8 @@ class ProcessStats:
 
 
 def process_stats(pid: int, uid: int) -> ProcessStats:
-    """Read the statistics of a process; empty if it is a zombie or another user's, or blocks
-    that."""
+    """Read the statistics of a process; empty if it is a zombie, belongs to another user, or blocks
+    the calls."""
     import psutil
 
     def read(directory: str) -> ProcessStats:

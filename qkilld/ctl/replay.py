@@ -61,7 +61,8 @@ def read(path: str) -> Trace:
 
 
 def as_json(recording: Trace, replayed: Replay) -> dict[str, Any]:
-    """Times are µs since the job's start; null for unknown and never."""
+    """Return the document for --json. Times are µs since the job's start; null means unknown or
+    never."""
     header, recorded = recording.header, replayed.recorded
     last = replayed.steps[-1] if replayed.steps else None
     evidence = last.assessment if last else None

@@ -26,7 +26,8 @@ class StopsRunning(QkilldError):
 
 async def wait_for_stops(systemd: Systemd, advice: str) -> None:
     """Wait until no unit runs qkilld-stop, because `daemon-reload` makes systemd 252 forget the
-    timeout extensions of running stops. Raises StopsRunning after TIMEOUT_S; BusError, Failed."""
+    timeout extensions of running stops. Raises StopsRunning after TIMEOUT_S, and BusError and
+    Failed."""
     deadline = time.monotonic() + TIMEOUT_S
     while units := await stopping_units(systemd):
         if time.monotonic() > deadline:
@@ -38,23 +39,25 @@ async def wait_for_stops(systemd: Systemd, advice: str) -> None:
 
 
 async def stopping_units(systemd: Systemd) -> list[str]:
-    """List the units in which qkilld-stop runs. Other commands of a stop, such as a copy of the
-    image, may take longer than the stop of the guest, and do not count."""
+    """List the units in which qkilld-stop runs. A unit is not listed for other commands of its
+    stop, such as a copy of the image, which may take longer than qkilld-stop."""
     units = await systemd.list_units("*.service", states=["deactivating"])
     return sorted(set(units) & _units_of_helpers()) if units else []
 
 
 def _units_of_helpers(proc: Path = procfs.PROC) -> set[str]:
-    """Return the units of the processes that are called qkilld-stop, as qkilld-stop calls itself.
+    """Return the units of the processes that have the name qkilld-stop, which qkilld-stop sets
+    itself.
 
-    Do not ask systemd for the processes of a unit: it would read their command lines, and a stuck
-    guest can block that read, and so process 1. Reading comm and cgroup does not block.
+    systemd is not asked for the processes of a unit, because it would read their command lines. A
+    stuck guest can block that read, and so block process 1. Reading comm and cgroup does not block.
     """
     units = set()
     for pid in procfs.pids(proc):
         with ignore(f"looking at process {pid}", OSError):
             if (proc / str(pid) / "comm").read_bytes() == b"qkilld-stop\n":
                 unit = procfs.read_unit(pid, proc)
-                # In a user's manager, only the unit of that manager stops.
+                # For a unit of a user manager, list user@UID.service, because the system's manager
+                # stops only that.
                 units.add((unit.user or unit.system) if unit is not None else "")
     return units

@@ -94,7 +94,7 @@ async def open_connection(bus: BusAddress) -> AsyncIterator[Connection]:
 
 
 def explain(error: Exception, bus: BusAddress) -> str:
-    """Describe an error for people; for bus errors, with the bus and advice."""
+    """Describe an error for people. For bus errors, name the bus and give advice."""
     text = str(error) or type(error).__name__
     if isinstance(error, RefusedByBus):
         return f"{text} ({bus.title}). {POLICY_ADVICE if bus.is_system_bus else _advice_for(bus)}"

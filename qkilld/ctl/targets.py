@@ -170,8 +170,8 @@ def matches(target: Target, guest: GuestRow) -> bool:
 def find(target: Target, guests: Sequence[GuestRow]) -> GuestRow:
     """Return the only guest that matches.
 
-    Raises NoSuchProcess or NoSuchUnit if no guest matches, AmbiguousTarget if several do: anyone
-    can give a QEMU any name, so guessing would let an attacker choose.
+    Raises NoSuchProcess or NoSuchUnit if no guest matches, AmbiguousTarget if several do. Anyone
+    can give a QEMU any name, so an attacker could choose the guest if this function guessed.
     """
     candidates = [guest for guest in guests if matches(target, guest)]
     if len(candidates) == 1:
@@ -237,7 +237,7 @@ class Resolver:
                 return TargetProcess(guest.pid, guest.name)
 
     async def pin(self, target: Target) -> TargetProcess:
-        """Find the process with its start time, so that a reuse of its pid is noticed. The start
+        """Find the process and its start time, so that a reuse of its pid is noticed. The start
         time is None if the target is a pid.
 
         Raises what `find` raises, and ProcessChanged if the pid was reused already.

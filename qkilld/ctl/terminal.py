@@ -43,11 +43,11 @@ class FullScreen:
         """The terminal settings to restore; None if unchanged."""
         self._live: Live | None = None
         self.on_resume: Callable[[], None] = lambda: None
-        """Called when the screen must be redrawn: after a resize, or when it was suspended."""
+        """Called when the screen must be redrawn, after a resize or a suspension."""
 
     @property
     def has_keys(self) -> bool:
-        """Whether standard input is a terminal too."""
+        """Whether keys can be read, because standard input is a terminal too."""
         return self._fd is not None
 
     @property
@@ -100,7 +100,7 @@ class FullScreen:
 
         if self._fd is not None:
             self._saved_mode = termios.tcgetattr(self._fd)
-            # Not raw mode, in which Ctrl-C and Ctrl-Z would send no signals.
+            # Do not use raw mode, because Ctrl-C and Ctrl-Z would then send no signals.
             tty.setcbreak(self._fd, termios.TCSADRAIN)
             asyncio.get_running_loop().add_reader(self._fd, self._read)
         self._live = Live(
@@ -132,7 +132,7 @@ class FullScreen:
         except OSError:
             data = b""
         if not data:
-            # The terminal is gone. Only stop reading, because SIGHUP ends the program.
+            # The terminal is gone. It is enough to stop reading, because SIGHUP ends the program.
             asyncio.get_running_loop().remove_reader(self._fd)
             return
         for key in keys_of(data.decode(errors="ignore")):

@@ -102,8 +102,8 @@ async def terminate(
         except NoSuchUnit:
             if target.kind is not TargetKind.UNIT or options.job_options:
                 raise
-            # Let the daemon ask systemd: the name may be an alias of a unit (Alias=). If not,
-            # systemd's error explains more.
+            # Let the daemon ask systemd, because the name may be an alias of a unit (Alias=). If it
+            # is not, systemd's error explains more.
             outcome.job = await session.manager.terminate_unit(target.value, options.flags)
             return
         outcome.pid, outcome.name = process.pid, process.name
@@ -135,9 +135,9 @@ async def terminate(
 async def _terminate_with_monitor(
     session: Session, pid: int, flags: Flag, options: dict[str, int | str]
 ) -> str | None:
-    """Start a job over Varlink with a connection to the guest's monitor; return the job's path.
-    None if D-Bus is to be used: for NOWAIT and FIXED, if the daemon can connect to the monitor
-    itself, or if this fails."""
+    """Start a job over Varlink, and pass it a connection to the guest's monitor. Return the job's
+    path. Return None if the caller must use D-Bus: for NOWAIT and FIXED, if the daemon can connect
+    to the monitor itself, or after a failure."""
     if not session.varlink or flags & (Flag.NOWAIT | Flag.FIXED):
         return None
     if (monitor := await monitor_to_pass(pid)) is None:
@@ -191,9 +191,9 @@ async def terminate_all(session: Session, options: TerminateOptions) -> int:
 async def _terminate_all_on_varlink(
     session: Session, options: TerminateOptions
 ) -> tuple[VarlinkStream | None, list[JobStatus]]:
-    """Stop and follow all guests with one call. Return None as the stream if D-Bus must be used:
-    the Varlink socket is unknown or its call failed, a caller of the system's daemon is not root
-    (so polkit may have to ask), or there is nothing to follow (NOWAIT, or no --wait)."""
+    """Stop and follow all guests with one call. The stream is None if the caller must use D-Bus: if
+    the Varlink socket is unknown or the call failed, if a caller of the system's daemon is not root
+    (so polkit may have to ask), or if there is nothing to follow (NOWAIT, or no --wait)."""
     root = os.geteuid() == 0 or session.bus.user
     if not session.varlink or not options.wait or not root or Flag.NOWAIT in options.flags:
         return None, []
@@ -215,8 +215,8 @@ def _status_on_bus(state: dict[str, Any]) -> JobStatus:
 async def _terminate_each(
     session: Session, guests: list[GuestRow], options: TerminateOptions
 ) -> int:
-    """Stop only the caller's own guests, each with its own call, because the daemon cannot ask
-    libvirt's guests, and would send them SIGTERM."""
+    """Stop only the caller's own guests, with one call for each. A call for all guests would send
+    SIGTERM to libvirt's guests, because the daemon cannot ask them."""
     _report_foreign(session, guests)
     own = [guest for guest in guests if is_own(guest, session.connection.uid)]
     return await terminate(session, [TargetOutcome.of_guest(guest) for guest in own], options)
@@ -234,9 +234,9 @@ async def carry_out(
     start: Callable[[TargetOutcome], Awaitable[None]],
     stream: VarlinkStream | None = None,
 ) -> int:
-    """Call `start` with the outcome of each target, and show the outcomes. `start` sets the job of
-    the outcome or, if the target needs none, the result. `stream`: the replies of the Varlink call
-    that started the jobs, if any."""
+    """Call `start` with the outcome of each target, and show the outcomes. `start` sets the
+    outcome's job or, if the target needs no job, the outcome's result. `stream`: the replies of the
+    Varlink call that started the jobs, if any."""
 
     async def begin(outcome: TargetOutcome) -> None:
         await start(outcome)
@@ -270,7 +270,7 @@ async def carry_out(
 
 
 def finish(session: Session, outcomes: list[TargetOutcome]) -> int:
-    """Print the JSON document if requested; return the worst exit code."""
+    """With --json, print the document. Return the worst exit code."""
     if session.json:
         session.output.json([outcome.as_json(session.bus) for outcome in outcomes])
     return worst([outcome.exit_code for outcome in outcomes])
@@ -336,7 +336,7 @@ async def _follow_all(
                 )
             )
     finally:
-        # Printed last, because a live line would overwrite the errors.
+        # Print the errors last, because a live line would overwrite them.
         for outcome in outcomes:
             _print_error(session, outcome)
 
@@ -365,7 +365,7 @@ async def _follow_stream(
 def _print_error(session: Session, outcome: TargetOutcome) -> None:
     if outcome.error is not None:
         text = explain(outcome.error, session.bus)
-        # The error of a target that was not found names the target itself.
+        # The error text may already contain the target, if it was not found.
         target = printable(outcome.text)
         is_named = outcome.pid is None and (f'"{target}"' in text or f" {target}: " in text)
         session.output.error(text if is_named else f"{outcome.title}: {text}")
@@ -379,7 +379,7 @@ def _fate_unknown(outcome: TargetOutcome, error: QkilldError) -> BusError:
 
 
 def _ends_at_once(outcome: TargetOutcome) -> bool:
-    """Return whether the job is a NOWAIT job, not an older job that the call joined."""
+    """Return whether the job has NOWAIT. If the call joined an older job, that job has not."""
     return outcome.status is not None and outcome.status.unsupervised
 
 

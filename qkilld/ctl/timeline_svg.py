@@ -215,7 +215,8 @@ def _pending(points: Sequence[tuple[float, int]], scale: _Scale) -> _Lane:
 
 
 def _deadlines(timeline: Timeline, scale: _Scale) -> _Lane:
-    """Draw the time until the next rung, which falls without progress and rises with progress."""
+    """Draw the time until the next rung. Without progress, this time falls; with progress, it
+    rises."""
     most = max(
         (remaining for _, remaining in timeline.time_left if remaining is not None), default=0.0
     )
@@ -253,7 +254,7 @@ def _frame(height: int, name: str, high: str) -> list[str]:
 
 
 def _label_rows(marks: Sequence[Milestone], scale: _Scale) -> list[int]:
-    """Return a row for each label, so that no labels overlap. Row 0 is the lowest."""
+    """Assign each label a row, so that no labels overlap. Row 0 is the lowest."""
     ends: list[float] = []
     rows = []
     for mark in marks:
@@ -265,8 +266,8 @@ def _label_rows(marks: Sequence[Milestone], scale: _Scale) -> list[int]:
 
 
 def _extent(mark: Milestone, scale: _Scale) -> tuple[float, float]:
-    """Return the horizontal extent of a label: right of its line, or left near the end of the
-    axis."""
+    """Return the left and right end of a label. The label is to the right of its line, or near the
+    end of the axis, to the left."""
     x, width = scale(mark.at), len(_label(mark, scale)) * CHARACTER
     if x + width > WIDTH - 4:
         return x - width - 4, x

@@ -26,13 +26,13 @@ class Observation:
     verdict: str
     reasons: tuple[str, ...] = ()
     written: int | None = None
-    """Bytes written, from a counter that started before the trace."""
+    """The value of a counter of bytes written, which began before the trace."""
     pending: int | None = None
     """Bytes still to be written."""
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> Self:
-        """Parse a reply to Inspect, in which other releases of the daemon may omit some keys."""
+        """Parse a reply to Inspect. Other releases of the daemon may omit some keys."""
         group = answer.get("cgroup", {}) if answer.get("cgroup-own") else {}
         written = group.get("written", answer.get("io", {}).get("write_bytes"))
         return cls(

@@ -1,4 +1,5 @@
-"""Find QEMU processes on this host that qkilld ignores, because they do not match Executables=."""
+"""Find uncovered guests: QEMU processes on this host that qkilld ignores, because they do not match
+Executables=."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _SHOWN: Final = 1000
 
 
 class UncoveredGuests:
-    """The uncovered QEMU processes that the caller may see: their own; for root, all."""
+    """The uncovered guests that the caller may see: their own, or for root, all."""
 
     def __init__(self, executables: Sequence[str]) -> None:
         self._executables = executables

@@ -1,14 +1,14 @@
 """Run when qkilld is removed: delete the drop-ins of adopt from system units.
 
-Unlike `qkillctl adopt --undo --all`, it works in a chroot, and stops no guards of scopes. The
-caller must reload systemd. Edited drop-ins are kept, and their paths are printed. Without
-qkilld-stop, systemd stops their units with SIGTERM. Drop-ins of user managers are left to their
-users.
+Unlike `qkillctl adopt --undo --all`, this program works in a chroot, and does not stop guards of
+scopes. The caller must reload systemd. Edited drop-ins are kept, and their paths are printed.
+Without qkilld-stop, systemd stops the units of edited drop-ins with SIGTERM. Users must remove the
+drop-ins of their own managers.
 
-While qkilld-stop stops a guest in a system unit, nothing is removed: the stop would lose its
-extended timeout, and the modules that it has yet to import. If this lasts longer than 30 s, the
-exit code is 4, and the package must not be removed. The units of user managers are not asked about.
---now is for package managers that remove the package anyway: it does not wait.
+While qkilld-stop stops a guest in a system unit, nothing is removed: qkilld-stop would lose its
+extended timeout, and the modules that it has not yet imported. If the stop takes longer than 30 s,
+the exit code is 4, and the package must not be removed. Stops in units of user managers are not
+noticed. --now does not wait; it is for package managers that remove the package anyway.
 """
 
 from __future__ import annotations

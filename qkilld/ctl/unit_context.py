@@ -1,4 +1,5 @@
-"""Gather the facts for judging a unit: the daemon's policy, the unit's processes, its disks.
+"""Gather the facts for judging a unit: the daemon's policy, the unit's processes, and the disks of
+its guests.
 
 Unreadable facts are left out: only root can read the processes of other users.
 """
@@ -62,14 +63,14 @@ from qkilld.unitcheck.unit_text import merged, parse_environment
 
 MAX_DROP_IN: Final = 1 << 20
 MAX_BEFORE: Final = 256
-"""The maximum number of units of a Before= that are queried."""
+"""The maximum number of units in Before= that are queried."""
 _USUAL_HELPER: Final = Path("/usr/bin") / HELPER
 
 
 async def config_of(session: Session) -> Config:
     """Read the configuration files; if they are invalid, say so and use the defaults. A running
-    daemon's policy takes precedence, because it may have read other files. The daemon is not
-    started for this."""
+    daemon's policy takes precedence, because that daemon may have read other files. This function
+    does not start the daemon."""
     try:
         config = files.load()
     except ConfigError as error:
@@ -125,7 +126,8 @@ async def gather(
         is_template=is_template,
         keepers=await find_keepers(systemd, facts, guests),
         guests_service=GUESTS_SERVICE in facts.before and await _is_active(systemd, GUESTS_SERVICE),
-        # A user's units need no order: user@.service, which is stopped after them, has it.
+        # A user's units need no order of their own: user@.service is stopped after them, and has
+        # this order.
         storage=tuple(storage),
         unasked=tuple(_unasked(facts, guests, config)) if config.switches.powerdown else (),
         guard=guard,
@@ -184,7 +186,7 @@ def _environment(facts: UnitFacts, texts: Sequence[str], *, is_template: bool) -
 
 
 def _texts_of(facts: UnitFacts) -> list[str]:
-    """Return the texts of the unit's files, as far as they can be read."""
+    """Return the texts of the unit's files, except those that cannot be read."""
     texts = []
     for path in (facts.fragment, *facts.drop_ins):
         with ignore(f"reading {path}", OSError), Path(path).open("rb") as file:
@@ -211,9 +213,8 @@ def _main_traps(facts: UnitFacts) -> bool | None:
 def _can_ask(
     facts: UnitFacts, guests: Sequence[int], config: Config, *, is_template: bool
 ) -> bool | None:
-    """Return whether qkilld-stop can ask every guest of the unit to shut down; None if unknown. It
-    is unknown for guests of libvirt, and for a template whose instances may have different
-    options."""
+    """Return whether qkilld-stop can ask every guest of the unit to shut down. None means unknown,
+    as for guests of libvirt, and for a template whose instances may have different options."""
     if not config.switches.powerdown:
         return False
     if guests:
@@ -246,7 +247,7 @@ def _would_listen(options: Sequence[QemuOption]) -> list[UnixListener]:
 
 
 def _other_unit(facts: UnitFacts, config: Config) -> str:
-    """Return the other unit in which the guest of this unit runs; "" if none is known."""
+    """Return the name of another unit if the guest of this unit runs there; "" if none is known."""
     if facts.active_state != "active" and not starts_elsewhere(facts):
         return ""
     for pid in procfs.pids():
@@ -262,7 +263,8 @@ def _other_unit(facts: UnitFacts, config: Config) -> str:
 
 
 def _unasked(facts: UnitFacts, guests: Sequence[int], config: Config) -> Iterator[str]:
-    """Yield why guests of the unit cannot be asked to shut down; if none runs, by ExecStart=."""
+    """Yield the reasons why guests of the unit cannot be asked to shut down. If no guest runs,
+    judge by ExecStart=."""
     for pid in guests:
         with ignore(f"reading what process {pid} listens on", OSError, QkilldError):
             options = read_options(procfs.read_identity(pid))
@@ -306,8 +308,8 @@ def overrides(facts: UnitFacts, wanted: Sequence[Change]) -> Iterator[Override]:
 def instances_with_own(
     search_path: Sequence[str], template: str, wanted: Sequence[Change]
 ) -> Iterator[str]:
-    """Yield the instances of a template whose own files set what our drop-in for the template would
-    override. An instance with a drop-in of adopt is left out: it keeps that drop-in."""
+    """Yield the instances of a template that have files with settings which our drop-in for the
+    template would override. Leave out instances with a drop-in of adopt, because they keep it."""
     prefix, _, kind = template.partition("@")
     own_files: dict[str, list[Path]] = {}
     for directory in map(Path, search_path):

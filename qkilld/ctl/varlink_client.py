@@ -1,5 +1,5 @@
-"""The Varlink calls of qkillctl, for tasks that D-Bus cannot do: pass a monitor, and follow many
-jobs with one call."""
+"""The Varlink calls of qkillctl, for two tasks that D-Bus cannot do: to pass a connection to a
+monitor, and to follow many jobs with one call."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from qkilld.model.errors import QkilldError
 
 SYSTEM_SOCKET: Final = "/run/qkilld/org.qkilld1"
 USER_SOCKET: Final = "qkilld/org.qkilld1"
-"""Below $XDG_RUNTIME_DIR."""
+"""The path of the socket below $XDG_RUNTIME_DIR."""
 ANSWER_TIMEOUT_S: Final = 15.0
 CONNECT_TIMEOUT_S: Final = 5.0
-"""The limit for connecting to a guest's monitor, because a hostile process can delay each step."""
+"""The limit for connecting to a guest's monitor. A hostile process can delay each step of that."""
 _MAX_REPLY: Final = 64 << 20
 _NEVER: Final = 2**62
 """An infinite time span."""
@@ -59,8 +59,8 @@ def order_of(flags: Flag, options: Mapping[str, int | str]) -> dict[str, Any]:
 
 
 async def monitor_to_pass(pid: int) -> socket.socket | None:
-    """Connect to a guest's monitor that the daemon cannot reach. None if the guest has no such
-    monitor, or if this fails."""
+    """Connect to a guest's monitor that the daemon cannot reach. Return None if the guest has no
+    such monitor, or if the connection fails."""
     from qkilld.monitor.reach import connect_passable
 
     work = run_in_thread(lambda: connect_passable(procfs.read_identity(pid)))
@@ -92,7 +92,7 @@ class VarlinkStream:
         more: bool = False,
         passed: socket.socket | None = None,
     ) -> VarlinkStream:
-        """Send a call, and with it the descriptor of `passed`. Raises VarlinkFailure."""
+        """Send a call together with the descriptor of `passed`. Raises VarlinkFailure."""
         call = {"method": f"org.qkilld1.{method}", "parameters": parameters}
         data = json.dumps(call | {"more": True} if more else call).encode() + b"\0"
         sock = socket.socket(socket.AF_UNIX)

@@ -79,7 +79,7 @@ async def _watch_lines(bus: BusAddress, output: Output, *, json: bool) -> int:
         while not output.abandoned and not feed.done():
             await asyncio.wait((feed,), timeout=TICK_S)
         if feed.done():
-            feed.result()  # Raises its exception.
+            feed.result()  # Raises the exception of the task.
     finally:
         feed.cancel()
         await asyncio.gather(feed, return_exceptions=True)
@@ -96,7 +96,8 @@ class _Watcher:
     def __init__(self, bus: BusAddress, output: Output, interactive: bool) -> None:
         self._bus = bus
         self._feed = JobFeed(bus, self, interactive=interactive)
-        # A password prompt needs the terminal, so the screen is suspended.
+        # If polkit may ask for a password, the screen must be suspended, because the prompt needs
+        # the terminal.
         self._asks = interactive and bus.is_system_bus and os.geteuid() != 0
         self._state = WatchState(bus_title="" if bus.is_system_bus else printable(bus.title))
         self._screen = FullScreen(output.console(), self._key)
@@ -261,8 +262,8 @@ class _Watcher:
         try:
             proxy = self._feed.job(job.path)
             before = after = job
-            # Read the status again: the daemon reports changes at most five times a second, and
-            # keys can be faster.
+            # Read the current status, because the daemon reports changes at most five times a
+            # second, and keys can be pressed faster.
             with ignore(f"reading job {job.id}", QkilldError):
                 before = await proxy.status()
             await self._with_terminal(job, lambda: command.act(proxy))

@@ -58,7 +58,7 @@ class WatchState:
     jobs: dict[str, JobStatus] = field(default_factory=dict)
     """The last status of each job, by path."""
     selection: str = ""
-    """The path of the job that keys act on."""
+    """The path of the selected job, on which keys act."""
     outage: str = "qkilld has not answered yet"
     """Why the daemon is unreachable; "" if it is reachable."""
     message: str = ""
@@ -136,7 +136,7 @@ def _table(state: WatchState, now: int, columns: int, room: int) -> list[Text]:
     rows = [cells_of(job, now) for job in jobs if not job.result]
     shape = shape_for([TITLES, *rows], columns - len(MARK) - 1)
     at = next((i for i, job in enumerate(jobs) if job.path == state.selection), 0)
-    # The titles and the selected job are always shown. One line counts the jobs that do not fit.
+    # Always show the titles and the selected job. One line says how many jobs do not fit.
     room -= 1
     if len(jobs) > room:
         room = max(1, room - 1)
