@@ -1,7 +1,7 @@
 """Stop guests through the daemon, over Varlink. Implements stopper.Stopper. Imports little: see
 stop.main.
 
-One call starts the jobs; the replies are the jobs' states and results.
+One call starts the jobs, and its replies report the jobs' states and results.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ MAX_AT_ONCE = 300
 calls up to 16 KiB (of root, up to 64 KiB)."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 3.0
-"""Timeout of a reply. The daemon replies in milliseconds, or in a second if systemd has to start it
-first."""
+"""Timeout of a reply. The daemon replies within milliseconds, or within a second if systemd has to
+start it first."""
 BUSY_TIMEOUT_S = 12.0
-"""The additional time for a reply if the daemon has read the call. Such a daemon is busy, and still
-stops the guests sooner than the helper could by itself."""
+"""The additional time for a reply if the daemon has read the call. Such a daemon is busy, but stops
+the guests sooner than the helper could by itself."""
 RETURN_TIMEOUT_S = 3.0
-"""How long to wait for the next daemon. systemd restarts a crashed one within a second."""
+"""How long to wait for the next daemon. systemd restarts a crashed daemon within a second."""
 RETRY_S = 0.05
 SILENCE_S = 5.0
-"""After this time without a message, check that the daemon is alive: it sends the state of a
-running job only after changes."""
+"""After this time without a message, check that the daemon is alive. (The daemon sends the state of
+a running job only when it changes.)"""
 CHECK_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 1.0
-"""How long our pidfd may take to confirm an exit that the daemon has reported. Normally it reports
-the exit at the same time as the daemon's pidfd."""
+"""How long our pidfd may take to confirm an exit that the daemon has reported. Normally our pidfd
+becomes readable at the same time as the daemon's."""
 ENDING_S = 1.0
-"""After a job was cancelled, wait this long for the daemon to close the connection, which shows
-that the daemon exits."""
+"""After a job was cancelled, wait this long for the daemon to close the connection. If the daemon
+closes it, the daemon is exiting."""
 _NEVER = float("inf")
 _SIOCOUTQ = 0x5411
-"""Linux: the bytes sent that the peer has not read, unix(7)."""
+"""The ioctl that returns how many sent bytes the peer has not read: Linux, unix(7)."""
 _SPANS = {
     "grace": "graceUSec",
     "stall": "stallUSec",
@@ -83,8 +83,8 @@ class DaemonCall:
         more: bool,
         descriptor: int = -1,
     ) -> None:
-        """`descriptor` is sent with the call, -1 for none. Raises OSError if neither root nor our
-        own user listens at `path`."""
+        """`descriptor` is sent with the call; -1 means none. Raises OSError unless root or our own
+        user listens at `path`."""
         self.path = path
         self.method = method
         self._parameters = parameters
@@ -124,7 +124,7 @@ class DaemonCall:
         return not any(unread)
 
     def replies(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the replies received, and True if the connection is closed or unusable."""
+        """Return the replies received, and whether the connection is closed or unusable."""
         closed = False
         try:
             while data := self.sock.recv(1 << 16):
@@ -176,18 +176,19 @@ class DaemonStopper:
         self._check: tuple[DaemonCall, float] | None = None
         """The call that checks whether a silent daemon is alive, and its deadline."""
         self._exits: dict[GuestStop, tuple[str, float]] = {}
-        """For stops reported as exited: the result, and the deadline for our pidfd to confirm the
-        exit."""
+        """For stops whose process has exited according to the daemon: the result, and the deadline
+        for our pidfd to confirm the exit."""
         self._check_deadlines: dict[GuestStop, float] = {}
-        """For stops whose process exited: the deadline for the daemon to report the result."""
+        """For stops whose process has exited according to our pidfd: the deadline for the daemon to
+        report the result."""
         self._cancellations: dict[GuestStop, tuple[_PendingCall, float]] = {}
         """For stops whose job was cancelled: the call, and a deadline. A daemon that is stopped
         cancels its jobs, and closes the connection before the deadline. If the connection is still
         open at the deadline, a caller has cancelled the job."""
         self._retry_times: dict[GuestStop, float] = {}
-        """For stops whose daemon is gone: when to ask it again."""
+        """For stops whose daemon is gone: when to call the daemon again."""
         self._return_deadlines: dict[GuestStop, float] = {}
-        """For stops whose daemon is gone: the deadline for a restarted one to answer."""
+        """For stops whose daemon is gone: the deadline for a restarted daemon to answer."""
 
     def start(self, stops: Sequence[GuestStop]) -> None:
         for at in range(0, len(stops), MAX_AT_ONCE):
@@ -223,7 +224,7 @@ class DaemonStopper:
         self._calls.append(_PendingCall(call, stops, self._clock() + ANSWER_TIMEOUT_S))
 
     def _order(self, stop: GuestStop) -> dict[str, Any]:
-        """Return the parameters of Terminate, without the process."""
+        """Return the parameters of Terminate, except those that name the process."""
         options: dict[str, Any] = {
             _SPANS[name]: min(usec, _NEVER_USEC) for name, usec in self._options.spans.items()
         }
@@ -284,7 +285,7 @@ class DaemonStopper:
                 self._follow_again(stop)
 
     def note_exit(self, stop: GuestStop) -> None:
-        # Wait for the daemon, which sees the exit too if it is alive, and reports the result.
+        # Wait for the daemon to report the result. If it is alive, it notices the exit, too.
         if stop not in self._exits:
             self._check_deadlines[stop] = self._clock() + CHECK_TIMEOUT_S
 
@@ -295,7 +296,7 @@ class DaemonStopper:
         try:
             call = DaemonCall(self._path, "Terminate", order, more=False)
         except OSError:
-            return  # If the daemon is gone, the pending call reports that.
+            return  # If the daemon is gone, the pending call fails.
         self._calls.append(_PendingCall(call, (), self._clock() + ANSWER_TIMEOUT_S))
 
     def release(self, stop: GuestStop) -> None:
@@ -372,8 +373,8 @@ class DaemonStopper:
             self._forget(stop)
             self._exits[stop] = result, self._clock() + EXIT_TIMEOUT_S
         elif result == "cancelled" and not stop.process.exited():
-            # Wait to see whether the daemon exits. If it is stopped (and not restarted), it cancels
-            # its jobs itself, and another stopper must continue.
+            # Wait, to learn whether the daemon exits. A daemon that is stopped, not restarted,
+            # cancels its jobs itself, and another stopper must continue.
             self._cancellations[stop] = pending, self._clock() + ENDING_S
         else:
             self._forget(stop)
@@ -417,7 +418,7 @@ class DaemonStopper:
             try:
                 call = DaemonCall(self._path, "GetStatus", {}, more=False)
             except OSError:
-                return  # Try again soon. If the daemon is gone, the pending call reports that.
+                return  # Try again soon. If the daemon is gone, the pending call fails.
             self._check = call, self._clock() + CHECK_TIMEOUT_S
 
     def _work_check(self, now: float) -> None:
@@ -447,7 +448,7 @@ class DaemonStopper:
         self._drop(pending)
         now = self._clock()
         for stop in stops:
-            # Ask again, because a new daemon continues the jobs of the old one.
+            # Call again, because a new daemon continues the jobs of the old one.
             self._retry_times[stop] = now if stop not in self._return_deadlines else now + RETRY_S
             self._return_deadlines.setdefault(stop, now + RETURN_TIMEOUT_S)
 

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 
 IDENTITY_S: Final = 5.0
-"""How long a process that cannot be identified at the moment is tried again. Meanwhile, systemd is
-asked for more time as usual."""
+"""How long to retry if a process cannot be identified at the moment. Meanwhile, systemd is asked
+for more time as usual."""
 IDENTITY_RETRY_S: Final = 0.2
 
 
@@ -66,7 +66,8 @@ class LocalCaller:
 
 @dataclass(slots=True, kw_only=True)
 class LocalStop:
-    """A stop in the engine's thread, which alone may change it once it has begun."""
+    """The engine's view of a stop. After the stop has begun, only the engine's thread may change
+    this object."""
 
     pid: int
     start_time: int | None
@@ -77,7 +78,7 @@ class LocalStop:
     spans: Mapping[str, int]
     reason: str
     status: JobStatus | None
-    """The last status of its job in the daemon."""
+    """The last status of the stop's job in the daemon."""
     job: Job | None = None
     on_state: Callable[[dict[str, Any]], None] = lambda state: None
     """Called with each State (org.qkilld1.varlink) of the job."""
@@ -175,8 +176,8 @@ class Fallback:
             return await self._start(stop, why)
 
     async def _open(self, stop: LocalStop) -> CheckedProcess:
-        """Open the process; if it blocks the reading of its identity, try that for IDENTITY_S.
-        Raises what Access.open_checked raises."""
+        """Open the process. If the process blocks the reading of its identity, retry for
+        IDENTITY_S. Raises what Access.open_checked raises."""
         access = Access(self.config, self._host)
         until = time.monotonic() + IDENTITY_S
         while True:
@@ -212,13 +213,15 @@ class Fallback:
         )
 
     def amend(self, stop: LocalStop, flags: Flag, ask_at_most: int) -> None:
-        """Change what the stop asks for, and with it the job that it has begun."""
+        """Change the flags and the time for asking, also those of the stop's job if it has
+        begun."""
         stop.flags, stop.ask_at_most = flags, ask_at_most
         if stop.job is not None and stop.job.running:
             request = Request(
                 stop.flags, {}, stop.reason, os.geteuid(), ask_at_most=stop.ask_at_most
             )
-            # Ignore errors here: if the pid was reused, the wait for the job reports that.
+            # Ignore errors here: a reuse of the pid is reported by the coroutine that waits for the
+            # job.
             with ignore("joining the job", QkilldError):
                 stop.job.join(request)
 
@@ -246,7 +249,7 @@ class Fallback:
 
 
 def configuration() -> Config:
-    """Load qkilld.conf; if it is invalid, use the defaults, because the guest must be stopped
+    """Load qkilld.conf. If the file is invalid, use the defaults, because the guest must be stopped
     anyway."""
     try:
         return config.load()

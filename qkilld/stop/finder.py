@@ -23,12 +23,12 @@ from qkilld.stop.process import (
 )
 
 MAX_PIDS = 20
-"""The number of unidentified processes that a message names."""
+"""The maximum number of unidentified processes that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutsideGuest:
-    """A QEMU outside of our own unit."""
+    """A QEMU process outside of our own unit."""
 
     pid: int
     name: str
@@ -48,7 +48,7 @@ class ProcessFinder:
         """The unit in which this program runs; None if unreadable."""
         self.by_systemd = by_systemd(environment)
         self.unidentified: list[int] = []
-        """The processes of which the last search does not know whether they are guests to stop."""
+        """The processes that may be guests to stop, but that the last search could not identify."""
         self.denied: list[int] = []
         """The processes of the unit whose executable the last search was not permitted to read."""
 
@@ -60,8 +60,8 @@ class ProcessFinder:
         return self.by_systemd and not other_target
 
     def named(self) -> ProcessHandle | None:
-        """Return the named process; None if the target is a whole unit (--unit, or our own unit if
-        systemd gives no $MAINPID) or --all.
+        """Return the named process. Return None if the target is a whole unit (--unit, or our own
+        unit if systemd sets no $MAINPID), or with --all.
 
         Raises InvalidArgs if nothing is named. Also raises what `open_main_process` and
         `pidfile.read` raise.
@@ -82,11 +82,11 @@ class ProcessFinder:
         return open_main_process(self._main_pid)
 
     def in_unit(self, globs: Iterable[str]) -> list[ProcessHandle]:
-        """Return every visible QEMU in the named unit, or in our own.
+        """Return every visible QEMU in the named unit, or in our own if none is named.
 
-        Raises Failed if there seems to be none, but the unit of a QEMU is unreadable, or the
-        executable of a process of the unit; UnknownIdentity if a process of the unit, or of an
-        unknown unit, cannot be identified.
+        If there is none, raises UnknownIdentity if a process of the unit, or of an unknown unit,
+        cannot be identified, and Failed if the unit of a visible QEMU or the executable of a
+        process of the unit is unreadable.
         """
         name = self._options.unit
         units: list[Unit] = []
@@ -139,10 +139,11 @@ class ProcessFinder:
             process.close()
 
     def of_manager(self, globs: Iterable[str]) -> list[tuple[ProcessHandle, str | None]]:
-        """Return every visible QEMU of our manager with its unit: "" for none, None if unknown.
+        """Return every visible QEMU that our service manager manages, with its unit ("" for none,
+        None if unknown).
 
-        For the system manager, these are all QEMUs of the system. Raises Failed if our own manager
-        is unknown.
+        For the system's manager, return all visible QEMUs. Raises Failed if our own manager is
+        unknown.
         """
         if self.unit is None:
             raise Failed(
@@ -171,9 +172,10 @@ class ProcessFinder:
         )
 
     def read_unidentified_again(self, globs: Iterable[str]) -> None:
-        """Remove from `unidentified` the processes that are gone by now, or are known not to be
-        QEMU. Waits only briefly for a process that blocks this."""
-        # Without a thread, a blocked read would keep systemd waiting although the guests are gone.
+        """Remove from `unidentified` the processes that have exited meanwhile, or turn out not to
+        be QEMU. Waits only briefly for a process that blocks the reading."""
+        # If no thread can be started, do not read here: a blocked read would keep systemd waiting
+        # although the guests are gone.
         blockable.shared.may_block_caller = False
         self.unidentified = [
             pid
@@ -184,14 +186,14 @@ class ProcessFinder:
     def _qemus(
         self, globs: Iterable[str], concerns: Callable[[Unit | None], bool]
     ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
-        """Yield what the function `_qemus` yields, and set `unidentified` and `denied`."""
+        """Call the function `_qemus`, and set `unidentified` and `denied`."""
         self.unidentified, self.denied = [], []
         yield from _qemus(globs, concerns, self.unidentified, self.denied)
 
 
 def _is_pam_session(pid: int) -> bool:
-    """Return whether this is systemd's process for a session of PAM (PAMName=). Each command of the
-    unit has one, also qkilld-stop. The unit's user may not see its executable."""
+    """Return whether this is systemd's process for a PAM session (PAMName=). Each command of the
+    unit has such a process, qkilld-stop too. The unit's user may not read its executable."""
     with ignore(f"reading the name of process {pid}", OSError):
         return procfs.read_stat(pid).comm == b"(sd-pam)"
     return False
@@ -210,9 +212,9 @@ def _qemus(
 ) -> Iterator[tuple[ProcessHandle, Unit | None]]:
     """Yield an open handle of every visible QEMU, with its unit. The caller closes the handles.
 
-    Appends processes whose executable may not be read to `denied`. If it cannot be read for another
-    reason, and the process is in a unit that `concerns` the caller, try again for
-    IDENTITY_TIMEOUT_S; then append the process to `unidentified`.
+    A process whose executable this program is not permitted to read is appended to `denied`. If the
+    executable cannot be read for another reason, and the process is in a unit that `concerns` the
+    caller, retry for IDENTITY_TIMEOUT_S, then append the process to `unidentified`.
     """
     pids, until = procfs.pids(), time.monotonic() + stop_process.IDENTITY_TIMEOUT_S
     while pids:
@@ -234,7 +236,7 @@ def _qemus(
                 continue
             if process is None:
                 continue
-            # Read the unit while the process is open: if its pid was reused, `exited` shows that.
+            # Read the unit while the process is open. If the pid was reused, `exited` is True.
             unit = procfs.read_unit(pid)
             if process.exited():
                 process.close()
@@ -269,7 +271,7 @@ def _qemu(
 
 
 def _may_be_qemu(pid: int, executable: tuple[str, bool] | Exception, globs: Iterable[str]) -> bool:
-    """Return whether a process is there and may be QEMU, perhaps one that is exiting."""
+    """Return whether the process exists and may be QEMU, even if it is exiting."""
     if not isinstance(executable, Exception) and executable[0]:
         return is_qemu(executable[0], globs)
     try:
@@ -292,9 +294,10 @@ def _of_pidfile(path: str) -> ProcessHandle:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        # QEMU removes its pidfile when it exits, so a missing one means that the process is gone.
+        # QEMU removes its pidfile when it exits, so a missing pidfile means that the process is
+        # gone.
         raise NoSuchProcess("the pidfile does not exist") from None
     except OSError as error:
-        note(f"looking for the pidfile {path}", error)  # `read` says why.
+        note(f"looking for the pidfile {path}", error)  # `read` raises the error.
     named = pidfile.read(path)
     return open_named(named.pid, named.start_time)

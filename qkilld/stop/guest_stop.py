@@ -37,7 +37,7 @@ class GuestStop:
         self.powerdown = powerdown
         self.ask_at_most = ask_at_most
         self.monitor = -1
-        """A connection to the guest's monitor, to pass to the daemon; -1 for none."""
+        """A connection to the guest's monitor that is passed to the daemon; -1 for none."""
         self.state: dict[str, Any] | None = None
         """The last State (org.qkilld1.varlink) of its job, which runs in the daemon or in this
         process."""
@@ -46,12 +46,12 @@ class GuestStop:
         self.denial = ""
         self.is_exit_noted = False
         self.leave_at: float | None = None
-        """When to give up, time.monotonic(). Set if the process is exiting and nothing more can be
-        done."""
+        """When to give up, time.monotonic(). Set if the process is exiting, so that nothing more
+        can be done."""
 
     def force_if_allowed(self) -> None:
-        """Send FORCE with further orders, unless the daemon would refuse them for that: this
-        program runs neither as root nor as the owner of the process."""
+        """Send FORCE with further calls, unless the daemon would refuse them because this program
+        runs neither as root nor as the owner of the process."""
         if self.state is None or os.geteuid() in (0, self.state["uid"]):
             self.forced = True
 

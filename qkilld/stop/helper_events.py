@@ -10,7 +10,7 @@ from qkilld.stop.guest_stop import GuestStop
 
 
 def guest_of(stop: GuestStop, unit: Unit | None) -> Guest:
-    """Return the guest of a stop, as far as it is known."""
+    """Return the guest of a stop. Unknown values are empty."""
     uid, name = (stop.state["uid"], stop.state["name"]) if stop.state else (0, "")
     process = stop.process
     identity = Identity(process.pid, process.start_time or 0, uid, "", "", "", False)

@@ -1,8 +1,8 @@
-"""Leave guests to their keepers, the units that shut them down at host shutdown.
+"""Leave guests to their keepers: the units that shut them down at host shutdown.
 
-The helper waits while systemd stops a keeper: until the keeper's timeout has passed, and after that
-while the guest writes, but for about 20 minutes at most. It waits up to 2 minutes for a queued stop
-job to begin. Then the helper stops the guest itself.
+The helper waits up to 2 minutes for a keeper's queued stop job to begin. While systemd stops the
+keeper, the helper waits until the keeper's timeout has passed, and after that as long as the guest
+writes, but about 20 minutes at most. Then the helper stops the guest itself.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 TICK_S: Final = 1.0
 TIMEOUT_S: Final = 2.0
 STALL_S: Final = 10.0
-"""A guest that has written nothing for this long makes no progress."""
+"""A guest makes no progress if it has written nothing for this long."""
 LONGEST_S: Final = 20 * 60.0
-"""The limit for each keeper, whatever its timeout: systemd gives a shutdown 30 minutes."""
+"""The limit for each keeper, whatever its timeout is, because systemd limits a host shutdown to 30
+minutes."""
 QUEUED_S: Final = 120.0
 """How long a keeper's stop job may wait for other jobs before it runs."""
 
@@ -73,10 +74,10 @@ class KeeperWatch:
         """For each set of programs: the services in which they run, each with its program."""
 
     async def leave(self, process: ProcessHandle, on_keeper: Callable[[str], None]) -> None:
-        """Return when the process is gone, when none of its keepers is at work, or when the keepers
-        have used up their time and the guest makes no progress, or after LONGEST_S.
+        """Wait until the process is gone, until none of its keepers is being stopped, or until the
+        keepers' time is over and the guest makes no progress; at most LONGEST_S.
 
-        If a keeper is at work, `on_keeper` is called once, with the name of the keeper.
+        If a keeper is being stopped, `on_keeper` is called once, with the name of the keeper.
         """
         names = await self._names(process.pid)
         is_reported = False
@@ -93,7 +94,8 @@ class KeeperWatch:
             if (latest := _written(process.pid)) != written:
                 written, moved_at = latest, now
             if not any(each.has_time(now) for each in working):
-                # Before a keeper runs, writes of the guest are no sign of a shutdown.
+                # Before a keeper's stop job runs, writes of the guest do not show that it shuts
+                # down.
                 runs = any(each.began is not None for each in working)
                 if not runs or now - moved_at >= STALL_S or now - start >= LONGEST_S:
                     return
@@ -102,7 +104,7 @@ class KeeperWatch:
                     await _wait_exit(process)
 
     async def _names(self, pid: int) -> list[str]:
-        """Find the keepers of a guest, whether they are at work or not."""
+        """Find the keepers of a guest, whether or not they are being stopped."""
         unit = procfs.read_unit(pid)
         if unit is None or unit.user:
             return []
@@ -114,7 +116,7 @@ class KeeperWatch:
             return []
         known = []
         for name in candidates.names:
-            # Skip units in our After=: systemd stops them after our unit, so they wait for us.
+            # Skip units in our After=, because systemd stops them only after our unit.
             if name not in self._own.after:
                 with ignore(f"asking systemd for {name}", QkilldError):
                     known.append(await self._systemd.unit(name))
@@ -165,10 +167,11 @@ async def leave_all(
     on_keeper: Callable[[ProcessHandle, str], None],
     release: Callable[[Sequence[ProcessHandle]], None],
 ) -> None:
-    """Release the processes without a keeper at work at once. Release each other process when
-    `KeeperWatch.leave` returns for it.
+    """At once, release the processes of which no keeper is being stopped. Release each other
+    process when `KeeperWatch.leave` returns for it.
 
-    `on_keeper` is called with each process that has a keeper at work, and the keeper's name.
+    `on_keeper` is called with each process of which a keeper is being stopped, and the keeper's
+    name.
     """
     if isinstance(connection, str):
         release(processes)
@@ -177,7 +180,7 @@ async def leave_all(
 
     watch = KeeperWatch(Systemd(connection, timeout_s=TIMEOUT_S))
     events = {process: asyncio.Event() for process in processes}
-    """Set once it is known whether the process has a keeper at work."""
+    """Set once it is known whether a keeper of the process is being stopped."""
     remaining = set(processes)
 
     async def leave(process: ProcessHandle) -> None:
@@ -214,8 +217,8 @@ async def leave_all(
 async def _wait_exit(process: ProcessHandle) -> None:
     exit_event = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # Duplicate the pidfd: a loop has only one reader for each descriptor, so a second wait would
-    # replace the first.
+    # Duplicate the pidfd: an event loop has only one reader for each descriptor, so a second wait
+    # for the same process would replace the first one's reader.
     pidfd = os.dup(process.pidfd)
     loop.add_reader(pidfd, exit_event.set)
     try:

@@ -42,9 +42,9 @@ def shut_down_by_libvirt(
     mailbox: Mailbox,
     go_on: Callable[[GuestStop], None],
 ) -> None:
-    """Ask the guest in a thread. If the stop runs after that, call `go_on` from the mailbox.
+    """Ask the guest in a thread. If the stop still runs afterwards, call `go_on` from the mailbox.
 
-    libvirt holds the monitor, so the shutdown cannot be observed and the guest gets a fixed time:
+    libvirt uses the monitor, so the shutdown cannot be observed, and the guest gets a fixed time:
     `span` (µs), or PowerdownSec= of qkilld.conf if `span` is None.
     """
     timeout = _config().policy_for(domain.name).powerdown if span is None else span
@@ -75,13 +75,13 @@ def shut_down_by_libvirt(
 
 
 def _wait(stop: GuestStop, began: float, timeout: int) -> None:
-    """Return when the process is gone, or when its unit or the policy allows no more time."""
+    """Wait until the process is gone, or until its unit or the policy allows no more time."""
     poll = select.poll()
     poll.register(stop.process.pidfd, select.POLLIN)
     asked_at = time.monotonic()
     while stop.running:
         until = asked_at + timeout / 1e6
-        # Compute the end in each round, because the unit's limits may become known meanwhile.
+        # Compute the end again in each round, because the unit's limits may have become known.
         if stop.ask_at_most is not None:
             until = min(until, began + stop.ask_at_most / 1e6)
         remaining = until - time.monotonic()
@@ -90,7 +90,7 @@ def _wait(stop: GuestStop, began: float, timeout: int) -> None:
 
 
 def _config() -> Config:
-    """Load qkilld.conf; if it is invalid, use the defaults."""
+    """Load qkilld.conf. If the file is invalid, use the defaults."""
     try:
         return config.load()
     except ConfigError:

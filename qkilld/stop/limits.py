@@ -17,18 +17,18 @@ refusal."""
 NO_STATE = "Asking qkilld to stop the guest"
 """The status until a job has begun."""
 STEP = 20 * USEC_PER_SEC
-"""The longest extension, without MARGIN. The helper sends one every second."""
+"""The longest extension, without MARGIN. The helper sends an extension every second."""
 MARGIN = 5 * USEC_PER_SEC
 """An extension ends this long after the time of the job's next step."""
 ASK_ALL = 20 * 60 * USEC_PER_SEC
-"""Time limit for asking all guests of a host: systemd gives a shutdown 30 minutes, and
+"""Time limit for asking all guests of a host. systemd limits a host shutdown to 30 minutes, and
 qkilld-guests.service uses at most 25 of them."""
 
 
 def extension(deadlines: Iterable[int], now: int) -> int:
     """Return the value of EXTEND_TIMEOUT_USEC= for running jobs with these deadlines.
 
-    A deadline is the time of a job's next step, so the job's policy limits the extension.
+    A deadline is the time of a job's next step. So the job's policy limits the extension.
     """
     longest = max((deadline - now for deadline in deadlines), default=0)
     return min(max(longest, 0), STEP) + MARGIN

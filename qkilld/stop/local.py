@@ -1,5 +1,5 @@
-"""Stop guests without the daemon, with the daemon's engine in a thread or, if the system allows no
-more threads (TasksMax=), in the main thread. Implements stopper.Stopper."""
+"""Stop guests without the daemon: run the daemon's engine in a thread, or in the main thread if the
+system allows no more threads (TasksMax=). Implements stopper.Stopper."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT_S: Final = 3.0
 STACK_BYTES: Final = 8 << 20
 TURN_S: Final = 0.05
-"""Without a thread of its own, the engine gets a turn after this time at the latest."""
+"""If the engine has no thread of its own, its event loop runs at least this often."""
 
 
 class LocalStopper:
@@ -44,7 +44,7 @@ class LocalStopper:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._is_here = False
-        """Whether the engine runs in this thread, because the system allows no other."""
+        """Whether the engine runs in the main thread, because the system allows no more threads."""
         self.why: dict[GuestStop, str] = {}
         """The reason why the daemon does not stop the guest."""
 
@@ -58,8 +58,9 @@ class LocalStopper:
             self._do(functools.partial(self._begin, stop, local))
 
     def _start_engine(self) -> None:
-        """Start the engine in its thread, or in this one; if that fails, `_loop` stays None."""
-        open_files.raise_limit()  # Each sampled guest needs about a dozen.
+        """Start the engine in a thread, or else in the main thread. If the start fails, `_loop`
+        stays None."""
+        open_files.raise_limit()  # Each sampled guest needs about a dozen descriptors.
         try:
             self._thread.start()
         except RuntimeError as error:  # The system allows no more threads.
@@ -81,7 +82,7 @@ class LocalStopper:
         self._mailbox.work()
 
     def note_exit(self, stop: GuestStop) -> None:
-        """Do nothing: the engine sees the exit itself."""
+        """Do nothing, because the engine notices the exit itself."""
 
     def amend(self, stop: GuestStop) -> None:
         local, flags, ask_at_most = self._stops[stop], flags_of(stop.flags), ask_at_most_of(stop)

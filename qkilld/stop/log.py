@@ -14,7 +14,7 @@ _FAILURES = {
     6: "qkilld-stop is not allowed to stop the guest",
     7: "there is no such unit",
 }
-"""Reasons by exit status. 1 means any other failure."""
+"""Reasons by exit code. 1 means any other failure."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class Log:
     """Implements engine.ports.Journal. Opens the journal at the first event, because most runs have
-    none."""
+    no event."""
 
     def __init__(self) -> None:
         self._journal: QueuedJournal | None = None
@@ -47,19 +47,20 @@ class Log:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, which is the unit's journal under systemd."""
+    """Print a line on stderr. Under systemd, it goes to the unit's journal."""
     print(f"qkilld-stop: {text}", file=sys.stderr, flush=True)
 
 
 def say_ending(text: str) -> None:
-    """Print unless stderr is the journal."""
+    """Print how a stop ended, unless stderr is the journal, which has an event for that."""
     if not stderr_is_journal():
         say(text)
 
 
 def say_failure(code: int) -> None:
-    """Report the failure as an error in the unit's journal: systemd does not if ExecStop= has the
-    prefix `-`, as after `qkillctl adopt`. For the prefix `<3>`, see sd-daemon(3)."""
+    """Report the failure as an error in the unit's journal. systemd itself does not report it if
+    ExecStop= has the prefix `-`, as after `qkillctl adopt`. For the prefix `<3>`, see
+    sd-daemon(3)."""
     if stderr_is_journal():
         why = _FAILURES.get(code, "see above")
         text = f"The stop failed with exit status {code}: {why}. systemd continues with KillSignal="

@@ -19,7 +19,7 @@ class Mailbox:
     def put(self, what: Callable[[], None]) -> None:
         """Make the main thread call `what`. Thread-safe."""
         self._queue.put(what)
-        # Ignore a full pipe, which wakes the main thread up anyway.
+        # Ignore a full pipe, because it wakes the main thread anyway.
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, b"\0")
 

@@ -1,9 +1,9 @@
 """qkilld-stop, from the command line to the exit code.
 
-At shutdown, a host runs one qkilld-stop for each guest at once. Most runs let the daemon stop an
-idle guest and exit after 10 ms, so the main cost is starting Python. In this case only small
-modules are imported: not typing, dataclasses, asyncio or a D-Bus library. Everything else is
-imported when needed (tests/pure/test_stop_imports.py).
+At shutdown, a host runs one qkilld-stop for each guest, all at the same time. Most runs let the
+daemon stop an idle guest, and exit after 10 ms. So most of the cost is the start of Python. Such
+runs import only small modules: not typing, dataclasses, asyncio or a D-Bus library. All other
+modules are imported when needed (tests/pure/test_stop_imports.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main() -> NoReturn:
     if not options.dry_run:
         notifier.extend(FIRST)
         _name_process()
-    # Save time: garbage collection costs 7 ms during imports, which produce no garbage, and ssl,
-    # which asyncio would import but does not need, costs 5 ms.
+    # Save time. Imports produce no garbage, but collecting it would take 7 ms. asyncio would import
+    # ssl, which takes 5 ms and is not needed.
     gc.disable()
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     code = _main(options, notifier)
@@ -43,13 +43,13 @@ def main() -> NoReturn:
 
         say_failure(code)
     sys.stdout.flush()
-    # Skip Python's orderly exit, which takes 10 ms, because systemd waits for the exit.
+    # systemd waits for the exit, so skip Python's orderly exit, which takes 10 ms.
     os._exit(code)
 
 
 def _name_process() -> None:
-    """Name this process qkilld-stop, however it was started: Python or a wrapper has another name.
-    Whoever is about to reload systemd looks for this name (ctl.running_stops)."""
+    """Name this process qkilld-stop, whatever program started it. qkillctl searches for this name
+    before it reloads systemd (ctl.running_stops)."""
     try:
         fd = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
         try:

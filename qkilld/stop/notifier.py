@@ -10,7 +10,7 @@ import errno
 from qkilld.adapters import sd_notify
 
 _HIDDEN = frozenset({errno.EAFNOSUPPORT, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR})
-"""Errors that show that a sandbox hides the socket. Other errors, such as EAGAIN, are transient."""
+"""Errors with which a sandbox hides the socket. Other errors, such as EAGAIN, are transient."""
 
 
 class Notifier:

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
 
 class Options:
-    """With the defaults, stop the main process of the unit that systemd is stopping."""
+    """With these defaults, qkilld-stop stops the main process of the unit that systemd is
+    stopping."""
 
     def __init__(
         self,
@@ -32,11 +33,11 @@ class Options:
         self.all_guests = all_guests
         """--all: stop every guest that its own unit does not stop."""
         self.force = force
-        """None: only if systemd would send SIGKILL too."""
+        """Whether to use FORCE; None means only if systemd would send SIGKILL, too."""
         self.powerdown = powerdown
         """Whether to ask the guest first; None follows Powerdown= in qkilld.conf."""
         self.spans = spans or {}
-        """Time spans (µs) by field of Policy."""
+        """Time spans (µs), by the name of the field of Policy."""
         self.reason = reason
         self.socket = socket
         """The daemon's socket; None for the installed one."""

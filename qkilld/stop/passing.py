@@ -1,7 +1,8 @@
-"""Connect to a monitor on TCP or an abstract socket for the daemon, which cannot reach it.
+"""Connect to a monitor on TCP or an abstract socket, and pass the connection to the daemon, which
+cannot reach the monitor.
 
-The helper runs in its unit's network namespace, which is usually also the guest's. If it is not,
-root can enter the guest's.
+The helper runs in the network namespace of its unit. Usually, the guest's is the same. If not, the
+helper can enter the guest's as root.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qkilld.monitor.reach import connect_passable
 from qkilld.stop.guest_stop import GuestStop
 
 TIMEOUT_S: Final = 3.0
-"""For all steps together, because a hostile process can delay each one."""
+"""The limit for all steps together, because a hostile process can delay each step."""
 
 
 def connect_monitor(stop: GuestStop) -> None:
@@ -34,7 +35,7 @@ def connect_monitor(stop: GuestStop) -> None:
             elif connection is not None:
                 connection.close()
 
-    # In a thread, because the work changes the network namespace, and may block.
+    # Do this in a thread, because `work` changes the thread's network namespace, and may block.
     thread = threading.Thread(target=work, name="monitor", daemon=True)
     try:
         thread.start()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 IDENTITY_TIMEOUT_S = 3.0
 """How long to wait for a process that blocks the reading of its start time. Shorter than
-limits.FIRST, so that systemd waits, too."""
+limits.FIRST, so that systemd's timeout does not expire before."""
 IDENTITY_RETRY_S = 0.1
 MAX_COMMAND_LINE = 1 << 20
 READ_TIMEOUT_S = 0.2
@@ -47,8 +47,8 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
     """Open a process by its pid.
 
     Raises NoSuchProcess if the process is gone, is a zombie, or was not started at `start_time`.
-    Raises Failed if it cannot be opened, or if its start time is needed but unreadable;
-    UnknownIdentity if the process blocks the reading of that.
+    Raises Failed if the process cannot be opened, or if its start time is needed but unreadable.
+    Raises UnknownIdentity if the process blocks the reading of its start time.
     """
     try:
         process = ProcessHandle(pid, os.pidfd_open(pid), None)
@@ -56,7 +56,8 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
         raise _no_such_process(f"process {pid} is gone") from None
     except OSError as error:
         raise _failed(f"cannot open process {pid}: {error.strerror}") from None
-    # The start time is None if the process is hidden or gone; the pidfd shows which.
+    # The start time is None if the process is hidden or gone. The pidfd shows which of the two is
+    # the case.
     try:
         process.start_time = blockable.shared.one(f"/proc/{pid}", _start_time)
     except blockable.Unanswered as error:
@@ -76,8 +77,8 @@ def open_process(pid: int, start_time: int | None = None) -> ProcessHandle:
 
 
 def open_named(pid: int, start_time: int | None = None) -> ProcessHandle:
-    """Open a process as `open_process` does; if it blocks the reading of its start time, try that
-    for IDENTITY_TIMEOUT_S."""
+    """Open a process as `open_process` does. If the process blocks the reading of its start time,
+    retry for IDENTITY_TIMEOUT_S."""
     until = time.monotonic() + IDENTITY_TIMEOUT_S
     while True:
         try:
@@ -106,11 +107,11 @@ def open_main_process(text: str) -> ProcessHandle:
 
 
 def check_pid_namespace() -> None:
-    """Raise Failed if we are in a PID namespace of our own (PrivatePIDs=). There, a process id such
-    as $MAINPID means another process or none, and no guest of the unit is visible.
+    """Raise Failed if we are in a PID namespace of our own (PrivatePIDs=). In such a namespace, a
+    process id such as $MAINPID means another process or none, and no guest of the unit is visible.
 
-    Process 1 of such a namespace is this program, or belongs to the same service. A service manager
-    never runs in a service.
+    Process 1 of such a namespace is this program, or belongs to the same service. In other
+    namespaces, process 1 is a service manager, which never runs in a service.
     """
     if os.getpid() != 1 and not _shares_service_with_init():
         return
@@ -130,9 +131,9 @@ def _shares_service_with_init() -> bool:
         try:
             with open(f"/proc/{name}/cgroup", "rb") as file:  # noqa: PTH123
                 cgroups.append(file.read())
-        except OSError:  # Process 1 is hidden (ProtectProc=), so it belongs to another user.
+        except OSError:  # Process 1 belongs to another user, because it is hidden (ProtectProc=).
             return False
-    # Delegate= has control groups below that of the service.
+    # With Delegate=, there may be control groups below that of the service.
     in_service = any(end in cgroups[0] for end in (b".service\n", b".service/"))
     return in_service and cgroups[0] == cgroups[1]
 
@@ -140,18 +141,18 @@ def _shares_service_with_init() -> bool:
 def by_systemd(environment: Mapping[str, str]) -> bool:
     """Return whether a systemd manager started this program, directly or through a shell.
 
-    To run in a unit is not enough, because a user's interactive shell runs in a unit, too. Source:
-    $SYSTEMD_EXEC_PID in systemd.exec(5).
+    It is not enough to run in a unit, because a user's interactive shell runs in a unit, too.
+    Source: $SYSTEMD_EXEC_PID in systemd.exec(5).
     """
     return environment.get("SYSTEMD_EXEC_PID") in (str(os.getpid()), str(os.getppid()))
 
 
 def may_pass_monitor(pid: int) -> bool:
-    """Return whether the command line suggests a monitor on TCP or an abstract socket, to which the
-    daemon cannot connect. Takes 0.1 ms.
+    """Return whether the command line suggests that the monitor is on TCP or an abstract socket.
+    The daemon cannot connect to such a monitor. Takes 0.1 ms.
 
-    If a hostile process makes reading its command line block, return False after READ_TIMEOUT_S;
-    without a thread for it (TasksMax=), at once.
+    If a hostile process blocks the reading of its command line, return False after READ_TIMEOUT_S.
+    If no thread can be started for the reading (TasksMax=), return False at once.
     """
     import _thread
 

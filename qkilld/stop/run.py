@@ -1,7 +1,7 @@
 """One run of the helper: stops all its processes at once, with the daemon or without it.
 
-Polls the stoppers, the processes, signals from systemd, and timers. Modules that are needed only
-for slow guests are imported late: see stop.main.
+It polls the stoppers, the processes, signals from systemd, and timers. Modules that only slow
+guests need are imported late: see stop.main.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ if TYPE_CHECKING:
 EXITING_TIMEOUT_S = 60.0
 """The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""The unit's settings are read only after this time, because an idle guest has exited by then."""
+"""The unit's settings are read only after this time. An idle guest has exited before, so its stop
+does not need them."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""How often to stop a QEMU that a shell in the unit starts after the previous one has exited. After
-that, systemd's own signals stop the shell and its QEMU."""
+"""A shell in the unit may start another QEMU after the previous one has exited. qkilld-stop stops
+at most this many of those; then systemd's own signals stop the shell and its QEMU."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
@@ -73,12 +74,13 @@ class StopRun:
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(socket_paths(options)) + 1)
-        """In the order in which they are tried; constructed when needed. The last one is local."""
+        """The stoppers in the order in which they are tried; each is constructed when it is needed.
+        The last one is local."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
         self._place: dict[GuestStop, int] = {}
-        """The index of a stop's stopper in `_stoppers`."""
+        """For each stop, the index of its stopper in `_stoppers`."""
         self._why: dict[GuestStop, str] = {}
-        """Why an earlier stopper did not finish the stop."""
+        """For each stop, why an earlier stopper did not finish it."""
         self._targets: Targets | None = None
         self._local: LocalStopper | None = None
         self._mailbox: Mailbox | None = None
@@ -86,7 +88,7 @@ class StopRun:
         self._next_tick = self._began + FIRST_TICK_S
         self._ask_unit_at = NEVER
         self._leave_at = NEVER
-        """The end (time.monotonic()) of the time that the unit's settings allow."""
+        """The time (time.monotonic()) up to which the unit's settings allow this program to run."""
         self._extendable = False
         """Whether systemd honours extensions."""
         self._is_unit_settled = False
@@ -117,7 +119,8 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """Stop guests that a shell has started meanwhile. Return whether it has started any."""
+        """Stop guests that a shell in the unit has started meanwhile. Return whether there are
+        any."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -188,7 +191,7 @@ class StopRun:
             self._leave_to_keepers(stops)
 
     def _leave_to_keepers(self, stops: Sequence[GuestStop]) -> None:
-        """Wait for the keepers of each guest (units that shut it down), then stop it."""
+        """Wait for the keepers of each guest (the units that shut it down), then stop the guest."""
         from qkilld.stop.keepers import leave_all
         from qkilld.stop.systemd_units import on_bus
 
@@ -300,7 +303,7 @@ class StopRun:
         try:
             stopper.work()
         except Exception as error:
-            # Use the next stopper, because the guest must be stopped, whatever the daemon replied.
+            # Use the next stopper, because the guest must be stopped whatever the daemon replies.
             for stop in self._stops:
                 if stop.running and self._stopper_of.get(stop) is stopper:
                     self.lost(
@@ -413,7 +416,9 @@ class StopRun:
         place = self._place[stop] + 1
         if stop.state is not None:
             self._why[stop] = why
-            place = len(self._stoppers) - 1  # The job has begun: the local engine continues it.
+            place = (
+                len(self._stoppers) - 1
+            )  # The job has begun, so the local engine must continue it.
         self._hand_over([stop], place)
 
     def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
@@ -450,10 +455,10 @@ class StopRun:
         self._over(stop, (known or Failed).exit_code)
 
     def _handle_exit(self, stop: GuestStop) -> None:
-        """Handle a process that is gone or exiting, which no signal reaches any more."""
+        """Handle a process that is gone or exiting. No signal has an effect on it any more."""
         others = self._substitutes()
         if not stop.process.exited():
-            # It still finishes its I/O.
+            # The kernel still finishes the I/O of the process.
             del self._stopper_of[stop]
             stop.leave_at = self._clock() + EXITING_TIMEOUT_S
         elif others:
@@ -511,7 +516,7 @@ class StopRun:
             if before != (stop.forced, stop.ask_at_most) and stopper is not None:
                 stopper.amend(stop)
         if running:
-            # FORCE was decided above for each stop. The other limits are the same for all.
+            # FORCE was decided above for each stop. The other limits are the same for all stops.
             self.unit_known(unit | {"force": False}, running)
 
     def _obey(self, stop: GuestStop, unit: dict[str, Any]) -> None:
@@ -529,7 +534,8 @@ class StopRun:
         deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
         if not states:
-            # The imports below take 12 ms, and would delay the daemon's first reply.
+            # Return before the imports below: they take 12 ms, and would delay the handling of the
+            # daemon's first reply.
             self._notifier.status(NO_STATE)
             return
         try:
@@ -561,8 +567,9 @@ class StopRun:
         self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
 
     def _go_on(self) -> None:
-        """Extend systemd's timeout after it has expired, which is possible until systemd sends
-        SIGKILL. It expires despite extensions if `systemctl daemon-reload` has dropped them."""
+        """Extend systemd's timeout after it has expired. This is possible until systemd sends
+        SIGKILL. The timeout expires despite extensions if `systemctl daemon-reload` has dropped
+        them."""
         from qkilld.stop.helper_events import stop_overrun
 
         self._overrun = True

@@ -12,8 +12,8 @@ from qkilld.stop.guest_stop import GuestStop
 
 
 class StopListener(Protocol):
-    """Receives events about the stops of a Stopper. `ended`, `refused` or `lost` is the last event
-    of each stop."""
+    """Receives events about the stops of a Stopper. The last event of each stop is `ended`,
+    `refused` or `lost`."""
 
     def heard(self, stop: GuestStop, state: dict[str, Any]) -> None:
         """The State (org.qkilld1.varlink) of the stop's job has changed."""
@@ -29,7 +29,7 @@ class StopListener(Protocol):
 
     def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
         """The unit's limits (UnitLimits of org.qkilld1.varlink) for these stops are known. The
-        stopper's jobs obey them already."""
+        stopper's jobs already obey them."""
 
     def unit_unknown(self, why: str) -> None:
         """The stopper cannot read the unit's limits."""

@@ -57,8 +57,8 @@ def on_bus(what: Callable[[Connection | str], Awaitable[T]], *, user: bool) -> T
 
 
 def _find_packages() -> None:
-    """Make packages outside the standard library importable. qkilld-stop runs with -S, which saves
-    3 of the 10 ms that Python takes to start."""
+    """Make packages outside the standard library importable. qkilld-stop is run with `python -S`,
+    which saves 3 ms of the 10 ms that Python takes to start."""
     if sys.flags.no_site:
         import site
 
@@ -75,8 +75,8 @@ async def own_facts(connection: Connection | str) -> UnitFacts | None:
 async def limiting_units(
     connection: Connection | str, pids: Iterable[int]
 ) -> tuple[UnitFacts, dict[int, UnitFacts]] | None:
-    """Return the settings of our own unit, and those of the units of these processes, as far as
-    known. None like own_facts()."""
+    """Return the settings of our own unit, and those of the units of these processes if they are
+    known. Return None if own_facts() does."""
     own = await own_facts(connection)
     if own is None or isinstance(connection, str):
         return None
@@ -93,8 +93,8 @@ async def limiting_units(
 async def guest_of_own_unit(
     connection: Connection | str, guests: Iterable[OutsideGuest]
 ) -> OutsideGuest | None:
-    """Return the one of `guests` that the ExecStart= of our own unit starts; None if there is none,
-    or if systemd cannot be asked."""
+    """Return the guest that the ExecStart= of our own unit starts; None if none of `guests` is that
+    guest, or if systemd cannot be asked."""
     from qkilld.unitcheck.context import is_guest_of
 
     facts = await _facts(connection)
@@ -127,11 +127,11 @@ async def check_unit(connection: Connection | str, name: str) -> None:
 async def unattended(
     guests: Iterable[tuple[ProcessHandle, str | None]], connection: Connection | str
 ) -> list[ProcessHandle]:
-    """Return the guests whose units do not stop them. Close the others, and those whose unit
-    is unknown or has unknown settings.
+    """Return the guests whose units do not stop them. Close the handles of the other guests, and of
+    those whose unit or its settings are unknown.
 
-    Each guest comes with its unit: "" for none, None if unknown. `connection`: to the bus of these
-    units' manager, or the reason why there is none.
+    `guests`: each with its unit, "" for none, None if unknown. `connection`: to the bus of these
+    units' manager, or the reason why there is no connection.
     """
     attended: dict[str, bool] = {}
     processes = []
@@ -162,6 +162,7 @@ async def _is_attended(unit: str, connection: Connection | str) -> bool:
             return (await Systemd(connection, timeout_s=TIMEOUT_S).unit(unit)).cares_for_guests
         except QkilldError as error:
             why = str(error)
-    # Send no signal, which could interrupt an orderly shutdown by the unit's ExecStop=.
+    # Do not stop the guests here: a signal could interrupt an orderly shutdown by the unit's
+    # ExecStop=.
     say(f"the guests in {unit} are left to that unit, because its settings are unknown: {why}")
     return True

@@ -1,4 +1,5 @@
-"""Choose the processes to stop. Most runs do without this module, because $MAINPID is the guest."""
+"""Choose the processes to stop. Most runs do not need this module, because $MAINPID is the
+guest."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ class Targets:
         self._options = options
         self._config: Config | None = None
         self._said = ""
-        """Why the last search for substitutes failed, which is printed once."""
+        """The reason, already printed, why the last search for substitutes failed."""
 
     @property
     def user(self) -> bool:
@@ -59,11 +60,11 @@ class Targets:
     def choose(self) -> list[ProcessHandle]:
         """Return the processes to stop, at least one.
 
-        Raises NoSuchProcess if there is no process to stop, and Failed if that cannot be known,
-        because guests are not visible in our PID namespace. May also raise GuestElsewhere,
-        NoSuchUnit, InvalidArgs or Failed.
+        Raises NoSuchProcess if there is no process to stop, and Failed if this is unknown, because
+        guests are not visible in our PID namespace. May also raise GuestElsewhere, NoSuchUnit,
+        InvalidArgs or Failed.
         """
-        open_files.raise_limit()  # Each process needs one.
+        open_files.raise_limit()  # Each process needs a descriptor.
         if os.getpid() == 1:
             check_pid_namespace()
         try:
@@ -77,7 +78,8 @@ class Targets:
             if (named := self.finder.named()) is not None:
                 return [named]
         except NoSuchProcess:
-            # Look for other QEMUs in the unit: the process may have been a shell that ran one.
+            # Look for other QEMUs in the unit, because the process may have been a shell that ran a
+            # QEMU.
             if not (others := self.substitutes(())):
                 self.check_elsewhere()
                 raise
@@ -94,9 +96,9 @@ class Targets:
         raise NoSuchProcess("no QEMU runs in the unit")
 
     def check_elsewhere(self) -> None:
-        """Raise GuestElsewhere if the QEMU that our own unit starts runs in another unit.
+        """Raise GuestElsewhere if the QEMU that our own unit has started runs in another unit.
 
-        systemd is asked only if a QEMU runs outside of the unit at all.
+        Asks systemd only if any QEMU runs outside of the unit.
         """
         if not self.finder.in_own_unit:
             return
@@ -110,10 +112,10 @@ class Targets:
             raise GuestElsewhere(guest)
 
     def substitutes(self, excluded_pids: Collection[int]) -> list[ProcessHandle]:
-        """Return the QEMU processes of our own unit, except those in `excluded_pids`. For a unit
-        whose main process is gone or not a QEMU (for example, a shell).
+        """Return the QEMU processes of our own unit, except those in `excluded_pids`. Call this if
+        the main process of the unit is gone or not a QEMU (for example, a shell).
 
-        Raises Failed if none is excluded or found, but one cannot be identified.
+        Raises Failed if no QEMU is excluded or found, but a process cannot be identified.
         """
         if not self.finder.in_own_unit:
             return []
@@ -132,10 +134,11 @@ class Targets:
         return [process for process in processes if process.pid not in excluded_pids]
 
     def report_unidentified(self) -> bool:
-        """Print which processes might be guests to stop, too; return whether there are any.
+        """Print which unidentified processes may be guests that should have been stopped, too.
+        Return whether there are any.
 
-        They are read once more, because the search was at the start, and may have met processes of
-        other users that have nothing to do with guests.
+        The unidentified processes are read again, because the search took place at the start, and
+        some may have exited or turn out not to be guests.
         """
         if self.finder.unidentified:
             self.finder.read_unidentified_again(self._executables)
@@ -149,7 +152,8 @@ class Targets:
         return own is not None and bool(own.name) and procfs.read_unit(pid) == own
 
     def _outside(self) -> list[OutsideGuest]:
-        """Return the QEMU processes in other units that can be read within OUTSIDE_TIMEOUT_S."""
+        """Return the QEMU processes in other units, as far as they can be read within
+        OUTSIDE_TIMEOUT_S."""
         import threading
 
         guests: list[OutsideGuest] = []
@@ -164,7 +168,7 @@ class Targets:
             reader.start()
         except RuntimeError as error:  # The system allows no more threads.
             note("starting a thread to look for guests", error)
-            read()  # A read that blocks harms only this program.
+            read()  # A read that blocks does no harm to other programs.
         else:
             reader.join(OUTSIDE_TIMEOUT_S)
         return list(guests)
