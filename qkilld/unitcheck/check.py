@@ -1,4 +1,4 @@
-"""Find the settings of a unit that lose data when it is stopped, and how to fix them.
+"""Find the settings of a unit because of which a stop loses data, and how to fix them.
 
 Sources: systemd.service(5), systemd.kill(5), systemd.unit(5), systemd-system.conf(5); for the
 signals on which QEMU exits: QEMU, os-posix.c, os_setup_signal_handling().
@@ -31,7 +31,8 @@ from qkilld.unitcheck.stop_line import read_line
 from qkilld.unitcheck.storage import check_storage
 
 _SHUTDOWN: Final = 30 * 60 * USEC_PER_SEC
-"""The longest shutdown: JobTimeoutSec= of reboot.target and similar targets."""
+"""The longest possible shutdown of the host: JobTimeoutSec= of reboot.target and similar
+targets."""
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
 
@@ -53,11 +54,11 @@ def check(facts: UnitFacts, surroundings: Surroundings) -> tuple[Finding, ...]:
 
 def _check_killing(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Finding]:
     if facts.is_scope and surroundings.is_guarded:
-        return  # The guard (qkilld-scope@.service) stops the guests before systemd sends signals.
+        return  # The guard (qkilld-scope@.service) stops the guest before systemd signals it.
     section = "Scope" if facts.is_scope else "Service"
     number = facts.kill_signal
-    # A signal that QEMU ignores is no problem if the guest was asked: it leaves the guest the time
-    # until the timeout to shut down.
+    # A signal that QEMU ignores is no problem if the guest was asked: the guest can then shut down
+    # until the timeout.
     waits = number in IGNORED and waits_for_guest(facts, stop_lines(facts, surroundings))
     if number not in POLITE and not waits:
         yield Finding(

@@ -50,8 +50,8 @@ def _words_before_options(command: Command) -> int:
 
 
 def programs_of(command: Command) -> Iterator[str]:
-    """Yield the name of a command's program and, if that is an interpreter or a wrapper such as
-    env, of what it runs."""
+    """Yield the name of a command's program. If that is an interpreter or a wrapper such as env,
+    also yield the name of the program that it runs."""
     for word in (command.path, *command.arguments[1:]):
         if word.startswith("-") or "=" in word:
             continue
@@ -64,7 +64,7 @@ def programs_of(command: Command) -> Iterator[str]:
 def line_of(command: Command, *, ignore_failure: bool = False) -> str:
     """Format a command as the value of `ExecStop=`.
 
-    systemd reports commands with quotes and specifiers resolved, and with `$` as written:
+    In a command that systemd reports, quotes and specifiers are resolved, but `$` is as written:
     systemd.service(5), "Command lines".
     """
     prefixes = {"privileged": "+", "no-setuid": "!", "ambient": "!!", "no-env-expand": ":"}
@@ -77,8 +77,8 @@ def line_of(command: Command, *, ignore_failure: bool = False) -> str:
 
 
 def quoted(word: str) -> str:
-    """Write a word as in a unit file: `%` doubled; if necessary in quotes, with all bytes escaped
-    that are not printable ASCII. Source: systemd.syntax(7) and systemd.unit(5)."""
+    """Format a word for a unit file: double each `%`; if necessary, add quotes, and escape all
+    bytes that are not printable ASCII. Source: systemd.syntax(7) and systemd.unit(5)."""
     word = word.replace("%", "%%")
     if re.fullmatch(r"[\w@%+=:,./$(){}-]+", word, re.ASCII):
         return word

@@ -1,9 +1,9 @@
 """Parse command lines as they are written in unit files, with their specifiers. Pure.
 
-systemd reports commands with specifiers (%i, %n, …) resolved for one instance. What is written into
-a template must have the specifiers, so it comes from the text, but only if the text is proven to be
-the source of the command that systemd reports. Sources: systemd.service(5), "Command lines";
-systemd, src/core/load-fragment.c (config_parse_exec) and src/basic/extract-word.c.
+systemd reports commands with specifiers (%i, %n, …) resolved for one instance. A template's drop-in
+needs the specifiers themselves, so its lines come from the text of the unit's files, but only if it
+is proven that systemd made its command from this text. Sources: systemd.service(5), "Command
+lines"; systemd, src/core/load-fragment.c (config_parse_exec) and src/basic/extract-word.c.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SPECIFIER: Final = re.compile(r"%(%|[A-Za-z])")
 
 class _Word(NamedTuple):
     text: str
-    """Without quotes and escapes."""
+    """The word without quotes and escapes."""
     start: int
     end: int
     separates: bool = False
@@ -38,8 +38,8 @@ class _Word(NamedTuple):
 
 
 def split_commands(value: str) -> list[str]:
-    """Split the value of ExecStop= into its commands, which a separate `;` ends. Raises ValueError
-    if systemd cannot parse the value."""
+    """Split the value of ExecStop= into its commands, at each word `;`. Raises ValueError if
+    systemd cannot parse the value."""
     commands, start = [], 0
     for word in _words(value):
         if word.separates:
@@ -50,9 +50,9 @@ def split_commands(value: str) -> list[str]:
 
 
 def matching_texts(values: Sequence[str], commands: Sequence[Command]) -> tuple[str, ...]:
-    """Return the text of each command, given the values of all ExecStop= lines in order. Empty if
-    the texts are not known: systemd has other commands than the files, for example because it has
-    not reloaded them or has ignored a line."""
+    """Return the text of each command. `values`: those of all ExecStop= lines, in order. Empty if
+    the commands in the files differ from systemd's, for example because systemd has not reloaded
+    the files, or has ignored a line."""
     try:
         texts = [text for value in values for text in split_commands(value)]
         same = len(texts) == len(commands) and all(map(_is_source, texts, commands))
@@ -77,7 +77,7 @@ def ignoring_failure(text: str) -> str:
 
 
 def _is_source(text: str, command: Command) -> bool:
-    """Return whether systemd may have made the command of this text, whatever the values of its
+    """Return whether systemd may have made the command from this text, with some values for its
     specifiers. Raises ValueError."""
     words = [word.text for word in _words(text)]
     prefixes = _prefixes(words[0])
@@ -90,13 +90,13 @@ def _is_source(text: str, command: Command) -> bool:
     resolved = list(command.arguments) if "@" in prefixes else list(command.arguments[1:])
     return (
         _may_become(_simplified(path), _simplified(command.path))
-        # systemd searches a path for a name without a directory.
+        # If the text names no directory, systemd finds the program in its search path.
         or ("/" not in path and _may_become(path, PurePosixPath(command.path).name))
     ) and (len(arguments) == len(resolved) and all(map(_may_become, arguments, resolved)))
 
 
 def _may_become(text: str, resolved: str) -> bool:
-    """Return whether some values of its specifiers turn the text into `resolved`."""
+    """Return whether the text becomes `resolved` with some values for its specifiers."""
     literal, *more = _literals(text)
     if not more:
         return literal == resolved

@@ -49,15 +49,16 @@ class UnitVerdict(StrEnum):
     """After adoption (or now, if adopt would write nothing), every stop keeps the data that the
     guest's disks have acknowledged, and no stop keeps less than now."""
     WORSE = "worse"
-    """With the drop-in, a stop would keep less, or end guests that are meant to outlive it, or
+    """After adoption, a stop would keep less data, or end guests that are meant to keep running, or
     instances would lose settings of their own."""
     NO_BETTER = "no-better"
-    """The unit is not safe, and adopt can write nothing that keeps more. It writes nothing."""
+    """The unit is not safe, and no lines of adopt would make it keep more, so adopt writes
+    nothing."""
     UNKNOWN = "unknown"
-    """It is unknown what a stop keeps, or the unit has no known guest."""
+    """It is unknown which data a stop keeps, or the unit has no known guest."""
     MANUAL = "manual"
-    """What adopt writes keeps more or as much, but only the owner can make the changes that are
-    still needed, to the unit or to Executables=."""
+    """After adoption, stops keep at least as much data as now. But further changes to the unit or
+    to Executables= are needed, and only the owner can make them."""
     OTHER_UNIT = "other-unit"
     """The unit starts a guest that runs in another unit."""
 
@@ -70,13 +71,12 @@ class Comparison:
     now: Mapping[Occasion, Outcome]
     adopted: Mapping[Occasion, Outcome]
     advice: str = ""
-    """What to do, a sentence without its full stop; "" for nothing."""
+    """What the owner should do: a sentence without its full stop; "" for nothing."""
     other_unit: str = ""
     writes: bool = False
     """adopt has lines to write or a guard to start, and no stop gets worse."""
     has_guest: bool = True
-    """A QEMU that qkilld recognises runs or would run in the unit, and the unit is not a manager of
-    guests."""
+    """The unit runs or would run a QEMU that qkilld recognises, and is not a manager of guests."""
 
     @property
     def keeps_data(self) -> bool:
@@ -102,7 +102,8 @@ def compare(
     instances: Sequence[str] = (),
 ) -> Comparison:
     """Return the verdict. `findings`: from check(). `overrides`: the drop-ins that override lines
-    of adopt. `instances`: for a template, the instances whose own settings adopt would override."""
+    of adopt. `instances`: for a template, the instances with own settings that adopt would
+    override."""
     planned_changes = changes(findings)
     after, surroundings_after = adopted(facts, surroundings, planned_changes, overrides)
     before_settings = settings_of(facts, surroundings)
@@ -111,8 +112,8 @@ def compare(
     comparison = Comparison(UnitVerdict.UNKNOWN, "", now, then)
     if (refused := _refused(comparison, facts, surroundings)) is not None:
         return replace(refused, has_guest=False)
-    # If one drop-in replaces the lines of adopt, other drop-ins add to its lines, not to those of
-    # adopt.
+    # If one drop-in replaces adopt's ExecStop= lines, the lines of other drop-ins are added to
+    # those of that drop-in, not to adopt's.
     replaces = any("ExecStop=" in each.keys and not each.adds_stop for each in overrides)
     adding = next((each for each in overrides if each.adds_stop and not replaces), None)
     if adding is not None:
@@ -168,8 +169,8 @@ def compare(
             advice="if it does nothing of this kind, start QEMU without the shell around it",
         )
     changes_unit = bool(planned_changes) and not facts.is_scope
-    # A safe scope needs no guard, and a guard cannot be better: it sends no signal that systemd
-    # would not send.
+    # A safe scope needs no guard. A guard would be no improvement, because it sends the same
+    # signals as systemd.
     starts_guard = surroundings_after.is_guarded != surroundings.is_guarded and (
         any(finding.is_unsafe for finding in findings) or not comparison.keeps_data
     )
@@ -195,7 +196,7 @@ def compare(
             reason="only its owner can decide about the remaining changes",
             advice="see the lines marked (by hand)",
         )
-    # A longer timeout does not show in the outcomes, but gives QEMU more time before SIGKILL.
+    # A longer timeout does not change the outcomes, but it gives QEMU more time before SIGKILL.
     longer = before_settings.is_cut and after_settings.timeout > before_settings.timeout
     if longer or _keep_more(then, now):
         return replace(
@@ -213,21 +214,22 @@ def compare(
 
 
 def _unseen(surroundings: Surroundings) -> str:
-    """Return the reason why a server of the guest's disks is not known; "" for none."""
+    """Return why the unit of a server of the guest's disks is not known; "" if all are known."""
     whys = [place.unseen for place in surroundings.storage if place.unseen]
     return f"it is not known which unit serves its disks: {whys[0]}" if whys else ""
 
 
 def _keep_more(then: Mapping[Occasion, Outcome], now: Mapping[Occasion, Outcome]) -> bool:
-    """Return whether an occasion keeps more of the guest's or the disks' data."""
+    """Return whether, on at least one occasion, `then` keeps more of the guest's or the disks'
+    data."""
     return any(not now[occasion] >= then[occasion] for occasion in Occasion)
 
 
 def _refused(
     comparison: Comparison, facts: UnitFacts, surroundings: Surroundings
 ) -> Comparison | None:
-    """Return the verdict of a manager of guests, or of a unit in which qkilld would stop no guest;
-    None for other units."""
+    """Return the verdict for a manager of guests, or for a unit in which qkilld would stop no
+    guest. Return None for other units."""
     if is_manager(facts, surroundings) or (outlives(facts, surroundings) and surroundings.guests):
         return replace(
             comparison,
@@ -292,8 +294,8 @@ def _refused(
 
 
 def coverage_line(executables: Iterable[str], path: str) -> str:
-    """Return the Executables= line for qkilld.conf. It repeats the current globs, which it
-    replaces."""
+    """Return the Executables= line for qkilld.conf. It includes the current globs, because it
+    replaces them."""
     return f"Executables={' '.join((*executables, path))}"
 
 
@@ -350,7 +352,8 @@ def settings_of(facts: UnitFacts, surroundings: Surroundings) -> StopSettings:
         kill_mode=facts.kill_mode,
         kill_signal=facts.kill_signal,
         restart_kill_signal=facts.restart_kill_signal,
-        # FinalKillSignal= is taken as SIGKILL, the worst case. adopt does not change it.
+        # Assume that FinalKillSignal= is SIGKILL, the worst case. adopt does not change this
+        # setting.
         sends_sigkill=facts.sends_sigkill,
         timeout=facts.timeout_stop,
         kills_on_timeout=facts.timeout_failure_mode != "terminate",
@@ -376,7 +379,8 @@ def adopted(
     wanted: Iterable[Change],
     overrides: Sequence[Override] = (),
 ) -> tuple[UnitFacts, Surroundings]:
-    """Return the unit as it is after adoption: with these lines, except overridden ones."""
+    """Return the unit as it would be after adoption: with the wanted lines, except those that are
+    overridden."""
     if facts.is_scope:
         return facts, replace(surroundings, is_guarded=bool(surroundings.guard))
     ours = {key for each in overrides for key in each.keys}

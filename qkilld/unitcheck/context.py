@@ -1,4 +1,4 @@
-"""The surroundings of a unit, and conclusions from them and the unit's settings."""
+"""The surroundings of a unit, and what follows from them and from the unit's settings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ELSEWHERE: Final = re.compile(
     r"|(?:multipass|limactl|incus|lxc|qm|minikube|crc)\s+start|(?:docker|podman)\s+(?:run|start))"
 )
 _NEEDED: Final = ("/proc", "/usr/bin/qkilld-stop", "/usr/lib/qkilld")
-"""What qkilld-stop needs to run and to find its guest."""
+"""The paths that qkilld-stop needs to run and to find its guest."""
 _EXECUTED: Final = ("/usr/bin/qkilld-stop", "/usr/bin/python3")
 _HIDDEN_BUS: Final = ("/run", "/run/dbus", "/run/systemd", "/run/systemd/notify", "/var/run")
 
@@ -61,7 +61,7 @@ class Surroundings:
     uncovered: tuple[str, ...] = ()
     """The paths of QEMU processes in the unit that do not match Executables=."""
     is_running: bool = False
-    """Whether processes of the unit were seen; `guests` is reliable only then."""
+    """Whether the unit's processes could be read. If not, `guests` says nothing."""
     other_unit: str = ""
     """The unit in which the guest runs, if this unit only starts the guest."""
     can_ask: bool | None = None
@@ -71,9 +71,10 @@ class Surroundings:
     stop_texts: tuple[str, ...] = ()
     """Each command of ExecStop= as written in the unit's files, in order; empty if unknown."""
     is_template: bool = False
-    """The settings are those of an instance, and adopt writes for all instances."""
+    """The unit represents a template: its settings are those of one instance, but adopt writes
+    lines for all instances."""
     special_instances: tuple[str, ...] = ()
-    """For a template of which only instances with settings of their own run: these instances."""
+    """For a template: the running instances, if all of them have settings of their own."""
     keepers: tuple[GuestKeeper, ...] = ()
     """The units that shut the guests down at host shutdown, before this unit is stopped."""
     guests_service: bool = False
@@ -92,7 +93,7 @@ class Surroundings:
 
 
 def main_is_qemu(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the main process is QEMU; False also if unknown."""
+    """Return whether the main process is known to be QEMU."""
     if around.main_executable:
         return is_qemu(around.main_executable, around.executables)
     if around.is_running and facts.type == "forking" and not facts.main_pid:
@@ -146,7 +147,8 @@ def is_manager(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def runs_container(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the main process shuts down a container, with the guests in it."""
+    """Return whether the main process runs a container, and shuts down the container together with
+    its guests."""
     running = PurePosixPath(around.main_executable.removesuffix(" (deleted)")).name
     return not facts.is_scope and not _CONTAINERS.isdisjoint(
         (running, *(name for start in facts.exec_start for name in programs_of(start)))
@@ -154,8 +156,8 @@ def runs_container(facts: UnitFacts, around: Surroundings) -> bool:
 
 
 def outlives(facts: UnitFacts, around: Surroundings) -> bool:
-    """Return whether the guests are meant to keep running when the unit is stopped, as when a
-    manager of guests is upgraded."""
+    """Return whether the guests are meant to keep running when the unit is stopped. For example, a
+    manager of guests is stopped when it is upgraded."""
     if facts.is_scope or facts.kill_mode not in ("process", "none"):
         return False
     if is_manager(facts, around):
@@ -170,14 +172,15 @@ def stop_lines(facts: UnitFacts, around: Surroundings) -> tuple[StopLine, ...]:
 
 
 def looks_like_qemu(executable: str) -> bool:
-    """Judge by the path alone; a file in init.d is a script."""
+    """Judge by the path alone. A file in init.d is taken for a script."""
     path = PurePosixPath(executable.removesuffix(" (deleted)"))
     name = "" if path.parent.name == "init.d" else path.name
     return _QEMU_NAME.fullmatch(name) is not None
 
 
 def started_qemus(facts: UnitFacts) -> list[str]:
-    """Return the paths of QEMU in ExecStart=; a name without a directory is assumed in /usr/bin."""
+    """Return the paths of QEMU in ExecStart=. A name without a directory is assumed to be in
+    /usr/bin."""
     paths = []
     for start in facts.exec_start:
         if looks_like_qemu(start.path):
@@ -212,7 +215,7 @@ def is_guest_of(facts: UnitFacts, name: str, words: Sequence[str]) -> bool:
 
 
 def helper_reach(facts: UnitFacts) -> Helper:
-    """Return how well a qkilld-stop without `+` works in the unit's sandbox."""
+    """Return how well qkilld-stop works in the unit's sandbox if its line has no prefix `+`."""
     if hides_helper(facts):
         return Helper.INEFFECTIVE
     if hides_bus(facts):
@@ -238,16 +241,16 @@ def hides_helper(facts: UnitFacts) -> str:
 
 
 def _may_run(facts: UnitFacts, place: str) -> bool:
-    """Return whether programs at this place can be executed: the longest path that covers it
-    decides."""
+    """Return whether programs at this place can be executed. Of the paths that cover the place, the
+    longest decides."""
     denied = max((len(path) for path in facts.noexec_paths if _covers(path, place)), default=-1)
     allowed = max((len(path) for path in facts.exec_paths if _covers(path, place)), default=-1)
     return allowed >= denied
 
 
 def helper_fault(facts: UnitFacts, command: Command) -> str:
-    """Return why this line of qkilld-stop does not surely stop the unit's guest, a clause without
-    its subject; "" if it does."""
+    """Return why this line of qkilld-stop may not stop the unit's guest; "" if it certainly stops
+    the guest. The reason is a clause without a subject."""
     options = helper_options(command)
     if "--dry-run" in options:
         return "stops nothing, because of --dry-run"
@@ -267,15 +270,15 @@ def helper_fault(facts: UnitFacts, command: Command) -> str:
 
 
 def helper_limit(command: Command, policy: Policy) -> str:
-    """Return the option with which this line of qkilld-stop ends a guest earlier than the
-    configuration, such as `--max 3s`; "" for none."""
+    """Return the option with which this line of qkilld-stop may end a guest earlier than with the
+    configuration alone, such as `--max 3s`; "" for none."""
     spans = (span for span in JOB_SPANS if span.field != "powerdown")
     return next((text for span in spans if (text := _shorter(command, span, policy))), "")
 
 
 def helper_hurry(command: Command, policy: Policy) -> str:
-    """Return the option because of which this line of qkilld-stop does not ask the guest to shut
-    down, or not as long as the configuration says; "" for none."""
+    """Return the option with which this line of qkilld-stop does not ask the guest to shut down, or
+    gives it less time than the configuration; "" for none."""
     if "--no-powerdown" in helper_options(command):
         return "--no-powerdown"
     spans = (span for span in JOB_SPANS if span.field == "powerdown")
@@ -294,7 +297,7 @@ def _shorter(command: Command, span: Span, policy: Policy) -> str:
 
 
 def forces(command: Command) -> bool:
-    """Return whether this line of qkilld-stop sends SIGKILL, whatever the unit's settings."""
+    """Return whether this line of qkilld-stop may send SIGKILL whatever the unit's settings are."""
     return "--force" in helper_options(command)
 
 

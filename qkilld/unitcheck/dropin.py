@@ -38,8 +38,8 @@ class Change:
 
 
 def changes(findings: Iterable[Finding]) -> list[Change]:
-    """Return what adopt writes: fixes of unsafe findings, except those that only the owner can
-    judge."""
+    """Return the changes that adopt writes: the fixes of unsafe findings, except fixes that only
+    the owner can judge."""
     wanted_changes: list[Change] = []
     lines_seen: set[Line] = set()
     for finding in findings:
@@ -47,7 +47,8 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
             continue
         lines = tuple(line for line in finding.fixes if not line.by_hand)
         if any(_sets_stop(line) for line in lines) and any(map(_sets_stop, lines_seen)):
-            # Keep only the first change of ExecStop=: each contains the whole list.
+            # Keep only the first change of ExecStop=, because each such change contains the whole
+            # list.
             lines = tuple(line for line in lines if not _sets_stop(line))
         if lines := tuple(line for line in lines if line not in lines_seen):
             wanted_changes.append(Change(f"{finding.problem}: {finding.reason}", lines))
@@ -56,7 +57,7 @@ def changes(findings: Iterable[Finding]) -> list[Change]:
 
 
 def missing_changes(wanted: Iterable[Change], old: str) -> list[Change]:
-    """Return the changes that our earlier drop-in lacks, or of which it lacks a line."""
+    """Return the wanted changes that our earlier drop-in does not contain completely."""
     old_lines = set(_lines(old))
     return [change for change in wanted if not old_lines.issuperset(change.lines)]
 
@@ -67,7 +68,7 @@ class Override:
 
     path: str
     keys: tuple[str, ...]
-    """Those of our settings that this drop-in overrides, such as `KillSignal=`."""
+    """The settings of ours that this drop-in overrides, such as `KillSignal=`."""
     adds_stop: bool = False
     """The drop-in adds lines to ExecStop=, which systemd runs after ours."""
 
@@ -78,16 +79,16 @@ class Override:
 
 
 def read_later(drop_ins: Iterable[str]) -> list[str]:
-    """Return the drop-ins that systemd reads after ours: systemd sorts them by file name, whatever
-    the directory. Source: systemd.unit(5)."""
+    """Return the drop-ins that systemd reads after ours. systemd sorts drop-ins by file name,
+    whatever their directories are. Source: systemd.unit(5)."""
     return [path for path in drop_ins if PurePosixPath(path).name > FILE_NAME]
 
 
 def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
     """Return which of our lines a later drop-in overrides; None if it overrides none."""
     keys = dict.fromkeys(line.text.partition("=")[0] for change in wanted for line in change.lines)
-    # In other lists than ExecStop=, only an empty assignment overrides our lines. Any assignment to
-    # ExecStop= counts: a line that it appends is one that ours repeat, or runs after ours.
+    # In ExecStop=, any assignment overrides our lines: a line that it appends runs after ours, even
+    # if ours contain the same line. In other lists, only an empty assignment overrides our lines.
     ends = {"After": r"\s*$", "RequiresMountsFor": r"\s*$"}
     overridden = tuple(
         f"{key}="
@@ -99,15 +100,15 @@ def override(path: str, text: str, wanted: Iterable[Change]) -> Override | None:
 
 
 def _adds_stop(text: str) -> bool:
-    """Return whether a drop-in only adds lines to ExecStop=. With an empty assignment, it replaces
-    the earlier lines."""
+    """Return whether a drop-in adds lines to ExecStop= without replacing the earlier ones. An empty
+    assignment would replace them."""
     values = list(entries(text, "Service", "ExecStop"))
     return bool(values) and "" not in values
 
 
 def own_files(facts: UnitFacts) -> list[str]:
-    """Return the unit file and the drop-ins of an instance that other instances of its template do
-    not have."""
+    """Return the files that belong to this instance alone: its own unit file and its own
+    drop-ins."""
     own = {f"{name}.d" for name in (facts.id, *facts.names)}
     files = [path for path in facts.drop_ins if PurePosixPath(path).parent.name in own]
     is_templates = PurePosixPath(facts.fragment).name.partition("@")[2].startswith(".")
@@ -115,16 +116,16 @@ def own_files(facts: UnitFacts) -> list[str]:
 
 
 def sets_facts(text: str) -> bool:
-    """Return whether a file sets something by which units are judged. A memory limit, for example,
-    does not count."""
+    """Return whether a file has any of the settings by which units are judged. A memory limit, for
+    example, is none of them."""
     judged = {key for settings in SETTINGS.values() for key in settings}
     return not judged.isdisjoint(keys(text))
 
 
 def overridden_by_template(path: str, text: str, wanted: Iterable[Change]) -> bool:
-    """Return whether our drop-in for a template conflicts with this file of an instance. It
-    overrides settings in the instance's unit file, and in drop-ins that systemd reads earlier. If a
-    later drop-in adds lines to ExecStop=, systemd would run them after ours."""
+    """Return whether our drop-in for a template conflicts with this file of an instance. Our
+    drop-in overrides settings in the instance's unit file and in drop-ins that systemd reads
+    earlier. Lines that a later drop-in adds to ExecStop= would run after ours."""
     name = PurePosixPath(path).name
     keys = {line.text.partition("=")[0] for change in wanted for line in change.lines}
     if name.endswith(".conf") and name >= FILE_NAME:
@@ -160,7 +161,7 @@ def text_of(unit: str, undo: str, version: str, wanted: Sequence[Change], old: s
 
 
 def is_ours(text: str) -> bool:
-    """Return whether adopt wrote this text, which may have been edited since."""
+    """Return whether adopt wrote this text. It may have been edited since."""
     return _HEADER.match(text) is not None
 
 
@@ -179,7 +180,8 @@ def _sets_stop(line: Line) -> bool:
 
 
 def _comment(reason: str) -> list[str]:
-    # Replace backslashes: one at the end would make the next line part of the comment.
+    # Replace backslashes, because a backslash at the end would make the next line part of the
+    # comment.
     text = printable(reason, 2000).replace("\\", "/")
     return [f"# {line}" for line in textwrap.wrap(text[:1].upper() + text[1:], _WIDTH)]
 

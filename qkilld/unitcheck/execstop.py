@@ -34,7 +34,8 @@ from qkilld.unitcheck.stop_outcome import Helper
 
 _ENDING: Final = (ActKind.TERMINATES, ActKind.KILLS, ActKind.WAITS, ActKind.SLEEPS)
 START: Final = 30 * USEC_PER_SEC
-"""The longest time (µs) until qkilld-stop first extends the timeout, on a slow, busy disk."""
+"""The longest time (µs) until qkilld-stop first extends the timeout, if the disk is slow and
+busy."""
 DEFAULT_TIMEOUT: Final = "TimeoutStopSec=90s"
 _LOSES, _MAY, _ADVICE = Severity.LOSES, Severity.MAY_LOSE, Severity.ADVICE
 
@@ -89,7 +90,7 @@ def check_helper(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
 
 
 def _goes_on_without_helper(facts: UnitFacts) -> bool:
-    """Return whether other lines follow a qkilld-stop whose failure is ignored."""
+    """Return whether other lines follow a line of qkilld-stop that ignores failures."""
     return any(
         is_helper(command) and command.ignores_failure and not _is_last(facts, number)
         for number, command in enumerate(facts.exec_stop)
@@ -221,8 +222,8 @@ def check_others(facts: UnitFacts, surroundings: Surroundings) -> Iterator[Findi
         else:
             yield Finding(
                 "no-exec-stop",
-                # If there is a timeout, it does not end in SIGKILL here: a guest may still run
-                # after it, and loses its storage later.
+                # A timeout does not end in SIGKILL here, so a guest may still run after the
+                # timeout, and lose its storage later.
                 _ADVICE if facts.timeout_stop == INFINITY else _MAY,
                 "it has no ExecStop=, and no timeout that ends in SIGKILL",
                 "no guest is killed too early, but a guest that hangs forever delays every stop",
@@ -264,9 +265,9 @@ def _returns_early_finding(
 
 
 def waits_for_guest(facts: UnitFacts, lines: Sequence[StopLine]) -> bool:
-    """Return whether the guest is asked to shut down and gets time for it: a line asks it, and
-    either a line waits or sleeps, or QEMU ignores KillSignal=, so that systemd waits. The order of
-    the lines does not matter."""
+    """Return whether the guest is asked to shut down, and gets time for that: a line asks the
+    guest, and either a line waits or sleeps, or systemd waits because QEMU ignores KillSignal=. The
+    order of the lines does not matter."""
     asks = any(line.is_understood and line.has(ActKind.ASKS) for line in lines)
     waits = facts.kill_signal in IGNORED or any(
         line.is_understood and line.has(ActKind.WAITS, ActKind.SLEEPS) for line in lines
@@ -289,18 +290,18 @@ def helper_line(
     *,
     is_last: bool = True,
 ) -> Line:
-    """Return the ExecStop= line of a service for qkilld-stop, the helper. `number`: that of the
-    existing line that it replaces.
+    """Return the ExecStop= line of a service that runs qkilld-stop, the helper. `number`: the index
+    of the existing line that this line replaces.
 
-    The line gets `-`, so that systemd stops the unit with SIGTERM if the helper is missing. `-`
-    also hides the helper's exit status, so the helper reports failures in the journal. If other
-    lines follow, there is no `-`, because they must not run after a failure. The helper's arguments
-    are kept.
+    The line gets the prefix `-`, so that systemd stops the unit with SIGTERM if the helper is
+    missing. With `-`, systemd ignores the helper's exit status, so the helper reports failures in
+    the journal. If other lines follow, the line gets no `-`, because they must not run after a
+    failure. The helper's arguments are kept.
 
-    A unit with a user, a root directory or a sandbox that hides the guest or the bus gets `+`,
-    which runs the helper without these. If the unit has a user and an environment file, there is no
-    `+`, because a user who can write the file could choose libraries for a root process. A unit
-    with a root directory gets `+` nevertheless.
+    If the unit has a user, a root directory, or a sandbox that hides the guest or the bus, the line
+    gets the prefix `+`, which runs the helper without these. If the unit has a user and an
+    environment file, the line gets no `+`, because a user who can write the file could choose
+    libraries for a root process. If the unit has a root directory, the line gets `+` in any case.
     """
     hidden = helper_reach(facts) is not Helper.EXTENDS
     confined = facts.root or ((facts.user or hidden) and not _may_be_theirs(facts))
@@ -325,7 +326,7 @@ def _may_be_theirs(facts: UnitFacts) -> bool:
 
 
 def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
-    """Return the whole ExecStop= list with a correct helper line, see _helper_place().
+    """Return the whole ExecStop= list with a correct helper line at _helper_place().
 
     The other lines keep their order. Lines that kill the guest, or that the helper replaces
     (_is_replaced), are left out, except after an existing helper. Each existing helper remains.
@@ -351,13 +352,13 @@ def corrected(facts: UnitFacts, surroundings: Surroundings) -> tuple[Line, ...]:
 
 
 def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
-    """Return the number of the line before which the helper belongs.
+    """Return the index of the line before which the helper must run.
 
-    It goes to the place of the first line that is left out or, if none is, after the last line that
-    stops the guest, waits or sleeps. Later lines may need the guest to be gone, for example to copy
-    its image. Earlier lines are repeated with the prefix `-`, so a line that systemd now skips
-    after a failure would run. If such a line may need the guest to be gone, the helper goes before
-    it if possible.
+    The helper takes the place of the first line that is left out. If no line is left out, the
+    helper runs after the last line that stops the guest, waits or sleeps. Lines after the helper
+    may need the guest to be gone, for example to copy its image. Lines before the helper are
+    repeated with the prefix `-`, so systemd would also run a line that it now skips after a
+    failure. If such a line may need the guest to be gone, the helper runs before it if possible.
     """
     lines = stop_lines(facts, surroundings)
     if left_out := _left_out(facts, surroundings):
@@ -371,17 +372,17 @@ def _helper_place(facts: UnitFacts, surroundings: Surroundings) -> int:
 
 
 def line_after_failure(facts: UnitFacts, surroundings: Surroundings) -> StopLine | None:
-    """Return the first line that systemd now skips after a failure, but that would run before the
-    helper after adoption, while the guest still runs. Lines that only ask the guest or wait do not
-    count."""
+    """Return the first line that systemd now skips after a failure, but would run before the helper
+    after adoption, while the guest still runs. Lines that only ask the guest or wait are left
+    out."""
     place = _helper_place(facts, surroundings)
     first = _first_skipped(facts, surroundings, place)
     return stop_lines(facts, surroundings)[first] if first < place else None
 
 
 def _first_skipped(facts: UnitFacts, surroundings: Surroundings, place: int) -> int:
-    """Return the number of the first line before `place` that systemd now skips if an earlier line
-    fails, and that may need the guest to be gone. If no line does, return `place`."""
+    """Of the lines before `place`, return the index of the first that may need the guest to be
+    gone, and that systemd now skips if an earlier line fails. If there is none, return `place`."""
     can_fail = False
     for number, line in enumerate(stop_lines(facts, surroundings)[:place]):
         if can_fail and (line.changes or not line.is_understood):
@@ -395,7 +396,7 @@ def _ignores_guest(line: StopLine) -> bool:
 
 
 def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
-    """Return the numbers of the lines that adopt does not repeat."""
+    """Return the indexes of the lines that adopt does not repeat."""
     helpers = [number for number, command in enumerate(facts.exec_stop) if is_helper(command)]
     lines = stop_lines(facts, surroundings)
     helper_asks = can_ask(facts, surroundings) is True
@@ -408,11 +409,12 @@ def _left_out(facts: UnitFacts, surroundings: Surroundings) -> set[int]:
 
 
 def _is_replaced(line: StopLine, lines: Sequence[StopLine], *, helper_asks: bool) -> bool:
-    """Return whether the helper replaces the line. It replaces a line that only asks QEMU to exit,
-    unless that signals processes by name, because the helper asks the guest first. It replaces a
-    line that waits for the guest, because the helper waits without a fixed timeout.
+    """Return whether the helper replaces the line. The helper replaces a line that only asks QEMU
+    to exit, because the helper asks the guest first. A line that signals processes by name is kept.
+    The helper replaces a line that waits for the guest, because the helper waits without a fixed
+    timeout.
 
-    A line that waits is kept if lines ask the guest and the helper may be unable to ask it.
+    A line that waits is kept if other lines ask the guest and the helper may be unable to ask it.
     """
     if not line.is_by_name and line.acts and all(a.kind is ActKind.TERMINATES for a in line.acts):
         return True
@@ -421,12 +423,12 @@ def _is_replaced(line: StopLine, lines: Sequence[StopLine], *, helper_asks: bool
 
 
 def is_cut(facts: UnitFacts) -> bool:
-    """Return whether the timeout ends in SIGKILL."""
+    """Return whether systemd sends SIGKILL after the timeout."""
     return facts.timeout_stop != INFINITY and facts.sends_sigkill
 
 
 def timeout_of(facts: UnitFacts) -> str:
-    """Return "and TimeoutStopSec=…", the end of a sentence."""
+    """Return the end of a sentence: "and TimeoutStopSec=…"."""
     return f"and TimeoutStopSec={format_usec(facts.timeout_stop)}"
 
 
@@ -463,7 +465,8 @@ def _kills(facts: UnitFacts, surroundings: Surroundings, *more: Line) -> Finding
 def _repeated(
     facts: UnitFacts, surroundings: Surroundings, number: int, *, ignore_failure: bool
 ) -> Line:
-    """Return a line of the unit, as written if that is known. `ignore_failure` adds a `-`."""
+    """Return a line of the unit, as it is written if that is known. `ignore_failure` adds the
+    prefix `-`."""
     command = facts.exec_stop[number]
     if surroundings.stop_texts:
         text = surroundings.stop_texts[number]

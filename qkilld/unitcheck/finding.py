@@ -15,7 +15,7 @@ class Severity(StrEnum):
     LOSES = "loses data"
     """Every stop that takes long loses data that the guest's disks have acknowledged."""
     MAY_LOSE = "may lose data"
-    """Acknowledged data is lost only if there is also a failure, or the host is slow."""
+    """Acknowledged data is lost only if something also fails, or if the host is slow."""
     ADVICE = "advice"
 
 
@@ -24,20 +24,20 @@ UNSAFE: Final = frozenset({Severity.LOSES, Severity.MAY_LOSE})
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a unit file; without a section, a command to run."""
+    """A line of a unit file or, if it has no section, a command for the administrator to run."""
 
     section: str
     """The section: Unit, Service, Scope or ""."""
     text: str
     by_hand: bool = False
-    """adopt does not write the line: it changes how the unit runs, which only the owner can
-    judge."""
+    """adopt does not write the line, because it changes how the unit runs, and only the owner can
+    judge that."""
     repeats: int | None = field(default=None, compare=False)
-    """The index of the unit's ExecStop= command that this line repeats, for qkilld-stop perhaps
-    with other prefixes."""
+    """The index of the unit's ExecStop= command that this line repeats. A repeated qkilld-stop may
+    have other prefixes."""
     is_resolved: bool = field(default=False, compare=False)
-    """The line has a text of the unit in which systemd has replaced the specifiers, so it is right
-    for one instance of a template only."""
+    """The line contains a text of the unit in which systemd has replaced the specifiers. So the
+    line is right only for one instance of a template."""
 
     def __str__(self) -> str:
         return f"[{self.section}] {self.text}" if self.section else self.text

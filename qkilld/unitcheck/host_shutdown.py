@@ -1,4 +1,4 @@
-"""Predict who stops each guest at shutdown if qkilld-guests.service is enabled. Pure."""
+"""Predict what stops each guest at host shutdown if qkilld-guests.service is enabled. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qkilld.unitcheck.keepers import GuestKeeper
 
 class StoppedBy(StrEnum):
     OWN_UNIT = "own-unit"
-    """The ExecStop= of its unit."""
+    """The ExecStop= of the guest's unit."""
     KEEPER = "keeper"
     """A keeper, or qkilld-guests.service if the keeper leaves the guest running."""
     GUARD = "guard"
-    """The guard of its scope, qkilld-scope@.service."""
+    """The guard of the guest's scope, qkilld-scope@.service."""
     GUESTS_SERVICE = "guests-service"
     """qkilld-guests.service."""
     SYSTEMD = "systemd"
@@ -65,7 +65,7 @@ class HostReport:
     order: tuple[tuple[str, ...], ...] = field(default_factory=tuple)
     """Groups of units, in the order in which systemd stops the groups."""
     is_complete: bool = True
-    """False if the caller may not see all processes, so that guests and keepers may be missing."""
+    """False if guests and keepers may be missing, because the caller may not see all processes."""
 
 
 def predict_stop(
@@ -77,7 +77,7 @@ def predict_stop(
     is_before: bool,
     has_unit: bool,
 ) -> StoppedBy:
-    """Predict who stops a guest. `is_before`: whether its unit is ordered before
+    """Predict what stops a guest. `is_before`: whether the guest's unit is ordered before
     qkilld-guests.service, as all scopes are."""
     if not is_covered:
         return StoppedBy.UNCOVERED

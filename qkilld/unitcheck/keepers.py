@@ -1,9 +1,9 @@
 """Keepers: the units of other projects that shut guests down at host shutdown.
 
-A guest's own unit names its keeper in Before=, as set up by libvirt, Proxmox and pacemaker, so that
-systemd stops the keeper first. A keeper is recognised by its name, its programs or an ExecStop=. A
-guest in a container has no such order: its keeper is found by the processes that run the container.
-Sources: the unit files and scope properties of each project.
+A guest's unit has its keeper in Before=, so systemd stops the keeper first. libvirt, Proxmox and
+pacemaker set this order. A keeper is recognised by its name, its programs or an ExecStop=. The unit
+of a guest in a container has no such order. The guest's keeper is found through the processes that
+run the container. Sources: the unit files and scope properties of each project.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ PROGRAMS: Final = {
     "vdsmd": "VDSM",
     "kubelet": "kubelet",
 }
-"""The programs that keepers run, whatever the names of their units, with their projects."""
+"""The programs that keepers run, with their projects. The names of the keepers do not matter."""
 _MACHINES: Final = {"systemd-nspawn": "systemd-nspawn", "systemd-vmspawn": "systemd-vmspawn"}
-"""Programs that shut down the guests of their own unit only, with their projects."""
+"""Programs that shut down only the guests of their own unit, with their projects."""
 MANAGERS: Final = frozenset(
     ["libvirtd", "virtqemud", "incusd", "lxd", "lxd.daemon", "dockerd", "docker.dockerd",
      "containerd", "crio", "kubelet", "multipassd", "multipass.multipassd", "atd", "cron", "crond",
      "ganeti-noded", "vdsmd", "nova-compute", "pacemakerd", "pacemaker-remoted", "pve-ha-lrm",
      "pvedaemon", "systemd", "systemd-machined", "systemd-logind", "sshd"]
 )  # fmt: skip
-"""Programs that start guests in other units. A stop or restart of a program's own service does not
-stop these guests. The service's name does not matter; `x.y` is an app of a snap."""
+"""Programs that start guests in other units. Stopping or restarting the service of such a program
+does not stop these guests. The service's name does not matter. `x.y` is an app of a snap."""
 _OWNERS: Final = (
     ("machine-qemu", ("libvirt-guests.service",)),
     ("docker-", ("docker.service", "snap.docker.dockerd.service")),
@@ -87,9 +87,10 @@ _OWNERS: Final = (
     ("nerdctl-", ("containerd.service",)),
     ("crio-", ("crio.service",)),
 )
-"""Prefixes of scopes that have no keeper in Before=, with the services that may be keepers."""
+"""Prefixes of scopes that have no keeper in Before=, with the services that may be their
+keepers."""
 _SHIM: Final = re.compile(r"(?:docker-)?containerd-shim.*")
-"""The supervisor of a container of containerd, and so of docker."""
+"""The supervisor of a container in containerd, which docker uses, too."""
 _PROGRAMS_BY_NAMESPACE: Final = {
     "moby": frozenset({"dockerd", "docker.dockerd"}),
     "k8s.io": frozenset({"kubelet", "containerd"}),
@@ -102,7 +103,7 @@ NO_KEEPERS: Final = frozenset(
      "qkilld-guests.service", "slices.target", "basic.target", "sysinit.target", "network.target",
      "rescue.target", "emergency.target", "systemd-user-sessions.service"]
 )  # fmt: skip
-"""Units in many Before= that have nothing to do with guests."""
+"""Units that often stand in Before=, but have nothing to do with guests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class KeeperCandidates:
     behind_targets: tuple[str, ...] = ()
     """The units that are ordered after a target of keeper_targets()."""
     runtime: Mapping[str, str] = field(default_factory=dict)
-    """The result of runtime_keepers(): service → project."""
+    """The result of runtime_keepers(): each service, with its project."""
 
     @property
     def names(self) -> list[str]:
@@ -131,7 +132,8 @@ class KeeperCandidates:
         return list(dict.fromkeys((*self.ordered, *behind, *self.runtime)))
 
     def keepers(self, active: Iterable[UnitFacts]) -> tuple[GuestKeeper, ...]:
-        """Return the keepers among these units, whose names are from `names`."""
+        """Return the keepers among these units. `active`: the active ones of the units in
+        `names`."""
         return tuple(
             GuestKeeper(other.id, project, other.timeout_stop)
             for other in active
@@ -148,7 +150,7 @@ class KeeperCandidates:
 
 
 def keeper_names(facts: UnitFacts) -> list[str]:
-    """List the services that may be keepers of the unit's guests, see is_keeper()."""
+    """List the services that may be keepers of the unit's guests; is_keeper() checks each."""
     names = [name for name in facts.before if name.endswith(".service") and name not in NO_KEEPERS]
     for prefix, owners in _OWNERS:
         if facts.is_scope and facts.id.startswith(prefix):
@@ -172,7 +174,7 @@ def keeper_targets(facts: UnitFacts) -> list[str]:
 def runtime_keepers(
     ancestors: Iterable[Ancestor], services_that_run: Callable[[Collection[str]], Mapping[str, str]]
 ) -> dict[str, str]:
-    """Find the services that stop a guest's container. Service → project.
+    """Find the services that stop a guest's container. Return each service, with its project.
 
     `services_that_run` finds the services in which given programs run.
     """
@@ -182,7 +184,7 @@ def runtime_keepers(
         own = _programs_of_runtime(each)
         programs |= own
         # With podman, the container's supervisor runs in the service that starts and stops the
-        # container.
+        # container, so that service is the keeper.
         if own and each.service:
             keepers[each.service] = PROGRAMS.get(each.program, "")
     if programs:
@@ -192,8 +194,8 @@ def runtime_keepers(
 
 
 def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
-    """Return the programs whose services stop the guests below this process; empty if the process
-    is no known program."""
+    """Return the programs whose services stop the guests below this process. Empty if the program
+    of the process is unknown."""
     if ancestor.program in PROGRAMS:
         return frozenset({ancestor.program})
     if _SHIM.fullmatch(ancestor.program):
@@ -207,8 +209,8 @@ def _programs_of_runtime(ancestor: Ancestor) -> frozenset[str]:
 
 
 def is_keeper(other: UnitFacts) -> bool:
-    """Return whether a unit in the Before= of a guest's unit may shut the guest down when
-    stopped."""
+    """Return whether a unit in the Before= of a guest's unit may shut the guest down when that unit
+    is stopped."""
     if other.id in NO_KEEPERS or other.id.startswith("qkilld-scope@"):
         return False
     return bool(project_of(other)) or bool(other.exec_stop)

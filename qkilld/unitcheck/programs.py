@@ -38,13 +38,14 @@ _SAVES: Final = re.compile(
     r"|block-commit|blockdev-backup|drive-backup|drive-mirror|blockdev-mirror|snapshot-save"
     r"|blockdev-snapshot|dump-guest-memory)\b"
 )
-"""Monitor commands that save the guest's state or copy its disks, which qkilld-stop does not do."""
+"""Monitor commands that save the guest's state or copy its disks. qkilld-stop does neither."""
 _QUIT: Final = re.compile(r"\bquit\b|\bq\b")
 _EMPTY: Final = re.compile(r"[\s\\n{}\"':,.]*|.*qmp_capabilities[\"'}\s\\n]*")
 
 
 def signal_number(name: str) -> int | None:
-    """Parse `9`, `KILL` or `SIGKILL`; None for anything else, such as a variable."""
+    """Parse a signal such as `9`, `KILL` or `SIGKILL`. Return None for anything else, such as a
+    variable."""
     name = name.upper()
     if name.isdecimal():
         return int(name)
@@ -96,7 +97,7 @@ def _kill(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _pkill(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    # No letters, because pkill's option -s selects sessions, not a signal.
+    # Pass no letters, because pkill's option -s selects sessions, not a signal.
     return acts_of_signal(_signal_option(words, ()), by_name=True)
 
 
@@ -121,7 +122,7 @@ def _start_stop_daemon(words: Sequence[str], text: str) -> tuple[Act, ...]:
     options |= dict(word.partition("=")[::2] for word in words if "=" in word)
     name = options.get("--signal") or options.get("-s") or "TERM"
     retry = options.get("--retry") or options.get("-R") or ""
-    # A number means TERM/NUMBER/KILL/NUMBER.
+    # A number alone means TERM/NUMBER/KILL/NUMBER.
     if retry and (retry.isdecimal() or re.search(r"KILL|/-?9\b|^-?9\b", retry)):
         return act(ActKind.KILLS, by_name=by_name)
     acts = acts_of_signal(signal_number(name.removeprefix("-")), by_name=by_name)
@@ -133,8 +134,8 @@ def _awk(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _signal_option(words: Sequence[str], letters: Sequence[str]) -> int | None:
-    """Return the signal that the options give: SIGTERM if they give none, None if it is unknown.
-    `letters`: options that take a signal."""
+    """Return the signal that the options select: SIGTERM if they select none, None if it is
+    unknown. `letters`: options that take a signal."""
     rest = iter(words)
     for word in rest:
         if word == "--":
@@ -178,7 +179,7 @@ def _virsh(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
-    """Classify docker and nerdctl, and podman as far as it is like these."""
+    """Classify a command of docker or nerdctl, and those of podman that are like docker's."""
     command = _verb(words, ("--context", "-H", "--host", "--namespace", "-n"))
     if command == "machine":
         subcommand = _verb(words[list(words).index("machine") + 1 :], ())
@@ -189,8 +190,8 @@ def _container(words: Sequence[str], text: str) -> tuple[Act, ...]:
         return acts_of_signal(number if has_signal else signal.SIGKILL)
     if command == "rm" and _has_flag(words, "f", "--force"):
         return _KILLS
-    # A stop is unknown, because the container's entry point may do anything on SIGTERM; SIGKILL
-    # follows 10 s later.
+    # The effect of a stop is unknown, because the container's entry point may do anything on
+    # SIGTERM. SIGKILL follows 10 s later.
     return _UNKNOWN if command in ("stop", "restart", "compose", "") else _CHANGES
 
 
@@ -201,7 +202,7 @@ def _podman(words: Sequence[str], text: str) -> tuple[Act, ...]:
 
 
 def _has_flag(words: Iterable[str], letter: str, name: str) -> bool:
-    """Return whether an option is given, perhaps with others in one word, such as -vf."""
+    """Return whether an option is given, either alone or with others in one word, such as -vf."""
     return any(word == name or re.fullmatch(rf"-[a-z]*{letter}[a-z]*", word) for word in words)
 
 
@@ -251,7 +252,7 @@ def _systemctl(words: Sequence[str], text: str) -> tuple[Act, ...]:
         case "stop" | "restart" | "isolate" | "":
             return _UNKNOWN
         case "poweroff" | "halt":
-            # With -H, this powers off the guest: `systemctl -H GUEST poweroff`.
+            # With -H, the command powers off the guest: `systemctl -H GUEST poweroff`.
             return _ASKS if "-H" in words else _UNKNOWN
         case "is-active" | "show" | "status":
             return _NOTHING
@@ -312,7 +313,7 @@ _SENDERS: Final = frozenset(
 )  # fmt: skip
 """Programs that write text to a monitor or a console, and return."""
 _TYPED: Final = frozenset(["screen", "tmux", "qmp-shell", "hmp", "qmp", "qemu-ga-client", "qmp.py"])
-"""Those of _SENDERS that take the text as arguments."""
+"""The programs of _SENDERS that take the text as arguments."""
 _READING: Final = frozenset(
     ["true", ":", "echo", "printf", "test", "[", "[[", "logger", "cd", "export", "unset", "set",
      "exit", "return", "local", "sync", "seq", "grep", "egrep", "cut", "tr", "head", "pgrep",

@@ -1,7 +1,8 @@
-"""Parse a line of shell: its commands, pipes, loops and branches. Pure.
+"""Parse a shell command line: its commands, pipes, loops and branches. Pure.
 
 Nothing is expanded or run. Syntax that is not supported (`case`, functions, unbalanced quotes)
-raises ValueError, and the line counts as unknown. Source: POSIX.1-2017, Shell Command Language.
+raises ValueError, and the effect of the line is then unknown. Source: POSIX.1-2017, Shell Command
+Language.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _SUBSTITUTION: Final = re.compile(r"\$\(([^()]*)\)|`([^`]*)`")
 @dataclass(frozen=True, slots=True)
 class SimpleCommand:
     words: tuple[str, ...]
-    """Without quotes; `$` is not expanded."""
+    """The words without quotes. `$` is not expanded."""
     text: str = ""
-    """The text of a here-string on its standard input."""
+    """The text of a here-string on the command's standard input."""
     redirected: bool = False
     """The command's standard input is a file."""
     output: str = ""
@@ -76,7 +77,7 @@ class _Token:
     is_operator: bool = False
     is_quoted: bool = False
     is_descriptor: bool = False
-    """A number directly before a redirection."""
+    """The word is a number directly before a redirection."""
 
     def is_word(self, word: str) -> bool:
         return self.text == word and not self.is_quoted and not self.is_operator

@@ -15,7 +15,8 @@ class ActKind(StrEnum):
     """The values appear in --json."""
 
     HELPER = "helper"
-    """qkilld-stop: asks the guest, then QEMU, and returns when QEMU has exited."""
+    """qkilld-stop: asks the guest to shut down, then QEMU to exit, and returns when QEMU has
+    exited."""
     ASKS = "asks-guest"
     """Asks the guest's operating system to shut down, and returns."""
     WAITS = "waits"

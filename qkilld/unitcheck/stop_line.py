@@ -1,4 +1,5 @@
-"""Determine what each ExecStop= line does to the guest, by parsing as systemd and the shell do."""
+"""Determine what each ExecStop= line does to the guest. Lines are parsed as systemd and the shell
+parse them."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ _WRAPPERS: Final[Mapping[str, tuple[str, ...]]] = {
     "setpriv": (),
     "unbuffer": (),
 }
-"""Programs that run another program, and those of their options that take a value."""
+"""Programs that run another program, with their options that take a value."""
 _USES_UP: Final = {"taskset": 1, "chrt": 1, "chroot": 1, "flock": 1}
 """The number of arguments between the options and the program to run."""
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*\+?=")
@@ -75,8 +76,8 @@ class StopLine:
     shown: str = ""
     """The program of the line, for display."""
     changes: bool = False
-    """The line changes something besides the guest, such as a file. Perhaps it must not run before
-    the guest has exited."""
+    """The line changes something besides the guest, such as a file. It may have to run after the
+    guest has exited."""
 
     def has(self, *kinds: ActKind) -> bool:
         return any(each.kind in kinds for each in self.acts)
@@ -95,7 +96,7 @@ class StopLine:
 
 
 def read_line(command: Command, environment: Mapping[str, str] | None = None) -> StopLine:
-    """Parse an ExecStop= line. `environment`: the variables that systemd sets, as far as known."""
+    """Parse an ExecStop= line. `environment`: the known variables that systemd sets for it."""
     program = PurePosixPath(command.path).name
     if is_helper(command):
         return StopLine(act(ActKind.HELPER), command.ignores_failure, program)
@@ -207,7 +208,7 @@ def _acts_of_text(text: str, depth: int) -> tuple[Act, ...]:
 
 
 def _inner(text: str, depth: int) -> list[Act]:
-    """Return the acts of a substitution that affect the guest, or may do so."""
+    """Return the acts of a substitution that affect the guest or may affect it."""
     return [each for each in _acts_of_text(text, depth) if each.kind is not ActKind.NOTHING]
 
 
@@ -258,8 +259,8 @@ def _acts_of_nodes(nodes: Iterable[Node], depth: int) -> tuple[Act, ...]:
 
 
 def _is_negated(node: Node) -> bool:
-    """Return whether a command normally fails: it has a `!` before it, or tests that something,
-    usually the guest, does not exist."""
+    """Return whether a command normally fails, because it has a `!` before it, or tests that
+    something, usually the guest, does not exist."""
     negated = isinstance(node, Pipeline) and node.negated
     return negated != bool(_TESTS_ABSENCE.search(_text_of(node)))
 
@@ -305,7 +306,7 @@ def _acts_of_pipeline(node: Pipeline, depth: int) -> tuple[Act, ...]:
     *sources, last = node.parts
     text = " ".join(_output_of(part) for part in sources)
     acts = [each for part in sources for each in _acts_of_node(part, depth)]
-    # Even if a source returns at once because it reads /dev/null, the last part may still run.
+    # A source may return at once because it reads /dev/null, but the last part may still run.
     acts = [replace(each, reads=False) for each in acts]
     combined = (*_acts_of_node(last, depth, text or "|" * bool(sources)), *acts)
     if node.background:

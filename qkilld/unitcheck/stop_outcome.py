@@ -1,8 +1,9 @@
-"""Simulate the stop of a unit step by step, and what happens to the guest's data. Pure.
+"""Simulate the stop of a unit, and what happens to the guest's data. Pure.
 
-For unknown facts (what a program does, whether the guest can be asked), every possible value is
-tried: an `Assumption`. Two ways to stop a guest are compared under each assumption. Sources:
-systemd.service(5), systemd.kill(5), systemd.scope(5); systemd, src/core/service.c.
+If facts are unknown (what a program does, whether the guest can be asked), the stop is simulated
+with every possible value. A set of such values is an `Assumption`. Two ways to stop a guest are
+compared under each assumption. Sources: systemd.service(5), systemd.kill(5), systemd.scope(5);
+systemd, src/core/service.c.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Patience(IntEnum):
     TIMED = 1
     """Until a fixed timeout."""
     PATIENT = 2
-    """As long as the guest makes progress, or without limit."""
+    """As long as the guest makes progress, or without a limit."""
     UNTOUCHED = 3
     """The guest keeps running, as intended."""
 
@@ -94,7 +95,7 @@ class Assumption:
     can_ask: bool = False
     """Whether qkilld-stop can ask the guest to shut down."""
     helper_fails: bool = False
-    """Whether qkilld-stop fails, or is cancelled, in a unit that then runs further lines."""
+    """Whether qkilld-stop fails or is cancelled, so that systemd runs the lines after it."""
 
 
 class Helper(StrEnum):
@@ -123,23 +124,24 @@ class StopSettings:
     timeout: int = INFINITY
     """TimeoutStopSec=, µs."""
     kills_on_timeout: bool = False
-    """TimeoutStopFailureMode= is not terminate: if ExecStop= times out, processes get no
-    SIGTERM."""
+    """TimeoutStopFailureMode= is not "terminate", so processes get no SIGTERM if ExecStop= times
+    out."""
     main_is_qemu: bool = False
     main_may_trap: bool = False
     """The main process is not QEMU, and may do anything when it gets KillSignal=."""
     outlives: bool = False
-    """A manager whose guests are meant to keep running when it is stopped."""
+    """The unit is a manager, and its guests are meant to keep running when it is stopped."""
     helper: Helper = Helper.EXTENDS
-    """How well qkilld-stop works, in an ExecStop= of the unit or in the guard."""
+    """How well qkilld-stop works in an ExecStop= of the unit, or in its guard."""
     guard: str = ""
-    """The guard of a scope, which stops the guest with qkilld-stop first; "" for none."""
+    """The guard of a scope, which stops the guest with qkilld-stop before systemd stops the scope;
+    "" for none."""
     keepers: tuple[str, ...] = ()
-    """The units that shut the guest down at host shutdown, before this one is stopped."""
+    """The units that shut the guest down at host shutdown, before this unit is stopped."""
     keeper_timeout: int = INFINITY
     """The shortest TimeoutStopSec= of the keepers, µs."""
     guard_waits: bool = True
-    """The guard or qkilld-guests.service lets the keepers shut the guest down first."""
+    """The guard or qkilld-guests.service waits until the keepers have shut the guest down."""
     guests_service: bool = False
     """At shutdown, qkilld-guests.service stops the guest before systemd stops this unit."""
     unordered_server: bool = False
@@ -156,7 +158,7 @@ class StopSettings:
 
     @property
     def goes_on_without_helper(self) -> bool:
-        """Whether other lines follow a qkilld-stop whose failure is ignored."""
+        """Whether other lines follow a line of qkilld-stop that ignores failures."""
         last = max(
             (n for n, line in enumerate(self.lines) if not line.has(ActKind.HELPER)), default=-1
         )
@@ -198,7 +200,7 @@ def stop(settings: StopSettings, occasion: Occasion, assumed: Assumption) -> Out
 
 
 def worst(settings: StopSettings, occasion: Occasion) -> Outcome:
-    """Return the worst outcome under any assumption, for each kind of data by itself."""
+    """Return the worst outcome under any assumption, separately for each kind of data."""
     outcomes = [stop(settings, occasion, each) for each in assumptions(settings)]
     low = min(outcomes, key=lambda outcome: (outcome.disks, outcome.guest))
     return replace(low, guest=min(each.guest for each in outcomes))
@@ -211,7 +213,7 @@ class _Stop:
     assumed: Assumption
     was_asked: bool = False
     waited: Patience = Patience.NONE
-    """How long the stop waited for the guest after asking."""
+    """How long the stop waited for the guest after asking it to shut down."""
     exiting: bool = False
     """Whether QEMU was asked to exit."""
     steps: list[StopStep] = field(default_factory=list)
@@ -233,8 +235,8 @@ class _Stop:
         return self._on_storage(self._signals())
 
     def _before_unit(self) -> Outcome | None:
-        """Simulate what a shutdown does before it stops the unit. Return the outcome if qkilld-stop
-        stops the guest there; otherwise None."""
+        """Simulate what happens at host shutdown before the unit is stopped. Return the outcome if
+        qkilld-stop stops the guest then, otherwise None."""
         settings = self.settings
         stopper = settings.guard or ("qkilld-guests.service" * settings.guests_service)
         if stopper and settings.keepers and not settings.guard_waits:
@@ -262,7 +264,7 @@ class _Stop:
             self.steps.append(StopStep(title, "fails"))
             return None, line.ignores_failure
         for each in self._assumed_acts(line.acts):
-            # Of the acts before `||`, only waiting is assumed to fail.
+            # Of the acts before `||`, assume that only waiting can fail.
             if each.if_failed and self.steps and self.steps[-1].does != ActKind.WAITS:
                 continue
             self.steps.append(StopStep(title, each.kind.value))
@@ -290,7 +292,7 @@ class _Stop:
             self.waited = max(self.waited, patience)
 
     def _wait_for_end(self, usec: int) -> bool:
-        """Note a wait. Return whether it lasts until TimeoutStopSec= ends it."""
+        """Record that a line waits. Return whether TimeoutStopSec= ends this wait."""
         timeout = self.settings.timeout
         endless = timeout == INFINITY and usec == INFINITY
         self._wait(Patience.PATIENT if endless else Patience.TIMED)
@@ -344,12 +346,12 @@ class _Stop:
             return self._flush()
         if number in IGNORED:
             return self._silence()
-        # This signal kills a guest that is still shutting down, so only earlier waiting counts. A
-        # guest that has exited by then loses nothing.
+        # This signal kills a guest that is still shutting down, so only the earlier waiting
+        # matters. A guest that has exited before loses nothing.
         return Outcome(self.waited, self.waited, tuple(self.steps))
 
     def _main_alone(self) -> Outcome:
-        """Simulate KillMode=process or mixed, if the main process is not QEMU."""
+        """Simulate KillMode=process or mixed. The main process is not QEMU."""
         settings = self.settings
         self.steps.append(
             StopStep(f"KillSignal={_name(settings.kill_signal)}", "signals-main-process")
@@ -375,7 +377,8 @@ class _Stop:
         return self._end(self.waited, Patience.TIMED, f"SIGKILL after {limit}", "kills")
 
     def _silence(self) -> Outcome:
-        """Simulate a signal that QEMU ignores: a guest that was asked has until the timeout."""
+        """Simulate a signal that QEMU ignores. A guest that was asked can shut down until the
+        timeout."""
         if not self.settings.is_cut:
             self._wait(Patience.PATIENT)
             return Outcome(self.waited, Patience.PATIENT, tuple(self.steps))
@@ -395,7 +398,7 @@ class _Stop:
         return Outcome(guest, disks, (*self.steps, StopStep(by, does)))
 
     def _on_storage(self, end: Outcome) -> Outcome:
-        """Lower an outcome if the storage may go away first."""
+        """Lower an outcome if the storage may disappear before the guest exits."""
         settings = self.settings
         if end.disks is Patience.UNTOUCHED:
             return end
@@ -403,8 +406,8 @@ class _Stop:
             step = StopStep("storage", "may-be-gone-first")
             return Outcome(end.guest, Patience.NONE, (*end.steps, step))
         if settings.unordered_server and self.occasion is not Occasion.RESTART:
-            # If systemd signals QEMU and the server at once, QEMU usually exits first. In a longer
-            # stop, the server exits first.
+            # If systemd signals QEMU and the server at the same time, QEMU usually exits first. If
+            # something stops QEMU more slowly, the server exits first.
             prompt = not settings.lines and not settings.guard and not settings.guests_service
             disks = min(end.disks, Patience.TIMED if prompt else Patience.NONE)
             return Outcome(

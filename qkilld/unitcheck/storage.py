@@ -43,8 +43,8 @@ DEVICE_UNITS: Final = {
     "nbd": ("nbd-client.service",),
     "multipath": ("multipathd.service",),
 }
-"""Kinds of block devices that need the network, with the units that provide them, which are all
-ordered before remote-fs-pre.target."""
+"""Kinds of block devices that need the network, with the units that provide them. All these units
+are ordered before remote-fs-pre.target."""
 _DEVICE_NAMES: Final = (
     (re.compile(r"/dev/disk/by-path/(?:ip|tcp)-.*-iscsi-"), "iscsi"),
     (re.compile(r"/dev/drbd\d|/dev/drbd/"), "drbd"),
@@ -62,7 +62,7 @@ class Storage:
     device reached over the network."""
 
     mount_point: str = ""
-    """Of a file system; "" for a server or a device."""
+    """The mount point of a file system; "" for a server or a device."""
     unit: str = ""
     """The file system's .mount unit."""
     outside_target: bool = False
@@ -74,10 +74,10 @@ class Storage:
     unseen: str = ""
     """Why the unit of a server on this host is not known."""
     device: str = ""
-    """The path of a block device; its kind is `protocol`."""
+    """The path of a block device. `protocol` is its kind."""
     text: str = ""
-    """For a template: the mount point or server with specifiers, right for every instance; "" if no
-    specifier is needed."""
+    """For a template: the mount point or the server, with specifiers so that it is right for every
+    instance; "" if no specifier is needed."""
     may_differ: bool = False
     """For a template: other instances may have another mount point."""
 
@@ -91,7 +91,7 @@ class Storage:
         if self.protocol:
             return "After=network.target network-online.target"
         if self.may_differ:
-            # RequiresMountsFor= would let no instance start without the mount of this one.
+            # With RequiresMountsFor=, no instance would start without the mount of this instance.
             return f"After=remote-fs.target {self.unit}"
         return f"RequiresMountsFor={self.text or quoted(self.mount_point)}"
 
@@ -111,7 +111,7 @@ def is_ordered(facts: UnitFacts, place: Storage) -> bool:
 
 
 def device_kind(path: str) -> str:
-    """Return a device's key in DEVICE_UNITS, by its path alone; "" for none."""
+    """Return a device's key in DEVICE_UNITS, judging by its path alone; "" for none."""
     return next((kind for pattern, kind in _DEVICE_NAMES if pattern.match(path)), "")
 
 

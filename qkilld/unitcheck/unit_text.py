@@ -1,7 +1,7 @@
 """Parse unit files as written, with their specifiers. Pure.
 
-systemd reports specifiers (%i, %n, …) only resolved, and templates only as one instance, so lines
-for all instances must come from the files. Source: systemd.syntax(7).
+systemd reports templates only as instances, with the specifiers (%i, %n, …) resolved. So lines that
+are right for all instances must come from the files. Source: systemd.syntax(7).
 """
 
 from __future__ import annotations
