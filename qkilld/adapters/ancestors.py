@@ -16,8 +16,8 @@ _MAX_ANCESTORS: Final = 64
 def ancestors(pid: int) -> list[Ancestor]:
     """List the parent of a process, the parent's parent, and so on, without process 1.
 
-    Only processes of root are listed, because other users can give theirs any name. May block,
-    because it reads command lines.
+    Only processes of root are listed, because other users can give their processes any name. May
+    block, because it reads command lines.
     """
     found = []
     with ignore(f"reading the ancestors of process {pid}", OSError):
@@ -43,7 +43,7 @@ def services_that_run(programs: Collection[str]) -> dict[str, str]:
 
 
 def service_of(pid: int) -> str:
-    """Return the system service in which a process runs; "" for no service or an unknown one."""
+    """Return the system service in which a process runs; "" if there is none or it is unknown."""
     unit = procfs.read_unit(pid)
     if unit is None or unit.user or not unit.system.endswith(".service"):
         return ""

@@ -1,4 +1,4 @@
-"""Argument types and a parser with suggestions, shared by the programs."""
+"""Argument types, and a parser with suggestions, for all programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INVALID_CHOICE: Final = re.compile(r"argument (\S+): invalid choice: '(.*?)' ")
 
 
 class SuggestingParser(ArgumentParser):
-    """Suggests an option or command for a mistyped one."""
+    """Suggests the right option or command for a mistyped one."""
 
     def parse_args(  # type: ignore[override]  # no caller passes another type of namespace
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
@@ -50,7 +50,7 @@ class SuggestingParser(ArgumentParser):
 
 
 def _suggestion(words: Iterable[str], choices: Sequence[str]) -> str:
-    import difflib  # Imported late, because the daemon would keep it in memory.
+    import difflib  # Imported late, because it would stay in the daemon's memory.
 
     best = [match for word in words for match in difflib.get_close_matches(word, choices, n=1)]
     return f". Did you mean {' '.join(best)}?" if best else ""
@@ -65,7 +65,8 @@ def span(text: str) -> int:
 
 
 def reason(text: str) -> str:
-    """Check the reason for a stop: it must be valid text on the bus. Raises ArgumentTypeError."""
+    """Check the text of the reason for a stop, because the bus accepts only valid UTF-8. Raises
+    ArgumentTypeError."""
     try:
         text.encode()
     except UnicodeEncodeError:

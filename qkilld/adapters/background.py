@@ -1,4 +1,4 @@
-"""Write in a thread, because a write may block forever, and must not prevent the program's end.
+"""Write in a thread, because a write may block forever, and must not keep the program from exiting.
 
 This does not use asyncio, because the daemon imports asyncio late (qkilld.startup).
 """
@@ -20,14 +20,14 @@ FLUSH_TIMEOUT_S: Final = 2.0
 class BackgroundWriter(Generic[T]):
     """Writes items in order, in its own thread.
 
-    Items go to disks, the journal and systemd. Any of these may hang when a guest must be stopped,
-    so no method raises, and only `close` blocks.
+    Items are written to disks, the journal and systemd. Each of these may hang while a guest must
+    be stopped, so no method raises, and only `close` blocks.
     """
 
     def __init__(self, name: str, write: Callable[[T], None], limit: int | None) -> None:
         """Call `write` for each item in the thread `name`; ignore what it raises.
 
-        `limit` is the number of items that may wait; None if the caller limits them.
+        `limit` is the maximum number of queued items; None if the caller limits them.
         """
         self._name = name
         self._write = write
@@ -35,12 +35,13 @@ class BackgroundWriter(Generic[T]):
         self._closed = False
         self._queue: queue.SimpleQueue[T | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        """None if the system allows no more threads; each call tries again."""
+        """None if the system allows no more threads. Each call then tries to start the thread
+        again."""
         self._start()
 
     def put(self, item: T, *, always: bool = False) -> bool:
-        """Queue an item. Return False if it is dropped because too many wait; `always` queues it
-        anyway."""
+        """Queue an item. If the queue is full, drop the item and return False. `always`: queue it
+        even then."""
         if not always and self._limit is not None and self._queue.qsize() >= self._limit:
             return False
         self._queue.put(item)
@@ -48,8 +49,8 @@ class BackgroundWriter(Generic[T]):
         return True
 
     def close(self) -> bool:
-        """Write the queued items, for at most FLUSH_TIMEOUT_S. Return False if some have not been
-        written by then.
+        """Wait up to FLUSH_TIMEOUT_S until the queued items are written. Return False if some are
+        not.
 
         May be called again.
         """
@@ -79,5 +80,6 @@ class BackgroundWriter(Generic[T]):
                 try:
                     self._write(item)
                 except Exception as error:
-                    # Log this only once, because the debug log itself is written by such a thread.
+                    # Log this only once, because the debug log itself is written by a thread like
+                    # this one.
                     note_once(f"writing to {self._name}", error)

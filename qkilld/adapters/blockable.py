@@ -1,13 +1,13 @@
-"""Read files of /proc/PID that the process itself can block, but wait for them only briefly.
+"""Read files of /proc/PID with a short timeout, because the process itself can block the reads.
 
 Linux 6.18.44 takes the process's exec_update_lock to show most of /proc/PID: stat, the links exe,
-cwd and root, io, fd, ns, maps, and of its threads stat, io, syscall, wchan and stack. execve(2)
-holds that lock while it closes the O_CLOEXEC files of the process. If one of them is on a FUSE
-mount whose server does not answer, that takes forever, and any user can mount FUSE. status, cgroup,
-cmdline, comm, mountinfo, net, sched and the list of threads do not block.
+cwd and root, io, fd, ns and maps; and stat, io, syscall, wchan and stack of each thread. execve(2)
+holds this lock while it closes the O_CLOEXEC files of the process. If one of these files is on a
+FUSE mount whose server does not answer, execve(2) never ends. Any user can mount FUSE. Reading
+status, cgroup, cmdline, comm, mountinfo, net, sched or the list of threads does not take this lock.
 
-So a thread reads, and the caller waits PATIENCE_S for it. No second read begins for a process while
-one is blocked. Imports little: see stop.main.
+So a thread reads, and the caller waits PATIENCE_S for the thread. While a read is blocked, no other
+read of that process begins. Imports little: see stop.main.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 PATIENCE_S = 0.02
-"""A read usually takes 10 to 30 µs."""
+"""How long a caller waits for a read, which usually takes 10 to 30 µs."""
 SHORT_PATIENCE_S = 0.001
-"""Used for SHORT_FOR_S after a read was given up, so that somebody who blocks and unblocks
-processes all the time cannot take much time of the event loop."""
+"""Replaces PATIENCE_S for SHORT_FOR_S after a read has timed out. Otherwise, somebody who blocks
+and unblocks processes all the time could take much time of the event loop."""
 SHORT_FOR_S = 1.0
 MAX_WAIT_S = 0.5
-"""The longest wait for a thread that sleeps for another reason, such as that of the interpreter."""
+"""The longest wait for a thread that is not blocked by the process, for example if it waits for the
+interpreter."""
 MAX_THREADS = 64
 MAX_OF_ROOT = 16
 MAX_SHARED = 24
-"""See FairShares; only blocked threads count."""
+"""See FairShares. Only blocked threads count."""
 MAX_OF_SEARCHES = 40
 MAX_SHARED_OF_SEARCHES = 12
-"""Searches (`each`) meet the processes of all users. Half of the users' places is left for reads of
-one process, such as those before a signal."""
+"""The limit for searches (`each`), which read the processes of all users. So half of the users'
+places is left for reads of a single process, such as those before a signal."""
 MAX_IDLE = 2
 
 
 class Unanswered(TimeoutError):
-    """The kernel does not show the process at the moment, because the process blocks that."""
+    """The process cannot be read at the moment, because it blocks the reads."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -57,7 +58,7 @@ class Unanswered(TimeoutError):
 
 
 class _Batch:
-    """Reads for one caller, done by one thread in this order."""
+    """The reads for one caller. One thread makes them in order."""
 
     __slots__ = (
         "blocked_on",
@@ -75,12 +76,12 @@ class _Batch:
     ) -> None:
         self.directories, self.read, self.is_search = directories, read, is_search
         self.outcomes: list[Any] = []
-        """For each directory what `read` returned or, if it raised that, an exception."""
+        """For each directory, what `read` returned, or the exception that it raised."""
         self.finished = False
         self.blocked_on: str | None = None
-        """The directory whose read the caller has given up; the thread must not begin another."""
+        """The directory whose read has timed out. The thread must not begin another read."""
         self.uid = -1
-        """The user for whom the blocked thread counts."""
+        """The user whose place in FairShares the blocked thread takes."""
         self.done = _thread.allocate_lock()
         self.done.acquire()
 
@@ -97,8 +98,8 @@ class _ReadingThread:
         self.wake.acquire()
 
     def is_blocked(self) -> bool:
-        """Return whether the kernel lets the thread wait for a lock. If not, it may only wait for a
-        processor on a busy machine."""
+        """Return whether the thread waits for a lock in the kernel. If not, it may only wait for a
+        processor, because the machine is busy."""
         if not self.thread_id:
             return False
         try:
@@ -118,15 +119,16 @@ class BlockableReads:
         self._lock = _thread.allocate_lock()
         self._idle: list[_ReadingThread] = []
         self._blocked: dict[str, int] = {}
-        """The number of blocked reads of each directory: more than one if they began together."""
+        """The number of blocked reads of each directory. It is more than one if the reads began at
+        the same time."""
         self._shares = FairShares(MAX_THREADS, of_root=MAX_OF_ROOT, shared=MAX_SHARED)
         self._of_searches = FairShares(
             MAX_OF_SEARCHES, of_root=MAX_OF_ROOT, shared=MAX_SHARED_OF_SEARCHES
         )
         self._short_until = 0.0
         self.may_block_caller = False
-        """Whether to read without a thread if the system allows no more threads. For a program that
-        harms only itself if it blocks."""
+        """Whether to read in the caller's thread if the system allows no more threads. Set this
+        only in a program in which a blocked read harms nobody else."""
 
     @property
     def blocked(self) -> int:
@@ -134,8 +136,9 @@ class BlockableReads:
         return self._shares.taken
 
     def each(self, directories: Sequence[str], read: Callable[[str], T]) -> Iterator[T | Exception]:
-        """Yield what `read` returns for each directory (/proc/PID), or the exception that it
-        raises; Unanswered if the process blocks that, or blocked threads leave no room."""
+        """For each directory (/proc/PID), yield what `read` returns, or the exception that it
+        raises. Yield Unanswered if the process blocks the read, or if too many threads are blocked
+        already."""
         position = 0
         while position < len(directories):
             batch = _Batch(
@@ -157,11 +160,11 @@ class BlockableReads:
                 raise outcome
             return outcome
         finally:
-            del outcome  # Otherwise its traceback would refer to itself.
+            del outcome  # Otherwise, an exception and its traceback would refer to each other.
 
     def _run(self, batch: _Batch) -> int:
-        """Run a batch; return the number of its outcomes. If that is not all of them, the next read
-        is blocked."""
+        """Run a batch; return the number of its outcomes. If some are missing, the next read is
+        blocked."""
         with self._lock:
             reader = self._idle.pop() if self._idle else _ReadingThread()
             reader.batch = batch
@@ -194,7 +197,7 @@ class BlockableReads:
         return SHORT_PATIENCE_S if now < self._short_until else PATIENCE_S
 
     def _give_up(self, batch: _Batch) -> int:
-        """Abandon the thread; return the number of outcomes. Call it with the lock."""
+        """Abandon the thread; return the number of outcomes. The caller must hold the lock."""
         count = len(batch.outcomes)
         batch.blocked_on = directory = batch.directories[count]
         self._blocked[directory] = self._blocked.get(directory, 0) + 1
@@ -229,7 +232,7 @@ class BlockableReads:
                 return
 
     def _note_end(self, batch: _Batch, directory: str) -> None:
-        """Note that the blocked read of a batch has ended."""
+        """Record that the blocked read of a batch has ended."""
         self._shares.give_back(batch.uid)
         if batch.is_search:
             self._of_searches.give_back(batch.uid)
@@ -238,7 +241,7 @@ class BlockableReads:
             del self._blocked[directory]
 
     def _outcome(self, directory: str, batch: _Batch) -> Any:
-        """Return what `batch.read` returns or, if it raises that, an exception."""
+        """Return what `batch.read` returns, or the exception that it raises."""
         if self._blocked and not self._may_read(directory, batch.is_search):
             return Unanswered()
         try:
@@ -268,4 +271,4 @@ def _uid(directory: str) -> int:
 
 
 shared = BlockableReads()
-"""For the whole program, because TasksMax= limits all threads of its unit together."""
+"""The object for the whole program, because TasksMax= limits the sum of all threads of its unit."""

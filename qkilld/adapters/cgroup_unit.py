@@ -17,9 +17,9 @@ _UNIT_SUFFIXES: Final = (".service", ".scope", ".socket", ".mount", ".swap")
 def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | None:
     """Return the unit, or None if systemd's hierarchy is unknown.
 
-    `own` and `init` are the texts for the process and for process 1 of the same system. A process
-    may be in both hierarchies, of which systemd uses one, and others may use the other. Only then
-    is `uses_v2` (`systemd_uses_v2`) called.
+    `own` and `init` are the texts for the process and for process 1 of the same system. `uses_v2`
+    (`systemd_uses_v2`) is called only if the process is in both hierarchies. systemd then uses one
+    of them, and other programs may use the other.
     """
     paths, roots = _paths(own), _paths(init)
     v2: bool | None = "" in paths
@@ -29,8 +29,8 @@ def unit_of(own: str, init: str, uses_v2: Callable[[], bool | None]) -> Unit | N
         return None
     controller = "" if v2 else "name=systemd"
     path = paths.get(controller, "")
-    # Remove the container's own path, with which every path begins in a container without a cgroup
-    # namespace.
+    # In a container without a cgroup namespace, every path begins with the container's own path.
+    # Remove that.
     root = roots.get(controller, "").removesuffix("/init.scope").rstrip("/")
     if path.startswith(root + "/"):
         path = path[len(root) :]
@@ -46,8 +46,8 @@ def systemd_uses_v2(kind_at: Callable[[str], str]) -> bool | None:
     """Return whether systemd keeps its units in cgroup v2, by systemd's rules; None if unknown.
 
     `kind_at` returns the type of the file system mounted at a path, or "". In hybrid mode,
-    /sys/fs/cgroup is a tmpfs, and v2 is mounted below it at "unified", or at "systemd" by systemd
-    232.
+    /sys/fs/cgroup is a tmpfs, and v2 is mounted below it at "unified". systemd 232 mounts it at
+    "systemd".
     """
     places = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
     kinds = [kind_at(place) for place in places]
@@ -57,7 +57,7 @@ def systemd_uses_v2(kind_at: Callable[[str], str]) -> bool | None:
 
 
 def _paths(text: str) -> dict[str, str]:
-    """Return the paths in v2 (key "") and in v1's name=systemd, as far as they exist."""
+    """Return the paths in v2 (key "") and in v1's name=systemd. A missing path is left out."""
     paths = {}
     # Not splitlines(): a path may contain any line separator except a line feed.
     for line in text.removesuffix("\n").split("\n"):
@@ -69,8 +69,8 @@ def _paths(text: str) -> dict[str, str]:
 
 
 def _first_unit(parts: list[str]) -> tuple[str, list[str]]:
-    """Return the first part that is not a slice, and the parts after it; ("", []) if it is no
-    unit."""
+    """Return the first part that is not a slice, and the parts after it; ("", []) if that part is
+    not a unit."""
     for index, part in enumerate(parts):
         # systemd puts an underscore before names that a cgroup controller could claim.
         name = part.removeprefix("_")

@@ -13,7 +13,8 @@ from qkilld.model.constants import USEC_PER_SEC
 
 
 class UserTimer:
-    """A timer whose callback is called in a step (engine.steps). Implements engine.ports.Timer."""
+    """A timer whose callback engine.steps calls, in a step of one user. Implements
+    engine.ports.Timer."""
 
     __slots__ = ("_callback", "_user", "handle")
 
@@ -51,8 +52,8 @@ class LoopClock:
         return time.monotonic_ns() // 1000
 
     def started_at(self, start_time: int) -> int:
-        # Use CLOCK_BOOTTIME: like clock ticks since boot, it includes the time in which the host
-        # was suspended.
+        # Use CLOCK_BOOTTIME, because it includes the time in which the host was suspended, as
+        # `start_time` does.
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_time / os.sysconf("SC_CLK_TCK")
         return self.now() - int(age * USEC_PER_SEC)
 
@@ -66,6 +67,6 @@ class LoopClock:
         return self._call_at(when, callback)
 
     def _call_at(self, when: int, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        # Round up, because a timer that fires early would find its deadline still in the future.
+        # Round up, because at a timer that fires early, the deadline would still be in the future.
         # Share one context, because asyncio would make one for each timer.
         return self._loop.call_at((when + 1) / USEC_PER_SEC, callback, context=self._context)

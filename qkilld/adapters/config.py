@@ -1,7 +1,7 @@
 """Read qkilld.conf as systemd reads its own files.
 
 Sources: systemd-system.conf(5), "Configuration Directories and Precedence"; systemd.syntax(7). The
-parser is our own, because complaints contain line numbers, which Python's libraries do not keep.
+parser is our own, because error messages need line numbers, which Python's libraries do not keep.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BOOLEANS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A line of a file, for complaints."""
+    """A line of a file, for error messages."""
 
     path: Path
     line: int = 0
@@ -55,7 +55,7 @@ class _Place:
 
 @dataclass(slots=True)
 class _Settings:
-    """The settings that were read so far, and the complaints about them."""
+    """The settings that were read so far, and the errors in them."""
 
     policy: dict[str, int] = field(default_factory=dict)
     guests: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -65,10 +65,10 @@ class _Settings:
     places: dict[tuple[str, str], _Place] = field(default_factory=dict)
     """Where each setting was last set, by (guest, field); the guest is "" in [Policy]."""
     wrong: list[tuple[str, str]] = field(default_factory=list)
-    """The place and the text of each complaint."""
+    """The place and the text of each error message."""
 
     def complain(self, place: _Place, text: str) -> None:
-        # File names and contents may be any text; printable() keeps the complaint to one line.
+        # File names and contents may be any text. printable() keeps the message on one line.
         self.wrong.append((printable(str(place), 4096), printable(text, 512)))
 
 
@@ -88,7 +88,8 @@ def load(root: Path = Path("/")) -> Config:
 
 
 def _files(root: Path, settings: _Settings) -> Iterator[Path]:
-    """Yield the main file of the highest directory that has one, then the drop-ins by file name."""
+    """Yield the main file from the directory with the highest precedence that has one, then the
+    drop-ins by file name."""
     directories = [root / name for name in DIRECTORIES]
     for directory in directories:
         try:
@@ -111,8 +112,8 @@ def _files(root: Path, settings: _Settings) -> Iterator[Path]:
             continue
         for name in names:
             if name.endswith(".conf") and not name.startswith("."):
-                # If files have the same name, the one in the highest directory counts, even if it
-                # only masks the others.
+                # Of files with the same name, take the one from the directory with the highest
+                # precedence, even if it only masks the others.
                 drop_ins.setdefault(name, directory / "qkilld.conf.d" / name)
     for name in sorted(drop_ins, key=os.fsencode):
         yield drop_ins[name]
@@ -173,7 +174,7 @@ def _real(path: Path, root: Path) -> Path:
 
 
 def _content(path: Path, root: Path) -> bytes:
-    """Read a file. Raises OSError; ValueError, whose text is a complaint, if the file is not a
+    """Read a file. Raises OSError. Raises ValueError with an error message if the file is not a
     regular one or is too large."""
     real = _real(path, root)
     if real == _MASK:
@@ -197,8 +198,8 @@ def _logical_lines(
 ) -> Iterator[tuple[_Place, str, bool]]:
     """Yield (place of the first line, joined line, whether it is text).
 
-    Skips comments and blank lines. Complains about every line that is not text.
-    Source: systemd, src/shared/conf-parser.c, config_parse().
+    Skips comments and blank lines. Reports every line that is not text. Source: systemd,
+    src/shared/conf-parser.c, config_parse().
     """
     start, joined, sound = 0, "", True
     for number, line in enumerate(raw.removeprefix(BOM_UTF8).splitlines(), 1):
@@ -260,7 +261,7 @@ def _assign(section: str, key: str, value: str, place: _Place, settings: _Settin
         return
     known = ("Executables",) if section == "Target" else _POLICY_KEYS
     if key not in known:
-        import difflib  # Imported late, because a start without complaints does not need it.
+        import difflib  # Imported late, because a start without errors does not need it.
 
         near = difflib.get_close_matches(key[:80], known, 1)
         hint = f"did you mean {near[0]}=?" if near else f"known are {'= '.join(known)}="
@@ -324,7 +325,7 @@ def _build(settings: _Settings) -> Config:
         if whole.max < whole.grace and (guest == "" or settings.guests[guest]):
             place = settings.places.get((guest, "max")) or settings.places.get((guest, "grace"))
             if place is None:
-                continue  # Both values are from [Policy], which has this complaint already.
+                continue  # Both values are from [Policy], for which this was reported already.
             settings.complain(
                 place,
                 f"MaxSec={timespan.format_usec(whole.max)} is less than "

@@ -20,8 +20,7 @@ from qkilld.model.guest import Identity, Label, Unidentified
 
 _OWN_LIMITS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _TIMEOUT_S: Final = 2.0
-"""How long to try to identify processes that the kernel does not show, for example because the host
-thrashes."""
+"""How long to retry if processes cannot be read, for example because the host thrashes."""
 _RETRY_S: Final = 0.1
 
 
@@ -32,7 +31,7 @@ class LocalHost:
         self._proc = proc
         self._names = NameReader(lambda pid: procfs.read_names(pid, proc))
         self._blocked: frozenset[int] = frozenset()
-        """The processes that the last search could not identify. The next one does not wait for
+        """The processes that the last search could not identify. The next search does not wait for
         them, so that they do not delay every search."""
 
     def open(self, pid: int) -> PidfdProcess:
@@ -40,8 +39,8 @@ class LocalHost:
 
     async def label(self, identity: Identity) -> Label:
         ((name, uuid, qmp, remote),) = await self._names.names([identity])
-        # Read the unit each time, because machine managers move a QEMU process to a scope after it
-        # has started.
+        # Read the unit each time, because a manager of guests may move a QEMU process to a scope
+        # after its start.
         return Label(name, uuid, procfs.read_unit(identity.pid, self._proc), qmp, remote)
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
@@ -65,8 +64,8 @@ class LocalHost:
 def _identities(
     proc: Path, blocked: Collection[int] = ()
 ) -> tuple[list[Identity], list[Unidentified]]:
-    """Identify all processes. Try again for _TIMEOUT_S if some do not answer, except for those in
-    `blocked`."""
+    """Identify all processes. If the reads of some time out, retry for _TIMEOUT_S, but not for
+    processes in `blocked`."""
     identities: list[Identity] = []
     pids, until = procfs.pids(proc), time.monotonic() + _TIMEOUT_S
     while True:
@@ -87,19 +86,19 @@ def _unidentified(pid: int, proc: Path) -> Unidentified:
 
 
 def _identify(pids: Sequence[int], proc: Path, identities: list[Identity]) -> list[int]:
-    """Append to `identities`; return the processes that do not answer."""
+    """Append to `identities`; return the processes whose reads time out."""
     unanswered = []
     for pid, identity in procfs.read_identities(pids, proc):
         match identity:
             case FileNotFoundError() | ProcessLookupError():
-                pass  # It has exited.
+                pass  # The process has exited.
             case Unanswered():
                 note_once(f"identifying process {pid}", identity)
                 unanswered.append(pid)
             case OSError() if identity.errno in _OWN_LIMITS:
                 reason = os.strerror(identity.errno or 0)
                 raise Failed(f"Cannot list processes: {reason}") from None
-            case OSError():  # No process may keep the others from being listed.
+            case OSError():  # One process must not keep the others from being listed.
                 note_once(f"identifying process {pid}", identity)
             case Exception():
                 raise identity

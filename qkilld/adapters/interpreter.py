@@ -1,5 +1,5 @@
-"""Set up Python's interpreter so that the event loop stays responsive, because signals must be sent
-on time."""
+"""Set up the Python interpreter so that the event loop stays responsive. Signals must be sent on
+time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import sys
 from typing import Final
 
 _SWITCH_S: Final = 0.001
-"""How long (s) a thread may keep the others from running: a fifth of the default."""
+"""How long (s) one thread may run while others are ready: a fifth of the default."""
 _RARELY: Final = 10_000
-"""A full collection runs only after this many smaller ones, a thousand times the default."""
+"""A full garbage collection runs only after this many smaller ones: a thousand times the
+default."""
 
 
 def favour_the_loop() -> None:
     """Set the switch interval and the garbage collector in favour of the event loop.
 
-    Call it once, after most imports; the collector may be off until then. With a thousand jobs, a
+    Call this once, after most imports. The collector may be off until then. With a thousand jobs, a
     full collection stops all threads for 60 to 90 ms every few seconds (measured), and finds only
-    three objects for each job. So full collections are rare, and `collect_garbage` should be called
-    when there is nothing to do.
+    three objects for each job. So full collections are made rare, and `collect_garbage` should be
+    called when the program is idle.
     """
     sys.setswitchinterval(_SWITCH_S)
-    # The classes that model.dataclass has replaced.
+    # Free the classes that model.dataclass has replaced.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*gc.get_threshold()[:2], _RARELY)

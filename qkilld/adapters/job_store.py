@@ -1,7 +1,8 @@
-"""Store jobs beyond the life of the daemon: states in files, processes in the descriptor store.
+"""Store jobs so that they survive the daemon: states in files, processes in the descriptor store.
 
-The service manager keeps a pidfd of each job's process, which identifies it. Without a pidfd, the
-process is looked up by its id and start time, so no other process gets a signal.
+The service manager keeps a pidfd of each job's process, so the process is still identified. If the
+pidfd is missing, the process is found by its id and start time. In both cases, no other process can
+get a signal.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class JobStore:
         stored: dict[str, int],
         open_process: Callable[[int], PidfdProcess] = open_process,
     ) -> None:
-        """`stored` are the manager's descriptors by name; this object becomes their owner."""
+        """`stored`: the manager's descriptors, by name. This object becomes their owner."""
         self._directory = directory
         self._manager = manager
         self._journal = journal
@@ -59,7 +60,7 @@ class JobStore:
     def restore(self, registry: Registry) -> None:
         """Resume every job that can be resumed.
 
-        If the directory cannot be read, report that, and keep its files and the manager's
+        If the directory cannot be read, report this, and keep its files and the manager's
         descriptors for the next start.
         """
         self._registry = registry
@@ -82,7 +83,8 @@ class JobStore:
                 process = self._process(snapshot)
                 job = registry.resume(process, snapshot, monitor, among_many=True)
                 if snapshot.number in self._directory.outdated:
-                    # Write it in the present format: a later release may not read the old one.
+                    # Write it in the present format, because a later release may not be able to
+                    # read the old one.
                     self.save(job.snapshot())
                 if monitor is not None:
                     self._stored.pop(_monitor_name(snapshot.number))
@@ -94,7 +96,7 @@ class JobStore:
                 self._journal.write(events.state_set_aside(_name(snapshot.number), str(error)))
                 kept |= {_name(snapshot.number), _monitor_name(snapshot.number)}
             except Exception as error:
-                # Otherwise no start could succeed, and no job would continue.
+                # Go on: otherwise the daemon could never start again, and no job would continue.
                 self._report(f"resuming job {snapshot.number}", error)
                 # Do not close this descriptor, because the job may own it.
                 self._stored.pop(_monitor_name(snapshot.number), None)
@@ -156,8 +158,8 @@ class JobStore:
             self._directory.close(self._registry.last)
 
     def _process(self, snapshot: Snapshot) -> Process | None:
-        """Return the job's process; None if it is gone or not needed. Raises SnapshotError, and
-        Failed if it cannot be opened now."""
+        """Return the job's process; None if it is gone or not needed. Raises SnapshotError. Raises
+        Failed if the process cannot be opened now."""
         ended = snapshot.result not in (None, Result.SURVIVED)
         if ended and not snapshot.processors_stopped:
             return None
@@ -186,7 +188,7 @@ class JobStore:
             try:
                 process = self._open(guest.identity.pid)
             except Failed:
-                # The job looks again, and checks the identity before it sends a signal.
+                # The job tries again, and checks the identity before it sends a signal.
                 return open_unidentified(guest)
         except NoSuchProcess:
             return None
@@ -204,7 +206,7 @@ class JobStore:
 
 
 def _in_loop(callback: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls back in the running loop, whatever thread calls it."""
+    """Return a function that any thread may call. It calls `callback` in the running loop."""
     loop = asyncio.get_running_loop()
 
     def call() -> None:

@@ -1,8 +1,8 @@
 """Write events to journald, or to standard error if that is not connected to journald.
 
-qkilld is needed when disks stall, and then journald may stop reading. Its socket, which all
-services share, fills up, and writing to it blocks. So events go through a bounded queue to a
-separate thread. If the queue is full, events are dropped and counted. The native protocol
+qkilld is needed when disks stall, and journald may then stop reading. journald's socket, which all
+services share, fills up, and writes to it block. So events go through a bounded queue to a separate
+thread. If the queue is full, events are dropped and counted. The native protocol
 (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/) is implemented here, because `systemd.journal.send`
 holds Python's lock while it waits for room in the socket, which stops every thread of the process.
 """
@@ -48,21 +48,20 @@ class QueuedJournal:
     """Implements engine.ports.Journal."""
 
     def __init__(self, sink: Sink, wait: Callable[[], None] | None = None) -> None:
-        """`sink` writes one event. It may block and may raise; if it raises, the event counts as
-        dropped. `wait` waits, for a limited time, until the reader has processed everything that
-        the sink wrote."""
+        """`sink` writes one event. It may block. If it raises, the event counts as dropped. `wait`
+        waits, for a limited time, until the reader has processed everything that `sink` wrote."""
         self._sink = sink
         self._wait = wait
         self._lock = threading.Lock()
         self._dropped = 0
-        """The number of dropped events. It starts again at 0 when it is queued to be logged."""
+        """The number of dropped events. It is reset to 0 when it is queued to be logged."""
         self._writer: BackgroundWriter[Event | int] = BackgroundWriter(
             "journal", self._write, QUEUE_LENGTH
         )
         """Items are events, or the number of events dropped at that point."""
 
     def write(self, event: Event) -> None:
-        """Queue an event; drop and count it if the queue is full. Never waits."""
+        """Queue an event. If the queue is full, drop the event and count it. Never blocks."""
         with self._lock:
             self._queue_count()
             if not self._writer.put(event):
@@ -93,7 +92,7 @@ class QueuedJournal:
 class Journald:
     """A sink that writes to journald by its native protocol.
 
-    It blocks while journald does not read, without holding Python's lock. It raises OSError, for
+    While journald does not read, a write blocks, but other threads can run. Raises OSError, for
     example if there is no journald.
     """
 
@@ -108,7 +107,7 @@ class Journald:
         try:
             self._send(entry)
         except OSError:
-            # Connect once more: journald may have restarted with a new socket.
+            # Connect again, because journald may have restarted with a new socket.
             self.close()
             self._send(entry)
 
@@ -120,13 +119,14 @@ class Journald:
     def wait_until_processed(self) -> None:
         """Wait until journald has processed all entries, for at most PROCESSING_TIMEOUT_S.
 
-        journald reads the unit of an entry from /proc/PID when it processes the entry. If the
-        sender has exited by then, the entry belongs to no unit, so `journalctl --unit` does not
-        show it, and `qkillctl history` trusts it only if root or the reader wrote it.
+        When journald processes an entry, it reads the sender's unit from /proc/PID. If the sender
+        has exited before, the entry belongs to no unit. Then `journalctl --unit` does not show the
+        entry, and `qkillctl history` trusts it only if root or the reader wrote it.
         """
         if self._socket is None:
             return
-        # journald ignores an empty datagram, and reads it only after processing all before it.
+        # journald ignores an empty datagram, and reads it only after it has processed all datagrams
+        # before.
         with contextlib.suppress(OSError):
             self._socket.send(b"")
         deadline = time.monotonic() + PROCESSING_TIMEOUT_S
@@ -191,7 +191,7 @@ def _unread(connected: socket.socket) -> bool:
 
 
 def _when_writable(connected: socket.socket, send: Callable[[], object]) -> None:
-    """Call `send` as soon as the other end has room."""
+    """Call `send` when the other end has room."""
     room = select.poll()
     room.register(connected, select.POLLOUT)
     while True:
@@ -242,12 +242,12 @@ def _shown(event: Event) -> list[tuple[str, str]]:
 
 
 def _object_fields(guest: Guest) -> dict[str, str]:
-    """Return OBJECT_PID=, for which journald adds the unit of the process
-    (systemd.journal-fields(7)).
+    """Return OBJECT_PID= and the guest's unit. For OBJECT_PID=, journald itself adds the unit of
+    the process (systemd.journal-fields(7)).
 
-    journald cannot find the unit after the process has exited, so it is also named here:
-    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds it, too, it drops
-    the duplicate.
+    journald cannot find the unit after the process has exited, so these fields name the unit, too:
+    `journalctl -u UNIT` accepts OBJECT_SYSTEMD_UNIT= from root. If journald adds the same field, it
+    drops the duplicate.
     """
     fields = {"OBJECT_PID": str(guest.identity.pid)}
     unit = guest.label.unit

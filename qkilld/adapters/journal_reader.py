@@ -20,7 +20,7 @@ _DIRECTORIES: Final = (Path("/var/log/journal"), Path("/run/log/journal"))
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """How a job ended. Texts are unchecked: pass them through `printable` for display."""
+    """How a job ended. Pass its texts through `printable` before you display them."""
 
     time: int
     """µs since the epoch."""
@@ -34,9 +34,10 @@ class Receipt:
     verdict: str
     data_at_risk: bool
     guest_asked: str
-    """The result of asking the guest's operating system, "" if the entry lacks it."""
+    """The result of asking the guest's operating system to shut down; "" if the entry lacks it."""
     gone_after: int | None
-    """µs from the start of the job to the real end of a process that survived the job."""
+    """For a process that survived the job: µs from the start of the job to the exit of the
+    process."""
     program: str
     """qkilld, or qkilld-stop if it worked without the daemon."""
 
@@ -66,7 +67,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
         names = ("_BOOT_ID", "OBJECT_PID", "QKILLD_JOB", "SYSLOG_IDENTIFIER")
         job = tuple(_text(entry, name) for name in names)
         if _text(entry, "MESSAGE_ID").replace("-", "") != MessageId.SURVIVOR_GONE.value:
-            if job in receipts:  # A daemon that had lost its state used the number again.
+            if job in receipts:  # A daemon that had lost its state has used the number again.
                 receipts[(*job, str(number))] = receipts.pop(job)
             receipts[job] = _receipt(entry)
         elif job in receipts:
@@ -77,7 +78,7 @@ def receipts_of(entries: Iterable[Mapping[str, Any]]) -> list[Receipt]:
 
 @dataclass(frozen=True, slots=True)
 class JobEntry:
-    """One entry about a job. Texts are unchecked: pass them through `printable` for display."""
+    """One entry about a job. Pass its texts through `printable` before you display them."""
 
     message: MessageId
     at: int
@@ -89,7 +90,7 @@ class JobEntry:
     elapsed: int | None
     """µs since the start of the job; None if the entry lacks it."""
     action: str
-    """The signal, or the method by which the guest was asked."""
+    """The signal, or the method by which the guest was asked to shut down."""
     verdict: str
     reasons: str
     result: str
@@ -105,8 +106,8 @@ def read_job(number: int, directory: Path | None = None) -> list[JobEntry]:
 
 
 def entries_of(entries: Iterable[Mapping[str, Any]]) -> list[JobEntry]:
-    """Return the entries of the newest of the jobs with one number: a daemon that has lost its
-    state counts from 1 again. Entries that may be forged are left out."""
+    """Return the entries of the newest job, if several jobs have the same number. (A daemon that
+    has lost its state counts from 1 again.) Entries that may be forged are left out."""
     job_entries: list[JobEntry] = []
     boot = ""
     for entry in entries:
@@ -173,7 +174,7 @@ def _receipt(entry: Mapping[str, Any]) -> Receipt:
 
 
 def may_read_all() -> bool:
-    """Return whether this user can read entries of system services, not only their own."""
+    """Return whether this user can read the journal of system services."""
     files = (file for directory in _DIRECTORIES for file in directory.glob("*/system.journal"))
     return os.geteuid() == 0 or any(os.access(file, os.R_OK) for file in files)
 

@@ -1,7 +1,7 @@
 """Call a function in the event loop when the process receives a signal.
 
-asyncio's add_signal_handler does the same, but imports inspect to check that the function is not a
-coroutine, which takes 1 MB of memory.
+asyncio's add_signal_handler does the same. But it imports inspect, which takes 1 MB of memory, only
+to check that the function is not a coroutine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def call_at(numbers: Sequence[signal.Signals], function: Callable[[], object]) -
     write.setblocking(False)
 
     def receive() -> None:
-        """Read the numbers of signals; those of other handlers come here, too."""
+        """Read the numbers of the received signals. These include signals that have other
+        handlers."""
         if not set(numbers).isdisjoint(read.recv(4096)):
             function()
 
     with read, write:
         loop.add_reader(read, receive)
-        # Wake the loop, because Python's handler runs only when the loop wakes up.
+        # A signal must wake the loop, because Python's handler runs only when the loop wakes up.
         signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         previous = {number: signal.signal(number, _do_nothing) for number in numbers}
         try:

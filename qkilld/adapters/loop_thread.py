@@ -15,8 +15,8 @@ T = TypeVar("T")
 def run_in_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """Run `function` in a new thread; the future gets its result or exception.
 
-    asyncio's own executor is unsuitable: blocked calls would use up its few threads, and the
-    program waits for them at exit.
+    asyncio's own executor is unsuitable: it has few threads, which blocked calls would use up, and
+    at its exit the program would wait for these threads.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()

@@ -1,7 +1,7 @@
-"""Keep this program in memory with mlockall(2), because its pages may lie on the disk that hangs.
+"""Keep this program in memory with mlockall(2), because its pages may be on a disk that hangs.
 
-Existing memory is locked at once. Later memory is locked page by page when it is first used,
-because otherwise the whole stack of each new thread would be locked. Memory that was used once
+Existing memory is locked at once. Memory allocated later is locked page by page, when each page is
+first used. Otherwise, the whole stack of each new thread would be locked. Memory that was used once
 stays locked, so use little.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 STACK_BYTES: Final = 256 * 1024
-"""The stack of each further thread, instead of the usual 8 MiB. It is small, because mlockall(2)
-locks the whole stack of each thread that exists."""
+"""The size of the stack of each new thread, instead of the usual 8 MiB. mlockall(2) locks the whole
+stacks of all existing threads."""
 
 _M_ARENA_MAX: Final = -8
 """From malloc.h of glibc."""
@@ -29,18 +29,18 @@ _CAP_IPC_LOCK: Final = 1 << 14
 def share_heap() -> None:
     """Let all threads allocate from one heap. Call this before the first thread starts.
 
-    By default, glibc has up to eight heaps for each processor, and keeps the memory that a thread
-    once needed. After 200,000 hostile calls, a dozen heaps held 9 MB, of which 5 MB were free.
-    Sharing one heap costs no time, because Python's threads run one at a time. Other C libraries
-    have only one heap.
+    By default, glibc uses up to eight heaps for each processor, and does not give back the memory
+    that a thread once needed. After 200,000 hostile calls, a dozen heaps had 9 MB, of which 5 MB
+    were free. Sharing one heap costs no time, because only one Python thread runs at a time. Other
+    C libraries have only one heap.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class MemoryLock:
-    """Locks memory in its own threads, because locking takes long if pages must first be read from
-    a disk."""
+    """Locks memory in threads of its own, because locking takes long if pages must first be read
+    from a disk."""
 
     def __init__(self, on_error: Callable[[str], None]) -> None:
         """`on_error` is called at most once, in any thread."""
@@ -69,8 +69,8 @@ class MemoryLock:
                 self._is_locked = True
 
     def _try(self) -> str:
-        """Lock the memory. Return why that is impossible, or ""."""
-        # With a limit, later allocations would fail, so lock nothing.
+        """Lock the memory. Return the reason why it cannot be locked, or ""."""
+        # If there is a limit, lock nothing, because later allocations would fail.
         if not _unlimited():
             return "the limit for locked memory is not infinity (LimitMEMLOCK=)"
         for flags in (_MCL_CURRENT, _MCL_FUTURE | _MCL_ONFAULT):

@@ -1,9 +1,9 @@
 """Read the names of guests from their command lines. Each read may block forever.
 
-To read a command line, the kernel takes the target's memory lock (procfs.py). Any user can hold
-that as long as they like, for example with an argument on a page of a FUSE file. So each user gets
-only a few reading threads, and each call has one deadline for all its names. If a name misses a
-deadline, later calls do not wait for it, but return it as soon as it is read.
+To read a command line, the kernel takes the target's memory lock (procfs.py). Any user can keep
+this lock taken for ever, for example with an argument on a page of a FUSE file. So each user gets
+only a few reading threads, and each call has one deadline for all its names. If a name is not read
+before the deadline, later calls do not wait for it, but return it once it has been read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from qkilld.model.dataclass import dataclass
 from qkilld.model.guest import Identity
 
 Names = tuple[str | None, str, bool, bool]
-"""The guest's name and UUID, each "" if the command line has none; whether it may have a QMP
-monitor, and storage on a network. The name is None if it is unknown."""
+"""The guest's name and UUID, each "" if the command line has none; whether the guest may have a QMP
+monitor; whether it may have storage on a network. The name is None if it is unknown."""
 UNKNOWN: Final[Names] = (None, "", False, True)
 _Key = tuple[int, int, str]
-"""pid, start time, executable. The executable is included because a process has another command
-line after execve(2)."""
+"""pid, start time, executable. The executable is included, because execve(2) changes the command
+line."""
 
 TIMEOUT_S: Final = 0.5
 TIMEOUT_EACH_S: Final = 0.0005
-"""How much each name to read adds to the timeout. Reading one usually takes 10 to 50 µs."""
+"""The time that each name adds to the timeout. Reading a name usually takes 10 to 50 µs."""
 MAX_THREADS: Final = 64
 RESERVED_FOR_ROOT: Final = 16
 MAX_SHARED: Final = 24
@@ -81,7 +81,8 @@ class NameReader:
         for uid in {
             user_of(identity.uid) for identity in identities if _key(identity) in self._late_keys
         }:
-            # They still wait for a thread if there was no room for one, or it did not start.
+            # These names have no thread yet, because the user may have no more threads, or a thread
+            # could not be started.
             self._start_thread(uid, loop)
         wanted = {
             key: user_of(identity.uid)
@@ -105,7 +106,7 @@ class NameReader:
             keys = {
                 key for queue in self._users.values() for key in (*queue.waiting, *queue.reading)
             }
-        # Names that were read meanwhile are not in `keys`, and `_collect` takes their results.
+        # Names that were read meanwhile are not in `keys`. `_collect` takes their results.
         self._pending &= keys
         self._late_keys &= keys
 
@@ -126,8 +127,8 @@ class NameReader:
                     await self._wake.wait()
             self._collect()
             missing = wanted.keys() & self._pending
-            # On a busy host, this process may not run for a while. Do not count that time, because
-            # it says nothing about the readers.
+            # On a busy host, this process may not run for a while. Do not count such a pause,
+            # because the reading threads may not have run, either.
             remaining_s -= min(loop.time() - start, 2 * _TICK_S)
         for pid, *_ in missing:
             note_once(f"reading the command line of process {pid}", "it takes too long")

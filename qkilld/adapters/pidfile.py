@@ -1,11 +1,11 @@
-"""Find the process that a pidfile names, if it is the one for which the file was written.
+"""Find the process that a pidfile names, and check that the file was written for this process.
 
-Whoever can write to a pidfile, or to a directory on its path, chooses the process. So the path is
-walked step by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE). Everyone who
-could have replaced the file must be root, the caller or the process's user.
+Anyone who can write to a pidfile, or to a directory on its path, can choose the process. So the
+path is walked step by step, as systemd does for PIDFile= (src/basic/chase.c, CHASE_SAFE). Only
+root, the caller and the process's user may have been able to replace the file.
 
-A pidfile also outlives its process: after a crash or a reboot, its number may belong to any
-process. So the process must not be younger than the file.
+A pidfile may also outlive its process. After a crash or a reboot, its number may be that of any
+other process. So the process must not be younger than the file.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from qkilld.model.text import printable
 
 MAX_BYTES: Final = 64
 SLACK_S: Final = 2.0
-"""How much later than its pidfile a process may seem to have started (s). The start of a process is
-known to 10 ms, and the boot time to 1 s. The rest is for coarse clocks of file systems."""
+"""How much later than its pidfile's time a process may seem to have started (s). The start of a
+process is known with a precision of 10 ms, and the boot time with 1 s. The rest is for the coarse
+times of file systems."""
 MAX_PID: Final = 2**32 - 1
-"""The greatest pid that a call on the bus can carry; the kernel's own limit is far lower."""
+"""The greatest pid that a call on the bus can contain. The kernel's own limit is far lower."""
 
 MAX_LINKS: Final = 40
 """The number of symbolic links that Linux follows for one path."""
@@ -69,8 +70,8 @@ class PathStep:
         """Return whether the group (S_IWGRP) or others (S_IWOTH) can change the file, or replace
         the entries of the directory.
 
-        In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it.
-        The check of the next step covers this owner. The mode of a link has no meaning.
+        In a directory with the sticky bit, such as /tmp, only the owner of an entry can replace it,
+        and the next step checks this owner. The mode of a link has no meaning.
         """
         if stat.S_ISLNK(self.mode) or (stat.S_ISDIR(self.mode) and self.mode & stat.S_ISVTX):
             return False
@@ -87,7 +88,7 @@ class Content:
     steps: tuple[PathStep, ...]
     """From the start of the path to the file itself."""
     lock: str = ""
-    """The file as /proc/locks names it: MAJOR:MINOR:INODE."""
+    """The file in the form of /proc/locks: MAJOR:MINOR:INODE."""
 
 
 def read(path: str) -> PidfileProcess:
@@ -126,11 +127,11 @@ def read(path: str) -> PidfileProcess:
 
 
 def _own_pid(pid: int, content: Content, shown: str) -> int:
-    """Return the process's id in our PID namespace. A process in another namespace has written the
-    id that it has there.
+    """Return the process's id in our PID namespace. `pid`, from the pidfile, is the id in the
+    namespace of the process, which may be another one.
 
-    QEMU holds a lock on its pidfile while it runs, which proves who wrote it. Raises Failed if
-    there is no such proof, and no process of our namespace has the id.
+    While QEMU runs, it has a lock on its pidfile, which proves that this process wrote the file.
+    Raises Failed if there is no such lock and no process of our namespace has the id.
     """
     holder = lock_holder(content.lock)
     if holder is not None and (holder == pid or pid in procfs.read_namespaced_pids(holder)):
@@ -154,13 +155,13 @@ def _is_hidden(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError as error:
-        # EINVAL: a thread has the id, or no process can have it.
+        # EINVAL: the id is that of a thread, or too great for a process.
         return error.errno != errno.EINVAL
     return not (procfs.PROC / str(pid)).exists()
 
 
 def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:
-    """Return the process that holds a lock on a file (MAJOR:MINOR:INODE); None if none is known.
+    """Return the process that has a lock on a file (MAJOR:MINOR:INODE); None if none is known.
 
     Source: proc_locks(5). The kernel reports the process's id in our PID namespace.
     """
@@ -173,7 +174,7 @@ def lock_holder(file: str, proc: Path = procfs.PROC) -> int | None:
 
 
 def parse_pid(data: bytes, shown: str) -> int:
-    """Parse the one decimal number in `data`, with white space around it. Raises InvalidArgs."""
+    """Parse `data`, a decimal number that may have white space around it. Raises InvalidArgs."""
     digits = data.strip()
     if len(data) > MAX_BYTES or not digits.isdigit() or not 0 < int(digits) <= MAX_PID:
         raise InvalidArgs(
@@ -184,8 +185,8 @@ def parse_pid(data: bytes, shown: str) -> int:
 
 
 def check_writers(content: Content, process_uid: int, caller_uid: int, shown: str) -> None:
-    """Raise AccessDenied if anyone but root, the caller and the process's user could have written
-    or replaced the file. Such a user could choose which process the caller stops."""
+    """Raise AccessDenied if anyone except root, the caller and the process's user could have
+    written or replaced the file. Such a user could choose which process the caller stops."""
     trusted = {0, caller_uid, process_uid}
     for step in content.steps:
         subject = f"Pidfile {shown}"
@@ -210,7 +211,8 @@ def check_writers(content: Content, process_uid: int, caller_uid: int, shown: st
 
 
 def boot_time() -> int:
-    """Return the boot time by the current wall clock, in s since the epoch: btime, proc(5)."""
+    """Return the boot time in seconds since the epoch, according to the current wall clock: btime,
+    proc(5)."""
     lines = (line.split() for line in Path("/proc/stat").read_bytes().splitlines())
     return next(int(fields[1]) for fields in lines if fields[0] == b"btime")
 

@@ -33,11 +33,12 @@ _INFO_EXIT: Final = 1 << 3
 _SIGNAL: Final = 0x7F
 """The bits of a wait(2) status that contain the signal."""
 MAX_EXITS: Final = 64
-"""The maximum number of exits that are noted in one turn of the loop."""
+"""The maximum number of exits that are handled in one iteration of the event loop."""
 
 
 class PidfdProcess:
-    """Implements engine.ports.Process. `open_process` leaves the label to `set_label`."""
+    """Implements engine.ports.Process. After `open_process`, the label is unset; see
+    `set_label`."""
 
     __slots__ = ("_exits", "_on_exit", "_pidfd", "_proc", "guest")
 
@@ -127,16 +128,16 @@ class PidfdProcess:
 
 
 class _Exits:
-    """Watches pidfds in one loop. A user may end thousands of processes at a time, so each turn of
-    the loop takes note of a few, and jobs act on them in steps (engine.steps). Has a descriptor
-    only while it watches any."""
+    """Watches pidfds in one event loop. A user may end thousands of processes at a time, so each
+    iteration of the loop handles only MAX_EXITS, and jobs act on the exits in steps (engine.steps).
+    An object has an epoll descriptor only while it watches pidfds."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
         self._epoll = select.epoll()
         self._epoll.close()
         self._watched: dict[int, Callable[[], None]] = {}
-        """What to call, by pidfd."""
+        """The function to call for each pidfd."""
 
     def add(self, pidfd: int, callback: Callable[[], None]) -> None:
         loop = self._loop()
@@ -178,8 +179,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
     """Open a process and read its identity; the caller closes it.
 
     Raises NoSuchProcess (also for a thread's id and for a zombie), NotQemu if the kernel does not
-    show its executable, UnknownIdentity if the process blocks that, Failed if it cannot be read for
-    another reason, such as EMFILE.
+    show the executable, UnknownIdentity if the process blocks the reading, Failed for other errors,
+    such as EMFILE.
     """
     pidfd = _open_pidfd(pid)
     try:
@@ -191,8 +192,8 @@ def open_process(pid: int, proc: Path = procfs.PROC) -> PidfdProcess:
 
 
 def open_unidentified(guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Open the process that has the guest's id now. Whether it is still the guest's process is
-    checked before a signal. Raises NoSuchProcess, Failed."""
+    """Open the process that has the guest's id now. This may be another process; the caller must
+    check that before it sends a signal. Raises NoSuchProcess, Failed."""
     return PidfdProcess(_open_pidfd(guest.identity.pid), guest, proc)
 
 
@@ -203,7 +204,7 @@ def _open_pidfd(pid: int) -> int:
     except OverflowError:
         raise NoSuchProcess(f"No process has the id {pid}") from None
     except OSError as error:
-        # A thread's id causes EINVAL up to Linux 6.8, ENOENT since.
+        # For a thread's id, the error is EINVAL up to Linux 6.8, and ENOENT since.
         if pid > 0 and error.errno in (errno.EINVAL, errno.ENOENT):
             raise NoSuchProcess(
                 f"{pid} is the id of a thread; give the id of its process"
@@ -214,17 +215,17 @@ def _open_pidfd(pid: int) -> int:
 
 
 def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdProcess:
-    """Use a pidfd that was stored for a guest's process, which may have exited since then. If the
-    process blocks the reading of its start time, the start time is checked before a signal.
+    """Use a pidfd that was stored for a guest's process. The process may have exited. If it blocks
+    the reading of its start time, the start time is checked before a signal is sent.
 
-    Raises ProcessChanged if it is no pidfd, or is that of another process, or if the process cannot
-    be identified. The caller then still owns the descriptor.
+    Raises ProcessChanged if the descriptor is no pidfd, or that of another process, or if the
+    process cannot be identified. The caller then still owns the descriptor.
     """
     pid = _pid_of(pidfd)
     if pid is None:
         raise ProcessChanged("it is no pidfd")
     try:
-        # If the pid is -1, the process was reaped, so a signal through the pidfd reaches nothing.
+        # If the pid is -1, the process was reaped, so a signal through the pidfd has no effect.
         if pid > 0 and (
             pid != guest.identity.pid
             or procfs.read_stat(pid, proc).start_time != guest.identity.start_time
@@ -239,7 +240,7 @@ def adopt_process(pidfd: int, guest: Guest, proc: Path = procfs.PROC) -> PidfdPr
 
 
 def _pid_of(pidfd: int) -> int | None:
-    """Return "Pid:" from its fdinfo, pidfd_open(2); None if it is not a pidfd."""
+    """Return "Pid:" from the descriptor's fdinfo, pidfd_open(2); None if it is not a pidfd."""
     try:
         lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
     except OSError as error:

@@ -1,12 +1,13 @@
 """Read /proc/PID: the identity of a process and the mounts that it sees. Sources: proc(5),
 cgroups(7).
 
-Reading status and cgroup never blocks. Reading stat and exe can, so these functions wait for them
-only briefly, and raise Unanswered (blockable.py). Reading a command line can block, too: the kernel
-takes the target's memory lock, which a QEMU process stuck in a page fault may hold forever. So call
-`read_command_line` and `read_names` in a separate thread (target_threads.py, names.py). Reading
-mountinfo does not block on a file system whose server is gone, because the kernel has the text in
-memory and accesses no path. For another user's process, it needs the ptrace right.
+Reading status and cgroup never blocks. Reading stat and exe can block, so these reads have a short
+timeout, after which Unanswered is raised (blockable.py). Reading a command line can block, too: the
+kernel takes the target's memory lock, and a QEMU process that is stuck in a page fault may keep
+this lock for ever. So call `read_command_line` and `read_names` in a separate thread
+(target_threads.py, names.py). Reading mountinfo does not block even if the server of a file system
+is gone, because the kernel makes the text without accessing a path. For another user's process, it
+needs the ptrace right.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ from qkilld.model.text import printable
 
 PROC: Final = Path("/proc")
 _MAX_CMDLINE: Final = 256 << 10
-"""How many bytes of a command line are read. A process can make its own arbitrarily long."""
+"""The maximum number of bytes of a command line that are read. A process can make its own
+arbitrarily long."""
 _MAX_WORDS: Final = 10_000
-"""Parsing a longer command line would take seconds. libvirt's longest have about 5,000 words."""
+"""Parsing a command line with more words would take seconds. libvirt's longest have about 5,000."""
 _CHUNK: Final = 1 << 14
 _MAX_MOUNTINFO: Final = 4 << 20
-"""Bytes of a mountinfo, enough for about 25,000 mounts. A longer one counts as unreadable."""
+"""The maximum number of bytes of a mountinfo, enough for about 25,000 mounts. A longer one is not
+read."""
 _PF_EXITING: Final = 0x4
 """A flag in stat: include/linux/sched.h."""
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _UUID: Final = re.compile(r"(?a:[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12})", re.IGNORECASE)
-"""The only form that QEMU accepts (util/uuid.c)."""
+"""The only form of a UUID that QEMU accepts (util/uuid.c)."""
 _UNIT_NAME: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")
 
 
@@ -54,9 +57,9 @@ class Stat(NamedTuple):
     state: str
     parent: int
     exiting: bool
-    """The first thread is exiting; other threads of the process may go on."""
+    """The first thread is exiting. Other threads of the process may continue."""
     cpu: int
-    """Clock ticks in user and kernel mode, of all threads."""
+    """Clock ticks of all threads in user and kernel mode."""
     threads: int
     start_time: int
     """Clock ticks since boot."""
@@ -73,18 +76,18 @@ class Filesystem(NamedTuple):
     """A line of mountinfo. Its strings keep the kernel's escapes."""
 
     pid: str
-    """The process in whose mount namespace it is: a process id or "self"."""
+    """The process whose mountinfo has this line: a process id or "self"."""
     id: int
     parent: int
     number: str
-    """MAJOR:MINOR of the files on it, st_dev; major 0 if there is no block device."""
+    """MAJOR:MINOR of its files (st_dev). The major number is 0 if there is no block device."""
     root: bytes
-    """The directory within the file system that is mounted."""
+    """The directory of the file system that is mounted."""
     point: bytes
     kind: str
     source: bytes
     options: bytes
-    """Options of the file system, not of the mount."""
+    """The options of the file system, not those of the mount."""
 
 
 class Credentials(NamedTuple):
@@ -95,7 +98,7 @@ class Credentials(NamedTuple):
     gids: frozenset[int]
 
     def may(self, wanted: int, status: os.stat_result) -> bool:
-        """Return whether these credentials allow `wanted` for a file: S_IRUSR (read) or S_IXUSR
+        """Return whether these credentials permit `wanted` on a file: S_IRUSR (read) or S_IXUSR
         (execute). Ignores ACLs."""
         if self.uid == 0:
             return True
@@ -113,7 +116,7 @@ def pids(proc: Path = PROC) -> list[int]:
 
 def read_stat(pid: int, proc: Path = PROC) -> Stat:
     """Read stat. Raises OSError: FileNotFoundError or ProcessLookupError if there is no process,
-    Unanswered if the process blocks that."""
+    Unanswered if the process blocks the reading."""
     return blockable.shared.one(f"{proc}/{pid}", _stat)
 
 
@@ -173,12 +176,12 @@ def read_credentials(pid: int, proc: Path = PROC) -> Credentials:
 
 
 MAX_PARENTS: Final = 64
-"""The children of a process with more threads than this are not read."""
+"""If a process has more threads than this, its children are not read."""
 
 
 def read_children(pid: int, proc: Path = PROC) -> list[int]:
-    """Return the children of a process, in the order in which each of its threads has started them;
-    [] if they are unreadable, or if the process has more than MAX_PARENTS threads."""
+    """Return the children of a process. Those of each thread are in the order of their starts. []
+    if they are unreadable, or if the process has more than MAX_PARENTS threads."""
     try:
         tasks = os.listdir(f"{proc}/{pid}/task")  # noqa: PTH208 - half the cost
     except OSError as error:
@@ -211,7 +214,7 @@ def _status_lines(pid: int, proc: Path) -> list[bytes]:
 
 
 def _read(path: str) -> bytes:
-    """Read a file of /proc, in half the time of Path.read_bytes. Raises OSError."""
+    """Read a file of /proc. This takes half the time of Path.read_bytes. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = chunk = os.read(fd, _CHUNK)
@@ -226,9 +229,9 @@ def _read(path: str) -> bytes:
 def read_executable(pid: int, proc: Path = PROC) -> tuple[str, bool]:
     """Return the target of exe, and whether it is deleted; ("", False) if there is none.
 
-    Kernel threads and exiting processes have none. If the first thread has exited, exe of another
-    thread is read. Raises OSError, for example PermissionError if the kernel does not show it,
-    Unanswered if the process blocks that.
+    Kernel threads and exiting processes have no exe. If the first thread has exited, exe of another
+    thread is read. Raises OSError, for example PermissionError if the kernel does not show exe,
+    Unanswered if the process blocks the reading.
     """
     return blockable.shared.one(f"{proc}/{pid}", _executable)
 
@@ -243,7 +246,7 @@ def read_executables(
 
 
 def _executable(directory: str) -> tuple[str, bool]:
-    """May block. Raises OSError. The kernel does not show a path of 4096 bytes and more."""
+    """May block. Raises OSError. The kernel does not show a path of 4096 bytes or more."""
     path = _readlink(f"{directory}/exe")
     if path is None:
         tasks = _tasks(Path(directory))
@@ -254,8 +257,8 @@ def _executable(directory: str) -> tuple[str, bool]:
 
 def read_identity(pid: int, proc: Path = PROC) -> Identity:
     """Raises OSError: FileNotFoundError or ProcessLookupError if the process is gone,
-    PermissionError if the kernel does not show its executable, Unanswered if the process blocks
-    that."""
+    PermissionError if the kernel does not show its executable, Unanswered if the process blocks the
+    reading."""
     return blockable.shared.one(f"{proc}/{pid}", _identity)
 
 
@@ -299,7 +302,7 @@ def read_namespaced_pids(pid: int, proc: Path = PROC) -> tuple[int, ...]:
 def read_command_line(pid: int, proc: Path = PROC) -> list[str]:
     """Return the words of /proc/PID/cmdline. May block.
 
-    Raises OSError, also (E2BIG) if they are more than 10,000 or longer than 256 KiB.
+    Raises OSError; with E2BIG if there are more than 10,000 words or 256 KiB.
     """
     command_line = _read_command_line(pid, proc)
     if not _is_whole(command_line):
@@ -322,20 +325,22 @@ def _arguments(command_line: bytes) -> list[str]:
 
 
 def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool]:
-    """Return the guest's name and UUID, each "" if not given, and whether it may have a QMP
-    monitor, and storage on a network. The name is None if it is unknown. May block forever."""
+    """Return the guest's name and UUID, each "" if the command line has none; whether the guest may
+    have a QMP monitor; whether it may have storage on a network. The name is None if it is unknown.
+    May block forever."""
     try:
         command_line = _read_command_line(pid, proc)
     except OSError as error:
         note_once(f"reading the command line of process {pid}", error)
         return None, "", False, True
     argv = _arguments(command_line)
-    # This is imported late, because importing JSON takes 3 ms of the start of qkilld-stop, which
-    # rarely needs a name.
+    # Imported late, because its import of JSON takes 3 ms. qkilld-stop must start fast, and rarely
+    # needs a name.
     from qkilld.adapters import qemu_args
 
     name, uuid_text = qemu_args.name_and_uuid(argv)
-    # Only a complete command line shows that there is no name. That of an exiting process is empty.
+    # Only a complete command line proves that the guest has no name. That of an exiting process is
+    # empty.
     is_whole = bool(command_line) and _is_whole(command_line)
     label = printable(name) if name or is_whole else None
     is_remote = not is_whole or qemu_args.names_network_storage(argv)
@@ -343,14 +348,14 @@ def read_names(pid: int, proc: Path = PROC) -> tuple[str | None, str, bool, bool
 
 
 def read_unit(pid: int, proc: Path = PROC) -> Unit | None:
-    """Return the systemd unit. It is unknown (None) if the process or process 1 is hidden
-    (ProtectProc=, hidepid=) or gone, or if it is unknown which cgroup hierarchy systemd uses.
+    """Return the systemd unit of a process. None means unknown: the process or process 1 is hidden
+    (ProtectProc=, hidepid=) or gone, or it is unknown which cgroup hierarchy systemd uses.
 
     Users choose the names of cgroups below user@UID.service. A name that no unit can have becomes
     "?".
     """
     try:
-        # Not read_text(), which would turn a carriage return in a name into a line break.
+        # Do not use read_text(), which would turn a carriage return in a name into a line break.
         cgroups, init = (
             (proc / str(one) / "cgroup").read_bytes().decode("utf-8", "surrogateescape")
             for one in (pid, 1)
@@ -393,7 +398,7 @@ class Mounts:
     """The mounts that one process sees at one moment."""
 
     def __init__(self, pid: int | str, proc: Path = PROC) -> None:
-        """Read mountinfo; if it cannot be read, there are no mounts."""
+        """Read mountinfo. If it cannot be read, this object has no mounts."""
         self._pid = str(pid)
         self._lines: dict[bytes, bytes] = {}
         # Not splitlines(): a path may contain any line separator except a line feed.
@@ -407,7 +412,7 @@ class Mounts:
         return None if line is None else parse_mount(line, self._pid)
 
     def every(self) -> list[Filesystem]:
-        """Return all file systems, roughly in the order of mounting."""
+        """Return all file systems, roughly in the order in which they were mounted."""
         parsed = (parse_mount(line, self._pid) for line in self._lines.values())
         return [filesystem for filesystem in parsed if filesystem is not None]
 
@@ -417,10 +422,11 @@ class Mounts:
         return way[-1] if way else None
 
     def way_to(self, path: bytes) -> list[Filesystem]:
-        """Return the file systems on the way to this absolute path; the last one holds it.
+        """Return the file systems on the way to this absolute path. The last one contains the path.
 
-        Follows mounts as the kernel does when it walks a path, so mounts that later ones cover are
-        ignored. Symbolic links are not followed, because paths from the kernel have none.
+        Follows mounts as the kernel does when it walks a path, so a mount that is covered by a
+        later one is ignored. Does not follow symbolic links, because paths from the kernel have
+        none.
         """
         every = self.every()
         ids = {filesystem.id for filesystem in every}
@@ -477,8 +483,9 @@ def parse_mount(line: bytes, pid: str) -> Filesystem | None:
 
 
 def read_links(fd_directory: int, most: int) -> list[tuple[str, str]] | None:
-    """Return the number and the link of each descriptor, given a descriptor of /proc/PID/fd; None
-    if there are more than `most`. A link that is too long is "". Raises OSError."""
+    """Return the number and the link of each descriptor of a process. `fd_directory`: a descriptor
+    of /proc/PID/fd. None if there are more than `most`. A link that is too long is "". Raises
+    OSError."""
     with os.scandir(fd_directory) as entries:
         names = [entry.name for entry in itertools.islice(entries, most + 1)]
     if len(names) > most:
@@ -519,7 +526,7 @@ def _tasks(own: Path) -> list[Path]:
 
 @functools.lru_cache(maxsize=4)
 def _systemd_uses_v2(proc: Path) -> bool | None:
-    """Return whether systemd uses v2. Reads mountinfo instead of statfs(2), which Python lacks."""
+    """Return whether systemd uses v2. Reads mountinfo, because Python has no statfs(2)."""
     mounts = Mounts("self", proc)
 
     def kind_at(path: str) -> str:

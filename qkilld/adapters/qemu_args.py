@@ -1,6 +1,6 @@
 """Parse QEMU's command line and -readconfig files as QEMU does.
 
-Pure: nothing here opens a file. All input is hostile, and callers must verify what it claims.
+Pure: nothing here opens a file. All input may be hostile, and callers must verify what it claims.
 Sources: qemu-options.hx of QEMU 2.0 to 10.0, util/qemu-option.c, util/keyval.c, chardev/char.c
 (qemu_chr_parse_compat), util/qemu-config.c.
 """
@@ -52,12 +52,13 @@ NETWORK_DRIVERS: Final = frozenset({"nbd", "iscsi", "ssh", "http", "https", "ftp
 """The block drivers whose storage is behind a connection."""
 # fmt: on
 MAX_KEY: Final = 1024
-"""Longest key (characters) in key=value form. QEMU's keys have fewer than 100. A longer one would
-make the key of each element below it as long."""
+"""The longest key (characters) in key=value form. QEMU's keys have fewer than 100. With a longer
+key, the keys of all elements below it would be as long, too."""
 MAX_KEYS: Final = 64 << 10
 """See QemuOption.flat (characters)."""
 
-# A string without an end reaches to the end of the text, so that it is searched only once.
+# A string without a closing quote matches up to the end of the text, so that the text is searched
+# only once.
 _STRINGS: Final = re.compile(r"'((?:[^'\\]++|\\.)*+)'?|\"(?:[^\"\\]++|\\.)*+\"?", re.DOTALL)
 _INET: Final = re.compile(r"(tcp|telnet|tn3270|websocket|udp):(\[[^\]]*\]|[^:,]*):([^,@]*)")
 _SECTION: Final = re.compile(r'\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]')
@@ -70,8 +71,8 @@ class QemuOption:
     """One option of a command line, or one section of a -readconfig file in the same form."""
 
     name: str
-    """The option's name without dashes. A word that is neither option nor argument is an image, as
-    in QEMU, and gets the name `hda`."""
+    """The option's name without dashes. A word that is neither an option nor its argument is an
+    image, as in QEMU, and gets the name `hda`."""
     text: str
     """The argument as given; "" if the option takes none."""
 
@@ -79,9 +80,9 @@ class QemuOption:
     def properties(self) -> Mapping[str, Any]:
         """The argument's keys and values; empty if it has none (`-kernel FILE`).
 
-        From key=value: all values are strings, and keys keep their dots ("file.driver"). A key
-        without a value is "on" or, with the prefix "no", "off". The last of equal keys counts. From
-        JSON: the nested object. `flat` has one form for both.
+        From the form key=value: all values are strings, and keys keep their dots ("file.driver"). A
+        key without a value is "on" or, with the prefix "no", "off". If a key is repeated, its last
+        value counts. From JSON: the nested object. `flat` has the same form for both.
         """
         if self.name in _FILE:
             return MappingProxyType({"file": self.text})
@@ -95,10 +96,10 @@ class QemuOption:
     def flat(self) -> Mapping[str, str]:
         """The properties in key=value form: {"file": {"path": 1}} becomes {"file.path": "1"}.
 
-        Booleans become "on" and "off"; the key of a list's element is its index. Keys longer than
+        Booleans become "on" and "off". The key of a list's element is its index. Keys longer than
         MAX_KEY or deeper than MAX_DEPTH are left out. Each element repeats the keys above it, so
-        all keys together can be much longer than the text. If they are longer than `room`, the rest
-        is left out.
+        all keys together can be much longer than the text. When they reach `room` characters, the
+        rest is left out.
         """
         values: dict[str, str] = {}
         room = MAX_KEYS + 4 * len(self.text)
@@ -138,7 +139,7 @@ def parse_command_line(argv: Sequence[str]) -> list[QemuOption]:
 def parse_config(text: str) -> list[QemuOption]:
     """Return the sections of a -readconfig file as options, in order.
 
-    A section's quoted name is its `id`. Lines that QEMU would refuse are skipped.
+    The quoted name of a section becomes its `id`. Lines that QEMU would refuse are skipped.
     """
     sections: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
@@ -174,7 +175,7 @@ def parse_legacy_chardev(text: str) -> dict[str, str]:
     """Parse the argument of -qmp, -monitor or -serial into the properties of a -chardev.
 
     "unix:PATH,server=on" is {"backend": "socket", "path": PATH, "server": "on"}. "chardev:ID" is
-    {"chardev": ID}. Text without an address or file is the name of the backend.
+    {"chardev": ID}. A text without an address or file is the name of the backend.
     """
     text = text.removeprefix("mon:")
     kind, colon, rest = text.partition(":")
@@ -199,7 +200,7 @@ def parse_legacy_chardev(text: str) -> dict[str, str]:
 
 
 def name_and_uuid(argv: Sequence[str]) -> tuple[str, str]:
-    """Return the values of -name and -uuid, "" if not given; the last one counts, as in QEMU."""
+    """Return the values of -name and -uuid, "" if not given. As in QEMU, the last one counts."""
     name = uuid = ""
     for option in parse_command_line(argv):
         if option.name == "name":
@@ -226,10 +227,10 @@ def monitor_protocol(option: QemuOption) -> str:
 
 
 def has_qmp(argv: Sequence[str]) -> bool:
-    """Return whether the QEMU has a QMP monitor that is not libvirt's, or may have one from a
+    """Return whether QEMU has a QMP monitor that libvirt does not use, or may have one from a
     -readconfig file.
 
-    libvirt uses the monitor itself, and QEMU serves one client at a time.
+    A monitor of libvirt cannot be used, because QEMU serves one client at a time.
     """
     found = False
     for option in parse_command_line(argv):
@@ -240,14 +241,14 @@ def has_qmp(argv: Sequence[str]) -> bool:
 
 
 def _is_libvirts_monitor(chardev: Mapping[str, str]) -> bool:
-    """Return whether libvirt made this character device for its monitor: it passes a listening
+    """Return whether libvirt made this character device for its monitor. libvirt passes a listening
     socket, and chooses this id (src/qemu/qemu_command.c of libvirt)."""
     return chardev.get("id") == "charmonitor" and "fd" in chardev
 
 
 def names_network_storage(argv: Sequence[str]) -> bool:
-    """Return whether the command line names storage on a network, or a -readconfig file may do
-    so."""
+    """Return whether the command line names storage on a network, or a -readconfig file may name
+    some."""
     for option in parse_command_line(argv):
         if option.name == "readconfig":
             return True
@@ -261,7 +262,8 @@ def names_network_storage(argv: Sequence[str]) -> bool:
 
 
 def _parse_json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object; empty if it is not one. QEMU also accepts strings in single quotes."""
+    """Parse a JSON object; empty if the text is not one. Like QEMU, accept strings in single
+    quotes, too."""
     try:
         value = decode_json(_STRINGS.sub(_requoted, text))
     except ValueError:

@@ -17,9 +17,9 @@ from qkilld.debug_log import ignore, note
 from qkilld.foreign_descriptors import close_later, is_socket
 
 QUEUE_LENGTH: Final = 1 << 14
-"""While this many messages wait to be sent, further ones about stored descriptors are dropped. This
-is harmless: if a pidfd is missing, the next daemon finds the process by its id and start time. If a
-descriptor is stored that no job needs, the next daemon rejects it."""
+"""While this many messages wait to be sent, further messages about stored descriptors are dropped.
+This is harmless: if a pidfd is missing, the next daemon finds the process by its id and start time.
+If a stored descriptor is not needed by any job, the next daemon rejects it."""
 SOCK_DIAG: Final = "sock-diag"
 """The name of the descriptor from units/qkilld-diag.socket."""
 VARLINK: Final = "varlink"
@@ -47,17 +47,17 @@ class ServiceManager:
         self._put(state, None, always=True)
 
     def ping(self) -> None:
-        """Tell systemd's watchdog that this program works. At most one such message waits to be
-        sent."""
+        """Tell systemd's watchdog that this program works. Does nothing while an earlier such
+        message waits to be sent."""
         if not self._pinging:
             self._pinging = True
             self._put("WATCHDOG=1", None, always=True)
 
     def store_fd(self, name: str, fd: int) -> None:
-        """Store a descriptor, which survives this process. Failures are ignored, because the next
-        daemon can work without the descriptor."""
-        # Send a duplicate, because the original may be closed, and its number reused, before it is
-        # sent.
+        """Store a descriptor in the service manager, where it survives this process. Failures are
+        ignored, because the next daemon can work without the descriptor."""
+        # Send a duplicate: before the message is sent, the original may be closed and its number
+        # reused.
         with ignore(f"storing the descriptor of {name}", OSError):
             self._put(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", os.dup(fd))
 
@@ -65,8 +65,8 @@ class ServiceManager:
         self._put(f"FDSTOREREMOVE=1\nFDNAME={name}", None)
 
     async def barrier(self, timeout_s: float) -> None:
-        """Return when the manager has processed everything sent before (sd_notify_barrier(3)), or
-        after `timeout_s`."""
+        """Wait up to `timeout_s` until the manager has processed everything sent before
+        (sd_notify_barrier(3))."""
         if self._writer is None:
             return
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -108,8 +108,8 @@ class ServiceManager:
 
 
 def stored_descriptors() -> dict[str, int]:
-    """Return, by name, the descriptors in our file descriptor store and the sockets of our socket
-    units. Call it once, at the start.
+    """Return the descriptors in our file descriptor store and the sockets of our socket units, by
+    name. Call this once, at the start.
 
     listen_fds_with_names() cannot block: it only reads the environment and sets flags.
     """

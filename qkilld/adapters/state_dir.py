@@ -4,9 +4,9 @@ Writing must not delay a job, so a separate thread writes the newest state of ea
 fails, for example because /run is full, jobs continue, and the first failure after a success is
 reported.
 
-Files may come from an earlier run or from anyone. A file that is incomplete or not ours is renamed
-to NAME.bad and reported. A file of a newer version is reported and kept, as is one that cannot be
-read for lack of descriptors or memory.
+Files may come from an earlier run, or from anyone else. A file that is incomplete or not ours is
+renamed to NAME.bad and reported. A file of a newer version is reported and kept. So is a file that
+cannot be read for lack of descriptors or memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import JobState
 
 MAX_BYTES: Final = 4 << 20
-"""Greatest size of a file in bytes. A job has a few KiB."""
+"""The maximum size of a file in bytes. The state of a job takes a few KiB."""
 MAX_BAD: Final = 16
-"""The number of .bad files to keep; further ones are removed."""
+"""The number of .bad files to keep. Further ones are removed."""
 RESERVE: Final = 16
-"""How many job numbers are reserved in advance. If a crash loses the file of a job, its number is
-still reserved, and not used again."""
+"""How many job numbers are reserved in advance. If the file of a job is lost in a crash, its number
+is still reserved, so it is not used again."""
 
 _JOB: Final = re.compile(r"job-([1-9][0-9]{0,8})\.json")
 _NUMBERS: Final = "numbers.json"
@@ -56,8 +56,8 @@ class StateDirectory:
     """Call `load` once, before anything else."""
 
     def __init__(self, directory: Path, on_error: Callable[[str], None]) -> None:
-        """Raises OSError if there is no such directory, PermissionError if others own it or may
-        write to it."""
+        """Raises OSError if there is no such directory, PermissionError if another user owns it or
+        may write to it."""
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         status = os.fstat(self._directory)
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -78,11 +78,11 @@ class StateDirectory:
         self._writer = BackgroundWriter("state", self._write_item, limit=None)
 
     def load(self) -> tuple[list[Snapshot], int, list[BadFile]]:
-        """Return the jobs in the order of their numbers, the highest number that may have been
-        used, and the unusable files. Remove files of another boot.
+        """Return the jobs, sorted by number; the highest number that may have been used; and the
+        unusable files. Remove files of another boot.
 
         Raises OSError if the directory cannot be read. If it cannot be written to, for example
-        because it is full, that is reported, and its files are still read.
+        because it is full, the error is reported, and its files are still read.
         """
         documents, bad = [], []
         last = 0
@@ -111,7 +111,7 @@ class StateDirectory:
         try:
             self._reserve(last)
         except OSError as error:
-            self._reserved_number = last  # The next job tries again.
+            self._reserved_number = last  # The next job tries to reserve numbers again.
             self._failed(error)
         return sorted(documents, key=lambda snapshot: snapshot.number), last, bad
 
@@ -127,18 +127,18 @@ class StateDirectory:
         self._put(number, None)
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back, in the writing thread, when everything saved before is written or has
+        """Call `callback` in the writing thread when everything saved before is written or has
         failed."""
         self._writer.put(callback)
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
-        """Write the saved state of a job before those of others. Call back, in the writing thread,
-        when it is written or has failed."""
+        """Write the saved state of a job before those of others. Call `callback` in the writing
+        thread when the state is written or has failed."""
         self._first.append((number, callback))
-        self._writer.put(_do_nothing)  # Wakes the thread, which looks at _first at each item.
+        self._writer.put(_do_nothing)  # Wakes the thread, which reads _first at each item.
 
     def set_aside(self, name: str) -> None:
-        """Rename a file to NAME.bad, or remove it if there are MAX_BAD of these already."""
+        """Rename a file to NAME.bad, or remove it if there are already MAX_BAD such files."""
         with ignore(f"setting {name} aside", OSError):
             names = [other for other in self._names() if other.endswith(".bad")]
             if len(names) < MAX_BAD or f"{name}.bad" in names:
@@ -186,7 +186,7 @@ class StateDirectory:
             elif item in self._pending:
                 self._write_job(item)
             else:
-                return  # It was written before others.
+                return  # This state was written before the others.
             self._is_error_reported = False
         except OSError as error:
             self._failed(error)
@@ -199,7 +199,8 @@ class StateDirectory:
             name, job = _name(number), state.to_json()
             text = self._encoded({"job": job})
             if len(text) > MAX_BYTES:
-                # A job without evidence is resumed as if no sample had been taken.
+                # Save the job without its assessment. It is then resumed as if no sample had been
+                # taken.
                 text = self._encoded({"job": job | {"assessment": None}})
             try:
                 self._write(name, text)
@@ -233,10 +234,10 @@ class StateDirectory:
         self._rename(temporary, name)
 
     def _overwrite(self, name: str, text: bytes) -> bool:
-        """Overwrite the existing file in place, which works on a full disk if the file is large
+        """Overwrite the existing file in place. This works on a full disk if the file is large
         enough. Return False on failure.
 
-        A crash during this leaves an incomplete file, from which no job is resumed.
+        A crash meanwhile leaves an incomplete file, from which no job is resumed.
         """
         try:
             fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)

@@ -13,7 +13,7 @@ from qkilld.model.text import printable
 QUEUE_LENGTH: Final = 4096
 MAX_LINE: Final = 2000
 _DEBUG_PREFIX: Final = "<7>"
-"""The priority of a line for journald: sd-daemon(3)."""
+"""The priority of a line, as a prefix for journald: sd-daemon(3)."""
 
 
 class StderrHandler(logging.Handler):

@@ -1,7 +1,7 @@
-"""Read which uids are subordinate uids of which user.
+"""Read the subordinate uids of each user.
 
-Source: subuid(5). Each line is NAME:FIRST:COUNT, or UID:FIRST:COUNT. If ranges come from somewhere
-else (`subid` in nsswitch.conf(5)), they stay unknown, because asking for them may block.
+Source: subuid(5). Each line is NAME:FIRST:COUNT, or UID:FIRST:COUNT. Ranges from other sources
+(`subid` in nsswitch.conf(5)) are not read, because that may block.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ _FILES: Final = (
     ),
 )
 _DOCUMENTATION: Final = Path(__file__).parents[1] / "documentation"
-"""This exists only in a wheel. Other packages install man pages."""
+"""This directory exists only in a wheel. Other packages install man pages."""
 
 
 def find_missing(root: Path) -> list[str]:
-    """Return each missing file with its proper location."""
+    """Return each missing file, with the place where it should be."""
     return [
         f"{what} ({root / directories[-1] / name})"
         for what, name, directories in _FILES

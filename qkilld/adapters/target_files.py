@@ -1,7 +1,7 @@
 """Open files as another process sees them, without following a link out of its root.
 
-The target chooses the file systems that are accessed here, so everything may block forever: run it
-in a separate thread. Sources: path_resolution(7), proc_pid_root(5).
+The target chooses the file systems that are accessed here, so every function may block forever.
+Call these functions in a separate thread. Sources: path_resolution(7), proc_pid_root(5).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Final
 from qkilld.adapters.procfs import PROC, Credentials, read_credentials
 
 MAX_CONFIG: Final = 1 << 20
-"""Total bytes of -readconfig files."""
+"""The maximum size of all -readconfig files together, in bytes."""
 MAX_CONFIGS: Final = 16
-"""The maximum number of -readconfig files of a process; together they may have MAX_CONFIG bytes."""
+"""The maximum number of -readconfig files of a process."""
 
 MAX_PATH: Final = 4096
-"""Bytes of a path, the kernel's limit (PATH_MAX)."""
+"""The maximum length of a path in bytes: the kernel's PATH_MAX."""
 MAX_DEPTH: Final = 128
-"""The maximum number of directories on the way to a file; each takes a descriptor."""
+"""The maximum number of directories on the way to a file. Each takes a descriptor."""
 MAX_STEPS: Final = 1024
 """The maximum number of names looked up for one file."""
 
@@ -32,11 +32,11 @@ _MAX_LINKS: Final = 40
 
 
 def open_path(root: Path, path: str, directory: Path | None = None) -> int:
-    """Open a file with O_PATH below `root`; a relative path begins in `directory`.
+    """Open a file with O_PATH below `root`. A relative path begins in `directory`.
 
-    This does the work of openat2(2) with RESOLVE_IN_ROOT, because that fails with ENOSYS under
-    RestrictSUIDSGID= (measured, systemd 252). The differences: a procfs link counts as the path
-    that it shows, ".." does not lead out of `directory`, and nothing is automounted. Raises
+    This replaces openat2(2) with RESOLVE_IN_ROOT, which fails with ENOSYS under RestrictSUIDSGID=
+    (measured, systemd 252). There are three differences: for a procfs link, the path that the link
+    shows is followed; ".." does not lead out of `directory`; nothing is automounted. Raises
     OSError.
     """
     return _PathWalk(root, None if path.startswith("/") else directory).open(path)
@@ -45,8 +45,8 @@ def open_path(root: Path, path: str, directory: Path | None = None) -> int:
 def read_config(pid: int, path: str, proc: Path = PROC) -> str:
     """Read a -readconfig file of a process, if its user can read it.
 
-    The process chooses the path, so it must not reveal a file that its user cannot read. Raises
-    OSError; ValueError if the file is not a regular one, or too long.
+    The process chooses the path, so this function must not reveal a file that the process's user
+    cannot read. Raises OSError. Raises ValueError if the file is not a regular one, or too long.
     """
     directory = proc / str(pid)
     user = read_credentials(pid, proc)
@@ -96,8 +96,8 @@ class _PathWalk:
         while ahead:
             name = ahead.pop()
             if name == "..":
-                # Go back to the parent that was opened before. Opening ".." could lead elsewhere:
-                # the directory may have been moved.
+                # Go back to the parent that was opened before. Opening ".." could lead elsewhere,
+                # because the directory may have been moved.
                 self._leave_to(max(self._root_count, len(self._places) - 1))
             if name in ("", ".", ".."):
                 continue
@@ -117,7 +117,8 @@ class _PathWalk:
                 ahead += target.split("/")[::-1]
 
     def _check_access(self, wanted: int) -> None:
-        """Raise OSError if the user lacks this right to the last directory or file."""
+        """Raise OSError if the user does not have the `wanted` permission on the last directory or
+        file."""
         if self._user is not None:
             status = os.fstat(self._places[-1])
             _check(self._user.may(wanted, status), errno.EACCES)

@@ -1,4 +1,5 @@
-"""Threads for operations that a target may block forever, by its file systems or its memory lock.
+"""Threads for operations that a target may block forever, through its file systems or its memory
+lock.
 
 A thread that is blocked in the kernel cannot be ended, so the number of threads is limited for each
 target and each user.
@@ -67,7 +68,8 @@ class TargetThreads:
 
     @contextlib.contextmanager
     def _place(self, target: Hashable, uid: int) -> Iterator[None]:
-        """Reserve a place for a thread that is started in the context. Raises AllThreadsBlocked."""
+        """Within the context, one thread may be started, for which a place is reserved. Raises
+        AllThreadsBlocked."""
         with self._lock:
             if not self._has_room(target, uid):
                 raise AllThreadsBlocked
@@ -89,5 +91,5 @@ class TargetThreads:
 
 
 shared: Final = TargetThreads()
-"""The threads of the whole program. They are counted together, because TasksMax= limits all threads
-of its unit."""
+"""The threads of the whole program. They are counted together, because TasksMax= limits the sum of
+all threads of its unit."""

@@ -23,8 +23,8 @@ QUEUE_LENGTH: Final = 4096
 _RESERVE: Final = 512
 """Bytes reserved for the line that says that a trace has reached its limit."""
 _MAX_TWINS: Final = 100
-"""The number of file names to try for a job. Another trace may have the same job number, process id
-and start time, because a daemon that has lost its state counts jobs from 1 again."""
+"""The number of file names to try for a job. A file with the same job number, process id and start
+time may exist, because a daemon that has lost its state counts jobs from 1 again."""
 
 
 class TraceDirectory:
@@ -33,8 +33,8 @@ class TraceDirectory:
     def __init__(
         self, path: Path, on_error: Callable[[str], None], max_bytes: int = MAX_BYTES
     ) -> None:
-        """`on_error` is called in the writing thread at a failure. It is not called again until
-        another trace has begun.
+        """`on_error` is called in the writing thread after a failure, but not again until another
+        trace has begun.
 
         Raises OSError if `path` is not a directory in which files can be created.
         """
@@ -62,7 +62,8 @@ class TraceDirectory:
         self._directory = -1
 
     def _put(self, file: TraceFile, record: Record | None) -> bool:
-        """Queue a record; return False if there is no room. The end of a file is always queued."""
+        """Queue a record; return False if the queue is full. The end of a trace is always
+        queued."""
         always = record is None or isinstance(record, CutRecord)
         return self._writer.put((file, record), always=always)
 

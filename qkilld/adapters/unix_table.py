@@ -1,8 +1,8 @@
 """Parse /proc/PID/net/unix: proc_pid_net(5).
 
 The kernel does not escape the names of sockets. So any user of the network namespace can forge a
-row for somebody else's socket, by a name with line feeds. But the kernel lists a socket only once:
-if several rows have one inode, at most one of them is true.
+row for somebody else's socket, with a name that contains line feeds. But the kernel lists each
+socket only once, so if several rows have the same inode, at most one is true.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CONNECTED: Final = b"03"
 
 
 class UnixRow(NamedTuple):
-    """What a row says about a socket."""
+    """A row of the table."""
 
     inode: int
     stream: bool
     listening: bool
     connected: bool
     name: bytes
-    """Its path, or its abstract name after "@"; empty if it has none."""
+    """The path of the socket, or "@" and its abstract name; empty if it has no name."""
 
 
 def parse_unix_row(line: bytes) -> UnixRow | None:

@@ -1,8 +1,8 @@
 """Keep the daemon from importing modules of Python's library that it does not use.
 
-asyncio, dataclasses, pathlib and traceback import them for functions that nobody here calls. They
-would take 5.7 MB of memory, which is locked while jobs run, and 5 ms of the start. Python 3.15 has
-lazy imports for this (PEP 810).
+asyncio, dataclasses, pathlib and traceback import these modules for functions that qkilld does not
+call. They would take 5.7 MB of memory, which is locked while jobs run, and 5 ms at the start.
+Python 3.15 has lazy imports for this (PEP 810).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Final
 
 _ABSENT: Final = ("ssl",)
-"""asyncio works without these."""
+"""Modules that asyncio does not need."""
 DEFERRED: Final = (
     "asyncio.sslproto",
     "inspect",
@@ -37,7 +37,7 @@ def set_up() -> None:
 
 
 class _DeferredModule(ModuleType):
-    """Stands for a module until one of its attributes is read."""
+    """Takes the place of a module until one of its attributes is read."""
 
     def __getattr__(self, attribute: str) -> Any:
         from importlib import import_module
