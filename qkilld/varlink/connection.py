@@ -1,7 +1,7 @@
 """One client's connection: JSON messages that end with a NUL byte, over a unix socket.
 
 Source: varlink.org, "Method Call". Clients may pipeline calls, which are answered in order.
-Descriptors sent with a call (SCM_RIGHTS, unix(7)) belong to it.
+Descriptors sent with a call (SCM_RIGHTS, unix(7)) belong to that call.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from qkilld.engine.fair_shares import user_of
 from qkilld.foreign_descriptors import close_later, keep_urgent_data, receive
 
 MAX_CALL: Final = 64 << 10
-"""Bytes of a call without its NUL."""
+"""The maximum size of a call in bytes, without its NUL."""
 MAX_CALL_OF_USER: Final = 16 << 10
-"""Bytes of a call of a user who has limits: less than MAX_CALL, because parsing and checking 64 KiB
-takes 10 ms."""
+"""The maximum size of a call from a user who has limits, in bytes. It is less than MAX_CALL,
+because parsing and checking 64 KiB takes 10 ms."""
 MAX_DESCRIPTORS: Final = 4
-"""Descriptors sent with one call."""
+"""The maximum number of descriptors sent with one call."""
 MAX_UNREAD: Final = 1 << 20
-"""Bytes of input not handled yet, for one user other than root, over any number of connections."""
+"""The maximum input that is not handled yet, in bytes: for one user other than root, over all
+connections of that user."""
 MAX_TOTAL: Final = 16 << 20
-"""Bytes of input not handled yet, for all users except root together."""
+"""The maximum input that is not handled yet, in bytes: for all users except root together."""
 MAX_FIRST: Final = 32 << 10
-"""What users have beyond this many bytes each may take only half of MAX_TOTAL. So users with much
-input leave room for the calls of others."""
+"""The bytes of each user beyond this number, summed over all users, may take only half of
+MAX_TOTAL. So users with much input leave room for the calls of others."""
 _READ: Final = 32 << 10
 _SO_PEERPIDFD: Final = 77
 """Linux 6.5, include/uapi/asm-generic/socket.h; Python has no name for it yet."""
@@ -45,12 +46,12 @@ def encode(value: Mapping[str, Any]) -> bytes:
 
 
 def encode_list(name: str, elements: Iterable[bytes], more: Mapping[str, Any]) -> bytes:
-    """Encode an object with a list of encoded elements, and `more`."""
+    """Encode an object from a list of encoded elements and the members of `more`."""
     return join_encoded(b'"%b":[%b]' % (name.encode(), b",".join(elements)), more)
 
 
 def join_encoded(member: bytes, more: Mapping[str, Any]) -> bytes:
-    """Encode an object with an encoded member, and `more`."""
+    """Encode an object from an encoded member and the members of `more`."""
     return b"{%b,%b" % (member, encode(more)[1:]) if more else b"{%b}" % member
 
 
@@ -62,7 +63,7 @@ class InputBudget:
         self._unlimited = unlimited
         self._per_user: Counter[int] = Counter()
         self._further = 0
-        """The bytes of all users beyond MAX_FIRST for each."""
+        """The sum, over all users, of the bytes beyond MAX_FIRST."""
 
     def is_unlimited(self, uid: int) -> bool:
         return uid in self._unlimited
@@ -104,15 +105,15 @@ class VarlinkConnection:
         on_call: Callable[[VarlinkConnection, bytes, list[int]], None],
         on_close: Callable[[VarlinkConnection], None],
     ) -> None:
-        """`on_call` gets each call with its descriptors; `next_call` must be called once the call
-        is answered. `on_close` is called once, whoever closes the connection."""
+        """`on_call` gets each call with its descriptors; after the reply, `next_call` must be
+        called. `on_close` is called once when either end closes the connection."""
         sock.setblocking(False)
         keep_urgent_data(sock)
         self.name = name
         self.pid, self.uid, _ = _UCRED.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         )
-        """The peer. The pid is 0 for a process that has no id in our PID namespace."""
+        """The peer. Its pid is 0 if the process has no id in our PID namespace."""
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
@@ -124,7 +125,8 @@ class VarlinkConnection:
         self._descriptors: list[int] = []
         self._outgoing = bytearray()
         self._calling = False
-        """Whether a call is being answered. Later calls wait, beyond `_max_call` in the socket."""
+        """Whether a call is being answered. Up to `_max_call` bytes of later calls are read
+        meanwhile; the rest stays in the socket."""
         self._reading = False
         self._ended = False
         """Whether the client has closed its sending side. It may still read."""
@@ -133,8 +135,8 @@ class VarlinkConnection:
         self._read_on(True)
 
     def open_peer(self) -> int | None:
-        """Return a pidfd of the process that connected, which the caller closes; None if the kernel
-        gives none."""
+        """Return a pidfd of the process that connected; None if the kernel has none. The caller
+        must close it."""
         if self.closed:
             return None
         try:
@@ -155,7 +157,7 @@ class VarlinkConnection:
             self.send_encoded(encode(message))
 
     def send_encoded(self, message: bytes) -> None:
-        """Send a message that `encode` has made, or one put together from its results."""
+        """Send a message that was encoded by `encode` or one of the functions above."""
         if self.closed:
             return
         data = message + b"\0"
@@ -175,8 +177,8 @@ class VarlinkConnection:
         self._outgoing += data
 
     def when_sent(self, callback: Callable[[], None]) -> None:
-        """Call back when everything has been sent, which may be now, or when the connection is
-        closed."""
+        """Call `callback` when everything has been sent or the connection is closed, perhaps at
+        once."""
         if self._outgoing and not self.closed:
             self._when_sent.append(callback)
         else:
@@ -240,16 +242,16 @@ class VarlinkConnection:
             return
         self._incoming += data
         if self._calling:
-            # Read on while a call is being answered, because only reading shows that the client has
-            # disconnected. Stop when more is buffered than the longest call may have.
+            # Continue to read while a call is being answered, because only reading shows that the
+            # client has disconnected. Stop when more is buffered than the maximum size of a call.
             if len(self._incoming) > self._max_call:
                 self._read_on(False)
         else:
             self._hand_out()
 
     def _end_of_calls(self) -> None:
-        """Handle the end of the input. Calls received before are still answered, unless the client
-        has disconnected."""
+        """Handle the end of the input. Calls that were received before are still answered, unless
+        the client has disconnected."""
         self._ended = True
         self._read_on(False)
         poll = select.poll()

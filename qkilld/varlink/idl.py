@@ -20,7 +20,7 @@ _INT64: Final = range(-(2**63), 2**63)
 
 
 class WrongValue(ValueError):
-    """A value of the wrong type; `place` names the parameter that contains it."""
+    """A value has the wrong type. `place` names the parameter that contains the value."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
@@ -34,11 +34,11 @@ class Type(NamedTuple):
     name: str = ""
     """For `named`: the name of a type in the interface."""
     inner: Type | None = None
-    """For list, map and maybe."""
+    """For list, map and maybe: the type of the elements."""
     fields: Mapping[str, Type] | None = None
-    """For struct."""
+    """For struct: the type of each field."""
     words: frozenset[str] = frozenset()
-    """For enum."""
+    """For enum: the permitted values."""
 
 
 class InterfaceMethod(NamedTuple):
@@ -110,8 +110,8 @@ class Description(NamedTuple):
 
 
 def _is_text(value: Any) -> bool:
-    """Return True if a string has no lone surrogate and no NUL, which would end a path. JSON allows
-    both."""
+    """Return whether a string has no lone surrogate and no NUL. JSON allows both, but a NUL would
+    end a path."""
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 

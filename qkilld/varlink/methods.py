@@ -1,4 +1,5 @@
-"""The methods of org.qkilld1 over Varlink: parameters to engine.service and back."""
+"""The methods of org.qkilld1 over Varlink. They convert parameters for engine.service, and its
+results to replies."""
 
 from __future__ import annotations
 
@@ -20,15 +21,15 @@ from qkilld.varlink.streams import FirstReply, JobStream, Streams
 from qkilld.varlink.unit_queries import UnitQueries
 
 UNIT_AFTER_S: Final = 0.3
-"""Delay before the unit's settings are read. Most idle guests have exited by then, even if many are
-stopped, and a unit with TimeoutStopSec=1 is still handled in time."""
+"""Delay before the unit's settings are read. Most idle guests exit before, even if many are stopped
+at the same time. But a unit with TimeoutStopSec=1 is still handled in time."""
 OPEN_AFTER_S: Final = 0.1
-"""With `byUnit`, the first of several replies waits at most this long for the end of the jobs. It
-does not wait for the unit's settings: if the daemon crashed before this reply, the caller would not
-know of the job, and would send SIGTERM again."""
+"""With `byUnit`, the first of several replies is delayed by at most this long, because the jobs may
+end before. It is not delayed until the unit's settings are known: if the daemon crashed before this
+reply, the caller would not know of the job, and would send SIGTERM again."""
 JOBS_OF_WAIT: Final = 4
-"""The number of jobs of one call that count as one Wait. The end of each job takes 1.5 kB while the
-client does not read it."""
+"""The number of jobs of one call that cost as much as one Wait. While the client does not read, the
+end of each job takes 1.5 kB."""
 _READS: Final = frozenset({"Inspect", "Plan", "ListGuests", "ListJobs"})
 
 
@@ -123,8 +124,8 @@ class VarlinkMethods:
             self._obey_unit(call, parameters, jobs, None)
 
     def _started(self, call: VarlinkCall, parameters: dict[str, Any], job: Job) -> None:
-        """Reply with the state of a job that has begun, then, if requested, its progress and
-        result."""
+        """Reply with the state of a job that has begun. If the call has `more`, send the job's
+        progress and result, too."""
         if call.more:
             call.now_waits()
             self._stream(call, parameters, FirstReply([job]))
@@ -134,9 +135,8 @@ class VarlinkMethods:
             self._obey_unit(call, parameters, [job], None)
 
     def _stream(self, call: VarlinkCall, parameters: dict[str, Any], first: FirstReply) -> None:
-        """Reply with `first`, then the progress and results of its jobs. With `byUnit`, wait
-        OPEN_AFTER_S before that, because most guests have exited by then and need one reply
-        only."""
+        """Reply with `first`, then with the progress and results of its jobs. With `byUnit`, wait
+        OPEN_AFTER_S before, because most guests exit in this time, and then one reply is enough."""
         jobs = first.jobs
         stream = self._follow(call, jobs, first)
         if parameters.get("byUnit"):

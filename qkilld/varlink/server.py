@@ -1,8 +1,9 @@
 """Serve org.qkilld1 over Varlink.
 
-A call waits for its user's turn, together with bus calls (engine.turns). Then it is checked against
-the interface description. The caller gets each QkilldError by its name, but BusError and all other
-exceptions as an internal error with details only in the journal.
+A call waits until engine.turns lets its user's next call start, whether that came over Varlink or
+the bus. Then the call is checked against the interface description. The caller gets a QkilldError
+under its name. BusError and all other exceptions are reported as an internal error, with details
+only in the journal.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from qkilld.varlink.values import type_name
 INTERFACE: Final = "org.qkilld1"
 SERVICE_INTERFACE: Final = "org.varlink.service"
 MAX_CONNECTIONS: Final = 512
-"""The maximum for each user other than root."""
+"""The maximum number of connections of each user other than root."""
 ACCEPT_AT_ONCE: Final = 16
 RETRY_ACCEPT_S: Final = 0.2
 ADVICE: Final = (
@@ -105,8 +106,8 @@ def _service_description() -> idl.Description:
 
 
 class ProcessAuthority(Protocol):
-    """Decides about processes of users who are neither root nor the owner. Implemented by polkit's
-    client."""
+    """Decides whether processes may act whose users are neither root nor the owner of the guest.
+    Implemented by polkit's client."""
 
     async def check_process(
         self, pidfd: int, uid: int, action: PolkitAction, details: Mapping[str, str]
@@ -129,8 +130,8 @@ class VarlinkCaller:
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
         """Ask polkit about the pidfd of the peer, without a password dialog. Return DENIED if the
-        kernel (before 6.5) gives no pidfd, or polkit (before 124) accepts none. A process id would
-        not do, because another process may have it by now."""
+        kernel has no pidfd of the peer (before 6.5), or if polkit does not accept one (before 124).
+        A process id is not sufficient, because another process may have it now."""
         authority = self._server.authority
         if authority is None or (pidfd := self._connection.open_peer()) is None:
             return Answer.DENIED
@@ -177,8 +178,8 @@ class VarlinkCall:
         self.connection = connection
         self.message = message
         self._descriptors = dict(enumerate(descriptors))
-        """The descriptors sent with the call, by index, without those taken. They are closed when
-        the call only waits for its job, or ends."""
+        """The descriptors sent with the call, by index, without those that were taken. They are
+        closed when the call ends, or when it only waits for its job."""
         self.uid = connection.uid
         self.caller = VarlinkCaller(server, connection)
         self.more = False
@@ -229,7 +230,7 @@ class VarlinkCall:
     async def finish_list(
         self, name: str, elements: Iterable[Mapping[str, Any]], **more: object
     ) -> None:
-        """Finish with a list of any length, and `more`."""
+        """Finish with a reply that has a list of any length, and the members of `more`."""
         encoded = []
         async with self._server.turns.long_replies.turn(self.uid) as pace:
             for element in elements:
@@ -242,8 +243,8 @@ class VarlinkCall:
         self.end()
 
     def take_descriptor(self, index: int) -> int:
-        """Return a descriptor that came with the call, which the caller closes. Raises
-        InvalidArgs."""
+        """Return a descriptor that came with the call. The caller of this method must close it.
+        Raises InvalidArgs."""
         try:
             return self._descriptors.pop(index)
         except KeyError:
@@ -254,8 +255,8 @@ class VarlinkCall:
             close_later(self._descriptors.popitem()[1])
 
     def now_waits(self) -> None:
-        """Free what only the work of the call needed. Call this when the work is done and the
-        call only waits for its job."""
+        """Free the resources that the work of the call needed. Call this when the work is done, and
+        the call only waits for its job."""
         self._close_descriptors()
         for cost in self.costs:
             if cost is not Cost.WAIT:
@@ -263,7 +264,7 @@ class VarlinkCall:
         self.costs = [cost for cost in self.costs if cost is Cost.WAIT]
 
     def end(self) -> None:
-        """End an answered call. The connection's next call begins once the socket has taken the
+        """End an answered call. The connection's next call begins when the socket has taken the
         reply."""
         if self._has_ended:
             return
@@ -304,16 +305,16 @@ class VarlinkServer:
         self._methods = methods
         self.turns = turns
         self.authority: ProcessAuthority | None = None
-        """None without the system bus."""
+        """None if there is no system bus."""
         self._on_fault = on_fault
         self._description = description()
         self._loop = asyncio.get_running_loop()
         self._listening: list[socket.socket] = []
         self._names = map("varlink-{}".format, itertools.count(1))
         self._connections: dict[VarlinkConnection, VarlinkCall | None] = {}
-        """For each connection: the call that is being answered or waits for its turn."""
+        """For each connection: the call that is being answered, or will be answered next."""
         self._in_work = 0
-        """Open calls, including those of closed connections."""
+        """The number of open calls, including those of closed connections."""
         self._quiet = asyncio.Event()
         """Set while there is no open call."""
         self._quiet.set()
@@ -339,7 +340,8 @@ class VarlinkServer:
         return self._in_work > 0
 
     def stop_listening(self) -> None:
-        """Accept no more connections. New ones wait for the next start of the daemon."""
+        """Accept no more connections. New connections wait in the socket for the next start of the
+        daemon."""
         for listener in self._listening:
             self._loop.remove_reader(listener.fileno())
 
@@ -348,7 +350,7 @@ class VarlinkServer:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     async def answer_first(self, timeout_s: float) -> None:
-        """Wait until the calls that were there at the start have been answered."""
+        """Wait until the calls that came before the start have been answered."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._has_answered.wait()
@@ -375,8 +377,8 @@ class VarlinkServer:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                # Wait before the next attempt: if descriptors are exhausted, for example, retrying
-                # at once would keep the loop busy.
+                # Wait before the next attempt. Retrying at once would keep the loop busy, for
+                # example if no descriptor is free.
                 note_once("accepting a connection on Varlink", error)
                 self._loop.remove_reader(listener.fileno())
                 self._loop.call_later(RETRY_ACCEPT_S, self._accept_again, listener)
@@ -399,7 +401,8 @@ class VarlinkServer:
         uid = connection.uid
         self._connections[connection] = None
         self._per_user[user_of(uid)] += 1
-        # Check the limits as for a call that opens descriptors, because a connection needs one.
+        # Apply the limits for a call that opens descriptors, because a connection needs a
+        # descriptor.
         if uid not in self.turns.unlimited:
             with contextlib.suppress(Busy):
                 self.turns.limits.check_descriptors(uid)
@@ -422,12 +425,12 @@ class VarlinkServer:
         self._per_user[user] -= 1
         if not self._per_user[user]:
             del self._per_user[user]
-        # The call continues, but its client does not wait for the reply any more.
+        # The call continues, although its client no longer waits for the reply.
         if call is not None:
             call.on_disconnect()
 
     def ended(self, call: VarlinkCall) -> None:
-        """Forget a call that is over."""
+        """Forget a call that has ended."""
         self._in_work -= 1
         self._has_answered.set()
         if not self._in_work:
@@ -436,7 +439,7 @@ class VarlinkServer:
             self._connections[call.connection] = None
 
     def begin(self, call: VarlinkCall) -> None:
-        """Answer a call whose turn has come, or start a task that does."""
+        """Answer a call at once, or start a task that answers it."""
         try:
             self._begin(call)
         except _ServiceError as error:
@@ -444,7 +447,7 @@ class VarlinkServer:
         except QkilldError as error:
             call.refuse(error)
         except ValueError as error:
-            # Close the connection, because a malformed message gets no reply.
+            # The message is malformed, so it gets no reply, and the connection is closed.
             note_once("reading a call on Varlink", error)
             call.abandon()
         except Exception as error:

@@ -73,22 +73,23 @@ class StreamingCall(Protocol):
         """Close the connection without a reply, as a crash would."""
 
     def now_waits(self) -> None:
-        """Note that the work of the call is done, and that it only waits for its jobs."""
+        """Called when the work of the call is done, and the call only waits for its jobs."""
 
 
 class FirstReply:
     """The first reply of a call: the states of its jobs, encoded one by one."""
 
     def __init__(self, jobs: Sequence[Job], parameters: Mapping[str, Any] | None = None) -> None:
-        """`parameters`: further ones of a reply about any number of jobs, which has `states`. None:
-        a reply about a single job, which has `state`."""
+        """`parameters`: further parameters of a reply about any number of jobs, whose states are in
+        `states`. None for a reply about a single job, whose state is in `state`."""
         self.jobs = jobs
         self._parameters = parameters
         self._states: list[bytes] = []
 
     @property
     def is_optional(self) -> bool:
-        """Whether it is left out if all jobs have ended: then the reply about the end suffices."""
+        """Whether this reply is left out if all jobs have ended, because the reply about the end is
+        then enough."""
         return self._parameters is None and not self._states
 
     @property
@@ -100,11 +101,11 @@ class FirstReply:
         return len(self._states) == len(self.jobs)
 
     def encode_next(self, uid: int) -> None:
-        """Encode the state of another job for this user."""
+        """Encode the state of the next job for this user."""
         self._states.append(encode(state(self.jobs[len(self._states)], uid)))
 
     def encoded(self, more: Mapping[str, Any]) -> bytes:
-        """Return the parameters, with `more`."""
+        """Return the encoded parameters, including those of `more`."""
         if self._parameters is None:
             return join_encoded(b'"state":%b' % self._states[0], more)
         return encode_list("states", self._states, {**self._parameters, **more})
@@ -113,7 +114,8 @@ class FirstReply:
 class JobStream:
     """Streams the states of jobs until all have ended.
 
-    A slow client gets the newest state of each job, and every end.
+    A slow client may miss changes, but it gets the newest state of each job, and the end of each
+    job.
     """
 
     def __init__(
@@ -125,27 +127,28 @@ class JobStream:
         changes: bool,
         first: FirstReply | None = None,
     ) -> None:
-        """`changes`: send changes too, not only the end. `first`: a first reply, which waits for
-        `open` or the end of a job."""
+        """`changes`: send changes too, not only the end. `first`: a first reply, which is sent at
+        `open` or at the end of a job."""
         self._streams = streams
         self._call = call
         self._changes = changes
         self._loop = asyncio.get_running_loop()
         self._first = first
         self._is_opening = False
-        """Whether the first reply is to be sent now."""
+        """Whether the first reply may be sent."""
         self._more: dict[str, Any] = {}
-        """Parameters to send with the first reply or, if that was sent, alone."""
+        """Parameters to send with the first reply. If that was sent already, they are sent
+        alone."""
         self._changed_jobs: dict[int, ObservedJob] = {}
         self._due_changes: dict[int, ObservedJob] = {}
         """The changed jobs to report now."""
         self._callbacks: dict[Job, Callable[[], None]] = {}
-        """The end callback of each running job."""
+        """For each running job: the callback for its end."""
         self._ended_jobs: deque[Job] = deque()
         """Jobs whose end is to be encoded."""
         self._ends: deque[bytes] = deque()
-        """Ends to report. They are encoded, because the client may never read, and a job takes much
-        more memory than its end."""
+        """The encoded ends to report. The client may never read them, and a job takes much more
+        memory than its encoded end."""
         self._last_report = -MIN_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False
@@ -165,7 +168,7 @@ class JobStream:
             self._schedule()
 
     def open(self, **more: object) -> None:
-        """Send the first reply with `more` in it. If the first reply was already sent, send `more`
+        """Send the first reply, including `more`. If the first reply was already sent, send `more`
         alone."""
         self._is_opening = True
         self._more |= more
@@ -179,7 +182,7 @@ class JobStream:
             self._report_later()
 
     def close(self, *, disconnected: bool) -> None:
-        """Stop reporting. `disconnected`: whether the reason is that the caller disconnected."""
+        """Stop reporting. `disconnected`: whether the caller has disconnected."""
         self._is_closed = True
         for job, callback in self._callbacks.items():
             job.forget_waiter(callback, disconnected=disconnected)
@@ -216,7 +219,7 @@ class JobStream:
         del self._callbacks[job]
         self._forget(job)
         if job.result is None:
-            # This daemon exits, and the next one continues the job.
+            # The job has no result, because this daemon exits. The next daemon continues the job.
             self.close(disconnected=False)
             self._call.abandon()
             return
@@ -265,7 +268,8 @@ class JobStream:
             job = self._due_changes.pop(next(iter(self._due_changes)))
             self._call.progress_encoded(encode({"state": state(job, self._call.uid)}))
         else:
-            # Changes wait for those that were due before, which were sent or whose jobs have ended.
+            # All changes that were due before have been sent, or their jobs have ended, so report
+            # the next ones.
             if self._changed_jobs and self._timer is None:
                 self._report_later()
             return False
@@ -276,8 +280,8 @@ class JobStream:
         self._schedule()
 
     def _prepare(self, first: FirstReply) -> bool:
-        """Prepare a little of the first reply, and send it if it is complete. Return whether more
-        is due."""
+        """Prepare a part of the first reply, and send the reply if it is complete. Return whether
+        more is due."""
         if first.is_optional and not self._callbacks:
             self._first = None
         elif not self._is_opening and not self._ends:

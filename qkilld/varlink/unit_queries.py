@@ -21,9 +21,9 @@ from qkilld.engine.unit_stop import UnitLimits, UnitStops
 from qkilld.model.errors import Busy
 
 MAX_AT_ONCE: Final = 16
-"""Queries that may run at a time. Each has one call of systemd open. The system bus allows a
-connection 128 pending replies, of which polkit may need 64 (polkit.MAX_IN_ALL) and the uids of
-callers 32 (server.MAX_ASKING)."""
+"""How many queries may run at a time. Each waits for one reply of systemd. The system bus allows a
+connection 128 pending replies: requests to polkit may take 64 of them (polkit.MAX_IN_ALL), and
+requests for the uids of callers 32 (server.MAX_ASKING)."""
 MAX_SHARED: Final = 8
 OF_ROOT: Final = 4
 """See FairShares."""
@@ -35,17 +35,18 @@ class UnitQueries:
         self._limits = limits
         self._places = FairShares(MAX_AT_ONCE, of_root=OF_ROOT, shared=MAX_SHARED)
         self._waiting: dict[int, deque[asyncio.Future[None]]] = {}
-        """The queries that wait for a place, by uid. The first uid is next."""
+        """The queries that wait for a place, by uid. The first uid gets the next free place."""
         self._locks: WeakValueDictionary[tuple[int, str, tuple[int, ...]], asyncio.Lock] = (
             WeakValueDictionary()
         )
-        """One for each user, unit and jobs that are asked about. A guest's owner may ask a thousand
-        times about the unit that root stops, so users do not wait for each other here."""
+        """One query for each combination of user, unit and jobs. Users do not share queries,
+        because a guest's owner may ask a thousand times about a unit that root stops."""
 
     async def limit(self, jobs: Sequence[Job], pid: int, uid: int, *, force: bool) -> UnitLimits:
-        """Do what UnitStops.limit does, once it is this query's turn. A user who has too many
-        queries gets UnitLimits without limits."""
-        # A query that waits costs as much as a Wait, but its client need not stay.
+        """Wait for a place, then do what UnitStops.limit does. A user who has too many queries gets
+        UnitLimits without limits."""
+        # A waiting query is charged as a Wait of its own, because it may wait longer than its
+        # client.
         try:
             self._limits.begin(uid, Cost.WAIT)
         except Busy as error:
@@ -79,10 +80,10 @@ class UnitQueries:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give free places to those who wait for one."""
+        """Give free places to waiting queries."""
         # Besides root, try MAX_AT_ONCE + 1 users of each kind (FairShares). This is enough: at most
-        # MAX_AT_ONCE users have a place, so at least one of these has none yet. If even that one
-        # gets none, no other user of its kind would.
+        # MAX_AT_ONCE users have a place, so at least one of the tried users has none. If that user
+        # gets no place, no other user of the same kind would get one.
         uids = [0]
         for is_subordinate in (False, True):
             kind = (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob
 
 _INT_END: Final = 1 << 63
-"""The end of Varlink's int: no greater number can be in a reply."""
+"""Numbers in a reply must be less than this, because Varlink's int has 64 bits with a sign."""
 _UNITS: Final = {"usec": "USec"}
 _FLAG_BITS: Final = {str(flag.name).lower(): flag for flag in Flag}
 
@@ -61,12 +61,13 @@ def check_span(name: str, value: int) -> None:
 
 
 def finite(number: int) -> int | None:
-    """Return None for never and unknown, which are 2^64-1, and for times that may as well be."""
+    """Return None for "never" and "unknown", which are 2^64-1, and for other numbers that are too
+    large for Varlink."""
     return None if number >= _INT_END else number
 
 
 def state(job: ObservedJob, uid: int) -> dict[str, Any]:
-    """Return the State of a job, as far as that uid may see it."""
+    """Return the State of a job, without values that this uid may not see."""
     identity, label, evidence = job.guest.identity, job.guest.label, job.assessment
     following = outlook(job)
     shown = {
@@ -106,7 +107,7 @@ def state(job: ObservedJob, uid: int) -> dict[str, Any]:
 
 
 def receipt(job: ObservedJob, uid: int) -> dict[str, Any]:
-    """Return the Receipt of an ended job, as far as that uid may see it."""
+    """Return the Receipt of an ended job, without values that this uid may not see."""
     values = receipt_values(job, private=may_see(job, uid))
     shown = {camel_case(name): value for name, value in values.items()}
     shown["rungs"] = [
