@@ -1,4 +1,4 @@
-"""The command line of the daemon, for people."""
+"""The full command line of the daemon, with help."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ class DaemonOptions:
 def parse(arguments: Sequence[str]) -> DaemonOptions:
     """Parse the command line; exit if it is wrong or asks for help.
 
-    A simple command line, such as those of our units, is parsed without argparse, which takes a
-    tenth of the start.
+    A simple command line, such as those in our units, is parsed without argparse, which would take
+    a tenth of the daemon's start.
     """
     with ignore("parsing the command line without argparse", *_NOT_SIMPLE):
         return DaemonOptions(**_parse_simple(arguments))
@@ -51,7 +51,7 @@ _VALUES: Final[dict[str, Callable[[str], Any]]] = {
 
 
 def _parse_simple(words: Sequence[str]) -> dict[str, Any]:
-    """Parse options with unabbreviated names and their values in words of their own (`--bus
+    """Parse options whose names are not abbreviated and whose values are separate words (`--bus
     ADDRESS`). Raises StopIteration, LookupError, ValueError."""
     found: dict[str, Any] = {}
     rest = iter(words)

@@ -1,7 +1,7 @@
 """The debug log: one line for each ignored failure.
 
---debug or SYSTEMD_LOG_LEVEL=debug turn it on (log_setup). Every package may use this module, which
-imports almost nothing itself.
+--debug or SYSTEMD_LOG_LEVEL=debug turn it on (log_setup). Every package may use this module. The
+module itself imports almost nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _NAME: Final = "qkilld"
 _MAX_NOTED: Final = 4096
-"""Notes that are remembered in order not to repeat them. Beyond this number, all are forgotten."""
+"""How many notes are remembered so that they are not repeated. When there are more, all are
+forgotten."""
 
 _is_on = False
 _here: Final = threading.local()
@@ -40,14 +41,14 @@ def note(doing: str, error: Exception) -> None:
 
 
 def about(pid: int) -> None:
-    """Set the process that later `note_once` calls of this thread are about."""
+    """Set the process for later calls of `note_once` and `note_unknown` in this thread."""
     _here.pid = pid
 
 
 def note_once(doing: str, why: Exception | str) -> None:
     """Log an ignored failure once for each process, `doing` and kind of error.
 
-    Use this for readings that repeat every second. It costs almost nothing if the log is off.
+    Use this for reads that are repeated every second. If the log is off, it takes almost no time.
     """
     if not _is_on:
         return
@@ -61,7 +62,8 @@ def note_once(doing: str, why: Exception | str) -> None:
 
 
 def note_unknown(fields: Iterable[str]) -> None:
-    """Log each unknown field once for each process. Other lines say why it is unknown."""
+    """Log each unknown field once for each process. Other lines of the log say why a field is
+    unknown."""
     for field in fields:
         line = f"not known of process {getattr(_here, 'pid', None)}: {field}"
         _write_once((line,), line)

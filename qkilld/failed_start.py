@@ -1,9 +1,9 @@
-"""Refuse the calls that wait for a start that fails, because qkilld's configuration is wrong.
+"""Refuse waiting calls if qkilld cannot start, because its configuration is wrong.
 
-Without an answer, callers on D-Bus would wait 25 s for the timeout of the bus, which meanwhile
-starts qkilld for no other call, even if the configuration has been corrected. A call on Varlink
-would stay in the queue of the socket, even if its client has gone, and systemd would start qkilld
-for it again and again, up to the start limit.
+Without an answer, callers on D-Bus would wait 25 s for the timeout of the bus. Meanwhile, the bus
+would not start qkilld for any other call, even if the configuration had been corrected. A call on
+Varlink would stay in the queue of the socket, even if its client had gone. systemd would start
+qkilld for this call again and again, up to the start limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from qkilld.model.errors import Failed, QkilldError
 from qkilld.model.text import printable
 
 VARLINK_FOR_S: Final = 0.5
-"""The maximum time to answer calls on Varlink, because callers may connect again and again."""
+"""How long calls on Varlink are answered. There is a limit, because callers may connect again and
+again."""
 BUS_FOR_S: Final = 5.0
 MAX_TEXT: Final = 1024
 
@@ -44,7 +45,8 @@ def refuse_calls(why: str, bus: BusAddress) -> None:
 
 
 def _refuse_on_varlink(listener: socket.socket, text: str) -> None:
-    """Raises BlockingIOError when no call waits, OSError if no other can be accepted."""
+    """Refuse the next call on Varlink. Raises BlockingIOError when no call is left, OSError if a
+    call cannot be accepted."""
     error = {"error": "org.qkilld1.Failed", "parameters": {"message": text}}
     reply = json.dumps(error).encode() + b"\0"
     listener.setblocking(False)
@@ -55,8 +57,8 @@ def _refuse_on_varlink(listener: socket.socket, text: str) -> None:
         with ignore("refusing a call on Varlink", OSError):
             client.send(reply)
             client.shutdown(socket.SHUT_WR)
-        # Neither read nor close the socket, because both may block on a descriptor that the client
-        # has sent (foreign_descriptors). The end of this process closes it.
+        # Do not read from the socket, and do not close it: both may block if the client has sent a
+        # descriptor (foreign_descriptors). The kernel closes the socket when this process ends.
         client.detach()
 
 
@@ -66,8 +68,9 @@ async def _refuse_on_bus(bus: BusAddress, text: str) -> None:
     async with asyncio.timeout(BUS_FOR_S):
         connection = await connect(bus)
         connection.on_call = lambda call: connection.refuse(call, Failed.bus_name, text)
-        # The bus sends the calls that wait for our name before it replies.
+        # Before its reply, the bus sends the calls that wait for our name.
         await connection.own(BUS_NAME)
         await connection.flush()
-        # Let the end of this process close the connection. If it were closed earlier, a call could
-        # wait in the bus: as long as this process runs, systemd does not start another one.
+        # Do not close the connection; the kernel closes it when this process ends. After an earlier
+        # close, a new call could wait in the bus, because systemd does not start another process
+        # while this one runs.

@@ -1,19 +1,21 @@
-"""Receive and close descriptors, and use sockets, that a stranger shares with us. Never blocks.
+"""Receive and close descriptors that strangers send, and use sockets that strangers share. Never
+blocks.
 
-close(2) may block as long as the stranger likes: a TCP socket with SO_LINGER waits until its
-data is acknowledged, a file on FUSE until its server answers FUSE_FLUSH, even after SIGKILL. A call
-blocks in the same way if it makes the kernel drop descriptors: those for which a recvmsg(2) has no
-room, or those in a socket that is closed before it was read. And whoever shares a socket with us
-can make it block by clearing O_NONBLOCK.
+close(2) may block as long as the stranger wants. For a TCP socket with SO_LINGER, it waits until
+the socket's data is acknowledged. For a file on FUSE, it waits until the FUSE server answers
+FUSE_FLUSH, even after SIGKILL. Other calls block in the same way if the kernel drops descriptors in
+them: recvmsg(2) without room for the descriptors, and close(2) of a socket that has unread
+descriptors. A process that shares a socket with us can also make our calls block by clearing
+O_NONBLOCK.
 
 So each recvmsg(2) has room for all descriptors, threads close them, and no call depends on
-O_NONBLOCK. Threads stuck on sockets are interrupted by a signal. Those stuck on files cannot be: if
-all MAX_THREADS of these are stuck, or MAX_PENDING files wait for them, descriptors are accepted
-only from a trusted end.
+O_NONBLOCK. A thread that closes a socket is interrupted by a signal if it is stuck. A thread that
+closes a file cannot be interrupted. If all MAX_THREADS threads for files are stuck, or MAX_PENDING
+files wait for them, descriptors are accepted only from a trusted end.
 
-A process does not end before such a close(2) returns: exit_group(2) waits for the thread, or closes
-the file itself (measured with os._exit and SIGKILL; the kernel's fuse_flush is not killable). So do
-not exit unnecessarily while `closes_files()` is true.
+A process cannot end before such a close(2) returns: exit_group(2) waits for the thread, or closes
+the file itself. (This was measured with os._exit and SIGKILL. The kernel's fuse_flush is not
+killable.) So do not exit without need while `closes_files()` is true.
 
 Every package may use this module.
 """
@@ -34,11 +36,11 @@ from typing import Any, Final
 from qkilld.debug_log import note
 
 MAX_THREADS: Final = 8
-"""The maximum number of threads that close sockets, and as many again that close files."""
+"""The maximum number of threads that close sockets, and of threads that close files."""
 MAX_PENDING: Final = 1024
-"""Files that may wait to be closed."""
+"""How many files may wait to be closed."""
 STUCK_S: Final = 0.1
-"""A close(2) of a socket that takes longer is interrupted."""
+"""If close(2) of a socket takes longer than this, it is interrupted."""
 WATCH_S: Final = 0.02
 WAKE_UP: Final = signal.SIGURG
 """Interrupts a blocking system call. This signal is ignored by default."""
@@ -89,7 +91,7 @@ class _Closer:
                 self._is_watched = False
 
     def _start(self, work: Callable[[], None]) -> bool:
-        """Return whether there was room for a thread."""
+        """Start a thread; return whether the system allows it."""
         try:
             threading.Thread(target=work, name="closer", daemon=True).start()
         except RuntimeError as error:
@@ -132,12 +134,12 @@ _files: Final = _Closer(interruptible=False)
 
 
 def set_up() -> None:
-    """Make it possible to interrupt system calls. Call this in the main thread."""
+    """Allow WAKE_UP to interrupt system calls. Call this in the main thread."""
     signal.signal(WAKE_UP, lambda number, frame: None)
 
 
 def closes_files() -> bool:
-    """Return whether files wait to be closed, which may take for ever."""
+    """Return whether files wait to be closed. Closing them may take for ever."""
     return _files.works
 
 
@@ -157,12 +159,13 @@ def is_socket(fd: int) -> bool:
 def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[bytes, list[int]]:
     """Receive up to `size` bytes, and all descriptors that came with them.
 
-    Raises OSError: BlockingIOError if there is nothing, ConnectionResetError if descriptors came
-    and none can be accepted at the moment, unless the other end is `trusted`.
+    Raises OSError: BlockingIOError if there is nothing to receive, ConnectionResetError if
+    descriptors came that cannot be accepted at the moment. Those of a `trusted` end are always
+    accepted.
     """
     if _files.full and not trusted:
-        # Peeking without room for descriptors shows whether there are some, and leaves them in the
-        # socket.
+        # Peek without room for descriptors. This shows whether there are any, and leaves them in
+        # the socket.
         peeked, _, flags, _ = sock.recvmsg(size, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         if flags & socket.MSG_CTRUNC:
             raise ConnectionResetError("It sent descriptors, and earlier ones cannot be closed")
@@ -178,7 +181,7 @@ def receive(sock: socket.socket, size: int, *, trusted: bool = False) -> tuple[b
 
 
 class ForeignSocket(socket.socket):
-    """A socket that a stranger also holds, or whose other end may send descriptors. Another thread
+    """A socket that a stranger shares, or whose other end may send descriptors. Another thread
     closes the descriptors that arrive.
 
     The methods defined here never wait, whatever O_NONBLOCK says.
@@ -213,8 +216,8 @@ def take_over(sock: socket.socket) -> ForeignSocket:
 
 
 def keep_urgent_data(sock: socket.socket) -> None:
-    """Make the socket receive bytes sent with MSG_OOB like all others. Otherwise the kernel drops
-    them and closes their descriptors, which may block."""
+    """Receive bytes sent with MSG_OOB like all others. Otherwise, the kernel drops these bytes and
+    closes their descriptors, which may block."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 

@@ -1,8 +1,8 @@
-"""The life of the daemon: resume the jobs of an earlier one, serve Varlink and a bus, and exit or
-leave the jobs to the next one.
+"""The life of the daemon: resume the jobs of an earlier daemon, serve Varlink and a bus, and exit
+or leave the jobs to the next daemon.
 
-Varlink comes first: it depends on nothing, and whoever activated our socket is waiting. The bus may
-connect later, disconnect and return.
+Varlink is served first, because it needs no other service, and the client that activated our socket
+is waiting. The bus may be connected later, be lost and return.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ DRAIN_TIMEOUT_S: Final = 2.0
 """Time to send the last replies."""
 BARRIER_TIMEOUT_S: Final = 2.0
 BUS_AFTER_S: Final = 0.1
-"""The import of the D-Bus library waits at most this long for the answers to the first Varlink
-calls. An answer takes 25 ms if the guest is idle."""
+"""How long the import of the D-Bus library waits for the answers to the first Varlink calls. An
+answer takes 25 ms if the guest is idle."""
 RETRY_S: Final = 0.5
 """Interval between attempts to reach the bus."""
 UNLOCK_AFTER_S: Final = 10.0
-"""Memory stays locked for this time after the last job, because another may follow."""
+"""How long memory stays locked after the last job, because another job may follow."""
 
 
 class EndReason(Enum):
@@ -94,11 +94,12 @@ async def live(
     varlink: Path | None,
     exit_idle_s: float | None,
 ) -> int:
-    """Serve `bus` and Varlink until stopped, or idle for `exit_idle_s`; return the exit code.
+    """Serve `bus` and Varlink until a signal stops the daemon, or the daemon has been idle for
+    `exit_idle_s`. Return the exit code.
 
-    `varlink`: listen there, in addition to a socket passed by systemd. Raises BusError as
-    RunningDaemon.run does; ConfigError if creating the socket or reading an interface's description
-    fails.
+    `varlink`: the path of a socket to listen on, in addition to the socket that systemd passes.
+    Raises BusError as RunningDaemon.run does, and ConfigError if the socket cannot be created or
+    the description of an interface cannot be read.
     """
     favour_the_loop()
     with contextlib.ExitStack() as stack:
@@ -170,7 +171,8 @@ def _listen(path: Path) -> socket.socket:
 def _job_store(
     manager: ServiceManager, journal: Journal, stored: dict[str, int]
 ) -> JobStore | None:
-    """Open the storage in which jobs outlive the daemon; None without usable $RUNTIME_DIRECTORY."""
+    """Open the storage for jobs that must survive the daemon; None if $RUNTIME_DIRECTORY is not
+    usable."""
     path = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if not path:
         return None
@@ -239,7 +241,7 @@ class RunningDaemon:
         self._service = Service(
             config, LocalHost(), self._registry, clock, sampler, monitors=monitors
         )
-        # Our own user has no limits: on a session bus, everything belongs to it.
+        # Our own user has no limits, because on a session bus, everything belongs to this user.
         self._turns = Turns(frozenset({0, os.getuid()}))
         streams = Streams()
         self._observers.add(streams)
@@ -252,14 +254,14 @@ class RunningDaemon:
         self._ready = False
 
     def stop(self) -> None:
-        """Let `run` end as at a signal."""
+        """Make `run` end as it does after a signal."""
         self._stop.set()
 
     async def run(self, listeners: list[socket.socket]) -> int:
         """Serve Varlink on `listeners`, and the bus; return the exit code.
 
-        Without a running job, raises BusError if we cannot have our name, or if there is neither a
-        bus nor a listener; returns FAILURE instead if the journal has such an error already.
+        If no job runs, raises BusError if we cannot own our name, or if there is neither a bus nor
+        a listener. If such an error is already in the journal, returns FAILURE instead.
         """
         feeding = asyncio.get_running_loop().create_task(self._feed_watchdog())
         self._registry.on_busy = self._busy
@@ -279,8 +281,8 @@ class RunningDaemon:
             self._limited.flush()
 
     async def _answer_first(self, listeners: list[socket.socket]) -> None:
-        """Answer calls that already waited when qkilld started, before the D-Bus library is
-        imported: the import would delay the answers."""
+        """Answer the calls that waited when qkilld started. Do this before the import of the D-Bus
+        library, which would delay the answers."""
         poll = select.poll()
         for listener in listeners:
             poll.register(listener, select.POLLIN)
@@ -321,7 +323,8 @@ class RunningDaemon:
 
     async def _serve_on(self, bus: BusService | None) -> int | None:
         """Serve until the bus is lost, a signal comes, or nothing is left to do. Without a bus,
-        serve for at most RETRY_S. Return the exit code; None to try to reach the bus again."""
+        serve for at most RETRY_S. Return the exit code, or None if the caller must try again to
+        reach the bus."""
         while True:
             match await self._until_end(bus):
                 case EndReason.STOP:
@@ -340,8 +343,8 @@ class RunningDaemon:
 
     async def _connect(self) -> BusService:
         """Raises BusError, ConfigError, ImportError."""
-        # Import in a thread, so that Varlink is served meanwhile: the D-Bus library takes as long
-        # as all other imports together.
+        # Import in a thread, so that Varlink is served meanwhile. The import of the D-Bus library
+        # takes as long as all other imports together.
         serve = await run_in_thread(_import_bus_service)
         return await serve(self._bus, self._service, self._observers, self._turns, self._fault)
 
@@ -364,10 +367,10 @@ class RunningDaemon:
                 task.cancel()
 
     async def _end(self, bus: BusService | None) -> int:
-        """End because of a signal; return the exit code.
+        """End after a signal; return the exit code.
 
-        Cancels all jobs if systemd reports that it stops our unit, or there is no store; otherwise
-        leaves them to the next daemon.
+        Cancels all jobs if systemd reports that it stops our unit, or if there is no store.
+        Otherwise, leaves the jobs to the next daemon.
         """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
@@ -382,22 +385,22 @@ class RunningDaemon:
         else:
             self._registry.interrupt_waits()
         await self._varlink.drain(DRAIN_TIMEOUT_S)
-        # Close Varlink connections before leaving the bus, which takes time: if a connection closes
-        # soon after a cancellation, the client concludes that nobody cancelled the job
-        # deliberately.
+        # Close the Varlink connections before leaving the bus, because leaving takes time. If a
+        # connection closes soon after a cancellation, the client concludes that no caller has
+        # cancelled the job.
         self._varlink.close()
         await self._leave(bus)
-        # systemd starts a new daemon for the remaining jobs if a restart is in progress; otherwise,
-        # only if this one fails.
+        # For the remaining jobs, systemd must start a new daemon. It does so during a restart;
+        # otherwise, only if this daemon fails.
         jobs_remain = running and why not in ("stop", "restart", "try-restart")
         return ExitCode.FAILURE if jobs_remain else ExitCode.OK
 
     async def _end_idle(self, bus: BusService | None) -> int | None:
-        """Return the exit code, or None to serve on.
+        """Exit because the daemon is idle. Return the exit code, or None to continue to serve.
 
-        First systemd is notified. From then on, systemd starts a new daemon if the bus wants to
-        activate our name, instead of assuming that we serve it. Connections to the socket wait for
-        the new daemon.
+        systemd is notified first. From then on, if the bus wants to activate our name, systemd
+        starts a new daemon, instead of assuming that this one serves it. Connections to the socket
+        wait for the new daemon.
         """
         self._manager.tell("STOPPING=1")
         self._varlink.stop_listening()
@@ -407,8 +410,8 @@ class RunningDaemon:
             self._journal.write(events.daemon_idle())
             return ExitCode.OK
         if self._store is not None:
-            # Work that arrived meanwhile continues in the next daemon, which systemd starts at
-            # once.
+            # A job that was requested meanwhile continues in the next daemon, which systemd starts
+            # at once.
             self._registry.interrupt_waits()
             self._journal.write(events.daemon_stopping(self._registry.running, to_go_on=True))
             return ExitCode.FAILURE
@@ -422,19 +425,20 @@ class RunningDaemon:
         await self._varlink.drain(DRAIN_TIMEOUT_S)
 
     async def _idle(self, bus: BusService | None, span_s: float) -> None:
-        """Return after `span_s` seconds without work."""
+        """Wait until there has been no work for `span_s` seconds."""
         while True:
             remaining_s = self._turns.last_call + span_s - time.monotonic()
             busy = self._varlink.busy or (bus is not None and bus.busy)
             # Do not exit while files wait to be closed: this process could not end, and systemd
-            # would wait for its end before it starts another.
+            # would not start another one before.
             busy = busy or foreign_descriptors.closes_files()
             if remaining_s <= 0 and self._registry.empty and not busy:
                 return
             await asyncio.sleep(remaining_s if remaining_s > 0 else span_s / 4)
 
     async def _feed_watchdog(self) -> None:
-        """Ping systemd's watchdog from the event loop, so that systemd notices if it stalls."""
+        """Ping systemd's watchdog from the event loop, so that systemd notices if the loop
+        stalls."""
         if (interval := self._manager.watchdog_s) is not None:
             while True:
                 self._manager.ping()

@@ -20,8 +20,8 @@ def set_up(program: str, *, debug: bool) -> None:
 
 
 def silence() -> None:
-    """Add a handler, because without one Python prints warnings of dbus_next and asyncio, and
-    their tracebacks. May be called again."""
+    """Add a handler. Without a handler, Python prints warnings and tracebacks of dbus_next and
+    asyncio. May be called again."""
     import logging
 
     if not logging.getLogger().handlers:

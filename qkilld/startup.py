@@ -38,7 +38,7 @@ def run(options: DaemonOptions) -> int:
     if options.check_config:
         print("The configuration is good.")
         return ExitCode.OK
-    open_files.raise_limit()  # Each sampled guest needs about a dozen.
+    open_files.raise_limit()  # Each sampled guest needs about a dozen descriptors.
     threading.stack_size(STACK_BYTES)
     share_heap()
     foreign_descriptors.set_up()
@@ -64,8 +64,8 @@ def run(options: DaemonOptions) -> int:
                 varlink=options.varlink,
                 exit_idle_s=options.exit_idle,
             )
-            # lifecycle handles SIGINT. asyncio would, too, and its handler would be shown, which
-            # imports inspect, when lifecycle replaces it.
+            # lifecycle handles SIGINT. SIG_DFL keeps asyncio from installing a handler of its own.
+            # Replacing asyncio's handler would import inspect.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             return asyncio.run(end)
     except ConfigError as error:
@@ -85,7 +85,7 @@ def run(options: DaemonOptions) -> int:
 
 
 def _refuse_calls(why: str, options: DaemonOptions) -> None:
-    # Imported late, because it imports asyncio, see above.
+    # Imported late, because it imports asyncio.
     from qkilld.failed_start import refuse_calls
 
     refuse_calls(why, BusAddress(user=options.user, address=options.bus))

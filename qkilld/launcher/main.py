@@ -15,18 +15,19 @@ from qkilld.model.errors import ConfigError
 DIRECTORY: Final = Path("/etc/qkilld/guests")
 MAX_BYTES: Final = 1 << 20
 _NAME: Final = re.compile(r"[A-Za-z0-9:_\\@-][A-Za-z0-9:_.\\@-]{0,200}")
-"""The characters of unit names, systemd.unit(5), without a leading dot, which would hide the
-file."""
+"""The characters of unit names, systemd.unit(5). A leading dot is not allowed, because it would
+hide the guest's file."""
 
 
 def main() -> int:
-    """Replace this process with QEMU; return an exit code only if that fails."""
+    """Execute QEMU in this process. Return an exit code if that fails."""
     if len(sys.argv) != 2 or not _NAME.fullmatch(sys.argv[1]):
         print("usage: qemu-guest NAME, for qemu-guest@NAME.service", file=sys.stderr)
         return ExitCode.USAGE
     name = sys.argv[1]
     path = DIRECTORY / f"{name}.conf"
-    # From RuntimeDirectory= of the unit. If a drop-in adds directories, ours is the first.
+    # systemd sets the variable from RuntimeDirectory= of the unit. If a drop-in adds directories,
+    # ours is the first.
     runtime = os.environ.get("RUNTIME_DIRECTORY", f"/run/qemu-guest/{name}").partition(":")[0]
     try:
         with path.open("rb") as file:

@@ -1,12 +1,11 @@
 """Parse a guest's file: one QEMU option on each line. Pure.
 
-    # A comment; blank lines do not count either.
-    /usr/bin/qemu-system-aarch64
-    -m 2G
-    -drive file=disk one.qcow2,if=virtio
+    # A comment. Blank lines are ignored, too. /usr/bin/qemu-system-aarch64 -m 2G -drive file=disk
+    one.qcow2,if=virtio
 
-A line is an option and, after blanks, its value up to the end of the line. There are no quotes,
-variables or continuation lines. An absolute path in place of an option is the QEMU program to run.
+Each line has an option and, after blanks, its value, which ends at the end of the line. There are
+no quotes, variables or continuation lines. An absolute path in place of an option is the QEMU
+program to run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ _AGENT_PORT: Final = "org.qemu.guest_agent.0"
 _PC_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
 """QEMU programs whose default machine is a PC."""
 _WITH_VIRTIO_SERIAL: Final = r"(?:pc|q35|virt|pseries|s390-ccw-virtio)(?:-.*)?"
-"""Machines with a bus for a virtio-serial device; others, such as microvm, have none."""
+"""Machines with a bus for a virtio-serial device. Other machines, such as microvm, have no such
+bus."""
 _NOT_OURS: Final = {
     "daemonize": "QEMU must stay in the foreground",
     "pidfile": "systemd knows the process",
@@ -81,8 +81,9 @@ def parse(text: str, path: str) -> GuestFile:
 def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -> list[str]:
     """Return QEMU's argv.
 
-    `machine` is the architecture from uname(2); `qmp` and `agent` are paths of sockets to create.
-    A QMP monitor is always added, a name or a display only if the file has none.
+    `machine` is the architecture from uname(2). `qmp` and `agent` are the paths of sockets that
+    QEMU creates. A QMP monitor is always added. A name and a display are added only if the file has
+    none.
     """
     argv = [file.program or f"/usr/bin/qemu-system-{_ARCHITECTURES.get(machine, machine)}"]
     if not file.has("name"):
@@ -92,7 +93,7 @@ def command(file: GuestFile, *, name: str, machine: str, qmp: str, agent: str) -
         argv += ["-display", "none"]
     argv += ["-qmp", f"unix:{_escaped(qmp)},server=on,wait=off"]
     argv += [word for line in file.lines for word in line]
-    # The port comes last, so that no device of the guest moves to another slot.
+    # Add the port last, so that no device of the guest moves to another slot.
     return argv + (_agent_port(agent) if _takes_agent_port(file, argv[0]) else [])
 
 
@@ -103,8 +104,9 @@ def _agent_port(path: str) -> list[str]:
 
 
 def _takes_agent_port(file: GuestFile, program: str) -> bool:
-    """Return whether to add the agent's port: the machine can have one, and the file has none. A
-    guest restored from a saved state (loadvm) must have the devices with which it was saved."""
+    """Return whether to add a port for the agent: the machine can have one, and the file has none.
+    Add no port to a guest that is restored from a saved state (loadvm), because its devices must be
+    those with which it was saved."""
     if file.has("readconfig", "loadvm", "incoming"):
         return False
     values = [line[1] for line in file.lines if len(line) > 1]
@@ -128,7 +130,7 @@ _ARCHITECTURES: Final = {
     "armv7l": "arm",
     "ppc64le": "ppc64",
 }
-"""Architecture names: from uname(2) to QEMU's, if they differ."""
+"""The architectures for which QEMU's name differs from that of uname(2)."""
 
 
 def _escaped(value: str) -> str:
