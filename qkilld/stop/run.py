@@ -42,16 +42,14 @@ if TYPE_CHECKING:
 EXITING_TIMEOUT_S = 60.0
 """The time for the kernel to finish the I/O of an exiting process and free its memory."""
 UNIT_AFTER_S = 0.05
-"""The unit's settings are read only after this time. An idle guest has exited before, so its stop
-does not need them."""
+"""The unit's settings are read after this time, because an idle guest exits before."""
 FIRST_TICK_S = 0.2
 TICK_S = 1.0
 """How often systemd gets a status and an extension."""
 NEVER = float("inf")
 
 MAX_RESTARTS = 3
-"""A shell in the unit may start another QEMU after the previous one has exited. qkilld-stop stops
-at most this many of those; then systemd's own signals stop the shell and its QEMU."""
+"""A shell may start QEMUs one after another. After this many, systemd's signals stop the rest."""
 RESTART_S = 1.0
 """How long to wait for a shell to start another QEMU."""
 
@@ -74,8 +72,8 @@ class StopRun:
         self._began = clock()
         self._stops: list[GuestStop] = []
         self._stoppers: list[Stopper | None] = [None] * (len(socket_paths(options)) + 1)
-        """The stoppers in the order in which they are tried; each is constructed when it is needed.
-        The last one is local."""
+        """In the order in which they are tried; None until needed. The last one is the local
+        engine."""
         self._stopper_of: dict[GuestStop, Stopper] = {}
         self._place: dict[GuestStop, int] = {}
         """For each stop, the index of its stopper in `_stoppers`."""
@@ -119,8 +117,7 @@ class StopRun:
             self.turn()
 
     def _stop_restarted(self) -> bool:
-        """Stop guests that a shell in the unit has started meanwhile. Return whether there are
-        any."""
+        """Stop guests that a shell in the unit has started meanwhile. Return False if none."""
         main_pid = os.environ.get("MAINPID", "")
         shelled = any(str(stop.process.pid) != main_pid for stop in self._stops)
         if self._departure is not None or not shelled or not self.targets.finder.in_own_unit:
@@ -416,9 +413,7 @@ class StopRun:
         place = self._place[stop] + 1
         if stop.state is not None:
             self._why[stop] = why
-            place = (
-                len(self._stoppers) - 1
-            )  # The job has begun, so the local engine must continue it.
+            place = len(self._stoppers) - 1  # The local engine must continue a job that has begun.
         self._hand_over([stop], place)
 
     def unit_known(self, unit: dict[str, Any], stops: Sequence[GuestStop]) -> None:
@@ -534,8 +529,7 @@ class StopRun:
         deadlines = [2**64 if (at := state.get("deadlineUSec")) is None else at for state in states]
         self._notifier.extend(extension(deadlines, now) if states else FIRST)
         if not states:
-            # Return before the imports below: they take 12 ms, and would delay the handling of the
-            # daemon's first reply.
+            # Skip the imports below, which take 12 ms and would delay the daemon's first reply.
             self._notifier.status(NO_STATE)
             return
         try:
@@ -567,9 +561,8 @@ class StopRun:
         self._leave(130 if number == signal.SIGINT else 4, f"it got {number.name}")
 
     def _go_on(self) -> None:
-        """Extend systemd's timeout after it has expired. This is possible until systemd sends
-        SIGKILL. The timeout expires despite extensions if `systemctl daemon-reload` has dropped
-        them."""
+        """Extend systemd's expired timeout. This is possible until systemd sends SIGKILL. (After
+        `systemctl daemon-reload`, a timeout expires despite its extensions.)"""
         from qkilld.stop.helper_events import stop_overrun
 
         self._overrun = True
