@@ -1,15 +1,15 @@
 """Open a process by pid, and check that it is QEMU and that the caller has the needed rights.
 
-The order of the checks ensures that a reply does not reveal what the caller may not know:
+The checks come in an order that reveals nothing that the caller may not know:
 
 1. The process is opened first, and then the caller is identified.
-2. For root and the process's own user, only the process is checked.
-3. For all others, polkit is asked, whatever the process is, and a denial has the same text for
-   QEMU and for anything else. If the process is not QEMU, or not the requested one, polkit is
-   asked without a dialog, so that nobody types a password in vain. The missing dialog shows that
-   it is not QEMU, but so does ListGuests, which anybody may call.
-4. Because time has passed, the checks are repeated right before the process is returned: it must
-   still be QEMU, in the named unit and, unless root asks, of the same user.
+2. If the caller is root or the process's own user, only the process is checked.
+3. For all other callers, polkit is asked, whatever the process is. A denial has the same text for
+   QEMU and for any other program. If the process is not QEMU, or not the requested one, polkit is
+   asked without a dialog, so that nobody types a password in vain. The missing dialog tells the
+   caller that the process is not QEMU. But ListGuests, which anybody may call, shows this, too.
+4. The checks are repeated right before the process is returned, because polkit may take minutes:
+   the process must still be QEMU, in the named unit and, unless root asks, of the same user.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Access:
         known: Callable[[tuple[int, int]], bool] = lambda key: False,
     ) -> None:
         """`known` returns whether the process with that pid and start time was identified as QEMU
-        before. It is used for an exiting process, which can no longer be identified."""
+        before. It is called for an exiting process, whose executable can no longer be read."""
         self._config = config
         self._host = host
         self._is_known = known
@@ -70,7 +70,7 @@ class Access:
         unit: Unit | None = None,
         answer: Answer | None = None,
     ) -> CheckedProcess:
-        """Return the process, labelled. The caller must close it.
+        """Return the process with its label set. The caller must close it.
 
         action      the polkit action; None for that of `flags`
         start_time  refuse a process that started at another time (clock ticks since boot)
@@ -116,8 +116,8 @@ class Access:
     ) -> Steerer:
         """Authorize steering a job. Raises AccessDenied, InteractiveAuthorizationRequired, Busy.
 
-        The owner of the process may steer jobs that run by the owner's right (steering.py), and
-        with `owner` every job.
+        The owner of the process may steer a job that runs by the owner's right (steering.py). With
+        `owner`, the owner may steer any job for the process.
         """
         uid = await caller.uid()
         identity = job.guest.identity

@@ -1,4 +1,4 @@
-"""Limit the calls that users may have open in the daemon at a time."""
+"""Limit how many calls each user may have open in the daemon at a time."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ class Cost(Enum):
 MAX_WAITS: Final = 1024
 MAX_READS: Final = 8
 MAX_REQUESTS: Final = 64
-"""The maximum number of calls other than Wait. At most MAX_READS of them may be READ."""
+"""The maximum number of calls other than Wait, including up to MAX_READS of the kind READ."""
 TOGETHER: Final = 32
-"""All users except root together may have this many times what one user may. This limit is needed
-because somebody with subordinate uids that /etc/subuid does not list counts as thousands of users.
-A Wait takes 3 kB (measured), so all of them take 100 MB."""
+"""All users except root together may have this many times as many calls as one user. This limit is
+needed because somebody may have thousands of subordinate uids that /etc/subuid does not list. Each
+of these uids counts as a user. A Wait takes 3 kB (measured), so the Waits of all users take 100
+MB."""
 RESERVE: Final = 4
-"""One in this many descriptors is reserved for root's calls and running jobs."""
+"""A fourth of all descriptors is reserved for root's calls and for running jobs."""
 
 
 class CallLimits:
     def __init__(self, unlimited: frozenset[int]) -> None:
-        """`unlimited` are the uids that have no limit."""
+        """`unlimited`: the uids without limits."""
         self._unlimited = unlimited
         self._running: Counter[tuple[int, Cost]] = Counter()
         self._total: Counter[Cost] = Counter()
-        """The running calls of all users that have a limit."""
+        """The number of open calls of all users that have limits."""
 
     def begin(self, uid: int, cost: Cost) -> None:
         """Count a call; `end` must follow. Raises Busy."""
@@ -60,7 +61,7 @@ class CallLimits:
             del self._running[user, cost]
 
     def check_descriptors(self, uid: int) -> None:
-        """Check before a call that opens descriptors. Raises Busy."""
+        """Raise Busy if a call that opens descriptors must not begin now."""
         if uid not in self._unlimited and not _descriptors_to_spare():
             raise Busy("qkilld is short of file descriptors, and keeps the rest for running jobs")
 
@@ -84,7 +85,8 @@ class CallLimits:
 
 
 def _check_together(count: int, limit: int, what: str) -> None:
-    """Check the number of calls of all users, `count`; `limit` is that of one user. Raises Busy."""
+    """Raise Busy if all users together have too many calls (`count`). `limit` is the limit of one
+    user."""
     if count >= TOGETHER * limit:
         raise Busy(
             f"Users other than root have {TOGETHER * limit} {what} open here, the most allowed for "
@@ -93,8 +95,8 @@ def _check_together(count: int, limit: int, what: str) -> None:
 
 
 def _descriptors_to_spare() -> bool:
-    """Return whether a user's call may open descriptors. This is an estimate from the lowest free
-    descriptor, because all below it are in use."""
+    """Return whether a user's call may open descriptors. The number of the lowest free descriptor
+    serves as an estimate of how many are in use, because all below it are."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError):
         fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

@@ -32,7 +32,7 @@ _SAFE_MARK: Final = "\N{REPLACEMENT CHARACTER}"
 
 
 def check_qemu(identity: Identity, globs: Iterable[str], own_pid: int) -> None:
-    """Raise NotQemu unless the process is known to be QEMU; qkilld itself (`own_pid`) never is.
+    """Raise NotQemu unless the process is known to be QEMU. qkilld itself (`own_pid`) is not QEMU.
 
     Raises ExitInProgress if the process is exiting, so that it can no longer be identified.
     """
@@ -66,7 +66,7 @@ def check_same(identity: Identity, start_time: int) -> None:
 def check_unchanged(before: Identity, now: Identity, globs: Iterable[str]) -> None:
     """Check, right before a signal, that a process still is QEMU and belongs to the same user.
 
-    The executable may be another QEMU than before, because QEMU executes a new program for an
+    The executable may have changed to another QEMU, because QEMU executes a new program for an
     upgrade (cpr-exec). Raises ProcessChanged, or UnknownIdentity if the executable cannot be read.
     """
     pid = now.pid
@@ -108,8 +108,8 @@ def is_free(caller_uid: int, identity: Identity) -> bool:
 
 
 def check_free(caller_uid: int, before: Identity, after: Identity) -> None:
-    """Raise ProcessChanged if the process's user has changed since the caller was permitted. For
-    root, the user does not matter.
+    """Raise ProcessChanged if the process's user has changed since the caller was authorized. For
+    root, this does not matter.
     """
     if caller_uid != 0 and before.uid != after.uid:
         raise ProcessChanged(
@@ -139,8 +139,8 @@ def check_answer(answer: Answer, what: str) -> None:
 def details_of(guest: Guest, flags: Flag) -> dict[str, str]:
     """Return details for polkit's rules and dialog: target (words), pid, guest, unit, uid, flags.
 
-    The person who types a password sees the guest's name. As the guest's owner has chosen it, it is
-    made harmless (for_dialog).
+    The person who types a password sees the guest's name. The guest's owner may have chosen any
+    name, so `for_dialog` makes it harmless.
     """
     name = for_dialog(guest.label.shown_name)
     process = f"process {guest.identity.pid}"
@@ -164,6 +164,6 @@ def details_of_all(flags: Flag) -> dict[str, str]:
 
 
 def for_dialog(text: str) -> str:
-    """Replace characters that the dialog of some desktop may interpret as markup, a closing quote
-    or a variable of polkit's."""
+    """Replace characters that some desktop's dialog may take for markup, for a closing quote or for
+    a variable of polkit."""
     return "".join(_SAFE_MARK if c in _MARKUP else c for c in printable(text, MAX_DIALOG_TEXT))

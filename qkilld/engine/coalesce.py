@@ -16,7 +16,7 @@ MAX_PAUSE_S: Final = 0.1
 
 class SharedRun(Generic[T]):
     """Callers that arrive while a run is in progress share the next run. They cannot share the
-    current one, because it may have begun before the change that they ask about."""
+    current run: it may have begun before a change whose effect they want to see."""
 
     def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
         self._work = work

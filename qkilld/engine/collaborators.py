@@ -34,22 +34,22 @@ class Collaborators(Generic[J]):
     executables: tuple[str, ...]
     """Globs of QEMU executables."""
     may_yank: Callable[[str | None], bool]
-    """Returns Yank= for the guest with this name: whether its dead storage may be cut off."""
+    """Returns Yank= for the guest with this name: whether dead storage may be cut off."""
     load: Callable[[], int]
     """Returns the number of running jobs."""
     when_saved: Callable[[Callable[[], None]], None]
     """Calls back once all changes so far are saved, or saving has failed."""
     on_change: Callable[[J], None]
     on_sample: Callable[[J], None]
-    """Called instead of `on_change` after a sample without news."""
+    """Called instead of `on_change` after a sample that changed nothing worth reporting."""
     on_end: Callable[[J], None]
     on_survivor_exit: Callable[[J], None]
     on_monitor: Callable[[J, int | None], None]
-    """Called when a job has opened its guest's monitor, with the descriptor if systemd should keep
-    it for the next daemon."""
+    """Called when a job has opened its guest's monitor. The number is the descriptor of the
+    connection if systemd should keep a copy for the next daemon, or else None."""
     server_exits: Callable[[Process], ServerExits] | None
     """If None, the servers of network disks are not watched."""
     stopping: Callable[[frozenset[int]], frozenset[int]]
     """Returns which of these processes are being stopped by a job (server_watch.is_stopping)."""
     write_down: Callable[[J, Callable[[], None]], None]
-    """Saves the job, and calls back when that is done or takes too long."""
+    """Saves the job, and calls back when it is saved, or when saving takes too long."""

@@ -182,7 +182,8 @@ def job_held(job: ObservedJob, uid: int) -> Event:
 
 
 def job_released(job: ObservedJob, by: str, uid: int | None) -> Event:
-    """`by` names the caller. If a time limit ended the hold, `by` is the limit and `uid` None."""
+    """`by` names the caller who released the job. If a time limit ended the hold, `by` names the
+    limit, and `uid` is None."""
     return _of_job(
         job,
         MessageId.JOB_RELEASED,
@@ -282,7 +283,7 @@ def job_ended(job: ObservedJob) -> Event:
 
 
 def _measured(job: ObservedJob) -> dict[str, str]:
-    """Return what is known of the outcome, as fields."""
+    """Return the known facts about the outcome, as journal fields."""
     evidence = job.assessment
     numbers = {
         "QKILLD_GUEST_ASKED": job.guest_asked.value,
@@ -294,7 +295,7 @@ def _measured(job: ObservedJob) -> dict[str, str]:
 
 
 def stops_ended(jobs: Sequence[ObservedJob]) -> Event:
-    """One entry for concurrent stops, in addition to `job_ended` of each."""
+    """One entry for concurrent stops, in addition to the `job_ended` entry of each stop."""
     results = Counter(job.result for job in jobs)
     counts = [
         f"{results[result]} {word}" for result, word in _RESULTS_IN_WORDS.items() if results[result]
@@ -338,8 +339,7 @@ def waiter_gone(job: ObservedJob) -> Event:
 
 
 def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
-    """A guest of TerminateAll could not be stopped. This is no problem if the guest has just
-    exited."""
+    """TerminateAll could not stop this guest. This is no problem if the guest has just exited."""
     is_gone = isinstance(error, NoSuchProcess)
     return Event(
         MessageId.NOT_STOPPED,
@@ -351,7 +351,8 @@ def not_stopped(guest: Guest, uid: int, error: QkilldError) -> Event:
 
 
 def not_identified(processes: Sequence[Unidentified], uid: int) -> Event:
-    """TerminateAll leaves processes out, because the kernel does not show their executables."""
+    """TerminateAll has left out these processes, because the kernel does not show their
+    executables."""
     named = ", ".join(
         f"{each.pid} (unit: {_unit_in_words(each.unit)})" for each in processes[:MAX_NAMED]
     )
@@ -463,7 +464,7 @@ def entries_dropped(count: int) -> Event:
 
 
 def internal_error(doing: str, error: BaseException) -> Event:
-    """A bug in this program; the only event with a traceback."""
+    """A bug in this program. No other event has a traceback."""
     trace = "".join(traceback.format_exception(error))
     return Event(
         MessageId.INTERNAL_ERROR,

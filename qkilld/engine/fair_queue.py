@@ -1,8 +1,9 @@
-"""Choose whose call is next: every user gets a turn, however many calls and connections others
-have.
+"""Choose which user's calls are served next. Users take turns, however many calls and connections
+each of them has.
 
-A pure data structure. All connections of a user share a turn. Until the uid of a connection is
-known, its calls are queued but get no turn. The calls of each connection keep their order.
+This is a pure data structure. In a turn, some calls of one user are served; all connections of the
+user share it. Until the uid of a connection is known, its calls only wait. The calls of each
+connection keep their order.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from qkilld.model.dataclass import dataclass
 MAX_CALLS: Final = 1024
 """The maximum number of calls that may wait for one uid, or for one connection of unknown uid."""
 MAX_BYTES: Final = 256 << 10
-"""The maximum number of bytes in the bodies of these calls."""
+"""The maximum number of bytes in the bodies of one uid's waiting calls."""
 MAX_TOTAL: Final = 4096
-"""The maximum number of calls that may wait in total; above that, a connection may have SPARE
-waiting calls with SPARE_BYTES in all."""
+"""The maximum number of calls that may wait in total. When it is reached, each connection may still
+have SPARE waiting calls with SPARE_BYTES in all."""
 MAX_TOTAL_BYTES: Final = 1 << 20
 SPARE: Final = 8
 SPARE_BYTES: Final = 16 << 10
-"""The length of the longest call. A bus allows 2,048 connections, so SPARE_BYTES of all of them are
-32 MiB."""
+"""This is also the length of the longest call. A bus allows 2,048 connections, so these bytes of
+all connections are 32 MiB at most."""
 CALLS_PER_TURN: Final = 4
 BYTES_PER_TURN: Final = 16 << 10
 """A turn ends after this many bytes, because long calls take long to check."""
@@ -37,10 +38,10 @@ Item = TypeVar("Item")
 
 @dataclass(slots=True)
 class _ConnectionQueues(Generic[Item]):
-    """The waiting calls of connections that share a turn."""
+    """The waiting calls of the connections of one user."""
 
     waiting: OrderedDict[str, deque[tuple[Item, int]]] = field(default_factory=OrderedDict)
-    """The waiting calls with their sizes, by connection. The first connection is next."""
+    """The waiting calls and their sizes, by connection. The first connection is served next."""
     count: int = 0
     size: int = 0
 
@@ -50,7 +51,7 @@ class FairQueue(Generic[Item]):
         """`unlimited`: uids without a limit of waiting calls."""
         self._unlimited = unlimited
         self._groups: OrderedDict[int, _ConnectionQueues[Item]] = OrderedDict()
-        """The queues of users with waiting calls. The first user is next."""
+        """The queues of users with waiting calls. The first user has the next turn."""
         self._uids: dict[str, int] = {}
         """The uid of each connection with waiting calls in `_groups`."""
         self._strangers: dict[str, _ConnectionQueues[Item]] = {}
@@ -59,7 +60,7 @@ class FairQueue(Generic[Item]):
         self._size = 0
 
     def __bool__(self) -> bool:
-        """Whether a call can be taken."""
+        """Whether a call of a known user waits."""
         return bool(self._groups)
 
     @property
@@ -113,7 +114,7 @@ class FairQueue(Generic[Item]):
         group.size += stranger.size
 
     def forget(self, name: str, uid: int | None) -> list[Item]:
-        """Remove a closed connection; return its waiting calls, which nobody will answer."""
+        """Remove a closed connection. Return its waiting calls, which need no reply any more."""
         user = None if uid is None else user_of(uid)
         group = self._strangers.pop(name, None) if user is None else self._groups.get(user)
         waiting = None if group is None else group.waiting.pop(name, None)
@@ -125,8 +126,8 @@ class FairQueue(Generic[Item]):
         return [item for item, _ in waiting]
 
     def turn(self) -> list[tuple[int, Item]]:
-        """Give the next user a turn: return their next calls, each with the uid of its caller. At
-        least one call must be waiting."""
+        """Give the next user a turn: remove and return this user's next calls, each with the uid of
+        its caller. A call of a known user must be waiting."""
         user, group = next(iter(self._groups.items()))
         most = 1 if group.count > CROWD and user not in self._unlimited else CALLS_PER_TURN
         self._groups.move_to_end(user)
@@ -155,7 +156,7 @@ class FairQueue(Generic[Item]):
 
 
 def _can_spare(own: deque[tuple[Item, int]] | None, size: int) -> bool:
-    """Return whether a connection with these waiting calls may have another one although MAX_TOTAL
+    """Return whether a connection with these waiting calls may add another one although MAX_TOTAL
     is reached."""
     if own is None:
         return size <= SPARE_BYTES

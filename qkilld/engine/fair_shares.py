@@ -8,39 +8,40 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FIRST_SUBORDINATE = 65536
-"""Uids from here on may be subordinate uids (subuid(5)), of which one user may have more than there
+"""Uids from here on may be subordinate uids (subuid(5)). One user may have more of these than there
 are places. Uids of directory services are often in this range, too."""
 
 _ranges: list[tuple[int, int, int]] = []
-"""In order."""
+"""Sorted by the first uid."""
 
 
 def set_subordinate_uids(ranges: Sequence[tuple[int, int, int]]) -> None:
-    """Set the ranges of subordinate uids: the first uid, the last one, and their user. Set them
-    before anything is counted. A uid in two ranges is only in the one that begins later."""
+    """Set the ranges of subordinate uids. Each is the first uid, the last uid, and the user who has
+    them. Call this before any place is taken. A uid in two ranges belongs to the one that begins
+    later."""
     _ranges[:] = sorted(ranges)
 
 
 def user_of(uid: int) -> int:
-    """Return the user for whom a uid counts: of a known subordinate uid, the user who has it. Only
-    limits use this; it gives no rights."""
+    """Return the user whose limits apply to a uid: for a known subordinate uid, the user who has
+    it. This gives no rights; it is used only for limits."""
     if uid < FIRST_SUBORDINATE or not _ranges:
         return uid
     # Imported only here, because programs without ranges do not need it.
     from bisect import bisect_right
 
-    # There may be ranges of tens of thousands of users.
+    # Search by bisection, because tens of thousands of users may have ranges.
     first, last, user = _ranges[bisect_right(_ranges, (uid + 1,)) - 1]
     return user if first <= uid <= last else uid
 
 
 class FairShares:
-    """Places taken by users. It has no lock of its own.
+    """The places that users have taken. This class has no lock.
 
     Root may take all `places`; `of_root` of these are for root only. Each other user gets a first
-    place as long as there is one. A user's second and further places count against `shared`, which
-    is divided equally among the users who have places. So the remaining places stay free for users
-    who have none. Uids that may be subordinate can take only half of these.
+    place if one is free. The second and further places of all users together are limited to
+    `shared`, which is divided equally among the users who have places. So the other places stay
+    free for users who have none. Uids that may be subordinate can take only half of these.
     """
 
     def __init__(self, places: int, *, of_root: int, shared: int) -> None:

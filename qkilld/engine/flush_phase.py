@@ -1,10 +1,10 @@
 """The phase right before SIGTERM: read the state of disks, and flush them.
 
-decision.flush_plan decides what to flush and what that proves; FlushPhase carries it out. A flush
-proves more while the guest's processors are stopped. Before they are stopped, this intention is
-saved: if the job ends before a signal, or the daemon crashes, they are started again. The API calls
-this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor stays open
-until the job ends, because QEMU does not reply on a connection made after SIGTERM.
+decision.flush_plan decides which disks to flush and what a flush proves; FlushPhase carries this
+out. A flush proves more while the guest's processors are stopped. The intention to stop them is
+saved first. If the job ends before a signal, or the daemon crashes, they are started again. The API
+calls this phase `quit`, because QEMU is told to quit if the guest has powered off. The monitor
+stays open until the job ends, because QEMU does not reply on a connection made after SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, GuestMonitor, Journal, Process, Sampler, Timer
 
 OPEN_TIMEOUT: Final = 2 * USEC_PER_SEC
-"""Timeout (µs) for opening the monitor and taking a sample. After this and the other timeouts,
+"""Timeout (µs) for opening the monitor and taking a sample. When any timeout of this phase expires,
 SIGTERM follows."""
 READ_TIMEOUT: Final = 3 * USEC_PER_SEC
-"""Timeout (µs) for reading the state of the disks, which takes 2 ms."""
+"""Timeout (µs) for reading the state of the disks, which usually takes 2 ms."""
 READ_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of readings while the job waits for a backup or a Release, and of samples during a
-flush."""
+"""Interval (µs) at which the state of disks is read while the job waits for a backup or is held,
+and at which samples are taken during a flush."""
 REREAD_INTERVAL: Final = 50_000
-"""The first interval (µs) of readings that show whether requests are stuck; the intervals grow."""
+"""The first interval (µs) between readings for stuck requests. Later intervals are longer."""
 SAVE_TIMEOUT: Final = USEC_PER_SEC // 2
-"""Timeout (µs) for saving that the processors will be stopped."""
+"""Timeout (µs) for saving the intention to stop the processors."""
 FLUSH_TIMEOUT: Final = USEC_PER_SEC
 """Timeout (µs) for stopping the processors and flushing. It is short, because the job cannot be
-held meanwhile."""
+held while the processors are stopped."""
 STANDSTILL: Final = 6 * USEC_PER_SEC
-"""A flush that stops no processors is abandoned after this time (µs) without progress, and after
-StorageStallSec= in any case. Disks write back in bursts up to 5 s apart."""
+"""A flush that does not stop the processors is abandoned after this time (µs) without progress, and
+in any case after StorageStallSec=. Disks write data back in bursts that are up to 5 s apart."""
 QUIT_TIMEOUT: Final = 2 * USEC_PER_SEC
 """How long (µs) QEMU may take to exit after `quit`."""
 UNDO_TIMEOUT: Final = USEC_PER_SEC
-"""Timeout (µs) for starting the processors again in a running job."""
+"""Timeout (µs) for starting the processors again while the job runs."""
 UNDO_INTERVAL: Final = USEC_PER_SEC
-"""Interval (µs) of attempts of an ended job to start the processors again."""
+"""Interval (µs) at which an ended job tries to start the processors again."""
 
 _NO_JOBS: Final = JobsProgress()
 
@@ -78,19 +78,19 @@ class FlushPhase:
         self._on_sample: tuple[int, Callable[[bool], None]] | None = None
         """The step that waits for a sample, and its callback."""
         self.stopped = False
-        """Whether the processors may be stopped. If so, they must be started again unless a signal
-        is sent."""
+        """Whether the processors may be stopped. Unless a signal is sent, they must be started
+        again."""
         self._timer: Timer | None = None
         self._until = self._due = INFINITY
-        """When the current step is abandoned."""
+        """When the current step is abandoned, and the deadline to report."""
         self._step = 0
-        """The number of the current step; answers to earlier steps are ignored."""
+        """The number of the current step. Replies to commands of earlier steps are ignored."""
         self._is_over = False
         self._powered_off = False
         self.disks: tuple[GuestDisk, ...] = ()
         """The disks at the last reading."""
         self.stuck: tuple[str, ...] = ()
-        """The names of nodes that did not answer."""
+        """The names of the network nodes of stuck disks."""
         self._first: BlockState | None = None
         self._is_early_flush = False
         """Whether healthy disks are flushed before QEMU asks the file systems."""
@@ -102,11 +102,10 @@ class FlushPhase:
     # ---- beginning ----
 
     def begin(self, *, skip: bool = False) -> None:
-        """Open the monitor, unless it was already opened to ask the guest. With `skip`, there is no
-        monitor, and the phase only waits (`lasts`).
+        """Open the monitor, unless it was already opened to ask the guest. `skip`: the disks cannot
+        be flushed, so the phase only waits for `not_before` (see `lasts`).
 
-        If an earlier daemon has stopped the processors, they are started again, and SIGTERM
-        follows.
+        If an earlier daemon has stopped the processors, start them again. SIGTERM follows.
         """
         self._job.phase = Phase.QUIT
         self._powered_off = self._job.guest_asked is GuestAsked.SHUT_DOWN
@@ -124,8 +123,8 @@ class FlushPhase:
     def lasts(self, not_before: int) -> bool:
         """Return whether SIGTERM must wait. The job may end in this call.
 
-        `not_before`: unless the flush is proven, SIGTERM waits until this time (µs,
-        CLOCK_MONOTONIC), but not longer than MaxSec allows.
+        `not_before`: unless a flush has proven that all data is safe, SIGTERM waits until this time
+        (µs, CLOCK_MONOTONIC), but not longer than MaxSec= allows.
         """
         job, now = self._job, self._clock.now()
         if self._process.exited():
@@ -155,8 +154,8 @@ class FlushPhase:
     # ---- ending ----
 
     def close(self, *, ending: bool) -> None:
-        """End the phase with the job. Unless SIGTERM or SIGKILL was sent (`ending`), stopped
-        processors are started again. May be called twice."""
+        """End the phase, because the job ends. `ending`: SIGTERM or SIGKILL was sent. Otherwise,
+        start stopped processors again. May be called twice."""
         self._step += 1
         self._stop_timer()
         self._sampler.close()
@@ -182,7 +181,8 @@ class FlushPhase:
     # ---- the steps ----
 
     def _start(self, timeout: int, due: int = 0) -> int:
-        """Begin a step with this timeout (µs); return its number. `due`: a later deadline (µs)."""
+        """Begin a step with this timeout (µs); return its number. `due`: a later deadline (µs) to
+        report."""
         self._step += 1
         self._stop_timer()
         self._until = min(self._clock.now() + timeout, INFINITY)
@@ -202,7 +202,7 @@ class FlushPhase:
         return min(self._job.started + policy.max - min(policy.grace, policy.max // 2), INFINITY)
 
     def _is_current(self, step: int) -> bool:
-        """Return whether this step still counts: the job may have been forced, or have ended."""
+        """Return whether this step is in progress: the job may have been forced, or have ended."""
         return step == self._step and self._job.phase is Phase.QUIT
 
     def _finish(self) -> None:
@@ -251,7 +251,7 @@ class FlushPhase:
             monitor.read_disks(handle_disks)
 
     def _read_disks_early(self, step: int) -> None:
-        """Read the state of the disks without asking a file system."""
+        """Read the state of the disks without making QEMU ask a file system."""
 
         def handle_disks(state: BlockState | str | Exception) -> None:
             if not self._is_current(step):
@@ -265,9 +265,9 @@ class FlushPhase:
             monitor.read_disks(handle_disks, files=False)
 
     def _take_sample(self, step: int, callback: Callable[[bool], None]) -> None:
-        """Take a sample, and pass to `callback` whether anything has moved since the last one.
+        """Take a sample, and tell `callback` whether anything has moved since the last sample.
 
-        If a request is pending, its sample is used.
+        If a sample was requested before and has not come yet, use that one.
         """
         self._on_sample = (step, callback)
         self._sampler.take_sample(self._sampled, detail=False)
@@ -281,7 +281,7 @@ class FlushPhase:
         wanted[1](before is not None and after.progress_at != before.progress_at)
 
     def _monitor(self) -> GuestMonitor | None:
-        """Return the open monitor; None if it was lost, which ends this phase."""
+        """Return the open monitor. If it was lost, end this phase and return None."""
         if self._link.monitor is None:
             self._fail("the connection to the monitor was lost")
         return self._link.monitor
@@ -340,7 +340,7 @@ class FlushPhase:
     def _flush_early(
         self, plan: EarlyFlush, state: BlockState, batches: Sequence[tuple[GuestDisk, ...]]
     ) -> None:
-        """Flush these disks, one batch after the other, and continue."""
+        """Flush these disks, one batch after the other, and continue with the phase."""
         if not batches:
             self._end_early(plan, state)
             return
@@ -376,7 +376,7 @@ class FlushPhase:
         return state if self._first is not None else None
 
     def _waits_for_jobs(self, state: BlockState) -> bool:
-        """Return whether to wait for backups and other background jobs, because they progress."""
+        """Return whether SIGTERM must wait, because backups or other background jobs progress."""
         job, now = self._job, self._clock.now()
         before, self._jobs = self._jobs, self._jobs.after(state.jobs, now)
         if self._jobs.progress:
@@ -404,7 +404,7 @@ class FlushPhase:
             self._end_qemu()
 
     def _start_flush(self) -> tuple[int, int]:
-        """Begin a flush that stops no processors; return the step and its longest time (µs)."""
+        """Begin a flush that does not stop the processors; return its step and timeout (µs)."""
         most = self._job.policy.storage_stall
         step = self._start(min(STANDSTILL, most))
         latest = min(self._clock.now() + most, INFINITY)
@@ -458,7 +458,7 @@ class FlushPhase:
 
     def _flush(self, plan: FlushPlan, state: BlockState) -> None:
         if plan.running:
-            # The flush times out before the step does, so that the results up to then are reported.
+            # Let the flush time out before the step, so that its results so far are reported.
             step, timeout = self._start(FLUSH_TIMEOUT), FLUSH_TIMEOUT * 9 // 10
         else:
             step, timeout = self._start_flush()

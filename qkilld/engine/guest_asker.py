@@ -1,7 +1,8 @@
-"""Ask a guest to shut down: open the monitor, observe the guest, ask, and watch.
+"""Ask a guest to shut down: open the monitor, observe the guest, ask it, and watch how it reacts.
 
-decision.powerdown interprets the observations; GuestAsker carries out the conclusions, one command
-at a time. Asking ends with an AskOutcome, unless GuestAsker is closed before.
+decision.powerdown draws conclusions from the observations. GuestAsker acts on them, with one
+command to the monitor at a time. Asking ends with an AskOutcome, unless GuestAsker is closed
+before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ OBSERVE_INTERVAL: Final = USEC_PER_SEC
 FIRST_INTERVAL: Final = 250_000
 """The interval of observations (µs) before the guest was asked."""
 MAX_UNOBSERVED: Final = 60 * USEC_PER_SEC
-"""The longest wait (µs) for a guest that was asked, if a bug in qkilld prevents observation."""
+"""How long (µs) to wait at most for a guest that was asked, if a bug in qkilld prevents observing
+it."""
 
 _ENDS: Final = {
     Conclusion.SHUT_DOWN: GuestAsked.SHUT_DOWN,
@@ -37,7 +39,7 @@ _ENDS: Final = {
 }
 _ORDERS: Final = {AskMethod.AGENT: GuestOrder.AGENT, AskMethod.BUTTON: GuestOrder.BUTTON}
 _HELPED_BY: Final = {"paused": GuestOrder.RESUME, "suspended": GuestOrder.WAKE}
-"""The order that makes a guest run, by its runstate."""
+"""For each runstate, the order that makes the guest run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,12 @@ class GuestAsker:
         """`span` is PowerdownSec= (µs); `attempt` and `agent_tried` may come from an earlier daemon
         or job.
 
-        While `may_ask` returns False, the guest is only observed. The end of QEMU would cancel
-        backups and other background jobs of QEMU. So asking waits as long as one of them makes
-        progress within `stall` µs, and `on_jobs` is called. If `stall` is None, asking does not
-        wait. `on_pressed` is called if somebody else has pressed the guest's power button.
-        `on_fault` is called with an exception that a bug in qkilld has caused; after that, the
-        guest is no longer asked.
+        While `may_ask` returns False, the guest is observed but not asked. Backups and other
+        background jobs of QEMU would be cancelled when QEMU exits. So the guest is not asked while
+        one of them makes progress within `stall` µs; `on_jobs` is called then. If `stall` is None,
+        they do not delay asking. `on_pressed` is called if somebody else has pressed the guest's
+        power button. `on_fault` is called with an exception that a bug in qkilld has caused. The
+        guest is not asked after that.
         """
         self._link, self._clock = link, clock
         self._attempt = attempt
@@ -95,7 +97,7 @@ class GuestAsker:
 
     @property
     def attempt(self) -> Attempt:
-        """Everything known so far. The next daemon needs it."""
+        """Everything known so far about asking this guest. The next daemon needs it."""
         return self._attempt
 
     def start(self) -> None:
@@ -104,8 +106,8 @@ class GuestAsker:
         self._link.open(self._guarded(self._opened), was_asked=was_asked, agent_was_open=was_open)
 
     def note_continued(self) -> None:
-        """Measure only what the guest does from now on, because its process has just been
-        continued. Call it before `start`."""
+        """Start to measure the guest's activity now, because its process has just been continued.
+        Call this before `start`."""
         self._attempt = powerdown.note_helped(self._attempt, self._clock.now())
 
     def set_span(self, span: int) -> None:
@@ -113,8 +115,8 @@ class GuestAsker:
         self._span = span
 
     def take_unanswered(self) -> GuestOrder | None:
-        """After QEMU's exit, count a request without a reply as made, because QEMU can exit before
-        its reply is read. Return this request; None if there is none."""
+        """After QEMU's exit, assume that a request without a reply has reached the guest, because
+        QEMU can exit before its reply is read. Return this request, or None."""
         if (method := self._unanswered) is None:
             return None
         self._unanswered = None
@@ -134,8 +136,8 @@ class GuestAsker:
             self._timer = None
 
     def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
-        """Wrap a callback so that a bug in it ends the asking. Otherwise the guest would be neither
-        asked nor stopped."""
+        """Wrap a callback so that an exception in it ends the asking. Otherwise, the job would wait
+        for an outcome that never comes."""
 
         def guarded(*arguments: object) -> None:
             if self._closed:
@@ -158,7 +160,7 @@ class GuestAsker:
         if not asks:
             self._end(GuestAsked.UNREACHABLE, "an error in qkilld prevents asking")
             return
-        # Wait without observing: the guest may be shutting down, and qkilld still notices its exit.
+        # Wait without observing: the guest may be shutting down. Its exit is noticed anyway.
         until = asks[-1].at + min(self._span, MAX_UNOBSERVED)
 
         def end() -> None:
@@ -172,7 +174,7 @@ class GuestAsker:
         elif not self._attempt.asked and self._attempt.restarts == 0:
             self._end(GuestAsked.UNREACHABLE, opened)
         else:
-            # Go on without a monitor, because the guest was asked and may be shutting down.
+            # Continue without a monitor: the guest was asked before, and may be shutting down.
             self._learn(GuestObservation(at=self._clock.now()))
 
     def _observe(self) -> None:
@@ -195,7 +197,7 @@ class GuestAsker:
             self._act_on(judgement)
 
     def _wait_for_jobs(self, jobs: tuple[BackgroundJob, ...] | str, judgement: Judgement) -> None:
-        """Wait while QEMU's background jobs make progress. If they cannot be read, do not wait."""
+        """Wait while QEMU's background jobs make progress, unless their state is unreadable."""
         now, jobs = self._clock.now(), () if isinstance(jobs, str) else jobs
         self._jobs = self._jobs.after(jobs, now)
         if self._stall is not None and self._jobs.waited_for(now, self._stall()):
@@ -218,15 +220,15 @@ class GuestAsker:
             self._observe_later(until=judgement.until)
 
     def _watch_press(self, refused: str) -> None:
-        """Continue as if qkilld had pressed the button, because a second press could cancel the
-        first."""
+        """Treat somebody else's press of the power button as one by qkilld, because a second press
+        could cancel the shutdown."""
         self._attempt = powerdown.note_request(self._attempt, AskMethod.BUTTON, self._clock.now())
         self._on_pressed()
         self._observe_later()
 
     def _try_to_help(self, observation: GuestObservation) -> bool:
-        """Resume or wake the guest once, if the caller allows that; return False if nothing is left
-        to try."""
+        """Resume or wake the guest once, if the caller allows this. Return False if this is not
+        allowed or was tried before."""
         order = _HELPED_BY.get(observation.runstate or "")
         if order is None or order not in self._help or order in self._helped:
             return False
@@ -258,8 +260,8 @@ class GuestAsker:
                 self._on_order(_ORDERS[method])
                 self._observe_later()
             elif method is AskMethod.AGENT or self._attempt.asked:
-                # Go on: the power button can still be tried, or the guest may react to an earlier
-                # request.
+                # Continue: qkilld can still try the power button, or the guest may react to an
+                # earlier request.
                 self._observe_later()
             else:
                 self._end(GuestAsked.UNREACHABLE, refused)
@@ -274,8 +276,8 @@ class GuestAsker:
             monitor.order(what, self._guarded(callback))
 
     def _observe_later(self, interval: int | None = None, *, until: int | None = None) -> None:
-        """Observe after `interval` (µs), but not later than `until`, when the conclusion changes
-        if nothing more is observed."""
+        """Observe after `interval` (µs), but not later than `until`: at that time, the conclusion
+        changes even without a new observation."""
         if interval is None:
             interval = OBSERVE_INTERVAL if self._attempt.asked else FIRST_INTERVAL
         now = self._clock.now()

@@ -1,8 +1,8 @@
-"""The end of a guest's process, and the data that it puts at risk.
+"""The end of a guest's process, and which data this end puts at risk.
 
-decision.risk and decision.servers decide which data is at risk. If the guest has storage on a
-network, the job ends a little later (decision.servers.SETTLE), to find out whether the servers were
-being stopped, too.
+decision.risk and decision.servers decide that. If the guest has storage on a network, the job ends
+a little after the process (decision.servers.SETTLE), to find out whether the servers were being
+stopped, too.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class GuestEnd:
         self._killed_by = 0
 
     def note(self, signals: SignalPhase, *, wait: bool) -> bool:
-        """Note that the process has exited. Return whether the job can end; if not,
-        `job.note_gone` is called again later. Without `wait` it can, even if its risks are not
-        known yet."""
+        """Note that the process has exited. Return whether the job can end now. If not,
+        `job.note_gone` is called again later. Without `wait`, the job can always end now, even if
+        its risks are not known yet."""
         now = self._clock.now()
         if self.at is None:
             self.at = now
-            # Read the signal now, because it is gone when the parent has reaped the process.
+            # Read now which signal ended the process: this is unknown after its parent has reaped
+            # it.
             self._killed_by = self._process.killed_by()
             is_known = self._job.flush.proven or signals.killed or self._killed_by
             if not is_known and self._servers.note_exit():
@@ -55,7 +56,7 @@ class GuestEnd:
         return now >= self._settled_at
 
     def risks(self, signals: SignalPhase) -> tuple[Risk, ...]:
-        """Return the risks of an exit that qkilld's SIGKILL did not cause."""
+        """Return the risks if the process exited without SIGKILL from qkilld."""
         job, ended = self._job, self.at if self.at is not None else self._clock.now()
         evidence, flushed = job.assessment if job.by_evidence else None, job.flush.proven
         terminated = signals.sent

@@ -1,4 +1,4 @@
-"""Watch guests of this host appear and disappear, while a client is interested."""
+"""Watch which guests appear and disappear on this host, while a client is interested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Monitors
 
 SCAN_INTERVAL_S: Final = 2.0
-"""The time between scans, which read all of /proc and take 0.1 ms for each process of the host."""
+"""The time between scans. A scan reads all of /proc, and takes 0.1 ms for each process."""
 MAX_SURVEYS: Final = 8
 """The maximum number of guests whose command lines are read at a time."""
 
@@ -22,8 +22,8 @@ MAX_SURVEYS: Final = 8
 @dataclass(frozen=True, slots=True)
 class WatchedGuest:
     number: int
-    """A number that the guest keeps while its process lives and guests are watched. It is never
-    reused."""
+    """The guest keeps this number while its process lives and guests are watched. The number is
+    never reused."""
     guest: Guest
     channels: GuestChannels
 
@@ -47,8 +47,8 @@ class GuestWatch:
         is_wanted: Callable[[], Awaitable[bool]],
         on_fault: Callable[[str, BaseException], None],
     ) -> None:
-        """`is_wanted` is called before each scan but the first; if it returns False, the watch ends
-        and the numbers of its guests become invalid."""
+        """`is_wanted` is called before each scan except the first. If it returns False, the watch
+        ends, and the numbers of all guests become invalid."""
         self._find_guests = find_guests
         self._monitors = monitors
         self._listener = listener
@@ -68,7 +68,7 @@ class GuestWatch:
 
     @property
     def known(self) -> Iterable[WatchedGuest]:
-        """The guests at the last scan."""
+        """The guests that the last scan found."""
         return tuple(self._guests.values())
 
     def get(self, number: int) -> WatchedGuest | None:
@@ -76,10 +76,10 @@ class GuestWatch:
         return None if key is None else self._guests[key]
 
     async def guests(self) -> Iterable[WatchedGuest]:
-        """Start to watch, unless guests are watched already, and wait for the first scan. Return
-        the guests at the last scan.
+        """Start to watch if guests are not watched yet, and wait for the first scan. Return the
+        guests that the last scan found.
 
-        Raises what the first scan raises; the next call starts again.
+        Raises what the first scan raises. The next call then starts to watch again.
         """
         if self._scanning is None:
             loop = asyncio.get_running_loop()
@@ -108,7 +108,7 @@ class GuestWatch:
                 await self._scan(tell=False)
             except Exception as error:
                 first.set_exception(error)
-                first.exception()  # Mark as retrieved, because perhaps nobody waits.
+                first.exception()  # Avoid asyncio's warning if nobody waits.
                 return
             first.set_result(None)
             while True:
@@ -118,7 +118,7 @@ class GuestWatch:
                         break
                     await self._scan(tell=True)
                 except Exception as error:
-                    # Go on, because the next scan may succeed.
+                    # Continue to watch, because the next scan may succeed.
                     self._on_fault("looking for guests", error)
         finally:
             # However the watch ends, the next call of `guests` starts another one.

@@ -1,7 +1,7 @@
 """Stop one guest: climb the ladder with real signals.
 
 A job acts only on events: its start, a call, the exit of its process, the end of a timer, a sample,
-or a reply of the monitor. After each, `advance` does what is due.
+or a reply of the monitor. After each event, `advance` does what is due.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Job:
     """The ladder of one process.
 
     `phase` goes from powerdown to quit, terminate, kill, reap and done, without phases that are not
-    needed. If SIGKILL turns out not to be due, `phase` returns from kill to terminate. `result` is
-    None while the job runs. After the end, only `processors_stopped` may change.
+    needed. If something moves before SIGKILL is sent, `phase` returns from kill to terminate.
+    `result` is None while the job runs. After the end, only `processors_stopped` may change.
     """
 
-    # Slots save memory: there may be thousands of jobs, and a dictionary would take 1.8 kB each.
+    # Slots save memory: there may be thousands of jobs, and each would need a dictionary of 1.8 kB.
     __slots__ = (
         "_configured", "_end", "_flush_phase", "_link", "_parts", "_powerdown", "_process",
         "_servers", "_signals", "_timer", "_trace", "_waiters", "_yank", "assessment", "control",
@@ -74,10 +74,10 @@ class Job:
         self.verdict = Verdict.UNKNOWN
         self.result: Result | None = None
         self.error = ""
-        """With `failed`: the reason. With `cancelled`: the reason, unless a caller cancelled it.
-        With `survived`: why a signal could not be sent, if that is so."""
+        """If the result is `failed`: the reason. If `cancelled`: the reason, or "" if a caller
+        cancelled the job. If `survived`: why a signal could not be sent, or "" if all were sent."""
         self.error_name = ""
-        """With `failed`: the D-Bus name of the error, if there is one."""
+        """If the result is `failed`: the D-Bus name of the error, or ""."""
         self.rungs: tuple[Rung, ...] = ()
         self.history: tuple[VerdictChange, ...] = ()
         self.assessment: Assessment | None = None
@@ -140,13 +140,13 @@ class Job:
 
     @property
     def data_at_risk(self) -> bool:
-        """Whether data may be lost, see `risks`."""
+        """Whether data may be lost (see `risks`)."""
         return bool(self.risks)
 
     @property
     def processors_stopped(self) -> bool:
-        """Whether this job may have stopped the guest's processors. If it sends no signal, it must
-        start them again."""
+        """Whether this job may have stopped the guest's processors. Unless it sends a signal, it
+        must then start them again."""
         return self._flush_phase.stopped
 
     @property
@@ -161,18 +161,17 @@ class Job:
 
     @property
     def owner_limit(self) -> int:
-        """The time until which the owner may extend a job that runs by somebody else's right;
-        CLOCK_MONOTONIC, µs."""
+        """The latest time (CLOCK_MONOTONIC, µs) to which the owner may extend somebody else's
+        job."""
         return steering.owner_limit(self.started, self.policy)
 
     @property
     def facts(self) -> JobFacts:
-        """The facts for the next decision."""
         return self._signals.facts
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:
-        """The labels of the open or kept monitor; () if there is none."""
+        """The labels of the open or kept monitor connection; () if there is none."""
         return self._link.own_chardevs
 
     @property
@@ -190,21 +189,21 @@ class Job:
         return self._signals.is_sampling
 
     def offer_monitor(self, passed: int) -> None:
-        """Use this connection to the guest's monitor. Call it before `start`. If `start` succeeds,
-        the job owns the connection."""
+        """Use this connection to the guest's monitor. Call this before `start`. If `start`
+        succeeds, the job owns the connection."""
         self._link.offer(passed)
 
     def follow_up(self, ended: Job) -> None:
-        """Do not ask the guest again if `ended`, an earlier job for the same process, has just
-        asked. Call it before `start`."""
+        """Do not ask the guest again if an earlier job for the same process (`ended`) has just
+        asked it. Call this before `start`."""
         self._powerdown.follow_up(ended._powerdown.attempt)
 
     def start(self) -> None:
-        """Send the first signal, unless the guest is asked or its disks are flushed first.
+        """Send the first signal, or begin a phase that comes before signals.
 
         Raises NoSuchProcess if the process has just exited, ProcessChanged if its identity has
-        changed, UnknownIdentity if that is unreadable, and Failed if the kernel refuses the signal.
-        The process is closed then, and the job has not started.
+        changed, UnknownIdentity if its identity is unreadable, and Failed if the kernel refuses the
+        signal. In these cases the process is closed, and the job has not started.
         """
         waits = self._first_phase()
         first = SIGKILL if Flag.NOWAIT in self.flags and Flag.FORCE in self.flags else SIGTERM
@@ -229,14 +228,14 @@ class Job:
         self._process.watch(self.advance)
 
     def _first_phase(self) -> Phase | None:
-        """Return the phase before any signal."""
+        """Return the phase that comes before the first signal, or None."""
         if Flag.POWERDOWN in self.flags:
             return Phase.POWERDOWN
         return Phase.QUIT if self._can_flush or self._servers.is_needed else None
 
     @property
     def _can_flush(self) -> bool:
-        """Whether the guest may have a monitor through which its disks can be flushed."""
+        """Whether the guest may have a monitor that can flush its disks."""
         link, named = self._link, self.guest.label.qmp or bool(self.request.qmp_socket)
         may_open = self.by_evidence and self._parts.monitors is not None
         return may_open and (named or link.is_passed or link.is_kept)
@@ -268,7 +267,7 @@ class Job:
             self._flush_phase.recover()
 
     def follow(self) -> None:
-        """Begin or continue the present phase. Call it once, after `start` or `resume`."""
+        """Begin or continue the present phase. Call this once, after `start` or `resume`."""
         if self.result is Result.SURVIVED and self._process.exited():
             self._survivor_gone()
         if self.running:
@@ -282,7 +281,7 @@ class Job:
         self.advance()
 
     def check_process(self) -> None:
-        """End as failed if the process's identity has changed. Call it before `follow`."""
+        """If the identity has changed, end the job as failed. Call this before `follow`."""
         if self.running:
             self._signals.check_resumed()
 
@@ -314,22 +313,23 @@ class Job:
         return self._signals.as_intended(snapshot)
 
     def join(self, request: Request) -> None:
-        """Add a request. The request can add FORCE, lengthen spans, end asking the guest earlier,
-        and allow signals in a job that would only ask. It cannot do the opposite of any of these.
-        If the job has a higher rank, the owner's request can only add FORCE.
+        """Let another request change the job. It can add FORCE, lengthen time spans, end the asking
+        of the guest earlier, and allow signals in a job that would only ask. It cannot do the
+        opposite of any of these. To a job of higher rank, a request of the owner can only add
+        FORCE.
 
-        A request of higher rank takes the job over. It replaces the former request, but not the
-        flags and spans. The guest gets all the help (Request.help) that either request allows. If
-        the job was the owner's, the owner's spans, FIXED and hold end, and the owner's extensions
+        A request of higher rank takes the job over and replaces the former request. The guest gets
+        all the help (Request.help) that either request allows. The flags and spans stay, unless the
+        job was the owner's: then the owner's spans, FIXED and hold end, and the owner's extensions
         are cut to `owner_limit`.
 
-        If both the job and the request only ask the guest, no signal follows. Such a job ends right
-        after asking only if both have NOWAIT.
+        If the job and the request both only ask the guest, no signal follows. Only if both have
+        NOWAIT does the job end right after asking.
 
-        FORCE with NOWAIT sends SIGKILL now. That raises UnknownIdentity if the process's executable
-        is unreadable, and Failed if the job is held or extended. A hold or extension by the owner
-        stops only the owner's requests. Every request with FORCE raises ProcessChanged if the
-        identity has changed, and the job has then ended as failed.
+        A request with FORCE and NOWAIT sends SIGKILL now. It raises UnknownIdentity if the
+        process's executable is unreadable, and Failed if the job is held or extended. A hold or
+        extension by the owner prevents only the owner's requests. If the identity has changed,
+        every request with FORCE ends the job as failed and raises ProcessChanged.
         """
         rank, before = rank_of(request.uid, self.guest.identity), self.rank
         at_once = (Flag.FORCE | Flag.NOWAIT) in request.flags and not self._signals.killed
@@ -368,10 +368,10 @@ class Job:
         self._changed()
 
     def extend(self, usec: int, by: Steerer) -> None:
-        """Allow no SIGKILL for at least `usec` from now, whatever the policy.
+        """Send no SIGKILL for at least `usec` (µs) from now, whatever the policy.
 
-        The owner can extend a job of higher rank up to `owner_limit`. This, `hold` and `release`
-        raise Failed if the job has ended, or has sent SIGKILL or been told to by Force.
+        The owner can extend a job of higher rank up to `owner_limit`. `extend`, `hold` and
+        `release` raise Failed if the job has ended or sent SIGKILL, or if Force has told it to.
         """
         self._check_controllable()
         until = min(self._parts.clock.now() + usec, INFINITY)
@@ -383,8 +383,8 @@ class Job:
             self._changed()
 
     def hold(self, by: Steerer) -> None:
-        """Send no signals and do not give up until `release`; a hold by the owner ends at MaxSec.
-        Raises Busy while the guest's processors are stopped."""
+        """Send no signals and do not give up until `release`. A hold by the owner also ends MaxSec=
+        after the start of the job. Raises Busy while the guest's processors are stopped."""
         self._check_controllable()
         if self.processors_stopped:
             raise Busy(f"Job {self.number} is flushing the guest's disks: try again in a second")
@@ -404,8 +404,8 @@ class Job:
     def force(self, by: Steerer) -> None:
         """Send SIGKILL now, held or not.
 
-        Raises Failed if the job has ended, UnknownIdentity if the process's executable is
-        unreadable, and ProcessChanged, which ends the job.
+        Raises Failed if the job has ended, and UnknownIdentity if the process's executable is
+        unreadable. If the identity has changed, ends the job as failed and raises ProcessChanged.
         """
         self._check_running()
         if not self._signals.killed and not self._process.exited():
@@ -417,7 +417,8 @@ class Job:
             self._changed()
 
     def _kill(self) -> None:
-        # SIGKILL may come a little later. With NOWAIT, a reply of the guest would end the job.
+        # SIGKILL may be sent a little later. Until then, a reply of the monitor must not end the
+        # job.
         self._powerdown.close()
         self._signals.force()
 
@@ -431,8 +432,8 @@ class Job:
             self.finish(Result.CANCELLED)
 
     def when_ended(self, callback: Callable[[], None], uid: int | None = None) -> None:
-        """Call back once, when the job ends or the daemon exits. Only for a running job. `uid` is
-        that of the client that waits, if there is one."""
+        """Call back once, when the job ends or the daemon exits. Call this only for a running job.
+        `uid`: the uid of the waiting client, or None."""
         self._waiters.add(callback, requester=uid == self.request.uid)
 
     @property
@@ -441,7 +442,7 @@ class Job:
         return self._process.exited()
 
     def forget_waiter(self, callback: Callable[[], None], *, disconnected: bool) -> None:
-        """Cancel a callback of `when_ended`. `disconnected`: its client has left."""
+        """Cancel a callback of `when_ended`. `disconnected`: its client has disconnected."""
         if self._waiters.remove(callback) and disconnected:
             self._parts.journal.write(events.waiter_gone(self))
 
@@ -455,7 +456,7 @@ class Job:
         self._trace.end()
 
     def _end_hold_in_time(self) -> None:
-        """End a hold whose time has passed."""
+        """End the hold if its time has passed."""
         if self.control.held and self._parts.clock.now() >= self.control.held_until:
             self.control = steering.release(self.control)
             self._parts.journal.write(events.job_released(self, "MaxSec", None))
@@ -472,7 +473,7 @@ class Job:
             raise Failed(f"Job {self.number} has sent SIGKILL already, or will as soon as it can")
 
     def _changed(self) -> None:
-        """Act on and report a change of the flags, the policy or the control."""
+        """Report a change of the flags, the policy or the control, and act on it."""
         self._record_change()
         self.advance()
         self._parts.on_change(self)
@@ -499,7 +500,7 @@ class Job:
         self._parts.on_change(self)
 
     def note_sample(self) -> None:
-        """Report a sample without news."""
+        """Report a sample that changed nothing worth reporting to callers."""
         self._parts.on_sample(self)
 
     def advance(self) -> None:
@@ -549,7 +550,8 @@ class Job:
     def note_gone(self, *, wait: bool = True) -> None:
         is_first, is_known = self._end.at is None, self._end.note(self._signals, wait=wait)
         if is_first:
-            # Now, because the end of the monitor changes both while servers are awaited.
+            # Do this now. While the job waits for servers, the monitor reports its end, and that
+            # changes the state of both phases.
             self._powerdown.note_exit()
             self._yank.note_exit()
         if not is_known:
@@ -567,7 +569,7 @@ class Job:
         self.ended = self._parts.clock.now() if self._end.at is None else self._end.at
         self.result = result
         if result is not Result.EXITED and not self._signals.sent:
-            self.risks = ()  # QEMU keeps running, so nothing is lost or cancelled.
+            self.risks = ()  # QEMU still runs, so nothing is at risk.
         if result is Result.EXITED:
             self.risks = (*self.risks, *self._end.risks(self._signals))
         self._servers.close()
@@ -585,7 +587,7 @@ class Job:
             self._trace.end()
 
     def note_processors_running(self) -> None:
-        """Close the process: the guest's processors run again after the end of the job."""
+        """Close the process, because the guest's processors run again after the end of the job."""
         if self.result is not Result.SURVIVED:
             self._process.close()
         self._parts.on_change(self)

@@ -1,7 +1,7 @@
-"""Decide when to save jobs, so that they survive the end of this program.
+"""Decide when to save jobs, so that they continue in the next daemon.
 
-Rungs, requests and verdicts are saved at once. Progress alone is saved rarely, because a daemon
-that resumes a job assumes that it went on (decision.gap).
+Rungs, requests and verdicts are saved at once. Mere progress is saved rarely: a daemon that resumes
+a job assumes that progress went on while no daemon ran (decision.gap).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Process, Store
 
 PROGRESS_INTERVAL: Final = 3 * USEC_PER_SEC
-"""The shortest time (µs) between saves of one job that only record progress."""
+"""A job that has only made progress is saved at most once in this time (µs)."""
 PER_JOB: Final = 20_000
-"""With many jobs, the shortest time is this (µs) times their number."""
+"""With many jobs, that time is this time (µs) multiplied by their number."""
 
 TIMEOUT_S: Final = 0.05
-"""How long saving may delay SIGKILL. Saving takes 0.1 ms, but /run may be full or locked."""
+"""How long saving may delay SIGKILL. Saving usually takes 0.1 ms, but /run may be full or
+locked."""
 ANSWER_TIMEOUT_S: Final = 0.5
 """How long saving may delay the reply to a caller. It is longer than TIMEOUT_S, because even on a
 busy host a job should be saved before its caller relies on it."""
 
 
 class _SavedValues(NamedTuple):
-    """The values whose change makes a save necessary."""
+    """If one of these values changes, the job must be saved."""
 
     request: Request
     phase: Phase
@@ -55,15 +56,16 @@ class JobSaver:
         self._store = store
         self._clock = clock
         self._saved: dict[int, tuple[_SavedValues, int]] = {}
-        """The saved values of each job, and when they were saved (CLOCK_MONOTONIC, µs)."""
+        """The saved values of each job, by its number, and when they were saved (CLOCK_MONOTONIC,
+        µs)."""
 
     def job_began(self, job: Job, process: Process) -> None:
         self._store.store_fd(job.number, process)
         self.job_changed(job)
 
     def job_resumed(self, job: Job, process: Process, saved: Snapshot) -> None:
-        """Record that a job was resumed from `saved`. It is saved again only if it has changed,
-        because a daemon that resumes thousands of jobs has more urgent work."""
+        """Note that a job was resumed from `saved`. Save it again only if it has changed, because a
+        daemon that resumes thousands of jobs has more urgent work."""
         self._store.store_fd(job.number, process)
         self._saved[job.number] = _values_of(saved), self._clock.now()
         self.job_changed(job)
@@ -79,7 +81,7 @@ class JobSaver:
         self._store.save(job.snapshot())
 
     def job_sampled(self, job: Job) -> None:
-        """Save the time of a sample that changed nothing, but not more often than the interval."""
+        """Save the job after a sample that changed nothing, unless it was saved recently."""
         saved = self._saved.get(job.number)
         if saved is None or self._clock.now() - saved[1] >= self._interval():
             self.job_changed(job)
@@ -88,8 +90,8 @@ class JobSaver:
         return max(PROGRESS_INTERVAL, len(self._saved) * PER_JOB)
 
     def write_first(self, job: Job, callback: Callable[[], None]) -> None:
-        """Write all changes of this job before those of others, because SIGKILL waits for it. Call
-        back once they are written, or after TIMEOUT_S."""
+        """Write all changes of this job before those of other jobs, because its SIGKILL must wait
+        until they are written. Call back once they are written, or after TIMEOUT_S."""
         waits = True
 
         def once() -> None:
@@ -104,12 +106,13 @@ class JobSaver:
         self._store.write_first(job.number, once)
 
     def when_saved(self, callback: Callable[[], None]) -> None:
-        """Call back once all changes so far are written or have failed, without a time limit."""
+        """Call back once all changes so far are written, or writing them has failed. There is no
+        time limit."""
         self._store.when_written(callback)
 
     async def wait_saved(self) -> bool:
-        """Wait until all changes so far are saved, or saving has failed, which the store reports.
-        Return False after ANSWER_TIMEOUT_S."""
+        """Wait until all changes so far are saved, or saving has failed; the store reports
+        failures. Return False if this takes longer than ANSWER_TIMEOUT_S."""
         finished = asyncio.Event()
         self._store.when_written(finished.set)
         try:
@@ -120,13 +123,14 @@ class JobSaver:
         return True
 
     def monitor_opened(self, job: Job, fd: int | None) -> None:
-        """Keep the connection, if it has a descriptor, and save its labels for the next daemon."""
+        """If the connection has a descriptor (`fd`), keep it for the next daemon and save its
+        labels."""
         if fd is not None:
             self._store.store_monitor(job.number, fd)
             self.job_changed(job)
 
     def drop_process(self, job: Job) -> None:
-        """Drop the stored pidfd of a process that has exited, or is no longer watched."""
+        """Drop the stored pidfd of a process that has exited or is no longer watched."""
         self._store.drop_fd(job.number)
 
     def drop_monitor(self, job: Job) -> None:

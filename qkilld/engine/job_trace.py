@@ -1,4 +1,4 @@
-"""Record a job, for people to read and for a replay."""
+"""Record a job, so that people can read what happened and `replay` can judge it again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class JobTrace:
-    """The trace of one job; does nothing if traces are off."""
+    """The trace of one job. If traces are off, its methods do nothing."""
 
     __slots__ = ("_recorder",)
 

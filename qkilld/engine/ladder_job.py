@@ -39,13 +39,13 @@ class LadderJob(ObservedJob, Protocol):
     def note_gone(self) -> None: ...
     def finish(self, result: Result) -> None: ...
     def note_signal(self) -> None:
-        """Call it after each signal."""
+        """Note that a signal was sent. Call this after each signal."""
 
     def note_unsent(self) -> None:
-        """Call it if a signal cannot be sent yet."""
+        """Note that a signal cannot be sent yet."""
 
     def write_down(self, go_on: Callable[[], None]) -> None:
-        """Save the job; call back when that is done or takes too long."""
+        """Save the job. Call back when it is saved, or when saving takes too long."""
 
     def is_last_rung_due(self) -> bool:
         """Return whether the deadline has passed, by the evidence so far."""

@@ -1,7 +1,8 @@
-"""Prepare replies that grow with the number of jobs or guests, without blocking the loop.
+"""Prepare long replies without blocking the loop.
 
-One user alone may have 2,048 jobs, and a reply with all properties of all users' jobs takes half a
-second to encode. Meanwhile, no job may miss a deadline and no watchdog a notification.
+Some replies grow with the number of jobs or guests. One user alone may have 2,048 jobs, and
+encoding a reply with all properties of all users' jobs takes half a second. During this time, no
+job may miss a deadline, and no notification of the watchdog may be late.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from weakref import WeakValueDictionary
 from qkilld.engine.fair_shares import user_of
 
 STEP_S: Final = 0.002
-"""After this time, the loop serves its timers and pidfds."""
+"""How long a step may take before the loop serves its timers and pidfds."""
 MAX_STEP_S: Final = 0.016
-"""The longest step of work that has to keep up with changes."""
+"""The longest step. Work that has to keep up with changes uses longer steps than STEP_S."""
 
 
 class Pace:
-    """Divides long work into steps of STEP_S."""
+    """Divides long work into steps."""
 
     def __init__(self) -> None:
         self._step_s = STEP_S
@@ -33,15 +34,16 @@ class Pace:
         self._step_s = min(2 * self._step_s, MAX_STEP_S)
 
     async def rest(self) -> None:
-        """Let the loop do everything else that is due, if this step has taken its time."""
+        """If this step has used up its time, let the loop do everything else that is due."""
         if time.monotonic() >= self._end:
             await asyncio.sleep(0)
             self._end = time.monotonic() + self._step_s
 
 
 class LongReplies:
-    """Lets one reply at a time be prepared for all users together who have limits, and one for each
-    other user. Users with several waiting calls get a turn for one of them."""
+    """Limits how many long replies are prepared at a time: one for each user without limits, and
+    one for all other users together. Of each user's waiting calls, only one is in the queue for
+    it."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         """`unlimited`: uids without limits."""
@@ -51,7 +53,7 @@ class LongReplies:
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[Pace]:
-        """Wait until a reply to this user may be prepared."""
+        """Wait until a reply to this user may be prepared. The turn ends with the context."""
         own = self._of_user.setdefault(user_of(uid), asyncio.Lock())
         async with own:
             if uid in self._unlimited:

@@ -1,8 +1,9 @@
-"""The monitor of one job: shared by all phases, opened again if it is lost, closed with the job.
+"""The connection of one job to its guest's monitor. All phases share it. It is opened again if it
+is lost, and closed with the job.
 
-After SIGTERM or `quit`, QEMU only answers out-of-band commands, and only on a connection that was
-open before (measured, QEMU 7.2 and 10.0). So the connection must also survive the daemon: systemd
-keeps a copy for the next one.
+After SIGTERM or `quit`, QEMU answers only out-of-band commands, and only on connections that were
+open before (measured, QEMU 7.2 and 10.0). So the connection must also survive a restart of the
+daemon: systemd keeps a copy for the next daemon.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class MonitorLink:
         qmp_socket: str,
         on_open: Callable[[GuestMonitor], None],
     ) -> None:
-        """`on_open` is called with each new connection, before it is used."""
+        """`on_open` is called with each new connection before it is used."""
         self._process, self._monitors = process, monitors
         self._qmp_socket = qmp_socket
         self._on_open = on_open
@@ -41,7 +42,7 @@ class MonitorLink:
 
     @property
     def monitor(self) -> GuestMonitor | None:
-        """The open monitor; None if it is not open, or was lost."""
+        """The open monitor; None if it is not open or was lost."""
         if self._monitor is not None and self._monitor.lost:
             return None
         return self._monitor
@@ -53,14 +54,14 @@ class MonitorLink:
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:
-        """The labels for the KeptMonitor of the next daemon."""
+        """The labels of this connection, which the next daemon needs for its KeptMonitor."""
         if self._kept_monitor is not None:
             return self._kept_monitor.own_chardevs
         return self._monitor.own_chardevs if self._monitor is not None else ()
 
     @property
     def is_kept(self) -> bool:
-        """Whether a connection of an earlier daemon is kept."""
+        """Whether there is a connection of an earlier daemon that is not used yet."""
         return self._kept_monitor is not None
 
     @property
@@ -69,11 +70,11 @@ class MonitorLink:
         return self._passed_fd is not None
 
     def offer(self, passed: int) -> None:
-        """Use this connection of a caller. Call it before `open`."""
+        """Use this connection, which a caller has passed. Call this before `open`."""
         self._passed_fd = passed
 
     def keep(self, kept: KeptMonitor) -> None:
-        """Use this connection of an earlier daemon. Call it before `open`."""
+        """Use this connection of an earlier daemon. Call this before `open`."""
         self._kept_monitor = kept
 
     def open(
@@ -83,7 +84,7 @@ class MonitorLink:
         was_asked: bool,
         agent_was_open: bool | None = None,
     ) -> None:
-        """See engine.ports.Monitors. Calls back at once if the monitor is open."""
+        """See engine.ports.Monitors. Calls back at once if the monitor is already open."""
         if (monitor := self.monitor) is not None:
             callback(monitor)
             return

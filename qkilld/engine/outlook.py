@@ -22,7 +22,8 @@ class Outlook:
 
     rung: NextRung
     standstill: int = 0
-    """The time (µs) without progress before the rung; 0 if progress does not delay the rung."""
+    """The rung follows after this time (µs) without progress; 0 if progress does not delay the
+    rung."""
 
 
 def outlook(job: ObservedJob) -> Outlook:
@@ -41,7 +42,7 @@ def outlook(job: ObservedJob) -> Outlook:
 
 
 def reasons(job: ObservedJob) -> tuple[str, ...]:
-    """Return the reasons of the verdict, most important first."""
+    """Return the reasons for the verdict, the most important first."""
     if job.assessment is not None and job.phase not in BEFORE_SIGNALS:
         return job.assessment.reasons[:MAX_REASONS]
     return job.history[-1].reasons[:MAX_REASONS] if job.history else ()
@@ -67,8 +68,8 @@ def _standstill(facts: JobFacts, deadline: int) -> int:
     if deadline == INFINITY:
         return 0  # There is no next rung, so progress cannot delay it.
     reap = 0 if Flag.FORCE in facts.flags else policy.reap
-    # Compute the deadline from progress alone. If it is another one, progress does not determine
-    # the job's deadline.
+    # Compute the deadline that progress alone would set. If the job has another deadline, progress
+    # does not determine it.
     bare = replace(facts, promised=0, policy=replace(policy, grace=0))
     due = kill_due(bare)
     start = facts.term_at if facts.started is None else facts.started

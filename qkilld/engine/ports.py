@@ -26,7 +26,8 @@ from qkilld.model.unit import UnitFacts
 
 
 class Process(Protocol):
-    """A process opened by pidfd. It stays the same process, even if its pid is reused."""
+    """A process opened by pidfd. The pidfd never refers to another process, even if the pid is
+    reused."""
 
     @property
     def guest(self) -> Guest: ...
@@ -45,15 +46,16 @@ class Process(Protocol):
         the kernel refuses."""
 
     def exited(self) -> bool:
-        """Return whether the process has exited, reaped or not. Does not block."""
+        """Return whether the process has exited, even if its parent has not reaped it yet. Does not
+        block."""
 
     def collected(self) -> bool:
-        """Return whether the parent has reaped the process after its exit, so that it is no
+        """Return whether the process has exited and its parent has reaped it. Before that, it is a
         zombie."""
 
     def killed_by(self) -> int:
-        """Return the number of the signal that ended the process; 0 for none, or if unknown. Call
-        it after the exit."""
+        """Return the number of the signal that ended the process; 0 if no signal did, or if
+        unknown. Call this after the exit."""
 
     def dying(self) -> bool:
         """Return whether the process is known to have received SIGKILL, or to be exiting."""
@@ -69,25 +71,26 @@ class Process(Protocol):
 
 
 class ServerExits(Protocol):
-    """Which servers ended before their guest did, or closed its connections."""
+    """Finds out which servers ended, or closed a connection, before their guest did."""
 
     @property
     def unwatched(self) -> frozenset[int]:
-        """Return the added processes whose end would not be noticed."""
+        """Return the added processes that could not be watched, so their end would not be
+        noticed."""
 
     def add(self, pid: int, seen_at: int) -> None:
-        """Watch a process that ran at `seen_at`; CLOCK_MONOTONIC, µs. May be called again."""
+        """Watch a process that ran at `seen_at` (CLOCK_MONOTONIC, µs). May be called again."""
 
     def remove(self, pid: int) -> None:
         """Stop watching a process. Does nothing if it is not watched."""
 
     def ended(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Return the processes that ended before the guest, or may have, and those that ended after
-        it or are ending. Call it once, after the guest's end."""
+        """Return two sets: the processes that ended, or may have ended, before the guest; and those
+        that ended after it or are ending. Call this once, after the guest's end."""
 
     def closed_first(self, tcp_id: str) -> bool | None:
         """Return whether the guest closed a connection (Socket.tcp_id) before its server did; None
-        if unknown. Call it within a minute after the guest's end. Takes up to 20 ms."""
+        if unknown. Call this within a minute after the guest's end. It takes up to 20 ms."""
 
     def close(self) -> None:
         """May be called twice."""
@@ -100,34 +103,36 @@ class Host(Protocol):
         """Open a process by pidfd. Raises NoSuchProcess, NotQemu, Failed."""
 
     async def label(self, identity: Identity) -> Label:
-        """Return the names of a guest within a second; the name is None if reading blocks."""
+        """Return the names of a guest within a second. If reading blocks, the guest's name is
+        None."""
 
     async def labels(self, identities: Sequence[Identity]) -> list[Label]:
-        """Return the names of many processes, in order, within a second even if some block."""
+        """Return the names of many guests, in this order. Takes at most a second, even if reading
+        some blocks."""
 
     async def identities(self) -> tuple[list[Identity], list[Unidentified]]:
-        """Return every process whose executable is visible, and those that cannot be identified at
-        the moment. There may be many, so this does not run in the loop."""
+        """Return every process whose executable is visible, and the processes that cannot be
+        identified at the moment. Does not block the loop, although there may be many processes."""
 
 
 class Caller(Protocol):
     """The caller of a method."""
 
     async def uid(self) -> int:
-        """Return the caller's uid. Call it after the process is open, so that the pid cannot be
-        reused meanwhile."""
+        """Return the caller's uid. Call this after the process was opened: while this waits, a pid
+        could be reused."""
 
     async def may(self, action: PolkitAction, details: Mapping[str, str], *, ask: bool) -> Answer:
-        """Ask polkit whether the caller may do that. The answer may take minutes, and is never
-        cached.
+        """Ask polkit whether the caller may perform this action. The answer may take minutes, and
+        is never cached.
 
-        `details` are shown to the person who is asked for a password; without `ask`, nobody is
+        `details` are shown to the person who is asked for a password. Without `ask`, nobody is
         asked. Raises Busy if the caller has too many open requests.
         """
 
 
 class Units(Protocol):
-    """systemd's manager, for the units that callers of TerminateUnit name. Raises only
+    """Asks systemd's manager for the units that callers of TerminateUnit name. Raises only
     QkilldErrors."""
 
     async def unit(self, name: str) -> UnitFacts:
@@ -140,13 +145,13 @@ class Watch(Protocol):
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool = False, urgent: bool = False
     ) -> None:
-        """Take a sample and call back with it in the loop. The callback may come late or never. An
-        urgent sample is taken before others that wait."""
+        """Take a sample, and call back with it in the loop. The callback may come late or never.
+        Urgent samples are taken before others that wait."""
 
     @property
     def lacks_thread(self) -> bool:
-        """Return whether the requested sample has not begun, because processes of other users block
-        the threads that take samples."""
+        """Return whether the requested sample has not begun yet because all threads that take
+        samples are blocked by other users' processes."""
 
     def close(self) -> None:
         """Stop taking samples; no callback follows."""
@@ -157,7 +162,7 @@ class Sampler(Protocol):
 
 
 class GuestMonitor(Protocol):
-    """The open monitor of one guest. Callbacks come in the loop, and none after `close`.
+    """The open monitor of one guest. Callbacks are called in the loop, and never after `close`.
 
     A callback receives an exception if qkilld has a bug.
     """
@@ -172,7 +177,7 @@ class GuestMonitor(Protocol):
 
     @property
     def lost(self) -> bool:
-        """Return whether the connection has ended. If so, another one may be opened."""
+        """Return whether the connection has ended. Then another one may be opened."""
 
     @property
     def adopted(self) -> bool:
@@ -180,32 +185,35 @@ class GuestMonitor(Protocol):
 
     @property
     def own_chardevs(self) -> tuple[str, ...]:
-        """Return the labels for KeptMonitor."""
+        """Return the labels to save in a KeptMonitor."""
 
     def fileno(self) -> int | None:
-        """Return the connection's descriptor; None if it has no out-of-band commands."""
+        """Return the connection's descriptor; None if the connection does not allow out-of-band
+        commands."""
 
     def observe(self, callback: Callable[[GuestObservation | Exception], None]) -> None:
-        """Observe the guest, one observation at a time, and always call back."""
+        """Observe the guest once, and always call back. Only one observation may run at a time."""
 
     def order(self, what: GuestOrder, callback: Callable[[str | Exception], None]) -> None:
-        """Give an order; call back with "" or with the reason of the failure, printable."""
+        """Give an order to QEMU or the guest. Call back with "", or with the printable reason of a
+        failure."""
 
     def read_rest(self) -> tuple[frozenset[ShutdownSign], bool]:
-        """After QEMU's exit, return the signs of a shutdown up to its end, and whether these are
-        certainly all. Does not block."""
+        """After QEMU's exit, return the signs of a guest shutdown that were seen up to the exit,
+        and whether it is certain that none was missed. Does not block."""
 
     def read_disks(
         self, callback: Callable[[BlockState | str | Exception], None], *, files: bool = True
     ) -> None:
-        """Read the state of the disks; call back with the state, or with the reason of the
-        failure. Without `files`, no file system is asked, and the state lacks some facts
+        """Read the state of the disks. Call back with the state, or with the reason of a failure.
+        Without `files`, QEMU is not made to ask a file system, so the state lacks some facts
         (monitor.disks.read_state)."""
 
     def read_jobs(
         self, callback: Callable[[tuple[BackgroundJob, ...] | str | Exception], None]
     ) -> None:
-        """Read only the jobs that the end of QEMU would cancel: backups, a migration."""
+        """Read only the background jobs that would be cancelled if QEMU exited: backups, a
+        migration."""
 
     def stop_and_flush(
         self,
@@ -215,7 +223,8 @@ class GuestMonitor(Protocol):
         stop: bool,
         timeout: int,
     ) -> None:
-        """With `stop`, stop the processors; then flush the disks, all within `timeout` (µs).
+        """Stop the processors if `stop` is true, and flush the disks. All of this ends within
+        `timeout` (µs).
 
         Calls back with the result of each flush, or with the reason why nothing was flushed.
         """
@@ -227,24 +236,24 @@ class GuestMonitor(Protocol):
         *,
         timeout: int,
     ) -> None:
-        """Flush one disk after another without stopping the processors; errors of disks are not
-        reported. If a disk does not answer in time, its result and all later ones are missing."""
+        """Flush one disk after another without stopping the processors. Errors of disks are not
+        reported. If a disk does not answer in time, its result and those of all later disks are
+        missing."""
 
     def resume_guest(self, callback: Callable[[str | Exception], None]) -> None:
-        """Undo `stop_and_flush`, or the part of it that was done, as soon as the monitor
-        answers."""
+        """Undo everything that `stop_and_flush` has done, as soon as the monitor answers."""
 
     def query_yank(
         self, callback: Callable[[tuple[YankInstance, ...] | str | Exception], None]
     ) -> None:
-        """List the connections that QEMU can cut off ("yank"), except the monitor's. Works even if
-        QEMU is busy."""
+        """List the connections that QEMU can cut off ("yank"), except those of the monitor. Works
+        even if QEMU is busy."""
 
     def yank(
         self, instances: Sequence[YankInstance], callback: Callable[[str | Exception | None], None]
     ) -> None:
-        """Cut off these connections; call back with "", with the reason of a refusal, or with None
-        if no reply came, so that they may be cut off."""
+        """Cut off these connections. Call back with "", with the reason of a refusal, or with None
+        if no reply came. In the last case, they may be cut off."""
 
     def close(self) -> None:
         """May be called twice."""
@@ -266,18 +275,18 @@ class Monitors(Protocol):
     ) -> Callable[[], None]:
         """Open the guest's monitor. `qmp_socket` is the path that a caller named, or "".
 
-        `kept` is tried first, then `passed`, a connection that `check_passed` has checked. The
-        callee owns both. `was_asked`: the guest was asked to shut down before, so signs of a
-        shutdown count. `agent_was_open`: whether its agent had the port open at that time, if
-        known.
+        The connection `kept` is tried first, then `passed`, which `check_passed` must have checked.
+        The callee owns both. `was_asked`: the guest was asked to shut down before, so signs of a
+        shutdown are of interest. `agent_was_open`: whether the guest agent had its port open at
+        that time; None if unknown.
 
         Calls back with the monitor, or with the reason why the guest cannot be asked. Returns a
         function that ends the attempt; no callback follows it.
         """
 
     def read_rest(self, kept: KeptMonitor) -> frozenset[ShutdownSign]:
-        """After QEMU's exit, return the signs that are left in a kept connection, without blocking.
-        Those that an earlier daemon has read from it are missing.
+        """After QEMU's exit, return the signs of a shutdown that a kept connection still contains.
+        Signs that an earlier daemon has read from it are missing. Does not block.
         """
 
     async def check(self, process: Process, qmp_socket: str) -> None:
@@ -289,15 +298,16 @@ class Monitors(Protocol):
     async def read_disks(
         self, process: Process, qmp_socket: str, *, files: bool
     ) -> BlockState | None:
-        """Read the disks of a guest that is not being stopped. None if another program uses its QMP
-        monitor, or if the monitor does not answer within a second. `files` as in
-        GuestMonitor.read_disks."""
+        """Read the state of the disks of a guest that is not being stopped. Return None if another
+        program uses its QMP monitor, or if the monitor does not answer within a second. `files`:
+        see GuestMonitor.read_disks."""
 
     async def describe(self, process: Process) -> AskingWays:
         """Describe how qkilld can ask the guest, and what prevents it."""
 
     async def survey(self, identity: Identity) -> GuestChannels:
-        """Return which channels to the guest exist, within a few seconds. Connects to nothing."""
+        """Return which channels to the guest exist. Takes a few seconds at most, and connects to
+        none of them."""
 
 
 class Timer(Protocol):
@@ -313,8 +323,9 @@ class Clock(Protocol):
         """Return the time at which a process started, by Identity.start_time."""
 
     def call_at(self, when: int, callback: Callable[[], None], user: int | None = None) -> Timer:
-        """`user`: the uid whose work this is, if users can make any number of such calls due at a
-        time. Users take turns then (engine.steps)."""
+        """Call back at this time. `user`: set it if users can make any number of such callbacks due
+        at the same time. It is the uid whose work this callback is; users then take turns
+        (engine.steps)."""
 
 
 class Journal(Protocol):
@@ -353,34 +364,34 @@ class Store(Protocol):
     """Stores jobs beyond the end of this program. Nothing here blocks or raises."""
 
     def store_fd(self, number: int, process: Process) -> None:
-        """Store the pidfd of the job's process."""
+        """Store the pidfd of the job's process in systemd."""
 
     def save(self, state: JobState) -> None:
         """Save a job's state, in place of an earlier one."""
 
     def when_written(self, callback: Callable[[], None]) -> None:
-        """Call back in the loop when everything saved before this call is written, or has
-        failed."""
+        """Call back in the loop when everything saved before this call is written, or writing it
+        has failed."""
 
     def write_first(self, number: int, callback: Callable[[], None]) -> None:
-        """Write the saved state of that job before those of others. Call back in the loop when it
-        is written, or has failed."""
+        """Write the saved state of this job before those of other jobs. Call back in the loop when
+        it is written, or writing it has failed."""
 
     def store_monitor(self, number: int, fd: int) -> None:
-        """Keep a copy of that job's connection to its guest's monitor."""
+        """Store a copy of this job's connection to its guest's monitor in systemd."""
 
     def drop_fd(self, number: int) -> None:
         """Drop the stored pidfd of the job's process."""
 
     def drop_monitor(self, number: int) -> None:
-        """Drop the stored connection, so that other programs can use the monitor."""
+        """Drop the stored connection to the monitor, so that other programs can use the monitor."""
 
     def forget(self, number: int) -> None:
         """Remove the job's state."""
 
 
 class ObservedJob(Protocol):
-    """The readable part of a job. engine.job documents each member."""
+    """The part of a job that others may read. engine.job documents each member."""
 
     @property
     def number(self) -> int: ...

@@ -1,7 +1,8 @@
 """The phase in which the guest is asked to shut down.
 
-The phase uses the job only through LadderJob. It ends when asking has ended and nobody holds the
-job. MaxSec= and the caller's limit end the asking.
+The phase uses the job only through LadderJob. It ends when asking has ended and the job is not
+held. Asking ends at the latest when MaxSec= or the caller's limit (Request.ask_at_most) requires
+it.
 """
 
 from __future__ import annotations
@@ -57,17 +58,17 @@ class PowerdownPhase:
 
     @property
     def attempt(self) -> Attempt | None:
-        """The state of asking. The next daemon needs it."""
+        """The state of asking the guest. The next daemon needs it."""
         return self._asker.attempt if self._asker is not None else self._past_attempt
 
     def resume(self, past: Attempt | None) -> None:
-        """Set what an earlier daemon knew. Call it before `begin`."""
+        """Set the state of asking that an earlier daemon has saved. Call this before `begin`."""
         self._past_attempt = past
 
     def follow_up(self, ended: Attempt | None) -> None:
-        """Continue the asking of an earlier job for the same process, if that still counts. The
-        button must not be pressed again, because a second press cancels the shutdown of some
-        systems. Call it before `begin`."""
+        """If an earlier job for the same process has asked the guest, and its request may still
+        take effect, continue the asking of that job. The power button must not be pressed again,
+        because a second press cancels the shutdown of some systems. Call this before `begin`."""
         job = self._job
         if ended is None or Flag.POWERDOWN not in job.flags or Flag.NOWAIT in job.flags:
             return
@@ -101,8 +102,8 @@ class PowerdownPhase:
                 events.internal_error(f"asking {job.guest.title}", error)
             ),
         )
-        # If the process exited while no daemon ran, it cannot be asked. `note_exit` then reads its
-        # last events from the kept connection.
+        # If the process exited while no daemon ran, the guest cannot be asked. `note_exit` will
+        # read its last events from the kept connection.
         if self._process.exited():
             return
         if self._asker.attempt.asked:
@@ -115,7 +116,7 @@ class PowerdownPhase:
             )
 
     def _checked(self, obstacle: str, continued: bool) -> None:
-        """Ask the guest, unless its process cannot run."""
+        """Ask the guest, or end the asking if its process cannot run (`obstacle`)."""
         if self._asker is None:
             return
         if obstacle:
@@ -157,7 +158,8 @@ class PowerdownPhase:
             self._asker.set_span(span)
 
     def note_exit(self) -> None:
-        """Determine the outcome of asking, and stop asking. Call it when the process has exited."""
+        """Determine the outcome of asking, and stop asking. Call this when the process has
+        exited."""
         if self._job.phase in BEFORE_SIGNALS:
             self._judge_exit()
         self.close()
@@ -198,7 +200,7 @@ class PowerdownPhase:
 
     @property
     def _ask_until(self) -> int:
-        """Return when the time for asking ends, because of MaxSec= or the caller's limit."""
+        """Return when asking must end because of MaxSec= or the caller's limit."""
         return min(self._job.started + self._job.request.ask_at_most, self._latest)
 
     def _waits_for(self, jobs: Sequence[BackgroundJob]) -> None:
@@ -209,7 +211,8 @@ class PowerdownPhase:
         job.enter(job.phase)
 
     def _was_pressed(self) -> None:
-        """Somebody else has asked the guest. With NOWAIT, nothing is left to do."""
+        """Note that somebody else has pressed the guest's power button. A job with NOWAIT then
+        ends."""
         self._job.guest_asked = GuestAsked.ASKED
         if Flag.NOWAIT in self._job.flags:
             self._job.finish(Result.SIGNALLED)
@@ -232,7 +235,7 @@ class PowerdownPhase:
             job.enter(job.phase)
 
     def _judged(self, judgement: Judgement) -> None:
-        """Handle a judgement of the guest's reaction."""
+        """Report how the guest reacts, and how long the job waits for it."""
         job = self._job
         down = judgement.conclusion is Conclusion.SHUTTING_DOWN
         verdict = Verdict.GUEST_SHUTDOWN if down else Verdict.UNKNOWN

@@ -1,4 +1,4 @@
-"""Limit the journal entries that callers and guests can make qkilld write."""
+"""Limit how many journal entries callers and guests can make qkilld write."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ LIMITED: Final = frozenset(
         MessageId.INTERNAL_ERROR,
     )
 )
-"""Kinds of entries that a caller can cause without limit. Other kinds are limited by the number of
-jobs."""
+"""The kinds of entries that a caller can cause any number of times. The number of all other entries
+is limited by the number of jobs."""
 
 _Key = tuple[MessageId, str]
 
 
 @dataclass(slots=True)
 class _Window:
-    """The events since an entry was written."""
+    """The events of one kind since one of them was last written."""
 
     latest: Event | None = None
     """The newest event that was held back."""
@@ -46,8 +46,8 @@ class _Window:
 class RateLimitedJournal:
     """Implements engine.ports.Journal. Use it only in the loop.
 
-    The first event of its kind is written at once. Those that follow within a second are counted,
-    and the last one is written, with the count, when the second ends.
+    The first event of each kind is written at once. More events of this kind within a second are
+    only counted. When the second ends, the last of them is written, with the count.
     """
 
     def __init__(self, journal: Journal, clock: Clock) -> None:
@@ -84,7 +84,7 @@ class RateLimitedJournal:
                 self._open(key)
 
     def _write(self, window: _Window) -> bool:
-        """Write the newest event of a window; return whether there was one."""
+        """Write the newest held-back event of a window; return whether there was one."""
         if window.latest is None:
             return False
         event, count = window.latest, window.count
@@ -99,7 +99,7 @@ class RateLimitedJournal:
 
 
 def _key(event: Event) -> _Key:
-    """Return a key that events of the same kind about the same job, or process, share."""
+    """Return a key. Events of the same kind about the same job or process have the same key."""
     if job := event.fields.get("QKILLD_JOB"):
         return event.id, job
     return event.id, event.message if event.guest is None else str(event.guest.identity.key)

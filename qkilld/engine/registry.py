@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     )
 
 KEEP_ENDED: Final = 60 * USEC_PER_SEC
-"""How long (µs) a job's object outlives the job, so that a late Wait still gets its answer."""
+"""How long (µs) a job's object outlives the job, so that a late Wait still gets its reply."""
 UNDO_S: Final = 2.0
-"""How long to wait for processors to start again. QEMU needs a millisecond, unless a disk blocks
-its main loop."""
+"""How long to wait until processors run again. QEMU needs a millisecond, unless a disk blocks its
+main loop."""
 MAX_JOBS_PER_UID: Final = 2048
-"""The maximum number of running and ended jobs of one user, so that they cannot fill the memory.
+"""The maximum number of running and ended jobs of one user, so that no user can fill the memory.
 Root has no limit."""
 MAX_JOBS_OF_USERS: Final = 3 * MAX_JOBS_PER_UID
-"""The maximum number of jobs of all users except root. At 80 kB each (units/qkilld.service), they
-take 490 MB. Their descriptors take 350 MB. Together with all the calls that users may have open,
+"""The maximum number of jobs of all users except root. At 80 kB each (units/qkilld.service), these
+jobs take 490 MB, and their descriptors 350 MB. Together with all calls that users may have open,
 this is two thirds of MemoryMax=."""
 
 
@@ -113,11 +113,12 @@ class Registry:
         return len(self._running)
 
     def terminate(self, process: Process, request: Request, passed: int | None = None) -> Job:
-        """Return the job that stops this process: the running one, or a new one that has begun.
+        """Return the job that stops this process: the running job, after `join`, or a new job,
+        after `start`.
 
-        The registry owns the process from now on, even if this raises. `passed` is a connection to
-        the monitor for a new job; the registry owns it unless this raises. Raises what Job.start
-        and Job.join raise, and Busy.
+        The registry owns the process from now on, even if this call raises an exception. `passed`
+        is a connection to the monitor for a new job; the registry owns it unless this call raises
+        an exception. Raises what Job.start and Job.join raise, and Busy.
         """
         key = process.guest.identity.key
         if job := self._running.get(key):
@@ -126,7 +127,7 @@ class Registry:
             job.join(request)
             if passed is not None:
                 close_later(passed)
-            # A job that is taken over counts for its new requester.
+            # The request may have taken the job over. It then counts for the new requester.
             self._per_user -= Counter((before,))
             self._per_user[user_of(job.request.uid)] += 1
             return job
@@ -170,9 +171,10 @@ class Registry:
     ) -> Job:
         """Continue a job of an earlier daemon with the same number, rungs, flags, policy and times.
 
-        `process` must be the process in the snapshot. None means that it has exited; a running job
-        then ends as exited or killed. The registry owns `process` and `monitor` from now on. With
-        `among_many`, a job that would begin with a sample does nothing until `follow_resumed`.
+        `process` must be the process in the snapshot, or None if that has exited. In the latter
+        case, a running job ends as exited or killed. The registry owns `process` and `monitor` from
+        now on. With `among_many`, a job that would begin with a sample does nothing until
+        `follow_resumed`.
 
         Raises SnapshotError if the job conflicts with an existing one, or has times in the future.
         Then `process` is closed, and the caller still owns `monitor`.
@@ -213,7 +215,7 @@ class Registry:
         return job
 
     def follow_resumed(self) -> None:
-        """Let the jobs continue that were resumed with `among_many`."""
+        """Continue the jobs that were resumed with `among_many`."""
         self._resumed.follow()
 
     def get(self, number: int) -> Job:
@@ -236,7 +238,7 @@ class Registry:
         return self._running.get(key)
 
     def count_from(self, last: int) -> None:
-        """Do not use numbers up to this one: they were used before."""
+        """Give new jobs only numbers above `last`, because the others were used before."""
         self._last = max(self._last, last)
 
     def note(self, event: Event) -> None:
@@ -249,7 +251,8 @@ class Registry:
 
     @property
     def empty(self) -> bool:
-        """Whether no job runs, no survivor is watched and no ended job is kept."""
+        """Whether no job runs, no ended job is kept, and no process that survived its job is
+        watched."""
         return not self._jobs and not self._survivors
 
     def cancel_all(self, why: str = "") -> None:
@@ -258,8 +261,8 @@ class Registry:
             job.cancel(why)
 
     async def wait_undone(self) -> None:
-        """Wait until the processors of all guests whose job has ended are running again, for at
-        most UNDO_S. Call it before this program exits."""
+        """Wait until all ended jobs have started their guests' processors again, but at most
+        UNDO_S. Call this before the daemon exits."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(UNDO_S):
                 while any(job.processors_stopped for job in self if not job.running):  # noqa: ASYNC110
@@ -271,7 +274,8 @@ class Registry:
             job.interrupt_waits()
 
     def _freed_by_job_for(self, key: tuple[int, int]) -> Counter[int]:
-        """Return, by user, what a new job for this process frees: the survivor that it replaces."""
+        """Return, by user, how many jobs are forgotten if this process gets a new job: the job that
+        it survived, if that ended over a minute ago (KEEP_ENDED)."""
         survivor = self._survivors.get(key)
         if survivor is None or survivor.number in self._jobs:
             return Counter()
@@ -344,13 +348,15 @@ class Registry:
 
     def _survivor_gone(self, job: Job) -> None:
         key = job.guest.identity.key
-        # Leave another job of this process registered: several may have been resumed.
+        # Remove only this job: another job for the same process may be registered instead, because
+        # several may have been resumed.
         if self._survivors.get(key) is job:
             del self._survivors[key]
         self._drop_survivor(job)
 
     def _drop_survivor(self, job: Job) -> None:
-        """Drop the process of a survivor, which is gone or has a new job."""
+        """Drop the stored process of a job that it survived. The process is gone, or has a new
+        job."""
         if self.saver is not None:
             self.saver.drop_process(job)
         if job.number not in self._jobs:
@@ -370,14 +376,14 @@ class Registry:
         self._tell(lambda observer: observer.job_forgotten(job))
 
     def _forget_entirely(self, job: Job) -> None:
-        """Remove what is kept of a job. That of a survivor is kept until its guest is gone, so it
-        counts for its user until then."""
+        """Remove the saved state of a job, and stop counting the job for its user. If its process
+        has survived, this waits until the process is gone or has a new job."""
         if self.saver is not None:
             self.saver.forget(job)
         self._per_user -= Counter((user_of(job.request.uid),))
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
-        """Call the observer; its exceptions must not affect a job."""
+        """Call the observer. Its exceptions must not affect a job."""
         if self.observer is None:
             return
         try:

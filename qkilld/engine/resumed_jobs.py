@@ -1,8 +1,8 @@
-"""Let the jobs of an earlier daemon continue: the most urgent first, a few at a time.
+"""Continue the jobs of an earlier daemon: the most urgent first, and a few at a time.
 
-Each job begins with a sample, and the first sample of a process takes longest. If all were
-requested at once, most would miss their timeout. Their processes would count as blocked, which
-delays SIGKILL.
+Each job begins with a sample, and the first sample of a process takes longest. If all first samples
+were requested at once, most of them would time out. Their processes would then count as blocked,
+which delays SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock
 
 AT_ONCE: Final = 16
-"""At most this many first samples are taken at a time."""
+"""The maximum number of first samples that are taken at a time."""
 PAUSE: Final = 5_000
-"""The time (µs) for other work of the loop before more samples are requested."""
+"""The time (µs) that the loop has for other work before more samples are requested."""
 
 
 class ResumedJobs:
@@ -31,7 +31,7 @@ class ResumedJobs:
         self._waiting.append(job)
 
     def follow(self) -> None:
-        """Let the added jobs continue as soon as possible. Call it once."""
+        """Continue the added jobs as soon as possible. Call this once."""
         now = self._clock.now()
         for job in self._waiting:
             # Set the deadline now: callers may read it before the first sample comes.
@@ -49,7 +49,7 @@ class ResumedJobs:
                     self._sampling.append(job)
                     job.follow()
         finally:
-            # This is in `finally`, because the others must continue even after a fault of one job.
+            # This is in `finally`: even if a job raises an exception, the others must continue.
             if self._waiting:
                 self._clock.call_at(self._clock.now() + PAUSE, self._follow_some)
             else:

@@ -1,4 +1,4 @@
-"""Take samples of one process for a job: one at a time, and always with an answer."""
+"""Take samples of one process for a job, one at a time. The callback is always called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Process, Sampler, Timer, Watch
 
 TIMEOUT: Final = 1_000_000
-"""A sample that takes longer (µs) counts as blocked, and is replaced by an empty one."""
+"""A sample that takes longer than this (µs) counts as blocked, and is replaced by an empty one."""
 
 
 class JobSampler:
-    """Watches the process from the first sample on. The caller closes it."""
+    """Watches the process from the first sample on. The caller must close this object."""
 
     __slots__ = ("_clock", "_process", "_sampler", "_timeout", "_watch")
 
@@ -29,17 +29,17 @@ class JobSampler:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a sample was requested that has not come and is not late."""
+        """Whether a requested sample has not come yet, and its timeout has not expired."""
         return self._timeout is not None
 
     def take_sample(
         self, callback: Callable[[Sample], None], *, detail: bool, urgent: bool = False
     ) -> None:
-        """Request a sample; do nothing if a request is pending. With `detail`, the sample is
+        """Request a sample, but do nothing if a request is pending. With `detail`, the sample is
         expensive (evidence.sampler). With `urgent`, it is taken before those of other jobs.
 
-        After TIMEOUT, `callback` gets an empty sample. If the real one comes later, `callback` gets
-        that, too.
+        After TIMEOUT, `callback` gets an empty sample. If the real sample comes later, `callback`
+        gets it, too.
         """
         if self._timeout is not None:
             return

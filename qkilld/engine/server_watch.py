@@ -1,16 +1,16 @@
 """Watch the servers of a guest's network disks while the guest is stopped.
 
 decision.servers decides what the end of a server means. The servers must be known before the guest
-gets SIGTERM, because a guest that has lost its disks exits in a few milliseconds. So SIGTERM waits
-until they are found, for at most TIMEOUT. This is done only for guests whose command line names
-storage on a network.
+gets SIGTERM, because QEMU exits in a few milliseconds if it has lost its disks. So SIGTERM waits
+until the servers are found, but at most TIMEOUT. This is done only for guests whose command line
+names storage on a network.
 
-If QEMU was told to exit before the first usable sample, by an earlier daemon or because the host is
-busy, a missing connection of a node proves nothing: QEMU may have closed the node, or lost its
-server.
+QEMU may have been told to exit before the first usable sample, by an earlier daemon or because the
+host is busy. If a node then has no connection, this proves nothing: QEMU may have closed the node,
+or may have lost its server.
 
-If servers cannot be watched, for example because there are no more descriptors, that is a risk.
-Whatever fails, the job goes on.
+If servers cannot be watched, for example because no descriptor is free, the job reports a risk.
+Whatever fails here, the job continues.
 """
 
 from __future__ import annotations
@@ -42,18 +42,20 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import ObservedJob, Process, ServerExits, Timer
 
 TIMEOUT: Final = USEC_PER_SEC * 3
-"""The longest time (µs) that SIGTERM waits for the servers to be found. It usually takes 30 ms."""
+"""The longest time (µs) that SIGTERM waits for the servers to be found. Finding them usually takes
+30 ms."""
 RETRY: Final = USEC_PER_SEC // 10
-"""After this time (µs), the second sample looks for servers that were not found."""
+"""The time (µs) between the first sample and the second one, which looks for servers that the first
+did not find."""
 MAX_RETRY: Final = USEC_PER_SEC * 4 // 10
-"""The time (µs) doubles with each sample, up to this."""
+"""The time (µs) between samples doubles each time, up to this limit."""
 MAX_SAMPLES: Final = 4
-"""After this many samples, SIGTERM waits only for a search that has yet to end, as on a busy host
-or among thousands of processes."""
+"""After this many samples, SIGTERM waits only if the search for the servers is still in progress,
+as on a busy host or among thousands of processes."""
 MAX_CLOSED_TIME: Final = USEC_PER_SEC // 50
-"""The longest time (µs) for asking the kernel which end closed each connection first. A question
-takes 20 µs, but up to 20 ms while other threads ask the kernel. If the time is over, the answer for
-the other connections is unknown."""
+"""How long (µs) to ask the kernel, connection by connection, which end closed it first. This takes
+20 µs for each connection, but up to 20 ms while other threads use the same interface of the kernel.
+For connections that are not asked about in this time, the answer is unknown."""
 
 _UNWATCHED: Final = Risk(
     "unknown", "qkilld could not watch whether all servers of its disks outlived the guest"
@@ -67,8 +69,8 @@ _ENDING: Final = (SIGTERM.name, SIGKILL.name, GuestOrder.QUIT.value)
 
 
 def is_stopping(job: ObservedJob) -> bool:
-    """Return whether the job's process may be closing its disks and exports: it was told to exit,
-    or its guest has powered off, and it is not known to have exited."""
+    """Return whether the job's process may be closing its disks and exports. It may if it was told
+    to exit or its guest has powered off, unless it is known to have exited."""
     if job.result in (Result.EXITED, Result.KILLED):
         return False
     was_told = any(rung.action in _ENDING for rung in job.rungs)
@@ -94,20 +96,21 @@ class ServerWatch:
         self._timer: Timer | None = None
         self._has_failed = False
         self._is_late = False
-        """Whether QEMU may have closed its disks before the watch began."""
+        """Whether QEMU may have begun to close its disks before its servers were watched."""
         self._late_nodes: tuple[Node, ...] = ()
-        """If it may (_is_late), the nodes that may lose data."""
+        """If `_is_late`, the nodes that may lose data."""
         self.until = 0
-        """SIGTERM waits until this time; 0 if it does not wait."""
+        """SIGTERM waits until this time (µs, CLOCK_MONOTONIC); 0 if it does not wait."""
 
     @property
     def is_needed(self) -> bool:
-        """Whether the guest may have storage on a network, and the job goes by evidence."""
+        """Whether to watch servers: the guest may have storage on a network, and the job goes by
+        evidence."""
         can = self._parts.sampler is not None and self._parts.server_exits is not None
         return can and self._job.guest.label.remote and self._job.by_evidence
 
     def begin(self) -> None:
-        """If needed, look for the servers, and call the job's `advance` when they are found."""
+        """If needed, search for the servers, and call the job's `advance` when they are found."""
         if self.is_needed and self._parts.server_exits is not None:
             self._is_late = is_stopping(self._job)
             with self._failures():
@@ -118,7 +121,7 @@ class ServerWatch:
                 self._end_search()
 
     def note_sample(self, sample: Sample) -> None:
-        """Follow the connections in any sample of the guest."""
+        """Note the connections in a sample of the guest, whoever requested the sample."""
         with self._failures():
             before, self._servers = self._servers, follow_servers(self._servers, sample)
             if self._servers is None or self._exits is None:
@@ -149,8 +152,8 @@ class ServerWatch:
         return not self._has_failed and needs_settling(servers, self._closed_first)
 
     def risks(self, ended: int, *, settled: bool) -> tuple[Risk, ...]:
-        """Return the risks after the guest has exited at `ended`. Call it once, after `note_exit`
-        and before `close`. `settled`: whether SETTLE has passed, if `note_exit` required that."""
+        """Return the risks after the guest has exited at `ended`. Call this once, after `note_exit`
+        and before `close`. `settled`: SETTLE has passed, or `note_exit` has not required it."""
         if self._exits is not None and not self._has_failed:
             with self._failures():
                 risks = self._risks(self._exits, ended)
@@ -173,7 +176,7 @@ class ServerWatch:
         risks = risks_of_servers(self._servers, ends)
         connected = {} if self._servers is None else self._servers.connected
         for node in self._late_nodes:
-            # If QEMU exited before its reconnect-delay has passed, no data was lost
+            # If QEMU exited before its reconnect-delay had passed, no data was lost
             # (decision/risk.py).
             keeps = node.reconnect or 0
             if node.name not in connected and ended >= started + keeps * USEC_PER_SEC:
@@ -198,7 +201,7 @@ class ServerWatch:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Let no failure reach the job."""
+        """Keep exceptions from the job, and log them."""
         try:
             yield
         except Exception as error:
@@ -233,7 +236,7 @@ class ServerWatch:
             self._retry = min(2 * self._retry, MAX_RETRY)
 
     def _end_search(self) -> None:
-        """The job's own samples show the connections from now on."""
+        """End the search for servers. From now on, the job's own samples show the connections."""
         self.until = 0
         self._sampler.close()
         if self._timer is not None:

@@ -1,6 +1,6 @@
 """The daemon's methods, for calls over D-Bus and Varlink.
 
-Methods that act on a process check it and the caller themselves; no argument is trusted.
+Each method that acts on a process checks both the process and the caller. No argument is trusted.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ class Service:
         self._host = host
         self._access = Access(config, host, lambda key: registry.running_for(key) is not None)
         self.units = units
-        """None without a bus. Each new connection to a bus replaces it."""
+        """None if there is no bus. It is replaced with each new connection to a bus."""
         self._clock = clock
         self._sampler = sampler
         self._monitors = monitors
         self._guests = SharedRun(self._find_guests)
         self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-        """The slots of each calling user (MAX_AT_ONCE), kept while calls use them."""
+        """A semaphore of MAX_AT_ONCE for each calling user. It is kept while calls use it."""
 
     @property
     def monitors(self) -> Monitors | None:
@@ -127,8 +127,9 @@ class Service:
     ) -> Job:
         """Start the job that stops a process, or join the running one.
 
-        `passed` is a connection to the monitor that the caller has made; it is closed if not used.
-        Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
+        `passed` is a connection to the monitor that the caller has made. It is closed if it is not
+        used. Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy,
+        Failed.
         """
         try:
             flag_set = _parse_flags(flags)
@@ -160,7 +161,7 @@ class Service:
             except NoSuchUnit:
                 known = False
             except (BusError, Failed):
-                pass  # systemd does not answer; the control groups are enough
+                pass  # systemd does not answer. The control groups are enough.
         guest = choose_guest(name, facts, *await self._guests.get(), known=known)
         checked = await self._access.open_checked(
             guest.identity.pid,
@@ -178,9 +179,9 @@ class Service:
     ) -> list[Job]:
         """Stop every QEMU process that the caller may stop.
 
-        polkit is asked once, and only if there are guests of other users. A guest that cannot be
-        stopped is reported in the journal, and so is a process that may be one. Raises InvalidArgs,
-        Busy and, if there are guests but the caller may stop none, AccessDenied.
+        polkit is asked once, and only if there are guests of other users. Guests that cannot be
+        stopped are reported in the journal, and so are processes that may be guests. Raises
+        InvalidArgs, Busy and, if there are guests but the caller may stop none, AccessDenied.
         """
         flag_set = _parse_flags(flags)
         given = _parse_options(options, flag_set)
@@ -244,8 +245,8 @@ class Service:
     async def _for_each(
         self, items: Sequence[Item], act: Callable[[Item], Awaitable[T]], uid: int
     ) -> list[T]:
-        """Return the results of `act`, called for at most MAX_AT_ONCE items at a time. There is no
-        task for each item, because a user can have tens of thousands of processes."""
+        """Call `act` for all items, for at most MAX_AT_ONCE at a time; return the results. There is
+        no asyncio task for each item, because a user can have tens of thousands of processes."""
         slots, results = self._slots_of(uid), dict[int, T]()
         waiting = iter(enumerate(items))
 
@@ -259,7 +260,7 @@ class Service:
         return [results[index] for index in range(len(items))]
 
     def _slots_of(self, uid: int) -> asyncio.Semaphore:
-        """Return the slots that all calls of a user share."""
+        """Return the semaphore that all calls of a user share."""
         user = user_of(uid)
         slots = self._slots.get(user)
         if slots is None:
@@ -273,8 +274,8 @@ class Service:
         await self.keep(job)
 
     async def extend(self, job: Job, usec: int, caller: Caller) -> None:
-        """Extend a job, see Job.extend. This, `hold`, `release` and `force` also raise AccessDenied
-        and Busy."""
+        """Extend a job, see Job.extend. `extend`, `hold`, `release` and `force` also raise
+        AccessDenied and Busy."""
         usec = from_call(usec)
         within = self._clock.now() + usec <= job.owner_limit
         by = await self._access.permit(caller, job, PolkitAction.TERMINATE, owner=within)
@@ -294,7 +295,7 @@ class Service:
         await self.keep(job)
 
     async def inspect(self, pid: int, caller: Caller) -> Inspection:
-        """Return the identity and the evidence of a process. Sends nothing.
+        """Return the identity of a process, and the evidence about it. Sends no signal.
 
         Raises InvalidArgs, NoSuchProcess, NotQemu, ProcessChanged, AccessDenied, Busy, Failed.
         """
@@ -336,7 +337,8 @@ class Service:
     async def _notes(
         self, guest: Guest, request: Request, evidence: Assessment | None
     ) -> tuple[str, ...]:
-        """Describe what cannot be flushed, and what SIGTERM would cancel."""
+        """Describe which disks cannot be flushed, and which background jobs SIGTERM would
+        cancel."""
         reachable = guest.label.qmp or bool(request.qmp_socket)
         by_evidence = not request.flags & (Flag.FIXED | Flag.NOWAIT)
         if self._monitors is None or not by_evidence:
@@ -347,7 +349,8 @@ class Service:
         process = self._host.open(guest.identity.pid)
         try:
             check_same(process.guest.identity, guest.identity.start_time)
-            # Ask no file system that may not answer: a plan must not block the guest.
+            # Do not make QEMU ask a file system that may not answer: a plan must not block the
+            # guest.
             files = evidence is not None and not may_hang(evidence.last)
             state = await self._monitors.read_disks(process, request.qmp_socket, files=files)
             if state is None:
@@ -389,9 +392,9 @@ class Service:
         return list((await self._guests.get())[0])
 
     async def _find_guests(self) -> tuple[list[Guest], list[Unidentified]]:
-        """Return also the processes that may be guests, but cannot be identified."""
-        # Concurrent callers share one run, because it reads all of /proc, in 0.1 ms for each
-        # process.
+        """Return all guests, and the processes that may be guests but cannot be identified."""
+        # Concurrent callers share one run (SharedRun), because it reads all of /proc, which takes
+        # 0.1 ms for each process.
         identities, unidentified = await self._host.identities()
         qemus, guests = list[Identity](), list[Guest]()
         pace = Pace()
@@ -406,8 +409,8 @@ class Service:
         return guests, unidentified
 
     async def _sample_twice(self, process: Process) -> Assessment | None:
-        """Take two samples, because only a difference shows movement. If the second is late, use
-        only the first; return None if both are late."""
+        """Take two samples, because only their difference shows movement. If the second is late,
+        use only the first. If both are late, return None."""
         if self._sampler is None:
             return None
         watch = self._sampler.watch(process)
@@ -430,7 +433,7 @@ class Service:
         given: Mapping[str, object],
         passed: int | None = None,
     ) -> Job:
-        """The registry owns the process from now on."""
+        """Start a job, or join the running one. The registry owns the process from now on."""
         flags = self._as_configured(flags, given, checked.process.guest)
         request = _request(flags, given, checked.uid)
         return self.registry.terminate(checked.process, request, passed)
@@ -443,8 +446,8 @@ class Service:
         return flags
 
     async def keep(self, *jobs: Job) -> None:
-        """Return when these jobs are saved, so that they survive a crash. If saving takes too long,
-        log that and return."""
+        """Wait until these jobs are saved, so that they survive a crash. If saving takes too long,
+        log this and return."""
         if self.registry.saver is not None and not await self.registry.saver.wait_saved():
             for job in jobs:
                 self.registry.note(events.not_written(job))
@@ -507,7 +510,7 @@ def _spans(given: Mapping[str, object]) -> dict[str, int]:
 
 
 def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, object]:
-    """Return the values by name, each of its type in OPTION_TYPES."""
+    """Check the options. Return their values by name; OPTION_TYPES has their types."""
     for name, option in options.items():
         shown = printable(name, 64)
         if (expected := OPTION_TYPES.get(name)) is None:
@@ -519,7 +522,7 @@ def _parse_options(options: Mapping[str, Option], flags: Flag) -> dict[str, obje
         raise InvalidArgs(f'Option "reason" is longer than {MAX_TEXT} characters')
     given = {name: option.value for name, option in options.items()}
     if given.get("powerdown-only"):
-        # This option promises that no signal is sent.
+        # This option promises that no signal is sent, so the guest must be asked.
         if Flag.POWERDOWN not in flags:
             raise InvalidArgs('Option "powerdown-only" needs the flag POWERDOWN (4)')
         if given.get("powerdown-as-configured"):

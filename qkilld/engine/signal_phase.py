@@ -1,7 +1,7 @@
 """The phase that sends signals, based on samples of the process.
 
-decision.ladder decides; SignalPhase carries the decisions out. It takes the samples, and checks the
-identity before every signal. It uses the job only through LadderJob.
+decision.ladder decides, and SignalPhase carries out the decisions. It takes the samples, and checks
+the process's identity before every signal. It uses the job only through LadderJob.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal, Process, Sampler
 
 RECHECK: Final = USEC_PER_SEC
-"""If the process's executable is unreadable, a signal is tried again after this time (µs)."""
+"""If a signal cannot be sent because the process's executable is unreadable, it is tried again
+after this time (µs)."""
 
 _CONTINUE: Final = SIGCONT.name
 _SIGNALS: Final = {
@@ -43,8 +44,8 @@ _SIGNALS: Final = {
 
 
 class _Intent(Enum):
-    """Whether the intention to send SIGKILL is saved. WRITTEN also means that saving it has taken
-    too long."""
+    """Whether the intention to send SIGKILL is saved. If saving takes too long, it counts as
+    WRITTEN."""
 
     NONE = auto()
     BEING_WRITTEN = auto()
@@ -81,7 +82,7 @@ class SignalPhase:
         self._yank = yank
         self._intent = _Intent.NONE
         self._forced = False
-        """Send SIGKILL, whatever the ladder says."""
+        """Whether to send SIGKILL, whatever the ladder decides."""
         self._could_yank = False
         self._term_at: int | None = None
         self._kill_at: int | None = None
@@ -96,12 +97,12 @@ class SignalPhase:
 
     @property
     def forced(self) -> bool:
-        """Whether to send SIGKILL, whatever the ladder says."""
+        """Whether a caller was promised SIGKILL, whatever the ladder decides."""
         return self._forced
 
     @property
     def must_kill(self) -> bool:
-        """Whether SIGKILL was sent, or will be, whatever the ladder says."""
+        """Whether SIGKILL was sent, or will be sent whatever the ladder decides."""
         return self.killed or self._forced
 
     @property
@@ -111,7 +112,7 @@ class SignalPhase:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether a requested sample has not come and is not late."""
+        """Whether a requested sample has not come yet, and its timeout has not expired."""
         return self._sampler.is_pending
 
     @property
@@ -134,7 +135,8 @@ class SignalPhase:
         )
 
     def resume(self, past: Snapshot) -> None:
-        """Continue the ladder of an earlier daemon: signals that it sent are not sent again."""
+        """Continue the ladder of an earlier daemon, without repeating the signals that it has
+        sent."""
         self._term_at, self._kill_at = past.sent_at(SIGTERM), past.sent_at(SIGKILL)
         self._continued_at = past.sent_at(SIGCONT)
         self._forced = past.forced
@@ -146,14 +148,16 @@ class SignalPhase:
             now = self._clock.now()
             decision = decide(self.facts, now)
             self._promised = max(self._promised, decision.promised)
-            # Check for the exit here, because it may coincide with the deadline.
+            # The process may exit right at the deadline, so check for its exit before the next
+            # rung.
             if decision.action is not Action.LEAVE and self._process.exited():
                 job.note_gone()
                 return
             action = Action.KILL if self._forced and not self.killed else decision.action
             if action not in (Action.KILL, Action.SAMPLE):
                 self._withdraw()
-            # A sample may also be taken for a signal that is due and is being tried again.
+            # The deadline may have passed: a sample can also be taken while a signal that is due is
+            # tried again.
             if action in (Action.WAIT, Action.SAMPLE) and decision.deadline > now:
                 self._unidentified_since = None
             match action:
@@ -165,7 +169,7 @@ class SignalPhase:
                     assessment = job.assessment
                     detail = assessment is not None and assessment.wants_detail
                     # If SIGKILL waits for this sample, the sample must not wait for those of
-                    # thousands of jobs.
+                    # thousands of other jobs.
                     urgent = decision.deadline <= now
                     self._sampler.take_sample(self._seen, detail=detail, urgent=urgent)
                     return
@@ -186,7 +190,7 @@ class SignalPhase:
         self.climb(SIGKILL)
 
     def as_intended(self, snapshot: Snapshot) -> Snapshot:
-        """Return the snapshot including a SIGKILL that is forced or about to be sent."""
+        """Return the snapshot. If SIGKILL is forced or about to be sent, the snapshot says so."""
         if self._forced:
             snapshot = replace(snapshot, forced=True)
         if self._intent is _Intent.NONE or snapshot.result is not None:
@@ -195,7 +199,7 @@ class SignalPhase:
         return replace(snapshot, rungs=(*snapshot.rungs, rung), risks=self._risks())
 
     def is_last_rung_due(self) -> bool:
-        """Return whether the deadline has passed, by the evidence so far."""
+        """Return whether the deadline that follows from the evidence so far has passed."""
         now = self._clock.now()
         return decide(self.facts, now).deadline <= now
 
@@ -246,19 +250,20 @@ class SignalPhase:
             self._continued_at = now
         else:
             self._term_at = now
-            # Set the deadline now: the next decision waits for a sample, and callers see the job
-            # before that.
+            # Set the deadline now: the next decision waits for a sample, and callers may read the
+            # deadline before that.
             job.deadline = decide(self.facts, now).deadline
         job.note_rung(number.name, now)
 
     def check_identity(self) -> None:
-        """Check that the process still is the guest's. Raises ProcessChanged, UnknownIdentity, and
-        ProcessLookupError if the process is gone."""
+        """Check that the process is still the QEMU of this guest. Raises ProcessChanged,
+        UnknownIdentity, and ProcessLookupError if the process is gone."""
         check_process(self._process, self._job.guest.identity, self._executables)
         self._unidentified_since = None
 
     def check_on_request(self) -> None:
-        """Check the identity without sending a signal. If the process changed, the job ends.
+        """Check the identity for a caller's request, without sending a signal. If it has changed,
+        end the job as failed.
 
         Raises ProcessChanged, UnknownIdentity.
         """
@@ -280,11 +285,11 @@ class SignalPhase:
         self._sampler.close()
 
     def _is_written_down(self) -> bool:
-        """Return whether the intention to send SIGKILL is WRITTEN; if not, start to save it.
+        """Return whether the intention to send SIGKILL is WRITTEN. If not, start to save it.
 
-        If qkilld dies right after SIGKILL, the next daemon must not report "exited". This is not
-        needed for SIGTERM: the next daemon sends it again if it may not have been sent, and QEMU
-        ignores a second one.
+        If qkilld dies right after sending SIGKILL, the next daemon must not report "exited". For
+        SIGTERM this is not needed: if it is not known to be sent, the next daemon sends it, and
+        QEMU ignores a second SIGTERM.
         """
         if self._intent is not _Intent.NONE:
             return self._intent is _Intent.WRITTEN
@@ -320,7 +325,7 @@ class SignalPhase:
         tried = now - self._unidentified_since
         latest = max(job.started + job.policy.max, job.control.not_before) + reap
         if error.exiting and number == SIGKILL and tried >= reap:
-            # The whole process is exiting, so SIGKILL could not change the result.
+            # All threads of the process are exiting, so SIGKILL would change nothing.
             job.finish(Result.SURVIVED)
         elif now >= latest and tried >= reap:
             job.error = f"{number.name} could not be sent before MaxSec= had passed: {error}"

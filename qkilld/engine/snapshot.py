@@ -1,4 +1,4 @@
-"""The state that a job needs to continue in the next daemon or in another program."""
+"""The state that is needed to continue a job in the next daemon or in another program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ and 6 may lack some fields of samples. Any version may lack forced."""
 YANK: Final = "yank"
 """The action of the rung that cuts off storage."""
 MAX_NUMBER: Final = 10**9 - 1
-"""A job's number has at most nine digits in its path."""
+"""A job's number is part of its D-Bus path, and has at most nine digits."""
 
 
 _UNKNOWN_RISK: Final = Risk("unknown", "it was killed, and the last evidence was not recorded")
@@ -41,7 +41,8 @@ class SnapshotError(ValueError):
 
 
 class UnknownVersion(SnapshotError):
-    """A newer qkilld wrote the document. Keep it, because that version may be installed again."""
+    """A newer qkilld wrote the document. Keep the document, because that version may be installed
+    again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Snapshot:
     number: int
     guest: Guest
     request: Request
-    """The request that the job runs for: the first, or the one that took the job over."""
+    """The first request of the job, or the one that took the job over."""
     flags: Flag
     """The flags, including those that later requests have added."""
     policy: Policy
@@ -66,19 +67,20 @@ class Snapshot:
     guest_asked: GuestAsked
     flush: FlushReport
     processors_stopped: bool
-    """Whether the job may have stopped the virtual processors, and must start them again."""
+    """Whether the job may have stopped the virtual processors, so that it must start them again."""
     rungs: tuple[Rung, ...]
-    """The rungs that were executed; they are not repeated."""
+    """The executed rungs. They are not repeated."""
     history: tuple[VerdictChange, ...]
     assessment: Assessment | None
     asking: Attempt | None
-    """The state of asking the guest; None if it was not asked, or if signals have followed."""
+    """The state of asking the guest; None if the guest was not asked, or if the phases before
+    signals are over."""
     own_chardevs: tuple[str, ...]
-    """The labels of the monitor whose connection systemd keeps; () if it keeps none."""
+    """The labels of the monitor connection that systemd keeps; () if it keeps none."""
     started: int
     ended: int | None
     forced: bool = False
-    """Whether a caller was promised SIGKILL, whatever the ladder says."""
+    """Whether a caller was promised SIGKILL, whatever the ladder decides."""
 
     @classmethod
     def of_signals(
@@ -95,13 +97,13 @@ class Snapshot:
         progress_at: int | None = None,
         control: Control = UNCONTROLLED,
     ) -> Snapshot:
-        """Make a snapshot from what a caller sees of a job (StartedUSec, Verdict, LastProgressUSec,
-        Held). It assumes that SIGTERM was sent at the start, and SIGKILL if `kill_at` is given.
-        With `guest_asked`, it assumes that no signal was sent, and that the guest, if it was asked,
-        was asked at the start.
+        """Make a snapshot from the properties of a job that a caller can read (StartedUSec,
+        Verdict, LastProgressUSec, Held). Assume that SIGTERM was sent at the start, and SIGKILL at
+        `kill_at` if that is given. With `guest_asked`, assume that no signal was sent, and that the
+        guest, if it was asked, was asked at the start.
 
-        `policy` is the job's, with the request's spans. If `progress_at` is None, progress is
-        assumed until the job is resumed.
+        `policy` is that of the job, including the time spans of the request. If `progress_at` is
+        None, assume that progress goes on until the job is resumed.
         """
         phase = Phase.TERMINATE
         rungs = [Rung(phase, SIGTERM.name, started)]
@@ -128,7 +130,7 @@ class Snapshot:
             result=None,
             error="",
             error_name="",
-            # NOT_ASKED is also used if it is unknown.
+            # NOT_ASKED is also used if it is unknown whether the guest was asked.
             guest_asked=guest_asked or GuestAsked.NOT_ASKED,
             flush=FlushReport(),
             processors_stopped=False,
@@ -161,22 +163,22 @@ class Snapshot:
         return self.phase is Phase.KILL
 
     def without_kill(self) -> Snapshot:
-        """Return the snapshot for the case that the SIGKILL was not sent. A forced one
-        stays forced."""
+        """Return the snapshot without its last rung, a SIGKILL that was not sent. If SIGKILL was
+        forced, it stays forced."""
         risks = tuple(risk for risk in self.risks if risk.code not in CODES_OF_KILL)
         return replace(self, phase=Phase.TERMINATE, rungs=self.rungs[:-1], risks=risks)
 
     def sent_at(self, signal: Signals) -> int | None:
-        """Return when that signal was last sent."""
+        """Return when this signal was last sent, or None."""
         return max((rung.at for rung in self.rungs if rung.action == signal.name), default=None)
 
     def rung_at(self, action: str) -> int | None:
-        """Return when an action other than a signal was last done."""
+        """Return when this action was last taken, or None."""
         return max((rung.at for rung in self.rungs if rung.action == action), default=None)
 
     def assessment_at(self, now: int) -> Assessment | None:
-        """Return the assessment at `now`. The time since the snapshot counts as a gap without
-        samples if the job runs, goes by evidence, and is past the phases before signals."""
+        """Return the assessment at `now`. If the job runs, goes by evidence, and is past the phases
+        before signals, the time since the last sample counts as a gap."""
         asking = self.phase in (Phase.POWERDOWN, Phase.QUIT)
         if asking or self.result is not None or self.flags & (Flag.FIXED | Flag.NOWAIT):
             return self.assessment
@@ -186,8 +188,8 @@ class Snapshot:
         """Return plain JSON types."""
         evidence = self.assessment
         if evidence is not None:
-            # Servers may take megabytes, and are used only to compare the next sample with the
-            # last.
+            # Leave out the servers: they may take megabytes, and only the comparison of the next
+            # sample with the last one uses them.
             evidence = replace(
                 evidence,
                 first=_without_servers(counts_of(evidence.first)),
@@ -214,7 +216,8 @@ def decode(document: object) -> Snapshot:
         fields.setdefault("error_name", "")
         fields.setdefault("guest_asked", GuestAsked.NOT_ASKED.value)
         fields["rungs"] = _with_actions(fields.get("rungs"))
-        # Another release's assessment is not usable: continue as if no sample had been taken.
+        # The assessment of these versions has another format. Continue as if no sample had been
+        # taken.
         fields["assessment"] = None
         fields["risks"] = to_json((_UNKNOWN_RISK,) if fields.pop("data_at_risk", False) else ())
     if version < 6:
@@ -249,7 +252,7 @@ def _latest_of(attempt: Attempt) -> int:
 
 
 def _with_actions(rungs: object) -> object:
-    """Convert the rungs of an older version, which had signal numbers."""
+    """Convert the rungs of an older version, which have signal numbers instead of names."""
     if not isinstance(rungs, list) or not all(isinstance(rung, dict) for rung in rungs):
         return rungs
     names = {number.value: number.name for number in Signals}
@@ -261,15 +264,15 @@ def _with_actions(rungs: object) -> object:
 
 
 def _with_remote(guest: object) -> object:
-    """Set Label.remote for the guest of an older version, because it may have storage on a
-    network."""
+    """Set Label.remote in the guest of a snapshot of an older version, because the guest may have
+    storage on a network."""
     if not isinstance(guest, dict) or not isinstance(guest.get("label"), dict):
         return guest
     return guest | {"label": {"remote": True} | guest["label"]}
 
 
 def _problem(snapshot: Snapshot) -> str:
-    """Return a contradiction in the snapshot, or ""."""
+    """Describe a contradiction in the snapshot; return "" if there is none."""
     ended = snapshot.result is not None
     if not 1 <= snapshot.number <= MAX_NUMBER:
         return "the job's number is impossible"

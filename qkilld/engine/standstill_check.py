@@ -1,8 +1,8 @@
-"""Check, before a guest is asked, whether its process can run at all, and continue it if allowed.
+"""Before a guest is asked, check whether its process can run at all, and continue it if allowed.
 
-If SIGSTOP, a debugger or the freezer stops QEMU, its monitor does not answer. SIGTERM would take
-effect as soon as QEMU runs again, and the data that the guest's operating system holds would be
-lost.
+While SIGSTOP, a debugger or the freezer stops QEMU, its monitor does not answer. SIGTERM would take
+effect as soon as QEMU runs again. The data in the caches of the guest's operating system would then
+be lost.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ HELD_INTERVAL: Final = USEC_PER_SEC
 """While the job is held, a stopped process is checked again after this time (µs)."""
 MAX_SAMPLES: Final = 5
 """How many samples to request if they are not taken within sampling.TIMEOUT. On a busy host, the
-first may be late."""
+first samples may be late."""
 
 Callback = Callable[[str, bool], None]
-"""Receives why the guest cannot be asked, or "", and whether its process was continued."""
+"""Its arguments: the reason why the guest cannot be asked, or ""; and whether its process was
+continued."""
 
 
 class StandstillCheck:
@@ -45,10 +46,11 @@ class StandstillCheck:
         self._timer: Timer | None = None
 
     def begin(self, callback: Callback, *, may_continue: bool, ask_until: int) -> None:
-        """Take a sample, and call back. With `may_continue`, send SIGCONT first if only a SIGSTOP
-        stops the process. If the job is held, this waits until it is released. If no sample comes
-        in time, even after MAX_SAMPLES or a third of the time until `ask_until`, the guest may be
-        asked. No callback follows the exit of the process, or `close`."""
+        """Take a sample, and call back. With `may_continue`, send SIGCONT first if only SIGSTOP
+        stops the process; if the job is held, wait until it is released. If no sample comes in
+        time, even after MAX_SAMPLES requests or a third of the time until `ask_until`, call back
+        that the guest can be asked. After the exit of the process or `close`, there is no
+        callback."""
         self._timer = None
         taken, now = 0, self._parts.clock.now()
         latest = now + (ask_until - now) // 3 - TIMEOUT
@@ -96,7 +98,7 @@ class StandstillCheck:
             self._parts.journal.write(events.signal_refused(job, SIGCONT))
             callback(reason, False)
         except (ProcessChanged, UnknownIdentity) as error:
-            # SIGTERM is checked in the same way, and ends the job or is tried again.
+            # SIGTERM comes next. Its check is the same, and will end the job or make SIGTERM wait.
             note(f"continuing process {job.guest.identity.pid}", error)
             callback(reason, False)
         else:

@@ -1,9 +1,9 @@
 """Steer a running job: hold, release, extend. Pure.
 
 A job runs by the right of its requester: root, a user whom polkit authorized, or the owner of the
-process. Root and authorized users steer every job. The owner steers only jobs that run by the
-owner's right. The owner may also extend other jobs, but only up to a limit: otherwise owners could
-prevent root from stopping their guests.
+process. Root and authorized users may steer every job. The owner of the process may steer the job
+if it runs by the owner's right. Otherwise, the owner may only extend it, up to a limit: without the
+limit, owners could prevent root from stopping their guests.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from qkilld.model.job import Control, Request
 from qkilld.model.policy import Policy
 
 OWNER_EXTENSION: Final = 10 * 60 * USEC_PER_SEC
-"""If MaxSec= is infinite, the owner can delay SIGKILL of somebody else's job until this long (µs)
-after its start."""
+"""If MaxSec= is infinite, the owner can delay the SIGKILL of somebody else's job by extensions up
+to this time (µs) after the start of the job."""
 
 
 def owner_limit(started: int, policy: Policy) -> int:
-    """Return the time up to which the owner may extend somebody else's job; CLOCK_MONOTONIC, µs."""
+    """Return the latest time (CLOCK_MONOTONIC, µs) to which the owner may extend somebody else's
+    job."""
     longest = policy.max if policy.max < INFINITY else OWNER_EXTENSION
     return min(started + longest, INFINITY)
 
 
 def may_steer(rank: Rank, job: Rank) -> bool:
-    """Return whether a caller of rank `rank` may steer a job of rank `job` without a limit."""
+    """Return whether a caller of rank `rank` may steer a job of rank `job` without limits."""
     return rank > Rank.OWNER or job is Rank.OWNER
 
 
@@ -43,7 +44,8 @@ def extended(control: Control, until: int, rank: Rank) -> Control:
 
 
 def hold(control: Control, by: Steerer, started: int, policy: Policy) -> Control:
-    """Hold the job until it is released; a hold by the owner ends after MaxSec=."""
+    """Hold the job until it is released. A hold by the owner ends MaxSec= after the start of the
+    job."""
     outranks = by.rank > Rank.OWNER
     until = INFINITY if outranks else min(started + policy.max, INFINITY)
     if control.held and until <= control.held_until and (control.hold_outranks or not outranks):
@@ -56,15 +58,15 @@ def release(control: Control) -> Control:
 
 
 def take_over(control: Control, limit: int) -> Control:
-    """End the owner's hold and limit the owner's extensions when the job is taken over. `limit`
-    comes from `owner_limit`."""
+    """Return the control of a job that is taken over: end a hold by the owner, and cut the owner's
+    extensions to `limit` (see `owner_limit`)."""
     new_control = control if control.hold_outranks else release(control)
     return replace(new_control, not_before=max(control.outranking, min(control.not_before, limit)))
 
 
 def replace_request(before: Request, request: Request) -> Request:
-    """Return the request of a job that is taken over. The guest still gets the help that the former
-    request allows, and its monitor keeps its name."""
+    """Return the request of a job that is taken over. It keeps the help that the former request
+    allows, and the former `qmp_socket` unless it names one itself."""
     return replace(
         request,
         help=tuple(dict.fromkeys((*before.help, *request.help))),

@@ -1,7 +1,8 @@
-"""Do work that grows with the number of jobs in steps, between which the loop goes on.
+"""Divide work that grows with the number of jobs into steps, so that the loop can do other work
+between them.
 
-A user can make thousands of jobs end or change at a time. Meanwhile, the signals of other jobs must
-be on time.
+A user can make thousands of jobs end or change at a time. The signals of other jobs must still be
+on time.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ from qkilld.engine.long_replies import STEP_S
 
 
 class Steps:
-    """Work of several users. They take turns, root always first. Use it in a running loop."""
+    """The work of several users, who take turns. Root's work always comes first. Use this class in
+    a running loop."""
 
     def __init__(self) -> None:
         self._due: OrderedDict[int, deque[Callable[[], bool]]] = OrderedDict()
-        """The work for each user. The first user is next, except that root's work comes first."""
+        """The work for each user. The first user has the next turn, unless there is work for
+        root."""
         self._end = 0.0
         """When the present step ends, time.monotonic()."""
         self._step: asyncio.Handle | None = None
 
     def put(self, uid: int, work: Callable[[], bool]) -> None:
-        """Call `work` soon, and again before the user's other work while it returns True."""
+        """Call `work` soon. While it returns True, call it again before other work of the same
+        user."""
         self._due.setdefault(user_of(uid), deque()).append(work)
         self._continue()
 
     def add_time(self, seconds: float) -> None:
-        """Note that the present work makes a task ready that will take this time."""
+        """Count this time as part of the present step, because the present work has started a task
+        that will take this time."""
         self._end -= seconds
 
     def _continue(self) -> None:
@@ -50,7 +55,7 @@ class Steps:
 
     def _work(self, user: int) -> None:
         waiting = self._due[user]
-        work = waiting.popleft()  # If it raises an exception, it is not called again.
+        work = waiting.popleft()  # Work that raises an exception is not called again.
         try:
             if work():
                 waiting.appendleft(work)
@@ -65,7 +70,7 @@ _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Steps] = WeakKeyDictionar
 
 
 def job_steps() -> Steps:
-    """Return the steps of the running loop in which jobs act on the ends of processes and on
+    """Return the Steps of the running loop. Jobs use it to act on ends of processes and on
     timers."""
     loop = asyncio.get_running_loop()
     steps = _of_loop.get(loop)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StopSummary:
-    """Counts stops from the start of the first until none runs."""
+    """Counts the stops from the start of the first one until no stop runs."""
 
     def __init__(self) -> None:
         self._ended_jobs: list[ObservedJob] = []

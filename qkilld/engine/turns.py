@@ -1,6 +1,6 @@
-"""Give each user a turn to have calls started.
+"""Start the calls of users, who take turns.
 
-The bus and Varlink share one Turns, so that all calls of a user count together.
+The bus and Varlink share one Turns object, so that all calls of a user count together.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qkilld.engine.long_replies import LongReplies
 from qkilld.model.errors import Busy, QkilldError
 
 ROUND_S: Final = 0.002
-"""After starting calls for this time, the loop serves its timers and pidfds."""
+"""How long calls are started before the loop serves its timers and pidfds."""
 CROWDED_S: Final = 0.002
-"""If all waiting users have a crowd of calls (fair_queue.CROWD) and still send more, no call is
-started for this time, and messages are only read. Otherwise another user's call would wait behind
-theirs in the socket."""
+"""If every user with waiting calls has more than fair_queue.CROWD of them and still sends more, no
+call is started for this time, and messages are only read. Otherwise, another user's call would have
+to wait behind theirs in the socket."""
 FULL: Final = Busy(f"You have more than {MAX_CALLS} calls, or too long ones, that wait for a reply")
 
 
@@ -27,13 +27,13 @@ class WaitingCall(Protocol):
     """A call that was received but not parsed yet."""
 
     def start(self, uid: int) -> None:
-        """Answer the call, or start a task that does. Never raises."""
+        """Answer the call, or start a task that answers it. Never raises."""
 
     def refuse(self, error: QkilldError) -> None: ...
 
 
 class Turns:
-    """Use it in a running loop. Callers have names that are never reused."""
+    """Use this class in a running loop. Callers have names that are never reused."""
 
     def __init__(self, unlimited: frozenset[int]) -> None:
         """`unlimited`: uids without limits."""
@@ -41,10 +41,10 @@ class Turns:
         self.limits = CallLimits(unlimited)
         self.long_replies = LongReplies(unlimited)
         self.last_call = time.monotonic()
-        """The time of the last call, time.monotonic()."""
+        """The time of the last call, by time.monotonic()."""
         self._queue: FairQueue[WaitingCall] = FairQueue(unlimited)
         self._round: asyncio.Handle | None = None
-        """The next round of calls."""
+        """The handle of the next round of turns."""
         self._has_new_calls = False
         """Whether calls have arrived since the last round."""
 
@@ -54,8 +54,8 @@ class Turns:
         return bool(self._queue)
 
     def put(self, name: str, uid: int | None, call: WaitingCall, size: int) -> bool:
-        """Let a call wait for its turn. A call of unknown uid has no turn before `introduce`. If
-        too many calls wait, refuse the call and return False."""
+        """Let a call wait for its user's turn. If `uid` is None, it is not started before
+        `introduce`. If too many calls wait, refuse the call and return False."""
         self.last_call = time.monotonic()
         self._has_new_calls = True
         if not self._queue.put(name, uid, call, size):
@@ -70,7 +70,8 @@ class Turns:
         self._serve_soon()
 
     def forget(self, name: str, uid: int | None) -> list[WaitingCall]:
-        """Remove a caller that has left; return its waiting calls, which nobody will start."""
+        """Remove a caller that has disconnected. Return its waiting calls, which will not be
+        started."""
         return self._queue.forget(name, uid)
 
     def _serve_soon(self) -> None:
@@ -81,8 +82,8 @@ class Turns:
             self._round = asyncio.get_running_loop().call_soon(self._serve)
 
     def _serve(self) -> None:
-        """Give each user a turn while time remains. The next round follows when the loop has
-        handled other events, and when the tasks started here have begun."""
+        """Give each user a turn while time remains in this round. The next round follows after the
+        loop has handled other events, and after the tasks started here have begun."""
         self._round = None
         called, self._has_new_calls = self._has_new_calls, False
         end = time.monotonic() + ROUND_S

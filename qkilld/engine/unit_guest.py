@@ -1,4 +1,4 @@
-"""Find the guest that a unit name means."""
+"""Find the guest that runs in a named unit."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def choose_guest(
 ) -> Guest:
     """Return the guest that runs in a unit: its main process, or else the only QEMU process in it.
 
-    Users may choose any name for their units. So if there is a system unit of that name, by
-    systemd's description or because a guest runs in it, users' units do not count.
+    Users may choose any name for their units. So if there is a system unit of that name, units of
+    user managers are ignored. There is one if systemd describes it, or if a guest runs in it.
 
     facts         the unit's properties; None if systemd does not answer
     unidentified  processes that may be QEMU
     known         False if systemd says that there is no such unit
 
-    Raises NoSuchUnit, NoSuchProcess, NotQemu, UnknownIdentity if another process may be meant, and
-    Failed if there are several guests, or if there seems to be none, but the unit of a QEMU is
-    unreadable.
+    Raises NoSuchUnit, NoSuchProcess, NotQemu, and UnknownIdentity if an unidentified process may be
+    the guest. Raises Failed if there are several guests, or if no guest is found but the unit of
+    some QEMU is unreadable.
     """
     primary = facts.id if facts is not None else name
     inside = [guest for guest in guests if guest.label.unit_name == primary]

@@ -42,8 +42,8 @@ class UnitStops:
         *,
         user: bool,
     ) -> None:
-        """`describe` describes a process, or returns None if it is unreadable. `user`: the service
-        runs in a user manager."""
+        """`describe` describes a process, or returns None if it is unreadable. `user`: qkilld runs
+        in a user manager."""
         self._service = service
         self._describe = describe
         self._user = user
@@ -54,7 +54,7 @@ class UnitStops:
         task.add_done_callback(self._tasks.discard)
 
     def reason(self, pid: int) -> str:
-        """Name the unit that process `pid` stops; "" if unknown."""
+        """Return a reason that names the unit whose ExecStop= process is `pid`; "" if unknown."""
         process = self._describe(pid)
         return f"ExecStop of {process.unit.name}" if process and process.unit.name else ""
 
@@ -62,8 +62,9 @@ class UnitStops:
         """Make jobs obey the settings of the unit that process `pid` is stopping for `uid`.
 
         With `force`, a job gets FORCE if systemd would also send SIGKILL to its guest, and the
-        caller is root or the owner. Return the limits that hold for all jobs, once the jobs are
-        saved. `force` in these limits says what systemd would do, not whether the jobs have FORCE.
+        caller is root or the owner of the process. Once the jobs are saved, return the limits that
+        apply to all of them. `force` in these limits says what systemd would do, not whether the
+        jobs have FORCE.
         """
         name, facts, why = await self._facts(pid)
         if facts is None:
@@ -75,7 +76,7 @@ class UnitStops:
             guest_pid = job.guest.identity.pid
             limits = limits_of(facts, pid, guest_pid, await self._unit_of(guest_pid, units))
             every.append(limits)
-            # polkit allowed other callers SIGTERM only.
+            # polkit has allowed other callers only SIGTERM.
             may_force = uid in (0, job.guest.identity.uid)
             if job.running:
                 self._join(job, limits, process, uid, force and may_force)
@@ -84,7 +85,8 @@ class UnitStops:
         return UnitLimits(facts.id, replace(every[0], force=forced))
 
     async def _unit_of(self, pid: int, known: dict[str, UnitFacts | None]) -> UnitFacts | None:
-        """Return the unit of a guest; None if unknown. `known`: the units that were read."""
+        """Return the unit of a guest; None if unknown. `known`: the units that were read so far, by
+        name."""
         process, units = self._describe(pid), self._service.units
         if process is None or units is None or bool(process.unit.user) is not self._user:
             return None
@@ -99,12 +101,12 @@ class UnitStops:
         self, job: Job, limits: Limits, process: ControlProcess | None, uid: int, force: bool
     ) -> None:
         if Flag.NOWAIT in job.flags:
-            return  # The job ends after one signal or request, so limits do not matter.
+            return  # The job ends right after one signal or one request to the guest.
         flags = Flag.FORCE if limits.force and force else Flag(0)
         ask = INFINITY
         if limits.ask != INFINITY and process is not None:
             # The unit's limit counts from the start of the ExecStop= process, but `ask_at_most`
-            # from the start of the job, which began later.
+            # counts from the start of the job, which is later.
             ask = max(0, limits.ask - max(0, process.ran_for - job.elapsed))
         if not flags and ask == INFINITY:
             return

@@ -15,7 +15,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._waiting: dict[Callback, bool] = {}
-        """For each callback, whether it is the job's requester who waits."""
+        """For each callback, whether the job's requester waits for it."""
         self._requesters = 0
 
     def add(self, callback: Callback, *, requester: bool) -> None:
@@ -24,7 +24,7 @@ class Waiters:
         self._requesters += requester
 
     def remove(self, callback: Callback) -> bool:
-        """Remove a callback. Return True if it was the requester's last one."""
+        """Remove a callback. Return True if it was the last one of the job's requester."""
         requester = self._waiting.pop(callback, False)
         self._requesters -= requester
         return requester and not self._requesters

@@ -1,8 +1,8 @@
 """The rung before SIGKILL: cut off dead storage, so that QEMU can finish its other disks.
 
-QEMU's command for that is `yank`; its "instances" are connections. decision.yank decides which to
-cut off. The command needs a connection to the monitor that was open before SIGTERM, on which QEMU
-answers in 1 to 3 ms. Data on storage that was cut off is at risk.
+QEMU's command for this is `yank`. Its "instances" are connections; decision.yank decides which of
+them to cut off. The command must be sent on a monitor connection that was open before SIGTERM; QEMU
+then answers in 1 to 3 ms. Data on storage that was cut off is at risk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qkilld.engine.ports import Clock, Journal
 
 TIMEOUT: Final = 5 * USEC_PER_SEC
-"""Timeout (µs) for both commands, after which SIGKILL follows."""
+"""Timeout (µs) for the commands `query-yank` and `yank` together. SIGKILL follows."""
 _NOTHING: Final = frozenset[str]()
 
 
@@ -44,34 +44,36 @@ class YankRung:
         *,
         allowed: bool,
     ) -> None:
-        """`allowed` is Yank=. `flush_phase` knows the state of the disks before SIGTERM."""
+        """`allowed` is the setting Yank=. `flush_phase` has the state of the disks before
+        SIGTERM."""
         self._job, self._clock, self._journal, self._link = job, clock, journal, link
         self._allowed = allowed
         self._flush_phase = flush_phase
         self.at: int | None = None
         """When something was last yanked."""
         self._cut_off_names = _NOTHING
-        """The names of yanked instances."""
+        """The names of the yanked instances."""
         self._unanswered: tuple[CutOff, ...] = ()
         """The connections for which `yank` has no reply yet. If QEMU exits before its reply is
         read, they count as cut off."""
         self._exhausted = False
         self._until: int | None = None
-        """The deadline of the current attempt; None if there is none."""
+        """The deadline of the current attempt; None if no attempt is in progress."""
         self._attempt = 0
 
     @property
     def possible(self) -> bool:
-        """Whether something may be left to yank."""
+        """Whether storage may be left that can be cut off."""
         return self._allowed and not self._exhausted and self._link.monitor is not None
 
     def resume(self, past: Snapshot) -> None:
         self.at = past.rung_at(YANK)
 
     def step(self) -> bool:
-        """Start an attempt, unless one is in progress; its end advances the job.
+        """Start an attempt to cut off storage, if none is in progress. Its end calls the job's
+        `advance`.
 
-        Return False if nothing can be yanked, so that SIGKILL is next.
+        Return False if nothing can be cut off, so that SIGKILL is next.
         """
         if self._until is not None and self._clock.now() >= self._until:
             self._note_unanswered()
@@ -85,7 +87,7 @@ class YankRung:
         return True
 
     def note_exit(self) -> None:
-        """Call it when the process has exited, before its monitor reports that it was closed."""
+        """Note the exit of the process. Call this before the monitor reports that it was closed."""
         self._note_unanswered()
         self._attempt += 1
 
@@ -144,7 +146,7 @@ class YankRung:
         monitor.yank([cutoff.instance for cutoff in chosen], handle_reply)
 
     def _note_unanswered(self) -> None:
-        """Count connections without a reply as yanked, because they may be."""
+        """Count connections as cut off if `yank` has no reply yet, because they may be."""
         chosen, self._unanswered = self._unanswered, ()
         if not chosen:
             return
