@@ -1,7 +1,9 @@
 """Parse a guest's file: one QEMU option on each line. Pure.
 
-    # A comment. Blank lines are ignored, too. /usr/bin/qemu-system-aarch64 -m 2G -drive file=disk
-    one.qcow2,if=virtio
+    # A comment. Blank lines are ignored, too.
+    /usr/bin/qemu-system-aarch64
+    -m 2G
+    -drive file=disk one.qcow2,if=virtio
 
 Each line has an option and, after blanks, its value, which ends at the end of the line. There are
 no quotes, variables or continuation lines. An absolute path in place of an option is the QEMU
