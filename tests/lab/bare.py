@@ -1,10 +1,10 @@
-"""A real QEMU without a guest system, whose disks take records at almost no cost.
+"""A real QEMU without a guest system. Writing records to its disks takes almost no processor time.
 
 Its one processor halts at the first instruction. The command `qemu-io` of the human monitor writes
-the records through QEMU's own block layer, so a disk sees the writes of a guest, and QEMU
-acknowledges them in the same way. The monitor is on a socket pair, which no other program can
-find. A record costs 0.3 ms of a processor (a Linux guest takes 4 s to boot), so dozens of these
-guests run at a time on two cores.
+the records through QEMU's own block layer. So a disk gets the same writes as from a guest, and QEMU
+acknowledges them in the same way. The monitor is on a socket pair, which no other program can find.
+A record takes 0.3 ms of a processor, and there is nothing to boot (a Linux guest takes 4 s), so
+dozens of these guests run at a time on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tests.lab.scratch import scratch
 BLOCK: Final = 4096
 MIB: Final = 1 << 20
 _WINDOW: Final = 64
-"""Commands sent before their replies are read; more would fill the buffers of the sockets."""
+"""How many commands are sent before their replies are read. More would fill the buffers of the
+sockets."""
 _HELD_S: Final = 1.0
 _FIRMWARE_BYTES: Final = 65536
 _RESET_VECTOR: Final = b"\xfa\xf4\xeb\xfd"
@@ -38,12 +39,12 @@ _RESET_VECTOR: Final = b"\xfa\xf4\xeb\xfd"
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of the records on a disk: `count` records, `stride` apart, in each pass."""
+    """The places of the records on a disk. Each pass has `count` records, `stride` bytes apart."""
 
     count: int
-    """Records in one pass."""
+    """The number of records in one pass."""
     passes: int = 2
-    """In a qcow2 with clusters of 4 KiB, the first pass makes an L2 table for each record; the
+    """In a qcow2 with clusters of 4 KiB, the first pass makes an L2 table for each record. The
     later passes leave these tables dirty in QEMU's memory."""
     stride: int = 32 * MIB
 
@@ -54,7 +55,7 @@ class Layout:
             yield index * self.stride + turn * BLOCK, number * 7 % 255 + 1
 
     def kept(self, image: Path, format: str) -> int:
-        """Return how many records an image contains. No process may have it open."""
+        """Return how many records an image contains. No process may have the image open."""
         with contextlib.ExitStack() as stack:
             raw = image
             if format != "raw":
@@ -94,7 +95,7 @@ class BareGuest:
         self._command("blockdev-mirror", **arguments)
 
     def write(self, drive: str, layout: Layout) -> int:
-        """Write the records, and return their number; all were acknowledged.
+        """Write the records, wait until all are acknowledged, and return their number.
 
         Raises AssertionError with QEMU's message if one fails.
         """
@@ -102,9 +103,9 @@ class BareGuest:
         return self._all(lines)
 
     def write_later(self, drive: str, offset: int, count: int, length: int = BLOCK) -> None:
-        """Start `count` writes at consecutive offsets, and wait for none of them.
+        """Start `count` writes at consecutive offsets, without waiting for them.
 
-        If the first one blocks QEMU's main loop, QEMU answers no further command.
+        If the first write blocks QEMU's main loop, QEMU answers no further command.
         """
         for number in range(count):
             line = f'qemu-io {drive} "aio_write -q {offset + number * length} {length}"'
@@ -115,12 +116,12 @@ class BareGuest:
             self._answer()
 
     def flush_later(self, drive: str) -> None:
-        """Start a flush, and do not wait for it. It blocks QEMU's main loop, so QEMU takes no
-        signal meanwhile."""
+        """Start a flush, without waiting for it. The flush blocks QEMU's main loop, so QEMU handles
+        no signal meanwhile."""
         self._send("human-monitor-command", {"command-line": f'qemu-io {drive} "flush"'})
 
     def begin_hmp(self, line: str) -> None:
-        """Run a line in the human monitor, and do not wait for it."""
+        """Run a line in the human monitor, without waiting for it."""
         self._send("human-monitor-command", {"command-line": line})
 
     def flush(self, drive: str) -> None:
@@ -152,8 +153,7 @@ class BareGuest:
         signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
-        """End the process and wait until it is gone, however long the kernel holds it. May be
-        called again."""
+        """Kill the process, and wait until it is gone, without a timeout. May be called again."""
         with contextlib.suppress(OSError):
             self.close_monitor()
         if not isinstance(self.process, Orphan):
@@ -217,8 +217,9 @@ def bare_guest(
 ) -> Iterator[BareGuest]:
     """Run a QEMU with these arguments (disks as `-drive …,if=none,id=…`) inside the context.
 
-    `directory` is for its firmware and, without `stderr`, for its messages. `before` is called in
-    the child before it executes QEMU. The guest's memory is shared, because vhost-user needs that.
+    `directory` is for the firmware and, without `stderr`, for QEMU's messages. `before` is called
+    in the child before it executes QEMU. The guest's memory is shared, because vhost-user needs
+    shared memory.
     """
     program = str(needs.program(QEMU, "qemu-system-x86").resolve())
     firmware = halting_firmware(directory)

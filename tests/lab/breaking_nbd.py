@@ -1,13 +1,13 @@
-"""An NBD server that breaks each connection after a while, and takes new ones.
+"""An NBD server that closes each connection after a while, and accepts new ones.
 
-    breaking_nbd    run it on a unix or TCP socket
+    breaking_nbd    run the server on a unix or TCP socket
 
     python -m tests.lab.breaking_nbd ADDRESS FILE REPLIES BYTES SECONDS
 
-is the server. ADDRESS is a path or a port of the loopback. On each connection, it writes and
-answers REPLIES requests in the first half of SECONDS, reads at most BYTES of the rest in the second
-half, and closes the connection. So a client that sends the unanswered requests again makes progress
-only if REPLIES is not 0. Source of the protocol: the NBD protocol's doc/proto.md.
+This command is the server. ADDRESS is a path or a port of the loopback. Each connection lasts
+SECONDS. In the first half of this time, the server carries out and answers REPLIES requests. In the
+second half, it reads at most BYTES more. So a client that sends the unanswered requests again makes
+progress only if REPLIES is not 0. Source of the protocol: the NBD protocol's doc/proto.md.
 """
 
 from __future__ import annotations

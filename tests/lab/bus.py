@@ -88,7 +88,7 @@ class Bus:
     ) -> subprocess.CompletedProcess[str]:
         """Run systemd's client, e.g. `busctl("call", NAME, PATH, INTERFACE, "Inspect", "u", "17")`.
 
-        With `check`, an error becomes an AssertionError with busctl's message.
+        With `check`, an error raises AssertionError with busctl's message.
         """
         busctl = needs.program("busctl", "systemd")
         return run(
@@ -117,16 +117,16 @@ class Bus:
         return Client(self.address, uid)
 
     def stop(self) -> None:
-        """End the bus, and with it every connection."""
+        """Kill the bus, which ends all its connections."""
         end(self.process)
 
 
 @contextlib.contextmanager
 def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> Iterator[Bus]:
-    """Run a dbus-daemon that is ready when the context begins.
+    """Within the context, run a dbus-daemon. It is ready at entry.
 
-    The bus allows everything, unless a rule in `policy` denies it. `limits` change dbus-daemon's
-    defaults, which are those of a system bus.
+    The bus allows everything, unless a rule in `policy` denies it. `limits` replace defaults of
+    dbus-daemon, which are those of a system bus.
     """
     program = needs.program("dbus-daemon", "dbus-daemon")
     with scratch("b") as directory:
@@ -143,7 +143,7 @@ def private_bus(limits: Mapping[str, int] | None = None, policy: str = "") -> It
         finally:
             os.close(write)
         try:
-            with os.fdopen(read) as announced:  # Reaches its end if dbus-daemon exits.
+            with os.fdopen(read) as announced:  # The input ends if dbus-daemon exits.
                 address = announced.readline().strip()
             assert address, f"dbus-daemon: {(directory / 'stderr').read_text()}"
             yield Bus(address, process)
@@ -167,7 +167,8 @@ class Daemon:
         return self.process.pid
 
     def wait_for(self, pattern: str, timeout: float = 30) -> re.Match[str]:
-        """Return the first match of `pattern` (re.MULTILINE) in its stderr."""
+        """Wait for a match of `pattern` (re.MULTILINE) in the daemon's stderr; return the first
+        one."""
         return self.stderr.wait_for(pattern, timeout, pidfd=self.pidfd)
 
     def wait_ready(self, timeout: float = 30) -> None:
@@ -199,7 +200,8 @@ def write_config(root: Path, text: str, name: str = "etc/qkilld/qkilld.conf") ->
 def lab_config(policy: str = "") -> str:
     """Return a qkilld.conf that covers every QEMU and fake_qemu of this process.
 
-    Idle guests are killed as soon as their grace period is over. `policy`: more lines of [Policy].
+    With it, idle guests are killed as soon as their grace period is over. `policy`: more lines of
+    [Policy].
     """
     return f"[Target]\nExecutables={own_qemus()}\n[Policy]\nStallSec=0\n{policy}\n"
 
@@ -220,9 +222,9 @@ def daemon(
     """Run `python -m qkilld --bus ADDRESS --root ROOT ARGUMENTS`. With `ready`, wait until the
     daemon is ready.
 
-    `config` is its qkilld.conf (lab_config() by default); `root` is a directory with configuration
-    to use instead. With `system_bus`, the daemon uses `bus` as the system bus. The daemon is killed
-    afterwards; stop() ends it earlier and returns its exit code.
+    `config` is the daemon's qkilld.conf (default: lab_config()). `root` is a directory with
+    configuration files to use instead. With `system_bus`, the daemon uses `bus` as the system bus.
+    The daemon is killed at the end. stop() ends it earlier and returns its exit code.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("d"))
@@ -265,16 +267,16 @@ class CallError(Exception):
 class Client:
     """A blocking client that uses jeepney, a D-Bus library that the daemon does not use.
 
-    In bodies, a variant is a pair (signature, value), which plain() replaces by the value.
+    In bodies, a variant is a pair (signature, value). plain() replaces such a pair by its value.
     """
 
     def __init__(self, address: str, uid: int | None = None) -> None:
-        """`uid`: connect as that user (OTHER_UID, or one in /etc/passwd); needs root."""
+        """`uid`: connect as this user (OTHER_UID, or a user in /etc/passwd); needs root."""
         self.calls: list[Message] = []
-        """Method calls received from others. The client answers none of them."""
+        """The method calls that others have sent to this client. It answers none of them."""
         self._replies: dict[int, Message] = {}
         self._signals: list[Message] = []
-        with _effective_uid(uid):  # The bus uses the credentials that the kernel notes at connect.
+        with _effective_uid(uid):  # The bus uses the credentials at the time of connect().
             self._connection = open_dbus_connection(address, auth_timeout=30)
 
     @property
@@ -301,7 +303,7 @@ class Client:
         return serial
 
     def reply(self, serial: int, timeout: float = 60) -> tuple[Any, ...]:
-        """Return the body of the reply to the call with this serial; other messages are kept.
+        """Return the body of the reply to the call with this serial. Other messages are kept.
 
         Raises CallError for an error reply, TimeoutError, and ConnectionResetError if the bus ends.
         """
@@ -331,7 +333,8 @@ class Client:
         return self.reply(serial, timeout)
 
     def terminate(self, pid: int, flags: int = 0, **options: tuple[str, Any]) -> str:
-        """Return the path of the job. Options have _ instead of -: start_time=("t", 17)."""
+        """Return the path of the job. In names of options, write _ instead of -: start_time=("t",
+        17)."""
         if not options:
             return str(self.call("Terminate", "ut", pid, flags)[0])
         named = {name.replace("_", "-"): value for name, value in options.items()}
@@ -368,7 +371,8 @@ class Client:
     def signal(
         self, member: str, timeout: float = 60, *, path: str | None = None
     ) -> tuple[str, tuple[Any, ...]]:
-        """Wait for a signal of this name; return (path, body) of the oldest one not returned yet.
+        """Wait for a signal of this name. Return (path, body) of the oldest such signal that was
+        not returned yet.
 
         Call subscribe() before. Raises TimeoutError.
         """

@@ -1,9 +1,11 @@
-"""A control group for each container, so that containers are separate and leave nothing behind.
+"""A control group for each container, so that a container has a group of its own and leaves nothing
+behind.
 
     python -m tests.lab.cgroup GROUP...
 
-waits for the end of its input, then kills the processes in the groups and removes the groups.
-own_cgroup() runs it, so that this happens even if its own process is killed.
+This command waits for the end of its input, then kills the processes in the groups and removes the
+groups. own_cgroup() runs the command, so that the groups are removed even if the process of
+own_cgroup() is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tests.lab.process import TOP
 
 @contextlib.contextmanager
 def own_cgroup(name: str) -> Iterator[list[Path]]:
-    """Make a group NAME below this process's group in the hierarchies that systemd uses.
+    """Make a group with this name below this process's group, in the hierarchies that systemd uses.
 
     Yields the group's directories: one in cgroup v2, one in v1's name=systemd, or both. To move a
     process into the group, write its pid to cgroup.procs in each. At the end of the context or of
@@ -35,7 +37,7 @@ def own_cgroup(name: str) -> Iterator[list[Path]]:
             (parent / name).mkdir()
             groups.append(parent / name)
             stack.callback(_remove_empty, parent / name)
-        # In its own session and without a parent-death signal, because it must outlive this
+        # The guard has its own session and no parent-death signal, because it must outlive this
         # process.
         guard = subprocess.Popen(
             [sys.executable, "-m", "tests.lab.cgroup", *map(str, groups)],
@@ -61,12 +63,12 @@ def _own_directories() -> Iterator[Path]:
         kind, options = after[0], after[-1].split(",")
         key = "" if kind == "cgroup2" else "name=systemd" if "name=systemd" in options else None
         if kind in ("cgroup", "cgroup2") and key in own:
-            # Only once: a hierarchy may be mounted twice.
+            # Yield each hierarchy only once, even if it is mounted twice.
             yield Path(mounted_at) / os.path.relpath(own.pop(key), root)
 
 
 def _clear(groups: list[Path]) -> None:
-    """Kill the processes in the groups and remove the groups. Try this for up to 30 s."""
+    """Kill the processes in the groups, and remove the groups. Retry for up to 30 s."""
     deadline = time.monotonic() + 30
     while any(group.exists() for group in groups) and time.monotonic() < deadline:
         for group in groups:

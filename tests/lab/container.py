@@ -1,8 +1,8 @@
 """A throwaway system with its own systemd, journald and D-Bus, up in about two seconds.
 
-It uses this host's root file system, with all writes going to memory, so it has the programs that
-are installed here. The host's systemd configuration and enabled units are hidden. It has its own
-network, PID namespace and bus. The checkout is at /opt/qkilld, read-only.
+The container uses this host's root file system, so it has the programs that are installed here. All
+writes go to memory. The host's systemd configuration and enabled units are hidden. The container
+has its own network, PID namespace and bus. The checkout is at /opt/qkilld, read-only.
 
 Inside, /tmp is an empty tmpfs.
 """
@@ -33,7 +33,7 @@ from tests.lab.process import TOP, Stream, children, communicate, end, spawn, wa
 from tests.lab.scratch import scratch
 
 CHECKOUT: Final = "/opt/qkilld"
-"""The path of the checkout inside."""
+"""The path of the checkout in the container."""
 PYTHON: Final = f"{CHECKOUT}/.venv/bin/python"
 BUSES: Final = ("dbus-daemon", "dbus-broker")
 _message_bus = BUSES[0]
@@ -44,7 +44,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
-    # Newer releases of script(1) otherwise run the shell of the user, which may be nologin.
+    # Without this, newer releases of script(1) run the shell of the user, which may be nologin.
     "SHELL": "/bin/sh",
     "LANG": "C.UTF-8",
     "TERM": "dumb",
@@ -55,7 +55,7 @@ _ENVIRONMENT: Final = {
 }
 
 _HIDDEN: Final = ("etc/systemd", "etc/qkilld", "usr/lib/qkilld")
-"""Directories of the host that are hidden inside."""
+"""Directories of the host that are hidden in the container."""
 
 _FILES: Final = {
     "etc/machine-id": "",
@@ -88,7 +88,7 @@ _MASKED: Final = (
     "systemd-sysctl.service",
     "systemd-udev-trigger.service",
     "systemd-udevd.service",
-    # Units for a first boot, an update or a long uptime.
+    # Units that do work at a first boot, after an update or after a long uptime.
     "ldconfig.service",
     "systemd-firstboot.service",
     "systemd-journal-catalog-update.service",
@@ -105,7 +105,7 @@ class Container:
 
     def __init__(self, name: str, leader: int, console: Log) -> None:
         self.name = name
-        """The name of the machine, and of its control group on the host."""
+        """The name of the machine and of its control group on the host."""
         self.leader = leader
         """The host's process id of the container's systemd."""
         self.console = console
@@ -119,9 +119,9 @@ class Container:
         uid: int | None = None,
         env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside as root, or as `uid`, with a fresh environment.
+        """Run a command in the container as root, or as `uid`, with a fresh environment.
 
-        With `check`, a failure becomes an AssertionError with the command's output.
+        With `check`, a failure raises AssertionError with the command's output.
         """
         with self.spawn(
             *command,
@@ -142,7 +142,7 @@ class Container:
         uid: int | None = None,
         env: dict[str, str] | None = None,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a command inside for the duration of the context, with a pipe for its output."""
+        """Within the context, run a command in the container, with a pipe for its output."""
         process = spawn(
             self._enter(command, uid),
             stdin=stdin,
@@ -153,8 +153,8 @@ class Container:
         try:
             yield process
         finally:
-            # Kill the command before nsenter, its parent, so that nsenter reaps it. As a zombie of
-            # ours, the command would keep the container's PID namespace from ending.
+            # Kill the command before its parent nsenter, so that nsenter reaps the command. If it
+            # became a zombie of ours, the container's PID namespace could not end.
             if process.poll() is None:
                 for pid in children(process.pid):
                     with contextlib.suppress(ProcessLookupError):
@@ -164,22 +164,22 @@ class Container:
             end(process)
 
     def python(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run the checkout's python, e.g. `python("-m", "qkilld.ctl", "list")`; options as for
-        run()."""
+        """Run the checkout's python, e.g. `python("-m", "qkilld.ctl", "list")`. Options are those
+        of run()."""
         return self.run(PYTHON, *arguments, **options)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Write a file inside; symbolic links are resolved inside, too."""
+        """Write a file in the container. Symbolic links are resolved there, too."""
         script = 'mkdir -p "$(dirname "$1")" && cat >"$1" && chmod "$2" "$1"'
         self.run("sh", "-c", script, "sh", path, f"{mode:o}", input=text)
 
     def copy_in(self, source: Path, path: str, mode: int = 0o644) -> None:
-        """Copy a text file of the host to `path` inside."""
+        """Copy a text file of the host to `path` in the container."""
         self.write(path, source.read_text(), mode)
 
     @contextlib.contextmanager
     def network(self) -> Iterator[None]:
-        """Start programs in this context on the host, but in the container's network, so that they
+        """Within the context, programs started on the host are in the container's network. They
         outlive the container's shutdown."""
         outside = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         inside = os.open(f"/proc/{self.leader}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -197,7 +197,7 @@ class Container:
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).stdout.strip()
 
     def outside(self, pid: int) -> int:
-        """Return the pid on the host of a process inside."""
+        """Return the host's pid of a process in the container."""
         inside = Path(f"/proc/{self.leader}/ns/pid").readlink()
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -209,14 +209,14 @@ class Container:
         raise AssertionError(f"no process {pid} in {self.name}")
 
     def journal(self, *matches: str) -> list[dict[str, Any]]:
-        """Return all journal entries with these matches (FIELD=VALUE, or options of journalctl),
-        oldest first."""
+        """Return all entries of the container's journal with these matches (FIELD=VALUE, or options
+        of journalctl), oldest first."""
         self.run("journalctl", "--sync")
         entries = self.run("journalctl", "--output=json", "--all", "--no-pager", "-q", *matches)
         return [json.loads(line) for line in entries.stdout.splitlines()]
 
     def wait_journal(self, *matches: str, timeout: float = 30) -> dict[str, Any]:
-        """Wait for a journal entry with these matches; return the oldest.
+        """Wait for an entry of the container's journal with these matches; return the oldest.
 
         Raises AssertionError after `timeout` seconds.
         """
@@ -253,14 +253,14 @@ def use(message_bus: str) -> None:
 def boot(
     lower: Path = Path("/"), *, unified: bool | None = None, message_bus: str = ""
 ) -> Iterator[Container]:
-    """Boot a container that is ready when the context begins.
+    """Within the context, run a container. It has booted at entry.
 
-    `lower`: the root file system of another system. `unified`: with cgroup v2 only, or without v2;
-    None for the choice of systemd-nspawn, which is that of the host. `message_bus`: one of BUSES,
-    for the system and for users; "" for the one that use() has set.
+    `lower`: the root file system to use instead of the host's. `unified`: True for cgroup v2 only,
+    False for no v2, None for the same as the host (systemd-nspawn's default). `message_bus`: one of
+    BUSES, for the system and for users; "" for the one that use() has set.
 
-    Raises needs.Missing with the reason if no container can be booted. Mounts and processes end
-    with this process, whatever ends it.
+    Raises needs.Missing with the reason if no container can be booted. All mounts and processes end
+    at the latest with this process, even if it is killed.
     """
     needs.root("a container")
     nspawn = needs.program("systemd-nspawn", "systemd-container")
@@ -274,14 +274,15 @@ def boot(
         _write_upper(directory / "upper")
         if (message_bus or _message_bus) == "dbus-broker":
             _put_broker(lower, directory / "upper")
-        # Mounts are in a mount namespace of the container, so runs can share this directory. It is
-        # not in the scratch directory, because /tmp may be a mount that is missing inside.
+        # Several runs can share this mount point, because each container has its own mount
+        # namespace. The mount point is not in the scratch directory, because /tmp may be a mount
+        # that the container does not have.
         mountpoint = CACHE / "container"
         mountpoint.mkdir(parents=True, exist_ok=True)
         console = Log(directory / "console")
         notify = stack.enter_context(NotifySocket(directory))
         escaped = str(TOP).replace("\\", "\\\\").replace(":", "\\:")
-        # Mounts in the checkout (tests/distros/chroot) are bound one by one: with all of them, the
+        # Mounts in the checkout (tests/distros/chroot) are bound one by one. If all were bound, the
         # container would contain itself.
         mounts = [
             f"--bind-ro={escaped}/{name}:{place}/{name}:norbind"
@@ -331,7 +332,7 @@ def boot(
             raise needs.Missing(
                 f"systemd does not boot in a container here: {error}:\n{said}"
             ) from None
-        # Close it, because the container's systemd would block on a socket that nobody reads.
+        # Close the socket. The container's systemd would block on a socket that nobody reads.
         notify.close()
         yield Container(name, leader, console)
 
@@ -343,7 +344,7 @@ def _set_network(namespace: int) -> None:
 
 
 def install(container: Container, *variables: str) -> None:
-    """Run `make install` inside with these variables of make (`PREFIX=/usr/local`), and the
+    """In the container, run `make install` with these variables (`PREFIX=/usr/local`), and the
     commands that an administrator runs afterwards. The installed programs use the checkout's
     python."""
     make = ("make", "-C", CHECKOUT, "install")
@@ -356,13 +357,13 @@ def install(container: Container, *variables: str) -> None:
 def _power_off(leader_pidfd: int, nspawn_pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(leader_pidfd, signal.SIGKILL)
-    # Once nspawn has ended, all processes inside have ended too.
+    # When nspawn has ended, all processes in the container have ended, too.
     wait_gone(nspawn_pidfd, 30)
 
 
 def _put_broker(lower: Path, upper: Path) -> None:
-    """Make dbus-broker the message bus: the installed one or, without one, the one that set-up has
-    unpacked. Raises needs.Missing."""
+    """Make dbus-broker the message bus: the installed one or, if there is none, the one that
+    packaging/setup has unpacked. Raises needs.Missing."""
     files = ("bin/dbus-broker", "bin/dbus-broker-launch")
     if not (lower / "usr" / files[0]).exists():
         unpacked = CACHE / "guest"

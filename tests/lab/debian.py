@@ -1,11 +1,11 @@
 """A guest that runs Debian: systemd, logind and the guest agent.
 
-`boot_debian` continues the guest from a state saved after its boot. This takes a second under tcg;
-a boot takes a minute. `python -m tests.lab.debian` saves that state, if there is none, from the
-disk that packaging/setup makes (step debian).
+`boot_debian` continues the guest from a state that was saved after a boot. This takes a second
+under tcg, while a boot takes a minute. `python -m tests.lab.debian` saves this state, if there is
+none, from the disk that packaging/setup makes (step debian).
 
-The guest writes nothing to its disks before it is asked to, so every run loses the same data. Its
-second disk, mounted on /data, has the files that are counted afterwards.
+The guest writes nothing to its disks without a command, so every run can lose the same data. The
+files that are counted afterwards are on its second disk, mounted on /data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.lab.qmp import Qmp
 from tests.lab.scratch import scratch
 
 BOOT_S: Final = 400
-"""Timeout for a boot on a busy machine; an idle one takes 30 s."""
+"""Timeout for a boot on a busy machine. On an idle machine, a boot takes 30 s."""
 FILES: Final = 8
 _DATA_SIZE: Final = "32M"
 # fmt: off
@@ -92,7 +92,7 @@ class Shell:
         return printed
 
     def wait_until_there(self) -> None:
-        """Wait for the shell; commands sent before may be lost."""
+        """Wait until the shell answers. Commands sent before may be lost."""
         deadline = time.monotonic() + BOOT_S
         while True:
             try:
@@ -102,7 +102,7 @@ class Shell:
                 assert time.monotonic() < deadline, "the guest's shell does not come"
 
     def tell(self, command: str) -> None:
-        """Start a command, and do not wait for its end."""
+        """Start a command, without waiting for its end."""
         self._socket.sendall(f"\n{command}\n".encode())
 
     def close(self) -> None:
@@ -121,17 +121,17 @@ class Debian:
     """The agent's socket on the host."""
 
     def write_files(self) -> None:
-        """Write FILES files in the guest, which stay in its page cache."""
+        """Write FILES files in the guest. They stay in its page cache."""
         write_files(self.shell)
 
     def kept(self) -> tuple[int, bool]:
-        """Return how many of the files are complete, and whether the file system is clean. Call it
-        after the guest has exited."""
+        """Return how many of the files are complete, and whether the file system is clean. Call
+        this after the guest has exited."""
         return kept_files(self.data)
 
 
 def write_files(shell: Shell) -> None:
-    """Write FILES files in a guest, which stay in its page cache."""
+    """Write FILES files in a guest. They stay in its page cache."""
     shell.run(
         f"for i in $(seq {FILES}); do"
         " head -c 65536 /dev/zero | tr '\\0' $i >/data/file$i || exit 1; done"
@@ -161,10 +161,12 @@ def boot_debian(
     append: str = "",
     wait: bool = True,
 ) -> Iterator[Debian]:
-    """Run a Debian guest. Without `state` it boots, with `append` on its kernel command line.
+    """Run a Debian guest. Without `state`, the guest boots, with `append` on its kernel command
+    line.
 
     "{directory}" in `arguments` is replaced by the guest's directory. With `wait`, the guest runs
-    at entry; if it boots, all its units have started. Raises needs.Missing if its disk is missing.
+    at entry, and after a boot, all its units have started. Raises needs.Missing if its disk is
+    missing.
     """
     with scratch("d") as directory:
         disks, more = _continued(directory) if state else _fresh(directory)
@@ -194,7 +196,8 @@ def _start(
 def continued(directory: Path) -> list[str]:
     """Return the arguments of a QEMU that continues the saved guest.
 
-    Its disks `root.qcow2` and `data.qcow2` and its sockets `agent` and `shell` are in `directory`.
+    The guest's disks `root.qcow2` and `data.qcow2` and its sockets `agent` and `shell` are in
+    `directory`.
     """
     disks, more = _continued(directory)
     return [*_machine(directory, disks), *more]
@@ -247,11 +250,11 @@ def _wait_until_up(shell: Shell) -> None:
 
 
 def saved_state() -> Path:
-    """Return the directory of the saved guest; save it first if it belongs to another QEMU or to
-    other sources.
+    """Return the directory of the saved guest. Save the guest again first if the saved one belongs
+    to another version of QEMU or of the sources.
 
-    Each release of Debian that uses the same directory has a saved guest of its own there, so that
-    the suite can run on several at once. Raises needs.Missing if its disk is missing.
+    Several releases of Debian can use the same directory at once: each has a saved guest of its
+    own. Raises needs.Missing if the guest's disk is missing.
     """
     qemu = needs.program(QEMU, "qemu-system-x86")
     made = _made()
@@ -282,10 +285,11 @@ def _save_state(place: Path) -> None:
         raw.unlink()
         with scratch("b") as sockets, _start(sockets, disks, ()) as debian:
             _wait_until_up(debian.shell)
-            # Late start-up work of the guest ends within a few seconds.
+            # After the boot, the guest still works for a few seconds.
             debian.shell.run("sync; sleep 5; sync")
             with Qmp(debian.guest) as qmp:
-                # Do not stop it before: it would be saved as stopped, and continue as stopped.
+                # Do not stop the guest before: it would be saved as a stopped guest, and be stopped
+                # again when it is continued.
                 limits = {"max-bandwidth": 1 << 40, "downtime-limit": 60_000}
                 qmp.call("migrate-set-parameters", **limits)
                 qmp.call("migrate", uri=f"exec:cat >{work}/state")

@@ -1,16 +1,17 @@
 """A file system in user space in which every kind of call can be slow, hang or fail.
 
-    fuse_store    show the files of a directory under a mount point, and control the server
+    fuse_store    mount the files of a directory, and control the server
 
     python -m tests.lab.fuse DIRECTORY MOUNTPOINT
 
-is the server. It implements the kernel's protocol on /dev/fuse itself (fuse(4), linux/fuse.h), so
-that the lab decides when each call is answered. Commands on its standard input, one on each line:
+This command is the server. It implements the kernel's protocol on /dev/fuse itself (fuse(4),
+linux/fuse.h), so that the lab decides when each call is answered. It reads commands from its
+standard input, one on each line:
 
     delay CALL SECONDS    answer this kind of call late ("inf": never); one of _CALLS, or "all"
     fail ERRNO            answer write, fsync and flush with this error; 0 for none
 
-Both apply to pending calls too. At the end of its input, the server answers all calls and exits.
+Both apply to pending calls, too. At the end of its input, the server answers all calls and exits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _CALLS: Final = {
     27: "opendir",
     29: "releasedir",
 }
-"""Calls by their number in the protocol. The kernel needs no others."""
+"""Calls by their number in the protocol. The kernel needs no other calls."""
 _UNANSWERED: Final = frozenset({2, 36, 42})
 """FORGET, INTERRUPT and BATCH_FORGET, which have no reply."""
 _IN: Final = struct.Struct("<IIQQIIII")
@@ -78,7 +79,7 @@ class FuseStore:
         self._say(f"delay {call} {seconds}")
 
     def hang(self, call: str = "all") -> None:
-        """Leave calls of this kind unanswered until delay(); the server continues to run."""
+        """Leave calls of this kind unanswered until delay(). The server continues to run."""
         self._say(f"delay {call} inf")
 
     def fail(self, error: int = errno.EIO) -> None:
@@ -97,7 +98,7 @@ class FuseStore:
         self.process.send_signal(signal.SIGCONT)
 
     def leave(self) -> None:
-        """Kill the server: from now on all calls fail with ENOTCONN."""
+        """Kill the server. From now on, all calls fail with ENOTCONN."""
         self.process.kill()
         self.process.wait()
 
@@ -109,10 +110,10 @@ class FuseStore:
 
 @contextlib.contextmanager
 def fuse_store(files: Path) -> Iterator[FuseStore]:
-    """Mount the existing files of a directory under another one.
+    """Within the context, mount the files of a directory at another place.
 
-    Afterwards all calls are answered and the mount is gone. Raises needs.Missing without root or
-    fuse.
+    At the end, all calls are answered, and the mount is removed. Raises needs.Missing without root
+    or FUSE.
     """
     needs.root("to mount a file system")
     if not Path("/dev/fuse").exists():
@@ -207,7 +208,7 @@ class _Server:
             self._waiting.append((time.monotonic(), request))
 
     def _answer_due(self, now: float) -> float | None:
-        """Answer the calls that are due; return the seconds until the next one is."""
+        """Answer the calls that are due. Return the seconds until the next call is due."""
         soonest, remaining = None, []
         for since, request in self._waiting:
             due = since + self._delays.get(_CALLS.get(_IN.unpack_from(request)[1], ""), 0)

@@ -1,9 +1,10 @@
-"""A control group in any hierarchy, below any group.
+"""A temporary control group in any hierarchy, below any group.
 
     python -m tests.lab.groups GROUP
 
-waits for the end of its input, then thaws the group, kills its processes and removes it.
-temporary_group() runs it, so that this happens even if its own process is killed.
+This command waits for the end of its input, then thaws the group, kills its processes and removes
+the group. temporary_group() runs the command, so that the group is removed even if the process of
+temporary_group() is killed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from tests.lab.process import TOP
 def temporary_group(parent: Path) -> Iterator[Path]:
     """Make a group in this directory of a cgroup file system, v1 or v2.
 
-    To move a process there, write its pid to the group's cgroup.procs. At the end of the context or
-    of this process, the group is thawed, its processes are killed and the group is removed. Raises
-    OSError if groups cannot be made there.
+    To move a process into the group, write its pid to the group's cgroup.procs. At the end of the
+    context or of this process, the group is thawed, its processes are killed and the group is
+    removed. Raises OSError if groups cannot be made there.
     """
     group = parent / f"qkilld-lab-{os.getpid()}-{time.monotonic_ns():x}"
     group.mkdir()
-    # In its own session and without a parent-death signal, because it must outlive this process.
+    # The guard has its own session and no parent-death signal, because it must outlive this
+    # process.
     guard = subprocess.Popen(
         [sys.executable, "-m", "tests.lab.groups", str(group)],
         stdin=subprocess.PIPE,
@@ -43,7 +45,7 @@ def temporary_group(parent: Path) -> Iterator[Path]:
 
 
 def _thaw(group: Path) -> None:
-    """Thaw the group, because in v1 SIGKILL takes effect only after that."""
+    """Thaw the group. In v1, SIGKILL has no effect on a frozen process."""
     for state in group.rglob("freezer.state"):
         with contextlib.suppress(OSError):
             state.write_text("THAWED")

@@ -1,12 +1,12 @@
-"""Targets: a guest that runs Linux, a QEMU without a guest, and a cheap stand-in.
+"""Targets: a guest that runs Linux, a QEMU without a guest, and cheap substitutes.
 
-    boot_guest       a real QEMU that boots a kernel, whose job writes, computes or idles
+    boot_guest       a real QEMU that boots a kernel, and then writes, computes or idles
     start_qemu       a real QEMU without a machine (-M none), up in 0.1 s
-    fake_qemu        a static busybox under QEMU's name, cheap; `stubborn` ignores SIGTERM
-    scripted_qemu    a Python script under QEMU's name, for behaviour that no QEMU has
+    fake_qemu        a static busybox with QEMU's name; with `stubborn`, it ignores SIGTERM
+    scripted_qemu    a Python script with QEMU's name, for behaviour that no QEMU has
 
-Each returns a running Guest, which is a context manager: at its end, the process is killed and its
-files are removed.
+Each returns a running Guest, which is a context manager. At the end of the context, the process is
+killed, and its files are removed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ threading.Thread(target=time.sleep, args=(600,)).start()
 exit = {"x86_64": 60, "aarch64": 93}[platform.machine()]
 ctypes.CDLL(None).syscall(exit, 0)
 """
-"""A script for scripted_qemu whose first thread exits, while another thread continues."""
+"""A script for scripted_qemu. Its first thread exits, while another thread continues."""
 
 
 def own_qemus() -> str:
@@ -66,13 +66,13 @@ def _qemu() -> Path:
 
 @functools.cache
 def _busybox() -> Path:
-    """Return this run's copy of busybox; every fake_qemu is a link to it under another name."""
+    """Return this run's copy of busybox. The executable of every fake_qemu is a hard link to it."""
     return Path(shutil.copy(busybox(), run_directory() / "busybox"))
 
 
 @dataclass
 class Guest:
-    """A running target. `stack` removes what was made for it."""
+    """A running target. `stack` removes everything that was made for it."""
 
     pid: int
     name: str
@@ -80,10 +80,10 @@ class Guest:
     pidfd: int
     """Readable when the process has ended."""
     directory: Path
-    """Contains serial, qmp, pid and disks; removed with the guest."""
+    """The directory for serial, qmp, pid and disks. It is removed with the guest."""
     executable: Path
     process: subprocess.Popen[bytes] | None = None
-    """None if QEMU daemonized itself (`daemonize`)."""
+    """None if QEMU is not our child, because it has daemonized itself (`daemonize`)."""
     serial: Log | None = None
     qmp: Path | None = None
     pidfile: Path | None = None
@@ -104,7 +104,8 @@ class Guest:
         return self.serial.wait_for(pattern, timeout, pidfd=self.pidfd)[0]
 
     def wait_gone(self, timeout: float = 30) -> int | None:
-        """Wait for the end; return the exit code (-N: by signal N), None if it is not our child.
+        """Wait for the end. Return the exit code (-N: ended by signal N), None if the process is
+        not our child.
 
         Raises AssertionError after `timeout` seconds.
         """
@@ -123,7 +124,7 @@ class Guest:
         return not wait_gone(self.pidfd, 0)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal through the pidfd. Raises ProcessLookupError if it is gone."""
+        """Send a signal through the pidfd. Raises ProcessLookupError if the process is gone."""
         signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
@@ -165,7 +166,7 @@ def boot_guest(
     uid: int | None = None,
     wait: bool = True,
 ) -> Guest:
-    """Boot Linux in a real QEMU (tcg); with `wait`, return when its job runs (2 s).
+    """Boot Linux in a real QEMU (tcg). With `wait`, return when the guest does its job (2 s).
 
     job      idle; busy (uses one processor); writer: `records` records of 4 KiB with O_DIRECT, see
              initramfs/writer.c for `stride` (bytes) and `passes`, prints ACK N after each; power:
@@ -215,7 +216,7 @@ def boot_guest(
 
 
 LARGE: Final = ("-object", "memory-backend-ram,id=m,size=3G,prealloc=on,share=on")
-"""Arguments for start_qemu: memory that takes the kernel most of a second to free."""
+"""Arguments for start_qemu: so much memory that the kernel needs most of a second to free it."""
 
 
 def start_qemu(
@@ -231,7 +232,7 @@ def start_qemu(
     """Start a real QEMU without a machine.
 
     With `qmp` (or `daemonize`), return when QEMU's main loop runs, so that QEMU handles SIGTERM.
-    Without them, return as soon as the program is started.
+    Otherwise, return when the program has been started.
     """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("q"))
@@ -251,10 +252,10 @@ def fake_qemu(
     arguments: Sequence[str] | None = None,
     uid: int | None = None,
 ) -> Guest:
-    """Start a process that does nothing, whose executable has QEMU's name (own_qemus).
+    """Start a process that does nothing. Its executable has QEMU's name (see own_qemus).
 
     Its command line ends in `-name NAME -uuid UUID`, or in `arguments`. `stubborn`: it ignores
-    SIGTERM and SIGINT, already when this returns.
+    SIGTERM and SIGINT from the start.
     """
     uuid = uuid or str(uuid_module.uuid4())
     if arguments is None:
@@ -263,12 +264,13 @@ def fake_qemu(
         directory = stack.enter_context(scratch("f"))
         executable = directory / QEMU
         executable.hardlink_to(_busybox())
-        # The process reads forever, because it holds the write end of the pipe itself.
+        # The process reads forever, because it has the write end of the pipe open itself.
         os.mkfifo(directory / "never")
         never = os.open(directory / "never", os.O_RDWR)
         try:
             process = spawn(
-                # busybox uses argv[0]; the words after the script are its $0, $1, ...
+                # busybox takes its command from argv[0]. The words after the script are its $0, $1,
+                # ...
                 ["sh", "-c", "read nothing", QEMU, *arguments],
                 executable=executable,
                 stdin=never,
@@ -286,9 +288,9 @@ def fake_qemu(
 
 
 def scripted_qemu(script: str, *, name: str = "lab", uid: int | None = None) -> Guest:
-    """Run a Python script whose executable has QEMU's name (own_qemus).
+    """Run a Python script. The executable of its process has QEMU's name (see own_qemus).
 
-    Returns when it has printed and flushed "ready"; further output is in `serial`.
+    Returns when the script has printed and flushed "ready". Its further output is in `serial`.
     """
     uuid = str(uuid_module.uuid4())
     with contextlib.ExitStack() as stack:
@@ -336,7 +338,7 @@ def _start(
     names: _Names,
     uid: int | None,
 ) -> Guest:
-    """Start QEMU; `stack` ends it."""
+    """Start QEMU, which is ended by `stack`."""
     executable = _qemu()
     uuid = names.uuid or str(uuid_module.uuid4())
     qmp = directory / "qmp" if names.qmp else None
@@ -358,7 +360,7 @@ def _start(
     stack.callback(end, process)
     pid = process.pid
     if names.daemonize:
-        # The first process exits when the guest runs, or has failed to start.
+        # The first process exits when the guest runs or has failed to start.
         assert process.wait(30) == 0, (directory / "stderr").read_text()
         assert pidfile is not None
         orphan = Orphan(int(pidfile.read_text()))

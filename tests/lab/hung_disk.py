@@ -1,12 +1,13 @@
 """A disk that can be slow or hang for good.
 
-    hung_disk    ext4 on a loop device whose file is on FUSE, and which hangs when FUSE does
+    hung_disk    ext4 on a loop device whose file is on FUSE, so that it hangs when FUSE hangs
 
-The kernel's throttle (storage.py) cannot make a disk hang, because writes of the journal bypass it.
+The kernel's throttle (storage.py) cannot make a disk hang, because writes of ext4's journal bypass
+it.
 
     python -m tests.lab.hung_disk IMAGE MOUNTPOINT
 
-makes the device, prints a line, waits for the end of its input and removes the device.
+This command makes the device, prints a line, waits for the end of its input and removes the device.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class HungDisk:
     directory: Path
     """The mount point."""
     fuse: FuseStore
-    """The file system of its image, which must work when the disk is removed."""
+    """The file system that contains the disk's image. It must work when the disk is removed."""
 
 
 @contextlib.contextmanager
 def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
-    """Mount a disk that is fast at first. Raises needs.Missing without root or FUSE."""
+    """Within the context, mount a disk that is fast at first. Raises needs.Missing without root or
+    FUSE."""
     needs.root("a loop device")
     for name in ("losetup", "mount", "umount"):
         needs.program(name, "mount")
@@ -48,8 +50,8 @@ def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
         image.touch()
         os.truncate(image, mebibytes << 20)
         with fuse_store(files) as fuse:
-            # In its own session and without a parent-death signal, because it must outlive this
-            # process.
+            # The keeper has its own session and no parent-death signal, because it must outlive
+            # this process.
             keeper = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "tests.lab.hung_disk"),
@@ -71,14 +73,15 @@ def hung_disk(mebibytes: int = 512) -> Iterator[HungDisk]:
 def _keep(image: str, mounted: str) -> None:
     device = run(["losetup", "--find", "--show", image], check=True).stdout.strip()
     try:
-        # Otherwise a slow disk completes nothing for seconds: each 128 KiB are a call to FUSE.
+        # Limit the size of requests. Each 128 KiB are a call to FUSE, so with large requests, a
+        # slow disk would complete nothing for seconds.
         Path(f"/sys/block/{Path(device).name}/queue/max_sectors_kb").write_text("256")
         run(["mkfs.ext4", "-q", device], check=True)
         run(["mount", device, mounted], check=True)
         print("mounted", flush=True)
         sys.stdin.read()
     finally:
-        # Lazily, because if the lab was killed, nothing serves the file system any more.
+        # Unmount lazily: if the lab was killed, nothing serves the file system any more.
         run(["umount", "--lazy", mounted])
         run(["losetup", "--detach", device], check=True)
 

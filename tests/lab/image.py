@@ -1,4 +1,4 @@
-"""The kernel for guests, which set-up has unpacked, and the initramfs, which is built here."""
+"""The kernel for guests, which packaging/setup unpacks, and the initramfs, which is built here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.lab.process import TOP, run
 from tests.lab.scratch import run_directory
 
 CACHE: Final = TOP / ".lab"
-"""Files that set-up downloaded, and what was built from them. Not part of the project."""
+"""Files that packaging/setup has downloaded, and files built from them. Not part of the project."""
 _SOURCES: Final = Path(__file__).with_name("initramfs")
 _MODULES: Final = (
     *("acpi/button", "input/evdev", "virtio/virtio", "virtio/virtio_ring", "block/virtio_blk"),
@@ -31,9 +31,9 @@ class Image:
 
 
 def guest_image() -> Image:
-    """Return the kernel and an initramfs of the current sources, which is built if necessary.
+    """Return the kernel, and an initramfs of the current sources. Build the initramfs if necessary.
 
-    Concurrent builds are safe, because each writes to its own file and renames it. Raises
+    Concurrent builds are safe, because each writes a file of its own and then renames it. Raises
     needs.Missing.
     """
     kernels = sorted(CACHE.glob("guest/boot/vmlinuz-*"))
@@ -63,7 +63,7 @@ def _initramfs() -> Path:
     inputs = [static, _SOURCES / "init", *programs, *modules, Path(__file__)]
     digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in inputs))
     name = f"initramfs-{digest.hexdigest()[:16]}.cpio"
-    # If the checkout belongs to another user, it may be read-only.
+    # The checkout may be read-only, if it belongs to another user.
     home = CACHE if os.access(CACHE, os.W_OK) else run_directory()
     for built in (CACHE / name, home / name):
         if built.exists():

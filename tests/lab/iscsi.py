@@ -1,4 +1,4 @@
-"""An iSCSI target in user space (tgtd) on loopback that can freeze, exit, and start again."""
+"""An iSCSI target in user space (tgtd), on loopback. It can be frozen, ended, and started again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class IscsiStore:
         return {"driver": "iscsi", "target": _NAME, "lun": 1, **where}
 
     def freeze(self) -> None:
-        """Stop the target with SIGSTOP, so that it does not answer keepalives either."""
+        """Stop the target with SIGSTOP, so that it does not even answer keepalives."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 

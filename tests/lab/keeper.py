@@ -2,10 +2,10 @@
 
     python -m tests.lab.keeper MARK SECONDS
 
-waits for the end of its input. Children die with their parent (process.spawn), unless the parent is
-stuck itself: a file on a hung FUSE server blocks its reader for good, and every sync(2) on the
-host. Therefore, SECONDS after the end of its input, the keeper kills all processes with MARK in
-their environment.
+This command is the keeper. Children normally die with their parent (process.spawn), but not if the
+parent is stuck. For example, a file on a hung FUSE server blocks its readers forever, and every
+sync(2) on the host. So the keeper waits for the end of its input, and SECONDS later it kills all
+processes with MARK in their environment.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.lab.process import TOP
 
 _VARIABLE: Final = "QKILLD_LAB"
 _GRACE_S: Final = 20.0
-"""Time for processes to stop their children in order."""
+"""Time for processes to stop their children in an orderly way."""
 _TRIES_S: Final = 30.0
 
 
 class Keeper:
-    """Use as a context manager, around everything that is started."""
+    """A context manager. Start all processes of the lab within it."""
 
     def __init__(self, grace: float = _GRACE_S) -> None:
         self._grace = grace
@@ -38,7 +38,7 @@ class Keeper:
     def __enter__(self) -> Keeper:
         mark = f"{os.getpid()}-{time.monotonic_ns():x}"
         read, self._write = os.pipe()
-        # In its own session and without a parent-death signal, because it must outlive this
+        # The keeper has its own session and no parent-death signal, because it must outlive this
         # process.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.lab.keeper", mark, str(self._grace)],
@@ -63,13 +63,14 @@ class Keeper:
             self._process.wait()
 
     def leave(self) -> None:
-        """Call this in a forked child, so that its end does not count as that of the lab."""
+        """Call this in a forked child, so that the end of the child does not count as the end of
+        the lab."""
         os.close(self._write)
         self._write = -1
 
 
 def _marked(mark: str) -> list[int]:
-    """Return pidfds of the processes with the mark in their environment."""
+    """Return a pidfd of each process that has the mark in its environment."""
     wanted = f"{_VARIABLE}={mark}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -77,7 +78,7 @@ def _marked(mark: str) -> list[int]:
             continue
         with contextlib.suppress(OSError):
             pidfd = os.pidfd_open(int(entry.name))
-            # Read while the pidfd is open, so that the environment belongs to the same process.
+            # Read the environment while the pidfd is open, so that it belongs to the same process.
             if wanted in (entry / "environ").read_bytes().split(b"\0"):
                 signal.pidfd_send_signal(pidfd, 0)
                 found.append(pidfd)

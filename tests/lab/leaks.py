@@ -1,4 +1,5 @@
-"""Find what a test must not leave behind: processes, descriptors, threads, asyncio tasks."""
+"""Find leaks of a test: processes, descriptors, threads and asyncio tasks that it has left
+behind."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ class Snapshot:
     """The processes, descriptors and threads of this process at one moment."""
 
     children: frozenset[tuple[int, float]]
-    """(pid, start) of each child, including orphans: see process.become_subreaper()."""
+    """(pid, start time) of each child, including orphans: see process.become_subreaper()."""
     descriptors: frozenset[tuple[int, str]]
-    """(number, what it refers to)."""
+    """(number, link in /proc/self/fd) of each descriptor."""
     threads: frozenset[int]
 
     @classmethod
@@ -52,7 +53,7 @@ class Snapshot:
 
 
 def lasting_leaks(before: Snapshot) -> list[str]:
-    """Return the leaks since `before` that do not go away."""
+    """Return the leaks since `before` that do not disappear within CLOSING_S."""
     deadline = time.monotonic() + CLOSING_S
     while leaks := Snapshot.take().leaks_since(before):
         if time.monotonic() >= deadline:
@@ -64,7 +65,8 @@ def lasting_leaks(before: Snapshot) -> list[str]:
 
 @contextlib.contextmanager
 def unfinished_tasks() -> Iterator[list[str]]:
-    """Collect the tasks that still run at the end of asyncio.run(), which cancels them silently.
+    """Collect the tasks that still run at the end of asyncio.run(). (asyncio.run() cancels them
+    silently.)
 
     Loops that are not closed appear as open descriptors.
     """
@@ -83,7 +85,7 @@ def unfinished_tasks() -> Iterator[list[str]]:
 
 
 def end_processes(before: Snapshot) -> None:
-    """Kill and reap the new children, so that they are not reported for the next test too."""
+    """Kill and reap the new children, so that they are not reported for the next test again."""
     known = {pid for pid, _ in before.children}
     for pid in process.children(os.getpid()):
         if pid not in known:
@@ -92,7 +94,7 @@ def end_processes(before: Snapshot) -> None:
 
 
 def _children() -> list[psutil.Process]:
-    """Return the direct children, except zombies: those are orphans, which init would reap."""
+    """Return the direct children, except zombies. Zombies are orphans, which init would reap."""
     found = []
     for pid in process.children(os.getpid()):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""Choose the D-Bus library that qkilld finds: the one that it prefers, or only dbus-fast."""
+"""Choose which D-Bus libraries qkilld can import: all that are installed, or only dbus-fast."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMES: Final = ("dbus-next", "dbus-fast")
 
 
 def use(name: str) -> None:
-    """Make this process and its children find this library. Call it before qkilld.bus is imported.
-    Raises needs.Missing if it is not installed."""
+    """Make this process and its children use this library. Call this before qkilld.bus is imported.
+    Raises needs.Missing if the library is not installed."""
     if name == "dbus-next":
         return
     if importlib.util.find_spec("dbus_fast") is None:

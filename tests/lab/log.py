@@ -1,4 +1,4 @@
-"""Wait for files and their content: a guest's serial line, a daemon's stderr, a socket."""
+"""Wait for files and for text in files: a guest's serial line, a daemon's stderr, a socket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class WaitTimeout(AssertionError):
 
 
 def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> None:
-    """Wait until `path` exists. Raises WaitTimeout, also if the process of `pidfd` ends."""
+    """Wait until `path` exists. Raises WaitTimeout at the timeout, or if the process of `pidfd`
+    ends."""
     _watch(
         path.parent,
         _IN_CREATE | _IN_MOVED_TO,
@@ -38,7 +39,7 @@ def wait_for_path(path: Path, timeout: float, *, pidfd: int | None = None) -> No
 
 
 class Log:
-    """A text file that a process writes."""
+    """A text file to which a process writes."""
 
     def __init__(self, path: Path) -> None:
         """Creates the file if it is missing."""
@@ -54,10 +55,11 @@ class Log:
     def wait_for(
         self, pattern: str, timeout: float = 60, *, pidfd: int | None = None, since: int = 0
     ) -> re.Match[str]:
-        """Wait for a match of `pattern` (re.MULTILINE) after `since` characters; return it.
+        """Wait for a match of `pattern` (re.MULTILINE) after the first `since` characters; return
+        the match.
 
-        Waits with inotify and, with `pidfd`, for the end of the writer. Raises WaitTimeout with the
-        text so far after `timeout` seconds, or if the writer ends without a match.
+        `pidfd`: that of the writer. Raises WaitTimeout with the text so far after `timeout`
+        seconds, or if the writer ends without a match.
         """
         expression = re.compile(pattern, re.MULTILINE)
         return _watch(
@@ -78,8 +80,8 @@ def _watch(
     pidfd: int | None,
     wanted: Callable[[], str],
 ) -> _T:
-    """Call `look` now and after each of these inotify events at `path`, until it returns a result;
-    return that."""
+    """Call `look` now and after each of these inotify events at `path`, until it returns a result.
+    Return that result."""
     deadline = time.monotonic() + timeout
     watch = _libc.inotify_init1(_IN_CLOEXEC)
     if watch < 0:

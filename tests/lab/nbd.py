@@ -1,7 +1,7 @@
-"""NBD servers of several makes that can be frozen, killed and started again.
+"""NBD servers of several programs that can be frozen, killed and started again.
 
-nbd_store runs nbdkit, qemu-nbd or qemu-storage-daemon on a unix socket, TCP, or a socket pair (only
-nbdkit).
+nbd_store runs nbdkit, qemu-nbd or qemu-storage-daemon on a unix socket or TCP, or nbdkit on a
+socket pair.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MAKES: Final = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-utils",
 }
-"""The makes of servers, and the Debian packages that contain them."""
+"""The server programs, and the Debian packages that contain them."""
 _UNLIMITED: Final = "100G"
 
 
 @dataclass
 class NbdStore:
-    """A server of one file."""
+    """A server for one file."""
 
     file: Path
     make: str
@@ -44,14 +44,14 @@ class NbdStore:
     other: Path | None = None
     """A second file, exported as `other` (only qemu-storage-daemon)."""
     upstream: NbdStore | None = None
-    """Another server to forward to instead of a file (only nbdkit)."""
+    """Another server, to which this one forwards requests instead of using a file (only nbdkit)."""
     before: Callable[[], None] | None = None
     """Called in the child before it executes the server."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def server(self) -> dict[str, object]:
-        """Return the value of `"server":` in QEMU's NBD node. For a pair, QEMU must have the same
-        descriptor number."""
+        """Return the value of `"server":` in QEMU's NBD node. In the case of a pair, QEMU must get
+        the same descriptor number."""
         match self.transport:
             case "unix":
                 return {"type": "unix", "path": str(self.directory / "socket")}
@@ -62,13 +62,13 @@ class NbdStore:
 
     @property
     def address(self) -> str | tuple[str, int]:
-        """Return where it listens, for NbdClient."""
+        """Return the server's address for NbdClient."""
         if self.transport == "unix":
             return str(self.directory / "socket")
         return "127.0.0.1", self.port
 
     def slow(self, bits_per_second: str) -> None:
-        """Limit the rate ("400K") of later requests (only nbdkit)."""
+        """Limit the rate of later requests, for example to "400K" (only nbdkit)."""
         new = self.directory / "rate.new"
         new.write_text(bits_per_second)
         new.rename(self.directory / "rate")
@@ -84,14 +84,14 @@ class NbdStore:
             (self.directory / "fail").unlink(missing_ok=True)
 
     def freeze(self, still: str = "T") -> None:
-        """Stop the server with SIGSTOP; its connections stay open.
+        """Stop the server with SIGSTOP. Its connections stay open.
 
         `still`: the states of threads that count as stopped. Include "D" if the storage below the
-        server hangs, so that a thread that waits for it never reaches state "T".
+        server hangs, because a thread that waits for this storage never reaches state "T".
         """
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
-        # After the signal, each thread stops when it next handles signals.
+        # Each thread stops only when it next handles signals, so wait.
         deadline = time.monotonic() + 30
         while not all(state in still for state in _states(self.process.pid)):
             assert time.monotonic() < deadline, "the NBD server does not stop"
@@ -102,13 +102,13 @@ class NbdStore:
         self.process.send_signal(signal.SIGCONT)
 
     def leave(self) -> None:
-        """Kill the server: its connections break, and nothing listens."""
+        """Kill the server. Its connections break, and nothing listens any more."""
         assert self.process is not None
         end(self.process)
         (self.directory / "socket").unlink(missing_ok=True)
 
     def start(self) -> None:
-        """Start the server at the same address; return when it accepts connections.
+        """Start the server at the same address. Return when it accepts connections.
 
         A server on a socket pair cannot be started again after leave().
         """
@@ -172,12 +172,13 @@ class NbdStore:
             said = (self.directory / "said").read_text()
             assert self.process.poll() is None, f"{self.make}: {said}"
             assert time.monotonic() < deadline, f"{self.make} does not listen: {said}"
-            # None of the three announces that it listens.
+            # None of the three programs announces that it listens.
             time.sleep(0.02)
 
 
 def free_port() -> int:
-    """Return a TCP port that is free. Another program could take it; a server would report it."""
+    """Return a free TCP port. If another program takes it meanwhile, the server fails with a
+    message."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -191,7 +192,8 @@ def _states(pid: int) -> list[str]:
 
 
 class NbdClient:
-    """A client of a fixed-newstyle server. Source: the NBD protocol's doc/proto.md."""
+    """A client for servers with the fixed-newstyle handshake. Source: the NBD protocol's
+    doc/proto.md."""
 
     def __init__(self, address: str | tuple[str, int], export: str) -> None:
         """`address`: the path of a unix socket, or a host and a port."""
@@ -242,7 +244,8 @@ def nbd_store(
     upstream: NbdStore | None = None,
     before: Callable[[], None] | None = None,
 ) -> Iterator[NbdStore]:
-    """Run a server for a file, whose size must not change; it is ready when the context begins.
+    """Within the context, run a server for a file, whose size must not change. The server is ready
+    at entry.
 
     Raises needs.Missing.
     """

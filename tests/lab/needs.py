@@ -8,14 +8,15 @@ from pathlib import Path
 
 
 class Missing(Exception):
-    """Something that the lab needs is missing; the text says what, and what to do.
+    """Something that the lab needs is missing. The text says what is missing, and what to do.
 
-    A test that raises it is skipped with that text, or fails if CI=true.
+    A test that raises this exception is skipped with this text, or fails if CI=true.
     """
 
 
 def program(name: str, package: str) -> Path:
-    """Return the path of a program. Raises Missing, which names the Debian package that has it."""
+    """Return the path of a program. Raises Missing with the name of the Debian package that
+    contains the program."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         raise Missing(f"{name} is not installed: apt-get install {package}, or `make setup`")

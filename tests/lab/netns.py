@@ -22,7 +22,8 @@ _IFF_UP: Final = 0x1
 
 
 class NetworkNamespace:
-    """A thread in the namespace, whose children are in it too; a context manager."""
+    """A context manager: a thread in the namespace. Processes that the thread starts are in it,
+    too."""
 
     def __init__(self) -> None:
         needs.root("to make a network namespace")
@@ -32,7 +33,7 @@ class NetworkNamespace:
         self.run(self._enter)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call a function in the namespace; return or raise what it returns or raises."""
+        """Call a function in the namespace; return what it returns, or raise what it raises."""
         answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
         def work() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class NotifySocket:
-    """A NOTIFY_SOCKET in `directory`. Collects all assignments; the newest wins."""
+    """A NOTIFY_SOCKET in `directory`. It keeps the newest value of each assignment."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "notify"

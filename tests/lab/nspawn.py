@@ -1,12 +1,13 @@
-"""Run as `python -m tests.lab.nspawn`: start systemd-nspawn on a throwaway system.
+"""Start systemd-nspawn on a throwaway system. Run this as `python -m tests.lab.nspawn`.
 
     nspawn MOUNTPOINT LOWER UPPER -- SYSTEMD-NSPAWN ARGUMENT...
 
-The system is an overlay of LOWER (/ for the host's root) and, in memory, a copy of the tree UPPER
-and all later writes. All mounts are in this process's own mount namespace, so they end with it.
-MOUNTPOINT is an empty directory; `{root}` in the arguments stands for the finished tree.
+The system is an overlay. Its lower layer is LOWER (/ for the host's root). Its upper layer is in
+memory: a copy of the tree UPPER, and all later writes. All mounts are in this process's own mount
+namespace, so they end with this process. MOUNTPOINT is an empty directory. `{root}` in the
+arguments is replaced by the path of the finished tree.
 
-Works even if / is not a mount point (in a plain chroot).
+This works even if / is not a mount point, as in a plain chroot.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MS_PRIVATE: Final = 1 << 18
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _CGROUPS: Final = "/sys/fs/cgroup"
 _NO_V1: Final = 258
-"""From this version on, systemd-nspawn refuses a host that has cgroup v1 in _CGROUPS."""
+"""From this version on, systemd-nspawn refuses to run on a host that has cgroup v1 in _CGROUPS."""
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     assert dashes == "--", sys.argv
     _private_mounts(mountpoint)
     root = _system(Path(mountpoint), Path(lower), Path(upper))
-    # Hide /run from nspawn, which would leave files there.
+    # Hide /run from nspawn, because nspawn would leave files there.
     of_systemd = Path("/run/systemd")
     _mount("tmpfs", str(of_systemd if of_systemd.is_dir() else "/run"), "tmpfs", 0, "mode=0755")
     if _version(command[0]) >= _NO_V1 and not Path(_CGROUPS, "cgroup.procs").exists():
@@ -57,9 +58,9 @@ def _private_mounts(mountpoint: str) -> None:
         return
     except OSError:  # / is not a mount point: this process is in a chroot.
         pass
-    # Entering our own mount namespace again leads to its real root, where mounts can be made
+    # Enter our own mount namespace again: this leads to its real root, where mounts can be made
     # private. Then return to the chroot. nspawn requires that the root is a mount point, so mount
-    # the chroot elsewhere, and make that the root.
+    # the chroot at another place, and make that place the root.
     inside = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     _check(_libc.setns(namespace, _CLONE_NEWNS), "the mount namespace")
@@ -75,7 +76,7 @@ def _system(mountpoint: Path, lower: Path, upper: Path) -> Path:
     _mount("tmpfs", str(mountpoint), "tmpfs", 0, "mode=0755")
     shutil.copytree(upper, mountpoint / "upper", symlinks=True)
     for hidden in (mountpoint / "upper").rglob(".hide"):
-        # In overlayfs, this attribute hides the directory of the same name in LOWER.
+        # In overlayfs, this attribute hides the directory with the same name in LOWER.
         hidden.unlink()
         os.setxattr(hidden.parent, "trusted.overlay.opaque", b"y")
     (mountpoint / "work").mkdir()

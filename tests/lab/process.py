@@ -19,7 +19,7 @@ TOP: Final = Path(__file__).resolve().parents[2]
 """The checkout."""
 
 OTHER_UID: Final = 65534
-"""The user nobody, who is in every /etc/passwd. A bus rejects unknown users."""
+"""The uid of the user nobody, who is in every /etc/passwd. A bus rejects unknown users."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -31,7 +31,7 @@ Stream = int | IO[Any] | None
 
 
 def become_subreaper() -> None:
-    """Make orphaned descendants our children, so that the leak check sees them."""
+    """Make orphaned descendants our children, so that the check for leaks finds them."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -56,13 +56,13 @@ def spawn(
     pass_fds: Sequence[int] = (),
     before: Callable[[], None] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program that dies with us, in its own session, so that Ctrl-C does not reach it.
+    """Start a program that dies with us. It has its own session, so that Ctrl-C does not reach it.
 
-    Signals in _DEFAULT have their default action, even if this process ignores them. (A shell
-    ignores SIGINT in programs started with `&`, nohup(1) ignores SIGHUP.)
+    In the program, signals in _DEFAULT have their default action, even if this process ignores
+    them. (A shell ignores SIGINT in programs started with `&`, and nohup(1) ignores SIGHUP.)
 
-    `uid`: run as this user, with only the group of the same number; needs root. `before` runs in
-    the child just before exec. Raises what Popen raises.
+    `uid`: run as this user, with only the group of the same number; needs root. `before` is called
+    in the child just before exec. Raises what Popen raises.
     """
 
     if uid is not None:
@@ -108,7 +108,7 @@ def run(
     env: Mapping[str, str] | None = None,
     uid: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Like subprocess.run with captured text; with `check`, a failure includes the output."""
+    """Like subprocess.run with captured text. With `check`, the exception contains the output."""
     process = spawn(
         argv,
         stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
@@ -147,7 +147,7 @@ def wait_gone(pidfd: int, timeout: float) -> bool:
 
 def is_readable(fd: int, timeout: float) -> bool:
     """Wait up to `timeout` seconds until a descriptor is readable; return whether it is. Unlike
-    select(2), this accepts descriptors from 1024 on."""
+    select(2), this also accepts descriptors of 1024 and more."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
@@ -174,7 +174,8 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def close_and_reap(pidfds: Mapping[int, int]) -> None:
-    """Close these pidfds (pid → pidfd), and reap the processes that became our children."""
+    """Close these pidfds (pid → pidfd), and reap those of the processes that have become our
+    children."""
     for pid, pidfd in pidfds.items():
         os.close(pidfd)
         with contextlib.suppress(ChildProcessError):
@@ -182,9 +183,10 @@ def close_and_reap(pidfds: Mapping[int, int]) -> None:
 
 
 class Orphan:
-    """A process that is not our child (a daemonized one), killed when we end.
+    """A daemonized process. It is not our child, but it is killed when we end.
 
-    A helper waits on a pipe, and kills the process when our end closes, for whatever reason.
+    A helper waits on a pipe. When our end of the pipe is closed, for whatever reason, the helper
+    kills the process.
     """
 
     def __init__(self, pid: int) -> None:
@@ -203,7 +205,7 @@ class Orphan:
             os.close(read)
 
     def kill(self) -> None:
-        """Send SIGKILL, wait for the end, and reap the process if it became our child."""
+        """Send SIGKILL, wait for the end, and reap the process if it has become our child."""
         os.close(self._write)
         self._guard.wait()
         wait_gone(self.pidfd, 30)

@@ -18,7 +18,7 @@ _MASK: Final = 2**64 - 1
 
 
 def records(image: Path | str, format: str = "qcow2") -> set[int]:
-    """Return the numbers of the valid records in an image that nobody has open.
+    """Return the numbers of the valid records in an image. No process may have the image open.
 
     A block that is marked as a record but has a wrong checksum does not count.
     """

@@ -24,10 +24,10 @@ def _base() -> Path:
 
 @functools.cache
 def run_directory() -> Path:
-    """Return this process's own directory, which the first call makes.
+    """Return this process's own directory. The first call makes it.
 
-    Everyone may traverse it, because tests connect as other users, but nobody else may write. The
-    process holds a lock on it; a directory without a lock is a leftover.
+    Tests connect as other users, so everyone may traverse the directory, but only we may write to
+    it. The process has a lock on the directory. A directory without a lock is a leftover.
     """
     sweep()
     while True:
@@ -45,7 +45,7 @@ def run_directory() -> Path:
 
 
 def remove_run_directory() -> None:
-    """Remove the directory, if there is one. Call it at the end of the process."""
+    """Remove the directory, if there is one. Call this at the end of the process."""
     if run_directory.cache_info().currsize:
         shutil.rmtree(run_directory(), ignore_errors=True)
 

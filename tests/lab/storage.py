@@ -1,13 +1,14 @@
 """Storage that is slow or hangs: a throttled disk, and an NBD server.
 
-    slow_disk     a loop device whose writes the kernel throttles, with ext4 or bare
+    slow_disk     a loop device whose writes the kernel throttles, with ext4 or without
     nbd_server    nbdkit on a unix or TCP socket, with a rate that can be changed while it runs; it
                   can be frozen and thawed
 
     python -m tests.lab.storage disk DIRECTORY MIB FILESYSTEM
 
-makes a disk, prints DEVICE MAJOR:MINOR, waits for the end of its input and removes the disk.
-slow_disk() runs it, so that this happens even if its own process is killed.
+This command makes a disk, prints DEVICE MAJOR:MINOR, waits for the end of its input and removes the
+disk. slow_disk() runs the command, so that the disk is removed even if the process of slow_disk()
+is killed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SlowDisk:
     _v2: Path | None = field(default=None, repr=False)
 
     def slow(self, bytes_per_second: int) -> None:
-        """Limit the rate, including that of pending writes."""
+        """Limit the rate of writes, including pending ones."""
         self._set(bytes_per_second)
 
     def fast(self) -> None:
@@ -62,8 +63,9 @@ class SlowDisk:
     def join(self, pid: int) -> None:
         """Throttle the writes of this process.
 
-        In cgroup v1, every process outside of blkio groups is throttled, and this moves the process
-        out of its group. In v2, only processes that join are throttled, and their later children.
+        In cgroup v1, every process outside of blkio groups is throttled, so this function moves the
+        process out of its group. In v2, only processes that join and their later children are
+        throttled.
         """
         for group in self._v1 if self._v2 is None else [self._v2]:
             (group / "cgroup.procs").write_text(str(pid))
@@ -80,11 +82,13 @@ class SlowDisk:
 def slow_disk(
     bytes_per_second: int = _UNLIMITED, *, mebibytes: int = 256, filesystem: str | None = "ext4"
 ) -> Iterator[SlowDisk]:
-    """Make a loop device that is fast until slow() is called, unless `bytes_per_second` is given.
+    """Within the context, make a loop device. It is fast until slow() is called, unless
+    `bytes_per_second` is given.
 
-    Writes to the device are throttled: O_DIRECT writes, writeback, and therefore fsync. A process
-    that waits for the device sleeps uninterruptibly until its write is done. At the end, the limit
-    is removed before the disk. Raises needs.Missing without root or if the kernel cannot throttle.
+    The limit applies to writes to the device: O_DIRECT writes, writeback, and therefore fsync. A
+    process that waits for the device sleeps uninterruptibly until its write is done. At the end,
+    the limit is removed before the disk. Raises needs.Missing without root, or if the kernel cannot
+    throttle.
     """
     needs.root("a loop device")
     for name in ("losetup", "mount", "umount"):
@@ -92,7 +96,7 @@ def slow_disk(
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch("d"))
         v1, v2 = _throttles(stack)
-        # In its own session and without a parent-death signal, because it must outlive this
+        # The keeper has its own session and no parent-death signal, because it must outlive this
         # process.
         keeper = subprocess.Popen(
             [
@@ -116,14 +120,14 @@ def slow_disk(
 
 
 def _throttles(stack: contextlib.ExitStack) -> tuple[list[Path], Path | None]:
-    """Return the groups in which the kernel can throttle: groups of blkio in v1, or a new group in
-    v2."""
+    """Return the groups whose writes the kernel can throttle: groups of blkio in v1, or a new group
+    in v2."""
     own = Path("/proc/self/cgroup").read_text().splitlines()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, after = (part.split() for part in line.split(" - ", 1))
         if after[0] == "cgroup" and "blkio" in after[-1].split(","):
             root = Path(before[4])
-            # In v1, writeback counts for the root group, other writes for the writer's group.
+            # In v1, writeback is charged to the root group, and other writes to the writer's group.
             path = next(line.split(":", 2)[2] for line in own if "blkio" in line.split(":")[1])
             groups = {root, root / os.path.relpath(path, before[3])}
             if all((group / "blkio.throttle.write_bps_device").exists() for group in groups):
@@ -153,7 +157,7 @@ def _group_v2(stack: contextlib.ExitStack, top: Path) -> Path:
 
 @dataclass
 class NbdServer:
-    """An nbdkit that serves one file."""
+    """A running nbdkit that serves one file."""
 
     uri: str
     """The URI for -drive file= and qemu-img."""
@@ -175,7 +179,7 @@ class NbdServer:
     def freeze(self) -> None:
         """Stop nbdkit with SIGSTOP, and return when it has stopped; its connections stay open."""
         self.process.send_signal(signal.SIGSTOP)
-        # Wait for the stop, and leave the exit to Popen.
+        # Wait only for the stop. Popen must get the exit status.
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
@@ -193,8 +197,8 @@ def nbd_server(
     filters: Sequence[str] = (),
     parameters: Sequence[str] = (),
 ) -> Iterator[NbdServer]:
-    """Serve `file` on a unix socket or on TCP (loopback, a free port); ready when the context
-    begins.
+    """Within the context, serve `file` on a unix socket or on TCP (loopback, a free port). The
+    server is ready at entry.
 
     room: make the file this large (bytes) first, because a qcow2 grows, but nbdkit grows no files
     filters: more nbdkit filters between the rate and the file ("error", "delay")
@@ -216,7 +220,8 @@ def nbd_server(
             uri = f"nbd+unix:///?socket={directory / 'socket'}"
         listener.listen()
         rate_file = directory / "rate"
-        # nbdkit finds the socket by systemd's protocol (sd_listen_fds(3)), which requires its pid.
+        # nbdkit gets the socket by systemd's protocol (sd_listen_fds(3)), which requires nbdkit's
+        # pid.
         socket_activation = 'exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID="$$"; exec "$@"'
         argv: list[str | os.PathLike[str]] = ["sh", "-c", socket_activation, "sh", nbdkit]
         argv += ["--foreground", "--threads=16", "--filter=rate"]
@@ -230,7 +235,7 @@ def nbd_server(
 
 
 def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
-    """Make the disk, wait, and remove it even if it is in use."""
+    """Make the disk, wait for the end of the input, and remove the disk even if it is in use."""
     image, mounted = directory / "disk", directory / "mnt"
     image.touch()
     os.truncate(image, mebibytes << 20)
@@ -242,7 +247,7 @@ def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
             run([mkfs, "-q", device], check=True)
             mounted.mkdir()
             run(["mount", device, mounted], check=True)
-        # In a single write, because the reader expects one line.
+        # Write this at once, because the reader expects one line.
         sys.stdout.write(f"{device} {number}\n")
         sys.stdout.flush()
         sys.stdin.read()
@@ -253,7 +258,7 @@ def _keep_disk(directory: Path, mebibytes: int, filesystem: str) -> None:
 
 
 def _unthrottle(device: Path) -> None:
-    """Remove limits left by a process that was killed."""
+    """Remove limits that an earlier, killed process has left."""
     number = Path("/sys/block", device.name, "dev").read_text().strip()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         directory = Path(line.split()[4])
@@ -268,7 +273,7 @@ def _unthrottle(device: Path) -> None:
 
 
 def _take_down(mounted: Path, device: str) -> None:
-    """Remove the disk. Wait up to 30 s until nobody uses it; if somebody still does, the kernel
+    """Remove the disk. Wait up to 30 s until nobody uses it. If somebody still uses it, the kernel
     removes it at its last close."""
     deadline = time.monotonic() + 30
     while os.path.ismount(mounted):

@@ -1,7 +1,7 @@
-"""Processes that nobody can identify: they are in execve(2), and wait for a FUSE server.
+"""Processes that nobody can identify, because they are in execve(2) and wait for a FUSE server.
 
-While the kernel closes their O_CLOEXEC file, it holds the lock that others need to read their
-/proc/PID/stat and exe (adapters.blockable).
+While the kernel closes their O_CLOEXEC file, it has taken a lock without which nobody can read
+their /proc/PID/stat and exe (adapters.blockable).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ os.execv(program, ["qemu", "-S", "-c", "import time; time.sleep(600)", "-name", 
 
 @dataclass
 class StuckGuests:
-    """Makes guests that ignore SIGTERM and can execute their program again."""
+    """Makes guests that ignore SIGTERM and can be made to execute their program again."""
 
     store: FuseStore
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -45,7 +45,7 @@ class StuckGuests:
         return self.stack.enter_context(scripted_qemu(script, uid=uid))
 
     def stick(self, guest: Guest) -> None:
-        """Let the guest execute its program; it does not get further than closing the file."""
+        """Make the guest execute its program. The execve(2) is stuck when it closes the file."""
         guest.signal(SIGUSR1)
         command_line = Path(f"/proc/{guest.pid}/cmdline")
         until(command_line.read_bytes, lambda words: not words)
@@ -76,5 +76,5 @@ def stuck_guests() -> Iterator[StuckGuests]:
         store.hang("flush")
         guests = StuckGuests(store)
         stack.enter_context(guests.stack)
-        stack.callback(guests.free)  # SIGKILL does not end a flush, so free them first.
+        stack.callback(guests.free)  # SIGKILL does not end a flush, so let it end before.
         yield guests

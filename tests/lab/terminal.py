@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal of any size: read what it draws, and send it keys."""
+"""Run a program on a pseudo-terminal of any size, read its output and send it keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Screen:
             assert self._read(max(0.0, deadline - time.monotonic())), self.text
 
     def wait_for_new(self, pattern: str, timeout: float = 30) -> None:
-        """Wait for a match in the text since the last call, without escape sequences."""
+        """Wait for a match in the plain text that was printed since the last call."""
         deadline = time.monotonic() + timeout
         while not (found := re.search(pattern, self.plain[self._seen :])):
             assert self._read(max(0.0, deadline - time.monotonic())), self.plain[self._seen :]
@@ -66,12 +66,12 @@ class Screen:
 
 @dataclass
 class OnTerminal:
-    """A program whose output and, if requested, input is a terminal."""
+    """A program with a terminal as its output and, if requested, as its input."""
 
     process: subprocess.Popen[bytes]
     screen: Screen
     slave: int
-    """The program's end of the terminal if it is kept open, otherwise -1."""
+    """The program's end of the terminal; -1 if it is not kept open."""
 
     def settings(self) -> list[Any]:
         """Return the settings as termios(3) describes them."""
@@ -89,8 +89,8 @@ def on_terminal(
     size: tuple[int, int] = (100, 24),
     keys: bool = False,
 ) -> Iterator[OnTerminal]:
-    """Run a program on a terminal. `keys`: the terminal is its input, too, and stays open when the
-    program ends."""
+    """Run a program on a terminal. `keys`: the terminal is also the program's input, and stays open
+    when the program ends."""
     ours, theirs = os.openpty()
     try:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))

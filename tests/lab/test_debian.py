@@ -1,4 +1,5 @@
-"""The Debian guest: what is lost without asking it, and what is kept."""
+"""The Debian guest: which data is lost if it is not asked to shut down, and which is kept if it
+is."""
 
 from __future__ import annotations
 

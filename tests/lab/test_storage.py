@@ -18,8 +18,8 @@ from tests.lab.storage import nbd_server, slow_disk
 
 
 def is_disk_of(name: str, directory: Path) -> bool:
-    """Return whether the loop device still has a file below the directory; its name may be
-    reused."""
+    """Return whether the loop device still uses a file below the directory. (The name of the device
+    may be reused.)"""
     try:
         image = Path("/sys/block", name, "loop/backing_file").read_text()
     except FileNotFoundError:
@@ -79,7 +79,7 @@ with slow_disk(1 << 16, mebibytes=8) as disk:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_disk_goes_with_the_one_who_asked_for_it(number: signal.Signals) -> None:
     if os.geteuid() != 0:
-        with slow_disk():  # Reports what it needs.
+        with slow_disk():  # Raises needs.Missing.
             pass
     asking = process.spawn(
         [sys.executable, "-c", KILLED],
@@ -90,7 +90,7 @@ def test_a_disk_goes_with_the_one_who_asked_for_it(number: signal.Signals) -> No
     try:
         assert asking.stdout is not None
         name, directory = asking.stdout.readline().decode().split()
-        # The keeper of the disk and, in cgroup v2, the keeper of the group.
+        # These are the keeper of the disk and, in cgroup v2, the keeper of the group.
         keepers = {pid: os.pidfd_open(pid) for pid in process.children(asking.pid)}
         assert keepers
         try:

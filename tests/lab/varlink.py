@@ -26,10 +26,10 @@ class VarlinkClient:
     """A blocking client; a context manager."""
 
     def __init__(self, path: Path, uid: int | None = None) -> None:
-        """`uid`: connect as that user; needs root."""
+        """`uid`: connect as this user; needs root."""
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(60)
-        # The daemon uses the credentials that the kernel notes at connect.
+        # The daemon uses the credentials at the time of connect().
         with effective_uid(uid):
             self.socket.connect(str(path))
         self._incoming = b""
@@ -43,7 +43,7 @@ class VarlinkClient:
         descriptors: Sequence[int] = (),
         **given: Any,
     ) -> None:
-        """Send a call without waiting. A `method` without an interface is one of org.qkilld1."""
+        """Send a call without waiting. A `method` without an interface belongs to org.qkilld1."""
         name = method if "." in method else f"org.qkilld1.{method}"
         call: dict[str, Any] = {"method": name, "parameters": given}
         if more:
@@ -60,7 +60,8 @@ class VarlinkClient:
         self.socket.sendall(data)
 
     def receive(self) -> dict[str, Any]:
-        """Return the next reply, unchanged. Raises EOFError if the daemon closes the connection."""
+        """Return the next reply as it was sent. Raises EOFError if the daemon closes the
+        connection."""
         while b"\0" not in self._incoming:
             data = self.socket.recv(1 << 16)
             if not data:

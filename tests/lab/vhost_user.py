@@ -1,11 +1,11 @@
 """A vhost-user backend for one small disk that answers QEMU's messages and transfers no data.
 
-    vhost_backend    run a backend that listens for QEMU, or connects to QEMU
+    vhost_backend    run a backend, which listens for QEMU or connects to QEMU
 
     python -m tests.lab.vhost_user listen|connect PATH [LOG]
 
-QEMU's exit waits for the ring state of a started device (BareGuest.start_virtio). Source: QEMU's
-docs/interop/vhost-user.rst.
+When QEMU exits, it waits until the backend answers with the ring state of a started device
+(BareGuest.start_virtio). Source: QEMU's docs/interop/vhost-user.rst.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _HEADER: Final = struct.Struct("<III")
 _VERSION: Final = 1
 _REPLY: Final = 1 << 2
 _FEATURES: Final = 1 << 30 | 1 << 32
-"""The features of vhost-user itself, and virtio 1."""
+"""The bits for vhost-user's protocol features and for virtio 1."""
 _PROTOCOL_FEATURES: Final = 1 << 0 | 1 << 9
-"""Multiple queues, and a configuration space."""
+"""The bits for multiple queues and for a configuration space."""
 _SECTORS: Final = 1 << 15
 
 
 @dataclass
 class VhostBackend:
     path: Path
-    """The socket; a `connect` backend waits until QEMU listens there."""
+    """The socket. A backend that connects waits until QEMU listens there."""
     process: subprocess.Popen[bytes]
     logs: bool = False
-    """Whether it writes a line to a file five times a second, even while it hangs."""
+    """Whether the backend writes a line to a file five times a second, even while it hangs."""
 
     def freeze(self) -> None:
         """Stop answering. A backend that logs continues to log."""
@@ -59,7 +59,7 @@ class VhostBackend:
 
 @contextlib.contextmanager
 def vhost_backend(path: Path, *, connects: bool, log: Path | None = None) -> Iterator[VhostBackend]:
-    """Run a backend at this path, which listens unless `connects` is set."""
+    """Run a backend at this path. It listens, unless `connects` is set."""
     argv = [sys.executable, "-m", "tests.lab.vhost_user", "connect" if connects else "listen"]
     argv += [str(path), *([str(log)] if log else [])]
     process = spawn(argv, cwd=TOP, stdout=subprocess.PIPE)
@@ -126,7 +126,7 @@ def _connect(path: Path) -> socket.socket:
         try:
             connection.connect(str(path))
         except ConnectionRefusedError:
-            # QEMU binds before it listens, and announces neither.
+            # QEMU has bound the socket, but does not listen yet. Nothing announces that it listens.
             connection.close()
             time.sleep(0.01)
         else:
